@@ -1,0 +1,55 @@
+# Two commands do all the set-up: `make demo` and `make test`. Everything they fetch or build lives in
+# .venv/ and .cache/; Debian packages are installed where they are missing (as root).
+
+PYTHON ?= python3
+SHELL := /bin/bash
+BIN := .venv/bin
+HOSTS ?= 2
+
+# What the demo and the tests need of Debian: disposable hosts, the stand-ins for GitHub and the Hub,
+# a compiler for the oracle and the fake NVML.
+PACKAGES := mmdebstrap systemd-container openssh-client git curl cmake ninja-build g++ gcc libc6-dev libgomp1
+
+.PHONY: demo test test-offline test-cuda check lock sandbox-up sandbox-down packages
+
+demo: .venv/ready packages
+	$(BIN)/python -m sandbox.demo
+
+test: .venv/ready packages check
+	$(BIN)/python -m pytest -q -m "not cuda"
+
+test-offline: .venv/ready
+	$(BIN)/python -m pytest -q -m "not cuda and not e2e and not oracle"
+
+test-cuda: .venv/ready packages
+	$(BIN)/python -m pytest -q -m cuda
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+sandbox-up: .venv/ready packages
+	$(BIN)/python -m sandbox up --hosts $(HOSTS)
+
+sandbox-down: .venv/ready
+	$(BIN)/python -m sandbox down
+
+lock: .venv/ready
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
+	    --no-emit-index-url --no-header --output-file locks/dev.txt
+
+packages:
+	@missing=(); for name in $(PACKAGES); do \
+	    [ "$$(dpkg-query -W -f '$${db:Status-Status}' $$name 2>/dev/null)" = installed ] || missing+=($$name); done; \
+	if [ "$${#missing[@]}" -gt 0 ]; then \
+	    echo "installing $${missing[*]}"; \
+	    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$${missing[@]}"; \
+	fi
+
+.venv/ready: locks/dev.txt pyproject.toml
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || { apt-get update -q && apt-get install -q -y python3-venv; }
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r locks/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@

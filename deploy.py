@@ -1,0 +1,21 @@
+"""From a bare Linux host to a hardened llama-server that runs what was planned for it.
+
+    pyinfra inventory/local.py deploy.py        this machine
+    pyinfra inventory/fleet.py deploy.py        a fleet; --dry, --diff and --limit as ever
+
+Every stage can be run alone: pyinfra inventory/fleet.py tasks.build.build
+"""
+
+from tasks.bootstrap import bootstrap
+from tasks.build import build
+from tasks.model import model
+from tasks.plan import plan
+from tasks.service import service
+from tasks.toolkit import toolkit
+
+plan()  # first: a host that cannot hold its models is refused before anything is changed
+bootstrap()
+toolkit()
+build()
+model()
+service()  # last: the old services run until the new ones have passed the gate

@@ -1,0 +1,81 @@
+"""Every setting of llamafleet: its default, its unit, and the reason for the value.
+
+This is the only place of defaults. An inventory overrides any of them for a group
+(`inventory/group_data/GROUP.py`) or a host (its data dictionary). A key that is not
+listed here is refused by name, with the nearest known one.
+"""
+
+# --- what to serve ---------------------------------------------------------------------------
+
+# The instances of a host: one systemd unit `llama-server-NAME.service` each. When they share a
+# host, the first in the list is placed first. Every entry gives `name`, `source` and `port`,
+# and overrides any key of `model_defaults`.
+#   source: "hf:OWNER/REPO/FILE.gguf[@REVISION]", an http(s) URL, or an absolute path on the host.
+#           For a split model name the first shard, -00001-of-0000N.gguf: the others follow.
+models = []
+
+model_defaults = {
+    # Tokens that one request may use, prompt and reply together; llama-server gets this many for
+    # every slot. Never cut below what you ask; None: what the model was trained for, 32768 at most.
+    "context_tokens": None,
+    # Requests served at the same time. One slot gets the whole speed of the box.
+    "slots": 1,
+    # KV-cache types allowed, best first; the plan takes the first that fits. Quantised types save
+    # memory and can cost much speed, so they are used only where you list them.
+    "kv_types": ["f16"],
+    # Tokens computed together while a prompt is read (--ubatch-size). 512 is llama.cpp's default.
+    "ubatch_tokens": 512,
+    # Threads for the CPU part. None: one for each physical (performance) core; more is slower.
+    "threads": None,
+    # RAM for llama-server's prompt cache, MiB. llama.cpp's own default is 8192, uncounted by it.
+    "prompt_cache_mib": 1024,
+    # Address to listen on. Loopback by default: a model server without a key is an open door.
+    "listen": "127.0.0.1",
+    # File on *your* machine with the API keys, one a line. None: no key is asked.
+    "api_key_file": None,
+    # Expected sha256 of the file (of the first shard, for a split model). The Hugging Face Hub
+    # tells it; set it for plain URLs.
+    "sha256": None,
+    # Further addresses of the same file, tried in order when the source fails.
+    "mirrors": [],
+}
+
+# --- llama.cpp -------------------------------------------------------------------------------
+
+llama_cpp_repository = "https://github.com/ggml-org/llama.cpp"
+# Tag, branch or commit. It is resolved to one commit once per run, for all hosts.
+llama_cpp_ref = "b11434"
+# "auto" takes what the probe found (NVIDIA: cuda, AMD: hip, no GPU: cpu) and never falls back to
+# the CPU where a GPU is present. Or name one: "cuda", "hip", "vulkan", "cpu".
+backend = "auto"
+# "auto": the newest toolkit on the host that fits driver and GPUs, else NVIDIA's repository.
+# "nvidia": always NVIDIA's repository. "distro": the distribution's own package. Or an absolute
+# path such as "/usr/local/cuda-12.8".
+cuda_toolkit = "auto"
+# Install NVIDIA's driver where it is missing. Off: a driver is the machine owner's decision.
+manage_driver = False
+# llama-server's web page. Off: it is downloaded from a bucket at build time.
+build_ui = False
+# Parallel compiler jobs. None: one a core, at most one for each 4 GiB (CUDA) or 1 GiB of free RAM.
+build_jobs = None
+# Folder on the host, usually a network mount that hosts share, where finished builds are kept by
+# build key: a host takes one that is there instead of compiling. None: every host compiles.
+build_cache = None
+# Old releases kept on a host beside the current one, to go back to.
+keep_releases = 2
+
+# --- the Hugging Face Hub --------------------------------------------------------------------
+
+hub_endpoint = "https://huggingface.co"
+# File on *your* machine with the token for gated models; else the environment's HF_TOKEN.
+hub_token_file = None
+
+# --- memory ----------------------------------------------------------------------------------
+
+# Kept free on every GPU, MiB: the CUDA context, cuBLAS and pools take 300 to 750 MiB that no log
+# counts, and long prompts have been seen to grow beyond it.
+gpu_reserve_mib = 1024
+# Kept free of host RAM for the system and the page cache, MiB.
+ram_reserve_mib = 2048
+# May the host's part of the model go to swap? A model that swaps answers at disk speed.
+allow_swap = False

@@ -1,0 +1,1 @@
+"""Load every box with exactly what it can carry."""

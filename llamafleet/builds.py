@@ -1,0 +1,126 @@
+"""What to compile, and by which name the result is known.
+
+A build key is the hash of everything that changes the artefact: the same key is the same artefact,
+on any host, so a key that is installed is never built again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+MIB = 1024**2
+# RAM for one compiler job, bytes. CUDA: 3 to 5 GB are reported for nvcc (llama.cpp #17844);
+# C++: g++ stays below 1 GiB on llama.cpp's largest file.
+JOB_BYTES = {"cuda": 4096 * MIB, "hip": 4096 * MIB, "vulkan": 1024 * MIB, "cpu": 1024 * MIB}
+
+# The K-V pairs that ggml-cuda compiles flash-attention kernels for by default
+# (ggml/CMakeLists.txt:208). Another pair is converted to f16 at run time, up to 45 times slower.
+DEFAULT_FA_TYPES = ("f16", "bf16", "q8_0", "q4_0")
+
+# What a host needs to run a release, and what it needs to compile one, by package manager.
+RUN_PACKAGES = {
+    "apt": ("ca-certificates", "curl", "libgomp1"),
+    "dnf": ("ca-certificates", "curl", "libgomp"),
+}
+COMPILE_PACKAGES = {
+    "apt": ("cmake", "g++", "git", "make", "ninja-build"),
+    "dnf": ("cmake", "gcc-c++", "git", "make", "ninja-build"),
+}
+BACKEND_PACKAGES = {
+    ("vulkan", "apt"): ("libvulkan-dev", "glslc", "spirv-headers"),
+    ("vulkan", "dnf"): ("vulkan-loader-devel", "glslc", "spirv-headers-devel"),
+    ("hip", "apt"): ("hipcc", "libamdhip64-dev", "libhipblas-dev", "librocblas-dev"),
+    ("hip", "dnf"): ("hipcc", "rocm-hip-devel", "hipblas-devel", "rocblas-devel"),
+}
+RUN_BACKEND_PACKAGES = {
+    ("vulkan", "apt"): ("libvulkan1", "mesa-vulkan-drivers"),
+    ("vulkan", "dnf"): ("vulkan-loader", "mesa-vulkan-drivers"),
+}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One build of llama.cpp; every field but the last is part of the key."""
+
+    commit: str
+    backend: str
+    # Identity of the CUDA toolkit, such as "cuda-12.8"; None for other backends.
+    toolkit: str | None
+    # CUDA or AMD GPU architectures, such as ("89",); empty for other backends.
+    architectures: tuple[str, ...]
+    machine_arch: str
+    libc: str
+    # Instruction sets of the CPU: ggml is compiled for exactly these (GGML_NATIVE).
+    cpu_flags: tuple[str, ...]
+    kv_types: tuple[str, ...]
+    ui: bool
+    # Path of nvcc, where there is one already; the toolkit's identity stands for it in the key.
+    nvcc: str | None = None
+
+    @property
+    def key(self) -> str:
+        """16 hexadecimal digits."""
+        parts = [self.commit, self.backend, self.toolkit, self.machine_arch, self.libc, self.cpu_flags,
+                 self.cmake_flags()]  # fmt: skip
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    @property
+    def release(self) -> str:
+        """The release's folder on the host."""
+        return f"/opt/llamafleet/releases/{self.key}"
+
+    def cmake_flags(self) -> tuple[str, ...]:
+        """CMake's -D options, without paths of this or that host."""
+        ui = "ON" if self.ui else "OFF"
+        common = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "BUILD_SHARED_LIBS": "ON",
+            # A release is moved into its place after it was linked: libraries beside the binary.
+            "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
+            "CMAKE_INSTALL_RPATH": "$ORIGIN",
+            "GGML_NATIVE": "ON",
+            "GGML_CCACHE": "OFF",
+            "LLAMA_BUILD_IS_DEV": "OFF",
+            "LLAMA_BUILD_TESTS": "OFF",
+            "LLAMA_BUILD_EXAMPLES": "OFF",
+            "LLAMA_BUILD_APP": "OFF",
+            "LLAMA_BUILD_UI": ui,
+            "LLAMA_USE_PREBUILT_UI": ui,
+            # The service runs --offline behind loopback or a proxy: no TLS of its own.
+            "LLAMA_OPENSSL": "OFF",
+        }
+        return tuple(f"-D{name}={value}" for name, value in {**common, **self._backend_flags()}.items())
+
+    def _backend_flags(self) -> dict[str, str]:
+        if self.backend == "cuda":
+            flags = {"GGML_CUDA": "ON", "CMAKE_CUDA_ARCHITECTURES": ";".join(self.architectures)}
+            extra = [kv for kv in self.kv_types if kv not in DEFAULT_FA_TYPES]
+            if extra:
+                pairs = [f"{kv}-{kv}" for kv in (*DEFAULT_FA_TYPES, *extra)]
+                flags["GGML_CUDA_FA_QUANTS"] = ";".join(pairs)
+            return flags
+        if self.backend == "hip":
+            return {"GGML_HIP": "ON", "GPU_TARGETS": ";".join(self.architectures)}
+        if self.backend == "vulkan":
+            return {"GGML_VULKAN": "ON"}
+        return {}
+
+
+def jobs(backend: str, cores: int, available_bytes: int, asked: int | None) -> int:
+    """Parallel compiler jobs: one a core, as many as memory carries, at least one."""
+    return asked or max(1, min(cores, available_bytes // JOB_BYTES[backend]))
+
+
+def packages(manager: str, backend: str, compiling: bool) -> tuple[str, ...]:
+    """Distribution packages a host needs for this backend, to run only or to compile too."""
+    found: list[str] = [*RUN_PACKAGES[manager], *_of(RUN_BACKEND_PACKAGES, backend, manager)]
+    if compiling:
+        found += [*COMPILE_PACKAGES[manager], *_of(BACKEND_PACKAGES, backend, manager)]
+    return tuple(sorted(found))
+
+
+def _of(table: dict[tuple[str, str], tuple[str, ...]], backend: str, manager: str) -> Iterable[str]:
+    return table.get((backend, manager), ())

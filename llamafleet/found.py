@@ -1,0 +1,80 @@
+"""What the survey found installed and running on a host, typed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FoundInstance:
+    """An installed unit `llama-server-NAME.service`, its files' hashes and what runs of it."""
+
+    unit_sha256: str | None
+    plan_sha256: str | None
+    keys_sha256: str | None
+    active: str | None
+    enabled: str | None
+    restarts: int
+    drop_ins: tuple[str, ...]
+    stale: bool
+    pid: int
+    argv: tuple[str, ...]
+    exe: str | None
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A TCP port in use; `process` and `unit` are None where another namespace holds it."""
+
+    address: str
+    port: int
+    pid: int
+    process: str | None
+    unit: str | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """State of a host as `llamafleet/remote/survey.py` reports it."""
+
+    euid: int
+    user: bool
+    missing_packages: tuple[str, ...]
+    helpers: str | None
+    lock: Mapping[str, Any] | None
+    releases: Mapping[str, Mapping[str, Any]]
+    current: str | None
+    cached_builds: tuple[str, ...]
+    # Verified model files: path to sha256.
+    models: Mapping[str, str]
+    instances: Mapping[str, FoundInstance]
+    listeners: tuple[Listener, ...]
+    device_classes: tuple[str, ...]
+    toolkits: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Found:
+        """From the survey's `found` object, written by our own program of the same version."""
+        return cls(
+            euid=data["euid"],
+            user=data["user"],
+            missing_packages=tuple(data["missing_packages"]),
+            helpers=data["helpers"],
+            lock=data["lock"],
+            releases=data["releases"],
+            current=data["current"],
+            cached_builds=tuple(data["cached_builds"]),
+            models={path: record["sha256"] for path, record in data["models"].items()},
+            instances={name: _instance(one) for name, one in data["instances"].items()},
+            listeners=tuple(Listener(**one) for one in data["listeners"]),
+            device_classes=tuple(data["device_classes"]),
+            toolkits=tuple(data["toolkits"]),
+        )
+
+
+def _instance(data: Mapping[str, Any]) -> FoundInstance:
+    names = FoundInstance.__dataclass_fields__
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key in names}
+    return FoundInstance(**values)

@@ -1,0 +1,177 @@
+"""Compile llama.cpp on this host into a release folder.
+
+Contract: `build.py SPEC.json`, where SPEC has key, commit, source (a checkout of that commit), tree
+(build folder), cmake_flags, jobs, build_cache (folder | null) and record (what release.json says).
+Progress lines on stdout; the last one of a failure begins with `error: `. Exit 0: the release
+/opt/llamafleet/releases/KEY is complete. Killed at any point it goes on where it was: Ninja keeps
+what is compiled, and a release appears under its name only when it is whole. Standard library,
+CMake, Ninja.
+
+With a build cache the first host that needs a key compiles it, others that ask meanwhile wait for
+that one (flock) and take its result, checked by sha256.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+
+RELEASES = "/opt/llamafleet/releases"
+ERROR_LINES = 12
+
+
+class Failed(Exception):
+    """The build cannot go on; the text is for the operator."""
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def build(spec):
+    if os.path.exists(f"{RELEASES}/{spec['key']}/release.json"):
+        say(f"release {spec['key']} is already complete")
+        return
+    with turn(spec):
+        if not take_from_cache(spec):
+            compile_release(spec)
+            publish(spec)
+    shutil.rmtree(spec["tree"], ignore_errors=True)
+
+
+@contextlib.contextmanager
+def turn(spec):
+    """Hold this key in the shared build cache; wait while another host compiles it."""
+    if not spec["build_cache"]:
+        yield
+        return
+    os.makedirs(spec["build_cache"], exist_ok=True)
+    with open(f"{spec['build_cache']}/{spec['key']}.lock", "a+") as lock:
+        began = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                lock.seek(0)
+                holder = lock.read().strip() or "another host"
+                say(f"waiting for {holder}, which compiles the same build, {time.monotonic() - began:.0f} s")
+                time.sleep(3)
+        lock.seek(0)
+        lock.truncate()
+        lock.write(os.uname().nodename)
+        lock.flush()
+        yield
+
+
+def take_from_cache(spec):
+    """True where the cache had the release, whole."""
+    archive = f"{spec['build_cache']}/{spec['key']}.tar" if spec["build_cache"] else None
+    if not archive or not os.path.exists(archive) or not os.path.exists(archive + ".sha256"):
+        return False
+    with open(archive + ".sha256") as file:
+        expected = file.read().split()[0]
+    if sha256_of(archive) != expected:
+        say(f"{archive} does not have the sha256 {expected}: compiling instead")
+        return False
+    say(f"taking release {spec['key']} from the build cache")
+    partial = fresh(f"{RELEASES}/.{spec['key']}.partial")
+    with tarfile.open(archive) as tar:
+        # The filter exists from 3.8.17/3.11.4 on; the archive is one of our own, checked above.
+        tar.extractall(partial, **({"filter": "tar"} if hasattr(tarfile, "tar_filter") else {}))
+    finish(spec, partial)
+    return True
+
+
+def fresh(path):
+    shutil.rmtree(path, ignore_errors=True)
+    os.makedirs(path, mode=0o755)
+    return path
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def compile_release(spec):
+    configure = ["cmake", "-S", spec["source"], "-B", spec["tree"], "-G", "Ninja", *spec["cmake_flags"]]
+    say(f"configuring llama.cpp {spec['commit'][:12]}")
+    run(configure, "cmake cannot configure the build")
+    say(f"compiling with {spec['jobs']} jobs")
+    run(["cmake", "--build", spec["tree"], "--target", "llama-server", "-j", str(spec["jobs"])],
+        "llama.cpp does not compile")  # fmt: skip
+    partial = fresh(f"{RELEASES}/.{spec['key']}.partial")
+    os.mkdir(f"{partial}/bin")
+    for name in sorted(os.listdir(f"{spec['tree']}/bin")):
+        if name == "llama-server" or ".so" in name:
+            shutil.copy2(f"{spec['tree']}/bin/{name}", f"{partial}/bin/{name}", follow_symlinks=False)
+    finish(spec, partial)
+
+
+def run(command, problem):
+    """Run with the output in the log; on failure the lines that tell why become the error."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    lines = []
+    for line in process.stdout:
+        lines = [*lines[-2000:], line.rstrip()]
+        say(line.rstrip())
+    if process.wait():
+        telling = [line for line in lines if "error" in line.lower() or "CMake Error" in line] or lines
+        text = "\n".join(telling[:ERROR_LINES])
+        raise Failed(f"{problem} (exit code {process.returncode}):\n{text}")
+
+
+def finish(spec, partial):
+    """Prove that the release runs, describe it, and only then give it its name."""
+    server = f"{partial}/bin/llama-server"
+    done = subprocess.run([server, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise Failed(f"the new llama-server does not run on this host: {done.stdout.strip()[:500]}")
+    files = {name: sha256_of(f"{partial}/bin/{name}") for name in sorted(os.listdir(f"{partial}/bin"))}
+    record = {**spec["record"], "key": spec["key"], "commit": spec["commit"],
+              "version": done.stdout.strip().splitlines()[:2], "files": files}  # fmt: skip
+    with open(f"{partial}/release.json", "w") as file:
+        json.dump(record, file, indent=1)
+    os.sync()
+    os.makedirs(RELEASES, exist_ok=True)
+    target = f"{RELEASES}/{spec['key']}"
+    shutil.rmtree(target, ignore_errors=True)  # there without a release.json: half deleted
+    os.rename(partial, target)
+    say(f"release {spec['key']} is complete")
+
+
+def publish(spec):
+    if not spec["build_cache"]:
+        return
+    archive = f"{spec['build_cache']}/{spec['key']}.tar"
+    with tarfile.open(archive + ".new", "w") as tar:
+        tar.add(f"{RELEASES}/{spec['key']}", arcname=".")
+    with open(archive + ".sha256", "w") as file:
+        file.write(sha256_of(archive + ".new") + "\n")
+    os.replace(archive + ".new", archive)
+    say(f"kept as {archive}")
+
+
+def main(argv):
+    with open(argv[0]) as file:
+        spec = json.load(file)
+    try:
+        build(spec)
+    except (Failed, OSError, tarfile.TarError) as error:
+        say(f"error: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

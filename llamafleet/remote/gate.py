@@ -1,0 +1,199 @@
+"""Is what runs what was planned? Asked before an instance is called good.
+
+Contract: `gate.py check SPEC.json` runs every check in order, stops at the first that fails, and
+prints {"ok": bool, "checks": [{"name", "ok", "expected", "found", "hint"}]}; exit 0 good, 1 not.
+`gate.py wait URL SECONDS` only waits for /health, for the unit's ExecStartPost. SPEC is the `gate`
+object of plan.json: unit, argv, url, api_keys (path | null), health_seconds, context_tokens (of one
+slot), slots, gpus [{"uuid", "name", "planned_bytes"}]. Standard library, psutil and pynvml only.
+
+`/health` alone proves little: llama-server answers 200 also after it silently fell back to the CPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+# The share of a GPU's planned bytes that the process must really hold. The CUDA context comes on
+# top of the plan, so a healthy process holds more than planned; a fallback to the CPU holds none.
+HELD_SHARE = 0.5
+
+
+def result(name, ok, expected, found, hint=""):
+    return {"name": name, "ok": bool(ok), "expected": expected, "found": found, "hint": hint}
+
+
+def main_pid(unit):
+    done = subprocess.run(["systemctl", "show", "--property=MainPID", "--value", unit],
+                          stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
+    return int(done.stdout.strip() or 0)
+
+
+def unit_state(unit):
+    done = subprocess.run(["systemctl", "show", "--property=ActiveState", "--value", unit],
+                          stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
+    return done.stdout.strip()
+
+
+def ask(url, path, key=None, body=None, seconds=120.0):
+    """(status, JSON or text); status 0 where nothing answered."""
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = "Bearer " + key
+    data = json.dumps(body).encode() if body is not None else None
+    # A proxy of the environment must not stand between the host and its own server.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(urllib.request.Request(url + path, data, headers), timeout=seconds) as answer:
+            status, text = answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        status, text = error.code, error.read()
+    except (OSError, ValueError) as error:
+        return 0, str(error)
+    try:
+        return status, json.loads(text)
+    except ValueError:
+        return status, text.decode("utf-8", "replace")[:500]
+
+
+def wait_for_health(url, seconds, alive=lambda: True):
+    """The last status of /health: 200 as soon as it is, else what it was when time or process ended."""
+    deadline = time.monotonic() + seconds
+    while True:
+        status, _ = ask(url, "/health", seconds=5.0)
+        if status == 200 or time.monotonic() >= deadline or not alive():
+            return status
+        time.sleep(0.2)
+
+
+def check_health(spec):
+    status = wait_for_health(
+        spec["url"], spec["health_seconds"], lambda: unit_state(spec["unit"]) in ("active", "activating")
+    )
+    state = unit_state(spec["unit"])
+    return result(
+        "health", status == 200, f"200 from {spec['url']}/health within {spec['health_seconds']:.0f} s",
+        f"{status or 'no answer'}, unit {state}",
+        "the unit's journal says why" if state != "active" else "loading takes longer than the deadline",
+    )  # fmt: skip
+
+
+def check_process(spec):
+    pid = main_pid(spec["unit"])
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            found = file.read().decode("utf-8", "surrogateescape").split("\0")[:-1]
+    except OSError:
+        found = []
+    return result("process", found == spec["argv"], spec["argv"], found,
+                  "the unit was edited by hand, or systemd read an argument differently")  # fmt: skip
+
+
+def check_key(spec):
+    """With a key, nobody gets in without it; llama-server lets everybody in when the file is empty."""
+    if not spec["api_keys"]:
+        return None
+    status, _ = ask(spec["url"], "/v1/completions", body={"prompt": "a", "max_tokens": 1})
+    return result("api key", status == 401, "401 without a key", status,
+                  "an empty key file switches llama-server's authentication off")  # fmt: skip
+
+
+def first_key(spec):
+    if not spec["api_keys"]:
+        return None
+    with open(spec["api_keys"]) as file:
+        return file.readline().strip()
+
+
+def check_context(spec):
+    status, props = ask(spec["url"], "/props", first_key(spec))
+    settings = props.get("default_generation_settings", {}) if isinstance(props, dict) else {}
+    found = {"context_tokens": settings.get("n_ctx"), "slots": props.get("total_slots") if settings else None}
+    expected = {"context_tokens": spec["context_tokens"], "slots": spec["slots"]}
+    return result("context", found == expected, expected, found if settings else f"status {status}",
+                  "the model was trained for less, or llama-server padded or cut the context")  # fmt: skip
+
+
+def check_completion(spec):
+    body = {"prompt": "Hello", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    status, answer = ask(spec["url"], "/v1/completions", first_key(spec), body, seconds=300.0)
+    usage = answer.get("usage", {}) if isinstance(answer, dict) else {}
+    tokens = usage.get("completion_tokens", 0)
+    return result("completion", status == 200 and tokens == 8, "200 and 8 tokens",
+                  f"{status or 'no answer'} and {tokens} tokens", str(answer)[:300] if status != 200 else "")  # fmt: skip
+
+
+def check_gpus(spec):
+    """Every planned GPU holds this process's memory: the silent fallback to the CPU is caught here."""
+    if not spec["gpus"]:
+        return None
+    held = held_by(main_pid(spec["unit"]))
+    for gpu in spec["gpus"]:
+        found = held.get(gpu["uuid"], 0) if isinstance(held, dict) else 0
+        if found is None:  # NVML knows the process but not its memory: containers, some drivers
+            continue
+        if found < gpu["planned_bytes"] * HELD_SHARE:
+            where = f"on {gpu['name']} ({gpu['uuid']})"
+            return result(
+                "gpu memory", False, f"about {gpu['planned_bytes'] >> 20} MiB {where}",
+                held if isinstance(held, str) else f"{found >> 20} MiB {where}",
+                "llama-server runs on the CPU: no usable driver, or the sandbox hides the device",
+            )  # fmt: skip
+    names = ", ".join(gpu["name"] for gpu in spec["gpus"])
+    return result("gpu memory", True, f"the planned memory on {names}", "held")
+
+
+def held_by(pid):
+    """Bytes that the process holds by GPU UUID (None: NVML does not tell); a text where NVML fails."""
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        held = {}
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            device = pynvml.nvmlDeviceGetHandleByIndex(index)
+            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(device)
+            mine = [process.usedGpuMemory for process in processes if process.pid == pid]
+            held[text(pynvml.nvmlDeviceGetUUID(device))] = mine[0] if mine else 0
+        return held
+    except pynvml.NVMLError as error:
+        return f"NVML: {error}"
+
+
+def text(value):
+    return value.decode() if isinstance(value, bytes) else value
+
+
+CHECKS = (check_health, check_process, check_gpus, check_key, check_context, check_completion)
+
+
+def check(spec):
+    """All checks in order, up to the first that fails."""
+    checks = []
+    for one in CHECKS:
+        found = one(spec)
+        if found is not None:
+            checks.append(found)
+            if not found["ok"]:
+                break
+    return {"ok": all(found["ok"] for found in checks), "checks": checks}
+
+
+def main(argv):
+    if argv[0] == "wait":
+        status = wait_for_health(argv[1], float(argv[2]))
+        if status != 200:
+            print(f"{argv[1]}/health: {status or 'no answer'} after {argv[2]} s", file=sys.stderr)
+        return 0 if status == 200 else 1
+    with open(argv[1]) as file:
+        found = check(json.load(file)["gate"])
+    print(json.dumps(found))
+    return 0 if found["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

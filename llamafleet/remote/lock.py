@@ -1,0 +1,80 @@
+"""The host's lock: two runs at once cannot meet.
+
+Contract: `lock.py take HOLDER [--over RUN]`, `lock.py refresh RUN`, `lock.py release RUN`.
+HOLDER is a JSON object with `run` (unique), `who`, `machine` and `pid` of the operator's side.
+Exit 0: done. Exit 1: somebody else holds it; stdout has that holder with `age_seconds` since it
+was last refreshed. A holder that has not refreshed for LEASE_SECONDS has lost the lock, and
+`--over RUN` takes it from a run that the operator's machine knows to be dead.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import sys
+import time
+
+PATH = "/run/llamafleet/lock.json"
+LEASE_SECONDS = 900  # longer than the longest step that does not refresh: an apt-get install
+
+
+def read(path=PATH):
+    """The holder with its `age_seconds`, or None where nobody holds the lock."""
+    try:
+        with open(path) as file:
+            holder = json.load(file)
+    except (OSError, ValueError):
+        return None
+    if not isinstance(holder, dict) or "run" not in holder:
+        return None
+    holder["age_seconds"] = max(0.0, time.time() - os.stat(path).st_mtime)
+    return holder if holder["age_seconds"] < LEASE_SECONDS else None
+
+
+def take(holder, over=None, path=PATH):
+    """None, or the other holder."""
+    other = read(path)
+    if other and other["run"] not in (holder["run"], over):
+        return other
+    with open(path + ".new", "w") as file:
+        json.dump(holder, file)
+    os.replace(path + ".new", path)
+    return None
+
+
+def refresh(run, path=PATH):
+    other = read(path)
+    if other and other["run"] == run:
+        os.utime(path)
+        return None
+    return other or {"run": None, "who": "nobody: the lock was lost", "age_seconds": 0.0}
+
+
+def release(run, path=PATH):
+    other = read(path)
+    if other and other["run"] == run:
+        os.unlink(path)
+    return None
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description="The host's lock.")
+    parser.add_argument("verb", choices=("take", "refresh", "release"))
+    parser.add_argument("what")
+    parser.add_argument("--over")
+    asked = parser.parse_args(argv)
+    os.makedirs(os.path.dirname(PATH), mode=0o755, exist_ok=True)
+    with open(PATH + ".guard", "w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        if asked.verb == "take":
+            other = take(json.loads(asked.what), asked.over)
+        else:
+            other = refresh(asked.what) if asked.verb == "refresh" else release(asked.what)
+    if other:
+        print(json.dumps(other))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,348 @@
+"""Look at this host and print what it is as one JSON object, the machine file (schema 1).
+
+Contract: runs on the host with any Python >= 3.8, as any user, with the standard library, psutil, and
+beside it `probe_gpus.py`; imports nothing of ours. Reads only, leaves nothing behind. Prints exactly one
+JSON object on stdout and exits 0: what is odd about the host is text in `problems`, never a crash.
+Exit 2 is bad usage.
+
+    probe.py [--paths PATH...] [--driver-seconds 20] [--root DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Iterator  # noqa: UP035 -- the contract is Python 3.8, whose own Iterator is typing's
+
+VENDORS = {"0x10de": "nvidia", "0x1002": "amd", "0x8086": "intel"}
+CPU_FLAGS = re.compile(
+    r"^(sse4_2|avx|avx2|avx_vnni|avx512\w*|amx_\w+|f16c|fma|bmi2|neon|asimd\w*|sve\w*|i8mm|bf16|svei8mm)$"
+)
+# A core counts as a performance core from this share of the strongest core's capacity or clock:
+# favoured cores differ by some 10 %, efficiency cores by 40 % and more.
+PERFORMANCE_SHARE = 0.75
+
+ROOT = Path("/")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="print this host's machine file (JSON)")
+    parser.add_argument("--paths", nargs="+", default=["/var/lib/llamafleet"], metavar="PATH")
+    parser.add_argument("--driver-seconds", type=float, default=20.0)
+    parser.add_argument("--root", default="/", help="for tests: read /proc, /sys and /etc below this folder")
+    arguments = parser.parse_args()
+    global ROOT  # noqa: PLW0603 -- set once, before anything is read
+    ROOT = Path(arguments.root)
+    json.dump(machine(arguments.paths, arguments.driver_seconds), sys.stdout)
+    print()
+    return 0
+
+
+def machine(paths: list[str], driver_seconds: float) -> dict[str, Any]:
+    """The whole machine file."""
+    pci = pci_gpus()
+    answers = driver_answers(driver_seconds)
+    gpus, problems = answers["gpus"], answers["problems"]
+    if answers["no_nvml"] and (answers["driver"]["nvidia"] or any(gpu["vendor"] == "nvidia" for gpu in pci)):
+        problems.append(answers["no_nvml"])  # without NVIDIA's hardware nothing is wrong
+    name_lost_gpus(gpus, pci)
+    for gpu in gpus:
+        if gpu["problem"]:
+            problems.append(f"GPU {gpu['pci_bus_id'] or 'without a bus id'}: {gpu['problem']}")
+    problems += missing_gpus(gpus, pci)
+    return {
+        "schema": 1,
+        "hostname": platform.node(),
+        "python": platform.python_version(),
+        "os": operating_system(),
+        "package_manager": package_manager(),
+        "cpu": cpu(),
+        "memory": memory(problems),
+        "gpus": gpus,
+        "pci_gpus": pci,
+        "driver": answers["driver"],
+        "disks": [disk(path) for path in paths],
+        "problems": problems,
+    }
+
+
+def at(path: str) -> Path:
+    """An absolute path, below --root."""
+    return ROOT / path.lstrip("/")
+
+
+def psutil() -> Any:
+    """The psutil module, reading the /proc below --root."""
+    module: Any = importlib.import_module("psutil")
+    module.PROCFS_PATH = str(at("/proc"))
+    return module
+
+
+def read(path: Path | str, default: str = "") -> str:
+    """A small file's text without surrounding space; `default` where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return default
+
+
+def number(path: Path | str) -> int | None:
+    """A file that holds one decimal number; None where it does not."""
+    text = read(path)
+    return int(text) if text.isdigit() else None
+
+
+# --- system ----------------------------------------------------------------------------------
+
+
+def operating_system() -> dict[str, Any]:
+    pairs = re.findall(
+        r"^(\w+)=[\"']?(.*?)[\"']?$", read(at("/etc/os-release")) or read(at("/usr/lib/os-release")), re.M
+    )
+    release = dict(pairs)
+    return {
+        "id": release.get("ID", "unknown"),
+        "id_like": release.get("ID_LIKE", "").split(),
+        "version": release.get("VERSION_ID", ""),  # rolling distributions have none
+        "version_codename": release.get("VERSION_CODENAME") or None,
+        "arch": platform.machine(),
+        "libc": libc_version(),
+        "kernel": platform.release(),
+    }
+
+
+def libc_version() -> str:
+    """glibc's version, "2.41"; empty on musl and others."""
+    with contextlib.suppress(ValueError, OSError):
+        return (os.confstr("CS_GNU_LIBC_VERSION") or "").split()[-1]
+    return platform.libc_ver()[1]
+
+
+def package_manager() -> str | None:
+    for program, name in (("apt-get", "apt"), ("dnf", "dnf")):
+        if shutil.which(program, path="/usr/sbin:/usr/bin:/sbin:/bin"):
+            return name
+    return None
+
+
+def disk(path: str) -> dict[str, Any]:
+    """Free bytes for a service's user (root's reserve left out) where `path` is, or will be made."""
+    place = Path(os.path.abspath(path))
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        status = os.statvfs(place)
+    except OSError as error:
+        return {"path": path, "free_bytes": 0, "found": str(place), "problem": str(error)}
+    return {"path": path, "free_bytes": status.f_bavail * status.f_frsize, "found": str(place)}
+
+
+# --- processor -------------------------------------------------------------------------------
+
+
+def cpu() -> dict[str, Any]:
+    info = read(at("/proc/cpuinfo"))
+    logical = psutil().cpu_count(logical=True) or os.cpu_count() or 1
+    places = {n: core_place(n) for n in cpu_numbers(read(at("/sys/devices/system/cpu/online")))}
+    cores = set(places.values())
+    physical = len(cores) or psutil().cpu_count(logical=False) or logical
+    nodes = list(at("/sys/devices/system/node").glob("node[0-9]*"))
+    return {
+        "model": cpu_model(info),
+        "sockets": len({package for package, _ in cores}) or 1,
+        "physical_cores": physical,
+        "logical_cores": logical,
+        "performance_cores": len({places[n] for n in performance_cpus(places) if n in places}) or physical,
+        "numa_nodes": len(nodes) or 1,
+        "flags": sorted({f for f in cpu_features(info) if CPU_FLAGS.match(f)}),
+    }
+
+
+def cpu_model(info: str) -> str:
+    found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", info, re.M)
+    return (
+        found.group(1).strip()
+        if found
+        else read(at("/sys/firmware/devicetree/base/model")).rstrip("\0") or platform.machine()
+    )
+
+
+def cpu_features(info: str) -> list[str]:
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.M)
+    return found.group(1).split() if found else []
+
+
+def cpu_numbers(text: str) -> list[int]:
+    """Linux' list format, "0-3,8", as numbers."""
+    numbers: list[int] = []
+    for first, last in re.findall(r"(\d+)(?:-(\d+))?", text):
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+def core_place(cpu_number: int) -> tuple[str, str]:
+    """(package, core) of a logical CPU, from the lowest of its siblings: core ids repeat across dies."""
+    folder = at(f"/sys/devices/system/cpu/cpu{cpu_number}/topology")
+    siblings = read(folder / "core_cpus_list") or read(folder / "thread_siblings_list") or str(cpu_number)
+    return read(folder / "physical_package_id", "0"), re.split("[-,]", siblings)[0]
+
+
+def performance_cpus(numbers: Any) -> list[int]:
+    """The logical CPUs of performance cores: Intel's own list, else those near the strongest."""
+    listed = cpu_numbers(read(at("/sys/devices/cpu_core/cpus")))
+    if listed:
+        return listed
+    for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
+        strength = {n: number(at(f"/sys/devices/system/cpu/cpu{n}/{name}")) or 0 for n in numbers}
+        if strength and min(strength.values()) > 0:
+            least = PERFORMANCE_SHARE * max(strength.values())
+            return [n for n, value in strength.items() if value >= least]
+    return list(numbers)
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+def memory(problems: list[str]) -> dict[str, Any]:
+    """RAM in bytes; a container's limit counts as the total where it is lower."""
+    total, available = ram()
+    info = {
+        name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+)", read(at("/proc/meminfo")), re.M)
+    }
+    limit, used = cgroup_memory()
+    if limit is not None and limit < total:
+        problems.append(f"memory: a cgroup limits this host to {limit} of {total} bytes; the limit counts")
+        total, available = limit, max(0, min(available, limit - used))
+    return {
+        "total_bytes": total,
+        "available_bytes": available,
+        "swap_total_bytes": info.get("SwapTotal", 0) * 1024,
+        "cgroup_limit_bytes": limit,
+        "hugepages_bytes": info.get("HugePages_Total", 0) * info.get("Hugepagesize", 0) * 1024,
+    }
+
+
+def ram() -> tuple[int, int]:
+    """MemTotal and MemAvailable, bytes."""
+    memory_now = psutil().virtual_memory()
+    return int(memory_now.total), int(memory_now.available)
+
+
+def cgroup_memory() -> tuple[int | None, int]:
+    """The lowest memory limit that a service here lives under, and its use without page cache; bytes.
+
+    Limits of the probe's own slice or session do not bind a system service, so the walk starts
+    above the first systemd unit in the path and goes up. v2: `memory.max`, "max" is none; v1:
+    `memory.limit_in_bytes`, where a number of the order of 2^63 is none.
+    """
+    lowest: tuple[int | None, int] = (None, 0)
+    for folder, limit_name, use_name, cache_name in cgroup_folders():
+        limit = number(folder / limit_name)
+        if limit is None or limit >= 2**60 or (lowest[0] is not None and limit >= lowest[0]):
+            continue
+        cache = re.search(rf"^{cache_name} (\d+)$", read(folder / "memory.stat"), re.M)
+        lowest = limit, max(0, (number(folder / use_name) or 0) - int(cache.group(1) if cache else 0))
+    return lowest
+
+
+def cgroup_folders() -> Iterator[tuple[Path, str, str, str]]:
+    """Every cgroup folder above us, with the names of its limit, its use and its droppable cache."""
+    for line in read(at("/proc/self/cgroup")).splitlines():
+        hierarchy, controllers, path = line.split(":", 2)
+        parts = [part for part in path.split("/") if part]
+        units = [i for i, part in enumerate(parts) if part.endswith((".slice", ".scope", ".service"))]
+        parts = parts[: units[0]] if units else parts
+        if hierarchy == "0":
+            base, names = at("/sys/fs/cgroup"), ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = at("/sys/fs/cgroup/memory")
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        for depth in range(len(parts), -1, -1):
+            yield (base.joinpath(*parts[:depth]), *names)
+
+
+# --- GPUs ------------------------------------------------------------------------------------
+
+
+def pci_gpus() -> list[dict[str, Any]]:
+    """Display controllers (class 03xx) by bus id, driver or not: a GPU without one is still seen."""
+    found = []
+    for folder in sorted(at("/sys/bus/pci/devices").glob("*")):
+        vendor = VENDORS.get(read(folder / "vendor"))
+        if vendor and read(folder / "class").startswith("0x03"):
+            found.append({"pci_bus_id": folder.name, "vendor": vendor, "device_id": read(folder / "device")})
+    return found
+
+
+def missing_gpus(gpus: list[dict[str, Any]], pci: list[dict[str, Any]]) -> list[str]:
+    """PCI GPUs that no driver lists. Intel's are listed by PCI only, so they are no problem."""
+    listed = {gpu["pci_bus_id"] for gpu in gpus}
+    return [
+        "{} GPU {} (device {}) is on the PCI bus, but no driver lists it: install or load the driver, "
+        "or set the backend to cpu".format(gpu["vendor"], gpu["pci_bus_id"], gpu["device_id"])
+        for gpu in pci
+        if gpu["vendor"] != "intel" and gpu["pci_bus_id"] not in listed
+    ]
+
+
+def name_lost_gpus(gpus: list[dict[str, Any]], pci: list[dict[str, Any]]) -> None:
+    """NVIDIA devices without a handle get their bus id by elimination, where that is unambiguous."""
+    listed = {gpu["pci_bus_id"] for gpu in gpus}
+    free = [gpu["pci_bus_id"] for gpu in pci if gpu["vendor"] == "nvidia" and gpu["pci_bus_id"] not in listed]
+    nameless = [gpu for gpu in gpus if gpu["vendor"] == "nvidia" and not gpu["pci_bus_id"]]
+    if len(free) == len(nameless):
+        for gpu, bus_id in zip(nameless, free):  # noqa: B905 -- zip(strict=) needs Python 3.10; lengths checked
+            gpu["pci_bus_id"] = bus_id
+
+
+def driver_answers(seconds: float) -> dict[str, Any]:
+    """What `probe_gpus.py` prints. Stuck in the kernel it is abandoned, since killing may not end it."""
+    program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "probe_gpus.py")
+    command = [sys.executable, "-s", "-E", "-B", program, "--root", str(ROOT)]
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    stop_child_on_signals(child)
+    problem = ""
+    try:
+        output, errors = child.communicate(timeout=seconds)
+        return dict(json.loads(output))
+    except subprocess.TimeoutExpired:
+        child.kill()
+        problem = f"no answer within {seconds:g} s: see dmesg (Xid), a reboot is likely needed"
+    except ValueError:
+        last = errors.decode("utf-8", "replace").strip().splitlines()[-1:]
+        problem = f"the GPU reader ended with code {child.returncode}: {' '.join(last)}"
+    driver = {"nvidia": None, "cuda": None}
+    return {"gpus": [], "driver": driver, "problems": [f"GPU drivers: {problem}"], "no_nvml": None}
+
+
+def stop_child_on_signals(child: subprocess.Popen[bytes]) -> None:
+    """Ended ourselves, we end the child too: it is in its own session and would outlive us."""
+
+    def stop(number: int, _frame: Any) -> None:
+        child.kill()
+        os._exit(128 + number)
+
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(name, stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

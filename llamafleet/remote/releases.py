@@ -1,0 +1,58 @@
+"""Make a release the current one, and remove the oldest others.
+
+Contract: `releases.py KEY KEEP` links /opt/llamafleet/current to releases/KEY and then removes all
+but the KEEP newest other releases; never one that a unit names or a process runs from. Prints what
+was removed. Standard library only.
+"""
+
+import os
+import shutil
+import sys
+
+OPT = "/opt/llamafleet"
+UNITS = "/etc/systemd/system"
+GOOD = "/var/lib/llamafleet/good"
+
+
+def main(argv):
+    key, keep = argv[0], int(argv[1])
+    if not os.path.exists(f"{OPT}/releases/{key}/release.json"):
+        print(f"error: {OPT}/releases/{key} is not a complete release", file=sys.stderr)
+        return 1
+    link = f"{OPT}/.current"
+    if os.path.lexists(link):
+        os.unlink(link)
+    os.symlink(f"releases/{key}", link)
+    os.replace(link, f"{OPT}/current")
+    others = [name for name in os.listdir(f"{OPT}/releases") if name != key and not name.startswith(".")]
+    others.sort(key=lambda name: os.stat(f"{OPT}/releases/{name}").st_mtime, reverse=True)
+    for name in others[keep:]:
+        if not is_used(name):
+            shutil.rmtree(f"{OPT}/releases/{name}")
+            print(f"removed the old release {name}")
+    return 0
+
+
+def is_used(key):
+    """Does a unit, one kept to go back to, or a running process need this release?"""
+    return any(key in text for text in unit_texts()) or any(f"/releases/{key}/" in exe for exe in running())
+
+
+def unit_texts():
+    for folder, _, names in [(UNITS, None, os.listdir(UNITS)), *os.walk(GOOD)]:
+        for name in names:
+            if name.startswith("llama-server-") and name.endswith(".service"):
+                with open(f"{folder}/{name}") as file:
+                    yield file.read()
+
+
+def running():
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            yield os.readlink(f"/proc/{pid}/exe")
+        except OSError:
+            continue
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,226 @@
+"""What is installed and running on this host, beside what the probe says of the machine.
+
+Contract: one argument, a JSON object {"packages": {"apt": [names], "dnf": [names]},
+"build_cache": path | null, "paths": [paths]}; prints one JSON object {"machine": the probe's
+output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and psutil; its
+siblings probe.py, toolkits.py and lock.py lie in the same folder.
+"""
+
+import hashlib
+import json
+import os
+import pwd
+import subprocess
+import sys
+
+OPT = "/opt/llamafleet"
+VAR = "/var/lib/llamafleet"
+ETC = "/etc/llamafleet"
+UNITS = "/etc/systemd/system"
+PREFIX, SUFFIX = "llama-server-", ".service"
+
+
+def main(argv):
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import lock
+    import probe
+    import toolkits
+
+    asked = json.loads(argv[0])
+    machine = probe.probe(asked["paths"])
+    manager = machine.get("package_manager")
+    found = {
+        "euid": os.geteuid(),
+        "user": has_user("llamafleet"),
+        "missing_packages": missing_packages(manager, asked["packages"].get(manager, [])),
+        "helpers": link_name(OPT + "/helpers/current"),
+        "lock": lock.read(),
+        "releases": releases(),
+        "current": link_name(OPT + "/current"),
+        "cached_builds": cached_builds(asked["build_cache"]),
+        "models": verified_models(),
+        "instances": instances(),
+        "listeners": listeners(),
+        "device_classes": device_classes(),
+        "toolkits": toolkits.find(),
+    }
+    print(json.dumps({"machine": machine, "found": found}))
+
+
+def has_user(name):
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        return False
+    return True
+
+
+def missing_packages(manager, names):
+    """Those of the packages that are not fully installed."""
+    if not names:
+        return []
+    query = ["rpm", "-q", "--qf", "%{NAME} installed\n"] if manager == "dnf" else \
+        ["dpkg-query", "--show", "--showformat=${Package} ${db:Status-Status}\n"]  # fmt: skip
+    lines = output_of([*query, *names]).splitlines()
+    installed = {line.split()[0] for line in lines if line.endswith(" installed")}
+    return [name for name in names if name not in installed]
+
+
+def output_of(command):
+    """The command's stdout, whatever its exit status; empty where it cannot run."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.decode("utf-8", "replace")
+
+
+def link_name(path):
+    """The last part of where a link leads, or None."""
+    try:
+        return os.path.basename(os.readlink(path))
+    except OSError:
+        return None
+
+
+def releases():
+    """Finished builds: key to their release.json."""
+    return {key: record for key in listing(OPT + "/releases")
+            if (record := read_json(f"{OPT}/releases/{key}/release.json"))}  # fmt: skip
+
+
+def listing(path):
+    try:
+        return sorted(name for name in os.listdir(path) if not name.startswith("."))
+    except OSError:
+        return []
+
+
+def read_json(path):
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return None
+
+
+def cached_builds(directory):
+    if not directory:
+        return []
+    return [name[: -len(".tar")] for name in listing(directory) if name.endswith(".tar")]
+
+
+def verified_models():
+    """Model files whose checksum was verified and that have not changed since, by path."""
+    found = {}
+    for folder in listing(VAR + "/models"):
+        for name in listing(f"{VAR}/models/{folder}"):
+            path = f"{VAR}/models/{folder}/{name}"
+            record = read_json(path + ".verified") if name.endswith(".gguf") else None
+            if record and (os.stat(path).st_size, os.stat(path).st_mtime_ns) == (
+                record["size_bytes"], record["mtime_ns"],
+            ):  # fmt: skip
+                found[path] = {"size_bytes": record["size_bytes"], "sha256": record["sha256"]}
+    return found
+
+
+def instances():
+    """Every installed instance by name: its files' hashes and what runs of it."""
+    names = [name[len(PREFIX) : -len(SUFFIX)] for name in listing(UNITS)
+             if name.startswith(PREFIX) and name.endswith(SUFFIX)]  # fmt: skip
+    return {name: instance(name) for name in names}
+
+
+def instance(name):
+    unit = PREFIX + name + SUFFIX
+    shown = show(unit, "ActiveState", "SubState", "UnitFileState", "MainPID", "NRestarts", "DropInPaths",
+                 "NeedDaemonReload")  # fmt: skip
+    pid = int(shown.get("MainPID") or 0)
+    return {
+        "unit_sha256": sha256_of(f"{UNITS}/{unit}"),
+        "plan_sha256": sha256_of(f"{ETC}/instances/{name}/plan.json"),
+        "keys_sha256": sha256_of(f"{ETC}/instances/{name}/api-keys"),
+        "active": shown.get("ActiveState"),
+        "sub": shown.get("SubState"),
+        "enabled": shown.get("UnitFileState"),
+        "restarts": int(shown.get("NRestarts") or 0),
+        "drop_ins": (shown.get("DropInPaths") or "").split(),
+        "stale": shown.get("NeedDaemonReload") == "yes",
+        "pid": pid,
+        "argv": argv_of(pid),
+        "exe": exe_of(pid),
+    }
+
+
+def show(unit, *properties):
+    lines = output_of(["systemctl", "show", "--property=" + ",".join(properties), unit]).splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def sha256_of(path):
+    try:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
+    except OSError:
+        return None
+
+
+def argv_of(pid):
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().decode("utf-8", "surrogateescape").split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def exe_of(pid):
+    try:
+        return os.readlink(f"/proc/{pid}/exe")
+    except OSError:
+        return None
+
+
+def listeners():
+    """TCP ports that a process of this host listens on."""
+    import psutil
+
+    found = []
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN:
+            pid = connection.pid or 0
+            found.append({"address": connection.laddr.ip, "port": connection.laddr.port, "pid": pid,
+                          "process": process_name(pid), "unit": unit_of(pid)})  # fmt: skip
+    return found
+
+
+def process_name(pid):
+    try:
+        with open(f"/proc/{pid}/comm") as file:
+            return file.read().strip()
+    except OSError:
+        return None
+
+
+def unit_of(pid):
+    """The systemd unit a process belongs to, from its cgroup; None outside any."""
+    try:
+        with open(f"/proc/{pid}/cgroup") as file:
+            parts = [part for line in file for part in line.strip().split("/")]
+    except OSError:
+        return None
+    services = [part for part in parts if part.endswith(SUFFIX)]
+    return services[-1] if services else None
+
+
+def device_classes():
+    """Character device classes of GPUs, as /proc/devices names them on this very driver."""
+    try:
+        with open("/proc/devices") as file:
+            names = [line.split()[1] for line in file.read().split("Block devices:")[0].splitlines()[1:] if line.strip()]
+    except OSError:
+        return []
+    return sorted({name for name in names if name.startswith(("nvidia", "drm", "kfd"))})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

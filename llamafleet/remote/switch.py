@@ -1,0 +1,155 @@
+"""Switch one instance to a new unit, or back where the new one does not serve.
+
+Contract: `switch.py install NAME` takes the staged files of /var/lib/llamafleet/staged/NAME (the unit,
+plan.json, api-keys where there are keys), keeps the installed ones aside, installs, starts, runs
+the gate and, where it fails, puts the old ones back and proves that they serve again. `switch.py
+remove NAME` stops and removes an instance. Log lines on stdout; the last one of a failure begins
+with `error: `. Exit 0 done, 1 failed. Killed at any point it can simply be run again: what is kept
+aside is the last set of files that passed the gate. Root, standard library only.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+UNITS = "/etc/systemd/system"
+INSTANCES = "/etc/llamafleet/instances"
+STAGED = "/var/lib/llamafleet/staged"
+GOOD = "/var/lib/llamafleet/good"
+GATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "gate.py")
+
+
+class Failed(Exception):
+    """The switch cannot go on; the text is for the operator."""
+
+
+def unit_of(name):
+    return f"llama-server-{name}.service"
+
+
+def installed(name):
+    """Where the files of an instance are installed, with their modes."""
+    return {
+        unit_of(name): (f"{UNITS}/{unit_of(name)}", 0o644),
+        "plan.json": (f"{INSTANCES}/{name}/plan.json", 0o644),
+        "api-keys": (f"{INSTANCES}/{name}/api-keys", 0o600),
+    }
+
+
+def put(name, source):
+    """Install the files of a folder: each replaced as a whole, absent ones removed."""
+    os.makedirs(f"{INSTANCES}/{name}", mode=0o755, exist_ok=True)
+    for file, (target, mode) in installed(name).items():
+        if os.path.exists(f"{source}/{file}"):
+            shutil.copyfile(f"{source}/{file}", target + ".new")
+            os.chmod(target + ".new", mode)
+            os.replace(target + ".new", target)
+        elif os.path.exists(target):
+            os.unlink(target)
+    systemctl("daemon-reload")
+
+
+def keep(name):
+    """Note the installed files as the last good ones: they have passed the gate."""
+    shutil.rmtree(f"{GOOD}/{name}.new", ignore_errors=True)
+    os.makedirs(f"{GOOD}/{name}.new", mode=0o700)
+    for file, (target, _) in installed(name).items():
+        if os.path.exists(target):
+            shutil.copy2(target, f"{GOOD}/{name}.new/{file}")
+    shutil.rmtree(f"{GOOD}/{name}", ignore_errors=True)
+    os.rename(f"{GOOD}/{name}.new", f"{GOOD}/{name}")
+
+
+def systemctl(*words):
+    subprocess.run(["systemctl", *words], check=True)
+
+
+def verify(name):
+    """Raises Failed where systemd itself finds fault with the staged unit."""
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--recursive-errors=no", f"{STAGED}/{name}/{unit_of(name)}"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise Failed(f"systemd-analyze verify refuses the unit: {done.stdout.strip()}")
+
+
+def start_and_check(name):
+    """The gate's verdict after a restart: None, or what failed as text."""
+    systemctl("enable", "--quiet", unit_of(name))
+    # Fails where there is nothing to forget, which is as good.
+    subprocess.run(["systemctl", "reset-failed", unit_of(name)], stderr=subprocess.DEVNULL)
+    systemctl("restart", "--no-block", unit_of(name))
+    done = subprocess.run(
+        [sys.executable, "-I", GATE, "check", f"{INSTANCES}/{name}/plan.json"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        checks = json.loads(done.stdout)["checks"]
+    except ValueError:
+        return f"the gate itself failed with exit code {done.returncode}"
+    for check in checks:
+        print(f"gate {check['name']}: {'ok' if check['ok'] else 'FAILED'}", flush=True)
+    bad = [check for check in checks if not check["ok"]]
+    if not bad:
+        return None
+    return f"{bad[0]['name']}: expected {bad[0]['expected']}, found {bad[0]['found']} ({bad[0]['hint']})"
+
+
+def journal(name):
+    """The last lines that the unit logged, for the operator."""
+    done = subprocess.run(
+        ["journalctl", "--quiet", "--no-pager", "--output=cat", "--lines=15", "--unit", unit_of(name)],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return done.stdout.rstrip()
+
+
+def install(name):
+    print(f"checking the staged unit {unit_of(name)}", flush=True)
+    verify(name)
+    put(name, f"{STAGED}/{name}")
+    print(f"starting {unit_of(name)}", flush=True)
+    problem = start_and_check(name)
+    if problem is None:
+        keep(name)
+        shutil.rmtree(f"{STAGED}/{name}")
+        return
+    print(journal(name), flush=True)
+    raise Failed(f"{unit_of(name)} did not pass the gate: {problem}; {go_back(name)}")
+
+
+def go_back(name):
+    """Restore the last good files; says what came of it."""
+    if not os.path.isdir(f"{GOOD}/{name}"):
+        systemctl("disable", "--quiet", "--now", unit_of(name))
+        return f"there was no previous one, so it was stopped; its log: journalctl -u {unit_of(name)}"
+    put(name, f"{GOOD}/{name}")
+    problem = start_and_check(name)
+    if problem is None:
+        return "the previous one was put back and serves"
+    return f"the previous one was put back but does not serve either: {problem}"
+
+
+def remove(name):
+    systemctl("disable", "--quiet", "--now", unit_of(name))
+    os.unlink(f"{UNITS}/{unit_of(name)}")
+    for folder in (f"{INSTANCES}/{name}", f"{GOOD}/{name}", f"{STAGED}/{name}"):
+        shutil.rmtree(folder, ignore_errors=True)
+    systemctl("daemon-reload")
+
+
+def main(argv):
+    verb, name = argv
+    try:
+        {"install": install, "remove": remove}[verb](name)
+    except (Failed, OSError, subprocess.CalledProcessError) as error:
+        print(f"error: {error}", flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,131 @@
+"""What has to be done on a host: what is wanted against what was found."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from llamafleet.found import Found, FoundInstance, Listener
+
+WILDCARDS = ("0.0.0.0", "::", "")
+
+
+@dataclass(frozen=True)
+class Service:
+    """One instance as it should be installed: the whole unit, its plan, its keys."""
+
+    name: str
+    address: str
+    port: int
+    unit_text: str
+    plan_json: str
+    # The keys themselves: never shown, hence no part of the representation.
+    keys: str | None
+    argv: tuple[str, ...]
+    release: str
+
+    def __repr__(self) -> str:
+        return f"Service({self.name})"
+
+    @property
+    def unit(self) -> str:
+        return f"llama-server-{self.name}.service"
+
+
+def differences(service: Service, found: FoundInstance | None) -> tuple[str, ...]:
+    """Why this instance must be installed or started again; empty where it is as it should be."""
+    if found is None:
+        return ("it is not installed",)
+    reasons = []
+    if found.unit_sha256 != sha256(service.unit_text):
+        reasons.append("its unit differs")
+    if found.plan_sha256 is None:
+        reasons.append("its plan.json is missing")
+    if found.keys_sha256 != (sha256(service.keys) if service.keys is not None else None):
+        reasons.append("its API keys differ")
+    if found.drop_ins:
+        reasons.append(f"drop-ins change its unit: {', '.join(found.drop_ins)}")
+    if found.enabled != "enabled":
+        reasons.append(f"it is {found.enabled or 'not enabled'}")
+    if found.active != "active":
+        reasons.append(f"it is {found.active or 'not active'}")
+    elif found.argv != service.argv:
+        reasons.append("it runs with other arguments")
+    elif found.exe is not None and not found.exe.startswith(service.release + "/"):
+        reasons.append(f"it runs {found.exe}")
+    return tuple(reasons)
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def port_conflict(service: Service, listeners: Sequence[Listener]) -> Listener | None:
+    """Who else listens where this instance should, our own unit apart."""
+    for one in listeners:
+        overlaps = one.address == service.address or {one.address, service.address} & set(WILDCARDS)
+        if one.port == service.port and overlaps and one.unit != service.unit:
+            return one
+    return None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What to do on one host, empty where everything is as it should be."""
+
+    helpers: bool
+    user: bool
+    packages: tuple[str, ...]
+    toolkit: bool
+    build: bool
+    # Folders of models to fetch.
+    models: tuple[str, ...]
+    # Instances to install or restart, with the reasons.
+    services: Mapping[str, tuple[str, ...]]
+    removed: tuple[str, ...]
+    current: bool
+
+    @property
+    def any(self) -> bool:
+        """Is there anything to do?"""
+        parts = (self.helpers, self.user, self.packages, self.toolkit, self.build, self.models, self.services,
+                 self.removed, self.current)  # fmt: skip
+        return any(bool(part) for part in parts)
+
+
+def compare(
+    found: Found,
+    *,
+    helpers: str,
+    key: str,
+    toolkit: bool,
+    packages: tuple[str, ...],
+    model_files: Mapping[str, Mapping[str, str | None]],
+    services: Sequence[Service],
+) -> Work:
+    """Compare what is wanted with what was found.
+
+    `key` is the wanted build; `toolkit` says whether one must be installed to make it; `packages` are
+    the missing distribution packages;
+    `model_files` maps a model folder to its files' paths and their sha256 (None: any verified).
+    """
+    reasons = {service.name: differences(service, found.instances.get(service.name)) for service in services}
+    build = key not in found.releases
+    return Work(
+        helpers=found.helpers != helpers,
+        user=not found.user,
+        packages=packages,
+        toolkit=toolkit,
+        build=build,
+        models=tuple(folder for folder, files in model_files.items() if not _complete(files, found)),
+        services={name: why for name, why in reasons.items() if why},
+        removed=tuple(name for name in found.instances if name not in reasons),
+        current=found.current != key,
+    )
+
+
+def _complete(files: Mapping[str, str | None], found: Found) -> bool:
+    return all(
+        path in found.models and sha256 in (None, found.models[path]) for path, sha256 in files.items()
+    )

@@ -1,0 +1,62 @@
+"""Reading a host: what machine it is and what is installed and running there."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+from pyinfra.api.host import Host
+
+from llamafleet import payload
+from llamafleet.found import Found
+from llamafleet.machine import Machine
+from tasks import remote
+
+# Exit status of the quick try where the host does not have our helpers (of this version).
+NO_HELPERS = 96
+
+
+@dataclass(frozen=True)
+class Survey:
+    """One reading of a host."""
+
+    machine: Machine
+    found: Found
+
+
+def survey(host: Host, packages: dict[str, tuple[str, ...]], build_cache: str | None) -> Survey:
+    """Read the host: by its installed helpers where they are of this version, else by a copy that
+    is sent to a temporary folder and removed afterwards, so that a bare host can be read too.
+
+    `packages` are the wanted distribution packages by package manager. Raises
+    `remote.RemoteError` with what the host said, and `payload.PayloadError`.
+    """
+    asked = json.dumps({"packages": packages, "build_cache": build_cache, "paths": ["/opt", "/var/lib/llamafleet"]})
+    read = _by_helpers(host, asked) or _by_copy(host, asked)
+    return Survey(Machine.from_json(read["machine"]), Found.from_json(read["found"]))
+
+
+def _by_helpers(host: Host, asked: str) -> Any | None:
+    folder = f"{remote.HELPERS}/{payload.helpers_key()}"
+    ok, out, err = remote.run(
+        host,
+        f"test -f {folder}/survey.py || exit {NO_HELPERS}; python3 -I {folder}/survey.py {shlex.quote(asked)}",
+    )
+    if ok and out:
+        return json.loads(out[-1])
+    if out or err:
+        raise remote.RemoteError(f"cannot read the host: {remote.explain(out, err)}")
+    return None
+
+
+def _by_copy(host: Host, asked: str) -> Any:
+    ok, out, err = remote.run(host, "uname -m")
+    arch = out[-1].strip() if ok and out else platform.machine()
+    if not ok:
+        raise remote.RemoteError(f"cannot run commands on the host: {remote.explain(out, err)}")
+    path = remote.temporary(host, ".zip")
+    remote.upload(host, payload.probe_zip(arch), path)
+    return remote.run_json(host, payload.run_command(path, "survey.py", asked))

@@ -1,0 +1,48 @@
+"""Stage: the models' files, downloaded, verified, and only then given their names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyinfra.api.deploy import deploy
+
+from tasks import operations, sources
+from tasks.situation import Serving, Situation, situation
+
+# A tmpfs: the token is on the host only while it downloads.
+TOKEN = "/run/llamafleet/hub-token.curl"
+
+
+@deploy("Fetch the models")
+def model() -> None:
+    """Every model that is not there yet; instances may share one."""
+    now = situation()
+    if now is None:
+        return
+    token = sources.hub_token(now.settings)
+    for folder, serving in {one.folder: one for one in now.servings}.items():
+        needed = folder in now.work.models
+        first = serving.model.files[0].name
+        operations.stage_secret(
+            name=f"Lend the Hub token for {first}", needed=needed and token is not None, path=TOKEN,
+            text=f'header = "Authorization: Bearer {token}"\n',
+        )  # fmt: skip
+        operations.run_job(
+            name=f"Fetch {first}", needed=needed, job=f"fetch-{serving.model.folder}", program="fetch.py",
+            spec=spec(now, serving, token is not None), remove_after=TOKEN if token is not None else None,
+        )  # fmt: skip
+
+
+def spec(now: Situation, serving: Serving, with_token: bool) -> dict[str, Any]:
+    """What `llamafleet/remote/fetch.py` needs to know."""
+    return {
+        "directory": serving.folder,
+        "owner": None,
+        "files": [
+            {"name": file.name, "urls": [file.url, *file.mirrors], "size_bytes": file.size_bytes, "sha256": file.sha256}
+            for file in serving.model.files
+        ],
+        "curl_config": TOKEN if with_token else None,
+        "token_origin": now.settings.hub_endpoint,
+        "reserve_bytes": 1024**3,
+    }

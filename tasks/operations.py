@@ -1,0 +1,193 @@
+"""Changing a host. Each operation yields commands only where something is to be done; what that is
+was decided before, in `tasks/situation.py`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Generator
+from io import BytesIO, StringIO
+from typing import Any
+
+from pyinfra import logger
+from pyinfra.api import FileUploadCommand, FunctionCommand, StringCommand, operation
+from pyinfra.api.host import Host
+from pyinfra.api.state import State
+
+from llamafleet import payload
+from tasks import remote
+
+Commands = Generator[StringCommand | FileUploadCommand | FunctionCommand, None, None]
+
+FOLDERS = {
+    "/opt/llamafleet": "0755", "/opt/llamafleet/helpers": "0755", "/opt/llamafleet/releases": "0755",
+    "/var/lib/llamafleet": "0755", "/var/lib/llamafleet/models": "0755", "/var/lib/llamafleet/jobs": "0750",
+    "/var/lib/llamafleet/staged": "0700", "/var/lib/llamafleet/good": "0700",
+    "/etc/llamafleet": "0755", "/etc/llamafleet/instances": "0755", "/run/llamafleet": "0755",
+}  # fmt: skip
+
+
+@operation()
+def create_user(needed: bool) -> Commands:
+    """The system user that the services run as: no shell, no home."""
+    if needed:
+        yield StringCommand(
+            "useradd --system --user-group --home-dir /nonexistent --no-create-home --shell /usr/sbin/nologin "
+            "--comment 'llama-server instances' llamafleet"
+        )
+
+
+@operation()
+def install_helpers(needed: bool, arch: str) -> Commands:
+    """Our helper programs with their pinned libraries, in a folder of their own; then the link."""
+    if not needed:
+        return
+    key = payload.helpers_key()
+    folder = f"{remote.HELPERS}/{key}"
+    for path, mode in FOLDERS.items():
+        yield StringCommand(f"install -d -m {mode} {path}")
+    yield FileUploadCommand(BytesIO(payload.helpers_zip(arch)), f"{remote.HELPERS}/{key}.zip")
+    yield StringCommand(
+        f"rm -rf {folder}.new && python3 -I -m zipfile -e {folder}.zip {folder}.new"
+        f" && chmod -R u=rwX,go=rX {folder}.new && rm -rf {folder} && mv {folder}.new {folder}"
+        f" && ln -sfn {key} {remote.HELPERS}/.current && mv -T {remote.HELPERS}/.current {remote.HELPERS}/current"
+        f" && rm {folder}.zip"
+        f" && find {remote.HELPERS} -mindepth 1 -maxdepth 1 -type d ! -name {key} -exec rm -rf {{}} +"
+    )
+
+
+@operation()
+def take_lock(needed: bool) -> Commands:
+    """This run's lock on the host: of two runs at once the second is told who holds it."""
+    if needed:
+        yield FunctionCommand(_take_lock, (), {})
+
+
+def _take_lock(state: State, host: Host) -> bool:
+    holder, over = remote.this_run(), []
+    for _ in range(2):
+        ok, out, err = remote.run(host, remote.program("lock.py", "take", json.dumps(holder), *over))
+        if ok:
+            return True
+        if not out:
+            return _fail(host, f"the host's lock cannot be taken: {remote.explain(out, err)}")
+        other = json.loads(out[-1])
+        if not remote.is_ours_or_dead(other):
+            return _fail(host, remote.held_by(other))
+        over = ["--over", other["run"]]
+    return _fail(host, "the host's lock was taken by another run in the same moment: try again")
+
+
+def _fail(host: Host, text: str) -> bool:
+    host.log_styled(text, fg="red", log_func=logger.error)
+    return False
+
+
+@operation()
+def release_lock(needed: bool) -> Commands:
+    """Give the host's lock back."""
+    if needed:
+        yield remote.program("lock.py", "release", remote.this_run()["run"])
+
+
+@operation()
+def checkout(needed: bool, repository: str, commit: str, folder: str) -> Commands:
+    """A git checkout at exactly this commit; fetches that commit alone, and only where it is missing."""
+    if not needed:
+        return
+    git = f"git -C {shlex.quote(folder)}"
+    source = shlex.quote(repository)
+    yield StringCommand(f"test -d {shlex.quote(folder)}/.git || git init --quiet {shlex.quote(folder)}")
+    # A shallow.lock or index.lock of a git that was killed would stop every later one.
+    yield StringCommand(f"rm -f {shlex.quote(folder)}/.git/*.lock")
+    yield StringCommand(
+        f"{git} cat-file -e {commit}^{{commit}} 2>/dev/null || {git} fetch --quiet --depth 1 {source} {commit}"
+        f" || {{ echo 'llama_cpp_ref: {source} does not give commit {commit} to this host' >&2; exit 1; }}"
+    )
+    yield StringCommand(f"{git} checkout --quiet --force --detach {commit} && {git} clean --quiet -ffdx")
+
+
+@operation()
+def run_job(
+    needed: bool,
+    job: str,
+    program: str,
+    arguments: tuple[str, ...] = (),
+    spec: dict[str, Any] | None = None,
+    remove_after: str | None = None,
+) -> Commands:
+    """Run one of our helper programs detached: a lost connection loses nothing, and a run that comes
+    later follows the job where it still works.
+
+    `spec` is sent as a file, whose path becomes the first argument; `remove_after` is a file on the
+    host that is removed as soon as the job has ended, whether or not we still look.
+    """
+    if not needed:
+        return
+    if spec is not None:
+        path = f"/var/lib/llamafleet/jobs/{job}.json"
+        yield FileUploadCommand(StringIO(json.dumps(spec)), path)
+        arguments = (path, *arguments)
+    command = ["python3", "-s", "-E", "-B", f"{remote.HELPERS}/current/{program}", *arguments]
+    if remove_after:
+        command = ["sh", "-c", '"$@"; code=$?; rm -f "$0"; exit $code', remove_after, *command]
+    yield FunctionCommand(_follow, (job, command), {})
+
+
+def _follow(state: State, host: Host, job: str, command: list[str]) -> bool:
+    """Start or join the job, show its progress, and fail with the end of its log."""
+    seen = remote.run_json(host, remote.program("job.py", "start", job, "--", *command))
+    said = ""
+    while seen["state"] == "running":
+        if seen["line"] != said and seen["line"]:
+            said = seen["line"]
+            host.log(said[:200])
+        remote.run(host, remote.program("lock.py", "refresh", remote.this_run()["run"]))
+        seen = remote.run_json(host, remote.program("job.py", "follow", job, f"--seen={said}", "--seconds", "15"))
+    if seen["state"] == "ended" and seen["exit_code"] == 0:
+        return True
+    how = f"exit code {seen['exit_code']}" if seen["state"] == "ended" else "it was killed"
+    tail = seen["tail"]
+    errors = [number for number, line in enumerate(tail) if line.startswith("error: ")]
+    text = "\n".join(tail[errors[-1] :] if errors else tail[-15:])
+    return _fail(host, f"{job} failed ({how}): {text}\nwhole log: /var/lib/llamafleet/jobs/{job}.log")
+
+
+@operation()
+def stage_secret(needed: bool, path: str, text: str | None) -> Commands:
+    """A secret file on the host, mode 0600, in a folder that root alone may enter. The text is in no
+    command, no diff and no log."""
+    if needed and text is not None:
+        folder = shlex.quote(path.rsplit("/", 1)[0])
+        # By standard input: an upload under sudo would pass through a temporary file of the user.
+        yield StringCommand(
+            f"umask 077 && mkdir -p {folder} && cat > {shlex.quote(path)}.new"
+            f" && mv {shlex.quote(path)}.new {shlex.quote(path)}",
+            _stdin=text.rstrip("\n"),
+        )
+
+
+@operation()
+def stage_files(needed: bool, folder: str, files: dict[str, str], keys: str | None) -> Commands:
+    """The new files of an instance in a folder that root alone may enter, before the switch."""
+    if not needed:
+        return
+    quoted = shlex.quote(folder)
+    yield StringCommand(f"rm -rf {quoted} && install -d -m 0700 {quoted}")
+    for name, text in files.items():
+        yield FileUploadCommand(StringIO(text), f"{folder}/{name}")
+    if keys is not None:
+        yield from stage_secret._inner(True, f"{folder}/api-keys", keys)  # type: ignore[attr-defined]
+
+
+@operation()
+def make_current(needed: bool, key: str, keep: int) -> Commands:
+    """Link the release as the current one, and remove the oldest that nothing runs from."""
+    if needed:
+        yield remote.program("releases.py", key, str(keep))
+
+
+@operation()
+def remove_instance(instance: str) -> Commands:
+    """Stop and remove an instance that the inventory no longer names; its model stays."""
+    yield remote.program("switch.py", "remove", instance)

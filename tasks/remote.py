@@ -1,0 +1,149 @@
+"""Running our helper programs on a host, over whatever connector pyinfra has for it."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import shlex
+import socket
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+from paramiko import SSHException
+from pyinfra import logger
+from pyinfra.api.arguments import CONNECTOR_ARGUMENT_KEYS, pop_global_arguments
+from pyinfra.api.command import StringCommand
+from pyinfra.api.exceptions import ConnectError
+from pyinfra.api.host import Host
+
+HELPERS = "/opt/llamafleet/helpers"
+# A connection that breaks is made again this often, this many seconds apart, before we give up.
+RECONNECTS, RECONNECT_SECONDS = 20, 3.0
+
+T = TypeVar("T")
+
+
+class RemoteError(Exception):
+    """A program on the host failed; the text names what, its exit status and what it said."""
+
+
+def program(name: str, *arguments: str) -> StringCommand:
+    """The command that runs one of our installed helpers with the host's own Python."""
+    words = ["python3", "-s", "-E", "-B", f"{HELPERS}/current/{name}", *arguments]
+    return StringCommand(" ".join(shlex.quote(word) for word in words))
+
+
+def run(host: Host, command: StringCommand | str) -> tuple[bool, list[str], list[str]]:
+    """Run a command with the host's own sudo settings: success, stdout lines, stderr lines."""
+    if isinstance(command, str):
+        command = StringCommand(command)
+    ok, output = reconnecting(host, lambda: host.run_shell_command(command, **_arguments(host)))
+    return ok, output.stdout_lines, output.stderr_lines
+
+
+def run_json(host: Host, command: StringCommand | str) -> Any:
+    """The JSON that a command prints as its last line; `RemoteError` where it fails."""
+    ok, out, err = run(host, command)
+    if not ok or not out:
+        raise RemoteError(explain(out, err))
+    return json.loads(out[-1])
+
+
+def explain(out: list[str], err: list[str]) -> str:
+    """What a failed command said, and for known cases the way out."""
+    said = "\n".join(line for line in [*err, *out] if line.strip()) or "it said nothing"
+    if "python3" in said and "not found" in said:
+        return "python3 is missing on the host: install it (apt-get install python3, dnf install python3)"
+    if "sudo" in said and ("password is required" in said or "not in the sudoers" in said):
+        return f"sudo does not work for this user ({said}): allow it, or connect as root (ssh_user)"
+    return said
+
+
+def upload(host: Host, content: bytes, path: str) -> None:
+    """Put bytes into a file of the host, as the connecting user; nothing is logged."""
+    if not reconnecting(host, lambda: host.put_file(BytesIO(content), path)):
+        raise RemoteError(f"cannot write {path} on the host: is its disk full or read-only?")
+
+
+def temporary(host: Host, suffix: str) -> str:
+    """A fresh path in the host's temporary folder."""
+    return host.get_temp_filename(f"llamafleet-{uuid.uuid4()}") + suffix
+
+
+def reconnecting(host: Host, action: Callable[[], T]) -> T:
+    """The action's result; a broken connection is made again and the action repeated."""
+    for attempt in range(RECONNECTS):
+        try:
+            return action()
+        except (OSError, EOFError, SSHException, ConnectError) as error:
+            if attempt == RECONNECTS - 1:
+                raise
+            logger.warning(f"{host.print_prefix}the connection broke ({error}); connecting again")
+            time.sleep(RECONNECT_SECONDS)
+            _connect_again(host)
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _connect_again(host: Host) -> None:
+    try:
+        host.disconnect()
+    except (OSError, EOFError, SSHException):
+        pass  # closing what is broken may fail; what counts is the new connection
+    host.connected = False
+    host.connect(reason="again", show_errors=False)
+
+
+def _arguments(host: Host) -> dict[str, Any]:
+    """sudo, su and the like for this host, as pyinfra resolves them for an operation."""
+    found, _ = pop_global_arguments(host.state, host, {})
+    return {key: value for key, value in found.items() if key in CONNECTOR_ARGUMENT_KEYS}
+
+
+def this_run() -> dict[str, Any]:
+    """Who this run is, for the host's lock: told to others that find it held."""
+    return _THIS_RUN
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+_THIS_RUN: dict[str, Any] = {
+    "run": str(uuid.uuid4()),
+    "who": f"{getpass.getuser()}@{socket.gethostname()}",
+    # The same machine and boot: then we can see whether the holder's process is still there.
+    "machine": f"{socket.gethostname()} {_boot_id()}",
+    "pid": os.getpid(),
+    "pid_started": psutil.Process().create_time(),
+    "began": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+}
+
+
+def is_ours_or_dead(holder: Mapping[str, Any]) -> bool:
+    """May we take the lock from this holder: is it us, or a process of this machine that is gone?"""
+    if holder["run"] == _THIS_RUN["run"]:
+        return True
+    if holder.get("machine") != _THIS_RUN["machine"]:
+        return False
+    try:
+        return abs(psutil.Process(holder["pid"]).create_time() - holder["pid_started"]) > 1.0
+    except psutil.NoSuchProcess:
+        return True
+
+
+def held_by(holder: Mapping[str, Any]) -> str:
+    """The sentence for somebody who finds the lock held."""
+    return (
+        f"{holder['who']} (pid {holder.get('pid')}) is deploying to this host since {holder.get('began')}, "
+        f"last seen {holder['age_seconds']:.0f} s ago: wait for it; a run that died elsewhere loses the lock "
+        "after 15 minutes, or remove /run/llamafleet/lock.json"
+    )

@@ -1,0 +1,95 @@
+"""What is installed as text: the unit, from its Jinja template, and the record beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from llamafleet.builds import MIB, Build
+from llamafleet.flags import unit_escape
+from llamafleet.plan import Plan
+from llamafleet.settings import Instance
+from tasks.facts import Survey
+from tasks.sources import Model
+
+TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
+_environment = Environment(
+    loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    keep_trailing_newline=True, autoescape=False,  # noqa: S701 - units and scripts, not HTML
+)  # fmt: skip
+
+# Loading at less than this is called hanging, bytes a second: a slow hard disk.
+SLOWEST_LOAD = 80 * MIB
+# Before a server answers: start, warm-up, GPU initialisation, seconds.
+START_SECONDS = 60
+# Above the planned host memory, for what a process needs beside its model: share and bytes.
+MEMORY_MARGIN, MEMORY_SPARE = 1.1, 1024 * MIB
+
+
+def health_seconds(model: Model) -> int:
+    """How long an instance may load, from the size of its model."""
+    return START_SECONDS + model.header.file_bytes_total // SLOWEST_LOAD
+
+
+def plan_record(
+    instance: Instance, plan: Plan, build: Build, model: Model, path: str, argv: tuple[str, ...]
+) -> dict[str, Any]:
+    """plan.json: what was decided, what is checked, and of what it was made.
+
+    `identity` is a hash of everything that makes a difference to the running service; the ledger's
+    free bytes, which drift from run to run, do not.
+    """
+    gate = {
+        "unit": instance.unit,
+        "argv": list(argv),
+        "url": f"http://{url_host(instance.listen)}:{instance.port}",
+        "api_keys": f"/etc/llamafleet/instances/{instance.name}/api-keys" if instance.api_key_file else None,
+        "health_seconds": health_seconds(model),
+        "context_tokens": plan.context_tokens,
+        "slots": plan.slots,
+        "gpus": [{"uuid": gpu.uuid, "name": gpu.name, "planned_bytes": planned} for gpu, planned in plan.gpu_bytes],
+    }
+    files = [{"path": f"{path.rsplit('/', 1)[0]}/{file.name}", "size_bytes": file.size_bytes, "sha256": file.sha256}
+             for file in model.files]  # fmt: skip
+    record = {
+        "schema": 1,
+        "name": instance.name,
+        "source": instance.source,
+        "release": build.key,
+        "commit": build.commit,
+        "backend": build.backend,
+        "files": files,
+        "gate": gate,
+    }
+    identity = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+    return {**record, "identity": identity, "plan": plan.to_json()}
+
+
+def url_host(address: str) -> str:
+    """The address as it stands in a URL that reaches it from the host itself."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+    return f"[{reachable}]" if ":" in reachable else reachable
+
+
+def unit(instance: Instance, plan: Plan, build: Build, survey: Survey, record: dict[str, Any]) -> str:
+    """The whole unit file of an instance."""
+    gate = record["gate"]
+    return _environment.get_template("llama-server.service.j2").render(
+        instance=instance,
+        identity=record["identity"],
+        source=instance.source,
+        command=[unit_escape(argument) for argument in gate["argv"]],
+        wait=[unit_escape(word) for word in ("/opt/llamafleet/helpers/current/gate.py", "wait", gate["url"],
+                                             str(gate["health_seconds"]))],  # fmt: skip
+        start_seconds=gate["health_seconds"] + 30,
+        api_keys=gate["api_keys"],
+        gpu=bool(plan.gpu_bytes),
+        cuda=build.backend == "cuda",
+        device_classes=survey.found.device_classes,
+        memory_max_bytes=int(plan.host_bytes * MEMORY_MARGIN) + MEMORY_SPARE,
+        memory_swap_max="infinity" if plan.swap_allowed else "0",
+    )

@@ -1,0 +1,218 @@
+"""One host's situation: what is wanted, what was found, what is to be done.
+
+Decided once for each host, in pyinfra's prepare phase, and handed to the stages as values: facts
+are not cached by pyinfra and operations run again when they execute.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gevent.lock import RLock
+from pyinfra import logger
+from pyinfra.api.exceptions import PyinfraError
+from pyinfra.api.host import Host
+from pyinfra.context import ctx_host
+
+from llamafleet import builds, flags, payload, toolkit
+from llamafleet.builds import Build
+from llamafleet.gguf import GgufError
+from llamafleet.machine import MachineError
+from llamafleet.plan import Plan, Refusal, plan_host, resolve_backend
+from llamafleet.settings import Instance, Settings, SettingsError
+from llamafleet.sources import SourceError
+from llamafleet.work import Service, Work, compare, port_conflict
+from tasks import facts, remote, render, sources
+
+MODELS = "/var/lib/llamafleet/models"
+
+
+class Refused(Exception):
+    """This host is left out of the run; the text gives the reason and the way out."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """One instance with everything decided about it."""
+
+    instance: Instance
+    model: sources.Model
+    folder: str
+    plan: Plan
+    service: Service
+
+    @property
+    def path(self) -> str:
+        """The model's (first) file on the host."""
+        return f"{self.folder}/{self.model.files[0].name}"
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Everything the stages need to know of one host."""
+
+    settings: Settings
+    survey: facts.Survey
+    build: Build
+    install_toolkit: toolkit.Install | None
+    servings: tuple[Serving, ...]
+    work: Work
+
+    @property
+    def manager(self) -> str:
+        return self.survey.machine.package_manager or ""
+
+
+_situations: dict[Host, Situation | None] = {}
+_guard: dict[Host, RLock] = {}
+
+
+def situation() -> Situation | None:
+    """The current host's situation; None where the host was refused, which has then been said."""
+    host = ctx_host.get()
+    assert host is not None, "stages run inside pyinfra, which sets the host"
+    with _guard.setdefault(host, RLock()):
+        if host not in _situations:
+            _situations[host] = _decide_or_refuse(host)
+    return _situations[host]
+
+
+EXPECTED = (Refused, SettingsError, MachineError, SourceError, GgufError, sources.LookupFailed,
+            remote.RemoteError, payload.PayloadError)  # fmt: skip
+
+
+def _decide_or_refuse(host: Host) -> Situation | None:
+    try:
+        return decide(host)
+    except EXPECTED as error:
+        problems = error.problems if isinstance(error, SettingsError) else [str(error)]
+        for problem in problems:
+            host.log_styled(f"refused: {problem}", fg="red", log_func=logger.error)
+        try:
+            host.state.fail_hosts({host})
+        except PyinfraError as last:
+            logger.error(f"{host.print_prefix}{last}")
+            raise
+        return None
+
+
+def decide(host: Host) -> Situation:
+    """Read the host, plan its instances, and compare. Raises one of `EXPECTED`."""
+    settings = Settings.from_data(_own_data(host))
+    survey = facts.survey(host, _all_packages(), settings.build_cache)
+    machine, found = survey.machine, survey.found
+    _check_access(survey)
+    backend = resolve_backend(machine, settings)
+    if isinstance(backend, Refusal):
+        raise Refused(_refusal("the host", backend))
+    commit = sources.commit(settings)
+    models = [(instance, sources.model(instance, settings)) for instance in settings.models]
+    plans = plan_host(machine, [(instance, model.header) for instance, model in models], settings)
+    for instance, plan in zip(settings.models, plans, strict=True):
+        if isinstance(plan, Refusal):
+            raise Refused(_refusal(f"models: {instance.name}", plan))
+    kits = _toolkit(backend, settings, survey)
+    build = Build(
+        commit=commit, backend=backend, toolkit=kits.identity if kits else None,
+        architectures=toolkit.architectures(machine) if backend == "cuda" else (),
+        machine_arch=machine.os.arch, libc=machine.os.libc, cpu_flags=machine.cpu.flags,
+        kv_types=tuple(sorted({kv for instance in settings.models for kv in instance.kv_types})),
+        ui=settings.build_ui, nvcc=kits.nvcc if isinstance(kits, toolkit.Toolkit) else None,
+    )  # fmt: skip
+    servings = tuple(
+        _serving(survey, build, instance, model, plan)
+        for (instance, model), plan in zip(models, plans, strict=True)
+        if isinstance(plan, Plan)
+    )
+    install = kits if isinstance(kits, toolkit.Install) else None
+    work = compare(
+        found, helpers=payload.helpers_key(), key=build.key, toolkit=install is not None,
+        packages=_missing(survey, build, settings), model_files=_model_files(servings),
+        services=[serving.service for serving in servings],
+    )  # fmt: skip
+    return Situation(settings, survey, build, install, servings, work)
+
+
+def _own_data(host: Host) -> Mapping[str, object]:
+    data: Mapping[str, object] = host.data.dict()
+    return data
+
+
+def _check_access(survey: facts.Survey) -> None:
+    """Raise `Refused` where we are not root there, or another run is at work."""
+    if survey.found.euid != 0:
+        raise Refused(
+            "commands run there as an ordinary user: connect as root (ssh_user), or set `_sudo = True` "
+            "for the host in the inventory, or pass --sudo"
+        )
+    if survey.machine.package_manager is None:
+        raise Refused(f"{survey.machine.os.id} {survey.machine.os.version} has neither apt nor dnf")
+    holder = survey.found.lock
+    if holder and not remote.is_ours_or_dead(holder):
+        raise Refused(remote.held_by(holder))
+
+
+def _all_packages() -> dict[str, tuple[str, ...]]:
+    """Every package that any backend could need: the survey tells which are missing."""
+    return {
+        manager: tuple(sorted({name for backend in builds.JOB_BYTES
+                               for name in builds.packages(manager, backend, compiling=True)}))
+        for manager in builds.RUN_PACKAGES
+    }  # fmt: skip
+
+
+def _missing(survey: facts.Survey, build: Build, settings: Settings) -> tuple[str, ...]:
+    """Missing packages that are needed: those to compile with only where something is compiled."""
+    found = survey.found
+    compiling = build.key not in found.releases and build.key not in found.cached_builds
+    wanted = builds.packages(survey.machine.package_manager or "apt", build.backend, compiling)
+    return tuple(name for name in wanted if name in found.missing_packages)
+
+
+def _toolkit(
+    backend: str, settings: Settings, survey: facts.Survey
+) -> toolkit.Toolkit | toolkit.Install | None:
+    if backend != "cuda":
+        return None
+    found = [toolkit.FoundToolkit.from_json(one) for one in survey.found.toolkits]
+    chosen = toolkit.choose(settings.cuda_toolkit, survey.machine, found)
+    if isinstance(chosen, toolkit.Unsuitable):
+        raise Refused("; ".join([f"cuda_toolkit: {chosen.reason}", *chosen.suggestions]))
+    return chosen
+
+
+def _serving(
+    survey: facts.Survey, build: Build, instance: Instance, model: sources.Model, plan: Plan,
+) -> Serving:  # fmt: skip
+    folder = f"{MODELS}/{model.folder}"
+    path = f"{folder}/{model.files[0].name}"
+    keys = sources.api_keys(instance)
+    argv = [f"{build.release}/bin/llama-server", *flags.argv(plan, instance, path)]
+    if keys is not None:
+        argv += ["--api-key-file", f"/run/credentials/{instance.unit}/api-keys"]
+    record = render.plan_record(instance, plan, build, model, path, tuple(argv))
+    service = Service(
+        name=instance.name, address=instance.listen, port=instance.port,
+        unit_text=render.unit(instance, plan, build, survey, record),
+        plan_json=json.dumps(record, indent=1) + "\n", keys=keys, argv=tuple(argv), release=build.release,
+    )  # fmt: skip
+    conflict = port_conflict(service, survey.found.listeners)
+    if conflict:
+        who = conflict.unit or conflict.process or "another program"
+        raise Refused(
+            f"models: {instance.name}: port {instance.port} on {instance.listen} is taken by {who}"
+            f"{f' (pid {conflict.pid})' if conflict.pid else ''}: stop it, or give the model another port"
+        )
+    return Serving(instance, model, folder, plan, service)
+
+
+def _model_files(servings: tuple[Serving, ...]) -> dict[str, dict[str, str | None]]:
+    return {
+        one.folder: {f"{one.folder}/{file.name}": file.sha256 for file in one.model.files} for one in servings
+    }
+
+
+def _refusal(what: str, refusal: Refusal) -> str:
+    return "; ".join([f"{what}: {refusal.reason}", *refusal.suggestions])
