@@ -13,17 +13,22 @@ MIB = 1024**2
 F32, F16 = 4, 2
 BASE_BYTES = 16 * MIB  # small tensors, padding of the allocator
 PIPELINE_COPIES = 4  # GGML_SCHED_MAX_COPIES: copies of the inputs when devices work as a pipeline
+# Hidden states that such a pipeline keeps at once; llama-server allocates 12 of them more on the
+# first device and 7 on the second for Llama-3.3-70B over two RPC devices.
+PIPELINE_ROWS = 14
 
 
 def compute_bytes(header: Header, context: Context, *, output: bool, pipelined: bool) -> int:
     """Bytes of one device's compute buffer; `output`: it holds the output layer too."""
     tokens = min(context.ubatch_tokens, context.cells * context.slots)
     embedding = number(header, "embedding_length")
-    inputs = _mask_bytes(header, context, tokens) + 2 * embedding * tokens * F32
-    inputs *= PIPELINE_COPIES if pipelined else 1
+    mask, row = _mask_bytes(header, context, tokens), embedding * tokens * F32
+    inputs = mask + 2 * row
+    if pipelined:
+        inputs += (PIPELINE_COPIES - 1) * mask + PIPELINE_ROWS * row
     widest = max(_feed_forward(header, tokens), _attention(header, context, tokens))
     logits = (vocabulary(header) + 2 * embedding) * context.slots * F32 if output else 0
-    return BASE_BYTES + inputs + 3 * embedding * tokens * F32 + max(widest, logits)
+    return BASE_BYTES + inputs + 3 * row + max(widest, logits)
 
 
 def vocabulary(header: Header) -> int:

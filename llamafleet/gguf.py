@@ -67,19 +67,35 @@ GGML_TYPES: Mapping[int, tuple[str, int, int]] = {
     39: ("MXFP4", 32, 17),
     40: ("NVFP4", 64, 36),
     41: ("Q1_0", 128, 18),
+    42: ("Q2_0", 64, 18),
 }
 
 # Metadata value types (enum gguf_type): 8 is a string, 9 an array.
 _SCALARS = {
     number: struct.Struct("<" + code)
-    for number, code in {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}.items()
+    for number, code in {
+        0: "B",
+        1: "b",
+        2: "H",
+        3: "h",
+        4: "I",
+        5: "i",
+        6: "f",
+        7: "?",
+        10: "Q",
+        11: "q",
+        12: "d",
+    }.items()
 }
 _STRING, _ARRAY = 8, 9
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _FOREIGN = (
-    (b"<!doctype", "is an HTML page, not a GGUF: a login, error or preview page was saved instead of the file"),
+    (
+        b"<!doctype",
+        "is an HTML page, not a GGUF: a login, error or preview page was saved instead of the file",
+    ),
     (b"<html", "is an HTML page, not a GGUF: a login, error or preview page was saved instead of the file"),
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"),
     (b"pk\x03\x04", "is a zip archive, not a GGUF"),
@@ -174,7 +190,7 @@ class Header:
         return len(self.file_bytes)
 
     @property
-    def total_bytes(self) -> int:
+    def file_bytes_total(self) -> int:
         """Bytes of all files."""
         return sum(self.file_bytes)
 
@@ -247,16 +263,21 @@ def _check_split(sources: Sequence[ByteSource], parts: Sequence[Header]) -> None
     expected = parts[0].metadata.get("split.tensors.count")
     found = sum(len(part.tensors) for part in parts)
     if len(parts) > 1 and expected is not None and expected != found:
-        raise GgufError(f"{sources[0].name}: {expected} tensors promised, {found} found in {len(parts)} shards")
+        raise GgufError(
+            f"{sources[0].name}: {expected} tensors promised, {found} found in {len(parts)} shards"
+        )
 
 
 def _read_one(source: ByteSource, shard: int) -> Header:
     cursor = _Cursor(source)
     version = _version(cursor)
     tensor_count, metadata_count = cursor.u64(), cursor.u64()
-    cursor.check(tensor_count <= TENSOR_LIMIT, f"promises {tensor_count} tensors, at most {TENSOR_LIMIT} are read")
     cursor.check(
-        metadata_count <= METADATA_LIMIT, f"promises {metadata_count} metadata keys, at most {METADATA_LIMIT} are read"
+        tensor_count <= TENSOR_LIMIT, f"promises {tensor_count} tensors, at most {TENSOR_LIMIT} are read"
+    )
+    cursor.check(
+        metadata_count <= METADATA_LIMIT,
+        f"promises {metadata_count} metadata keys, at most {METADATA_LIMIT} are read",
     )
     metadata: dict[str, Value] = {}
     for _ in range(metadata_count):
@@ -290,7 +311,9 @@ def _version(cursor: _Cursor) -> int:
         cursor.check(False, f"is no GGUF: begins with {start[:4]!r} instead of b'GGUF'")
     cursor.skip(4)
     version = cursor.u32()
-    cursor.check(version & 0xFFFF != 0, "is a big-endian GGUF; llama.cpp reads it on big-endian machines only")
+    cursor.check(
+        version & 0xFFFF != 0, "is a big-endian GGUF; llama.cpp reads it on big-endian machines only"
+    )
     cursor.check(version != 1, "is a GGUF of version 1, which llama.cpp dropped: download or convert it anew")
     cursor.check(version in (2, 3), f"is a GGUF of version {version}; 2 and 3 are known")
     return version
@@ -307,7 +330,10 @@ def _alignment(cursor: _Cursor, metadata: Mapping[str, Value]) -> int:
 def _tensor(cursor: _Cursor, shard: int) -> Tensor:
     name = cursor.string(KEY_LIMIT_BYTES)
     dimensions = cursor.u32()
-    cursor.check(dimensions <= DIMENSIONS, f"gives tensor {name!r} {dimensions} dimensions, at most {DIMENSIONS} can be")
+    cursor.check(
+        dimensions <= DIMENSIONS,
+        f"gives tensor {name!r} {dimensions} dimensions, at most {DIMENSIONS} can be",
+    )
     shape = tuple(cursor.u64() for _ in range(dimensions))
     number = cursor.u32()
     cursor.check(number in GGML_TYPES, f"stores tensor {name!r} in the unknown ggml type {number}")
@@ -315,7 +341,9 @@ def _tensor(cursor: _Cursor, shard: int) -> Tensor:
     elements = math.prod(shape)
     cursor.check(elements < 2**63, f"gives tensor {name!r} the impossible shape {shape}")
     row = shape[0] if shape else 1
-    cursor.check(row % block == 0, f"stores tensor {name!r} with rows of {row} in {kind}, whose blocks are of {block}")
+    cursor.check(
+        row % block == 0, f"stores tensor {name!r} with rows of {row} in {kind}, whose blocks are of {block}"
+    )
     return Tensor(name, shape, kind, cursor.u64(), elements // block * block_bytes, shard)
 
 
@@ -370,7 +398,10 @@ class _Cursor:
         have = len(self._window) - self._at
         if have >= length:
             return True
-        self.check(self.position + length <= HEADER_LIMIT_BYTES, f"has a header of more than {HEADER_LIMIT_BYTES} bytes")
+        self.check(
+            self.position + length <= HEADER_LIMIT_BYTES,
+            f"has a header of more than {HEADER_LIMIT_BYTES} bytes",
+        )
         if self._size is not None and self.position + length > self._size:
             return False
         kept = self._window[self._at :] if have > 0 else b""
@@ -395,7 +426,9 @@ class _Cursor:
     def skip(self, length: int) -> None:
         """Go forward without reading."""
         self._at += length
-        self.check(self.position <= HEADER_LIMIT_BYTES, f"has a header of more than {HEADER_LIMIT_BYTES} bytes")
+        self.check(
+            self.position <= HEADER_LIMIT_BYTES, f"has a header of more than {HEADER_LIMIT_BYTES} bytes"
+        )
         if self._size is not None and self.position > self._size:
             self._need(1)
 
@@ -410,7 +443,10 @@ class _Cursor:
     def string(self, limit: int) -> str:
         """A string of at most `limit` bytes."""
         length = self.u64()
-        self.check(length <= limit, f"has a string of {length} bytes at byte {self.position}, at most {limit} are read")
+        self.check(
+            length <= limit,
+            f"has a string of {length} bytes at byte {self.position}, at most {limit} are read",
+        )
         return self.take(length).decode("utf-8", errors="replace")
 
     def value(self, key: str) -> Value:
@@ -422,7 +458,10 @@ class _Cursor:
         self.check(kind != _ARRAY, f"nests arrays in {key!r}, which llama.cpp does not read")
         self.check(kind == _STRING or kind in _SCALARS, f"has the unknown value type {kind} in {key!r}")
         smallest = 8 if kind == _STRING else _SCALARS[kind].size
-        self.check(length * smallest <= HEADER_LIMIT_BYTES, f"promises {length} values in {key!r}, too many to be true")
+        self.check(
+            length * smallest <= HEADER_LIMIT_BYTES,
+            f"promises {length} values in {key!r}, too many to be true",
+        )
         if length <= KEPT_ARRAY_LENGTH:
             return tuple(self._scalar(kind, key) for _ in range(length))
         if kind == _STRING:

@@ -28,12 +28,15 @@ SWA_PERIODS = {
     "gemma3": 6,
     "gemma3n": 5,
     "gpt-oss": 2,
+    "laguna": 4,
     "llama4": 4,
+    "mellum": 4,
+    "muse-glimmer": 4,
     "olmo2": 4,
     "plamo3": 8,
     "smallthinker": 4,
 }
-SWA_DENSE_FIRST = frozenset({"smallthinker"})
+SWA_DENSE_FIRST = frozenset({"cohere2moe", "laguna", "smallthinker"})
 SWA_WINDOWS = {"gemma2": 4096, "exaone4": 4096, "exaone-moe": 128, "llama4": 8192, "smallthinker": 4096}
 NO_SWA = frozenset({"phi3", "phimoe"})  # have the key, llama.cpp does not use it (models/phi3.cpp:13-23)
 
@@ -86,7 +89,11 @@ def windows(header: Header) -> tuple[int, ...]:
         return tuple(window if item else 0 for item in pattern[:layers])
     period = pattern if isinstance(pattern, int) else SWA_PERIODS.get(arch, 1)
     full = 0 if arch in SWA_DENSE_FIRST else period - 1
-    return tuple(0 if layer % period == full else window for layer in range(layers)) if period else (window,) * layers
+    return (
+        tuple(0 if layer % period == full else window for layer in range(layers))
+        if period
+        else (window,) * layers
+    )
 
 
 def is_known(header: Header) -> bool:
@@ -107,7 +114,9 @@ def kv_bytes(header: Header, context: Context) -> tuple[int, ...]:
     key, value = _head_sizes(header, width)
     key_swa = number(header, "attention.key_length_swa", key)
     value_swa = number(header, "attention.value_length_swa", value)
-    latent = number(header, "attention.key_length_mla") > 0 and number(header, "attention.value_length_mla") > 0
+    latent = (
+        number(header, "attention.key_length_mla") > 0 and number(header, "attention.value_length_mla") > 0
+    )
     recurrent, state = _recurrent(header, kv_heads)
     owners = _layers_with_cache(header, layers)
     total = []
@@ -143,7 +152,8 @@ def _layers_with_cache(header: Header, layers: int) -> int:
     """Layers from the front that own a cache; the rest share theirs (llama-hparams.cpp, has_kv)."""
     if header.architecture == "gemma3n":
         return min(layers, 20)  # models/gemma3n.cpp:7
-    return layers - min(layers, number(header, "attention.shared_kv_layers"))
+    without = number(header, "attention.shared_kv_layers") + number(header, "nextn_predict_layers")
+    return layers - min(layers, without)
 
 
 def _recurrent(header: Header, kv_heads: tuple[int, ...]) -> tuple[tuple[bool, ...], int]:

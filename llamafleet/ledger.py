@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from .compute import compute_bytes
 from .gguf import Header, Tensor
@@ -58,6 +59,10 @@ class LedgerRow:
     overhead_bytes: int
     capacity_bytes: int
     free_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As the plan contract has it."""
+        return asdict(self)
 
     @property
     def used_bytes(self) -> int:
@@ -118,7 +123,7 @@ def _part(name: str) -> str:
 
 def _outside(tensors: Iterable[Tensor]) -> tuple[int, int]:
     """Bytes of input and output tensors; a tied embedding is held twice (llama-model-loader.cpp:1162)."""
-    sizes = defaultdict(int)
+    sizes: defaultdict[str, int] = defaultdict(int)
     for tensor in tensors:
         sizes["output" if tensor.name.startswith("output") else "input"] += tensor.bytes
         sizes[tensor.name] = tensor.bytes

@@ -214,7 +214,7 @@ def _expected(hint: Any) -> str:
 def _shown(value: object) -> str:
     """A found value, shortened."""
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."  # noqa: PLR2004 -- about half a line
+    return text if len(text) <= 60 else text[:57] + "..."  # about half a line
 
 
 def _plain(value: Any) -> Any:

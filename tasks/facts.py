@@ -43,7 +43,7 @@ def _by_helpers(host: Host, asked: str) -> Any | None:
     folder = f"{remote.HELPERS}/{payload.helpers_key()}"
     ok, out, err = remote.run(
         host,
-        f"test -f {folder}/survey.py || exit {NO_HELPERS}; python3 -I {folder}/survey.py {shlex.quote(asked)}",
+        f"test -f {folder}/survey.py || exit {NO_HELPERS}; python3 -s -E -B {folder}/survey.py {shlex.quote(asked)}",
     )
     if ok and out:
         return json.loads(out[-1])
@@ -59,4 +59,4 @@ def _by_copy(host: Host, asked: str) -> Any:
         raise remote.RemoteError(f"cannot run commands on the host: {remote.explain(out, err)}")
     path = remote.temporary(host, ".zip")
     remote.upload(host, payload.probe_zip(arch), path)
-    return remote.run_json(host, payload.run_command(path, "survey.py", asked))
+    return remote.run_json(host, shlex.join(payload.probe_command(path, "survey.py", asked)))

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llamafleet.builds import MIB, Build
 from llamafleet.flags import unit_escape
+from llamafleet.machine import Gpu
 from llamafleet.plan import Plan
 from llamafleet.settings import Instance
 from tasks.facts import Survey
@@ -51,7 +52,7 @@ def plan_record(
         "health_seconds": health_seconds(model),
         "context_tokens": plan.context_tokens,
         "slots": plan.slots,
-        "gpus": [{"uuid": gpu.uuid, "name": gpu.name, "planned_bytes": planned} for gpu, planned in plan.gpu_bytes],
+        "gpus": [{"uuid": gpu.uuid, "name": gpu.name, "planned_bytes": _planned(plan, gpu)} for gpu in plan.gpus],
     }
     files = [{"path": f"{path.rsplit('/', 1)[0]}/{file.name}", "size_bytes": file.size_bytes, "sha256": file.sha256}
              for file in model.files]  # fmt: skip
@@ -75,7 +76,15 @@ def url_host(address: str) -> str:
     return f"[{reachable}]" if ":" in reachable else reachable
 
 
-def unit(instance: Instance, plan: Plan, build: Build, survey: Survey, record: dict[str, Any]) -> str:
+def _planned(plan: Plan, gpu: Gpu) -> int:
+    """Bytes that llama.cpp itself allocates on a GPU: what its process must hold there."""
+    rows = [row for row in plan.ledger if row.device == f"GPU{gpu.index}"]
+    return sum(row.weights_bytes + row.kv_bytes + row.compute_bytes for row in rows)
+
+
+def unit(
+    instance: Instance, plan: Plan, build: Build, survey: Survey, record: dict[str, Any], *, allow_swap: bool
+) -> str:
     """The whole unit file of an instance."""
     gate = record["gate"]
     return _environment.get_template("llama-server.service.j2").render(
@@ -87,9 +96,10 @@ def unit(instance: Instance, plan: Plan, build: Build, survey: Survey, record: d
                                              str(gate["health_seconds"]))],  # fmt: skip
         start_seconds=gate["health_seconds"] + 30,
         api_keys=gate["api_keys"],
-        gpu=bool(plan.gpu_bytes),
+        environment=plan.environment,
+        gpu=bool(plan.gpus),
         cuda=build.backend == "cuda",
         device_classes=survey.found.device_classes,
         memory_max_bytes=int(plan.host_bytes * MEMORY_MARGIN) + MEMORY_SPARE,
-        memory_swap_max="infinity" if plan.swap_allowed else "0",
+        memory_swap_max="infinity" if allow_swap else "0",
     )

@@ -122,7 +122,7 @@ def decide(host: Host) -> Situation:
         ui=settings.build_ui, nvcc=kits.nvcc if isinstance(kits, toolkit.Toolkit) else None,
     )  # fmt: skip
     servings = tuple(
-        _serving(survey, build, instance, model, plan)
+        _serving(settings, survey, build, instance, model, plan)
         for (instance, model), plan in zip(models, plans, strict=True)
         if isinstance(plan, Plan)
     )
@@ -184,7 +184,7 @@ def _toolkit(
 
 
 def _serving(
-    survey: facts.Survey, build: Build, instance: Instance, model: sources.Model, plan: Plan,
+    settings: Settings, survey: facts.Survey, build: Build, instance: Instance, model: sources.Model, plan: Plan,
 ) -> Serving:  # fmt: skip
     folder = f"{MODELS}/{model.folder}"
     path = f"{folder}/{model.files[0].name}"
@@ -195,7 +195,7 @@ def _serving(
     record = render.plan_record(instance, plan, build, model, path, tuple(argv))
     service = Service(
         name=instance.name, address=instance.listen, port=instance.port,
-        unit_text=render.unit(instance, plan, build, survey, record),
+        unit_text=render.unit(instance, plan, build, survey, record, allow_swap=settings.allow_swap),
         plan_json=json.dumps(record, indent=1) + "\n", keys=keys, argv=tuple(argv), release=build.release,
     )  # fmt: skip
     conflict = port_conflict(service, survey.found.listeners)

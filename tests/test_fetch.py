@@ -5,6 +5,7 @@ Why a real process and a real curl: resumption, redirects and secrecy are curl's
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import http.server
@@ -31,7 +32,7 @@ KEY = "org/model/x.gguf"
 
 
 class Store(Hub):
-    """The stand-in with files given as bytes, and an ordinary web server's address (a mirror) beside the Hub's."""
+    """The stand-in with files given as bytes, and a plain web server's address for mirrors."""
 
     folder: Path
 
@@ -64,7 +65,7 @@ def url(hub):
 
 @pytest.fixture
 def plain_server():
-    """A server without ranges: it always answers 200 with everything. `cut_at`: and hangs up before this byte."""
+    """A server without ranges or HEAD: always 200 with everything, or, with `cut_at`, up to that byte."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         cut_at = None
@@ -78,10 +79,8 @@ def plain_server():
             self.send_response(200)
             self.send_header("Content-Length", str(len(BODY)))
             self.end_headers()
-            try:
+            with contextlib.suppress(OSError):  # curl hangs up once it sees that the range is ignored
                 self.wfile.write(BODY[: self.cut_at])
-            except OSError:
-                pass  # curl hangs up once it sees that the range is ignored
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Handler.url = f"http://127.0.0.1:{server.server_port}/x.gguf"
@@ -112,7 +111,7 @@ class Job:
         self.log = folder / "log"
         self.spec = {
             "directory": str(self.models), "owner": None, "curl_config": None, "reserve_bytes": 0,
-            "token_origin": "https://huggingface.co", "attempts": 3, "retry_delay_s": 0.02, "stall_s": 5, "files": [],
+            "token_origin": "https://huggingface.co", "attempts": 3, "retry_delay_s": 0.02, "files": [],
         }  # fmt: skip
 
     def want(
@@ -363,6 +362,25 @@ def test_no_space_counts_all_shards(hub, url, job):
     assert str(job.models) in job.last() and hub.settled() == []
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_disk_fills_up_under_way(plain_server, job, small_disk):
+    job.models = small_disk / "m"
+    job.spec["directory"] = str(job.models)
+    assert job.want(plain_server.url, plain_server.url, size=None).run() == 3  # no size told: no check before
+    assert "No space left on device" in job.last() and str(job.models) in job.last()
+    assert plain_server.asked == 1 and job.visible() == [], "a mirror does not help against a full disk"
+
+
 def test_page_instead_of_model(hub, job):
     page = hub.publish("x.gguf", b"<!DOCTYPE html><title>Sign in</title>" + bytes(5000))
     assert job.want(page, size=None, sha=None).run() == 8
@@ -471,7 +489,7 @@ def test_second_download_waits_and_names_the_first(hub, url, job):
 
 def test_terminated_says_so_and_leaves_no_curl(hub, url, job):
     hub.fault(KEY, bytes_per_second=2**18)
-    process = job.want(url).start()
+    process = job.want(url, hub.mirror("x.gguf", BODY)).start()  # a mirror: stopping is no failed address
     wait_until(lambda: job.size() > 0)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.terminate()

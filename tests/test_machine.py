@@ -102,7 +102,7 @@ def with_value(*path_and_value):
         (with_value("gpus", 0, []), "gpus[0]: found [], expected an object"),
         (with_value("gpus", 0, "pcie_width", "x16"),
          "gpus[0].pcie_width: found 'x16', expected a whole number of 0 or more"),
-        (with_value("gpus", 0, "unified_memory", 0), "gpus[0].unified_memory: found 0, expected true or false"),
+        (with_value("gpus", 0, "unified_memory", 0), "unified_memory: found 0, expected true or false"),
         (with_value("gpus", 0, "memory_total_bytes", True), "gpus[0].memory_total_bytes: found True"),
         (with_value("gpus", 0, "memory_total_bytes", -1), "gpus[0].memory_total_bytes: found -1"),
         (with_value("gpus", 0, "memory_used_by_others_bytes", 24_001),

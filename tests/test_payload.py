@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import shutil
 import io
 import json
 import os
@@ -76,7 +76,9 @@ def fill(cache, *, spoil=None):
 def test_a_spoilt_wheel_is_fetched_again_and_not_used(tmp_path):
     fill(tmp_path, spoil="idna")
     found = payload.wheels("x86_64", cache=tmp_path)
-    assert [wheel.read_bytes() for wheel in found] == [wheel.read_bytes() for wheel in payload.wheels("x86_64")]
+    assert [wheel.read_bytes() for wheel in found] == [
+        wheel.read_bytes() for wheel in payload.wheels("x86_64")
+    ]
     assert all(wheel.is_relative_to(tmp_path) for wheel in found)
 
 
@@ -104,7 +106,7 @@ def test_a_wheel_that_is_not_the_locked_one_is_refused(tmp_path):
 
 
 def test_unknown_architecture():
-    with pytest.raises(PayloadError, match="'riscv64'.*x86_64 and aarch64"):
+    with pytest.raises(PayloadError, match=r"'riscv64'.*x86_64 and aarch64"):
         payload.wheels("riscv64")
 
 
@@ -124,10 +126,21 @@ def test_probe_zip_is_small_and_has_what_the_probe_needs(probe_zip):
     assert len(probe_zip) < 250_000
 
 
+def test_helpers_key_names_programs_and_lock(tmp_path, monkeypatch):
+    before = payload.helpers_key()
+    lock = tmp_path / "remote.txt"
+    lock.write_text(payload.LOCK.read_text() + "# another\n")
+    assert payload.helpers_key(lock) != before
+    programs = tmp_path / "remote"
+    shutil.copytree(payload.REMOTE, programs)
+    monkeypatch.setattr(payload, "REMOTE", programs)
+    assert payload.helpers_key() == before
+    (programs / "probe.py").write_text("print('another')")
+    assert payload.helpers_key() != before
+
+
 def test_helpers_zip_has_every_program_and_package():
-    key, data = payload.helpers_zip("x86_64")
-    assert key == hashlib.sha256(data).hexdigest()
-    found = set(names(data))
+    found = set(names(payload.helpers_zip("x86_64")))
     programs = {path.name for path in payload.REMOTE.glob("*.py")} - {"__init__.py"}
     assert programs <= found
     packages = {"psutil", "requests", "urllib3", "idna", "certifi", "charset_normalizer", "pynvml.py"}
@@ -136,8 +149,9 @@ def test_helpers_zip_has_every_program_and_package():
 
 def test_helpers_import_under_another_python(tmp_path):
     """Unpacked, everything works together for a Python that has none of it."""
-    zipfile.ZipFile(io.BytesIO(payload.helpers_zip(os.uname().machine)[1])).extractall(tmp_path)
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import requests, psutil, pynvml; print(requests.__file__)"
+    zipfile.ZipFile(io.BytesIO(payload.helpers_zip(os.uname().machine))).extractall(tmp_path)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import requests, psutil, pynvml"
+    code += "; print(requests.__file__)"
     result = subprocess.run([PYTHON, "-I", "-B", "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith(str(tmp_path))
@@ -157,7 +171,7 @@ class Host:
         self.environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder)}
 
     def start(self, *arguments, **more):
-        command = payload.probe_command(str(self.zip), *arguments)
+        command = payload.probe_command(str(self.zip), "probe.py", *arguments)
         return subprocess.Popen(
             command, env=self.environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -236,11 +250,20 @@ def test_nowhere_to_unpack(host, monkeypatch):
     assert host.traces() == []
 
 
+def test_without_a_home_the_root_directory_is_no_place(host, monkeypatch):
+    monkeypatch.setattr(payload, "UNPACK_PLACES", ("/nowhere", "$HOME"))
+    host.environment.pop("HOME")
+    assert host.run()[0] == 126
+    assert list(Path("/").glob("llamafleet-probe.*")) == []
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a noexec file system needs root")
 def test_noexec_place_is_passed_over(host, tmp_path, monkeypatch):
     noexec = tmp_path / "noexec"
     noexec.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "noexec", "tmpfs", str(noexec)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "noexec", "tmpfs", str(noexec)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip(f"this machine does not mount: {mounted.stderr.decode()}")
     try:
@@ -274,7 +297,7 @@ def test_ended_in_the_middle_it_still_leaves_nothing(host, tmp_path, number):
 
 def test_path_that_is_not_absolute_is_refused():
     with pytest.raises(ValueError, match="must be absolute"):
-        payload.probe_command("-rf")
+        payload.probe_command("-rf", "probe.py")
 
 
 def wait_for(condition, seconds=15):

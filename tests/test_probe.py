@@ -102,7 +102,9 @@ def test_rtx4090(host):
 
 
 def test_two_gpus_come_in_pci_bus_order_whatever_nvml_says(host):
-    host.nvml("count=2", "device0.bus_id=00000000:C1:00.0", "device1.bus_id=00000000:21:00.0", "device1.cc=12.0")
+    host.nvml(
+        "count=2", "device0.bus_id=00000000:C1:00.0", "device1.bus_id=00000000:21:00.0", "device1.cc=12.0"
+    )
     gpus = host.probe()["gpus"]
     assert [(g["index"], g["pci_bus_id"], g["compute_capability"]) for g in gpus] == [
         (0, "0000:21:00.0", "12.0"),
@@ -136,7 +138,7 @@ def test_reserve_counts_the_same(host, name, lines):
         ("dead_process", 1000, "30:500", 449 + 1000, None),
     ],
 )
-def test_memory_of_others(host, situation, used, processes, others, problem):
+def test_memory_of_others(host, *, situation, used, processes, others, problem):
     host.file("proc/10/cgroup", OURS)
     host.file("proc/20/cgroup", OTHERS)
     host.nvml(f"device0.used_mib={used}", f"device0.processes_list={processes}")
@@ -182,7 +184,7 @@ def test_which_units_are_ours(host, cgroup, ours):
     ],
 )
 def test_nvml_cannot_start(host, situation, line, words):
-    text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.1.2  Wed Jan 1 00:00:00 UTC 2025\nGCC version: 12\n"
+    text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.1.2  Wed Jan 1 2025\nGCC version: 12.2.0\n"
     host.file("proc/driver/nvidia/version", text)
     host.nvml(line)
     found = host.probe()
@@ -213,8 +215,9 @@ def test_no_gpu_and_no_library_is_no_problem(host):
 
 
 def test_unified_memory_is_the_hosts(host):
-    host.file("proc/meminfo", "MemTotal: 125000000 kB\nMemFree: 1 kB\nMemAvailable: 100000000 kB\nBuffers: 0 kB\n"
-              "Cached: 0 kB\nActive: 0 kB\nInactive: 0 kB\nSwapTotal: 0 kB\n")  # fmt: skip
+    others = ("MemFree", "Buffers", "Cached", "Active", "Inactive", "Shmem", "Slab", "SwapTotal")
+    lines = ["MemTotal: 125000000 kB", "MemAvailable: 100000000 kB", *(f"{name}: 8 kB" for name in others)]
+    host.file("proc/meminfo", "\n".join(lines) + "\n")
     host.file("proc/10/cgroup", OURS)
     host.nvml("device0.memory=3", "device0.processes_list=10:1024", "device0.gen=0")
     (gpu,) = host.probe()["gpus"]
@@ -431,6 +434,7 @@ def test_os_release(host, text, expected):
 
 def test_this_machine_by_another_route():
     """No stand-in: what the probe says of the real machine against the machine's own tools."""
+
     def output(*command):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 

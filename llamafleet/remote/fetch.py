@@ -1,6 +1,6 @@
 """Download a model's files on a host: whole and proven, or not there at all.
 
-Contract. Runs with Python 3.8 or later, the standard library and curl 7.76 or later, on one argument: a JSON file,
+Contract. Runs with Python 3.8 or later, the standard library and curl 7.76 or later. Argument: a JSON file,
 
     {"directory": "/var/lib/llamafleet/models/NAME-SHA12",  where the files end up
      "owner": "llamafleet" | null,                          who owns them; null: whoever runs this
@@ -13,16 +13,16 @@ Contract. Runs with Python 3.8 or later, the standard library and curl 7.76 or l
 
 Standard output is the log: one line of text each time, the last one `done ...` or `error: ...`. Exit codes:
 0 done, 2 bad spec, 3 no space, 4 size or checksum, 5 not allowed, 6 not found, 7 network, 8 not a GGUF file,
-128 + N stopped by signal N.
+1 another fault of this host, 128 + N stopped by signal N.
 
 A file grows as `.NAME.partial`, is checked, then gets its name; `NAME.verified` beside it records what was
 checked, so that the next run neither asks nor reads. Killed at any time, the next run goes on where it was.
 
-curl only moves bytes to our pipe: it cannot outlive us and write on, and the retries are ours, since curl's own
-`--retry` falls back to the offset it started with. Addresses reach curl by standard input, for a signed query is
-a secret too. Redirects away from an address that is shown the token are read, not followed: curl before 7.83
-takes another port of the same host for the same origin (CVE-2022-27774), and a fresh look at each attempt renews
-an expired signature.
+curl only moves bytes to our pipe: it cannot outlive us and write on, and the retries are ours, since curl's
+own `--retry` falls back to the offset it started with. Addresses reach curl by standard input, for a signed
+query is a secret too. Redirects away from an address that is shown the token are read, not followed: curl
+before 7.83 takes another port of the same host for the same origin (CVE-2022-27774), and a fresh look at each
+attempt renews an expired signature.
 
 Longer than most files here because it travels alone: one file is copied to the host and nothing is imported.
 """
@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import email.message
 import email.utils
+import errno
 import fcntl
 import hashlib
 import json
@@ -52,6 +53,7 @@ BAD_SPEC, NO_SPACE, MISMATCH, NOT_ALLOWED, NOT_FOUND, NETWORK, NOT_GGUF = 2, 3, 
 GIB = 2**30
 MIB = 2**20
 CHUNK_BYTES = MIB
+FULL = (errno.ENOSPC, errno.EDQUOT)
 MAX_HOPS = 5  # redirects followed by ourselves; the Hub needs one, two for a renamed repository
 MAX_WAIT_S = 300.0  # longest wait for a server's Retry-After, before the attempt is made (and counted) anyway
 PROGRESS_S, PROGRESS_SHARE = 5.0, 0.05
@@ -68,6 +70,10 @@ class Failed(Exception):
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
         self.code = code
+
+
+class Stopped(BaseException):
+    """A signal ends us; not an Exception, so that nothing on the way takes it for a failed address."""
 
 
 class Again(Failed):
@@ -428,7 +434,7 @@ def said(answer: Answer) -> str:
 def way_in(spec: Spec, url: str) -> str:
     page = shown(url).split("/resolve/")[0]
     if has_token(spec, url):
-        return f"the token is not enough: accept the licence on {page} with the account that the token belongs to"
+        return f"the token is not enough: accept the licence on {page} as the token's account"
     sent = "no token was sent"
     return f"{sent}: accept the licence on the model page {page}, set hub_token_file, then run again"
 
@@ -448,6 +454,8 @@ def transfer(spec: Spec, wanted: Wanted, url: str, progress: Progress) -> Answer
             with open(partial, "ab") as sink:
                 pour(process, sink, wanted, url, progress)
         except OSError as error:
+            if error.errno not in FULL:
+                raise
             raise Failed(NO_SPACE, f"{partial}: {error.strerror}; {free_text(spec)}") from None
         finally:
             stop(process)
@@ -508,9 +516,7 @@ def download(spec: Spec, wanted: Wanted, url: str, progress: Progress) -> None:
     )  # the furthest byte seen: a server that restarts and cuts makes no progress
     while wanted.size_bytes is None or size_of(partial) != wanted.size_bytes:
         if wanted.size_bytes is not None and size_of(partial) > wanted.size_bytes:
-            say(
-                f"{partial} has {size_of(partial)} bytes, more than the {wanted.size_bytes} expected: starting again"
-            )
+            say(f"{partial} has {size_of(partial)} bytes, not {wanted.size_bytes}: starting again")
             discard(spec, wanted, progress)
         try:
             return attempt(spec, wanted, url, progress)
@@ -524,7 +530,8 @@ def download(spec: Spec, wanted: Wanted, url: str, progress: Progress) -> None:
             wait = spec.retry_delay_s * 2 ** min(idle, 5) if again.wait_s is None else again.wait_s
             wait = min(wait, max(60.0, again.wait_s or 0.0))
             say(
-                f"retry in {wait:.1f} s from byte {size}: {again} (attempt {idle + 1} of {spec.attempts} without progress)"
+                f"retry in {wait:.1f} s from byte {size}: {again} "
+                f"(attempt {idle + 1} of {spec.attempts} without progress)"
             )
             time.sleep(wait)
 
@@ -596,8 +603,8 @@ def fetch_file(spec: Spec, wanted: Wanted, progress: Progress) -> None:
             if wanted.sha256 is None:
                 discard(spec, wanted, progress)  # nothing would show that two addresses' bytes were mixed
     steps = {
-        MISMATCH: "; the bad bytes are deleted: check the checksum in the settings, or add a mirror, then run again",
-        NOT_GGUF: "; the address serves something else (a login or error page?): open it, correct it, then run again",
+        MISMATCH: "; the bad bytes are deleted: check size and sha256 in the settings, then run again",
+        NOT_GGUF: "; a login or error page? open the address, correct it, then run again",
         NETWORK: "; what is there is kept: check the network from this host, then run again to continue",
     }
     text = "; then ".join(str(failure) for failure in failures)
@@ -687,7 +694,8 @@ def check_space(spec: Spec, missing: list[Wanted]) -> None:
         raise Failed(
             NO_SPACE,
             f"{spec.directory}: {gib(needed)} are needed beside a reserve of {gib(spec.reserve_bytes)}, "
-            f"{gib(free)} are free, {gib(lacking)} are missing ({lacking} bytes): free that much or choose a smaller quantisation",
+            f"{gib(free)} are free, {gib(lacking)} are missing ({lacking} bytes): "
+            "free that much or choose a smaller quantisation",
         )
 
 
@@ -730,7 +738,7 @@ def fetch(spec: Spec) -> None:
 
 
 def on_signal(number: int, frame: object) -> None:
-    raise Failed(128 + number, f"stopped by signal {number}; what is there is kept: run again to continue")
+    raise Stopped(number)
 
 
 def main(argv: list[str]) -> int:
@@ -744,11 +752,13 @@ def main(argv: list[str]) -> int:
     except Failed as failure:
         say(f"error: {failure}")
         return failure.code
+    except Stopped as stopped:
+        number = int(stopped.args[0])
+        say(f"error: stopped by signal {number}; what is there is kept: run again to continue")
+        return 128 + number
     except OSError as error:
-        say(
-            f"error: {error.filename or 'this host'}: {error.strerror}; nothing half-done has a final name, run again"
-        )
-        return NO_SPACE if error.errno in (28, 122) else 1  # ENOSPC, EDQUOT
+        say(f"error: {error.filename or 'this host'}: {error.strerror}; correct that, then run again")
+        return NO_SPACE if error.errno in FULL else 1
     return 0
 
 

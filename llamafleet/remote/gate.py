@@ -148,7 +148,6 @@ def check_gpus(spec):
 
 def held_by(pid):
     """Bytes that the process holds by GPU UUID (None: NVML does not tell); a text where NVML fails."""
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     import pynvml
 
     try:

@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Iterator  # noqa: UP035 -- the contract is Python 3.8, whose own Iterator is typing's
+from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
 
 VENDORS = {"0x10de": "nvidia", "0x1002": "amd", "0x8086": "intel"}
 CPU_FLAGS = re.compile(

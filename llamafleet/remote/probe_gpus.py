@@ -18,9 +18,10 @@ import contextlib
 import importlib
 import json
 import re
+import signal
 import sys
 from pathlib import Path
-from typing import Any, Callable  # noqa: UP035 -- the contract is Python 3.8, whose own Callable is typing's
+from typing import Any, Callable  # the contract is Python 3.8, whose own Callable is typing's
 
 # Memory held by these units is our own and must not shrink the next plan.
 OUR_UNITS = re.compile(r"/(llama-server-[^/]+\.service|llamafleet-[^/]+\.(service|scope))(/|$)", re.M)
@@ -28,6 +29,8 @@ OUR_UNITS = re.compile(r"/(llama-server-[^/]+\.service|llamafleet-[^/]+\.(servic
 # Cards with so little memory of their own are too old for ROCm.
 APU_VRAM_BYTES = 2 * 1024**3
 LIBRARY = "libnvidia-ml.so.1"
+# The probe gives up on us after 20 s; were it killed itself, we still end.
+LIFETIME_SECONDS = 120
 
 ROOT = Path("/")
 
@@ -37,6 +40,7 @@ def main() -> int:
     parser.add_argument("--root", default="/", help="for tests: read /proc and /sys below this folder")
     global ROOT  # noqa: PLW0603 -- set once, before anything is read
     ROOT = Path(parser.parse_args().root)
+    signal.alarm(LIFETIME_SECONDS)  # ends the process even inside a library's call
     problems: list[str] = []
     found: dict[str, Any] = {
         "gpus": [],
@@ -244,13 +248,15 @@ def read_memory(nvml: Any, handle: Any, gpu: dict[str, Any], problems: list[str]
         total, used = answer.total, answer.total - answer.free
     except nvml.NVMLError_NotSupported:
         gpu["unified_memory"] = True  # GB10, Jetson: the GPU's memory is the host's
-        ram = importlib.import_module("psutil").virtual_memory()
+        psutil: Any = importlib.import_module("psutil")
+        psutil.PROCFS_PATH = str(at("/proc"))
+        ram = psutil.virtual_memory()
         total, used = ram.total, ram.total - ram.available
-    own, doubt = own_bytes(gpu_processes(nvml, handle), used - reserved, is_ours)
+    own, doubt = own_bytes(gpu_processes(nvml, handle), max(0, used - reserved), is_ours)
     if doubt:
         problems.append("NVIDIA: GPU {}: {}".format(gpu["pci_bus_id"], doubt))
     gpu["memory_total_bytes"] = total
-    gpu["memory_used_by_others_bytes"] = max(reserved, used - own)
+    gpu["memory_used_by_others_bytes"] = used - own
 
 
 def gpu_processes(nvml: Any, handle: Any) -> dict[int, int | None]:

@@ -17,17 +17,17 @@ OPT = "/opt/llamafleet"
 VAR = "/var/lib/llamafleet"
 ETC = "/etc/llamafleet"
 UNITS = "/etc/systemd/system"
+DRIVER_SECONDS = 20.0  # a driver that does not answer in this time hangs
 PREFIX, SUFFIX = "llama-server-", ".service"
 
 
 def main(argv):
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     import lock
     import probe
     import toolkits
 
     asked = json.loads(argv[0])
-    machine = probe.probe(asked["paths"])
+    machine = probe.machine(asked["paths"], DRIVER_SECONDS)
     manager = machine.get("package_manager")
     found = {
         "euid": os.geteuid(),

@@ -83,7 +83,7 @@ def start_and_check(name):
     subprocess.run(["systemctl", "reset-failed", unit_of(name)], stderr=subprocess.DEVNULL)
     systemctl("restart", "--no-block", unit_of(name))
     done = subprocess.run(
-        [sys.executable, "-I", GATE, "check", f"{INSTANCES}/{name}/plan.json"],
+        [sys.executable, "-s", "-E", "-B", GATE, "check", f"{INSTANCES}/{name}/plan.json"],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

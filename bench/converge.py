@@ -1,0 +1,99 @@
+"""What does a run cost that changes nothing? Wall time and controller memory over 1, 10 and 30 hosts.
+
+    python -m bench.converge            as root; writes bench/results/converge.csv
+
+Real sandbox hosts with a real systemd, over real SSH, each serving a tiny model. They share one
+machine with the controller, which a real fleet does not: the hosts' own work is in these figures.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from sandbox import hosts, outside
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results" / "converge.csv"
+COUNTS = (1, 10, 30)
+RUNS = 5
+ON_HOST = "/var/cache/llamafleet-builds"
+# What a release needs to run: in the hosts' root, so that thirty hosts do not fetch it thirty times.
+PACKAGES = ["ca-certificates", "curl", "libgomp1"]
+
+
+def write_inventory(path: Path, up: list[hosts.SandboxHost], running: outside.Outside) -> None:
+    entries = []
+    for host in up:
+        model = {"name": "tiny", "source": running.sources["dense"], "port": 8080, "listen": host.address,
+                 "context_tokens": 512, "prompt_cache_mib": 0, "threads": 1}  # fmt: skip
+        entries.append((host.name, {
+            "ssh_hostname": host.address, "ssh_user": "root", "ssh_key": str(host.ssh_key),
+            "ssh_known_hosts_file": str(host.known_hosts), "ssh_strict_host_key_checking": "yes",
+            **running.settings(), "build_cache": ON_HOST, "models": [model],
+        }))  # fmt: skip
+    path.write_text(f"sandbox = {entries!r}\n")
+
+
+def deploy(inventory: Path) -> tuple[float, int, str]:
+    """(wall seconds, peak resident bytes, output) of one run."""
+    command = [str(Path(sys.executable).with_name("pyinfra")), "-y", "--group-data", "inventory/group_data",
+               str(inventory), "deploy.py"]  # fmt: skip
+    with tempfile.TemporaryFile("w+") as output:
+        began = time.monotonic()
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                   env={**os.environ, "PYINFRA_PROGRESS": "off"})  # fmt: skip
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - began
+        output.seek(0)
+        text = output.read()
+    if os.waitstatus_to_exitcode(status):
+        raise SystemExit(f"the run failed:\n{text[-4000:]}")
+    return seconds, usage.ru_maxrss * 1024, text
+
+
+def measure(count: int, inventory: Path) -> dict[str, object]:
+    found = [deploy(inventory) for _ in range(RUNS)]
+    for _, _, text in found:
+        if "Success" in text:
+            raise SystemExit(f"a run over {count} hosts changed something:\n{text[-4000:]}")
+    seconds = [one for one, _, _ in found]
+    return {
+        "hosts": count, "runs": RUNS, "wall_s_min": round(min(seconds), 2),
+        "wall_s_median": round(statistics.median(seconds), 2), "wall_s_max": round(max(seconds), 2),
+        "controller_rss_mib": max(rss for _, rss, _ in found) >> 20, "machine_cores": os.cpu_count(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    hosts.prepare()
+    builds = ROOT / ".cache" / "builds"
+    builds.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with outside.running() as running, tempfile.TemporaryDirectory() as folder:
+        try:
+            for count in COUNTS:
+                up = hosts.up(count, packages=PACKAGES, binds=[f"{builds}:{ON_HOST}"])
+                inventory = Path(folder) / f"{count}.py"
+                write_inventory(inventory, up, running)
+                began = time.monotonic()
+                deploy(inventory)
+                print(f"{count} hosts deployed in {time.monotonic() - began:.0f} s", flush=True)
+                rows.append(measure(count, inventory))
+                print(rows[-1], flush=True)
+        finally:
+            hosts.down()
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

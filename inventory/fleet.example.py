@@ -1,0 +1,31 @@
+"""A fleet. Copy to inventory/fleet.py; every setting is explained in group_data/all.py.
+
+A group's settings can also live in inventory/group_data/GROUP.py.
+"""
+
+big = [
+    ("gpu1.example.net", {"ssh_user": "root"}),
+    # An ordinary user with passwordless sudo does as well.
+    ("gpu2.example.net", {"ssh_user": "ops", "_sudo": True}),
+]
+
+small = [("nuc1.example.net", {"ssh_user": "root"})]
+
+_gpt_oss_120b = {
+    "name": "gpt-oss-120b",
+    "source": "hf:ggml-org/gpt-oss-120b-GGUF/gpt-oss-120b-mxfp4-00001-of-00003.gguf",
+    "port": 8080,
+    "context_tokens": 131072,
+}
+_qwen3_4b = {
+    "name": "qwen3-4b",
+    "source": "hf:Qwen/Qwen3-4B-GGUF/Qwen3-4B-Q4_K_M.gguf",
+    "port": 8080,
+    "context_tokens": 16384,
+    # Reachable from other machines, hence with a key: the file stays on your machine.
+    "listen": "0.0.0.0",
+    "api_key_file": "~/.config/llamafleet/api-keys",
+}
+
+big = [(name, {**data, "models": [_gpt_oss_120b]}) for name, data in big]
+small = [(name, {**data, "models": [_qwen3_4b]}) for name, data in small]

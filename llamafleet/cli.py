@@ -1,0 +1,147 @@
+"""`llamafleet`: what pyinfra cannot do. `llamafleet plan` shows a plan before anything is bought or built.
+
+Exit status: 0 a plan, 2 bad input, 3 a refusal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import show, sources
+from .gguf import GgufError
+from .machine import Machine, MachineError
+from .plan import Plan, Refusal, plan_host
+from .settings import Instance, Settings, SettingsError
+
+PLANNED, BAD_INPUT, REFUSED = 0, 2, 3
+DEFAULTS = Path("inventory/group_data/all.py")
+NAME, PORT = "model", 8080  # of the instance that is planned here; nothing is ever served under them
+
+
+class UsageError(Exception):
+    """The command line cannot be used; the message says what it should be."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except (UsageError, SettingsError, MachineError, GgufError, sources.SourceError) as error:
+        print(f"llamafleet: {error}", file=sys.stderr)
+        return BAD_INPUT
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llamafleet", description="Plan how llama-server uses a machine.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    plan = commands.add_parser("plan", help="show what a machine can carry", description=plan_command.__doc__)
+    plan.add_argument("--model", required=True, help="a path, a URL or hf:OWNER/REPO/FILE.gguf[@REVISION]")
+    plan.add_argument(
+        "--machine", required=True, type=Path, help="the machine file, JSON, - for standard input"
+    )
+    plan.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
+        help="override a setting, of the host or of the model, e.g. context_tokens=131072",
+    )  # fmt: skip
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON, schema 1")
+    plan.set_defaults(run=plan_command)
+    return parser
+
+
+def plan_command(options: argparse.Namespace) -> int:
+    """Show the plan of one model on one machine, as a table or as JSON."""
+    machine = read_machine(options.machine)
+    settings = settings_for(options.model, default_data(), parse_changes(options.changes))
+    answer = _answer(machine, settings)
+    if options.json:
+        print(json.dumps(answer.to_json(), indent=2))
+    else:
+        print(show.table(answer, f"{settings.models[0].source} on {machine.hostname}"))
+    return PLANNED if isinstance(answer, Plan) else REFUSED
+
+
+def _answer(machine: Machine, settings: Settings) -> Plan | Refusal:
+    instance = settings.models[0]
+    token = os.environ.get("HF_TOKEN") or None
+    if settings.hub_token_file:
+        token = _text(Path(settings.hub_token_file).expanduser()).strip()
+    files = sources.resolve(
+        instance.source,
+        endpoint=settings.hub_endpoint,
+        token=token,
+        mirrors=instance.mirrors,
+        sha256=instance.sha256,
+    )
+    header = sources.read_header(files, token=token)
+    return plan_host(machine, [(instance, header)], settings)[0]
+
+
+def read_machine(path: Path) -> Machine:
+    """The machine file. Raises `UsageError` or `MachineError`."""
+    text = sys.stdin.read() if str(path) == "-" else _text(path)
+    try:
+        return Machine.from_json(json.loads(text))
+    except ValueError as error:
+        if isinstance(error, MachineError):
+            raise
+        raise UsageError(f"{path}: is not JSON: {error}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from error
+
+
+def default_data() -> dict[str, Any]:
+    """The defaults, from `inventory/group_data/all.py` of this folder's checkout or of the package's."""
+    package = Path(__file__).resolve().parent
+    for root in (Path.cwd(), package.parent, package):
+        if (root / DEFAULTS).is_file():
+            values: dict[str, Any] = {}
+            code = compile(_text(root / DEFAULTS), str(root / DEFAULTS), "exec")
+            exec(code, values)  # noqa: S102 -- group data is Python, and the operator's own
+            return {key: value for key, value in values.items() if not key.startswith("_")}
+    raise UsageError(
+        f"{DEFAULTS}: not found here or beside the package: run this in a checkout of llamafleet"
+    )
+
+
+def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE pairs; a value is a Python literal (131072, None, True, ["f16"]) or else a string."""
+    parsed = {}
+    for change in changes:
+        key, mark, text = change.partition("=")
+        if not mark or not key.isidentifier():
+            raise UsageError(f"--set {change}: should be KEY=VALUE")
+        try:
+            parsed[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            parsed[key] = text
+    return parsed
+
+
+def settings_for(model: str, data: Mapping[str, Any], changes: Mapping[str, Any]) -> Settings:
+    """Settings with one instance, the model; each change goes where its key belongs."""
+    of_instance = {key: value for key, value in changes.items() if key in Instance.__dataclass_fields__}
+    if clash := of_instance.keys() & {"source"}:
+        raise UsageError(f"--set {clash.pop()}: is given by --model")
+    of_host = {key: value for key, value in changes.items() if key not in of_instance}
+    source = model if ":" in model else str(Path(model).absolute())
+    entry = {"name": NAME, "port": PORT, **of_instance, "source": source}
+    return Settings.from_data({**data, **of_host, "models": [entry]})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""A plan as llama-server's command line, and an argument as systemd writes it.
+
+Every flag is one of common/arg.cpp at b11434. Lists stay lists: nothing is quoted here but by
+`unit_escape`, once, where the unit is written.
+"""
+
+from __future__ import annotations
+
+from .plan import Plan
+from .planned import planned
+from .settings import Instance
+
+
+class FlagError(ValueError):
+    """A value that cannot be an argument; the message names the flag and the value."""
+
+
+def argv(plan: Plan, instance: Instance, model_path: str) -> list[str]:
+    """All of llama-server's arguments, without the program. Raises `FlagError` for unusable values."""
+    return [
+        *("--model", _value("--model", model_path)),
+        *("--alias", _value("--alias", instance.name)),
+        *("--host", _value("--host", instance.listen)),
+        *("--port", str(instance.port)),
+        *planned(plan),
+        *("--metrics", "--slots", "--no-ui", "--offline"),
+    ]
+
+
+def _value(flag: str, value: str) -> str:
+    if not value or value.startswith("-"):
+        raise FlagError(f"{flag}: should not be empty or begin with a dash, is {value!r}")
+    if any(ord(character) < ord(" ") for character in value):
+        raise FlagError(f"{flag}: should have no control characters, is {value!r}")
+    return value
+
+
+def unit_escape(argument: str) -> str:
+    """An argument as one word of ExecStart= (systemd.service, "Command lines"; systemd.unit, specifiers).
+
+    Raises `FlagError` for what a unit file cannot hold.
+    """
+    if any(ord(character) < ord(" ") or character == "\x7f" for character in argument):
+        raise FlagError(f"should have no control characters in a unit, is {argument!r}")
+    inner = argument.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return f'"{inner}"'

@@ -1,0 +1,46 @@
+"""The planned part of llama-server's command line: context, placement, threads.
+
+Every flag is one of common/arg.cpp at b11434, and all that llama.cpp would else decide by itself at
+each start is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from .ledger import TRAITS
+
+if TYPE_CHECKING:  # the plan imports this module for its `argv`
+    from .plan import Plan
+
+DEFAULT_BATCH_TOKENS = 2048  # llama.cpp's --batch-size; never below the ubatch
+EXPERT_PATTERN = r"ffn_(up|down|gate|gate_up)_(ch|)exps\."
+DENSE_PATTERN = r"ffn_(up|down|gate)\.weight"
+
+
+def planned(plan: Plan) -> Iterator[str]:
+    """The flags that the plan decides: context, placement, threads."""
+    yield from ("--ctx-size", str(plan.context_tokens * plan.slots), "--parallel", str(plan.slots))
+    yield from ("--no-kv-unified", "--cache-type-k", plan.kv_type, "--cache-type-v", plan.kv_type)
+    yield from ("--flash-attn", "on", "--batch-size", str(max(DEFAULT_BATCH_TOKENS, plan.ubatch_tokens)))
+    yield from ("--ubatch-size", str(plan.ubatch_tokens))
+    yield from ("--threads", str(plan.threads), "--threads-batch", str(plan.threads))
+    yield from ("--cache-ram", str(plan.prompt_cache_mib), "--fit", "off", "--load-mode", "none")
+    yield from _placed(plan)
+
+
+def _placed(plan: Plan) -> Iterator[str]:
+    prefix = TRAITS[plan.backend].device_prefix
+    if not plan.gpus:
+        yield from ("--device", "none", "--n-gpu-layers", "0")
+        return
+    yield from ("--device", ",".join(f"{prefix}{number}" for number in range(len(plan.gpus))))
+    yield from ("--n-gpu-layers", str(plan.placement.gpu_layers))
+    if len(plan.gpus) > 1:
+        yield from ("--split-mode", "layer")
+        yield from ("--tensor-split", ",".join(str(count) for count in plan.placement.split()))
+    if plan.placement.spilled:
+        pattern = EXPERT_PATTERN if plan.is_moe else DENSE_PATTERN
+        layers = "|".join(str(layer) for layer in sorted(plan.placement.spilled))
+        yield from ("--override-tensor", rf"blk\.({layers})\.{pattern}=CPU")

@@ -1,0 +1,86 @@
+"""`make demo`: the main job on two disposable hosts, from bare Debian to a completion.
+
+Nothing here is special to the demo but where llama.cpp and the models come from: the deploy, the
+checks and the second run are the commands of the README.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from sandbox import hosts, outside
+
+ROOT = Path(__file__).resolve().parent.parent
+INVENTORY = "inventory/sandbox.py"
+PROMPT = "Once upon a time"
+
+
+def step(text: str) -> None:
+    print(f"\n=== {text}", flush=True)
+
+
+def command(*words: str) -> None:
+    """Run one of the README's commands; the demo ends where it fails."""
+    print("$ " + " ".join(words), flush=True)
+    program = [sys.executable, "-m", *words] if words[0] == "pytest" else [str(ROOT / ".venv/bin" / words[0]), *words[1:]]
+    done = subprocess.run(program, cwd=ROOT, env={**os.environ, "PYINFRA_PROGRESS": "off"})
+    if done.returncode:
+        raise SystemExit(f"`{' '.join(words)}` failed with exit code {done.returncode}")
+
+
+def completion(address: str, port: int) -> str:
+    """What the model says after the prompt."""
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 12, "temperature": 0}).encode()
+    request = urllib.request.Request(
+        f"http://{address}:{port}/v1/completions", body, {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        text: str = json.loads(answer.read())["choices"][0]["text"]
+    return text
+
+
+def no_change_run() -> None:
+    """A second run, as a machine would check for drift: it must find nothing to do."""
+    words = ["pyinfra", "--dry", "--json", INVENTORY, "deploy.py"]
+    print("$ " + " ".join(words), flush=True)
+    done = subprocess.run(
+        [str(ROOT / ".venv/bin/pyinfra"), *words[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    changing = [operation["name"] for operation in json.loads(done.stdout)["plan"] if operation["hosts_with_change"]]
+    print(f"operations that would change something: {changing or 'none'}")
+    if changing:
+        raise SystemExit("the second run would change something")
+
+
+def main() -> None:
+    began = time.monotonic()
+    step("two bare Debian hosts with systemd and SSH")
+    hosts.prepare()
+    outside.start()
+    try:
+        up = hosts.up(2)
+        step("deploy: probe, plan, compile llama.cpp, fetch the models, serve")
+        command("pyinfra", "-y", INVENTORY, "deploy.py")
+        step(f"a completion of {PROMPT!r} from each (the models are random: do not expect sense)")
+        for host in up:
+            print(f"{host.name}: {completion(host.address, 8080)!r}")
+        step("check the deployed hosts")
+        command("pytest", "-q", "tests/hosts", "--inventory", INVENTORY)
+        step("a second run changes nothing")
+        command("pyinfra", "-y", INVENTORY, "deploy.py")
+        no_change_run()
+    finally:
+        hosts.down()
+        outside.stop()
+    print(f"\ndemo done in {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

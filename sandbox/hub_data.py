@@ -1,0 +1,114 @@
+"""What the Hub stand-in knows and says: files, faults, the record of requests, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file of one revision of a repository."""
+
+    repo: str
+    path: str
+    file: Path
+    gated: bool
+    revision: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.repo}/{self.path}"
+
+    @property
+    def commit(self) -> str:
+        return commit_of(self.repo, self.revision)
+
+    @property
+    def size(self) -> int:
+        return self.file.stat().st_size
+
+    @cached_property
+    def sha256(self) -> str:
+        with self.file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass
+class Fault:
+    """What goes wrong with one path. Offsets count from the file's first byte, also in a ranged request."""
+
+    on: str  # "hub" or "cdn"; /plain counts as cdn
+    times: int | None  # how often; None: always
+    status: int = 0  # answer this instead of the file
+    retry_after: str = ""  # header beside `status`
+    cut_at: int | None = None  # reset the connection before this byte
+    close_at: int | None = None  # close it in order before this byte: Content-Length lied
+    ends_at: int | None = None  # the file is this long, and Content-Length says so
+    corrupt_at: int | None = None  # this byte comes out inverted
+    bytes_per_second: int | None = None
+
+
+@dataclass
+class Request:
+    """One request as it was served; `bytes_sent` counts the body and is final once `Hub.settled()` returned
+    it.
+    """
+
+    server: str
+    method: str
+    path: str
+    range: str
+    had_authorization: bool
+    status: int = 0
+    bytes_sent: int = 0
+
+
+@dataclass(frozen=True)
+class Problem(Exception):
+    """An answer that is not a file, as the Hub words it."""
+
+    status: int
+    code: str
+    message: str
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+def byte_range(header: str, size: int) -> tuple[int, int] | None:
+    """`[start, stop)` of a Range header with one range; empty if it cannot be met, None if there is none to
+    heed.
+
+    RFC 9110 section 14: what is malformed, and what asks for several ranges, may be answered with the whole
+    file.
+    """
+    match = re.fullmatch(r"bytes=(\d*)-(\d*)", header.strip())
+    if match is None or not (match[1] or match[2]):
+        return None
+    if not match[1]:
+        return max(0, size - int(match[2])), size
+    start, last = int(match[1]), int(match[2]) if match[2] else size - 1
+    if match[2] and last < start:
+        return None
+    return start, min(size, last + 1)
+
+
+def commit_of(repo: str, revision: str) -> str:
+    """The commit that stands for a revision, 40 hex digits, the same in every run."""
+    return hashlib.sha1(f"{repo}@{revision}".encode(), usedforsecurity=False).hexdigest()
+
+
+def touches(fault: Fault, span: tuple[int, int]) -> bool:
+    """Does a response with these bytes meet the fault? A range that ends before it is served well."""
+    offsets = [n for n in (fault.cut_at, fault.close_at, fault.corrupt_at) if n is not None]
+    return not offsets or any(span[0] <= n < span[1] for n in offsets)
+
+
+def blob_id(entry: Entry) -> str:
+    """git's own id of the LFS pointer file, which is what the Hub's repository holds."""
+    pointer = (
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{entry.sha256}\nsize {entry.size}\n".encode()
+    )
+    return hashlib.sha1(f"blob {len(pointer)}\0".encode() + pointer, usedforsecurity=False).hexdigest()

@@ -1,0 +1,125 @@
+"""The outside world of the sandbox in one piece: GitHub's and the Hub's stand-ins with small models.
+
+    python -m sandbox.outside start    serves in the background until `stop`
+    python -m sandbox.outside stop
+
+While it runs, `.cache/sandbox/outside.json` says where; `inventory/sandbox.py` reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandbox import models, upstream
+from sandbox.hub import Hub
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache"
+STATE = CACHE / "sandbox" / "outside.json"
+START_SECONDS = 180.0  # the first start downloads llama.cpp's source and imports it into git
+
+# Repository on the Hub: the tiny model that it holds, and in how many shards.
+MODELS = {"llamafleet/tiny-dense-GGUF": ("dense", 1), "llamafleet/tiny-moe-GGUF": ("moe", 3)}
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Where the stand-ins are: what settings need to use them instead of the real ones."""
+
+    repository: str
+    hub: Hub
+    sources: dict[str, str]
+
+    def settings(self) -> dict[str, object]:
+        """Settings that point a host at the stand-ins."""
+        return {"llama_cpp_repository": self.repository, "hub_endpoint": self.hub.url}
+
+
+@contextlib.contextmanager
+def running(repository: Path = upstream.REPOSITORY) -> Iterator[Outside]:
+    """Serve until the block ends; `sources` maps "dense" and "moe" to what an instance names."""
+    upstream.ensure()
+    with upstream.serve(repository) as url, Hub() as hub:
+        sources = {}
+        for name, (kind, shards) in MODELS.items():
+            folder = CACHE / "models" / f"{kind}-{shards}"
+            folder.mkdir(parents=True, exist_ok=True)
+            first = models.tiny(folder, kind, shards=shards)
+            for file in sorted(folder.glob("*.gguf")):
+                hub.add(name, file.name, file)
+            sources[kind] = f"hf:{name}/{first.name}"
+        yield Outside(url, hub, sources)
+
+
+def serve() -> None:
+    """Serve in the foreground until SIGTERM, and tell where in the state file."""
+    with running() as outside:
+        found = {"pid": os.getpid(), "settings": outside.settings(), "sources": outside.sources}
+        STATE.parent.mkdir(parents=True, exist_ok=True)
+        new = STATE.with_suffix(".new")
+        new.write_text(json.dumps(found))
+        new.replace(STATE)
+        try:
+            signal.sigwait({signal.SIGTERM, signal.SIGINT})
+        finally:
+            STATE.unlink(missing_ok=True)
+
+
+def start() -> None:
+    """Serve in the background, unless that is so already."""
+    if is_running():
+        return
+    STATE.unlink(missing_ok=True)
+    log = CACHE / "sandbox" / "outside.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sandbox.outside", "serve"], stdin=subprocess.DEVNULL, stdout=output,
+            stderr=output, start_new_session=True, cwd=CACHE.parent,
+        )  # fmt: skip
+    deadline = time.monotonic() + START_SECONDS
+    while not STATE.exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise SystemExit(f"the stand-ins did not start:\n{log.read_text()[-2000:]}")
+        time.sleep(0.1)
+
+
+def is_running() -> bool:
+    """Does the process that the state file names still serve?"""
+    try:
+        pid = int(json.loads(STATE.read_text())["pid"])
+        return b"sandbox.outside" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (OSError, ValueError):
+        return False
+
+
+def stop() -> None:
+    """End the background process, if there is one."""
+    if is_running():
+        pid = int(json.loads(STATE.read_text())["pid"])
+        os.kill(pid, signal.SIGTERM)
+        while Path(f"/proc/{pid}").exists() and is_running():
+            time.sleep(0.05)
+    STATE.unlink(missing_ok=True)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="Stand-ins for GitHub and the Hugging Face Hub.")
+    parser.add_argument("verb", choices=("start", "stop", "serve"))
+    {"start": start, "stop": stop, "serve": serve}[parser.parse_args(argv).verb]()
+
+
+if __name__ == "__main__":
+    # Before any thread: they inherit the mask, so that only sigwait sees these signals.
+    if sys.argv[1:] == ["serve"]:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    main(sys.argv[1:])

@@ -1,0 +1,73 @@
+"""Sandbox hosts and the stand-ins for the outside, once a session; down again whatever happens."""
+
+import os
+
+import pytest
+
+from sandbox import hosts as sandbox
+from sandbox import outside as stand_ins
+from sandbox import upstream
+from tests.e2e.deploying import PORT, ROOT, write_inventory
+
+BUILDS = ROOT / ".cache" / "builds"
+ON_HOST = "/var/cache/llamafleet-builds"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "e2e" in item.path.parts:
+            item.add_marker(pytest.mark.e2e)
+            if os.geteuid() != 0:
+                item.add_marker(pytest.mark.skip(reason="sandbox hosts need root"))
+
+
+@pytest.fixture(scope="session")
+def outside(tmp_path_factory):
+    """The stand-ins, over a copy of the upstream repository that tests may add commits to."""
+    upstream.ensure()
+    repository = upstream.fork(tmp_path_factory.mktemp("upstream") / "llama.cpp.git")
+    with stand_ins.running(repository) as running:
+        running.clone = repository
+        yield running
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory):
+    """An empty build cache that the hosts share."""
+    return tmp_path_factory.mktemp("builds")
+
+
+@pytest.fixture(scope="session")
+def hosts(builds):
+    """Three bare hosts."""
+    sandbox.prepare()
+    sandbox.down()
+    try:
+        yield sandbox.up(3, binds=[f"{builds}:{ON_HOST}"])
+    finally:
+        sandbox.down()
+
+
+@pytest.fixture
+def settings(outside):
+    """Settings of one host with one model; a test overrides what it is about."""
+
+    def make(host, kind="dense", **overrides):
+        model = {"name": "tiny", "source": outside.sources[kind], "port": PORT, "listen": host.address,
+                 "context_tokens": 1024, **overrides.pop("model", {})}  # fmt: skip
+        return {**outside.settings(), "build_cache": ON_HOST, "models": [model], **overrides}
+
+    return make
+
+
+@pytest.fixture
+def inventory(tmp_path):
+    """Writes an inventory file of (host, settings) pairs."""
+    count = 0
+
+    def make(*pairs):
+        nonlocal count
+        count += 1
+        return write_inventory(tmp_path / f"inventory{count}.py", pairs)
+
+    return make

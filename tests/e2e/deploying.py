@@ -1,0 +1,106 @@
+"""Running the real deploy on sandbox hosts, as an operator would, and reading what came of it."""
+
+import json
+import os
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PYINFRA = Path(sys.executable).with_name("pyinfra")
+PORT = 8080
+
+
+@dataclass
+class Run:
+    """What one run of pyinfra did."""
+
+    code: int
+    text: str
+    operations: list = field(default_factory=list)
+
+    def changed(self, host=None):
+        """Names of the operations that changed something (on this host), in order."""
+        return [one["name"] for one in self.operations if (host in one["changed"] if host else one["changed"])]
+
+    def failed(self, host):
+        return [one["name"] for one in self.operations if host in one["failed"]]
+
+
+def environment():
+    return {**os.environ, "PYINFRA_PROGRESS": "off", "NO_COLOR": "1"}
+
+
+def write_inventory(path, hosts):
+    """An inventory file of sandbox hosts, each with its settings."""
+    entries = [(host.name, {**connection(host), **data}) for host, data in hosts]
+    path.write_text(f"sandbox = {entries!r}\n")
+    return path
+
+
+def connection(host):
+    return {
+        "ssh_hostname": host.address, "ssh_user": "root", "ssh_key": str(host.ssh_key),
+        "ssh_known_hosts_file": str(host.known_hosts), "ssh_strict_host_key_checking": "yes",
+    }  # fmt: skip
+
+
+def command(inventory, *options):
+    return [str(PYINFRA), *options, "--group-data", "inventory/group_data", str(inventory), "deploy.py"]
+
+
+def pyinfra(inventory, *options, timeout=1500):
+    """Run the deploy: without options for real, with `--dry` to see only."""
+    dry = "--dry" in options
+    words = command(inventory, *(options if dry else ("-y", *options)), "--json")
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+    )
+    return read(done.returncode, done.stdout, done.stderr, dry)
+
+
+def read(code, stdout, stderr, dry):
+    try:
+        told = json.loads(stdout)
+    except ValueError:
+        return Run(code, stderr + stdout)
+    if dry:
+        operations = [{"name": one["name"], "changed": one["hosts_with_change"], "failed": []} for one in told["plan"]]
+    else:
+        operations = [{"name": one["name"], "changed": one["success"], "failed": one["error"]}
+                      for one in told["results"]["operations"]]  # fmt: skip
+    return Run(code, stderr, operations)
+
+
+def ask(host, path, body=None, key=None, port=PORT):
+    """(status, JSON) of the host's server."""
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+    data = json.dumps(body).encode() if body is not None else None
+    request = urllib.request.Request(f"http://{host.address}:{port}{path}", data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read() or b"{}")
+    except OSError as error:
+        return 0, {"error": str(error)}
+
+
+def serves(host, port=PORT, key=None):
+    """Does a real completion come out of it?"""
+    status, answer = ask(host, "/v1/completions", {"prompt": "Once", "max_tokens": 4, "temperature": 0}, key, port)
+    return status == 200 and answer["usage"]["completion_tokens"] == 4
+
+
+def on(host, *words):
+    """Run a command on the host by SSH; its stdout, stripped."""
+    done = host.run(list(words))
+    assert done.returncode == 0, f"{host.name}: {words}: {done.stderr}"
+    return done.stdout.strip()
+
+
+def main_pid(host, name):
+    return int(on(host, "systemctl", "show", "--property=MainPID", "--value", f"llama-server-{name}.service"))

@@ -1,0 +1,116 @@
+"""From bare hosts to running servers; the order of the tests is the story of a first deployment."""
+
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.e2e.deploying import ROOT, ask, command, environment, on, pyinfra, serves
+
+
+@pytest.fixture(scope="module")
+def pair(hosts):
+    return hosts[:2]
+
+
+def changes(run, hosts):
+    return {host.name: run.changed(host.name) for host in hosts}
+
+
+@pytest.fixture(scope="module")
+def story():
+    """What one test leaves for the next."""
+    return {}
+
+
+def both(inventory, settings, pair):
+    return inventory((pair[0], settings(pair[0], "dense")), (pair[1], settings(pair[1], "moe")))
+
+
+def test_dry_run_of_bare_hosts_shows_the_whole_way_and_changes_nothing(inventory, settings, pair, story):
+    run = pyinfra(both(inventory, settings, pair), "--dry")
+    assert run.code == 0, run.text
+    story["forecast"] = changes(run, pair)
+    for name in ("Install packages", "Build llama.cpp", "Fetch tiny-", "Start and check", "current release"):
+        assert any(name in one for one in story["forecast"][pair[0].name]), (name, story["forecast"])
+    for host in pair:
+        assert on(host, "sh", "-c", "ls -d /opt/llamafleet /var/lib/llamafleet /etc/llamafleet 2>/dev/null; true") == ""
+        assert on(host, "sh", "-c", "ls -d /tmp/llamafleet* /tmp/pyinfra* 2>/dev/null; true") == ""
+    # The plan is there before anything is compiled or downloaded.
+    assert "tiny on sandbox1" in run.text and "tiny on sandbox2" in run.text
+
+
+def test_killed_in_mid_build_the_build_goes_on_and_the_next_run_ends_green(inventory, settings, pair, story):
+    written = both(inventory, settings, pair)
+    process = subprocess.Popen(
+        [*command(written, "-y")], cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if "] [" in line and "/" in line.split("] [")[1][:9]:  # Ninja: [17/180] Building ...
+            break
+    else:
+        pytest.fail("the build never showed progress")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    states = [on(host, "sh", "-c", "systemctl list-units --no-legend 'llamafleet-job-build-*'") for host in pair]
+    assert all("running" in state for state in states), states
+
+    began = time.monotonic()
+    run = pyinfra(written)
+    assert run.code == 0, run.text
+    print(f"the run after the kill took {time.monotonic() - began:.0f} s")
+    story["inventory"] = written
+    # What was forecast is what was done, by both runs together.
+    for host in pair:
+        missing = set(story["forecast"][host.name]) - set(run.changed(host.name))
+        assert missing <= {"Prepare the host | Install llamafleet's helpers", "Prepare the host | Create the user llamafleet",
+                           "Prepare the host | Install packages", *(n for n in missing if "Check out" in n)}, missing  # fmt: skip
+
+
+def test_both_hosts_answer(pair):
+    for host in pair:
+        assert serves(host), ask(host, "/health")
+
+
+def test_only_one_host_compiled(pair):
+    # The other took the result from the shared cache: the same key is the same artefact.
+    built_on = {on(host, "sh", "-c", "grep -h built_on /opt/llamafleet/releases/*/release.json") for host in pair}
+    assert len(built_on) == 1
+
+
+def test_a_second_run_changes_nothing(pair, story):
+    pids = [on(host, "systemctl", "show", "--property=MainPID", "llama-server-tiny.service") for host in pair]
+    dry = pyinfra(story["inventory"], "--dry")
+    assert dry.code == 0 and changes(dry, pair) == {host.name: [] for host in pair}
+    run = pyinfra(story["inventory"])
+    assert run.code == 0 and changes(run, pair) == {host.name: [] for host in pair}, run.text
+    assert pids == [on(h, "systemctl", "show", "--property=MainPID", "llama-server-tiny.service") for h in pair]
+
+
+def test_the_shipped_checks_pass(story):
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/hosts", "--inventory",
+         str(story["inventory"])], cwd=ROOT, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
+
+
+def test_after_a_reboot_the_service_is_back_without_help(pair):
+    host = pair[0]
+    before = on(host, "cat", "/proc/sys/kernel/random/boot_id") + on(host, "systemctl", "show", "--property=UserspaceTimestampMonotonic")
+    host.reboot()
+    deadline = time.monotonic() + 60
+    while not serves(host) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert serves(host)
+    after = on(host, "cat", "/proc/sys/kernel/random/boot_id") + on(host, "systemctl", "show", "--property=UserspaceTimestampMonotonic")
+    assert before != after
+
+
+def test_a_run_after_the_reboot_changes_nothing(pair, story):
+    assert pyinfra(story["inventory"]).changed(pair[0].name) == []

@@ -1,0 +1,251 @@
+"""What a deployed host is really like, as one JSON object.
+
+Contract: one argument, {"instances": [names], "quick": bool}; prints one line of JSON and changes
+nothing (a completion of eight tokens is asked of each instance, by gate.py). Runs as root on the
+host, sent over `python3 -c`: Python 3.8, standard library, imports nothing of ours. What is missing
+is null, never an error. API keys and tokens are looked at, never printed. `quick` does not read model
+files but takes the checksum that was noted when they were verified, where the file is unchanged since.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import pwd
+import re
+import socket
+import subprocess
+import sys
+import time
+
+OPT = "/opt/llamafleet"
+ETC = "/etc/llamafleet"
+VAR = "/var/lib/llamafleet"
+RUN = "/run/llamafleet"
+UNITS = "/etc/systemd/system"
+# A gate waits as long as the plan lets a model load, and for an answer of a busy server, seconds.
+GATE_SECONDS = 600
+LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp, include/net/tcp_states.h
+
+
+def collect(asked):
+    return {
+        "euid": os.geteuid(),
+        "release": release(),
+        "folders": {path: stat_of(path) for path in (OPT, ETC, ETC + "/instances", VAR + "/staged")},
+        "staged": listing(VAR + "/staged"),
+        "run": listing(RUN),
+        "units": units(),
+        "instances": {name: instance(name, asked["quick"]) for name in asked["instances"]},
+    }
+
+
+def listing(path):
+    try:
+        return sorted(os.listdir(path))
+    except OSError:
+        return []
+
+
+def stat_of(path):
+    """Owner, group and mode, without following a link at the end."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return {"owner": user_name(found.st_uid), "gid": found.st_gid, "mode": oct(found.st_mode & 0o7777)[2:].zfill(4),
+            "size_bytes": found.st_size, "mtime_ns": found.st_mtime_ns}  # fmt: skip
+
+
+def user_name(uid):
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def read_text(path):
+    try:
+        with open(path, errors="surrogateescape") as file:
+            return file.read()
+    except OSError:
+        return None
+
+
+def read_json(path):
+    """The JSON object of a file; null where there is none or it is something else."""
+    try:
+        found = json.loads(read_text(path) or "")
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def output_of(command, seconds=60):
+    """(exit status or None, output and errors together)."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, str(error)
+    return done.returncode, done.stdout.decode("utf-8", "replace")
+
+
+def release():
+    """The release that `current` leads to, with its files' checksums; null where there is none."""
+    try:
+        target = os.readlink(OPT + "/current")
+    except OSError:
+        return None
+    folder = os.path.join(OPT, target)
+    return {
+        "target": target,
+        "record": read_json(folder + "/release.json"),
+        "files": {name: sha256_of(f"{folder}/bin/{name}") for name in listing(folder + "/bin")},
+        "version": output_of([folder + "/bin/llama-server", "--version"])[1].strip()[:2000],
+    }
+
+
+def units():
+    """Every llama-server-*.service that is installed or loaded."""
+    names = {os.path.basename(path) for path in glob.glob(UNITS + "/llama-server-*.service")}
+    for verb in ("list-units", "list-unit-files"):
+        _, text = output_of(["systemctl", verb, "--all", "--plain", "--no-legend", "llama-server-*.service"])
+        names |= set(re.findall(r"^(llama-server-\S+\.service)\s", text, re.MULTILINE))
+    return sorted(names)
+
+
+def instance(name, quick):
+    unit = f"llama-server-{name}.service"
+    folder = f"{ETC}/instances/{name}"
+    plan = read_json(folder + "/plan.json")
+    shown = show(unit)
+    pid = int(shown.get("MainPID") or 0)
+    return {
+        "plan": plan,
+        "plan_sha256": sha256_of(folder + "/plan.json"),
+        "plan_file": stat_of(folder + "/plan.json"),
+        "good": {"unit_sha256": sha256_of(f"{VAR}/good/{name}/{unit}"),
+                 "plan_sha256": sha256_of(f"{VAR}/good/{name}/plan.json")},
+        "unit": unit_file(unit),
+        "state": shown,
+        "process": process(pid),
+        "listening": listening(pid),
+        "keys": keys(folder + "/api-keys"),
+        "models": {file["path"]: model(file["path"], quick) for file in (plan or {}).get("files", [])},
+        "gate": gate(folder + "/plan.json", (plan or {}).get("gate", {})),
+    }  # fmt: skip
+
+
+def show(unit):
+    names = ("LoadState", "ActiveState", "SubState", "UnitFileState", "MainPID", "NRestarts", "DropInPaths",
+             "FragmentPath", "NeedDaemonReload")  # fmt: skip
+    _, text = output_of(["systemctl", "show", "--property=" + ",".join(names), unit])
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def unit_file(unit):
+    path = f"{UNITS}/{unit}"
+    text = read_text(path)
+    if text is None:
+        return None
+    named = re.search(r"plan ([0-9a-f]{16})\b", text)
+    return {**stat_of(path), "sha256": sha256_of(path), "identity": named.group(1) if named else None}
+
+
+def process(pid):
+    """The main process as the kernel sees it; null where none runs."""
+    status = read_text(f"/proc/{pid}/status") if pid else None
+    if status is None:
+        return None
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    uids = [user_name(int(uid)) for uid in fields["Uid"].split()]
+    try:
+        exe = os.readlink(f"/proc/{pid}/exe")
+    except OSError:
+        exe = None
+    wanted = ("NoNewPrivs", "Seccomp", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+    return {"pid": pid, "exe": exe, "users": sorted(set(uids)), "age_seconds": age(pid),
+            **{name: int(fields[name], 16 if name.startswith("Cap") else 10) for name in wanted if name in fields}}  # fmt: skip
+
+
+def age(pid):
+    """Seconds since the process started: field 22 of /proc/PID/stat is in ticks since boot, proc(5)."""
+    text = read_text(f"/proc/{pid}/stat")
+    if text is None:
+        return None
+    started = int(text.rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return round(time.clock_gettime(time.CLOCK_BOOTTIME) - started, 1)
+
+
+def listening(pid):
+    """[address, port] of every TCP socket on which the process listens."""
+    inodes = set()
+    for number in listing(f"/proc/{pid}/fd") if pid else []:
+        try:
+            inodes.add(os.readlink(f"/proc/{pid}/fd/{number}"))
+        except OSError:
+            continue
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in (read_text(f"/proc/{pid}/net/{table}") or "").splitlines()[1:]:
+            words = line.split()
+            if words[3] == LISTEN and f"socket:[{words[9]}]" in inodes:
+                address, port = words[1].split(":")
+                found.append([ip_text(address), int(port, 16)])
+    return sorted(found)
+
+
+def ip_text(digits):
+    """An address of /proc/net/tcp: groups of four bytes, each in the byte order of the machine."""
+    packed = b"".join(int(digits[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(digits), 8))
+    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
+
+
+def keys(path):
+    """Mode and number of keys, never the keys."""
+    found = stat_of(path)
+    return found and {**found, "count": len([line for line in (read_text(path) or "").splitlines() if line.strip()])}
+
+
+_hashed = {}
+
+
+def model(path, quick):
+    """Mode, size and checksum; instances that share a file have it read once."""
+    found = stat_of(path)
+    if found is None:
+        return None
+    noted = read_json(path + ".verified") or {}
+    if path not in _hashed and not quick:
+        _hashed[path] = sha256_of(path)
+    unchanged = (noted.get("size_bytes"), noted.get("mtime_ns")) == (found["size_bytes"], found["mtime_ns"])
+    return {**found, "noted_sha256": noted.get("sha256") if unchanged else None,
+            "sha256": _hashed.get(path)}  # fmt: skip
+
+
+def gate(plan, spec):
+    """What gate.py says: {"checks": [...]}, or {"error": text} where it cannot be asked."""
+    program = OPT + "/helpers/current/gate.py"
+    if not os.path.exists(program) or not spec:
+        return {"error": f"there is no {program if spec else plan}"}
+    code, text = output_of(["python3", "-s", "-E", "-B", program, "check", plan],
+                           seconds=spec.get("health_seconds", 0) + GATE_SECONDS)  # fmt: skip
+    try:
+        return json.loads(text.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        return {"error": f"gate.py ended with exit code {code}: {text.strip()[-500:]}"}
+
+
+if __name__ == "__main__":
+    print(json.dumps(collect(json.loads(sys.argv[1]))))

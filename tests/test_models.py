@@ -1,0 +1,145 @@
+"""The test models: published ones at their published size, tiny ones that the real llama-server answers
+with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from gguf import GGMLQuantizationType as Q
+from gguf import GGUFReader
+
+from sandbox import models, oracle
+
+
+@pytest.mark.parametrize("name", models.PUBLISHED)
+def test_a_layout_comes_out_at_its_published_size(name: str) -> None:
+    layout = models.PUBLISHED[name]
+    size_gib = sum(tensor.nbytes for tensor in models.tensors(layout, layout.quant)) / 2**30
+    assert round(size_gib, 2) == layout.published_gib, layout.source
+
+
+def test_gpt_oss_120b_has_the_published_tensors() -> None:
+    # "type f32: 433 tensors, q8_0: 146, mxfp4: 108", tensors.count 687: log in ggml-org/llama.cpp#15253
+    types = [tensor.type for tensor in models.tensors(models.PUBLISHED["gpt-oss-120b"], "MXFP4")]
+    assert (types.count(Q.F32), types.count(Q.Q8_0), types.count(Q.MXFP4)) == (433, 146, 108)
+
+
+def test_q4_k_m_spends_more_bits_on_the_layers_that_llama_quantize_picks() -> None:
+    # use_more_bits (llama-quant.cpp:452) for 32 layers: the first and last eighth, and every third between.
+    table = {t.name: t.type for t in models.tensors(models.PUBLISHED["Llama-3.1-8B"], "Q4_K_M")}
+    for part in ("attn_v", "ffn_down"):
+        finer = [i for i in range(32) if table[f"blk.{i}.{part}.weight"] == Q.Q6_K]
+        assert finer == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
+
+
+def test_tied_embeddings_are_stored_once_and_finer() -> None:
+    table = {t.name: t.type for t in models.tensors(models.PUBLISHED["Llama-3.2-3B"], "Q4_K_M")}
+    assert "output.weight" not in table
+    assert table["token_embd.weight"] == Q.Q6_K
+
+
+def test_a_row_that_no_k_quant_divides_falls_back() -> None:
+    table = {t.name: t.type for t in models.tensors(models.PUBLISHED["gpt-oss-20b"], "Q4_K_M")}
+    assert table["blk.0.attn_q.weight"] == Q.Q5_0  # 2880 is no multiple of 256
+    assert table["blk.0.attn_output.weight"] == Q.Q4_K  # 4096 is
+    assert table["output.weight"] == Q.Q8_0
+
+
+def test_a_weightless_model_has_the_full_length_and_hardly_any_disk(tmp_path: Path) -> None:
+    stat = models.weightless(tmp_path, "gpt-oss-120b").stat()
+    assert 59.02 < stat.st_size / 2**30 < 59.04
+    assert stat.st_blocks * 512 < 8e6
+
+
+def test_a_weightless_model_ends_with_its_last_tensor(tmp_path: Path) -> None:
+    layout = replace(models.PUBLISHED["gpt-oss-120b"], vocab=512)  # a short vocabulary: GGUFReader is slow
+    path = models.weightless(tmp_path, layout)
+    reader = GGUFReader(path)
+    last = max(reader.tensors, key=lambda tensor: tensor.data_offset)
+    assert 0 <= path.stat().st_size - (last.data_offset + last.n_bytes) < models.ALIGNMENT_BYTES
+    assert reader.fields["gpt-oss.expert_count"].contents() == 128
+
+
+@pytest.mark.parametrize("kind", models.TINY)
+@pytest.mark.parametrize("quant", ["F16", "Q8_0"])
+def test_a_tiny_model_is_the_same_for_the_same_seed(tmp_path: Path, kind: str, quant: str) -> None:
+    contents = []
+    for run, seed in enumerate((0, 0, 1)):
+        (tmp_path / str(run)).mkdir()
+        contents.append(models.tiny(tmp_path / str(run), kind, quant=quant, seed=seed).read_bytes())
+    assert contents[0] == contents[1] != contents[2]
+    assert 1e6 < len(contents[0]) < 20e6
+
+
+def test_shards_are_named_and_numbered_as_llama_cpp_does(tmp_path: Path) -> None:
+    whole = GGUFReader(models.tiny(tmp_path, "moe"))
+    first = models.tiny(tmp_path, "moe", shards=3)
+    files = sorted(tmp_path.glob("*-of-*.gguf"))
+    assert first == files[0]
+    assert [file.name for file in files] == [f"tiny-moe-F16-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    data = {}
+    for number, reader in enumerate(map(GGUFReader, files)):
+        assert reader.fields["split.no"].contents() == number
+        assert reader.fields["split.count"].contents() == 3
+        assert reader.fields["split.tensors.count"].contents() == len(whole.tensors)
+        data |= {tensor.name: tensor.data.tobytes() for tensor in reader.tensors}
+    assert data == {tensor.name: tensor.data.tobytes() for tensor in whole.tensors}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    ("kind", "quant", "shards"), [("dense", "F16", 1), ("moe", "Q8_0", 1), ("moe", "F16", 3)]
+)
+def test_llama_server_completes_a_chat_with_a_tiny_model(
+    tmp_path: Path, kind: str, quant: str, shards: int
+) -> None:
+    server = oracle.build().llama_server
+    model = models.tiny(tmp_path, kind, quant=quant, shards=shards)
+    port = free_port()
+    argv = [server, "-m", model, "--port", str(port), "--ctx-size", "2048", "--parallel", "1"]
+    request = {"messages": [{"role": "user", "content": "Grüße!"}], "max_tokens": 8, "temperature": 0}
+    with oracle.serving(argv, port, tmp_path / "server.log") as url:
+        post = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(request).encode())
+        with urllib.request.urlopen(post, timeout=30) as response:
+            answer = json.load(response)
+    assert answer["usage"]["completion_tokens"] == 8
+    assert answer["choices"][0]["message"]["content"].isprintable()
+    assert answer["system_fingerprint"].startswith("b11434-")
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", models.PUBLISHED)
+def test_llama_server_sees_a_weightless_model_at_its_published_size(tmp_path: Path, name: str) -> None:
+    model = models.weightless(tmp_path, name)
+    argv = [oracle.build().llama_server, "-m", model, "-lv", "4", "--port", "0", "-c", "4096"]
+    shown: dict[str, int] = {}
+    with subprocess.Popen(
+        list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as server:
+        try:
+            assert server.stdout is not None
+            for line in server.stdout:
+                if match := re.search(r"- (Host|CPU_REPACK) +\| +\d+ = +(\d+) \+", line):
+                    shown[match[1]] = int(match[2])
+                if "fitting params to free memory took" in line:
+                    break
+        finally:
+            server.kill()
+    layout = models.PUBLISHED[name]
+    # Without a GPU tied embeddings are held once, so this is the file's size.
+    expected_mib = layout.published_gib * 1024
+    assert sum(shown.values()) == pytest.approx(expected_mib, rel=0.005, abs=8)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
