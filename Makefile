@@ -30,9 +30,12 @@ check: .venv/ready
 	$(BIN)/mypy
 
 sandbox-up: .venv/ready packages
-	$(BIN)/python -m sandbox up --hosts $(HOSTS)
+	mkdir -p .cache/builds
+	$(BIN)/python -m sandbox up --hosts $(HOSTS) --bind $(CURDIR)/.cache/builds:/var/cache/llamafleet-builds
+	$(BIN)/python -m sandbox.outside start
 
 sandbox-down: .venv/ready
+	$(BIN)/python -m sandbox.outside stop
 	$(BIN)/python -m sandbox down
 
 lock: .venv/ready

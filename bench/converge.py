@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "converge.csv"
 COUNTS = (1, 10, 30)
 RUNS = 5
-ON_HOST = "/var/cache/llamafleet-builds"
 # What a release needs to run: in the hosts' root, so that thirty hosts do not fetch it thirty times.
 PACKAGES = ["ca-certificates", "curl", "libgomp1"]
 
@@ -36,7 +35,7 @@ def write_inventory(path: Path, up: list[hosts.SandboxHost], running: outside.Ou
         entries.append((host.name, {
             "ssh_hostname": host.address, "ssh_user": "root", "ssh_key": str(host.ssh_key),
             "ssh_known_hosts_file": str(host.known_hosts), "ssh_strict_host_key_checking": "yes",
-            **running.settings(), "build_cache": ON_HOST, "models": [model],
+            **running.settings(), "build_cache": outside.BUILDS_ON_HOST, "models": [model],
         }))  # fmt: skip
     path.write_text(f"sandbox = {entries!r}\n")
 
@@ -73,13 +72,12 @@ def measure(count: int, inventory: Path) -> dict[str, object]:
 
 def main() -> None:
     hosts.prepare()
-    builds = ROOT / ".cache" / "builds"
-    builds.mkdir(parents=True, exist_ok=True)
+    outside.BUILDS.mkdir(parents=True, exist_ok=True)
     rows = []
     with outside.running() as running, tempfile.TemporaryDirectory() as folder:
         try:
             for count in COUNTS:
-                up = hosts.up(count, packages=PACKAGES, binds=[f"{builds}:{ON_HOST}"])
+                up = hosts.up(count, packages=PACKAGES, binds=[f"{outside.BUILDS}:{outside.BUILDS_ON_HOST}"])
                 inventory = Path(folder) / f"{count}.py"
                 write_inventory(inventory, up, running)
                 began = time.monotonic()

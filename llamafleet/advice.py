@@ -31,11 +31,7 @@ def suggestions(model: Model, context: Context, instance: Instance, *, available
             found.append(f"set context_tokens to {tokens}: its KV cache would fit")
     if context.slots > 1:
         found.append(f"set slots to 1: the KV cache is {context.slots} times that of one slot")
-    if (
-        context.kv_type in ("f16", "bf16", "f32")
-        and cache > weights // 10
-        and "q8_0" not in instance.kv_types
-    ):
+    if context.kv_type in ("f16", "bf16", "f32") and cache > weights // 10 and "q8_0" not in instance.kv_types:
         found.append("allow kv_types q8_0: the KV cache takes 47 % less")
     smaller = _smaller_quantisation(model, available - cache)
     if smaller:
@@ -59,7 +55,5 @@ def _smaller_quantisation(model: Model, budget: int) -> str:
     for name, bits in BITS_PER_WEIGHT:
         size = int(elements * bits / 8)
         if bits < now * 0.95 and size <= budget * 0.9:
-            return (
-                f"take a smaller quantisation: about {size // MIB} MiB as {name}, now {now:.1f} bits a weight"
-            )
+            return f"take a smaller quantisation: about {size // MIB} MiB as {name}, now {now:.1f} bits a weight"
     return ""

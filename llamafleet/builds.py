@@ -29,13 +29,13 @@ COMPILE_PACKAGES = {
     "apt": ("cmake", "g++", "git", "make", "ninja-build"),
     "dnf": ("cmake", "gcc-c++", "git", "make", "ninja-build"),
 }
-BACKEND_PACKAGES = {
+BACKEND_PACKAGES: dict[tuple[str, str], tuple[str, ...]] = {
     ("vulkan", "apt"): ("libvulkan-dev", "glslc", "spirv-headers"),
     ("vulkan", "dnf"): ("vulkan-loader-devel", "glslc", "spirv-headers-devel"),
     ("hip", "apt"): ("hipcc", "libamdhip64-dev", "libhipblas-dev", "librocblas-dev"),
     ("hip", "dnf"): ("hipcc", "rocm-hip-devel", "hipblas-devel", "rocblas-devel"),
 }
-RUN_BACKEND_PACKAGES = {
+RUN_BACKEND_PACKAGES: dict[tuple[str, str], tuple[str, ...]] = {
     ("vulkan", "apt"): ("libvulkan1", "mesa-vulkan-drivers"),
     ("vulkan", "dnf"): ("vulkan-loader", "mesa-vulkan-drivers"),
 }
@@ -63,9 +63,17 @@ class Build:
     @property
     def key(self) -> str:
         """16 hexadecimal digits."""
-        parts = [self.commit, self.backend, self.toolkit, self.machine_arch, self.libc, self.cpu_flags,
-                 self.cmake_flags()]  # fmt: skip
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return _hash([self.commit, *self._configuration])
+
+    @property
+    def tree(self) -> str:
+        """The build folder on the host: one for all commits of a configuration, so that Ninja compiles
+        only what a new commit changed."""
+        return f"/var/lib/llamafleet/build/{_hash(self._configuration)}"
+
+    @property
+    def _configuration(self) -> list[object]:
+        return [self.backend, self.toolkit, self.machine_arch, self.libc, self.cpu_flags, self.cmake_flags()]
 
     @property
     def release(self) -> str:
@@ -107,6 +115,10 @@ class Build:
         if self.backend == "vulkan":
             return {"GGML_VULKAN": "ON"}
         return {}
+
+
+def _hash(parts: Iterable[object]) -> str:
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:16]
 
 
 def jobs(backend: str, cores: int, available_bytes: int, asked: int | None) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import json
 import os
 import sys
@@ -46,9 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     plan = commands.add_parser("plan", help="show what a machine can carry", description=plan_command.__doc__)
     plan.add_argument("--model", required=True, help="a path, a URL or hf:OWNER/REPO/FILE.gguf[@REVISION]")
-    plan.add_argument(
-        "--machine", required=True, type=Path, help="the machine file, JSON, - for standard input"
-    )
+    plan.add_argument("--machine", required=True, type=Path, help="the machine file, JSON, - for standard input")
     plan.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
         help="override a setting, of the host or of the model, e.g. context_tokens=131072",
@@ -113,9 +112,7 @@ def default_data() -> dict[str, Any]:
             code = compile(_text(root / DEFAULTS), str(root / DEFAULTS), "exec")
             exec(code, values)  # noqa: S102 -- group data is Python, and the operator's own
             return {key: value for key, value in values.items() if not key.startswith("_")}
-    raise UsageError(
-        f"{DEFAULTS}: not found here or beside the package: run this in a checkout of llamafleet"
-    )
+    raise UsageError(f"{DEFAULTS}: not found here or beside the package: run this in a checkout of llamafleet")
 
 
 def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
@@ -134,13 +131,20 @@ def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
 
 def settings_for(model: str, data: Mapping[str, Any], changes: Mapping[str, Any]) -> Settings:
     """Settings with one instance, the model; each change goes where its key belongs."""
-    of_instance = {key: value for key, value in changes.items() if key in Instance.__dataclass_fields__}
+    of_instance = {key: value for key, value in changes.items() if _is_of_instance(key)}
     if clash := of_instance.keys() & {"source"}:
         raise UsageError(f"--set {clash.pop()}: is given by --model")
     of_host = {key: value for key, value in changes.items() if key not in of_instance}
     source = model if ":" in model else str(Path(model).absolute())
     entry = {"name": NAME, "port": PORT, **of_instance, "source": source}
     return Settings.from_data({**data, **of_host, "models": [entry]})
+
+
+def _is_of_instance(key: str) -> bool:
+    """Does the key, or the known one that it resembles most, belong to the model?"""
+    host, instance = set(Settings.__dataclass_fields__), set(Instance.__dataclass_fields__)
+    near = difflib.get_close_matches(key, host | instance, n=1)
+    return key in instance or (key not in host and bool(near) and near[0] in instance)
 
 
 if __name__ == "__main__":

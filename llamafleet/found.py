@@ -76,5 +76,5 @@ class Found:
 
 def _instance(data: Mapping[str, Any]) -> FoundInstance:
     names = FoundInstance.__dataclass_fields__
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key in names}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key in names}
     return FoundInstance(**values)

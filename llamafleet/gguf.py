@@ -263,18 +263,14 @@ def _check_split(sources: Sequence[ByteSource], parts: Sequence[Header]) -> None
     expected = parts[0].metadata.get("split.tensors.count")
     found = sum(len(part.tensors) for part in parts)
     if len(parts) > 1 and expected is not None and expected != found:
-        raise GgufError(
-            f"{sources[0].name}: {expected} tensors promised, {found} found in {len(parts)} shards"
-        )
+        raise GgufError(f"{sources[0].name}: {expected} tensors promised, {found} found in {len(parts)} shards")
 
 
 def _read_one(source: ByteSource, shard: int) -> Header:
     cursor = _Cursor(source)
     version = _version(cursor)
     tensor_count, metadata_count = cursor.u64(), cursor.u64()
-    cursor.check(
-        tensor_count <= TENSOR_LIMIT, f"promises {tensor_count} tensors, at most {TENSOR_LIMIT} are read"
-    )
+    cursor.check(tensor_count <= TENSOR_LIMIT, f"promises {tensor_count} tensors, at most {TENSOR_LIMIT} are read")
     cursor.check(
         metadata_count <= METADATA_LIMIT,
         f"promises {metadata_count} metadata keys, at most {METADATA_LIMIT} are read",
@@ -311,9 +307,7 @@ def _version(cursor: _Cursor) -> int:
         cursor.check(False, f"is no GGUF: begins with {start[:4]!r} instead of b'GGUF'")
     cursor.skip(4)
     version = cursor.u32()
-    cursor.check(
-        version & 0xFFFF != 0, "is a big-endian GGUF; llama.cpp reads it on big-endian machines only"
-    )
+    cursor.check(version & 0xFFFF != 0, "is a big-endian GGUF; llama.cpp reads it on big-endian machines only")
     cursor.check(version != 1, "is a GGUF of version 1, which llama.cpp dropped: download or convert it anew")
     cursor.check(version in (2, 3), f"is a GGUF of version {version}; 2 and 3 are known")
     return version
@@ -341,9 +335,7 @@ def _tensor(cursor: _Cursor, shard: int) -> Tensor:
     elements = math.prod(shape)
     cursor.check(elements < 2**63, f"gives tensor {name!r} the impossible shape {shape}")
     row = shape[0] if shape else 1
-    cursor.check(
-        row % block == 0, f"stores tensor {name!r} with rows of {row} in {kind}, whose blocks are of {block}"
-    )
+    cursor.check(row % block == 0, f"stores tensor {name!r} with rows of {row} in {kind}, whose blocks are of {block}")
     return Tensor(name, shape, kind, cursor.u64(), elements // block * block_bytes, shard)
 
 
@@ -390,6 +382,8 @@ class _Cursor:
 
     def peek(self, length: int) -> bytes:
         """The next bytes, fewer at the end of the file."""
+        if self._size is not None:
+            length = min(length, self._size - self.position)
         self._fill(length)
         return self._window[self._at : self._at + length]
 
@@ -426,9 +420,7 @@ class _Cursor:
     def skip(self, length: int) -> None:
         """Go forward without reading."""
         self._at += length
-        self.check(
-            self.position <= HEADER_LIMIT_BYTES, f"has a header of more than {HEADER_LIMIT_BYTES} bytes"
-        )
+        self.check(self.position <= HEADER_LIMIT_BYTES, f"has a header of more than {HEADER_LIMIT_BYTES} bytes")
         if self._size is not None and self.position > self._size:
             self._need(1)
 

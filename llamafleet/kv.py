@@ -89,11 +89,7 @@ def windows(header: Header) -> tuple[int, ...]:
         return tuple(window if item else 0 for item in pattern[:layers])
     period = pattern if isinstance(pattern, int) else SWA_PERIODS.get(arch, 1)
     full = 0 if arch in SWA_DENSE_FIRST else period - 1
-    return (
-        tuple(0 if layer % period == full else window for layer in range(layers))
-        if period
-        else (window,) * layers
-    )
+    return tuple(0 if layer % period == full else window for layer in range(layers)) if period else (window,) * layers
 
 
 def is_known(header: Header) -> bool:
@@ -114,9 +110,7 @@ def kv_bytes(header: Header, context: Context) -> tuple[int, ...]:
     key, value = _head_sizes(header, width)
     key_swa = number(header, "attention.key_length_swa", key)
     value_swa = number(header, "attention.value_length_swa", value)
-    latent = (
-        number(header, "attention.key_length_mla") > 0 and number(header, "attention.value_length_mla") > 0
-    )
+    latent = number(header, "attention.key_length_mla") > 0 and number(header, "attention.value_length_mla") > 0
     recurrent, state = _recurrent(header, kv_heads)
     owners = _layers_with_cache(header, layers)
     total = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,10 @@ from .kv import Context, kv_bytes, number
 
 MIB = 1024**2
 HOST = "host"
+
+# Types that the CPU backend repacks on x86 (ggml-cpu/repack.cpp): as a matrix they are a second copy
+# of the embedding, which is read row by row and stays as it was.
+REPACKED = frozenset({"Q4_0", "Q4_K", "Q2_K", "Q8_0", "IQ4_NL", "MXFP4"})
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.*)")
 # What --n-cpu-moe matches (common/common.h, LLM_FFN_EXPS_REGEX), and a dense model's feed-forward part.
@@ -67,9 +71,7 @@ class LedgerRow:
     @property
     def used_bytes(self) -> int:
         """Everything that this model takes on the device."""
-        return (
-            self.weights_bytes + self.kv_bytes + self.compute_bytes + self.staging_bytes + self.overhead_bytes
-        )
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.staging_bytes + self.overhead_bytes
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ class Model:
     spill_bytes: tuple[int, ...]  # of them, those that may go to the host while attention stays
     largest_spill_bytes: int  # the largest single one, what op-offload stages
     input_bytes: int  # token embedding and the like: always on the host
-    output_bytes: int  # output matrix (the embedding once more, where tied) and norm
+    output_bytes: int  # output matrix and norm
+    tied_bytes: int  # what `output_bytes` has of the embedding, because the model has no output matrix
+    tied_is_shared: bool  # on the host it is held once, not twice
     is_moe: bool
 
     @property
@@ -107,8 +111,23 @@ class Model:
             if wanted.fullmatch(_part(tensor.name)):
                 spill[layer] += tensor.bytes
                 largest = max(largest, tensor.bytes)
-        host, output = _outside(outside)
-        return cls(header, tuple(whole), tuple(spill), largest, host, output, is_moe)
+        inputs = sum(tensor.bytes for tensor in outside if not tensor.name.startswith("output"))
+        outputs = sum(tensor.bytes for tensor in outside) - inputs
+        by_name = {tensor.name: tensor for tensor in outside}
+        tied = None if "output.weight" in by_name else by_name.get("token_embd.weight")
+        tied_bytes = tied.bytes if tied else 0
+        shared = tied is not None and tied.type not in REPACKED
+        return cls(
+            header,
+            tuple(whole),
+            tuple(spill),
+            largest,
+            inputs,
+            outputs + tied_bytes,
+            tied_bytes,
+            shared,
+            is_moe,
+        )
 
 
 def _layer(name: str) -> int | None:
@@ -119,16 +138,6 @@ def _layer(name: str) -> int | None:
 def _part(name: str) -> str:
     match = _LAYER.fullmatch(name)
     return match[2] if match else ""
-
-
-def _outside(tensors: Iterable[Tensor]) -> tuple[int, int]:
-    """Bytes of input and output tensors; a tied embedding is held twice (llama-model-loader.cpp:1162)."""
-    sizes: defaultdict[str, int] = defaultdict(int)
-    for tensor in tensors:
-        sizes["output" if tensor.name.startswith("output") else "input"] += tensor.bytes
-        sizes[tensor.name] = tensor.bytes
-    tied = 0 if "output.weight" in sizes else sizes["token_embd.weight"]
-    return sizes["input"], sizes["output"] + tied
 
 
 @dataclass(frozen=True)
@@ -166,9 +175,7 @@ class Usage:
     @property
     def total_bytes(self) -> int:
         """All of them."""
-        return (
-            self.weights_bytes + self.kv_bytes + self.compute_bytes + self.staging_bytes + self.overhead_bytes
-        )
+        return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.staging_bytes + self.overhead_bytes
 
 
 def usage(
@@ -187,6 +194,8 @@ def usage(
         weights[None] += moved
         kept[device] += cache[layer]
     weights[holders[-1]] += model.output_bytes
+    if holders[-1] is None and model.tied_is_shared:
+        weights[None] -= model.tied_bytes
     weights[None] += model.input_bytes
     staging = _staging(model, placement) if traits.op_offload else 0
     devices = {
@@ -199,7 +208,7 @@ def usage(
         )
         for device in placement.devices
     }
-    host_compute = compute_bytes(model.header, context, output=holders[-1] is None, pipelined=False)
+    host_compute = compute_bytes(model.header, context, output=holders[-1] is None, pipelined=pipelined)
     host = Usage(weights[None], kept[None], host_compute, 0, traits.host_overhead_bytes + host_extra_bytes)
     return devices, host
 

@@ -33,9 +33,7 @@ class Room:
         total = machine.memory.total_bytes
         return cls(
             gpus=tuple(gpus),
-            gpu_bytes=tuple(
-                min(gpu.capacity_bytes, total) if unified else gpu.capacity_bytes for gpu in gpus
-            ),
+            gpu_bytes=tuple(min(gpu.capacity_bytes, total) if unified else gpu.capacity_bytes for gpu in gpus),
             host_bytes=total,
             swap_bytes=machine.memory.swap_total_bytes if settings.allow_swap else 0,
             gpu_reserve_bytes=reserve,
@@ -93,9 +91,7 @@ class Case:
 
     def rows(self, placement: Placement) -> tuple[LedgerRow, ...]:
         """The ledger of a placement."""
-        return self.room.ledger(
-            *usage(self.model, self.context, placement, self.backend, self.host_extra_bytes)
-        )
+        return self.room.ledger(*usage(self.model, self.context, placement, self.backend, self.host_extra_bytes))
 
 
 def choose(case: Case) -> Placement:

@@ -112,9 +112,7 @@ def resolve_backend(machine: Machine, settings: Settings) -> str | Refusal:
     broken = [gpu for gpu in machine.gpus if gpu.problem]
     usable = machine.usable_gpus
     listed = {gpu.pci_bus_id for gpu in machine.gpus}
-    lost = [
-        gpu for gpu in machine.pci_gpus if gpu.vendor in BACKEND_OF_VENDOR and gpu.pci_bus_id not in listed
-    ]
+    lost = [gpu for gpu in machine.pci_gpus if gpu.vendor in BACKEND_OF_VENDOR and gpu.pci_bus_id not in listed]
     if not usable and (broken or lost):
         told = "; ".join(
             [f"GPU{gpu.index} ({gpu.name}): {gpu.problem}" for gpu in broken]
@@ -169,9 +167,7 @@ def _gpus_for(machine: Machine, backend: str) -> tuple[Gpu, ...]:
     return tuple(gpu for gpu in machine.usable_gpus if vendors is None or gpu.vendor in vendors)
 
 
-def _plan_one(
-    machine: Machine, backend: str, room: Room, instance: Instance, header: Header
-) -> Plan | Refusal:
+def _plan_one(machine: Machine, backend: str, room: Room, instance: Instance, header: Header) -> Plan | Refusal:
     if number(header, "block_count") < 1 or number(header, "embedding_length") < 1:
         reason = f"{header.name} ({header.architecture}) is no language model: its header gives no layers"
         return Refusal(reason, instance=instance.name, suggestions=("name the model's main GGUF file",))
@@ -243,9 +239,10 @@ def _why(machine: Machine, case: Case, placement: Placement, rows: Sequence[Ledg
     if placement.spilled:
         what = "experts" if model.is_moe else "feed-forward weights"
         kept = placement.gpu_layers - 1 - len(placement.spilled)
+        first, last = min(placement.spilled), max(placement.spilled)
         yield (
-            f"{what} of {len(placement.spilled)} layers ({min(placement.spilled)} to {max(placement.spilled)})"
-            f" are on the CPU, of {kept} of {model.layers} on GPUs: as many as fit under the reserve"
+            f"{what} of {len(placement.spilled)} layers ({first} to {last}) are on the CPU,"
+            f" of {kept} of {model.layers} on GPUs: as many as fit under the reserve"
         )
     yield f"KV cache {context.kv_type}: {context.tokens} tokens for each of {context.slots} slot(s)"
     if not is_known(model.header):
@@ -278,6 +275,9 @@ def _refuse(machine: Machine, instance: Instance, case: Case, rows: tuple[Ledger
     needed, available = worst.used_bytes, max(0, worst.used_bytes + worst.free_bytes)
     ram = "RAM and swap" if case.room.swap_bytes else "RAM"
     where = ram if worst.device == HOST else worst.device
+    if case.room.unified:  # one pool: what is missing is missing for both
+        needed, where = sum(row.used_bytes for row in rows), "the memory that GPU and CPU share"
+        available = max(0, needed + worst.free_bytes)
     tokens, slots = case.context.tokens, case.context.slots
     total = sum(row.used_bytes + row.free_bytes for row in rows)
     return Refusal(

@@ -42,9 +42,7 @@ BANDWIDTHS = {
 }  # fmt: skip -- one line an entry would hide the table
 DEFAULT_GPU = 400 * GB
 GPU_EFFICIENCY = 0.6
-HOST_BANDWIDTH = (
-    36 * GB
-)  # effective, two channels of DDR5; gpt-oss-120b with 28 layers on an i5-13400F: 22 tok/s
+HOST_BANDWIDTH = 36 * GB  # effective, two channels of DDR5; gpt-oss-120b with 28 layers on an i5-13400F: 22 tok/s
 PREFILL_FLOPS = 20e12  # effective on a consumer GPU; the CPU's is two orders less
 HOST_FLOPS = 0.3e12
 STAGING_BANDWIDTH = 12 * GB  # PCIe 4.0 x16, pageable to pinned in practice
@@ -82,9 +80,7 @@ def predict(model: Model, context: Context, placement: Placement, gpus: tuple[Gp
         expert_speed = HOST_BANDWIDTH if layer in placement.spilled else speed
         decode += fixed / speed + moving_bytes / expert_speed
         on_host += (fixed if device is None else 0) + (moving_bytes if expert_speed == HOST_BANDWIDTH else 0)
-        on_gpu += (fixed if device is not None else 0) + (
-            moving_bytes if expert_speed != HOST_BANDWIDTH else 0
-        )
+        on_gpu += (fixed if device is not None else 0) + (moving_bytes if expert_speed != HOST_BANDWIDTH else 0)
     staged = sum(model.spill_bytes[layer] for layer in placement.spilled)
     batch = context.ubatch_tokens
     host_seconds = staged / STAGING_BANDWIDTH if gpus else 4 * batch * on_host / HOST_FLOPS

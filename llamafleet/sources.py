@@ -51,9 +51,7 @@ def parse(source: str, endpoint: str = "") -> Source:
     if source.startswith("hf:"):
         match = _HUB.fullmatch(source)
         if not match or any(part in ("", ".", "..") for part in match["file"].split("/")):
-            raise SourceError(
-                f"{source}: should be hf:OWNER/REPO/FILE.gguf or hf:OWNER/REPO/FILE.gguf@REVISION"
-            )
+            raise SourceError(f"{source}: should be hf:OWNER/REPO/FILE.gguf or hf:OWNER/REPO/FILE.gguf@REVISION")
         return Source("hub", match["file"], match["repo"], match["revision"] or DEFAULT_REVISION)
     if source.startswith(("http://", "https://")):
         parts = urlsplit(source)
@@ -152,9 +150,7 @@ def _hub_file(web: Web, endpoint: str, source: Source, revision: str, name: str)
     )
 
 
-def _with_mirrors(
-    files: tuple[RemoteFile, ...], others: Sequence[str], endpoint: str
-) -> tuple[RemoteFile, ...]:
+def _with_mirrors(files: tuple[RemoteFile, ...], others: Sequence[str], endpoint: str) -> tuple[RemoteFile, ...]:
     """The other addresses of each file, shard by shard."""
     urls: list[list[str]] = [[] for _ in files]
     for other in others:
@@ -184,9 +180,7 @@ def siblings(source: str, *, endpoint: str, token: str | None = None) -> dict[st
     parsed = parse(source, endpoint)
     if parsed.kind != "hub":
         return {}
-    url = (
-        f"{endpoint.rstrip('/')}/api/models/{parsed.repo}/tree/{quote(parsed.revision, safe='')}?recursive=1"
-    )
+    url = f"{endpoint.rstrip('/')}/api/models/{parsed.repo}/tree/{quote(parsed.revision, safe='')}?recursive=1"
     with Web(token, origin(endpoint)).ask("GET", url) as answer:
         entries = answer.json()
     return {

@@ -125,9 +125,7 @@ class Web:
                 with answer:
                     return _piece(answer, url, offset, length)
             except (requests.RequestException, OSError) as error:
-                last = (
-                    f"{shown(url)}: the transfer broke off at byte {offset} or later: {type(error).__name__}"
-                )
+                last = f"{shown(url)}: the transfer broke off at byte {offset} or later: {type(error).__name__}"
                 self.sleep(2.0**attempt)
         raise SourceError(f"{last}, {ATTEMPTS} times; try again later or give mirrors")
 
@@ -140,9 +138,7 @@ def _piece(answer: requests.Response, url: str, offset: int, length: int) -> tup
         return b"", size
     if answer.status_code == 206:  # Partial Content
         if not range_told.startswith(f"bytes {offset}-"):
-            raise SourceError(
-                f"{shown(url)}: asked for bytes from {offset}, was given {range_told or 'no range'!r}"
-            )
+            raise SourceError(f"{shown(url)}: asked for bytes from {offset}, was given {range_told or 'no range'!r}")
         return _take(answer, length), size
     told = answer.headers.get("Content-Length", "")
     if offset + length > RANGELESS_LIMIT_BYTES:

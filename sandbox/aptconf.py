@@ -1,6 +1,6 @@
 """The machine's own apt settings, rewritten for the hosts' Debian release.
 
-No mirror is named anywhere in this project: hosts use the one that the machine uses. Signatures are always checked.
+No mirror is named in this project: hosts use the one that the machine uses. Signatures are always checked.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def one_line_sources(text: str) -> list[Source]:
 
 
 def deb822_sources(text: str) -> list[Source]:
-    """Stanzas of `Field: value`, see sources.list(5); a key that is written inline counts as no keyring file."""
+    """Stanzas of `Field: value`, see sources.list(5); a key written inline counts as no keyring file."""
     return [
         Source(uri, suite, tuple(fields.get("components", "").split()), _keyring(fields.get("signed-by", "")))
         for fields in _stanzas(text)

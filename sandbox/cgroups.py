@@ -1,7 +1,7 @@
 """One cgroup per host: what says that it runs, and what kills all of it at once.
 
-A host's processes cannot leave its cgroup, and `cgroup.kill` (Linux 5.14) ends every one of them in one step, so no
-process number is ever remembered, and none can be mistaken for another's.
+A host's processes cannot leave its cgroup, and `cgroup.kill` (Linux 5.14) ends every one of them in one step,
+so no process number is ever remembered, and none can be mistaken for another's.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ class Cgroup:
                 f"{self.path} cannot be made ({error.strerror}): hosts need a writable cgroup v2; "
                 "in a container this means --privileged"
             ) from error
+        if not (self.path / "cgroup.kill").exists():
+            raise SandboxError(f"{self.path} has no cgroup.kill: this kernel is older than Linux 5.14")
         for folder in (self.path.parent, self.path):
             _delegate(folder)
 
@@ -124,7 +126,7 @@ def _number_inside(pid: int) -> int | None:
 
 
 def _delegate(folder: Path) -> None:
-    """Hand the controllers down as far as the machine has them; without them limits are accepted but not enforced."""
+    """Hand down what controllers there are; without them limits are accepted but not enforced."""
     with contextlib.suppress(OSError):
         for controller in (folder / "cgroup.controllers").read_text().split():
             with contextlib.suppress(OSError):

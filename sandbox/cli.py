@@ -9,8 +9,8 @@ import subprocess
 import sys
 import time
 
-from sandbox import hosts, machine, roots
-from sandbox.state import SandboxError, current, say
+from sandbox import hosts
+from sandbox.state import SandboxError, say
 
 FAILED = 2
 
@@ -106,10 +106,8 @@ def _list(arguments: argparse.Namespace) -> None:
         print(json.dumps(rows, indent=1))
         return
     for row in rows:
-        print(
-            f"{row['name']:<16} {row['address']:<12} port {row['port']:<5} {'running' if row['running'] else 'off':<8}"
-            f" pid {row['pid'] or '-'}"
-        )
+        does = f"running, pid {row['pid']}" if row["running"] else "off"
+        print(f"{row['name']:<16} {row['address']:<12} port {row['port']:<5} {does}")
 
 
 def _exec(arguments: argparse.Namespace) -> int:
@@ -120,9 +118,4 @@ def _exec(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(_: argparse.Namespace) -> None:
-    installed = machine.install_missing()
-    say(f"installed: {', '.join(installed) or 'nothing was missing'}")
-    machine.check()
-    state = current()
-    with state.locked():
-        say(f"the root is {roots.base_root(state)}")
+    hosts.prepare()

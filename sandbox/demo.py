@@ -65,7 +65,8 @@ def main() -> None:
     hosts.prepare()
     outside.start()
     try:
-        up = hosts.up(2)
+        outside.BUILDS.mkdir(parents=True, exist_ok=True)
+        up = hosts.up(2, binds=[f"{outside.BUILDS}:{outside.BUILDS_ON_HOST}"])
         step("deploy: probe, plan, compile llama.cpp, fetch the models, serve")
         command("pyinfra", "-y", INVENTORY, "deploy.py")
         step(f"a completion of {PROMPT!r} from each (the models are random: do not expect sense)")

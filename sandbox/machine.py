@@ -1,4 +1,4 @@
-"""What this machine must have before hosts can run on it; every refusal says what is missing and what to do."""
+"""What this machine must have before hosts run on it; every refusal says what is missing and what to do."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def install_missing() -> list[str]:
 
 
 def check_binds(binds: Iterable[str]) -> None:
-    """Raises SandboxError for a bind that is not SRC:DST or SRC:DST:ro with an existing SRC and an absolute DST."""
+    """Raises SandboxError unless each is SRC:DST or SRC:DST:ro, with an existing SRC and an absolute DST."""
     for bind in binds:
         parts = bind.removesuffix(":ro").split(":")
-        if len(parts) != 2 or not parts[1].startswith("/"):  # noqa: PLR2004 - source and destination
+        if len(parts) != 2 or not parts[1].startswith("/"):
             raise SandboxError(
                 f"--bind {bind}: should be SRC:DST or SRC:DST:ro, DST an absolute path, no other colons"
             )
@@ -114,7 +114,7 @@ def check_address(address: str, port: int) -> None:
 
 
 def allow_hosts(count: int, before: Path) -> None:
-    """Raise the limit on inotify instances: Debian's 128 are enough for ten hosts. `before` keeps the old value."""
+    """Raise the limit on inotify instances: the usual 128 do for ten hosts. `before` keeps the old value."""
     limit = int(INOTIFY.read_text())
     wanted = 128 + count * INOTIFY_A_HOST
     if limit < wanted:

@@ -25,6 +25,9 @@ from sandbox.hub import Hub
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 STATE = CACHE / "sandbox" / "outside.json"
+# The hosts' shared build cache, here and as they see it.
+BUILDS = CACHE / "builds"
+BUILDS_ON_HOST = "/var/cache/llamafleet-builds"
 START_SECONDS = 180.0  # the first start downloads llama.cpp's source and imports it into git
 
 # Repository on the Hub: the tiny model that it holds, and in how many shards.

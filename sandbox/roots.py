@@ -20,7 +20,7 @@ from sandbox.state import CHECKOUT, SandboxError, State, say, tail
 from sandbox.supervisor import Job
 
 SUITE = "trixie"
-# As bare as a fresh server install with Python: no compilers, no curl, no git. libpam-systemd gives real sessions.
+# As bare as a fresh server install with Python: no compilers, curl, git. libpam-systemd makes real sessions.
 PACKAGES = (
     "systemd",
     "systemd-sysv",
@@ -66,29 +66,18 @@ def base_root(state: State) -> Path:
         _hooks(),
     ]
     home = state.directory / f"root-{_key(recipe)}"
+    options = [
+        f"--include={','.join(PACKAGES)}",
+        *(f"--aptopt={line.rstrip(';')}" for line in settings),
+        *(f'--customize-hook=mkdir -p "$1{f.parent}" && cp "{f}" "$1{f}"' for f in files),
+        *(f"--customize-hook={hook}" for hook in _hooks()),
+    ]
+    # Where the machine has no Debian archive (Ubuntu, say), mmdebstrap uses the mirror it was built with.
+    mirror = ["-"] if found else []
 
     def make(part: Path) -> None:
-        log = part / "log"
-        arguments = [
-            f"--include={','.join(PACKAGES)}",
-            *(f"--aptopt={line.rstrip(';')}" for line in settings),
-            *(f"--customize-hook={hook}" for hook in _hooks()),
-        ]
-        arguments[:0] = [f'--customize-hook=mkdir -p "$1{f.parent}" && cp "{f}" "$1{f}"' for f in files]
-        # Without a Debian archive of the machine's own (Ubuntu, say), mmdebstrap uses the mirror it was built with.
-        _build(
-            state,
-            [
-                "mmdebstrap",
-                "--variant=minbase",
-                *arguments,
-                SUITE,
-                str(part / "tree"),
-                *(["-"] if found else []),
-            ],
-            log,
-            "\n".join(aptconf.lines(found)),
-        )
+        command = ["mmdebstrap", "--variant=minbase", *options, SUITE, str(part / "tree"), *mirror]
+        _build(state, command, part / "log", "\n".join(aptconf.lines(found)))
         if found:
             sources = "\n".join(aptconf.lines(found, aptconf.KEYRING))
             (part / "tree/etc/apt/sources.list").write_text(sources + "\n")
@@ -136,9 +125,9 @@ def environment() -> dict[str, str]:
 
 
 def offer_debs(state: State, folder: Path) -> None:
-    """A layer of hard links to every package file downloaded before; apt checks each by hash and skips the download.
+    """A layer of hard links to all package files downloaded before: apt checks a hash, downloads nothing.
 
-    Each host has its own copy of the folder, so hosts share no lock; the files themselves cannot be changed through it.
+    Each host has its own folder, so hosts share no lock; it is a lower layer, so none can change the files.
     """
     archives = folder / ARCHIVES
     archives.mkdir(parents=True)
@@ -162,7 +151,8 @@ def _hooks() -> list[str]:
     ]
     return [
         *users,
-        f'echo "{ADMIN} ALL=(ALL) NOPASSWD: ALL" > "$1/etc/sudoers.d/{ADMIN}" && chmod 0440 "$1/etc/sudoers.d/{ADMIN}"',
+        f'echo "{ADMIN} ALL=(ALL) NOPASSWD: ALL" > "$1/etc/sudoers.d/{ADMIN}"',
+        f'chmod 0440 "$1/etc/sudoers.d/{ADMIN}"',
         'rm -f "$1"/etc/ssh/ssh_host_*',
         ': > "$1/etc/machine-id"',
         f'chroot "$1" systemctl mask {" ".join(MASKED)}',
@@ -206,7 +196,7 @@ def _once(home: Path, make: Callable[[Path], None], doing: str) -> Path:
 
 
 def _mark_updated(tree: Path) -> None:
-    """Spare each host the first-boot work of systemd (linker cache, journal catalogue), see systemd-update-done(8)."""
+    """Spare each host systemd's first-boot work (linker cache, journal catalogue): systemd-update-done(8)."""
     for folder in ("etc", "var"):
         (tree / folder).mkdir(exist_ok=True)
         (tree / folder / ".updated").touch()

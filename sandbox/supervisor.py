@@ -1,8 +1,8 @@
-"""The process that a host's life hangs on: mounts its disk, starts its systemd, starts it again after a reboot.
+"""The process that a host's life hangs on: mounts its disk, starts its systemd, again after each reboot.
 
-Run as `unshare --mount ... python -m sandbox.supervisor JOB.json`, inside the host's cgroup. It owns a private mount
-namespace, so every mount it makes vanishes with the last process of the host, also after SIGKILL; nothing is ever
-mounted where others can see it. Job file: see `Job`. Exit code: that of systemd-nspawn, 0 after a power-off.
+Run as `unshare --mount ... python -m sandbox.supervisor JOB.json`, inside the host's cgroup. It has a private
+mount namespace, so its mounts vanish with the last process of the host, also after SIGKILL; nothing is ever
+mounted where others can see it. Job file: see `Job`. Exit code: systemd-nspawn's, 0 after a power-off.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def load(file: Path) -> Job:
 
 
 def mount(job: Job) -> Path:
-    """Put the disk together; give the host a cgroup v2 tree of its own and nspawn a place for its runtime files."""
+    """Put the disk together; make the cgroup v2 tree visible and give nspawn a place for runtime files."""
     disk = Path(job.disk)
     for name in ("upper", "work", "merged"):
         (disk / name).mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def own_cgroup() -> Path:
 
 
 def write_files(job: Job, root: Path) -> None:
-    """Write the host's own files onto the merged disk, where the folders keep the modes of the layers below."""
+    """Write the host's own files onto the merged disk: there, folders keep the modes of the layers below."""
     first = not (Path(job.disk) / "configured").exists()
     for name, text in job.always.items() if not first else {**job.files, **job.always}.items():
         _write(root / name, text, 0o644)

@@ -38,13 +38,13 @@ def spec(now: Situation) -> dict[str, Any]:
     number = re.fullmatch(r"b(\d+)", now.settings.llama_cpp_ref)
     # Of no influence on the code, hence not part of the key: a shallow clone counts one commit.
     told = [f"-DLLAMA_BUILD_COMMIT={wanted.commit[:7]}", f"-DLLAMA_BUILD_NUMBER={number[1] if number else 0}"]
-    if wanted.nvcc or now.install_toolkit:
-        told.append(f"-DCMAKE_CUDA_COMPILER={wanted.nvcc or now.install_toolkit_nvcc}")
+    if wanted.nvcc:
+        told.append(f"-DCMAKE_CUDA_COMPILER={wanted.nvcc}")
     return {
         "key": wanted.key,
         "commit": wanted.commit,
         "source": SOURCE,
-        "tree": f"/var/lib/llamafleet/build/{wanted.key}",
+        "tree": wanted.tree,
         "cmake_flags": [*wanted.cmake_flags(), *told],
         "jobs": builds.jobs(
             wanted.backend, machine.cpu.logical_cores, machine.memory.available_bytes, now.settings.build_jobs

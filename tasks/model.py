@@ -20,7 +20,8 @@ def model() -> None:
     if now is None:
         return
     token = sources.hub_token(now.settings)
-    for folder, serving in {one.folder: one for one in now.servings}.items():
+    models = {one.folder: one for one in now.servings}
+    for folder, serving in operations.each(models.items(), lambda pair: pair[0]):
         needed = folder in now.work.models
         first = serving.model.files[0].name
         operations.stage_secret(

@@ -5,19 +5,37 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Generator
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator
 from io import BytesIO, StringIO
-from typing import Any
+from typing import Any, TypeVar
 
 from pyinfra import logger
 from pyinfra.api import FileUploadCommand, FunctionCommand, StringCommand, operation
 from pyinfra.api.host import Host
-from pyinfra.api.state import State
+from pyinfra.api.state import BaseStateCallback, State
+from pyinfra.context import ctx_host
 
 from llamafleet import payload
 from tasks import remote
 
 Commands = Generator[StringCommand | FileUploadCommand | FunctionCommand, None, None]
+
+Item = TypeVar("Item")
+
+
+def each(items: Iterable[Item], name: Callable[[Item], str]) -> Iterator[Item]:
+    """The items one by one, so that the operations of each stand on their own in pyinfra's output.
+
+    pyinfra takes operations from the same line of code for one and shows one of their names for all
+    hosts. Here the place in the list comes first, which keeps the order, then the item's name.
+    """
+    host = ctx_host.get()
+    for position, item in enumerate(items):
+        host.loop_position += [position, zlib.crc32(name(item).encode())]
+        yield item
+        del host.loop_position[-2:]
+
 
 FOLDERS = {
     "/opt/llamafleet": "0755", "/opt/llamafleet/helpers": "0755", "/opt/llamafleet/releases": "0755",
@@ -27,21 +45,27 @@ FOLDERS = {
 }  # fmt: skip
 
 
+def _as_wanted(what: str) -> None:
+    """For `-v`: why an operation does nothing."""
+    ctx_host.get().noop(what)
+
+
 @operation()
 def create_user(needed: bool) -> Commands:
     """The system user that the services run as: no shell, no home."""
-    if needed:
-        yield StringCommand(
-            "useradd --system --user-group --home-dir /nonexistent --no-create-home --shell /usr/sbin/nologin "
-            "--comment 'llama-server instances' llamafleet"
-        )
+    if not needed:
+        return _as_wanted("the user llamafleet exists")
+    yield StringCommand(
+        "useradd --system --user-group --home-dir /nonexistent --no-create-home --shell /usr/sbin/nologin "
+        "--comment 'llama-server instances' llamafleet"
+    )
 
 
 @operation()
 def install_helpers(needed: bool, arch: str) -> Commands:
     """Our helper programs with their pinned libraries, in a folder of their own; then the link."""
     if not needed:
-        return
+        return _as_wanted("the helpers are of this version")
     key = payload.helpers_key()
     folder = f"{remote.HELPERS}/{key}"
     for path, mode in FOLDERS.items():
@@ -63,8 +87,26 @@ def take_lock(needed: bool) -> Commands:
         yield FunctionCommand(_take_lock, (), {})
 
 
+class _ReleaseLockOnFailure(BaseStateCallback):
+    """A host that failed is out of the run: its lock is given back at once."""
+
+    @staticmethod
+    def operation_host_error(
+        state: State, host: Host, op_hash: str, retry_count: int = 0, max_retries: int = 0
+    ) -> None:
+        if host.connected:
+            remote.run(host, _release())
+
+
+def _release() -> StringCommand:
+    return remote.program("lock.py", "release", remote.this_run()["run"])
+
+
 def _take_lock(state: State, host: Host) -> bool:
-    holder, over = remote.this_run(), []
+    if not any(isinstance(handler, _ReleaseLockOnFailure) for handler in state.callback_handlers):
+        state.add_callback_handler(_ReleaseLockOnFailure())
+    holder = remote.this_run()
+    over: list[str] = []
     for _ in range(2):
         ok, out, err = remote.run(host, remote.program("lock.py", "take", json.dumps(holder), *over))
         if ok:
@@ -87,22 +129,21 @@ def _fail(host: Host, text: str) -> bool:
 def release_lock(needed: bool) -> Commands:
     """Give the host's lock back."""
     if needed:
-        yield remote.program("lock.py", "release", remote.this_run()["run"])
+        yield _release()
 
 
 @operation()
 def checkout(needed: bool, repository: str, commit: str, folder: str) -> Commands:
     """A git checkout at exactly this commit; fetches that commit alone, and only where it is missing."""
     if not needed:
-        return
+        return _as_wanted(f"commit {commit} needs no building")
     git = f"git -C {shlex.quote(folder)}"
-    source = shlex.quote(repository)
     yield StringCommand(f"test -d {shlex.quote(folder)}/.git || git init --quiet {shlex.quote(folder)}")
     # A shallow.lock or index.lock of a git that was killed would stop every later one.
     yield StringCommand(f"rm -f {shlex.quote(folder)}/.git/*.lock")
     yield StringCommand(
-        f"{git} cat-file -e {commit}^{{commit}} 2>/dev/null || {git} fetch --quiet --depth 1 {source} {commit}"
-        f" || {{ echo 'llama_cpp_ref: {source} does not give commit {commit} to this host' >&2; exit 1; }}"
+        f"{git} cat-file -e {commit}^{{commit}} 2>/dev/null || {git} fetch --quiet --depth 1 {shlex.quote(repository)} {commit}"
+        f" || {{ echo 'llama_cpp_ref: the repository does not give commit {commit} to this host' >&2; exit 1; }}"
     )
     yield StringCommand(f"{git} checkout --quiet --force --detach {commit} && {git} clean --quiet -ffdx")
 
@@ -123,7 +164,7 @@ def run_job(
     host that is removed as soon as the job has ended, whether or not we still look.
     """
     if not needed:
-        return
+        return _as_wanted(f"{job} is not needed")
     if spec is not None:
         path = f"/var/lib/llamafleet/jobs/{job}.json"
         yield FileUploadCommand(StringIO(json.dumps(spec)), path)
@@ -171,20 +212,21 @@ def stage_secret(needed: bool, path: str, text: str | None) -> Commands:
 def stage_files(needed: bool, folder: str, files: dict[str, str], keys: str | None) -> Commands:
     """The new files of an instance in a folder that root alone may enter, before the switch."""
     if not needed:
-        return
+        return _as_wanted("the instance is as planned")
     quoted = shlex.quote(folder)
     yield StringCommand(f"rm -rf {quoted} && install -d -m 0700 {quoted}")
     for name, text in files.items():
         yield FileUploadCommand(StringIO(text), f"{folder}/{name}")
     if keys is not None:
-        yield from stage_secret._inner(True, f"{folder}/api-keys", keys)  # type: ignore[attr-defined]
+        yield from stage_secret._inner(True, f"{folder}/api-keys", keys)
 
 
 @operation()
 def make_current(needed: bool, key: str, keep: int) -> Commands:
     """Link the release as the current one, and remove the oldest that nothing runs from."""
-    if needed:
-        yield remote.program("releases.py", key, str(keep))
+    if not needed:
+        return _as_wanted(f"release {key} is the current one")
+    yield remote.program("releases.py", key, str(keep))
 
 
 @operation()

@@ -16,9 +16,9 @@ def service() -> None:
     now = situation()
     if now is None:
         return
-    for name in now.work.removed:
+    for name in operations.each(now.work.removed, str):
         operations.remove_instance(name=f"Remove llama-server-{name}, no longer in models", instance=name)
-    for serving in now.servings:
+    for serving in operations.each(now.servings, lambda one: one.instance.name):
         serve(serving, needed=serving.instance.name in now.work.services)
     operations.make_current(
         name=f"Make build {now.build.key} the current release", needed=now.work.current,
@@ -36,5 +36,6 @@ def serve(serving: Serving, needed: bool) -> None:
     )  # fmt: skip
     operations.run_job(
         name=f"Start and check {wanted.unit}", needed=needed, job=f"switch-{wanted.name}",
-        program="switch.py", arguments=("install", wanted.name),
+        program="switch.py",
+        arguments=("install", wanted.name),
     )  # fmt: skip

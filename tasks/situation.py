@@ -7,7 +7,6 @@ are not cached by pyinfra and operations run again when they execute.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gevent.lock import RLock
@@ -98,46 +97,69 @@ def _decide_or_refuse(host: Host) -> Situation | None:
         return None
 
 
-def decide(host: Host) -> Situation:
-    """Read the host, plan its instances, and compare. Raises one of `EXPECTED`."""
-    settings = Settings.from_data(_own_data(host))
+@dataclass(frozen=True)
+class Examined:
+    """A host as it was read, and the plan or refusal for each of its models."""
+
+    settings: Settings
+    survey: facts.Survey
+    backend: str
+    models: tuple[sources.Model, ...]
+    answers: tuple[Plan | Refusal, ...]
+
+
+def examine(host: Host) -> Examined:
+    """Read the host and plan its instances; changes nothing. Raises one of `EXPECTED`."""
+    settings = Settings.from_data(host.data.dict())
     survey = facts.survey(host, _all_packages(), settings.build_cache)
-    machine, found = survey.machine, survey.found
-    _check_access(survey)
-    backend = resolve_backend(machine, settings)
+    backend = resolve_backend(survey.machine, settings)
     if isinstance(backend, Refusal):
         raise Refused(_refusal("the host", backend))
-    commit = sources.commit(settings)
-    models = [(instance, sources.model(instance, settings)) for instance in settings.models]
-    plans = plan_host(machine, [(instance, model.header) for instance, model in models], settings)
-    for instance, plan in zip(settings.models, plans, strict=True):
-        if isinstance(plan, Refusal):
-            raise Refused(_refusal(f"models: {instance.name}", plan))
-    kits = _toolkit(backend, settings, survey)
-    build = Build(
-        commit=commit, backend=backend, toolkit=kits.identity if kits else None,
-        architectures=toolkit.architectures(machine) if backend == "cuda" else (),
-        machine_arch=machine.os.arch, libc=machine.os.libc, cpu_flags=machine.cpu.flags,
-        kv_types=tuple(sorted({kv for instance in settings.models for kv in instance.kv_types})),
-        ui=settings.build_ui, nvcc=kits.nvcc if isinstance(kits, toolkit.Toolkit) else None,
-    )  # fmt: skip
+    models = tuple(sources.model(instance, settings) for instance in settings.models)
+    requests = [(instance, model.header) for instance, model in zip(settings.models, models, strict=True)]
+    answers = plan_host(survey.machine, requests, settings)
+    return Examined(settings, survey, backend, models, tuple(answers))
+
+
+def decide(host: Host) -> Situation:
+    """What is wanted on the host, against what was found. Raises one of `EXPECTED`."""
+    examined = examine(host)
+    settings, survey = examined.settings, examined.survey
+    _check_access(survey)
+    plans = []
+    for instance, answer in zip(settings.models, examined.answers, strict=True):
+        if isinstance(answer, Refusal):
+            raise Refused(_refusal(f"models: {instance.name}", answer))
+        plans.append(answer)
+    kit = _toolkit(examined.backend, settings, survey)
+    build = _build(examined, kit)
     servings = tuple(
         _serving(settings, survey, build, instance, model, plan)
-        for (instance, model), plan in zip(models, plans, strict=True)
-        if isinstance(plan, Plan)
+        for instance, model, plan in zip(settings.models, examined.models, plans, strict=True)
     )
-    install = kits if isinstance(kits, toolkit.Install) else None
+    install = kit if isinstance(kit, toolkit.Install) else None
     work = compare(
-        found, helpers=payload.helpers_key(), key=build.key, toolkit=install is not None,
-        packages=_missing(survey, build, settings), model_files=_model_files(servings),
+        survey.found, helpers=payload.helpers_key(), key=build.key, toolkit=install is not None,
+        packages=_missing(survey, build), model_files=_model_files(servings),
         services=[serving.service for serving in servings],
     )  # fmt: skip
     return Situation(settings, survey, build, install, servings, work)
 
 
-def _own_data(host: Host) -> Mapping[str, object]:
-    data: Mapping[str, object] = host.data.dict()
-    return data
+def _build(examined: Examined, kit: toolkit.Toolkit | toolkit.Install | None) -> Build:
+    settings, machine = examined.settings, examined.survey.machine
+    return Build(
+        commit=sources.commit(settings),
+        backend=examined.backend,
+        toolkit=kit.identity if kit else None,
+        architectures=toolkit.architectures(machine) if examined.backend == "cuda" else (),
+        machine_arch=machine.os.arch,
+        libc=machine.os.libc,
+        cpu_flags=machine.cpu.flags,
+        kv_types=tuple(sorted({kv for instance in settings.models for kv in instance.kv_types})),
+        ui=settings.build_ui,
+        nvcc=kit.nvcc if kit else None,
+    )
 
 
 def _check_access(survey: facts.Survey) -> None:
@@ -163,7 +185,7 @@ def _all_packages() -> dict[str, tuple[str, ...]]:
     }  # fmt: skip
 
 
-def _missing(survey: facts.Survey, build: Build, settings: Settings) -> tuple[str, ...]:
+def _missing(survey: facts.Survey, build: Build) -> tuple[str, ...]:
     """Missing packages that are needed: those to compile with only where something is compiled."""
     found = survey.found
     compiling = build.key not in found.releases and build.key not in found.cached_builds

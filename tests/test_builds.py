@@ -68,3 +68,9 @@ def test_jobs_by_cores_and_memory(backend, cores, gib, asked, expected):
 def test_a_host_that_takes_a_finished_build_needs_no_compiler():
     assert "g++" in builds.packages("apt", "cpu", compiling=True)
     assert "g++" not in builds.packages("apt", "cpu", compiling=False)
+
+
+def test_commits_of_one_configuration_share_a_build_folder():
+    other = dataclasses.replace(BUILD, commit="d" * 40)
+    assert other.tree == BUILD.tree and other.key != BUILD.key
+    assert dataclasses.replace(BUILD, libc="2.36").tree != BUILD.tree

@@ -18,7 +18,9 @@ def write(path, *, tensors=None, metadata=(), alignment=None, arch="llama"):
     if alignment:
         writer.add_custom_alignment(alignment)
     for key, value, kind in metadata:
-        writer.add_key_value(key, value, kind, sub_type=reference.GGUFValueType.get_type(value[0]) if kind == ARRAY else None)
+        writer.add_key_value(
+            key, value, kind, sub_type=reference.GGUFValueType.get_type(value[0]) if kind == ARRAY else None
+        )
     for name, array in (tensors or {}).items():
         if isinstance(array, tuple):
             data, kind = array
@@ -55,7 +57,7 @@ def test_every_type_has_the_size_that_gguf_knows():
     known = {int(kind): (kind.name, *size) for kind, size in reference.GGML_QUANT_SIZES.items()}
     ours = dict(gguf.GGML_TYPES)
     assert {number: ours[number] for number in known} == known
-    # gguf-py 0.19 lags behind ggml.h, which has Q2_0 as 42 (ggml-common.h:187-192: 64 weights in 18 bytes).
+    # gguf-py may lag behind ggml.h, which has Q2_0 as 42 (ggml-common.h:187-192: 64 weights in 18 bytes).
     assert {ours[number] for number in ours.keys() - known.keys()} <= {("Q2_0", 64, 18)}
 
 
@@ -112,14 +114,14 @@ def test_a_real_vocabulary_with_merges_is_quick_and_is_not_kept(tmp_path):
     tokens, merges = [f"token{n}" for n in range(201088)], [f"to ken{n}" for n in range(446189)]
     path = write(tmp_path / "v.gguf", metadata=[("t.tokens", tokens, ARRAY), ("t.merges", merges, ARRAY)])
     del tokens, merges
-    tracemalloc.start()
     start = time.process_time()
     header = read_path(path)
-    seconds = time.process_time() - start
+    assert time.process_time() - start < 1  # 0.2 s on an idle core
+    tracemalloc.start()
+    read_path(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert header.metadata["t.merges"] == LongArray(446189)
-    assert seconds < 1  # 0.1 s without tracemalloc
     assert peak < 40 * 2**20
 
 
@@ -166,11 +168,11 @@ def text(value):
     return struct.pack("<Q", len(raw)) + raw
 
 
-def raw(*, magic=b"GGUF", version=3, tensors=0, keys=1, body=text("general.architecture") + struct.pack("<I", 8) + text("llama")):
-    return magic + struct.pack("<IQQ", version, tensors, keys) + body
-
-
 ARCH = text("general.architecture") + struct.pack("<I", 8) + text("llama")
+
+
+def raw(*, version=3, tensors=0, keys=1, body=ARCH):
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, keys) + body
 
 
 def tensor(name="t", shape=(32,), kind=0, offset=0, dims=None):
@@ -194,7 +196,10 @@ BROKEN = {
     "long_key": (raw(body=struct.pack("<Q", 2**62)), "has a string of 4611686018427387904 bytes"),
     "long_value": (raw(body=text("k") + struct.pack("<IQ", 8, 2**40)), "has a string of 1099511627776 bytes"),
     "huge_array": (raw(body=text("k") + struct.pack("<IIQ", 9, 8, 2**61)), "too many to be true"),
-    "long_strings": (raw(body=text("k") + struct.pack("<IIQ", 9, 8, 2000) + struct.pack("<Q", 2**63) * 2000), "header of more"),
+    "long_strings": (
+        raw(body=text("k") + struct.pack("<IIQ", 9, 8, 2000) + struct.pack("<Q", 2**63) * 2000),
+        "header of more",
+    ),
     "cut_array": (raw(body=text("k") + struct.pack("<IIQ", 9, 4, 5_000_000)), "is cut short"),
     "nested": (raw(body=text("k") + struct.pack("<IIQ", 9, 9, 2)), "nests arrays"),
     "unknown_value": (raw(body=text("k") + struct.pack("<I", 77)), "unknown value type 77"),
@@ -229,7 +234,9 @@ def test_a_broken_file_is_refused_by_name_quickly_and_within_memory(tmp_path, ca
 
 
 def test_every_cut_of_a_file_is_refused(tmp_path):
-    whole = write(tmp_path / "w.gguf", tensors={"a": np.zeros((4, 4), np.float32)}, metadata=[("a.x", ["q"] * 3, ARRAY)])
+    whole = write(
+        tmp_path / "w.gguf", tensors={"a": np.zeros((4, 4), np.float32)}, metadata=[("a.x", ["q"] * 3, ARRAY)]
+    )
     content = whole.read_bytes()
     end = read_path(whole).tensors[-1].bytes + content.index(b"\x00" * 64)
     for length in range(0, min(end, len(content) - 32)):
@@ -244,7 +251,9 @@ def test_version_2_is_read_like_3(tmp_path):
     assert read_path(path).architecture == "llama"
 
 
-@pytest.mark.parametrize("name", ["m-00000-of-00002.gguf", "m-00003-of-00002.gguf", "m-00001-of-00000.gguf", "m-00001-of-99999.gguf"])
+@pytest.mark.parametrize(
+    "name", ["m-00000-of-00002.gguf", "m-00003-of-00002.gguf", "m-00001-of-00000.gguf", "m-00001-of-99999.gguf"]
+)
 def test_impossible_shard_names_are_refused(name):
     with pytest.raises(GgufError, match="cannot be"):
         gguf.shard_names(name)

@@ -42,7 +42,15 @@ def build(spec):
         if not take_from_cache(spec):
             compile_release(spec)
             publish(spec)
-    shutil.rmtree(spec["tree"], ignore_errors=True)
+    forget_other_trees(spec["tree"])
+
+
+def forget_other_trees(tree):
+    """Keep this build folder, from which the next commit is compiled quickly, and no other."""
+    folder = os.path.dirname(tree)
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        if name != os.path.basename(tree):
+            shutil.rmtree(os.path.join(folder, name))
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ import time
 
 JOBS = "/var/lib/llamafleet/jobs"
 TAIL_LINES = 40
+# A line of progress is told at most this often, seconds: a build of minutes fills no screen.
+TELL_SECONDS = 10.0
 
 
 def unit_of(name):
@@ -88,7 +90,7 @@ def follow(name, seen, seconds):
         found = look(name)
         if found["state"] != "running" or time.monotonic() >= deadline:
             return found
-        if found["line"] != seen and time.monotonic() >= deadline - seconds + 3:
+        if found["line"] != seen and time.monotonic() >= deadline - seconds + min(seconds, TELL_SECONDS):
             return found
         time.sleep(0.5)
 

@@ -7,10 +7,9 @@ import pytest
 from sandbox import hosts as sandbox
 from sandbox import outside as stand_ins
 from sandbox import upstream
-from tests.e2e.deploying import PORT, ROOT, write_inventory
+from tests.e2e.deploying import PORT, write_inventory
 
-BUILDS = ROOT / ".cache" / "builds"
-ON_HOST = "/var/cache/llamafleet-builds"
+ON_HOST = stand_ins.BUILDS_ON_HOST
 
 
 def pytest_collection_modifyitems(items):

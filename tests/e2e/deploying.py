@@ -82,7 +82,8 @@ def ask(host, path, body=None, key=None, port=PORT):
     request = urllib.request.Request(f"http://{host.address}:{port}{path}", data, headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, json.loads(answer.read())
+            text = answer.read()
+            return answer.status, json.loads(text) if text.startswith(b"{") else text
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read() or b"{}")
     except OSError as error:

@@ -11,12 +11,10 @@ import pytest
 from sandbox import hosts as sandbox
 from tests import fake_nvml
 from tests.e2e.conftest import ON_HOST
-from tests.e2e.deploying import ROOT, on, pyinfra
+from sandbox.outside import BUILDS
+from tests.e2e.deploying import on, pyinfra
 
 pytestmark = pytest.mark.cuda
-
-# Kept between runs: compiling CUDA takes most of the time, and the key says when it must be done again.
-BUILDS = ROOT / ".cache" / "builds"
 
 
 @pytest.fixture(scope="module")

@@ -53,8 +53,13 @@ def stat_of(path):
         found = os.lstat(path)
     except OSError:
         return None
-    return {"owner": user_name(found.st_uid), "gid": found.st_gid, "mode": oct(found.st_mode & 0o7777)[2:].zfill(4),
-            "size_bytes": found.st_size, "mtime_ns": found.st_mtime_ns}  # fmt: skip
+    return {
+        "owner": user_name(found.st_uid),
+        "gid": found.st_gid,
+        "mode": oct(found.st_mode & 0o7777)[2:].zfill(4),
+        "size_bytes": found.st_size,
+        "mtime_ns": found.st_mtime_ns,
+    }
 
 
 def user_name(uid):
@@ -135,8 +140,10 @@ def instance(name, quick):
         "plan": plan,
         "plan_sha256": sha256_of(folder + "/plan.json"),
         "plan_file": stat_of(folder + "/plan.json"),
-        "good": {"unit_sha256": sha256_of(f"{VAR}/good/{name}/{unit}"),
-                 "plan_sha256": sha256_of(f"{VAR}/good/{name}/plan.json")},
+        "good": {
+            "unit_sha256": sha256_of(f"{VAR}/good/{name}/{unit}"),
+            "plan_sha256": sha256_of(f"{VAR}/good/{name}/plan.json"),
+        },
         "unit": unit_file(unit),
         "state": shown,
         "process": process(pid),
@@ -144,12 +151,21 @@ def instance(name, quick):
         "keys": keys(folder + "/api-keys"),
         "models": {file["path"]: model(file["path"], quick) for file in (plan or {}).get("files", [])},
         "gate": gate(folder + "/plan.json", (plan or {}).get("gate", {})),
-    }  # fmt: skip
+    }
 
 
 def show(unit):
-    names = ("LoadState", "ActiveState", "SubState", "UnitFileState", "MainPID", "NRestarts", "DropInPaths",
-             "FragmentPath", "NeedDaemonReload")  # fmt: skip
+    names = (
+        "LoadState",
+        "ActiveState",
+        "SubState",
+        "UnitFileState",
+        "MainPID",
+        "NRestarts",
+        "DropInPaths",
+        "FragmentPath",
+        "NeedDaemonReload",
+    )
     _, text = output_of(["systemctl", "show", "--property=" + ",".join(names), unit])
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
 
@@ -175,8 +191,13 @@ def process(pid):
     except OSError:
         exe = None
     wanted = ("NoNewPrivs", "Seccomp", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
-    return {"pid": pid, "exe": exe, "users": sorted(set(uids)), "age_seconds": age(pid),
-            **{name: int(fields[name], 16 if name.startswith("Cap") else 10) for name in wanted if name in fields}}  # fmt: skip
+    return {
+        "pid": pid,
+        "exe": exe,
+        "users": sorted(set(uids)),
+        "age_seconds": age(pid),
+        **{name: int(fields[name], 16 if name.startswith("Cap") else 10) for name in wanted if name in fields},
+    }
 
 
 def age(pid):
@@ -215,7 +236,10 @@ def ip_text(digits):
 def keys(path):
     """Mode and number of keys, never the keys."""
     found = stat_of(path)
-    return found and {**found, "count": len([line for line in (read_text(path) or "").splitlines() if line.strip()])}
+    return found and {
+        **found,
+        "count": len([line for line in (read_text(path) or "").splitlines() if line.strip()]),
+    }
 
 
 _hashed = {}
@@ -230,8 +254,7 @@ def model(path, quick):
     if path not in _hashed and not quick:
         _hashed[path] = sha256_of(path)
     unchanged = (noted.get("size_bytes"), noted.get("mtime_ns")) == (found["size_bytes"], found["mtime_ns"])
-    return {**found, "noted_sha256": noted.get("sha256") if unchanged else None,
-            "sha256": _hashed.get(path)}  # fmt: skip
+    return {**found, "noted_sha256": noted.get("sha256") if unchanged else None, "sha256": _hashed.get(path)}
 
 
 def gate(plan, spec):
@@ -239,8 +262,10 @@ def gate(plan, spec):
     program = OPT + "/helpers/current/gate.py"
     if not os.path.exists(program) or not spec:
         return {"error": f"there is no {program if spec else plan}"}
-    code, text = output_of(["python3", "-s", "-E", "-B", program, "check", plan],
-                           seconds=spec.get("health_seconds", 0) + GATE_SECONDS)  # fmt: skip
+    code, text = output_of(
+        ["python3", "-s", "-E", "-B", program, "check", plan],
+        seconds=spec.get("health_seconds", 0) + GATE_SECONDS,
+    )
     try:
         return json.loads(text.strip().splitlines()[-1])
     except (ValueError, IndexError):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import testinfra
+import testinfra  # type: ignore[import-untyped]  # it ships no types
 
 from tests.hosts import checks
 from tests.hosts.inventory_bridge import BridgeError, Target, targets
@@ -28,9 +28,20 @@ TARGETS = pytest.StashKey[list[Target]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("llamafleet", "checks of deployed hosts (tests/hosts)")
     group.addoption("--inventory", help="the inventory that was deployed, e.g. inventory/fleet.py")
-    group.addoption("--limit", action="append", default=[], help="only this group or host; may be repeated")
-    group.addoption("--quick", action="store_true", default=False,
-                    help="do not read model files: trust the checksum noted when they were verified")  # fmt: skip
+    group.addoption(
+        "--limit",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only this group or host (--limit=@local: pytest reads a word that begins with @ as a "
+        "file's name); may be repeated",
+    )
+    group.addoption(
+        "--quick",
+        action="store_true",
+        default=False,
+        help="do not read model files: trust the checksum noted when they were verified",
+    )
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

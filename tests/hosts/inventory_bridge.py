@@ -97,7 +97,7 @@ def spec(host: Host, folder: Path) -> str:
         raise BridgeError(f"{host.name}: {connector} has no service manager: only SSH and @local are checked")
     if host.data.get("ssh_password"):
         raise BridgeError(
-            f"{host.name}: ssh_password would be seen in the list of processes: use a key (ssh_key) or an agent"
+            f"{host.name}: ssh_password would be seen in the process list: use a key (ssh_key) or an agent"
         )
     # One SSH session a host: a master that stays behind in the background would serve nobody.
     query |= {"controlpersist": "0", "ssh_config": str(_ssh_config(host, folder))}

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from tests.hosts import checks
+from tests.hosts import checks, instance_checks
 
 
 def good(problems: checks.Problems) -> None:
@@ -51,40 +51,40 @@ def test_undeclared_units(box: checks.Box) -> None:
 
 
 def test_plan(served: checks.Served) -> None:
-    good(checks.plan_file(served))
+    good(instance_checks.plan_file(served))
 
 
 def test_models(served: checks.Served) -> None:
-    good(checks.models(served))
+    good(instance_checks.models(served))
 
 
 def test_unit(served: checks.Served) -> None:
-    good(checks.unit(served))
+    good(instance_checks.unit(served))
 
 
 def test_running(served: checks.Served) -> None:
-    good(checks.running(served))
+    good(instance_checks.running(served))
 
 
 def test_process(served: checks.Served) -> None:
-    good(checks.process(served))
+    good(instance_checks.process(served))
 
 
 def test_sandbox(served: checks.Served) -> None:
-    good(checks.sandbox(served))
+    good(instance_checks.sandbox(served))
 
 
 def test_listening(served: checks.Served) -> None:
-    good(checks.listening(served))
+    good(instance_checks.listening(served))
 
 
 def test_keys(served: checks.Served) -> None:
-    good(checks.keys(served))
+    good(instance_checks.keys(served))
 
 
-@pytest.mark.parametrize("name", checks.GATE_CHECKS, ids=lambda name: name.replace(" ", "-"))
+@pytest.mark.parametrize("name", instance_checks.GATE_CHECKS, ids=lambda name: name.replace(" ", "-"))
 def test_gate(served: checks.Served, name: str) -> None:
     """The gate that let the instance in, asked again: health, arguments, GPU memory, key, context, reply."""
-    if name not in checks.planned_gate_checks(served):
+    if name not in instance_checks.planned_gate_checks(served):
         pytest.skip("the plan uses no GPU" if name == "gpu memory" else "no API key is asked for")
-    good(checks.gate(served, name))
+    good(instance_checks.gate(served, name))

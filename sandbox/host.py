@@ -1,0 +1,185 @@
+"""One disposable host: how it is reached, started, rebooted and killed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import socket
+import subprocess
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sandbox import cgroups, machine, roots
+from sandbox.state import SandboxError, State, tail
+
+BOOT_SECONDS = 120  # thirty at once on two slow cores; one alone takes a second
+POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class SandboxHost:
+    """One disposable host, running or off."""
+
+    name: str
+    number: int  # of its address
+    port: int  # of its sshd
+    packages: tuple[str, ...]
+    binds: tuple[str, ...]
+    state: State
+
+    @property
+    def address(self) -> str:
+        return f"127.0.1.{self.number}"
+
+    @property
+    def ssh_key(self) -> Path:
+        return self.state.ssh_key
+
+    @property
+    def known_hosts(self) -> Path:
+        return self.state.known_hosts
+
+    @property
+    def disk(self) -> Path:
+        """Its folder: spec.json, upper/ (all that was ever written in the host), log (its console)."""
+        return self.state.hosts / self.name
+
+    @property
+    def root(self) -> Path:
+        """The host's file system as it sees it, while it runs; what it wrote, while it is off."""
+        pid = self.pid
+        return Path(f"/proc/{pid}/root") if pid else self.disk / "upper"
+
+    @property
+    def pid(self) -> int | None:
+        """Of the host's process 1, in the machine's numbers; None while it is off."""
+        return self.cgroup.leader()
+
+    @property
+    def cgroup(self) -> cgroups.Cgroup:
+        return cgroups.of_host(self.state, self.name)
+
+    @property
+    def is_running(self) -> bool:
+        return self.cgroup.populated
+
+    def ssh(self, user: str = "root") -> list[str]:
+        """The ssh command that reaches it, without a command to run there."""
+        options = (
+            "IdentitiesOnly=yes",
+            "BatchMode=yes",
+            "StrictHostKeyChecking=yes",
+            "LogLevel=ERROR",
+            f"UserKnownHostsFile={self.known_hosts}",
+            "GlobalKnownHostsFile=none",
+            "ConnectTimeout=10",
+        )
+        return [
+            "ssh",
+            "-F",
+            "none",
+            "-i",
+            str(self.ssh_key),
+            *(f"-o{o}" for o in options),
+            "-p",
+            str(self.port),
+            f"{user}@{self.address}",
+        ]
+
+    def run(
+        self,
+        argv: list[str],
+        *,
+        user: str = "root",
+        input: str = "",
+        timeout: float | None = None,
+        check: bool = False,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command over SSH; 255 is ssh's own failure. Arguments arrive as given, unread by a shell."""
+        command = [*self.ssh(user), "--", shlex.join(argv)]
+        return subprocess.run(
+            command, input=input, capture_output=True, text=True, timeout=timeout, check=check
+        )
+
+    def kill(self) -> None:
+        """The power cut: SIGKILL to everything in it. The disk stays."""
+        self.cgroup.kill()
+
+    def start(self) -> None:
+        """Boot it (again) and wait until systemd says that it is up; nothing happens if it is already.
+
+        Raises SandboxError with the end of its console when it does not come up.
+        """
+        with self.state.locked():
+            launch(self)
+        self.wait()
+
+    def reboot(self) -> None:
+        """`systemctl reboot` inside; returns when it is up again."""
+        before = self.pid
+        self.run(["systemctl", "reboot"])
+        deadline = time.monotonic() + BOOT_SECONDS
+        while self.pid in (before, None):
+            _check(self, deadline, "come back from a reboot")
+        self.wait()
+
+    def wait(self) -> str:
+        """Wait until it has booted; gives systemd's word for it: `running`, or `degraded` (a unit failed)."""
+        deadline = time.monotonic() + BOOT_SECONDS
+        while True:
+            with suppress(OSError), socket.create_connection((self.address, self.port), timeout=1) as probe:
+                if probe.recv(4) == b"SSH-":
+                    break
+            _check(self, deadline, f"answer on {self.address} port {self.port}")
+        while not (result := self.run(["systemctl", "is-system-running", "--wait"])).stdout:
+            _check(self, deadline, f"let root in by SSH ({result.stderr.strip()})")
+        return result.stdout.strip()
+
+
+def launch(host: SandboxHost) -> None:
+    """Start its supervisor, detached from this process and from its terminal."""
+    if host.is_running:
+        return
+    machine.check_address(host.address, host.port)
+    host.cgroup.kill()
+    loop = cgroups.Cgroup(host.cgroup.path / "loop")
+    host.cgroup.make()
+    loop.make()
+    with (host.disk / "log").open("w") as log:
+        subprocess.run(
+            loop.enter(["setsid", "--fork", *roots.supervise(host.disk / "job.json")]),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            check=True,
+            env=roots.environment(),
+            cwd="/",
+        )
+
+
+def load(state: State, file: Path) -> SandboxHost:
+    """Read what `save` wrote."""
+    spec = json.loads(file.read_text())
+    return SandboxHost(
+        spec["name"], spec["number"], spec["port"], tuple(spec["packages"]), tuple(spec["binds"]), state
+    )
+
+
+def save(host: SandboxHost) -> None:
+    """Write the host down, in one step; from now on it is listed."""
+    host.disk.mkdir(parents=True, mode=0o700, exist_ok=True)
+    spec = {key: value for key, value in asdict(host).items() if key != "state"}
+    (host.disk / "spec.part").write_text(json.dumps(spec))
+    (host.disk / "spec.part").rename(host.disk / "spec.json")
+
+
+def _check(host: SandboxHost, deadline: float, what: str) -> None:
+    """One step of waiting. Raises SandboxError when the host has ended, or the time is over."""
+    why = "it ended" if not host.is_running else "time is over" if time.monotonic() > deadline else ""
+    if why:
+        raise SandboxError(
+            f"{host.name} did not {what}: {why}; {host.disk / 'log'} ends with:{tail(host.disk / 'log')}"
+        )
+    time.sleep(POLL_SECONDS)

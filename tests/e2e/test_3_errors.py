@@ -1,0 +1,209 @@
+"""What goes wrong on one host stays there: it fails by name with the way out, its old service goes
+on serving, and the other host is deployed all the same."""
+
+import time
+
+import pytest
+
+from sandbox import upstream
+from tests.e2e.deploying import ask, on, pyinfra, serves
+
+
+@pytest.fixture(scope="module")
+def bad(hosts):
+    return hosts[0]
+
+
+@pytest.fixture(scope="module")
+def good(hosts):
+    return hosts[1]
+
+
+@pytest.fixture
+def run_with(settings, inventory, bad, good):
+    """Deploys the bad host with these settings beside the good one, and checks what always holds."""
+
+    def run(*expected, data=None, connection=None, serving=True, **overrides):
+        given = data if data is not None else settings(bad, **overrides)
+        done = pyinfra(inventory((bad, {**given, **(connection or {})}), (good, settings(good, "moe"))))
+        assert done.code != 0
+        for text in expected:
+            assert text in done.text, f"{text!r} is not in:\n{done.text[-3000:]}"
+        lines = [line for line in done.text.splitlines() if bad.name in line]
+        assert lines, "the message does not name the host"
+        assert not [name for name in done.failed(good.name)], done.text
+        assert serves(good)
+        if serving:
+            assert serves(bad), "the previous service no longer serves"
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def deployed(bad, good, outside, tmp_path_factory):
+    """Both serve before anything goes wrong."""
+    from tests.e2e.conftest import ON_HOST
+    from tests.e2e.deploying import PORT, write_inventory
+
+    pairs = []
+    for host, kind in ((bad, "dense"), (good, "moe")):
+        model = {"name": "tiny", "source": outside.sources[kind], "port": PORT, "listen": host.address,
+                 "context_tokens": 1024}  # fmt: skip
+        pairs.append((host, {**outside.settings(), "build_cache": ON_HOST, "models": [model]}))
+    done = pyinfra(write_inventory(tmp_path_factory.mktemp("deployed") / "inventory.py", pairs))
+    assert done.code == 0, done.text
+
+
+def test_unknown_setting(run_with):
+    run_with("refused: keep_release: unknown setting; did you mean `keep_releases`?", keep_release=1)
+
+
+def test_wrong_type(run_with):
+    run_with("models[0].port: should be a whole number, is '8080'", model={"port": "8080"})
+
+
+def test_port_taken(run_with, bad):
+    serve = ["systemd-run", "--quiet", "--unit=squatter", "python3", "-m", "http.server", "--bind", bad.address, "8090"]
+    on(bad, *serve)
+    try:
+        until(lambda: ask(bad, "/", port=8090)[0])
+        run_with("port 8090", "is taken by squatter.service", "give the model another port", model={"port": 8090})
+    finally:
+        on(bad, "systemctl", "stop", "squatter")
+
+
+def until(true, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def test_no_space_for_the_model(run_with, outside, bad):
+    on(bad, "mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", "/var/lib/llamafleet/models")
+    try:
+        run_with("no space", "/var/lib/llamafleet/models", model={"source": outside.sources["moe"]})
+    finally:
+        on(bad, "umount", "/var/lib/llamafleet/models")
+
+
+def test_checksum_mismatch(run_with, outside):
+    path = outside.sources["moe"].removeprefix("hf:")
+    outside.hub.fault(path, times=None, corrupt_at=100_000)
+    try:
+        run_with("sha256", model={"source": outside.sources["moe"]})
+    finally:
+        outside.hub.heal()
+
+
+def test_connection_cut_in_mid_download_is_resumed(settings, inventory, outside, bad):
+    path = outside.sources["moe"].removeprefix("hf:")
+    on(bad, "sh", "-c", "rm -rf /var/lib/llamafleet/models/tiny-moe-*")
+    outside.hub.fault(path, times=2, cut_at=1_000_000)
+    run = pyinfra(inventory((bad, settings(bad, "moe"))))
+    outside.hub.heal()
+    assert run.code == 0, run.text
+    assert serves(bad)
+    assert pyinfra(inventory((bad, settings(bad)))).code == 0
+
+
+def test_gated_model_without_token(run_with, outside, tmp_path):
+    from sandbox import models
+
+    outside.hub.add("acme/gated-GGUF", "gated.gguf", models.tiny(tmp_path), gated=True)
+    run_with("acme/gated-GGUF", "hub_token_file", model={"source": "hf:acme/gated-GGUF/gated.gguf"})
+
+
+def test_gated_model_with_token_leaves_no_token_behind(settings, inventory, outside, bad, tmp_path):
+    from sandbox import models
+
+    outside.hub.add("acme/gated-GGUF", "gated.gguf", models.tiny(tmp_path, seed=7), gated=True)
+    token = tmp_path / "token"
+    token.write_text(outside.hub.token + "\n")
+    data = settings(bad, model={"source": "hf:acme/gated-GGUF/gated.gguf"}, hub_token_file=str(token))
+    run = pyinfra(inventory((bad, data)), "-vvv", "--diff")
+    assert run.code == 0, run.text
+    assert serves(bad)
+    assert outside.hub.token not in run.text
+    assert on(bad, "sh", "-c", f"grep -rl {outside.hub.token} /run /etc /var/lib/llamafleet /tmp 2>/dev/null; true") == ""
+    assert pyinfra(inventory((bad, settings(bad)))).code == 0
+
+
+def test_unknown_ref(run_with):
+    run_with("llama_cpp_ref", "no tag or branch 'b99999999'", llama_cpp_ref="b99999999")
+
+
+def test_unknown_commit(run_with):
+    run_with("does not give commit", llama_cpp_ref="1234567890" * 4)
+
+
+def test_compile_error(run_with, outside, bad):
+    source = upstream.read_file(outside.clone, "ggml/src/ggml.c")
+    upstream.add_commit(outside.clone, {"ggml/src/ggml.c": "#error broken on purpose\n" + source}, "broken")
+    before = on(bad, "readlink", "/opt/llamafleet/current")
+    run_with("llama.cpp does not compile", "broken on purpose", llama_cpp_ref="broken")
+    assert on(bad, "readlink", "/opt/llamafleet/current") == before
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"<html>not a model</html>" * 9, "GGUF"), (b"GGUF\x03\x00\x00\x00" + b"\x05" + b"\0" * 9, "GGUF")],
+    ids=["html", "truncated"],
+)
+def test_a_file_that_is_no_model(run_with, outside, tmp_path, content, says):
+    file = tmp_path / f"{len(content)}.gguf"
+    file.write_bytes(content)
+    outside.hub.add("acme/broken-GGUF", file.name, file)
+    run_with(says, file.name, model={"source": f"hf:acme/broken-GGUF/{file.name}"})
+
+
+def test_a_model_too_large_for_the_host_is_refused_before_anything_is_built(run_with, outside, tmp_path):
+    from sandbox import models
+
+    large = models.weightless(tmp_path, "gpt-oss-120b")
+    outside.hub.add("acme/large-GGUF", large.name, large)
+    # The file is a hole of 59 GiB: no waiting for its checksum.
+    run = run_with("refused", "gpt-oss", model={"source": f"{outside.hub.url}/plain/acme/large-GGUF/{large.name}"})
+    assert not [name for name in run.changed() if "Fetch" in name]
+
+
+def test_host_down(run_with, bad):
+    bad.kill()
+    try:
+        run_with(bad.name, serving=False)
+    finally:
+        bad.start()
+    until(lambda: serves(bad), 30)
+    assert serves(bad)
+
+
+def test_python_missing(run_with, bad):
+    on(bad, "mv", "/usr/bin/python3", "/usr/bin/python3.away")
+    try:
+        run_with("python3 is missing on the host: install it")
+    finally:
+        on(bad, "mv", "/usr/bin/python3.away", "/usr/bin/python3")
+
+
+@pytest.mark.parametrize(
+    ("connection", "says"),
+    [({"ssh_user": "nosudo"}, "connect as root"), ({"ssh_user": "nosudo", "_sudo": True}, "sudo")],
+    ids=["plain user", "user without sudo"],
+)
+def test_no_root(run_with, connection, says):
+    run_with(says, connection=connection)
+
+
+def test_an_ordinary_user_with_sudo_does_as_well(settings, inventory, bad):
+    data = {**settings(bad), "ssh_user": "admin", "_sudo": True}
+    run = pyinfra(inventory((bad, data)))
+    assert run.code == 0 and run.changed() == [], run.text
+
+
+def test_a_unit_that_never_serves_is_rolled_back(run_with, outside, bad):
+    # It compiles and starts, and exits at once: only the gate can tell.
+    upstream.add_commit(outside.clone, {"tools/server/main.cpp": "int main() { return 0; }\n"}, "exits")
+    began = time.monotonic()
+    run_with("did not pass the gate", "the previous one was put back and serves", llama_cpp_ref="exits")
+    print(f"the run with the rollback took {time.monotonic() - began:.0f} s")
+

@@ -1,0 +1,163 @@
+"""The ledger's bytes against llama-server's own words: `common_memory_breakdown_print` at b11434.
+
+The numbers were printed by llama-server with the planned flags, `ggml-rpc-server`s standing in for the
+GPUs, in MiB: (weights, context, compute) of each device.
+"""
+
+import pytest
+
+from llamafleet.kv import Context, is_known, kv_bytes, row_bytes, windows
+from llamafleet.ledger import Model, Placement, usage
+from tests import planning
+from tests.planning import MIB
+
+F16_512 = {"kv_type": "f16", "ubatch_tokens": 512}
+
+
+def layers(header):
+    return header.get("block_count")
+
+
+def everything_on(header, device=0):
+    return Placement((device,) * (layers(header) + 1))
+
+
+def on_gpus(header, counts, spilled=()):
+    holders = [device for device, count in enumerate(counts) for _ in range(count)]
+    front = (None,) * (layers(header) + 1 - len(holders))
+    return Placement((*front, *holders), frozenset(spilled))
+
+
+ORACLE = {
+    "gpt-oss-120b, 27 layers' experts on the host": (
+        "gpt-oss-120b", Context(131072, 1, "f16", 512), [37], range(9, 36), [(16168, 4635, 218)], (44269, 0, 151)),
+    "gpt-oss-120b, two devices": (
+        "gpt-oss-120b", Context(131072, 1, "f16", 512), [12, 25], range(15, 36),
+        [(19754, 1545, 218), (6121, 3090, 208)], (34562, 0, 151)),
+    "gpt-oss-120b, three devices in a pipeline": (
+        "gpt-oss-120b", Context(131072, 1, "f16", 512), [12, 12, 13], (),
+        [(19754, 1545, 674), (19754, 1545, 646), (20341, 1545, 646)], (586, 0, 571)),
+    "gpt-oss-20b, three slots": (
+        "gpt-oss-20b", Context(65536, 3, "f16", 512), [25], (), [(10949, 4662, 155)], (586, 0, 87)),
+    "Llama-3.1-8B": ("Llama-3.1-8B", Context(32768, 1, "f16", 512), [33], (), [(4403, 4096, 148)], (281, 0, 64)),
+    "Llama-3.1-8B, four slots, q8_0": (
+        "Llama-3.1-8B", Context(8192, 4, "q8_0", 512), [33], (), [(4403, 2176, 124)], (281, 0, 40)),
+    "Llama-3.1-8B, no GPU": ("Llama-3.1-8B", Context(8192, 1, "f16", 512), [], (), [], (4685, 1024, 132)),
+    "Llama-3.1-8B, two devices in a pipeline": (
+        "Llama-3.1-8B", Context(16384, 1, "f16", 512), [17, 16], (), [(2113, 1088, 276), (2290, 960, 236)], (281, 0, 144)),
+    "Llama-3.3-70B, half on the host": (
+        "Llama-3.3-70B", Context(8192, 1, "f16", 512), [42], (), [(20919, 1312, 208)], (19623, 1248, 256)),
+    "Llama-3.3-70B, two devices in a pipeline": (
+        "Llama-3.3-70B", Context(8192, 1, "f16", 512), [41, 40], (), [(20038, 1312, 456), (19940, 1248, 376)], (563, 0, 192)),
+    "Llama-3.2-3B, tied embedding": (
+        "Llama-3.2-3B", Context(16384, 1, "f16", 512), [29], (), [(1918, 1792, 88)], (308, 0, 40)),
+    "Qwen3-30B-A3B, two devices in a pipeline": (
+        "Qwen3-30B-A3B", Context(16384, 1, "f16", 512), [24, 25], (), [(8640, 768, 200), (8883, 768, 180)], (166, 0, 104)),
+    "Qwen3-30B-A3B, ubatch 2048, q8_0": (
+        "Qwen3-30B-A3B", Context(32768, 1, "q8_0", 2048), [49], (), [(17524, 1632, 464)], (166, 0, 192)),
+    "Gemma-3-12B, two slots": (
+        "Gemma-3-12B", Context(32768, 2, "f16", 512), [49], (), [(6956, 5056, 153)], (787, 0, 63)),
+    "Gemma-3-12B, two devices in a pipeline": (
+        "Gemma-3-12B", Context(32768, 1, "f16", 512), [27, 22], (), [(3461, 1300, 344), (3494, 1228, 307)], (787, 0, 209)),
+    "Gemma-3-12B, no GPU, embedding held once": (
+        "Gemma-3-12B", Context(131072, 1, "f16", 1024), [], (), [], (6955, 8832, 515)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ORACLE)
+def test_bytes_are_what_llama_server_says(case):
+    layout, context, counts, spilled, devices, host = ORACLE[case]
+    header = planning.header(layout)
+    used, held = usage(Model.of(header), context, on_gpus(header, counts, spilled), "cuda" if counts else "cpu")
+    for ours, (weights, cache, compute) in zip([*used.values(), held], [*devices, host], strict=True):
+        assert abs(ours.weights_bytes / MIB - weights) <= 2  # printed in whole MiB, summed of two buffers
+        assert abs(ours.kv_bytes / MIB - cache) <= 1
+        assert compute * MIB <= ours.compute_bytes <= (3 * compute + 128) * MIB  # never below; not wildly above
+
+
+def test_op_offload_stages_one_whole_expert_tensor_where_the_backend_has_it():
+    header, context = planning.header("gpt-oss-120b"), Context(8192, 1, "f16", 512)
+    expert = 2880 * 2880 * 128 * 17 // 32  # MXFP4
+    for backend, spilled, expected in [("cuda", (35,), expert), ("cuda", range(36), expert), ("cuda", (), 0),
+                                       ("vulkan", (35,), expert)]:  # fmt: skip
+        used, _ = usage(Model.of(header), context, on_gpus(header, [37], spilled), backend)
+        assert used[0].staging_bytes == expected
+
+
+def test_overhead_is_the_backend_s():
+    header, context = planning.header("Llama-3.2-3B"), Context(8192, 1, "f16", 512)
+    used, host = usage(Model.of(header), context, everything_on(header), "cuda", host_extra_bytes=100)
+    assert used[0].overhead_bytes == 512 * MIB
+    assert host.overhead_bytes == 1024 * MIB + 100
+
+
+def test_windows_alternate_as_the_architecture_says():
+    assert windows(planning.header("gpt-oss-20b"))[:4] == (128, 0, 128, 0)
+    assert windows(planning.header("Gemma-3-12B"))[:6] == (1024,) * 5 + (0,)
+    assert set(windows(planning.header("Llama-3.1-8B"))) == {0}
+
+
+def with_metadata(layout, arch, **changes):
+    from dataclasses import replace
+
+    header = planning.header(layout)
+    old = header.architecture
+    moved = {k.replace(f"{old}.", f"{arch}.", 1): v for k, v in header.metadata.items()}
+    named = {f"{arch}.{key.replace('__', '.')}": value for key, value in changes.items()}
+    return replace(header, architecture=arch, metadata={**moved, **named})
+
+
+def test_an_unknown_window_pattern_is_an_upper_bound_and_says_so():
+    header = with_metadata("Llama-3.1-8B", "brand-new", attention__sliding_window=512)
+    context = Context(8192, 1, **F16_512)
+    assert not is_known(header)
+    assert kv_bytes(header, context) == kv_bytes(planning.header("Llama-3.1-8B"), context)
+    assert is_known(with_metadata("Llama-3.1-8B", "brand-new", attention__sliding_window=512,
+                                  attention__sliding_window_pattern=(True, False) * 16))  # fmt: skip
+
+
+def test_a_pattern_array_decides_layer_by_layer():
+    pattern = (True, True, True, False) * 8
+    header = with_metadata(
+        "Llama-3.1-8B", "step35", attention__sliding_window=512, attention__sliding_window_pattern=pattern
+    )
+    assert windows(header) == tuple(512 if swa else 0 for swa in pattern)
+    cache = kv_bytes(header, Context(8192, 1, **F16_512))
+    row = 8 * 128 * 2 * 2  # heads x size x (K and V) x f16
+    assert (cache[0], cache[3]) == (1024 * row, 8192 * row)
+
+
+def test_latent_attention_keeps_k_only():
+    # DeepSeek: one head of 576 for K, no V, where both *_mla lengths are given (llama-kv-cache.cpp).
+    mla = {"attention__key_length": 576, "attention__value_length": 512, "attention__head_count_kv": 1,
+           "attention__key_length_mla": 192, "attention__value_length_mla": 128}  # fmt: skip
+    context = Context(4096, 1, **F16_512)
+    assert kv_bytes(with_metadata("Llama-3.1-8B", "deepseek2", **mla), context)[0] == 4096 * 576 * 2
+    del mla["attention__value_length_mla"]
+    assert kv_bytes(with_metadata("Llama-3.1-8B", "deepseek2", **mla), context)[0] == 4096 * (576 + 512) * 2
+
+
+def test_hybrid_models_keep_state_instead_of_a_cache_in_most_layers():
+    # Qwen3-Next: 3 of 4 layers recurrent; n_embd_r + n_embd_s of llama-hparams.cpp, f32, for each slot.
+    ssm = {"ssm__inner_size": 4096, "ssm__state_size": 128, "ssm__group_count": 16, "ssm__conv_kernel": 4}
+    header = with_metadata("Llama-3.1-8B", "qwen3next", full_attention_interval=4, **ssm)
+    cache = kv_bytes(header, Context(8192, 3, **F16_512))
+    state = 3 * (4096 + 2 * 16 * 128) + 128 * 4096
+    assert cache[:3] == (state * 4 * 3,) * 3
+    assert cache[3] == 8192 * 8 * 128 * 2 * 2 * 3
+
+
+def test_layers_that_share_a_cache_take_none():
+    header = with_metadata("Llama-3.1-8B", "gemma4", attention__shared_kv_layers=12)
+    assert [bool(size) for size in kv_bytes(header, Context(4096, 1, **F16_512))] == [True] * 20 + [False] * 12
+
+
+def test_contexts_are_padded_to_256_cells():
+    header = planning.header("Llama-3.1-8B")
+    assert kv_bytes(header, Context(1000, 1, **F16_512)) == kv_bytes(header, Context(1024, 1, **F16_512))
+
+
+@pytest.mark.parametrize(("kv_type", "size"), [("f32", 512), ("f16", 256), ("bf16", 256), ("q8_0", 136), ("q5_1", 96),
+                                               ("q5_0", 88), ("q4_1", 80), ("q4_0", 72), ("iq4_nl", 72)])  # fmt: skip
+def test_rows_of_every_cache_type(kv_type, size):
+    assert row_bytes(128, kv_type) == size

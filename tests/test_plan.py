@@ -1,0 +1,255 @@
+"""The plan: one situation a case file under tests/plans, and what must hold in any situation."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from llamafleet.gguf import Header
+from llamafleet.place import share_out
+from llamafleet.plan import Plan, Refusal, plan_host, resolve_backend
+from sandbox import models
+from tests import planning
+from tests.planning import MIB, argument
+
+CASES = sorted((Path(__file__).parent / "plans").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_situation(path):
+    case = yaml.safe_load(path.read_text())
+    host = planning.machine(**case.get("machine", {}))
+    entries = [{k: v for k, v in one.items() if k not in ("layout", "quant")} for one in case["models"]]
+    asked = planning.settings(*entries, **case.get("settings", {}))
+    answers = planning.plans(host, [(one["layout"], one.get("quant", "")) for one in case["models"]], asked)
+    for answer, expected in zip(answers, case["expect"], strict=True):
+        check(answer, expected)
+
+
+def check(answer, expected):
+    """Every key of the expectation, none unknown."""
+    for key, value in expected.items():
+        CHECKS[key](answer, value)
+    if isinstance(answer, Plan):
+        assert all(row.free_bytes >= 0 for row in answer.ledger)
+        assert "refusal" not in expected
+
+
+def spilled(answer, layers):
+    first, last = layers
+    assert answer.placement.spilled == frozenset(range(first, last + 1))
+
+
+def flag_values(answer, flags):
+    assert {flag: argument(answer.argv, flag) for flag in flags} == {
+        f: None if v is None else str(v) for f, v in flags.items()
+    }
+
+
+def refusal(answer, expected):
+    assert isinstance(answer, Refusal)
+    told = answer.to_json()["refusal"]
+    assert told["device"] == expected.get("device", "host")
+    assert re.search(expected["reason"], told["reason"])
+    assert re.search(expected.get("suggestion", ""), "\n".join(told["suggestions"]))
+    if expected.get("numbers", True):
+        assert told["needed_bytes"] > told["available_bytes"] >= 0
+
+
+def devices(answer, names):
+    assert [row.device for row in answer.ledger] == names
+
+
+def why(answer, pattern):
+    assert re.search(pattern, "\n".join(answer.why))
+
+
+def gpu_mib(answer, bounds):
+    used = [row.used_bytes // MIB for row in answer.ledger[:-1]]
+    assert all(low <= size <= high for size, (low, high) in zip(used, bounds, strict=True)), used
+
+
+CHECKS = {
+    "spilled": spilled, "flags": flag_values, "refusal": refusal, "devices": devices, "why": why, "gpu_mib": gpu_mib,
+    "fits": lambda answer, value: answer.fits is value or pytest.fail(str(answer)),
+    "kv_type": lambda answer, value: answer.kv_type == value or pytest.fail(answer.kv_type),
+    "backend": lambda answer, value: answer.backend == value or pytest.fail(answer.backend),
+    "environment": lambda answer, value: dict(answer.environment) == value or pytest.fail(str(answer.environment)),
+}  # fmt: skip
+
+
+# --- the contract ---------------------------------------------------------------------------------
+
+ROW = {
+    "device",
+    "weights_bytes",
+    "kv_bytes",
+    "compute_bytes",
+    "staging_bytes",
+    "overhead_bytes",
+    "capacity_bytes",
+    "free_bytes",
+}
+
+
+@pytest.mark.parametrize(("ram_gib", "fits"), [(64, True), (16, False)])
+def test_the_json_is_the_contract(ram_gib, fits):
+    asked = planning.settings({"context_tokens": 131072})
+    [answer] = planning.plans(planning.machine([24564], ram_gib=ram_gib), [("gpt-oss-120b",)], asked)
+    told = json.loads(json.dumps(answer.to_json()))
+    assert list(told) == ["schema", "fits", "argv", "ledger", "predicted", "why", "refusal"]
+    assert (told["schema"], told["fits"]) == (1, fits)
+    assert [set(row) for row in told["ledger"]] == [ROW, ROW]
+    assert set(told["predicted"]) == {"decode_tokens_per_s", "prefill_tokens_per_s"}
+    assert (told["refusal"] is None) is fits
+    assert (told["argv"] == []) is not fits
+    if not fits:
+        assert set(told["refusal"]) == {"reason", "device", "needed_bytes", "available_bytes", "suggestions"}
+
+
+def test_no_path_address_or_name_is_in_the_planned_part():
+    [answer] = planning.plans(planning.machine([24564]), [("Llama-3.1-8B",)], planning.settings({}))
+    assert not {"--model", "--host", "--port", "--alias"} & set(answer.argv)
+
+
+def test_what_the_stages_read_of_a_plan():
+    asked = planning.settings({"context_tokens": 131072})
+    [answer] = planning.plans(planning.machine([24564, 24564]), [("gpt-oss-120b",)], asked)
+    assert [(gpu.uuid, size) for gpu, size in answer.gpu_bytes] == [
+        (f"GPU-{n}", row.used_bytes) for n, row in enumerate(answer.ledger[:-1])
+    ]
+    assert answer.host_bytes == answer.ledger[-1].used_bytes
+    assert answer.model_bytes == planning.header("gpt-oss-120b").file_bytes_total
+
+
+# --- any situation --------------------------------------------------------------------------------
+
+HOSTS = st.builds(
+    lambda gpus, ram: planning.machine(gpus, ram_gib=ram),
+    st.lists(st.integers(2000, 100_000), max_size=4), st.sampled_from([4, 16, 32, 64, 128, 512]),
+)  # fmt: skip
+ASKED = st.builds(
+    lambda tokens, slots, kv, ubatch: {"context_tokens": tokens, "slots": slots, "kv_types": kv, "ubatch_tokens": ubatch},
+    st.integers(256, 32768), st.integers(1, 6), st.sampled_from([["f16"], ["f16", "q8_0"], ["q4_0"]]),
+    st.sampled_from([512, 2048]),
+)  # fmt: skip
+
+
+@examples(max_examples=150, deadline=None)
+@given(HOSTS, ASKED, st.sampled_from(sorted(models.PUBLISHED)))
+def test_a_plan_is_sound_and_always_the_same(host, asked, layout):
+    wanted = planning.settings(asked)
+    [answer] = planning.plans(host, [(layout,)], wanted)
+    assert planning.plans(host, [(layout,)], wanted) == (answer,)
+    model = planning.header(layout)
+    held = sum(row.weights_bytes for row in answer.ledger)
+    tied = (
+        0
+        if any(t.name == "output.weight" for t in model.tensors)
+        else next(t.bytes for t in model.tensors if t.name == "token_embd.weight")
+    )
+    assert held in (model.weights_bytes, model.weights_bytes + tied)
+    assert all(
+        row.capacity_bytes - row.used_bytes - row.free_bytes in (1024 * MIB, 2048 * MIB) for row in answer.ledger
+    )
+    if isinstance(answer, Plan):
+        assert all(row.free_bytes >= 0 for row in answer.ledger)
+        assert sum(answer.placement.split()) == answer.placement.gpu_layers
+        assert answer.context_tokens == asked["context_tokens"]
+    else:
+        assert answer.needed_bytes > answer.available_bytes
+        assert answer.suggestions
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.lists(st.integers(0, 200), min_size=1, max_size=4))
+def test_layers_are_cut_in_order_and_within_every_budget(costs, budgets):
+    counts = share_out(costs, budgets)
+    if counts is not None:
+        assert sum(counts) == len(costs)
+        assert all(counts)
+        at = 0
+        for count, budget in zip(counts, budgets, strict=True):
+            assert sum(costs[at : at + count]) <= budget
+            at += count
+
+
+def test_devices_are_filled_evenly():
+    assert share_out([10] * 8, [100, 100]) == (4, 4)
+    assert share_out([10] * 9, [200, 100]) == (6, 3)
+    assert share_out([10] * 31, [200, 100]) is None
+
+
+def test_own_memory_does_not_change_the_plan():
+    # The server of the last run holds RAM: less is available, the total is what it was.
+    wanted = planning.settings({"context_tokens": 131072})
+    before, after = (
+        planning.plans(planning.machine([24564], available_gib=gib), [("gpt-oss-120b",)], wanted)[0] for gib in (60, 10)
+    )
+    assert before.argv == after.argv
+    assert any("warning" in reason for reason in after.why)
+
+
+def test_the_second_instance_gets_what_the_first_leaves():
+    both = planning.settings({"context_tokens": 8192}, {"context_tokens": 8192})
+    host = planning.machine([12282])
+    first, second = planning.plans(host, [("Llama-3.1-8B",), ("Qwen3-30B-A3B",)], both)
+    alone = planning.plans(host, [("Qwen3-30B-A3B",)], planning.settings({"context_tokens": 8192}))[0]
+    assert second.ledger[0].capacity_bytes == first.ledger[0].capacity_bytes - first.ledger[0].used_bytes
+    assert len(second.placement.spilled) > len(alone.placement.spilled)
+    assert first.ledger[0].used_bytes + second.ledger[0].used_bytes + 1024 * MIB <= 12282 * MIB
+
+
+def test_a_refused_instance_takes_nothing():
+    three = planning.settings({"context_tokens": 8192}, {"context_tokens": 8192})
+    refused, served = planning.plans(planning.machine([8192], ram_gib=16), [("gpt-oss-120b",), ("Qwen3-8B",)], three)
+    alone = planning.plans(
+        planning.machine([8192], ram_gib=16), [("Qwen3-8B",)], planning.settings({"context_tokens": 8192})
+    )
+    assert isinstance(refused, Refusal)
+    assert served.ledger == alone[0].ledger
+
+
+# --- the backend ----------------------------------------------------------------------------------
+
+
+def test_backend_by_vendor():
+    assert resolve_backend(planning.machine([1000]), planning.settings()) == "cuda"
+    assert resolve_backend(planning.machine([{"vendor": "amd"}]), planning.settings()) == "hip"
+    assert resolve_backend(planning.machine([{"vendor": "amd"}]), planning.settings(backend="vulkan")) == "vulkan"
+    assert resolve_backend(planning.machine(), planning.settings()) == "cpu"
+
+
+BROKEN = {"problem": "driver 580 does not answer: reboot"}
+LOST = [{"pci_bus_id": "0000:01:00.0", "vendor": "nvidia", "device_id": "0x2684"}]
+
+
+@pytest.mark.parametrize(
+    "host", [planning.machine([BROKEN]), planning.machine(pci_gpus=LOST)], ids=["broken", "no_driver"]
+)
+def test_never_silently_the_cpu_where_there_is_a_gpu(host):
+    refused = resolve_backend(host, planning.settings())
+    assert isinstance(refused, Refusal)
+    assert 'backend = "cpu"' in " ".join(refused.suggestions)
+    assert resolve_backend(host, planning.settings(backend="cpu")) == "cpu"
+    [answer] = planning.plans(host, [("Llama-3.2-3B",)], planning.settings({"context_tokens": 4096}))
+    assert isinstance(answer, Refusal)
+    assert answer.instance == "m0"
+
+
+def test_two_vendors_need_a_decision():
+    refused = resolve_backend(planning.machine([24564, {"vendor": "amd"}]), planning.settings())
+    assert isinstance(refused, Refusal)
+    assert resolve_backend(planning.machine([24564, {"vendor": "amd"}]), planning.settings(backend="hip")) == "hip"
+
+
+def test_a_file_without_layers_is_refused():
+    header = Header(3, "clip", {"general.architecture": "clip"}, (), (100,))
+    asked = planning.settings({})
+    [answer] = plan_host(planning.machine([24564]), [(asked.models[0], header)], asked)
+    assert isinstance(answer, Refusal)
+    assert "no language model" in answer.reason
