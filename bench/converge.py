@@ -42,8 +42,7 @@ def write_inventory(path: Path, up: list[hosts.SandboxHost], running: outside.Ou
 
 def deploy(inventory: Path) -> tuple[float, int, str]:
     """(wall seconds, peak resident bytes, output) of one run."""
-    command = [str(Path(sys.executable).with_name("pyinfra")), "-y", "--group-data", "inventory/group_data",
-               str(inventory), "deploy.py"]  # fmt: skip
+    command = [str(Path(sys.executable).with_name("pyinfra")), "-y", str(inventory), "deploy.py"]
     with tempfile.TemporaryFile("w+") as output:
         began = time.monotonic()
         process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
@@ -75,6 +74,7 @@ def main() -> None:
     outside.BUILDS.mkdir(parents=True, exist_ok=True)
     rows = []
     with outside.running() as running, tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "group_data").symlink_to(ROOT / "inventory" / "group_data")
         try:
             for count in COUNTS:
                 up = hosts.up(count, packages=PACKAGES, binds=[f"{outside.BUILDS}:{outside.BUILDS_ON_HOST}"])

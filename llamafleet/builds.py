@@ -43,7 +43,7 @@ RUN_BACKEND_PACKAGES: dict[tuple[str, str], tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Build:
-    """One build of llama.cpp; every field but the last is part of the key."""
+    """One build of llama.cpp; every field but the last two is part of the key."""
 
     commit: str
     backend: str
@@ -59,6 +59,8 @@ class Build:
     ui: bool
     # Path of nvcc, where there is one already; the toolkit's identity stands for it in the key.
     nvcc: str | None = None
+    # Path of the g++ that nvcc is given; None: nvcc's own choice.
+    host_compiler: str | None = None
 
     @property
     def key(self) -> str:

@@ -10,6 +10,7 @@ import ast
 import difflib
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,8 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llamafleet", description="Plan how llama-server uses a machine.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     plan = commands.add_parser("plan", help="show what a machine can carry", description=plan_command.__doc__)
-    plan.add_argument("--model", required=True, help="a path, a URL or hf:OWNER/REPO/FILE.gguf[@REVISION]")
-    plan.add_argument("--machine", required=True, type=Path, help="the machine file, JSON, - for standard input")
+    where = plan.add_mutually_exclusive_group(required=True)
+    where.add_argument("--inventory", type=Path, help="read the hosts of a pyinfra inventory and plan their models")
+    where.add_argument("--machine", type=Path, help="the machine file, JSON, - for standard input")
+    plan.add_argument("--limit", help="with --inventory: one host or group of it")
+    plan.add_argument("--model", help="with --machine: a path, a URL or hf:OWNER/REPO/FILE.gguf[@REVISION]")
     plan.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
         help="override a setting, of the host or of the model, e.g. context_tokens=131072",
@@ -58,7 +62,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def plan_command(options: argparse.Namespace) -> int:
-    """Show the plan of one model on one machine, as a table or as JSON."""
+    """Show the plan of one model on one machine, or of an inventory's models on its hosts, as a table or as JSON."""
+    if options.inventory:
+        return plan_inventory(options)
+    if not options.model:
+        raise UsageError("--machine: name the model too, --model hf:OWNER/REPO/FILE.gguf")
     machine = read_machine(options.machine)
     settings = settings_for(options.model, default_data(), parse_changes(options.changes))
     answer = _answer(machine, settings)
@@ -67,6 +75,23 @@ def plan_command(options: argparse.Namespace) -> int:
     else:
         print(show.table(answer, f"{settings.models[0].source} on {machine.hostname}"))
     return PLANNED if isinstance(answer, Plan) else REFUSED
+
+
+def plan_inventory(options: argparse.Namespace) -> int:
+    """Plans of every host of an inventory; the worst outcome is the exit status.
+
+    In a process of its own: pyinfra must replace the standard library's sockets before anything uses them.
+    """
+    if options.model or options.changes:
+        raise UsageError("--inventory: its models and settings are the inventory's own; no --model or --set")
+    if not options.inventory.is_file():
+        raise UsageError(f"{options.inventory}: there is no such inventory file")
+    command = [sys.executable, "-m", "tasks.fleet", str(options.inventory)]
+    command += ["--limit", options.limit] if options.limit else []
+    command += ["--json"] if options.json else []
+    root = str(Path(__file__).resolve().parent.parent)  # `tasks` lies beside the package
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
 
 
 def _answer(machine: Machine, settings: Settings) -> Plan | Refusal:

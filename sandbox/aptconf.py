@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
-ONE_LINE = re.compile(
-    r"^deb\s+(?:\[(?P<options>[^]]*)\]\s+)?(?P<uri>\S+)\s+(?P<suite>\S+)\s+(?P<components>.+)$"
-)
+ONE_LINE = re.compile(r"^deb\s+(?:\[(?P<options>[^]]*)\]\s+)?(?P<uri>\S+)\s+(?P<suite>\S+)\s+(?P<components>.+)$")
 # What decides how the archive is reached; everything else of the machine's apt settings is its own business.
 CARRIED = re.compile(
     r"^Acquire::(?:(?:http|https|ftp)::(?!Proxy-Auto-Detect)[\w:.-]*|Check-Valid-Until|Check-Date|Retries"
@@ -65,8 +63,7 @@ def deb822_sources(text: str) -> list[Source]:
     return [
         Source(uri, suite, tuple(fields.get("components", "").split()), _keyring(fields.get("signed-by", "")))
         for fields in _stanzas(text)
-        if "deb" in fields.get("types", "").split()
-        and fields.get("enabled", "yes").lower() not in ("no", "false", "0")
+        if "deb" in fields.get("types", "").split() and fields.get("enabled", "yes").lower() not in ("no", "false", "0")
         for uri in fields.get("uris", "").split()
         for suite in fields.get("suites", "").split()
     ]
@@ -90,10 +87,7 @@ def debian_sources(sources: list[Source], codename: str, wanted: str) -> list[So
 
 def lines(sources: list[Source], keyring: str = "") -> list[str]:
     """For a sources.list; `keyring` replaces the machine's, for a root that has its own."""
-    return [
-        f"deb [signed-by={keyring or s.signed_by}] {s.uri} {s.suite} {' '.join(s.components)}"
-        for s in sources
-    ]
+    return [f"deb [signed-by={keyring or s.signed_by}] {s.uri} {s.suite} {' '.join(s.components)}" for s in sources]
 
 
 def carried_settings(dump: str) -> list[str]:
@@ -114,9 +108,7 @@ def config_dump() -> str:
 def codename(os_release: Path = Path("/etc/os-release")) -> str:
     """The machine's release name; empty when it has none (Debian unstable) or is not Debian."""
     fields = dict(line.split("=", 1) for line in os_release.read_text().splitlines() if "=" in line)
-    return (
-        fields.get("VERSION_CODENAME", "").strip('"') if fields.get("ID", "").strip('"') == "debian" else ""
-    )
+    return fields.get("VERSION_CODENAME", "").strip('"') if fields.get("ID", "").strip('"') == "debian" else ""
 
 
 def _keyring(value: str) -> str:

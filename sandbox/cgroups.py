@@ -68,9 +68,7 @@ class Cgroup:
         deadline = time.monotonic() + KILL_SECONDS
         while self.populated:
             if time.monotonic() > deadline:
-                raise SandboxError(
-                    f"{self.path}: processes {self.pids()} still live {KILL_SECONDS} s after SIGKILL"
-                )
+                raise SandboxError(f"{self.path}: processes {self.pids()} still live {KILL_SECONDS} s after SIGKILL")
             time.sleep(0.01)
         self.remove()
 

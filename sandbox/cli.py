@@ -31,12 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     up = commands.add_parser("up", help="start hosts, beside those that run already")
     up.add_argument("--hosts", type=int, default=1, metavar="N")
-    up.add_argument(
-        "--bind", action="append", default=[], metavar="SRC:DST[:ro]", help="show a path of this machine"
-    )
-    up.add_argument(
-        "--packages", default="", metavar="A,B", help="install these beforehand, once for all hosts"
-    )
+    up.add_argument("--bind", action="append", default=[], metavar="SRC:DST[:ro]", help="show a path of this machine")
+    up.add_argument("--packages", default="", metavar="A,B", help="install these beforehand, once for all hosts")
     up.add_argument("--name-prefix", default=hosts.PREFIX)
     up.add_argument("--first-address", type=int, default=1, metavar="N", help="127.0.1.N for the first host")
     up.set_defaults(do=_up)
@@ -59,9 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     execute.add_argument("host")
     execute.add_argument("command", nargs="+")
     execute.set_defaults(do=_exec)
-    commands.add_parser("prepare", help="install what is missing here, make the root").set_defaults(
-        do=_prepare
-    )
+    commands.add_parser("prepare", help="install what is missing here, make the root").set_defaults(do=_prepare)
     return parser
 
 
@@ -112,9 +106,7 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _exec(arguments: argparse.Namespace) -> int:
     host = hosts.get(arguments.host)
-    return subprocess.run(
-        [*host.ssh(arguments.user), "--", shlex.join(arguments.command)], check=False
-    ).returncode
+    return subprocess.run([*host.ssh(arguments.user), "--", shlex.join(arguments.command)], check=False).returncode
 
 
 def _prepare(_: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ def create(host: SandboxHost, lower: list[Path]) -> None:
         return
     for leftover in ("debs", "upper", "work"):
         shutil.rmtree(host.disk / leftover, ignore_errors=True)
+    (host.disk / "configured").unlink(missing_ok=True)
     private, public = _new_key(host.disk / "host_key", host.name)
     allowed = host.ssh_key.with_suffix(".pub").read_text()
     homes = {"root": (0, 0), **{f"home/{name}": (uid, uid) for name, uid in roots.USERS.items()}}
@@ -40,9 +41,7 @@ def create(host: SandboxHost, lower: list[Path]) -> None:
             **{f"{h}/.ssh/authorized_keys": allowed for h in homes},
         },
         always={"etc/resolv.conf": Path("/etc/resolv.conf").read_text()},
-        owners={
-            path: owner for h, owner in homes.items() for path in (f"{h}/.ssh", f"{h}/.ssh/authorized_keys")
-        },
+        owners={path: owner for h, owner in homes.items() for path in (f"{h}/.ssh", f"{h}/.ssh/authorized_keys")},
     ).save(job.with_suffix(".part"))
     job.with_suffix(".part").rename(job)
 
@@ -71,7 +70,5 @@ def _new_key(file: Path, comment: str) -> tuple[str, str]:
     """A new ed25519 pair in `file` and `file`.pub; gives both texts."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
-    subprocess.run(
-        ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(file)], check=True
-    )
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(file)], check=True)
     return file.read_text(), file.with_name(f"{file.name}.pub").read_text()

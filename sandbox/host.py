@@ -99,9 +99,7 @@ class SandboxHost:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command over SSH; 255 is ssh's own failure. Arguments arrive as given, unread by a shell."""
         command = [*self.ssh(user), "--", shlex.join(argv)]
-        return subprocess.run(
-            command, input=input, capture_output=True, text=True, timeout=timeout, check=check
-        )
+        return subprocess.run(command, input=input, capture_output=True, text=True, timeout=timeout, check=check)
 
     def kill(self) -> None:
         """The power cut: SIGKILL to everything in it. The disk stays."""
@@ -162,9 +160,7 @@ def launch(host: SandboxHost) -> None:
 def load(state: State, file: Path) -> SandboxHost:
     """Read what `save` wrote."""
     spec = json.loads(file.read_text())
-    return SandboxHost(
-        spec["name"], spec["number"], spec["port"], tuple(spec["packages"]), tuple(spec["binds"]), state
-    )
+    return SandboxHost(spec["name"], spec["number"], spec["port"], tuple(spec["packages"]), tuple(spec["binds"]), state)
 
 
 def save(host: SandboxHost) -> None:

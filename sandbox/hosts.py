@@ -86,9 +86,7 @@ def down(names: Iterable[str] | None = None) -> list[str]:
         left = _left(state)
         wanted = left if names is None else list(names)
         if unknown := sorted(set(wanted) - set(left)):
-            raise SandboxError(
-                f"no host is named {', '.join(unknown)}; there are: {', '.join(left) or 'none'}"
-            )
+            raise SandboxError(f"no host is named {', '.join(unknown)}; there are: {', '.join(left) or 'none'}")
         if names is None:
             cgroups.of_build(state).kill()
         with ThreadPoolExecutor() as pool:
@@ -137,9 +135,7 @@ def _described(
             continue
         number = next((i for i in range(first, LAST_ADDRESS + 1) if i not in taken), None)
         if number is None:
-            raise SandboxError(
-                f"no address is left for {name} between 127.0.1.{first} and 127.0.1.{LAST_ADDRESS}"
-            )
+            raise SandboxError(f"no address is left for {name} between 127.0.1.{first} and 127.0.1.{LAST_ADDRESS}")
         host = SandboxHost(name, number, port, packages, binds, state)
         machine.check_address(host.address, host.port)
         taken.add(number)
@@ -159,9 +155,7 @@ def _check_same(host: SandboxHost, packages: tuple[str, ...], binds: tuple[str, 
 def _left(state: State) -> list[str]:
     """Names of all hosts of which anything is left: a folder, or a cgroup."""
     group = cgroups.top(state).path
-    folders = [
-        p for parent in (state.hosts, group) if parent.exists() for p in parent.iterdir() if p.is_dir()
-    ]
+    folders = [p for parent in (state.hosts, group) if parent.exists() for p in parent.iterdir() if p.is_dir()]
     return sorted({p.name for p in folders if not p.name.startswith(".")})
 
 

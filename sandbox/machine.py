@@ -50,9 +50,7 @@ def check() -> None:
 
 def check_root() -> None:
     if os.geteuid() != 0:
-        raise SandboxError(
-            f"hosts need root (mounts, namespaces), and this is user {os.geteuid()}: run it with sudo"
-        )
+        raise SandboxError(f"hosts need root (mounts, namespaces), and this is user {os.geteuid()}: run it with sudo")
 
 
 def missing() -> list[str]:
@@ -82,13 +80,9 @@ def check_binds(binds: Iterable[str]) -> None:
     for bind in binds:
         parts = bind.removesuffix(":ro").split(":")
         if len(parts) != 2 or not parts[1].startswith("/"):
-            raise SandboxError(
-                f"--bind {bind}: should be SRC:DST or SRC:DST:ro, DST an absolute path, no other colons"
-            )
+            raise SandboxError(f"--bind {bind}: should be SRC:DST or SRC:DST:ro, DST an absolute path, no other colons")
         if not Path(parts[0]).is_absolute() or not Path(parts[0]).exists():
-            raise SandboxError(
-                f"--bind {bind}: {parts[0]} should be an existing absolute path on this machine"
-            )
+            raise SandboxError(f"--bind {bind}: {parts[0]} should be an existing absolute path on this machine")
 
 
 def ssh_port() -> int:
@@ -99,9 +93,7 @@ def ssh_port() -> int:
 def check_address(address: str, port: int) -> None:
     """Raises SandboxError when somebody listens there already."""
     with socket.socket() as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # closed connections of a host before do not count
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections of a host before do not count
         try:
             probe.bind((address, port))
             probe.listen(1)

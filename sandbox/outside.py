@@ -39,6 +39,7 @@ class Outside:
     """Where the stand-ins are: what settings need to use them instead of the real ones."""
 
     repository: str
+    clone: Path  # the repository that is served, on this machine
     hub: Hub
     sources: dict[str, str]
 
@@ -60,7 +61,7 @@ def running(repository: Path = upstream.REPOSITORY) -> Iterator[Outside]:
             for file in sorted(folder.glob("*.gguf")):
                 hub.add(name, file.name, file)
             sources[kind] = f"hf:{name}/{first.name}"
-        yield Outside(url, hub, sources)
+        yield Outside(url, repository, hub, sources)
 
 
 def serve() -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from sandbox import aptconf, cgroups
@@ -145,10 +146,7 @@ def keep_debs(state: State, upper: Path) -> None:
 
 def _hooks() -> list[str]:
     """Shell lines that mmdebstrap runs at the end, $1 being the root."""
-    users = [
-        f'chroot "$1" useradd --create-home --shell /bin/bash --uid {uid} {name}'
-        for name, uid in USERS.items()
-    ]
+    users = [f'chroot "$1" useradd --create-home --shell /bin/bash --uid {uid} {name}' for name, uid in USERS.items()]
     return [
         *users,
         f'echo "{ADMIN} ALL=(ALL) NOPASSWD: ALL" > "$1/etc/sudoers.d/{ADMIN}"',
@@ -177,6 +175,8 @@ def _build(state: State, command: list[str], log: Path, stdin: str) -> None:
             env=environment(),
         )
     cgroup.kill()
+    with suppress(OSError):  # hosts are in it
+        cgroups.top(state).path.rmdir()
     if result.returncode:
         raise SandboxError(f"{command[0]} ended with code {result.returncode}; {log} ends with:{tail(log)}")
 

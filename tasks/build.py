@@ -40,6 +40,8 @@ def spec(now: Situation) -> dict[str, Any]:
     told = [f"-DLLAMA_BUILD_COMMIT={wanted.commit[:7]}", f"-DLLAMA_BUILD_NUMBER={number[1] if number else 0}"]
     if wanted.nvcc:
         told.append(f"-DCMAKE_CUDA_COMPILER={wanted.nvcc}")
+    if wanted.host_compiler:
+        told.append(f"-DCMAKE_CUDA_HOST_COMPILER={wanted.host_compiler}")
     return {
         "key": wanted.key,
         "commit": wanted.commit,

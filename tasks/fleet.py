@@ -1,19 +1,31 @@
-"""The hosts of an inventory, outside a run of pyinfra: for `llamafleet plan --inventory`."""
+"""The hosts of an inventory, outside a run of pyinfra: what `llamafleet plan --inventory` runs.
+
+    python -m tasks.fleet INVENTORY [--limit NAME] [--json]
+
+Exit status: 0 plans, 2 a host that could not be read, 3 a refusal.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pyinfra_cli  # isort: skip  # first: it makes sockets cooperative before anything uses them  # noqa: F401
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import gevent
 from pyinfra.api.config import Config
 from pyinfra.api.connect import connect_all, disconnect_all
+from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.host import Host
 from pyinfra.api.state import State, StateStage
 from pyinfra.context import ctx_config, ctx_host, ctx_inventory, ctx_state
 from pyinfra_cli.inventory import make_inventory
 
+from llamafleet import show
 from llamafleet.plan import Plan, Refusal
 from tasks.situation import EXPECTED, examine
 
@@ -60,3 +72,44 @@ def _in_context(host: Host, action: Callable[[Host], T | str]) -> T | str:
         return "cannot be reached: see the connection's error above"
     with ctx_host.use(host):
         return action(host)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Plan the models of an inventory on its hosts.")
+    parser.add_argument("inventory", type=Path)
+    parser.add_argument("--limit")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    try:
+        hosts = plans(options.inventory, options.limit)
+    except PyinfraError as error:
+        print(f"llamafleet: {options.inventory}: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps({name: _as_json(answers) for name, answers in hosts.items()}, indent=2))
+    else:
+        print("\n".join(_as_text(name, answers) for name, answers in hosts.items()))
+    return _status(hosts)
+
+
+def _status(hosts: Mapping[str, Mapping[str, Plan | Refusal] | str]) -> int:
+    if not hosts or any(isinstance(answers, str) for answers in hosts.values()):
+        return 2
+    every = [answer for answers in hosts.values() if not isinstance(answers, str) for answer in answers.values()]
+    return 0 if all(isinstance(answer, Plan) for answer in every) else 3
+
+
+def _as_json(answers: Mapping[str, Plan | Refusal] | str) -> dict[str, Any]:
+    if isinstance(answers, str):
+        return {"error": answers}
+    return {"models": {name: answer.to_json() for name, answer in answers.items()}}
+
+
+def _as_text(host: str, answers: Mapping[str, Plan | Refusal] | str) -> str:
+    if isinstance(answers, str):
+        return f"{host}: {answers}"
+    return "\n".join(show.table(answer, f"{name} on {host}") for name, answer in answers.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

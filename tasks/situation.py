@@ -159,6 +159,7 @@ def _build(examined: Examined, kit: toolkit.Toolkit | toolkit.Install | None) ->
         kv_types=tuple(sorted({kv for instance in settings.models for kv in instance.kv_types})),
         ui=settings.build_ui,
         nvcc=kit.nvcc if kit else None,
+        host_compiler=kit.host_compiler if isinstance(kit, toolkit.Toolkit) else None,
     )
 
 

@@ -108,8 +108,29 @@ def test_control_characters_are_refused(argument):
         unit_escape(argument)
 
 
-NASTY = ["", "plain", "two words", "50%", "%i%%n", "$HOME", "${HOME}", "$$", 'say "hi"', "it's", "back\\slash", "\\n", "a;b",
-         ";", "blk\\.(1|2)\\.ffn_(up|down)_(ch|)exps\\.=CPU", "ünïcode 日本", "#no comment", "@x", "-v", "trailing\\", " "]  # fmt: skip
+NASTY = [
+    "",
+    "plain",
+    "two words",
+    "50%",
+    "%i%%n",
+    "$HOME",
+    "${HOME}",
+    "$$",
+    'say "hi"',
+    "it's",
+    "back\\slash",
+    "\\n",
+    "a;b",
+    ";",
+    "blk\\.(1|2)\\.ffn_(up|down)_(ch|)exps\\.=CPU",
+    "ünïcode 日本",
+    "#no comment",
+    "@x",
+    "-v",
+    "trailing\\",
+    " ",
+]
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze here")

@@ -81,11 +81,27 @@ def test_tensors_of_every_quantised_type(tmp_path):
 
 
 def test_metadata_of_every_kind(tmp_path):
-    scalars = [("s.u8", 255, T.UINT8), ("s.i8", -1, T.INT8), ("s.u16", 65535, T.UINT16), ("s.i16", -2, T.INT16),
-               ("s.u32", 2**32 - 1, T.UINT32), ("s.i32", -3, T.INT32), ("s.f32", 0.5, T.FLOAT32), ("s.true", True, T.BOOL),
-               ("s.text", "héllo", T.STRING), ("s.u64", 2**64 - 1, T.UINT64), ("s.i64", -4, T.INT64), ("s.f64", 0.1, T.FLOAT64)]  # fmt: skip
-    arrays = [("a.ints", [1, 2, 3], ARRAY), ("a.bools", [True, False], ARRAY), ("a.texts", ["a", "", "ccc"], ARRAY),
-              ("a.floats", [0.25] * 1025, ARRAY), ("a.tokens", [f"t{n}" for n in range(5000)], ARRAY)]  # fmt: skip
+    scalars = [
+        ("s.u8", 255, T.UINT8),
+        ("s.i8", -1, T.INT8),
+        ("s.u16", 65535, T.UINT16),
+        ("s.i16", -2, T.INT16),
+        ("s.u32", 2**32 - 1, T.UINT32),
+        ("s.i32", -3, T.INT32),
+        ("s.f32", 0.5, T.FLOAT32),
+        ("s.true", True, T.BOOL),
+        ("s.text", "héllo", T.STRING),
+        ("s.u64", 2**64 - 1, T.UINT64),
+        ("s.i64", -4, T.INT64),
+        ("s.f64", 0.1, T.FLOAT64),
+    ]
+    arrays = [
+        ("a.ints", [1, 2, 3], ARRAY),
+        ("a.bools", [True, False], ARRAY),
+        ("a.texts", ["a", "", "ccc"], ARRAY),
+        ("a.floats", [0.25] * 1025, ARRAY),
+        ("a.tokens", [f"t{n}" for n in range(5000)], ARRAY),
+    ]
     header = same_as_reference(write(tmp_path / "m.gguf", metadata=scalars + arrays))
     assert header.metadata["a.tokens"] == LongArray(5000)
     assert header.metadata["a.floats"] == LongArray(1025)

@@ -30,38 +30,120 @@ def on_gpus(header, counts, spilled=()):
 
 ORACLE = {
     "gpt-oss-120b, 27 layers' experts on the host": (
-        "gpt-oss-120b", Context(131072, 1, "f16", 512), [37], range(9, 36), [(16168, 4635, 218)], (44269, 0, 151)),
+        "gpt-oss-120b",
+        Context(131072, 1, "f16", 512),
+        [37],
+        range(9, 36),
+        [(16168, 4635, 218)],
+        (44269, 0, 151),
+    ),
     "gpt-oss-120b, two devices": (
-        "gpt-oss-120b", Context(131072, 1, "f16", 512), [12, 25], range(15, 36),
-        [(19754, 1545, 218), (6121, 3090, 208)], (34562, 0, 151)),
+        "gpt-oss-120b",
+        Context(131072, 1, "f16", 512),
+        [12, 25],
+        range(15, 36),
+        [(19754, 1545, 218), (6121, 3090, 208)],
+        (34562, 0, 151),
+    ),
     "gpt-oss-120b, three devices in a pipeline": (
-        "gpt-oss-120b", Context(131072, 1, "f16", 512), [12, 12, 13], (),
-        [(19754, 1545, 674), (19754, 1545, 646), (20341, 1545, 646)], (586, 0, 571)),
+        "gpt-oss-120b",
+        Context(131072, 1, "f16", 512),
+        [12, 12, 13],
+        (),
+        [(19754, 1545, 674), (19754, 1545, 646), (20341, 1545, 646)],
+        (586, 0, 571),
+    ),
     "gpt-oss-20b, three slots": (
-        "gpt-oss-20b", Context(65536, 3, "f16", 512), [25], (), [(10949, 4662, 155)], (586, 0, 87)),
+        "gpt-oss-20b",
+        Context(65536, 3, "f16", 512),
+        [25],
+        (),
+        [(10949, 4662, 155)],
+        (586, 0, 87),
+    ),
     "Llama-3.1-8B": ("Llama-3.1-8B", Context(32768, 1, "f16", 512), [33], (), [(4403, 4096, 148)], (281, 0, 64)),
     "Llama-3.1-8B, four slots, q8_0": (
-        "Llama-3.1-8B", Context(8192, 4, "q8_0", 512), [33], (), [(4403, 2176, 124)], (281, 0, 40)),
+        "Llama-3.1-8B",
+        Context(8192, 4, "q8_0", 512),
+        [33],
+        (),
+        [(4403, 2176, 124)],
+        (281, 0, 40),
+    ),
     "Llama-3.1-8B, no GPU": ("Llama-3.1-8B", Context(8192, 1, "f16", 512), [], (), [], (4685, 1024, 132)),
     "Llama-3.1-8B, two devices in a pipeline": (
-        "Llama-3.1-8B", Context(16384, 1, "f16", 512), [17, 16], (), [(2113, 1088, 276), (2290, 960, 236)], (281, 0, 144)),
+        "Llama-3.1-8B",
+        Context(16384, 1, "f16", 512),
+        [17, 16],
+        (),
+        [(2113, 1088, 276), (2290, 960, 236)],
+        (281, 0, 144),
+    ),
     "Llama-3.3-70B, half on the host": (
-        "Llama-3.3-70B", Context(8192, 1, "f16", 512), [42], (), [(20919, 1312, 208)], (19623, 1248, 256)),
+        "Llama-3.3-70B",
+        Context(8192, 1, "f16", 512),
+        [42],
+        (),
+        [(20919, 1312, 208)],
+        (19623, 1248, 256),
+    ),
     "Llama-3.3-70B, two devices in a pipeline": (
-        "Llama-3.3-70B", Context(8192, 1, "f16", 512), [41, 40], (), [(20038, 1312, 456), (19940, 1248, 376)], (563, 0, 192)),
+        "Llama-3.3-70B",
+        Context(8192, 1, "f16", 512),
+        [41, 40],
+        (),
+        [(20038, 1312, 456), (19940, 1248, 376)],
+        (563, 0, 192),
+    ),
     "Llama-3.2-3B, tied embedding": (
-        "Llama-3.2-3B", Context(16384, 1, "f16", 512), [29], (), [(1918, 1792, 88)], (308, 0, 40)),
+        "Llama-3.2-3B",
+        Context(16384, 1, "f16", 512),
+        [29],
+        (),
+        [(1918, 1792, 88)],
+        (308, 0, 40),
+    ),
     "Qwen3-30B-A3B, two devices in a pipeline": (
-        "Qwen3-30B-A3B", Context(16384, 1, "f16", 512), [24, 25], (), [(8640, 768, 200), (8883, 768, 180)], (166, 0, 104)),
+        "Qwen3-30B-A3B",
+        Context(16384, 1, "f16", 512),
+        [24, 25],
+        (),
+        [(8640, 768, 200), (8883, 768, 180)],
+        (166, 0, 104),
+    ),
     "Qwen3-30B-A3B, ubatch 2048, q8_0": (
-        "Qwen3-30B-A3B", Context(32768, 1, "q8_0", 2048), [49], (), [(17524, 1632, 464)], (166, 0, 192)),
+        "Qwen3-30B-A3B",
+        Context(32768, 1, "q8_0", 2048),
+        [49],
+        (),
+        [(17524, 1632, 464)],
+        (166, 0, 192),
+    ),
     "Gemma-3-12B, two slots": (
-        "Gemma-3-12B", Context(32768, 2, "f16", 512), [49], (), [(6956, 5056, 153)], (787, 0, 63)),
+        "Gemma-3-12B",
+        Context(32768, 2, "f16", 512),
+        [49],
+        (),
+        [(6956, 5056, 153)],
+        (787, 0, 63),
+    ),
     "Gemma-3-12B, two devices in a pipeline": (
-        "Gemma-3-12B", Context(32768, 1, "f16", 512), [27, 22], (), [(3461, 1300, 344), (3494, 1228, 307)], (787, 0, 209)),
+        "Gemma-3-12B",
+        Context(32768, 1, "f16", 512),
+        [27, 22],
+        (),
+        [(3461, 1300, 344), (3494, 1228, 307)],
+        (787, 0, 209),
+    ),
     "Gemma-3-12B, no GPU, embedding held once": (
-        "Gemma-3-12B", Context(131072, 1, "f16", 1024), [], (), [], (6955, 8832, 515)),
-}  # fmt: skip
+        "Gemma-3-12B",
+        Context(131072, 1, "f16", 1024),
+        [],
+        (),
+        [],
+        (6955, 8832, 515),
+    ),
+}
 
 
 @pytest.mark.parametrize("case", ORACLE)
@@ -78,8 +160,12 @@ def test_bytes_are_what_llama_server_says(case):
 def test_op_offload_stages_one_whole_expert_tensor_where_the_backend_has_it():
     header, context = planning.header("gpt-oss-120b"), Context(8192, 1, "f16", 512)
     expert = 2880 * 2880 * 128 * 17 // 32  # MXFP4
-    for backend, spilled, expected in [("cuda", (35,), expert), ("cuda", range(36), expert), ("cuda", (), 0),
-                                       ("vulkan", (35,), expert)]:  # fmt: skip
+    for backend, spilled, expected in [
+        ("cuda", (35,), expert),
+        ("cuda", range(36), expert),
+        ("cuda", (), 0),
+        ("vulkan", (35,), expert),
+    ]:
         used, _ = usage(Model.of(header), context, on_gpus(header, [37], spilled), backend)
         assert used[0].staging_bytes == expected
 
@@ -112,8 +198,14 @@ def test_an_unknown_window_pattern_is_an_upper_bound_and_says_so():
     context = Context(8192, 1, **F16_512)
     assert not is_known(header)
     assert kv_bytes(header, context) == kv_bytes(planning.header("Llama-3.1-8B"), context)
-    assert is_known(with_metadata("Llama-3.1-8B", "brand-new", attention__sliding_window=512,
-                                  attention__sliding_window_pattern=(True, False) * 16))  # fmt: skip
+    assert is_known(
+        with_metadata(
+            "Llama-3.1-8B",
+            "brand-new",
+            attention__sliding_window=512,
+            attention__sliding_window_pattern=(True, False) * 16,
+        )
+    )
 
 
 def test_a_pattern_array_decides_layer_by_layer():
@@ -129,8 +221,13 @@ def test_a_pattern_array_decides_layer_by_layer():
 
 def test_latent_attention_keeps_k_only():
     # DeepSeek: one head of 576 for K, no V, where both *_mla lengths are given (llama-kv-cache.cpp).
-    mla = {"attention__key_length": 576, "attention__value_length": 512, "attention__head_count_kv": 1,
-           "attention__key_length_mla": 192, "attention__value_length_mla": 128}  # fmt: skip
+    mla = {
+        "attention__key_length": 576,
+        "attention__value_length": 512,
+        "attention__head_count_kv": 1,
+        "attention__key_length_mla": 192,
+        "attention__value_length_mla": 128,
+    }
     context = Context(4096, 1, **F16_512)
     assert kv_bytes(with_metadata("Llama-3.1-8B", "deepseek2", **mla), context)[0] == 4096 * 576 * 2
     del mla["attention__value_length_mla"]

@@ -134,7 +134,7 @@ HOSTS = st.builds(
     st.lists(st.integers(2000, 100_000), max_size=4), st.sampled_from([4, 16, 32, 64, 128, 512]),
 )  # fmt: skip
 ASKED = st.builds(
-    lambda tokens, slots, kv, ubatch: {"context_tokens": tokens, "slots": slots, "kv_types": kv, "ubatch_tokens": ubatch},
+    lambda *given: dict(zip(("context_tokens", "slots", "kv_types", "ubatch_tokens"), given, strict=True)),
     st.integers(256, 32768), st.integers(1, 6), st.sampled_from([["f16"], ["f16", "q8_0"], ["q4_0"]]),
     st.sampled_from([512, 2048]),
 )  # fmt: skip

@@ -52,17 +52,43 @@ def test_every_problem_is_told_at_once():
     assert [line.split(":")[0] for line in told] == ["backend", "keep_releases", "ram_reserve_mib"]
 
 
-@pytest.mark.parametrize(("key", "value"), [("slots", True), ("slots", "2"), ("slots", 1.0), ("port", None), ("kv_types", "f16"),
-                                            ("kv_types", [1]), ("threads", "all"), ("mirrors", "x"), ("name", 3)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("slots", True),
+        ("slots", "2"),
+        ("slots", 1.0),
+        ("port", None),
+        ("kv_types", "f16"),
+        ("kv_types", [1]),
+        ("threads", "all"),
+        ("mirrors", "x"),
+        ("name", 3),
+    ],
+)
 def test_wrong_types_are_refused(key, value):
     [told] = instance_problems(**{key: value})
     assert told.startswith(f"models[0].{key}: should be ")
     assert repr(value)[:3] in told or "(" in told
 
 
-@pytest.mark.parametrize(("key", "value"), [("name", "Bad Name"), ("name", "-x"), ("name", "../x"), ("source", "model.gguf"),
-                                            ("port", 0), ("port", 70000), ("context_tokens", 1), ("slots", 0), ("slots", 257),
-                                            ("kv_types", ["q3_k"]), ("kv_types", []), ("sha256", "abc")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", "Bad Name"),
+        ("name", "-x"),
+        ("name", "../x"),
+        ("source", "model.gguf"),
+        ("port", 0),
+        ("port", 70000),
+        ("context_tokens", 1),
+        ("slots", 0),
+        ("slots", 257),
+        ("kv_types", ["q3_k"]),
+        ("kv_types", []),
+        ("sha256", "abc"),
+    ],
+)
 def test_implausible_values_are_refused(key, value):
     [told] = instance_problems(**{key: value})
     assert told.startswith(f"models[0].{key}: should ")

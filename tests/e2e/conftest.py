@@ -26,7 +26,6 @@ def outside(tmp_path_factory):
     upstream.ensure()
     repository = upstream.fork(tmp_path_factory.mktemp("upstream") / "llama.cpp.git")
     with stand_ins.running(repository) as running:
-        running.clone = repository
         yield running
 
 

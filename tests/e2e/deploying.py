@@ -36,6 +36,9 @@ def environment():
 
 def write_inventory(path, hosts):
     """An inventory file of sandbox hosts, each with its settings."""
+    group_data = path.parent / "group_data"  # where pyinfra looks for the defaults of this inventory
+    if not group_data.exists():
+        group_data.symlink_to(ROOT / "inventory" / "group_data")
     entries = [(host.name, {**connection(host), **data}) for host, data in hosts]
     path.write_text(f"sandbox = {entries!r}\n")
     return path
@@ -49,7 +52,7 @@ def connection(host):
 
 
 def command(inventory, *options):
-    return [str(PYINFRA), *options, "--group-data", "inventory/group_data", str(inventory), "deploy.py"]
+    return [str(PYINFRA), *options, str(inventory), "deploy.py"]
 
 
 def pyinfra(inventory, *options, timeout=1500):

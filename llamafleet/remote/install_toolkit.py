@@ -1,0 +1,266 @@
+"""Install a CUDA toolkit from packages.
+
+Contract: `install_toolkit.py SPEC.json [ROOT]`, where SPEC has manager ("apt" | "dnf"), packages,
+component ("non-free" | "multiverse" | null), repository (NVIDIA's name of it | null), url (its
+address | null), key_package and repo_file (addresses | null), and nvcc (where the compiler will be).
+Progress lines on stdout; the last one of a failure begins with `error: `. Exit 0: the toolkit at nvcc
+is complete, as its sibling toolkits.py tells. Root, curl, apt or dnf, standard library. ROOT stands
+before every path in tests.
+
+No file of the owner's is changed: sources go into files of our own, whose names begin with
+`llamafleet-`. NVIDIA's repository also holds drivers; it is set up so that they are never taken from
+it by itself, and an installation that would change the host's driver is refused.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import toolkits
+
+APT = ["apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=300", "-o", "Acquire::Retries=3"]
+SOURCES = "/etc/apt/sources.list.d"
+# Options of a one-line source whose names are others in a stanza (sources.list(5)).
+ONE_LINE_NAMES = {"arch": "Architectures", "lang": "Languages", "target": "Targets", "pdiffs": "PDiffs"}
+KEY = "/usr/share/keyrings/llamafleet-nvidia-cuda.gpg"
+# Packages of the driver, kernel or user space, by NVIDIA's and the distributions' names. The stub that
+# is linked with (cuda-driver-dev) is none.
+DRIVER = re.compile(
+    r"(cuda-drivers|cuda-compat|nvidia-(open|driver|kernel|dkms|firmware|headless|utils|compute)|libcuda1$"
+    r"|libnvidia-(compute|ml1|cfg1|gl)|kmod-nvidia|xserver-xorg-video-nvidia)"
+)
+DRIVER_PATTERNS = ("cuda-drivers*", "cuda-compat*", "nvidia-open*", "nvidia-driver*", "nvidia-kernel*",
+                   "nvidia-dkms*", "kmod-nvidia*", "libnvidia-*")  # fmt: skip
+
+
+class Failed(Exception):
+    """The installation cannot go on; the text is for the operator."""
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def install(spec, root="/"):
+    if spec["manager"] == "apt":
+        if spec["component"]:
+            enable_component(spec["component"], root)
+        if spec["url"]:
+            add_apt_repository(spec["url"], spec["key_package"], root)
+        run([*APT, "update"], "apt-get update failed")
+        refuse_driver_change(spec["packages"], root)
+        run([*APT, "--no-install-recommends", "install", *spec["packages"]], "the packages were not installed")
+    else:
+        if spec["url"]:
+            add_dnf_repository(spec["repository"], spec["url"], spec["repo_file"], root)
+        run(["dnf", "-y", "--setopt=install_weak_deps=False", "install", *spec["packages"]],
+            "the packages were not installed")  # fmt: skip
+    check(spec["nvcc"], root)
+
+
+def enable_component(component, root):
+    """A source of our own for one more component of the distribution's archive, from the host's mirrors."""
+    own = archive_suites()
+    if any(component in components for components in own.values()):
+        say(f"the component {component} is already enabled")
+        return
+    stanzas = [stanza_for(entry, component) for entry in configured_sources(root)
+               if "main" in entry["components"] and (entry["uri"].rstrip("/"), entry["suite"]) in own]  # fmt: skip
+    if not stanzas:
+        raise Failed(f"no source of the distribution's own archive is configured in /etc/apt: add one with the "
+                     f"component {component}, or set cuda_toolkit to a folder or to nvidia")  # fmt: skip
+    path = f"{SOURCES}/llamafleet-{component}.sources"
+    write(path, "\n".join(dict.fromkeys(stanzas)), root)
+    say(f"enabled the component {component} in {path}")
+
+
+def archive_suites():
+    """The distribution's own sources that apt has lists of: (URI, suite) to the set of components."""
+    found = listed_suites()
+    if not found:
+        run([*APT, "update"], "apt-get update failed")
+        found = listed_suites()
+    return found
+
+
+def listed_suites():
+    wanted = ["$(ORIGIN)", "$(REPO_URI)", "$(RELEASE)", "$(COMPONENT)"]
+    lines = output_of(["apt-get", "indextargets", "--format", "\t".join(wanted), "Created-By: Packages"])
+    found = {}
+    for origin, uri, suite, component in (line.split("\t") for line in lines.splitlines() if line.count("\t") == 3):
+        if origin in ("Debian", "Ubuntu"):
+            found.setdefault((uri.rstrip("/"), suite), set()).add(component)
+    return found
+
+
+def configured_sources(root):
+    """Every enabled binary source in /etc/apt: uri, suite, components, and options by their stanza names."""
+    found = list(one_line_sources(read(toolkits.inside(root, "/etc/apt/sources.list"))))
+    for path in listing(toolkits.inside(root, SOURCES)):
+        if path.endswith(".list"):
+            found += one_line_sources(read(path))
+        elif path.endswith(".sources"):
+            found += deb822_sources(read(path))
+    return found
+
+
+def one_line_sources(text):
+    """`deb [option=value ...] URI SUITE COMPONENT...`, see sources.list(5)."""
+    for line in text.splitlines():
+        match = re.match(r"\s*deb\s+(?:\[([^]]*)\]\s+)?(\S+)\s+(\S+)([^#]*)", line)
+        if match:
+            options = [option.split("=", 1) for option in (match[1] or "").split() if "=" in option]
+            yield {"uri": match[2], "suite": match[3], "components": match[4].split(),
+                   "options": {ONE_LINE_NAMES.get(name, name.title()): value.replace(",", " ")
+                               for name, value in options}}  # fmt: skip
+
+
+def deb822_sources(text):
+    """Stanzas of `Field: value`; a continued line keeps its indentation, so that a key stays a key."""
+    for block in re.split(r"\n[ \t]*\n", text):
+        fields, name = {}, ""
+        for line in block.splitlines():
+            if line.startswith((" ", "\t")) and name:
+                fields[name] += "\n" + line
+            elif ":" in line and not line.startswith("#"):
+                name, value = line.split(":", 1)
+                name = name.strip().title()
+                fields[name] = value.strip()
+        uris, suites = fields.pop("Uris", "").split(), fields.pop("Suites", "").split()
+        components = fields.pop("Components", "").split()
+        types, enabled = fields.pop("Types", "").split(), fields.pop("Enabled", "yes").lower()
+        if "deb" in types and enabled not in ("no", "false"):
+            yield from ({"uri": uri, "suite": suite, "components": components, "options": fields}
+                        for uri in uris for suite in suites)  # fmt: skip
+
+
+def stanza_for(entry, component):
+    lines = ["Types: deb", f"URIs: {entry['uri']}", f"Suites: {entry['suite']}", f"Components: {component}"]
+    return "\n".join([*lines, *(f"{name}: {value}" for name, value in entry["options"].items())]) + "\n"
+
+
+def add_apt_repository(url, key_package, root):
+    """NVIDIA's repository with its key, at a priority below the distribution's.
+
+    Its own cuda-keyring package would put everything in it, drivers included, above the distribution's
+    packages: the owner's next upgrade would change the driver.
+    """
+    ours = f"{SOURCES}/llamafleet-nvidia-cuda.sources"
+    if any(entry["uri"].rstrip("/").split("://")[-1] == url.split("://")[-1] for entry in configured_sources(root)):
+        say(f"the repository {url} is already configured on this host")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        package = os.path.join(folder, "keyring.deb")
+        run(["curl", "-fsSL", "--retry", "3", "-o", package, key_package], f"cannot download {key_package}")
+        run(["dpkg-deb", "-x", package, folder], f"{key_package} is not a package")
+        with open(os.path.join(folder, "usr/share/keyrings/cuda-archive-keyring.gpg"), "rb") as file:
+            write(KEY, file.read(), root)
+    host = url.split("/")[2]
+    # 100: taken where no other source has the package (apt_preferences(5)).
+    write("/etc/apt/preferences.d/llamafleet-nvidia-cuda", f"Package: *\nPin: origin {host}\nPin-Priority: 100\n", root)
+    write(ours, f"Types: deb\nURIs: {url}\nSuites: /\nSigned-By: {KEY}\n", root)
+    say(f"added the repository {url} in {ours}")
+
+
+def add_dnf_repository(name, url, repo_file, root):
+    """NVIDIA's repository, its drivers left out."""
+    path = f"/etc/yum.repos.d/llamafleet-cuda-{name}.repo"
+    folder = toolkits.inside(root, "/etc/yum.repos.d")
+    if any(url in read(other) for other in listing(folder)):
+        say(f"the repository {url} is already configured on this host")
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        fetched = os.path.join(temporary, "repo")
+        run(["curl", "-fsSL", "--retry", "3", "-o", fetched, repo_file], f"cannot download {repo_file}")
+        text = read(fetched)
+    if not text.startswith("[") or text.count("\n[") or "gpgcheck=1" not in text:
+        raise Failed(f"{repo_file} is not one repository with checked signatures")
+    write(path, text.rstrip("\n") + "\nexcludepkgs=" + " ".join(DRIVER_PATTERNS) + "\n", root)
+    say(f"added the repository {url} in {path}")
+
+
+def refuse_driver_change(packages, root):
+    """Raise where the packages would bring another driver to a host that has one."""
+    if not os.path.exists(toolkits.inside(root, "/proc/driver/nvidia/version")):
+        return
+    would = output_of([*APT, "--simulate", "--no-install-recommends", "install", *packages])
+    names = [line.split()[1] for line in would.splitlines() if line.startswith(("Inst ", "Remv "))]
+    driver = [name for name in names if DRIVER.match(name)]
+    if driver:
+        raise Failed(
+            f"installing {', '.join(packages)} would change the NVIDIA driver of this host ({', '.join(driver)}): "
+            'set cuda_toolkit = "nvidia", whose toolkit needs none of them, or name a toolkit\'s folder'
+        )
+
+
+def check(nvcc, root):
+    """Raise unless the toolkit is now there and whole."""
+    found = [one for one in toolkits.find(root) if one["nvcc"] == nvcc]
+    if not found:
+        raise Failed(f"the packages were installed, but there is no compiler at {nvcc}")
+    parts = ("version", "headers", "cublas", "cudart", "driver_stub")
+    missing = [part for part in parts if not found[0][part]]
+    if missing or found[0]["problems"]:
+        raise Failed(f"the toolkit at {nvcc} is not usable: {', '.join([*missing, *found[0]['problems']])}")
+    say(f"CUDA {found[0]['version']} is at {found[0]['path']}")
+
+
+def listing(folder):
+    return [os.path.join(folder, name) for name in sorted(os.listdir(folder))] if os.path.isdir(folder) else []
+
+
+def read(path):
+    try:
+        with open(path, errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def write(path, content, root):
+    """The file, whole or not at all, readable by everyone, as apt's own user must."""
+    path = toolkits.inside(root, path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    descriptor, new = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".llamafleet-")
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+    os.chmod(new, 0o644)
+    os.replace(new, path)
+
+
+def run(command, failure):
+    """Run a command with its output among our progress lines; `Failed` with what it said at the end."""
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
+    last = []
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=environment, text=True, errors="replace") as process:  # fmt: skip
+        for line in process.stdout:
+            say(line.rstrip())
+            last = [*last[-4:], line.strip()]
+    if process.returncode:
+        raise Failed(f"{failure} (exit code {process.returncode}): {' | '.join(line for line in last if line)}")
+
+
+def output_of(command):
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          env={**os.environ, "LC_ALL": "C.UTF-8"}, text=True)  # fmt: skip
+    return done.stdout
+
+
+def main(argv):
+    with open(argv[0]) as file:
+        spec = json.load(file)
+    try:
+        install(spec, *argv[1:2])
+    except Failed as failed:
+        say(f"error: {failed}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

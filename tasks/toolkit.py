@@ -1,0 +1,40 @@
+"""Stage: the CUDA toolkit that llama.cpp is compiled with, where the host has none that fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyinfra.api.deploy import deploy
+
+from llamafleet.toolkit import Install
+from tasks import operations
+from tasks.situation import situation
+
+
+@deploy("Install the CUDA toolkit")
+def toolkit() -> None:
+    """NVIDIA's or the distribution's packages, as `llamafleet/toolkit.py` decided; the driver is not touched."""
+    now = situation()
+    if now is None or now.install_toolkit is None:
+        return
+    install = now.install_toolkit
+    origin = "NVIDIA's repository" if install.repository else "the distribution"
+    operations.run_job(
+        name=f"Install CUDA {install.version} from {origin}", needed=now.work.toolkit,
+        job=f"toolkit-{install.identity}", program="install_toolkit.py", spec=spec(install),
+    )  # fmt: skip
+
+
+def spec(install: Install) -> dict[str, Any]:
+    """What `llamafleet/remote/install_toolkit.py` needs to know."""
+    repository = install.repository
+    return {
+        "manager": install.manager,
+        "packages": list(install.packages),
+        "component": install.component,
+        "repository": repository.name if repository else None,
+        "url": repository.url if repository else None,
+        "key_package": repository.key_package if repository else None,
+        "repo_file": repository.repo_file if repository else None,
+        "nvcc": install.nvcc,
+    }
