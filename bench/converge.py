@@ -33,7 +33,7 @@ def write_inventory(path: Path, up: list[hosts.SandboxHost], running: outside.Ou
         model = {"name": "tiny", "source": running.sources["dense"], "port": 8080, "listen": host.address,
                  "context_tokens": 512, "prompt_cache_mib": 0, "threads": 1}  # fmt: skip
         entries.append((host.name, {
-            "ssh_hostname": host.address, "ssh_user": "root", "ssh_key": str(host.ssh_key),
+            "ssh_hostname": host.address, "ssh_port": host.port, "ssh_user": "root", "ssh_key": str(host.ssh_key),
             "ssh_known_hosts_file": str(host.known_hosts), "ssh_strict_host_key_checking": "yes",
             **running.settings(), "build_cache": outside.BUILDS_ON_HOST, "models": [model],
         }))  # fmt: skip

@@ -23,7 +23,7 @@ _qwen3_4b = {
     "port": 8080,
     "context_tokens": 16384,
     # Reachable from other machines, hence with a key: the file stays on your machine.
-    "listen": "0.0.0.0",
+    "listen": "0.0.0.0",  # noqa: S104 -- meant so, and guarded by the key below
     "api_key_file": "~/.config/llamafleet/api-keys",
 }
 

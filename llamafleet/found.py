@@ -76,5 +76,6 @@ class Found:
 
 def _instance(data: Mapping[str, Any]) -> FoundInstance:
     names = FoundInstance.__dataclass_fields__
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key in names}
+    values: dict[str, Any] = {name: data[name] for name in names}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return FoundInstance(**values)

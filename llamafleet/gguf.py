@@ -1,33 +1,38 @@
 """Read a GGUF's header: metadata and tensor table, never weights.
 
-The file may be on disk or behind an HTTP server, complete or hostile: only the header's bytes are
-fetched, in growing windows, and no size in it is believed before it is checked. The format is
-described in ggml/include/gguf.h; what is refused here is refused by llama.cpp too (ggml/src/gguf.cpp).
+The file may be on disk or behind an HTTP server, complete or hostile. Here is what a header is made of and
+what has to agree in it; `gguf_cursor` reads its bytes and keeps the limits. The format is described in
+ggml/include/gguf.h; what is refused here is refused by llama.cpp too (ggml/src/gguf.cpp).
 """
 
 from __future__ import annotations
 
 import math
 import re
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-KIB = 1024
-MIB = 1024**2
+from .gguf_cursor import KEY_LIMIT_BYTES, ByteSource, Cursor, FileSource, GgufError, LongArray, Value
 
-# Limits against hostile files. The largest headers in use (262144 tokens with merges) take 16 MB.
-HEADER_LIMIT_BYTES = 256 * MIB
-STRING_LIMIT_BYTES = 8 * MIB  # chat templates are the longest strings kept, below 100 kB
-KEY_LIMIT_BYTES = 64 * KIB  # GGUF keys are at most 65535 bytes
+__all__ = [
+    "GGML_TYPES",
+    "ByteSource",
+    "FileSource",
+    "GgufError",
+    "Header",
+    "LongArray",
+    "Tensor",
+    "Value",
+    "read_header",
+    "read_path",
+    "shard_names",
+]
+
+# Limits against hostile files; those of single values are in gguf_cursor.
 METADATA_LIMIT = 1 << 16
 TENSOR_LIMIT = 1 << 18
 SHARD_LIMIT = 1 << 10
-FIRST_WINDOW_BYTES = 1 * MIB
-LAST_WINDOW_BYTES = 8 * MIB
-KEPT_ARRAY_LENGTH = 1024  # longer arrays (tokens, merges, scores) are kept as their length only
 DEFAULT_ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT, ggml/include/gguf.h
 DIMENSIONS = 4  # GGML_MAX_DIMS
 
@@ -70,91 +75,18 @@ GGML_TYPES: Mapping[int, tuple[str, int, int]] = {
     42: ("Q2_0", 64, 18),
 }
 
-# Metadata value types (enum gguf_type): 8 is a string, 9 an array.
-_SCALARS = {
-    number: struct.Struct("<" + code)
-    for number, code in {
-        0: "B",
-        1: "b",
-        2: "H",
-        3: "h",
-        4: "I",
-        5: "i",
-        6: "f",
-        7: "?",
-        10: "Q",
-        11: "q",
-        12: "d",
-    }.items()
-}
-_STRING, _ARRAY = 8, 9
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
-
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_HTML = "is an HTML page, not a GGUF: a login, error or preview page was saved instead of the file"
+_BEFORE_GGUF = "is a GGML file from before GGUF: convert the original model anew"
+# What lies under a GGUF's name instead, by its first bytes in lower case.
 _FOREIGN = (
-    (
-        b"<!doctype",
-        "is an HTML page, not a GGUF: a login, error or preview page was saved instead of the file",
-    ),
-    (b"<html", "is an HTML page, not a GGUF: a login, error or preview page was saved instead of the file"),
+    (b"<!doctype", _HTML),
+    (b"<html", _HTML),
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"),
     (b"pk\x03\x04", "is a zip archive, not a GGUF"),
-    (b"ggjt", "is a GGML file from before GGUF: convert the original model anew"),
-    (b"ggml", "is a GGML file from before GGUF: convert the original model anew"),
+    (b"ggjt", _BEFORE_GGUF),
+    (b"ggml", _BEFORE_GGUF),
 )
-
-
-class GgufError(ValueError):
-    """A file that is no usable GGUF; the message begins with its name."""
-
-
-class ByteSource(Protocol):
-    """Where a header's bytes come from."""
-
-    @property
-    def name(self) -> str:
-        """For messages: a path, or a URL without its query."""
-
-    @property
-    def size(self) -> int | None:
-        """Bytes of the whole file, None where nobody tells."""
-
-    def read(self, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset`; fewer only at the end of the file."""
-
-
-@dataclass(frozen=True)
-class FileSource:
-    """A file on this machine."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        """The path."""
-        return str(self.path)
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return self.path.stat().st_size
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Bytes of the file."""
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            return file.read(length)
-
-
-@dataclass(frozen=True)
-class LongArray:
-    """An array that was skipped, of which only the length is known."""
-
-    length: int
-
-
-Scalar = int | float | bool | str
-Value = Scalar | tuple[Scalar, ...] | LongArray
 
 
 @dataclass(frozen=True)
@@ -267,7 +199,7 @@ def _check_split(sources: Sequence[ByteSource], parts: Sequence[Header]) -> None
 
 
 def _read_one(source: ByteSource, shard: int) -> Header:
-    cursor = _Cursor(source)
+    cursor = Cursor(source)
     version = _version(cursor)
     tensor_count, metadata_count = cursor.u64(), cursor.u64()
     cursor.check(tensor_count <= TENSOR_LIMIT, f"promises {tensor_count} tensors, at most {TENSOR_LIMIT} are read")
@@ -296,7 +228,7 @@ def _read_one(source: ByteSource, shard: int) -> Header:
     return Header(version, str(architecture), metadata, tuple(table), (size,))
 
 
-def _version(cursor: _Cursor) -> int:
+def _version(cursor: Cursor) -> int:
     """Check the magic; the version is 2 or 3 (they differ in nothing that is read here)."""
     start = cursor.peek(32)
     if start[:4] != b"GGUF":
@@ -313,7 +245,7 @@ def _version(cursor: _Cursor) -> int:
     return version
 
 
-def _alignment(cursor: _Cursor, metadata: Mapping[str, Value]) -> int:
+def _alignment(cursor: Cursor, metadata: Mapping[str, Value]) -> int:
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     good = isinstance(alignment, int) and alignment > 0 and alignment & (alignment - 1) == 0
     cursor.check(good, f"has general.alignment {alignment!r}, should be a power of two")
@@ -321,7 +253,7 @@ def _alignment(cursor: _Cursor, metadata: Mapping[str, Value]) -> int:
     return alignment
 
 
-def _tensor(cursor: _Cursor, shard: int) -> Tensor:
+def _tensor(cursor: Cursor, shard: int) -> Tensor:
     name = cursor.string(KEY_LIMIT_BYTES)
     dimensions = cursor.u32()
     cursor.check(
@@ -339,7 +271,7 @@ def _tensor(cursor: _Cursor, shard: int) -> Tensor:
     return Tensor(name, shape, kind, cursor.u64(), elements // block * block_bytes, shard)
 
 
-def _check_offsets(cursor: _Cursor, table: Sequence[Tensor], alignment: int) -> int:
+def _check_offsets(cursor: Cursor, table: Sequence[Tensor], alignment: int) -> int:
     """Tensors follow one another without overlap, as llama.cpp demands; bytes of them all."""
     expected = end = 0
     seen: set[str] = set()
@@ -357,131 +289,3 @@ def _check_offsets(cursor: _Cursor, table: Sequence[Tensor], alignment: int) -> 
 
 def _padded(value: int, alignment: int) -> int:
     return -(-value // alignment) * alignment
-
-
-class _Cursor:
-    """Reads forward through a source, keeping one window of it."""
-
-    def __init__(self, source: ByteSource) -> None:
-        self._source = source
-        self._size = source.size
-        self._base = 0  # file offset of the window
-        self._window = b""
-        self._at = 0  # place in the window; may lie past its end after a skip
-        self._fetch = FIRST_WINDOW_BYTES
-
-    @property
-    def position(self) -> int:
-        """Offset in the file of the next byte."""
-        return self._base + self._at
-
-    def check(self, good: bool, problem: str) -> None:
-        """Raise `GgufError` with the file's name unless `good`."""
-        if not good:
-            raise GgufError(f"{self._source.name}: {problem}")
-
-    def peek(self, length: int) -> bytes:
-        """The next bytes, fewer at the end of the file."""
-        if self._size is not None:
-            length = min(length, self._size - self.position)
-        self._fill(length)
-        return self._window[self._at : self._at + length]
-
-    def _fill(self, length: int) -> bool:
-        """Have `length` bytes in the window if the file has them."""
-        have = len(self._window) - self._at
-        if have >= length:
-            return True
-        self.check(
-            self.position + length <= HEADER_LIMIT_BYTES,
-            f"has a header of more than {HEADER_LIMIT_BYTES} bytes",
-        )
-        if self._size is not None and self.position + length > self._size:
-            return False
-        kept = self._window[self._at :] if have > 0 else b""
-        self._base, self._at = self.position, 0
-        more = self._source.read(self._base + len(kept), max(length - len(kept), self._fetch))
-        self._fetch = min(2 * self._fetch, LAST_WINDOW_BYTES)
-        self._window = kept + more
-        return len(self._window) >= length
-
-    def take(self, length: int) -> bytes:
-        """Exactly the next `length` bytes."""
-        self._need(length)
-        piece = self._window[self._at : self._at + length]
-        self._at += length
-        return piece
-
-    def _need(self, length: int) -> None:
-        if not self._fill(length):
-            size = "" if self._size is None else f" of {self._size} bytes"
-            self.check(False, f"is cut short: its header goes on past the end{size}; download it again")
-
-    def skip(self, length: int) -> None:
-        """Go forward without reading."""
-        self._at += length
-        self.check(self.position <= HEADER_LIMIT_BYTES, f"has a header of more than {HEADER_LIMIT_BYTES} bytes")
-        if self._size is not None and self.position > self._size:
-            self._need(1)
-
-    def u32(self) -> int:
-        """An unsigned 32-bit number."""
-        return int(_U32.unpack(self.take(4))[0])
-
-    def u64(self) -> int:
-        """An unsigned 64-bit number."""
-        return int(_U64.unpack(self.take(8))[0])
-
-    def string(self, limit: int) -> str:
-        """A string of at most `limit` bytes."""
-        length = self.u64()
-        self.check(
-            length <= limit,
-            f"has a string of {length} bytes at byte {self.position}, at most {limit} are read",
-        )
-        return self.take(length).decode("utf-8", errors="replace")
-
-    def value(self, key: str) -> Value:
-        """A metadata value of any type."""
-        kind = self.u32()
-        if kind != _ARRAY:
-            return self._scalar(kind, key)
-        kind, length = self.u32(), self.u64()
-        self.check(kind != _ARRAY, f"nests arrays in {key!r}, which llama.cpp does not read")
-        self.check(kind == _STRING or kind in _SCALARS, f"has the unknown value type {kind} in {key!r}")
-        smallest = 8 if kind == _STRING else _SCALARS[kind].size
-        self.check(
-            length * smallest <= HEADER_LIMIT_BYTES,
-            f"promises {length} values in {key!r}, too many to be true",
-        )
-        if length <= KEPT_ARRAY_LENGTH:
-            return tuple(self._scalar(kind, key) for _ in range(length))
-        if kind == _STRING:
-            self._skip_strings(length)
-        else:
-            self.skip(length * smallest)
-        return LongArray(length)
-
-    def _scalar(self, kind: int, key: str) -> Scalar:
-        if kind == _STRING:
-            return self.string(STRING_LIMIT_BYTES)
-        self.check(kind in _SCALARS, f"has the unknown value type {kind} in {key!r}")
-        number: int | float | bool = _SCALARS[kind].unpack(self.take(_SCALARS[kind].size))[0]
-        return number
-
-    def _skip_strings(self, count: int) -> None:
-        """Half a million tokens and merges go by here: no call, no slice for each."""
-        unpack = _U64.unpack_from
-        while count:
-            self._need(8)
-            window, at, last = self._window, self._at, len(self._window) - 8
-            while count and at <= last:
-                at += 8 + unpack(window, at)[0]
-                count -= 1
-            self.skip(at - self._at)
-
-
-def find(header: Header, pattern: str) -> Iterator[Tensor]:
-    """The tensors whose whole name matches a regular expression."""
-    compiled = re.compile(pattern)
-    return (tensor for tensor in header.tensors if compiled.fullmatch(tensor.name))

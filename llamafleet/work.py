@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llamafleet.found import Found, FoundInstance, Listener
 
-WILDCARDS = ("0.0.0.0", "::", "")
+WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 -- compared with, never bound
 
 
 @dataclass(frozen=True)

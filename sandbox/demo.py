@@ -17,6 +17,7 @@ from pathlib import Path
 from sandbox import hosts, outside
 
 ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
 INVENTORY = "inventory/sandbox.py"
 PROMPT = "Once upon a time"
 
@@ -28,8 +29,7 @@ def step(text: str) -> None:
 def command(*words: str) -> None:
     """Run one of the README's commands; the demo ends where it fails."""
     print("$ " + " ".join(words), flush=True)
-    program = [sys.executable, "-m", *words] if words[0] == "pytest" else [str(ROOT / ".venv/bin" / words[0]), *words[1:]]
-    done = subprocess.run(program, cwd=ROOT, env={**os.environ, "PYINFRA_PROGRESS": "off"})
+    done = subprocess.run([str(BIN / words[0]), *words[1:]], cwd=ROOT, env={**os.environ, "PYINFRA_PROGRESS": "off"})
     if done.returncode:
         raise SystemExit(f"`{' '.join(words)}` failed with exit code {done.returncode}")
 
@@ -50,7 +50,7 @@ def no_change_run() -> None:
     words = ["pyinfra", "--dry", "--json", INVENTORY, "deploy.py"]
     print("$ " + " ".join(words), flush=True)
     done = subprocess.run(
-        [str(ROOT / ".venv/bin/pyinfra"), *words[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True,
+        [str(BIN / words[0]), *words[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     changing = [operation["name"] for operation in json.loads(done.stdout)["plan"] if operation["hosts_with_change"]]

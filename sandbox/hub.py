@@ -80,7 +80,7 @@ class Hub:
             thread.join()
             one.server_close()
 
-    def add(  # noqa: PLR0913 - what a file on the Hub has
+    def add(
         self,
         repo: str,
         path: str,

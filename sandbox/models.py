@@ -1,6 +1,6 @@
 """Test models, made on the spot: tiny ones that really answer, and weightless ones of any published size.
 
-A model is a `Layout`: the numbers its publisher gives, as data. `tensors()` derives every tensor with its
+A model is a `Layout` (`sandbox/layouts.py`): its numbers as data. `tensors()` derives every tensor with its
 type as llama-quantize would choose it. `make()` writes a GGUF whose weights are random (`TINY`, a few MB,
 served by a real llama-server) or a hole in the file (`PUBLISHED`: gpt-oss-120b takes 6 MB of disk; enough for
 whatever reads the header, llama-server's own memory breakdown included).
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUFWriter, LlamaFileType, TokenType
 from gguf import GGMLQuantizationType as Q
 from gguf.quants import quantize
+
+from sandbox.layouts import PUBLISHED, TINY, Layout
 
 ALIGNMENT_BYTES = 32  # gguf's general.alignment default
 SHARD_NAME = "{}-{:05d}-of-{:05d}.gguf"  # llama_split_path, llama.cpp src/llama.cpp
@@ -45,39 +47,6 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The numbers of one model. Lengths are elements, `context` and `window` tokens."""
-
-    name: str
-    architecture: str
-    blocks: int
-    embd: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ff: int  # of a dense block; of one expert where there are experts
-    vocab: int
-    context: int = 131072
-    rope_base: float = 500000.0
-    experts: int = 0
-    experts_used: int = 0
-    window: int = 0
-    tied: bool = False  # no output.weight: the token embedding serves as output too
-    biases: bool = False
-    extra: dict[str, int | float | str] = field(
-        default_factory=dict
-    )  # further metadata, without the architecture
-    quant: str = "Q4_K_M"
-    published_gib: float = 0.0  # tensors' size in `quant` as llama.cpp prints it, two decimals
-    source: str = ""  # who published that figure
-
-    @property
-    def is_70b(self) -> bool:
-        """What llama-quantize takes for LLM_TYPE_70B (src/models/llama.cpp): 80 layers, grouped queries."""
-        return self.architecture == "llama" and self.blocks == 80 and self.heads != self.kv_heads
-
-
-@dataclass(frozen=True)
 class Tensor:
     """One tensor: `shape` in ggml's order (row length first)."""
 
@@ -89,52 +58,6 @@ class Tensor:
     def nbytes(self) -> int:
         block, size = GGML_QUANT_SIZES[self.type]
         return int(math.prod(self.shape) // block * size)
-
-
-LLAMA3 = {"architecture": "llama", "vocab": 128256, "head_dim": 128, "kv_heads": 8}
-GPT_OSS = {"architecture": "gpt-oss", "embd": 2880, "heads": 64, "kv_heads": 8, "head_dim": 64, "ff": 2880,
-           "vocab": 201088, "experts_used": 4, "window": 128, "biases": True,
-           "rope_base": 150000.0, "quant": "MXFP4",
-           "extra": {"rope.scaling.type": "yarn", "rope.scaling.factor": 32.0,
-                     "rope.scaling.original_context_length": 4096}}  # fmt: skip
-QWEN3 = {"head_dim": 128, "vocab": 151936, "context": 40960, "rope_base": 1e6}
-TABLES = "llama-bench tables, many, "
-BENCH = "llama-bench, llama.cpp b11434 "
-
-# Numbers: each model's config.json on the Hub. Sizes: printed by llama.cpp for the published file.
-PUBLISHED: dict[str, Layout] = {
-    layout.name: layout
-    for layout in (
-        Layout("gpt-oss-120b", blocks=36, experts=128, **GPT_OSS,  # type: ignore[arg-type]  # a table of mixed types
-               published_gib=59.02, source=BENCH + "benches/mac-m2-ultra/mac-m2-ultra.md:95"),
-        Layout("gpt-oss-20b", blocks=24, experts=32, **GPT_OSS,  # type: ignore[arg-type]  # as above
-               published_gib=11.27, source=BENCH + "benches/mac-m2-ultra/mac-m2-ultra.md:47"),
-        Layout("Llama-3.1-8B", blocks=32, embd=4096, heads=32, ff=14336, **LLAMA3,  # type: ignore[arg-type]  # as above
-               published_gib=4.58, source=TABLES + "`llama 8B Q4_K - Medium | 4.58 GiB | 8.03 B`"),
-        Layout("Llama-3.3-70B", blocks=80, embd=8192, heads=64, ff=28672, **LLAMA3,  # type: ignore[arg-type]  # as above
-               published_gib=39.59, source=TABLES + "`llama 70B Q4_K - Medium | 39.59 GiB | 70.55 B`"),
-        Layout("Llama-3.2-3B", blocks=28, embd=3072, heads=24, ff=8192, tied=True,
-               **LLAMA3,  # type: ignore[arg-type]  # as above
-               published_gib=1.87, source=BENCH + "docs/backend/VirtGPU/development.md:203"),
-        Layout("Qwen3-30B-A3B", "qwen3moe", blocks=48, embd=2048, heads=32, kv_heads=4, ff=768, experts=128,
-               experts_used=8, extra={"feed_forward_length": 6144}, **QWEN3,  # type: ignore[arg-type]  # as above
-               published_gib=17.28, source=TABLES + "`qwen3moe 30B.A3B Q4_K - Medium | 17.28 GiB | 30.53 B`"),
-        Layout("Qwen3-8B", "qwen3", blocks=36, embd=4096, heads=32, kv_heads=8, ff=12288,
-               **QWEN3,  # type: ignore[arg-type]  # as above
-               published_gib=4.68, source=TABLES + "`qwen3 8B Q4_K - Medium | 4.68 GiB | 8.19 B`"),
-        Layout("Gemma-3-12B", "gemma3", blocks=48, embd=3840, heads=16, kv_heads=8, head_dim=256, ff=15360,
-               vocab=262144, window=1024, tied=True, rope_base=1e6,
-               extra={"rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
-               published_gib=6.79, source=TABLES + "`gemma3 12B Q4_K - Medium | 6.79 GiB | 11.77 B`"),
-    )
-}  # fmt: skip
-
-TINY: dict[str, Layout] = {
-    "dense": Layout("tiny-dense", "llama", blocks=4, embd=256, heads=4, kv_heads=2, head_dim=64, ff=512,
-                    vocab=512, context=8192, rope_base=10000.0, quant="F16"),
-    "moe": Layout("tiny-moe", "qwen3moe", blocks=4, embd=256, heads=4, kv_heads=2, head_dim=64, ff=128,
-                  vocab=512, context=8192, rope_base=10000.0, experts=16, experts_used=4, quant="F16"),
-}  # fmt: skip
 
 
 def tiny(folder: Path, kind: str = "dense", *, quant: str = "F16", seed: int = 0, shards: int = 1) -> Path:
@@ -171,9 +94,7 @@ def make(layout: Layout, folder: Path, *, quant: str = "", seed: int | None = No
         _add(writer, key, value)
     for tensor in table:
         # numpy's order is the reverse of ggml's; a dtype that is not uint8 leaves the shape as it is.
-        writer.add_tensor_info(
-            tensor.name, tensor.shape[::-1], np.dtype(np.float32), tensor.nbytes, tensor.type
-        )
+        writer.add_tensor_info(tensor.name, tensor.shape[::-1], np.dtype(np.float32), tensor.nbytes, tensor.type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -216,11 +137,7 @@ def metadata(layout: Layout, quant: str) -> dict[str, Any]:
     if layout.window:
         own["attention.sliding_window"] = layout.window
     general = {"general.name": layout.name, "general.file_type": int(FILE_TYPES[quant])}
-    return (
-        general
-        | {f"{layout.architecture}.{key}": value for key, value in own.items()}
-        | _tokenizer(layout.vocab)
-    )
+    return general | {f"{layout.architecture}.{key}": value for key, value in own.items()} | _tokenizer(layout.vocab)
 
 
 def _shapes(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:

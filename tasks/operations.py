@@ -142,7 +142,8 @@ def checkout(needed: bool, repository: str, commit: str, folder: str) -> Command
     # A shallow.lock or index.lock of a git that was killed would stop every later one.
     yield StringCommand(f"rm -f {shlex.quote(folder)}/.git/*.lock")
     yield StringCommand(
-        f"{git} cat-file -e {commit}^{{commit}} 2>/dev/null || {git} fetch --quiet --depth 1 {shlex.quote(repository)} {commit}"
+        f"{git} cat-file -e {commit}^{{commit}} 2>/dev/null"
+        f" || {git} fetch --quiet --depth 1 {shlex.quote(repository)} {commit}"
         f" || {{ echo 'llama_cpp_ref: the repository does not give commit {commit} to this host' >&2; exit 1; }}"
     )
     yield StringCommand(f"{git} checkout --quiet --force --detach {commit} && {git} clean --quiet -ffdx")
@@ -184,7 +185,8 @@ def _follow(state: State, host: Host, job: str, command: list[str]) -> bool:
             said = seen["line"]
             host.log(said[:200])
         remote.run(host, remote.program("lock.py", "refresh", remote.this_run()["run"]))
-        seen = remote.run_json(host, remote.program("job.py", "follow", job, f"--seen={said}", "--seconds", "15"))
+        follow = remote.program("job.py", "follow", job, f"--seen={said}", "--seconds", "15")
+        seen = remote.run_json(host, follow)
     if seen["state"] == "ended" and seen["exit_code"] == 0:
         return True
     how = f"exit code {seen['exit_code']}" if seen["state"] == "ended" else "it was killed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import os
@@ -91,10 +92,9 @@ def reconnecting(host: Host, action: Callable[[], T]) -> T:
 
 
 def _connect_again(host: Host) -> None:
-    try:
+    # Closing what is broken may fail; what counts is the new connection.
+    with contextlib.suppress(OSError, EOFError, SSHException):
         host.disconnect()
-    except (OSError, EOFError, SSHException):
-        pass  # closing what is broken may fail; what counts is the new connection
     host.connected = False
     host.connect(reason="again", show_errors=False)
 

@@ -23,6 +23,8 @@ _environment = Environment(
     keep_trailing_newline=True, autoescape=False,  # noqa: S701 - units and scripts, not HTML
 )  # fmt: skip
 
+GATE = "/opt/llamafleet/helpers/current/gate.py"
+
 # Loading at less than this is called hanging, bytes a second: a slow hard disk.
 SLOWEST_LOAD = 80 * MIB
 # Before a server answers: start, warm-up, GPU initialisation, seconds.
@@ -72,7 +74,7 @@ def plan_record(
 
 def url_host(address: str) -> str:
     """The address as it stands in a URL that reaches it from the host itself."""
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)  # noqa: S104 -- compared with, never bound
     return f"[{reachable}]" if ":" in reachable else reachable
 
 
@@ -92,8 +94,7 @@ def unit(
         identity=record["identity"],
         source=instance.source,
         command=[unit_escape(argument) for argument in gate["argv"]],
-        wait=[unit_escape(word) for word in ("/opt/llamafleet/helpers/current/gate.py", "wait", gate["url"],
-                                             str(gate["health_seconds"]))],  # fmt: skip
+        wait=[unit_escape(word) for word in (GATE, "wait", gate["url"], str(gate["health_seconds"]))],
         start_seconds=gate["health_seconds"] + 30,
         api_keys=gate["api_keys"],
         environment=plan.environment,

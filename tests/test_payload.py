@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time

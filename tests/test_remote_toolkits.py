@@ -59,7 +59,7 @@ def debians(root):
     """As Debian 13's nvidia-cuda-toolkit and nvidia-cuda-dev lay it out."""
     hidden = "/usr/lib/nvidia-cuda-toolkit/bin/nvcc"
     compiler(root / hidden.lstrip("/"), "12.4")
-    put(root / "usr/bin/nvcc", f'#!/bin/sh\nexec "{root}{hidden}" "$@"\n'.replace('"' + str(root), '"'), 0o755)
+    put(root / "usr/bin/nvcc", f'#!/bin/sh\nexec {hidden} "$@"\n', 0o755)
     for name in ("cuda_runtime.h", "cublas_v2.h"):
         put(root / "usr/include" / name)
     # gcc 14 is the default there; the package brings its own choice and a header that mends cospi().

@@ -118,3 +118,12 @@ def test_what_the_host_is_told_is_everything_the_program_asks_for():
         "nvcc": "/usr/local/cuda-13.0/bin/nvcc",
     }  # fmt: skip
     assert spec(dataclasses.replace(install, repository=None))["url"] is None
+
+
+@pytest.mark.parametrize(("toolkit", "glibc", "function"), [
+    ((12, 9), "2.40", None), ((12, 9), "2.41", "cospi"), ((13, 0), "2.41", None), ((13, 1), "2.42", "rsqrt"),
+    ((13, 2), "2.43", None), ((11, 8), "musl", None),
+])  # fmt: skip
+def test_nvidias_headers_against_glibc(toolkit, glibc, function):
+    why = cuda.unfit_for_glibc(toolkit, glibc)
+    assert function in why if function else why is None

@@ -93,7 +93,8 @@ def take_from_cache(spec):
     with tarfile.open(archive) as tar:
         # The filter exists from 3.8.17/3.11.4 on; the archive is one of our own, checked above.
         tar.extractall(partial, **({"filter": "tar"} if hasattr(tarfile, "tar_filter") else {}))
-    finish(spec, partial)
+    version_of(partial)
+    give_name(spec, partial)
     return True
 
 
@@ -123,7 +124,8 @@ def compile_release(spec):
     for name in sorted(os.listdir(f"{spec['tree']}/bin")):
         if name == "llama-server" or ".so" in name:
             shutil.copy2(f"{spec['tree']}/bin/{name}", f"{partial}/bin/{name}", follow_symlinks=False)
-    finish(spec, partial)
+    describe(spec, partial)
+    give_name(spec, partial)
 
 
 def run(command, problem):
@@ -139,17 +141,27 @@ def run(command, problem):
         raise Failed(f"{problem} (exit code {process.returncode}):\n{text}")
 
 
-def finish(spec, partial):
-    """Prove that the release runs, describe it, and only then give it its name."""
-    server = f"{partial}/bin/llama-server"
+def version_of(folder):
+    """What the llama-server of a release says of itself; raises Failed where it does not run here."""
+    server = f"{folder}/bin/llama-server"
     done = subprocess.run([server, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise Failed(f"the new llama-server does not run on this host: {done.stdout.strip()[:500]}")
+    return done.stdout.strip().splitlines()[:2]
+
+
+def describe(spec, partial):
+    """Write release.json: of what the release was made, where, and what every file must hash to."""
+    version = version_of(partial)
     files = {name: sha256_of(f"{partial}/bin/{name}") for name in sorted(os.listdir(f"{partial}/bin"))}
     record = {**spec["record"], "key": spec["key"], "commit": spec["commit"],
-              "version": done.stdout.strip().splitlines()[:2], "files": files}  # fmt: skip
+              "version": version, "files": files}  # fmt: skip
     with open(f"{partial}/release.json", "w") as file:
         json.dump(record, file, indent=1)
+
+
+def give_name(spec, partial):
+    """Only now, complete and on disk, does the release get its name."""
     os.sync()
     os.makedirs(RELEASES, exist_ok=True)
     target = f"{RELEASES}/{spec['key']}"

@@ -10,7 +10,6 @@ slot), slots, gpus [{"uuid", "name", "planned_bytes"}]. Standard library, psutil
 """
 
 import json
-import os
 import subprocess
 import sys
 import time

@@ -139,7 +139,8 @@ def deb822_sources(text):
 
 def stanza_for(entry, component):
     lines = ["Types: deb", f"URIs: {entry['uri']}", f"Suites: {entry['suite']}", f"Components: {component}"]
-    return "\n".join([*lines, *(f"{name}: {value}" for name, value in entry["options"].items())]) + "\n"
+    lines += [f"{name}: {value}".replace(": \n", ":\n") for name, value in entry["options"].items()]
+    return "\n".join(lines) + "\n"
 
 
 def add_apt_repository(url, key_package, root):

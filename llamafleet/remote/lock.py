@@ -54,7 +54,6 @@ def release(run, path=PATH):
     other = read(path)
     if other and other["run"] == run:
         os.unlink(path)
-    return None
 
 
 def main(argv):

@@ -97,7 +97,7 @@ def describe(home, nvcc, root):
     return {
         "path": home,
         "nvcc": nvcc,
-        "version": version(inside(root, nvcc)),
+        "version": version(inside(root, DISTRO + "/bin/nvcc" if distro else nvcc)),
         "aliases": [],
         "distro": distro,
         "headers": has(include, "cuda_runtime.h") and has(include, "crt/host_config.h"),

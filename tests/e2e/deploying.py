@@ -46,7 +46,7 @@ def write_inventory(path, hosts):
 
 def connection(host):
     return {
-        "ssh_hostname": host.address, "ssh_user": "root", "ssh_key": str(host.ssh_key),
+        "ssh_hostname": host.address, "ssh_port": host.port, "ssh_user": "root", "ssh_key": str(host.ssh_key),
         "ssh_known_hosts_file": str(host.known_hosts), "ssh_strict_host_key_checking": "yes",
     }  # fmt: skip
 

@@ -9,9 +9,9 @@ import json
 import pytest
 
 from sandbox import hosts as sandbox
+from sandbox.outside import BUILDS
 from tests import fake_nvml
 from tests.e2e.conftest import ON_HOST
-from sandbox.outside import BUILDS
 from tests.e2e.deploying import on, pyinfra
 
 pytestmark = pytest.mark.cuda
