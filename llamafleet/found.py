@@ -52,6 +52,10 @@ class Found:
     instances: Mapping[str, FoundInstance]
     listeners: tuple[Listener, ...]
     device_classes: tuple[str, ...]
+    # Groups of this host that may open GPU devices other than NVIDIA's.
+    gpu_groups: tuple[str, ...]
+    # Units named like ours that we did not make.
+    foreign_units: tuple[str, ...]
     toolkits: tuple[Mapping[str, Any], ...]
 
     @classmethod
@@ -70,6 +74,8 @@ class Found:
             instances={name: _instance(one) for name, one in data["instances"].items()},
             listeners=tuple(Listener(**one) for one in data["listeners"]),
             device_classes=tuple(data["device_classes"]),
+            gpu_groups=tuple(data["gpu_groups"]),
+            foreign_units=tuple(data["foreign_units"]),
             toolkits=tuple(data["toolkits"]),
         )
 

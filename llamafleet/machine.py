@@ -190,9 +190,7 @@ def _read_value(value: object, hint: Any, path: str) -> Any:
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise MachineError(path, value, "a list")
-        return tuple(
-            _read_value(item, typing.get_args(hint)[0], f"{path}[{n}]") for n, item in enumerate(value)
-        )
+        return tuple(_read_value(item, typing.get_args(hint)[0], f"{path}[{n}]") for n, item in enumerate(value))
     if issubclass(hint, _Part):
         return hint.read(value, path)
     # bool is an int in Python, but true is no number of bytes.

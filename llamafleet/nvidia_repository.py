@@ -48,14 +48,14 @@ _RELEASES = {
     "rhel10": _Release((13, 0), 14),
 }
 
-# The distribution's own toolkit, by os.id and version: Debian needs the component non-free, Ubuntu
-# multiverse. Fedora and RHEL have none. Debian 13's was read from its package lists; the others are
-# those of packages.debian.org and packages.ubuntu.com.
+# The distribution's own toolkit, by os.id and version; Fedora and RHEL have none. Debian's were read from
+# its package lists (amd64 and arm64), Ubuntu's are 11.5.1, 12.0.140 and 12.4 in users' reports.
 _DISTRO = {
     ("debian", "12"): (11, 8), ("debian", "13"): (12, 4),
     ("ubuntu", "22.04"): (11, 5), ("ubuntu", "24.04"): (12, 0), ("ubuntu", "26.04"): (12, 4),
 }  # fmt: skip
-DISTRO_COMPONENT = {"debian": "non-free", "ubuntu": "multiverse"}
+# Where it and what it depends on are: Debian's libcuda1 wants nvidia-support from contrib.
+DISTRO_COMPONENTS = {"debian": ("contrib", "non-free"), "ubuntu": ("universe", "multiverse")}
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,7 @@ PROBE_PACKAGES = frozenset({"psutil", "nvidia-ml-py"})
 # The survey reads what is installed and asks its siblings: the probe, the toolkits, the lock.
 PROBE_PROGRAMS = ("lock.py", "probe.py", "probe_gpus.py", "survey.py", "toolkits.py")
 # Not needed to run the probe on Linux.
-_PROBE_LEAVES_OUT = re.compile(
-    r"\.dist-info/|^example\.py$|^psutil/(tests/|_ps(aix|bsd|osx|sunos|windows)\.py$)"
-)
+_PROBE_LEAVES_OUT = re.compile(r"\.dist-info/|^example\.py$|^psutil/(tests/|_ps(aix|bsd|osx|sunos|windows)\.py$)")
 
 # The C library a wheel may need, oldest first: Debian 11, Ubuntu 20.04 and RHEL 8 have 2.28 and later.
 _PLATFORMS = ("manylinux2010", "manylinux2014", "manylinux_2_28")
@@ -64,9 +62,7 @@ def wheels(arch: str, lock: Path = LOCK, cache: Path | None = None) -> list[Path
     Every wheel's SHA-256 is compared with the lock on each use. Without network once cached.
     """
     if arch not in ARCHITECTURES:
-        raise PayloadError(
-            f"no wheels for architecture {arch!r}: only {' and '.join(ARCHITECTURES)} are supported"
-        )
+        raise PayloadError(f"no wheels for architecture {arch!r}: only {' and '.join(ARCHITECTURES)} are supported")
     requirements = read_lock(lock)
     found: dict[str, Path] = {}
     for name in sorted(requirements):
@@ -184,8 +180,8 @@ def _zip(files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-# $1 is the zip, $2 the names of places, $3 the program in the zip, the rest its arguments. A place serves if a program in
-# it may be run. The probe runs in the background, so that a signal interrupts `wait` and is passed on.
+# $1 is the zip, $2 the names of places, $3 the program in the zip, the rest its arguments. A place
+# serves if a program in it may be run. The probe runs in the background, so that a signal interrupts `wait` and is passed on.
 _SCRIPT = """\
 zip=$1; places=$2; shift 2
 folder=; child=

@@ -22,6 +22,7 @@ from .predict import Prediction, predict
 from .settings import Instance, Settings
 
 SCHEMA = 1
+CELLS = 256  # of a KV cache, which llama.cpp pads to this
 DEFAULT_CONTEXT_LIMIT = 32768  # tokens, where the operator names no context (inventory/group_data/all.py)
 BACKEND_OF_VENDOR = {"nvidia": "cuda", "amd": "hip"}
 
@@ -173,6 +174,9 @@ def _plan_one(machine: Machine, backend: str, room: Room, instance: Instance, he
         return Refusal(reason, instance=instance.name, suggestions=("name the model's main GGUF file",))
     trained = number(header, "context_length")
     tokens = instance.context_tokens or min(trained or DEFAULT_CONTEXT_LIMIT, DEFAULT_CONTEXT_LIMIT)
+    # llama-server gives whole cells of 256 (GGML_PAD of n_ctx_seq, llama-context.cpp): ask for what it gives.
+    padded = -(-tokens // CELLS) * CELLS
+    tokens = min(padded, max(tokens, trained)) if trained else padded
     if trained and tokens > trained:
         return Refusal(
             f"{instance.name}: {tokens} tokens of context asked, {header.name} was trained for {trained}"

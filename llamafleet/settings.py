@@ -6,6 +6,7 @@ Defaults live in `inventory/group_data/all.py` alone; this module knows names an
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import re
 import types
 import typing
@@ -62,7 +63,6 @@ class Settings:
     llama_cpp_ref: str
     backend: str
     cuda_toolkit: str
-    manage_driver: bool
     build_ui: bool
     build_jobs: int | None
     build_cache: str | None
@@ -82,6 +82,8 @@ class Settings:
         """
         ours = {k: v for k, v in data.items() if not k.startswith(_FOREIGN_PREFIXES)}
         defaults = ours.pop("model_defaults", {})
+        if not isinstance(defaults, Mapping):
+            raise SettingsError([f"model_defaults: should be a dictionary, is {defaults!r}"])
         problems = [*_unknown(ours, _names(cls), ""), *_missing(ours, _names(cls), "")]
         values = {k: v for k, v in ours.items() if k in _names(cls)}
         if isinstance(values.get("models"), list | tuple):
@@ -136,9 +138,7 @@ def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _wrong_types(
-    cls: type, values: Mapping[str, Any], path: str, skip: tuple[str, ...] = ()
-) -> Iterator[str]:
+def _wrong_types(cls: type, values: Mapping[str, Any], path: str, skip: tuple[str, ...] = ()) -> Iterator[str]:
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
         if key not in skip and not _is(value, hints[key]):
@@ -169,6 +169,8 @@ def _implausible_instance(values: Mapping[str, Any], path: str) -> Iterator[str]
         yield f"{path}name: should be 1 to 63 of a-z 0-9 . _ -, letter or digit first, is {values['name']!r}"
     if not values["source"].startswith(("hf:", "http://", "https://", "/")):
         yield f"{path}source: should begin with hf:, http://, https:// or /, is {values['source']!r}"
+    if not _is_address(values["listen"]):
+        yield f"{path}listen: should be an IP address, such as 127.0.0.1 or 0.0.0.0, is {values['listen']!r}"
     for key, low, high in _RANGES:
         value = values[key]
         if value is not None and not low <= value <= high:
@@ -180,6 +182,14 @@ def _implausible_instance(values: Mapping[str, Any], path: str) -> Iterator[str]
         yield f"{path}kv_types: should name at least one type, is empty"
     if values["sha256"] is not None and not re.fullmatch(r"[0-9a-f]{64}", values["sha256"]):
         yield f"{path}sha256: should be 64 lower-case hexadecimal digits, is {values['sha256']!r}"
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 _RANGES = (
@@ -198,6 +208,10 @@ def _implausible(values: Mapping[str, Any]) -> Iterator[str]:
     toolkit = values["cuda_toolkit"]
     if toolkit not in ("auto", "nvidia", "distro") and not toolkit.startswith("/"):
         yield f"cuda_toolkit: should be auto, nvidia, distro or an absolute path, is {toolkit!r}"
+    if values["build_cache"] is not None and not values["build_cache"].startswith("/"):
+        yield f"build_cache: should be an absolute path on the host, is {values['build_cache']!r}"
+    if not values["hub_endpoint"].startswith(("http://", "https://")):
+        yield f"hub_endpoint: should begin with http:// or https://, is {values['hub_endpoint']!r}"
     for key in ("llama_cpp_repository", "llama_cpp_ref"):
         if not values[key] or values[key].startswith("-"):
             yield f"{key}: should not be empty or begin with a dash, is {values[key]!r}"

@@ -81,8 +81,8 @@ class Install:
     repository: Repository | None
     # Package manager of the host, "apt" or "dnf".
     manager: str
-    # Component of the distribution's archive that holds the packages, "non-free" or "multiverse".
-    component: str | None
+    # Components of the distribution's archive that must be enabled; empty for NVIDIA's packages.
+    components: tuple[str, ...]
     nvcc: str
     identity: str
 
@@ -110,9 +110,7 @@ def _architecture(capability: str) -> str:
     return f"{number}a-real" if capability.startswith("12.") else number
 
 
-def choose(
-    asked: str, machine: Machine, found: Sequence[FoundToolkit]
-) -> Toolkit | Install | Unsuitable:
+def choose(asked: str, machine: Machine, found: Sequence[FoundToolkit]) -> Toolkit | Install | Unsuitable:
     """The toolkit for this host. `asked` is the setting `cuda_toolkit`: auto, nvidia, distro or a path."""
     refused = _without_driver(machine)
     if refused:
@@ -219,7 +217,7 @@ def _from_nvidia(machine: Machine) -> Install | str:
             + ", ".join(why)  # fmt: skip
     return Install(
         "nvidia", cuda.text(version), nvidia_repository.packages(repository.manager, version), repository,
-        repository.manager, None, f"/usr/local/cuda-{cuda.text(version)}/bin/nvcc", _identity(version),
+        repository.manager, (), f"/usr/local/cuda-{cuda.text(version)}/bin/nvcc", _identity(version),
     )  # fmt: skip
 
 
@@ -248,7 +246,7 @@ def _from_distro(machine: Machine) -> Install | str:
         return f"{_system(os)}'s own CUDA {cuda.text(version)} does not fit: {', '.join(unfit)}"
     return Install(
         "distro", cuda.text(version), (DISTRO_PACKAGE,), None, "apt",
-        nvidia_repository.DISTRO_COMPONENT[os.id], "/usr/bin/nvcc", _distro_identity(os),
+        nvidia_repository.DISTRO_COMPONENTS[os.id], "/usr/bin/nvcc", _distro_identity(os),
     )  # fmt: skip
 
 
@@ -258,7 +256,7 @@ def _system(os: Os) -> str:
 
 def _suggestions(machine: Machine) -> tuple[str, ...]:
     return (
-        "install a toolkit that fits and name its folder: cuda_toolkit = \"/usr/local/cuda-X.Y\"",
+        'install a toolkit that fits and name its folder: cuda_toolkit = "/usr/local/cuda-X.Y"',
         f"or update the driver (it is {machine.driver.nvidia}, for CUDA {machine.driver.cuda})",
         'or set backend = "vulkan"',
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from llamafleet.found import Found, FoundInstance, Listener
@@ -24,6 +24,8 @@ class Service:
     keys: str | None
     argv: tuple[str, ...]
     release: str
+    # Of the plan record: names one state of the service.
+    identity: str = ""
 
     def __repr__(self) -> str:
         return f"Service({self.name})"
@@ -61,11 +63,11 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def port_conflict(service: Service, listeners: Sequence[Listener]) -> Listener | None:
-    """Who else listens where this instance should, our own unit apart."""
+def port_conflict(service: Service, listeners: Sequence[Listener], leaving: Collection[str]) -> Listener | None:
+    """Who else listens where this instance should, our own unit and those that this run removes apart."""
     for one in listeners:
         overlaps = one.address == service.address or {one.address, service.address} & set(WILDCARDS)
-        if one.port == service.port and overlaps and one.unit != service.unit:
+        if one.port == service.port and overlaps and one.unit != service.unit and one.unit not in leaving:
             return one
     return None
 
@@ -126,6 +128,4 @@ def compare(
 
 
 def _complete(files: Mapping[str, str | None], found: Found) -> bool:
-    return all(
-        path in found.models and sha256 in (None, found.models[path]) for path, sha256 in files.items()
-    )
+    return all(path in found.models and sha256 in (None, found.models[path]) for path, sha256 in files.items())

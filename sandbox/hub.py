@@ -64,9 +64,7 @@ class Hub:
                 self.add("/".join(parts[:2]), "/".join(parts[2:]), file)
 
     def __enter__(self) -> Hub:
-        self._threads = [
-            threading.Thread(target=s.serve_forever, args=(0.05,), daemon=True) for s in self._servers
-        ]
+        self._threads = [threading.Thread(target=s.serve_forever, args=(0.05,), daemon=True) for s in self._servers]
         for thread in self._threads:
             thread.start()
         return self
@@ -178,9 +176,7 @@ class Hub:
         if not hmac.compare_digest(signature, self._signature(path, expires)):
             raise Problem(403, "", "<Error><Code>SignatureDoesNotMatch</Code></Error>")
         if time.time() > float(expires):
-            raise Problem(
-                403, "", "<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>"
-            )
+            raise Problem(403, "", "<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>")
         owner, name, commit, rest = path.lstrip("/").split("/", 3)
         return self._entries[f"{owner}/{name}", commit, rest]
 

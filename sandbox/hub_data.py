@@ -108,7 +108,5 @@ def touches(fault: Fault, span: tuple[int, int]) -> bool:
 
 def blob_id(entry: Entry) -> str:
     """git's own id of the LFS pointer file, which is what the Hub's repository holds."""
-    pointer = (
-        f"version https://git-lfs.github.com/spec/v1\noid sha256:{entry.sha256}\nsize {entry.size}\n".encode()
-    )
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{entry.sha256}\nsize {entry.size}\n".encode()
     return hashlib.sha1(f"blob {len(pointer)}\0".encode() + pointer, usedforsecurity=False).hexdigest()

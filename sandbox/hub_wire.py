@@ -20,9 +20,7 @@ CHUNK_BYTES = 1 << 20
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER on, with 0 s: socket(7)
 IDLE_SECONDS = 60  # a kept-alive connection is closed after this long
 RESOLVE = re.compile(r"^/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)$")
-API = re.compile(
-    r"^/api/models/(?P<repo>[^/]+/[^/]+)(?:/(?P<kind>tree|revision)/(?P<revision>[^/]+)(?:/.*)?)?$"
-)
+API = re.compile(r"^/api/models/(?P<repo>[^/]+/[^/]+)(?:/(?P<kind>tree|revision)/(?P<revision>[^/]+)(?:/.*)?)?$")
 PLAIN = re.compile(r"^/plain/(?P<repo>[^/]+/[^/]+)/(?P<path>.+)$")
 
 
@@ -63,9 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(entry)
         elif match := API.match(path):
             self._fail_if_told(f"api/models/{match['repo']}")
-            self._list(
-                self.hub.files(match["repo"], match["revision"] or "main", token), match["kind"] or "revision"
-            )
+            self._list(self.hub.files(match["repo"], match["revision"] or "main", token), match["kind"] or "revision")
         else:
             raise Problem(404, "", "Not found")
 
@@ -74,8 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise Problem(
                 400,
                 "",
-                "<Error><Code>InvalidArgument</Code>"
-                "<Message>Only one auth mechanism allowed</Message></Error>",
+                "<Error><Code>InvalidArgument</Code><Message>Only one auth mechanism allowed</Message></Error>",
             )
         entry = self.hub.signed(path, parse_qs(urlsplit(self.path).query))
         self._fail_if_told(entry.key)

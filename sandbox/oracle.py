@@ -97,9 +97,7 @@ def _wait_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None
             return  # 503 while loading is an OSError too (HTTPError)
         sleep(0.1)
     state = "still not healthy" if process.returncode is None else f"exited with {process.returncode}"
-    raise OracleError(
-        f"llama-server {state} after at most {START_TIMEOUT_SECONDS} s; {log} ends:\n{_end(log)}"
-    )
+    raise OracleError(f"llama-server {state} after at most {START_TIMEOUT_SECONDS} s; {log} ends:\n{_end(log)}")
 
 
 def _compile(folder: Path, commit: str, jobs: int) -> None:
@@ -121,15 +119,11 @@ def _compile(folder: Path, commit: str, jobs: int) -> None:
 
 def _run(command: list[str], log: IO[bytes], stdin: IO[bytes] | None = None) -> None:
     try:
-        done = subprocess.run(
-            command, stdin=stdin, stdout=log, stderr=log, timeout=BUILD_TIMEOUT_SECONDS, check=False
-        )
+        done = subprocess.run(command, stdin=stdin, stdout=log, stderr=log, timeout=BUILD_TIMEOUT_SECONDS, check=False)
     except FileNotFoundError as error:
         raise OracleError(f"{command[0]} is not installed; a build needs: {' '.join(PACKAGES)}") from error
     if done.returncode != 0:
-        raise OracleError(
-            f"{' '.join(command)} ended with {done.returncode}; {log.name} ends:\n{_end(Path(log.name))}"
-        )
+        raise OracleError(f"{' '.join(command)} ended with {done.returncode}; {log.name} ends:\n{_end(Path(log.name))}")
 
 
 def _end(log: Path) -> str:

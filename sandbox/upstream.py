@@ -73,9 +73,7 @@ def fetch_sdist(folder: Path) -> Path:
     if not archive.exists():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir",
                    "--no-binary", PACKAGE, "--dest", str(folder), f"{PACKAGE}=={VERSION}"]  # fmt: skip
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=PIP_TIMEOUT_SECONDS
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PIP_TIMEOUT_SECONDS)
         if done.returncode != 0 or not archive.exists():
             raise UpstreamError(
                 f"pip could not download {PACKAGE} {VERSION} (exit {done.returncode}):\n"

@@ -13,10 +13,11 @@ from pyinfra.api.host import Host
 from llamafleet import payload
 from llamafleet.found import Found
 from llamafleet.machine import Machine
+from llamafleet.settings import Settings
 from tasks import remote
 
-# Exit status of the quick try where the host does not have our helpers (of this version).
-NO_HELPERS = 96
+# What the quick try prints where the host does not have our helpers (of this version).
+NO_HELPERS = "llamafleet-no-helpers"
 
 
 @dataclass(frozen=True)
@@ -27,29 +28,35 @@ class Survey:
     found: Found
 
 
-def survey(host: Host, packages: dict[str, tuple[str, ...]], build_cache: str | None) -> Survey:
+def survey(host: Host, packages: dict[str, tuple[str, ...]], settings: Settings) -> Survey:
     """Read the host: by its installed helpers where they are of this version, else by a copy that
     is sent to a temporary folder and removed afterwards, so that a bare host can be read too.
 
     `packages` are the wanted distribution packages by package manager. Raises
     `remote.RemoteError` with what the host said, and `payload.PayloadError`.
     """
-    asked = json.dumps({"packages": packages, "build_cache": build_cache, "paths": ["/opt", "/var/lib/llamafleet"]})
+    asked = json.dumps(
+        {
+            "packages": packages,
+            "build_cache": settings.build_cache,
+            # Where the operator says a toolkit is, beside the usual places.
+            "toolkits": [settings.cuda_toolkit] if settings.cuda_toolkit.startswith("/") else [],
+            "paths": ["/opt", "/var/lib/llamafleet"],
+        }
+    )
     read = _by_helpers(host, asked) or _by_copy(host, asked)
     return Survey(Machine.from_json(read["machine"]), Found.from_json(read["found"]))
 
 
 def _by_helpers(host: Host, asked: str) -> Any | None:
     folder = f"{remote.HELPERS}/{payload.helpers_key()}"
-    ok, out, err = remote.run(
-        host,
-        f"test -f {folder}/survey.py || exit {NO_HELPERS}; python3 -s -E -B {folder}/survey.py {shlex.quote(asked)}",
-    )
-    if ok and out:
-        return json.loads(out[-1])
-    if out or err:
+    survey = f"python3 -s -E -B {folder}/survey.py {shlex.quote(asked)}"
+    ok, out, err = remote.run(host, f"test -f {folder}/survey.py || {{ echo {NO_HELPERS}; exit 0; }}; {survey}")
+    if out and out[-1] == NO_HELPERS:
+        return None
+    if not ok or not out:
         raise remote.RemoteError(f"cannot read the host: {remote.explain(out, err)}")
-    return None
+    return json.loads(out[-1])
 
 
 def _by_copy(host: Host, asked: str) -> Any:

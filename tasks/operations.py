@@ -87,6 +87,10 @@ def take_lock(needed: bool) -> Commands:
         yield FunctionCommand(_take_lock, (), {})
 
 
+# Hosts whose lock this run holds.
+_holding: set[Host] = set()
+
+
 class _ReleaseLockOnFailure(BaseStateCallback):
     """A host that failed is out of the run: its lock is given back at once."""
 
@@ -94,8 +98,12 @@ class _ReleaseLockOnFailure(BaseStateCallback):
     def operation_host_error(
         state: State, host: Host, op_hash: str, retry_count: int = 0, max_retries: int = 0
     ) -> None:
-        if host.connected:
-            remote.run(host, _release())
+        try:
+            if host.connected and host in _holding:
+                remote.run(host, _release())
+        except Exception as error:  # whatever it is, the other hosts' run must go on
+            host.log(f"the host's lock could not be given back ({error}); it ends by itself", logger.warning)
+        _holding.discard(host)
 
 
 def _release() -> StringCommand:
@@ -110,6 +118,7 @@ def _take_lock(state: State, host: Host) -> bool:
     for _ in range(2):
         ok, out, err = remote.run(host, remote.program("lock.py", "take", json.dumps(holder), *over))
         if ok:
+            _holding.add(host)
             return True
         if not out:
             return _fail(host, f"the host's lock cannot be taken: {remote.explain(out, err)}")
@@ -177,14 +186,31 @@ def run_job(
 
 
 def _follow(state: State, host: Host, job: str, command: list[str]) -> bool:
-    """Start or join the job, show its progress, and fail with the end of its log."""
+    """Start or join the job, show its progress, and fail with the end of its log.
+
+    A stage that is run alone holds the host's lock for its job only.
+    """
+    if host in _holding:
+        return _follow_locked(host, job, command)
+    if not _take_lock(state, host):
+        return False
+    try:
+        return _follow_locked(host, job, command)
+    finally:
+        remote.run(host, _release())
+        _holding.discard(host)
+
+
+def _follow_locked(host: Host, job: str, command: list[str]) -> bool:
     seen = remote.run_json(host, remote.program("job.py", "start", job, "--", *command))
     said = ""
     while seen["state"] == "running":
         if seen["line"] != said and seen["line"]:
             said = seen["line"]
             host.log(said[:200])
-        remote.run(host, remote.program("lock.py", "refresh", remote.this_run()["run"]))
+        kept, out, err = remote.run(host, remote.program("lock.py", "refresh", remote.this_run()["run"]))
+        if not kept:
+            return _fail(host, f"this run lost the host's lock, the job goes on: {remote.explain(out, err)}")
         follow = remote.program("job.py", "follow", job, f"--seen={said}", "--seconds", "15")
         seen = remote.run_json(host, follow)
     if seen["state"] == "ended" and seen["exit_code"] == 0:
@@ -192,7 +218,7 @@ def _follow(state: State, host: Host, job: str, command: list[str]) -> bool:
     how = f"exit code {seen['exit_code']}" if seen["state"] == "ended" else "it was killed"
     tail = seen["tail"]
     errors = [number for number, line in enumerate(tail) if line.startswith("error: ")]
-    text = "\n".join(tail[errors[-1] :] if errors else tail[-15:])
+    text = "\n".join(tail[max(0, errors[-1] - 15) :] if errors else tail[-15:])
     return _fail(host, f"{job} failed ({how}): {text}\nwhole log: /var/lib/llamafleet/jobs/{job}.log")
 
 

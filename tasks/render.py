@@ -23,6 +23,9 @@ _environment = Environment(
     keep_trailing_newline=True, autoescape=False,  # noqa: S701 - units and scripts, not HTML
 )  # fmt: skip
 
+# Character device classes of NVIDIA's driver: 535 and older need nvidia-frontend, MIG nvidia-caps.
+NVIDIA_CLASSES = ("nvidia", "nvidia-caps", "nvidia-frontend", "nvidia-modeset", "nvidia-uvm")
+
 GATE = "/opt/llamafleet/helpers/current/gate.py"
 
 # Loading at less than this is called hanging, bytes a second: a slow hard disk.
@@ -84,6 +87,13 @@ def _planned(plan: Plan, gpu: Gpu) -> int:
     return sum(row.weights_bytes + row.kv_bytes + row.compute_bytes for row in rows)
 
 
+def _device_classes(backend: str, survey: Survey) -> tuple[str, ...]:
+    """Of NVIDIA's driver all that it is known to make, whether it has made them yet or not: the unit must
+    not differ after the driver was first used. systemd passes over a class that is not there."""
+    known = NVIDIA_CLASSES if backend == "cuda" else ()
+    return tuple(sorted({*known, *survey.found.device_classes}))
+
+
 def unit(
     instance: Instance, plan: Plan, build: Build, survey: Survey, record: dict[str, Any], *, allow_swap: bool
 ) -> str:
@@ -94,13 +104,14 @@ def unit(
         identity=record["identity"],
         source=instance.source,
         command=[unit_escape(argument) for argument in gate["argv"]],
-        wait=[unit_escape(word) for word in (GATE, "wait", gate["url"], str(gate["health_seconds"]))],
+        started=[unit_escape(word) for word in (GATE, "start", f"/etc/llamafleet/instances/{instance.name}/plan.json")],
         start_seconds=gate["health_seconds"] + 30,
         api_keys=gate["api_keys"],
         environment=plan.environment,
         gpu=bool(plan.gpus),
         cuda=build.backend == "cuda",
-        device_classes=survey.found.device_classes,
+        device_classes=_device_classes(build.backend, survey),
+        groups=survey.found.gpu_groups if build.backend in ("hip", "vulkan") else (),
         memory_max_bytes=int(plan.host_bytes * MEMORY_MARGIN) + MEMORY_SPARE,
         memory_swap_max="infinity" if allow_swap else "0",
     )

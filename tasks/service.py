@@ -35,7 +35,7 @@ def serve(serving: Serving, needed: bool) -> None:
         files={wanted.unit: wanted.unit_text, "plan.json": wanted.plan_json}, keys=wanted.keys,
     )  # fmt: skip
     operations.run_job(
-        name=f"Start and check {wanted.unit}", needed=needed, job=f"switch-{wanted.name}",
+        name=f"Start and check {wanted.unit}", needed=needed, job=f"switch-{wanted.name}-{wanted.identity}",
         program="switch.py",
         arguments=("install", wanted.name),
     )  # fmt: skip

@@ -78,7 +78,7 @@ def situation() -> Situation | None:
     return _situations[host]
 
 
-EXPECTED = (Refused, SettingsError, MachineError, SourceError, GgufError, sources.LookupFailed,
+EXPECTED = (Refused, SettingsError, flags.FlagError, MachineError, SourceError, GgufError, sources.LookupFailed,
             remote.RemoteError, payload.PayloadError)  # fmt: skip
 
 
@@ -111,10 +111,16 @@ class Examined:
 def examine(host: Host) -> Examined:
     """Read the host and plan its instances; changes nothing. Raises one of `EXPECTED`."""
     settings = Settings.from_data(host.data.dict())
-    survey = facts.survey(host, _all_packages(), settings.build_cache)
+    survey = facts.survey(host, _all_packages(), settings)
     backend = resolve_backend(survey.machine, settings)
     if isinstance(backend, Refusal):
         raise Refused(_refusal("the host", backend))
+    for instance in settings.models:
+        if instance.source.startswith("/"):
+            raise Refused(
+                f"models: {instance.name}: source: {instance.source} is a path, which can be planned but not "
+                "deployed: give its http(s) address or hf:OWNER/REPO/FILE.gguf"
+            )
     models = tuple(sources.model(instance, settings) for instance in settings.models)
     requests = [(instance, model.header) for instance, model in zip(settings.models, models, strict=True)]
     answers = plan_host(survey.machine, requests, settings)
@@ -194,9 +200,7 @@ def _missing(survey: facts.Survey, build: Build) -> tuple[str, ...]:
     return tuple(name for name in wanted if name in found.missing_packages)
 
 
-def _toolkit(
-    backend: str, settings: Settings, survey: facts.Survey
-) -> toolkit.Toolkit | toolkit.Install | None:
+def _toolkit(backend: str, settings: Settings, survey: facts.Survey) -> toolkit.Toolkit | toolkit.Install | None:
     if backend != "cuda":
         return None
     found = [toolkit.FoundToolkit.from_json(one) for one in survey.found.toolkits]
@@ -219,9 +223,17 @@ def _serving(
     service = Service(
         name=instance.name, address=instance.listen, port=instance.port,
         unit_text=render.unit(instance, plan, build, survey, record, allow_swap=settings.allow_swap),
-        plan_json=json.dumps(record, indent=1) + "\n", keys=keys, argv=tuple(argv), release=build.release,
+        plan_json=json.dumps(record, indent=1) + "\n", keys=keys, argv=tuple(argv),
+        identity=record["identity"], release=build.release,
     )  # fmt: skip
-    conflict = port_conflict(service, survey.found.listeners)
+    names = {one.unit for one in settings.models}
+    leaving = {f"llama-server-{name}.service" for name in survey.found.instances} - names
+    if instance.unit in survey.found.foreign_units:
+        raise Refused(
+            f"models: {instance.name}: {instance.unit} is there and llamafleet did not make it: "
+            "give the model another name, or remove the unit"
+        )
+    conflict = port_conflict(service, survey.found.listeners, leaving)
     if conflict:
         who = conflict.unit or conflict.process or "another program"
         raise Refused(
@@ -232,9 +244,7 @@ def _serving(
 
 
 def _model_files(servings: tuple[Serving, ...]) -> dict[str, dict[str, str | None]]:
-    return {
-        one.folder: {f"{one.folder}/{file.name}": file.sha256 for file in one.model.files} for one in servings
-    }
+    return {one.folder: {f"{one.folder}/{file.name}": file.sha256 for file in one.model.files} for one in servings}
 
 
 def _refusal(what: str, refusal: Refusal) -> str:

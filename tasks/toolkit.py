@@ -31,7 +31,7 @@ def spec(install: Install) -> dict[str, Any]:
     return {
         "manager": install.manager,
         "packages": list(install.packages),
-        "component": install.component,
+        "components": list(install.components),
         "repository": repository.name if repository else None,
         "url": repository.url if repository else None,
         "key_package": repository.key_package if repository else None,

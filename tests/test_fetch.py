@@ -114,9 +114,7 @@ class Job:
             "token_origin": "https://huggingface.co", "attempts": 3, "retry_delay_s": 0.02, "files": [],
         }  # fmt: skip
 
-    def want(
-        self, *urls: str, name: str = "x.gguf", size: int | None = len(BODY), sha: str | None = SHA
-    ) -> Job:
+    def want(self, *urls: str, name: str = "x.gguf", size: int | None = len(BODY), sha: str | None = SHA) -> Job:
         self.spec["files"].append({"name": name, "urls": list(urls), "size_bytes": size, "sha256": sha})
         return self
 
@@ -131,9 +129,7 @@ class Job:
         path.write_text(json.dumps(self.spec))
         with self.log.open("ab") as log:
             argv = [sys.executable, str(PROGRAM), str(path)]
-            process = subprocess.Popen(
-                argv, stdout=log, stderr=log, env={**os.environ, "no_proxy": "127.0.0.1"}
-            )
+            process = subprocess.Popen(argv, stdout=log, stderr=log, env={**os.environ, "no_proxy": "127.0.0.1"})
         self.processes.append(process)
         return process
 
@@ -156,9 +152,7 @@ class Job:
         return self.partial().stat().st_size if self.partial().exists() else 0
 
     def visible(self) -> list[str]:
-        return sorted(
-            p.name for p in self.models.iterdir() if not p.name.startswith(".") and p.suffix == ".gguf"
-        )
+        return sorted(p.name for p in self.models.iterdir() if not p.name.startswith(".") and p.suffix == ".gguf")
 
 
 @pytest.fixture
@@ -473,6 +467,11 @@ def test_storage_that_always_refuses_is_given_up(hub, url, job):
 def test_nobody_listens(job):
     assert job.want("http://127.0.0.1:9/x.gguf").run() == 7
     assert "run again to continue" in job.last()
+
+
+def test_an_address_that_curl_cannot_read_is_not_repeated(job):
+    assert job.want("http://[::1/x.gguf").run() == 7
+    assert "retry in" not in job.text() and "http://[::1/x.gguf" in job.last()
 
 
 def test_second_download_waits_and_names_the_first(hub, url, job):

@@ -36,7 +36,9 @@ Debian\thttp://mirror.example/debian/\ttrixie-updates\tmain
 Vendor\thttps://vendor.example/apt/\ttrixie\tmain
 """
 NOTE = '#!/bin/sh\necho "$(basename "$0") $*" >> "$NOTES"\n'
-APT_GET = NOTE + """
+APT_GET = (
+    NOTE
+    + """
 case "$*" in
   *indextargets*) cat "$CASE/listed" ;;
   *--simulate*) cat "$CASE/simulated" 2>/dev/null ;;
@@ -44,11 +46,15 @@ case "$*" in
              test ! -d "$CASE/packages" || cp -a "$CASE/packages/." "$ROOT/" ;;
 esac
 """
-CURL = NOTE + """
+)
+CURL = (
+    NOTE
+    + """
 while [ $# -gt 1 ]; do test "$1" != -o || target=$2; shift; done
 test ! -e "$CASE/offline" || exit 6
 cp "$CASE/downloaded" "$target"
 """
+)
 DPKG_DEB = NOTE + 'mkdir -p "$3/usr/share/keyrings" && echo KEY > "$3/usr/share/keyrings/cuda-archive-keyring.gpg"\n'
 
 
@@ -71,7 +77,7 @@ class Host:
             (self.programs / name).chmod(0o755)
 
     def install(self, **spec):
-        known = {"manager": "apt", "packages": ["nvidia-cuda-toolkit"], "component": None, "repository": None,
+        known = {"manager": "apt", "packages": ["nvidia-cuda-toolkit"], "components": [], "repository": None,
                  "url": None, "key_package": None, "repo_file": None, "nvcc": "/usr/bin/nvcc"}  # fmt: skip
         path = self.case / "spec.json"
         path.write_text(json.dumps({**known, **spec}))
@@ -81,7 +87,7 @@ class Host:
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     def from_debian(self):
-        return self.install(component="non-free")
+        return self.install(components=["contrib", "non-free"])
 
     def from_nvidia(self):
         return self.install(
@@ -121,10 +127,10 @@ def ubuntu(host):
 def test_debian_gets_non_free_from_its_own_mirror(debian):
     done = debian.from_debian()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (debian.sources / "llamafleet-non-free.sources").read_text() == (
-        "Types: deb\nURIs: http://mirror.example/debian\nSuites: trixie\nComponents: non-free\n"
+    assert (debian.sources / "llamafleet-nonfree.sources").read_text() == (
+        "Types: deb\nURIs: http://mirror.example/debian\nSuites: trixie\nComponents: contrib non-free\n"
         "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\nCheck-Valid-Until: no\n\n"
-        "Types: deb\nURIs: http://mirror.example/debian\nSuites: trixie-updates\nComponents: non-free\n"
+        "Types: deb\nURIs: http://mirror.example/debian\nSuites: trixie-updates\nComponents: contrib non-free\n"
         "Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg\nCheck-Valid-Until: no\n"
     )
     assert (debian.sources / "debian.sources").read_text() == DEBIAN, "the owner's file is the owner's"
@@ -144,16 +150,25 @@ def test_one_line_sources_and_a_key_written_into_the_stanza(debian):
         "deb [arch=amd64,i386 signed-by=/k.gpg] http://mirror.example/debian trixie main contrib # ours\n"
     )
     assert debian.from_debian().returncode == 0
-    assert (debian.sources / "llamafleet-non-free.sources").read_text() == (
-        "Types: deb\nURIs: http://mirror.example/debian\nSuites: trixie\nComponents: non-free\n"
+    assert (debian.sources / "llamafleet-nonfree.sources").read_text() == (
+        "Types: deb\nURIs: http://mirror.example/debian\nSuites: trixie\nComponents: contrib non-free\n"
         "Architectures: amd64 i386\nSigned-By: /k.gpg\n\n"
-        "Types: deb\nURIs: http://mirror.example/debian/\nSuites: trixie-updates\nComponents: non-free\n"
+        "Types: deb\nURIs: http://mirror.example/debian/\nSuites: trixie-updates\nComponents: contrib non-free\n"
         "Signed-By:\n -----BEGIN PGP PUBLIC KEY BLOCK-----\n .\n mQINBF==\n -----END PGP PUBLIC KEY BLOCK-----\n"
     )
 
 
-def test_a_component_that_is_enabled_needs_no_source(debian):
-    (debian.case / "listed").write_text(LISTED + "Debian\thttp://mirror.example/debian/\ttrixie\tnon-free\n")
+def test_only_what_is_not_enabled_is_added(debian):
+    listed = LISTED + "Debian\thttp://mirror.example/debian/\ttrixie\tcontrib\n"
+    (debian.case / "listed").write_text(listed)
+    assert debian.from_debian().returncode == 0
+    ours = debian.sources / "llamafleet-nonfree.sources"
+    assert "Components: non-free\n" in ours.read_text() and "contrib" not in ours.read_text()
+
+
+def test_components_that_are_enabled_need_no_source(debian):
+    listed = "".join(f"Debian\thttp://mirror.example/debian/\ttrixie\t{one}\n" for one in ("contrib", "non-free"))
+    (debian.case / "listed").write_text(LISTED + listed)
     assert debian.from_debian().returncode == 0
     assert [path.name for path in debian.sources.iterdir()] == ["debian.sources"]
 

@@ -95,12 +95,8 @@ def test_shards_are_named_and_numbered_as_llama_cpp_does(tmp_path: Path) -> None
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize(
-    ("kind", "quant", "shards"), [("dense", "F16", 1), ("moe", "Q8_0", 1), ("moe", "F16", 3)]
-)
-def test_llama_server_completes_a_chat_with_a_tiny_model(
-    tmp_path: Path, kind: str, quant: str, shards: int
-) -> None:
+@pytest.mark.parametrize(("kind", "quant", "shards"), [("dense", "F16", 1), ("moe", "Q8_0", 1), ("moe", "F16", 3)])
+def test_llama_server_completes_a_chat_with_a_tiny_model(tmp_path: Path, kind: str, quant: str, shards: int) -> None:
     server = oracle.build().llama_server
     model = models.tiny(tmp_path, kind, quant=quant, shards=shards)
     port = free_port()
@@ -121,9 +117,7 @@ def test_llama_server_sees_a_weightless_model_at_its_published_size(tmp_path: Pa
     model = models.weightless(tmp_path, name)
     argv = [oracle.build().llama_server, "-m", model, "-lv", "4", "--port", "0", "-c", "4096"]
     shown: dict[str, int] = {}
-    with subprocess.Popen(
-        list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as server:
+    with subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         try:
             assert server.stdout is not None
             for line in server.stdout:

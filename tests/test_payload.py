@@ -76,9 +76,7 @@ def fill(cache, *, spoil=None):
 def test_a_spoilt_wheel_is_fetched_again_and_not_used(tmp_path):
     fill(tmp_path, spoil="idna")
     found = payload.wheels("x86_64", cache=tmp_path)
-    assert [wheel.read_bytes() for wheel in found] == [
-        wheel.read_bytes() for wheel in payload.wheels("x86_64")
-    ]
+    assert [wheel.read_bytes() for wheel in found] == [wheel.read_bytes() for wheel in payload.wheels("x86_64")]
     assert all(wheel.is_relative_to(tmp_path) for wheel in found)
 
 
@@ -261,9 +259,7 @@ def test_without_a_home_the_root_directory_is_no_place(host, monkeypatch):
 def test_noexec_place_is_passed_over(host, tmp_path, monkeypatch):
     noexec = tmp_path / "noexec"
     noexec.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "noexec", "tmpfs", str(noexec)], capture_output=True
-    )
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "noexec", "tmpfs", str(noexec)], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"this machine does not mount: {mounted.stderr.decode()}")
     try:

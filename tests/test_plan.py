@@ -160,7 +160,7 @@ def test_a_plan_is_sound_and_always_the_same(host, asked, layout):
     if isinstance(answer, Plan):
         assert all(row.free_bytes >= 0 for row in answer.ledger)
         assert sum(answer.placement.split()) == answer.placement.gpu_layers
-        assert answer.context_tokens == asked["context_tokens"]
+        assert 0 <= answer.context_tokens - asked["context_tokens"] < 256  # whole cells, never less than asked
     else:
         assert answer.needed_bytes > answer.available_bytes
         assert answer.suggestions

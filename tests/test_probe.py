@@ -102,9 +102,7 @@ def test_rtx4090(host):
 
 
 def test_two_gpus_come_in_pci_bus_order_whatever_nvml_says(host):
-    host.nvml(
-        "count=2", "device0.bus_id=00000000:C1:00.0", "device1.bus_id=00000000:21:00.0", "device1.cc=12.0"
-    )
+    host.nvml("count=2", "device0.bus_id=00000000:C1:00.0", "device1.bus_id=00000000:21:00.0", "device1.cc=12.0")
     gpus = host.probe()["gpus"]
     assert [(g["index"], g["pci_bus_id"], g["compute_capability"]) for g in gpus] == [
         (0, "0000:21:00.0", "12.0"),

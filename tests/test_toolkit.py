@@ -113,7 +113,7 @@ def test_what_the_host_is_told_is_everything_the_program_asks_for():
     install = decide({"os": {"id": "ubuntu", "version": "24.04", "libc": "2.39"}, "gpus": ["8.9"]})
     url = f"{nvidia_repository.BASE}/ubuntu2404/x86_64"
     assert spec(install) == {
-        "manager": "apt", "packages": list(install.packages), "component": None, "repository": "ubuntu2404",
+        "manager": "apt", "packages": list(install.packages), "components": [], "repository": "ubuntu2404",
         "url": url, "key_package": f"{url}/cuda-keyring_1.1-1_all.deb", "repo_file": f"{url}/cuda-ubuntu2404.repo",
         "nvcc": "/usr/local/cuda-13.0/bin/nvcc",
     }  # fmt: skip

@@ -106,9 +106,7 @@ def test_ten_clients_at_once_all_get_the_commit(repository: Path, tmp_path: Path
     assert {git("rev-parse", "HEAD", cwd=folder) for folder in folders} == {sha}
 
 
-def test_nobody_can_push_and_nothing_beside_the_repository_is_served(
-    repository: Path, tmp_path: Path
-) -> None:
+def test_nobody_can_push_and_nothing_beside_the_repository_is_served(repository: Path, tmp_path: Path) -> None:
     with upstream.serve(repository) as url:
         clone = tmp_path / "clone"
         git("clone", "--quiet", url, clone)

@@ -18,7 +18,7 @@ INSTANCE = FoundInstance(
 FOUND = Found(
     euid=0, user=True, missing_packages=(), helpers="h1", lock=None, releases={"k1": {}}, current="k1",
     cached_builds=(), models={"/m/f/a.gguf": "aa"}, instances={"demo": INSTANCE}, listeners=(), device_classes=(),
-    toolkits=(),
+    toolkits=(), gpu_groups=(), foreign_units=(),
 )  # fmt: skip
 
 
@@ -88,12 +88,14 @@ def test_drift_of_free_bytes_in_the_plan_is_no_difference():
         ("::", None, True),
         ("127.0.1.2", None, False),
         ("127.0.0.1", "llama-server-demo.service", False),
+        ("127.0.0.1", "llama-server-old.service", False),
+        ("127.0.0.1", "llama-server-other.service", True),
     ],
 )
 def test_port_conflicts(address, unit, conflict):
     listener = Listener(address=address, port=8080, pid=9, process="nginx", unit=unit)
     other = Listener(address=address, port=8081, pid=9, process="nginx", unit=None)
-    assert port_conflict(SERVICE, [other, listener]) == (listener if conflict else None)
+    assert port_conflict(SERVICE, [other, listener], {"llama-server-old.service"}) == (listener if conflict else None)
 
 
 def test_keys_are_in_no_representation():

@@ -10,7 +10,7 @@ listed here is refused by name, with the nearest known one.
 # The instances of a host: one systemd unit `llama-server-NAME.service` each. When they share a
 # host, the first in the list is placed first. Every entry gives `name`, `source` and `port`,
 # and overrides any key of `model_defaults`.
-#   source: "hf:OWNER/REPO/FILE.gguf[@REVISION]", an http(s) URL, or an absolute path on the host.
+#   source: "hf:OWNER/REPO/FILE.gguf[@REVISION]" or an http(s) URL.
 #           For a split model name the first shard, -00001-of-0000N.gguf: the others follow.
 models = []
 
@@ -52,8 +52,6 @@ backend = "auto"
 # "nvidia": always NVIDIA's repository. "distro": the distribution's own package. Or an absolute
 # path such as "/usr/local/cuda-12.8".
 cuda_toolkit = "auto"
-# Install NVIDIA's driver where it is missing. Off: a driver is the machine owner's decision.
-manage_driver = False
 # llama-server's web page. Off: it is downloaded from a bucket at build time.
 build_ui = False
 # Parallel compiler jobs. None: one a core, at most one for each 4 GiB (CUDA) or 1 GiB of free RAM.
@@ -72,8 +70,8 @@ hub_token_file = None
 
 # --- memory ----------------------------------------------------------------------------------
 
-# Kept free on every GPU, MiB: the CUDA context, cuBLAS and pools take 300 to 750 MiB that no log
-# counts, and long prompts have been seen to grow beyond it.
+# Kept free on every GPU, MiB, beside the 512 that the plan counts for the CUDA context and libraries:
+# pools grow after the start, by up to 1000 MiB at long prompts as far as reported.
 gpu_reserve_mib = 1024
 # Kept free of host RAM for the system and the page cache, MiB.
 ram_reserve_mib = 2048

@@ -2,7 +2,9 @@
 
 Contract: `gate.py check SPEC.json` runs every check in order, stops at the first that fails, and
 prints {"ok": bool, "checks": [{"name", "ok", "expected", "found", "hint"}]}; exit 0 good, 1 not.
-`gate.py wait URL SECONDS` only waits for /health, for the unit's ExecStartPost. SPEC is the `gate`
+`gate.py start SPEC.json`, the unit's ExecStartPost, waits for /health and then asks whether the planned
+GPUs hold the process, so that a boot at which the driver was not ready yet ends in a restart and not in
+a server on the CPU. SPEC has the `gate`
 object of plan.json: unit, argv, url, api_keys (path | null), health_seconds, context_tokens (of one
 slot), slots, gpus [{"uuid", "name", "planned_bytes"}]. Standard library, psutil and pynvml only.
 
@@ -32,9 +34,16 @@ def main_pid(unit):
 
 
 def unit_state(unit):
-    done = subprocess.run(["systemctl", "show", "--property=ActiveState", "--value", unit],
+    """Such as "active/running", "activating/start-post" or "activating/auto-restart"."""
+    done = subprocess.run(["systemctl", "show", "--property=ActiveState,SubState", unit],
                           stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
-    return done.stdout.strip()
+    shown = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    return f"{shown.get('ActiveState')}/{shown.get('SubState')}"
+
+
+def is_alive(state):
+    """May a unit in this state still come to serve? One that systemd starts again has failed once."""
+    return state.startswith(("active/", "activating/")) and state != "activating/auto-restart"
 
 
 def ask(url, path, key=None, body=None, seconds=120.0):
@@ -69,14 +78,12 @@ def wait_for_health(url, seconds, alive=lambda: True):
 
 
 def check_health(spec):
-    status = wait_for_health(
-        spec["url"], spec["health_seconds"], lambda: unit_state(spec["unit"]) in ("active", "activating")
-    )
+    status = wait_for_health(spec["url"], spec["health_seconds"], lambda: is_alive(unit_state(spec["unit"])))
     state = unit_state(spec["unit"])
     return result(
         "health", status == 200, f"200 from {spec['url']}/health within {spec['health_seconds']:.0f} s",
         f"{status or 'no answer'}, unit {state}",
-        "the unit's journal says why" if state != "active" else "loading takes longer than the deadline",
+        "loading takes longer than the deadline" if is_alive(state) else "the unit's journal says why",
     )  # fmt: skip
 
 
@@ -121,8 +128,13 @@ def check_completion(spec):
     status, answer = ask(spec["url"], "/v1/completions", first_key(spec), body, seconds=300.0)
     usage = answer.get("usage", {}) if isinstance(answer, dict) else {}
     tokens = usage.get("completion_tokens", 0)
-    return result("completion", status == 200 and tokens == 8, "200 and 8 tokens",
-                  f"{status or 'no answer'} and {tokens} tokens", str(answer)[:300] if status != 200 else "")  # fmt: skip
+    return result(
+        "completion",
+        status == 200 and tokens == 8,
+        "200 and 8 tokens",
+        f"{status or 'no answer'} and {tokens} tokens",
+        str(answer)[:300] if status != 200 else "",
+    )
 
 
 def check_gpus(spec):
@@ -167,12 +179,13 @@ def text(value):
 
 
 CHECKS = (check_health, check_process, check_gpus, check_key, check_context, check_completion)
+START_CHECKS = (check_health, check_gpus)
 
 
-def check(spec):
-    """All checks in order, up to the first that fails."""
+def check(spec, every=CHECKS):
+    """The checks in order, up to the first that fails."""
     checks = []
-    for one in CHECKS:
+    for one in every:
         found = one(spec)
         if found is not None:
             checks.append(found)
@@ -182,14 +195,14 @@ def check(spec):
 
 
 def main(argv):
-    if argv[0] == "wait":
-        status = wait_for_health(argv[1], float(argv[2]))
-        if status != 200:
-            print(f"{argv[1]}/health: {status or 'no answer'} after {argv[2]} s", file=sys.stderr)
-        return 0 if status == 200 else 1
     with open(argv[1]) as file:
-        found = check(json.load(file)["gate"])
-    print(json.dumps(found))
+        spec = json.load(file)["gate"]
+    found = check(spec, CHECKS if argv[0] == "check" else START_CHECKS)
+    if argv[0] == "check":
+        print(json.dumps(found))
+    for bad in [] if argv[0] == "check" else found["checks"]:
+        if not bad["ok"]:  # for the journal
+            print(f"{bad['name']}: expected {bad['expected']}, found {bad['found']} ({bad['hint']})", file=sys.stderr)
     return 0 if found["ok"] else 1
 
 

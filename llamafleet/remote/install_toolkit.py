@@ -1,7 +1,8 @@
 """Install a CUDA toolkit from packages.
 
 Contract: `install_toolkit.py SPEC.json [ROOT]`, where SPEC has manager ("apt" | "dnf"), packages,
-component ("non-free" | "multiverse" | null), repository (NVIDIA's name of it | null), url (its
+components (of the distribution's
+archive, such as "non-free"), repository (NVIDIA's name of it | null), url (its
 address | null), key_package and repo_file (addresses | null), and nvcc (where the compiler will be).
 Progress lines on stdout; the last one of a failure begins with `error: `. Exit 0: the toolkit at nvcc
 is complete, as its sibling toolkits.py tells. Root, curl, apt or dnf, standard library. ROOT stands
@@ -23,6 +24,7 @@ import toolkits
 
 APT = ["apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=300", "-o", "Acquire::Retries=3"]
 SOURCES = "/etc/apt/sources.list.d"
+COMPONENTS = SOURCES + "/llamafleet-nonfree.sources"
 # Options of a one-line source whose names are others in a stanza (sources.list(5)).
 ONE_LINE_NAMES = {"arch": "Architectures", "lang": "Languages", "target": "Targets", "pdiffs": "PDiffs"}
 KEY = "/usr/share/keyrings/llamafleet-nvidia-cuda.gpg"
@@ -46,8 +48,8 @@ def say(text):
 
 def install(spec, root="/"):
     if spec["manager"] == "apt":
-        if spec["component"]:
-            enable_component(spec["component"], root)
+        if spec["components"]:
+            enable_components(spec["components"], root)
         if spec["url"]:
             add_apt_repository(spec["url"], spec["key_package"], root)
         run([*APT, "update"], "apt-get update failed")
@@ -61,20 +63,20 @@ def install(spec, root="/"):
     check(spec["nvcc"], root)
 
 
-def enable_component(component, root):
-    """A source of our own for one more component of the distribution's archive, from the host's mirrors."""
+def enable_components(components, root):
+    """A source of our own for more components of the distribution's archive, from the host's mirrors."""
     own = archive_suites()
-    if any(component in components for components in own.values()):
-        say(f"the component {component} is already enabled")
+    wanted = " ".join(one for one in components if not any(one in enabled for enabled in own.values()))
+    if not wanted:
+        say(f"enabled already: {' '.join(components)}")
         return
-    stanzas = [stanza_for(entry, component) for entry in configured_sources(root)
+    stanzas = [stanza_for(entry, wanted) for entry in configured_sources(root)
                if "main" in entry["components"] and (entry["uri"].rstrip("/"), entry["suite"]) in own]  # fmt: skip
     if not stanzas:
-        raise Failed(f"no source of the distribution's own archive is configured in /etc/apt: add one with the "
-                     f"component {component}, or set cuda_toolkit to a folder or to nvidia")  # fmt: skip
-    path = f"{SOURCES}/llamafleet-{component}.sources"
-    write(path, "\n".join(dict.fromkeys(stanzas)), root)
-    say(f"enabled the component {component} in {path}")
+        raise Failed("no source of the distribution's own archive is configured in /etc/apt: add one with "
+                     f"{' '.join(components)}, or set cuda_toolkit to a folder or to nvidia")  # fmt: skip
+    write(COMPONENTS, "\n".join(dict.fromkeys(stanzas)), root)
+    say(f"enabled {wanted} in {COMPONENTS}")
 
 
 def archive_suites():
@@ -137,8 +139,8 @@ def deb822_sources(text):
                         for uri in uris for suite in suites)  # fmt: skip
 
 
-def stanza_for(entry, component):
-    lines = ["Types: deb", f"URIs: {entry['uri']}", f"Suites: {entry['suite']}", f"Components: {component}"]
+def stanza_for(entry, components):
+    lines = ["Types: deb", f"URIs: {entry['uri']}", f"Suites: {entry['suite']}", f"Components: {components}"]
     lines += [f"{name}: {value}".replace(": \n", ":\n") for name, value in entry["options"].items()]
     return "\n".join(lines) + "\n"
 

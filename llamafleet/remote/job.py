@@ -106,11 +106,7 @@ def main(argv):
     following.add_argument("--seen", default="")
     following.add_argument("--seconds", type=float, default=15.0)
     asked = parser.parse_args(argv)
-    found = (
-        start(asked.name, asked.command)
-        if asked.verb == "start"
-        else follow(asked.name, asked.seen, asked.seconds)
-    )
+    found = start(asked.name, asked.command) if asked.verb == "start" else follow(asked.name, asked.seen, asked.seconds)
     print(json.dumps(found))
 
 

@@ -216,9 +216,7 @@ def performance_cpus(numbers: Any) -> list[int]:
 def memory(problems: list[str]) -> dict[str, Any]:
     """RAM in bytes; a container's limit counts as the total where it is lower."""
     total, available = ram()
-    info = {
-        name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+)", read(at("/proc/meminfo")), re.M)
-    }
+    info = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+)", read(at("/proc/meminfo")), re.M)}
     limit, used = cgroup_memory()
     if limit is not None and limit < total:
         problems.append(f"memory: a cgroup limits this host to {limit} of {total} bytes; the limit counts")

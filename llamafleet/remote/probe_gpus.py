@@ -136,9 +136,7 @@ def init_problem(nvml: Any, error: Any) -> str:
 
 def module_version() -> str | None:
     """The version of the loaded NVIDIA kernel module, from /proc/driver/nvidia/version."""
-    found = re.search(
-        r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", read(at("/proc/driver/nvidia/version")) + " ", re.M
-    )
+    found = re.search(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", read(at("/proc/driver/nvidia/version")) + " ", re.M)
     return found.group(1) if found else None
 
 
@@ -174,9 +172,7 @@ def nvidia_gpus(nvml: Any, index: int, problems: list[str]) -> list[dict[str, An
     if instances is None:
         return [gpu]
     if not instances:
-        gpu["problem"] = (
-            "MIG is enabled but there is no MIG instance: create one (nvidia-smi mig -cgi) or disable MIG"
-        )
+        gpu["problem"] = "MIG is enabled but there is no MIG instance: create one (nvidia-smi mig -cgi) or disable MIG"
         return [gpu]
     return [mig_gpu(nvml, instance, gpu, problems) for instance in instances]
 
@@ -270,9 +266,7 @@ def gpu_processes(nvml: Any, handle: Any) -> dict[int, int | None]:
     return found
 
 
-def own_bytes(
-    processes: dict[int, int | None], used: int, ours: Callable[[int], bool]
-) -> tuple[int, str | None]:
+def own_bytes(processes: dict[int, int | None], used: int, ours: Callable[[int], bool]) -> tuple[int, str | None]:
     """Of `used` bytes, those held by our units, and a doubt in words where that is partly a guess.
 
     Where the driver does not tell a process' memory: if all foreign processes are known, the rest is
@@ -331,9 +325,7 @@ def amd_gpu(index: int, bus_id: str, device: Path, problems: list[str]) -> dict[
         vram, used = vram + gtt, used + (number(device / "mem_info_gtt_used") or 0)
         problems.append(f"GPU {bus_id} shares the host's RAM: {vram} bytes are VRAM and GTT together")
     own = sum(
-        number(path) or 0
-        for path in at("/sys/class/kfd/kfd/proc").glob(f"*/vram_{node}")
-        if is_ours(path.parent.name)
+        number(path) or 0 for path in at("/sys/class/kfd/kfd/proc").glob(f"*/vram_{node}") if is_ours(path.parent.name)
     )
     gpu.update(memory_total_bytes=vram, memory_used_by_others_bytes=max(0, used - own))
     return gpu

@@ -24,6 +24,9 @@ def main(argv):
         os.unlink(link)
     os.symlink(f"releases/{key}", link)
     os.replace(link, f"{OPT}/current")
+    for name in os.listdir(f"{OPT}/releases"):
+        if name.endswith(".partial") and name != f".{key}.partial":
+            shutil.rmtree(f"{OPT}/releases/{name}")
     others = [name for name in os.listdir(f"{OPT}/releases") if name != key and not name.startswith(".")]
     others.sort(key=lambda name: os.stat(f"{OPT}/releases/{name}").st_mtime, reverse=True)
     for name in others[keep:]:

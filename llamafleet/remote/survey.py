@@ -1,11 +1,12 @@
 """What is installed and running on this host, beside what the probe says of the machine.
 
 Contract: one argument, a JSON object {"packages": {"apt": [names], "dnf": [names]},
-"build_cache": path | null, "paths": [paths]}; prints one JSON object {"machine": the probe's
+"build_cache": path | null, "toolkits": [paths], "paths": [paths]}; prints one JSON object {"machine": the probe's
 output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and psutil; its
 siblings probe.py, toolkits.py and lock.py lie in the same folder.
 """
 
+import grp
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ VAR = "/var/lib/llamafleet"
 ETC = "/etc/llamafleet"
 UNITS = "/etc/systemd/system"
 DRIVER_SECONDS = 20.0  # a driver that does not answer in this time hangs
+MADE_BY = "# Made by llamafleet"
 PREFIX, SUFFIX = "llama-server-", ".service"
 
 
@@ -42,7 +44,9 @@ def main(argv):
         "instances": instances(),
         "listeners": listeners(),
         "device_classes": device_classes(),
-        "toolkits": toolkits.find(),
+        "gpu_groups": [name for name in ("render", "video") if has_group(name)],
+        "foreign_units": [unit for unit in units() if not is_ours(unit)],
+        "toolkits": toolkits.find(extra=asked["toolkits"]),
     }
     print(json.dumps({"machine": machine, "found": found}))
 
@@ -50,6 +54,14 @@ def main(argv):
 def has_user(name):
     try:
         pwd.getpwnam(name)
+    except KeyError:
+        return False
+    return True
+
+
+def has_group(name):
+    try:
+        grp.getgrnam(name)
     except KeyError:
         return False
     return True
@@ -126,9 +138,21 @@ def verified_models():
 
 def instances():
     """Every installed instance by name: its files' hashes and what runs of it."""
-    names = [name[len(PREFIX) : -len(SUFFIX)] for name in listing(UNITS)
-             if name.startswith(PREFIX) and name.endswith(SUFFIX)]  # fmt: skip
+    names = [unit[len(PREFIX) : -len(SUFFIX)] for unit in units() if is_ours(unit)]
     return {name: instance(name) for name in names}
+
+
+def units():
+    return [name for name in listing(UNITS) if name.startswith(PREFIX) and name.endswith(SUFFIX)]
+
+
+def is_ours(unit):
+    """Did we make this unit? Its first line says so; what others made is never touched."""
+    try:
+        with open(f"{UNITS}/{unit}") as file:
+            return file.readline().startswith(MADE_BY)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def instance(name):
@@ -216,7 +240,9 @@ def device_classes():
     """Character device classes of GPUs, as /proc/devices names them on this very driver."""
     try:
         with open("/proc/devices") as file:
-            names = [line.split()[1] for line in file.read().split("Block devices:")[0].splitlines()[1:] if line.strip()]
+            names = [
+                line.split()[1] for line in file.read().split("Block devices:")[0].splitlines()[1:] if line.strip()
+            ]
     except OSError:
         return []
     return sorted({name for name in names if name.startswith(("nvidia", "drm", "kfd"))})

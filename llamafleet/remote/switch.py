@@ -8,6 +8,7 @@ with `error: `. Exit 0 done, 1 failed. Killed at any point it can simply be run 
 aside is the last set of files that passed the gate. Root, standard library only.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -81,7 +82,9 @@ def start_and_check(name):
     systemctl("enable", "--quiet", unit_of(name))
     # Fails where there is nothing to forget, which is as good.
     subprocess.run(["systemctl", "reset-failed", unit_of(name)], stderr=subprocess.DEVNULL)
-    systemctl("restart", "--no-block", unit_of(name))
+    # Stopped first and waited for: an old server that takes its time must not be asked in the new one's place.
+    systemctl("stop", unit_of(name))
+    systemctl("start", "--no-block", unit_of(name))
     done = subprocess.run(
         [sys.executable, "-s", "-E", "-B", GATE, "check", f"{INSTANCES}/{name}/plan.json"],
         stdout=subprocess.PIPE, text=True,
@@ -108,14 +111,16 @@ def journal(name):
 
 
 def install(name):
-    print(f"checking the staged unit {unit_of(name)}", flush=True)
-    verify(name)
-    put(name, f"{STAGED}/{name}")
+    try:
+        print(f"checking the staged unit {unit_of(name)}", flush=True)
+        verify(name)
+        put(name, f"{STAGED}/{name}")
+    finally:
+        shutil.rmtree(f"{STAGED}/{name}", ignore_errors=True)  # it may hold keys
     print(f"starting {unit_of(name)}", flush=True)
     problem = start_and_check(name)
     if problem is None:
         keep(name)
-        shutil.rmtree(f"{STAGED}/{name}")
         return
     print(journal(name), flush=True)
     raise Failed(f"{unit_of(name)} did not pass the gate: {problem}; {go_back(name)}")
@@ -135,16 +140,19 @@ def go_back(name):
 
 def remove(name):
     systemctl("disable", "--quiet", "--now", unit_of(name))
-    os.unlink(f"{UNITS}/{unit_of(name)}")
     for folder in (f"{INSTANCES}/{name}", f"{GOOD}/{name}", f"{STAGED}/{name}"):
         shutil.rmtree(folder, ignore_errors=True)
+    os.unlink(f"{UNITS}/{unit_of(name)}")  # last: while it is there, the next run sees what is left to do
     systemctl("daemon-reload")
 
 
 def main(argv):
     verb, name = argv
+    os.makedirs("/run/llamafleet", exist_ok=True)
     try:
-        {"install": install, "remove": remove}[verb](name)
+        with open(f"/run/llamafleet/switch-{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a job that a killed run left may still be at it
+            {"install": install, "remove": remove}[verb](name)
     except (Failed, OSError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", flush=True)
         return 1

@@ -127,7 +127,7 @@ def has(folders, name):
 
 
 def version(nvcc):
-    """"12.8", as the compiler tells it; None where it does not run."""
+    """ "12.8", as the compiler tells it; None where it does not run."""
     match = re.search(r"release (\d+\.\d+)", output_of([nvcc, "--version"]))
     return match.group(1) if match else None
 
@@ -154,8 +154,11 @@ def gcc_version(name):
 def clashes(include, glibc):
     """Functions that this glibc and the toolkit declare differently."""
     declared = text_of(include, "crt/math_functions.h")
-    names = [name for first, name in CLASHES
-             if glibc >= first and re.search(r"\bdouble\s+%s\s*\(\s*double\s+\w+\s*\)\s*;" % name, declared)]
+    names = [
+        name
+        for first, name in CLASHES
+        if glibc >= first and re.search(r"\bdouble\s+%s\s*\(\s*double\s+\w+\s*\)\s*;" % name, declared)
+    ]
     told = ".".join(str(part) for part in glibc)
     return ["its headers clash with glibc %s over %s()" % (told, name) for name in names[:1]]
 

@@ -56,7 +56,9 @@ def test_with_keys_nobody_gets_in_without_one(outside, settings, inventory, host
     assert ask(host, "/v1/completions", body, "wrong")[0] == 401
     assert serves(host, key="first-secret") and serves(host, key="second-secret")
     assert "secret" not in run.text.replace(str(keys), "")
-    assert "secret" not in on(host, "sh", "-c", "tr '\\0' ' ' </proc/[0-9]*/cmdline 2>/dev/null | cat; journalctl --no-pager")
+    assert "secret" not in on(
+        host, "sh", "-c", "tr '\\0' ' ' </proc/[0-9]*/cmdline 2>/dev/null | cat; journalctl --no-pager"
+    )
     keys.write_text("\n")
     empty = pyinfra(inventory((host, settings(host, model={"api_key_file": str(keys)}))))
     assert empty.code != 0 and f"api_key_file: {keys} is empty" in empty.text
@@ -122,7 +124,12 @@ def test_two_runs_at_once_cannot_meet(settings, inventory, hosts):
 def test_unit_edited_by_hand_is_found_and_repaired(settings, inventory, hosts):
     host = hosts[2]
     unit = "/etc/systemd/system/llama-server-tiny.service"
-    on(host, "sh", "-c", f"sed -i s/ProtectHome=yes/ProtectHome=no/ {unit} && systemctl daemon-reload && systemctl restart llama-server-tiny")
+    on(
+        host,
+        "sh",
+        "-c",
+        f"sed -i s/ProtectHome=yes/ProtectHome=no/ {unit} && systemctl daemon-reload && systemctl restart llama-server-tiny",
+    )
     run = pyinfra(inventory((host, settings(host))), "--dry")
     assert [name for name in run.changed(host.name) if "Start and check" in name] and "its unit differs" in run.text
     assert pyinfra(inventory((host, settings(host)))).code == 0

@@ -125,7 +125,9 @@ def test_gated_model_with_token_leaves_no_token_behind(settings, inventory, outs
     assert run.code == 0, run.text
     assert serves(bad)
     assert outside.hub.token not in run.text
-    assert on(bad, "sh", "-c", f"grep -rl {outside.hub.token} /run /etc /var/lib/llamafleet /tmp 2>/dev/null; true") == ""
+    assert (
+        on(bad, "sh", "-c", f"grep -rl {outside.hub.token} /run /etc /var/lib/llamafleet /tmp 2>/dev/null; true") == ""
+    )
     assert pyinfra(inventory((bad, settings(bad)))).code == 0
 
 
@@ -206,4 +208,3 @@ def test_a_unit_that_never_serves_is_rolled_back(run_with, outside, bad):
     began = time.monotonic()
     run_with("did not pass the gate", "the previous one was put back and serves", llama_cpp_ref="exits")
     print(f"the run with the rollback took {time.monotonic() - began:.0f} s")
-

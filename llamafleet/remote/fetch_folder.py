@@ -1,0 +1,155 @@
+"""The folder of one model: partial files, finished ones, their records, the lock.
+
+Part of fetch.py and under its contract: Python 3.8, standard library, what lies beside it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import pwd
+import time
+from pathlib import Path
+from typing import IO
+
+from fetch_log import MIB, PROGRESS_S, Progress, gib, say
+from fetch_spec import MISMATCH, NO_SPACE, NOT_GGUF, Failed, Spec, Wanted
+
+
+def size_of(path: Path) -> int:
+    """Bytes of the file, 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def take_lock(spec: Spec) -> IO[str]:
+    """The folder's lock, held as long as the returned file is open; says who has it while it waits."""
+    handle = open(spec.directory / ".fetch.lock", "a+", encoding="utf-8")  # noqa: SIM115 - open until we end
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        say(f"waiting: another download (pid {handle.read().strip() or 'unknown'}) holds {handle.name}")
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    handle.seek(0)
+    handle.truncate()
+    handle.write(f"{os.getpid()}\n")
+    handle.flush()
+    return handle
+
+
+def is_known(spec: Spec, wanted: Wanted) -> bool:
+    """Whether the sidecar vouches for the file as it is, and for what is wanted now."""
+    try:
+        noted = json.loads(spec.sidecar(wanted).read_text(encoding="utf-8"))
+        found = spec.final(wanted).stat()
+        same = (noted["size_bytes"], noted["mtime_ns"]) == (found.st_size, found.st_mtime_ns)
+        size, digest = wanted.size_bytes or found.st_size, wanted.sha256 or noted["sha256"]
+        return bool(same and size == found.st_size and digest == noted["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def adopt(spec: Spec, wanted: Wanted) -> bool:
+    """Whether a file of that name, put there by someone else, is the one; another one is set aside."""
+    final = spec.final(wanted)
+    if not final.exists():
+        return False
+    say(f"verifying {gib(size_of(final))} ({wanted.name}), found without a matching record")
+    try:
+        digest = verify(final, wanted, str(final))
+    except Failed as failure:
+        aside = spec.directory / f".{wanted.name}.rejected"
+        os.replace(final, aside)
+        say(f"{failure}; set aside as {aside}: delete it when it is not needed")
+        return False
+    hand_over(spec, final, 0o644)
+    record(spec, wanted, digest)
+    return True
+
+
+def verify(path: Path, wanted: Wanted, source: str) -> str:
+    """The file's sha256, after size, first bytes and checksum were found right. Raises Failed."""
+    size = size_of(path)
+    if wanted.size_bytes is not None and size != wanted.size_bytes:
+        raise Failed(MISMATCH, f"{wanted.name} from {source}: expected {wanted.size_bytes} bytes, found {size}")
+    digest, done, said_at = hashlib.sha256(), 0, time.monotonic()
+    with open(path, "rb") as stream:
+        for block in iter(lambda: stream.read(4 * MIB), b""):
+            if done == 0 and block[:4] != b"GGUF":
+                raise Failed(NOT_GGUF, f"{wanted.name} from {source} is not a GGUF file: it begins with {block[:24]!r}")
+            digest.update(block)
+            done += len(block)
+            if time.monotonic() - said_at >= PROGRESS_S:
+                said_at = time.monotonic()
+                say(f"verifying {100 * done / size:.0f} % of {gib(size)} ({wanted.name})")
+    if done == 0:
+        raise Failed(NOT_GGUF, f"{wanted.name} from {source} is empty")
+    found = digest.hexdigest()
+    if wanted.sha256 is not None and found != wanted.sha256:
+        raise Failed(MISMATCH, f"{wanted.name} from {source}: expected sha256 {wanted.sha256}, found {found}")
+    return found
+
+
+def put_in_place(spec: Spec, wanted: Wanted, digest: str) -> None:
+    """The checked partial file gets its name, safe from a power cut before the record says so."""
+    partial, final = spec.partial(wanted), spec.final(wanted)
+    hand_over(spec, partial, 0o644)
+    sync(partial)
+    os.replace(partial, final)
+    sync(spec.directory)
+    record(spec, wanted, digest)
+
+
+def record(spec: Spec, wanted: Wanted, digest: str) -> None:
+    """The sidecar: what was checked, and the stat by which the next run knows the file again."""
+    found = spec.final(wanted).stat()
+    draft = spec.directory / f".{wanted.name}.verified.new"
+    content = {"size_bytes": found.st_size, "sha256": digest, "mtime_ns": found.st_mtime_ns}
+    draft.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    hand_over(spec, draft, 0o644)
+    sync(draft)
+    os.replace(draft, spec.sidecar(wanted))
+
+
+def hand_over(spec: Spec, path: Path, mode: int) -> None:
+    os.chmod(path, mode)
+    if spec.owner is not None:
+        user = pwd.getpwnam(spec.owner)
+        os.chown(path, user.pw_uid, user.pw_gid)
+
+
+def sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def discard(spec: Spec, wanted: Wanted, progress: Progress) -> None:
+    """The partial file is gone, and no longer counted."""
+    progress.present -= size_of(spec.partial(wanted))
+    if spec.partial(wanted).exists():
+        spec.partial(wanted).unlink()
+
+
+def check_space(spec: Spec, missing: list[Wanted]) -> None:
+    """Raises Failed unless all that is missing of all files fits beside the reserve."""
+    needed = sum(max((wanted.size_bytes or 0) - size_of(spec.partial(wanted)), 0) for wanted in missing)
+    free = free_bytes(spec)
+    lacking = needed + spec.reserve_bytes - free
+    if needed and lacking > 0:
+        raise Failed(
+            NO_SPACE,
+            f"{spec.directory}: {gib(needed)} are needed beside a reserve of {gib(spec.reserve_bytes)}, "
+            f"{gib(free)} are free, {gib(lacking)} are missing ({lacking} bytes): "
+            "free that much or choose a smaller quantisation",
+        )
+
+
+def free_bytes(spec: Spec) -> int:
+    """What a user without privileges may still write on the folder's file system."""
+    left = os.statvfs(spec.directory)
+    return left.f_bavail * left.f_frsize
