@@ -162,10 +162,11 @@ def test_a_file_that_is_no_model(run_with, outside, tmp_path, content, says):
 def test_a_model_too_large_for_the_host_is_refused_before_anything_is_built(run_with, outside, tmp_path):
     from sandbox import models
 
-    large = models.weightless(tmp_path, "gpt-oss-120b")
+    # Two gigabytes of weights as a hole, and 16 slots of 131072 tokens: 240 GB of KV cache.
+    large = models.weightless(tmp_path, "Llama-3.2-3B")
     outside.hub.add("acme/large-GGUF", large.name, large)
-    # The file is a hole of 59 GiB: no waiting for its checksum.
-    run = run_with("refused", "gpt-oss", model={"source": f"{outside.hub.url}/plain/acme/large-GGUF/{large.name}"})
+    asked = {"source": f"hf:acme/large-GGUF/{large.name}", "context_tokens": 131072, "slots": 16}
+    run = run_with("refused: models: tiny:", "Llama-3.2-3B", "context_tokens", model=asked)
     assert not [name for name in run.changed() if "Fetch" in name]
 
 
