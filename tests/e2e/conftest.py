@@ -1,5 +1,6 @@
 """Sandbox hosts and the stand-ins for the outside, once a session; down again whatever happens."""
 
+import json
 import os
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from sandbox import hosts as sandbox
 from sandbox import outside as stand_ins
 from sandbox import upstream
-from tests.e2e.deploying import PORT, write_inventory
+from tests.e2e.deploying import PORT, on, write_inventory
 
 ON_HOST = stand_ins.BUILDS_ON_HOST
 
@@ -44,6 +45,16 @@ def hosts(builds):
         yield sandbox.up(3, binds=[f"{builds}:{ON_HOST}"])
     finally:
         sandbox.down()
+
+
+@pytest.fixture(scope="session")
+def builder(hosts):
+    """The host that compiled: it has the build folder, so that another commit is compiled quickly.
+
+    Needs the deploy of test_1_deploy.
+    """
+    record = json.loads(on(hosts[0], "cat", "/opt/llamafleet/current/release.json"))
+    return next(one for one in hosts if one.name == record["built_on"])
 
 
 @pytest.fixture

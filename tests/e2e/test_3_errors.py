@@ -10,13 +10,13 @@ from tests.e2e.deploying import ask, on, pyinfra, serves
 
 
 @pytest.fixture(scope="module")
-def bad(hosts):
-    return hosts[0]
+def bad(builder):
+    return builder
 
 
 @pytest.fixture(scope="module")
-def good(hosts):
-    return hosts[1]
+def good(hosts, builder):
+    return next(host for host in hosts[:2] if host is not builder)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def until(true, seconds=10.0):
 def test_no_space_for_the_model(run_with, outside, bad):
     on(bad, "mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", "/var/lib/llamafleet/models")
     try:
-        run_with("no space", "/var/lib/llamafleet/models", model={"source": outside.sources["moe"]})
+        run_with("are missing", "/var/lib/llamafleet/models", model={"source": outside.sources["moe"]})
     finally:
         on(bad, "umount", "/var/lib/llamafleet/models")
 
