@@ -69,6 +69,8 @@ def main() -> None:
         up = hosts.up(2, binds=[f"{outside.BUILDS}:{outside.BUILDS_ON_HOST}"])
         step("deploy: probe, plan, compile llama.cpp, fetch the models, serve")
         command("pyinfra", "-y", INVENTORY, "deploy.py")
+        step("the plans that they run")
+        command("llamafleet", "plan", "--inventory", INVENTORY)
         step(f"a completion of {PROMPT!r} from each (the models are random: do not expect sense)")
         for host in up:
             print(f"{host.name}: {completion(host.address, 8080)!r}")

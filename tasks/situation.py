@@ -7,6 +7,7 @@ are not cached by pyinfra and operations run again when they execute.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 
 from gevent.lock import RLock
@@ -175,6 +176,12 @@ def _check_access(survey: facts.Survey) -> None:
         raise Refused(
             "commands run there as an ordinary user: connect as root (ssh_user), or set `_sudo = True` "
             "for the host in the inventory, or pass --sudo"
+        )
+    python = survey.machine.python or ""
+    if tuple(int(part) for part in re.findall(r"\d+", python)[:2]) < payload.HELPERS_PYTHON:
+        needed = ".".join(map(str, payload.HELPERS_PYTHON))
+        raise Refused(
+            f"its python3 is {python or 'of unknown version'}, {needed} or later is needed: install a newer one"
         )
     if survey.machine.package_manager is None:
         raise Refused(f"{survey.machine.os.id} {survey.machine.os.version} has neither apt nor dnf")

@@ -1,0 +1,129 @@
+"""What a run looks up on the operator's machine: once for all hosts, and with a way out where it fails."""
+
+import os
+import subprocess
+
+import psutil
+import pytest
+
+from llamafleet.settings import Settings
+from tasks import remote, sources
+from tests import planning
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    sources._known.clear()
+    sources._locks.clear()
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A git repository with one commit, an annotated tag and a branch."""
+    folder = tmp_path / "upstream"
+    git = ["git", "-C", str(folder), "-c", "user.name=t", "-c", "user.email=t@example.net"]
+    subprocess.run(["git", "init", "--quiet", "--initial-branch=master", str(folder)], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "one"], check=True)
+    subprocess.run([*git, "tag", "--annotate", "b1", "--message", "b1"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    return folder, head.stdout.strip()
+
+
+def wanted(repository, ref) -> Settings:
+    return planning.settings({}, llama_cpp_repository=str(repository), llama_cpp_ref=ref)
+
+
+@pytest.mark.parametrize("ref", ["b1", "master"])
+def test_a_tag_or_branch_is_the_commit_that_it_names(repository, ref):
+    folder, head = repository
+    assert sources.commit(wanted(folder, ref)) == head
+
+
+def test_a_commit_needs_no_asking():
+    assert sources.commit(wanted("/nowhere", "ab" * 20)) == "ab" * 20
+
+
+def test_it_is_resolved_once(repository):
+    folder, head = repository
+    sources.commit(wanted(folder, "b1"))
+    subprocess.run(["git", "-C", str(folder), "tag", "--delete", "b1"], check=True, capture_output=True)
+    assert sources.commit(wanted(folder, "b1")) == head
+
+
+@pytest.mark.parametrize(
+    ("place", "ref", "says"),
+    [("", "b2", "has no tag or branch 'b2'"), ("/missing", "b1", "cannot ask")],
+    ids=["unknown ref", "no repository"],
+)
+def test_what_cannot_be_resolved_says_why(repository, place, ref, says):
+    with pytest.raises(sources.LookupFailed, match=says):
+        sources.commit(wanted(f"{repository[0]}{place}", ref))
+
+
+def test_a_failure_is_remembered():
+    asked = []
+
+    def look_up():
+        asked.append(1)
+        raise sources.LookupFailed("no")
+
+    for _ in range(3):
+        with pytest.raises(sources.LookupFailed):
+            sources.once("key", look_up)
+    assert asked == [1]
+
+
+def test_keys_are_trimmed_and_empty_files_are_refused(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text(" one \n\n\ttwo\n")
+    (instance,) = planning.settings({"api_key_file": str(file)}).models
+    # llama-server takes a line as it stands, and no line at all as no authentication.
+    assert sources.api_keys(instance) == "one\ntwo\n"
+    file.write_text(" \n")
+    with pytest.raises(sources.LookupFailed, match="is empty"):
+        sources.api_keys(instance)
+
+
+def test_a_missing_key_file_is_named(tmp_path):
+    (instance,) = planning.settings({"api_key_file": str(tmp_path / "none")}).models
+    with pytest.raises(sources.LookupFailed, match=r"api_key_file: cannot read .*none"):
+        sources.api_keys(instance)
+
+
+def test_the_hub_token_comes_from_the_file_before_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_environment")
+    assert sources.hub_token(planning.settings({})) == "hf_environment"
+    (tmp_path / "token").write_text("hf_file\n")
+    assert sources.hub_token(planning.settings({}, hub_token_file=str(tmp_path / "token"))) == "hf_file"
+
+
+def test_whose_lock_may_be_taken():
+    ours = remote.this_run()
+    assert remote.is_ours_or_dead(ours)
+    other = {**ours, "run": "another"}  # this very process as somebody else's run: it lives
+    assert not remote.is_ours_or_dead(other)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert remote.is_ours_or_dead({**other, "pid": ended.pid})
+    # The process number was given to another process since.
+    assert remote.is_ours_or_dead({**other, "pid_started": psutil.Process(os.getpid()).create_time() - 60})
+    # Of another machine's processes we know nothing.
+    assert not remote.is_ours_or_dead({**other, "machine": "elsewhere", "pid": ended.pid})
+
+
+def test_the_message_for_the_second_run_names_the_first():
+    text = remote.held_by({**remote.this_run(), "who": "ann@desk", "age_seconds": 3.2})
+    assert "ann@desk" in text and "3 s ago" in text
+
+
+@pytest.mark.parametrize(
+    ("said", "way_out"),
+    [
+        ("sh: 1: python3: not found", "apt-get install python3"),
+        ("sudo: a password is required", "connect as root"),
+        ("nosudo is not in the sudoers file.  sudo", "connect as root"),
+        ("disk on fire", "disk on fire"),
+    ],
+)
+def test_known_failures_say_the_way_out(said, way_out):
+    assert way_out in remote.explain([], [said])

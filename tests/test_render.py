@@ -1,0 +1,135 @@
+"""The unit and plan.json as text: what is decided once must be exactly what systemd starts."""
+
+import dataclasses
+import shlex
+import shutil
+import subprocess
+
+import pytest
+
+from llamafleet import flags, sources
+from llamafleet.builds import Build
+from tasks import render
+from tasks.sources import Model
+from tests import planning
+
+PATH = "/var/lib/llamafleet/models/m-123/Qwen3-8B.gguf"
+
+
+class Survey:
+    """The two things of a survey that the unit depends on."""
+
+    class found:
+        device_classes = ("drm",)
+        gpu_groups = ("render", "video")
+
+
+def made(gpus, survey=Survey, **asked):
+    """(unit text, record, argv) of a plan for Qwen3-8B on a host with these GPUs' MiB."""
+    wanted = planning.settings({"context_tokens": 4096, **asked})
+    (instance,) = wanted.models
+    [plan] = planning.plans(planning.machine(gpus), [("Qwen3-8B",)], wanted)
+    build = Build(
+        commit="c" * 40, backend=plan.backend, toolkit=None, architectures=(), machine_arch="x86_64", libc="2.41",
+        cpu_flags=(), kv_types=("f16",), ui=False,
+    )  # fmt: skip
+    model = Model((sources.RemoteFile("Qwen3-8B.gguf", "https://x/y", 5, "a" * 64),), planning.header("Qwen3-8B"))
+    argv = (f"{build.release}/bin/llama-server", *flags.argv(plan, instance, PATH))
+    record = render.plan_record(instance, plan, build, model, PATH, argv)
+    return render.unit(instance, plan, build, survey, record, allow_swap=False), record, argv
+
+
+def directive(unit, name):
+    """All values of a directive, continued lines joined."""
+    joined = unit.replace("\\\n", " ")
+    return [line.split("=", 1)[1] for line in joined.splitlines() if line.startswith(name + "=")]
+
+
+def test_the_command_line_is_the_plan_s():
+    unit, record, argv = made([24564])
+    (command,) = directive(unit, "ExecStart")
+    # Of systemd's quoting this command uses what a shell reads alike, and $$ and %% for themselves.
+    assert shlex.split(command.replace("$$", "$").replace("%%", "%")) == list(argv) == record["gate"]["argv"]
+
+
+def test_a_gpu_is_not_hidden_and_no_other_is_seen():
+    unit, record, _ = made([24564])
+    assert not directive(unit, "PrivateDevices") and directive(unit, "DevicePolicy") == ["closed"]
+    assert {"char-nvidia rwm", "char-nvidia-uvm rwm", "char-drm rwm"} <= set(directive(unit, "DeviceAllow"))
+    assert "CUDA_DEVICE_ORDER=PCI_BUS_ID" in directive(unit, "Environment")
+    (gpu,) = record["gate"]["gpus"]
+    assert f"CUDA_VISIBLE_DEVICES={gpu['uuid']}" in directive(unit, "Environment")
+    assert gpu["planned_bytes"] > 4 << 30
+
+
+def test_a_driver_that_was_used_once_more_does_not_change_the_unit():
+    class Later:
+        class found:
+            device_classes = ("drm", "nvidia-uvm", "nvidia-caps")
+            gpu_groups = ("render", "video")
+
+    assert made([24564], Later)[0] == made([24564])[0]
+
+
+def test_without_a_gpu_there_are_no_devices():
+    unit, record, _ = made([])
+    assert directive(unit, "PrivateDevices") == ["yes"] and not directive(unit, "DeviceAllow")
+    assert record["gate"]["gpus"] == []
+
+
+def test_keys_come_as_a_credential_and_only_where_there_are_keys():
+    assert not directive(made([])[0], "LoadCredential")
+    (credential,) = directive(made([], api_key_file="/home/me/keys")[0], "LoadCredential")
+    assert credential.endswith("/api-keys")
+    assert "/home/me" not in made([], api_key_file="/home/me/keys")[0]
+
+
+def test_memory_is_bounded_by_the_plan():
+    unit, record, _ = made([])
+    (limit,) = directive(unit, "MemoryMax")
+    host = next(row for row in record["plan"]["ledger"] if row["device"] == "host")
+    assert int(limit) > sum(host[part] for part in ("weights_bytes", "kv_bytes", "compute_bytes"))
+    assert directive(unit, "MemorySwapMax") == ["0"]
+
+
+def test_free_bytes_drift_without_changing_the_identity(monkeypatch):
+    _, record, _ = made([24564])
+    plan = record["plan"]
+    assert plan["ledger"][0]["free_bytes"] > 0
+    monkeypatch.setattr(render.Plan, "to_json", lambda self: {**plan, "ledger": []})
+    assert made([24564])[1]["identity"] == record["identity"]
+
+
+def test_another_context_is_another_identity():
+    assert made([], context_tokens=8192)[1]["identity"] != made([])[1]["identity"]
+
+
+@pytest.mark.parametrize(("address", "host"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("10.0.0.7", "10.0.0.7")])
+def test_the_gate_asks_where_the_host_reaches_it(address, host):
+    assert render.url_host(address) == host
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not here to ask")
+@pytest.mark.parametrize("gpus", [[], [24564]], ids=["cpu", "gpu"])
+def test_systemd_understands_every_line(gpus, tmp_path):
+    unit, _, _ = made(gpus, api_key_file="/home/me/keys")
+    file = tmp_path / "llama-server-model.service"
+    # Programs and users of a host are not on this machine.
+    unit = unit.replace(directive(unit, "ExecStart")[0].split(" ")[0], '"/bin/true"').replace("llamafleet\n", "root\n")
+    file.write_text(unit)
+    done = subprocess.run(["systemd-analyze", "verify", str(file)], capture_output=True, text=True)
+    told = [line for line in (done.stdout + done.stderr).splitlines() if file.name in line]
+    assert not [line for line in told if "Unknown" in line or "Failed to parse" in line or "ignoring" in line], told
+
+
+def test_planned_bytes_are_what_llama_cpp_allocates():
+    _, record, _ = made([24564])
+    row = next(row for row in record["plan"]["ledger"] if row["device"] == "GPU0")
+    (gpu,) = record["gate"]["gpus"]
+    assert gpu["planned_bytes"] == row["weights_bytes"] + row["kv_bytes"] + row["compute_bytes"]
+
+
+def test_loading_time_grows_with_the_model():
+    header = planning.header("Qwen3-8B")
+    large = dataclasses.replace(header, file_bytes=tuple(10 * size for size in header.file_bytes))
+    assert render.health_seconds(Model((), large)) > render.health_seconds(Model((), header)) > render.START_SECONDS
