@@ -31,7 +31,7 @@ PROBE_PYTHON = (3, 8)
 NATIVE = frozenset({"psutil"})
 PROBE_PACKAGES = frozenset({"psutil", "nvidia-ml-py"})
 # The survey reads what is installed and asks its siblings: the probe, the toolkits, the lock.
-PROBE_PROGRAMS = ("lock.py", "probe.py", "probe_gpus.py", "survey.py", "toolkits.py")
+PROBE_PROGRAMS = ("lock.py", "probe.py", "probe_files.py", "probe_gpus.py", "survey.py", "toolkits.py")
 # Not needed to run the probe on Linux.
 _PROBE_LEAVES_OUT = re.compile(r"\.dist-info/|^example\.py$|^psutil/(tests/|_ps(aix|bsd|osx|sunos|windows)\.py$)")
 
@@ -181,7 +181,8 @@ def _zip(files: Mapping[str, bytes]) -> bytes:
 
 
 # $1 is the zip, $2 the names of places, $3 the program in the zip, the rest its arguments. A place
-# serves if a program in it may be run. The probe runs in the background, so that a signal interrupts `wait` and is passed on.
+# serves if a program in it may be run. The probe runs in the background, so that a signal interrupts
+# `wait` and is passed on.
 _SCRIPT = """\
 zip=$1; places=$2; shift 2
 folder=; child=

@@ -19,7 +19,7 @@ from pyinfra.context import ctx_host
 from llamafleet import builds, flags, payload, toolkit
 from llamafleet.builds import Build
 from llamafleet.gguf import GgufError
-from llamafleet.machine import MachineError
+from llamafleet.machine import Machine, MachineError
 from llamafleet.plan import Plan, Refusal, plan_host, resolve_backend
 from llamafleet.settings import Instance, Settings, SettingsError
 from llamafleet.sources import SourceError
@@ -159,7 +159,7 @@ def _build(examined: Examined, kit: toolkit.Toolkit | toolkit.Install | None) ->
         commit=sources.commit(settings),
         backend=examined.backend,
         toolkit=kit.identity if kit else None,
-        architectures=toolkit.architectures(machine) if examined.backend == "cuda" else (),
+        architectures=_architectures(examined.backend, machine),
         machine_arch=machine.os.arch,
         libc=machine.os.libc,
         cpu_flags=machine.cpu.flags,
@@ -168,6 +168,20 @@ def _build(examined: Examined, kit: toolkit.Toolkit | toolkit.Install | None) ->
         nvcc=kit.nvcc if kit else None,
         host_compiler=kit.host_compiler if isinstance(kit, toolkit.Toolkit) else None,
     )
+
+
+def _architectures(backend: str, machine: Machine) -> tuple[str, ...]:
+    """GPU architectures to compile for: those of this host's GPUs, never a compiler's guess."""
+    if backend == "cuda":
+        return toolkit.architectures(machine)
+    if backend == "hip":
+        found = tuple(sorted({gpu.gfx for gpu in machine.usable_gpus if gpu.gfx}))
+        if not found:
+            raise Refused(
+                "backend: hip: the driver does not tell the GPU's LLVM target (gfx...): is amdgpu's KFD loaded?"
+            )
+        return found
+    return ()
 
 
 def _check_access(survey: facts.Survey) -> None:

@@ -11,6 +11,8 @@ With a build cache the first host that needs a key compiles it, others that ask 
 that one (flock) and take its result, checked by sha256.
 """
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import hashlib
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
 
 RELEASES = "/opt/llamafleet/releases"
 ERROR_LINES = 12
@@ -30,11 +33,11 @@ class Failed(Exception):
     """The build cannot go on; the text is for the operator."""
 
 
-def say(text):
+def say(text: str) -> None:
     print(text, flush=True)
 
 
-def build(spec):
+def build(spec: dict[str, Any]) -> None:
     if os.path.exists(f"{RELEASES}/{spec['key']}/release.json"):
         say(f"release {spec['key']} is already complete")
         return
@@ -45,7 +48,7 @@ def build(spec):
     forget_other_trees(spec["tree"])
 
 
-def forget_other_trees(tree):
+def forget_other_trees(tree: str) -> None:
     """Keep this build folder, from which the next commit is compiled quickly, and no other."""
     folder = os.path.dirname(tree)
     for name in os.listdir(folder) if os.path.isdir(folder) else []:
@@ -54,7 +57,7 @@ def forget_other_trees(tree):
 
 
 @contextlib.contextmanager
-def turn(spec):
+def turn(spec: dict[str, Any]) -> Iterator[None]:
     """Hold this key in the shared build cache; wait while another host compiles it."""
     if not spec["build_cache"]:
         yield
@@ -78,7 +81,7 @@ def turn(spec):
         yield
 
 
-def take_from_cache(spec):
+def take_from_cache(spec: dict[str, Any]) -> bool:
     """True where the cache had the release, whole."""
     archive = f"{spec['build_cache']}/{spec['key']}.tar" if spec["build_cache"] else None
     if not archive or not os.path.exists(archive) or not os.path.exists(archive + ".sha256"):
@@ -99,13 +102,13 @@ def take_from_cache(spec):
     return True
 
 
-def fresh(path):
+def fresh(path: str) -> str:
     shutil.rmtree(path, ignore_errors=True)
     os.makedirs(path, mode=0o755)
     return path
 
 
-def sha256_of(path):
+def sha256_of(path: str) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -113,7 +116,7 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-def compile_release(spec):
+def compile_release(spec: dict[str, Any]) -> None:
     configure = ["cmake", "-S", spec["source"], "-B", spec["tree"], "-G", "Ninja", *spec["cmake_flags"]]
     say(f"configuring llama.cpp {spec['commit'][:12]}")
     run(configure, "cmake cannot configure the build")
@@ -129,10 +132,11 @@ def compile_release(spec):
     give_name(spec, partial)
 
 
-def run(command, problem):
+def run(command: list[str], problem: str) -> None:
     """Run with the output in the log; on failure the lines that tell why become the error."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    lines = []
+    assert process.stdout is not None
+    lines: list[str] = []
     for line in process.stdout:
         lines = [*lines[-2000:], line.rstrip()]
         say(line.rstrip())
@@ -142,7 +146,7 @@ def run(command, problem):
         raise Failed(f"{problem} (exit code {process.returncode}):\n{text}")
 
 
-def version_of(folder):
+def version_of(folder: str) -> list[str]:
     """What the llama-server of a release says of itself; raises Failed where it does not run here."""
     server = f"{folder}/bin/llama-server"
     done = subprocess.run([server, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -151,7 +155,7 @@ def version_of(folder):
     return done.stdout.strip().splitlines()[:2]
 
 
-def describe(spec, partial):
+def describe(spec: dict[str, Any], partial: str) -> None:
     """Write release.json: of what the release was made, where, and what every file must hash to."""
     version = version_of(partial)
     files = {name: sha256_of(f"{partial}/bin/{name}") for name in sorted(os.listdir(f"{partial}/bin"))}
@@ -161,7 +165,7 @@ def describe(spec, partial):
         json.dump(record, file, indent=1)
 
 
-def give_name(spec, partial):
+def give_name(spec: dict[str, Any], partial: str) -> None:
     """Only now, complete and on disk, does the release get its name."""
     os.sync()
     os.makedirs(RELEASES, exist_ok=True)
@@ -171,7 +175,7 @@ def give_name(spec, partial):
     say(f"release {spec['key']} is complete")
 
 
-def publish(spec):
+def publish(spec: dict[str, Any]) -> None:
     if not spec["build_cache"]:
         return
     archive = f"{spec['build_cache']}/{spec['key']}.tar"
@@ -183,7 +187,7 @@ def publish(spec):
     say(f"kept as {archive}")
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     with open(argv[0]) as file:
         spec = json.load(file)
     try:

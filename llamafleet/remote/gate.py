@@ -11,29 +11,32 @@ slot), slots, gpus [{"uuid", "name", "planned_bytes"}]. Standard library, psutil
 `/health` alone proves little: llama-server answers 200 also after it silently fell back to the CPU.
 """
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from typing import Any, Callable, Sequence  # the contract is Python 3.8, whose own are typing's
 
 # The share of a GPU's planned bytes that the process must really hold. The CUDA context comes on
 # top of the plan, so a healthy process holds more than planned; a fallback to the CPU holds none.
 HELD_SHARE = 0.5
 
 
-def result(name, ok, expected, found, hint=""):
-    return {"name": name, "ok": bool(ok), "expected": expected, "found": found, "hint": hint}
+def result(name: str, ok: bool, expected: object, found: object, hint: str = "") -> dict[str, Any]:
+    return {"name": name, "ok": ok, "expected": expected, "found": found, "hint": hint}
 
 
-def main_pid(unit):
+def main_pid(unit: str) -> int:
     done = subprocess.run(["systemctl", "show", "--property=MainPID", "--value", unit],
                           stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
     return int(done.stdout.strip() or 0)
 
 
-def unit_state(unit):
+def unit_state(unit: str) -> str:
     """Such as "active/running", "activating/start-post" or "activating/auto-restart"."""
     done = subprocess.run(["systemctl", "show", "--property=ActiveState,SubState", unit],
                           stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
@@ -41,12 +44,14 @@ def unit_state(unit):
     return f"{shown.get('ActiveState')}/{shown.get('SubState')}"
 
 
-def is_alive(state):
+def is_alive(state: str) -> bool:
     """May a unit in this state still come to serve? One that systemd starts again has failed once."""
     return state.startswith(("active/", "activating/")) and state != "activating/auto-restart"
 
 
-def ask(url, path, key=None, body=None, seconds=120.0):
+def ask(
+    url: str, path: str, key: str | None = None, body: dict[str, Any] | None = None, seconds: float = 120.0
+) -> tuple[int, Any]:
     """(status, JSON or text); status 0 where nothing answered."""
     headers = {"Content-Type": "application/json"}
     if key:
@@ -67,7 +72,7 @@ def ask(url, path, key=None, body=None, seconds=120.0):
         return status, text.decode("utf-8", "replace")[:500]
 
 
-def wait_for_health(url, seconds, alive=lambda: True):
+def wait_for_health(url: str, seconds: float, alive: Callable[[], bool] = lambda: True) -> int:
     """The last status of /health: 200 as soon as it is, else what it was when time or process ended."""
     deadline = time.monotonic() + seconds
     while True:
@@ -77,7 +82,7 @@ def wait_for_health(url, seconds, alive=lambda: True):
         time.sleep(0.2)
 
 
-def check_health(spec):
+def check_health(spec: dict[str, Any]) -> dict[str, Any]:
     status = wait_for_health(spec["url"], spec["health_seconds"], lambda: is_alive(unit_state(spec["unit"])))
     state = unit_state(spec["unit"])
     return result(
@@ -87,7 +92,7 @@ def check_health(spec):
     )  # fmt: skip
 
 
-def check_process(spec):
+def check_process(spec: dict[str, Any]) -> dict[str, Any]:
     pid = main_pid(spec["unit"])
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
@@ -98,7 +103,7 @@ def check_process(spec):
                   "the unit was edited by hand, or systemd read an argument differently")  # fmt: skip
 
 
-def check_key(spec):
+def check_key(spec: dict[str, Any]) -> dict[str, Any] | None:
     """With a key, nobody gets in without it; llama-server lets everybody in when the file is empty."""
     if not spec["api_keys"]:
         return None
@@ -107,14 +112,14 @@ def check_key(spec):
                   "an empty key file switches llama-server's authentication off")  # fmt: skip
 
 
-def first_key(spec):
+def first_key(spec: dict[str, Any]) -> str | None:
     if not spec["api_keys"]:
         return None
     with open(spec["api_keys"]) as file:
         return file.readline().strip()
 
 
-def check_context(spec):
+def check_context(spec: dict[str, Any]) -> dict[str, Any]:
     status, props = ask(spec["url"], "/props", first_key(spec))
     settings = props.get("default_generation_settings", {}) if isinstance(props, dict) else {}
     found = {"context_tokens": settings.get("n_ctx"), "slots": props.get("total_slots") if settings else None}
@@ -123,7 +128,7 @@ def check_context(spec):
                   "the model was trained for less, or llama-server padded or cut the context")  # fmt: skip
 
 
-def check_completion(spec):
+def check_completion(spec: dict[str, Any]) -> dict[str, Any]:
     body = {"prompt": "Hello", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     status, answer = ask(spec["url"], "/v1/completions", first_key(spec), body, seconds=300.0)
     usage = answer.get("usage", {}) if isinstance(answer, dict) else {}
@@ -137,7 +142,7 @@ def check_completion(spec):
     )
 
 
-def check_gpus(spec):
+def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
     """Every planned GPU holds this process's memory: the silent fallback to the CPU is caught here."""
     if not spec["gpus"]:
         return None
@@ -157,13 +162,13 @@ def check_gpus(spec):
     return result("gpu memory", True, f"the planned memory on {names}", "held")
 
 
-def held_by(pid):
+def held_by(pid: int) -> dict[str, int | None] | str:
     """Bytes that the process holds by GPU UUID (None: NVML does not tell); a text where NVML fails."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        held = {}
+        held: dict[str, int | None] = {}
         for index in range(pynvml.nvmlDeviceGetCount()):
             device = pynvml.nvmlDeviceGetHandleByIndex(index)
             processes = pynvml.nvmlDeviceGetComputeRunningProcesses(device)
@@ -174,7 +179,7 @@ def held_by(pid):
         return f"NVML: {error}"
 
 
-def text(value):
+def text(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
@@ -182,7 +187,9 @@ CHECKS = (check_health, check_process, check_gpus, check_key, check_context, che
 START_CHECKS = (check_health, check_gpus)
 
 
-def check(spec, every=CHECKS):
+def check(
+    spec: dict[str, Any], every: Sequence[Callable[[dict[str, Any]], dict[str, Any] | None]] = CHECKS
+) -> dict[str, Any]:
     """The checks in order, up to the first that fails."""
     checks = []
     for one in every:
@@ -194,7 +201,7 @@ def check(spec, every=CHECKS):
     return {"ok": all(found["ok"] for found in checks), "checks": checks}
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     with open(argv[1]) as file:
         spec = json.load(file)["gate"]
     found = check(spec, CHECKS if argv[0] == "check" else START_CHECKS)

@@ -13,12 +13,15 @@ No file of the owner's is changed: sources go into files of our own, whose names
 it by itself, and an installation that would change the host's driver is refused.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
 
 import toolkits
 
@@ -42,11 +45,11 @@ class Failed(Exception):
     """The installation cannot go on; the text is for the operator."""
 
 
-def say(text):
+def say(text: str) -> None:
     print(text, flush=True)
 
 
-def install(spec, root="/"):
+def install(spec: dict[str, Any], root: str = "/") -> None:
     if spec["manager"] == "apt":
         if spec["components"]:
             enable_components(spec["components"], root)
@@ -63,7 +66,7 @@ def install(spec, root="/"):
     check(spec["nvcc"], root)
 
 
-def enable_components(components, root):
+def enable_components(components: list[str], root: str) -> None:
     """A source of our own for more components of the distribution's archive, from the host's mirrors."""
     own = archive_suites()
     wanted = " ".join(one for one in components if not any(one in enabled for enabled in own.values()))
@@ -79,7 +82,7 @@ def enable_components(components, root):
     say(f"enabled {wanted} in {COMPONENTS}")
 
 
-def archive_suites():
+def archive_suites() -> dict[tuple[str, str], set[str]]:
     """The distribution's own sources that apt has lists of: (URI, suite) to the set of components."""
     found = listed_suites()
     if not found:
@@ -88,17 +91,17 @@ def archive_suites():
     return found
 
 
-def listed_suites():
+def listed_suites() -> dict[tuple[str, str], set[str]]:
     wanted = ["$(ORIGIN)", "$(REPO_URI)", "$(RELEASE)", "$(COMPONENT)"]
     lines = output_of(["apt-get", "indextargets", "--format", "\t".join(wanted), "Created-By: Packages"])
-    found = {}
+    found: dict[tuple[str, str], set[str]] = {}
     for origin, uri, suite, component in (line.split("\t") for line in lines.splitlines() if line.count("\t") == 3):
         if origin in ("Debian", "Ubuntu"):
             found.setdefault((uri.rstrip("/"), suite), set()).add(component)
     return found
 
 
-def configured_sources(root):
+def configured_sources(root: str) -> list[dict[str, Any]]:
     """Every enabled binary source in /etc/apt: uri, suite, components, and options by their stanza names."""
     found = list(one_line_sources(read(toolkits.inside(root, "/etc/apt/sources.list"))))
     for path in listing(toolkits.inside(root, SOURCES)):
@@ -109,7 +112,7 @@ def configured_sources(root):
     return found
 
 
-def one_line_sources(text):
+def one_line_sources(text: str) -> Iterator[dict[str, Any]]:
     """`deb [option=value ...] URI SUITE COMPONENT...`, see sources.list(5)."""
     for line in text.splitlines():
         match = re.match(r"\s*deb\s+(?:\[([^]]*)\]\s+)?(\S+)\s+(\S+)([^#]*)", line)
@@ -120,10 +123,11 @@ def one_line_sources(text):
                                for name, value in options}}  # fmt: skip
 
 
-def deb822_sources(text):
+def deb822_sources(text: str) -> Iterator[dict[str, Any]]:
     """Stanzas of `Field: value`; a continued line keeps its indentation, so that a key stays a key."""
     for block in re.split(r"\n[ \t]*\n", text):
-        fields, name = {}, ""
+        fields: dict[str, str] = {}
+        name = ""
         for line in block.splitlines():
             if line.startswith((" ", "\t")) and name:
                 fields[name] += "\n" + line
@@ -139,13 +143,13 @@ def deb822_sources(text):
                         for uri in uris for suite in suites)  # fmt: skip
 
 
-def stanza_for(entry, components):
+def stanza_for(entry: dict[str, Any], components: str) -> str:
     lines = ["Types: deb", f"URIs: {entry['uri']}", f"Suites: {entry['suite']}", f"Components: {components}"]
     lines += [f"{name}: {value}".replace(": \n", ":\n") for name, value in entry["options"].items()]
     return "\n".join(lines) + "\n"
 
 
-def add_apt_repository(url, key_package, root):
+def add_apt_repository(url: str, key_package: str, root: str) -> None:
     """NVIDIA's repository with its key, at a priority below the distribution's.
 
     Its own cuda-keyring package would put everything in it, drivers included, above the distribution's
@@ -168,7 +172,7 @@ def add_apt_repository(url, key_package, root):
     say(f"added the repository {url} in {ours}")
 
 
-def add_dnf_repository(name, url, repo_file, root):
+def add_dnf_repository(name: str, url: str, repo_file: str, root: str) -> None:
     """NVIDIA's repository, its drivers left out."""
     path = f"/etc/yum.repos.d/llamafleet-cuda-{name}.repo"
     folder = toolkits.inside(root, "/etc/yum.repos.d")
@@ -185,7 +189,7 @@ def add_dnf_repository(name, url, repo_file, root):
     say(f"added the repository {url} in {path}")
 
 
-def refuse_driver_change(packages, root):
+def refuse_driver_change(packages: list[str], root: str) -> None:
     """Raise where the packages would bring another driver to a host that has one."""
     if not os.path.exists(toolkits.inside(root, "/proc/driver/nvidia/version")):
         return
@@ -199,7 +203,7 @@ def refuse_driver_change(packages, root):
         )
 
 
-def check(nvcc, root):
+def check(nvcc: str, root: str) -> None:
     """Raise unless the toolkit is now there and whole."""
     found = [one for one in toolkits.find(root) if one["nvcc"] == nvcc]
     if not found:
@@ -211,11 +215,11 @@ def check(nvcc, root):
     say(f"CUDA {found[0]['version']} is at {found[0]['path']}")
 
 
-def listing(folder):
+def listing(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in sorted(os.listdir(folder))] if os.path.isdir(folder) else []
 
 
-def read(path):
+def read(path: str) -> str:
     try:
         with open(path, errors="replace") as file:
             return file.read()
@@ -223,7 +227,7 @@ def read(path):
         return ""
 
 
-def write(path, content, root):
+def write(path: str, content: str | bytes, root: str) -> None:
     """The file, whole or not at all, readable by everyone, as apt's own user must."""
     path = toolkits.inside(root, path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -235,12 +239,13 @@ def write(path, content, root):
     os.replace(new, path)
 
 
-def run(command, failure):
+def run(command: list[str], failure: str) -> None:
     """Run a command with its output among our progress lines; `Failed` with what it said at the end."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
-    last = []
+    last: list[str] = []
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           env=environment, text=True, errors="replace") as process:  # fmt: skip
+        assert process.stdout is not None
         for line in process.stdout:
             say(line.rstrip())
             last = [*last[-4:], line.strip()]
@@ -248,13 +253,13 @@ def run(command, failure):
         raise Failed(f"{failure} (exit code {process.returncode}): {' | '.join(line for line in last if line)}")
 
 
-def output_of(command):
+def output_of(command: list[str]) -> str:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                           env={**os.environ, "LC_ALL": "C.UTF-8"}, text=True)  # fmt: skip
     return done.stdout
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     with open(argv[0]) as file:
         spec = json.load(file)
     try:

@@ -7,12 +7,15 @@ object: {"state": "running" | "ended" | "absent", "exit_code": int | null, "line
 the log, "tail": [lines]}. Root, systemd and the standard library are all it needs.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
 import subprocess
 import sys
 import time
+from typing import Any
 
 JOBS = "/var/lib/llamafleet/jobs"
 TAIL_LINES = 40
@@ -20,19 +23,19 @@ TAIL_LINES = 40
 TELL_SECONDS = 10.0
 
 
-def unit_of(name):
+def unit_of(name: str) -> str:
     return f"llamafleet-job-{name}.service"
 
 
-def log_of(name):
+def log_of(name: str) -> str:
     return os.path.join(JOBS, f"{name}.log")
 
 
-def exit_code_file(name):
+def exit_code_file(name: str) -> str:
     return os.path.join(JOBS, f"{name}.exit")
 
 
-def is_running(name):
+def is_running(name: str) -> bool:
     shown = subprocess.run(
         ["systemctl", "show", "--property=ActiveState", "--value", unit_of(name)],
         stdout=subprocess.PIPE, check=True, text=True,
@@ -40,7 +43,7 @@ def is_running(name):
     return shown.stdout.strip() in ("active", "activating", "deactivating", "reloading")
 
 
-def start(name, command):
+def start(name: str, command: list[str]) -> dict[str, Any]:
     """Start the job, or attach to the one that runs; returns what `look` says."""
     os.makedirs(JOBS, mode=0o750, exist_ok=True)
     if not is_running(name):
@@ -60,7 +63,7 @@ def start(name, command):
     return look(name)
 
 
-def look(name):
+def look(name: str) -> dict[str, Any]:
     """The job as it is now."""
     running = is_running(name)
     code = None
@@ -72,7 +75,7 @@ def look(name):
     return {"state": state, "exit_code": code, "line": tail[-1] if tail else "", "tail": tail}
 
 
-def tail_of(path):
+def tail_of(path: str) -> list[str]:
     """The last lines of a log, progress that was overwritten by a carriage return left out."""
     if not os.path.exists(path):
         return []
@@ -83,7 +86,7 @@ def tail_of(path):
     return [line for line in lines if line][-TAIL_LINES:]
 
 
-def follow(name, seen, seconds):
+def follow(name: str, seen: str, seconds: float) -> dict[str, Any]:
     """Wait until there is something to tell."""
     deadline = time.monotonic() + seconds
     while True:
@@ -95,7 +98,7 @@ def follow(name, seen, seconds):
         time.sleep(0.5)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Run long work that outlives the connection.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     starting = verbs.add_parser("start")

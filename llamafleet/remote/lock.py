@@ -7,18 +7,21 @@ was last refreshed. A holder that has not refreshed for LEASE_SECONDS has lost t
 `--over RUN` takes it from a run that the operator's machine knows to be dead.
 """
 
+from __future__ import annotations
+
 import argparse
 import fcntl
 import json
 import os
 import sys
 import time
+from typing import Any
 
 PATH = "/run/llamafleet/lock.json"
 LEASE_SECONDS = 900  # longer than the longest step that does not refresh: an apt-get install
 
 
-def read(path=PATH):
+def read(path: str = PATH) -> dict[str, Any] | None:
     """The holder with its `age_seconds`, or None where nobody holds the lock."""
     try:
         with open(path) as file:
@@ -31,7 +34,7 @@ def read(path=PATH):
     return holder if holder["age_seconds"] < LEASE_SECONDS else None
 
 
-def take(holder, over=None, path=PATH):
+def take(holder: dict[str, Any], over: str | None = None, path: str = PATH) -> dict[str, Any] | None:
     """None, or the other holder."""
     other = read(path)
     if other and other["run"] not in (holder["run"], over):
@@ -42,7 +45,8 @@ def take(holder, over=None, path=PATH):
     return None
 
 
-def refresh(run, path=PATH):
+def refresh(run: str, path: str = PATH) -> dict[str, Any] | None:
+    """None, or who holds the lock instead; nobody may, where it was lost."""
     other = read(path)
     if other and other["run"] == run:
         os.utime(path)
@@ -50,13 +54,13 @@ def refresh(run, path=PATH):
     return other or {"run": None, "who": "nobody: the lock was lost", "age_seconds": 0.0}
 
 
-def release(run, path=PATH):
+def release(run: str, path: str = PATH) -> None:
     other = read(path)
     if other and other["run"] == run:
         os.unlink(path)
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description="The host's lock.")
     parser.add_argument("verb", choices=("take", "refresh", "release"))
     parser.add_argument("what")
@@ -65,10 +69,13 @@ def main(argv):
     os.makedirs(os.path.dirname(PATH), mode=0o755, exist_ok=True)
     with open(PATH + ".guard", "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
+        other = None
         if asked.verb == "take":
             other = take(json.loads(asked.what), asked.over)
+        elif asked.verb == "refresh":
+            other = refresh(asked.what)
         else:
-            other = refresh(asked.what) if asked.verb == "refresh" else release(asked.what)
+            release(asked.what)
     if other:
         print(json.dumps(other))
         return 1

@@ -1,7 +1,7 @@
 """Look at this host and print what it is as one JSON object, the machine file (schema 1).
 
 Contract: runs on the host with any Python >= 3.8, as any user, with the standard library, psutil, and
-beside it `probe_gpus.py`; imports nothing of ours. Reads only, leaves nothing behind. Prints exactly one
+beside it `probe_files.py` and `probe_gpus.py`; imports nothing else of ours. Reads only, leaves nothing behind. Prints exactly one
 JSON object on stdout and exits 0: what is odd about the host is text in `problems`, never a crash.
 Exit 2 is bad usage.
 
@@ -23,6 +23,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
+
+from probe_files import number, read
 
 VENDORS = {"0x10de": "nvidia", "0x1002": "amd", "0x8086": "intel"}
 CPU_FLAGS = re.compile(
@@ -86,20 +88,6 @@ def psutil() -> Any:
     module: Any = importlib.import_module("psutil")
     module.PROCFS_PATH = str(at("/proc"))
     return module
-
-
-def read(path: Path | str, default: str = "") -> str:
-    """A small file's text without surrounding space; `default` where it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return default
-
-
-def number(path: Path | str) -> int | None:
-    """A file that holds one decimal number; None where it does not."""
-    text = read(path)
-    return int(text) if text.isdigit() else None
 
 
 # --- system ----------------------------------------------------------------------------------

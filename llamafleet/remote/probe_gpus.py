@@ -1,7 +1,7 @@
 """Ask the drivers of this host about its GPUs, and print one JSON object.
 
 Contract: runs on the host with any Python >= 3.8, the standard library, psutil and pynvml
-(nvidia-ml-py); imports nothing of ours. Reads only. A part of `probe.py`, and a program of its own
+(nvidia-ml-py), and `probe_files.py` beside it; imports nothing else of ours. Reads only. A part of `probe.py`, and a program of its own
 because a driver can hang for ever on a sick GPU: the probe runs it with a deadline. Prints
 
     {"gpus": [...], "driver": {"nvidia": "580.159.04", "cuda": "13.0"}, "problems": [...],
@@ -22,6 +22,8 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any, Callable  # the contract is Python 3.8, whose own Callable is typing's
+
+from probe_files import number, read
 
 # Memory held by these units is our own and must not shrink the next plan.
 OUR_UNITS = re.compile(r"/(llama-server-[^/]+\.service|llamafleet-[^/]+\.(service|scope))(/|$)", re.M)
@@ -57,20 +59,6 @@ def main() -> int:
 def at(path: str) -> Path:
     """An absolute path, below --root."""
     return ROOT / path.lstrip("/")
-
-
-def read(path: Path | str, default: str = "") -> str:
-    """A small file's text without surrounding space; `default` where it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return default
-
-
-def number(path: Path | str) -> int | None:
-    """A file that holds one decimal number; None where it does not."""
-    text = read(path)
-    return int(text) if text.isdigit() else None
 
 
 def is_ours(pid: int | str) -> bool:

@@ -5,16 +5,19 @@ but the KEEP newest other releases; never one that a unit names or a process run
 was removed. Standard library only.
 """
 
+from __future__ import annotations
+
 import os
 import shutil
 import sys
+from typing import Iterator  # the contract is Python 3.8, whose own Iterator is typing's
 
 OPT = "/opt/llamafleet"
 UNITS = "/etc/systemd/system"
 GOOD = "/var/lib/llamafleet/good"
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     key, keep = argv[0], int(argv[1])
     if not os.path.exists(f"{OPT}/releases/{key}/release.json"):
         print(f"error: {OPT}/releases/{key} is not a complete release", file=sys.stderr)
@@ -36,12 +39,12 @@ def main(argv):
     return 0
 
 
-def is_used(key):
+def is_used(key: str) -> bool:
     """Does a unit, one kept to go back to, or a running process need this release?"""
     return any(key in text for text in unit_texts()) or any(f"/releases/{key}/" in exe for exe in running())
 
 
-def unit_texts():
+def unit_texts() -> Iterator[str]:
     for folder, _, names in [(UNITS, None, os.listdir(UNITS)), *os.walk(GOOD)]:
         for name in names:
             if name.startswith("llama-server-") and name.endswith(".service"):
@@ -49,7 +52,7 @@ def unit_texts():
                     yield file.read()
 
 
-def running():
+def running() -> Iterator[str]:
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             yield os.readlink(f"/proc/{pid}/exe")

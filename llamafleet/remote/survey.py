@@ -6,6 +6,8 @@ output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library
 siblings probe.py, toolkits.py and lock.py lie in the same folder.
 """
 
+from __future__ import annotations
+
 import grp
 import hashlib
 import json
@@ -13,6 +15,7 @@ import os
 import pwd
 import subprocess
 import sys
+from typing import Any
 
 OPT = "/opt/llamafleet"
 VAR = "/var/lib/llamafleet"
@@ -23,7 +26,7 @@ MADE_BY = "# Made by llamafleet"
 PREFIX, SUFFIX = "llama-server-", ".service"
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     import lock
     import probe
     import toolkits
@@ -51,7 +54,7 @@ def main(argv):
     print(json.dumps({"machine": machine, "found": found}))
 
 
-def has_user(name):
+def has_user(name: str) -> bool:
     try:
         pwd.getpwnam(name)
     except KeyError:
@@ -59,7 +62,7 @@ def has_user(name):
     return True
 
 
-def has_group(name):
+def has_group(name: str) -> bool:
     try:
         grp.getgrnam(name)
     except KeyError:
@@ -67,7 +70,7 @@ def has_group(name):
     return True
 
 
-def missing_packages(manager, names):
+def missing_packages(manager: str | None, names: list[str]) -> list[str]:
     """Those of the packages that are not fully installed."""
     if not names:
         return []
@@ -78,7 +81,7 @@ def missing_packages(manager, names):
     return [name for name in names if name not in installed]
 
 
-def output_of(command):
+def output_of(command: list[str]) -> str:
     """The command's stdout, whatever its exit status; empty where it cannot run."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30)
@@ -87,7 +90,7 @@ def output_of(command):
     return done.stdout.decode("utf-8", "replace")
 
 
-def link_name(path):
+def link_name(path: str) -> str | None:
     """The last part of where a link leads, or None."""
     try:
         return os.path.basename(os.readlink(path))
@@ -95,20 +98,20 @@ def link_name(path):
         return None
 
 
-def releases():
+def releases() -> dict[str, Any]:
     """Finished builds: key to their release.json."""
     return {key: record for key in listing(OPT + "/releases")
             if (record := read_json(f"{OPT}/releases/{key}/release.json"))}  # fmt: skip
 
 
-def listing(path):
+def listing(path: str) -> list[str]:
     try:
         return sorted(name for name in os.listdir(path) if not name.startswith("."))
     except OSError:
         return []
 
 
-def read_json(path):
+def read_json(path: str) -> Any:
     try:
         with open(path) as file:
             return json.load(file)
@@ -116,13 +119,13 @@ def read_json(path):
         return None
 
 
-def cached_builds(directory):
+def cached_builds(directory: str | None) -> list[str]:
     if not directory:
         return []
     return [name[: -len(".tar")] for name in listing(directory) if name.endswith(".tar")]
 
 
-def verified_models():
+def verified_models() -> dict[str, dict[str, Any]]:
     """Model files whose checksum was verified and that have not changed since, by path."""
     found = {}
     for folder in listing(VAR + "/models"):
@@ -136,17 +139,17 @@ def verified_models():
     return found
 
 
-def instances():
+def instances() -> dict[str, dict[str, Any]]:
     """Every installed instance by name: its files' hashes and what runs of it."""
     names = [unit[len(PREFIX) : -len(SUFFIX)] for unit in units() if is_ours(unit)]
     return {name: instance(name) for name in names}
 
 
-def units():
+def units() -> list[str]:
     return [name for name in listing(UNITS) if name.startswith(PREFIX) and name.endswith(SUFFIX)]
 
 
-def is_ours(unit):
+def is_ours(unit: str) -> bool:
     """Did we make this unit? Its first line says so; what others made is never touched."""
     try:
         with open(f"{UNITS}/{unit}") as file:
@@ -155,7 +158,7 @@ def is_ours(unit):
         return False
 
 
-def instance(name):
+def instance(name: str) -> dict[str, Any]:
     unit = PREFIX + name + SUFFIX
     shown = show(unit, "ActiveState", "SubState", "UnitFileState", "MainPID", "NRestarts", "DropInPaths",
                  "NeedDaemonReload")  # fmt: skip
@@ -176,12 +179,12 @@ def instance(name):
     }
 
 
-def show(unit, *properties):
+def show(unit: str, *properties: str) -> dict[str, str]:
     lines = output_of(["systemctl", "show", "--property=" + ",".join(properties), unit]).splitlines()
     return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
-def sha256_of(path):
+def sha256_of(path: str) -> str | None:
     try:
         with open(path, "rb") as file:
             return hashlib.sha256(file.read()).hexdigest()
@@ -189,7 +192,7 @@ def sha256_of(path):
         return None
 
 
-def argv_of(pid):
+def argv_of(pid: int) -> list[str]:
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             return file.read().decode("utf-8", "surrogateescape").split("\0")[:-1]
@@ -197,14 +200,14 @@ def argv_of(pid):
         return []
 
 
-def exe_of(pid):
+def exe_of(pid: int) -> str | None:
     try:
         return os.readlink(f"/proc/{pid}/exe")
     except OSError:
         return None
 
 
-def listeners():
+def listeners() -> list[dict[str, Any]]:
     """TCP ports that a process of this host listens on."""
     import psutil
 
@@ -217,7 +220,7 @@ def listeners():
     return found
 
 
-def process_name(pid):
+def process_name(pid: int) -> str | None:
     try:
         with open(f"/proc/{pid}/comm") as file:
             return file.read().strip()
@@ -225,7 +228,7 @@ def process_name(pid):
         return None
 
 
-def unit_of(pid):
+def unit_of(pid: int) -> str | None:
     """The systemd unit a process belongs to, from its cgroup; None outside any."""
     try:
         with open(f"/proc/{pid}/cgroup") as file:
@@ -236,7 +239,7 @@ def unit_of(pid):
     return services[-1] if services else None
 
 
-def device_classes():
+def device_classes() -> list[str]:
     """Character device classes of GPUs, as /proc/devices names them on this very driver."""
     try:
         with open("/proc/devices") as file:

@@ -8,6 +8,8 @@ with `error: `. Exit 0 done, 1 failed. Killed at any point it can simply be run 
 aside is the last set of files that passed the gate. Root, standard library only.
 """
 
+from __future__ import annotations
+
 import fcntl
 import json
 import os
@@ -26,11 +28,11 @@ class Failed(Exception):
     """The switch cannot go on; the text is for the operator."""
 
 
-def unit_of(name):
+def unit_of(name: str) -> str:
     return f"llama-server-{name}.service"
 
 
-def installed(name):
+def installed(name: str) -> dict[str, tuple[str, int]]:
     """Where the files of an instance are installed, with their modes."""
     return {
         unit_of(name): (f"{UNITS}/{unit_of(name)}", 0o644),
@@ -39,7 +41,7 @@ def installed(name):
     }
 
 
-def put(name, source):
+def put(name: str, source: str) -> None:
     """Install the files of a folder: each replaced as a whole, absent ones removed."""
     os.makedirs(f"{INSTANCES}/{name}", mode=0o755, exist_ok=True)
     for file, (target, mode) in installed(name).items():
@@ -52,7 +54,7 @@ def put(name, source):
     systemctl("daemon-reload")
 
 
-def keep(name):
+def keep(name: str) -> None:
     """Note the installed files as the last good ones: they have passed the gate."""
     shutil.rmtree(f"{GOOD}/{name}.new", ignore_errors=True)
     os.makedirs(f"{GOOD}/{name}.new", mode=0o700)
@@ -63,11 +65,11 @@ def keep(name):
     os.rename(f"{GOOD}/{name}.new", f"{GOOD}/{name}")
 
 
-def systemctl(*words):
+def systemctl(*words: str) -> None:
     subprocess.run(["systemctl", *words], check=True)
 
 
-def verify(name):
+def verify(name: str) -> None:
     """Raises Failed where systemd itself finds fault with the staged unit."""
     done = subprocess.run(
         ["systemd-analyze", "verify", "--recursive-errors=no", f"{STAGED}/{name}/{unit_of(name)}"],
@@ -77,7 +79,7 @@ def verify(name):
         raise Failed(f"systemd-analyze verify refuses the unit: {done.stdout.strip()}")
 
 
-def start_and_check(name):
+def start_and_check(name: str) -> str | None:
     """The gate's verdict after a restart: None, or what failed as text."""
     systemctl("enable", "--quiet", unit_of(name))
     # Fails where there is nothing to forget, which is as good.
@@ -101,7 +103,7 @@ def start_and_check(name):
     return f"{bad[0]['name']}: expected {bad[0]['expected']}, found {bad[0]['found']} ({bad[0]['hint']})"
 
 
-def journal(name):
+def journal(name: str) -> str:
     """The last lines that the unit logged, for the operator."""
     done = subprocess.run(
         ["journalctl", "--quiet", "--no-pager", "--output=cat", "--lines=15", "--unit", unit_of(name)],
@@ -110,7 +112,7 @@ def journal(name):
     return done.stdout.rstrip()
 
 
-def install(name):
+def install(name: str) -> None:
     try:
         print(f"checking the staged unit {unit_of(name)}", flush=True)
         verify(name)
@@ -126,7 +128,7 @@ def install(name):
     raise Failed(f"{unit_of(name)} did not pass the gate: {problem}; {go_back(name)}")
 
 
-def go_back(name):
+def go_back(name: str) -> str:
     """Restore the last good files; says what came of it."""
     if not os.path.isdir(f"{GOOD}/{name}"):
         systemctl("disable", "--quiet", "--now", unit_of(name))
@@ -138,7 +140,7 @@ def go_back(name):
     return f"the previous one was put back but does not serve either: {problem}"
 
 
-def remove(name):
+def remove(name: str) -> None:
     systemctl("disable", "--quiet", "--now", unit_of(name))
     for folder in (f"{INSTANCES}/{name}", f"{GOOD}/{name}", f"{STAGED}/{name}"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -146,7 +148,7 @@ def remove(name):
     systemctl("daemon-reload")
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     verb, name = argv
     os.makedirs("/run/llamafleet", exist_ok=True)
     try:

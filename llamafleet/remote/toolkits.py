@@ -14,6 +14,8 @@ tests; `extra` names further folders to look in. Run as a program with such fold
 prints the list as JSON. Changes nothing. Python 3.8, standard library.
 """
 
+from __future__ import annotations
+
 import glob
 import json
 import os
@@ -21,6 +23,7 @@ import re
 import shutil
 import subprocess
 import sys
+from typing import Any, Iterable  # the contract is Python 3.8, whose own Iterable is typing's
 
 # Where Debian's and Ubuntu's nvidia-cuda-toolkit keep the compiler; headers and libraries are in /usr.
 # It brings a gcc of its own choice and headers that fit the distribution's glibc.
@@ -31,12 +34,12 @@ SECONDS = 20  # for a compiler to tell its version
 CLASHES = (((2, 41), "cospi"), ((2, 42), "rsqrt"))
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     print(json.dumps(find(extra=argv)))
 
 
-def find(root="/", extra=()):
-    found = {}
+def find(root: str = "/", extra: Iterable[str] = ()) -> list[dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
     for nvcc in candidates(root, extra):
         real, home = resolve(nvcc, root)
         if home is None:
@@ -48,7 +51,7 @@ def find(root="/", extra=()):
     return [found[home] for home in sorted(found)]
 
 
-def candidates(root, extra):
+def candidates(root: str, extra: Iterable[str]) -> list[str]:
     """Paths of possible compilers, as seen on the host: without `root`."""
     patterns = ["/usr/local/cuda*/bin/nvcc", "/opt/cuda*/bin/nvcc", DISTRO + "/bin/nvcc", "/usr/bin/nvcc"]
     patterns += [glob.escape(folder.rstrip("/")) + "/bin/nvcc" for folder in extra]
@@ -58,15 +61,15 @@ def candidates(root, extra):
     return [outside(root, path) for path in paths if path and os.path.isfile(path)]
 
 
-def inside(root, path):
+def inside(root: str, path: str) -> str:
     return os.path.join(root, path.lstrip("/"))
 
 
-def outside(root, path):
+def outside(root: str, path: str) -> str:
     return "/" + os.path.relpath(path, root)
 
 
-def resolve(nvcc, root, depth=3):
+def resolve(nvcc: str, root: str, depth: int = 3) -> tuple[str, str | None]:
     """The compiler that a link or a wrapper script leads to, and its toolkit's folder; None: nowhere."""
     real = outside(os.path.realpath(root), os.path.realpath(inside(root, nvcc)))
     if os.path.basename(real) != "nvcc":
@@ -79,7 +82,7 @@ def resolve(nvcc, root, depth=3):
     return real, os.path.dirname(os.path.dirname(real))
 
 
-def wrapped(path):
+def wrapped(path: str) -> str | None:
     """The compiler that a wrapper script runs; None for a program."""
     with open(path, "rb") as file:
         start = file.read(4096)
@@ -87,7 +90,7 @@ def wrapped(path):
     return match.group(1).decode() if match else None
 
 
-def describe(home, nvcc, root):
+def describe(home: str, nvcc: str, root: str) -> dict[str, Any]:
     distro = home == "/usr"
     include = existing(root, [home + "/include", *targets(root, home, "include")])
     libraries = existing(root, [home + "/lib64", home + "/lib", *targets(root, home, "lib"), *multiarch(root, home)])
@@ -110,29 +113,29 @@ def describe(home, nvcc, root):
     }
 
 
-def targets(root, home, part):
+def targets(root: str, home: str, part: str) -> list[str]:
     return [outside(root, path) for path in sorted(glob.glob(inside(root, home) + "/targets/*-linux/" + part))]
 
 
-def multiarch(root, home):
+def multiarch(root: str, home: str) -> list[str]:
     return [outside(root, path) for path in sorted(glob.glob(inside(root, home) + "/lib/*-linux-gnu"))]
 
 
-def existing(root, folders):
+def existing(root: str, folders: list[str]) -> list[str]:
     return [inside(root, folder) for folder in folders if os.path.isdir(inside(root, folder))]
 
 
-def has(folders, name):
+def has(folders: list[str], name: str) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for folder in folders)
 
 
-def version(nvcc):
+def version(nvcc: str) -> str | None:
     """ "12.8", as the compiler tells it; None where it does not run."""
     match = re.search(r"release (\d+\.\d+)", output_of([nvcc, "--version"]))
     return match.group(1) if match else None
 
 
-def host_compiler(include):
+def host_compiler(include: list[str]) -> tuple[str | None, str | None, list[str]]:
     """Version of the default gcc, a g++ to use in its place, and why neither does."""
     default = gcc_version("gcc")
     limit = re.search(r"gcc versions later than (\d+) are not supported", text_of(include, "crt/host_config.h"))
@@ -146,12 +149,12 @@ def host_compiler(include):
     return default, None, ["it accepts gcc up to %s, the host has %s: install g++-%s" % (newest, default, newest)]
 
 
-def gcc_version(name):
+def gcc_version(name: str) -> str | None:
     told = output_of([name, "-dumpfullversion"]).strip()
     return told if re.match(r"\d+(\.\d+)*$", told) else None
 
 
-def clashes(include, glibc):
+def clashes(include: list[str], glibc: tuple[int, ...]) -> list[str]:
     """Functions that this glibc and the toolkit declare differently."""
     declared = text_of(include, "crt/math_functions.h")
     names = [
@@ -163,7 +166,7 @@ def clashes(include, glibc):
     return ["its headers clash with glibc %s over %s()" % (told, name) for name in names[:1]]
 
 
-def libc():
+def libc() -> tuple[int, ...]:
     """The C library's version as numbers; (0,) where it is not glibc."""
     try:
         told = os.confstr("CS_GNU_LIBC_VERSION").split()[1]
@@ -172,7 +175,7 @@ def libc():
         return (0,)
 
 
-def text_of(folders, name):
+def text_of(folders: list[str], name: str) -> str:
     for folder in folders:
         try:
             with open(os.path.join(folder, name), errors="replace") as file:
@@ -182,7 +185,7 @@ def text_of(folders, name):
     return ""
 
 
-def output_of(command):
+def output_of(command: list[str]) -> str:
     """The command's stdout; empty where it cannot run or fails."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=SECONDS)
