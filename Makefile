@@ -28,6 +28,8 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	cd llamafleet/remote && $(CURDIR)/$(BIN)/mypy --config-file= --cache-dir=$(CURDIR)/.mypy_cache/remote \
+	    --strict --explicit-package-bases --python-version 3.10 *.py
 
 sandbox-up: .venv/ready packages
 	mkdir -p .cache/builds

@@ -458,6 +458,6 @@ def test_this_machine_by_another_route():
         assert [gpu for gpu in found["gpus"] if gpu["vendor"] == "nvidia"] == []
 
 
-@pytest.mark.parametrize("name", ["probe.py", "probe_gpus.py"])
+@pytest.mark.parametrize("name", sorted(path.name for path in REMOTE.glob("*.py")))
 def test_python_3_8_can_parse_it(name):
     ast.parse((REMOTE / name).read_text(), feature_version=(3, 8))

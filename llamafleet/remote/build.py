@@ -96,7 +96,10 @@ def take_from_cache(spec: dict[str, Any]) -> bool:
     partial = fresh(f"{RELEASES}/.{spec['key']}.partial")
     with tarfile.open(archive) as tar:
         # The filter exists from 3.8.17/3.11.4 on; the archive is one of our own, checked above.
-        tar.extractall(partial, **({"filter": "tar"} if hasattr(tarfile, "tar_filter") else {}))
+        if hasattr(tarfile, "tar_filter"):
+            tar.extractall(partial, filter="tar")
+        else:
+            tar.extractall(partial)
     version_of(partial)
     give_name(spec, partial)
     return True

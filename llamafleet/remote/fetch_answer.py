@@ -17,7 +17,7 @@ from urllib.parse import urljoin
 
 from fetch_curl import MAX_HOPS, Answer, ask_head, has_token
 from fetch_log import say
-from fetch_spec import ADDRESS, NETWORK, NOT_ALLOWED, NOT_FOUND, Again, Failed, Spec, Wanted, shown
+from fetch_spec import NETWORK, NOT_ALLOWED, NOT_FOUND, Again, Failed, Spec, Wanted, is_address, shown
 
 MAX_WAIT_S = 300.0  # longest wait for a server's Retry-After, before the attempt is made (and counted) anyway
 # curl's exit codes that no repetition cures: bad address or option, TLS refused (curl(1), EXIT CODES).
@@ -66,8 +66,11 @@ def next_hop(url: str, answer: Answer) -> str | None:
     location = answer.headers.get("Location")
     if not 300 <= answer.status < 400 or not location:
         return None
-    target = urljoin(url, location)
-    if not ADDRESS.fullmatch(target) or (url.startswith("https:") and not target.startswith("https:")):
+    try:
+        target = urljoin(url, location)
+    except ValueError:  # such as a bracket that is not closed
+        target = location
+    if not is_address(target) or (url.startswith("https:") and not target.startswith("https:")):
         raise Failed(NETWORK, f"{shown(url)} redirects to {shown(target)}, which is not a safe address; not followed")
     return target
 

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 BAD_SPEC, NO_SPACE, MISMATCH, NOT_ALLOWED, NOT_FOUND, NETWORK, NOT_GGUF = 2, 3, 4, 5, 6, 7, 8
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,200}\.gguf")
@@ -68,6 +69,17 @@ class Spec:
         return self.directory / f"{wanted.name}.verified"
 
 
+def is_address(text: object) -> bool:
+    """May curl and `urlsplit` have it? The latter raises on a bad port or a bracket that is not closed."""
+    if not isinstance(text, str) or not ADDRESS.fullmatch(text):
+        return False
+    try:
+        urlsplit(text).port  # noqa: B018 -- reading it is the check: from 0 to 65535, or ValueError
+    except ValueError:
+        return False
+    return True
+
+
 def shown(url: str) -> str:
     """The address without its query, which may be a signature."""
     return url.split("?", 1)[0].split("#", 1)[0]
@@ -107,7 +119,7 @@ def check_scalars(data: dict[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value < (key == "attempts"):
             refuse(key, "a number, not negative (attempts: at least 1)", value)
     origin = data.get("token_origin", Spec.token_origin)
-    if not isinstance(origin, str) or not ADDRESS.fullmatch(origin):
+    if not is_address(origin):
         refuse("token_origin", "an origin such as https://huggingface.co", origin)
     owner, config = data.get("owner"), data.get("curl_config")
     try:
@@ -134,7 +146,7 @@ def read_file_entry(entry: object, path: str) -> Wanted:
     if not isinstance(urls, list) or not urls:
         refuse(f"{path}.urls", "a list of at least one address", urls)
     for url in urls:
-        if not isinstance(url, str) or not ADDRESS.fullmatch(url):
+        if not is_address(url):
             refuse(f"{path}.urls", "http(s) addresses without blanks, quotes or passwords", shown(str(url)))
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         refuse(f"{path}.size_bytes", "a count of bytes, or null", size)

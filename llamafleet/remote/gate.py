@@ -164,7 +164,7 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
 
 def held_by(pid: int) -> dict[str, int | None] | str:
     """Bytes that the process holds by GPU UUID (None: NVML does not tell); a text where NVML fails."""
-    import pynvml
+    import pynvml  # type: ignore[import-untyped]  # nvidia-ml-py ships no types
 
     try:
         pynvml.nvmlInit()

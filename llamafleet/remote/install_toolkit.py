@@ -156,7 +156,8 @@ def add_apt_repository(url: str, key_package: str, root: str) -> None:
     packages: the owner's next upgrade would change the driver.
     """
     ours = f"{SOURCES}/llamafleet-nvidia-cuda.sources"
-    if any(entry["uri"].rstrip("/").split("://")[-1] == url.split("://")[-1] for entry in configured_sources(root)):
+    address = url.rsplit("://", 1)[-1]
+    if any(entry["uri"].rstrip("/").rsplit("://", 1)[-1] == address for entry in configured_sources(root)):
         say(f"the repository {url} is already configured on this host")
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -82,7 +82,8 @@ def tail_of(path: str) -> list[str]:
     with open(path, "rb") as file:
         file.seek(max(0, os.path.getsize(path) - 16384))
         text = file.read().decode("utf-8", "replace")
-    lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.splitlines()]
+    # Not splitlines(), which takes a carriage return for the end of a line as well.
+    lines = [line.rstrip().rsplit("\r", 1)[-1] for line in text.split("\n")]
     return [line for line in lines if line][-TAIL_LINES:]
 
 

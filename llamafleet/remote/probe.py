@@ -1,9 +1,9 @@
 """Look at this host and print what it is as one JSON object, the machine file (schema 1).
 
 Contract: runs on the host with any Python >= 3.8, as any user, with the standard library, psutil, and
-beside it `probe_files.py` and `probe_gpus.py`; imports nothing else of ours. Reads only, leaves nothing behind. Prints exactly one
-JSON object on stdout and exits 0: what is odd about the host is text in `problems`, never a crash.
-Exit 2 is bad usage.
+beside it `probe_files.py` and `probe_gpus.py`; imports nothing else of ours. Reads only, leaves
+nothing behind. Prints exactly one JSON object on stdout and exits 0: what is odd about the host is text
+in `problems`, never a crash. Exit 2 is bad usage.
 
     probe.py [--paths PATH...] [--driver-seconds 20] [--root DIR]
 """

@@ -1,8 +1,9 @@
 """Ask the drivers of this host about its GPUs, and print one JSON object.
 
 Contract: runs on the host with any Python >= 3.8, the standard library, psutil and pynvml
-(nvidia-ml-py), and `probe_files.py` beside it; imports nothing else of ours. Reads only. A part of `probe.py`, and a program of its own
-because a driver can hang for ever on a sick GPU: the probe runs it with a deadline. Prints
+(nvidia-ml-py), and `probe_files.py` beside it; imports nothing else of ours. Reads only.
+A part of `probe.py`, and a program of its own because a driver can hang for ever on a sick GPU: the probe
+runs it with a deadline. Prints
 
     {"gpus": [...], "driver": {"nvidia": "580.159.04", "cuda": "13.0"}, "problems": [...],
      "no_nvml": null | "why NVML is not there at all, which is right for a host without NVIDIA's GPUs"}

@@ -132,9 +132,9 @@ def verified_models() -> dict[str, dict[str, Any]]:
         for name in listing(f"{VAR}/models/{folder}"):
             path = f"{VAR}/models/{folder}/{name}"
             record = read_json(path + ".verified") if name.endswith(".gguf") else None
-            if record and (os.stat(path).st_size, os.stat(path).st_mtime_ns) == (
-                record["size_bytes"], record["mtime_ns"],
-            ):  # fmt: skip
+            if not isinstance(record, dict) or not {"size_bytes", "mtime_ns", "sha256"} <= record.keys():
+                continue  # of another program, or damaged: the file is verified again
+            if (os.stat(path).st_size, os.stat(path).st_mtime_ns) == (record["size_bytes"], record["mtime_ns"]):
                 found[path] = {"size_bytes": record["size_bytes"], "sha256": record["sha256"]}
     return found
 
@@ -213,7 +213,7 @@ def listeners() -> list[dict[str, Any]]:
 
     found = []
     for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN:
+        if connection.status == psutil.CONN_LISTEN and connection.laddr:
             pid = connection.pid or 0
             found.append({"address": connection.laddr.ip, "port": connection.laddr.port, "pid": pid,
                           "process": process_name(pid), "unit": unit_of(pid)})  # fmt: skip

@@ -57,7 +57,7 @@ def candidates(root: str, extra: Iterable[str]) -> list[str]:
     patterns += [glob.escape(folder.rstrip("/")) + "/bin/nvcc" for folder in extra]
     paths = [path for pattern in patterns for path in sorted(glob.glob(inside(root, pattern)))]
     if root == "/":
-        paths.append(shutil.which("nvcc"))
+        paths.append(shutil.which("nvcc") or "")
     return [outside(root, path) for path in paths if path and os.path.isfile(path)]
 
 
@@ -169,7 +169,7 @@ def clashes(include: list[str], glibc: tuple[int, ...]) -> list[str]:
 def libc() -> tuple[int, ...]:
     """The C library's version as numbers; (0,) where it is not glibc."""
     try:
-        told = os.confstr("CS_GNU_LIBC_VERSION").split()[1]
+        told = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()[1]
         return tuple(int(part) for part in told.split("."))
     except (AttributeError, IndexError, ValueError, OSError):
         return (0,)

@@ -77,6 +77,7 @@ def test_killed_in_mid_build_the_build_goes_on_and_the_next_run_ends_green(inven
     story["inventory"] = written
     # What was forecast is what was done, by both runs together.
     for host in pair:
+        assert set(run.changed(host.name)) <= set(story["forecast"][host.name])
         missing = set(story["forecast"][host.name]) - set(run.changed(host.name))
         # Done by the run that was killed, which could not report it.
         first = ("helpers", "user llamafleet", "Install packages", "Check out")

@@ -1,0 +1,280 @@
+"""The gate: what it calls good, against a small HTTP server in llama-server's place."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import sys
+import threading
+import types
+
+import pytest
+
+from llamafleet.remote import gate
+
+GPU = {"uuid": "GPU-1", "name": "RTX 4090", "planned_bytes": 8 << 30}
+KEY = "the-key"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers each path with its (status, object), the last one for ever; asks for `key` where there is one."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.key, self.answers, self.asked = None, {}, []
+
+    def answer(self, path, *answers):
+        self.answers[path] = list(answers)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.asked.append((self.path, json.loads(body or "null")))
+        answers = self.server.answers[self.path]
+        status, told = answers.pop(0) if len(answers) > 1 else answers[0]
+        if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
+            status, told = 401, {"error": "Invalid API Key"}
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(told.encode() if isinstance(told, str) else json.dumps(told).encode())
+
+    do_POST = do_GET
+
+
+@pytest.fixture
+def server():
+    one = Server()
+    thread = threading.Thread(target=one.serve_forever, args=(0.05,))
+    thread.start()
+    yield one
+    one.shutdown()
+    thread.join()
+    one.server_close()
+
+
+@pytest.fixture
+def spec(server, monkeypatch):
+    monkeypatch.setattr(gate, "unit_state", lambda unit: "active/running")
+    monkeypatch.setattr(gate, "main_pid", lambda unit: 42)
+    return {"unit": "llama-server-chat.service", "argv": [], "url": server.url, "api_keys": None,
+            "health_seconds": 5.0, "context_tokens": 8192, "slots": 4, "gpus": [GPU]}  # fmt: skip
+
+
+@pytest.fixture
+def keyed(spec, server, tmp_path):
+    """A server that wants a key, and the file with it."""
+    (tmp_path / "api-keys").write_text(f"{KEY}\nanother\n")
+    server.key = KEY
+    return {**spec, "api_keys": str(tmp_path / "api-keys")}
+
+
+# --- the unit -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "alive"),
+    [
+        ("active/running", True),
+        ("activating/start-post", True),
+        ("activating/auto-restart", False),
+        ("failed/failed", False),
+        ("inactive/dead", False),
+        ("deactivating/stop-sigterm", False),
+        ("None/None", False),
+    ],
+)
+def test_a_unit_that_has_failed_once_is_not_alive(state, alive):
+    assert gate.is_alive(state) is alive
+
+
+def test_process_runs_with_the_planned_arguments(spec, monkeypatch):
+    monkeypatch.setattr(gate, "main_pid", lambda unit: "self")
+    with open("/proc/self/cmdline", "rb") as file:
+        argv = file.read().decode("utf-8", "surrogateescape").split("\0")[:-1]
+    assert gate.check_process({**spec, "argv": argv})["ok"] is True
+    found = gate.check_process({**spec, "argv": [*argv, "--ctx-size"]})
+    assert (found["ok"], found["found"]) == (False, argv)
+
+
+def test_no_process(spec, monkeypatch):
+    monkeypatch.setattr(gate, "main_pid", lambda unit: 0)
+    assert gate.check_process({**spec, "argv": ["llama-server"]})["ok"] is False
+
+
+# --- health -------------------------------------------------------------------------------------
+
+
+def test_health_is_waited_for_while_the_model_loads(spec, server):
+    server.answer("/health", (503, {"error": "Loading model"}), (503, {}), (200, {"status": "ok"}))
+    assert gate.check_health(spec)["ok"] is True
+    assert len(server.asked) == 3
+
+
+def test_health_is_not_waited_for_once_the_process_is_gone(spec, server, monkeypatch):
+    monkeypatch.setattr(gate, "unit_state", lambda unit: "activating/auto-restart")
+    server.answer("/health", (503, {}))
+    found = gate.check_health({**spec, "health_seconds": 600.0})
+    assert (found["ok"], found["found"]) == (False, "503, unit activating/auto-restart")
+    assert "journal" in found["hint"] and len(server.asked) == 1
+
+
+def test_health_deadline(spec, server):
+    server.answer("/health", (503, {}))
+    found = gate.check_health({**spec, "health_seconds": 0.3})
+    assert found["ok"] is False and "longer than the deadline" in found["hint"]
+
+
+def test_nobody_answers(spec):
+    found = gate.check_health({**spec, "url": "http://127.0.0.1:1", "health_seconds": 0.0})
+    assert found["found"] == "no answer, unit active/running"
+
+
+def test_a_proxy_of_the_environment_is_not_asked(spec, server, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    server.answer("/health", (200, {}))
+    assert gate.check_health({**spec, "health_seconds": 0.0})["ok"] is True
+
+
+# --- GPUs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("held", "ok", "found"),
+    [
+        ({"GPU-1": 9 << 30}, True, "held"),
+        ({"GPU-1": 4 << 30}, True, "held"),  # half of the plan is enough
+        ({"GPU-1": (4 << 30) - 1}, False, "4095 MiB on RTX 4090 (GPU-1)"),
+        ({"GPU-1": 0}, False, "0 MiB on RTX 4090 (GPU-1)"),
+        ({"GPU-2": 9 << 30}, False, "0 MiB on RTX 4090 (GPU-1)"),
+        ({"GPU-1": None}, True, "held"),  # NVML does not tell, which is no proof of a fault
+        ("NVML: Driver Not Loaded", False, "NVML: Driver Not Loaded"),
+    ],
+)
+def test_the_planned_gpu_holds_the_process(spec, monkeypatch, held, ok, found):
+    monkeypatch.setattr(gate, "held_by", lambda pid: held)
+    told = gate.check_gpus(spec)
+    assert (told["ok"], told["found"]) == (ok, found)
+
+
+def test_every_planned_gpu_is_looked_at(spec, monkeypatch):
+    other = {**GPU, "uuid": "GPU-2", "name": "RTX 3090"}
+    monkeypatch.setattr(gate, "held_by", lambda pid: {"GPU-1": None, "GPU-2": 0})
+    found = gate.check_gpus({**spec, "gpus": [GPU, other]})
+    assert found["ok"] is False and "RTX 3090" in found["found"]
+
+
+def test_a_plan_without_gpus_asks_no_driver(spec, monkeypatch):
+    monkeypatch.setattr(gate, "held_by", lambda pid: pytest.fail("NVML was asked"))
+    assert gate.check_gpus({**spec, "gpus": []}) is None
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    """pynvml with two GPUs: process 42 on the first, another's on the second."""
+    module = types.ModuleType("pynvml")
+    process = types.SimpleNamespace
+    processes = [[process(pid=7, usedGpuMemory=1), process(pid=42, usedGpuMemory=5)], [process(pid=7, usedGpuMemory=3)]]
+    module.NVMLError = type("NVMLError", (Exception,), {})
+    module.nvmlInit = lambda: None
+    module.nvmlDeviceGetCount = lambda: len(processes)
+    module.nvmlDeviceGetHandleByIndex = lambda index: index
+    module.nvmlDeviceGetComputeRunningProcesses = lambda handle: processes[handle]
+    module.nvmlDeviceGetUUID = lambda handle: b"GPU-1" if handle == 0 else "GPU-2"
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+    return module
+
+
+def test_memory_is_told_by_gpu_for_this_process_only(nvml):
+    assert gate.held_by(42) == {"GPU-1": 5, "GPU-2": 0}
+
+
+def test_a_driver_that_fails_is_told_in_words(nvml):
+    def fail():
+        raise nvml.NVMLError("Driver Not Loaded")
+
+    nvml.nvmlInit = fail
+    assert gate.held_by(42) == "NVML: Driver Not Loaded"
+
+
+# --- what it serves -----------------------------------------------------------------------------
+
+
+def test_without_a_key_nobody_gets_in(keyed, server):
+    server.answer("/v1/completions", (200, {}))
+    assert gate.check_key(keyed)["ok"] is True
+    server.key = None  # as llama-server does with an empty key file
+    found = gate.check_key(keyed)
+    assert (found["ok"], found["found"]) == (False, 200)
+
+
+def test_without_keys_there_is_nothing_to_refuse(spec):
+    assert gate.check_key(spec) is None
+
+
+def props(context, slots):
+    return {"default_generation_settings": {"n_ctx": context}, "total_slots": slots}
+
+
+@pytest.mark.parametrize(("context", "slots", "ok"), [(8192, 4, True), (4096, 4, False), (8192, 1, False)])
+def test_context_is_the_planned_one(keyed, server, context, slots, ok):
+    server.answer("/props", (200, props(context, slots)))
+    found = gate.check_context(keyed)  # its key is needed here too
+    assert (found["ok"], found["found"]) == (ok, {"context_tokens": context, "slots": slots})
+
+
+@pytest.mark.parametrize("answer", [(500, "<html>"), (200, "[]"), (404, {"error": "no"})])
+def test_no_props_is_told_by_status(spec, server, answer):
+    server.answer("/props", answer)
+    found = gate.check_context(spec)
+    assert (found["ok"], found["found"]) == (False, f"status {answer[0]}")
+
+
+@pytest.mark.parametrize(
+    ("answer", "ok", "found"),
+    [
+        ((200, {"usage": {"completion_tokens": 8}}), True, "200 and 8 tokens"),
+        ((200, {"usage": {"completion_tokens": 3}}), False, "200 and 3 tokens"),
+        ((200, "not JSON"), False, "200 and 0 tokens"),
+        ((500, {"error": "out of memory"}), False, "500 and 0 tokens"),
+    ],
+)
+def test_a_completion_has_the_tokens_that_were_asked_for(keyed, server, answer, ok, found):
+    server.answer("/v1/completions", answer)
+    told = gate.check_completion(keyed)
+    assert (told["ok"], told["found"]) == (ok, found)
+    assert server.asked[-1][1]["max_tokens"] == 8
+    assert "out of memory" not in str(answer) or "out of memory" in told["hint"]
+
+
+def test_a_wrong_key_serves_nobody(keyed, server):
+    server.answer("/v1/completions", (200, {"usage": {"completion_tokens": 8}}))
+    server.key = "another"
+    assert gate.check_completion(keyed)["found"] == "401 and 0 tokens"
+
+
+# --- all of it ----------------------------------------------------------------------------------
+
+
+def test_checks_stop_at_the_first_that_fails(spec):
+    good, bad = gate.result("one", True, 1, 1), gate.result("two", False, 1, 2)
+    never = pytest.fail
+    found = gate.check(spec, [lambda spec: good, lambda spec: None, lambda spec: bad, lambda spec: never("asked")])
+    assert found == {"ok": False, "checks": [good, bad]}
+    assert gate.check(spec, [lambda spec: None, lambda spec: good]) == {"ok": True, "checks": [good]}
+
+
+@pytest.mark.parametrize(("held", "code"), [({"GPU-1": 9 << 30}, 0), ({"GPU-1": 0}, 1)])
+def test_start_post_asks_health_and_gpus_and_tells_the_journal(spec, server, tmp_path, monkeypatch, capsys, held, code):
+    server.answer("/health", (200, {}))
+    monkeypatch.setattr(gate, "held_by", lambda pid: held)
+    (tmp_path / "plan.json").write_text(json.dumps({"gate": spec}))
+    assert gate.main(["start", str(tmp_path / "plan.json")]) == code
+    told = capsys.readouterr()
+    assert told.out == "" and ("gpu memory" in told.err) is bool(code)
+    assert [path for path, _ in server.asked] == ["/health"]

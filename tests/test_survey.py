@@ -1,0 +1,104 @@
+"""What the survey says is ours, missing, or verified."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from llamafleet.remote import survey
+
+
+@pytest.mark.parametrize(
+    ("content", "ours"),
+    [
+        (b"# Made by llamafleet; changes are lost\n[Unit]\n", True),
+        (b"[Unit]\n# Made by llamafleet\n", False),  # quoted further down by somebody else's
+        (b"[Unit]\nDescription=llama-server\n", False),
+        (b"", False),
+        (b"\xff\xfe\n", False),
+    ],
+)
+def test_a_unit_is_ours_by_its_first_line(tmp_path, monkeypatch, content, ours):
+    monkeypatch.setattr(survey, "UNITS", str(tmp_path))
+    (tmp_path / "llama-server-chat.service").write_bytes(content)
+    assert survey.is_ours("llama-server-chat.service") is ours
+
+
+def test_a_dangling_link_is_not_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(survey, "UNITS", str(tmp_path))
+    (tmp_path / "llama-server-chat.service").symlink_to(tmp_path / "nowhere")
+    assert survey.is_ours("llama-server-chat.service") is False
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """Puts a program that prints a text, and notes its arguments, first on PATH."""
+
+    def put(name, text, code=0):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        (tmp_path / "told").write_text(text)
+        program.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\ncat {tmp_path}/told\nexit {code}\n')
+        program.chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    return put
+
+
+def test_packages_that_are_unknown_or_removed_are_missing(stub):
+    told = "git installed\ncurl config-files\ncmake half-configured\n"
+    stub("dpkg-query", told, code=1)  # as it exits when one of the names is unknown
+    assert survey.missing_packages("apt", ["git", "curl", "cmake", "ninja-build"]) == ["curl", "cmake", "ninja-build"]
+
+
+def test_rpm_is_asked_on_fedora(stub):
+    stub("rpm", "git installed\npackage ninja-build is not installed\n", code=1)
+    assert survey.missing_packages("dnf", ["git", "ninja-build"]) == ["ninja-build"]
+
+
+def test_nothing_wanted_asks_nobody(stub, tmp_path):
+    stub("dpkg-query", "")
+    assert survey.missing_packages("apt", []) == []
+    assert not (tmp_path / "calls").exists()
+
+
+def test_without_a_package_manager_everything_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert survey.missing_packages("apt", ["git"]) == ["git"]
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.setattr(survey, "VAR", str(tmp_path))
+    path = tmp_path / "models" / "m-0123" / "x.gguf"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"GGUF")
+    record = {"size_bytes": 4, "mtime_ns": path.stat().st_mtime_ns, "sha256": "ab"}
+    (path.parent / "x.gguf.verified").write_text(json.dumps(record))
+    return path
+
+
+def test_a_verified_model_is_told_with_its_checksum(model):
+    assert survey.verified_models() == {str(model): {"size_bytes": 4, "sha256": "ab"}}
+
+
+def test_a_model_changed_since_is_not_verified(model):
+    os.utime(model, ns=(0, 0))
+    assert survey.verified_models() == {}
+
+
+def test_a_model_that_grew_is_not_verified(model):
+    before = model.stat().st_mtime_ns
+    model.write_bytes(b"GGUF!")
+    os.utime(model, ns=(before, before))
+    assert survey.verified_models() == {}
+
+
+def test_a_model_without_a_record_is_not_verified(model):
+    for damaged in ("{", "[]", '{"size_bytes": 4}'):
+        (model.parent / "x.gguf.verified").write_text(damaged)
+        assert survey.verified_models() == {}
+    (model.parent / "x.gguf.verified").unlink()
+    assert survey.verified_models() == {}

@@ -1,0 +1,186 @@
+"""Switching an instance, and back: files below a folder, and stand-ins for systemd's programs and the gate.
+
+The stand-in for the gate calls good what plan.json says serves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from llamafleet.remote import switch
+
+UNIT = "llama-server-chat.service"
+GATE = """\
+import json, sys
+plan = json.load(open(sys.argv[2]))
+if plan["serves"] is None:
+    sys.exit(9)
+found = {"name": "health", "ok": plan["serves"], "expected": 200, "found": 503, "hint": plan["version"]}
+print(json.dumps({"ok": plan["serves"], "checks": [found]}))
+"""
+
+
+class Host:
+    def __init__(self, folder):
+        self.folder = folder
+        for name in ("units", "instances", "staged", "good", "bin"):
+            (folder / name).mkdir()
+        (folder / "gate.py").write_text(GATE)
+        for name in ("systemctl", "systemd-analyze", "journalctl"):
+            self.program(name, "exit 0")
+
+    def program(self, name, then):
+        path = self.folder / "bin" / name
+        path.write_text(f'#!/bin/sh\necho "{name} $*" >>{self.folder}/calls\n{then}\n')
+        path.chmod(0o755)
+
+    def stage(self, version, serves=True, keys=None):
+        staged = self.folder / "staged/chat"
+        staged.mkdir(mode=0o700)
+        (staged / UNIT).write_text(f"[Unit]\n# {version}\n")
+        (staged / "plan.json").write_text(json.dumps({"version": version, "serves": serves}))
+        if keys:
+            (staged / "api-keys").write_text(keys)
+
+    def installed(self):
+        """The texts of what is installed, by name."""
+        found = {name: self.folder / path for name, path in
+                 {"unit": f"units/{UNIT}", "plan": "instances/chat/plan.json", "keys": "instances/chat/api-keys"}.items()}  # fmt: skip
+        return {name: path.read_text() for name, path in found.items() if path.exists()}
+
+    def kept(self):
+        good = self.folder / "good/chat"
+        return {path.name: path.read_text() for path in good.iterdir()} if good.exists() else {}
+
+    def calls(self):
+        return (self.folder / "calls").read_text().splitlines() if (self.folder / "calls").exists() else []
+
+
+@pytest.fixture
+def host(tmp_path, monkeypatch):
+    one = Host(tmp_path)
+    for name in ("units", "instances", "staged", "good"):
+        monkeypatch.setattr(switch, name.upper(), str(tmp_path / name))
+    monkeypatch.setattr(switch, "GATE", str(tmp_path / "gate.py"))
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    return one
+
+
+def test_files_are_put_with_their_modes(host):
+    host.stage("one", keys="k")
+    switch.put("chat", str(host.folder / "staged/chat"))
+    assert host.installed() == {"unit": "[Unit]\n# one\n", "plan": '{"version": "one", "serves": true}', "keys": "k"}
+    modes = {name: os.stat(path).st_mode & 0o777 for name, (path, _) in switch.installed("chat").items()}
+    assert modes == {UNIT: 0o644, "plan.json": 0o644, "api-keys": 0o600}
+    assert host.calls() == ["systemctl daemon-reload"]
+    assert not list(host.folder.rglob("*.new"))
+
+
+def test_keys_that_are_staged_no_longer_are_removed(host):
+    host.stage("one", keys="k")
+    switch.install("chat")
+    host.stage("two")
+    switch.install("chat")
+    assert "keys" not in host.installed() and "api-keys" not in host.kept()
+
+
+def test_an_instance_that_serves_is_kept_as_the_good_one(host):
+    host.stage("one", keys="k")
+    switch.install("chat")
+    assert host.kept() == {UNIT: "[Unit]\n# one\n", "plan.json": '{"version": "one", "serves": true}', "api-keys": "k"}
+    assert os.stat(host.folder / "good/chat").st_mode & 0o777 == 0o700
+    host.stage("two")
+    switch.install("chat")
+    assert host.kept()[UNIT] == "[Unit]\n# two\n"
+    assert sorted(os.listdir(host.folder / "good")) == ["chat"]
+
+
+def test_the_old_server_has_stopped_before_the_new_one_is_asked(host):
+    host.stage("one")
+    switch.install("chat")
+    verbs = [call.split()[1] for call in host.calls() if call.startswith("systemctl")]
+    assert verbs == ["daemon-reload", "enable", "reset-failed", "stop", "start"]
+
+
+@pytest.mark.parametrize("serves", [False, None], ids=["does not serve", "the gate itself fails"])
+def test_the_last_good_files_come_back(host, serves):
+    host.stage("one", keys="k")
+    switch.install("chat")
+    before = host.installed()
+    host.stage("two", serves=serves)
+    with pytest.raises(switch.Failed, match="the previous one was put back and serves") as failed:
+        switch.install("chat")
+    said = "the gate itself failed with exit code 9" if serves is None else "health: expected 200, found 503 (two)"
+    assert said in str(failed.value)
+    assert host.installed() == before
+    assert host.kept()[UNIT] == before["unit"]
+
+
+def test_a_previous_one_that_does_not_serve_either_is_told(host):
+    host.stage("one")
+    switch.install("chat")
+    (host.folder / "good/chat/plan.json").write_text('{"version": "one", "serves": false}')
+    host.stage("two", serves=False)
+    with pytest.raises(switch.Failed, match="put back but does not serve either: health"):
+        switch.install("chat")
+
+
+def test_a_first_one_that_does_not_serve_is_stopped(host):
+    host.stage("one", serves=False)
+    with pytest.raises(switch.Failed, match="there was no previous one, so it was stopped"):
+        switch.install("chat")
+    assert host.calls()[-1] == f"systemctl disable --quiet --now {UNIT}"
+    assert host.kept() == {}
+
+
+def test_a_unit_that_systemd_refuses_changes_nothing(host):
+    host.stage("one")
+    switch.install("chat")
+    before, calls = host.installed(), len(host.calls())
+    host.program("systemd-analyze", "echo 'Unknown key'; exit 1")
+    host.stage("two")
+    with pytest.raises(switch.Failed, match="refuses the unit: Unknown key"):
+        switch.install("chat")
+    assert host.installed() == before
+    assert [call.split()[0] for call in host.calls()[calls:]] == ["systemd-analyze"]
+
+
+@pytest.mark.parametrize("how", ["serves", "does not serve", "is refused", "cannot be put"])
+def test_staged_files_never_stay(host, how):
+    if how == "is refused":
+        host.program("systemd-analyze", "exit 1")
+    if how == "cannot be put":
+        host.program("systemctl", "exit 1")
+    host.stage("one", serves=how == "serves", keys="secret")
+    if how == "serves":
+        switch.install("chat")
+    else:
+        with pytest.raises((switch.Failed, switch.subprocess.CalledProcessError)):
+            switch.install("chat")
+    assert os.listdir(host.folder / "staged") == []
+
+
+def test_removed_is_removed_everywhere(host):
+    host.stage("one", keys="k")
+    switch.install("chat")
+    host.stage("two")
+    switch.remove("chat")
+    assert host.installed() == {}
+    for name in ("units", "instances", "staged", "good"):
+        assert os.listdir(host.folder / name) == []
+    assert [call.split(" ", 1)[1] for call in host.calls()[-2:]] == [
+        f"disable --quiet --now {UNIT}",
+        "daemon-reload",
+    ]
+
+
+def test_the_unit_outlives_a_removal_that_fails(host):
+    host.stage("one")
+    switch.install("chat")
+    host.program("systemctl", "exit 1")
+    with pytest.raises(switch.subprocess.CalledProcessError):
+        switch.remove("chat")
+    assert "unit" in host.installed()
