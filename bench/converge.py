@@ -59,7 +59,7 @@ def deploy(inventory: Path) -> tuple[float, int, str]:
 def measure(count: int, inventory: Path) -> dict[str, object]:
     found = [deploy(inventory) for _ in range(RUNS)]
     for _, _, text in found:
-        if "Success" in text:
+        if "] Success" in text:
             raise SystemExit(f"a run over {count} hosts changed something:\n{text[-4000:]}")
     seconds = [one for one, _, _ in found]
     return {
@@ -87,6 +87,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
         finally:
             hosts.down()
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()

@@ -115,6 +115,16 @@ def test_health_is_waited_for_while_the_model_loads(spec, server):
     assert len(server.asked) == 3
 
 
+def test_health_is_not_waited_for_once_the_server_has_ended(spec, server, monkeypatch):
+    # ExecStartPost keeps the unit "activating" although nothing is left that could answer.
+    monkeypatch.setattr(gate, "unit_state", lambda unit: "activating/start-post")
+    monkeypatch.setattr(gate, "main_pid", lambda unit: 0)
+    server.answer("/health", (503, {}))
+    found = gate.check_health({**spec, "health_seconds": 600.0})
+    assert (found["ok"], found["found"]) == (False, "503, unit activating/start-post, its server has ended")
+    assert "journal" in found["hint"] and len(server.asked) == 1
+
+
 def test_health_is_not_waited_for_once_the_process_is_gone(spec, server, monkeypatch):
     monkeypatch.setattr(gate, "unit_state", lambda unit: "activating/auto-restart")
     server.answer("/health", (503, {}))

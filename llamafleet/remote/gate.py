@@ -83,12 +83,17 @@ def wait_for_health(url: str, seconds: float, alive: Callable[[], bool] = lambda
 
 
 def check_health(spec: dict[str, Any]) -> dict[str, Any]:
-    status = wait_for_health(spec["url"], spec["health_seconds"], lambda: is_alive(unit_state(spec["unit"])))
-    state = unit_state(spec["unit"])
+    def alive() -> bool:
+        # While ExecStartPost waits, systemd calls a unit "activating" also after its server has ended.
+        return is_alive(unit_state(spec["unit"])) and main_pid(spec["unit"]) > 0
+
+    status = wait_for_health(spec["url"], spec["health_seconds"], alive)
+    state, running = unit_state(spec["unit"]), alive()
+    ended = ", its server has ended" if is_alive(state) and not running else ""
     return result(
         "health", status == 200, f"200 from {spec['url']}/health within {spec['health_seconds']:.0f} s",
-        f"{status or 'no answer'}, unit {state}",
-        "loading takes longer than the deadline" if is_alive(state) else "the unit's journal says why",
+        f"{status or 'no answer'}, unit {state}{ended}",
+        "loading takes longer than the deadline" if running else "the unit's journal says why",
     )  # fmt: skip
 
 

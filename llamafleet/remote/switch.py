@@ -86,7 +86,9 @@ def start_and_check(name: str) -> str | None:
     subprocess.run(["systemctl", "reset-failed", unit_of(name)], stderr=subprocess.DEVNULL)
     # Stopped first and waited for: an old server that takes its time must not be asked in the new one's place.
     systemctl("stop", unit_of(name))
-    systemctl("start", "--no-block", unit_of(name))
+    # Returns when ExecStartPost has heard it answer, or when the start has failed; which of the two, and
+    # why, is the gate's to say.
+    subprocess.run(["systemctl", "start", unit_of(name)])
     done = subprocess.run(
         [sys.executable, "-s", "-E", "-B", GATE, "check", f"{INSTANCES}/{name}/plan.json"],
         stdout=subprocess.PIPE, text=True,

@@ -68,14 +68,23 @@ def pyinfra(inventory, *options, timeout=1500):
 def read(code, stdout, stderr, dry):
     try:
         told = json.loads(stdout)
-    except ValueError:
-        return Run(code, stderr + stdout)
+    except ValueError:  # where no host is left pyinfra prints no JSON
+        return Run(code, stderr + stdout, list(read_text(stderr)))
     if dry:
         operations = [{"name": one["name"], "changed": one["hosts_with_change"], "failed": []} for one in told["plan"]]
     else:
         operations = [{"name": one["name"], "changed": one["success"], "failed": one["error"]}
                       for one in told["results"]["operations"]]  # fmt: skip
     return Run(code, stderr, operations)
+
+
+def read_text(text):
+    """The operations as pyinfra tells them while it runs."""
+    for part in text.split("--> Starting operation: ")[1:]:
+        name, *lines = part.splitlines()
+        told = {kind: [line.split("[")[1].split("]")[0] for line in lines if f"] {kind}" in line]
+                for kind in ("Success", "Error:")}  # fmt: skip
+        yield {"name": name.strip(), "changed": told["Success"], "failed": told["Error:"]}
 
 
 def ask(host, path, body=None, key=None, port=PORT):

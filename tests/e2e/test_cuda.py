@@ -59,6 +59,8 @@ def test_cuda_is_compiled_by_the_ordinary_stages(gpu_host, run):
 def test_the_host_is_not_called_good_because_the_gpu_is_not_there(gpu_host, run):
     assert run.code != 0
     assert [name for name in run.failed(gpu_host.name) if "Start and check" in name]
-    assert "did not pass the gate" in run.text and "RTX 4090" in run.text, run.text
+    # The planned device is named on the command line: llama-server ends instead of taking the CPU.
+    for text in ("did not pass the gate", "invalid device: CUDA0", "there was no previous one, so it was stopped"):
+        assert text in run.text, run.text
     state = on(gpu_host, "sh", "-c", "systemctl is-active llama-server-tiny.service; true")
     assert state in ("inactive", "failed")
