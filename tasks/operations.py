@@ -73,6 +73,8 @@ def install_helpers(needed: bool, arch: str) -> Commands:
     yield FileUploadCommand(BytesIO(payload.helpers_zip(arch)), f"{remote.HELPERS}/{key}.zip")
     yield StringCommand(
         f"rm -rf {folder}.new && python3 -I -m zipfile -e {folder}.zip {folder}.new"
+        # Compiled once: every survey and gate would otherwise compile the libraries anew.
+        f" && python3 -m compileall -q {folder}.new"
         f" && chmod -R u=rwX,go=rX {folder}.new && rm -rf {folder} && mv {folder}.new {folder}"
         f" && ln -sfn {key} {remote.HELPERS}/.current && mv -T {remote.HELPERS}/.current {remote.HELPERS}/current"
         f" && rm {folder}.zip"

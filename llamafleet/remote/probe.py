@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -53,7 +54,7 @@ def main() -> int:
 def machine(paths: list[str], driver_seconds: float) -> dict[str, Any]:
     """The whole machine file."""
     pci = pci_gpus()
-    answers = driver_answers(driver_seconds)
+    answers = driver_answers(driver_seconds) if has_gpu_driver(pci) else no_answers()
     gpus, problems = answers["gpus"], answers["problems"]
     if answers["no_nvml"] and (answers["driver"]["nvidia"] or any(gpu["vendor"] == "nvidia" for gpu in pci)):
         problems.append(answers["no_nvml"])  # without NVIDIA's hardware nothing is wrong
@@ -293,6 +294,21 @@ def name_lost_gpus(gpus: list[dict[str, Any]], pci: list[dict[str, Any]]) -> Non
             gpu["pci_bus_id"] = bus_id
 
 
+def has_gpu_driver(pci: list[dict[str, Any]]) -> bool:
+    """Is there anything to ask a driver about? Asking takes a process of its own, on every host and run."""
+    if any(gpu["vendor"] != "intel" for gpu in pci) or at("/proc/driver/nvidia").exists():
+        return True
+    try:
+        ctypes.CDLL("libnvidia-ml.so.1")  # GPUs that are on no PCI bus: Jetson, GB10
+    except OSError:
+        return False
+    return True
+
+
+def no_answers() -> dict[str, Any]:
+    return {"gpus": [], "driver": {"nvidia": None, "cuda": None}, "problems": [], "no_nvml": None}
+
+
 def driver_answers(seconds: float) -> dict[str, Any]:
     """What `probe_gpus.py` prints. Stuck in the kernel it is abandoned, since killing may not end it."""
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "probe_gpus.py")
@@ -315,8 +331,7 @@ def driver_answers(seconds: float) -> dict[str, Any]:
     except ValueError:
         last = errors.decode("utf-8", "replace").strip().splitlines()[-1:]
         problem = f"the GPU reader ended with code {child.returncode}: {' '.join(last)}"
-    driver = {"nvidia": None, "cuda": None}
-    return {"gpus": [], "driver": driver, "problems": [f"GPU drivers: {problem}"], "no_nvml": None}
+    return {**no_answers(), "problems": [f"GPU drivers: {problem}"]}
 
 
 def stop_child_on_signals(child: subprocess.Popen[bytes]) -> None:
