@@ -192,15 +192,18 @@ def _follow(state: State, host: Host, job: str, command: list[str]) -> bool:
 
     A stage that is run alone holds the host's lock for its job only.
     """
-    if host in _holding:
-        return _follow_locked(host, job, command)
-    if not _take_lock(state, host):
-        return False
     try:
-        return _follow_locked(host, job, command)
-    finally:
-        remote.run(host, _release())
-        _holding.discard(host)
+        if host in _holding:
+            return _follow_locked(host, job, command)
+        if not _take_lock(state, host):
+            return False
+        try:
+            return _follow_locked(host, job, command)
+        finally:
+            remote.run(host, _release())
+            _holding.discard(host)
+    except remote.RemoteError as error:
+        return _fail(host, f"{job}: {error}; what was started goes on there, run again to follow it")
 
 
 def _follow_locked(host: Host, job: str, command: list[str]) -> bool:

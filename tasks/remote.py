@@ -84,7 +84,7 @@ def reconnecting(host: Host, action: Callable[[], T]) -> T:
             return action()
         except (OSError, EOFError, SSHException, ConnectError) as error:
             if attempt == RECONNECTS - 1:
-                raise
+                raise RemoteError(f"the connection is lost and does not come back: {error}") from error
             logger.warning(f"{host.print_prefix}the connection broke ({error}); connecting again")
             time.sleep(RECONNECT_SECONDS)
             _connect_again(host)

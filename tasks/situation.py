@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from gevent.lock import RLock
 from pyinfra import logger
-from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.host import Host
 from pyinfra.context import ctx_host
 
@@ -60,10 +59,6 @@ class Situation:
     servings: tuple[Serving, ...]
     work: Work
 
-    @property
-    def manager(self) -> str:
-        return self.survey.machine.package_manager or ""
-
 
 _situations: dict[Host, Situation | None] = {}
 _guard: dict[Host, RLock] = {}
@@ -90,11 +85,7 @@ def _decide_or_refuse(host: Host) -> Situation | None:
         problems = error.problems if isinstance(error, SettingsError) else [str(error)]
         for problem in problems:
             host.log_styled(f"refused: {problem}", fg="red", log_func=logger.error)
-        try:
-            host.state.fail_hosts({host})
-        except PyinfraError as last:
-            logger.error(f"{host.print_prefix}{last}")
-            raise
+        host.state.fail_hosts({host})
         return None
 
 

@@ -127,3 +127,39 @@ def test_the_message_for_the_second_run_names_the_first():
 )
 def test_known_failures_say_the_way_out(said, way_out):
     assert way_out in remote.explain([], [said])
+
+
+class Flaky:
+    """A host whose connection breaks a number of times."""
+
+    print_prefix = "[box1] "
+
+    def __init__(self, breaks):
+        self.breaks, self.connected, self.connections = breaks, True, 0
+
+    def act(self):
+        if self.breaks:
+            self.breaks -= 1
+            raise OSError("Socket is closed")
+        return "done"
+
+    def disconnect(self):
+        raise EOFError  # closing what is broken may fail too
+
+    def connect(self, **_):
+        self.connections += 1
+
+
+def test_a_broken_connection_is_made_again(monkeypatch):
+    monkeypatch.setattr(remote, "RECONNECT_SECONDS", 0.0)
+    host = Flaky(breaks=3)
+    assert remote.reconnecting(host, host.act) == "done"
+    assert host.connections == 3
+
+
+def test_a_connection_that_stays_away_ends_with_a_sentence(monkeypatch):
+    monkeypatch.setattr(remote, "RECONNECT_SECONDS", 0.0)
+    host = Flaky(breaks=10**6)
+    with pytest.raises(remote.RemoteError, match="does not come back: Socket is closed"):
+        remote.reconnecting(host, host.act)
+    assert host.connections == remote.RECONNECTS - 1
