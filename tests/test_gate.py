@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
+import subprocess
 import sys
 import threading
-import types
+from pathlib import Path
 
 import pytest
 
 from llamafleet.remote import gate
+from tests import fake_nvml
 
 GPU = {"uuid": "GPU-1", "name": "RTX 4090", "planned_bytes": 8 << 30}
 KEY = "the-key"
@@ -184,32 +187,53 @@ def test_a_plan_without_gpus_asks_no_driver(spec, monkeypatch):
     assert gate.check_gpus({**spec, "gpus": []}) is None
 
 
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return fake_nvml.build(tmp_path_factory.mktemp("nvml"))
+
+
 @pytest.fixture
-def nvml(monkeypatch):
-    """pynvml with two GPUs: process 42 on the first, another's on the second."""
-    module = types.ModuleType("pynvml")
-    process = types.SimpleNamespace
-    processes = [[process(pid=7, usedGpuMemory=1), process(pid=42, usedGpuMemory=5)], [process(pid=7, usedGpuMemory=3)]]
-    module.NVMLError = type("NVMLError", (Exception,), {})
-    module.nvmlInit = lambda: None
-    module.nvmlDeviceGetCount = lambda: len(processes)
-    module.nvmlDeviceGetHandleByIndex = lambda index: index
-    module.nvmlDeviceGetComputeRunningProcesses = lambda handle: processes[handle]
-    module.nvmlDeviceGetUUID = lambda handle: b"GPU-1" if handle == 0 else "GPU-2"
-    monkeypatch.setitem(sys.modules, "pynvml", module)
-    return module
+def held(library, tmp_path):
+    """What the gate reads of process 42, by the real pynvml from a stand-in for NVIDIA's library."""
+
+    def ask(*state):
+        (tmp_path / "state").write_text("\n".join(state) + "\n")
+        code = "import json, gate; print(json.dumps(gate.held_by(42)))"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(gate.__file__).parent, capture_output=True, text=True, check=True,
+            env={**os.environ, "LD_LIBRARY_PATH": str(library.parent), "FAKE_NVML_STATE": str(tmp_path / "state")},
+        )  # fmt: skip
+        return json.loads(done.stdout)
+
+    return ask
 
 
-def test_memory_is_told_by_gpu_for_this_process_only(nvml):
-    assert gate.held_by(42) == {"GPU-1": 5, "GPU-2": 0}
+TWO = ("count=2", "device0.uuid=GPU-1", "device1.uuid=GPU-2")
 
 
-def test_a_driver_that_fails_is_told_in_words(nvml):
-    def fail():
-        raise nvml.NVMLError("Driver Not Loaded")
+def test_memory_is_told_by_gpu_for_this_process_only(held):
+    found = held(*TWO, "device0.processes_list=7:1,42:5", "device1.processes_list=7:3")
+    assert found == {"GPU-1": 5 << 20, "GPU-2": 0}
 
-    nvml.nvmlInit = fail
-    assert gate.held_by(42) == "NVML: Driver Not Loaded"
+
+def test_memory_that_nvml_does_not_tell_is_unknown(held):
+    assert held(*TWO, "device0.processes_list=42:?") == {"GPU-1": None, "GPU-2": 0}
+
+
+def test_a_gpu_that_fell_off_the_bus_does_not_hide_the_other(held):
+    assert held(*TWO, "device0.processes=15", "device1.processes_list=42:9") == {"GPU-2": 9 << 20}
+
+
+def test_mig_instances_are_asked_one_by_one(held):
+    found = held(
+        "device0.mig_mode=1", "device0.mig=2", "device0.mig0.uuid=MIG-a", "device0.mig1.uuid=MIG-b",
+        "device0.mig1.processes_list=42:6",
+    )  # fmt: skip
+    assert found == {"MIG-a": 0, "MIG-b": 6 << 20}
+
+
+def test_a_driver_that_fails_is_told_in_words(held):
+    assert held("init=9") == "NVML: Driver Not Loaded"
 
 
 # --- what it serves -----------------------------------------------------------------------------

@@ -168,20 +168,41 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def held_by(pid: int) -> dict[str, int | None] | str:
-    """Bytes that the process holds by GPU UUID (None: NVML does not tell); a text where NVML fails."""
+    """Bytes that the process holds by UUID of the GPU or MIG instance (None: NVML does not tell); a text
+    where NVML fails. A GPU that does not answer is left out."""
     import pynvml  # type: ignore[import-untyped]  # nvidia-ml-py ships no types
 
+    held: dict[str, int | None] = {}
     try:
         pynvml.nvmlInit()
-        held: dict[str, int | None] = {}
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            device = pynvml.nvmlDeviceGetHandleByIndex(index)
-            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(device)
-            mine = [process.usedGpuMemory for process in processes if process.pid == pid]
-            held[text(pynvml.nvmlDeviceGetUUID(device))] = mine[0] if mine else 0
-        return held
+        count = pynvml.nvmlDeviceGetCount()
     except pynvml.NVMLError as error:
         return f"NVML: {error}"
+    for index in range(count):
+        try:
+            for device in devices(pynvml, pynvml.nvmlDeviceGetHandleByIndex(index)):
+                processes = pynvml.nvmlDeviceGetComputeRunningProcesses(device)
+                mine = [process.usedGpuMemory for process in processes if process.pid == pid]
+                held[text(pynvml.nvmlDeviceGetUUID(device))] = mine[0] if mine else 0
+        except pynvml.NVMLError:
+            continue
+    return held
+
+
+def devices(pynvml: Any, gpu: Any) -> list[Any]:
+    """The GPU itself, or its MIG instances where it is cut into some: CUDA knows only those then."""
+    try:
+        if pynvml.nvmlDeviceGetMigMode(gpu)[0] != pynvml.NVML_DEVICE_MIG_ENABLE:
+            return [gpu]
+    except pynvml.NVMLError:  # a GPU that cannot be cut
+        return [gpu]
+    found = []
+    for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
+        try:
+            found.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index))
+        except pynvml.NVMLError:  # a place without an instance
+            continue
+    return found
 
 
 def text(value: bytes | str) -> str:
