@@ -148,6 +148,16 @@ def test_a_unit_that_systemd_refuses_changes_nothing(host):
     assert [call.split()[0] for call in host.calls()[calls:]] == ["systemd-analyze"]
 
 
+def test_an_older_systemd_is_asked_without_the_option_it_does_not_know(host):
+    refuse = """case "$*" in *recursive*) echo "systemd-analyze: unrecognized option '--recursive-errors=no'"; exit 1;; esac"""
+    host.program("systemd-analyze", refuse)
+    host.stage("one")
+    switch.install("chat")
+    assert host.kept()[UNIT] == "[Unit]\n# one\n"
+    asked = [call for call in host.calls() if call.startswith("systemd-analyze")]
+    assert [("recursive" in call) for call in asked] == [True, False]
+
+
 @pytest.mark.parametrize("how", ["serves", "does not serve", "is refused", "cannot be put"])
 def test_staged_files_never_stay(host, how):
     if how == "is refused":
