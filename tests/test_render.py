@@ -24,16 +24,16 @@ class Survey:
         gpu_groups = ("render", "video")
 
 
-def made(gpus, survey=Survey, **asked):
-    """(unit text, record, argv) of a plan for Qwen3-8B on a host with these GPUs' MiB."""
+def made(gpus, survey=Survey, layout="Qwen3-8B", **asked):
+    """(unit text, record, argv) of a plan for a published model on a host with these GPUs' MiB."""
     wanted = planning.settings({"context_tokens": 4096, **asked})
     (instance,) = wanted.models
-    [plan] = planning.plans(planning.machine(gpus), [("Qwen3-8B",)], wanted)
+    [plan] = planning.plans(planning.machine(gpus), [(layout,)], wanted)
     build = Build(
         commit="c" * 40, backend=plan.backend, toolkit=None, architectures=(), machine_arch="x86_64", libc="2.41",
         cpu_flags=(), kv_types=("f16",), ui=False,
     )  # fmt: skip
-    model = Model((sources.RemoteFile("Qwen3-8B.gguf", "https://x/y", 5, "a" * 64),), planning.header("Qwen3-8B"))
+    model = Model((sources.RemoteFile("Qwen3-8B.gguf", "https://x/y", 5, "a" * 64),), planning.header(layout))
     argv = (f"{build.release}/bin/llama-server", *flags.argv(plan, instance, PATH))
     record = render.plan_record(instance, plan, build, model, PATH, argv)
     return render.unit(instance, plan, build, survey, record, allow_swap=False), record, argv
@@ -50,6 +50,15 @@ def test_the_command_line_is_the_plan_s():
     (command,) = directive(unit, "ExecStart")
     # Of systemd's quoting this command uses what a shell reads alike, and $$ and %% for themselves.
     assert shlex.split(command.replace("$$", "$").replace("%%", "%")) == list(argv) == record["gate"]["argv"]
+
+
+def test_backslashes_reach_llama_server():
+    unit, _, argv = made([24564], layout="gpt-oss-120b")
+    pattern = argv[argv.index("--override-tensor") + 1]
+    assert "\\." in pattern
+    (command,) = directive(unit, "ExecStart")
+    # systemd.service: in double quotes two backslashes are one.
+    assert f'"{pattern}"'.replace("\\", "\\\\") in command
 
 
 def test_a_gpu_is_not_hidden_and_no_other_is_seen():

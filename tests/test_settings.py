@@ -79,6 +79,9 @@ def test_wrong_types_are_refused(key, value):
         ("name", "-x"),
         ("name", "../x"),
         ("source", "model.gguf"),
+        ("listen", ""),
+        ("listen", "localhost"),
+        ("listen", "-127.0.0.1"),
         ("port", 0),
         ("port", 70000),
         ("context_tokens", 1),
@@ -110,6 +113,15 @@ def test_missing_keys_are_told():
 @pytest.mark.parametrize("models", [3, {"a": 1}, "hf:o/r/f.gguf", None])
 def test_models_is_a_list(models):
     assert problems(models=models)[0].startswith("models: should be a list of dictionaries")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("build_cache", "builds"), ("hub_endpoint", "huggingface.co"), ("model_defaults", ["slots"]), ("build_jobs", 0)],
+)
+def test_unusable_settings_of_a_host_are_named(key, value):
+    [told] = problems(**{key: value})
+    assert told.startswith(f"{key}: should ") and repr(value) in told
 
 
 def test_an_entry_is_a_dictionary():
