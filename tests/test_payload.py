@@ -171,8 +171,9 @@ class Host:
     def start(self, *arguments, **more):
         command = payload.probe_command(str(self.zip), "probe.py", *arguments)
         return subprocess.Popen(
-            command, env=self.environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            command, env=self.environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=heed_signals,  # noqa: PLW1509 -- it takes no lock
+        )  # fmt: skip
 
     def run(self, *arguments, **more):
         process = self.start(*arguments, **more)
@@ -294,6 +295,12 @@ def test_ended_in_the_middle_it_still_leaves_nothing(host, tmp_path, number):
 def test_path_that_is_not_absolute_is_refused():
     with pytest.raises(ValueError, match="must be absolute"):
         payload.probe_command("-rf", "probe.py")
+
+
+def heed_signals():
+    """As sshd starts a command. Under nohup or in a shell's background these are ignored, for good."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for(condition, seconds=15):
