@@ -22,9 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "locks" / "remote.txt"
 REMOTE = ROOT / "llamafleet" / "remote"
 
-# Oldest Python on a host that the locked wheels run on: all of them, and the probe with its two alone.
+# Oldest Python on a host that all the locked wheels run on; the probe with its two runs on 3.8 (`_SCRIPT`).
 HELPERS_PYTHON = (3, 9)
-PROBE_PYTHON = (3, 8)
 
 # Packages whose wheel is compiled, so that there is one for each architecture. Their stable-ABI wheel
 # runs on every CPython; of all the others the pure wheel is taken, though a faster one may exist.

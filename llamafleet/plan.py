@@ -74,7 +74,6 @@ class Plan:
     why: tuple[str, ...]
     model_bytes: int
     host_bytes: int  # RAM that the process needs, for MemoryMax
-    swap_allowed: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
     fits = True
@@ -223,7 +222,6 @@ def _place(machine: Machine, instance: Instance, case: Case) -> Plan | Refusal:
         why=tuple(_why(machine, case, placement, rows)),
         model_bytes=case.model.header.file_bytes_total,
         host_bytes=rows[-1].used_bytes,
-        swap_allowed=case.room.swap_bytes > 0,
         environment=_environment(case.backend, gpus),
     )
 

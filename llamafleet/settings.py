@@ -30,6 +30,11 @@ class SettingsError(ValueError):
         self.problems = problems
 
 
+def unit_of(name: str) -> str:
+    """The systemd unit of the instance of that name."""
+    return f"llama-server-{name}.service"
+
+
 @dataclass(frozen=True)
 class Instance:
     """One model served by one unit, `llama-server-NAME.service`."""
@@ -51,7 +56,7 @@ class Instance:
     @property
     def unit(self) -> str:
         """The systemd unit's name."""
-        return f"llama-server-{self.name}.service"
+        return unit_of(self.name)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from llamafleet.found import Found, FoundInstance, Listener
+from llamafleet.settings import unit_of
 
 WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 -- compared with, never bound
 
@@ -32,7 +33,7 @@ class Service:
 
     @property
     def unit(self) -> str:
-        return f"llama-server-{self.name}.service"
+        return unit_of(self.name)
 
 
 def differences(service: Service, found: FoundInstance | None) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from llamafleet import payload
 from llamafleet.found import Found
 from llamafleet.machine import Machine
 from llamafleet.settings import Settings
-from tasks import remote
+from tasks import remote, sources
 
 # What the quick try prints where the host does not have our helpers (of this version).
 NO_HELPERS = "llamafleet-no-helpers"
@@ -65,5 +65,5 @@ def _by_copy(host: Host, asked: str) -> Any:
     if not ok:
         raise remote.RemoteError(f"cannot run commands on the host: {remote.explain(out, err)}")
     path = remote.temporary(host, ".zip")
-    remote.upload(host, payload.probe_zip(arch), path)
+    remote.upload(host, sources.once(("probe", arch), lambda: payload.probe_zip(arch)), path)
     return remote.run_json(host, shlex.join(payload.probe_command(path, "survey.py", asked)))

@@ -17,7 +17,7 @@ from pyinfra.api.state import BaseStateCallback, State
 from pyinfra.context import ctx_host
 
 from llamafleet import payload
-from tasks import remote
+from tasks import remote, sources
 
 Commands = Generator[StringCommand | FileUploadCommand | FunctionCommand, None, None]
 
@@ -70,7 +70,8 @@ def install_helpers(needed: bool, arch: str) -> Commands:
     folder = f"{remote.HELPERS}/{key}"
     for path, mode in FOLDERS.items():
         yield StringCommand(f"install -d -m {mode} {path}")
-    yield FileUploadCommand(BytesIO(payload.helpers_zip(arch)), f"{remote.HELPERS}/{key}.zip")
+    helpers = sources.once(("helpers", arch), lambda: payload.helpers_zip(arch))
+    yield FileUploadCommand(BytesIO(helpers), f"{remote.HELPERS}/{key}.zip")
     yield StringCommand(
         f"rm -rf {folder}.new && python3 -I -m zipfile -e {folder}.zip {folder}.new"
         # Compiled once: every survey and gate would otherwise compile the libraries anew.
@@ -181,7 +182,7 @@ def run_job(
         path = f"/var/lib/llamafleet/jobs/{job}.json"
         yield FileUploadCommand(StringIO(json.dumps(spec)), path)
         arguments = (path, *arguments)
-    command = ["python3", "-s", "-E", "-B", f"{remote.HELPERS}/current/{program}", *arguments]
+    command = remote.words(program, *arguments)
     if remove_after:
         command = ["sh", "-c", '"$@"; code=$?; rm -f "$0"; exit $code', remove_after, *command]
     yield FunctionCommand(_follow, (job, command), {})

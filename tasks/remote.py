@@ -34,10 +34,14 @@ class RemoteError(Exception):
     """A program on the host failed; the text names what, its exit status and what it said."""
 
 
+def words(name: str, *arguments: str) -> list[str]:
+    """The command, as a list, that runs one of our installed helpers with the host's own Python."""
+    return ["python3", "-s", "-E", "-B", f"{HELPERS}/current/{name}", *arguments]
+
+
 def program(name: str, *arguments: str) -> StringCommand:
-    """The command that runs one of our installed helpers with the host's own Python."""
-    words = ["python3", "-s", "-E", "-B", f"{HELPERS}/current/{name}", *arguments]
-    return StringCommand(" ".join(shlex.quote(word) for word in words))
+    """The same for a shell."""
+    return StringCommand(shlex.join(words(name, *arguments)))
 
 
 def run(host: Host, command: StringCommand | str) -> tuple[bool, list[str], list[str]]:

@@ -102,7 +102,6 @@ def unit(
     return _environment.get_template("llama-server.service.j2").render(
         instance=instance,
         identity=record["identity"],
-        source=instance.source,
         command=[unit_escape(argument) for argument in gate["argv"]],
         started=[unit_escape(word) for word in (GATE, "start", f"/etc/llamafleet/instances/{instance.name}/plan.json")],
         start_seconds=gate["health_seconds"] + 30,

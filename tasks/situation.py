@@ -20,7 +20,7 @@ from llamafleet.builds import Build
 from llamafleet.gguf import GgufError
 from llamafleet.machine import Machine, MachineError
 from llamafleet.plan import Plan, Refusal, plan_host, resolve_backend
-from llamafleet.settings import Instance, Settings, SettingsError
+from llamafleet.settings import Instance, Settings, SettingsError, unit_of
 from llamafleet.sources import SourceError
 from llamafleet.work import Service, Work, compare, port_conflict
 from tasks import facts, remote, render, sources
@@ -41,11 +41,6 @@ class Serving:
     folder: str
     plan: Plan
     service: Service
-
-    @property
-    def path(self) -> str:
-        """The model's (first) file on the host."""
-        return f"{self.folder}/{self.model.files[0].name}"
 
 
 @dataclass(frozen=True)
@@ -239,7 +234,7 @@ def _serving(
         identity=record["identity"], release=build.release,
     )  # fmt: skip
     names = {one.unit for one in settings.models}
-    leaving = {f"llama-server-{name}.service" for name in survey.found.instances} - names
+    leaving = {unit_of(name) for name in survey.found.instances} - names
     if instance.unit in survey.found.foreign_units:
         raise Refused(
             f"models: {instance.name}: {instance.unit} is there and llamafleet did not make it: "
