@@ -87,8 +87,9 @@ def test_no_space_for_the_model(run_with, outside, bad):
         on(bad, "umount", "/var/lib/llamafleet/models")
 
 
-def test_checksum_mismatch(run_with, outside):
+def test_checksum_mismatch(run_with, outside, bad):
     path = outside.sources["moe"].removeprefix("hf:")
+    on(bad, "sh", "-c", "rm -rf /var/lib/llamafleet/models/tiny-moe-*")  # an earlier test may have fetched it
     outside.hub.fault(path, times=None, corrupt_at=100_000)
     try:
         run_with("sha256", model={"source": outside.sources["moe"]})
