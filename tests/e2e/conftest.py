@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -32,8 +33,8 @@ def outside(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def builds(tmp_path_factory):
-    """An empty build cache that the hosts share."""
-    return tmp_path_factory.mktemp("builds")
+    """An empty build cache that the hosts share; while working on a test, $E2E_BUILDS may name one that is kept."""
+    return Path(os.environ.get("E2E_BUILDS") or tmp_path_factory.mktemp("builds"))
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +43,9 @@ def hosts(builds):
     sandbox.prepare()
     sandbox.down()
     try:
-        yield sandbox.up(3, binds=[f"{builds}:{ON_HOST}"])
+        # $E2E_FIRST_ADDRESS: two checkouts on one machine can run these tests side by side.
+        first = int(os.environ.get("E2E_FIRST_ADDRESS") or 1)
+        yield sandbox.up(3, binds=[f"{builds}:{ON_HOST}"], first_address=first)
     finally:
         sandbox.down()
 
