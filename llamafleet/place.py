@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from .adjust import NO_ADJUSTMENT, Adjustment
 from .kv import Context, kv_bytes
 from .ledger import HOST, MIB, LedgerRow, Model, Placement, Usage, usage
 from .machine import Gpu, Machine
@@ -88,10 +89,19 @@ class Case:
     room: Room
     backend: str
     host_extra_bytes: int  # RAM besides the model's: the prompt cache
+    adjustment: Adjustment = NO_ADJUSTMENT  # what the binary said of an earlier plan
 
     def rows(self, placement: Placement) -> tuple[LedgerRow, ...]:
         """The ledger of a placement."""
-        return self.room.ledger(*usage(self.model, self.context, placement, self.backend, self.host_extra_bytes))
+        return self.room.ledger(*self.usage(placement))
+
+    def usage(self, placement: Placement) -> tuple[dict[int, Usage], Usage]:
+        """What each device in use and the host hold, corrected by what the binary said."""
+        used, host = usage(self.model, self.context, placement, self.backend, self.host_extra_bytes)
+        adjusted = {
+            device: self.adjustment.applied(f"GPU{self.room.gpus[device].index}", use) for device, use in used.items()
+        }
+        return adjusted, self.adjustment.applied(HOST, host)
 
 
 def choose(case: Case) -> Placement:
@@ -160,7 +170,7 @@ def _budgets(case: Case, placement: Placement) -> list[int]:
     They depend on who holds the output and whether anything is on the host, which the placement
     says; not on how many layers a device gets.
     """
-    used, host = usage(case.model, case.context, placement, case.backend, case.host_extra_bytes)
+    used, host = case.usage(placement)
     shared = host.total_bytes if case.room.unified else 0
     return [
         case.room.gpu_bytes[device]

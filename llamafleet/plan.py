@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
+from .adjust import NO_ADJUSTMENT, Adjustment
 from .advice import suggestions
 from .gguf import Header
 from .kv import Context, is_known, number
@@ -137,9 +139,15 @@ def resolve_backend(machine: Machine, settings: Settings) -> str | Refusal:
 
 
 def plan_host(
-    machine: Machine, requests: Sequence[tuple[Instance, Header]], settings: Settings
+    machine: Machine,
+    requests: Sequence[tuple[Instance, Header]],
+    settings: Settings,
+    adjustments: Mapping[str, Adjustment] = MappingProxyType({}),
 ) -> tuple[Plan | Refusal, ...]:
-    """A plan or refusal for each instance; they share the host in order, the first is placed first."""
+    """A plan or refusal for each instance; they share the host in order, the first is placed first.
+
+    `adjustments`, by instance name: what the binary said of earlier plans.
+    """
     backend = resolve_backend(machine, settings)
     if isinstance(backend, Refusal):
         return tuple(replace(backend, instance=instance.name) for instance, _ in requests)
@@ -153,7 +161,7 @@ def plan_host(
     room = Room.of(machine, gpus, settings)
     answers: list[Plan | Refusal] = []
     for instance, header in requests:
-        answer = _plan_one(machine, backend, room, instance, header)
+        answer = _plan_one(machine, backend, room, instance, header, adjustments.get(instance.name, NO_ADJUSTMENT))
         if isinstance(answer, Plan):
             room = room.without(answer.ledger)
         answers.append(answer)
@@ -167,7 +175,9 @@ def _gpus_for(machine: Machine, backend: str) -> tuple[Gpu, ...]:
     return tuple(gpu for gpu in machine.usable_gpus if vendors is None or gpu.vendor in vendors)
 
 
-def _plan_one(machine: Machine, backend: str, room: Room, instance: Instance, header: Header) -> Plan | Refusal:
+def _plan_one(
+    machine: Machine, backend: str, room: Room, instance: Instance, header: Header, adjustment: Adjustment
+) -> Plan | Refusal:
     if number(header, "block_count") < 1 or number(header, "embedding_length") < 1:
         reason = f"{header.name} ({header.architecture}) is no language model: its header gives no layers"
         return Refusal(reason, instance=instance.name, suggestions=("name the model's main GGUF file",))
@@ -187,7 +197,7 @@ def _plan_one(machine: Machine, backend: str, room: Room, instance: Instance, he
     answers = []
     for kv_type in instance.kv_types:
         context = Context(tokens, instance.slots, kv_type, instance.ubatch_tokens)
-        case = Case(model, context, room, backend, instance.prompt_cache_mib * MIB)
+        case = Case(model, context, room, backend, instance.prompt_cache_mib * MIB, adjustment)
         answers.append(_place(machine, instance, case))
         if isinstance(answers[-1], Plan):
             break

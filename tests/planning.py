@@ -54,8 +54,9 @@ def header(layout, quant=""):
         return read_path(models.weightless(Path(folder), layout, quant))
 
 
-def plans(host, layouts, asked):
-    return plan_host(host, [(one, header(*name)) for one, name in zip(asked.models, layouts, strict=True)], asked)
+def plans(host, layouts, asked, adjustments=None):
+    requests = [(one, header(*name)) for one, name in zip(asked.models, layouts, strict=True)]
+    return plan_host(host, requests, asked, adjustments or {})
 
 
 def argument(argv, flag):
