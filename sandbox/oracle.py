@@ -3,18 +3,28 @@
 `build()` compiles llama-server and ggml-rpc-server of the upstream stand-in into `.cache/llama.cpp-cpu/`,
 about four minutes on four cores, and afterwards only returns the paths. Needs git, cmake, ninja and a C++
 compiler.
+
+`ask()` tells what llama-server would allocate: a model (weightless is enough) and flags in, MiB by device
+out. With its default `--fit on` llama-server first makes the model and the context without memory, exactly as
+the flags say, and prints where the bytes would be (common/fit.cpp:149). Only then does fit change anything;
+it is ended before that. ggml-rpc-server's devices stand in for GPUs; they have no size of their own (each
+reports the machine's RAM), which does not matter because nothing is allocated.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
+import socket
 import subprocess
+import threading
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
 from typing import IO
@@ -39,6 +49,15 @@ FLAGS = (
 BUILD_TIMEOUT_SECONDS = 3600
 START_TIMEOUT_SECONDS = 60
 STOP_TIMEOUT_SECONDS = 10
+ASK_TIMEOUT_SECONDS = 60  # 0.5 s alone; a loaded machine of two cores is slower
+START_ATTEMPTS = 3  # a port found free can be taken by somebody else before the server has it
+TAIL_LINES = 30
+REFUSED_FLAGS = ("-fit", "--fit")  # the breakdown is what fit prints
+
+_ROW = re.compile(  # with the device's total and free memory before the figures, or, on the host, without
+    r"common_memory_breakdown_print: \|   - (?P<name>\S+).*?(?P<self>\d+) =\s+(?P<model>\d+) \+\s+(?P<context>\d+)"
+    r" \+\s+(?P<compute>\d+)\)?(?: \+\s+-?\d+)?\s+\|"
+)
 
 
 class OracleError(RuntimeError):
@@ -90,6 +109,75 @@ def serving(command: Sequence[str | Path], port: int, log: Path) -> Iterator[str
                 process.kill()
 
 
+@dataclass(frozen=True)
+class Row:
+    """What one device, or one of the host's kinds of memory, would hold, in whole MiB."""
+
+    name: str  # RPC0, CUDA0, Vulkan0; Host, CPU_REPACK
+    model: int
+    context: int
+    compute: int
+
+    @property
+    def total(self) -> int:
+        """All three."""
+        return self.model + self.context + self.compute
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """llama-server's answer."""
+
+    devices: tuple[Row, ...]  # in llama.cpp's order
+    host: Row
+    others: Mapping[str, Row] = field(default_factory=dict)  # CPU_REPACK, for one: host memory besides `host`
+
+    @property
+    def repacked(self) -> int:
+        """MiB of weights that the CPU backend keeps in a layout of its own."""
+        return self.others["CPU_REPACK"].model if "CPU_REPACK" in self.others else 0
+
+
+def ask(
+    model: Path,
+    flags: Sequence[str],
+    devices: int = 0,
+    *,
+    server: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Breakdown:
+    """What llama-server would allocate for these flags (no model, port or --fit among them).
+
+    `devices` RPC devices are there for it, all by default unless the flags say --device. `server` is another
+    llama-server than the oracle's own. Raises OracleError with the end of its log.
+    """
+    if given := [flag for flag in flags if flag in REFUSED_FLAGS]:
+        raise OracleError(f"{given[0]} is not for the oracle: leave it out, its default prints the breakdown")
+    with ExitStack() as stack:
+        rpc = ("--rpc", stack.enter_context(rpc_server(devices))) if devices else ()
+        command = [str(server or build().llama_server), "-m", str(model), *rpc, *flags, "-lv", "4", "--port", "0"]
+        return _breakdown(command, {**os.environ, **(environment or {})})
+
+
+@contextmanager
+def rpc_server(devices: int) -> Iterator[str]:
+    """A fresh ggml-rpc-server with that many devices on a free port of the loopback; its endpoint."""
+    program = build().rpc_server
+    for _ in range(START_ATTEMPTS):
+        endpoint = ("127.0.0.1", _free_port())
+        command = [str(program), "-H", endpoint[0], "-p", str(endpoint[1]), "-d", ",".join(["CPU"] * devices)]
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as process:
+            try:
+                if _listens(process, endpoint):
+                    yield f"{endpoint[0]}:{endpoint[1]}"
+                    return
+            finally:
+                process.kill()
+    raise OracleError(f"{program} did not start, tried {START_ATTEMPTS} times")
+
+
 def _wait_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = monotonic() + START_TIMEOUT_SECONDS
     while monotonic() < deadline and process.poll() is None:
@@ -128,3 +216,51 @@ def _run(command: list[str], log: IO[bytes], stdin: IO[bytes] | None = None) -> 
 
 def _end(log: Path) -> str:
     return log.read_text(errors="replace")[-2000:]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _listens(process: subprocess.Popen[bytes], endpoint: tuple[str, int]) -> bool:
+    """Wait until the server takes connections; False if it ends or does not within its time."""
+    deadline = monotonic() + START_TIMEOUT_SECONDS
+    while monotonic() < deadline and process.poll() is None:
+        with suppress(OSError), socket.create_connection(endpoint, timeout=1):
+            return process.poll() is None
+        sleep(0.01)
+    return False
+
+
+def _breakdown(command: Sequence[str], environment: Mapping[str, str]) -> Breakdown:
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+    ) as process:
+        timer = threading.Timer(ASK_TIMEOUT_SECONDS, process.kill)
+        timer.start()
+        tail: deque[str] = deque(maxlen=TAIL_LINES)
+        rows: list[Row] = []
+        assert process.stdout is not None  # for mypy: a pipe was asked for
+        try:
+            for raw in process.stdout:
+                line = raw.decode(errors="replace").rstrip()
+                tail.append(line)
+                if match := _ROW.search(line):
+                    rows.append(Row(match["name"], *(int(match[part]) for part in ("model", "context", "compute"))))
+                elif rows:
+                    break  # the table is complete; fit may print others of its own later
+        finally:
+            timer.cancel()
+            process.kill()
+    return _sorted(rows, command, tail)
+
+
+def _sorted(rows: Sequence[Row], command: Sequence[str], tail: Sequence[str]) -> Breakdown:
+    by_name = {row.name: row for row in rows}
+    if "Host" not in by_name:
+        raise OracleError(f"{' '.join(command)} printed no memory breakdown; its log ends:\n" + "\n".join(tail))
+    split = list(by_name).index("Host")  # devices are printed before it, the host's other kinds after
+    ordered = list(by_name.values())
+    return Breakdown(tuple(ordered[:split]), by_name["Host"], {row.name: row for row in ordered[split + 1 :]})
