@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import hyperparameters
+from .ggml_types import GGML_TYPES
 from .gguf_cursor import KEY_LIMIT_BYTES, ByteSource, Cursor, FileSource, GgufError, LongArray, Value
 
 __all__ = [
@@ -31,50 +33,14 @@ __all__ = [
 
 # Limits against hostile files; those of single values are in gguf_cursor.
 METADATA_LIMIT = 1 << 16
-TENSOR_LIMIT = 1 << 18
+TENSOR_LIMIT = 1 << 16  # the largest models in use have some 2000
+TENSOR_NAME_LIMIT_BYTES = 63  # GGML_MAX_NAME with its zero, ggml/include/ggml.h
 SHARD_LIMIT = 1 << 10
 DEFAULT_ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT, ggml/include/gguf.h
+NAME_LIMIT = 100  # characters of a model's name that are shown
 DIMENSIONS = 4  # GGML_MAX_DIMS
 
-# ggml type number: name, elements in a block, bytes of a block (ggml/src/ggml.c, type_traits).
-GGML_TYPES: Mapping[int, tuple[str, int, int]] = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    9: ("Q8_1", 32, 40),
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    15: ("Q8_K", 256, 292),
-    16: ("IQ2_XXS", 256, 66),
-    17: ("IQ2_XS", 256, 74),
-    18: ("IQ3_XXS", 256, 98),
-    19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18),
-    21: ("IQ3_S", 256, 110),
-    22: ("IQ2_S", 256, 82),
-    23: ("IQ4_XS", 256, 136),
-    24: ("I8", 1, 1),
-    25: ("I16", 1, 2),
-    26: ("I32", 1, 4),
-    27: ("I64", 1, 8),
-    28: ("F64", 1, 8),
-    29: ("IQ1_M", 256, 56),
-    30: ("BF16", 1, 2),
-    34: ("TQ1_0", 256, 54),
-    35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17),
-    40: ("NVFP4", 64, 36),
-    41: ("Q1_0", 128, 18),
-    42: ("Q2_0", 64, 18),
-}
-
+_ARCHITECTURE = re.compile(r"[A-Za-z0-9_.-]{1,63}")  # src/llama-arch.cpp, LLM_ARCH_NAMES
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _HTML = "is an HTML page, not a GGUF: a login, error or preview page was saved instead of the file"
 _BEFORE_GGUF = "is a GGML file from before GGUF: convert the original model anew"
@@ -133,13 +99,18 @@ class Header:
 
     @property
     def name(self) -> str:
-        """What the model calls itself, or its architecture."""
+        """What the model calls itself, or its architecture: short, and fit for a terminal."""
         name = self.metadata.get("general.name")
-        return name if isinstance(name, str) and name else self.architecture
+        return _plain(name if isinstance(name, str) and name else self.architecture)
 
     def get(self, key: str) -> Value | None:
         """The metadata value `ARCHITECTURE.key`."""
         return self.metadata.get(f"{self.architecture}.{key}")
+
+
+def _plain(text: str) -> str:
+    """Without what a terminal would obey, and no longer than a title."""
+    return "".join(mark if mark.isprintable() else "?" for mark in text[:NAME_LIMIT])
 
 
 def shard_names(name: str) -> tuple[str, ...]:
@@ -167,9 +138,11 @@ def read_header(sources: Sequence[ByteSource]) -> Header:
     first = parts[0]
     _check_split(sources, parts)
     tensors = tuple(tensor for part in parts for tensor in part.tensors)
-    names = {tensor.name for tensor in tensors}
-    if len(names) < len(tensors):
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    if len(shapes) < len(tensors):
         raise GgufError(f"{sources[0].name}: a tensor's name appears in more than one shard")
+    if problem := hyperparameters.problem(first.architecture, first.metadata, shapes):
+        raise GgufError(f"{sources[0].name}: {problem}; llama.cpp would not load it")
     return Header(
         version=first.version,
         architecture=first.architecture,
@@ -210,7 +183,7 @@ def _read_one(source: ByteSource, shard: int) -> Header:
     metadata: dict[str, Value] = {}
     for _ in range(metadata_count):
         key = cursor.string(KEY_LIMIT_BYTES)
-        cursor.check(key not in metadata, f"has the metadata key {key!r} twice")
+        cursor.check(key not in metadata, f"has the metadata key {key[:NAME_LIMIT]!r} twice")
         metadata[key] = cursor.value(key)
     alignment = _alignment(cursor, metadata)
     table = [_tensor(cursor, shard) for _ in range(tensor_count)]
@@ -224,6 +197,8 @@ def _read_one(source: ByteSource, shard: int) -> Header:
     architecture = metadata.get("general.architecture", "")
     if shard == 0:
         cursor.check(isinstance(architecture, str) and bool(architecture), "names no general.architecture")
+        good = _ARCHITECTURE.fullmatch(str(architecture))
+        cursor.check(good is not None, f"names the impossible architecture {str(architecture)[:NAME_LIMIT]!r}")
     size = source.size if source.size is not None else end
     return Header(version, str(architecture), metadata, tuple(table), (size,))
 
@@ -254,7 +229,7 @@ def _alignment(cursor: Cursor, metadata: Mapping[str, Value]) -> int:
 
 
 def _tensor(cursor: Cursor, shard: int) -> Tensor:
-    name = cursor.string(KEY_LIMIT_BYTES)
+    name = cursor.string(TENSOR_NAME_LIMIT_BYTES)
     dimensions = cursor.u32()
     cursor.check(
         dimensions <= DIMENSIONS,

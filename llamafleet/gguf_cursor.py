@@ -16,9 +16,12 @@ KIB = 1024
 MIB = 1024**2
 
 # Limits against hostile files. The largest headers in use (262144 tokens with merges) take 16 MB.
-HEADER_LIMIT_BYTES = 256 * MIB
+HEADER_LIMIT_BYTES = 64 * MIB
 STRING_LIMIT_BYTES = 8 * MIB  # chat templates are the longest strings kept, below 100 kB
 KEY_LIMIT_BYTES = 64 * KIB  # GGUF keys are at most 65535 bytes
+ARRAY_LIMIT = 4 * 1024**2  # half a million merges are the longest array in use
+KEPT_LIMIT_BYTES = 16 * MIB  # of all values and names of one file; a large mixture of experts has 0.5 MB
+KEPT_EACH_BYTES = 64  # what a short value costs in Python
 FIRST_WINDOW_BYTES = 1 * MIB
 LAST_WINDOW_BYTES = 8 * MIB
 KEPT_ARRAY_LENGTH = 1024  # longer arrays (tokens, merges, scores) are kept as their length only
@@ -107,6 +110,7 @@ class Cursor:
         self._window = b""
         self._at = 0  # place in the window; may lie past its end after a skip
         self._fetch = FIRST_WINDOW_BYTES
+        self._kept = 0
 
     @property
     def position(self) -> int:
@@ -177,23 +181,25 @@ class Cursor:
             length <= limit,
             f"has a string of {length} bytes at byte {self.position}, at most {limit} are read",
         )
+        self._keep(length + KEPT_EACH_BYTES)
         return self.take(length).decode("utf-8", errors="replace")
+
+    def _keep(self, size: int) -> None:
+        self._kept += size
+        self.check(self._kept <= KEPT_LIMIT_BYTES, f"has more than {KEPT_LIMIT_BYTES} bytes of names and values")
 
     def value(self, key: str) -> Value:
         """A metadata value of any type."""
-        kind = self.u32()
+        kind, key = self.u32(), key[:100]  # as much of it as a message needs
         if kind != _ARRAY:
             return self._scalar(kind, key)
         kind, length = self.u32(), self.u64()
         self.check(kind != _ARRAY, f"nests arrays in {key!r}, which llama.cpp does not read")
         self.check(kind == _STRING or kind in _SCALARS, f"has the unknown value type {kind} in {key!r}")
         smallest = 8 if kind == _STRING else _SCALARS[kind].size
-        self.check(
-            length * smallest <= HEADER_LIMIT_BYTES,
-            f"promises {length} values in {key!r}, too many to be true",
-        )
+        self.check(length <= ARRAY_LIMIT, f"promises {length} values in {key!r}, too many to be true")
         if length <= KEPT_ARRAY_LENGTH:
-            return tuple(self._scalar(kind, key) for _ in range(length))
+            return self._kept_array(kind, length)
         if kind == _STRING:
             self._skip_strings(length)
         else:
@@ -204,8 +210,16 @@ class Cursor:
         if kind == _STRING:
             return self.string(STRING_LIMIT_BYTES)
         self.check(kind in _SCALARS, f"has the unknown value type {kind} in {key!r}")
+        self._keep(KEPT_EACH_BYTES)
         number: int | float | bool = _SCALARS[kind].unpack(self.take(_SCALARS[kind].size))[0]
         return number
+
+    def _kept_array(self, kind: int, length: int) -> tuple[Scalar, ...]:
+        if kind == _STRING:
+            return tuple(self.string(STRING_LIMIT_BYTES) for _ in range(length))
+        self._keep(length * KEPT_EACH_BYTES)
+        one = _SCALARS[kind]
+        return tuple(number for (number,) in one.iter_unpack(self.take(length * one.size)))
 
     def _skip_strings(self, count: int) -> None:
         """Half a million tokens and merges go by here: no call, no slice for each."""

@@ -195,6 +195,12 @@ def tensor(name="t", shape=(32,), kind=0, offset=0, dims=None):
     return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape) if dims is None else dims, *shape, kind, offset)
 
 
+def u64(key, value):
+    return text(key) + struct.pack("<IQ", 10, value)
+
+
+EMBEDDING = tensor("token_embd.weight", (32, 3)) + bytes(600)
+
 BROKEN = {
     "empty": (b"", "is empty"),
     "html": (b"\n<!DOCTYPE html><html>" + b" " * 100, "is an HTML page"),
@@ -216,11 +222,23 @@ BROKEN = {
         raw(body=text("k") + struct.pack("<IIQ", 9, 8, 2000) + struct.pack("<Q", 2**63) * 2000),
         "header of more",
     ),
-    "cut_array": (raw(body=text("k") + struct.pack("<IIQ", 9, 4, 5_000_000)), "is cut short"),
+    "cut_array": (raw(body=text("k") + struct.pack("<IIQ", 9, 4, 4_000_000)), "is cut short"),
+    "many_values": (raw(body=text("k") + struct.pack("<IIQ", 9, 0, 2**23) + bytes(2**23)), "too many to be true"),
+    "hoarded": (
+        raw(
+            keys=2**14, body=b"".join(text(f"k{n}") + struct.pack("<IIQ", 9, 0, 1000) + bytes(1000) for n in range(400))
+        ),
+        "more than 16777216 bytes of names and values",
+    ),
     "nested": (raw(body=text("k") + struct.pack("<IIQ", 9, 9, 2)), "nests arrays"),
     "unknown_value": (raw(body=text("k") + struct.pack("<I", 77)), "unknown value type 77"),
     "twice": (raw(keys=2, body=ARCH * 2), "twice"),
     "nameless": (raw(keys=0, body=b""), "names no general.architecture"),
+    "odd_architecture": (
+        raw(body=text("general.architecture") + struct.pack("<I", 8) + text("x\x1b[2J")),
+        "impossible architecture",
+    ),
+    "long_name": (raw(tensors=1, body=ARCH + tensor("n" * 64) + bytes(400)), "has a string of 64 bytes"),
     "five_dims": (raw(tensors=1, body=ARCH + tensor(shape=(1,) * 5)), "5 dimensions"),
     "many_dims": (raw(tensors=1, body=ARCH + tensor(dims=2**31)), "dimensions"),
     "huge_shape": (raw(tensors=1, body=ARCH + tensor(shape=(2**40, 2**40))), "impossible shape"),
@@ -230,6 +248,30 @@ BROKEN = {
     "gap": (raw(tensors=1, body=ARCH + tensor(offset=64) + bytes(400)), "data offset 64, expected 0"),
     "overlap": (raw(tensors=2, body=ARCH + tensor("a") + tensor("b") + bytes(400)), "data offset 0, expected 128"),
     "same_name": (raw(tensors=2, body=ARCH + tensor("a") + tensor("a", offset=128) + bytes(400)), "tensor 'a' twice"),
+    "many_blocks": (
+        raw(keys=2, body=ARCH + u64("llama.block_count", 2**62)),
+        "'llama.block_count' = 4611686018427387904",
+    ),
+    "layers": (raw(keys=2, body=ARCH + u64("llama.block_count", 513)), "512 at most"),
+    "many_experts": (raw(keys=2, body=ARCH + u64("llama.expert_count", 1025)), "1024 at most"),
+    "wide": (raw(keys=2, body=ARCH + u64("llama.embedding_length", 2**62)), "4294967295 at most"),
+    "no_number": (
+        raw(keys=2, body=ARCH + text("llama.head") + struct.pack("<If", 6, float("nan"))),
+        "= nan, which cannot be",
+    ),
+    "infinite": (raw(keys=2, body=ARCH + text("llama.a") + struct.pack("<IIQf", 9, 6, 1, float("inf"))), "= inf"),
+    "other_width": (
+        raw(tensors=1, keys=2, body=ARCH + u64("llama.embedding_length", 64) + EMBEDDING),
+        "embedding_length = 64, but rows of 32 in token_embd.weight",
+    ),
+    "other_vocabulary": (
+        raw(
+            tensors=1,
+            keys=2,
+            body=ARCH + text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 0, 2) + b"ab" + EMBEDDING,
+        ),
+        "has 2 tokens in tokenizer.ggml.tokens, but 3 rows",
+    ),
     "alignment": (raw(keys=2, body=ARCH + text("general.alignment") + struct.pack("<II", 4, 33)), "power of two"),
 }
 
@@ -247,6 +289,14 @@ def test_a_broken_file_is_refused_by_name_quickly_and_within_memory(tmp_path, ca
     assert time.process_time() - start < 2
     assert tracemalloc.get_traced_memory()[1] < 32 * 2**20
     tracemalloc.stop()
+
+
+def test_a_name_is_fit_for_a_terminal(tmp_path):
+    path = tmp_path / "n.gguf"
+    path.write_bytes(
+        raw(keys=2, body=ARCH + text("general.name") + struct.pack("<I", 8) + text("a\x1b[2J\n" + "b" * 999))
+    )
+    assert read_path(path).name == "a?[2J?" + "b" * 94
 
 
 def test_every_cut_of_a_file_is_refused(tmp_path):

@@ -9,7 +9,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STANDARD = set(sys.stdlib_module_names)
 # Module of ours: what it may import of ours, in the design's order.
-ORDER = ["settings", "machine", "gguf_cursor", "gguf", "kv", "compute", "ledger", "adjust", "plan", "flags"]
+ORDER = [
+    "settings",
+    "machine",
+    "gguf_cursor",
+    "hyperparameters",
+    "gguf",
+    "kv",
+    "compute",
+    "ledger",
+    "adjust",
+    "plan",
+    "flags",
+]
 
 STAGES = ["bootstrap", "toolkit", "build", "model", "plan", "service"]
 

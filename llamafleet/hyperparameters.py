@@ -1,0 +1,53 @@
+"""What a header says of its model, held against what llama.cpp could load.
+
+Numbers that no model has would cost a planner time and memory without end, or be believed: they are refused
+here, where the file is still known by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+from .gguf_cursor import LongArray, Scalar, Value
+
+LAYER_LIMIT = 512  # LLAMA_MAX_LAYERS, src/llama-hparams.h:11
+EXPERT_LIMIT = 1024  # LLAMA_MAX_EXPERTS, src/llama-hparams.h:12
+NUMBER_LIMIT = 2**32 - 1  # hyperparameters are uint32_t there
+_LIMITS = {"block_count": LAYER_LIMIT, "expert_count": EXPERT_LIMIT}
+# Draft models, whose vocabulary may be a part of their target's (src/models/eagle3.cpp:70, dflash.cpp:171).
+_OTHER_VOCABULARY = frozenset({"eagle3", "dflash"})
+
+
+def problem(architecture: str, metadata: Mapping[str, Value], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The first thing that cannot be, in words; None for a sound header. `shapes`: of the tensors, by name."""
+    prefix = f"{architecture}."
+    for key, value in metadata.items():
+        if key.startswith(prefix):
+            limit = _LIMITS.get(key.removeprefix(prefix), NUMBER_LIMIT)
+            for number in value if isinstance(value, tuple) else (value,):
+                if not isinstance(number, LongArray) and not _can_be(number, limit):
+                    return f"has {key[:100]!r} = {number}, which cannot be: {limit} at most is possible"
+    return next(_contradictions(architecture, metadata, shapes), None)
+
+
+def _can_be(number: Scalar, limit: int) -> bool:
+    if isinstance(number, float):
+        return math.isfinite(number)
+    return not isinstance(number, int) or -limit <= number <= limit
+
+
+def _contradictions(
+    architecture: str, metadata: Mapping[str, Value], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[str]:
+    """Every model's token_embd is (embedding_length, tokens): src/models/*.cpp load it with just this shape."""
+    shape = shapes.get("token_embd.weight", ())
+    if len(shape) < 2:
+        return
+    embedding = metadata.get(f"{architecture}.embedding_length", shape[0])
+    if embedding != shape[0]:
+        yield f"has {architecture}.embedding_length = {embedding}, but rows of {shape[0]} in token_embd.weight"
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    told = tokens.length if isinstance(tokens, LongArray) else len(tokens) if isinstance(tokens, tuple) else shape[1]
+    if told != shape[1] and architecture not in _OTHER_VOCABULARY:
+        yield f"has {told} tokens in tokenizer.ggml.tokens, but {shape[1]} rows in token_embd.weight"
