@@ -49,7 +49,7 @@ def bar(row: LedgerRow) -> str:
     text, upto = "", 0
     for letter, _, part in PARTS:
         upto += getattr(row, part)
-        text += letter * (round(upto * scale) - len(text))
+        text += letter * (min(round(upto * scale), BAR_WIDTH + 1) - len(text))
     return text[: BAR_WIDTH - 1] + "!" if len(text) > BAR_WIDTH else text.ljust(BAR_WIDTH, ".")
 
 
