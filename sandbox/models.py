@@ -16,30 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGUFWriter, LlamaFileType, TokenType
+from gguf import GGML_QUANT_SIZES, GGUFWriter, TokenType
 from gguf import GGMLQuantizationType as Q
 from gguf.quants import quantize
 
 from sandbox.layouts import PUBLISHED, TINY, Layout
+from sandbox.quants import MIXES, tensor_types
+from sandbox.shapes import shapes
 
 ALIGNMENT_BYTES = 32  # gguf's general.alignment default
 SHARD_NAME = "{}-{:05d}-of-{:05d}.gguf"  # llama_split_path, llama.cpp src/llama.cpp
-FILE_TYPES = {
-    "F16": LlamaFileType.MOSTLY_F16,
-    "Q8_0": LlamaFileType.MOSTLY_Q8_0,
-    "Q4_K_M": LlamaFileType.MOSTLY_Q4_K_M,
-    "MXFP4": LlamaFileType.MOSTLY_MXFP4_MOE,
-}
-# Extra per-block tensors by architecture: name, and the Layout attribute with its length (src/models/*.cpp)
-QK_NORMS = (("attn_q_norm.weight", "head_dim"), ("attn_k_norm.weight", "head_dim"))
-BLOCK_VECTORS: dict[str, tuple[tuple[str, str], ...]] = {
-    "llama": (("ffn_norm.weight", "embd"),),
-    "qwen3": (("ffn_norm.weight", "embd"), *QK_NORMS),
-    "qwen3moe": (("ffn_norm.weight", "embd"), *QK_NORMS),
-    "gemma3": (("ffn_norm.weight", "embd"), *QK_NORMS,
-               ("post_attention_norm.weight", "embd"), ("post_ffw_norm.weight", "embd")),
-    "gpt-oss": (("post_attention_norm.weight", "embd"), ("attn_sinks.weight", "heads")),
-}  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -110,8 +96,9 @@ def make(layout: Layout, folder: Path, *, quant: str = "", seed: int | None = No
 
 def tensors(layout: Layout, quant: str) -> Iterator[Tensor]:
     """Every tensor of the model in file order, with the type that llama-quantize gives it."""
-    for name, shape in _shapes(layout):
-        yield Tensor(name, shape, _type(layout, quant, name, shape))
+    table = list(shapes(layout))
+    for (name, shape), kind in zip(table, tensor_types(layout, quant, table), strict=True):
+        yield Tensor(name, shape, kind)
 
 
 def metadata(layout: Layout, quant: str) -> dict[str, Any]:
@@ -122,86 +109,27 @@ def metadata(layout: Layout, quant: str) -> dict[str, Any]:
         "embedding_length": layout.embd,
         "feed_forward_length": layout.ff,
         "attention.head_count": layout.heads,
-        "attention.head_count_kv": layout.kv_heads,
-        "attention.key_length": layout.head_dim,
-        "attention.value_length": layout.head_dim,
         "attention.layer_norm_rms_epsilon": 1e-6,
-        "rope.freq_base": layout.rope_base,
-        "rope.dimension_count": layout.head_dim,
         "vocab_size": layout.vocab,
-        **layout.extra,
     }
+    if layout.heads:
+        own |= {
+            "attention.head_count_kv": layout.kv_heads,
+            "attention.key_length": layout.head_dim,
+            "attention.value_length": layout.head_dim,
+            "rope.freq_base": layout.rope_base,
+            "rope.dimension_count": layout.head_dim,
+        }
     if layout.experts:
         own |= {"expert_count": layout.experts, "expert_used_count": layout.experts_used}
-        own |= {"expert_feed_forward_length": layout.ff}
+        own |= {"expert_feed_forward_length": layout.expert_ff or layout.ff}
+    if layout.dense_blocks:
+        own["leading_dense_block_count"] = layout.dense_blocks
     if layout.window:
         own["attention.sliding_window"] = layout.window
-    general = {"general.name": layout.name, "general.file_type": int(FILE_TYPES[quant])}
+    own |= layout.extra
+    general = {"general.name": layout.name, "general.file_type": int(MIXES[quant][0])}
     return general | {f"{layout.architecture}.{key}": value for key, value in own.items()} | _tokenizer(layout.vocab)
-
-
-def _shapes(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
-    embd, q, kv = layout.embd, layout.heads * layout.head_dim, layout.kv_heads * layout.head_dim
-    yield "token_embd.weight", (embd, layout.vocab)
-    for i in range(layout.blocks):
-        block = f"blk.{i}."
-        yield block + "attn_norm.weight", (embd,)
-        for name, length in BLOCK_VECTORS[layout.architecture]:
-            yield block + name, (getattr(layout, length),)
-        for part, columns, rows in (("q", embd, q), ("k", embd, kv), ("v", embd, kv), ("output", q, embd)):
-            yield f"{block}attn_{part}.weight", (columns, rows)
-            if layout.biases:
-                yield f"{block}attn_{part}.bias", (rows,)
-        suffix, many = ("_exps", (layout.experts,)) if layout.experts else ("", ())
-        if layout.experts:
-            yield block + "ffn_gate_inp.weight", (embd, layout.experts)
-            if layout.biases:
-                yield block + "ffn_gate_inp.bias", (layout.experts,)
-        for part, columns, rows in (
-            ("gate", embd, layout.ff),
-            ("up", embd, layout.ff),
-            ("down", layout.ff, embd),
-        ):
-            yield f"{block}ffn_{part}{suffix}.weight", (columns, rows, *many)
-            if layout.biases:
-                yield f"{block}ffn_{part}{suffix}.bias", (rows, *many)
-    yield "output_norm.weight", (embd,)
-    if not layout.tied:
-        yield "output.weight", (embd, layout.vocab)
-
-
-def _type(layout: Layout, quant: str, name: str, shape: tuple[int, ...]) -> Q:
-    """The tensor's type: vectors, biases and routers stay F32 (tensor_allows_quantization,
-    src/llama-quant.cpp).
-    """
-    if len(shape) == 1 or name.endswith(".bias") or "ffn_gate_inp" in name:
-        return Q.F32
-    if quant == "MXFP4":  # llama-quant.cpp:512-524
-        return Q.MXFP4 if "_exps" in name else Q.Q8_0
-    if quant != "Q4_K_M":
-        return Q[quant]
-    wanted = _q4_k_m(layout, name)
-    block_length, _ = GGML_QUANT_SIZES[wanted]
-    if shape[0] % block_length:  # tensor_type_fallback, llama-quant.cpp
-        wanted = {Q.Q4_K: Q.Q5_0, Q.Q5_K: Q.Q5_1, Q.Q6_K: Q.Q8_0}.get(wanted, wanted)
-    return wanted
-
-
-def _q4_k_m(layout: Layout, name: str) -> Q:
-    """llama_tensor_get_type_impl for LLAMA_FTYPE_MOSTLY_Q4_K_M (llama-quant.cpp:490-665)."""
-    if name == "output.weight" or (layout.tied and name == "token_embd.weight"):
-        return Q.Q6_K
-    if not name.startswith("blk."):
-        return Q.Q4_K
-    index, total = int(name.split(".")[1]), layout.blocks
-    more_bits = index < total // 8 or index >= 7 * total // 8 or (index - total // 8) % 3 == 2
-    if "attn_v" in name:
-        plain = Q.Q5_K if layout.is_70b else Q.Q4_K
-        chosen = Q.Q6_K if more_bits else plain
-    else:
-        chosen = Q.Q6_K if "ffn_down" in name and more_bits else Q.Q4_K
-    of_eight = layout.experts == 8 and ("attn_v" in name or "attn_k." in name)  # Mixtral
-    return Q.Q8_0 if of_eight else chosen
 
 
 def _tokenizer(size: int) -> dict[str, Any]:
