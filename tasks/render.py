@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,17 @@ _environment = Environment(
 
 # Character device classes of NVIDIA's driver: 535 and older need nvidia-frontend, MIG nvidia-caps.
 NVIDIA_CLASSES = ("nvidia", "nvidia-caps", "nvidia-frontend", "nvidia-modeset", "nvidia-uvm")
+
+# Where programs may be loaded from beside the release: the loader and the libraries of the system ("-": not
+# every system has each), without its programs.
+LIBRARIES = ("-/usr/lib", "-/usr/lib64", "-/usr/lib32", "-/lib", "-/lib64", "-/lib32")
+BACKEND_LIBRARIES = {"cuda": ("-/usr/local",), "hip": ("-/opt/rocm",), "vulkan": ("-/usr/local/lib",)}
+
+# What a server has no business with, hidden although its user could mostly not read it either.
+HIDDEN = ("-/boot", "-/etc/llamafleet", "-/etc/ssh", "-/etc/ssl/private", "-/opt/llamafleet/helpers",
+          "-/run/llamafleet", "-/srv", "-/var/backups", "-/var/lib/llamafleet/build", "-/var/lib/llamafleet/good",
+          "-/var/lib/llamafleet/jobs", "-/var/lib/llamafleet/src", "-/var/lib/llamafleet/staged", "-/var/log",
+          "-/var/spool")  # fmt: skip
 
 GATE = "/opt/llamafleet/helpers/current/gate.py"
 
@@ -52,8 +64,9 @@ def plan_record(
     gate = {
         "unit": instance.unit,
         "argv": list(argv),
-        "url": f"http://{url_host(instance.listen)}:{instance.port}",
-        "api_keys": f"/etc/llamafleet/instances/{instance.name}/api-keys" if instance.api_key_file else None,
+        "url": f"{'https' if instance.tls_certificate_file else 'http'}://{url_host(instance.listen)}:{instance.port}",
+        "api_keys": credentials(instance).get("api-keys"),
+        "tls_certificate": credentials(instance).get("tls-certificate"),
         "health_seconds": health_seconds(model),
         "context_tokens": plan.context_tokens,
         "slots": plan.slots,
@@ -75,6 +88,13 @@ def plan_record(
     return {**record, "identity": identity, "plan": plan.to_json()}
 
 
+def credentials(instance: Instance) -> dict[str, str]:
+    """The unit's credentials by name: where the host keeps them, for root alone."""
+    names = ["api-keys"] if instance.api_key_file else []
+    names += ["tls-certificate", "tls-key"] if instance.tls_certificate_file else []
+    return {name: f"/etc/llamafleet/instances/{instance.name}/{name}" for name in names}
+
+
 def url_host(address: str) -> str:
     """The address as it stands in a URL that reaches it from the host itself."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)  # noqa: S104 -- compared with, never bound
@@ -94,6 +114,18 @@ def _device_classes(backend: str, survey: Survey) -> tuple[str, ...]:
     return tuple(sorted({*known, *survey.found.device_classes}))
 
 
+def _libraries(build: Build) -> tuple[str, ...]:
+    """Folders of libraries: the system's, the backend's, and a CUDA toolkit's that lies elsewhere."""
+    toolkit = (f"-{Path(build.nvcc).parent.parent}",) if build.nvcc else ()
+    return tuple(dict.fromkeys((*LIBRARIES, *BACKEND_LIBRARIES.get(build.backend, ()), *toolkit)))
+
+
+def _families(listen: str, gpu: bool) -> tuple[str, ...]:
+    """Socket families: that of the address; AF_UNIX for what GPU drivers speak with (MPS, persistenced)."""
+    own = "AF_INET6" if ":" in listen else "AF_INET"
+    return (own, "AF_UNIX") if gpu else (own,)
+
+
 def unit(
     instance: Instance, plan: Plan, build: Build, survey: Survey, record: dict[str, Any], *, allow_swap: bool
 ) -> str:
@@ -105,12 +137,19 @@ def unit(
         command=[unit_escape(argument) for argument in gate["argv"]],
         started=[unit_escape(word) for word in (GATE, "start", f"/etc/llamafleet/instances/{instance.name}/plan.json")],
         start_seconds=gate["health_seconds"] + 30,
-        api_keys=gate["api_keys"],
+        credentials=credentials(instance),
         environment=plan.environment,
         gpu=bool(plan.gpus),
         cuda=build.backend == "cuda",
         device_classes=_device_classes(build.backend, survey),
         groups=survey.found.gpu_groups if build.backend in ("hip", "vulkan") else (),
+        release=build.release,
+        hidden=HIDDEN,
+        libraries=_libraries(build),
+        families=_families(instance.listen, bool(plan.gpus)),
+        loopback=ipaddress.ip_address(instance.listen).is_loopback,
+        # Only what the CPU computes gains by it.
+        numa=survey.machine.cpu.numa_nodes > 1 and plan.host_bytes > 0,
         memory_max_bytes=int(plan.host_bytes * MEMORY_MARGIN) + MEMORY_SPARE,
         memory_swap_max="infinity" if allow_swap else "0",
     )

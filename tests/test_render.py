@@ -1,6 +1,7 @@
 """The unit and plan.json as text: what is decided once must be exactly what systemd starts."""
 
 import dataclasses
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,7 +18,9 @@ PATH = "/var/lib/llamafleet/models/m-123/Qwen3-8B.gguf"
 
 
 class Survey:
-    """The two things of a survey that the unit depends on."""
+    """What of a survey the unit depends on."""
+
+    machine = planning.machine()
 
     class found:
         device_classes = ("drm",)
@@ -31,7 +34,7 @@ def made(gpus, survey=Survey, layout="Qwen3-8B", **asked):
     [plan] = planning.plans(planning.machine(gpus), [(layout,)], wanted)
     build = Build(
         commit="c" * 40, backend=plan.backend, toolkit=None, architectures=(), machine_arch="x86_64", libc="2.41",
-        cpu_flags=(), kv_types=("f16",), ui=False,
+        cpu_flags=(), kv_types=("f16",), ui=False, tls=False,
     )  # fmt: skip
     model = Model((sources.RemoteFile("Qwen3-8B.gguf", "https://x/y", 5, "a" * 64),), planning.header(layout))
     argv = (f"{build.release}/bin/llama-server", *flags.argv(plan, instance, PATH))
@@ -73,6 +76,8 @@ def test_a_gpu_is_not_hidden_and_no_other_is_seen():
 
 def test_a_driver_that_was_used_once_more_does_not_change_the_unit():
     class Later:
+        machine = Survey.machine
+
         class found:
             device_classes = ("drm", "nvidia-uvm", "nvidia-caps")
             gpu_groups = ("render", "video")
@@ -142,3 +147,27 @@ def test_loading_time_grows_with_the_model():
     header = planning.header("Qwen3-8B")
     large = dataclasses.replace(header, file_bytes=tuple(10 * size for size in header.file_bytes))
     assert render.health_seconds(Model((), large)) > render.health_seconds(Model((), header)) > render.START_SECONDS
+
+
+def exposure(unit, tmp_path):
+    """What `systemd-analyze security` makes of a unit, 0 best and 10 worst; skips where it cannot be asked."""
+    file = tmp_path / "llama-server-model.service"
+    file.write_text(unit)
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(file)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no systemd-analyze here")
+    if "unrecognized option" in done.stderr:
+        pytest.skip("this systemd-analyze (before 250) has no --offline")
+    return float(re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)[1])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "listen", "most"),
+    [([], "127.0.0.1", 1.0), ([], "0.0.0.0", 1.2), ([24564], "127.0.0.1", 1.3), ([24564], "0.0.0.0", 1.5)],
+)
+def test_exposure_is_what_the_documents_say(gpus, listen, most, tmp_path):
+    unit, _, _ = made(gpus, listen=listen, allow_unauthenticated=True)
+    score = exposure(unit, tmp_path)
+    assert score <= most
