@@ -39,6 +39,11 @@ RUN_BACKEND_PACKAGES: dict[tuple[str, str], tuple[str, ...]] = {
     ("vulkan", "apt"): ("libvulkan1", "mesa-vulkan-drivers"),
     ("vulkan", "dnf"): ("vulkan-loader", "mesa-vulkan-drivers"),
 }
+# OpenSSL to run with ("openssl" needs the library, whose own name differs by release) and to compile with.
+TLS_PACKAGES = {
+    ("apt", False): "openssl", ("apt", True): "libssl-dev",
+    ("dnf", False): "openssl-libs", ("dnf", True): "openssl-devel",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class Build:
     cpu_flags: tuple[str, ...]
     kv_types: tuple[str, ...]
     ui: bool
+    # Some instance speaks https itself.
+    tls: bool
     # Path of nvcc, where there is one already; the toolkit's identity stands for it in the key.
     nvcc: str | None = None
     # Path of the g++ that nvcc is given; None: nvcc's own choice.
@@ -99,8 +106,8 @@ class Build:
             "LLAMA_BUILD_APP": "OFF",
             "LLAMA_BUILD_UI": ui,
             "LLAMA_USE_PREBUILT_UI": ui,
-            # The service runs --offline behind loopback or a proxy: no TLS of its own.
-            "LLAMA_OPENSSL": "OFF",
+            # Only where it is asked for: else the service runs on loopback or behind a proxy, and downloads nothing.
+            "LLAMA_OPENSSL": "ON" if self.tls else "OFF",
         }
         return tuple(f"-D{name}={value}" for name, value in {**common, **self._backend_flags()}.items())
 
@@ -128,11 +135,13 @@ def jobs(backend: str, cores: int, available_bytes: int, asked: int | None) -> i
     return asked or max(1, min(cores, available_bytes // JOB_BYTES[backend]))
 
 
-def packages(manager: str, backend: str, compiling: bool) -> tuple[str, ...]:
+def packages(manager: str, backend: str, compiling: bool, tls: bool = False) -> tuple[str, ...]:
     """Distribution packages a host needs for this backend, to run only or to compile too."""
     found: list[str] = [*RUN_PACKAGES[manager], *_of(RUN_BACKEND_PACKAGES, backend, manager)]
     if compiling:
         found += [*COMPILE_PACKAGES[manager], *_of(BACKEND_PACKAGES, backend, manager)]
+    if tls:
+        found += [TLS_PACKAGES[manager, False], *([TLS_PACKAGES[manager, True]] if compiling else [])]
     return tuple(sorted(found))
 
 

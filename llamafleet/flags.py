@@ -6,6 +6,7 @@ Every flag is one of common/arg.cpp at b11434. Lists stay lists: nothing is quot
 
 from __future__ import annotations
 
+from . import extra
 from .plan import Plan
 from .planned import planned
 from .settings import Instance
@@ -16,7 +17,8 @@ class FlagError(ValueError):
 
 
 def argv(plan: Plan, instance: Instance, model_path: str) -> list[str]:
-    """All of llama-server's arguments, without the program. Raises `FlagError` for unusable values."""
+    """All of llama-server's arguments, without the program and without what `credentials` adds. Raises
+    `FlagError` for unusable values."""
     return [
         *("--model", _value("--model", model_path)),
         *("--alias", _value("--alias", instance.name)),
@@ -24,7 +26,26 @@ def argv(plan: Plan, instance: Instance, model_path: str) -> list[str]:
         *("--port", str(instance.port)),
         *planned(plan),
         *("--metrics", "--slots", "--no-ui", "--offline"),
+        *_cors(instance),
+        *extra.words(instance.extra_flags),
+        *extra.words(instance.dangerous_flags),
     ]
+
+
+def _cors(instance: Instance) -> tuple[str, ...]:
+    """Web pages of other sites may not use the server: by default llama-server echoes every origin
+    (tools/server/server-http.cpp:332). "none" is nobody's origin; "null" would be that of sandboxed frames."""
+    asked = any(flag.startswith("--cors-origins ") for flag in instance.dangerous_flags)
+    return ("--no-cors-credentials",) if asked else ("--cors-origins", "none", "--no-cors-credentials")
+
+
+def credentials(instance: Instance) -> list[str]:
+    """The arguments that name the unit's credentials: keys and certificate never are arguments themselves."""
+    folder = f"/run/credentials/{instance.unit}"
+    found = ["--api-key-file", f"{folder}/api-keys"] if instance.api_key_file else []
+    if instance.tls_certificate_file:
+        found += ["--ssl-cert-file", f"{folder}/tls-certificate", "--ssl-key-file", f"{folder}/tls-key"]
+    return found
 
 
 def _value(flag: str, value: str) -> str:

@@ -13,7 +13,10 @@ class FoundInstance:
 
     unit_sha256: str | None
     plan_sha256: str | None
-    keys_sha256: str | None
+    # Of the unit's credentials, by their names.
+    secrets: Mapping[str, str]
+    # What the preflight of its sandbox found, as plan.json has it; None where it has not run.
+    preflight: Mapping[str, Any] | None
     active: str | None
     enabled: str | None
     restarts: int
@@ -52,6 +55,8 @@ class Found:
     instances: Mapping[str, FoundInstance]
     listeners: tuple[Listener, ...]
     device_classes: tuple[str, ...]
+    # What a sandbox stands on: versions of systemd, kernel and driver.
+    ground: Mapping[str, str | None]
     # Groups of this host that may open GPU devices other than NVIDIA's.
     gpu_groups: tuple[str, ...]
     # Units named like ours that we did not make.
@@ -74,6 +79,7 @@ class Found:
             instances={name: _instance(one) for name, one in data["instances"].items()},
             listeners=tuple(Listener(**one) for one in data["listeners"]),
             device_classes=tuple(data["device_classes"]),
+            ground=data["ground"],
             gpu_groups=tuple(data["gpu_groups"]),
             foreign_units=tuple(data["foreign_units"]),
             toolkits=tuple(data["toolkits"]),

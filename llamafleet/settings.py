@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from . import extra
+
 BACKENDS = ("auto", "cuda", "hip", "vulkan", "cpu")
 # common/arg.cpp, kv_cache_types: the types llama-server accepts for --cache-type-k/-v.
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
@@ -50,6 +52,11 @@ class Instance:
     prompt_cache_mib: int
     listen: str
     api_key_file: str | None
+    allow_unauthenticated: bool
+    tls_certificate_file: str | None
+    tls_key_file: str | None
+    extra_flags: tuple[str, ...]
+    dangerous_flags: tuple[str, ...]
     sha256: str | None
     mirrors: tuple[str, ...]
 
@@ -185,8 +192,25 @@ def _implausible_instance(values: Mapping[str, Any], path: str) -> Iterator[str]
             yield f"{path}kv_types: should be of {', '.join(KV_TYPES)}, is {kv_type!r}"
     if not values["kv_types"]:
         yield f"{path}kv_types: should name at least one type, is empty"
+    yield from _open_doors(values, path)
     if values["sha256"] is not None and not re.fullmatch(r"[0-9a-f]{64}", values["sha256"]):
         yield f"{path}sha256: should be 64 lower-case hexadecimal digits, is {values['sha256']!r}"
+
+
+def _open_doors(values: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Who gets in without being asked for a key, or reads what others say."""
+    guarded = values["api_key_file"] is not None or values["allow_unauthenticated"]
+    if _is_address(values["listen"]) and not ipaddress.ip_address(values["listen"]).is_loopback and not guarded:
+        yield (
+            f"{path}listen: other machines reach {values['listen']}, and no key is asked: give an api_key_file, "
+            "or set allow_unauthenticated = True"
+        )
+    one, other = values["tls_certificate_file"], values["tls_key_file"]
+    if (one is None) != (other is None):
+        missing = "tls_certificate_file" if one is None else "tls_key_file"
+        yield f"{path}{missing}: missing; certificate and key are given together"
+    found = extra.problems(values["extra_flags"], values["dangerous_flags"], values["api_key_file"] is not None)
+    yield from (f"{path}{problem}" for problem in found)
 
 
 def _is_address(text: str) -> bool:

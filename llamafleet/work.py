@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from llamafleet.found import Found, FoundInstance, Listener
 from llamafleet.settings import unit_of
 
+# The credentials of a unit by their names, and what they are in words.
+SECRETS = {"api-keys": "API keys", "tls-certificate": "TLS certificate", "tls-key": "TLS key"}
 WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 -- compared with, never bound
 
 
 @dataclass(frozen=True)
 class Service:
-    """One instance as it should be installed: the whole unit, its plan, its keys."""
+    """One instance as it should be installed: the whole unit, its plan, its secrets."""
 
     name: str
     address: str
     port: int
     unit_text: str
     plan_json: str
-    # The keys themselves: never shown, hence no part of the representation.
-    keys: str | None
+    # The secrets themselves, by their names in `SECRETS`: never shown, hence no part of the representation.
+    secrets: Mapping[str, str] = field(repr=False)
     argv: tuple[str, ...]
     release: str
     # Of the plan record: names one state of the service.
@@ -36,17 +38,20 @@ class Service:
         return unit_of(self.name)
 
 
-def differences(service: Service, found: FoundInstance | None) -> tuple[str, ...]:
-    """Why this instance must be installed or started again; empty where it is as it should be."""
+def differences(service: Service, found: FoundInstance | None, ground: Mapping[str, str | None]) -> tuple[str, ...]:
+    """Why this instance must be installed or started again; empty where it is as it should be.
+
+    `ground` is what a sandbox stands on at that host now: systemd, kernel and driver.
+    """
     if found is None:
         return ("it is not installed",)
-    reasons = []
-    if found.unit_sha256 != sha256(service.unit_text):
-        reasons.append("its unit differs")
+    reasons = list(_unit_differs(sha256(service.unit_text), found, ground))
     if found.plan_sha256 is None:
         reasons.append("its plan.json is missing")
-    if found.keys_sha256 != (sha256(service.keys) if service.keys is not None else None):
-        reasons.append("its API keys differ")
+    for name, what in SECRETS.items():
+        wanted = service.secrets.get(name)
+        if found.secrets.get(name) != (sha256(wanted) if wanted is not None else None):
+            reasons.append(f"its {what} {'differ' if what.endswith('s') else 'differs'}")
     if found.drop_ins:
         reasons.append(f"drop-ins change its unit: {', '.join(found.drop_ins)}")
     if found.enabled != "enabled":
@@ -58,6 +63,18 @@ def differences(service: Service, found: FoundInstance | None) -> tuple[str, ...
     elif found.exe is not None and not found.exe.startswith(service.release + "/"):
         reasons.append(f"it runs {found.exe}")
     return tuple(reasons)
+
+
+def _unit_differs(wanted: str, found: FoundInstance, ground: Mapping[str, str | None]) -> Iterator[str]:
+    """The installed unit is the wanted one, or that without what the preflight had to drop on this ground."""
+    if found.unit_sha256 == wanted:
+        return
+    tried = found.preflight or {}
+    if (tried.get("rendered_sha256"), tried.get("unit_sha256")) != (wanted, found.unit_sha256):
+        yield "its unit differs"
+    elif tried.get("ground") != ground:
+        changed = ", ".join(name for name in ground if tried.get("ground", {}).get(name) != ground[name])
+        yield f"its sandbox was loosened under another {changed}: the whole one is tried again"
 
 
 def sha256(text: str) -> str:
@@ -113,7 +130,9 @@ def compare(
     the missing distribution packages;
     `model_files` maps a model folder to its files' paths and their sha256 (None: any verified).
     """
-    reasons = {service.name: differences(service, found.instances.get(service.name)) for service in services}
+    reasons = {
+        service.name: differences(service, found.instances.get(service.name), found.ground) for service in services
+    }
     build = key not in found.releases
     return Work(
         helpers=found.helpers != helpers,

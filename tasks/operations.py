@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shlex
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from io import BytesIO, StringIO
 from typing import Any, TypeVar
 
@@ -243,7 +243,7 @@ def stage_secret(needed: bool, path: str, text: str | None) -> Commands:
 
 
 @operation()
-def stage_files(needed: bool, folder: str, files: dict[str, str], keys: str | None) -> Commands:
+def stage_files(needed: bool, folder: str, files: dict[str, str], secrets: Mapping[str, str]) -> Commands:
     """The new files of an instance in a folder that root alone may enter, before the switch."""
     if not needed:
         return _as_wanted("the instance is as planned")
@@ -251,8 +251,8 @@ def stage_files(needed: bool, folder: str, files: dict[str, str], keys: str | No
     yield StringCommand(f"rm -rf {quoted} && install -d -m 0700 {quoted}")
     for name, text in files.items():
         yield FileUploadCommand(StringIO(text), f"{folder}/{name}")
-    if keys is not None:
-        yield from stage_secret._inner(True, f"{folder}/api-keys", keys)
+    for name, text in secrets.items():
+        yield from stage_secret._inner(True, f"{folder}/{name}", text)
 
 
 @operation()

@@ -32,7 +32,7 @@ def serve(serving: Serving, needed: bool) -> None:
     wanted = serving.service
     operations.stage_files(
         name=f"Prepare {wanted.unit}", needed=needed, folder=f"{STAGED}/{wanted.name}",
-        files={wanted.unit: wanted.unit_text, "plan.json": wanted.plan_json}, keys=wanted.keys,
+        files={wanted.unit: wanted.unit_text, "plan.json": wanted.plan_json}, secrets=wanted.secrets,
     )  # fmt: skip
     operations.run_job(
         name=f"Start and check {wanted.unit}", needed=needed, job=f"switch-{wanted.name}-{wanted.identity}",

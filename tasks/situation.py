@@ -20,10 +20,12 @@ from llamafleet.builds import Build
 from llamafleet.gguf import GgufError
 from llamafleet.machine import Machine, MachineError
 from llamafleet.plan import Plan, Refusal, plan_host, resolve_backend
+from llamafleet.secret_files import SecretError
 from llamafleet.settings import Instance, Settings, SettingsError, unit_of
 from llamafleet.sources import SourceError
 from llamafleet.work import Service, Work, compare, port_conflict
 from tasks import facts, remote, render, sources
+from tasks.certificates import CertificateError
 
 MODELS = "/var/lib/llamafleet/models"
 
@@ -70,7 +72,7 @@ def situation() -> Situation | None:
 
 
 EXPECTED = (Refused, SettingsError, flags.FlagError, MachineError, SourceError, GgufError, sources.LookupFailed,
-            remote.RemoteError, payload.PayloadError)  # fmt: skip
+            SecretError, CertificateError, remote.RemoteError, payload.PayloadError)  # fmt: skip
 
 
 def _decide_or_refuse(host: Host) -> Situation | None:
@@ -98,6 +100,7 @@ class Examined:
 def examine(host: Host) -> Examined:
     """Read the host and plan its instances; changes nothing. Raises one of `EXPECTED`."""
     settings = Settings.from_data(host.data.dict())
+    sources.take_secrets(settings)
     survey = facts.survey(host, _all_packages(), settings)
     backend = resolve_backend(survey.machine, settings)
     if isinstance(backend, Refusal):
@@ -151,6 +154,7 @@ def _build(examined: Examined, kit: toolkit.Toolkit | toolkit.Install | None) ->
         cpu_flags=machine.cpu.flags,
         kv_types=tuple(sorted({kv for instance in settings.models for kv in instance.kv_types})),
         ui=settings.build_ui,
+        tls=any(instance.tls_certificate_file for instance in settings.models),
         nvcc=kit.nvcc if kit else None,
         host_compiler=kit.host_compiler if isinstance(kit, toolkit.Toolkit) else None,
     )
@@ -194,7 +198,7 @@ def _all_packages() -> dict[str, tuple[str, ...]]:
     """Every package that any backend could need: the survey tells which are missing."""
     return {
         manager: tuple(sorted({name for backend in builds.JOB_BYTES
-                               for name in builds.packages(manager, backend, compiling=True)}))
+                               for name in builds.packages(manager, backend, compiling=True, tls=True)}))
         for manager in builds.RUN_PACKAGES
     }  # fmt: skip
 
@@ -203,7 +207,7 @@ def _missing(survey: facts.Survey, build: Build) -> tuple[str, ...]:
     """Missing packages that are needed: those to compile with only where something is compiled."""
     found = survey.found
     compiling = build.key not in found.releases and build.key not in found.cached_builds
-    wanted = builds.packages(survey.machine.package_manager or "apt", build.backend, compiling)
+    wanted = builds.packages(survey.machine.package_manager or "apt", build.backend, compiling, build.tls)
     return tuple(name for name in wanted if name in found.missing_packages)
 
 
@@ -222,15 +226,13 @@ def _serving(
 ) -> Serving:  # fmt: skip
     folder = f"{MODELS}/{model.folder}"
     path = f"{folder}/{model.files[0].name}"
-    keys = sources.api_keys(instance)
-    argv = [f"{build.release}/bin/llama-server", *flags.argv(plan, instance, path)]
-    if keys is not None:
-        argv += ["--api-key-file", f"/run/credentials/{instance.unit}/api-keys"]
+    secrets = sources.secrets(instance)
+    argv = [f"{build.release}/bin/llama-server", *flags.argv(plan, instance, path), *flags.credentials(instance)]
     record = render.plan_record(instance, plan, build, model, path, tuple(argv))
     service = Service(
         name=instance.name, address=instance.listen, port=instance.port,
         unit_text=render.unit(instance, plan, build, survey, record, allow_swap=settings.allow_swap),
-        plan_json=json.dumps(record, indent=1) + "\n", keys=keys, argv=tuple(argv),
+        plan_json=json.dumps(record, indent=1) + "\n", secrets=secrets, argv=tuple(argv),
         identity=record["identity"], release=build.release,
     )  # fmt: skip
     names = {one.unit for one in settings.models}

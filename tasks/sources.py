@@ -8,13 +8,13 @@ import re
 import subprocess
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from gevent.lock import RLock
 
-from llamafleet import gguf, sources
+from llamafleet import gguf, secret_files, sources
 from llamafleet.settings import Instance, Settings
+from tasks import certificates
 
 T = TypeVar("T")
 
@@ -105,27 +105,30 @@ def _read_model(instance: Instance, settings: Settings) -> Model:
 
 
 def hub_token(settings: Settings) -> str | None:
-    """The Hub token of the operator: from the file that the settings name, else from HF_TOKEN."""
+    """The Hub token of the operator: from where the settings say, else from HF_TOKEN."""
     if settings.hub_token_file is None:
-        return os.environ.get("HF_TOKEN") or None
-    return secret(settings.hub_token_file, "hub_token_file")
+        return secret_files.take("HF_TOKEN")
+    return secret_files.token(settings.hub_token_file, "hub_token_file")
 
 
-def api_keys(instance: Instance) -> str | None:
-    """The API keys of an instance, one a line; None where it asks for none."""
-    if instance.api_key_file is None:
-        return None
-    text = secret(instance.api_key_file, f"models: {instance.name}: api_key_file")
-    # llama-server does not trim the lines: a stray blank would be part of a key.
-    return "".join(f"{line.strip()}\n" for line in text.splitlines() if line.strip())
+def take_secrets(settings: Settings) -> None:
+    """Take the secrets that lie in the environment out of it, before a program is started that would inherit
+    them: a command on this machine, git, pip."""
+    places = [settings.hub_token_file or "env:HF_TOKEN", *(instance.api_key_file for instance in settings.models)]
+    for place in places:
+        if place and place.startswith(secret_files.VARIABLE):
+            secret_files.take(place.removeprefix(secret_files.VARIABLE))
 
 
-def secret(path: str, setting: str) -> str:
-    """The text of a secret file on the operator's machine, refused where it is empty."""
-    try:
-        text = Path(path).expanduser().read_text()
-    except OSError as error:
-        raise LookupFailed(f"{setting}: cannot read {path}: {error.strerror}") from error
-    if not text.strip():
-        raise LookupFailed(f"{setting}: {path} is empty; put the secret in it, or set {setting} to None")
-    return text.strip()
+def secrets(instance: Instance) -> dict[str, str]:
+    """What an instance's unit loads as credentials, by their names: keys, certificate and its key.
+
+    Raises `SecretError` and `CertificateError`.
+    """
+    found = {}
+    if instance.api_key_file is not None:
+        place = f"models: {instance.name}: api_key_file"
+        found["api-keys"] = secret_files.api_keys(instance.api_key_file, place)
+    if instance.tls_certificate_file is not None and instance.tls_key_file is not None:
+        found |= certificates.pair(instance.tls_certificate_file, instance.tls_key_file, f"models: {instance.name}: ")
+    return found

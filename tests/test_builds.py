@@ -9,7 +9,7 @@ from llamafleet.builds import Build
 
 BUILD = Build(
     commit="c" * 40, backend="cuda", toolkit="cuda-12.8", architectures=("89",), machine_arch="x86_64",
-    libc="2.41", cpu_flags=("avx2", "fma"), kv_types=("f16",), ui=False,
+    libc="2.41", cpu_flags=("avx2", "fma"), kv_types=("f16",), ui=False, tls=False,
 )  # fmt: skip
 
 
@@ -25,6 +25,7 @@ BUILD = Build(
         ("cpu_flags", ("avx2", "avx512f", "fma")),
         ("kv_types", ("f16", "q5_1")),
         ("ui", True),
+        ("tls", True),
     ],
 )
 def test_whatever_changes_the_artefact_changes_the_key(field, value):

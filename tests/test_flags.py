@@ -18,7 +18,8 @@ ORACLE = Path(__file__).parent.parent / ".cache/llama.cpp-cpu/build/bin/llama-se
 
 @pytest.fixture(scope="module")
 def planned():
-    asked = planning.settings({"name": "gpt", "port": 9931, "context_tokens": 65536, "slots": 2, "listen": "10.0.0.7"})
+    asked = planning.settings({"name": "gpt", "port": 9931, "context_tokens": 65536, "slots": 2, "listen": "10.0.0.7",
+                               "allow_unauthenticated": True})  # fmt: skip
     [plan] = planning.plans(planning.machine([24564, 12282]), [("gpt-oss-120b",)], asked)
     return plan, asked.models[0]
 
@@ -30,10 +31,10 @@ def test_all_that_llama_cpp_would_else_decide_is_given(planned):
         "--ctx-size": "131072", "--parallel": "2", "--n-gpu-layers": "37", "--device": "CUDA0,CUDA1",
         "--split-mode": "layer", "--cache-type-k": "f16", "--cache-type-v": "f16", "--flash-attn": "on",
         "--batch-size": "2048", "--ubatch-size": "512", "--threads": "6", "--threads-batch": "6",
-        "--cache-ram": "1024", "--load-mode": "none",
+        "--cache-ram": "1024", "--load-mode": "none", "--cors-origins": "none",
     }  # fmt: skip
     assert {flag: argument(command, flag) for flag in expected} == expected
-    assert {"--no-kv-unified", "--metrics", "--slots", "--no-ui", "--offline"} <= set(command)
+    assert {"--no-kv-unified", "--metrics", "--slots", "--no-ui", "--offline", "--no-cors-credentials"} <= set(command)
     assert all(isinstance(word, str) for word in command)
 
 

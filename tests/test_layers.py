@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STANDARD = set(sys.stdlib_module_names)
 # Module of ours: what it may import of ours, in the design's order.
 ORDER = [
+    "extra",
     "settings",
     "machine",
     "gguf_cursor",

@@ -73,28 +73,27 @@ def test_a_failure_is_remembered():
     assert asked == [1]
 
 
-def test_keys_are_trimmed_and_empty_files_are_refused(tmp_path):
-    file = tmp_path / "keys"
-    file.write_text(" one \n\n\ttwo\n")
-    (instance,) = planning.settings({"api_key_file": str(file)}).models
-    # llama-server takes a line as it stands, and no line at all as no authentication.
-    assert sources.api_keys(instance) == "one\ntwo\n"
-    file.write_text(" \n")
-    with pytest.raises(sources.LookupFailed, match="is empty"):
-        sources.api_keys(instance)
-
-
-def test_a_missing_key_file_is_named(tmp_path):
-    (instance,) = planning.settings({"api_key_file": str(tmp_path / "none")}).models
-    with pytest.raises(sources.LookupFailed, match=r"api_key_file: cannot read .*none"):
-        sources.api_keys(instance)
-
-
 def test_the_hub_token_comes_from_the_file_before_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setattr("llamafleet.secret_files._taken", {})
     monkeypatch.setenv("HF_TOKEN", "hf_environment")
     assert sources.hub_token(planning.settings({})) == "hf_environment"
     (tmp_path / "token").write_text("hf_file\n")
+    (tmp_path / "token").chmod(0o600)
     assert sources.hub_token(planning.settings({}, hub_token_file=str(tmp_path / "token"))) == "hf_file"
+
+
+def test_secrets_are_taken_out_of_the_environment_that_programs_inherit(monkeypatch):
+    monkeypatch.setattr("llamafleet.secret_files._taken", {})
+    monkeypatch.setenv("HF_TOKEN", "hf_environment")
+    monkeypatch.setenv("FLEET_KEYS", "key-in-a-variable")
+    wanted = planning.settings({"api_key_file": "env:FLEET_KEYS"})
+    sources.take_secrets(wanted)
+    inherited = subprocess.run(["env"], capture_output=True, text=True).stdout
+    assert "hf_environment" not in inherited and "key-in-a-variable" not in inherited
+    # Taken, not lost; also when asked again for the next host.
+    for _ in range(2):
+        assert sources.hub_token(wanted) == "hf_environment"
+        assert sources.secrets(wanted.models[0]) == {"api-keys": "key-in-a-variable\n"}
 
 
 def test_whose_lock_may_be_taken():

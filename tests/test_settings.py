@@ -131,3 +131,27 @@ def test_an_entry_is_a_dictionary():
 def test_unset_is_not_empty():
     assert Settings.from_data({**default_data(), "models": [MODEL]}).models[0].context_tokens is None
     assert instance_problems(context_tokens=0) == ["models[0].context_tokens: should be from 256 to 2147483647, is 0"]
+
+
+def test_an_address_that_others_reach_needs_a_key_or_the_word():
+    for address in ("0.0.0.0", "::", "10.0.0.7", "fd00::7"):
+        [told] = instance_problems(listen=address)
+        assert told.startswith("models[0].listen: ") and address in told and "allow_unauthenticated" in told
+        for guard in ({"api_key_file": "/keys"}, {"allow_unauthenticated": True}):
+            assert Settings.from_data({**default_data(), "models": [{**MODEL, "listen": address, **guard}]})
+    for address in ("127.0.0.1", "127.0.1.9", "::1"):
+        assert Settings.from_data({**default_data(), "models": [{**MODEL, "listen": address}]})
+
+
+def test_certificate_and_key_are_given_together():
+    assert instance_problems(tls_key_file="/k")[0].startswith("models[0].tls_certificate_file: missing")
+    assert instance_problems(tls_certificate_file="/c")[0].startswith("models[0].tls_key_file: missing")
+
+
+def test_flags_that_open_the_host_are_refused_unless_asked_by_name():
+    [told] = instance_problems(extra_flags=["--temp 0.2", "--tools all"])
+    assert told.startswith("models[0].extra_flags: --tools lets") and "dangerous_flags" in told
+    [told] = instance_problems(dangerous_flags=["--tools read_file"])
+    assert "give an api_key_file too" in told
+    entry = {**MODEL, "dangerous_flags": ["--tools read_file"], "api_key_file": "/keys"}
+    assert Settings.from_data({**default_data(), "models": [entry]})

@@ -8,16 +8,18 @@ from llamafleet.found import Found, FoundInstance, Listener
 from llamafleet.work import Service, compare, differences, port_conflict, sha256
 
 SERVICE = Service(
-    name="demo", address="127.0.0.1", port=8080, unit_text="[Unit]\n", plan_json="{}", keys="secret\n",
+    name="demo", address="127.0.0.1", port=8080, unit_text="[Unit]\n", plan_json="{}", secrets={"api-keys": "secret\n"},
     argv=("/opt/llamafleet/releases/k1/bin/llama-server", "--port", "8080"), release="/opt/llamafleet/releases/k1",
 )  # fmt: skip
+GROUND = {"systemd": "257", "kernel": "6.12", "driver": None}
 INSTANCE = FoundInstance(
-    unit_sha256=sha256("[Unit]\n"), plan_sha256=sha256("{}"), keys_sha256=sha256("secret\n"), active="active",
-    enabled="enabled", restarts=0, drop_ins=(), stale=False, pid=7, argv=SERVICE.argv, exe=SERVICE.argv[0],
+    unit_sha256=sha256("[Unit]\n"), plan_sha256=sha256("{}"), secrets={"api-keys": sha256("secret\n")}, preflight=None,
+    active="active", enabled="enabled", restarts=0, drop_ins=(), stale=False, pid=7, argv=SERVICE.argv, exe=SERVICE.argv[0],
 )  # fmt: skip
 FOUND = Found(
     euid=0, user=True, missing_packages=(), helpers="h1", lock=None, releases={"k1": {}}, current="k1",
     cached_builds=(), models={"/m/f/a.gguf": "aa"}, instances={"demo": INSTANCE}, listeners=(), device_classes=(),
+    ground=GROUND,
     toolkits=(), gpu_groups=(), foreign_units=(),
 )  # fmt: skip
 
@@ -59,7 +61,7 @@ def test_a_model_without_known_checksum_is_done_when_verified_on_the_host():
     [
         ({"unit_sha256": "x"}, "its unit differs"),
         ({"plan_sha256": None}, "its plan.json is missing"),
-        ({"keys_sha256": None}, "its API keys differ"),
+        ({"secrets": {}}, "its API keys differ"),
         ({"drop_ins": ("/etc/systemd/system/x.d/a.conf",)}, "drop-ins change its unit: /etc/systemd/system/x.d/a.conf"),
         ({"enabled": "disabled"}, "it is disabled"),
         ({"active": "failed"}, "it is failed"),
@@ -68,16 +70,16 @@ def test_a_model_without_known_checksum_is_done_when_verified_on_the_host():
     ],
 )
 def test_each_difference_of_an_instance_is_named(change, reason):
-    assert differences(SERVICE, dataclasses.replace(INSTANCE, **change)) == (reason,)
+    assert differences(SERVICE, dataclasses.replace(INSTANCE, **change), GROUND) == (reason,)
 
 
 def test_a_missing_instance_is_not_installed():
-    assert differences(SERVICE, None) == ("it is not installed",)
+    assert differences(SERVICE, None, GROUND) == ("it is not installed",)
 
 
 def test_drift_of_free_bytes_in_the_plan_is_no_difference():
     # plan.json holds the ledger, which moves with every megabyte that others use.
-    assert not differences(SERVICE, dataclasses.replace(INSTANCE, plan_sha256="other"))
+    assert not differences(SERVICE, dataclasses.replace(INSTANCE, plan_sha256="other"), GROUND)
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,24 @@ model_defaults = {
     "threads": None,
     # RAM for llama-server's prompt cache, MiB. llama.cpp's own default is 8192, uncounted by it.
     "prompt_cache_mib": 1024,
-    # Address to listen on. Loopback by default: a model server without a key is an open door.
+    # Address to listen on. Loopback by default: a model server without a key is an open door. Another
+    # address is refused without `api_key_file`, unless you set `allow_unauthenticated`.
     "listen": "127.0.0.1",
-    # File on *your* machine with the API keys, one a line. None: no key is asked.
+    # File on *your* machine with the API keys, one a line, readable by nobody but you (and your group):
+    # chmod 600. Or "env:NAME": a variable of your environment. None: no key is asked.
     "api_key_file": None,
+    # Serve other machines without asking for a key: everybody who reaches the port may use the server.
+    "allow_unauthenticated": False,
+    # PEM files on *your* machine, certificate (with its chain) and key: llama-server then speaks https.
+    # The build gets OpenSSL for it. None: plain http, for loopback or behind a proxy.
+    "tls_certificate_file": None,
+    "tls_key_file": None,
+    # More of llama-server's flags, "--flag" or "--flag value" each, of those known to change neither
+    # memory nor who gets in (llamafleet/extra.py).
+    "extra_flags": [],
+    # The same for flags that open the host, such as "--props" or "--tools read_file": only together
+    # with `api_key_file`; docs/hardening.md says what each opens.
+    "dangerous_flags": [],
     # Expected sha256 of the file (of the first shard, for a split model). The Hugging Face Hub
     # tells it; set it for plain URLs.
     "sha256": None,
@@ -65,7 +79,8 @@ keep_releases = 2
 # --- the Hugging Face Hub --------------------------------------------------------------------
 
 hub_endpoint = "https://huggingface.co"
-# File on *your* machine with the token for gated models; else the environment's HF_TOKEN.
+# File on *your* machine with the token for gated models, chmod 600, or "env:NAME"; None: the
+# environment's HF_TOKEN, where it is set.
 hub_token_file = None
 
 # --- memory ----------------------------------------------------------------------------------

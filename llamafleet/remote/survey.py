@@ -3,7 +3,7 @@
 Contract: one argument, a JSON object {"packages": {"apt": [names], "dnf": [names]},
 "build_cache": path | null, "toolkits": [paths], "paths": [paths]}; prints one JSON object {"machine": the probe's
 output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and psutil; its
-siblings probe.py, toolkits.py and lock.py lie in the same folder.
+siblings probe.py, toolkits.py, lock.py and ground.py lie in the same folder.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ ETC = "/etc/llamafleet"
 UNITS = "/etc/systemd/system"
 DRIVER_SECONDS = 20.0  # a driver that does not answer in this time hangs
 MADE_BY = "# Made by llamafleet"
+SECRETS = ("api-keys", "tls-certificate", "tls-key")
 PREFIX, SUFFIX = "llama-server-", ".service"
 
 
 def main(argv: list[str]) -> None:
+    import ground
     import lock
     import probe
     import toolkits
@@ -47,6 +49,7 @@ def main(argv: list[str]) -> None:
         "instances": instances(),
         "listeners": listeners(),
         "device_classes": device_classes(),
+        "ground": ground.ground(),
         "gpu_groups": [name for name in ("render", "video") if has_group(name)],
         "foreign_units": [unit for unit in units() if not is_ours(unit)],
         "toolkits": toolkits.find(extra=asked["toolkits"]),
@@ -166,7 +169,8 @@ def instance(name: str) -> dict[str, Any]:
     return {
         "unit_sha256": sha256_of(f"{UNITS}/{unit}"),
         "plan_sha256": sha256_of(f"{ETC}/instances/{name}/plan.json"),
-        "keys_sha256": sha256_of(f"{ETC}/instances/{name}/api-keys"),
+        "secrets": {one: hashed for one in SECRETS if (hashed := sha256_of(f"{ETC}/instances/{name}/{one}"))},
+        "preflight": (read_json(f"{ETC}/instances/{name}/plan.json") or {}).get("preflight"),
         "active": shown.get("ActiveState"),
         "sub": shown.get("SubState"),
         "enabled": shown.get("UnitFileState"),

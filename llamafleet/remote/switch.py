@@ -1,7 +1,7 @@
 """Switch one instance to a new unit, or back where the new one does not serve.
 
 Contract: `switch.py install NAME` takes the staged files of /var/lib/llamafleet/staged/NAME (the unit,
-plan.json, api-keys where there are keys), keeps the installed ones aside, installs, starts, runs
+plan.json, and the secrets that it has), keeps the installed ones aside, installs, starts, runs
 the gate and, where it fails, puts the old ones back and proves that they serve again. `switch.py
 remove NAME` stops and removes an instance. Log lines on stdout; the last one of a failure begins
 with `error: `. Exit 0 done, 1 failed. Killed at any point it can simply be run again: what is kept
@@ -21,6 +21,7 @@ UNITS = "/etc/systemd/system"
 INSTANCES = "/etc/llamafleet/instances"
 STAGED = "/var/lib/llamafleet/staged"
 GOOD = "/var/lib/llamafleet/good"
+SECRETS = ("api-keys", "tls-certificate", "tls-key")
 GATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "gate.py")
 
 
@@ -37,7 +38,7 @@ def installed(name: str) -> dict[str, tuple[str, int]]:
     return {
         unit_of(name): (f"{UNITS}/{unit_of(name)}", 0o644),
         "plan.json": (f"{INSTANCES}/{name}/plan.json", 0o644),
-        "api-keys": (f"{INSTANCES}/{name}/api-keys", 0o600),
+        **{secret: (f"{INSTANCES}/{name}/{secret}", 0o600) for secret in SECRETS},
     }
 
 

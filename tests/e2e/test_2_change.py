@@ -47,6 +47,7 @@ def test_an_instance_that_left_the_inventory_is_removed(outside, settings, inven
 def test_with_keys_nobody_gets_in_without_one(outside, settings, inventory, host, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("first-secret\n\n second-secret \n")
+    keys.chmod(0o600)
     run = pyinfra(inventory((host, settings(host, model={"api_key_file": str(keys)}))), "-vvv", "--diff")
     assert run.code == 0, run.text
     body = {"prompt": "a", "max_tokens": 1}

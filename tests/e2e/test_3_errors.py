@@ -121,6 +121,7 @@ def test_gated_model_with_token_leaves_no_token_behind(settings, inventory, outs
     outside.hub.add("acme/gated-GGUF", "gated.gguf", models.tiny(tmp_path, seed=7), gated=True)
     token = tmp_path / "token"
     token.write_text(outside.hub.token + "\n")
+    token.chmod(0o600)
     data = settings(bad, model={"source": "hf:acme/gated-GGUF/gated.gguf"}, hub_token_file=str(token))
     run = pyinfra(inventory((bad, data)), "-vvv", "--diff")
     assert run.code == 0, run.text
