@@ -220,6 +220,9 @@ def _follow_locked(host: Host, job: str, command: list[str]) -> bool:
         follow = remote.program("job.py", "follow", job, f"--seen={said}", "--seconds", "15")
         seen = remote.run_json(host, follow)
     if seen["state"] == "ended" and seen["exit_code"] == 0:
+        for line in seen["tail"]:
+            if line.startswith("note: "):  # what the operator should know although all went well
+                host.log(line.removeprefix("note: "))
         return True
     how = f"exit code {seen['exit_code']}" if seen["state"] == "ended" else "it was killed"
     tail = seen["tail"]

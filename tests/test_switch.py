@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import types
 
 import pytest
 
@@ -66,6 +68,9 @@ def host(tmp_path, monkeypatch):
         monkeypatch.setattr(switch, name.upper(), str(tmp_path / name))
     monkeypatch.setattr(switch, "GATE", str(tmp_path / "gate.py"))
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    # Which has tests of its own; a sibling on a host.
+    preflight = types.SimpleNamespace(prepare=lambda *_: None, Unfit=type("Unfit", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, "preflight", preflight)
     return one
 
 
@@ -146,6 +151,21 @@ def test_a_unit_that_systemd_refuses_changes_nothing(host):
         switch.install("chat")
     assert host.installed() == before
     assert [call.split()[0] for call in host.calls()[calls:]] == ["systemd-analyze"]
+
+
+def test_a_sandbox_in_which_nothing_works_changes_nothing(host):
+    def prepare(*_):
+        raise sys.modules["preflight"].Unfit("also without a sandbox: no libcuda")
+
+    host.stage("one", keys="k")
+    switch.install("chat")
+    before, kept = host.installed(), host.kept()
+    sys.modules["preflight"].prepare = prepare
+    host.stage("two", keys="k2")
+    with pytest.raises(switch.Failed, match="no libcuda"):
+        switch.install("chat")
+    assert host.installed() == before and host.kept() == kept
+    assert os.listdir(host.folder / "staged") == []
 
 
 def test_an_older_systemd_is_asked_without_the_option_it_does_not_know(host):

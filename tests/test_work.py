@@ -73,6 +73,31 @@ def test_each_difference_of_an_instance_is_named(change, reason):
     assert differences(SERVICE, dataclasses.replace(INSTANCE, **change), GROUND) == (reason,)
 
 
+LOOSENED = {"rendered_sha256": sha256("[Unit]\n"), "unit_sha256": sha256("[Unit]\n#"), "ground": GROUND}
+
+
+@pytest.mark.parametrize(
+    ("installed", "preflight", "reasons"),
+    [
+        ("[Unit]\n#", LOOSENED, ()),
+        ("[Unit]\n# by hand", LOOSENED, ("its unit differs",)),
+        ("[Unit]\n#", {**LOOSENED, "rendered_sha256": sha256("[Old]\n")}, ("its unit differs",)),
+        ("[Unit]\n#", None, ("its unit differs",)),
+        (
+            "[Unit]\n#",
+            {**LOOSENED, "ground": {**GROUND, "kernel": "6.1"}},
+            ("its sandbox was loosened under another kernel: the whole one is tried again",),
+        ),
+        # The whole sandbox works: what it stands on may change.
+        ("[Unit]\n", {**LOOSENED, "ground": {}}, ()),
+    ],
+    ids=["as recorded", "edited", "of another unit", "not recorded", "new kernel", "nothing loosened"],
+)
+def test_a_unit_may_differ_by_what_its_preflight_dropped(installed, preflight, reasons):
+    found = dataclasses.replace(INSTANCE, unit_sha256=sha256(installed), preflight=preflight)
+    assert differences(SERVICE, found, GROUND) == reasons
+
+
 def test_a_missing_instance_is_not_installed():
     assert differences(SERVICE, None, GROUND) == ("it is not installed",)
 

@@ -84,6 +84,16 @@ def verify(name: str) -> None:
         raise Failed(f"systemd-analyze verify refuses the unit: {done.stdout.strip()}")
 
 
+def try_sandbox(name: str) -> None:
+    """The staged unit, as tight as this host allows. Raises Failed where llama-server works under none."""
+    import preflight
+
+    try:
+        preflight.prepare(f"{STAGED}/{name}", name, f"{INSTANCES}/{name}/plan.json")
+    except preflight.Unfit as error:
+        raise Failed(str(error)) from error
+
+
 def start_and_check(name: str) -> str | None:
     """The gate's verdict after a restart: None, or what failed as text."""
     systemctl("enable", "--quiet", unit_of(name))
@@ -123,6 +133,7 @@ def install(name: str) -> None:
     try:
         print(f"checking the staged unit {unit_of(name)}", flush=True)
         verify(name)
+        try_sandbox(name)
         put(name, f"{STAGED}/{name}")
     finally:
         shutil.rmtree(f"{STAGED}/{name}", ignore_errors=True)  # it may hold keys

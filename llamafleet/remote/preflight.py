@@ -1,0 +1,174 @@
+"""Does llama-server work in the unit's sandbox on this host? Tried before the switch, on the release itself.
+
+Contract: `prepare(staged, name, installed)` takes the folder with the staged unit and plan.json of the instance
+NAME and the path of the installed plan.json. It runs the release in a transient unit with the same directives:
+`--list-devices` must show every planned device, and a tiny model must answer a completion. Where that fails,
+directives are dropped by `SUSPECTS`' order, one by one and then together, and the tightest set that works is
+kept: the staged unit then has them as comments, and plan.json says which and why in its `preflight`. Raises
+`Unfit` where nothing works, also without a sandbox; nothing that is installed is touched. Root, systemd, the
+standard library, Python 3.8; its siblings ground.py, sandbox_trial.py and tiny_gguf.py lie in the same folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Callable, Dict, FrozenSet, List, NamedTuple, Optional, Sequence, Tuple
+
+import ground
+import sandbox_trial
+from sandbox_trial import Directive, Unfit
+
+__all__ = ["Unfit", "prepare"]
+
+
+class Part(NamedTuple):
+    """Directives that are kept or dropped together; `names` are directives, or NAME=VALUE of one of many."""
+
+    label: str
+    names: Tuple[str, ...]
+
+
+# In the order in which they are dropped: what GPU drivers are most likely to need comes first.
+SUSPECTS = (
+    Part("MemoryDenyWriteExecute", ("MemoryDenyWriteExecute",)),
+    Part("PrivateUsers", ("PrivateUsers",)),
+    Part("SystemCallFilter=~@resources", ("SystemCallFilter=~@resources",)),
+    Part("DeviceAllow", ("DevicePolicy", "DeviceAllow")),
+    Part("ExecPaths", ("NoExecPaths", "ExecPaths")),
+    Part("ProcSubset", ("ProcSubset",)),
+    Part("RestrictAddressFamilies", ("RestrictAddressFamilies",)),
+    Part("InaccessiblePaths", ("InaccessiblePaths",)),
+    Part("SocketBindDeny", ("SocketBindDeny", "SocketBindAllow")),
+    Part("IPAddressDeny", ("IPAddressDeny", "IPAddressAllow")),
+    Part("PrivateDevices", ("PrivateDevices",)),
+)
+# Dropped only where the suspects together are not enough.
+OTHERS = (
+    Part("SystemCallFilter", ("SystemCallFilter=@system-service", "SystemCallFilter=~@privileged")),
+    *(Part(name, (name,)) for name in (
+        "SystemCallArchitectures", "RestrictNamespaces", "RestrictRealtime", "LockPersonality", "ProtectProc",
+        "ProtectKernelTunables", "ProtectKernelModules", "ProtectKernelLogs", "ProtectControlGroups", "ProtectClock",
+        "ProtectHostname", "PrivateIPC", "PrivateMounts", "KeyringMode",
+    )),
+)  # fmt: skip
+# Everything else stays in any case, above all User, NoNewPrivileges, the empty capability sets, ProtectSystem,
+# ProtectHome and PrivateTmp: a server that does not run with these is not run at all.
+
+# Why the sandbox without the parts of these labels does not work; None where it does.
+Works = Callable[[FrozenSet[str]], Optional[str]]
+
+
+def prepare(staged: str, name: str, installed: str) -> None:
+    unit_path, plan_path = f"{staged}/llama-server-{name}.service", f"{staged}/plan.json"
+    unit, plan = read(unit_path), json.loads(read(plan_path))
+    found = known(installed, unit)
+    if found is None:
+        print("preflight: trying the sandbox", flush=True)
+        found = examine(name, unit, plan["gate"]["argv"])
+    loosened = without(unit, [line for one in found["dropped"] for line in one["directives"]])
+    plan["preflight"] = {**found, "unit_sha256": sha256(loosened)}
+    for one in found["dropped"]:
+        print(f"note: sandbox without {', '.join(one['directives'])}: {one['why']}", flush=True)
+    write(unit_path, loosened)
+    write(plan_path, json.dumps(plan, indent=1) + "\n")
+
+
+def known(installed: str, unit: str) -> Optional[Dict[str, Any]]:
+    """What the preflight of the installed instance found, if it was for this very unit on this very ground."""
+    try:
+        found = json.loads(read(installed))["preflight"]
+    except (OSError, ValueError, KeyError):
+        return None
+    same = found["rendered_sha256"] == sha256(unit) and found["ground"] == ground.ground()
+    return {key: found[key] for key in found if key != "unit_sha256"} if same else None
+
+
+def examine(name: str, unit: str, argv: Sequence[str]) -> Dict[str, Any]:
+    """The preflight's findings for a unit; raises Unfit."""
+    directives = service_directives(unit)
+    with sandbox_trial.Trial(name, argv) as trial:
+
+        def works(dropped: FrozenSet[str]) -> Optional[str]:
+            gone = {line for label in dropped for line in lines_of(label, directives)}
+            why = trial.run([one for one in directives if one.line not in gone])
+            print(f"preflight: without {', '.join(sorted(dropped)) or 'nothing'}: {why or 'works'}", flush=True)
+            return why
+
+        dropped = tightest([part.label for part in SUSPECTS if lines_of(part.label, directives)],
+                           [part.label for part in OTHERS if lines_of(part.label, directives)], works)  # fmt: skip
+        checked = trial.checked
+    return {
+        "rendered_sha256": sha256(unit),
+        "ground": ground.ground(),
+        "checked": checked,
+        "dropped": [{"directives": lines_of(label, directives), "why": why} for label, why in dropped.items()],
+    }
+
+
+def tightest(suspects: Sequence[str], others: Sequence[str], works: Works) -> Dict[str, str]:
+    """The labels that have to be dropped, each with what fails while it is kept; raises Unfit."""
+    # Tried twice: a moment's trouble must not open a sandbox.
+    why = works(frozenset()) and works(frozenset())
+    if why is None:
+        return {}
+    everything = frozenset((*suspects, *others))
+    bare = works(everything)
+    if bare is not None:
+        raise Unfit(f"llama-server does not work on this host, also without a sandbox: {bare}")
+    for label in suspects:
+        if works(frozenset([label])) is None:
+            return {label: why}
+    order = [*suspects, *others]
+    together = works(frozenset(suspects)) is None
+    return put_back(frozenset(suspects) if together else everything, order, works)
+
+
+def put_back(dropped: FrozenSet[str], order: Sequence[str], works: Works) -> Dict[str, str]:
+    """Put back whatever can be, the least suspect first; what is left, with why it cannot."""
+    reasons = {}
+    for label in [one for one in reversed(order) if one in dropped]:
+        why = works(dropped - {label})
+        if why is None:
+            dropped = dropped - {label}
+        else:
+            reasons[label] = why
+    return {label: reasons[label] for label in order if label in reasons}
+
+
+def lines_of(label: str, directives: Sequence[Directive]) -> List[str]:
+    """The unit's lines that belong to a part."""
+    (names,) = [part.names for part in (*SUSPECTS, *OTHERS) if part.label == label]
+    return [one.line for one in directives if one.name in names or one.line in names]
+
+
+def service_directives(unit: str) -> List[Directive]:
+    """The directives of the [Service] section in their order, continued lines joined, comments left out."""
+    section, found = "", []
+    for line in unit.replace("\\\n", " ").splitlines():
+        if line.startswith("["):
+            section = line
+        elif section == "[Service]" and "=" in line and not line.startswith(("#", ";")):
+            found.append(Directive(*line.split("=", 1)))
+    return found
+
+
+def without(unit: str, lines: Sequence[str]) -> str:
+    """The unit with these lines as comments."""
+    gone = set(lines)
+    note = "# Dropped by the preflight (see plan.json): "
+    return "\n".join(note + line if line in gone else line for line in unit.split("\n"))
+
+
+def read(path: str) -> str:
+    with open(path) as file:
+        return file.read()
+
+
+def write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
