@@ -26,6 +26,7 @@ BLOCK_VECTORS: dict[str, tuple[tuple[str, str], ...]] = {
     "qwen3next": (POST_ATTENTION_NORM,),
     "qwen35moe": (POST_ATTENTION_NORM,),
     "llama4": (FFN_NORM,),
+    "olmoe": (FFN_NORM, ("attn_q_norm.weight", "embd"), ("attn_k_norm.weight", "embd")),
     "gemma3": (FFN_NORM, *QK_NORMS, POST_ATTENTION_NORM, POST_FFW_NORM),
     "gpt-oss": (POST_ATTENTION_NORM, ("attn_sinks.weight", "heads")),
     "glm4": (FFN_NORM, POST_ATTENTION_NORM, POST_FFW_NORM),

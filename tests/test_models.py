@@ -37,11 +37,18 @@ def test_a_layout_has_as_many_tensors_as_published(name: str) -> None:
     assert layout.tensors in (0, len(found))
 
 
-def test_a_layout_is_right_to_the_byte_where_bytes_are_published() -> None:
-    # llama-bench of lmstudio-community/Qwen3.6-35B-A3B-GGUF, Q4_K_M: "model_size" and "model_n_params"
-    found = list(models.tensors(models.PUBLISHED["Qwen3.6-35B-A3B"], "Q4_K_M"))
-    assert sum(tensor.nbytes for tensor in found) == 21155768832
-    assert sum(math.prod(tensor.shape) for tensor in found) == 34660610688
+# llama-bench's "model_size" and "model_n_params" of lmstudio-community's, allenai's and unsloth's Q4_K_M
+BYTES = {
+    "Qwen3.6-35B-A3B": (21155768832, 34660610688),
+    "OLMoE-1B-7B": (4211730432, 6919161856),
+    "Qwen3-0.6B": (390753280, 596049920),
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_a_layout_is_right_to_the_byte_where_bytes_are_published(name: str) -> None:
+    found = list(models.tensors(models.PUBLISHED[name], "Q4_K_M"))
+    assert (sum(one.nbytes for one in found), sum(math.prod(one.shape) for one in found)) == BYTES[name]
 
 
 def test_gpt_oss_120b_has_the_published_tensors() -> None:
