@@ -99,6 +99,7 @@ class Gpu(_Part):
     problem: str | None = None  # why nothing may be planned on it
     gfx: str | None = None  # AMD's LLVM target, "gfx1100"
     mig: bool = False
+    vulkan_index: int | None = None  # its number in Vulkan's own order; None: not asked
 
     @property
     def usable(self) -> bool:
@@ -137,6 +138,19 @@ class PciGpu(_Part):
 
 
 @dataclass(frozen=True)
+class VulkanDevice(_Part):
+    """A device as Vulkan's loader lists it; `kind` is discrete, integrated, virtual, cpu or other."""
+
+    index: int
+    name: str
+    kind: str
+    driver: str
+    uuid: str
+    pci_bus_id: str | None
+    memory_total_bytes: int
+
+
+@dataclass(frozen=True)
 class Machine(_Part):
     """A host as the probe found it."""
 
@@ -152,6 +166,7 @@ class Machine(_Part):
     problems: tuple[str, ...] = ()
     package_manager: str | None = None
     python: str | None = None
+    vulkan: tuple[VulkanDevice, ...] | None = None  # None: not asked, or no loader is installed
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> Machine:

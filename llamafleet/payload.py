@@ -30,7 +30,10 @@ HELPERS_PYTHON = (3, 9)
 NATIVE = frozenset({"psutil"})
 PROBE_PACKAGES = frozenset({"psutil", "nvidia-ml-py"})
 # The survey reads what is installed and asks its siblings: the probe, the toolkits, the lock.
-PROBE_PROGRAMS = ("ground.py", "lock.py", "probe.py", "probe_files.py", "probe_gpus.py", "survey.py", "toolkits.py")
+PROBE_PROGRAMS = (
+    *("ground.py", "lock.py", "probe.py", "probe_files.py", "probe_gpus.py", "probe_vulkan.py", "survey.py"),
+    "toolkits.py",
+)
 # Not needed to run the probe on Linux.
 _PROBE_LEAVES_OUT = re.compile(r"\.dist-info/|^example\.py$|^psutil/(tests/|_ps(aix|bsd|osx|sunos|windows)\.py$)")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from . import vulkan
 from .adjust import NO_ADJUSTMENT, Adjustment
 from .advice import suggestions
 from .gguf import Header
@@ -151,11 +152,11 @@ def plan_host(
     backend = resolve_backend(machine, settings)
     if isinstance(backend, Refusal):
         return tuple(replace(backend, instance=instance.name) for instance, _ in requests)
-    gpus = _gpus_for(machine, backend)
+    gpus = vulkan.gpus(machine, settings.vulkan_devices) if backend == "vulkan" else _gpus_for(machine, backend)
     if backend != "cpu" and not gpus:
         refusal = Refusal(
             f"backend is {backend!r} but {machine.hostname} has no GPU that it could use",
-            suggestions=('set backend = "auto" or "cpu"',),
+            suggestions=(*vulkan.advice(machine), 'set backend = "auto" or "cpu"'),
         )
         return tuple(replace(refusal, instance=instance.name) for instance, _ in requests)
     room = Room.of(machine, gpus, settings)
@@ -231,7 +232,7 @@ def _place(machine: Machine, instance: Instance, case: Case) -> Plan | Refusal:
         predicted=predict(case.model, case.context, packed, gpus),
         why=tuple(_why(machine, case, placement, rows)),
         model_bytes=case.model.header.file_bytes_total,
-        host_bytes=rows[-1].used_bytes,
+        host_bytes=sum(row.used_bytes for row in (rows if case.room.unified else rows[-1:])),
         environment=_environment(case.backend, gpus),
     )
 
@@ -242,7 +243,8 @@ def _environment(backend: str, gpus: Sequence[Gpu]) -> dict[str, str]:
         uuids = ",".join(gpu.uuid or str(gpu.index) for gpu in gpus)
         return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": uuids}
     variable = TRAITS[backend].visible_variable
-    return {variable: ",".join(str(gpu.index) for gpu in gpus)} if variable else {}
+    numbers = [gpu.index if gpu.vulkan_index is None else gpu.vulkan_index for gpu in gpus]
+    return {variable: ",".join(map(str, numbers))} if variable else {}
 
 
 def _why(machine: Machine, case: Case, placement: Placement, rows: Sequence[LedgerRow]) -> Iterator[str]:

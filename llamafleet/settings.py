@@ -75,6 +75,7 @@ class Settings:
     llama_cpp_ref: str
     backend: str
     cuda_toolkit: str
+    vulkan_devices: tuple[int, ...] | None
     build_ui: bool
     build_jobs: int | None
     build_cache: str | None
@@ -97,7 +98,7 @@ class Settings:
         if not isinstance(defaults, Mapping):
             raise SettingsError([f"model_defaults: should be a dictionary, is {defaults!r}"])
         problems = [*_unknown(ours, _names(cls), ""), *_missing(ours, _names(cls), "")]
-        values = {k: v for k, v in ours.items() if k in _names(cls)}
+        values = {k: _frozen(v) if k == "vulkan_devices" else v for k, v in ours.items() if k in _names(cls)}
         if isinstance(values.get("models"), list | tuple):
             values["models"] = tuple(_instances(values["models"], defaults, problems))
         problems += _wrong_types(cls, values, "", skip=("models",))

@@ -39,6 +39,7 @@ def survey(host: Host, packages: dict[str, tuple[str, ...]], settings: Settings)
         {
             "packages": packages,
             "build_cache": settings.build_cache,
+            "vulkan": settings.backend == "vulkan",
             # Where the operator says a toolkit is, beside the usual places.
             "toolkits": [settings.cuda_toolkit] if settings.cuda_toolkit.startswith("/") else [],
             "paths": ["/opt", "/var/lib/llamafleet"],

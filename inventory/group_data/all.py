@@ -66,6 +66,9 @@ backend = "auto"
 # "nvidia": always NVIDIA's repository. "distro": the distribution's own package. Or an absolute
 # path such as "/usr/local/cuda-12.8".
 cuda_toolkit = "auto"
+# Backend "vulkan": the devices to use, as the numbers that `vulkaninfo --summary` gives them. None: every
+# discrete and integrated GPU, as llama.cpp does; a device named here is used whatever it is.
+vulkan_devices = None
 # llama-server's web page. Off: it is downloaded from a bucket at build time.
 build_ui = False
 # Parallel compiler jobs. None: one a core, at most one for each 4 GiB (CUDA) or 1 GiB of free RAM.

@@ -5,7 +5,7 @@ beside it `probe_files.py` and `probe_gpus.py`; imports nothing else of ours. Re
 nothing behind. Prints exactly one JSON object on stdout and exits 0: what is odd about the host is text
 in `problems`, never a crash. Exit 2 is bad usage.
 
-    probe.py [--paths PATH...] [--driver-seconds 20] [--root DIR]
+    probe.py [--paths PATH...] [--driver-seconds 20] [--vulkan] [--root DIR]
 """
 
 from __future__ import annotations
@@ -42,17 +42,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="print this host's machine file (JSON)")
     parser.add_argument("--paths", nargs="+", default=["/var/lib/llamafleet"], metavar="PATH")
     parser.add_argument("--driver-seconds", type=float, default=20.0)
+    parser.add_argument("--vulkan", action="store_true", help="list Vulkan's devices too")
     parser.add_argument("--root", default="/", help="for tests: read /proc, /sys and /etc below this folder")
     arguments = parser.parse_args()
     global ROOT  # noqa: PLW0603 -- set once, before anything is read
     ROOT = Path(arguments.root)
-    json.dump(machine(arguments.paths, arguments.driver_seconds), sys.stdout)
+    json.dump(machine(arguments.paths, arguments.driver_seconds, arguments.vulkan), sys.stdout)
     print()
     return 0
 
 
-def machine(paths: list[str], driver_seconds: float) -> dict[str, Any]:
-    """The whole machine file."""
+def machine(paths: list[str], driver_seconds: float, vulkan: bool = False) -> dict[str, Any]:
+    """The whole machine file; Vulkan's loader is asked only where it is wanted."""
     pci = pci_gpus()
     answers = driver_answers(driver_seconds) if has_gpu_driver(pci) else no_answers()
     gpus, problems = answers["gpus"], answers["problems"]
@@ -63,6 +64,8 @@ def machine(paths: list[str], driver_seconds: float) -> dict[str, Any]:
         if gpu["problem"]:
             problems.append(f"GPU {gpu['pci_bus_id'] or 'without a bus id'}: {gpu['problem']}")
     problems += missing_gpus(gpus, pci)
+    listed = answers_of("probe_vulkan.py", driver_seconds) if vulkan else {"devices": None, "problems": []}
+    problems += listed["problems"]
     return {
         "schema": 1,
         "hostname": platform.node(),
@@ -74,6 +77,7 @@ def machine(paths: list[str], driver_seconds: float) -> dict[str, Any]:
         "gpus": gpus,
         "pci_gpus": pci,
         "driver": answers["driver"],
+        "vulkan": listed.get("devices"),
         "disks": [disk(path) for path in paths],
         "problems": problems,
     }
@@ -310,9 +314,15 @@ def no_answers() -> dict[str, Any]:
 
 
 def driver_answers(seconds: float) -> dict[str, Any]:
-    """What `probe_gpus.py` prints. Stuck in the kernel it is abandoned, since killing may not end it."""
-    program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "probe_gpus.py")
-    command = [sys.executable, "-s", "-E", "-B", program, "--root", str(ROOT)]
+    """What `probe_gpus.py` prints."""
+    return {**no_answers(), **answers_of("probe_gpus.py", seconds, "--root", str(ROOT))}
+
+
+def answers_of(name: str, seconds: float, *arguments: str) -> dict[str, Any]:
+    """What a program beside us prints that asks a driver. Stuck in the kernel it is abandoned, since killing
+    may not end it."""
+    program = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
+    command = [sys.executable, "-s", "-E", "-B", program, *arguments]
     child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -331,7 +341,7 @@ def driver_answers(seconds: float) -> dict[str, Any]:
     except ValueError:
         last = errors.decode("utf-8", "replace").strip().splitlines()[-1:]
         problem = f"the GPU reader ended with code {child.returncode}: {' '.join(last)}"
-    return {**no_answers(), "problems": [f"GPU drivers: {problem}"]}
+    return {"problems": [f"GPU drivers: {problem}"]}
 
 
 def stop_child_on_signals(child: subprocess.Popen[bytes]) -> None:

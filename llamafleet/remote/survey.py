@@ -1,9 +1,9 @@
 """What is installed and running on this host, beside what the probe says of the machine.
 
 Contract: one argument, a JSON object {"packages": {"apt": [names], "dnf": [names]},
-"build_cache": path | null, "toolkits": [paths], "paths": [paths]}; prints one JSON object {"machine": the probe's
-output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and psutil; its
-siblings probe.py, toolkits.py, lock.py and ground.py lie in the same folder.
+"build_cache": path | null, "toolkits": [paths], "paths": [paths], "vulkan": bool}; prints one JSON object
+{"machine": the probe's output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and psutil;
+its siblings probe.py, toolkits.py, lock.py and ground.py lie in the same folder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     import toolkits
 
     asked = json.loads(argv[0])
-    machine = probe.machine(asked["paths"], DRIVER_SECONDS)
+    machine = probe.machine(asked["paths"], DRIVER_SECONDS, asked["vulkan"])
     manager = machine.get("package_manager")
     found = {
         "euid": os.geteuid(),
