@@ -26,6 +26,8 @@ def argv(plan: Plan, instance: Instance, model_path: str) -> list[str]:
         *("--port", str(instance.port)),
         *planned(plan),
         *("--metrics", "--slots", "--no-ui", "--offline"),
+        # The load log names every device's bytes, which the gate reads; prompts are logged from 5 on.
+        *(("--log-verbosity", "4") if plan.gpus else ()),
         *_cors(instance),
         *extra.words(instance.extra_flags),
         *extra.words(instance.dangerous_flags),

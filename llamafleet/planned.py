@@ -30,12 +30,16 @@ def planned(plan: Plan) -> Iterator[str]:
     yield from _placed(plan)
 
 
+def device_names(plan: Plan) -> list[str]:
+    """llama.cpp's names of the plan's GPUs, in their order."""
+    return [f"{TRAITS[plan.backend].device_prefix}{number}" for number in range(len(plan.gpus))]
+
+
 def _placed(plan: Plan) -> Iterator[str]:
-    prefix = TRAITS[plan.backend].device_prefix
     if not plan.gpus:
         yield from ("--device", "none", "--n-gpu-layers", "0")
         return
-    yield from ("--device", ",".join(f"{prefix}{number}" for number in range(len(plan.gpus))))
+    yield from ("--device", ",".join(device_names(plan)))
     yield from ("--n-gpu-layers", str(plan.placement.gpu_layers))
     if len(plan.gpus) > 1:
         yield from ("--split-mode", "layer")

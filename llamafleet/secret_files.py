@@ -83,7 +83,8 @@ def api_keys(place: str, setting: str) -> str:
         raise SecretError(f"{setting}: {place} has comments only: llama-server would let everybody in")
     if problems := list(_unusable(keys)):
         raise SecretError(f"{setting}: {place}: {'; '.join(problems)}")
-    return "".join(f"{key}\n" for _, key in keys)
+    # Of a single key llama-server logs the last four characters, of several their number (server-http.cpp:229).
+    return "".join(f"{key}\n" for _, key in (keys if len(keys) > 1 else keys * 2))
 
 
 def _unusable(keys: list[tuple[int, str]]) -> Iterator[str]:

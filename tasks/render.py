@@ -14,7 +14,9 @@ from llamafleet.builds import MIB, Build
 from llamafleet.flags import unit_escape
 from llamafleet.machine import Gpu
 from llamafleet.plan import Plan
+from llamafleet.planned import device_names
 from llamafleet.settings import Instance
+from llamafleet.vulkan import SOFTWARE
 from tasks.facts import Survey
 from tasks.sources import Model
 
@@ -70,7 +72,11 @@ def plan_record(
         "health_seconds": health_seconds(model),
         "context_tokens": plan.context_tokens,
         "slots": plan.slots,
-        "gpus": [{"uuid": gpu.uuid, "name": gpu.name, "planned_bytes": _planned(plan, gpu)} for gpu in plan.gpus],
+        "backend": build.backend,
+        "gpus": [
+            {"uuid": gpu.uuid, "name": gpu.name, "device": device, **_planned(plan, gpu)}
+            for gpu, device in zip(plan.gpus, device_names(plan), strict=True)
+        ],
     }
     files = [{"path": f"{path.rsplit('/', 1)[0]}/{file.name}", "size_bytes": file.size_bytes, "sha256": file.sha256}
              for file in model.files]  # fmt: skip
@@ -101,10 +107,11 @@ def url_host(address: str) -> str:
     return f"[{reachable}]" if ":" in reachable else reachable
 
 
-def _planned(plan: Plan, gpu: Gpu) -> int:
-    """Bytes that llama.cpp itself allocates on a GPU: what its process must hold there."""
-    rows = [row for row in plan.ledger if row.device == f"GPU{gpu.index}"]
-    return sum(row.weights_bytes + row.kv_bytes + row.compute_bytes for row in rows)
+def _planned(plan: Plan, gpu: Gpu) -> dict[str, int]:
+    """Bytes that llama.cpp itself allocates on a GPU, by part; without staging its process must hold them."""
+    row = next(row for row in plan.ledger if row.device == f"GPU{gpu.index}")
+    parts = {name: getattr(row, name) for name in ("weights_bytes", "kv_bytes", "compute_bytes")}
+    return {"planned_bytes": sum(parts.values()), **parts, "staging_bytes": row.staging_bytes}
 
 
 def _device_classes(backend: str, survey: Survey) -> tuple[str, ...]:
@@ -141,6 +148,8 @@ def unit(
         environment=plan.environment,
         gpu=bool(plan.gpus),
         cuda=build.backend == "cuda",
+        # A software device compiles its shaders to code of this CPU while it runs.
+        compiles_code=any(gpu.vendor == SOFTWARE for gpu in plan.gpus),
         device_classes=_device_classes(build.backend, survey),
         groups=survey.found.gpu_groups if build.backend in ("hip", "vulkan") else (),
         release=build.release,

@@ -10,12 +10,14 @@ import sys
 import threading
 from pathlib import Path
 
+import gate_devices
 import pytest
 
 from llamafleet.remote import gate
 from tests import fake_nvml
 
-GPU = {"uuid": "GPU-1", "name": "RTX 4090", "planned_bytes": 8 << 30}
+GPU = {"uuid": "GPU-1", "name": "RTX 4090", "planned_bytes": 8 << 30, "device": "CUDA0", "weights_bytes": 7 << 30,
+       "kv_bytes": 1 << 30, "compute_bytes": 0, "staging_bytes": 0}  # fmt: skip
 KEY = "the-key"
 
 
@@ -64,8 +66,11 @@ def server():
 def spec(server, monkeypatch):
     monkeypatch.setattr(gate, "unit_state", lambda unit: "active/running")
     monkeypatch.setattr(gate, "main_pid", lambda unit: 42)
+    monkeypatch.setattr(gate, "cause_of_end", lambda unit: "")
+    told = {"CUDA0": {"weights": float(7 << 30), "context": float(1 << 30)}}
+    monkeypatch.setattr(gate_devices, "reported", lambda unit: told)
     return {"unit": "llama-server-chat.service", "argv": [], "url": server.url, "api_keys": None,
-            "health_seconds": 5.0, "context_tokens": 8192, "slots": 4, "gpus": [GPU]}  # fmt: skip
+            "health_seconds": 5.0, "context_tokens": 8192, "slots": 4, "backend": "cuda", "gpus": [GPU]}  # fmt: skip
 
 
 @pytest.fixture

@@ -56,6 +56,7 @@ def plan():
             "api_keys": "/etc/llamafleet/instances/tiny/api-keys",
             "context_tokens": 4096,
             "slots": 1,
+            "backend": "cuda",
             "gpus": [{"uuid": "GPU-1", "name": "A", "planned_bytes": 5}],
         },
     }

@@ -6,7 +6,8 @@ prints {"ok": bool, "checks": [{"name", "ok", "expected", "found", "hint"}]}; ex
 GPUs hold the process, so that a boot at which the driver was not ready yet ends in a restart and not in
 a server on the CPU. SPEC has the `gate`
 object of plan.json: unit, argv, url, api_keys (path | null), health_seconds, context_tokens (of one
-slot), slots, gpus [{"uuid", "name", "planned_bytes"}]. Standard library, psutil and pynvml only.
+slot), slots, backend, gpus [{"uuid", "name", "planned_bytes", and what gate_devices.py reads}]. Standard
+library, psutil and pynvml only; gate_devices.py lies beside it.
 
 `/health` alone proves little: llama-server answers 200 also after it silently fell back to the CPU.
 """
@@ -20,6 +21,8 @@ import time
 import urllib.error
 import urllib.request
 from typing import Any, Callable, Sequence  # the contract is Python 3.8, whose own are typing's
+
+from gate_devices import cause_of_end, check_devices
 
 # The share of a GPU's planned bytes that the process must really hold. The CUDA context comes on
 # top of the plan, so a healthy process holds more than planned; a fallback to the CPU holds none.
@@ -93,7 +96,7 @@ def check_health(spec: dict[str, Any]) -> dict[str, Any]:
     return result(
         "health", status == 200, f"200 from {spec['url']}/health within {spec['health_seconds']:.0f} s",
         f"{status or 'no answer'}, unit {state}{ended}",
-        "loading takes longer than the deadline" if running else "the unit's journal says why",
+        "loading takes longer than the deadline" if running else cause_of_end(spec["unit"]) or "its journal says why",
     )  # fmt: skip
 
 
@@ -149,8 +152,8 @@ def check_completion(spec: dict[str, Any]) -> dict[str, Any]:
 
 def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
     """Every planned GPU holds this process's memory: the silent fallback to the CPU is caught here."""
-    if not spec["gpus"]:
-        return None
+    if not spec["gpus"] or spec["backend"] != "cuda":
+        return None  # NVML knows no others; what the server says of them is asked in check_devices
     held = held_by(main_pid(spec["unit"]))
     for gpu in spec["gpus"]:
         found = held.get(gpu["uuid"], 0) if isinstance(held, dict) else 0
@@ -209,8 +212,8 @@ def text(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-CHECKS = (check_health, check_process, check_gpus, check_key, check_context, check_completion)
-START_CHECKS = (check_health, check_gpus)
+CHECKS = (check_health, check_process, check_gpus, check_devices, check_key, check_context, check_completion)
+START_CHECKS = (check_health, check_gpus, check_devices)
 
 
 def check(

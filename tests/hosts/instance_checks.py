@@ -14,7 +14,7 @@ from tests.hosts.checks import Problem, Problems, Served, say
 LOOP_SECONDS = 1800
 # linux/seccomp.h, SECCOMP_MODE_FILTER, as /proc/PID/status shows it.
 SECCOMP_FILTER = 2
-GATE_CHECKS = ("health", "process", "gpu memory", "api key", "context", "completion")
+GATE_CHECKS = ("health", "process", "gpu memory", "devices", "api key", "context", "completion")
 
 
 def plan_file(one: Served) -> Problems:
@@ -225,7 +225,9 @@ def keys(one: Served) -> Problems:
 def planned_gate_checks(one: Served) -> tuple[str, ...]:
     """The gate's checks that apply to this plan, in the gate's order."""
     gate = one.plan.get("gate", {})
-    without = {"gpu memory": not gate.get("gpus"), "api key": one.instance.api_key_file is None}
+    gpus = gate.get("gpus")
+    nvidia = gpus and gate.get("backend") == "cuda"
+    without = {"gpu memory": not nvidia, "devices": not gpus, "api key": one.instance.api_key_file is None}
     return tuple(name for name in GATE_CHECKS if not without.get(name))
 
 

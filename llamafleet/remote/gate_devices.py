@@ -1,0 +1,140 @@
+"""What llama-server itself says of its devices' memory, against what was planned for each.
+
+Contract: `check_devices(spec)` is one of gate.py's checks; SPEC is its `gate` object, of which this reads
+unit and gpus [{"name", "device", "weights_bytes", "kv_bytes", "compute_bytes", "staging_bytes"}], `device`
+being llama.cpp's name, such as CUDA0. `cause_of_end(unit)` is a device that the server missed, in words.
+Standard library; reads the journal, and keeps what it read in /run/llamafleet, because the journal forgets.
+
+The load log is the one thing that all backends tell alike: NVML knows NVIDIA's alone, and neither /props nor
+/metrics has a word of devices (tools/server at b11434). It needs --log-verbosity 4 (llama's INFO, log.cpp:535).
+Of its lines "offloaded 5/5 layers to GPU" proves nothing: a build without any GPU backend prints it too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import time
+from typing import Any, Dict  # the contract is Python 3.8, whose own is typing's
+
+Told = Dict[str, Dict[str, float]]
+
+KEPT = "/run/llamafleet"
+MIB = 1 << 20
+# llama-model.cpp:1932, llama-kv-cache.cpp:291, llama-memory-recurrent.cpp:124, llama-kv-cache-dsv4.cpp:995,
+# llama-context.cpp:742.
+BUFFER = re.compile(r"(\S+) +(model|KV|RS|DSV4 .* state|compute) buffer size = +([\d.]+) MiB")
+PARTS = {"model": "weights", "compute": "compute"}  # all others hold the context
+LOADED = "model loaded"  # tools/server/server.cpp: after all of them
+INVALID_DEVICE = re.compile(r"invalid device: (\S+)")
+# Weights and cache are planned exactly, tensors that a backend cannot hold stay on the host; compute is an
+# estimate from above. A fallback to the CPU holds none of them.
+LEAST_SHARE = 0.9
+MOST_SHARE, MOST_SPARE = 1.1, 256 * MIB
+LOST = "the release has no such backend, the driver is not ready, or the sandbox hides the device"
+# journald reads what a server writes a moment later.
+JOURNAL_SECONDS = 10.0
+
+
+def check_devices(spec: dict[str, Any]) -> dict[str, Any] | None:
+    """Does every planned device hold its part of the model, as the server reports it?"""
+    if not spec["gpus"]:
+        return None
+    told = reported(spec["unit"])
+    if told is None:
+        return _result(
+            False, "the sizes of the server's buffers in its log", "none in the journal of this start",
+            "journald keeps nothing of this unit (Storage=, RateLimitBurst=), or the log's format is new",
+        )  # fmt: skip
+    for gpu in spec["gpus"]:
+        found = told.get(gpu["device"], {})
+        low = gpu["weights_bytes"] + gpu["kv_bytes"]
+        high = low + gpu["compute_bytes"] + gpu["staging_bytes"]
+        held = found.get("weights", 0.0) + found.get("context", 0.0)
+        name = f"{gpu['device']} ({gpu['name']})"
+        expected = f"{low >> 20} MiB of weights and cache on {name}, {high >> 20} MiB with compute"
+        if held < low * LEAST_SHARE:
+            return _result(False, expected, _shown(told), f"llama-server runs, in part at least, on the CPU: {LOST}")
+        if sum(found.values()) > high * MOST_SHARE + MOST_SPARE:
+            return _result(False, expected, _shown(told), "llama.cpp allocates more than was planned: it may run out")
+    return _result(True, f"the plan's bytes on {', '.join(gpu['device'] for gpu in spec['gpus'])}", _shown(told))
+
+
+def _result(ok: bool, expected: str, found: str, hint: str = "") -> dict[str, Any]:
+    return {"name": "devices", "ok": ok, "expected": expected, "found": found, "hint": hint}
+
+
+def _shown(told: Told) -> str:
+    parts = [f"{sum(held.values()) / MIB:.0f} MiB on {device}" for device, held in sorted(told.items())]
+    return ", ".join(parts) or "no buffers at all"
+
+
+def reported(unit: str, seconds: float = JOURNAL_SECONDS) -> Told | None:
+    """Bytes of weights, context and compute by device, of the unit's present start; None where no log tells."""
+    start = invocation(unit)
+    path = f"{KEPT}/devices-{unit}.json"
+    kept = _read(path)
+    if kept and kept["start"] == start:
+        told: Told = kept["devices"]
+        return told
+    deadline = time.monotonic() + seconds
+    while True:
+        lines = journal(start)
+        if LOADED in lines:
+            found = parse(lines)
+            _keep(path, {"start": start, "devices": found})
+            return found
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(0.2)
+
+
+def parse(lines: str) -> Told:
+    """Sums of the buffers that the load log names. Compute may be reserved anew: its last size counts."""
+    told: Told = {}
+    for device, kind, size in BUFFER.findall(lines):
+        held = told.setdefault(device, {})
+        part = PARTS.get(kind, "context")
+        before = 0.0 if part == "compute" else held.get(part, 0.0)
+        held[part] = before + float(size) * MIB
+    return told
+
+
+def cause_of_end(unit: str) -> str:
+    """Of a server that did not come up: the planned device that it missed, in words; else empty."""
+    missed = INVALID_DEVICE.findall(journal(invocation(unit)))
+    return f"llama-server has no device {missed[-1]}: {LOST}" if missed else ""
+
+
+def invocation(unit: str) -> str:
+    """systemd's name for this start of the unit."""
+    done = subprocess.run(["systemctl", "show", "--property=InvocationID", "--value", unit],
+                          stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
+    return done.stdout.strip()
+
+
+def journal(start: str) -> str:
+    """All that was logged in this start."""
+    done = subprocess.run(
+        ["journalctl", "--quiet", "--no-pager", "--output=cat", f"_SYSTEMD_INVOCATION_ID={start}"],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    return done.stdout.decode("utf-8", "replace")
+
+
+def _read(path: str) -> dict[str, Any] | None:
+    try:
+        with open(path) as file:
+            kept: dict[str, Any] = json.load(file)
+            return kept
+    except (OSError, ValueError):
+        return None
+
+
+def _keep(path: str, record: dict[str, Any]) -> None:
+    os.makedirs(KEPT, exist_ok=True)
+    with open(path + ".new", "w") as file:
+        json.dump(record, file)
+    os.replace(path + ".new", path)
