@@ -93,7 +93,7 @@ def test_secrets_are_taken_out_of_the_environment_that_programs_inherit(monkeypa
     # Taken, not lost; also when asked again for the next host.
     for _ in range(2):
         assert sources.hub_token(wanted) == "hf_environment"
-        assert sources.secrets(wanted.models[0]) == {"api-keys": "key-in-a-variable\n"}
+        assert sources.secrets(wanted.models[0]) == {"api-keys": "key-in-a-variable\n" * 2}
 
 
 def test_whose_lock_may_be_taken():
