@@ -12,10 +12,12 @@ from tasks.model import model
 from tasks.plan import plan
 from tasks.service import service
 from tasks.toolkit import toolkit
+from tasks.verify import verify
 
 plan()  # first: a host that cannot hold its models is refused before anything is changed
 bootstrap()
 toolkit()
 build()
 model()
+verify()  # the built llama-server itself is asked; where it disagrees, what follows is planned again
 service()  # last: the old services run until the new ones have passed the gate

@@ -23,5 +23,10 @@ class Adjustment:
         """The device's usage with the difference counted as compute, the part that is estimated."""
         return replace(use, compute_bytes=use.compute_bytes + self.extra_bytes.get(device, 0))
 
+    def plus(self, more: Mapping[str, int]) -> Adjustment:
+        """With further differences added."""
+        devices = {**self.extra_bytes, **more}
+        return Adjustment({one: self.extra_bytes.get(one, 0) + more.get(one, 0) for one in devices})
+
 
 NO_ADJUSTMENT = Adjustment()

@@ -25,6 +25,8 @@ class FoundInstance:
     pid: int
     argv: tuple[str, ...]
     exe: str | None
+    # plan.json, where it can be read.
+    record: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -232,6 +232,35 @@ def _follow_locked(host: Host, job: str, command: list[str]) -> bool:
 
 
 @operation()
+def ask_server(needed: bool, settle: Callable[[Host], bool]) -> Commands:
+    """Ask the built llama-server what it would allocate, and plan again where the ledger was wrong."""
+    if not needed:
+        return _as_wanted("no new plan is to be verified")
+    yield FunctionCommand(lambda state, host: settle(host), (), {})
+
+
+@operation()
+def stage_service(serving: Callable[[], Any]) -> Commands:
+    """The files of an instance, as they are once its plan was verified; `serving` gives None where it is as planned."""
+    one = serving()
+    if one is None:
+        return _as_wanted("the instance is as planned")
+    yield from stage_files._inner(
+        True, f"/var/lib/llamafleet/staged/{one.instance.name}", one.staged, one.service.secrets
+    )
+
+
+@operation()
+def switch_service(serving: Callable[[], Any]) -> Commands:
+    """Switch to the staged files; the old ones come back where the new instance does not pass the gate."""
+    one = serving()
+    if one is None:
+        return _as_wanted("the instance is as planned")
+    name = one.instance.name
+    yield from run_job._inner(True, f"switch-{name}-{one.service.identity}", "switch.py", ("install", name))
+
+
+@operation()
 def stage_secret(needed: bool, path: str, text: str | None) -> Commands:
     """A secret file on the host, mode 0600, in a folder that root alone may enter. The text is in no
     command, no diff and no log."""

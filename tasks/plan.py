@@ -18,6 +18,8 @@ def plan() -> None:
         return
     for serving in now.servings:
         host.log(show.table(serving.plan, f"{serving.instance.name} on {host.name}"))
+    if now.why:
+        host.log(now.why)
     for name, reasons in now.work.services.items():
         host.log(f"to do: serve {name}: {', '.join(reasons)}")
     if not now.work.any:

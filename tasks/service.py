@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pyinfra.api.deploy import deploy
 
+from llamafleet.settings import unit_of
 from tasks import operations
 from tasks.situation import Serving, situation
-
-STAGED = "/var/lib/llamafleet/staged"
 
 
 @deploy("Serve")
@@ -19,7 +18,7 @@ def service() -> None:
     for name in operations.each(now.work.removed, str):
         operations.remove_instance(name=f"Remove llama-server-{name}, no longer in models", instance=name)
     for serving in operations.each(now.servings, lambda one: one.instance.name):
-        serve(serving, needed=serving.instance.name in now.work.services)
+        serve(serving.instance.name)
     operations.make_current(
         name=f"Make build {now.build.key} the current release", needed=now.work.current,
         key=now.build.key, keep=now.settings.keep_releases,
@@ -27,15 +26,17 @@ def service() -> None:
     operations.release_lock(name="Release the host's lock", needed=now.work.any)
 
 
-def serve(serving: Serving, needed: bool) -> None:
+def serve(name: str) -> None:
     """Stage one instance's files and switch to them; the old one comes back if the gate fails."""
-    wanted = serving.service
-    operations.stage_files(
-        name=f"Prepare {wanted.unit}", needed=needed, folder=f"{STAGED}/{wanted.name}",
-        files={wanted.unit: wanted.unit_text, "plan.json": wanted.plan_json}, secrets=wanted.secrets,
-    )  # fmt: skip
-    operations.run_job(
-        name=f"Start and check {wanted.unit}", needed=needed, job=f"switch-{wanted.name}-{wanted.identity}",
-        program="switch.py",
-        arguments=("install", wanted.name),
-    )  # fmt: skip
+    unit = unit_of(name)
+    operations.stage_service(name=f"Prepare {unit}", serving=lambda: to_serve(name))
+    operations.switch_service(name=f"Start and check {unit}", serving=lambda: to_serve(name))
+
+
+def to_serve(name: str) -> Serving | None:
+    """The instance as it is to be installed; None where it is as planned. Asked anew when the operations
+    execute: until then llama-server may have asked for another plan."""
+    now = situation()
+    if now is None or name not in now.work.services:
+        return None
+    return next(one for one in now.servings if one.instance.name == name)

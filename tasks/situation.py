@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from gevent.lock import RLock
 from pyinfra import logger
 from pyinfra.api.host import Host
 from pyinfra.context import ctx_host
 
-from llamafleet import builds, flags, payload, toolkit
+from llamafleet import builds, flags, keep, payload, toolkit
+from llamafleet.adjust import Adjustment
 from llamafleet.builds import Build
 from llamafleet.gguf import GgufError
 from llamafleet.machine import Machine, MachineError
@@ -23,6 +26,7 @@ from llamafleet.plan import Plan, Refusal, plan_host, resolve_backend
 from llamafleet.secret_files import SecretError
 from llamafleet.settings import Instance, Settings, SettingsError, unit_of
 from llamafleet.sources import SourceError
+from llamafleet.verified import Verified
 from llamafleet.work import Service, Work, compare, port_conflict
 from tasks import facts, remote, render, sources
 from tasks.certificates import CertificateError
@@ -43,18 +47,35 @@ class Serving:
     folder: str
     plan: Plan
     service: Service
+    record: Mapping[str, Any]  # plan.json
+
+    @property
+    def staged(self) -> dict[str, str]:
+        """The files to install, by name."""
+        return {self.service.unit: self.service.unit_text, "plan.json": self.service.plan_json}
+
+    @property
+    def is_verified(self) -> bool:
+        """Was llama-server asked about exactly this plan, by this build?"""
+        return self.record["verified"] is not None
 
 
 @dataclass(frozen=True)
 class Situation:
     """Everything the stages need to know of one host."""
 
+    examined: Examined
     settings: Settings
     survey: facts.Survey
     build: Build
     install_toolkit: toolkit.Install | None
     servings: tuple[Serving, ...]
     work: Work
+    why: str  # the installed plans were kept or changed; empty where there were none
+
+    def to_verify(self) -> tuple[Serving, ...]:
+        """Those that are to be installed and were not asked about."""
+        return tuple(one for one in self.servings if one.instance.name in self.work.services and not one.is_verified)
 
 
 _situations: dict[Host, Situation | None] = {}
@@ -69,6 +90,15 @@ def situation() -> Situation | None:
         if host not in _situations:
             _situations[host] = _decide_or_refuse(host)
     return _situations[host]
+
+
+def replan(plans: keep.Choice, verified: Mapping[str, Verified]) -> Situation:
+    """Go on with plans that llama-server itself was asked about. Raises one of `EXPECTED`."""
+    host, now = ctx_host.get(), situation()
+    assert host is not None and now is not None, "a host that was refused has nothing to verify"
+    with _guard[host]:
+        _situations[host] = found = _situation(now.examined, plans, now.build, now.install_toolkit, verified)
+    return found
 
 
 EXPECTED = (Refused, SettingsError, flags.FlagError, MachineError, SourceError, GgufError, sources.LookupFailed,
@@ -94,7 +124,40 @@ class Examined:
     survey: facts.Survey
     backend: str
     models: tuple[sources.Model, ...]
-    answers: tuple[Plan | Refusal, ...]
+    # By instance name: what each plan is made of, see keep.inputs_key.
+    keys: Mapping[str, str]
+    choice: keep.Choice = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "choice", self.choose(self.adjustments()))
+
+    @property
+    def answers(self) -> tuple[Plan | Refusal, ...]:
+        """One for each of the settings' models."""
+        return self.choice.answers
+
+    def choose(self, adjustments: Mapping[str, Adjustment]) -> keep.Choice:
+        """The plans, those that are installed kept where they still hold."""
+        requests = [(one, model.header) for one, model in zip(self.settings.models, self.models, strict=True)]
+        installed = {
+            name: keep.Installed(tuple(record["plan"]["argv"]), keep.Memory.from_json(record["inputs"]["memory"]))
+            for name, record in self.same_inputs().items()
+        }
+        return keep.choose(
+            self.survey.machine, self.settings,
+            lambda machine: plan_host(machine, requests, self.settings, adjustments), installed,
+        )  # fmt: skip
+
+    def adjustments(self) -> dict[str, Adjustment]:
+        """What llama-server said of the installed plans."""
+        said = {name: record["verified"] for name, record in self.same_inputs().items()}
+        return {name: Adjustment(one["extra_bytes"]) for name, one in said.items() if one}
+
+    def same_inputs(self) -> dict[str, Mapping[str, Any]]:
+        """The records of installed instances that were planned from the same inputs."""
+        found = {name: one.record for name, one in self.survey.found.instances.items() if name in self.keys}
+        return {name: record for name, record in found.items()
+                if isinstance(record, Mapping) and record.get("inputs", {}).get("key") == self.keys[name]}  # fmt: skip
 
 
 def examine(host: Host) -> Examined:
@@ -112,34 +175,52 @@ def examine(host: Host) -> Examined:
                 "deployed: give its http(s) address or hf:OWNER/REPO/FILE.gguf"
             )
     models = tuple(sources.model(instance, settings) for instance in settings.models)
-    requests = [(instance, model.header) for instance, model in zip(settings.models, models, strict=True)]
-    answers = plan_host(survey.machine, requests, settings)
-    return Examined(settings, survey, backend, models, tuple(answers))
+    keys = {
+        instance.name: keep.inputs_key(survey.machine, settings, instance, {
+            "backend": backend, "files": [[file.name, file.size_bytes, file.sha256] for file in model.files],
+        })
+        for instance, model in zip(settings.models, models, strict=True)
+    }  # fmt: skip
+    return Examined(settings, survey, backend, models, keys)
 
 
 def decide(host: Host) -> Situation:
     """What is wanted on the host, against what was found. Raises one of `EXPECTED`."""
     examined = examine(host)
-    settings, survey = examined.settings, examined.survey
-    _check_access(survey)
+    _check_access(examined.survey)
+    plans_or_refuse(examined.settings, examined.answers)
+    kit = _toolkit(examined.backend, examined.settings, examined.survey)
+    build = _build(examined, kit)
+    install = kit if isinstance(kit, toolkit.Install) else None
+    return _situation(examined, examined.choice, build, install, {})
+
+
+def plans_or_refuse(settings: Settings, answers: tuple[Plan | Refusal, ...]) -> list[Plan]:
+    """The answers, if all are plans; raises `Refused` with the first that is none."""
     plans = []
-    for instance, answer in zip(settings.models, examined.answers, strict=True):
+    for instance, answer in zip(settings.models, answers, strict=True):
         if isinstance(answer, Refusal):
             raise Refused(_refusal(f"models: {instance.name}", answer))
         plans.append(answer)
-    kit = _toolkit(examined.backend, settings, survey)
-    build = _build(examined, kit)
+    return plans
+
+
+def _situation(
+    examined: Examined, choice: keep.Choice, build: Build, install: toolkit.Install | None,
+    verified: Mapping[str, Verified],
+) -> Situation:  # fmt: skip
+    settings, survey = examined.settings, examined.survey
+    plans = plans_or_refuse(settings, choice.answers)
     servings = tuple(
-        _serving(settings, survey, build, instance, model, plan)
+        _serving(examined, choice, build, instance, model, plan, verified.get(instance.name))
         for instance, model, plan in zip(settings.models, examined.models, plans, strict=True)
     )
-    install = kit if isinstance(kit, toolkit.Install) else None
     work = compare(
         survey.found, helpers=payload.helpers_key(), key=build.key, toolkit=install is not None,
         packages=_missing(survey, build), model_files=_model_files(servings),
         services=[serving.service for serving in servings],
     )  # fmt: skip
-    return Situation(settings, survey, build, install, servings, work)
+    return Situation(examined, settings, survey, build, install, servings, work, choice.why)
 
 
 def _build(examined: Examined, kit: toolkit.Toolkit | toolkit.Install | None) -> Build:
@@ -221,14 +302,35 @@ def _toolkit(backend: str, settings: Settings, survey: facts.Survey) -> toolkit.
     return chosen
 
 
+def command(build: Build, instance: Instance, model: sources.Model, plan: Plan) -> list[str]:
+    """The service's command line, without its keys."""
+    path = f"{MODELS}/{model.folder}/{model.files[0].name}"
+    return [f"{build.release}/bin/llama-server", *flags.argv(plan, instance, path)]
+
+
+def remembered(examined: Examined, build: Build, plan: Plan) -> Mapping[str, Any] | None:
+    """What llama-server said when this very plan was installed from this very build."""
+    record = examined.same_inputs().get(plan.instance)
+    if not record or record["release"] != build.key or tuple(record["plan"]["argv"]) != plan.argv:
+        return None
+    said: Mapping[str, Any] | None = record["verified"]
+    return said
+
+
 def _serving(
-    settings: Settings, survey: facts.Survey, build: Build, instance: Instance, model: sources.Model, plan: Plan,
+    examined: Examined, choice: keep.Choice, build: Build, instance: Instance, model: sources.Model, plan: Plan,
+    verified: Verified | None,
 ) -> Serving:  # fmt: skip
+    settings, survey = examined.settings, examined.survey
     folder = f"{MODELS}/{model.folder}"
     path = f"{folder}/{model.files[0].name}"
     secrets = sources.secrets(instance)
-    argv = [f"{build.release}/bin/llama-server", *flags.argv(plan, instance, path), *flags.credentials(instance)]
-    record = render.plan_record(instance, plan, build, model, path, tuple(argv))
+    argv = [*command(build, instance, model, plan), *flags.credentials(instance)]
+    record = {
+        **render.plan_record(instance, plan, build, model, path, tuple(argv)),
+        "inputs": {"key": examined.keys[instance.name], "memory": choice.memory.to_json()},
+        "verified": verified.to_json() if verified else remembered(examined, build, plan),
+    }
     service = Service(
         name=instance.name, address=instance.listen, port=instance.port,
         unit_text=render.unit(instance, plan, build, survey, record, allow_swap=settings.allow_swap),
@@ -249,7 +351,7 @@ def _serving(
             f"models: {instance.name}: port {instance.port} on {instance.listen} is taken by {who}"
             f"{f' (pid {conflict.pid})' if conflict.pid else ''}: stop it, or give the model another port"
         )
-    return Serving(instance, model, folder, plan, service)
+    return Serving(instance, model, folder, plan, service, record)
 
 
 def _model_files(servings: tuple[Serving, ...]) -> dict[str, dict[str, str | None]]:

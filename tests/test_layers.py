@@ -22,9 +22,11 @@ ORDER = [
     "adjust",
     "plan",
     "flags",
+    "verified",
+    "keep",
 ]
 
-STAGES = ["bootstrap", "toolkit", "build", "model", "plan", "service"]
+STAGES = ["bootstrap", "toolkit", "build", "model", "plan", "verify", "service"]
 
 
 def imports(path):

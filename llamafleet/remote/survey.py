@@ -180,6 +180,7 @@ def instance(name: str) -> dict[str, Any]:
         "pid": pid,
         "argv": argv_of(pid),
         "exe": exe_of(pid),
+        "record": read_json(f"{ETC}/instances/{name}/plan.json"),
     }
 
 

@@ -1,0 +1,128 @@
+"""Ask the freshly built llama-server what it would allocate, without letting it load.
+
+Contract: `verify.py SPEC`, a JSON object {"name": of the instance, "command": [llama-server and its flags, with
+`-lv 4` and without `--fit`], "environment": {name: value}, "groups": [names], "gpus": [UUIDs of NVIDIA GPUs],
+"room_bytes": what must be free on each of them}; prints one JSON object {"told": {llama.cpp's name of a device or
+kind of host memory: bytes} | null, "why": text where nothing was told, "room": false where it was the GPU that had
+no room beside what runs there}. Exit 0 whatever was told. Root, systemd, standard library and pynvml only.
+
+With its default `--fit on` llama-server first makes the model and its context without memory and prints where
+the bytes would be (common/fit.cpp:149, common_memory_breakdown_print at b11434), 0.3 s after its start; it is
+killed there, before it loads anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from typing import Any, Iterable  # the contract is Python 3.8, whose own Iterable is typing's
+
+MIB = 1024**2
+# Until the breakdown is there: reading a header of 10 MB from a cold disk and a CUDA context take seconds.
+SECONDS = 120
+# It reads the vocabulary and makes a CUDA context; were it not killed in time, it gets no further than this.
+MEMORY_BYTES = 4096 * MIB
+TAIL_LINES = 8
+# With the device's total and free memory before the figures, or, on the host, without; in MiB.
+ROW = re.compile(
+    r"common_memory_breakdown_print: \|   - (?P<name>\S+).*?(?P<self>\d+) =\s+\d+ \+\s+\d+ \+\s+\d+\)?"
+    r"(?: \+\s+-?\d+)?\s+\|"
+)
+NO_ROOM = re.compile(r"out of memory|cudaErrorMemoryAllocation|ErrorOutOfDeviceMemory|hipErrorOutOfMemory")
+
+
+def unit_of(name: str) -> str:
+    """Named like ours, so that the probe does not take its GPU memory for somebody else's."""
+    return f"llamafleet-verify-{name}.service"
+
+
+def properties(spec: dict[str, Any]) -> list[str]:
+    """It runs as the services do and cannot hurt them: little memory, low priority, gone after its time."""
+    return [
+        "User=llamafleet", "Group=llamafleet", f"SupplementaryGroups={' '.join(spec['groups'])}",
+        f"MemoryMax={MEMORY_BYTES}", "MemorySwapMax=0", "Nice=10", "LimitCORE=0",
+        f"RuntimeMaxSec={SECONDS}", "TimeoutStopSec=5",
+        "NoNewPrivileges=yes", "ProtectSystem=strict", "ProtectHome=yes", "PrivateTmp=yes",
+    ]  # fmt: skip
+
+
+def command(spec: dict[str, Any]) -> list[str]:
+    environment = {**spec["environment"], "HOME": "/tmp", "XDG_CACHE_HOME": "/tmp"}  # noqa: S108 -- a private one
+    return [
+        "systemd-run", "--quiet", "--collect", "--pipe", "--wait", f"--unit={unit_of(spec['name'])}",
+        *(f"--property={one}" for one in properties(spec)),
+        *(f"--setenv={name}={value}" for name, value in environment.items()),
+        "--", *spec["command"],
+    ]  # fmt: skip
+
+
+def ask(spec: dict[str, Any]) -> dict[str, Any]:
+    """What the server tells, as the contract has it."""
+    unit = unit_of(spec["name"])
+    full = too_full(spec["gpus"], spec["room_bytes"])
+    if full:
+        return {"told": None, "why": full, "room": False}
+    if os.path.exists("/usr/bin/nvidia-modprobe") and spec["gpus"]:
+        subprocess.run(["/usr/bin/nvidia-modprobe", "-c0", "-u"])  # device nodes exist only after the driver was used
+    subprocess.run(["systemctl", "stop", unit], stderr=subprocess.DEVNULL)  # one that a killed run left
+    with subprocess.Popen(
+        command(spec), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        late = threading.Timer(SECONDS + 10, process.kill)
+        late.start()
+        try:
+            assert process.stdout is not None  # for mypy: a pipe was asked for
+            told, tail = read(line.decode("utf-8", "replace").rstrip() for line in process.stdout)
+        finally:
+            # Its work is done, and what follows would be loading.
+            subprocess.run(["systemctl", "kill", "--signal=KILL", unit], stderr=subprocess.DEVNULL)
+            late.cancel()
+            process.kill()
+    if told:
+        return {"told": told, "why": "", "room": True}
+    said = "\n".join(tail)
+    why = f"it ended without telling its memory: {said or 'it said nothing'}"
+    return {"told": None, "why": why, "room": not NO_ROOM.search(said)}
+
+
+def read(lines: Iterable[str]) -> tuple[dict[str, int], list[str]]:
+    """(bytes by name, the last lines): the first breakdown only, which is of the flags as they were given."""
+    told: dict[str, int] = {}
+    tail: list[str] = []
+    for line in lines:
+        tail = [*tail, line][-TAIL_LINES:]
+        row = ROW.search(line)
+        if row:
+            told[row.group("name")] = int(row.group("self")) * MIB
+        elif told:
+            break
+    return (told if "Host" in told else {}), tail
+
+
+def too_full(uuids: list[str], needed: int) -> str:
+    """The first GPU that has not this many bytes free, as a sentence; empty where all have, or NVML does not tell."""
+    if not uuids:
+        return ""
+    import pynvml  # type: ignore[import-untyped]  # nvidia-ml-py ships no types
+
+    try:
+        pynvml.nvmlInit()
+        for uuid in uuids:
+            free = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid)).free
+            if free < needed:
+                return f"{uuid} has {free // MIB} MiB free, asking takes up to {needed // MIB} MiB"
+    except pynvml.NVMLError:
+        return ""
+    return ""
+
+
+def main(argv: list[str]) -> None:
+    print(json.dumps(ask(json.loads(argv[0]))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

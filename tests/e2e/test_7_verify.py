@@ -1,0 +1,161 @@
+"""The built llama-server is asked before it is trusted, and what drifts on a host does not change its plan.
+
+The commit that is built here counts so many MiB more of host memory as a file on the host says.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sandbox import upstream
+from tests.e2e.deploying import ROOT, main_pid, on, pyinfra, serves
+
+MIB = 2**20
+EXTRA = "/etc/llama-extra-mib"
+BEFORE = "    // print memory breakdown for host:\n"
+COUNTS_MORE = f"""\
+    if (FILE * extra = fopen("{EXTRA}", "r")) {{
+        long mib = 0;
+        if (fscanf(extra, "%ld", &mib) == 1) {{ mb_host.compute += (size_t) mib * MiB; }}
+        fclose(extra);
+    }}
+"""
+
+
+@pytest.fixture(scope="module")
+def host(hosts):
+    """The host that compiled, if one did: it has the build folder."""
+    built = on(hosts[0], "sh", "-c", "cat /opt/llamafleet/current/release.json 2>/dev/null; true")
+    name = json.loads(built)["built_on"] if built else ""
+    return next((one for one in hosts if one.name == name), hosts[0])
+
+
+@pytest.fixture(scope="module")
+def commit(outside):
+    source = upstream.read_file(outside.clone, "common/fit.cpp")
+    assert BEFORE in source
+    changed = source.replace(BEFORE, COUNTS_MORE + BEFORE)
+    return upstream.add_commit(outside.clone, {"common/fit.cpp": changed}, "counts-more")
+
+
+@pytest.fixture
+def written(settings, inventory, host, commit):
+    """An inventory of the one host; slots and context give the KV cache a size that matters: 64 MiB of f16."""
+
+    def make(model=None, **overrides):
+        asked = {"context_tokens": 8192, "slots": 4, "kv_types": ["f16", "q8_0"], **(model or {})}
+        return inventory((host, settings(host, llama_cpp_ref=commit, model=asked, **overrides)))
+
+    return make
+
+
+def counts(host, mib):
+    on(host, "sh", "-c", f"echo {mib} > {EXTRA}")
+
+
+def record(host):
+    return json.loads(on(host, "cat", "/etc/llamafleet/instances/tiny/plan.json"))
+
+
+def free_mib(inventory):
+    """What the plan leaves of the host's memory, under the reserve."""
+    program = Path(sys.executable).with_name("llamafleet")
+    words = [program, "plan", "--inventory", str(inventory), "--json"]
+    done = subprocess.run(words, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [told] = json.loads(done.stdout).values()
+    return told["models"]["tiny"]["ledger"][-1]["free_bytes"] / MIB
+
+
+def unchanged(run, host):
+    assert run.code == 0, run.text
+    assert run.changed(host.name) == [], run.text
+
+
+def test_what_the_binary_counts_beyond_the_ledger_is_in_the_plan(written, host):
+    counts(host, 300)
+    run = pyinfra(written())
+    assert run.code == 0, run.text
+    assert "planned again with the binary's numbers (2 rounds)" in run.text
+    assert serves(host)
+    said = record(host)["verified"]
+    more = said["binary_bytes"]["host"] - said["ledger_bytes"]["host"]
+    assert abs(more - 300 * MIB) < 32 * MIB and said["extra_bytes"] == {"host": more}
+    row = record(host)["plan"]["ledger"][-1]
+    counted = row["weights_bytes"] + row["kv_bytes"] + row["compute_bytes"]
+    assert counted == said["binary_bytes"]["host"]
+    limit = int(on(host, "systemctl", "show", "--property=MemoryMax", "--value", "llama-server-tiny.service"))
+    assert limit > counted + row["overhead_bytes"] + 1024 * MIB
+
+
+def test_a_second_run_asks_nothing_and_changes_nothing(written, host):
+    dry = pyinfra(written(), "--dry")
+    unchanged(dry, host)
+    assert "kept: the same inputs give the installed plan" in dry.text
+    before = main_pid(host, "tiny")
+    run = pyinfra(written())
+    unchanged(run, host)
+    assert "llama-server would allocate" not in run.text
+    assert main_pid(host, "tiny") == before
+
+
+def test_asking_leaves_nothing_behind(host):
+    listed = on(host, "systemctl", "list-units", "--all", "--no-legend", "llamafleet-verify-*")
+    assert listed == ""
+    processes = on(host, "sh", "-c", "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' ' | grep -c -- '-lv 4'; true")
+    assert processes == "0"
+
+
+def test_what_does_not_fit_by_the_binary_s_numbers_is_refused_and_the_old_one_serves(written, host):
+    before, installed = main_pid(host, "tiny"), record(host)
+    counts(host, 10_000_000)
+    run = pyinfra(written({"slots": 3}))
+    assert run.code != 0
+    [line] = [line for line in run.text.splitlines() if "refused: models: tiny" in line]
+    assert host.name in line and "MiB of RAM needed" in line
+    assert main_pid(host, "tiny") == before and record(host) == installed
+    assert serves(host)
+
+
+def test_the_next_best_plan_is_taken_where_the_best_does_not_fit_after_all(written, host):
+    counts(host, 0)
+    reserve = 2048 + int(free_mib(written({"slots": 3}))) - 10  # 10 MiB are left with f16; q8_0 saves about 22
+    counts(host, 25)
+    tight = written({"slots": 3}, ram_reserve_mib=reserve)
+    run = pyinfra(tight)
+    assert run.code == 0, run.text
+    assert "tiny: planned again: --cache-type-k q8_0 --cache-type-v q8_0" in run.text
+    assert "--cache-type-k\0q8_0" in on(host, "cat", f"/proc/{main_pid(host, 'tiny')}/cmdline")
+    assert serves(host)
+    unchanged(pyinfra(tight, "--dry"), host)
+
+
+def test_drift_of_memory_keeps_the_plan_and_other_hardware_does_not(written, host):
+    counts(host, 0)
+    reserve = 2048 + int(free_mib(written()))  # less than one MiB is left
+    tight = written(ram_reserve_mib=reserve)
+    assert pyinfra(tight).code == 0
+    assert record(host)["plan"]["argv"][record(host)["plan"]["argv"].index("--cache-type-k") + 1] == "f16"
+    try:
+        sees(host, -4)
+        dry = pyinfra(tight, "--dry")
+        unchanged(dry, host)
+        assert "kept: the installed plan still fits (host -4 MiB)" in dry.text
+        unchanged(pyinfra(tight), host)
+        sees(host, -1024)
+        dry = pyinfra(tight, "--dry")
+        assert "refused: models: tiny" in dry.text and serves(host)
+    finally:
+        sees(host, 0)
+
+
+def sees(host, mib):
+    """Let the host see so much more total memory than the machine has."""
+    on(host, "sh", "-c", "while umount /proc/meminfo 2>/dev/null; do :; done; cat /proc/meminfo > /run/meminfo")
+    if mib:
+        change = '{ if ($1 == "MemTotal:") $2 += ' + str(mib * 1024) + "; print }"
+        on(host, "sh", "-c", f"awk '{change}' /run/meminfo > /run/meminfo.new && mv /run/meminfo.new /run/meminfo"
+                             " && mount --bind /run/meminfo /proc/meminfo")  # fmt: skip
