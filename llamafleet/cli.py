@@ -1,6 +1,7 @@
-"""`llamafleet`: what pyinfra cannot do. `llamafleet plan` shows a plan before anything is bought or built.
+"""`llamafleet`: what pyinfra cannot do. `llamafleet plan` shows a plan before anything is bought or built,
+`llamafleet status` how the hosts of an inventory are.
 
-Exit status: 0 a plan, 2 bad input, 3 a refusal.
+Exit status: 0 a plan, or everything is fine; 1 something is not; 2 bad input; 3 a refusal.
 """
 
 from __future__ import annotations
@@ -58,7 +59,18 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     plan.add_argument("--json", action="store_true", help="print the plan as JSON, schema 1")
     plan.set_defaults(run=plan_command)
+    status = commands.add_parser("status", help="show how the hosts are", description=status_command.__doc__)
+    status.add_argument("--inventory", type=Path, required=True, help="a pyinfra inventory")
+    status.add_argument("--limit", help="one host or group of it")
+    status.add_argument("--json", action="store_true", help="print everything as JSON")
+    status.set_defaults(run=status_command)
     return parser
+
+
+def status_command(options: argparse.Namespace) -> int:
+    """Show every host and instance: plan, memory, speed, restarts, last gate, drift. Reads only; exit status 0 where
+    everything is as it should be, 1 where something is not."""
+    return _on_inventory("tasks.status", options)
 
 
 def plan_command(options: argparse.Namespace) -> int:
@@ -78,15 +90,18 @@ def plan_command(options: argparse.Namespace) -> int:
 
 
 def plan_inventory(options: argparse.Namespace) -> int:
-    """Plans of every host of an inventory; the worst outcome is the exit status.
-
-    In a process of its own: pyinfra must replace the standard library's sockets before anything uses them.
-    """
+    """Plans of every host of an inventory; the worst outcome is the exit status."""
     if options.model or options.changes:
         raise UsageError("--inventory: its models and settings are the inventory's own; no --model or --set")
+    return _on_inventory("tasks.fleet", options)
+
+
+def _on_inventory(module: str, options: argparse.Namespace) -> int:
+    """Run a module of `tasks` in a process of its own: pyinfra replaces the standard library's sockets, which
+    must happen before anything uses them."""
     if not options.inventory.is_file():
         raise UsageError(f"{options.inventory}: there is no such inventory file")
-    command = [sys.executable, "-m", "tasks.fleet", str(options.inventory)]
+    command = [sys.executable, "-m", module, str(options.inventory)]
     command += ["--limit", options.limit] if options.limit else []
     command += ["--json"] if options.json else []
     root = str(Path(__file__).resolve().parent.parent)  # `tasks` lies beside the package

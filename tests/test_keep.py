@@ -216,7 +216,7 @@ def test_other_inputs_have_another_key(other):
     "same",
     [
         {"host": machine(used_mib=9000, available_gib=3)},
-        {"asked": planning.settings({"context_tokens": 32768, "port": 1234, "listen": "0.0.0.0"})},
+        {"asked": planning.settings({"context_tokens": 32768, "port": 1234, "listen": "127.0.0.2"})},
         {"asked": planning.settings({"context_tokens": 32768}, keep_releases=9, llama_cpp_ref="b1")},
     ],
 )
