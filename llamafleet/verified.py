@@ -100,8 +100,7 @@ def compare(plan: Plan, answer: Answer, extra: Adjustment = NO_ADJUSTMENT, round
     seen = Verified(expected, None, extra.extra_bytes, answer.why, answer.room, rounds)
     if answer.told is None:
         return seen
-    prefix = TRAITS[plan.backend].device_prefix
-    devices = {f"{prefix}{number}": f"GPU{gpu.index}" for number, gpu in enumerate(plan.gpus)}
+    devices = _devices(plan)
     missing = [name for name in devices if name not in answer.told]
     if missing:
         return replace(seen, why=f"it told nothing of {', '.join(missing)}")
@@ -109,6 +108,18 @@ def compare(plan: Plan, answer: Answer, extra: Adjustment = NO_ADJUSTMENT, round
     for name, size in answer.told.items():
         told[devices.get(name, HOST)] += size
     return replace(seen, binary_bytes=told)
+
+
+def limits(plan: Plan) -> dict[str, Any]:
+    """For asking in the switch: llama.cpp's names of the plan's devices, and what each may hold at most, by the
+    ledger's names: what is planned and what is left under the reserve."""
+    most = {row.device: row.used_bytes - row.overhead_bytes + max(0, row.free_bytes) for row in plan.ledger}
+    return {"devices": _devices(plan), "limits": most}
+
+
+def _devices(plan: Plan) -> dict[str, str]:
+    prefix = TRAITS[plan.backend].device_prefix
+    return {f"{prefix}{number}": f"GPU{gpu.index}" for number, gpu in enumerate(plan.gpus)}
 
 
 @dataclass(frozen=True)
@@ -187,7 +198,7 @@ def _by_the_binary(plan: Plan | Refusal, seen: Mapping[str, Verified]) -> Plan |
 def say(name: str, seen: Verified) -> str:
     """One line for the run's output."""
     if seen.binary_bytes is None:
-        return f"{name}: llama-server could not be asked ({seen.why}); the gate decides"
+        return f"{name}: llama-server was not asked ({seen.why}); the gate decides"
     parts = [
         f"{device} {size // MIB} MiB, planned by the header {seen.ledger_bytes[device] // MIB}"
         for device, size in seen.binary_bytes.items()

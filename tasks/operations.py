@@ -7,6 +7,7 @@ import json
 import shlex
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from io import BytesIO, StringIO
 from typing import Any, TypeVar
 
@@ -17,11 +18,27 @@ from pyinfra.api.state import BaseStateCallback, State
 from pyinfra.context import ctx_host
 
 from llamafleet import payload
+from llamafleet.verified import ROUNDS
 from tasks import remote, sources
 
 Commands = Generator[StringCommand | FileUploadCommand | FunctionCommand, None, None]
 
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Staging:
+    """What is staged of one instance, and the name of that state of it."""
+
+    name: str
+    identity: str
+    files: dict[str, str]
+    secrets: Mapping[str, str] = field(repr=False)
+
+    @property
+    def folder(self) -> str:
+        """Where on the host."""
+        return f"/var/lib/llamafleet/staged/{self.name}"
 
 
 def each(items: Iterable[Item], name: Callable[[Item], str]) -> Iterator[Item]:
@@ -240,24 +257,44 @@ def ask_server(needed: bool, settle: Callable[[Host], bool]) -> Commands:
 
 
 @operation()
-def stage_service(serving: Callable[[], Any]) -> Commands:
-    """The files of an instance, as they are once its plan was verified; `serving` gives None where it is as planned."""
-    one = serving()
-    if one is None:
+def stage_service(staging: Callable[[], Staging | None]) -> Commands:
+    """The files of an instance, as they are once its plan was verified; `staging` gives None where it is as planned."""
+    now = staging()
+    if now is None:
         return _as_wanted("the instance is as planned")
-    yield from stage_files._inner(
-        True, f"/var/lib/llamafleet/staged/{one.instance.name}", one.staged, one.service.secrets
-    )
+    yield from stage_files._inner(True, now.folder, now.files, now.secrets)
 
 
 @operation()
-def switch_service(serving: Callable[[], Any]) -> Commands:
-    """Switch to the staged files; the old ones come back where the new instance does not pass the gate."""
-    one = serving()
-    if one is None:
-        return _as_wanted("the instance is as planned")
-    name = one.instance.name
-    yield from run_job._inner(True, f"switch-{name}-{one.service.identity}", "switch.py", ("install", name))
+def switch_service(staging: Callable[[], Staging | None], again: Callable[[Host, dict[str, int]], bool]) -> Commands:
+    """Switch to the staged files; the old ones come back where the new instance does not pass the gate.
+
+    Where llama-server could only be asked in the switch and wanted more than there is, the old one is back too, and
+    `again` plans with what was told; the switch is then tried once more, a bounded number of times.
+    """
+    for number in range(ROUNDS):
+        now = staging()
+        if now is None:
+            return _as_wanted("the instance is as planned")
+        if number:
+            yield from stage_files._inner(True, now.folder, now.files, now.secrets)
+        told: dict[str, int] = {}
+        yield FunctionCommand(_switch, (now, told, number == ROUNDS - 1), {})
+        if not told:
+            return
+        yield FunctionCommand(lambda state, host, told=told: again(host, told), (), {})
+
+
+def _switch(state: State, host: Host, now: Staging, told: dict[str, int], last: bool) -> bool:
+    """The switch as a job. Where it failed over what llama-server told there, that is put into `told`."""
+    job = f"switch-{now.name}-{now.identity}"
+    if _follow(state, host, job, remote.words("switch.py", "install", now.name)):
+        return True
+    _, lines, _ = remote.run(host, f"grep '^told: ' /var/lib/llamafleet/jobs/{shlex.quote(job)}.log")
+    if not lines or last:
+        return False
+    told.update(json.loads(lines[-1].removeprefix("told: ")))
+    return True
 
 
 @operation()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pyinfra.api.deploy import deploy
 
 from llamafleet.settings import unit_of
-from tasks import operations
-from tasks.situation import Serving, situation
+from tasks import asking, operations
+from tasks.situation import situation
 
 
 @deploy("Serve")
@@ -29,14 +29,18 @@ def service() -> None:
 def serve(name: str) -> None:
     """Stage one instance's files and switch to them; the old one comes back if the gate fails."""
     unit = unit_of(name)
-    operations.stage_service(name=f"Prepare {unit}", serving=lambda: to_serve(name))
-    operations.switch_service(name=f"Start and check {unit}", serving=lambda: to_serve(name))
+    operations.stage_service(name=f"Prepare {unit}", staging=lambda: staging(name))
+    operations.switch_service(
+        name=f"Start and check {unit}", staging=lambda: staging(name),
+        again=lambda host, told: asking.agree_with(host, name, told),
+    )  # fmt: skip
 
 
-def to_serve(name: str) -> Serving | None:
+def staging(name: str) -> operations.Staging | None:
     """The instance as it is to be installed; None where it is as planned. Asked anew when the operations
     execute: until then llama-server may have asked for another plan."""
     now = situation()
     if now is None or name not in now.work.services:
         return None
-    return next(one for one in now.servings if one.instance.name == name)
+    serving = next(one for one in now.servings if one.instance.name == name)
+    return operations.Staging(name, serving.service.identity, asking.files(serving), serving.service.secrets)

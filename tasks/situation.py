@@ -48,11 +48,7 @@ class Serving:
     plan: Plan
     service: Service
     record: Mapping[str, Any]  # plan.json
-
-    @property
-    def staged(self) -> dict[str, str]:
-        """The files to install, by name."""
-        return {self.service.unit: self.service.unit_text, "plan.json": self.service.plan_json}
+    verified: Verified | None  # in this run
 
     @property
     def is_verified(self) -> bool:
@@ -71,6 +67,7 @@ class Situation:
     install_toolkit: toolkit.Install | None
     servings: tuple[Serving, ...]
     work: Work
+    adjustments: Mapping[str, Adjustment]  # what llama-server said, by instance
     why: str  # the installed plans were kept or changed; empty where there were none
 
     def to_verify(self) -> tuple[Serving, ...]:
@@ -92,12 +89,14 @@ def situation() -> Situation | None:
     return _situations[host]
 
 
-def replan(plans: keep.Choice, verified: Mapping[str, Verified]) -> Situation:
+def replan(plans: keep.Choice, adjustments: Mapping[str, Adjustment], verified: Mapping[str, Verified]) -> Situation:
     """Go on with plans that llama-server itself was asked about. Raises one of `EXPECTED`."""
     host, now = ctx_host.get(), situation()
     assert host is not None and now is not None, "a host that was refused has nothing to verify"
     with _guard[host]:
-        _situations[host] = found = _situation(now.examined, plans, now.build, now.install_toolkit, verified)
+        _situations[host] = found = _situation(
+            now.examined, plans, now.build, now.install_toolkit, adjustments, verified
+        )
     return found
 
 
@@ -192,7 +191,7 @@ def decide(host: Host) -> Situation:
     kit = _toolkit(examined.backend, examined.settings, examined.survey)
     build = _build(examined, kit)
     install = kit if isinstance(kit, toolkit.Install) else None
-    return _situation(examined, examined.choice, build, install, {})
+    return _situation(examined, examined.choice, build, install, examined.adjustments(), {})
 
 
 def plans_or_refuse(settings: Settings, answers: tuple[Plan | Refusal, ...]) -> list[Plan]:
@@ -207,7 +206,7 @@ def plans_or_refuse(settings: Settings, answers: tuple[Plan | Refusal, ...]) -> 
 
 def _situation(
     examined: Examined, choice: keep.Choice, build: Build, install: toolkit.Install | None,
-    verified: Mapping[str, Verified],
+    adjustments: Mapping[str, Adjustment], verified: Mapping[str, Verified],
 ) -> Situation:  # fmt: skip
     settings, survey = examined.settings, examined.survey
     plans = plans_or_refuse(settings, choice.answers)
@@ -220,7 +219,7 @@ def _situation(
         packages=_missing(survey, build), model_files=_model_files(servings),
         services=[serving.service for serving in servings],
     )  # fmt: skip
-    return Situation(examined, settings, survey, build, install, servings, work, choice.why)
+    return Situation(examined, settings, survey, build, install, servings, work, adjustments, choice.why)
 
 
 def _build(examined: Examined, kit: toolkit.Toolkit | toolkit.Install | None) -> Build:
@@ -351,7 +350,7 @@ def _serving(
             f"models: {instance.name}: port {instance.port} on {instance.listen} is taken by {who}"
             f"{f' (pid {conflict.pid})' if conflict.pid else ''}: stop it, or give the model another port"
         )
-    return Serving(instance, model, folder, plan, service, record)
+    return Serving(instance, model, folder, plan, service, record, verified)
 
 
 def _model_files(servings: tuple[Serving, ...]) -> dict[str, dict[str, str | None]]:

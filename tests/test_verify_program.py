@@ -128,7 +128,7 @@ def test_a_gpu_with_room_is_asked(host, monkeypatch, free):
 
 def test_as_a_program_it_prints_one_object(host):
     asked = json.dumps(spec(server(host, TWO_DEVICES)))
-    done = subprocess.run([sys.executable, verify.__file__, asked], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, verify.__file__, "ask", asked], capture_output=True, text=True, check=True)
     assert set(json.loads(done.stdout)) == {"told", "why", "room"}
 
 

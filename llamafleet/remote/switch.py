@@ -23,6 +23,7 @@ STAGED = "/var/lib/llamafleet/staged"
 GOOD = "/var/lib/llamafleet/good"
 SECRETS = ("api-keys", "tls-certificate", "tls-key")
 GATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "gate.py")
+VERIFY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "verify.py")
 
 
 class Failed(Exception):
@@ -94,6 +95,23 @@ def try_sandbox(name: str) -> None:
         raise Failed(str(error)) from error
 
 
+def ask(name: str) -> None:
+    """Ask the new llama-server what it would allocate, where the GPU had no room for that beside the old one.
+
+    Raises Failed, with the old one back, where it is more than the plan gives.
+    """
+    question = f"{STAGED}/{name}/question.json"
+    if not os.path.exists(question):
+        return
+    print(f"asking llama-server, with {unit_of(name)} stopped", flush=True)
+    systemctl("stop", unit_of(name))
+    done = subprocess.run(
+        [sys.executable, "-s", "-E", "-B", VERIFY, "settle", question, f"{STAGED}/{name}/plan.json"]
+    )  # fmt: skip
+    if done.returncode:
+        raise Failed(f"the plan of {unit_of(name)} does not fit; {go_back(name)}")
+
+
 def start_and_check(name: str) -> str | None:
     """The gate's verdict after a restart: None, or what failed as text."""
     systemctl("enable", "--quiet", unit_of(name))
@@ -134,6 +152,7 @@ def install(name: str) -> None:
         print(f"checking the staged unit {unit_of(name)}", flush=True)
         verify(name)
         try_sandbox(name)
+        ask(name)
         put(name, f"{STAGED}/{name}")
     finally:
         shutil.rmtree(f"{STAGED}/{name}", ignore_errors=True)  # it may hold keys

@@ -1,10 +1,14 @@
 """Ask the freshly built llama-server what it would allocate, without letting it load.
 
-Contract: `verify.py SPEC`, a JSON object {"name": of the instance, "command": [llama-server and its flags, with
+Contract: `verify.py ask SPEC`, a JSON object {"name": of the instance, "command": [llama-server and its flags, with
 `-lv 4` and without `--fit`], "environment": {name: value}, "groups": [names], "gpus": [UUIDs of NVIDIA GPUs],
 "room_bytes": what must be free on each of them}; prints one JSON object {"told": {llama.cpp's name of a device or
 kind of host memory: bytes} | null, "why": text where nothing was told, "room": false where it was the GPU that had
-no room beside what runs there}. Exit 0 whatever was told. Root, systemd, standard library and pynvml only.
+no room beside what runs there}. Exit 0 whatever was told.
+`verify.py settle QUESTION.json PLAN.json` is for the switch, once the old server is stopped: QUESTION has the same and
+"devices" {llama.cpp's name: the ledger's}, "limits" {the ledger's name: bytes}. What is told goes into PLAN's
+`verified`. Exit 0 within the limits or where nothing was told; 1 beyond them, with a line `told: ` and the JSON of it.
+Root, systemd, standard library and pynvml only.
 
 With its default `--fit on` llama-server first makes the model and its context without memory and prints where
 the bytes would be (common/fit.cpp:149, common_memory_breakdown_print at b11434), 0.3 s after its start; it is
@@ -120,9 +124,42 @@ def too_full(uuids: list[str], needed: int) -> str:
     return ""
 
 
-def main(argv: list[str]) -> None:
-    print(json.dumps(ask(json.loads(argv[0]))))
+def settle(question: str, plan: str) -> int:
+    """Ask with nothing beside it, note the answer in the plan; the exit status."""
+    with open(question) as file:
+        spec = json.load(file)
+    with open(plan) as file:
+        record = json.load(file)
+    found = ask(spec)
+    if found["told"] is None:
+        print(f"llama-server was not asked: {found['why']}; the gate decides", flush=True)
+        return 0
+    sizes = by_device(found["told"], spec)
+    record["verified"] = {**(record.get("verified") or {}), "binary_bytes": sizes, "why": "asked in the switch"}
+    with open(plan, "w") as file:
+        json.dump(record, file, indent=1)
+    over = [f"{device}: {size // MIB} MiB, {spec['limits'][device] // MIB} MiB are left under the reserve"
+            for device, size in sizes.items() if size > spec["limits"][device]]  # fmt: skip
+    if over:
+        print("told: " + json.dumps(found["told"]))
+        print(f"llama-server would allocate more than the plan gives: {'; '.join(over)}", flush=True)
+    return 1 if over else 0
+
+
+def by_device(told: dict[str, int], spec: dict[str, Any]) -> dict[str, int]:
+    """Sums by the ledger's names; what is no device's is the host's."""
+    sizes = dict.fromkeys(spec["limits"], 0)
+    for name, size in told.items():
+        sizes[spec["devices"].get(name, "host")] += size
+    return sizes
+
+
+def main(argv: list[str]) -> int:
+    if argv[0] == "settle":
+        return settle(argv[1], argv[2])
+    print(json.dumps(ask(json.loads(argv[1]))))
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
