@@ -214,3 +214,59 @@ def test_the_unit_outlives_a_removal_that_fails(host):
     with pytest.raises(switch.subprocess.CalledProcessError):
         switch.remove("chat")
     assert "unit" in host.installed()
+
+
+# --- a GPU without room for the question beside the old server -------------------------------------
+
+VERIFY = """\
+import json, sys
+with open(sys.argv[3]) as file:
+    plan = json.load(file)
+plan["verified"] = "asked"
+with open(sys.argv[3], "w") as file:
+    json.dump(plan, file)
+open(sys.argv[2] + ".calls", "w").close()
+sys.exit(json.load(open(sys.argv[2]))["exit"])
+"""
+
+
+@pytest.fixture
+def asking(host, monkeypatch):
+    """Stages an instance with the question, which then ends as told."""
+    (host.folder / "verify.py").write_text(VERIFY)
+    monkeypatch.setattr(switch, "VERIFY", str(host.folder / "verify.py"))
+
+    def stage(version, code):
+        host.stage(version)
+        (host.folder / "staged/chat/question.json").write_text(json.dumps({"exit": code}))
+
+    return stage
+
+
+def test_it_is_asked_with_the_old_one_stopped_and_recorded(host, asking):
+    host.stage("one")
+    switch.install("chat")
+    asking("two", 0)
+    before = len(host.calls())
+    switch.install("chat")
+    assert json.loads(host.installed()["plan"]) == {"version": "two", "serves": True, "verified": "asked"}
+    made = host.calls()[before:]
+    assert made.index(f"systemctl stop {UNIT}") < made.index("systemctl daemon-reload")
+    assert not (host.folder / "staged/chat").exists()
+
+
+def test_what_does_not_fit_leaves_the_old_one_serving(host, asking):
+    host.stage("one")
+    switch.install("chat")
+    asking("two", 1)
+    with pytest.raises(switch.Failed, match="does not fit; the previous one was put back and serves"):
+        switch.install("chat")
+    assert json.loads(host.installed()["plan"])["version"] == "one"
+    assert host.calls()[-1] == f"systemctl start {UNIT}"
+    assert not (host.folder / "staged/chat").exists()
+
+
+def test_without_a_question_nothing_is_asked(host, asking):
+    host.stage("one")
+    switch.install("chat")
+    assert "verified" not in json.loads(host.installed()["plan"])

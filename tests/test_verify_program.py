@@ -144,3 +144,37 @@ def test_the_real_server_tells_its_memory_and_does_not_load(host, tmp_path):
         found = verify.ask(spec(*question(argv)))
     assert set(found["told"]) >= {"RPC0", "Host"} and found["told"]["RPC0"] > 100 * MIB
     assert sum(found["told"].values()) > model.stat().st_size
+
+
+# --- in the switch --------------------------------------------------------------------------------
+
+
+def settle(folder, command, limits, capsys):
+    """(exit status, plan.json afterwards, what was printed)"""
+    asked = {**spec(command), "devices": {"CUDA0": "GPU0", "CUDA1": "GPU3"}, "limits": limits}
+    (folder / "question.json").write_text(json.dumps(asked))
+    (folder / "plan.json").write_text(json.dumps({"name": "chat", "verified": {"ledger_bytes": {"GPU0": 1}}}))
+    code = verify.main(["settle", str(folder / "question.json"), str(folder / "plan.json")])
+    return code, json.loads((folder / "plan.json").read_text()), capsys.readouterr().out
+
+
+HELD = {"GPU0": 19413 * MIB, "GPU3": 1413 * MIB, "host": (912 + 45182) * MIB}
+
+
+def test_in_the_switch_what_is_told_goes_into_the_plan(host, capsys):
+    code, plan, _ = settle(host, server(host, TWO_DEVICES), HELD, capsys)
+    assert code == 0
+    assert plan["verified"] == {"ledger_bytes": {"GPU0": 1}, "binary_bytes": HELD, "why": "asked in the switch"}
+
+
+def test_in_the_switch_more_than_there_is_fails_with_what_was_told(host, capsys):
+    code, _, out = settle(host, server(host, TWO_DEVICES), {**HELD, "GPU3": 1400 * MIB}, capsys)
+    assert code == 1
+    assert "GPU3: 1413 MiB, 1400 MiB are left under the reserve" in out
+    [told] = [line for line in out.splitlines() if line.startswith("told: ")]
+    assert json.loads(told.removeprefix("told: "))["CUDA1"] == 1413 * MIB
+
+
+def test_in_the_switch_a_server_that_tells_nothing_is_the_gate_s(host, capsys):
+    code, plan, out = settle(host, server(host, ["bad"], "exit 1"), HELD, capsys)
+    assert code == 0 and "the gate decides" in out and "binary_bytes" not in plan["verified"]
