@@ -105,7 +105,7 @@ def test_a_second_run_asks_nothing_and_changes_nothing(written, host):
 def test_asking_leaves_nothing_behind(host):
     listed = on(host, "systemctl", "list-units", "--all", "--no-legend", "llamafleet-verify-*")
     assert listed == ""
-    processes = on(host, "sh", "-c", "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' ' | grep -c -- '-lv 4'; true")
+    processes = on(host, "sh", "-c", "cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' ' | grep -c '[-]lv 4'; true")
     assert processes == "0"
 
 
@@ -159,3 +159,44 @@ def sees(host, mib):
         change = '{ if ($1 == "MemTotal:") $2 += ' + str(mib * 1024) + "; print }"
         on(host, "sh", "-c", f"awk '{change}' /run/meminfo > /run/meminfo.new && mv /run/meminfo.new /run/meminfo"
                              " && mount --bind /run/meminfo /proc/meminfo")  # fmt: skip
+
+
+# --- llamafleet status ----------------------------------------------------------------------------
+
+
+def status(inventory, *options):
+    program = Path(sys.executable).with_name("llamafleet")
+    words = [program, "status", "--inventory", str(inventory), *options]
+    return subprocess.run(words, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+
+
+def test_status_of_a_host_as_it_should_be(written, host):
+    asked = written()
+    assert pyinfra(asked).code == 0
+    done = status(asked, "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    [told] = json.loads(done.stdout).values()
+    one = told["instances"]["tiny"]
+    assert one["state"] == "active" and one["drift"] == [] and one["verified"] is True
+    assert one["rss_bytes"] > 4 * MIB and one["release"] == record(host)["release"]
+    table = status(asked)
+    assert table.returncode == 0
+    assert "8192 x 4 f16, CPU, cpu" in table.stdout and host.name in table.stdout
+
+
+def test_status_names_what_drifted_and_who_cannot_be_reached(written, settings, inventory, host, hosts):
+    unit = "/etc/systemd/system/llama-server-tiny.service"
+    on(host, "sh", "-c", f"cp {unit} /run/unit && echo '# by hand' >> {unit} && systemctl daemon-reload")
+    before = main_pid(host, "tiny")
+    try:
+        done = status(written())
+        assert done.returncode == 1
+        assert "its unit differs" in done.stdout
+    finally:
+        on(host, "sh", "-c", f"cp /run/unit {unit} && systemctl daemon-reload")
+    assert main_pid(host, "tiny") == before  # read only
+    lost = next(one for one in hosts if one is not host)
+    gone = inventory((host, settings(host)), (lost, {**settings(lost), "ssh_port": 9, "ssh_connect_retries": 0}))
+    done = status(gone)
+    assert done.returncode == 1
+    assert f"{lost.name}: cannot be reached" in done.stdout
