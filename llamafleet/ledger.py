@@ -87,6 +87,12 @@ class Model:
     tied_bytes: int  # what `output_bytes` has of the embedding, because the model has no output matrix
     tied_is_shared: bool  # on the host it is held once, not twice
     is_moe: bool
+    down_bytes: tuple[int, ...] = ()  # of the spillable ones, the down projections
+
+    def part_bytes(self, layer: int, part: str) -> int:
+        """Bytes of a layer's spillable tensors of a part: "down", or "up" for up and gate, which work together."""
+        down = self.down_bytes[layer]
+        return down if part == "down" else self.spill_bytes[layer] - down
 
     @property
     def layers(self) -> int:
@@ -97,7 +103,7 @@ class Model:
     def of(cls, header: Header) -> Model:
         """Sort the tensors of a header."""
         layers = number(header, "block_count")
-        whole, spill = [0] * layers, [0] * layers
+        whole, spill, down = [0] * layers, [0] * layers, [0] * layers
         outside: list[Tensor] = []
         largest = 0
         is_moe = any(_EXPERTS.fullmatch(_part(tensor.name)) for tensor in header.tensors)
@@ -110,6 +116,7 @@ class Model:
             whole[layer] += tensor.bytes
             if wanted.fullmatch(_part(tensor.name)):
                 spill[layer] += tensor.bytes
+                down[layer] += tensor.bytes if "ffn_down" in tensor.name else 0
                 largest = max(largest, tensor.bytes)
         inputs = sum(tensor.bytes for tensor in outside if not tensor.name.startswith("output"))
         outputs = sum(tensor.bytes for tensor in outside) - inputs
@@ -127,6 +134,7 @@ class Model:
             tied_bytes,
             shared,
             is_moe,
+            tuple(down),
         )
 
 
@@ -146,6 +154,8 @@ class Placement:
 
     layer_devices: tuple[int | None, ...]
     spilled: frozenset[int] = frozenset()  # layers on a device whose experts (FFN) are on the host
+    # Layers of whose experts (FFN) only a part is there, and which: "down", or "up" for up and gate.
+    partly: tuple[tuple[int, str], ...] = ()
 
     @property
     def devices(self) -> tuple[int, ...]:
@@ -183,13 +193,16 @@ def usage(
 ) -> tuple[dict[int, Usage], Usage]:
     """What each device in use holds, and what the host holds. `host_extra_bytes`: the prompt cache."""
     traits = TRAITS[backend]
+    partly = dict(placement.partly)
     cache = kv_bytes(model.header, context)
-    pipelined = len(placement.devices) > 1 and None not in placement.layer_devices and not placement.spilled
+    pipelined = len(placement.devices) > 1 and None not in placement.layer_devices
+    pipelined = pipelined and not placement.spilled and not placement.partly
     holders: Sequence[int | None] = placement.layer_devices
     weights: dict[int | None, int] = defaultdict(int)
     kept: dict[int | None, int] = defaultdict(int)
     for layer, device in enumerate(holders[:-1]):
         moved = model.spill_bytes[layer] if layer in placement.spilled and device is not None else 0
+        moved += model.part_bytes(layer, partly[layer]) if layer in partly else 0
         weights[device] += model.layer_bytes[layer] - moved
         weights[None] += moved
         kept[device] += cache[layer]
@@ -218,4 +231,4 @@ def _staging(model: Model, placement: Placement) -> int:
     if None in placement.layer_devices[:-1]:
         layers = [t.bytes for t in model.header.tensors if _layer(t.name) is not None]
         return max(layers, default=0)
-    return model.largest_spill_bytes if placement.spilled else 0
+    return model.largest_spill_bytes if placement.spilled or placement.partly else 0

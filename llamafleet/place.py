@@ -1,17 +1,19 @@
-"""Where layers may go: the room on a host, and the placements to try, fastest first."""
+"""Room for layers: what is left on a host, and how a row of layers is cut for its devices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .adjust import NO_ADJUSTMENT, Adjustment
-from .kv import Context, kv_bytes
+from .kv import Context
 from .ledger import HOST, MIB, LedgerRow, Model, Placement, Usage, usage
 from .machine import Gpu, Machine
 from .settings import Settings
 
-BALANCE_STEPS = 24  # halvings of the fill level: the devices' fills then differ by less than a layer
+BALANCE_STEPS = 12  # halvings of the fill level: the devices' fills then differ by less than a layer
+SAME_SPEED = 1.1  # GPUs whose bandwidth differs by less are one kind
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,14 @@ class Room:
                 for gpu, size in zip(self.gpus, self.gpu_bytes, strict=True)
             ),
             host_bytes=self.host_bytes - taken,
+        )
+
+    def only(self, order: Sequence[int]) -> Room:
+        """The same host with these of its GPUs, in this order: llama.cpp's device N is the N-th."""
+        return replace(
+            self,
+            gpus=tuple(self.gpus[device] for device in order),
+            gpu_bytes=tuple(self.gpu_bytes[device] for device in order),
         )
 
     def ledger(self, used: Mapping[int, Usage], host: Usage) -> tuple[LedgerRow, ...]:
@@ -104,107 +114,37 @@ class Case:
         return adjusted, self.adjustment.applied(HOST, host)
 
 
-def choose(case: Case) -> Placement:
-    """The fastest placement that the GPUs hold; all on the CPU if they hold not even one layer.
+def cut(sums: Sequence[float], start: int, budgets: Sequence[float]) -> tuple[int, ...] | None:
+    """Cut a row of layers into one piece for each device, each as full as it can be, in order.
 
-    Whether the host's part fits is for the caller to see in the placement's rows: what does not
-    fit on the GPUs has no other place to go.
+    `sums[n]`: cost of the first n positions. The answer is where each piece ends, the first beginning at `start`;
+    None if the devices do not hold them. Every device gets one position at least.
     """
-    everywhere = case.model.layers + 1
-    if not case.room.gpus:
-        return Placement((None,) * everywhere)
-    for front, spilled in _stages(case.model, may_spill=not case.room.unified):
-        if placement := _fit(case, front, spilled):
-            return placement
-    return Placement(((0,) if case.room.unified else (None,)) * everywhere)
+    positions = len(sums) - 1
+    ends = []
+    for waiting, budget in zip(range(len(budgets) - 1, -1, -1), budgets, strict=True):
+        end = bisect_right(sums, sums[start] + budget, start, positions - waiting + 1) - 1
+        if end <= start:
+            return None
+        ends.append(end)
+        start = end
+    return tuple(ends) if start == positions else None
 
 
-def _stages(model: Model, *, may_spill: bool) -> Iterator[tuple[int, frozenset[int]]]:
-    """Numbers of front layers wholly on the host, with the layers whose experts are there too."""
-    yield 0, frozenset()
-    if not may_spill:
-        return
-    layers = range(model.layers)
-    with_experts = [layer for layer in layers if model.spill_bytes[layer]]
-    if model.is_moe:
-        for count in range(1, len(with_experts) + 1):
-            yield 0, frozenset(with_experts[-count:])
-    spilled = frozenset(with_experts) if model.is_moe else frozenset()
-    for front in range(1, model.layers + 1):
-        yield front, frozenset(layer for layer in spilled if layer >= front)
-
-
-def _fit(case: Case, front: int, spilled: frozenset[int]) -> Placement | None:
-    """Share layers out by bytes, in bus order, every device about equally full; None if they do not fit."""
-    model, room = case.model, case.room
-    cache = kv_bytes(model.header, case.context)
-    costs = [
-        model.layer_bytes[layer] - (model.spill_bytes[layer] if layer in spilled else 0) + cache[layer]
-        for layer in range(front, model.layers)
-    ]
-    costs.append(model.output_bytes)
-    for count in range(_fewest(costs, room), min(len(room.gpus), len(costs)) + 1):
-        chosen = _largest(room, count)
-        holders = [chosen[min(position, count - 1)] for position in range(len(costs))]
-        counts = share_out(costs, _budgets(case, Placement((*(None,) * front, *holders), spilled)))
-        if counts:
-            shared = [device for device, n in zip(chosen, counts, strict=True) for _ in range(n)]
-            return Placement((*(None,) * front, *shared), spilled)
-    return None
-
-
-def _fewest(costs: Sequence[int], room: Room) -> int:
-    """The smallest number of GPUs that could hold the bytes: fewer GPUs, fewer hops."""
-    total, sizes = sum(costs), sorted(room.gpu_bytes, reverse=True)
-    return next((n for n in range(1, len(sizes)) if sum(sizes[:n]) >= total), len(sizes))
-
-
-def _largest(room: Room, count: int) -> tuple[int, ...]:
-    by_size = sorted(range(len(room.gpus)), key=lambda device: (-room.gpu_bytes[device], device))
-    return tuple(sorted(by_size[:count]))
-
-
-def _budgets(case: Case, placement: Placement) -> list[int]:
-    """Bytes for layers on each device in use: what compute, staging, overhead and reserve leave.
-
-    They depend on who holds the output and whether anything is on the host, which the placement
-    says; not on how many layers a device gets.
-    """
-    used, host = case.usage(placement)
-    shared = host.total_bytes if case.room.unified else 0
-    return [
-        case.room.gpu_bytes[device]
-        - case.room.gpu_reserve_bytes
-        - shared
-        - (use.compute_bytes + use.staging_bytes + use.overhead_bytes)
-        for device, use in sorted(used.items())
-    ]
-
-
-def share_out(costs: Sequence[int], budgets: Sequence[int]) -> tuple[int, ...] | None:
-    """Cut a row of layers into one piece for each device, with the lowest common fill level that works.
-
-    None if even full devices do not hold them. Every device gets one layer at least.
-    """
-    if _cut(costs, budgets, 1.0) is None:
+def fill(
+    sums: Sequence[float], start: int, budgets: Sequence[float], speeds: Sequence[float]
+) -> tuple[int, ...] | None:
+    """As `cut`, but the slowest devices get as little as the faster ones leave, evenly; equal ones share evenly."""
+    if cut(sums, start, budgets) is None:
         return None
+    slow = min(speeds) * SAME_SPEED
+
+    def at(level: float) -> tuple[int, ...] | None:
+        tried = [size * level if speed <= slow else size for size, speed in zip(budgets, speeds, strict=True)]
+        return cut(sums, start, tried)
+
     low, high = 0.0, 1.0
     for _ in range(BALANCE_STEPS):
         middle = (low + high) / 2
-        low, high = (low, middle) if _cut(costs, budgets, middle) else (middle, high)
-    return _cut(costs, budgets, high)
-
-
-def _cut(costs: Sequence[int], budgets: Sequence[int], level: float) -> tuple[int, ...] | None:
-    counts = [0] * len(budgets)
-    device, filled = 0, 0
-    for position, cost in enumerate(costs):
-        waiting = len(budgets) - 1 - device  # devices that still need a layer
-        left = len(costs) - position
-        if counts[device] and (filled + cost > budgets[device] * level or left <= waiting):
-            device, filled = device + 1, 0
-        if device == len(budgets) or filled + cost > budgets[device] * level:
-            return None
-        counts[device] += 1
-        filled += cost
-    return tuple(counts) if all(counts) else None
+        low, high = (low, middle) if at(middle) else (middle, high)
+    return at(high)

@@ -7,7 +7,7 @@ happens to be available now, so that our own running server cannot shrink the se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -15,18 +15,23 @@ from typing import Any
 from . import vulkan
 from .adjust import NO_ADJUSTMENT, Adjustment
 from .advice import suggestions
+from .choose import Candidate, Search, Settled, contexts
 from .gguf import Header
-from .kv import Context, is_known, number
+from .kv import number
 from .ledger import HOST, MIB, TRAITS, LedgerRow, Model, Placement
 from .machine import Gpu, Machine
-from .place import Case, Room, choose
+from .place import Room
 from .planned import planned
-from .predict import Prediction, predict
+from .predict import Prediction, Roofline
+from .rates import NOT_MEASURED, Measurements, rates
+from .reasons import Decision, why
 from .settings import Instance, Settings
+from .workload import Workload
 
 SCHEMA = 1
 CELLS = 256  # of a KV cache, which llama.cpp pads to this
 DEFAULT_CONTEXT_LIMIT = 32768  # tokens, where the operator names no context (inventory/group_data/all.py)
+SETTLED = 24  # candidates checked against the ledger before a model is refused
 BACKEND_OF_VENDOR = {"nvidia": "cuda", "amd": "hip"}
 
 
@@ -63,7 +68,7 @@ class Plan:
 
     instance: str
     backend: str
-    gpus: tuple[Gpu, ...]  # those in use, in bus order; llama.cpp's device N is the N-th of them
+    gpus: tuple[Gpu, ...]  # those in use; llama.cpp's device N is the N-th of them
     context_tokens: int  # of one slot
     slots: int
     kv_type: str
@@ -144,10 +149,11 @@ def plan_host(
     requests: Sequence[tuple[Instance, Header]],
     settings: Settings,
     adjustments: Mapping[str, Adjustment] = MappingProxyType({}),
+    measurements: Measurements = NOT_MEASURED,
 ) -> tuple[Plan | Refusal, ...]:
-    """A plan or refusal for each instance; they share the host in order, the first is placed first.
+    """A plan or refusal for each instance; they share the host by priority, equal ones in the order given.
 
-    `adjustments`, by instance name: what the binary said of earlier plans.
+    `adjustments`, by instance name: what the binary said of earlier plans. `measurements`: of this host.
     """
     backend = resolve_backend(machine, settings)
     if isinstance(backend, Refusal):
@@ -160,13 +166,14 @@ def plan_host(
         )
         return tuple(replace(refusal, instance=instance.name) for instance, _ in requests)
     room = Room.of(machine, gpus, settings)
-    answers: list[Plan | Refusal] = []
-    for instance, header in requests:
-        answer = _plan_one(machine, backend, room, instance, header, adjustments.get(instance.name, NO_ADJUSTMENT))
+    answers: dict[int, Plan | Refusal] = {}
+    for position, (instance, header) in sorted(enumerate(requests), key=lambda one: (-one[1][0].priority, one[0])):
+        adjustment = adjustments.get(instance.name, NO_ADJUSTMENT)
+        answer = _plan_one(machine, backend, room, instance, header, adjustment, measurements)
         if isinstance(answer, Plan):
             room = room.without(answer.ledger)
-        answers.append(answer)
-    return tuple(answers)
+        answers[position] = answer
+    return tuple(answers[position] for position in range(len(requests)))
 
 
 def _gpus_for(machine: Machine, backend: str) -> tuple[Gpu, ...]:
@@ -177,7 +184,13 @@ def _gpus_for(machine: Machine, backend: str) -> tuple[Gpu, ...]:
 
 
 def _plan_one(
-    machine: Machine, backend: str, room: Room, instance: Instance, header: Header, adjustment: Adjustment
+    machine: Machine,
+    backend: str,
+    room: Room,
+    instance: Instance,
+    header: Header,
+    adjustment: Adjustment,
+    measured: Measurements,
 ) -> Plan | Refusal:
     if number(header, "block_count") < 1 or number(header, "embedding_length") < 1:
         reason = f"{header.name} ({header.architecture}) is no language model: its header gives no layers"
@@ -194,46 +207,98 @@ def _plan_one(
             instance=instance.name,
             suggestions=(f"set context_tokens to {trained} or less",),
         )
-    model = Model.of(header)
-    answers = []
-    for kv_type in instance.kv_types:
-        context = Context(tokens, instance.slots, kv_type, instance.ubatch_tokens)
-        case = Case(model, context, room, backend, instance.prompt_cache_mib * MIB, adjustment)
-        answers.append(_place(machine, instance, case))
-        if isinstance(answers[-1], Plan):
+    case = _Asked(machine, backend, room, instance, Model.of(header), tokens, adjustment, measured)
+    return _choose(case)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One instance, and everything that its plan depends on."""
+
+    machine: Machine
+    backend: str
+    room: Room
+    instance: Instance
+    model: Model
+    context_tokens: int
+    adjustment: Adjustment
+    measured: Measurements
+
+    @property
+    def work(self) -> Workload:
+        return Workload.of(self.instance, self.context_tokens)
+
+    @property
+    def threads(self) -> int:
+        cpu = self.machine.cpu
+        return self.instance.threads or max(1, cpu.performance_cores or cpu.physical_cores)
+
+    def search(self) -> Search:
+        reached = rates(self.machine.cpu, self.room.gpus, self.threads, self.measured)
+        roofline = Roofline(self.model, self.work, reached, op_offload=TRAITS[self.backend].op_offload)
+        extra = self.instance.prompt_cache_mib * MIB
+        return Search(self.model, self.room, self.backend, extra, self.adjustment, roofline)
+
+
+def _choose(asked: _Asked) -> Plan | Refusal:
+    search = asked.search()
+    tried = contexts(asked.instance, asked.context_tokens, asked.work)
+    handicaps = dict(tried)
+    weighed = search.candidates(tried)
+    plans: list[tuple[float, int, Plan]] = []
+    refused: Settled | None = None
+    for number_, candidate in enumerate(weighed[:SETTLED]):
+        settled = search.settle(candidate, handicaps[candidate.context])
+        if any(row.free_bytes < 0 for row in settled.rows):
+            refused = refused or settled
+            continue
+        plan = _plan(asked, search, settled, weighed)
+        trial = asked.measured.trials.get(plan.argv)
+        seconds = _measured_seconds(asked.work, trial) if trial else settled.candidate.score
+        plans.append((seconds, number_, replace(plan, predicted=_measured(plan.predicted, trial))))
+        if not asked.measured.trials:
             break
-    return answers[-1]
+    if plans:
+        return min(plans, key=lambda one: one[:2])[2]
+    assert refused is not None, "there is a candidate at least, and it was refused"
+    return _refuse(asked, refused)
 
 
-def _place(machine: Machine, instance: Instance, case: Case) -> Plan | Refusal:
-    placement = choose(case)
-    rows = case.rows(placement)
-    if any(row.free_bytes < 0 for row in rows):
-        return _refuse(machine, instance, case, rows)
-    used = placement.devices
-    packed = Placement(
-        tuple(None if device is None else used.index(device) for device in placement.layer_devices),
-        placement.spilled,
-    )
-    gpus = tuple(case.room.gpus[device] for device in used)
+def _measured(guess: Prediction, trial: tuple[float, float] | None) -> Prediction:
+    return Prediction.of_trial(*trial) if trial else guess
+
+
+def _measured_seconds(work: Workload, trial: tuple[float, float]) -> float:
+    decode, prefill = trial
+    return work.concurrency * (work.prompt_tokens / prefill + work.reply_tokens / decode)
+
+
+def _plan(asked: _Asked, search: Search, settled: Settled, weighed: Sequence[Candidate]) -> Plan:
+    chosen, placement, rows = settled.candidate, settled.placement, settled.rows
+    gpus = tuple(asked.room.gpus[device] for device in chosen.order)
+    context = chosen.context
+    decision = Decision(
+        asked.machine, asked.instance, asked.model, asked.room, asked.work,
+        chosen, weighed, placement, rows, asked.threads,
+    )  # fmt: skip
     return Plan(
-        instance=instance.name,
-        backend=case.backend,
+        instance=asked.instance.name,
+        backend=asked.backend,
         gpus=gpus,
-        context_tokens=case.context.tokens,
-        slots=case.context.slots,
-        kv_type=case.context.kv_type,
-        ubatch_tokens=case.context.ubatch_tokens,
-        threads=instance.threads or max(1, machine.cpu.performance_cores or machine.cpu.physical_cores),
-        prompt_cache_mib=instance.prompt_cache_mib,
-        placement=packed,
-        is_moe=case.model.is_moe,
+        context_tokens=context.tokens,
+        slots=context.slots,
+        kv_type=context.kv_type,
+        ubatch_tokens=context.ubatch_tokens,
+        threads=asked.threads,
+        prompt_cache_mib=asked.instance.prompt_cache_mib,
+        placement=placement,
+        is_moe=asked.model.is_moe,
         ledger=rows,
-        predicted=predict(case.model, case.context, packed, gpus),
-        why=tuple(_why(machine, case, placement, rows)),
-        model_bytes=case.model.header.file_bytes_total,
-        host_bytes=sum(row.used_bytes for row in (rows if case.room.unified else rows[-1:])),
-        environment=_environment(case.backend, gpus),
+        predicted=search.roofline.predict(chosen.segments, context),
+        why=tuple(why(decision)),
+        model_bytes=asked.model.header.file_bytes_total,
+        host_bytes=sum(row.used_bytes for row in (rows if asked.room.unified else rows[-1:])),
+        environment=_environment(asked.backend, gpus),
     )
 
 
@@ -247,61 +312,26 @@ def _environment(backend: str, gpus: Sequence[Gpu]) -> dict[str, str]:
     return {variable: ",".join(map(str, numbers))} if variable else {}
 
 
-def _why(machine: Machine, case: Case, placement: Placement, rows: Sequence[LedgerRow]) -> Iterator[str]:
-    model, context = case.model, case.context
-    yield _where(model, placement)
-    if placement.spilled:
-        what = "experts" if model.is_moe else "feed-forward weights"
-        kept = placement.gpu_layers - 1 - len(placement.spilled)
-        first, last = min(placement.spilled), max(placement.spilled)
-        yield (
-            f"{what} of {len(placement.spilled)} layers ({first} to {last}) are on the CPU,"
-            f" of {kept} of {model.layers} on GPUs: as many as fit under the reserve"
-        )
-    yield f"KV cache {context.kv_type}: {context.tokens} tokens for each of {context.slots} slot(s)"
-    if not is_known(model.header):
-        name = model.header.architecture
-        yield f"the attention windows of {name!r} are not known: its KV cache is an upper bound"
-    for gpu in machine.gpus:
-        if gpu.problem:
-            yield f"GPU{gpu.index} ({gpu.name}) is not used: {gpu.problem}"
-    planned, available = rows[-1].used_bytes, machine.memory.available_bytes
-    if planned > available:
-        yield (
-            f"warning: {planned // MIB} MiB of RAM are planned, {available // MIB} MiB are available now;"
-            " what runs beside, or our own running server, must leave first"
-        )
-    if case.room.unified:
-        yield "GPU and CPU share one memory: what the GPU holds is taken from the host's capacity"
-
-
-def _where(model: Model, placement: Placement) -> str:
-    held = placement.gpu_layers
-    if not held:
-        return f"no GPU is used: all {model.layers} layers run on the CPU"
-    if None in placement.layer_devices:
-        return f"{held} of {model.layers + 1} layers (output included) are on GPUs; the first on the CPU"
-    return f"the attention and KV cache of all {model.layers} layers and the output are on GPUs"
-
-
-def _refuse(machine: Machine, instance: Instance, case: Case, rows: tuple[LedgerRow, ...]) -> Refusal:
+def _refuse(asked: _Asked, settled: Settled) -> Refusal:
+    room, rows, context = asked.room, settled.rows, settled.candidate.context
     worst = min(rows, key=lambda row: row.free_bytes)
     needed, available = worst.used_bytes, max(0, worst.used_bytes + worst.free_bytes)
-    ram = "RAM and swap" if case.room.swap_bytes else "RAM"
+    ram = "RAM and swap" if room.swap_bytes else "RAM"
     where = ram if worst.device == HOST else worst.device
-    if case.room.unified:  # one pool: what is missing is missing for both
+    if room.unified:  # one pool: what is missing is missing for both
         needed, where = sum(row.used_bytes for row in rows), "the memory that GPU and CPU share"
         available = max(0, needed + worst.free_bytes)
-    tokens, slots = case.context.tokens, case.context.slots
+    tokens, slots = context.tokens, context.slots
     total = sum(row.used_bytes + row.free_bytes for row in rows)
+    name, host = asked.model.header.name, asked.machine.hostname
     return Refusal(
-        f"{instance.name}: {case.model.header.name} with {tokens} tokens for each of {slots} slot(s) does not"
-        f" fit on {machine.hostname}: {needed // MIB} MiB of {where} needed, {available // MIB} MiB available"
+        f"{asked.instance.name}: {name} with {tokens} tokens for each of {slots} slot(s) does not"
+        f" fit on {host}: {needed // MIB} MiB of {where} needed, {available // MIB} MiB available"
         " under the reserve",
         device=worst.device,
         needed_bytes=needed,
         available_bytes=available,
-        suggestions=suggestions(case.model, case.context, instance, available=total),
+        suggestions=suggestions(asked.model, context, asked.instance, available=total),
         ledger=rows,
-        instance=instance.name,
+        instance=asked.instance.name,
     )

@@ -6,7 +6,7 @@ each start is given.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from .ledger import TRAITS
@@ -15,8 +15,15 @@ if TYPE_CHECKING:  # the plan imports this module for its `argv`
     from .plan import Plan
 
 DEFAULT_BATCH_TOKENS = 2048  # llama.cpp's --batch-size; never below the ubatch
-EXPERT_PATTERN = r"ffn_(up|down|gate|gate_up)_(ch|)exps\."
-DENSE_PATTERN = r"ffn_(up|down|gate)\.weight"
+# What goes to the CPU, of a mixture of experts or not: all that may be spilled of a layer, or a part of it.
+PATTERNS = {
+    (True, "all"): r"ffn_(up|down|gate|gate_up)_(ch|)exps\.",
+    (True, "down"): r"ffn_down_(ch|)exps\.",
+    (True, "up"): r"ffn_(up|gate|gate_up)_(ch|)exps\.",
+    (False, "all"): r"ffn_(up|down|gate)\.weight",
+    (False, "down"): r"ffn_down\.weight",
+    (False, "up"): r"ffn_(up|gate)\.weight",
+}
 
 
 def planned(plan: Plan) -> Iterator[str]:
@@ -44,7 +51,11 @@ def _placed(plan: Plan) -> Iterator[str]:
     if len(plan.gpus) > 1:
         yield from ("--split-mode", "layer")
         yield from ("--tensor-split", ",".join(str(count) for count in plan.placement.split()))
-    if plan.placement.spilled:
-        pattern = EXPERT_PATTERN if plan.is_moe else DENSE_PATTERN
-        layers = "|".join(str(layer) for layer in sorted(plan.placement.spilled))
-        yield from ("--override-tensor", rf"blk\.({layers})\.{pattern}=CPU")
+    overrides = [_override(sorted(plan.placement.spilled), PATTERNS[plan.is_moe, "all"])]
+    overrides += [_override([layer], PATTERNS[plan.is_moe, part]) for layer, part in plan.placement.partly]
+    if any(overrides):
+        yield from ("--override-tensor", ",".join(override for override in overrides if override))
+
+
+def _override(layers: Sequence[int], pattern: str) -> str:
+    return rf"blk\.({'|'.join(map(str, layers))})\.{pattern}=CPU" if layers else ""

@@ -44,10 +44,15 @@ class Instance:
     name: str
     source: str
     port: int
+    priority: int
     context_tokens: int | None
-    slots: int
+    prompt_tokens: int
+    live_tokens: int | None
+    reply_tokens: int
+    concurrency: int
+    slots: int | None
     kv_types: tuple[str, ...]
-    ubatch_tokens: int
+    ubatch_tokens: int | None
     threads: int | None
     prompt_cache_mib: int
     listen: str
@@ -225,6 +230,11 @@ def _is_address(text: str) -> bool:
 _RANGES = (
     ("port", 1, 65535),
     ("context_tokens", 256, 2**31 - 1),
+    ("priority", -1000, 1000),
+    ("prompt_tokens", 1, 2**31 - 1),
+    ("live_tokens", 1, 2**31 - 1),
+    ("reply_tokens", 1, 2**31 - 1),
+    ("concurrency", 1, 256),
     ("slots", 1, 256),
     ("ubatch_tokens", 32, 65536),
     ("threads", 1, 4096),

@@ -30,7 +30,7 @@ def test_all_that_llama_cpp_would_else_decide_is_given(planned):
         "--model": "/srv/models/gpt.gguf", "--alias": "gpt", "--host": "10.0.0.7", "--port": "9931", "--fit": "off",
         "--ctx-size": "131072", "--parallel": "2", "--n-gpu-layers": "37", "--device": "CUDA0,CUDA1",
         "--split-mode": "layer", "--cache-type-k": "f16", "--cache-type-v": "f16", "--flash-attn": "on",
-        "--batch-size": "2048", "--ubatch-size": "512", "--threads": "6", "--threads-batch": "6",
+        "--batch-size": "2048", "--ubatch-size": "2048", "--threads": "6", "--threads-batch": "6",
         "--cache-ram": "1024", "--load-mode": "none", "--cors-origins": "none",
     }  # fmt: skip
     assert {flag: argument(command, flag) for flag in expected} == expected

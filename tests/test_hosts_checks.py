@@ -34,6 +34,7 @@ def settings(**model):
         "port": 8080,
         "api_key_file": "keys",
         "context_tokens": 4096,
+        "slots": 1,
         **model,
     }
     return Settings.from_data({**data, "llama_cpp_ref": "b11434", "models": [entry]})

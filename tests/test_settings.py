@@ -33,7 +33,7 @@ def test_the_defaults_name_every_setting_and_no_other():
 def test_an_entry_overrides_the_model_defaults():
     settings = Settings.from_data({**default_data(), "models": [{**MODEL, "slots": 4, "kv_types": ["q8_0", "f16"]}]})
     [instance] = settings.models
-    assert (instance.slots, instance.kv_types, instance.ubatch_tokens) == (4, ("q8_0", "f16"), 512)
+    assert (instance.slots, instance.kv_types, instance.ubatch_tokens) == (4, ("q8_0", "f16"), None)
     assert instance.unit == "llama-server-gpt.service"
 
 

@@ -8,8 +8,8 @@ listed here is refused by name, with the nearest known one.
 # --- what to serve ---------------------------------------------------------------------------
 
 # The instances of a host: one systemd unit `llama-server-NAME.service` each. When they share a
-# host, the first in the list is placed first. Every entry gives `name`, `source` and `port`,
-# and overrides any key of `model_defaults`.
+# host, they are placed by `priority`, equal ones in the list's order. Every entry gives `name`,
+# `source` and `port`, and overrides any key of `model_defaults`.
 #   source: "hf:OWNER/REPO/FILE.gguf[@REVISION]" or an http(s) URL.
 #           For a split model name the first shard, -00001-of-0000N.gguf: the others follow.
 models = []
@@ -18,13 +18,34 @@ model_defaults = {
     # Tokens that one request may use, prompt and reply together; llama-server gets this many for
     # every slot. Never cut below what you ask; None: what the model was trained for, 32768 at most.
     "context_tokens": None,
-    # Requests served at the same time. One slot gets the whole speed of the box.
-    "slots": 1,
-    # KV-cache types allowed, best first; the plan takes the first that fits. Quantised types save
-    # memory and can cost much speed, so they are used only where you list them.
+    # Where instances share a host, the highest is placed first and gets the room it can use; equal
+    # ones in the order of `models`.
+    "priority": 0,
+    # --- the workload: its time is what the plan makes short ---
+    # Tokens of a request that are read anew, typically; what is still in the prompt cache does not
+    # count. A long prompt makes a larger ubatch worth its memory. 2048: a question with a page or
+    # a file, or one step of a chat with tools.
+    "prompt_tokens": 2048,
+    # Tokens in a slot's cache while a reply is written, on average. It decides how much attention
+    # costs, and so what of a dense model goes to RAM. None: a quarter of the context, since who
+    # asks for a context means to use it, and at least the prompt and half the reply.
+    "live_tokens": None,
+    # Tokens of a reply. 512: about a page.
+    "reply_tokens": 512,
+    # Requests that come at the same time. One: a slot gets the whole speed of the box.
+    "concurrency": 1,
+    # --- what the plan may choose ---
+    # Requests served at the same time, each with the whole context. None: as many as `concurrency`,
+    # or fewer, which then wait for each other, where that is done sooner.
+    "slots": None,
+    # KV-cache types allowed, best first. A later one is taken where the workload is done at least a
+    # tenth sooner with it, or where the first fits nowhere. Quantised types save memory and can
+    # cost much speed and some quality, so they are used only where you list them.
     "kv_types": ["f16"],
-    # Tokens computed together while a prompt is read (--ubatch-size). 512 is llama.cpp's default.
-    "ubatch_tokens": 512,
+    # Tokens computed together while a prompt is read (--ubatch-size; llama.cpp's default is 512).
+    # More read a prompt faster, above all with experts in RAM, and take memory. None: the plan
+    # chooses from 256 to 8192 by the workload.
+    "ubatch_tokens": None,
     # Threads for the CPU part. None: one for each physical (performance) core; more is slower.
     "threads": None,
     # RAM for llama-server's prompt cache, MiB. llama.cpp's own default is 8192, uncounted by it.

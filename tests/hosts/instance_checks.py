@@ -45,7 +45,7 @@ def _as_asked(one: Served, plan: Mapping[str, Any]) -> Problems:
     pairs = [
         ("model", asked.source, plan["source"]),
         ("port", asked.port, int(gate["url"].rsplit(":", 1)[-1])),
-        ("slots", asked.slots, gate["slots"]),
+        ("slots", asked.slots or gate["slots"], gate["slots"]),  # unset: the plan's choice
         ("an API key is asked", asked.api_key_file is not None, gate["api_keys"] is not None),
     ]
     for what, expected, found in pairs:

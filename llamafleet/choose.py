@@ -1,0 +1,459 @@
+"""The choice: of all ways to spread a model over a machine, the one that does the workload soonest.
+
+Candidates are made for each cache type, number of slots, ubatch and row of GPUs, weighed by the roofline, and the
+best is then refined and checked with the ledger itself. Everything is deterministic.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from .adjust import Adjustment
+from .kv import Context, kv_bytes
+from .ledger import HOST, LedgerRow, Model, Placement, Usage, usage
+from .place import Case, Room, cut, fill
+from .predict import Roofline, Segment
+from .settings import Instance
+from .workload import Workload
+
+UBATCHES = (512, 256, 1024, 2048, 4096, 8192)  # llama.cpp's default first: it wins ties
+# How much sooner the workload must be done for what costs something that time does not show.
+ANOTHER_GPU = 1.02  # power, heat and the room of other instances
+LATER_KV_TYPE = 1.10  # the operator's order of types is one of quality
+OTHER_UBATCH = 1.005  # for each doubling or halving of 512: nothing is changed for nothing
+KEPT_ROWS = 2  # rows of GPUs that the other ubatches are tried with
+TRIES = 16  # of the check by the ledger, one layer less each time
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to serve: what, where, and how long the workload takes."""
+
+    context: Context
+    order: tuple[int, ...]  # GPUs of the room, llama.cpp's device 0 first
+    segments: tuple[Segment, ...]  # the last one holds the output
+    seconds: float
+    score: float  # seconds, with a handicap for what costs something else
+    host_short_bytes: int  # RAM that is missing
+
+    @property
+    def kind(self) -> str:
+        """What is on the host: "none", "spill" (experts or FFN), "layers" (whole ones) or "all"."""
+        if not self.order:
+            return "all"
+        if self.segments[0].device is None:
+            return "layers"
+        return "spill" if any(one.keep < one.hi for one in self.segments) else "none"
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Bytes that do not depend on how many layers a device gets: first, middle and last device, and the host."""
+
+    devices: tuple[int, ...]
+    host: int
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A candidate after the check by the ledger; the rows tell whether it really fits."""
+
+    candidate: Candidate
+    placement: Placement
+    rows: tuple[LedgerRow, ...]
+
+
+class Search:
+    """All candidates for one model in one room."""
+
+    def __init__(
+        self, model: Model, room: Room, backend: str, extra_bytes: int, adjustment: Adjustment, roofline: Roofline
+    ) -> None:
+        self.model, self.room, self.backend = model, room, backend
+        self.extra_bytes, self.adjustment, self.roofline = extra_bytes, adjustment, roofline
+        self.movable = [layer for layer in range(model.layers) if model.spill_bytes[layer]]
+        self._fixed: dict[tuple[Context, int, str], Fixed] = {}
+        self._base: dict[Context, list[float]] = {}
+        self._all: dict[Context, list[float]] = {}
+
+    def candidates(self, tried: Sequence[tuple[Context, float]]) -> list[Candidate]:
+        """The best first. A context comes with its handicap.
+
+        All rows of GPUs are tried with the first ubatch of each cache type and number of slots; the other ubatches
+        only with the rows that were best for it, since what is on the GPUs changes little with them.
+        """
+        found: list[Candidate] = []
+        groups: dict[tuple[str, int], list[tuple[Context, float]]] = {}
+        for context, handicap in tried:
+            groups.setdefault((context.kv_type, context.slots), []).append((context, handicap))
+        for (first, handicap), *others in groups.values():
+            rows = sorted(self._of(first, handicap, self.orders()), key=_rank)
+            found += rows
+            best = list(dict.fromkeys(one.order for one in rows))[:KEPT_ROWS] or [()]
+            for context, other_handicap in others:
+                found += self._of(context, other_handicap, best)
+        return sorted(found, key=_rank)
+
+    def _of(self, context: Context, handicap: float, orders: Sequence[tuple[int, ...]]) -> Iterator[Candidate]:
+        some = False
+        for row in orders:
+            for order, segments in self._layouts(context, row):
+                some = True
+                yield self.weigh(context, order, segments, handicap)
+        if not some:
+            yield self.weigh(context, *self._nowhere(), handicap)
+
+    def _nowhere(self) -> tuple[tuple[int, ...], tuple[Segment, ...]]:
+        """What no GPU holds: on the CPU, or, where there is one memory, on its GPU."""
+        layers = self.model.layers
+        device = 0 if self.room.unified else None
+        return ((0,) if self.room.unified else ()), (Segment(device, 0, layers, layers),)
+
+    def weigh(
+        self, context: Context, order: tuple[int, ...], segments: tuple[Segment, ...], handicap: float
+    ) -> Candidate:
+        """A candidate with its time and what RAM it lacks."""
+        seconds = self.roofline.workload(segments, context)
+        score = seconds * handicap * ANOTHER_GPU ** max(0, len(order) - 1)
+        return Candidate(context, order, segments, seconds, score, self._host_short(context, order, segments))
+
+    def orders(self) -> list[tuple[int, ...]]:
+        """Rows of GPUs worth a try: the fastest one, two, ..., and the largest, each behind its best PCIe link.
+
+        The first device gets all that op-offload copies from the host (ggml-backend.cpp, the first backend that
+        wants an operation), so it is the one that copies and multiplies fastest.
+        """
+        rates, sizes = self.roofline.rates.gpus, self.room.gpu_bytes
+        devices = range(len(sizes))
+        fastest = sorted(devices, key=lambda n: (-rates[n].bytes_per_s, -sizes[n], n))
+        largest = sorted(devices, key=lambda n: (-sizes[n], -rates[n].bytes_per_s, n))
+        rows: dict[tuple[int, ...], None] = {}
+        for count in range(1, len(sizes) + 1):
+            for row in (fastest[:count], largest[:count]):
+                ordered = sorted(row, key=lambda n: (-rates[n].link_bytes_per_s, -rates[n].flops, n))
+                rows[tuple(ordered)] = None
+        return list(rows)
+
+    def _layouts(
+        self, context: Context, order: tuple[int, ...]
+    ) -> Iterator[tuple[tuple[int, ...], tuple[Segment, ...]]]:
+        if not order:
+            return
+        in_bus_order = tuple(sorted(order))
+        if whole := self._resident(context, in_bus_order):
+            yield in_bus_order, whole  # nothing is copied from the host: no GPU need be first
+            return
+        if self.room.unified:
+            return  # nothing is gained by moving it within one memory
+        some = False
+        for spilled in self._spilled(context, order) if self.movable else ():
+            some = True
+            yield order, spilled
+        if self.movable and not some and (both := self._fronted(context, order, kept=False)):
+            yield order, both
+        if not self.model.is_moe and (fronted := self._fronted(context, order, kept=True)):
+            yield order, fronted
+
+    def _resident(self, context: Context, order: tuple[int, ...]) -> tuple[Segment, ...] | None:
+        speeds = [self.roofline.rates.gpus[device].bytes_per_s for device in order]
+        ends = fill(self._whole(context), 0, self.budgets(context, order, "none"), speeds)
+        return self.segments(order, 0, ends, None) if ends else None
+
+    def _spilled(self, context: Context, order: tuple[int, ...]) -> Iterator[tuple[Segment, ...]]:
+        """Attention and cache of all layers on GPUs, and experts (FFN) of as many as they hold."""
+        budgets = self.budgets(context, order, "spill")
+        greedy = self._front_kept(context, budgets)
+        if greedy:
+            yield self.segments(order, 0, greedy, (context, budgets))
+        speeds = [self.roofline.rates.gpus[device].bytes_per_s for device in order]
+        fastest = max(range(len(order)), key=lambda position: speeds[position])
+        around = self._around(context, fastest, budgets)
+        if around and around != greedy:
+            yield self.segments(order, 0, around, (context, budgets))
+
+    def _around(self, context: Context, middle: int, budgets: Sequence[float]) -> tuple[int, ...] | None:
+        """Where the cuts are if every GPU but one, the fastest, has only layers with all their experts (FFN)."""
+        base, whole = self._costs(context), self._whole(context)
+        start, stop = 0, len(whole) - 1
+        ends = [0] * len(budgets)
+        for position in range(middle):
+            start = ends[position] = bisect_right(whole, whole[start] + budgets[position], start) - 1
+        for position in range(len(budgets) - 1, middle, -1):
+            ends[position] = stop
+            stop = bisect_left(whole, whole[stop] - budgets[position], 0, stop)
+        ends[middle] = stop
+        rising = all(a < b for a, b in pairwise((0, *ends)))
+        return tuple(ends) if rising and base[stop] - base[start] <= budgets[middle] else None
+
+    def _front_kept(self, context: Context, budgets: Sequence[float]) -> tuple[int, ...] | None:
+        """Where the cuts are if as many front layers as possible keep their experts (FFN)."""
+        base, whole = self._costs(context), self._whole(context)
+        edges = [*self.movable, self.model.layers]
+
+        def kept(count: int) -> tuple[int, ...] | None:  # where the cuts are if so many keep theirs
+            edge = edges[count]
+            inside = whole[edge] - base[edge]
+            return cut([*whole[: edge + 1], *(cost + inside for cost in base[edge + 1 :])], 0, budgets)
+
+        best = kept(0)
+        low, high = 0, len(self.movable)
+        while best and low < high:
+            middle = (low + high + 1) // 2
+            ends = kept(middle)
+            best, low, high = (ends, middle, high) if ends else (best, low, middle - 1)
+        return best
+
+    def _fronted(self, context: Context, order: tuple[int, ...], *, kept: bool) -> tuple[Segment, ...] | None:
+        """The fewest whole front layers on the CPU; `kept`: the others keep their experts (FFN) on the GPUs."""
+        sums = self._whole(context) if kept else self._costs(context)
+        budgets = self.budgets(context, order, "layers")
+        best: tuple[int, tuple[int, ...]] | None = None
+        low, high = 1, self.model.layers
+        while low <= high:
+            front = (low + high) // 2
+            ends = cut(sums, front, budgets)
+            best, low, high = ((front, ends), low, front - 1) if ends else (best, front + 1, high)
+        if best is None:
+            return None
+        return self.segments(order, *best, None if kept else (context, budgets))
+
+    def segments(
+        self,
+        order: tuple[int, ...],
+        front: int,
+        ends: tuple[int, ...],
+        spilling: tuple[Context, Sequence[float]] | None,
+    ) -> tuple[Segment, ...]:
+        """Pieces as segments; `spilling`: of each piece the front layers keep experts as far as its budget goes."""
+        layers, start = self.model.layers, front
+        pieces = [Segment(None, 0, front, front)] if front else []
+        for position, (device, end) in enumerate(zip(order, ends, strict=True)):
+            hi = min(end, layers)
+            keep = hi
+            if spilling:
+                context, budgets = spilling
+                base, spill = self._costs(context), self.roofline.spill
+                room = budgets[position] - (base[end] - base[start])
+                keep = start
+                while keep < hi and spill[keep + 1] - spill[start] <= room:
+                    keep += 1
+            pieces.append(Segment(device, start, hi, keep))
+            start = hi
+        return tuple(pieces)
+
+    def _costs(self, context: Context) -> list[float]:
+        """Bytes of the first n layers on a device, without what may be spilled; last, with the output."""
+        if context not in self._base:
+            total, sums = 0.0, [0.0]
+            cache = kv_bytes(self.model.header, context)
+            for whole, spill, kept in zip(self.model.layer_bytes, self.model.spill_bytes, cache, strict=True):
+                total += whole - spill + kept
+                sums.append(total)
+            self._base[context] = [*sums, total + self.model.output_bytes]
+        return self._base[context]
+
+    def _whole(self, context: Context) -> list[float]:
+        """The same with everything on the device."""
+        if context not in self._all:
+            spill = self.roofline.spill
+            base = self._costs(context)
+            self._all[context] = [cost + spill[min(n, self.model.layers)] for n, cost in enumerate(base)]
+        return self._all[context]
+
+    def budgets(self, context: Context, order: tuple[int, ...], kind: str) -> list[float]:
+        """Bytes for layers on each device: what compute, staging, overhead, reserve and others leave."""
+        fixed, room = self.fixed(context, len(order), kind), self.room
+        last = len(order) - 1
+        budgets = []
+        for position, device in enumerate(order):
+            index = 0 if position == 0 else -1 if position == last else 1
+            extra = self.adjustment.extra_bytes.get(f"GPU{room.gpus[device].index}", 0)
+            shared = (fixed.host + self.model.input_bytes) if room.unified else 0
+            budgets.append(
+                float(room.gpu_bytes[device] - room.gpu_reserve_bytes - fixed.devices[index] - extra - shared)
+            )
+        return budgets
+
+    def fixed(self, context: Context, count: int, kind: str) -> Fixed:
+        """From the ledger, for a stand-in placement of that kind: it depends little on where the cuts are."""
+        count = min(count, 3)
+        key = (context, count, kind)
+        if key not in self._fixed:
+            layers = self.model.layers
+            holders: list[int | None] = [min(count - 1, n * count // (layers + 1)) for n in range(layers + 1)]
+            if kind == "layers":
+                holders[0] = None
+            if kind == "all" or count == 0:
+                holders = [None] * (layers + 1)
+            spilled = frozenset(self.movable[-1:]) if kind == "spill" else frozenset()
+            used, host = usage(self.model, context, Placement(tuple(holders), spilled), self.backend, self.extra_bytes)
+            self._fixed[key] = Fixed(
+                tuple(_fixed_bytes(used[device]) for device in sorted(used)),
+                _fixed_bytes(host) + self.adjustment.extra_bytes.get(HOST, 0),
+            )
+        return self._fixed[key]
+
+    def _host_short(self, context: Context, order: tuple[int, ...], segments: Sequence[Segment]) -> int:
+        room, model = self.room, self.model
+        kind = "all" if not order else "layers" if segments[0].device is None else "spill"
+        needed = self.fixed(context, len(order), kind).host + model.input_bytes
+        for one in segments:
+            moved, _ = self.roofline.moved(one)
+            needed += int(moved)
+            if one.device is None:
+                base, spill = self._costs(context), self.roofline.spill
+                needed += int(base[one.hi] - base[one.lo] + spill[one.hi] - spill[one.lo])
+        if not order:
+            needed += model.output_bytes - (model.tied_bytes if model.tied_is_shared else 0)
+        if room.unified:
+            base = self._costs(context)
+            needed += int(base[-1] + self.roofline.spill[-1]) + sum(self.fixed(context, 1, "none").devices)
+        return max(0, needed + room.host_reserve_bytes - room.host_bytes - room.swap_bytes)
+
+    # --- the best one, refined and checked ---------------------------------------------------------
+
+    def settle(self, one: Candidate, handicap: float) -> Settled:
+        """The candidate made as good as the ledger allows: cuts moved, a last layer kept in part, and checked."""
+        one = self._shifted(one, handicap)
+        case = Case(self.model, one.context, self.room.only(one.order), self.backend, self.extra_bytes, self.adjustment)
+        for _ in range(TRIES):
+            placement = placed(one)
+            rows = case.rows(placement)
+            if all(row.free_bytes >= 0 for row in rows[:-1]) or not one.order or self.room.unified:
+                break
+            smaller = self._smaller(one, rows)
+            if smaller is None:
+                break
+            one = self.weigh(one.context, one.order, smaller, handicap)
+        return self._fuller(Settled(one, placement, rows), handicap, case)
+
+    def _shifted(self, one: Candidate, handicap: float) -> Candidate:
+        """Move the cuts between GPUs by single layers as long as that makes the workload faster."""
+        if one.kind != "spill" or len(one.order) < 2:
+            return one
+        budgets = self.budgets(one.context, one.order, "spill")
+        better = True
+        while better:
+            better = False
+            ends = [part.hi for part in one.segments]
+            ends[-1] += 1  # the output
+            for cut_at in range(len(ends) - 1):
+                for step in (-1, 1):
+                    tried = (*ends[:cut_at], ends[cut_at] + step, *ends[cut_at + 1 :])
+                    if not all(a < b for a, b in pairwise((0, *tried))):
+                        continue
+                    if not self._bases_fit(one.context, tried, budgets):
+                        continue
+                    segments = self.segments(one.order, 0, tried, (one.context, budgets))
+                    other = self.weigh(one.context, one.order, segments, handicap)
+                    if other.score < one.score * 0.9999:
+                        one, ends, better = other, list(tried), True
+        return one
+
+    def _bases_fit(self, context: Context, ends: Sequence[int], budgets: Sequence[float]) -> bool:
+        base = self._costs(context)
+        return all(base[b] - base[a] <= room for (a, b), room in zip(pairwise((0, *ends)), budgets, strict=True))
+
+    def _smaller(self, one: Candidate, rows: Sequence[LedgerRow]) -> tuple[Segment, ...] | None:
+        """One layer less on the first device that is too full."""
+        on_gpus = [part for part in one.segments if part.device is not None]
+        position = next(n for n, row in enumerate(rows) if row.free_bytes < 0)
+        tight = on_gpus[position]
+        changed = {}
+        if one.kind in ("none", "spill") and tight.keep > tight.lo and self.movable:
+            keep = tight.keep - 1
+            while keep > tight.lo and not self.model.spill_bytes[keep]:
+                keep -= 1
+            changed[tight] = replace(tight, keep=keep, part="")
+        elif one.segments[0].device is None:
+            first = on_gpus[0]
+            if first.lo >= first.hi:
+                return None
+            changed[one.segments[0]] = Segment(None, 0, first.lo + 1, first.lo + 1)
+            changed[first] = replace(first, lo=first.lo + 1, keep=max(first.keep, first.lo + 1))
+        else:
+            return None
+        return tuple(changed.get(part, part) for part in one.segments)
+
+    def _fuller(self, settled: Settled, handicap: float, case: Case) -> Settled:
+        """What room is left takes one more layer's experts (FFN), or single tensors of them."""
+        for position in range(len(settled.candidate.segments)):
+            one = settled.candidate
+            for change in self._more(one.segments[position]):
+                segments = (*one.segments[:position], change, *one.segments[position + 1 :])
+                other = self.weigh(one.context, one.order, segments, handicap)
+                there = placed(other)
+                rows = case.rows(there)
+                if all(row.free_bytes >= 0 for row in rows[:-1]) and other.score <= one.score:
+                    settled = Settled(other, there, rows)
+                    break
+        return settled
+
+    def _more(self, one: Segment) -> Iterator[Segment]:
+        layer = next((n for n in range(one.keep, one.hi) if self.model.spill_bytes[n]), None)
+        if one.device is None or layer is None:
+            return
+        yield replace(one, keep=layer + 1, part="")
+        if 0 < self.model.down_bytes[layer] < self.model.spill_bytes[layer]:
+            for part in sorted(("down", "up"), key=lambda name: self.model.part_bytes(layer, name)):
+                yield replace(one, keep=layer, part=part)
+
+
+def _rank(one: Candidate) -> tuple[bool, float]:
+    return one.host_short_bytes > 0, one.score
+
+
+def placed(one: Candidate) -> Placement:
+    """The candidate as the ledger knows it: device numbers are positions in its row of GPUs."""
+    holders: list[int | None] = []
+    spilled: set[int] = set()
+    partly: dict[int, str] = {}
+    for segment in one.segments:
+        device = None if segment.device is None else one.order.index(segment.device)
+        holders += [device] * (segment.hi - segment.lo)
+        if device is not None:
+            spilled |= set(range(segment.keep + (1 if segment.part else 0), segment.hi))
+            if segment.part:
+                partly[segment.keep] = segment.part
+    last = one.segments[-1].device
+    holders.append(None if last is None else one.order.index(last))
+    return Placement(tuple(holders), frozenset(spilled), tuple(sorted(partly.items())))
+
+
+def contexts(instance: Instance, tokens: int, work: Workload) -> list[tuple[Context, float]]:
+    """Every context worth a try, the preferred first, each with its handicap. Numbers that were given stay."""
+    found = []
+    for position, kv_type in enumerate(instance.kv_types):
+        for slots in _slots(instance, work):
+            for ubatch in _ubatches(instance, tokens, work):
+                handicap = LATER_KV_TYPE**position * OTHER_UBATCH ** abs(_doublings(ubatch))
+                found.append((Context(tokens, slots, kv_type, ubatch), handicap))
+    return found
+
+
+def _slots(instance: Instance, work: Workload) -> list[int]:
+    if instance.slots is not None:
+        return [instance.slots]
+    counts = [work.concurrency]
+    while counts[-1] > 1:
+        counts.append(-(-counts[-1] // 2))
+    return counts
+
+
+def _ubatches(instance: Instance, tokens: int, work: Workload) -> list[int]:
+    if instance.ubatch_tokens is not None:
+        return [instance.ubatch_tokens]
+    # The smallest that takes the whole prompt at once is the largest of use.
+    largest = min(tokens, next((size for size in sorted(UBATCHES) if size >= work.prompt_tokens), UBATCHES[-1]))
+    return [size for size in UBATCHES if size <= largest] or [256]
+
+
+def _doublings(ubatch: int) -> int:
+    return ubatch.bit_length() - UBATCHES[0].bit_length()
+
+
+def _fixed_bytes(use: Usage) -> int:
+    return use.compute_bytes + use.staging_bytes + use.overhead_bytes
