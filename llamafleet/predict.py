@@ -100,8 +100,8 @@ class Roofline:
         header, layers = model.header, model.layers
         self.model, self.work, self.rates, self.op_offload = model, work, rates, op_offload
         self.layers = layers
-        experts = number(header, "expert_count", 1) if model.is_moe else 1
-        self.experts, self.used = max(1, experts), number(header, "expert_used_count", 1) if model.is_moe else 1
+        self.experts = max(1, number(header, "expert_count", 1)) if model.is_moe else 1
+        self.used = min(max(1, number(header, "expert_used_count", 1)), self.experts)
         self.fixed = _sums(whole - spill for whole, spill in zip(model.layer_bytes, model.spill_bytes, strict=True))
         self.spill = _sums(model.spill_bytes)
         self.spilling = _sums(spill > 0 for spill in model.spill_bytes)
