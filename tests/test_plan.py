@@ -149,6 +149,7 @@ ASKED = st.builds(
 @examples(max_examples=150, deadline=None)
 @given(HOSTS, ASKED, st.sampled_from(sorted(models.PUBLISHED)))
 def test_a_plan_is_sound_and_always_the_same(host, asked, layout):
+    asked["context_tokens"] = min(asked["context_tokens"], planning.header(layout).get("context_length"))
     wanted = planning.settings(asked)
     [answer] = planning.plans(host, [(layout,)], wanted)
     assert planning.plans(host, [(layout,)], wanted) == (answer,)
