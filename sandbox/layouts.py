@@ -83,16 +83,18 @@ DEEPSEEK_R1_EXTRA: dict[str, Value] = {
     "rope.scaling.type": "yarn", "rope.scaling.factor": 40.0, "rope.scaling.original_context_length": 4096,
     "rope.scaling.yarn_log_multiplier": 0.1,
 }  # fmt: skip
-QWEN35_MOE: dict[str, Any] = {
-    "architecture": "qwen35moe", "embd": 2048, "heads": 16, "kv_heads": 2, "head_dim": 256, "ff": 0, "vocab": 248320,
-    "context": 262144, "rope_base": 1e7, "experts": 256, "experts_used": 8, "expert_ff": 512, "shared_ff": 512,
-}  # fmt: skip
 DELTA_NET: dict[str, Value] = {
-    "rope.dimension_count": 64, "expert_shared_feed_forward_length": 512, "full_attention_interval": 4,
-    "ssm.conv_kernel": 4, "ssm.state_size": 128, "ssm.group_count": 16, "ssm.time_step_rank": 32,
-    "ssm.inner_size": 4096,
+    "rope.dimension_count": 64, "full_attention_interval": 4, "ssm.conv_kernel": 4, "ssm.state_size": 128,
+    "ssm.group_count": 16, "ssm.time_step_rank": 32, "ssm.inner_size": 4096,
 }  # fmt: skip
-QWEN35_EXTRA: dict[str, Value] = {**DELTA_NET, "rope.dimension_sections": [11, 11, 10, 0]}
+DELTA_NET_MOE: dict[str, Value] = {**DELTA_NET, "expert_shared_feed_forward_length": 512}
+SECTIONS: dict[str, Value] = {"rope.dimension_sections": [11, 11, 10, 0]}
+QWEN35: dict[str, Any] = {"head_dim": 256, "vocab": 248320, "context": 262144, "rope_base": 1e7}
+QWEN35_DENSE: dict[str, Any] = {"architecture": "qwen35", "kv_heads": 4, **QWEN35}
+QWEN35_MOE: dict[str, Any] = {
+    "architecture": "qwen35moe", "embd": 2048, "heads": 16, "kv_heads": 2, "ff": 0, "experts": 256, "experts_used": 8,
+    "expert_ff": 512, "shared_ff": 512, **QWEN35,
+}  # fmt: skip
 # Where the sizes were read: rows of llama-bench tables that many have published, those that llama.cpp itself
 # carries at b11434, and logs.
 TABLES = "llama-bench tables, many, "
@@ -150,12 +152,20 @@ PUBLISHED: dict[str, Layout] = {
         # The files of December 2025, before converters parted `ssm_in`.
         Layout("Qwen3-Next-80B-A3B", "qwen3next", blocks=48, embd=2048, heads=16, kv_heads=2, head_dim=256, ff=5120,
                vocab=151936, context=262144, rope_base=1e7, experts=512, experts_used=10, expert_ff=512, shared_ff=512,
-               extra=DELTA_NET, tensors=807,  # https://github.com/ggml-org/llama.cpp/pull/16095
+               extra=DELTA_NET_MOE, tensors=807,  # https://github.com/ggml-org/llama.cpp/pull/16095
                sizes={"Q4_K_M": (45.08, TABLES + "`qwen3next 80B.A3B Q4_K - Medium | 45.08 GiB | 79.67 B`")}),
-        Layout("Qwen3.6-35B-A3B", blocks=40, extra=QWEN35_EXTRA, **QWEN35_MOE,
+        Layout("Qwen3.5-4B", blocks=32, embd=2560, heads=16, ff=9216, tied=True, extra=DELTA_NET | SECTIONS,
+               **QWEN35_DENSE,
+               sizes={"Q4_K_M": (2.51, TABLES + "`qwen35 4B Q4_K - Medium | 2.51 GiB | 4.21 B`")}),
+        Layout("Qwen3.5-9B", blocks=32, embd=4096, heads=16, ff=12288, extra=DELTA_NET | SECTIONS, **QWEN35_DENSE,
+               sizes={"Q4_K_M": (5.23, TABLES + "`qwen35 9B Q4_K - Medium | 5.23 GiB | 8.95 B`")}),
+        Layout("Qwen3.6-27B", blocks=64, embd=5120, heads=24, ff=17408, **QWEN35_DENSE,
+               extra={**DELTA_NET, **SECTIONS, "ssm.time_step_rank": 48, "ssm.inner_size": 6144},
+               tensors=851, sizes={"Q4_K_M": (15.40, TABLES + "`qwen35 27B Q4_K - Medium | 15.40 GiB | 26.90 B`")}),
+        Layout("Qwen3.6-35B-A3B", blocks=40, extra=DELTA_NET_MOE | SECTIONS, **QWEN35_MOE,
                sizes={"Q4_K_M": (19.70, "llama-bench, lmstudio-community's file: model_size 21155768832 bytes")}),
         Layout("Qwen3.6-35B-A3B-MTP", blocks=41, nextn=1, **QWEN35_MOE,
-               extra={**QWEN35_EXTRA, "nextn_predict_layers": 1},
+               extra={**DELTA_NET_MOE, **SECTIONS, "nextn_predict_layers": 1},
                sizes={"Q4_K_M": (20.21, TABLES + "`qwen35moe 35B.A3B Q4_K - Medium | 20.21 GiB | 35.51 B`")}),
         Layout("Gemma-3-12B", blocks=48, embd=3840, heads=16, kv_heads=8, head_dim=256, ff=15360, **GEMMA3,
                sizes={"Q4_K_M": (6.79, TABLES + "`gemma3 12B Q4_K - Medium | 6.79 GiB | 11.77 B`")}),

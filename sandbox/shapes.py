@@ -24,6 +24,7 @@ BLOCK_VECTORS: dict[str, tuple[tuple[str, str], ...]] = {
     "qwen3moe": (FFN_NORM, *QK_NORMS),
     "qwen2": (FFN_NORM,),
     "qwen3next": (POST_ATTENTION_NORM,),
+    "qwen35": (POST_ATTENTION_NORM,),
     "qwen35moe": (POST_ATTENTION_NORM,),
     "llama4": (FFN_NORM,),
     "olmoe": (FFN_NORM, ("attn_q_norm.weight", "embd"), ("attn_k_norm.weight", "embd")),
@@ -222,6 +223,7 @@ ATTENTION: dict[str, Part] = {
     "deepseek2": _latent_attention,
     "phi3": _fused_attention,
     "qwen3next": _gated_attention,
+    "qwen35": _gated_attention,
     "qwen35moe": _gated_attention,
 }
 BLOCKS: dict[str, Part] = {"mamba": _mamba, "rwkv7": _rwkv7}
