@@ -7,40 +7,44 @@ Exit status: 0 a plan, or everything is fine; 1 something is not; 2 bad input; 3
 from __future__ import annotations
 
 import argparse
-import ast
-import difflib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import show, sources
-from .gguf import GgufError
-from .machine import Machine, MachineError
+from . import compare, outlook, show, show_compare, sources
+from .cli_input import UsageError, default_data, hub_token, parse_changes, read_machine, settings_for
+from .gguf import GgufError, Header
+from .imagined import Imagined
+from .machine import MachineError
 from .plan import Plan, Refusal, plan_host
 from .settings import Instance, Settings, SettingsError
 
+__all__ = ["default_data", "main", "parse_changes", "settings_for"]
+
 PLANNED, BAD_INPUT, REFUSED = 0, 2, 3
-DEFAULTS = Path("inventory/group_data/all.py")
-NAME, PORT = "model", 8080  # of the instance that is planned here; nothing is ever served under them
-
-
-class UsageError(Exception):
-    """The command line cannot be used; the message says what it should be."""
+READERS = 8  # headers read at the same time: politeness to the server more than the line
+SIBLINGS_TRIED = 3  # of a refused model's repository, largest first
+BAD = (UsageError, SettingsError, MachineError, GgufError, sources.SourceError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
-    except (UsageError, SettingsError, MachineError, GgufError, sources.SourceError) as error:
+    except BAD as error:
         print(f"llamafleet: {error}", file=sys.stderr)
         return BAD_INPUT
+    except BrokenPipeError:  # `| head`: who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PLANNED
     return status
 
 
@@ -50,9 +54,25 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="show what a machine can carry", description=plan_command.__doc__)
     where = plan.add_mutually_exclusive_group(required=True)
     where.add_argument("--inventory", type=Path, help="read the hosts of a pyinfra inventory and plan their models")
-    where.add_argument("--machine", type=Path, help="the machine file, JSON, - for standard input")
+    where.add_argument(
+        "--machine",
+        help="the machine file, JSON, - for standard input; or in words: rtx4090,ram=64GB,cores=10,"
+        " 2xrtx3090,ram=128GB,cores=16, cpu,ram=32GB,cores=8; further words: swap=8GB, cpu=i5-13400F, pcie=4x8,"
+        " memory-bandwidth=60GB/s",
+    )
     plan.add_argument("--limit", help="with --inventory: one host or group of it")
-    plan.add_argument("--model", help="with --machine: a path, a URL or hf:OWNER/REPO/FILE.gguf[@REVISION]")
+    plan.add_argument(
+        "--model", action="append", default=[],
+        help="with --machine: a path, a URL or hf:OWNER/REPO/FILE.gguf[@REVISION]; several are compared",
+    )  # fmt: skip
+    plan.add_argument(
+        "--compare", action="store_true",
+        help="all quantisations in the model's repository, hf:OWNER/REPO: which is the best that fits",
+    )  # fmt: skip
+    plan.add_argument(
+        "--min-speed", type=float, default=0.0, metavar="N",
+        help="when comparing: only what is predicted to write N tokens/s and more",
+    )  # fmt: skip
     plan.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
         help="override a setting, of the host or of the model, e.g. context_tokens=131072",
@@ -74,25 +94,37 @@ def status_command(options: argparse.Namespace) -> int:
 
 
 def plan_command(options: argparse.Namespace) -> int:
-    """Show the plan of one model on one machine, or of an inventory's models on its hosts, as a table or as JSON."""
+    """Show the plan of a model on a machine, of several compared, or of an inventory's models on its hosts."""
     if options.inventory:
         return plan_inventory(options)
     if not options.model:
         raise UsageError("--machine: name the model too, --model hf:OWNER/REPO/FILE.gguf")
-    machine = read_machine(options.machine)
-    settings = settings_for(options.model, default_data(), parse_changes(options.changes))
-    answer = _answer(machine, settings)
+    host = read_machine(options.machine)
+    changes = parse_changes(options.changes)
+    if options.compare or len(options.model) > 1:
+        return _compare(options, host, changes)
+    if options.min_speed:
+        raise UsageError("--min-speed: is for comparing: add --compare, or name several models")
+    settings = settings_for(options.model[0], default_data(), changes)
+    header = _header(settings)
+    answer = _plan(host, settings, settings.models[0], header)
+    if isinstance(answer, Refusal):
+        answer = replace(answer, suggestions=(*answer.suggestions, *_siblings_that_fit(host, settings, answer)))
     if options.json:
         print(json.dumps(answer.to_json(), indent=2))
     else:
-        print(show.table(answer, f"{settings.models[0].source} on {machine.hostname}"))
+        changed = outlook.outlook(partial(_plan, host, settings), settings.models[0], header, answer)
+        title = f"{settings.models[0].source} on {host.machine.hostname}"
+        print(show.table(answer, title, show.Look.of(sys.stdout), tuple(changed)))
     return PLANNED if isinstance(answer, Plan) else REFUSED
 
 
 def plan_inventory(options: argparse.Namespace) -> int:
     """Plans of every host of an inventory; the worst outcome is the exit status."""
-    if options.model or options.changes:
-        raise UsageError("--inventory: its models and settings are the inventory's own; no --model or --set")
+    if options.model or options.changes or options.compare or options.min_speed:
+        raise UsageError(
+            "--inventory: its models and settings are the inventory's own; no --model, --set, --compare or --min-speed"
+        )
     return _on_inventory("tasks.fleet", options)
 
 
@@ -109,11 +141,44 @@ def _on_inventory(module: str, options: argparse.Namespace) -> int:
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
 
 
-def _answer(machine: Machine, settings: Settings) -> Plan | Refusal:
-    instance = settings.models[0]
-    token = os.environ.get("HF_TOKEN") or None
-    if settings.hub_token_file:
-        token = _text(Path(settings.hub_token_file).expanduser()).strip()
+def _compare(options: argparse.Namespace, host: Imagined, changes: dict[str, Any]) -> int:
+    named = options.model
+    if options.compare:
+        settings = settings_for("hf:any/any/any", default_data(), changes)
+        named = [found for model in named for found in _beside(model, settings)]
+        if not named:
+            raise UsageError(f"--compare: no model is in {', '.join(options.model)}")
+    found = _options(host, list(dict.fromkeys(named)), changes, sys.stderr.isatty())
+    if options.json:
+        print(json.dumps(compare.to_json(found, host.machine.hostname, options.min_speed), indent=2))
+    else:
+        print(show_compare.table(found, host.machine.hostname, options.min_speed, show.Look.of(sys.stdout)))
+    return PLANNED if compare.best(found, options.min_speed) else REFUSED
+
+
+def _options(host: Imagined, models: Sequence[str], changes: dict[str, Any], progress: bool) -> list[compare.Option]:
+    """All models, their headers read at the same time."""
+    data = default_data()
+    settings = {model: settings_for(model, data, changes) for model in models}
+    found = []
+    with ThreadPoolExecutor(READERS) as pool:
+        for number, option in enumerate(pool.map(lambda model: _option(host, model, settings[model]), models), 1):
+            found.append(option)
+            if progress:
+                print(f"\r{number} of {len(models)} headers", end="" if number < len(models) else "\n", file=sys.stderr)
+    return found
+
+
+def _option(host: Imagined, model: str, settings: Settings) -> compare.Option:
+    try:
+        header = _header(settings)
+    except (GgufError, sources.SourceError) as error:
+        return compare.Option(model, problem=str(error))
+    return compare.Option(model, header, _plan(host, settings, settings.models[0], header))
+
+
+def _header(settings: Settings) -> Header:
+    instance, token = settings.models[0], hub_token(settings)
     files = sources.resolve(
         instance.source,
         endpoint=settings.hub_endpoint,
@@ -121,70 +186,36 @@ def _answer(machine: Machine, settings: Settings) -> Plan | Refusal:
         mirrors=instance.mirrors,
         sha256=instance.sha256,
     )
-    header = sources.read_header(files, token=token)
-    return plan_host(machine, [(instance, header)], settings)[0]
+    return sources.read_header(files, token=token)
 
 
-def read_machine(path: Path) -> Machine:
-    """The machine file. Raises `UsageError` or `MachineError`."""
-    text = sys.stdin.read() if str(path) == "-" else _text(path)
+def _plan(host: Imagined, settings: Settings, instance: Instance, header: Header) -> Plan | Refusal:
+    return plan_host(host.machine, [(instance, header)], settings)[0]
+
+
+def _beside(source: str, settings: Settings) -> dict[str, int]:
+    return sources.quantisations(source, endpoint=settings.hub_endpoint, token=hub_token(settings))
+
+
+def _siblings_that_fit(host: Imagined, settings: Settings, refusal: Refusal) -> list[str]:
+    """Of a model of the Hub: its repository's next smaller quantisations that this machine can serve."""
+    source = settings.models[0].source
+    rows = refusal.ledger
+    room = sum(row.used_bytes + row.free_bytes for row in rows)
+    needed = sum(row.weights_bytes for row in rows)
     try:
-        return Machine.from_json(json.loads(text))
-    except ValueError as error:
-        if isinstance(error, MachineError):
-            raise
-        raise UsageError(f"{path}: is not JSON: {error}") from error
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from error
-
-
-def default_data() -> dict[str, Any]:
-    """The defaults, from `inventory/group_data/all.py` of this folder's checkout or of the package's."""
-    package = Path(__file__).resolve().parent
-    for root in (Path.cwd(), package.parent, package):
-        if (root / DEFAULTS).is_file():
-            values: dict[str, Any] = {}
-            code = compile(_text(root / DEFAULTS), str(root / DEFAULTS), "exec")
-            exec(code, values)  # noqa: S102 -- group data is Python, and the operator's own
-            return {key: value for key, value in values.items() if not key.startswith("_")}
-    raise UsageError(f"{DEFAULTS}: not found here or beside the package: run this in a checkout of llamafleet")
-
-
-def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE pairs; a value is a Python literal (131072, None, True, ["f16"]) or else a string."""
-    parsed = {}
-    for change in changes:
-        key, mark, text = change.partition("=")
-        if not mark or not key.isidentifier():
-            raise UsageError(f"--set {change}: should be KEY=VALUE")
-        try:
-            parsed[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            parsed[key] = text
-    return parsed
-
-
-def settings_for(model: str, data: Mapping[str, Any], changes: Mapping[str, Any]) -> Settings:
-    """Settings with one instance, the model; each change goes where its key belongs."""
-    of_instance = {key: value for key, value in changes.items() if _is_of_instance(key)}
-    if clash := of_instance.keys() & {"source"}:
-        raise UsageError(f"--set {clash.pop()}: is given by --model")
-    of_host = {key: value for key, value in changes.items() if key not in of_instance}
-    source = model if ":" in model else str(Path(model).absolute())
-    entry = {"name": NAME, "port": PORT, **of_instance, "source": source}
-    return Settings.from_data({**data, **of_host, "models": [entry]})
-
-
-def _is_of_instance(key: str) -> bool:
-    """Does the key, or the known one that it resembles most, belong to the model?"""
-    host, instance = set(Settings.__dataclass_fields__), set(Instance.__dataclass_fields__)
-    near = difflib.get_close_matches(key, host | instance, n=1)
-    return key in instance or (key not in host and bool(near) and near[0] in instance)
+        beside = _beside(source, settings) if source.startswith("hf:") and rows else {}
+    except sources.SourceError:
+        return []  # what would help is asked in vain; the refusal itself stands
+    smaller = [name for name in sorted(beside, key=lambda one: -beside[one]) if beside[name] < min(room, needed)]
+    tried = [_option(host, name, replace(settings, models=(replace(settings.models[0], source=name, sha256=None),)))
+             for name in smaller[:SIBLINGS_TRIED]]  # fmt: skip
+    return [
+        f"take {option.source}: {option.weights_bytes / show.GIB:.1f} GiB of weights, at about"
+        f" {option.decode_tokens_per_s:g} tokens/s"
+        for option in tried
+        if isinstance(option.answer, Plan)
+    ]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Values read one after another out of a GGUF that may be broken or hostile.
 
-Bytes come from a `ByteSource` in growing windows; no length in them is believed before it is checked
+Bytes come from a `ByteSource` in windows; no length in them is believed before it is checked
 against the limits below, and arrays as long as a vocabulary are passed over. The value types are those of
 ggml/include/gguf.h.
 """
@@ -22,8 +22,8 @@ KEY_LIMIT_BYTES = 64 * KIB  # GGUF keys are at most 65535 bytes
 ARRAY_LIMIT = 4 * 1024**2  # half a million merges are the longest array in use
 KEPT_LIMIT_BYTES = 16 * MIB  # of all values and names of one file; a large mixture of experts has 0.5 MB
 KEPT_EACH_BYTES = 64  # what a short value costs in Python
-FIRST_WINDOW_BYTES = 1 * MIB
-LAST_WINDOW_BYTES = 8 * MIB
+WINDOW_BYTES = 1 * MIB  # read at once, where nothing tells how much is still to come
+LARGEST_WINDOW_BYTES = 8 * MIB
 KEPT_ARRAY_LENGTH = 1024  # longer arrays (tokens, merges, scores) are kept as their length only
 
 # Metadata value types (enum gguf_type): 8 is a string, 9 an array.
@@ -109,7 +109,7 @@ class Cursor:
         self._base = 0  # file offset of the window
         self._window = b""
         self._at = 0  # place in the window; may lie past its end after a skip
-        self._fetch = FIRST_WINDOW_BYTES
+        self._fetch = 0  # bytes that are known to come
         self._kept = 0
 
     @property
@@ -142,8 +142,8 @@ class Cursor:
             return False
         kept = self._window[self._at :] if have > 0 else b""
         self._base, self._at = self.position, 0
-        more = self._source.read(self._base + len(kept), max(length - len(kept), self._fetch))
-        self._fetch = min(2 * self._fetch, LAST_WINDOW_BYTES)
+        wanted = max(WINDOW_BYTES, min(self._fetch, LARGEST_WINDOW_BYTES), length - len(kept))
+        more = self._source.read(self._base + len(kept), wanted)
         self._window = kept + more
         return len(self._window) >= length
 
@@ -223,11 +223,14 @@ class Cursor:
 
     def _skip_strings(self, count: int) -> None:
         """Half a million tokens and merges go by here: no call, no slice for each."""
-        unpack = _U64.unpack_from
+        unpack, start, whole = _U64.unpack_from, self.position, count
         while count:
+            if count < whole:  # the rest will be as long as what went by: one request for it, not many
+                self._fetch = count * (self.position - start) // (whole - count)
             self._need(8)
             window, at, last = self._window, self._at, len(self._window) - 8
             while count and at <= last:
                 at += 8 + unpack(window, at)[0]
                 count -= 1
             self.skip(at - self._at)
+        self._fetch = 0

@@ -1,61 +1,151 @@
-"""A plan as a table for people: a bar for each device, what is where, and why."""
+"""A plan as a table for people: a bar for each device, what is where, why, and what would change it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TextIO
 
 from .ledger import LedgerRow
 from .plan import Plan, Refusal
 
 GIB = 1024**3
 BAR_WIDTH = 40
-# What a bar shows, in order, with its letter.
+BESIDE_BAR = 26  # columns, for the device's name and its total
+NARROW = 125  # columns, below which a device takes two lines
+# What a bar shows, in order: its letter, its name, its part of the ledger, its colour (ECMA-48, SGR).
 PARTS = (
-    ("W", "weights", "weights_bytes"),
-    ("K", "KV cache", "kv_bytes"),
-    ("C", "compute", "compute_bytes"),
-    ("S", "staging", "staging_bytes"),
-    ("o", "overhead", "overhead_bytes"),
+    ("W", "weights", "weights_bytes", "34"),
+    ("K", "KV cache", "kv_bytes", "32"),
+    ("C", "compute", "compute_bytes", "33"),
+    ("S", "staging", "staging_bytes", "35"),
+    ("o", "overhead", "overhead_bytes", "36"),
 )
+RESERVE, FREE = ("r", "90"), "."
 
 
-def table(answer: Plan | Refusal, title: str) -> str:
-    """The whole table, without a trailing newline."""
-    return "\n".join([title, *_lines(answer)])
+@dataclass(frozen=True)
+class Look:
+    """How to write: columns to stay within, None for lines of any length, and whether with colours."""
+
+    columns: int | None = None
+    colours: bool = False
+
+    @classmethod
+    def of(cls, stream: TextIO) -> Look:
+        """As fits where it is written; colours on terminals only, and not under NO_COLOR (no-color.org)."""
+        if not stream.isatty():
+            return cls()
+        wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        return cls(shutil.get_terminal_size().columns, wanted)
+
+    @property
+    def bar_width(self) -> int:
+        """Columns of a bar."""
+        return BAR_WIDTH if self.columns is None else max(8, min(BAR_WIDTH, self.columns - BESIDE_BAR))
+
+    @property
+    def is_narrow(self) -> bool:
+        """Does a device need two lines?"""
+        return self.columns is not None and self.columns < NARROW
+
+    def painted(self, text: str, colour: str) -> str:
+        """The text in the colour, where there are colours."""
+        return f"\x1b[{colour}m{text}\x1b[0m" if self.colours and text else text
+
+    def wrapped(self, text: str, indent: str = "    ") -> str:
+        """The line, broken at words where it is too long."""
+        if self.columns is None:
+            return text
+        return "\n".join(
+            textwrap.wrap(
+                text,
+                max(self.columns, 20),
+                subsequent_indent=indent,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        )
 
 
-def _lines(answer: Plan | Refusal) -> Iterator[str]:
+PLAIN = Look()
+
+
+def table(answer: Plan | Refusal, title: str, look: Look = PLAIN, outlook: Sequence[str] = ()) -> str:
+    """The whole table, without a trailing newline. `outlook`: what would change with other settings."""
+    return "\n".join([look.wrapped(title), *_lines(answer, look, outlook)])
+
+
+def _lines(answer: Plan | Refusal, look: Look, outlook: Sequence[str]) -> Iterator[str]:
     if answer.ledger:
-        yield "  " + ", ".join(f"{letter} {name}" for letter, name, _ in PARTS) + ", . free and reserve (GiB)"
+        yield from _legend(look)
     for row in answer.ledger:
-        used = f"{_gib(row.used_bytes)} of {_gib(row.capacity_bytes)}"
-        yield f"  {row.device:<6}|{bar(row)}| {used}, {_parts(row)}"
+        yield from _device(row, look)
     if isinstance(answer, Refusal):
-        yield f"  REFUSED: {answer.reason}"
-        yield from (f"  try: {suggestion}" for suggestion in answer.suggestions)
+        yield look.wrapped(f"  {look.painted('REFUSED', '31;1')}: {answer.reason}")
+        steps = dict.fromkeys((*answer.suggestions, *outlook))
+        yield from (look.wrapped(f"  try: {step}") for step in steps)
     else:
         guess = answer.predicted
-        yield (
+        yield look.wrapped(
             f"  predicted, roughly: {guess.decode_tokens_per_s:g} tokens/s written,"
             f" {guess.prefill_tokens_per_s:g} tokens/s read"
         )
-        yield f"  flags: {' '.join(answer.argv)}"
-    yield from (f"  - {reason}" for reason in answer.why)
+        yield look.wrapped(f"  flags: {' '.join(answer.argv)}")
+    yield from (look.wrapped(f"  - {reason}") for reason in answer.why)
+    if isinstance(answer, Plan):
+        yield from (look.wrapped(f"  > {sentence}") for sentence in outlook)
 
 
-def bar(row: LedgerRow) -> str:
+def _legend(look: Look) -> Iterator[str]:
+    parts = [f"{look.painted(letter, colour)} {name}" for letter, name, _, colour in PARTS]
+    parts += [f"{look.painted(*RESERVE)} reserve", f"{FREE} free (GiB)"]
+    each = 3 if look.is_narrow else len(parts)
+    rows = (parts[at : at + each] for at in range(0, len(parts), each))
+    yield from (f"  {', '.join(row)}" for row in rows)
+
+
+def _device(row: LedgerRow, look: Look) -> Iterator[str]:
+    used = f"{_gib(row.used_bytes)} of {_gib(row.capacity_bytes)}"
+    shown = f"  {row.device:<6}|{bar(row, look)}| {used}"
+    if look.is_narrow:
+        yield shown
+        yield look.wrapped(f"        {_parts(row)}", "        ")
+    else:
+        yield f"{shown}, {_parts(row)}"
+
+
+def bar(row: LedgerRow, look: Look = PLAIN) -> str:
     """The device's memory as letters; an overfull device ends in `!`."""
-    scale = BAR_WIDTH / max(1, row.capacity_bytes)
-    text, upto = "", 0
-    for letter, _, part in PARTS:
-        upto += getattr(row, part)
-        text += letter * (min(round(upto * scale), BAR_WIDTH + 1) - len(text))
-    return text[: BAR_WIDTH - 1] + "!" if len(text) > BAR_WIDTH else text.ljust(BAR_WIDTH, ".")
+    width = look.bar_width
+    scale = width / max(1, row.capacity_bytes)
+    pieces, filled, upto = [], 0, 0
+    shares = [(letter, colour, getattr(row, part)) for letter, _, part, colour in PARTS]
+    reserve = row.capacity_bytes - row.used_bytes - row.free_bytes
+    for letter, colour, size in (*shares, (*RESERVE, max(0, reserve))):
+        upto += size
+        end = min(round(upto * scale), width)
+        pieces.append(look.painted(letter * (end - filled), colour))
+        filled = max(filled, end)
+    if row.used_bytes > row.capacity_bytes:
+        return _overfull("".join(pieces), look)
+    return "".join(pieces) + FREE * (width - filled)
+
+
+def _overfull(text: str, look: Look) -> str:
+    mark = look.painted("!", "31;1")
+    if not look.colours:
+        return text[:-1] + mark if text else mark
+    return text + mark
 
 
 def _parts(row: LedgerRow) -> str:
-    held = [f"{letter} {_gib(getattr(row, part))}" for letter, _, part in PARTS if getattr(row, part)]
-    return f"{', '.join(held)}; {_gib(row.free_bytes)} free above the reserve"
+    held = [f"{letter} {_gib(getattr(row, part))}" for letter, _, part, _ in PARTS if getattr(row, part)]
+    state = "free above the reserve" if row.free_bytes >= 0 else "missing under the reserve"
+    return f"{', '.join(held)}; {_gib(abs(row.free_bytes))} {state}"
 
 
 def _gib(size: int) -> str:

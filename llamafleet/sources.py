@@ -15,10 +15,23 @@ from urllib.parse import quote, unquote, urlsplit
 from . import gguf
 from .web import SourceError, Web, origin, shown
 
-__all__ = ["HttpSource", "RemoteFile", "Source", "SourceError", "parse", "read_header", "resolve", "siblings"]
+__all__ = [
+    "HttpSource",
+    "RemoteFile",
+    "Source",
+    "SourceError",
+    "parse",
+    "quantisations",
+    "read_header",
+    "resolve",
+    "siblings",
+]
 
 DEFAULT_REVISION = "main"
 _HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^@]+?)(?:@(?P<revision>[^@]+))?")
+_REPOSITORY = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^@]+))?")
+# GGUF files that are no model of their own: image encoders, importance matrices, vocabularies.
+_NO_MODEL = re.compile(r"(?:^|[/._-])(?:mmproj|imatrix|vocab)(?:[/._-]|$)", re.IGNORECASE)
 _RESOLVE = re.compile(r"/(?P<repo>[\w.-]+/[\w.-]+)/(?:resolve|blob)/(?P<revision>[^/]+)/(?P<file>.+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -182,7 +195,10 @@ def siblings(source: str, *, endpoint: str, token: str | None = None) -> dict[st
         return {}
     url = f"{endpoint.rstrip('/')}/api/models/{parsed.repo}/tree/{quote(parsed.revision, safe='')}?recursive=1"
     with Web(token, origin(endpoint)).ask("GET", url) as answer:
-        entries = answer.json()
+        try:
+            entries = answer.json()
+        except ValueError as error:
+            raise SourceError(f"{shown(url)}: is no list of files: {error}") from error
     return {
         entry["path"]: entry["size"]
         for entry in entries
@@ -190,6 +206,30 @@ def siblings(source: str, *, endpoint: str, token: str | None = None) -> dict[st
         and str(entry.get("path", "")).endswith(".gguf")
         and isinstance(entry.get("size"), int)
     }
+
+
+def quantisations(source: str, *, endpoint: str, token: str | None = None) -> dict[str, int]:
+    """All models of the Hub repository that `source` names, with or without a file: sources with sizes in bytes.
+
+    A split model is one, by its first shard; one of which a shard is missing is none. Raises `SourceError`.
+    """
+    whole = _REPOSITORY.fullmatch(source)
+    found = parse(
+        f"{source.partition('@')[0]}/*@{whole['revision'] or DEFAULT_REVISION}" if whole else source, endpoint
+    )
+    if found.kind != "hub":
+        raise SourceError(f"{source}: should be hf:OWNER/REPO or a file of it, of which the others can be listed")
+    beside = siblings(f"hf:{found.repo}/{found.file}@{found.revision}", endpoint=endpoint, token=token)
+    models = {}
+    for name in beside:
+        try:
+            shards = gguf.shard_names(name)
+        except gguf.GgufError:
+            continue
+        if name == shards[0] and all(shard in beside for shard in shards) and not _NO_MODEL.search(name):
+            models[name] = sum(beside[shard] for shard in shards)
+    revision = "" if found.revision == DEFAULT_REVISION else f"@{found.revision}"
+    return {f"hf:{found.repo}/{name}{revision}": size for name, size in sorted(models.items())}
 
 
 @dataclass

@@ -64,6 +64,7 @@ class Web:
     token_origin: str | None = None
     sleep: Callable[[float], None] = time.sleep
     session: requests.Session = field(default_factory=_session)
+    _moved: dict[str, str] = field(default_factory=dict)  # where a URL's redirects led, signed for a while
 
     def ask(
         self, method: str, url: str, headers: Mapping[str, str] | None = None, *, follow: bool = True
@@ -116,11 +117,25 @@ class Web:
         answer.close()
         raise SourceError(_problem(answer, url))
 
+    def _located(self, url: str, headers: Mapping[str, str]) -> requests.Response:
+        """The answer from where the redirects led last time: each would cost a turn to the other end."""
+        if target := self._moved.pop(url, None):
+            try:
+                answer = self.ask("GET", target, headers)
+            except SourceError:  # the signed address has expired
+                return self.ask("GET", url, headers)
+            self._moved[url] = target
+            return answer
+        answer = self.ask("GET", url, headers)
+        if origin(answer.url) != origin(url):
+            self._moved[url] = answer.url
+        return answer
+
     def read(self, url: str, offset: int, length: int) -> tuple[bytes, int | None]:
         """Bytes of the file from `offset`, fewer at its end, and the file's size if the server tells."""
         last = ""
         for attempt in range(ATTEMPTS):
-            answer = self.ask("GET", url, {"Range": f"bytes={offset}-{offset + length - 1}"})
+            answer = self._located(url, {"Range": f"bytes={offset}-{offset + length - 1}"})
             try:
                 with answer:
                     return _piece(answer, url, offset, length)

@@ -33,8 +33,15 @@ class Entry:
 
     @cached_property
     def sha256(self) -> str:
+        """The file's; of a large hole (a weightless model, which nobody fetches) that of its length and name."""
+        told = self.file.stat()
+        if told.st_size > HOLE_BYTES and 512 * told.st_blocks < told.st_size // 2:
+            return hashlib.sha256(f"{told.st_size} {self.path}".encode()).hexdigest()
         with self.file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+HOLE_BYTES = 1 << 30  # a second or two to hash
 
 
 @dataclass

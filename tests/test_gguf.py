@@ -108,8 +108,8 @@ def test_metadata_of_every_kind(tmp_path):
 
 
 def test_a_long_string_array_over_many_windows(tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_cursor, "FIRST_WINDOW_BYTES", 13)
-    monkeypatch.setattr(gguf_cursor, "LAST_WINDOW_BYTES", 29)
+    monkeypatch.setattr(gguf_cursor, "WINDOW_BYTES", 13)
+    monkeypatch.setattr(gguf_cursor, "LARGEST_WINDOW_BYTES", 29)
     texts = ["x" * (n % 71) for n in range(3000)]
     same_as_reference(write(tmp_path / "w.gguf", metadata=[("a.tokens", texts, ARRAY), ("z.last", 7, T.UINT32)]))
 
