@@ -24,6 +24,7 @@ from .gguf import GgufError, Header
 from .imagined import Imagined
 from .machine import MachineError
 from .plan import Plan, Refusal, plan_host
+from .rates import Measurements
 from .settings import Instance, Settings, SettingsError
 
 __all__ = ["default_data", "main", "parse_changes", "settings_for"]
@@ -190,7 +191,8 @@ def _header(settings: Settings) -> Header:
 
 
 def _plan(host: Imagined, settings: Settings, instance: Instance, header: Header) -> Plan | Refusal:
-    return plan_host(host.machine, [(instance, header)], settings)[0]
+    measured = Measurements(host_bytes_per_s=host.host_bytes_per_s)
+    return plan_host(host.machine, [(instance, header)], settings, measurements=measured)[0]
 
 
 def _beside(source: str, settings: Settings) -> dict[str, int]:

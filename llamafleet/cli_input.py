@@ -26,7 +26,8 @@ class UsageError(Exception):
 def read_machine(named: str) -> imagined.Imagined:
     """A machine file, standard input or a description. Raises `UsageError` or `MachineError`."""
     path = Path(named)
-    if named != "-" and path.suffix != ".json" and os.sep not in named and not path.is_file():
+    looks_like_path = path.suffix == ".json" or os.sep in named.partition("=")[0]
+    if named != "-" and not looks_like_path and not path.is_file():
         try:
             return imagined.read(named)
         except imagined.DescriptionError as error:

@@ -137,6 +137,15 @@ def test_a_machine_can_be_described_in_words(model, capsys):
     assert told["ledger"][1]["capacity_bytes"] == 64 * 2**30
 
 
+def test_a_described_memory_bandwidth_is_reckoned_with(model, capsys):
+    speeds = []
+    for rate in ("40GB/s", "200GB/s"):
+        machine = f"cpu,ram=96GB,cores=32,memory-bandwidth={rate}"
+        assert cli.main(["plan", "--model", model, "--machine", machine, "--json"]) == 0
+        speeds.append(json.loads(capsys.readouterr().out)["predicted"]["decode_tokens_per_s"])
+    assert speeds[1] > 2 * speeds[0]
+
+
 def test_the_table_says_what_would_change(tmp_path, capsys):
     model = str(models.weightless(tmp_path, "Qwen3-8B"))
     assert (
