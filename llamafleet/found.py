@@ -17,6 +17,8 @@ class FoundInstance:
     secrets: Mapping[str, str]
     # What the preflight of its sandbox found, as plan.json has it; None where it has not run.
     preflight: Mapping[str, Any] | None
+    # Of the unit that last passed the gate.
+    good_sha256: str | None
     active: str | None
     enabled: str | None
     restarts: int
@@ -25,6 +27,9 @@ class FoundInstance:
     pid: int
     argv: tuple[str, ...]
     exe: str | None
+    # Of its liveness check: hashes of the installed units by name, and the timer's state.
+    liveness_sha256: Mapping[str, str]
+    liveness: str | None
     # plan.json, where it can be read.
     record: Mapping[str, Any] | None = None
 

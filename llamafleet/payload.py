@@ -32,7 +32,7 @@ PROBE_PACKAGES = frozenset({"psutil", "nvidia-ml-py"})
 # The survey reads what is installed and asks its siblings: the probe, the toolkits, the lock.
 PROBE_PROGRAMS = (
     *("ground.py", "lock.py", "probe.py", "probe_files.py", "probe_gpus.py", "probe_vulkan.py", "survey.py"),
-    "toolkits.py",
+    *("releases.py", "toolkits.py"),
 )
 # Not needed to run the probe on Linux.
 _PROBE_LEAVES_OUT = re.compile(r"\.dist-info/|^example\.py$|^psutil/(tests/|_ps(aix|bsd|osx|sunos|windows)\.py$)")

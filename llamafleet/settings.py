@@ -90,6 +90,9 @@ class Settings:
     gpu_reserve_mib: int
     ram_reserve_mib: int
     allow_swap: bool
+    speed_floor_percent: int
+    liveness_seconds: int
+    liveness_interval_seconds: int
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Settings:
@@ -185,6 +188,8 @@ def _say(hint: Any) -> str:
 def _implausible_instance(values: Mapping[str, Any], path: str) -> Iterator[str]:
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", values["name"]):
         yield f"{path}name: should be 1 to 63 of a-z 0-9 . _ -, letter or digit first, is {values['name']!r}"
+    if values["name"].endswith("-liveness"):
+        yield f"{path}name: should not end in -liveness, as liveness checks' units do, is {values['name']!r}"
     if not values["source"].startswith(("hf:", "http://", "https://", "/")):
         yield f"{path}source: should begin with hf:, http://, https:// or /, is {values['source']!r}"
     if not _is_address(values["listen"]):
@@ -258,6 +263,12 @@ def _implausible(values: Mapping[str, Any]) -> Iterator[str]:
     for key in ("keep_releases", "gpu_reserve_mib", "ram_reserve_mib"):
         if values[key] < 0:
             yield f"{key}: should be 0 or more, is {values[key]}"
+    if not 0 <= values["speed_floor_percent"] <= 100:
+        yield f"speed_floor_percent: should be from 0 to 100, is {values['speed_floor_percent']}"
+    if values["liveness_seconds"] != 0 and values["liveness_seconds"] < 5:
+        yield f"liveness_seconds: should be 0 (no check) or 5 or more, is {values['liveness_seconds']}"
+    if values["liveness_interval_seconds"] < 1:
+        yield f"liveness_interval_seconds: should be 1 or more, is {values['liveness_interval_seconds']}"
     if values["build_jobs"] is not None and values["build_jobs"] < 1:
         yield f"build_jobs: should be 1 or more, is {values['build_jobs']}"
     yield from _clashes(values["models"])

@@ -27,6 +27,8 @@ class Service:
     secrets: Mapping[str, str] = field(repr=False)
     argv: tuple[str, ...]
     release: str
+    # Units of its liveness check by name; empty where none is wanted.
+    liveness: Mapping[str, str]
     # Of the plan record: names one state of the service.
     identity: str = ""
 
@@ -46,6 +48,8 @@ def differences(service: Service, found: FoundInstance | None, ground: Mapping[s
     if found is None:
         return ("it is not installed",)
     reasons = list(_unit_differs(sha256(service.unit_text), found, ground))
+    if not reasons and found.good_sha256 != found.unit_sha256:
+        reasons.append("it has not passed the gate")
     if found.plan_sha256 is None:
         reasons.append("its plan.json is missing")
     for name, what in SECRETS.items():
@@ -77,6 +81,12 @@ def _unit_differs(wanted: str, found: FoundInstance, ground: Mapping[str, str | 
         yield f"its sandbox was loosened under another {changed}: the whole one is tried again"
 
 
+def liveness_differs(service: Service, found: FoundInstance) -> bool:
+    """Must the liveness check be installed anew? The server itself need not be touched for that."""
+    wanted = {name: sha256(text) for name, text in service.liveness.items()}
+    return found.liveness_sha256 != wanted or bool(wanted and found.liveness != "active")
+
+
 def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -103,6 +113,8 @@ class Work:
     models: tuple[str, ...]
     # Instances to install or restart, with the reasons.
     services: Mapping[str, tuple[str, ...]]
+    # Instances that stay as they are, but for their liveness check.
+    liveness: tuple[str, ...]
     removed: tuple[str, ...]
     current: bool
 
@@ -110,7 +122,7 @@ class Work:
     def any(self) -> bool:
         """Is there anything to do?"""
         parts = (self.helpers, self.user, self.packages, self.toolkit, self.build, self.models, self.services,
-                 self.removed, self.current)  # fmt: skip
+                 self.liveness, self.removed, self.current)  # fmt: skip
         return any(bool(part) for part in parts)
 
 
@@ -142,6 +154,11 @@ def compare(
         build=build,
         models=tuple(folder for folder, files in model_files.items() if not _complete(files, found)),
         services={name: why for name, why in reasons.items() if why},
+        liveness=tuple(
+            service.name
+            for service in services
+            if not reasons[service.name] and liveness_differs(service, found.instances[service.name])
+        ),
         removed=tuple(name for name in found.instances if name not in reasons),
         current=found.current != key,
     )

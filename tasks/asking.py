@@ -102,6 +102,7 @@ def spec(now: Situation, plan: Plan) -> dict[str, Any]:
 def files(serving: Serving) -> dict[str, str]:
     """What is staged of an instance; with the question where it could not be asked beside the running server."""
     staged = {serving.service.unit: serving.service.unit_text, "plan.json": serving.service.plan_json}
+    staged |= serving.service.liveness
     now = _now()
     seen, old = serving.verified, now.survey.found.instances.get(serving.instance.name)
     if seen is not None and not seen.room and old is not None and old.active == "active":

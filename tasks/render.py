@@ -15,7 +15,7 @@ from llamafleet.flags import unit_escape
 from llamafleet.machine import Gpu
 from llamafleet.plan import Plan
 from llamafleet.planned import device_names
-from llamafleet.settings import Instance
+from llamafleet.settings import Instance, Settings
 from llamafleet.vulkan import SOFTWARE
 from tasks.facts import Survey
 from tasks.sources import Model
@@ -42,8 +42,10 @@ HIDDEN = ("-/boot", "-/etc/llamafleet", "-/etc/ssh", "-/etc/ssl/private", "-/opt
 
 GATE = "/opt/llamafleet/helpers/current/gate.py"
 
-# Loading at less than this is called hanging, bytes a second: a slow hard disk.
-SLOWEST_LOAD = 80 * MIB
+LIVENESS = "/opt/llamafleet/helpers/current/liveness.py"
+
+# Nobody serves from a disk that is slower, bytes a second. The gate measures the disk, and waits less.
+SLOWEST_LOAD = 10 * MIB
 # Before a server answers: start, warm-up, GPU initialisation, seconds.
 START_SECONDS = 60
 # Above the planned host memory, for what a process needs beside its model: share and bytes.
@@ -51,13 +53,14 @@ MEMORY_MARGIN, MEMORY_SPARE = 1.1, 1024 * MIB
 
 
 def health_seconds(model: Model) -> int:
-    """How long an instance may load, from the size of its model."""
+    """The most that an instance may load, from the size of its model; gate_load.py has the real deadline."""
     return START_SECONDS + model.header.file_bytes_total // SLOWEST_LOAD
 
 
 def plan_record(
-    instance: Instance, plan: Plan, build: Build, model: Model, path: str, argv: tuple[str, ...]
-) -> dict[str, Any]:
+    instance: Instance, plan: Plan, build: Build, model: Model, path: str, argv: tuple[str, ...],
+    *, speed_floor_percent: int,
+) -> dict[str, Any]:  # fmt: skip
     """plan.json: what was decided, what is checked, and of what it was made.
 
     `identity` is a hash of everything that makes a difference to the running service; the ledger's
@@ -72,6 +75,8 @@ def plan_record(
         "health_seconds": health_seconds(model),
         "context_tokens": plan.context_tokens,
         "slots": plan.slots,
+        "kv_type": plan.kv_type,
+        "speed_floor_percent": speed_floor_percent,
         "backend": build.backend,
         "gpus": [
             {"uuid": gpu.uuid, "name": gpu.name, "device": device, **_planned(plan, gpu)}
@@ -162,3 +167,19 @@ def unit(
         memory_max_bytes=int(plan.host_bytes * MEMORY_MARGIN) + MEMORY_SPARE,
         memory_swap_max="infinity" if allow_swap else "0",
     )
+
+
+def liveness(instance: Instance, settings: Settings) -> dict[str, str]:
+    """Units of the instance's liveness check by name; none where it is switched off."""
+    if settings.liveness_seconds == 0:
+        return {}
+    words = (LIVENESS, f"/etc/llamafleet/instances/{instance.name}/plan.json", str(settings.liveness_seconds))
+    return {
+        f"llama-server-{instance.name}-liveness.{kind}": _environment.get_template(
+            f"llama-server-liveness.{kind}.j2"
+        ).render(
+            instance=instance, command=[unit_escape(word) for word in words],
+            interval_seconds=settings.liveness_interval_seconds,
+        )
+        for kind in ("service", "timer")
+    }  # fmt: skip

@@ -6,7 +6,9 @@ from pyinfra.api.deploy import deploy
 
 from llamafleet.settings import unit_of
 from tasks import asking, operations
-from tasks.situation import situation
+from tasks.situation import Serving, situation
+
+STAGED = "/var/lib/llamafleet/staged"
 
 
 @deploy("Serve")
@@ -19,6 +21,7 @@ def service() -> None:
         operations.remove_instance(name=f"Remove llama-server-{name}, no longer in models", instance=name)
     for serving in operations.each(now.servings, lambda one: one.instance.name):
         serve(serving.instance.name)
+        watch(serving, needed=serving.instance.name in now.work.liveness)
     operations.make_current(
         name=f"Make build {now.build.key} the current release", needed=now.work.current,
         key=now.build.key, keep=now.settings.keep_releases,
@@ -44,3 +47,16 @@ def staging(name: str) -> operations.Staging | None:
         return None
     serving = next(one for one in now.servings if one.instance.name == name)
     return operations.Staging(name, serving.service.identity, asking.files(serving), serving.service.secrets)
+
+
+def watch(serving: Serving, needed: bool) -> None:
+    """Install the liveness check alone, where it is all that differs: the server runs on."""
+    wanted = serving.service
+    operations.stage_files(
+        name=f"Prepare the liveness check of {wanted.unit}", needed=needed, folder=f"{STAGED}/{wanted.name}",
+        files=dict(wanted.liveness), secrets={},
+    )  # fmt: skip
+    operations.run_job(
+        name=f"Install the liveness check of {wanted.unit}", needed=needed, job=f"watch-{wanted.name}",
+        program="switch.py", arguments=("watch", wanted.name),
+    )  # fmt: skip

@@ -326,7 +326,9 @@ def _serving(
     secrets = sources.secrets(instance)
     argv = [*command(build, instance, model, plan), *flags.credentials(instance)]
     record = {
-        **render.plan_record(instance, plan, build, model, path, tuple(argv)),
+        **render.plan_record(
+            instance, plan, build, model, path, tuple(argv), speed_floor_percent=settings.speed_floor_percent
+        ),
         "inputs": {"key": examined.keys[instance.name], "memory": choice.memory.to_json()},
         "verified": verified.to_json() if verified else remembered(examined, build, plan),
     }
@@ -334,7 +336,7 @@ def _serving(
         name=instance.name, address=instance.listen, port=instance.port,
         unit_text=render.unit(instance, plan, build, survey, record, allow_swap=settings.allow_swap),
         plan_json=json.dumps(record, indent=1) + "\n", secrets=secrets, argv=tuple(argv),
-        identity=record["identity"], release=build.release,
+        identity=record["identity"], release=build.release, liveness=render.liveness(instance, settings),
     )  # fmt: skip
     names = {one.unit for one in settings.models}
     leaving = {unit_of(name) for name in survey.found.instances} - names

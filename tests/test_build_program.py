@@ -77,7 +77,7 @@ def test_without_a_cache_nothing_is_taken_or_kept(spec, tmp_path):
 def test_a_cached_release_that_does_not_run_here_is_not_given_its_name(spec, tmp_path, cached):
     other = tmp_path / "other"
     server(other, code=127)
-    (other / "release.json").write_text("{}")
+    (other / "release.json").write_text('{"files": {}}')
     os.makedirs(tmp_path / "releases")
     os.rename(other, tmp_path / "releases/k1")
     build.publish(spec)
@@ -89,7 +89,7 @@ def test_a_cached_release_that_does_not_run_here_is_not_given_its_name(spec, tmp
 
 def test_a_complete_release_is_not_made_again(spec, tmp_path, capsys):
     (tmp_path / "releases/k1").mkdir(parents=True)
-    (tmp_path / "releases/k1/release.json").write_text("{}")
+    (tmp_path / "releases/k1/release.json").write_text('{"files": {}}')
     build.build(spec)
     assert "already complete" in capsys.readouterr().out
     assert not (tmp_path / "cache").exists()

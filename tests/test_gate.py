@@ -70,7 +70,8 @@ def spec(server, monkeypatch):
     told = {"CUDA0": {"weights": float(7 << 30), "context": float(1 << 30)}}
     monkeypatch.setattr(gate_devices, "reported", lambda unit: told)
     return {"unit": "llama-server-chat.service", "argv": [], "url": server.url, "api_keys": None,
-            "health_seconds": 5.0, "context_tokens": 8192, "slots": 4, "backend": "cuda", "gpus": [GPU]}  # fmt: skip
+            "health_seconds": 5.0, "context_tokens": 8192, "slots": 4, "kv_type": "q8_0", "files": [], "backend": "cuda",
+            "gpus": [GPU]}  # fmt: skip
 
 
 @pytest.fixture
@@ -256,45 +257,47 @@ def test_without_keys_there_is_nothing_to_refuse(spec):
     assert gate.check_key(spec) is None
 
 
+RUNNING = ["llama-server", "--cache-type-k", "q8_0", "--cache-type-v", "q8_0"]
+KV_LINE = "llama_kv_cache: size =  544.00 MiB (  8192 cells,  32 layers,  4/4 seqs), K ({}):  272.00 MiB, V (q8_0):  272.00 MiB\n"
+
+
 def props(context, slots):
     return {"default_generation_settings": {"n_ctx": context}, "total_slots": slots}
 
 
 @pytest.mark.parametrize(("context", "slots", "ok"), [(8192, 4, True), (4096, 4, False), (8192, 1, False)])
-def test_context_is_the_planned_one(keyed, server, context, slots, ok):
+def test_context_is_the_planned_one(keyed, server, monkeypatch, context, slots, ok):
+    monkeypatch.setattr(gate, "arguments", lambda unit: RUNNING)
+    monkeypatch.setattr(gate, "log_of_start", lambda unit: "")  # the journal has forgotten it
     server.answer("/props", (200, props(context, slots)))
     found = gate.check_context(keyed)  # its key is needed here too
-    assert (found["ok"], found["found"]) == (ok, {"context_tokens": context, "slots": slots})
-
-
-@pytest.mark.parametrize("answer", [(500, "<html>"), (200, "[]"), (404, {"error": "no"})])
-def test_no_props_is_told_by_status(spec, server, answer):
-    server.answer("/props", answer)
-    found = gate.check_context(spec)
-    assert (found["ok"], found["found"]) == (False, f"status {answer[0]}")
+    assert (found["ok"], found["found"]) == (ok, {"context_tokens": context, "slots": slots, "kv_types": ["q8_0"]})
 
 
 @pytest.mark.parametrize(
-    ("answer", "ok", "found"),
+    ("arguments", "log", "found"),
     [
-        ((200, {"usage": {"completion_tokens": 8}}), True, "200 and 8 tokens"),
-        ((200, {"usage": {"completion_tokens": 3}}), False, "200 and 3 tokens"),
-        ((200, "not JSON"), False, "200 and 0 tokens"),
-        ((500, {"error": "out of memory"}), False, "500 and 0 tokens"),
+        (RUNNING, KV_LINE.format("q8_0") * 2, ["q8_0"]),
+        (RUNNING, KV_LINE.format("f16"), ["f16", "q8_0"]),  # llama-server took another
+        ([*RUNNING[:4], "q4_0"], "", ["q4_0", "q8_0"]),
+        (["llama-server"], "", []),
     ],
 )
-def test_a_completion_has_the_tokens_that_were_asked_for(keyed, server, answer, ok, found):
-    server.answer("/v1/completions", answer)
-    told = gate.check_completion(keyed)
-    assert (told["ok"], told["found"]) == (ok, found)
-    assert server.asked[-1][1]["max_tokens"] == 8
-    assert "out of memory" not in str(answer) or "out of memory" in told["hint"]
+def test_kv_types_are_those_of_the_arguments_and_of_the_log(spec, server, monkeypatch, arguments, log, found):
+    monkeypatch.setattr(gate, "arguments", lambda unit: arguments)
+    monkeypatch.setattr(gate, "log_of_start", lambda unit: log)
+    server.answer("/props", (200, props(8192, 4)))
+    told = gate.check_context(spec)
+    assert told["found"]["kv_types"] == found
+    assert told["ok"] is (found == ["q8_0"])
 
 
-def test_a_wrong_key_serves_nobody(keyed, server):
-    server.answer("/v1/completions", (200, {"usage": {"completion_tokens": 8}}))
-    server.key = "another"
-    assert gate.check_completion(keyed)["found"] == "401 and 0 tokens"
+@pytest.mark.parametrize("answer", [(500, "<html>"), (200, "[]"), (404, {"error": "no"})])
+def test_no_props_is_told_by_status(spec, server, monkeypatch, answer):
+    monkeypatch.setattr(gate, "kv_types", lambda unit: [])
+    server.answer("/props", answer)
+    found = gate.check_context(spec)
+    assert (found["ok"], found["found"]) == (False, f"status {answer[0]}")
 
 
 # --- all of it ----------------------------------------------------------------------------------
@@ -313,7 +316,57 @@ def test_start_post_asks_health_and_gpus_and_tells_the_journal(spec, server, tmp
     server.answer("/health", (200, {}))
     monkeypatch.setattr(gate, "held_by", lambda pid: held)
     (tmp_path / "plan.json").write_text(json.dumps({"gate": spec}))
+    monkeypatch.setattr(gate, "GATES", str(tmp_path / "gate"))
     assert gate.main(["start", str(tmp_path / "plan.json")]) == code
     told = capsys.readouterr()
     assert told.out == "" and ("gpu memory" in told.err) is bool(code)
     assert [path for path, _ in server.asked] == ["/health"]
+
+
+@pytest.fixture
+def recorded(spec, tmp_path, monkeypatch):
+    """Runs `gate.py check PLAN --record` with one check that gives this verdict and measures this speed."""
+    monkeypatch.setattr(gate, "GATES", str(tmp_path / "gate"))
+
+    def run(ok, speed=None, record=True, **plan):
+        def verdict(spec):
+            spec["measured"].update({"decode_tokens_per_s": speed} if speed else {})
+            return gate.result("speed", ok, "a lot", "something", "the hint")
+
+        monkeypatch.setattr(gate, "CHECKS", (verdict,))
+        (tmp_path / "plan.json").write_text(json.dumps({"gate": spec, "identity": "i", "release": "r1", **plan}))
+        code = gate.main(["check", str(tmp_path / "plan.json"), *(["--record"] if record else [])])
+        file = tmp_path / "gate/chat.json"
+        return code, json.loads(file.read_text()) if file.exists() else None
+
+    return run
+
+
+def test_a_verdict_is_recorded_for_people_and_for_the_next_gate(recorded, capsys):
+    code, record = recorded(True, 50.0)
+    assert code == 0 and record["ok"] and record["time"].endswith("Z")
+    assert (record["identity"], record["release"], record["decode_tokens_per_s"]) == ("i", "r1", 50.0)
+    assert record["checks"][0]["name"] == "speed" and "last_failure" not in record
+    assert json.loads(capsys.readouterr().out)["decode_tokens_per_s"] == 50.0
+
+
+def test_only_a_gate_that_is_told_to_records(recorded):
+    assert recorded(True, 50.0, record=False) == (0, None)
+
+
+def test_a_failure_is_kept_beside_what_is_compared_with(recorded):
+    recorded(True, 50.0)
+    code, record = recorded(False, 9.0, release="r2")
+    assert code == 1 and not record["ok"] and record["speeds"] == [50.0]
+    assert record["last_failure"]["release"] == "r2" and record["last_failure"]["check"]["hint"] == "the hint"
+    record = recorded(True, 40.0)[1]  # the one that was put back
+    assert record["ok"] and record["speeds"] == [50.0, 40.0] and record["last_failure"]["release"] == "r2"
+
+
+def test_the_last_speeds_are_remembered_for_one_plan_only(recorded, spec):
+    for speed in range(1, 8):
+        record = recorded(True, float(speed))[1]
+    assert record["speeds"] == [3.0, 4.0, 5.0, 6.0, 7.0]
+    spec["argv"] = ["llama-server", "--ctx-size", "1"]
+    assert recorded(True, 2.0)[1]["speeds"] == [2.0]
+    assert recorded(True)[1]["speeds"] == [2.0]  # a busy server was not measured

@@ -1,6 +1,7 @@
 """Every check of a deployed host goes red: a healthy host's facts, broken in one place at a time."""
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import os
@@ -124,6 +125,7 @@ def healthy():
                 "listening": [["127.0.0.1", 8080]],
                 "keys": {**stat("0600"), "count": 2},
                 "models": {MODEL: {**stat("0644"), "sha256": "aa", "noted_sha256": "aa"}},
+                "liveness": {"active": "active", "units": ["s", "t"], "as_kept": True},
                 "gate": {"ok": True, "checks": verdicts},
             }
         },
@@ -224,6 +226,9 @@ BROKEN = [
     ("keys", (*TINY, "keys", "mode"), "0644", "expected root 0600, found root 0644"),
     ("keys", (*TINY, "keys", "owner"), "joe", "expected root 0600, found joe 0600"),
     ("keys", (*TINY, "keys", "count"), 0, "expected at least one key, found an empty file"),
+    ("liveness", (*TINY, "liveness", "units"), [], "expected both, found nothing"),
+    ("liveness", (*TINY, "liveness", "as_kept"), False, "expected those that llamafleet made, found others"),
+    ("liveness", (*TINY, "liveness", "active"), "inactive", "expected an active timer, found inactive"),
 ]  # fmt: skip
 
 
@@ -263,7 +268,7 @@ def test_the_gate_asks_what_the_plan_has():
     facts["instances"]["tiny"]["plan"]["gate"]["gpus"] = []
     box = checks.Box("web1", settings(api_key_file=None), facts)
     one = checks.served(box, box.settings.models[0])
-    assert instance_checks.planned_gate_checks(one) == ("health", "process", "context", "completion")
+    assert instance_checks.planned_gate_checks(one) == ("health", "process", "context", "completion", "speed")
 
 
 def test_a_key_file_that_nobody_asked_for_is_found():
@@ -421,3 +426,11 @@ def test_healthy_facts_are_not_shared():
     second = copy.deepcopy(first)
     first["instances"]["tiny"]["plan"]["gate"]["slots"] = 9
     assert healthy() == second
+
+
+def test_a_liveness_check_that_is_switched_off_is_not_missed():
+    asked = dataclasses.replace(settings(), liveness_seconds=0)
+    assert "expected none" in problems_by_check(healthy(), asked)["liveness"][0]
+    facts = healthy()
+    facts["instances"]["tiny"]["liveness"] = {"active": "inactive", "units": [], "as_kept": True}
+    assert not problems_by_check(facts, asked)["liveness"]

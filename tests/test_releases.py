@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -24,7 +25,7 @@ def host(tmp_path, monkeypatch):
 def release(host, key, seconds):
     folder = host / "opt/releases" / key
     folder.mkdir(parents=True)
-    (folder / "release.json").write_text("{}")
+    (folder / "release.json").write_text('{"files": {}}')
     os.utime(folder, (seconds, seconds))
 
 
@@ -87,3 +88,39 @@ def test_an_incomplete_release_is_not_linked(host, capsys):
     assert releases.main(["key-a", "0"]) == 1
     assert "releases/key-a is not a complete release" in capsys.readouterr().err
     assert not os.path.lexists(host / "opt/current") and left(host) == list("abcd")
+
+
+@pytest.fixture
+def whole(tmp_path):
+    (tmp_path / "bin").mkdir()
+    for name in ("llama-server", "libllama.so.0"):
+        (tmp_path / "bin" / name).write_bytes(b"ELF" * 9)
+    (tmp_path / "bin/libllama.so").symlink_to("libllama.so.0")
+    sizes = {"llama-server": 27, "libllama.so.0": 27, "libllama.so": 27}
+    (tmp_path / "release.json").write_text(json.dumps({"files": dict.fromkeys(sizes, "ab"), "sizes": sizes}))
+    return tmp_path
+
+
+def test_a_whole_release_is_told_by_its_record(whole):
+    assert releases.record_of(str(whole))["files"]["llama-server"] == "ab"
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda folder: (folder / "bin/llama-server").unlink(),
+        lambda folder: (folder / "bin/libllama.so.0").unlink(),  # leaves a link to nowhere
+        lambda folder: os.truncate(folder / "bin/libllama.so.0", 9),
+        lambda folder: (folder / "release.json").unlink(),
+        lambda folder: (folder / "release.json").write_text("{"),
+        lambda folder: (folder / "release.json").write_text("{}"),
+    ],
+)
+def test_half_a_release_is_none(whole, harm):
+    harm(whole)
+    assert releases.record_of(str(whole)) is None
+
+
+def test_records_without_sizes_are_believed_for_what_they_say(whole):
+    (whole / "release.json").write_text('{"files": {"llama-server": "ab"}}')
+    assert releases.record_of(str(whole))

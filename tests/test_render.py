@@ -38,7 +38,7 @@ def made(gpus, survey=Survey, layout="Qwen3-8B", **asked):
     )  # fmt: skip
     model = Model((sources.RemoteFile("Qwen3-8B.gguf", "https://x/y", 5, "a" * 64),), planning.header(layout))
     argv = (f"{build.release}/bin/llama-server", *flags.argv(plan, instance, PATH))
-    record = render.plan_record(instance, plan, build, model, PATH, argv)
+    record = render.plan_record(instance, plan, build, model, PATH, argv, speed_floor_percent=40)
     return render.unit(instance, plan, build, survey, record, allow_swap=False), record, argv
 
 
@@ -171,3 +171,27 @@ def test_exposure_is_what_the_documents_say(gpus, listen, most, tmp_path):
     unit, _, _ = made(gpus, listen=listen, allow_unauthenticated=True)
     score = exposure(unit, tmp_path)
     assert score <= most
+
+
+def test_a_liveness_check_is_two_units_or_none():
+    wanted = planning.settings({"context_tokens": 4096})
+    (instance,) = wanted.models
+    units = render.liveness(instance, dataclasses.replace(wanted, liveness_seconds=90, liveness_interval_seconds=7))
+    check, timer = (units[f"llama-server-{instance.name}-liveness.{kind}"] for kind in ("service", "timer"))
+    assert all(text.startswith("# Made by llamafleet") for text in units.values()) and len(units) == 2
+    (command,) = directive(check, "ExecStart")
+    assert shlex.split(command)[-2:] == [f"/etc/llamafleet/instances/{instance.name}/plan.json", "90"]
+    assert directive(timer, "OnUnitInactiveSec") == ["7"] and directive(timer, "PartOf") == [instance.unit]
+    assert render.liveness(instance, dataclasses.replace(wanted, liveness_seconds=0)) == {}
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not here to ask")
+def test_systemd_understands_the_liveness_check(tmp_path):
+    wanted = planning.settings({"context_tokens": 4096})
+    for name, text in render.liveness(wanted.models[0], wanted).items():
+        (tmp_path / name).write_text(text)
+    done = subprocess.run(["systemd-analyze", "verify", *map(str, tmp_path.iterdir())], capture_output=True, text=True)
+    told = [
+        line for line in (done.stdout + done.stderr).splitlines() if "-liveness" in line and "not found" not in line
+    ]
+    assert not told, told

@@ -102,3 +102,16 @@ def test_a_model_without_a_record_is_not_verified(model):
         assert survey.verified_models() == {}
     (model.parent / "x.gguf.verified").unlink()
     assert survey.verified_models() == {}
+
+
+def test_a_liveness_check_is_no_instance_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(survey, "UNITS", str(tmp_path))
+    monkeypatch.setattr(survey, "show", lambda unit, *_: {"ActiveState": "active"})
+    for name in ("llama-server-chat.service", "llama-server-chat-liveness.service", "llama-server-chat-liveness.timer"):
+        (tmp_path / name).write_text("# Made by llamafleet\n")
+    found = survey.instances()
+    assert list(found) == ["chat"] and found["chat"]["liveness"] == "active"
+    assert sorted(found["chat"]["liveness_sha256"]) == [
+        "llama-server-chat-liveness.service",
+        "llama-server-chat-liveness.timer",
+    ]

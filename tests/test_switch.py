@@ -15,6 +15,7 @@ import pytest
 from llamafleet.remote import switch
 
 UNIT = "llama-server-chat.service"
+TIMER, CHECK = "llama-server-chat-liveness.timer", "llama-server-chat-liveness.service"
 GATE = """\
 import json, sys
 plan = json.load(open(sys.argv[2]))
@@ -28,7 +29,7 @@ print(json.dumps({"ok": plan["serves"], "checks": [found]}))
 class Host:
     def __init__(self, folder):
         self.folder = folder
-        for name in ("units", "instances", "staged", "good", "bin"):
+        for name in ("units", "instances", "staged", "good", "gate", "bin"):
             (folder / name).mkdir()
         (folder / "gate.py").write_text(GATE)
         for name in ("systemctl", "systemd-analyze", "journalctl"):
@@ -39,13 +40,20 @@ class Host:
         path.write_text(f'#!/bin/sh\necho "{name} $*" >>{self.folder}/calls\n{then}\n')
         path.chmod(0o755)
 
-    def stage(self, version, serves=True, keys=None):
+    def stage(self, version, serves=True, keys=None, watched=False):
         staged = self.folder / "staged/chat"
         staged.mkdir(mode=0o700)
         (staged / UNIT).write_text(f"[Unit]\n# {version}\n")
         (staged / "plan.json").write_text(json.dumps({"version": version, "serves": serves}))
         if keys:
             (staged / "api-keys").write_text(keys)
+        if watched:
+            self.stage_check(version)
+
+    def stage_check(self, version):
+        for name in (TIMER, CHECK):
+            (self.folder / "staged/chat").mkdir(exist_ok=True)
+            (self.folder / "staged/chat" / name).write_text(version)
 
     def installed(self):
         """The texts of what is installed, by name."""
@@ -66,6 +74,7 @@ def host(tmp_path, monkeypatch):
     one = Host(tmp_path)
     for name in ("units", "instances", "staged", "good"):
         monkeypatch.setattr(switch, name.upper(), str(tmp_path / name))
+    monkeypatch.setattr(switch, "GATES", str(tmp_path / "gate"))
     monkeypatch.setattr(switch, "GATE", str(tmp_path / "gate.py"))
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
     # Which has tests of its own; a sibling on a host.
@@ -75,11 +84,15 @@ def host(tmp_path, monkeypatch):
 
 
 def test_files_are_put_with_their_modes(host):
-    host.stage("one", keys="k")
+    host.stage("one", keys="k", watched=True)
     switch.put("chat", str(host.folder / "staged/chat"))
     assert host.installed() == {"unit": "[Unit]\n# one\n", "plan": '{"version": "one", "serves": true}', "keys": "k"}
-    modes = {name: os.stat(path).st_mode & 0o777 for name, (path, _) in switch.installed("chat").items() if os.path.exists(path)}  # fmt: skip
-    assert modes == {UNIT: 0o644, "plan.json": 0o644, "api-keys": 0o600}
+    modes = {
+        name: os.stat(path).st_mode & 0o777
+        for name, (path, _) in switch.installed("chat").items()
+        if os.path.exists(path)
+    }
+    assert modes == {UNIT: 0o644, TIMER: 0o644, CHECK: 0o644, "plan.json": 0o644, "api-keys": 0o600}
     assert host.calls() == ["systemctl daemon-reload"]
     assert not list(host.folder.rglob("*.new"))
 
@@ -196,10 +209,12 @@ def test_staged_files_never_stay(host, how):
 def test_removed_is_removed_everywhere(host):
     host.stage("one", keys="k")
     switch.install("chat")
-    host.stage("two")
+    host.stage("two", watched=True)
+    for name in ("chat.json", "chat.liveness.json"):
+        (host.folder / "gate" / name).write_text("{}")
     switch.remove("chat")
     assert host.installed() == {}
-    for name in ("units", "instances", "staged", "good"):
+    for name in ("units", "instances", "staged", "good", "gate"):
         assert os.listdir(host.folder / name) == []
     assert [call.split(" ", 1)[1] for call in host.calls()[-2:]] == [
         f"disable --quiet --now {UNIT}",
@@ -270,3 +285,63 @@ def test_without_a_question_nothing_is_asked(host, asking):
     host.stage("one")
     switch.install("chat")
     assert "verified" not in json.loads(host.installed()["plan"])
+
+
+# --- the liveness check -------------------------------------------------------------------------
+
+
+def verbs(calls):
+    return [call.removeprefix("systemctl ").replace(" --quiet", "") for call in calls if call.startswith("systemctl")]
+
+
+def test_a_liveness_check_comes_with_the_instance_and_only_after_the_gate(host):
+    host.stage("one", watched=True)
+    switch.install("chat")
+    assert verbs(host.calls())[-2:] == [f"start {UNIT}", f"enable --now {TIMER}"]
+    assert (host.folder / "units" / TIMER).read_text() == "one" == host.kept()[CHECK]
+
+
+def test_the_check_does_not_come_between_a_switch_and_back(host):
+    host.stage("one", watched=True)
+    switch.install("chat")
+    calls = len(host.calls())
+    host.stage("two", serves=False, watched=True)
+    with pytest.raises(switch.Failed, match="put back and serves"):
+        switch.install("chat")
+    told = verbs(host.calls()[calls:])
+    assert told[0] == f"disable --now {TIMER}" and told[-1] == f"enable --now {TIMER}"
+    assert told.count(f"enable --now {TIMER}") == 1
+    assert (host.folder / "units" / TIMER).read_text() == "one"
+
+
+def test_a_check_that_is_wanted_no_longer_is_switched_off(host):
+    host.stage("one", watched=True)
+    switch.install("chat")
+    host.stage("two")
+    switch.install("chat")
+    assert f"disable --now {TIMER}" in verbs(host.calls())
+    assert sorted(os.listdir(host.folder / "units")) == [UNIT] and TIMER not in host.kept()
+
+
+def test_a_check_alone_leaves_the_server_alone(host):
+    host.stage("one", keys="k", watched=True)
+    switch.install("chat")
+    before, calls = host.installed(), len(host.calls())
+    host.stage_check("two")
+    switch.watch("chat")
+    assert verbs(host.calls()[calls:]) == [f"disable --now {TIMER}", "daemon-reload", f"enable --now {TIMER}"]
+    assert host.installed() == before and os.listdir(host.folder / "staged") == []
+    assert (host.folder / "units" / CHECK).read_text() == "two" == host.kept()[CHECK]
+    (host.folder / "staged/chat").mkdir()
+    switch.watch("chat")  # none is wanted any more
+    assert sorted(os.listdir(host.folder / "units")) == [UNIT]
+    assert set(host.kept()) == {UNIT, "plan.json", "api-keys"}
+
+
+def test_the_gate_is_told_to_record(host):
+    (host.folder / "gate.py").write_text(
+        f"import sys\nopen({str(host.folder / 'asked')!r}, 'w').write(' '.join(sys.argv[1:]))\n" + GATE
+    )
+    host.stage("one")
+    switch.install("chat")
+    assert (host.folder / "asked").read_text().split()[::2] == ["check", "--record"]

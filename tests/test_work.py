@@ -10,11 +10,13 @@ from llamafleet.work import Service, compare, differences, port_conflict, sha256
 SERVICE = Service(
     name="demo", address="127.0.0.1", port=8080, unit_text="[Unit]\n", plan_json="{}", secrets={"api-keys": "secret\n"},
     argv=("/opt/llamafleet/releases/k1/bin/llama-server", "--port", "8080"), release="/opt/llamafleet/releases/k1",
+    liveness={"llama-server-demo-liveness.timer": "[Timer]\n"},
 )  # fmt: skip
 GROUND = {"systemd": "257", "kernel": "6.12", "driver": None}
 INSTANCE = FoundInstance(
     unit_sha256=sha256("[Unit]\n"), plan_sha256=sha256("{}"), secrets={"api-keys": sha256("secret\n")}, preflight=None,
     active="active", enabled="enabled", restarts=0, drop_ins=(), stale=False, pid=7, argv=SERVICE.argv, exe=SERVICE.argv[0],
+    good_sha256=sha256("[Unit]\n"), liveness_sha256={"llama-server-demo-liveness.timer": sha256("[Timer]\n")}, liveness="active",
 )  # fmt: skip
 FOUND = Found(
     euid=0, user=True, missing_packages=(), helpers="h1", lock=None, releases={"k1": {}}, current="k1",
@@ -60,6 +62,7 @@ def test_a_model_without_known_checksum_is_done_when_verified_on_the_host():
     ("change", "reason"),
     [
         ({"unit_sha256": "x"}, "its unit differs"),
+        ({"good_sha256": None}, "it has not passed the gate"),
         ({"plan_sha256": None}, "its plan.json is missing"),
         ({"secrets": {}}, "its API keys differ"),
         ({"drop_ins": ("/etc/systemd/system/x.d/a.conf",)}, "drop-ins change its unit: /etc/systemd/system/x.d/a.conf"),
@@ -127,3 +130,28 @@ def test_port_conflicts(address, unit, conflict):
 
 def test_keys_are_in_no_representation():
     assert "secret" not in repr(SERVICE)
+
+
+@pytest.mark.parametrize(
+    "change", [{"liveness_sha256": {}}, {"liveness": "inactive"}, {"liveness_sha256": {"x.timer": "y"}}], ids=str
+)
+def test_a_liveness_check_is_mended_without_touching_the_server(change):
+    changed = dataclasses.replace(FOUND, instances={"demo": dataclasses.replace(INSTANCE, **change)})
+    found = work(changed)
+    assert (found.liveness, dict(found.services)) == (("demo",), {}) and found.any
+
+
+def test_a_liveness_check_comes_with_a_server_that_is_installed_anyway():
+    changed = dataclasses.replace(
+        FOUND, instances={"demo": dataclasses.replace(INSTANCE, active="failed", liveness="inactive")}
+    )
+    assert work(changed).liveness == () and work(changed).services
+    assert work(dataclasses.replace(FOUND, instances={})).liveness == ()
+
+
+def test_no_liveness_check_is_wanted():
+    none = dataclasses.replace(SERVICE, liveness={})
+    there = dataclasses.replace(INSTANCE, liveness="inactive")
+    assert work(dataclasses.replace(FOUND, instances={"demo": there}), services=[none]).liveness == ("demo",)
+    gone = dataclasses.replace(there, liveness_sha256={})
+    assert not work(dataclasses.replace(FOUND, instances={"demo": gone}), services=[none]).any

@@ -116,3 +116,17 @@ gpu_reserve_mib = 1024
 ram_reserve_mib = 2048
 # May the host's part of the model go to swap? A model that swaps answers at disk speed.
 allow_swap = False
+
+# --- is it well? -----------------------------------------------------------------------------
+
+# Least decode speed of a started instance, in percent of the median of its last five on the same host with
+# the same model and flags; a slower one is not kept, and the previous one comes back. 40: noise and other
+# load seldom halve the best of six tries, regressions of llama.cpp were 25 % to 3x (ggml-org/llama.cpp
+# #20835, #24514). Without an earlier figure a twentieth of the prediction is asked. 0: no floor.
+speed_floor_percent = 40
+# A running server that for so many seconds neither gives a token nor gets on with one of its requests is
+# wedged, and is restarted. Longer where a batch of the prompt takes longer, by the measured speed. 0: no
+# check. 120: far above any healthy pause, below what clients wait for.
+liveness_seconds = 120
+# Pause between two such checks, seconds. A server at work is not asked, an idle one for one token.
+liveness_interval_seconds = 60

@@ -25,6 +25,8 @@ import tarfile
 import time
 from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
 
+from releases import record_of
+
 RELEASES = "/opt/llamafleet/releases"
 ERROR_LINES = 12
 
@@ -38,7 +40,7 @@ def say(text: str) -> None:
 
 
 def build(spec: dict[str, Any]) -> None:
-    if os.path.exists(f"{RELEASES}/{spec['key']}/release.json"):
+    if record_of(f"{RELEASES}/{spec['key']}"):
         say(f"release {spec['key']} is already complete")
         return
     with turn(spec):
@@ -162,8 +164,9 @@ def describe(spec: dict[str, Any], partial: str) -> None:
     """Write release.json: of what the release was made, where, and what every file must hash to."""
     version = version_of(partial)
     files = {name: sha256_of(f"{partial}/bin/{name}") for name in sorted(os.listdir(f"{partial}/bin"))}
+    sizes = {name: os.path.getsize(f"{partial}/bin/{name}") for name in files}
     record = {**spec["record"], "key": spec["key"], "commit": spec["commit"],
-              "version": version, "files": files}  # fmt: skip
+              "version": version, "files": files, "sizes": sizes}  # fmt: skip
     with open(f"{partial}/release.json", "w") as file:
         json.dump(record, file, indent=1)
 
@@ -173,7 +176,7 @@ def give_name(spec: dict[str, Any], partial: str) -> None:
     os.sync()
     os.makedirs(RELEASES, exist_ok=True)
     target = f"{RELEASES}/{spec['key']}"
-    shutil.rmtree(target, ignore_errors=True)  # there without a release.json: half deleted
+    shutil.rmtree(target, ignore_errors=True)  # there, and half deleted
     os.rename(partial, target)
     say(f"release {spec['key']} is complete")
 

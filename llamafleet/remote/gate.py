@@ -1,13 +1,17 @@
 """Is what runs what was planned? Asked before an instance is called good.
 
-Contract: `gate.py check SPEC.json` runs every check in order, stops at the first that fails, and
-prints {"ok": bool, "checks": [{"name", "ok", "expected", "found", "hint"}]}; exit 0 good, 1 not.
-`gate.py start SPEC.json`, the unit's ExecStartPost, waits for /health and then asks whether the planned
+Contract: `gate.py check PLAN.json [--record]` runs every check in order, stops at the first that fails, and
+prints {"ok": bool, "checks": [{"name", "ok", "expected", "found", "hint"}], "decode_tokens_per_s": float | null};
+exit 0 good, 1 not. With --record it also writes /var/lib/llamafleet/gate/NAME.json: that, "time" (UTC),
+"identity" and "release" of the plan, what the next gate compares with, and "last_failure" {"time", "release", "check"}.
+`gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then asks whether the planned
 GPUs hold the process, so that a boot at which the driver was not ready yet ends in a restart and not in
-a server on the CPU. SPEC has the `gate`
-object of plan.json: unit, argv, url, api_keys (path | null), health_seconds, context_tokens (of one
-slot), slots, backend, gpus [{"uuid", "name", "planned_bytes", and what gate_devices.py reads}]. Standard
-library, psutil and pynvml only; gate_devices.py lies beside it.
+a server on the CPU.
+
+PLAN.json is plan.json, of which is read: identity, release, files, plan.predicted, and `gate`: unit, argv, url,
+api_keys (path | null), health_seconds (the most that loading may take), context_tokens (of one slot), slots,
+kv_type, speed_floor_percent, backend, gpus [{"uuid", "name", "planned_bytes", and what gate_devices.py
+reads}]. Standard library, psutil and pynvml only; gate_*.py lie beside it.
 
 `/health` alone proves little: llama-server answers 200 also after it silently fell back to the CPU.
 """
@@ -15,64 +19,32 @@ library, psutil and pynvml only; gate_devices.py lies beside it.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from typing import Any, Callable, Sequence  # the contract is Python 3.8, whose own are typing's
 
 from gate_devices import cause_of_end, check_devices
+from gate_load import deadline
+from gate_reply import REMEMBERED, check_completion, check_speed, speed_key
+from gate_server import (
+    GATES,
+    ask,
+    first_key,
+    instance_of,
+    is_alive,
+    main_pid,
+    read_json,
+    result,
+    unit_state,
+    value_of,
+    write_json,
+)  # fmt: skip
 
 # The share of a GPU's planned bytes that the process must really hold. The CUDA context comes on
 # top of the plan, so a healthy process holds more than planned; a fallback to the CPU holds none.
 HELD_SHARE = 0.5
-
-
-def result(name: str, ok: bool, expected: object, found: object, hint: str = "") -> dict[str, Any]:
-    return {"name": name, "ok": ok, "expected": expected, "found": found, "hint": hint}
-
-
-def main_pid(unit: str) -> int:
-    done = subprocess.run(["systemctl", "show", "--property=MainPID", "--value", unit],
-                          stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
-    return int(done.stdout.strip() or 0)
-
-
-def unit_state(unit: str) -> str:
-    """Such as "active/running", "activating/start-post" or "activating/auto-restart"."""
-    done = subprocess.run(["systemctl", "show", "--property=ActiveState,SubState", unit],
-                          stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
-    shown = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
-    return f"{shown.get('ActiveState')}/{shown.get('SubState')}"
-
-
-def is_alive(state: str) -> bool:
-    """May a unit in this state still come to serve? One that systemd starts again has failed once."""
-    return state.startswith(("active/", "activating/")) and state != "activating/auto-restart"
-
-
-def ask(
-    url: str, path: str, key: str | None = None, body: dict[str, Any] | None = None, seconds: float = 120.0
-) -> tuple[int, Any]:
-    """(status, JSON or text); status 0 where nothing answered."""
-    headers = {"Content-Type": "application/json"}
-    if key:
-        headers["Authorization"] = "Bearer " + key
-    data = json.dumps(body).encode() if body is not None else None
-    # A proxy of the environment must not stand between the host and its own server.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(urllib.request.Request(url + path, data, headers), timeout=seconds) as answer:
-            status, text = answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        status, text = error.code, error.read()
-    except (OSError, ValueError) as error:
-        return 0, str(error)
-    try:
-        return status, json.loads(text)
-    except ValueError:
-        return status, text.decode("utf-8", "replace")[:500]
 
 
 def wait_for_health(url: str, seconds: float, alive: Callable[[], bool] = lambda: True) -> int:
@@ -90,23 +62,31 @@ def check_health(spec: dict[str, Any]) -> dict[str, Any]:
         # While ExecStartPost waits, systemd calls a unit "activating" also after its server has ended.
         return is_alive(unit_state(spec["unit"])) and main_pid(spec["unit"]) > 0
 
-    status = wait_for_health(spec["url"], spec["health_seconds"], alive)
+    seconds, how = spec["health_seconds"], "it answers already"
+    status = wait_for_health(spec["url"], 0.0, alive)
+    if status != 200 and alive():
+        seconds, how = deadline([file["path"] for file in spec["files"]], spec["health_seconds"])
+        status = wait_for_health(spec["url"], seconds, alive)
     state, running = unit_state(spec["unit"]), alive()
     ended = ", its server has ended" if is_alive(state) and not running else ""
     return result(
-        "health", status == 200, f"200 from {spec['url']}/health within {spec['health_seconds']:.0f} s",
+        "health", status == 200, f"200 from {spec['url']}/health within {seconds:.0f} s ({how})",
         f"{status or 'no answer'}, unit {state}{ended}",
         "loading takes longer than the deadline" if running else cause_of_end(spec["unit"]) or "its journal says why",
     )  # fmt: skip
 
 
-def check_process(spec: dict[str, Any]) -> dict[str, Any]:
-    pid = main_pid(spec["unit"])
+def arguments(unit: str) -> list[str]:
+    """What the unit's process really runs with; empty where there is none."""
     try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            found = file.read().decode("utf-8", "surrogateescape").split("\0")[:-1]
+        with open(f"/proc/{main_pid(unit)}/cmdline", "rb") as file:
+            return file.read().decode("utf-8", "surrogateescape").split("\0")[:-1]
     except OSError:
-        found = []
+        return []
+
+
+def check_process(spec: dict[str, Any]) -> dict[str, Any]:
+    found = arguments(spec["unit"])
     return result("process", found == spec["argv"], spec["argv"], found,
                   "the unit was edited by hand, or systemd read an argument differently")  # fmt: skip
 
@@ -120,34 +100,35 @@ def check_key(spec: dict[str, Any]) -> dict[str, Any] | None:
                   "an empty key file switches llama-server's authentication off")  # fmt: skip
 
 
-def first_key(spec: dict[str, Any]) -> str | None:
-    if not spec["api_keys"]:
-        return None
-    with open(spec["api_keys"]) as file:
-        return file.readline().strip()
-
-
 def check_context(spec: dict[str, Any]) -> dict[str, Any]:
     status, props = ask(spec["url"], "/props", first_key(spec))
     settings = props.get("default_generation_settings", {}) if isinstance(props, dict) else {}
-    found = {"context_tokens": settings.get("n_ctx"), "slots": props.get("total_slots") if settings else None}
-    expected = {"context_tokens": spec["context_tokens"], "slots": spec["slots"]}
+    found = {"context_tokens": settings.get("n_ctx"), "slots": props.get("total_slots") if settings else None,
+             "kv_types": kv_types(spec["unit"])}  # fmt: skip
+    expected = {"context_tokens": spec["context_tokens"], "slots": spec["slots"], "kv_types": [spec["kv_type"]]}
     return result("context", found == expected, expected, found if settings else f"status {status}",
                   "the model was trained for less, or llama-server padded or cut the context")  # fmt: skip
 
 
-def check_completion(spec: dict[str, Any]) -> dict[str, Any]:
-    body = {"prompt": "Hello", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-    status, answer = ask(spec["url"], "/v1/completions", first_key(spec), body, seconds=300.0)
-    usage = answer.get("usage", {}) if isinstance(answer, dict) else {}
-    tokens = usage.get("completion_tokens", 0)
-    return result(
-        "completion",
-        status == 200 and tokens == 8,
-        "200 and 8 tokens",
-        f"{status or 'no answer'} and {tokens} tokens",
-        str(answer)[:300] if status != 200 else "",
-    )
+def kv_types(unit: str) -> list[str]:
+    """Types of the KV cache: of its arguments, and as it told them while it loaded.
+
+    No address tells them. The log does with --log-verbosity 4 or more, as far as the journal still has it
+    (llama-kv-cache.cpp:301); types that cannot be had end the start (llama-context.cpp:3838-3870).
+    """
+    words = arguments(unit)
+    given = filter(None, (value_of("--cache-type-k", words), value_of("--cache-type-v", words)))
+    told = re.findall(r"K \((\w+)\): .*V \((\w+)\):", log_of_start(unit))
+    return sorted({*given, *(kind for pair in told for kind in pair)})
+
+
+def log_of_start(unit: str) -> str:
+    """What the unit logged since it was last started."""
+    shown = subprocess.run(["systemctl", "show", "--property=InvocationID", "--value", unit],
+                           stdout=subprocess.PIPE, text=True)  # fmt: skip
+    command = ["journalctl", "--quiet", "--output=cat", "--no-pager", "_SYSTEMD_INVOCATION_ID=" + shown.stdout.strip()]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return done.stdout.decode("utf-8", "replace")
 
 
 def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
@@ -212,7 +193,9 @@ def text(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-CHECKS = (check_health, check_process, check_gpus, check_devices, check_key, check_context, check_completion)
+CHECKS = (
+    check_health, check_process, check_gpus, check_devices, check_key, check_context, check_completion, check_speed,
+)  # fmt: skip
 START_CHECKS = (check_health, check_gpus, check_devices)
 
 
@@ -230,13 +213,44 @@ def check(
     return {"ok": all(found["ok"] for found in checks), "checks": checks}
 
 
+def read_spec(path: str) -> dict[str, Any]:
+    """The plan's `gate` object with what the checks need beside it. Plans of earlier versions lack some."""
+    with open(path) as file:
+        plan = json.load(file)
+    gate = {"kv_type": value_of("--cache-type-k", plan["gate"]["argv"]), "speed_floor_percent": 0, **plan["gate"]}
+    record = f"{GATES}/{instance_of(gate['unit'])}.json"
+    predicted = plan.get("plan", {}).get("predicted") or {}
+    return {
+        **gate, "files": plan.get("files", []), "identity": plan.get("identity"), "release": plan.get("release"),
+        "predicted_tokens_per_s": predicted.get("decode_tokens_per_s", 0.0),
+        "record": record, "last": read_json(record), "measured": {},
+    }  # fmt: skip
+
+
+def keep_record(spec: dict[str, Any], found: dict[str, Any]) -> None:
+    """Note the verdict, and of a good one what the next gate compares with."""
+    last, measured, now = spec["last"], spec["measured"], time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    record = {**last, **found, "time": now, "identity": spec["identity"], "release": spec["release"]}
+    if found["ok"]:
+        key = speed_key(spec)
+        speeds = last.get("speeds", []) if last.get("speed_key") == key else []
+        speeds = [*speeds, measured["decode_tokens_per_s"]] if "decode_tokens_per_s" in measured else speeds
+        record.update(measured, speed_key=key, speeds=speeds[-REMEMBERED:])
+    else:
+        record["last_failure"] = {"time": now, "release": spec["release"], "check": found["checks"][-1]}
+    write_json(spec["record"], record)
+
+
 def main(argv: list[str]) -> int:
-    with open(argv[1]) as file:
-        spec = json.load(file)["gate"]
+    spec = read_spec(argv[1])
     found = check(spec, CHECKS if argv[0] == "check" else START_CHECKS)
     if argv[0] == "check":
+        found["decode_tokens_per_s"] = spec["measured"].get("decode_tokens_per_s")
+        if "--record" in argv:
+            keep_record(spec, found)
         print(json.dumps(found))
-    for bad in [] if argv[0] == "check" else found["checks"]:
+        return 0 if found["ok"] else 1
+    for bad in found["checks"]:
         if not bad["ok"]:  # for the journal
             print(f"{bad['name']}: expected {bad['expected']}, found {bad['found']} ({bad['hint']})", file=sys.stderr)
     return 0 if found["ok"] else 1

@@ -7,19 +7,34 @@ was removed. Standard library only.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
-from typing import Iterator  # the contract is Python 3.8, whose own Iterator is typing's
+from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
 
 OPT = "/opt/llamafleet"
 UNITS = "/etc/systemd/system"
 GOOD = "/var/lib/llamafleet/good"
 
 
+def record_of(folder: str) -> dict[str, Any] | None:
+    """The record of a release that is whole: every file that it names is there, in its size."""
+    try:
+        with open(f"{folder}/release.json") as file:
+            record: dict[str, Any] = json.load(file)
+        sizes = record.get("sizes", {})
+        for name in record["files"]:
+            if os.stat(f"{folder}/bin/{name}").st_size != sizes.get(name, os.stat(f"{folder}/bin/{name}").st_size):
+                return None
+    except (OSError, ValueError, KeyError):
+        return None
+    return record
+
+
 def main(argv: list[str]) -> int:
     key, keep = argv[0], int(argv[1])
-    if not os.path.exists(f"{OPT}/releases/{key}/release.json"):
+    if record_of(f"{OPT}/releases/{key}") is None:
         print(f"error: {OPT}/releases/{key} is not a complete release", file=sys.stderr)
         return 1
     link = f"{OPT}/.current"

@@ -25,6 +25,8 @@ DRIVER_SECONDS = 20.0  # a driver that does not answer in this time hangs
 MADE_BY = "# Made by llamafleet"
 SECRETS = ("api-keys", "tls-certificate", "tls-key")
 PREFIX, SUFFIX = "llama-server-", ".service"
+# Of the timer of an instance's liveness check, and of what it starts.
+LIVENESS = ("-liveness.service", "-liveness.timer")
 
 
 def main(argv: list[str]) -> None:
@@ -102,9 +104,10 @@ def link_name(path: str) -> str | None:
 
 
 def releases() -> dict[str, Any]:
-    """Finished builds: key to their release.json."""
-    return {key: record for key in listing(OPT + "/releases")
-            if (record := read_json(f"{OPT}/releases/{key}/release.json"))}  # fmt: skip
+    """Finished builds that are whole: key to their release.json."""
+    from releases import record_of
+
+    return {key: record for key in listing(OPT + "/releases") if (record := record_of(f"{OPT}/releases/{key}"))}
 
 
 def listing(path: str) -> list[str]:
@@ -149,7 +152,9 @@ def instances() -> dict[str, dict[str, Any]]:
 
 
 def units() -> list[str]:
-    return [name for name in listing(UNITS) if name.startswith(PREFIX) and name.endswith(SUFFIX)]
+    """Instances' units; what belongs to one is looked at with it."""
+    return [name for name in listing(UNITS)
+            if name.startswith(PREFIX) and name.endswith(SUFFIX) and not name.endswith(LIVENESS)]  # fmt: skip
 
 
 def is_ours(unit: str) -> bool:
@@ -171,6 +176,11 @@ def instance(name: str) -> dict[str, Any]:
         "plan_sha256": sha256_of(f"{ETC}/instances/{name}/plan.json"),
         "secrets": {one: hashed for one in SECRETS if (hashed := sha256_of(f"{ETC}/instances/{name}/{one}"))},
         "preflight": (read_json(f"{ETC}/instances/{name}/plan.json") or {}).get("preflight"),
+        "good_sha256": sha256_of(f"{VAR}/good/{name}/{unit}"),
+        "liveness_sha256": {
+            PREFIX + name + end: found for end in LIVENESS if (found := sha256_of(f"{UNITS}/{PREFIX}{name}{end}"))
+        },
+        "liveness": show(f"{PREFIX}{name}-liveness.timer", "ActiveState").get("ActiveState"),
         "active": shown.get("ActiveState"),
         "sub": shown.get("SubState"),
         "enabled": shown.get("UnitFileState"),

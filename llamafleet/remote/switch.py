@@ -1,9 +1,10 @@
 """Switch one instance to a new unit, or back where the new one does not serve.
 
 Contract: `switch.py install NAME` takes the staged files of /var/lib/llamafleet/staged/NAME (the unit,
-plan.json, and the secrets that it has), keeps the installed ones aside, installs, starts, runs
-the gate and, where it fails, puts the old ones back and proves that they serve again. `switch.py
-remove NAME` stops and removes an instance. Log lines on stdout; the last one of a failure begins
+plan.json, the secrets that it has, the units of its liveness check where there is one), keeps the
+installed ones aside, installs, starts, runs the gate and, where it fails, puts the old ones back and proves
+that they serve again. `switch.py watch NAME` installs the staged liveness check alone, and the server runs
+on. `switch.py remove NAME` stops and removes an instance. Log lines on stdout; the last one of a failure begins
 with `error: `. Exit 0 done, 1 failed. Killed at any point it can simply be run again: what is kept
 aside is the last set of files that passed the gate. Root, standard library only.
 """
@@ -16,12 +17,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 UNITS = "/etc/systemd/system"
 INSTANCES = "/etc/llamafleet/instances"
 STAGED = "/var/lib/llamafleet/staged"
 GOOD = "/var/lib/llamafleet/good"
 SECRETS = ("api-keys", "tls-certificate", "tls-key")
+GATES = "/var/lib/llamafleet/gate"
 GATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "gate.py")
 VERIFY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "verify.py")
 
@@ -34,19 +37,31 @@ def unit_of(name: str) -> str:
     return f"llama-server-{name}.service"
 
 
+def timer_of(name: str) -> str:
+    return f"llama-server-{name}-liveness.timer"
+
+
+def watching(name: str) -> list[str]:
+    """The units of an instance's liveness check."""
+    return [f"llama-server-{name}-liveness.service", timer_of(name)]
+
+
 def installed(name: str) -> dict[str, tuple[str, int]]:
     """Where the files of an instance are installed, with their modes."""
     return {
-        unit_of(name): (f"{UNITS}/{unit_of(name)}", 0o644),
+        **{unit: (f"{UNITS}/{unit}", 0o644) for unit in (unit_of(name), *watching(name))},
         "plan.json": (f"{INSTANCES}/{name}/plan.json", 0o644),
         **{secret: (f"{INSTANCES}/{name}/{secret}", 0o600) for secret in SECRETS},
     }
 
 
-def put(name: str, source: str) -> None:
-    """Install the files of a folder: each replaced as a whole, absent ones removed."""
+def put(name: str, source: str, only: list[str] | None = None) -> None:
+    """Install the files of a folder, all or `only` these: each replaced as a whole, absent ones removed."""
     os.makedirs(f"{INSTANCES}/{name}", mode=0o755, exist_ok=True)
+    unwatch(name)
     for file, (target, mode) in installed(name).items():
+        if only is not None and file not in only:
+            continue
         if os.path.exists(f"{source}/{file}"):
             shutil.copyfile(f"{source}/{file}", target + ".new")
             os.chmod(target + ".new", mode)
@@ -54,6 +69,17 @@ def put(name: str, source: str) -> None:
         elif os.path.exists(target):
             os.unlink(target)
     systemctl("daemon-reload")
+
+
+def unwatch(name: str) -> None:
+    """Let no liveness check come between; nothing where there is none."""
+    if os.path.exists(f"{UNITS}/{timer_of(name)}"):
+        systemctl("disable", "--quiet", "--now", timer_of(name))
+
+
+def start_watching(name: str) -> None:
+    if os.path.exists(f"{UNITS}/{timer_of(name)}"):
+        systemctl("enable", "--quiet", "--now", timer_of(name))
 
 
 def keep(name: str) -> None:
@@ -123,7 +149,7 @@ def start_and_check(name: str) -> str | None:
     # why, is the gate's to say.
     subprocess.run(["systemctl", "start", unit_of(name)])
     done = subprocess.run(
-        [sys.executable, "-s", "-E", "-B", GATE, "check", f"{INSTANCES}/{name}/plan.json"],
+        [sys.executable, "-s", "-E", "-B", GATE, "check", f"{INSTANCES}/{name}/plan.json", "--record"],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -160,25 +186,47 @@ def install(name: str) -> None:
     problem = start_and_check(name)
     if problem is None:
         keep(name)
+        start_watching(name)
         return
     print(journal(name), flush=True)
     raise Failed(f"{unit_of(name)} did not pass the gate: {problem}; {go_back(name)}")
 
 
+def watch(name: str) -> None:
+    """Install the staged liveness check; the last good files get it too."""
+    try:
+        put(name, f"{STAGED}/{name}", only=watching(name))
+    finally:
+        shutil.rmtree(f"{STAGED}/{name}", ignore_errors=True)
+    for unit in watching(name) if os.path.isdir(f"{GOOD}/{name}") else []:
+        if os.path.exists(f"{UNITS}/{unit}"):
+            shutil.copy2(f"{UNITS}/{unit}", f"{GOOD}/{name}/{unit}")
+        elif os.path.exists(f"{GOOD}/{name}/{unit}"):
+            os.unlink(f"{GOOD}/{name}/{unit}")
+    start_watching(name)
+
+
 def go_back(name: str) -> str:
     """Restore the last good files; says what came of it."""
+    began = time.monotonic()
     if not os.path.isdir(f"{GOOD}/{name}"):
         systemctl("disable", "--quiet", "--now", unit_of(name))
         return f"there was no previous one, so it was stopped; its log: journalctl -u {unit_of(name)}"
     put(name, f"{GOOD}/{name}")
     problem = start_and_check(name)
+    start_watching(name)  # also where it does not serve: then it is worth a look the more
     if problem is None:
-        return "the previous one was put back and serves"
+        return f"the previous one was put back and serves, {time.monotonic() - began:.0f} s after the failed gate"
     return f"the previous one was put back but does not serve either: {problem}"
 
 
 def remove(name: str) -> None:
+    unwatch(name)
     systemctl("disable", "--quiet", "--now", unit_of(name))
+    for file in [*(f"{UNITS}/{unit}" for unit in watching(name)), f"{GATES}/{name}.json",
+                 f"{GATES}/{name}.liveness.json", f"/run/llamafleet/liveness-{name}.json"]:  # fmt: skip
+        if os.path.exists(file):
+            os.unlink(file)
     for folder in (f"{INSTANCES}/{name}", f"{GOOD}/{name}", f"{STAGED}/{name}"):
         shutil.rmtree(folder, ignore_errors=True)
     os.unlink(f"{UNITS}/{unit_of(name)}")  # last: while it is there, the next run sees what is left to do
@@ -191,7 +239,7 @@ def main(argv: list[str]) -> int:
     try:
         with open(f"/run/llamafleet/switch-{name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # a job that a killed run left may still be at it
-            {"install": install, "remove": remove}[verb](name)
+            {"install": install, "watch": watch, "remove": remove}[verb](name)
     except (Failed, OSError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", flush=True)
         return 1

@@ -56,6 +56,8 @@ class Served:
     facts: Mapping[str, Any]
     # Key of the host's current release; None where there is none.
     release: str | None
+    # Is a liveness check wanted?
+    watched: bool
 
     @property
     def plan(self) -> Mapping[str, Any]:
@@ -67,7 +69,8 @@ def served(box: Box, instance: Instance) -> Served:
     """The part of a host's facts that is about one instance."""
     found = box.facts["release"]
     key = found["target"].rsplit("/", 1)[-1] if found else None
-    return Served(f"{box.where}/{instance.name}", instance, box.facts["instances"][instance.name], key)
+    facts, watched = box.facts["instances"][instance.name], box.settings.liveness_seconds > 0
+    return Served(f"{box.where}/{instance.name}", instance, facts, key, watched)
 
 
 # --- a host; instances are checked in `instance_checks.py` ---

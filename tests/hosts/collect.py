@@ -1,7 +1,7 @@
 """What a deployed host is really like, as one JSON object.
 
 Contract: one argument, {"instances": [names], "quick": bool}; prints one line of JSON and changes
-nothing (a completion of eight tokens is asked of each instance, by gate.py). Runs as root on the
+nothing (some completions of a few tokens are asked of each instance, by gate.py). Runs as root on the
 host, sent over `python3 -c`: Python 3.8, standard library, imports nothing of ours. What is missing
 is null, never an error. API keys and tokens are looked at, never printed. `quick` does not read model
 files but takes the checksum that was noted when they were verified, where the file is unchanged since.
@@ -127,7 +127,8 @@ def units():
     for verb in ("list-units", "list-unit-files"):
         _, text = output_of(["systemctl", verb, "--all", "--plain", "--no-legend", "llama-server-*.service"])
         names |= set(re.findall(r"^(llama-server-\S+\.service)\s", text, re.MULTILINE))
-    return sorted(names)
+    # What asks whether an instance is alive is looked at with that instance.
+    return sorted(name for name in names if not name.endswith("-liveness.service"))
 
 
 def instance(name, quick):
@@ -150,7 +151,19 @@ def instance(name, quick):
         "listening": listening(pid),
         "keys": keys(folder + "/api-keys"),
         "models": {file["path"]: model(file["path"], quick) for file in (plan or {}).get("files", [])},
+        "liveness": liveness(name),
         "gate": gate(folder + "/plan.json", (plan or {}).get("gate", {})),
+    }
+
+
+def liveness(name):
+    """The timer's state, and for both units of the check whether they are what last passed the gate."""
+    units = [f"llama-server-{name}-liveness.{kind}" for kind in ("service", "timer")]
+    texts = {unit: read_text(f"{UNITS}/{unit}") for unit in units}
+    return {
+        "active": show(units[1]).get("ActiveState"),
+        "units": [unit for unit in units if texts[unit] is not None],
+        "as_kept": all(texts[unit] == read_text(f"{VAR}/good/{name}/{unit}") for unit in units),
     }
 
 

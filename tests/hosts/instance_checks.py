@@ -14,7 +14,7 @@ from tests.hosts.checks import Problem, Problems, Served, say
 LOOP_SECONDS = 1800
 # linux/seccomp.h, SECCOMP_MODE_FILTER, as /proc/PID/status shows it.
 SECCOMP_FILTER = 2
-GATE_CHECKS = ("health", "process", "gpu memory", "devices", "api key", "context", "completion")
+GATE_CHECKS = ("health", "process", "gpu memory", "devices", "api key", "context", "completion", "speed")
 
 
 def plan_file(one: Served) -> Problems:
@@ -246,4 +246,16 @@ def gate(one: Served, name: str) -> Problems:
         yield Problem(one.where, f"gate: {name}", verdict["expected"], verdict["found"], verdict["hint"])
 
 
-INSTANCE_CHECKS = (plan_file, models, unit, running, process, sandbox, listening, keys)
+def liveness(one: Served) -> Problems:
+    """A timer asks the server now and then for a token, unless the settings want none."""
+    found, wanted = one.facts["liveness"], one.watched
+    units = f"units llama-server-{one.instance.name}-liveness.*"
+    if bool(found["units"]) is not wanted:
+        yield Problem(one.where, units, "both" if wanted else "none", found["units"], "deploy again")
+    elif not found["as_kept"]:
+        yield Problem(one.where, units, "those that llamafleet made", "others", "edited by hand? deploy again")
+    elif wanted and found["active"] != "active":
+        yield Problem(one.where, units, "an active timer", found["active"], "stopped by hand? deploy again")
+
+
+INSTANCE_CHECKS = (plan_file, models, unit, running, process, sandbox, listening, keys, liveness)

@@ -82,9 +82,13 @@ def test_keys(served: checks.Served) -> None:
     good(instance_checks.keys(served))
 
 
+def test_liveness(served: checks.Served) -> None:
+    good(instance_checks.liveness(served))
+
+
 @pytest.mark.parametrize("name", instance_checks.GATE_CHECKS, ids=lambda name: name.replace(" ", "-"))
 def test_gate(served: checks.Served, name: str) -> None:
-    """The gate that let the instance in, asked again: health, arguments, GPU memory, key, context, reply."""
+    """The gate that let the instance in, asked again: health, arguments, GPU memory, key, context, reply, speed."""
     if name not in instance_checks.planned_gate_checks(served):
         pytest.skip("the plan uses no GPU" if name == "gpu memory" else "no API key is asked for")
     good(instance_checks.gate(served, name))

@@ -1,0 +1,77 @@
+"""How long an instance may load before it is called hanging.
+
+Part of gate.py and under its contract: Python 3.8, standard library.
+
+    START_SECONDS + model bytes / (LOAD_SHARE x min(disk speed, FASTEST_LOAD)), at most the plan's limit
+
+The disk's speed is measured here and now and is part of no plan, so that noise changes no identity.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+
+MIB = 1 << 20
+# Before a server answers: start, initialisation of the GPU, warm-up, seconds.
+START_SECONDS = 60.0
+# llama-server loads slower than the disk reads: it repacks, and copies to the GPU.
+LOAD_SHARE = 0.5
+# Faster than this it is not the disk that loading waits for, bytes a second.
+FASTEST_LOAD = 1024 * MIB
+# A measurement reads this much in pieces spread over the files, and ends after so many seconds.
+PIECE_BYTES, PIECES, MEASURE_SECONDS = 4 * MIB, 16, 2.0
+
+
+def deadline(files: list[str], limit: float) -> tuple[float, str]:
+    """Seconds that loading may take, and how that was found."""
+    sizes = {path: os.stat(path).st_size for path in files if os.path.exists(path)}
+    speed = read_speed(sizes)
+    if speed is None:
+        return limit, "the plan's limit: the model's files cannot be read"
+    rate = LOAD_SHARE * min(speed, FASTEST_LOAD)
+    seconds = START_SECONDS + sum(sizes.values()) / rate
+    told = f"{START_SECONDS:.0f} s and {sum(sizes.values()) / MIB:.0f} MiB at {rate / MIB:.0f} MiB/s"
+    return min(seconds, limit), told
+
+
+def read_speed(sizes: dict[str, int]) -> float | None:
+    """Bytes a second at which the files' disk reads, past the page cache; None where nothing can be read."""
+    pieces = spread(sizes)
+    done, began = 0, time.monotonic()
+    for path, offset in pieces:
+        try:
+            done += read_piece(path, offset)
+        except OSError:
+            continue
+        if time.monotonic() - began > MEASURE_SECONDS:
+            break
+    return done / max(time.monotonic() - began, 1e-6) if done else None
+
+
+def spread(sizes: dict[str, int]) -> list[tuple[str, int]]:
+    """Where to read: PIECES places, evenly over all bytes of all files."""
+    total, found = sum(sizes.values()), []
+    for number in range(PIECES):
+        position = total * number // PIECES
+        for path, size in sizes.items():
+            if position < size:
+                found.append((path, position - position % PIECE_BYTES))
+                break
+            position -= size
+    return sorted(set(found))
+
+
+def read_piece(path: str, offset: int) -> int:
+    """Bytes read without the page cache; through it, emptied of the piece, where the file system has no such way."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        handle = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(handle, offset, PIECE_BYTES, os.POSIX_FADV_DONTNEED)
+    try:
+        with mmap.mmap(-1, PIECE_BYTES) as buffer:  # of whole pages, as direct I/O wants it
+            return os.preadv(handle, [buffer], offset)
+    finally:
+        os.close(handle)

@@ -1,0 +1,104 @@
+"""How the gate and the liveness check talk to a unit and its server.
+
+Part of gate.py and liveness.py and under their contracts: Python 3.8, standard library.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import urllib.error
+import urllib.request
+from typing import Any
+
+GATES = "/var/lib/llamafleet/gate"
+
+
+def result(name: str, ok: bool, expected: object, found: object, hint: str = "") -> dict[str, Any]:
+    return {"name": name, "ok": ok, "expected": expected, "found": found, "hint": hint}
+
+
+def main_pid(unit: str) -> int:
+    done = subprocess.run(["systemctl", "show", "--property=MainPID", "--value", unit],
+                          stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
+    return int(done.stdout.strip() or 0)
+
+
+def unit_state(unit: str) -> str:
+    """Such as "active/running", "activating/start-post" or "activating/auto-restart"."""
+    done = subprocess.run(["systemctl", "show", "--property=ActiveState,SubState", unit],
+                          stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
+    shown = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    return f"{shown.get('ActiveState')}/{shown.get('SubState')}"
+
+
+def is_alive(state: str) -> bool:
+    """May a unit in this state still come to serve? One that systemd starts again has failed once."""
+    return state.startswith(("active/", "activating/")) and state != "activating/auto-restart"
+
+
+def ask(
+    url: str, path: str, key: str | None = None, body: dict[str, Any] | None = None, seconds: float = 120.0
+) -> tuple[int, Any]:
+    """(status, JSON or text); status 0 where nothing answered."""
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = "Bearer " + key
+    data = json.dumps(body).encode() if body is not None else None
+    # A proxy of the environment must not stand between the host and its own server.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(urllib.request.Request(url + path, data, headers), timeout=seconds) as answer:
+            status, text = answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        status, text = error.code, error.read()
+    except (OSError, ValueError) as error:
+        return 0, str(error)
+    try:
+        return status, json.loads(text)
+    except ValueError:
+        return status, text.decode("utf-8", "replace")[:500]
+
+
+def first_key(spec: dict[str, Any]) -> str | None:
+    if not spec["api_keys"]:
+        return None
+    with open(spec["api_keys"]) as file:
+        return file.readline().strip()
+
+
+def slots(spec: dict[str, Any], seconds: float = 5.0) -> list[dict[str, Any]] | None:
+    """What each slot is doing; None where the server does not say.
+
+    The server's own thread answers this also while a batch is computed (server_context, yield_to_queue).
+    """
+    status, told = ask(spec["url"], "/slots", first_key(spec), seconds=seconds)
+    return told if status == 200 and isinstance(told, list) else None
+
+
+def value_of(flag: str, words: list[str]) -> str | None:
+    """The value of a flag on a command line; None where it is not given."""
+    return words[words.index(flag) + 1] if flag in words[:-1] else None
+
+
+def instance_of(unit: str) -> str:
+    return unit[len("llama-server-") : -len(".service")]
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """The JSON object of a file; empty where there is none."""
+    try:
+        with open(path) as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_json(path: str, value: dict[str, Any]) -> None:
+    """Replace the file as a whole."""
+    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+    with open(path + ".new", "w") as file:
+        json.dump(value, file, indent=1)
+    os.replace(path + ".new", path)

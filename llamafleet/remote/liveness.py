@@ -1,0 +1,142 @@
+"""Does a running instance still produce tokens? Restarts it where it does not.
+
+Contract: `liveness.py PLAN.json SECONDS`, run by the instance's timer. PLAN.json is plan.json, of which the
+`gate` object is read: unit, argv, url, api_keys. A server that has worked since the last check is left
+alone; an idle one is asked for one token. It counts as wedged when for SECONDS it neither answers nor any of
+its slots gets on, and is then restarted by systemd: SIGTERM, after the unit's stop timeout SIGKILL, and no
+more often than the unit's start limit allows. Not looked at: a unit that does not run (systemd restarts
+what has ended), is loading, or is being switched. Exit 0 nothing to do, 1 restarted.
+Writes /run/llamafleet/liveness-NAME.json (what was seen) and, on a restart, /var/lib/llamafleet/gate/
+NAME.liveness.json {"restarts", "time", "why"}. Root, standard library; gate_server.py lies beside it.
+
+`/health` can answer 200 on a server whose GPU hangs; `/slots` too, also while a batch is computed. So only
+counters that move are proof of life, and a long queue is none of death.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, Dict, List  # the contract is Python 3.8, whose own are typing's
+
+from gate_server import GATES, ask, first_key, instance_of, main_pid, read_json, slots, unit_state, value_of, write_json
+
+RUN = "/run/llamafleet"
+POLL_SECONDS = 1.0
+# A batch of a prompt is computed in one piece, in which no counter moves: so many times what it should take,
+# by the speed that the gate measured, are waited for even where SECONDS are less.
+BATCH_PATIENCE = 3
+
+Slots = Dict[str, List[Any]]
+
+
+def main(argv: list[str]) -> int:
+    with open(argv[0]) as file:
+        spec = json.load(file)["gate"]
+    name = instance_of(spec["unit"])
+    os.makedirs(RUN, exist_ok=True)
+    if unit_state(spec["unit"]) != "active/running":
+        return 0
+    pid = main_pid(spec["unit"])
+    before = read_json(f"{RUN}/liveness-{name}.json")
+    now = counters(spec)
+    if now is not None and before.get("pid") == pid and moved(before["slots"], now):
+        write_json(f"{RUN}/liveness-{name}.json", {"pid": pid, "slots": now})
+        return 0
+    why = wait_for_token(spec, patience(spec, float(argv[1])), now)
+    if why is None:
+        write_json(f"{RUN}/liveness-{name}.json", {"pid": pid, "slots": counters(spec) or {}})
+        return 0
+    return 1 if restart(spec["unit"], pid, why) else 0
+
+
+def patience(spec: dict[str, Any], seconds: float) -> float:
+    """How long nothing may happen: SECONDS, or longer where this very host needs longer for a batch."""
+    speed = read_json(f"{GATES}/{instance_of(spec['unit'])}.json").get("prompt_tokens_per_s")
+    batch = int(value_of("--batch-size", spec["argv"]) or 0)
+    return max(seconds, BATCH_PATIENCE * batch / speed) if speed else seconds
+
+
+def counters(spec: dict[str, Any]) -> Slots | None:
+    """Of each slot: its task, whether that is under way, tokens read and written; None: it does not say."""
+    told = slots(spec)
+    if told is None:
+        return None
+    return {str(slot["id"]): [slot.get("id_task"), bool(slot.get("is_processing")),
+                              slot.get("n_prompt_tokens_processed", 0),
+                              sum(one.get("n_decoded", 0) for one in slot.get("next_token", []))]
+            for slot in told}  # fmt: skip
+
+
+def moved(before: Slots, now: Slots) -> bool:
+    """Did any slot get on? A task that merely began, such as our own, is no sign of life."""
+    for slot, (task, working, read, written) in now.items():
+        old_task, old_working, old_read, old_written = before.get(slot, [None, False, 0, 0])
+        if task == old_task:
+            if (working and (read, written) != (old_read, old_written)) or (old_working and not working):
+                return True
+        elif task is not None and (not working or read or written):
+            return True
+    return False
+
+
+def wait_for_token(spec: dict[str, Any], seconds: float, seen: Slots | None) -> str | None:
+    """None where a token comes, or others' work goes on; else what was found in all that time."""
+    asked = Asked(spec, seconds)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        asked.done.wait(POLL_SECONDS)
+        if asked.done.is_set():
+            if 200 <= asked.status < 500:  # 4xx: it lives, though it does not like what we ask
+                return None
+            time.sleep(POLL_SECONDS)
+            asked = Asked(spec, max(POLL_SECONDS, deadline - time.monotonic()))
+        now = counters(spec)
+        if now is not None and seen is not None and moved(seen, now):
+            return None
+        seen = now if seen is None else seen
+    said = f"its last answer was {asked.status}" if asked.done.is_set() and asked.status else "no answer"
+    return f"no token within {seconds:.0f} s, {said}, and no slot got on"
+
+
+class Asked:
+    """A request for one token, on its way."""
+
+    def __init__(self, spec: dict[str, Any], seconds: float) -> None:
+        self.status = 0
+        self.done = threading.Event()
+        # A daemon: it must not keep us when we give up.
+        threading.Thread(target=self._ask, args=(spec, seconds), daemon=True).start()
+
+    def _ask(self, spec: dict[str, Any], seconds: float) -> None:
+        body = {"prompt": "a", "n_predict": 1, "temperature": 0}
+        self.status, _ = ask(spec["url"], "/completion", first_key(spec), body, seconds)
+        self.done.set()
+
+
+def restart(unit: str, pid: int, why: str) -> bool:
+    """Restart the unit, unless a deploy is at it or its process has changed meanwhile."""
+    name = instance_of(unit)
+    with open(f"{RUN}/switch-{name}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        if unit_state(unit) != "active/running" or main_pid(unit) != pid:
+            return False
+        print(f"{unit} is wedged: {why}; restarting it", flush=True)
+        path = f"{GATES}/{name}.liveness.json"
+        count = read_json(path).get("restarts", 0) + 1
+        write_json(path, {"restarts": count, "why": why, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+        # Not waited for: a deploy that takes the lock next has the last word.
+        subprocess.run(["systemctl", "restart", "--no-block", unit], check=True)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
