@@ -44,8 +44,8 @@ class Outside:
     sources: dict[str, str]
 
     def settings(self) -> dict[str, object]:
-        """Settings that point a host at the stand-ins."""
-        return {"llama_cpp_repository": self.repository, "hub_endpoint": self.hub.url}
+        """Settings that point a host at the stand-ins; hosts that share this machine's cores have no usual speed."""
+        return {"llama_cpp_repository": self.repository, "hub_endpoint": self.hub.url, "speed_floor_percent": 0}
 
 
 @contextlib.contextmanager

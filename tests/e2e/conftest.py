@@ -66,7 +66,8 @@ def settings(outside):
 
     def make(host, kind="dense", **overrides):
         model = {"name": "tiny", "source": outside.sources[kind], "port": PORT, "listen": host.address,
-                 "context_tokens": 1024, **overrides.pop("model", {})}  # fmt: skip
+                 # One thread: several that wait for each other crawl where cores are shared.
+                 "context_tokens": 1024, "threads": 1, **overrides.pop("model", {})}  # fmt: skip
         return {**outside.settings(), "build_cache": ON_HOST, "models": [model], **overrides}
 
     return make
