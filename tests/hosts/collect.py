@@ -14,9 +14,11 @@ import os
 import pwd
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import time
+import urllib.request
 
 OPT = "/opt/llamafleet"
 ETC = "/etc/llamafleet"
@@ -153,6 +155,7 @@ def instance(name, quick):
         "models": {file["path"]: model(file["path"], quick) for file in (plan or {}).get("files", [])},
         "liveness": liveness(name),
         "gate": gate(folder + "/plan.json", (plan or {}).get("gate", {})),
+        "allowed_origin": allowed_origin((plan or {}).get("gate", {}).get("url")),
     }
 
 
@@ -209,8 +212,15 @@ def process(pid):
         "exe": exe,
         "users": sorted(set(uids)),
         "age_seconds": age(pid),
+        "CoreLimit": core_limit(pid),
         **{name: int(fields[name], 16 if name.startswith("Cap") else 10) for name in wanted if name in fields},
     }
+
+
+def core_limit(pid):
+    """Soft and hard limit of core files, as the kernel has them: "0 0" where it never writes one."""
+    found = re.search(r"^Max core file size\s+(\S+)\s+(\S+)", read_text(f"/proc/{pid}/limits") or "", re.MULTILINE)
+    return found and " ".join(found.groups())
 
 
 def age(pid):
@@ -268,6 +278,23 @@ def model(path, quick):
         _hashed[path] = sha256_of(path)
     unchanged = (noted.get("size_bytes"), noted.get("mtime_ns")) == (found["size_bytes"], found["mtime_ns"])
     return {**found, "noted_sha256": noted.get("sha256") if unchanged else None, "sha256": _hashed.get(path)}
+
+
+def allowed_origin(url):
+    """What the server answers to a browser on another site's page; null where it does not answer."""
+    if not url:
+        return None
+    asked = urllib.request.Request(
+        f"{url}/v1/completions", headers={"Origin": "http://other.example"}, method="OPTIONS"
+    )
+    unverified = ssl.create_default_context()  # by its address, for which no certificate is made
+    unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
+    handlers = urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=unverified)
+    try:
+        with urllib.request.build_opener(*handlers).open(asked, timeout=30) as answer:
+            return answer.headers.get("Access-Control-Allow-Origin", "")
+    except (OSError, ValueError):
+        return None
 
 
 def gate(plan, spec):

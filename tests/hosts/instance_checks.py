@@ -172,11 +172,20 @@ def sandbox(one: Served) -> Problems:
         "CapEff": 0,
         "CapBnd": 0,
         "CapAmb": 0,
+        "CoreLimit": "0 0",
     }
     for name, value in expected.items():
         if found.get(name) != value:
             there = hex(found[name]) if name.startswith("Cap") and name in found else found.get(name)
-            yield Problem(one.where, f"{name} in /proc/{found['pid']}/status", value, there)
+            file = "limits" if name == "CoreLimit" else "status"
+            yield Problem(one.where, f"{name} in /proc/{found['pid']}/{file}", value, there)
+
+
+def origins(one: Served) -> Problems:
+    """Web pages of other sites may not read its answers, unless some were asked for by name."""
+    asked = [flag for flag in one.instance.dangerous_flags if flag.startswith("--cors-origins ")]
+    if one.facts["allowed_origin"] != "none" and not asked:
+        yield Problem(one.where, "origin that may use it", "none", one.facts["allowed_origin"])
 
 
 def listening(one: Served) -> Problems:
@@ -258,4 +267,4 @@ def liveness(one: Served) -> Problems:
         yield Problem(one.where, units, "an active timer", found["active"], "stopped by hand? deploy again")
 
 
-INSTANCE_CHECKS = (plan_file, models, unit, running, process, sandbox, listening, keys, liveness)
+INSTANCE_CHECKS = (plan_file, models, unit, running, process, sandbox, origins, listening, keys, liveness)

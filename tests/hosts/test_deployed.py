@@ -74,6 +74,10 @@ def test_sandbox(served: checks.Served) -> None:
     good(instance_checks.sandbox(served))
 
 
+def test_origins(served: checks.Served) -> None:
+    good(instance_checks.origins(served))
+
+
 def test_listening(served: checks.Served) -> None:
     good(instance_checks.listening(served))
 
