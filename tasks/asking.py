@@ -40,7 +40,7 @@ def agree_with(host: Host, name: str, told: dict[str, int]) -> bool:
     """The same after the switch has asked, since the GPU had no room for the question beside the old server, and the
     binary wants more than there is: the next plan is asked about in the next switch."""
     now = _now()
-    plan = next(one.plan for one in now.servings if one.instance.name == name)
+    plan = _by_name(now)[name].plan
     try:
         adjustments = dict(now.adjustments)
         extra = adjustments.get(name, NO_ADJUSTMENT)
@@ -54,7 +54,7 @@ def agree_with(host: Host, name: str, told: dict[str, int]) -> bool:
         again = _go_on(host, now, Settled(choice.answers, adjustments, unasked))
     except EXPECTED as error:
         return _refused(host, error)
-    if next(one.plan for one in again.servings if one.instance.name == name).argv == plan.argv:
+    if _by_name(again)[name].plan.argv == plan.argv:
         return _refused(
             host, f"models: {name}: llama-server asks for more than the plan gives, and no other plan is left"
         )
@@ -76,8 +76,7 @@ def _is_known(now: Situation, plan: Plan) -> bool:
     """Is there nothing to ask: was this plan asked about before, or is it not to be installed?"""
     if remembered(now.examined, now.build, plan) is not None:
         return True
-    planned = next(one for one in now.servings if one.instance.name == plan.instance)
-    return planned.plan.argv == plan.argv and plan.instance not in now.work.services
+    return _by_name(now)[plan.instance].plan.argv == plan.argv and plan.instance not in now.work.services
 
 
 def _ask(host: Host, now: Situation, plan: Plan) -> Answer:
@@ -109,6 +108,20 @@ def files(serving: Serving) -> dict[str, str]:
         asked = {**spec(now, serving.plan), **limits(serving.plan)}
         staged["question.json"] = json.dumps(asked)
     return staged
+
+
+def records() -> dict[str, str]:
+    """The plan.json, by instance, of those whose service stays as it is; what the host itself noted there is kept."""
+    now = situation()
+    if now is None:
+        return {}
+    found = {one.instance.name: now.survey.found.instances[one.instance.name].record for one in now.to_note()}
+    noted = {name: {**(found[name] or {}), **one.record} for name, one in _by_name(now).items() if name in found}
+    return {name: json.dumps(record, indent=1) + "\n" for name, record in noted.items()}
+
+
+def _by_name(now: Situation) -> dict[str, Serving]:
+    return {one.instance.name: one for one in now.servings}
 
 
 def _go_on(host: Host, before: Situation, settled: Settled) -> Situation:

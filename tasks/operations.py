@@ -257,6 +257,21 @@ def ask_server(needed: bool, settle: Callable[[Host], bool]) -> Commands:
 
 
 @operation()
+def note_plans(records: Callable[[], Mapping[str, str]]) -> Commands:
+    """The plan.json, by instance, of those that need no switch: why the same service is the right one now."""
+    now = records()
+    for name, text in now.items():
+        target = f"/etc/llamafleet/instances/{name}/plan.json"
+        good = f"/var/lib/llamafleet/good/{name}"
+        yield FileUploadCommand(StringIO(text), f"{target}.new")
+        yield StringCommand(
+            f"chmod 0644 {target}.new && mv {target}.new {target} && if test -d {good}; then cp -p {target} {good}; fi"
+        )
+    if not now:
+        _as_wanted("the records are those of what runs")
+
+
+@operation()
 def stage_service(staging: Callable[[], Staging | None]) -> Commands:
     """The files of an instance, as they are once its plan was verified; `staging` gives None where it is as planned."""
     now = staging()

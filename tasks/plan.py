@@ -22,5 +22,7 @@ def plan() -> None:
         host.log(now.why)
     for name, reasons in now.work.services.items():
         host.log(f"to do: serve {name}: {', '.join(reasons)}")
-    if not now.work.any:
+    for serving in now.to_note():
+        host.log(f"to do: note the plan of {serving.instance.name}, whose inputs changed; it runs on as it is")
+    if not now.work.any and not now.to_note():
         host.log("nothing to do: everything is as planned")

@@ -74,6 +74,14 @@ class Situation:
         """Those that are to be installed and were not asked about."""
         return tuple(one for one in self.servings if one.instance.name in self.work.services and not one.is_verified)
 
+    def to_note(self) -> tuple[Serving, ...]:
+        """Those that run as they should, but whose record tells other inputs or another answer of llama-server."""
+        return tuple(
+            one for one in self.servings
+            if one.instance.name not in self.work.services
+            and (one.verified is not None or one.instance.name not in self.examined.same_inputs())
+        )  # fmt: skip
+
 
 _situations: dict[Host, Situation | None] = {}
 _guard: dict[Host, RLock] = {}

@@ -23,3 +23,4 @@ def verify() -> None:
         name=f"Ask llama-server what it would allocate for {', '.join(names) or 'its plans'}",
         needed=bool(names), settle=asking.agree,
     )  # fmt: skip
+    operations.note_plans(name="Note the plans of services that stay as they are", records=asking.records)

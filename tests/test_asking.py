@@ -10,6 +10,7 @@ from llamafleet import sources as published
 from llamafleet.builds import Build
 from llamafleet.remote import verify
 from llamafleet.verified import Answer
+from llamafleet.work import sha256
 from tasks import asking, facts, operations, service, situation
 from tasks.sources import Model
 from tests import planning
@@ -160,6 +161,40 @@ def test_drift_of_others_memory_changes_no_unit(host, monkeypatch):
     assert texts == {first.servings[0].service.unit_text}
     without = {now(used_mib=used).servings[0].service.unit_text for used in range(0, 2048, 64)}
     assert len(without) > 1
+
+
+# --- the same service for another reason ----------------------------------------------------------
+
+
+def running(found, **more):
+    """The host on which exactly that runs; `more` is in its record."""
+    service, record = found.servings[0].service, found.servings[0].record
+    return {"m0": dataclasses.replace(
+        INSTANCE, unit_sha256=sha256(service.unit_text), secrets={}, argv=service.argv, exe=service.argv[0],
+        record=json.loads(json.dumps({**record, **more})),
+    )}  # fmt: skip
+
+
+def test_a_plan_that_the_binary_makes_the_running_one_is_noted_and_not_restarted(host, monkeypatch):
+    begin(host, monkeypatch, ram=2 * GIB)
+    asking.agree(host)
+    instances = running(situation.situation(), inputs={"key": "of other settings"}, preflight={"dropped": []})
+    situation._situations[host] = first = now(instances)
+    assert first.work.services["m0"] == ("its unit differs",)  # by the header alone MemoryMax is another
+    assert asking.agree(host) is True
+    after = situation.situation()
+    assert after.work.services == {} and [one.instance.name for one in after.to_note()] == ["m0"]
+    [noted] = asking.records().values()
+    told = json.loads(noted)
+    assert told["inputs"]["key"] == "key" and told["preflight"] == {"dropped": []}
+    again = now(running(after, **told))
+    assert again.work.services == {} and again.to_note() == ()
+
+
+def test_other_inputs_that_give_the_same_service_are_noted_at_once(host, monkeypatch):
+    first, _ = begin(host, monkeypatch)
+    assert [one.instance.name for one in now(running(first, inputs={"key": "old"})).to_note()] == ["m0"]
+    assert now(running(first)).to_note() == ()
 
 
 # --- where the GPU has no room for the question ---------------------------------------------------
