@@ -209,10 +209,9 @@ def _better(plans: Sequence[Plan], present: Sequence[Plan | Refusal], settings: 
             continue
         if instance.kv_types.index(new.kv_type) < instance.kv_types.index(old.kv_type):
             yield f"{new.instance}: a KV cache of {new.kv_type} fits now, it was {old.kv_type}"
-        for what in ("decode_tokens_per_s", "prefill_tokens_per_s"):
-            before, after = getattr(old.predicted, what), getattr(new.predicted, what)
-            if after > before * (1 + FASTER_SHARE):
-                yield f"{new.instance}: {what} {after} predicted instead of {before}"
+        before, after = old.predicted.workload_seconds, new.predicted.workload_seconds
+        if before > after * (1 + FASTER_SHARE):
+            yield f"{new.instance}: its workload would take {after:.1f} s, predicted, instead of {before:.1f} s"
 
 
 def _told(drift: Mapping[str, int]) -> str:
