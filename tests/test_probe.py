@@ -159,6 +159,7 @@ def test_a_process_in_both_lists_counts_once(host):
         ("0::/system.slice/llama-server-chat.service/inner", True),
         ("1:name=systemd:/system.slice/llama-server-chat.service", True),
         ("0::/system.slice/llamafleet-tune.service", True),
+        ("0::/system.slice/llamafleet-verify-chat.service", True),
         ("0::/system.slice/llama-server.service", False),  # a distribution's, or someone's own
         ("0::/system.slice/x-llama-server-chat.service", False),
     ],
