@@ -316,12 +316,21 @@ def command(build: Build, instance: Instance, model: sources.Model, plan: Plan) 
 
 
 def remembered(examined: Examined, build: Build, plan: Plan) -> Mapping[str, Any] | None:
-    """What llama-server said when this very plan was installed from this very build."""
-    record = examined.same_inputs().get(plan.instance)
-    if not record or record["release"] != build.key or tuple(record["plan"]["argv"]) != plan.argv:
+    """What llama-server said when it was asked about this very command line.
+
+    Under other inputs too, as long as the plan needed no correction: it then is the same without.
+    """
+    found = examined.survey.found.instances.get(plan.instance)
+    record = found.record if found else None
+    if not isinstance(record, Mapping) or not record.get("verified"):
         return None
-    said: Mapping[str, Any] | None = record["verified"]
-    return said
+    said: Mapping[str, Any] = record["verified"]
+    if said["extra_bytes"] and plan.instance not in examined.same_inputs():
+        return None
+    pairs = zip(examined.settings.models, examined.models, strict=True)
+    instance, model = next(pair for pair in pairs if pair[0].name == plan.instance)
+    asked = command(build, instance, model, plan)
+    return said if record["gate"]["argv"][: len(asked)] == asked else None
 
 
 def _serving(

@@ -151,7 +151,8 @@ def test_the_next_run_remembers_and_does_not_ask(host, monkeypatch):
 def test_another_build_is_asked_anew(host, monkeypatch):
     begin(host, monkeypatch)
     asking.agree(host)
-    again = now(installed(situation.situation(), release="another"))
+    monkeypatch.setattr(situation, "command", lambda build, *_: ["/opt/another/bin/llama-server"])
+    again = now(installed(situation.situation()))
     assert [one.instance.name for one in again.to_verify()] == ["m0"]
 
 
@@ -189,6 +190,14 @@ def test_a_plan_that_the_binary_makes_the_running_one_is_noted_and_not_restarted
     assert told["inputs"]["key"] == "key" and told["preflight"] == {"dropped": []}
     again = now(running(after, **told))
     assert again.work.services == {} and again.to_note() == ()
+
+
+def test_an_answer_that_corrected_nothing_holds_under_other_inputs_too(host, monkeypatch):
+    begin(host, monkeypatch)
+    asking.agree(host)
+    again = now(running(situation.situation(), inputs={"key": "old"}))
+    assert again.work.services == {} and again.servings[0].is_verified
+    assert again.servings[0].record["inputs"]["key"] == "key"
 
 
 def test_other_inputs_that_give_the_same_service_are_noted_at_once(host, monkeypatch):
