@@ -171,7 +171,7 @@ def running(found, **more):
     """The host on which exactly that runs; `more` is in its record."""
     service, record = found.servings[0].service, found.servings[0].record
     return {"m0": dataclasses.replace(
-        INSTANCE, unit_sha256=sha256(service.unit_text), secrets={}, argv=service.argv, exe=service.argv[0],
+        INSTANCE, unit_sha256=sha256(service.unit_text), good_sha256=sha256(service.unit_text), secrets={}, argv=service.argv, exe=service.argv[0],
         record=json.loads(json.dumps({**record, **more})),
     )}  # fmt: skip
 
