@@ -1,30 +1,16 @@
 """The preflight: which directives are dropped, how a unit loses them, and what is tried, with a stand-in for
 systemd-run that refuses what the test says."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
+import preflight
 import pytest
+import sandbox_trial
 from hypothesis import given
 from hypothesis import strategies as st
 
-REMOTE = Path(__file__).parent.parent / "llamafleet" / "remote"
 NAME = "chat"
-
-
-@pytest.fixture(scope="module")
-def preflight():
-    """The host's programs import their siblings as top-level modules."""
-    names = ("ground", "tiny_gguf", "sandbox_trial", "preflight")
-    sys.path.insert(0, str(REMOTE))
-    try:
-        yield importlib.import_module("preflight")
-    finally:
-        sys.path.remove(str(REMOTE))
-        for name in names:
-            sys.modules.pop(name, None)
 
 
 # --- the tightest set that works ------------------------------------------------------------------
@@ -40,31 +26,31 @@ def failing_with(*needed):
     return works
 
 
-def test_where_the_whole_sandbox_works_nothing_is_dropped(preflight):
+def test_where_the_whole_sandbox_works_nothing_is_dropped():
     tried = []
     assert preflight.tightest(["a"], ["b"], tried.append) == {}
     assert tried == [frozenset()]
 
 
-def test_a_moments_trouble_opens_nothing(preflight):
+def test_a_moments_trouble_opens_nothing():
     answers = iter(["busy", None])
     assert preflight.tightest(["a"], [], lambda dropped: next(answers)) == {}
 
 
-def test_one_that_is_enough_is_dropped_alone_and_says_why(preflight):
+def test_one_that_is_enough_is_dropped_alone_and_says_why():
     assert preflight.tightest(["a", "b", "c"], ["d"], failing_with("b")) == {"b": "needs b"}
 
 
-def test_several_are_dropped_together_and_no_more(preflight):
+def test_several_are_dropped_together_and_no_more():
     found = preflight.tightest(["a", "b", "c"], ["d", "e"], failing_with("a", "c"))
     assert found == {"a": "needs a", "c": "needs c"}
 
 
-def test_others_are_dropped_only_where_the_suspects_are_not_enough(preflight):
+def test_others_are_dropped_only_where_the_suspects_are_not_enough():
     assert preflight.tightest(["a", "b"], ["d", "e"], failing_with("b", "e")) == {"b": "needs b", "e": "needs e"}
 
 
-def test_what_works_under_no_sandbox_is_unfit(preflight):
+def test_what_works_under_no_sandbox_is_unfit():
     with pytest.raises(preflight.Unfit, match="also without a sandbox: needs z"):
         preflight.tightest(["a"], ["b"], failing_with("z"))
 
@@ -74,11 +60,6 @@ LABELS = ["a", "b", "c", "d", "e", "f"]
 
 @given(st.sets(st.sampled_from(LABELS)), st.integers(0, len(LABELS)))
 def test_what_is_left_is_the_tightest(needed, suspects):
-    sys.path.insert(0, str(REMOTE))
-    try:
-        preflight = importlib.import_module("preflight")
-    finally:
-        sys.path.remove(str(REMOTE))
     found = preflight.tightest(LABELS[:suspects], LABELS[suspects:], failing_with(*needed))
     assert set(found) == needed
 
@@ -107,7 +88,7 @@ WantedBy=multi-user.target
 """
 
 
-def test_directives_are_those_of_the_service(preflight):
+def test_directives_are_those_of_the_service():
     found = preflight.service_directives(UNIT)
     assert [one.line for one in found][1:4] == ["Environment=A=b", "MemoryDenyWriteExecute=yes",
                                                "SystemCallFilter=@system-service"]  # fmt: skip
@@ -115,7 +96,7 @@ def test_directives_are_those_of_the_service(preflight):
     assert "Description" not in {one.name for one in found} and "WantedBy" not in {one.name for one in found}
 
 
-def test_a_part_has_its_lines_and_no_other(preflight):
+def test_a_part_has_its_lines_and_no_other():
     directives = preflight.service_directives(UNIT)
     assert preflight.lines_of("SystemCallFilter=~@resources", directives) == ["SystemCallFilter=~@resources"]
     assert preflight.lines_of("SystemCallFilter", directives) == [
@@ -126,7 +107,7 @@ def test_a_part_has_its_lines_and_no_other(preflight):
     assert preflight.lines_of("DeviceAllow", directives) == []
 
 
-def test_dropped_lines_stay_as_comments(preflight):
+def test_dropped_lines_stay_as_comments():
     loosened = preflight.without(UNIT, ["MemoryDenyWriteExecute=yes"])
     assert loosened.splitlines()[0] == UNIT.splitlines()[0]
     assert "\n# Dropped by the preflight (see plan.json): MemoryDenyWriteExecute=yes\n" in loosened
@@ -136,7 +117,7 @@ def test_dropped_lines_stay_as_comments(preflight):
     assert preflight.without(UNIT, []) == UNIT
 
 
-def test_every_directive_of_a_rendered_unit_is_known(preflight):
+def test_every_directive_of_a_rendered_unit_is_known():
     """A directive that is added to the template must be said to be droppable or not."""
     from tests.test_render import made
 
@@ -145,7 +126,7 @@ def test_every_directive_of_a_rendered_unit_is_known(preflight):
             "NUMAPolicy", "NUMAMask", "NoNewPrivileges", "CapabilityBoundingSet", "AmbientCapabilities",
             "RestrictSUIDSGID", "SystemCallErrorNumber", "RemoveIPC", "UMask", "ProtectSystem", "ProtectHome",
             "PrivateTmp", "SupplementaryGroups"}  # fmt: skip
-    known = kept | set(sys.modules["sandbox_trial"].NOT_TRIED)
+    known = kept | set(sandbox_trial.NOT_TRIED)
     lines = {name for part in (*preflight.SUSPECTS, *preflight.OTHERS) for name in part.names}
     for gpus in ([], [24564]):
         for one in preflight.service_directives(made(gpus, api_key_file="/keys")[0]):
@@ -237,10 +218,10 @@ class Host:
 
 
 @pytest.fixture
-def host(tmp_path, monkeypatch, preflight):
+def host(tmp_path, monkeypatch):
     one = Host(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
-    monkeypatch.setattr(sys.modules["sandbox_trial"], "MODELS", str(tmp_path / "models"))
+    monkeypatch.setattr(sandbox_trial, "MODELS", str(tmp_path / "models"))
     one.prepare = lambda installed=tmp_path / "none": preflight.prepare(str(tmp_path / "staged"), NAME, str(installed))
     return one
 
@@ -275,7 +256,7 @@ def test_the_directive_that_breaks_it_is_dropped_and_told(host, capsys):
     assert "note: sandbox without MemoryDenyWriteExecute=yes: --list-devices" in capsys.readouterr().out
 
 
-def test_where_nothing_helps_the_switch_ends_and_the_staged_unit_stays(host, preflight):
+def test_where_nothing_helps_the_switch_ends_and_the_staged_unit_stays(host):
     host.stage()
     host.how(says="libcuda.so.1 cannot be loaded: error")
     with pytest.raises(preflight.Unfit, match=r"also without a sandbox: a tiny model: the server ends: .*libcuda"):
@@ -293,7 +274,7 @@ def test_where_nothing_helps_the_switch_ends_and_the_staged_unit_stays(host, pre
         ({"devices": ["CUDA0", "CUDA1"], "tokens": 0}, "answers with 0 tokens"),
     ],
 )
-def test_every_planned_device_must_be_there_and_answer(host, preflight, how, says):
+def test_every_planned_device_must_be_there_and_answer(host, how, says):
     host.stage(devices="CUDA0,CUDA1")
     host.how(**how)
     with pytest.raises(preflight.Unfit, match=says):
@@ -335,7 +316,6 @@ def test_what_was_found_holds_as_long_as_unit_and_ground_are_the_same(host, chan
         assert host.staged() == (unit, found)
 
 
-def test_an_address_of_ip_6_is_tried_there(host, preflight):
-    trial = sys.modules["sandbox_trial"]
-    command = trial.Trial(NAME, ["x", "--host", "::"]).command("::1", 5)
+def test_an_address_of_ip_6_is_tried_there(host):
+    command = sandbox_trial.Trial(NAME, ["x", "--host", "::"]).command("::1", 5)
     assert command[command.index("--host") + 1] == "::1"

@@ -9,8 +9,8 @@ GPUs hold the process, so that a boot at which the driver was not ready yet ends
 a server on the CPU.
 
 PLAN.json is plan.json, of which is read: identity, release, files, plan.predicted, and `gate`: unit, argv, url,
-api_keys (path | null), health_seconds (the most that loading may take), context_tokens (of one slot), slots,
-kv_type, speed_floor_percent, backend, gpus [{"uuid", "name", "planned_bytes", and what gate_devices.py
+api_keys and tls_certificate (path | null), health_seconds (the most that loading may take), context_tokens (of one
+slot), slots, kv_type, speed_floor_percent, backend, gpus [{"uuid", "name", "planned_bytes", and what gate_devices.py
 reads}]. Standard library, psutil and pynvml only; gate_*.py lie beside it.
 
 `/health` alone proves little: llama-server answers 200 also after it silently fell back to the CPU.
@@ -37,6 +37,7 @@ from gate_server import (
     main_pid,
     read_json,
     result,
+    trust,
     unit_state,
     value_of,
     write_json,
@@ -243,6 +244,7 @@ def keep_record(spec: dict[str, Any], found: dict[str, Any]) -> None:
 
 def main(argv: list[str]) -> int:
     spec = read_spec(argv[1])
+    trust(spec)
     found = check(spec, CHECKS if argv[0] == "check" else START_CHECKS)
     if argv[0] == "check":
         found["decode_tokens_per_s"] = spec["measured"].get("decode_tokens_per_s")

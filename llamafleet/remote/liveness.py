@@ -24,7 +24,19 @@ import threading
 import time
 from typing import Any, Dict, List  # the contract is Python 3.8, whose own are typing's
 
-from gate_server import GATES, ask, first_key, instance_of, main_pid, read_json, slots, unit_state, value_of, write_json
+from gate_server import (
+    GATES,
+    ask,
+    first_key,
+    instance_of,
+    main_pid,
+    read_json,
+    slots,
+    trust,
+    unit_state,
+    value_of,
+    write_json,
+)  # fmt: skip
 
 RUN = "/run/llamafleet"
 POLL_SECONDS = 1.0
@@ -38,6 +50,7 @@ Slots = Dict[str, List[Any]]
 def main(argv: list[str]) -> int:
     with open(argv[0]) as file:
         spec = json.load(file)["gate"]
+    trust(spec)
     name = instance_of(spec["unit"])
     os.makedirs(RUN, exist_ok=True)
     if unit_state(spec["unit"]) != "active/running":
