@@ -161,6 +161,15 @@ def test_the_rounds_are_bounded():
     assert isinstance(plan, Refusal) or plan.argv in binary.asked
 
 
+def test_a_plan_with_room_to_spare_is_not_swung_back():
+    """What was too little once was corrected; that the next plan has some left over is no reason for a third."""
+    [first] = planned()
+    binary = Binary(CUDA0=lambda plan: 3 * GIB if plan.argv == first.argv else GIB)
+    done = settled(binary)
+    assert len(binary.asked) == 2 and done.answers[0].argv == binary.asked[1] != first.argv
+    assert done.verified["m0"].differences["GPU0"] == -2 * GIB
+
+
 def test_a_binary_that_tells_nothing_leaves_the_plan():
     done = settle(planned, lambda plan: Answer(None, "it ended"), {}, lambda plan: False)
     assert done.answers == tuple(planned())
