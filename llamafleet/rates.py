@@ -20,6 +20,8 @@ GPU_BANDWIDTH_SHARE = 0.85
 # Of its dense f16 arithmetic while a prompt is read: 8B Q6_K at 3500 tokens/s on an RTX 3090 is 0.79 of
 # 71 TFLOPS (pull/7860), 8B Q4_0 at 10359 tokens/s on an RTX 4090 1.0 of 165 (pull/7676).
 GPU_FLOPS_SHARE = 0.8
+# ROCm and Vulkan on AMD reach less: gpt-oss-20b at 94 tokens/s on an RX 7900 XT (discussion 15396), one figure only.
+AMD_BANDWIDTH_SHARE = 0.55
 # Quantised matrices go through integer kernels that were not made for data-centre cards: more is not seen there.
 GPU_FLOPS_LIMIT = 250 * TERA
 # Of the PCIe link for weights copied out of pinned memory.
@@ -148,11 +150,12 @@ def host_bandwidth(cpu: Cpu) -> tuple[float, bool]:
 def _gpu(gpu: Gpu, measured: Measurements) -> GpuRates:
     model = find(gpu.name, gpu.memory_total_bytes)
     memory, flops = (model.bandwidth_bytes_per_s, model.fp16_flops) if model else (400 * GB, 40 * TERA)
+    share = AMD_BANDWIDTH_SHARE if gpu.vendor == "amd" else GPU_BANDWIDTH_SHARE
     generation = gpu.pcie_generation or (model.pcie_generation if model else None) or 3
     width = gpu.pcie_width or (model.pcie_width if model else None) or 16
     link = LINK_BYTES_PER_LANE.get(generation, LINK_BYTES_PER_LANE[3]) * width * LINK_SHARE
     return GpuRates(
-        bytes_per_s=measured.gpu_bytes_per_s.get(gpu.uuid, memory * GPU_BANDWIDTH_SHARE),
+        bytes_per_s=measured.gpu_bytes_per_s.get(gpu.uuid, memory * share),
         flops=measured.gpu_flops.get(gpu.uuid, min(flops * GPU_FLOPS_SHARE, GPU_FLOPS_LIMIT)),
         link_bytes_per_s=measured.link_bytes_per_s.get(gpu.uuid, link),
         known=model is not None or gpu.uuid in measured.gpu_bytes_per_s,

@@ -1,0 +1,260 @@
+"""Predicted beside measured: every published case that names its hardware, planned for that box.
+
+    python -m bench.published_cases > bench/results/published_cases.csv
+
+For each case the speed is predicted twice: for the flags that its author used, where they can be told, and for the
+plan made for that box. A plan must fit, but for the case that is too large for its box, which must be refused.
+Medians go to standard error, over all cases and without the unusual ones.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llamafleet.adjust import NO_ADJUSTMENT
+from llamafleet.catalogue import find
+from llamafleet.choose import Candidate, Search
+from llamafleet.cli import default_data
+from llamafleet.gguf import Header, Tensor, read_path
+from llamafleet.kv import Context
+from llamafleet.ledger import MIB, TRAITS, Model
+from llamafleet.machine import Machine
+from llamafleet.place import Room
+from llamafleet.plan import Plan, plan_host, resolve_backend
+from llamafleet.predict import Prediction, Roofline, Segment
+from llamafleet.rates import rates
+from llamafleet.settings import Settings
+from llamafleet.workload import Workload
+from sandbox.layouts import PUBLISHED
+from sandbox.models import weightless
+
+GIB = 1024**3
+DATA = Path(__file__).parent / "data/published-cases.json"
+CONTEXT, PROMPT, REPLY, CORES = 8192, 512, 128, 8  # where a case does not say
+# Host memory where a case does not say: what the model needs and this for the rest.
+SPARE_GIB = 24
+
+Case = Mapping[str, Any]
+COLUMNS = (
+    *("model", "quant", "gpus", "cpu", "flags"),
+    *("decode_measured", "decode_theirs", "decode_low", "decode_high", "decode_plan"),
+    *("prefill_measured", "prefill_theirs", "prefill_plan", "fits", "plan", "remark", "source_url"),
+)
+
+
+
+def main() -> None:
+    """Print the table; the medians to standard error."""
+    data = json.loads(DATA.read_text())
+    table = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    rows = [row(case, data["numbers"]) for case in data["cases"]]
+    wrong = [one["flags"] for one, case in zip(rows, data["cases"], strict=True) if not as_expected(one, case)]
+    assert not wrong, f"no plan, or one where there should be none: {wrong}"
+    table.writerows({key: one.get(key, "") for key in COLUMNS} for one in rows)
+    for line in summary(rows, data["cases"]):
+        print(line, file=sys.stderr)
+
+
+def as_expected(line: Mapping[str, Any], case: Case) -> bool:
+    """Fits, unless the model is larger than the whole box; not planned at all where its numbers are not known."""
+    return "skipped" in case or (line["fits"] == "yes") is not case.get("too_large", False)
+
+
+def summary(rows: list[dict[str, Any]], cases: list[Case]) -> list[str]:
+    """Median errors, as a factor less one: twice as fast and half as fast are both 100 %."""
+    lines = [f"{len(rows)} cases, {sum('skipped' in case for case in cases)} of models whose numbers are not known"]
+    usual = [one for one, case in zip(rows, cases, strict=True) if "unusual" not in case]
+    for name, group in (("all", rows), ("without the unusual", usual)):
+        for speed in ("decode", "prefill"):
+            found = [
+                error(one[f"{speed}_theirs"], one[f"{speed}_measured"])
+                for one in group
+                if one.get(f"{speed}_theirs") and one.get(f"{speed}_measured")
+            ]
+            if found:
+                lines.append(f"{speed}, {name}: {len(found)} cases, median error {statistics.median(found):.0%}")
+    told = [one for one in usual if one.get("decode_theirs") and one.get("decode_measured")]
+    inside = sum(one["decode_low"] <= one["decode_measured"] <= one["decode_high"] for one in told)
+    lines.append(f"decode, without the unusual: {inside} of {len(told)} measured speeds are between low and high")
+    lines.append(f"plans: {sum(one.get('fits') == 'yes' for one in rows)} fit")
+    return lines
+
+
+def error(predicted: float, measured: float) -> float:
+    """By how much one is larger than the other."""
+    return math.exp(abs(math.log(predicted / measured))) - 1
+
+
+def row(case: Case, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """One case as a line of the table."""
+    line: dict[str, Any] = {
+        "model": case["model"],
+        "quant": case["quant"],
+        "gpus": " + ".join(gpu["name"] for gpu in case["gpus"]),
+        "cpu": case.get("cpu", ""),
+        "flags": case["flags"],
+        "decode_measured": case.get("decode_tokens_per_s", ""),
+        "prefill_measured": case.get("prefill_tokens_per_s", ""),
+        "remark": case.get("skipped") or case.get("unusual") or case.get("assumed", ""),
+        "source_url": case["source_url"],
+    }
+    if "skipped" in case:
+        return line
+    header = header_of(case, numbers)
+    host, settings = machine(case, header), settings_for(case, header)
+    [answer] = plan_host(host, [(settings.models[0], header)], settings)
+    line["fits"] = "yes" if isinstance(answer, Plan) else "no: " + answer.reason
+    if isinstance(answer, Plan):
+        line["decode_plan"] = answer.predicted.decode_tokens_per_s
+        line["prefill_plan"] = answer.predicted.prefill_tokens_per_s
+        placed = answer.placement
+        line["plan"] = f"-ngl {placed.gpu_layers}, {len(placed.spilled)} spilled, ub {answer.ubatch_tokens}"
+    if theirs := as_flagged(case, header, host, settings):
+        line["decode_theirs"], line["prefill_theirs"] = theirs.decode_tokens_per_s, theirs.prefill_tokens_per_s
+        line["decode_low"], line["decode_high"] = theirs.decode_low_tokens_per_s, theirs.decode_high_tokens_per_s
+    return line
+
+
+def as_flagged(case: Case, header: Header, host: Machine, settings: Settings) -> Prediction | None:
+    """The speed predicted for the author's own flags; None where they do not tell the placement."""
+    if len(case["gpus"]) > 1:
+        return None
+    search, context = search_for(case, header, host, settings)
+    if case.get("fit"):
+        found = fitted(search, context)
+        return search.roofline.predict(found.segments, context) if found else None
+    layers, moved = search.model.layers, search.movable
+    if "gpu_layers" in case:
+        front = max(0, layers + 1 - case["gpu_layers"])
+        segments = [Segment(0, front, layers, layers)]
+        segments = [Segment(None, 0, front, front), *segments] if front else segments
+    elif "n_cpu_moe" in case or case.get("n_cpu_ffn"):
+        away = min(len(moved), case.get("n_cpu_moe", case.get("n_cpu_ffn", 0)))
+        segments = [Segment(0, 0, layers, moved[-away] if away else layers)]
+    else:
+        return None
+    return search.roofline.predict(segments, context)
+
+
+def fitted(search: Search, context: Context) -> Candidate | None:
+    """What llama.cpp's --fit does: experts of the last layers, or whole front layers, to the CPU."""
+    wanted = ("none", "spill") if search.model.is_moe else ("none", "layers")
+    return next((one for one in search.candidates([(context, 1.0)]) if one.kind in wanted), None)
+
+
+def search_for(case: Case, header: Header, host: Machine, settings: Settings) -> tuple[Search, Context]:
+    """The planner's own parts, for a placement that is not its choice."""
+    instance, backend = settings.models[0], resolve_backend(host, settings)
+    assert isinstance(backend, str)
+    room = Room.of(host, host.usable_gpus, settings)
+    tokens = instance.context_tokens or CONTEXT
+    reached = rates(host.cpu, room.gpus, instance.threads or CORES)
+    model = Model.of(header)
+    roofline = Roofline(model, Workload.of(instance, tokens), reached, op_offload=TRAITS[backend].op_offload)
+    context = Context(tokens, case.get("slots", 1), case.get("kv_type", "f16"), case.get("ubatch_tokens", 512))
+    return Search(model, room, backend, 0, NO_ADJUSTMENT, roofline), context
+
+
+def settings_for(case: Case, header: Header) -> Settings:
+    """The case's context and use; ubatch and placement are the plan's choice."""
+    trained = header.get("context_length")
+    most = trained if isinstance(trained, int) else 262144
+    entry = {
+        "name": "case", "source": "/model.gguf", "port": 9000, "threads": case.get("cores", CORES),
+        "context_tokens": min(case.get("context_tokens", CONTEXT), most), "kv_types": [case.get("kv_type", "f16")],
+        "prompt_tokens": case.get("prompt_tokens", PROMPT), "reply_tokens": REPLY,
+        "live_tokens": case.get("live_tokens", case.get("prompt_tokens", PROMPT)),
+    }  # fmt: skip
+    return Settings.from_data({**default_data(), "models": [entry]})
+
+
+def machine(case: Case, header: Header) -> Machine:
+    """The box of the case."""
+    needed = header.file_bytes_total / GIB + SPARE_GIB
+    ram = int((case.get("ram_gib") or math.ceil(needed / 16) * 16) * GIB)
+    budget = case.get("gpu_budget_gib")
+    cores = case.get("cores", CORES)
+    return Machine.from_json({
+        "schema": 1, "hostname": "case", "os": {"id": "debian", "version": "13", "arch": "x86_64", "libc": "2.41"},
+        "cpu": {"model": case.get("cpu", ""), "sockets": 1, "physical_cores": cores, "logical_cores": 2 * cores,
+                "performance_cores": cores, "numa_nodes": 1, "flags": ["avx2"]},
+        "memory": {"total_bytes": ram, "available_bytes": ram, "swap_total_bytes": 0},
+        "gpus": [gpu(number, one, budget) for number, one in enumerate(case["gpus"])],
+        "driver": {"nvidia": None, "cuda": None}, "disks": [],
+    })  # fmt: skip
+
+
+def gpu(number: int, one: Mapping[str, Any], budget_gib: float | None) -> dict[str, Any]:
+    """One of its GPUs; what a budget leaves out is held by others, our reserve and overhead not counted in it."""
+    known = find(one["name"], int(one["gib"] * GIB))
+    size = known.memory_bytes if known else int(one["gib"] * GIB)
+    used = max(0, size - int(budget_gib * GIB) - 512 * MIB) if budget_gib else 0
+    return {
+        "index": number, "uuid": f"GPU-{number}", "name": one["name"], "compute_capability": None,
+        "memory_total_bytes": size, "memory_used_by_others_bytes": used, "pci_bus_id": f"0000:{number + 1:02x}:00.0",
+        "pcie_generation": None, "pcie_width": one.get("pcie_width"), "unified_memory": False,
+        "vendor": known.vendor if known else "nvidia",
+    }  # fmt: skip
+
+
+def header_of(case: Case, numbers: Mapping[str, Any]) -> Header:
+    """The model's header, its tensors' sizes in proportion to the file's."""
+    name = case["layout"]
+    header = published(name) if name in PUBLISHED and name not in numbers else built(name, numbers[name])
+    if "model_gib" not in case:
+        return header
+    scale = case["model_gib"] * GIB / sum(tensor.bytes for tensor in header.tensors)
+    tensors = tuple(replace(tensor, bytes=int(tensor.bytes * scale)) for tensor in header.tensors)
+    return replace(header, tensors=tensors, file_bytes=(int(case["model_gib"] * GIB),))
+
+
+def published(name: str) -> Header:
+    """A layout of the tests' models."""
+    with tempfile.TemporaryDirectory() as folder:
+        return read_path(weightless(Path(folder), name))
+
+
+def built(name: str, its: Mapping[str, Any]) -> Header:
+    """A header from a model's main numbers: a matrix for attention, three for the feed-forward part of each layer."""
+    arch, embd, heads, kv, size = (its[key] for key in ("architecture", "embd", "heads", "kv_heads", "head_dim"))
+    given = {
+        "block_count": its["blocks"], "embedding_length": embd, "attention.head_count": heads,
+        "attention.head_count_kv": kv, "attention.key_length": size, "attention.value_length": size,
+        "feed_forward_length": its["ff"], "expert_feed_forward_length": its["ff"], "context_length": 262144,
+        "expert_count": its.get("experts", 0), "expert_used_count": its.get("experts_used", 0),
+        "vocab_size": its["vocab"], "full_attention_interval": its.get("full_attention_interval", 0),
+        "ssm.inner_size": its.get("ssm_inner", 0), "ssm.state_size": its.get("ssm_state", 0),
+        "ssm.group_count": its.get("ssm_groups", 0), "ssm.conv_kernel": its.get("ssm_conv", 0),
+        "ssm.time_step_rank": its.get("ssm_inner", 0) // 128,
+    }  # fmt: skip
+    metadata = {f"{arch}.{key}": value for key, value in given.items() if value}
+    shapes = [("token_embd.weight", (embd, its["vocab"])), ("output.weight", (embd, its["vocab"]))]
+    for layer in range(its["blocks"]):
+        interval = its.get("full_attention_interval", 0)
+        wide = (heads + kv) * size * 2
+        if interval and (layer + 1) % interval:
+            wide = 3 * its["ssm_inner"] + 2 * its["ssm_groups"] * its["ssm_state"]
+        shapes.append((f"blk.{layer}.attn_qkvo.weight", (embd, wide)))
+        experts = its.get("experts", 0)
+        suffix, many = ("_exps", (experts,)) if experts else ("", ())
+        shapes += [
+            (f"blk.{layer}.ffn_{part}{suffix}.weight", (embd, its["ff"], *many)) for part in ("up", "gate", "down")
+        ]
+        if its.get("shared_ff"):
+            shapes.append((f"blk.{layer}.ffn_shexp.weight", (embd, 3 * its["shared_ff"])))
+    tensors = tuple(Tensor(key, shape, "Q4_K", 0, math.prod(shape) * 9 // 16, 0) for key, shape in shapes)
+    return Header(3, arch, {**metadata, "general.name": name}, tensors, (sum(tensor.bytes for tensor in tensors),))
+
+
+if __name__ == "__main__":
+    main()
