@@ -51,10 +51,9 @@ COLUMNS = (
 )
 
 
-
 def main() -> None:
     """Print the table; the medians to standard error."""
-    data = json.loads(DATA.read_text())
+    data = read()
     table = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
     table.writeheader()
     rows = [row(case, data["numbers"]) for case in data["cases"]]
@@ -65,6 +64,26 @@ def main() -> None:
         print(line, file=sys.stderr)
 
 
+def read() -> dict[str, Any]:
+    """The cases and the numbers of models that are no test layouts."""
+    data: dict[str, Any] = json.loads(DATA.read_text())
+    return data
+
+
+def median(rows: list[dict[str, Any]], cases: list[Case], speed: str, *, usual: bool) -> float:
+    """Median error of "decode" or "prefill"; usual: without the cases that no roofline can meet."""
+    return statistics.median(errors(rows, cases, speed, usual=usual))
+
+
+def errors(rows: list[dict[str, Any]], cases: list[Case], speed: str, *, usual: bool) -> list[float]:
+    """Of every case where both speeds are known."""
+    return [
+        error(one[f"{speed}_theirs"], one[f"{speed}_measured"])
+        for one, case in zip(rows, cases, strict=True)
+        if not (usual and "unusual" in case) and one.get(f"{speed}_theirs") and one.get(f"{speed}_measured")
+    ]
+
+
 def as_expected(line: Mapping[str, Any], case: Case) -> bool:
     """Fits, unless the model is larger than the whole box; not planned at all where its numbers are not known."""
     return "skipped" in case or (line["fits"] == "yes") is not case.get("too_large", False)
@@ -73,17 +92,12 @@ def as_expected(line: Mapping[str, Any], case: Case) -> bool:
 def summary(rows: list[dict[str, Any]], cases: list[Case]) -> list[str]:
     """Median errors, as a factor less one: twice as fast and half as fast are both 100 %."""
     lines = [f"{len(rows)} cases, {sum('skipped' in case for case in cases)} of models whose numbers are not known"]
-    usual = [one for one, case in zip(rows, cases, strict=True) if "unusual" not in case]
-    for name, group in (("all", rows), ("without the unusual", usual)):
+    for usual, name in ((False, "all"), (True, "without the unusual")):
         for speed in ("decode", "prefill"):
-            found = [
-                error(one[f"{speed}_theirs"], one[f"{speed}_measured"])
-                for one in group
-                if one.get(f"{speed}_theirs") and one.get(f"{speed}_measured")
-            ]
-            if found:
-                lines.append(f"{speed}, {name}: {len(found)} cases, median error {statistics.median(found):.0%}")
-    told = [one for one in usual if one.get("decode_theirs") and one.get("decode_measured")]
+            found = errors(rows, cases, speed, usual=usual)
+            lines.append(f"{speed}, {name}: {len(found)} cases, median error {statistics.median(found):.0%}")
+    usual_rows = [one for one, case in zip(rows, cases, strict=True) if "unusual" not in case]
+    told = [one for one in usual_rows if one.get("decode_theirs") and one.get("decode_measured")]
     inside = sum(one["decode_low"] <= one["decode_measured"] <= one["decode_high"] for one in told)
     lines.append(f"decode, without the unusual: {inside} of {len(told)} measured speeds are between low and high")
     lines.append(f"plans: {sum(one.get('fits') == 'yes' for one in rows)} fit")

@@ -8,6 +8,7 @@ from llamafleet.cli import default_data
 from llamafleet.gguf import read_path
 from llamafleet.machine import Machine
 from llamafleet.plan import plan_host
+from llamafleet.rates import NOT_MEASURED
 from llamafleet.settings import Settings
 from sandbox import models
 
@@ -54,9 +55,9 @@ def header(layout, quant=""):
         return read_path(models.weightless(Path(folder), layout, quant))
 
 
-def plans(host, layouts, asked, adjustments=None):
+def plans(host, layouts, asked, adjustments=None, measurements=None):
     requests = [(one, header(*name)) for one, name in zip(asked.models, layouts, strict=True)]
-    return plan_host(host, requests, asked, adjustments or {})
+    return plan_host(host, requests, asked, adjustments or {}, measurements or NOT_MEASURED)
 
 
 def argument(argv, flag):
