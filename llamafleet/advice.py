@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from .kv import PAD_CELLS, Context, kv_bytes
 from .ledger import MIB, Model
 from .settings import Instance
+
+UNQUANTISED = ("f16", "bf16", "f32")
+CONTEXT_STEP = 1024  # tokens: finer answers would not be easier to use
 
 # Bits per weight of common quantisations, as llama-quantize prints them (tools/quantize/quantize.cpp).
 BITS_PER_WEIGHT = (
@@ -20,33 +25,43 @@ BITS_PER_WEIGHT = (
 )  # fmt: skip -- a table
 
 
-def suggestions(model: Model, context: Context, instance: Instance, *, available: int) -> tuple[str, ...]:
+# Would the model be served with so many tokens for each of so many slots and this cache type?
+Fits = Callable[[int, int, str], bool]
+
+
+def suggestions(model: Model, context: Context, instance: Instance, *, available: int, fits: Fits) -> tuple[str, ...]:
     """Steps for the operator, the least painful first. `available`: bytes of all devices together."""
     weights = model.header.weights_bytes
     cache = sum(kv_bytes(model.header, context))
     found = []
-    if weights < available and cache > (available - weights) // 2:
-        tokens = _smaller_context(model, context, (available - weights) // 2)
-        if tokens:
-            found.append(f"set context_tokens to {tokens}: its KV cache would fit")
-    if context.slots > 1:
-        found.append(f"set slots to 1: the KV cache is {context.slots} times that of one slot")
-    if context.kv_type in ("f16", "bf16", "f32") and cache > weights // 10 and "q8_0" not in instance.kv_types:
-        found.append("allow kv_types q8_0: the KV cache takes 47 % less")
+    if context.slots > 1 and fits(context.tokens, 1, context.kv_type):
+        slots = _largest(context.slots - 1, lambda slots: fits(context.tokens, slots, context.kv_type))
+        found.append(f"set slots to {slots}, and the same context fits: each has a KV cache of its own")
+    if (
+        context.kv_type in UNQUANTISED
+        and "q8_0" not in instance.kv_types
+        and fits(context.tokens, context.slots, "q8_0")
+    ):
+        found.append("allow kv_types q8_0, and it fits: the KV cache takes 47 % less")
+    step = CONTEXT_STEP if context.tokens > 2 * CONTEXT_STEP else PAD_CELLS
+    steps = _largest(context.tokens // step, lambda count: fits(count * step, context.slots, context.kv_type))
+    if steps:
+        found.append(f"set context_tokens to {steps * step}, the most that fits")
     smaller = _smaller_quantisation(model, available - cache)
     if smaller:
         found.append(smaller)
+    if not found and weights > available:
+        found.append(f"the weights alone take {weights // MIB} MiB, all memory is {max(0, available) // MIB} MiB")
     return tuple(found) or ("choose a smaller model or a host with more memory",)
 
 
-def _smaller_context(model: Model, context: Context, budget: int) -> int:
-    tokens = context.tokens // 2
-    while tokens >= PAD_CELLS:
-        smaller = Context(tokens, context.slots, context.kv_type, context.ubatch_tokens)
-        if sum(kv_bytes(model.header, smaller)) <= budget:
-            return tokens
-        tokens //= 2
-    return 0
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `most` that fits, by halving; 0 if not even one does."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def _smaller_quantisation(model: Model, budget: int) -> str:

@@ -97,6 +97,11 @@ class Search:
                 found += self._of(context, other_handicap, best)
         return sorted(found, key=_rank)
 
+    def fits(self, tokens: int, slots: int, kv_type: str) -> bool:
+        """Is there a candidate with that context, by ubatches that take little?"""
+        tried = [(Context(tokens, slots, kv_type, ubatch), 1.0) for ubatch in UBATCHES[:2] if ubatch <= tokens]
+        return any(not one.host_short_bytes for one in self.candidates(tried))
+
     def _of(self, context: Context, handicap: float, orders: Sequence[tuple[int, ...]]) -> Iterator[Candidate]:
         some = False
         for row in orders:
@@ -402,8 +407,8 @@ class Search:
                 yield replace(one, keep=layer, part=part)
 
 
-def _rank(one: Candidate) -> tuple[bool, float]:
-    return one.host_short_bytes > 0, one.score
+def _rank(one: Candidate) -> tuple[int, float]:
+    return one.host_short_bytes, one.score
 
 
 def placed(one: Candidate) -> Placement:

@@ -261,7 +261,7 @@ def _choose(asked: _Asked) -> Plan | Refusal:
     if plans:
         return min(plans, key=lambda one: one[:2])[2]
     assert refused is not None, "there is a candidate at least, and it was refused"
-    return _refuse(asked, refused)
+    return _refuse(asked, search, refused)
 
 
 def _measured(guess: Prediction, trial: tuple[float, float] | None) -> Prediction:
@@ -312,7 +312,7 @@ def _environment(backend: str, gpus: Sequence[Gpu]) -> dict[str, str]:
     return {variable: ",".join(map(str, numbers))} if variable else {}
 
 
-def _refuse(asked: _Asked, settled: Settled) -> Refusal:
+def _refuse(asked: _Asked, search: Search, settled: Settled) -> Refusal:
     room, rows, context = asked.room, settled.rows, settled.candidate.context
     worst = min(rows, key=lambda row: row.free_bytes)
     needed, available = worst.used_bytes, max(0, worst.used_bytes + worst.free_bytes)
@@ -331,7 +331,7 @@ def _refuse(asked: _Asked, settled: Settled) -> Refusal:
         device=worst.device,
         needed_bytes=needed,
         available_bytes=available,
-        suggestions=suggestions(asked.model, context, asked.instance, available=total),
+        suggestions=suggestions(asked.model, context, asked.instance, available=total, fits=search.fits),
         ledger=rows,
         instance=asked.instance.name,
     )

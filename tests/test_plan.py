@@ -227,6 +227,28 @@ def test_a_refused_instance_takes_nothing():
     assert served.ledger == alone[0].ledger
 
 
+@pytest.mark.parametrize(
+    ("host", "asked"),
+    [
+        (planning.machine([12282], ram_gib=64), {"context_tokens": 131072, "slots": 8}),
+        (planning.machine([4096], ram_gib=16), {"context_tokens": 131072}),
+        (planning.machine(ram_gib=12), {"context_tokens": 65536, "slots": 2}),
+    ],
+)
+def test_what_a_refusal_suggests_is_served(host, asked):
+    [refused] = planning.plans(host, [("Llama-3.1-8B",)], planning.settings(asked))
+    assert isinstance(refused, Refusal)
+    changes = [re.findall(r"(slots|context_tokens|kv_types)(?: to)? (\S+?),", text) for text in refused.suggestions]
+    found = [(key, [value] if key == "kv_types" else int(value)) for hits in changes for key, value in hits]
+    assert found, refused.suggestions
+    for key, value in found:
+        [answer] = planning.plans(host, [("Llama-3.1-8B",)], planning.settings({**asked, key: value}))
+        assert isinstance(answer, Plan), (key, value)
+        if key == "context_tokens":  # and not much more would be
+            [more] = planning.plans(host, [("Llama-3.1-8B",)], planning.settings({**asked, key: value + 1024}))
+            assert isinstance(more, Refusal)
+
+
 # --- the backend ----------------------------------------------------------------------------------
 
 
