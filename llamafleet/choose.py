@@ -24,7 +24,7 @@ UBATCHES = (512, 256, 1024, 2048, 4096, 8192)  # llama.cpp's default first: it w
 ANOTHER_GPU = 1.02  # power, heat and the room of other instances
 LATER_KV_TYPE = 1.10  # the operator's order of types is one of quality
 OTHER_UBATCH = 1.005  # for each doubling or halving of 512: nothing is changed for nothing
-KEPT_ROWS = 2  # rows of GPUs that the other ubatches are tried with
+KEPT = 2  # rows of GPUs, and pairs of cache type and slots, that the other ubatches are tried with
 TRIES = 16  # of the check by the ledger, one layer less each time
 
 
@@ -41,12 +41,17 @@ class Candidate:
 
     @property
     def kind(self) -> str:
-        """What is on the host: "none", "spill" (experts or FFN), "layers" (whole ones) or "all"."""
-        if not self.order:
-            return "all"
-        if self.segments[0].device is None:
-            return "layers"
-        return "spill" if any(one.keep < one.hi for one in self.segments) else "none"
+        """What is on the host."""
+        return kind_of(self.order, self.segments)
+
+
+def kind_of(order: Sequence[int], segments: Sequence[Segment]) -> str:
+    """What is on the host: "none", "spill" (experts or FFN), "layers" (whole ones) or "all"."""
+    if not order:
+        return "all"
+    if segments[0].device is None:
+        return "layers"
+    return "spill" if any(one.keep < one.hi for one in segments) else "none"
 
 
 @dataclass(frozen=True)
@@ -83,18 +88,22 @@ class Search:
         """The best first. A context comes with its handicap.
 
         All rows of GPUs are tried with the first ubatch of each cache type and number of slots; the other ubatches
-        only with the rows that were best for it, since what is on the GPUs changes little with them.
+        only for the best of these and only with their best rows, since what is on the GPUs changes little with them.
         """
-        found: list[Candidate] = []
         groups: dict[tuple[str, int], list[tuple[Context, float]]] = {}
         for context, handicap in tried:
             groups.setdefault((context.kv_type, context.slots), []).append((context, handicap))
-        for (first, handicap), *others in groups.values():
-            rows = sorted(self._of(first, handicap, self.orders()), key=_rank)
-            found += rows
-            best = list(dict.fromkeys(one.order for one in rows))[:KEPT_ROWS] or [()]
-            for context, other_handicap in others:
-                found += self._of(context, other_handicap, best)
+        firsts = [sorted(self._of(*of_group[0], self.orders()), key=_rank) for of_group in groups.values()]
+        found = [one for rows in firsts for one in rows]
+        best = sorted(zip(firsts, groups.values(), strict=True), key=lambda group: _rank(group[0][0]))
+        for rows, of_group in best[:KEPT]:
+            orders = list(dict.fromkeys(one.order for one in rows))[:KEPT]
+            for context, handicap in of_group[1:]:
+                found += self._of(context, handicap, orders)
+        # What does not fit with one ubatch may with a smaller one: such groups are not to be lost.
+        for rows, of_group in best[KEPT:]:
+            if rows[0].host_short_bytes:
+                found += self._of(*min(of_group, key=lambda one: one[0].ubatch_tokens), [rows[0].order])
         return sorted(found, key=_rank)
 
     def fits(self, tokens: int, slots: int, kv_type: str) -> bool:
@@ -303,7 +312,7 @@ class Search:
 
     def _host_short(self, context: Context, order: tuple[int, ...], segments: Sequence[Segment]) -> int:
         room, model = self.room, self.model
-        kind = "all" if not order else "layers" if segments[0].device is None else "spill"
+        kind = kind_of(order, segments)
         needed = self.fixed(context, len(order), kind).host + model.input_bytes
         for one in segments:
             moved, _ = self.roofline.moved(one)
