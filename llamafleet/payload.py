@@ -29,10 +29,11 @@ HELPERS_PYTHON = (3, 9)
 # runs on every CPython; of all the others the pure wheel is taken, though a faster one may exist.
 NATIVE = frozenset({"psutil"})
 PROBE_PACKAGES = frozenset({"psutil", "nvidia-ml-py"})
-# The survey reads what is installed and asks its siblings: the probe, the toolkits, the lock.
+# The survey reads what is installed and asks its siblings: the probe, the toolkits, the lock. What uninstalls
+# cannot be among the helpers that it removes.
 PROBE_PROGRAMS = (
     *("ground.py", "lock.py", "probe.py", "probe_files.py", "probe_gpus.py", "probe_vulkan.py", "survey.py"),
-    *("releases.py", "toolkits.py"),
+    *("releases.py", "toolkits.py", "uninstall.py"),
 )
 # Not needed to run the probe on Linux.
 _PROBE_LEAVES_OUT = re.compile(r"\.dist-info/|^example\.py$|^psutil/(tests/|_ps(aix|bsd|osx|sunos|windows)\.py$)")

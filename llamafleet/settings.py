@@ -93,6 +93,7 @@ class Settings:
     speed_floor_percent: int
     liveness_seconds: int
     liveness_interval_seconds: int
+    uninstall_models: bool
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Settings:

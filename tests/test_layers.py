@@ -33,7 +33,7 @@ ORDER = [
     "keep",
 ]
 
-STAGES = ["bootstrap", "toolkit", "build", "model", "plan", "verify", "service"]
+STAGES = ["bootstrap", "toolkit", "build", "model", "plan", "verify", "service", "uninstall"]
 
 
 def imports(path):

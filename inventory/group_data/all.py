@@ -130,3 +130,8 @@ speed_floor_percent = 40
 liveness_seconds = 120
 # Pause between two such checks, seconds. A server at work is not asked, an idle one for one token.
 liveness_interval_seconds = 60
+
+# --- leaving ---------------------------------------------------------------------------------
+
+# Does `pyinfra INVENTORY tasks.uninstall.uninstall` remove the downloaded models too? Else they stay.
+uninstall_models = False
