@@ -25,6 +25,7 @@ from .imagined import Imagined
 from .machine import MachineError
 from .plan import Plan, Refusal, plan_host
 from .rates import Measurements
+from .secret_files import SecretError
 from .settings import Instance, Settings, SettingsError
 
 __all__ = ["default_data", "main", "parse_changes", "settings_for"]
@@ -32,7 +33,7 @@ __all__ = ["default_data", "main", "parse_changes", "settings_for"]
 PLANNED, BAD_INPUT, REFUSED = 0, 2, 3
 READERS = 8  # headers read at the same time: politeness to the server more than the line
 SIBLINGS_TRIED = 3  # of a refused model's repository, largest first
-BAD = (UsageError, SettingsError, MachineError, GgufError, sources.SourceError)
+BAD = (UsageError, SettingsError, SecretError, MachineError, GgufError, sources.SourceError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import imagined
+from . import imagined, secret_files
 from .machine import Machine, MachineError
 from .settings import Instance, Settings
 
@@ -94,7 +94,7 @@ def _is_of_instance(key: str) -> bool:
 
 
 def hub_token(settings: Settings) -> str | None:
-    """The token for gated models, from the settings' file or the environment."""
+    """The token for gated models, from where the settings say or the environment."""
     if settings.hub_token_file:
-        return read_text(Path(settings.hub_token_file).expanduser()).strip()
-    return os.environ.get("HF_TOKEN") or None
+        return secret_files.token(settings.hub_token_file, "hub_token_file")
+    return secret_files.take("HF_TOKEN")

@@ -283,3 +283,13 @@ def test_a_signed_address_that_expires_while_it_is_read_is_asked_for_anew(model,
         hub.fault("acme/oss/oss.gguf", status=403)
         assert reader.read(url, 2000, 1000)[0] == whole[2000:]
         assert [request.server for request in hub.settled()] == ["hub", "cdn", "cdn", "cdn", "hub", "cdn"]
+
+
+def test_a_token_file_that_others_read_is_refused(tmp_path, machine_file, model, capsys):
+    token = tmp_path / "token"
+    token.write_text("hf_secret")
+    token.chmod(0o644)
+    arguments = ["plan", "--model", model, "--machine", machine_file, "--set", f"hub_token_file={token}"]
+    assert cli.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert f"hub_token_file: {token} has mode 0644" in told and "hf_secret" not in told

@@ -74,6 +74,19 @@ def test_where_everything_works_the_whole_sandbox_is_kept(deploy, host):
     assert "Dropped" not in unit and serves(host)
 
 
+def test_inside_there_is_no_shell_and_nothing_of_ours_to_read(host):
+    """Asked of the running process' own view of the file system, after the whole sandbox was kept."""
+    pid = main_pid(host, "tiny")
+    said = host.run(["nsenter", f"--target={pid}", "--mount", "/bin/sh", "-c", "echo in"])
+    assert said.returncode != 0 and "Permission denied" in said.stderr, said.stderr
+    for folder in ("/etc/llamafleet", "/var/lib/llamafleet/good", "/var/log", "/root"):
+        assert on(host, "ls", "-A", folder) != ""
+        assert on(host, "ls", "-A", f"/proc/{pid}/root{folder}") == ""
+    models = f"/proc/{pid}/root/var/lib/llamafleet/models"
+    assert "tiny" in on(host, "ls", models)
+    assert host.run(["touch", f"{models}/x"]).stderr.endswith("Read-only file system\n")
+
+
 def test_what_breaks_it_is_dropped_alone_and_told(deploy, host):
     run, unit, found = deploy("code", 768)
     assert run.code == 0, run.text
