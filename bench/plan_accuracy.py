@@ -1,0 +1,140 @@
+"""How exact are our figures from the header alone, beside node-llama-cpp's and llama-server's own?
+
+    python -m bench.plan_accuracy       writes bench/results/plan_accuracy.csv and plan_accuracy.svg
+
+Of every test layout: what one device holds that takes every layer, for 8192 tokens in one slot, f16 cache, flash
+attention, 512 tokens at a time. The truth is what llama-server prints before it loads (`--fit` uses these very
+figures), on an RPC device, so that nothing but weights, KV cache and compute is in it. node-llama-cpp is asked for
+the same; it counts logits for a whole batch, which its own contexts have and llama-server's have not, so it is
+listed as it is and less these logits.
+
+Needs node, npm and the oracle's build (made where it is missing).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from bench import dot_plot
+from llamafleet.compute import vocabulary
+from llamafleet.gguf import Header, read_path
+from llamafleet.kv import Context, number
+from llamafleet.ledger import Model, Placement, usage
+from sandbox import models, oracle
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+NODE = ROOT / ".cache" / "node-llama-cpp"
+VERSION = "3.22.1"
+PACKAGES = (f"node-llama-cpp@{VERSION}", f"@node-llama-cpp/linux-x64@{VERSION}")
+MIB = 1024**2
+CONTEXT_TOKENS, UBATCH_TOKENS = 8192, 512
+
+
+def install() -> None:
+    """node-llama-cpp with its ready-made program for the CPU: nothing is compiled, no script of it runs."""
+    if (NODE / "node_modules" / "node-llama-cpp").is_dir():
+        return
+    NODE.mkdir(parents=True, exist_ok=True)
+    (NODE / "package.json").write_text('{"private": true}\n')
+    quiet = ("--no-audit", "--no-fund", "--no-save", "--ignore-scripts", "--omit=optional")
+    subprocess.run(["npm", "install", *quiet, *PACKAGES], cwd=NODE, check=True)
+
+
+def node(paths: Sequence[Path]) -> dict[str, dict[str, int]]:
+    """What node-llama-cpp says of each file; nothing where it fails."""
+    script = NODE / "node_estimate.mjs"  # beside its modules, where node looks for them
+    script.write_bytes((ROOT / "bench" / "node_estimate.mjs").read_bytes())
+    found = {}
+    for path in paths:
+        done = subprocess.run(["node", str(script), str(path)], cwd=NODE, capture_output=True, text=True, timeout=300)
+        told = json.loads(done.stdout) if done.returncode == 0 and done.stdout else {"problem": done.stderr[-300:]}
+        if "problem" in told:
+            print(f"{path.name}: node-llama-cpp: {told['problem']}")
+        found[str(path)] = told
+    return found
+
+
+def ours(header: Header, tokens: int) -> dict[str, int]:
+    """The ledger's figures for one device, MiB."""
+    model = Model.of(header)
+    context = Context(tokens, 1, "f16", UBATCH_TOKENS)
+    devices, _ = usage(model, context, Placement((0,) * (model.layers + 1)), "cuda")
+    parts = {"weights": devices[0].weights_bytes, "kv": devices[0].kv_bytes, "compute": devices[0].compute_bytes}
+    return {name: size // MIB for name, size in parts.items()}  # llama-server cuts off too
+
+
+def rows(paths: Mapping[str, Path]) -> Iterator[dict[str, object]]:
+    """One for each layout."""
+    estimated = node(list(paths.values()))
+    for name, path in paths.items():
+        header = read_path(path)
+        tokens = min(CONTEXT_TOKENS, number(header, "context_length", CONTEXT_TOKENS))
+        flags = ["-c", str(tokens), "-np", "1", "-ngl", "999", "-fa", "on", "-ub", str(UBATCH_TOKENS)]
+        [device] = oracle.ask(path, flags, 1).devices
+        we = ours(header, tokens)
+        told = estimated[str(path)]
+        row: dict[str, object] = {
+            "layout": name, "context_tokens": tokens, "server_mib": device.total, "server_weights_mib": device.model,
+            "server_kv_mib": device.context, "server_compute_mib": device.compute, "ours_mib": sum(we.values()),
+            "ours_weights_mib": we["weights"], "ours_kv_mib": we["kv"], "ours_compute_mib": we["compute"],
+            "ours_error_percent": _percent(sum(we.values()), device.total),
+            "node_mib": "", "node_less_logits_mib": "", "node_error_percent": "", "node_less_logits_error_percent": "",
+        }  # fmt: skip
+        if "problem" not in told:
+            whole = round((told["weights"] + told["context"]) / MIB)
+            less = whole - round((UBATCH_TOKENS - 1) * vocabulary(header) * 4 / MIB)
+            row |= {"node_mib": whole, "node_less_logits_mib": less,
+                    "node_error_percent": _percent(whole, device.total),
+                    "node_less_logits_error_percent": _percent(less, device.total)}  # fmt: skip
+        print(row)
+        yield row
+
+
+def _percent(estimate: int, truth: int) -> float:
+    return round(100 * (estimate - truth) / truth, 2)
+
+
+def summary(found: Sequence[Mapping[str, object]], column: str, mib: str) -> str:
+    """Median and worst, in words."""
+    known = [row for row in found if row[column] != ""]
+    errors = [abs(float(str(row[column]))) for row in known]
+    off = max(abs(int(str(row[mib])) - int(str(row["server_mib"]))) for row in known)
+    return f"median {statistics.median(errors):.2f} %, worst {max(errors):.2f} % and {off} MiB, of {len(known)} layouts"
+
+
+def main() -> None:
+    install()
+    oracle.build()
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: models.weightless(Path(folder), name) for name in models.PUBLISHED}
+        found = list(rows(paths))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with (RESULTS / "plan_accuracy.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, found[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+    series = {
+        "llamafleet": ("ours_error_percent", "ours_mib"),
+        f"node-llama-cpp {VERSION}": ("node_error_percent", "node_mib"),
+        "the same, less its batch's logits": ("node_less_logits_error_percent", "node_less_logits_mib"),
+    }
+    for name, (column, mib) in series.items():
+        print(f"{name}: {summary(found, column, mib)}")
+    picture = dot_plot.svg(
+        "Estimated memory of one GPU, from the header alone, against llama-server's own figures",
+        "error in percent: 8192 tokens, one device, every layer on it",
+        [str(row["layout"]) for row in found],
+        {name: [row[column] for row in found] for name, (column, _) in series.items()},
+    )
+    (RESULTS / "plan_accuracy.svg").write_text(picture)
+
+
+if __name__ == "__main__":
+    main()
