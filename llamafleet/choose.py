@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from .adjust import Adjustment
 from .kv import Context, kv_bytes
-from .ledger import HOST, LedgerRow, Model, Placement, Usage, usage
-from .place import Case, Room, cut, fill
+from .ledger import HOST, Model, Placement, Usage, usage
+from .place import Room, cut, fill
 from .predict import Roofline, Segment
 from .settings import Instance
 from .workload import Workload
@@ -25,7 +25,6 @@ ANOTHER_GPU = 1.02  # power, heat and the room of other instances
 LATER_KV_TYPE = 1.10  # the operator's order of types is one of quality
 OTHER_UBATCH = 1.005  # for each doubling or halving of 512: nothing is changed for nothing
 KEPT = 2  # rows of GPUs, and pairs of cache type and slots, that the other ubatches are tried with
-TRIES = 16  # of the check by the ledger, one layer less each time
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,6 @@ class Fixed:
 
     devices: tuple[int, ...]
     host: int
-
-
-@dataclass(frozen=True)
-class Settled:
-    """A candidate after the check by the ledger; the rows tell whether it really fits."""
-
-    candidate: Candidate
-    placement: Placement
-    rows: tuple[LedgerRow, ...]
 
 
 class Search:
@@ -190,7 +180,7 @@ class Search:
 
     def _around(self, context: Context, middle: int, budgets: Sequence[float]) -> tuple[int, ...] | None:
         """Where the cuts are if every GPU but one, the fastest, has only layers with all their experts (FFN)."""
-        base, whole = self._costs(context), self._whole(context)
+        base, whole = self.costs(context), self._whole(context)
         start, stop = 0, len(whole) - 1
         ends = [0] * len(budgets)
         for position in range(middle):
@@ -204,7 +194,7 @@ class Search:
 
     def _front_kept(self, context: Context, budgets: Sequence[float]) -> tuple[int, ...] | None:
         """Where the cuts are if as many front layers as possible keep their experts (FFN)."""
-        base, whole = self._costs(context), self._whole(context)
+        base, whole = self.costs(context), self._whole(context)
         edges = [*self.movable, self.model.layers]
 
         def kept(count: int) -> tuple[int, ...] | None:  # where the cuts are if so many keep theirs
@@ -222,7 +212,7 @@ class Search:
 
     def _fronted(self, context: Context, order: tuple[int, ...], *, kept: bool) -> tuple[Segment, ...] | None:
         """The fewest whole front layers on the CPU; `kept`: the others keep their experts (FFN) on the GPUs."""
-        sums = self._whole(context) if kept else self._costs(context)
+        sums = self._whole(context) if kept else self.costs(context)
         budgets = self.budgets(context, order, "layers")
         best: tuple[int, tuple[int, ...]] | None = None
         low, high = 1, self.model.layers
@@ -249,7 +239,7 @@ class Search:
             keep = hi
             if spilling:
                 context, budgets = spilling
-                base, spill = self._costs(context), self.roofline.spill
+                base, spill = self.costs(context), self.roofline.spill
                 room = budgets[position] - (base[end] - base[start])
                 keep = start
                 while keep < hi and spill[keep + 1] - spill[start] <= room:
@@ -258,7 +248,7 @@ class Search:
             start = hi
         return tuple(pieces)
 
-    def _costs(self, context: Context) -> list[float]:
+    def costs(self, context: Context) -> list[float]:
         """Bytes of the first n layers on a device, without what may be spilled; last, with the output."""
         if context not in self._base:
             total, sums = 0.0, [0.0]
@@ -273,7 +263,7 @@ class Search:
         """The same with everything on the device."""
         if context not in self._all:
             spill = self.roofline.spill
-            base = self._costs(context)
+            base = self.costs(context)
             self._all[context] = [cost + spill[min(n, self.model.layers)] for n, cost in enumerate(base)]
         return self._all[context]
 
@@ -318,123 +308,18 @@ class Search:
             moved, _ = self.roofline.moved(one)
             needed += int(moved)
             if one.device is None:
-                base, spill = self._costs(context), self.roofline.spill
+                base, spill = self.costs(context), self.roofline.spill
                 needed += int(base[one.hi] - base[one.lo] + spill[one.hi] - spill[one.lo])
         if not order:
             needed += model.output_bytes - (model.tied_bytes if model.tied_is_shared else 0)
         if room.unified:
-            base = self._costs(context)
+            base = self.costs(context)
             needed += int(base[-1] + self.roofline.spill[-1]) + sum(self.fixed(context, 1, "none").devices)
         return max(0, needed + room.host_reserve_bytes - room.host_bytes - room.swap_bytes)
-
-    # --- the best one, refined and checked ---------------------------------------------------------
-
-    def settle(self, one: Candidate, handicap: float) -> Settled:
-        """The candidate made as good as the ledger allows: cuts moved, a last layer kept in part, and checked."""
-        one = self._shifted(one, handicap)
-        case = Case(self.model, one.context, self.room.only(one.order), self.backend, self.extra_bytes, self.adjustment)
-        for _ in range(TRIES):
-            placement = placed(one)
-            rows = case.rows(placement)
-            if all(row.free_bytes >= 0 for row in rows[:-1]) or not one.order or self.room.unified:
-                break
-            smaller = self._smaller(one, rows)
-            if smaller is None:
-                break
-            one = self.weigh(one.context, one.order, smaller, handicap)
-        return self._fuller(Settled(one, placement, rows), handicap, case)
-
-    def _shifted(self, one: Candidate, handicap: float) -> Candidate:
-        """Move the cuts between GPUs by single layers as long as that makes the workload faster."""
-        if one.kind != "spill" or len(one.order) < 2:
-            return one
-        budgets = self.budgets(one.context, one.order, "spill")
-        better = True
-        while better:
-            better = False
-            ends = [part.hi for part in one.segments]
-            ends[-1] += 1  # the output
-            for cut_at in range(len(ends) - 1):
-                for step in (-1, 1):
-                    tried = (*ends[:cut_at], ends[cut_at] + step, *ends[cut_at + 1 :])
-                    if not all(a < b for a, b in pairwise((0, *tried))):
-                        continue
-                    if not self._bases_fit(one.context, tried, budgets):
-                        continue
-                    segments = self.segments(one.order, 0, tried, (one.context, budgets))
-                    other = self.weigh(one.context, one.order, segments, handicap)
-                    if other.score < one.score * 0.9999:
-                        one, ends, better = other, list(tried), True
-        return one
-
-    def _bases_fit(self, context: Context, ends: Sequence[int], budgets: Sequence[float]) -> bool:
-        base = self._costs(context)
-        return all(base[b] - base[a] <= room for (a, b), room in zip(pairwise((0, *ends)), budgets, strict=True))
-
-    def _smaller(self, one: Candidate, rows: Sequence[LedgerRow]) -> tuple[Segment, ...] | None:
-        """One layer less on the first device that is too full."""
-        on_gpus = [part for part in one.segments if part.device is not None]
-        position = next(n for n, row in enumerate(rows) if row.free_bytes < 0)
-        tight = on_gpus[position]
-        changed = {}
-        if one.kind in ("none", "spill") and tight.keep > tight.lo and self.movable:
-            keep = tight.keep - 1
-            while keep > tight.lo and not self.model.spill_bytes[keep]:
-                keep -= 1
-            changed[tight] = replace(tight, keep=keep, part="")
-        elif one.segments[0].device is None:
-            first = on_gpus[0]
-            if first.lo >= first.hi:
-                return None
-            changed[one.segments[0]] = Segment(None, 0, first.lo + 1, first.lo + 1)
-            changed[first] = replace(first, lo=first.lo + 1, keep=max(first.keep, first.lo + 1))
-        else:
-            return None
-        return tuple(changed.get(part, part) for part in one.segments)
-
-    def _fuller(self, settled: Settled, handicap: float, case: Case) -> Settled:
-        """What room is left takes one more layer's experts (FFN), or single tensors of them."""
-        for position in range(len(settled.candidate.segments)):
-            one = settled.candidate
-            for change in self._more(one.segments[position]):
-                segments = (*one.segments[:position], change, *one.segments[position + 1 :])
-                other = self.weigh(one.context, one.order, segments, handicap)
-                there = placed(other)
-                rows = case.rows(there)
-                if all(row.free_bytes >= 0 for row in rows[:-1]) and other.score <= one.score:
-                    settled = Settled(other, there, rows)
-                    break
-        return settled
-
-    def _more(self, one: Segment) -> Iterator[Segment]:
-        layer = next((n for n in range(one.keep, one.hi) if self.model.spill_bytes[n]), None)
-        if one.device is None or layer is None:
-            return
-        yield replace(one, keep=layer + 1, part="")
-        if 0 < self.model.down_bytes[layer] < self.model.spill_bytes[layer]:
-            for part in sorted(("down", "up"), key=lambda name: self.model.part_bytes(layer, name)):
-                yield replace(one, keep=layer, part=part)
 
 
 def _rank(one: Candidate) -> tuple[int, float]:
     return one.host_short_bytes, one.score
-
-
-def placed(one: Candidate) -> Placement:
-    """The candidate as the ledger knows it: device numbers are positions in its row of GPUs."""
-    holders: list[int | None] = []
-    spilled: set[int] = set()
-    partly: dict[int, str] = {}
-    for segment in one.segments:
-        device = None if segment.device is None else one.order.index(segment.device)
-        holders += [device] * (segment.hi - segment.lo)
-        if device is not None:
-            spilled |= set(range(segment.keep + (1 if segment.part else 0), segment.hi))
-            if segment.part:
-                partly[segment.keep] = segment.part
-    last = one.segments[-1].device
-    holders.append(None if last is None else one.order.index(last))
-    return Placement(tuple(holders), frozenset(spilled), tuple(sorted(partly.items())))
 
 
 def contexts(instance: Instance, tokens: int, work: Workload) -> list[tuple[Context, float]]:

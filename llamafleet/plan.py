@@ -15,7 +15,7 @@ from typing import Any
 from . import vulkan
 from .adjust import NO_ADJUSTMENT, Adjustment
 from .advice import suggestions
-from .choose import Candidate, Search, Settled, contexts
+from .choose import Candidate, Search, contexts
 from .gguf import Header
 from .kv import number
 from .ledger import HOST, MIB, TRAITS, LedgerRow, Model, Placement
@@ -26,6 +26,7 @@ from .predict import Prediction, Roofline
 from .rates import NOT_MEASURED, Measurements, rates
 from .reasons import Decision, why
 from .settings import Instance, Settings
+from .settle import Settled, settle
 from .workload import Workload
 
 SCHEMA = 1
@@ -248,7 +249,7 @@ def _choose(asked: _Asked) -> Plan | Refusal:
     plans: list[tuple[float, int, Plan]] = []
     refused: Settled | None = None
     for number_, candidate in enumerate(weighed[:SETTLED]):
-        settled = search.settle(candidate, handicaps[candidate.context])
+        settled = settle(search, candidate, handicaps[candidate.context])
         if any(row.free_bytes < 0 for row in settled.rows):
             refused = refused or settled
             continue

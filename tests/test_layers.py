@@ -26,6 +26,7 @@ ORDER = [
     "predict",
     "place",
     "choose",
+    "settle",
     "reasons",
     "plan",
     "flags",
