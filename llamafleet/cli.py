@@ -215,7 +215,7 @@ def _siblings_that_fit(host: Imagined, settings: Settings, refusal: Refusal) -> 
              for name in smaller[:SIBLINGS_TRIED]]  # fmt: skip
     return [
         f"take {option.source}: {option.weights_bytes / show.GIB:.1f} GiB of weights, at about"
-        f" {option.decode_tokens_per_s:g} tokens/s"
+        f" {show.rate(option.decode_tokens_per_s)} tokens/s"
         for option in tried
         if isinstance(option.answer, Plan)
     ]

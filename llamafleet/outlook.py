@@ -11,6 +11,7 @@ from .gguf import Header, Tensor
 from .kv import number
 from .plan import DEFAULT_CONTEXT_LIMIT, Plan, Refusal
 from .settings import Instance
+from .show import rate
 
 GIB = 1024**3
 STEP_TOKENS = 1024  # how exactly the largest context is told
@@ -42,8 +43,8 @@ def _larger_context(planner: Planner, instance: Instance, header: Header, plan: 
         yield f"no larger context fits than {now} tokens (trained for {trained})"
         return
     whole = "all that it was trained for" if largest.context_tokens >= trained else f"trained for {trained}"
-    speed = largest.predicted.decode_tokens_per_s
-    yield f"the largest context that fits: {largest.context_tokens} tokens ({whole}), at about {speed:g} tokens/s"
+    speed = rate(largest.predicted.decode_tokens_per_s)
+    yield f"the largest context that fits: {largest.context_tokens} tokens ({whole}), at about {speed} tokens/s"
 
 
 def _smaller_context(planner: Planner, instance: Instance, header: Header) -> Iterator[str]:
@@ -51,8 +52,8 @@ def _smaller_context(planner: Planner, instance: Instance, header: Header) -> It
     asked = instance.context_tokens or min(trained, DEFAULT_CONTEXT_LIMIT)
     largest = largest_context(planner, instance, header, 0, asked)
     if largest:
-        speed = largest.predicted.decode_tokens_per_s
-        yield f"set context_tokens to {largest.context_tokens}: the most that fits, at about {speed:g} tokens/s"
+        speed = rate(largest.predicted.decode_tokens_per_s)
+        yield f"set context_tokens to {largest.context_tokens}: the most that fits, at about {speed} tokens/s"
 
 
 def _smaller_quantisation(planner: Planner, instance: Instance, header: Header) -> Iterator[str]:
@@ -124,5 +125,5 @@ def _told(header: Header) -> str:
 
 def _outcome(answer: Plan | Refusal) -> str:
     if isinstance(answer, Plan):
-        return f"fits, at about {answer.predicted.decode_tokens_per_s:g} tokens/s"
+        return f"fits, at about {rate(answer.predicted.decode_tokens_per_s)} tokens/s"
     return "does not fit"

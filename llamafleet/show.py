@@ -11,10 +11,12 @@ from typing import TextIO
 
 from .ledger import LedgerRow
 from .plan import Plan, Refusal
+from .predict import Prediction
 
 GIB = 1024**3
 BAR_WIDTH = 40
 BESIDE_BAR = 26  # columns, for the device's name and its total
+LEGEND_WIDTH = 84
 NARROW = 125  # columns, below which a device takes two lines
 # What a bar shows, in order: its letter, its name, its part of the ledger, its colour (ECMA-48, SGR).
 PARTS = (
@@ -89,21 +91,32 @@ def _lines(answer: Plan | Refusal, look: Look, outlook: Sequence[str]) -> Iterat
         steps = dict.fromkeys((*answer.suggestions, *outlook))
         yield from (look.wrapped(f"  try: {step}") for step in steps)
     else:
-        guess = answer.predicted
-        yield look.wrapped(
-            f"  predicted, roughly: {guess.decode_tokens_per_s:g} tokens/s written,"
-            f" {guess.prefill_tokens_per_s:g} tokens/s read"
-        )
+        yield look.wrapped(f"  {_speeds(answer.predicted)}")
         yield look.wrapped(f"  flags: {' '.join(answer.argv)}")
     yield from (look.wrapped(f"  - {reason}") for reason in answer.why)
     if isinstance(answer, Plan):
         yield from (look.wrapped(f"  > {sentence}") for sentence in outlook)
 
 
+def _speeds(guess: Prediction) -> str:
+    def told(speed: float, low: float, high: float) -> str:
+        span = f" ({rate(low)} to {rate(high)})" if low < high else ""
+        return f"{rate(speed)} tokens/s{span}"
+
+    written = told(guess.decode_tokens_per_s, guess.decode_low_tokens_per_s, guess.decode_high_tokens_per_s)
+    read = told(guess.prefill_tokens_per_s, guess.prefill_low_tokens_per_s, guess.prefill_high_tokens_per_s)
+    return f"{'measured' if guess.measured else 'predicted, roughly'}: {written} written, {read} read"
+
+
+def rate(speed: float) -> str:
+    """Three digits: more would claim what no prediction knows."""
+    return f"{float(f'{speed:.3g}'):g}"
+
+
 def _legend(look: Look) -> Iterator[str]:
     parts = [f"{look.painted(letter, colour)} {name}" for letter, name, _, colour in PARTS]
     parts += [f"{look.painted(*RESERVE)} reserve", f"{FREE} free (GiB)"]
-    each = 3 if look.is_narrow else len(parts)
+    each = 3 if look.columns is not None and look.columns < LEGEND_WIDTH else len(parts)
     rows = (parts[at : at + each] for at in range(0, len(parts), each))
     yield from (f"  {', '.join(row)}" for row in rows)
 

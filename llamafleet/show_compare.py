@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from .compare import Option, best, ordered, short_names
 from .plan import Plan, Refusal
-from .show import GIB, PLAIN, Look
+from .show import GIB, PLAIN, Look, rate
 
 MIB = 1024**2
 NAME_LIMIT = 40  # columns
@@ -43,7 +43,9 @@ def _outcome(option: Option, min_speed: float) -> str:
         case Plan(predicted=guess):
             slow = "  too slow" if guess.decode_tokens_per_s < min_speed else ""
             share = f"{round(100 * option.on_gpus)} %"
-            return f"{size}  {share:>6}  {guess.decode_tokens_per_s:7g}  {guess.prefill_tokens_per_s:7g}{slow}"
+            return (
+                f"{size}  {share:>6}  {rate(guess.decode_tokens_per_s):>7}  {rate(guess.prefill_tokens_per_s):>7}{slow}"
+            )
         case Refusal(needed_bytes=needed, available_bytes=available, device=device) if needed:
             return f"{size}  does not fit: {(needed - available) // MIB} MiB missing on {device}"
         case Refusal(reason=reason):

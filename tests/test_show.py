@@ -1,5 +1,6 @@
 """The table for people: bars that add up, on any terminal."""
 
+import dataclasses
 import io
 import re
 
@@ -8,6 +9,7 @@ import pytest
 from llamafleet import show
 from llamafleet.ledger import LedgerRow
 from llamafleet.plan import Plan
+from llamafleet.predict import Prediction
 from tests import planning
 
 GIB = 2**30
@@ -90,3 +92,11 @@ def test_the_outlook_is_told_after_the_reasons_and_among_the_steps(answers):
     assert show.table(plan, "t", outlook=["more would fit"]).splitlines()[-1] == "  > more would fit"
     assert "  try: less would fit" in show.table(refusal, "t", outlook=["less would fit"])
     assert "missing under the reserve" in show.table(refusal, "t")
+
+
+def test_a_prediction_tells_how_sure_it_is_and_a_measurement_that_it_is_one(answers):
+    guess = Prediction(23.456, 1158.4, 15.0, 30.0, 700.0, 1500.0)
+    told = show.table(dataclasses.replace(answers[0], predicted=guess), "t")
+    assert "predicted, roughly: 23.5 tokens/s (15 to 30) written, 1160 tokens/s (700 to 1500) read" in told
+    told = show.table(dataclasses.replace(answers[0], predicted=Prediction.of_trial(23.456, 1158.4)), "t")
+    assert "measured: 23.5 tokens/s written, 1160 tokens/s read" in told
