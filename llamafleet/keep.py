@@ -113,6 +113,20 @@ class Installed:
     argv: tuple[str, ...]  # the planned part
     memory: Memory
 
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Installed:
+        """From plan.json, where `is_of_inputs` says so."""
+        return cls(tuple(record["plan"]["argv"]), Memory.from_json(record["inputs"]["memory"]))
+
+
+def is_of_inputs(record: Any, key: str) -> bool:
+    """Is the plan.json of a plan with this `inputs_key`? One that somebody edited, or of another version, is not."""
+    try:
+        Installed.of(record)
+        return bool(record["inputs"]["key"] == key and isinstance(record["verified"], dict | None))
+    except (KeyError, TypeError):
+        return False
+
 
 @dataclass(frozen=True)
 class Choice:

@@ -85,7 +85,7 @@ def of_host(
 
 
 def _instance(name: str, found: FoundInstance | None, live: Mapping[str, Any], wanted: Wanted | None) -> InstanceStatus:
-    record: Mapping[str, Any] = (found.record if found else None) or {}
+    record: Mapping[str, Any] = found.record if found and isinstance(found.record, Mapping) else {}
     gate = live.get("gate")
     drift: tuple[str, ...] = ()
     if wanted is not None:
@@ -110,15 +110,15 @@ def _instance(name: str, found: FoundInstance | None, live: Mapping[str, Any], w
 
 
 def plan_in_short(record: Mapping[str, Any]) -> str:
-    """Such as "131072 x 1 f16, 37 layers on 1 GPU, cuda"; empty without a record."""
-    if not record:
+    """Such as "131072 x 1 f16, 37 layers on 1 GPU, cuda"; empty without a record that can be read."""
+    try:
+        argv, gate = record["plan"]["argv"], record["gate"]
+        value = dict(itertools.pairwise(argv))
+        gpus = len(gate["gpus"])
+        where = f"{value['--n-gpu-layers']} layers on {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "CPU"
+        return f"{gate['context_tokens']} x {gate['slots']} {value['--cache-type-k']}, {where}, {record['backend']}"
+    except (KeyError, TypeError):
         return ""
-    argv = record["plan"]["argv"]
-    value = dict(itertools.pairwise(argv))
-    gate = record["gate"]
-    gpus = len(gate["gpus"])
-    where = f"{value['--n-gpu-layers']} layers on {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "CPU"
-    return f"{gate['context_tokens']} x {gate['slots']} {value['--cache-type-k']}, {where}, {record['backend']}"
 
 
 def table(hosts: Mapping[str, HostStatus]) -> str:

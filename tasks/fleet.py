@@ -27,7 +27,8 @@ from pyinfra_cli.inventory import make_inventory
 
 from llamafleet import show
 from llamafleet.plan import Plan, Refusal
-from tasks.situation import EXPECTED, examine
+from tasks.examined import examine
+from tasks.situation import EXPECTED
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from gevent.lock import RLock
@@ -22,7 +22,7 @@ from llamafleet.adjust import Adjustment
 from llamafleet.builds import Build
 from llamafleet.gguf import GgufError
 from llamafleet.machine import Machine, MachineError
-from llamafleet.plan import Plan, Refusal, plan_host, resolve_backend
+from llamafleet.plan import Plan, Refusal
 from llamafleet.secret_files import SecretError
 from llamafleet.settings import Instance, Settings, SettingsError, unit_of
 from llamafleet.sources import SourceError
@@ -30,12 +30,9 @@ from llamafleet.verified import Verified
 from llamafleet.work import Service, Work, compare, port_conflict
 from tasks import facts, remote, render, sources
 from tasks.certificates import CertificateError
+from tasks.examined import Examined, Refused, examine, refusal_text
 
 MODELS = "/var/lib/llamafleet/models"
-
-
-class Refused(Exception):
-    """This host is left out of the run; the text gives the reason and the way out."""
 
 
 @dataclass(frozen=True)
@@ -123,74 +120,6 @@ def _decide_or_refuse(host: Host) -> Situation | None:
         return None
 
 
-@dataclass(frozen=True)
-class Examined:
-    """A host as it was read, and the plan or refusal for each of its models."""
-
-    settings: Settings
-    survey: facts.Survey
-    backend: str
-    models: tuple[sources.Model, ...]
-    # By instance name: what each plan is made of, see keep.inputs_key.
-    keys: Mapping[str, str]
-    choice: keep.Choice = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "choice", self.choose(self.adjustments()))
-
-    @property
-    def answers(self) -> tuple[Plan | Refusal, ...]:
-        """One for each of the settings' models."""
-        return self.choice.answers
-
-    def choose(self, adjustments: Mapping[str, Adjustment]) -> keep.Choice:
-        """The plans, those that are installed kept where they still hold."""
-        requests = [(one, model.header) for one, model in zip(self.settings.models, self.models, strict=True)]
-        installed = {
-            name: keep.Installed(tuple(record["plan"]["argv"]), keep.Memory.from_json(record["inputs"]["memory"]))
-            for name, record in self.same_inputs().items()
-        }
-        return keep.choose(
-            self.survey.machine, self.settings,
-            lambda machine: plan_host(machine, requests, self.settings, adjustments), installed,
-        )  # fmt: skip
-
-    def adjustments(self) -> dict[str, Adjustment]:
-        """What llama-server said of the installed plans."""
-        said = {name: record["verified"] for name, record in self.same_inputs().items()}
-        return {name: Adjustment(one["extra_bytes"]) for name, one in said.items() if one}
-
-    def same_inputs(self) -> dict[str, Mapping[str, Any]]:
-        """The records of installed instances that were planned from the same inputs."""
-        found = {name: one.record for name, one in self.survey.found.instances.items() if name in self.keys}
-        return {name: record for name, record in found.items()
-                if isinstance(record, Mapping) and record.get("inputs", {}).get("key") == self.keys[name]}  # fmt: skip
-
-
-def examine(host: Host) -> Examined:
-    """Read the host and plan its instances; changes nothing. Raises one of `EXPECTED`."""
-    settings = Settings.from_data(host.data.dict())
-    sources.take_secrets(settings)
-    survey = facts.survey(host, _all_packages(), settings)
-    backend = resolve_backend(survey.machine, settings)
-    if isinstance(backend, Refusal):
-        raise Refused(_refusal("the host", backend))
-    for instance in settings.models:
-        if instance.source.startswith("/"):
-            raise Refused(
-                f"models: {instance.name}: source: {instance.source} is a path, which can be planned but not "
-                "deployed: give its http(s) address or hf:OWNER/REPO/FILE.gguf"
-            )
-    models = tuple(sources.model(instance, settings) for instance in settings.models)
-    keys = {
-        instance.name: keep.inputs_key(survey.machine, settings, instance, {
-            "backend": backend, "files": [[file.name, file.size_bytes, file.sha256] for file in model.files],
-        })
-        for instance, model in zip(settings.models, models, strict=True)
-    }  # fmt: skip
-    return Examined(settings, survey, backend, models, keys)
-
-
 def decide(host: Host) -> Situation:
     """What is wanted on the host, against what was found. Raises one of `EXPECTED`."""
     examined = examine(host)
@@ -207,7 +136,7 @@ def plans_or_refuse(settings: Settings, answers: tuple[Plan | Refusal, ...]) -> 
     plans = []
     for instance, answer in zip(settings.models, answers, strict=True):
         if isinstance(answer, Refusal):
-            raise Refused(_refusal(f"models: {instance.name}", answer))
+            raise Refused(refusal_text(f"models: {instance.name}", answer))
         plans.append(answer)
     return plans
 
@@ -280,15 +209,6 @@ def _check_access(survey: facts.Survey) -> None:
     holder = survey.found.lock
     if holder and not remote.is_ours_or_dead(holder):
         raise Refused(remote.held_by(holder))
-
-
-def _all_packages() -> dict[str, tuple[str, ...]]:
-    """Every package that any backend could need: the survey tells which are missing."""
-    return {
-        manager: tuple(sorted({name for backend in builds.JOB_BYTES
-                               for name in builds.packages(manager, backend, compiling=True, tls=True)}))
-        for manager in builds.RUN_PACKAGES
-    }  # fmt: skip
 
 
 def _missing(survey: facts.Survey, build: Build) -> tuple[str, ...]:
@@ -374,7 +294,3 @@ def _serving(
 
 def _model_files(servings: tuple[Serving, ...]) -> dict[str, dict[str, str | None]]:
     return {one.folder: {f"{one.folder}/{file.name}": file.sha256 for file in one.model.files} for one in servings}
-
-
-def _refusal(what: str, refusal: Refusal) -> str:
-    return "; ".join([f"{what}: {refusal.reason}", *refusal.suggestions])

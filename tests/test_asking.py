@@ -12,6 +12,7 @@ from llamafleet.remote import verify
 from llamafleet.verified import Answer
 from llamafleet.work import sha256
 from tasks import asking, facts, operations, service, situation
+from tasks.examined import Examined
 from tasks.sources import Model
 from tests import planning
 from tests.planning import MIB
@@ -46,7 +47,7 @@ def now(instances=None, used_mib=0, **asked):
     )
     file = published.RemoteFile("m.gguf", "https://x/y", 5, "a" * 64)
     model = Model((file,), planning.header("gpt-oss-120b"))
-    examined = situation.Examined(settings, survey, "cuda", (model,), {"m0": "key"})
+    examined = Examined(settings, survey, "cuda", (model,), {"m0": "key"})
     return situation._situation(examined, examined.choice, build(), None, examined.adjustments(), {})
 
 

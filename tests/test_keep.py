@@ -192,6 +192,20 @@ def test_memory_survives_the_record():
     assert keep.Memory.from_json(memory.to_json()) == memory
 
 
+RECORD = {"plan": {"argv": ["--fit", "off"]}, "inputs": {"key": "k", "memory": keep.Memory.of(machine()).to_json()},
+          "verified": None}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "record",
+    [None, [], "text", {}, {**RECORD, "inputs": {"key": "k"}}, {**RECORD, "inputs": {"key": "k", "memory": {"a": 1}}},
+     {**RECORD, "inputs": {**RECORD["inputs"], "key": "other"}}, {**RECORD, "plan": None}, {**RECORD, "verified": 1}],
+)  # fmt: skip
+def test_a_record_that_cannot_be_used_is_none(record):
+    assert keep.is_of_inputs(RECORD, "k") is True
+    assert keep.is_of_inputs(record, "k") is False
+
+
 # --- what a plan is made of -----------------------------------------------------------------------
 
 
