@@ -33,7 +33,7 @@ def test_where_the_whole_sandbox_works_nothing_is_dropped():
 
 
 def test_a_moments_trouble_opens_nothing():
-    answers = iter(["busy", None])
+    answers = iter(["busy", None, None])  # with all, with none, with all again
     assert preflight.tightest(["a"], [], lambda dropped: next(answers)) == {}
 
 

@@ -108,14 +108,16 @@ def examine(name: str, unit: str, argv: Sequence[str]) -> Dict[str, Any]:
 
 def tightest(suspects: Sequence[str], others: Sequence[str], works: Works) -> Dict[str, str]:
     """The labels that have to be dropped, each with what fails while it is kept; raises Unfit."""
-    # Tried twice: a moment's trouble must not open a sandbox.
-    why = works(frozenset()) and works(frozenset())
-    if why is None:
+    if works(frozenset()) is None:
         return {}
     everything = frozenset((*suspects, *others))
     bare = works(everything)
     if bare is not None:
         raise Unfit(f"llama-server does not work on this host, also without a sandbox: {bare}")
+    # Once more: a moment's trouble must not open a sandbox.
+    why = works(frozenset())
+    if why is None:
+        return {}
     for label in suspects:
         if works(frozenset([label])) is None:
             return {label: why}

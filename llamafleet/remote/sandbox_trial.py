@@ -24,7 +24,7 @@ import tiny_gguf
 MODELS = "/var/lib/llamafleet/models"
 MODPROBE = "/usr/bin/nvidia-modprobe"
 # Deadlines, seconds: a device list comes at once, a CUDA context can take ten seconds on a cold driver.
-LIST_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 60, 90, 10
+LIST_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 60, 60, 10
 # Of the unit, but not of its sandbox: what is started, when again, and files that are installed later.
 NOT_TRIED = ("Type", "ExecStart", "ExecStartPre", "ExecStartPost", "TimeoutStartSec", "TimeoutStopSec", "Restart",
              "RestartSec", "RestartSteps", "RestartMaxDelaySec", "LoadCredential", "WatchdogSec")  # fmt: skip

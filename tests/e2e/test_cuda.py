@@ -59,8 +59,8 @@ def test_cuda_is_compiled_by_the_ordinary_stages(gpu_host, run):
 def test_the_host_is_not_called_good_because_the_gpu_is_not_there(gpu_host, run):
     assert run.code != 0
     assert [name for name in run.failed(gpu_host.name) if "Start and check" in name]
-    # The planned device is named on the command line: llama-server ends instead of taking the CPU.
-    for text in ("did not pass the gate", "invalid device: CUDA0", "there was no previous one, so it was stopped"):
+    # Tried before the switch: a planned device that llama-server does not list is none.
+    for text in ("llama-server does not work on this host, also without a sandbox", "shows no CUDA0"):
         assert text in run.text, run.text
     state = on(gpu_host, "sh", "-c", "systemctl is-active llama-server-tiny.service; true")
     assert state in ("inactive", "failed")
