@@ -10,6 +10,7 @@ from __future__ import annotations
 import pyinfra_cli  # isort: skip  # first: it makes sockets cooperative before anything uses them  # noqa: F401
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -58,7 +59,9 @@ def over_hosts(inventory: Path, limit: str | None, action: Callable[[Host], T | 
             state.init(hosts, ctx_config.get())
             wanted = [host for host in hosts if limit is None or limit in (host.name, *host.groups)]
             state.set_stage(StateStage.Connect)
-            connect_all(state)
+            # Raises where no host at all is left; each is named in the result all the same.
+            with contextlib.suppress(PyinfraError):
+                connect_all(state)
             state.set_stage(StateStage.Prepare)
             try:
                 jobs = {host.name: gevent.spawn(_in_context, host, action) for host in wanted}

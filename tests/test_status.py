@@ -3,16 +3,20 @@
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
+from llamafleet import cli
 from llamafleet.remote import status as program
 from llamafleet.status import HostStatus, Wanted, of_host, plan_in_short, table
 from tests.test_work import FOUND, INSTANCE
 
 MIB = 2**20
+ROOT = Path(__file__).parent.parent
 RECORD = {
     "release": "k1", "backend": "cuda", "verified": {"binary_bytes": {"GPU0": 5}},
     "gate": {"context_tokens": 131072, "slots": 2, "gpus": [{"uuid": "GPU-1", "name": "x", "planned_bytes": 20480 * MIB}]},
@@ -152,3 +156,28 @@ def test_an_instance_that_is_down(on_host):
     on_host["MainPID"] = "0"
     told = program.status()["demo"]
     assert told["rss_bytes"] is None and told["gpu_bytes"] == {}
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_an_inventory_that_is_not_there_is_bad_input(tmp_path, capsys):
+    assert cli.main(["status", "--inventory", str(tmp_path / "none.py")]) == 2
+    assert "there is no such inventory file" in capsys.readouterr().err
+
+
+def test_a_host_that_does_not_answer_is_named_and_exits_1(tmp_path):
+    inventory = tmp_path / "fleet.py"
+    inventory.write_text('hosts = [("gone", {"ssh_hostname": "127.0.0.1", "ssh_port": 1, "ssh_connect_retries": 0})]\n')
+    words = [sys.executable, "-m", "llamafleet.cli", "status", "--inventory", str(inventory), "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
+    assert done.returncode == 1, done.stderr
+    told = json.loads(done.stdout)["gone"]
+    assert told["fine"] is False and told["problem"].startswith("cannot be reached")
+
+
+def test_a_limit_that_names_nobody_is_bad_input(tmp_path):
+    (tmp_path / "fleet.py").write_text('hosts = ["@local"]\n')
+    words = [sys.executable, "-m", "tasks.status", str(tmp_path / "fleet.py"), "--limit", "nobody"]
+    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
+    assert done.returncode == 2 and "nobody" in done.stderr
