@@ -147,3 +147,23 @@ def test_every_nasty_word_survives():
     for word in NASTY:
         assert systemd_reads(unit_escape(word)) == word
     assert flags.unit_escape("a b") == '"a b"'
+
+
+def test_credentials_are_named_by_their_place_on_the_host():
+    asked = {"name": "gpt", "api_key_file": "/home/me/keys", "tls_certificate_file": "/home/me/c", "tls_key_file": "/k"}
+    (instance,) = planning.settings(asked).models
+    folder = "/run/credentials/llama-server-gpt.service"
+    assert flags.credentials(instance) == [
+        "--api-key-file", f"{folder}/api-keys", "--ssl-cert-file", f"{folder}/tls-certificate",
+        "--ssl-key-file", f"{folder}/tls-key",
+    ]  # fmt: skip
+    assert flags.credentials(planning.settings({}).models[0]) == []
+
+
+def test_what_was_asked_for_by_name_is_given(planned):
+    from dataclasses import replace
+
+    instance = replace(planned[1], extra_flags=("--temp 0.2",), dangerous_flags=("--cors-origins https://a.example",))
+    command = argv(planned[0], instance, "/m.gguf")
+    assert argument(command, "--temp") == "0.2" and argument(command, "--cors-origins") == "https://a.example"
+    assert command.count("--cors-origins") == 1 and "--no-cors-credentials" in command

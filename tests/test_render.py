@@ -195,3 +195,47 @@ def test_systemd_understands_the_liveness_check(tmp_path):
         line for line in (done.stdout + done.stderr).splitlines() if "-liveness" in line and "not found" not in line
     ]
     assert not told, told
+
+
+@pytest.mark.parametrize(
+    ("listen", "family", "denied"),
+    [
+        ("127.0.0.1", "AF_INET", True),
+        ("::1", "AF_INET6", True),
+        ("0.0.0.0", "AF_INET", False),
+        ("::", "AF_INET6", False),
+    ],
+)
+def test_it_speaks_with_those_it_serves_only(listen, family, denied):
+    unit, _, _ = made([], listen=listen, allow_unauthenticated=True, port=8123)
+    assert directive(unit, "RestrictAddressFamilies") == [family]
+    assert directive(unit, "SocketBindDeny") == ["any"] and directive(unit, "SocketBindAllow") == ["tcp:8123"]
+    assert (directive(unit, "IPAddressDeny"), directive(unit, "IPAddressAllow")) == (
+        (["any"], ["localhost"]) if denied else ([], [])
+    )
+
+
+def test_programs_come_from_the_release_alone():
+    unit, _, argv = made([])
+    release = argv[0].removesuffix("/bin/llama-server")
+    (allowed,) = directive(unit, "ExecPaths")
+    assert directive(unit, "NoExecPaths") == ["/"]
+    assert allowed.split()[0] == release and not {"/usr", "/usr/bin", "-/usr/bin", "/"} & set(allowed.split())
+
+
+def test_several_numa_nodes_share_what_the_cpu_computes():
+    class Large(Survey):
+        machine = planning.machine()
+        machine = dataclasses.replace(machine, cpu=dataclasses.replace(machine.cpu, numa_nodes=2))
+
+    assert directive(made([], Large)[0], "NUMAPolicy") == ["interleave"]
+    assert not directive(made([])[0], "NUMAPolicy")
+
+
+def test_a_certificate_is_a_credential_and_the_gate_speaks_https():
+    unit, record, _ = made([], tls_certificate_file="/home/me/c", tls_key_file="/home/me/k")
+    names = [line.split(":")[0] for line in directive(unit, "LoadCredential")]
+    assert names == ["tls-certificate", "tls-key"] and "/home/me" not in unit
+    assert record["gate"]["url"].startswith("https://") and record["gate"]["tls_certificate"].endswith(
+        "/tls-certificate"
+    )
