@@ -7,6 +7,7 @@ here, where the file is still known by name.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 
 from .gguf_cursor import LongArray, Scalar, Value
@@ -15,6 +16,7 @@ LAYER_LIMIT = 512  # LLAMA_MAX_LAYERS, src/llama-hparams.h:11
 EXPERT_LIMIT = 1024  # LLAMA_MAX_EXPERTS, src/llama-hparams.h:12
 NUMBER_LIMIT = 2**32 - 1  # hyperparameters are uint32_t there
 _LIMITS = {"block_count": LAYER_LIMIT, "expert_count": EXPERT_LIMIT}
+_LAYER = re.compile(r"(?:^|\.)blk\.(\d{1,3})\.")
 # Draft models, whose vocabulary may be a part of their target's (src/models/eagle3.cpp:70, dflash.cpp:171).
 _OTHER_VOCABULARY = frozenset({"eagle3", "dflash"})
 
@@ -40,7 +42,14 @@ def _can_be(number: Scalar, limit: int) -> bool:
 def _contradictions(
     architecture: str, metadata: Mapping[str, Value], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[str]:
-    """Every model's token_embd is (embedding_length, tokens): src/models/*.cpp load it with just this shape."""
+    """Every model's token_embd is (embedding_length, tokens): src/models/*.cpp load it with just this shape.
+
+    A layer without any tensors is possible (models/deci.cpp skips some), most of them without is not.
+    """
+    layers = metadata.get(f"{architecture}.block_count")
+    held = {match[1] for name in shapes if (match := _LAYER.search(name))}
+    if isinstance(layers, int) and layers > 2 * len(held):
+        yield f"gives {layers} layers in {architecture}.block_count, but tensors of {len(held)}"
     shape = shapes.get("token_embd.weight", ())
     if len(shape) < 2:
         return

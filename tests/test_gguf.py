@@ -253,6 +253,14 @@ BROKEN = {
         "'llama.block_count' = 4611686018427387904",
     ),
     "layers": (raw(keys=2, body=ARCH + u64("llama.block_count", 513)), "512 at most"),
+    "no_tensors": (
+        raw(keys=2, body=ARCH + u64("llama.block_count", 32)),
+        "gives 32 layers in llama.block_count, but tensors of 0",
+    ),
+    "lost_layers": (
+        raw(keys=2, tensors=1, body=ARCH + u64("llama.block_count", 3) + tensor("blk.0.attn_q.weight") + bytes(400)),
+        "gives 3 layers in llama.block_count, but tensors of 1",
+    ),
     "many_experts": (raw(keys=2, body=ARCH + u64("llama.expert_count", 1025)), "1024 at most"),
     "wide": (raw(keys=2, body=ARCH + u64("llama.embedding_length", 2**62)), "4294967295 at most"),
     "no_number": (
