@@ -66,14 +66,15 @@ def record(host):
     return json.loads(on(host, "cat", "/etc/llamafleet/instances/tiny/plan.json"))
 
 
-def free_mib(inventory):
-    """What the plan leaves of the host's memory, under the reserve."""
+def planned(inventory):
+    """The host's row of the plan's ledger, in MiB."""
     program = Path(sys.executable).with_name("llamafleet")
     words = [program, "plan", "--inventory", str(inventory), "--json"]
     done = subprocess.run(words, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     [told] = json.loads(done.stdout).values()
-    return told["models"]["tiny"]["ledger"][-1]["free_bytes"] / MIB
+    row = told["models"]["tiny"]["ledger"][-1]
+    return {key: value / MIB for key, value in row.items() if key != "device"}
 
 
 def unchanged(run, host):
@@ -128,7 +129,9 @@ def test_what_does_not_fit_by_the_binary_s_numbers_is_refused_and_the_old_one_se
 
 
 def test_the_next_best_plan_is_taken_where_the_best_does_not_fit_after_all(written, host, story):
-    reserve = 2048 + int(free_mib(written({"slots": 3}))) - 10  # 10 MiB are left with f16; q8_0 saves about 20
+    reserve = (
+        2048 + int(planned(written({"slots": 3}))["free_bytes"]) - 10
+    )  # 10 MiB are left with f16; q8_0 saves about 20
     counts(host, 25 - story["beyond"])
     tight = written({"slots": 3}, ram_reserve_mib=reserve)
     run = pyinfra(tight)
@@ -141,21 +144,22 @@ def test_the_next_best_plan_is_taken_where_the_best_does_not_fit_after_all(writt
 
 def test_drift_of_memory_keeps_the_plan_and_other_hardware_does_not(written, host, story):
     counts(host, -story["beyond"])
-    reserve = 2048 + int(free_mib(written()))  # less than one MiB is left
-    tight = written(ram_reserve_mib=reserve)
+    row = planned(written())
+    total = row["capacity_bytes"]
+    tight = written(ram_reserve_mib=2048 + int(row["free_bytes"]))  # less than one MiB is left
     assert pyinfra(tight).code == 0
     assert record(host)["plan"]["argv"][record(host)["plan"]["argv"].index("--cache-type-k") + 1] == "f16"
     try:
-        sees(host, -4)
+        sees(host, total - 4)
         dry = pyinfra(tight, "--dry")
         unchanged(dry, host)
         assert "kept: the installed plan still fits (host -4 MiB)" in dry.text
         unchanged(pyinfra(tight), host)
-        sees(host, -1024)
+        sees(host, total * 0.97)
         dry = pyinfra(tight, "--dry")
         assert "refused: models: tiny" in dry.text and serves(host)
     finally:
-        sees(host, 0)
+        sees(host, None)
 
 
 def test_settings_that_give_the_same_service_restart_nothing(written, host):
@@ -167,10 +171,10 @@ def test_settings_that_give_the_same_service_restart_nothing(written, host):
 
 
 def sees(host, mib):
-    """Let the host see so much more total memory than the machine has."""
+    """Let the host see so much memory in all; None: what the machine has."""
     on(host, "sh", "-c", "while umount /proc/meminfo 2>/dev/null; do :; done; cat /proc/meminfo > /run/meminfo")
-    if mib:
-        change = '{ if ($1 == "MemTotal:") $2 += ' + str(mib * 1024) + "; print }"
+    if mib is not None:
+        change = '{ if ($1 == "MemTotal:") $2 = ' + str(int(mib * 1024)) + "; print }"
         on(host, "sh", "-c", f"awk '{change}' /run/meminfo > /run/meminfo.new && mv /run/meminfo.new /run/meminfo"
                              " && mount --bind /run/meminfo /proc/meminfo")  # fmt: skip
 
