@@ -73,6 +73,10 @@ def test_it_runs_as_the_service_s_user_within_limits(host):
     assert "--setenv=CUDA_VISIBLE_DEVICES=GPU-1" in called and called.endswith("--ctx-size 512")
 
 
+def test_systemd_replaces_no_variable_in_the_question():
+    assert verify.command(spec("/bin/llama-server", "--model", "/m/a$HOME.gguf"))[-1] == "/m/a$$HOME.gguf"
+
+
 @pytest.mark.parametrize(
     ("said", "room"),
     [

@@ -60,7 +60,8 @@ def command(spec: dict[str, Any]) -> list[str]:
         "systemd-run", "--quiet", "--collect", "--pipe", "--wait", f"--unit={unit_of(spec['name'])}",
         *(f"--property={one}" for one in properties(spec)),
         *(f"--setenv={name}={value}" for name, value in environment.items()),
-        "--", *spec["command"],
+        # systemd replaces variables in a unit's command, $$ is a dollar.
+        "--", *(word.replace("$", "$$") for word in spec["command"]),
     ]  # fmt: skip
 
 
