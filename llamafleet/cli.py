@@ -115,9 +115,12 @@ def plan_command(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(answer.to_json(), indent=2))
     else:
-        changed = outlook.outlook(partial(_plan, host, settings), settings.models[0], header, answer)
+        again = partial(_plan, host, settings)
+        changed: tuple[str, ...] = ()
+        if isinstance(answer, Plan):
+            changed = tuple(outlook.outlook(again, settings.models[0], header, answer))
         title = f"{settings.models[0].source} on {host.machine.hostname}"
-        print(show.table(answer, title, show.Look.of(sys.stdout), tuple(changed)))
+        print(show.table(answer, title, show.Look.of(sys.stdout), changed))
     return PLANNED if isinstance(answer, Plan) else REFUSED
 
 

@@ -88,8 +88,7 @@ def _lines(answer: Plan | Refusal, look: Look, outlook: Sequence[str]) -> Iterat
         yield from _device(row, look)
     if isinstance(answer, Refusal):
         yield look.wrapped(f"  {look.painted('REFUSED', '31;1')}: {answer.reason}")
-        steps = dict.fromkeys((*answer.suggestions, *outlook))
-        yield from (look.wrapped(f"  try: {step}") for step in steps)
+        yield from (look.wrapped(f"  try: {suggestion}") for suggestion in answer.suggestions)
     else:
         yield look.wrapped(f"  {_speeds(answer.predicted)}")
         yield look.wrapped(f"  flags: {' '.join(answer.argv)}")

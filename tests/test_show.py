@@ -86,11 +86,10 @@ def test_all_is_told_on_a_narrow_terminal_too(answers):
         assert [word for word in words if word not in narrow and "|" not in word] == []
 
 
-def test_the_outlook_is_told_after_the_reasons_and_among_the_steps(answers):
+def test_the_outlook_is_told_after_the_reasons(answers):
     plan, refusal = answers
     assert isinstance(plan, Plan)
     assert show.table(plan, "t", outlook=["more would fit"]).splitlines()[-1] == "  > more would fit"
-    assert "  try: less would fit" in show.table(refusal, "t", outlook=["less would fit"])
     assert "missing under the reserve" in show.table(refusal, "t")
 
 
