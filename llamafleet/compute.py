@@ -1,74 +1,130 @@
-"""An estimate of llama.cpp's compute buffers, meant to stay above what it allocates.
+"""Bytes of llama.cpp's compute buffers, by laying out its graph as it does (`blocks`, `scheduling`).
 
-The graph allocator (ggml-alloc.c) reuses memory, so the peak is not a sum over the graph but its
-widest place: a feed-forward block or an attention block, over the inputs that live all the time.
+Layers that repeat need not be repeated here: a run of equal layers takes no more memory from the second on.
+Answers are remembered, because a search over placements asks for few really different ones.
 """
 
 from __future__ import annotations
 
-from .gguf import Header, LongArray
-from .kv import Context, number, row_bytes, windows
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 
-MIB = 1024**2
-F32, F16 = 4, 2
-BASE_BYTES = 16 * MIB  # small tensors, padding of the allocator
-PIPELINE_COPIES = 4  # GGML_SCHED_MAX_COPIES: copies of the inputs when devices work as a pipeline
-# Hidden states that such a pipeline keeps at once; llama-server allocates 12 of them more on the
-# first device and 7 on the second for Llama-3.3-70B over two RPC devices.
-PIPELINE_ROWS = 14
+from .blocks import build
+from .bound import bound, vocabulary
+from .gguf import Header
+from .graph import Layers
+from .kv import Context, recurrent_layers, trunk_layers, windows
+from .scheduling import sizes
 
+__all__ = ["DENSE", "EXPERTS", "Compute", "Layout", "vocabulary"]
 
-def compute_bytes(header: Header, context: Context, *, output: bool, pipelined: bool) -> int:
-    """Bytes of one device's compute buffer; `output`: it holds the output layer too."""
-    tokens = min(context.ubatch_tokens, context.cells * context.slots)
-    embedding = number(header, "embedding_length")
-    mask, row = _mask_bytes(header, context, tokens), embedding * tokens * F32
-    inputs = mask + 2 * row
-    if pipelined:
-        inputs += (PIPELINE_COPIES - 1) * mask + PIPELINE_ROWS * row
-    widest = max(_feed_forward(header, tokens), _attention(header, context, tokens))
-    logits = (vocabulary(header) + 2 * embedding) * context.slots * F32 if output else 0
-    return BASE_BYTES + inputs + 3 * row + max(widest, logits)
+# A header that lacks what its architecture's graph needs, or says what cannot be.
+_UNKNOWN = (LookupError, ArithmeticError, ValueError)
+LAYER_LIMIT = 128  # laid out at once; models have a few kinds of layers, and hostile headers get no time
+REPEATS = 2  # of a run of equal layers, or of equal groups of layers, that are laid out
+LONGEST_GROUP = 12  # layers after which a pattern may repeat
 
-
-def vocabulary(header: Header) -> int:
-    """Tokens of the vocabulary."""
-    tokens = header.metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, LongArray):
-        return tokens.length
-    if isinstance(tokens, tuple):
-        return len(tokens)
-    by_name = {tensor.name: tensor for tensor in header.tensors}
-    embedding = by_name.get("output.weight") or by_name.get("token_embd.weight")
-    return embedding.shape[-1] if embedding and embedding.shape else number(header, "vocab_size")
+# What --n-cpu-moe matches (common/common.h, LLM_FFN_EXPS_REGEX), and a dense model's feed-forward part.
+EXPERTS = re.compile(r"ffn_(up|down|gate|gate_up)_(ch|)exps\..*")
+DENSE = re.compile(r"ffn_(up|down|gate)\.weight")
 
 
-def _mask_bytes(header: Header, context: Context, tokens: int) -> int:
-    """Attention masks, f16 with flash attention: one over the whole context, one over the window."""
-    window = max(windows(header), default=0)
-    cells = context.cells + (min(context.cells, window + context.ubatch_tokens + 256) if window else 0)
-    return cells * tokens * F16
+_DOWN = re.compile(r".*ffn_down.*")
 
 
-def _feed_forward(header: Header, tokens: int) -> int:
-    embedding = number(header, "embedding_length")
-    dense = 3 * number(header, "feed_forward_length") * tokens * F32
-    used = number(header, "expert_used_count")
-    if not used:
-        return dense
-    width = number(header, "expert_feed_forward_length", number(header, "feed_forward_length"))
-    experts = used * tokens * F32 * (3 * width + 2 * embedding)
-    routing = 4 * number(header, "expert_count") * tokens * F32
-    return max(dense, experts + routing)
+@dataclass(frozen=True)
+class Layout:
+    """Who holds what, as the scheduler numbers backends: devices from 0, and `devices` for the host."""
+
+    holders: tuple[int, ...]  # of each layer and, last, the output
+    moved: Mapping[int, str]  # layers with experts (FFN) on the host, and which: "all", "down" or "up"
+    devices: int
+    attention_scratch: bool = False
+    op_offload: bool = False
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Devices work side by side on several batches (llama-context.cpp:432)."""
+        return self.devices > 1 and self.devices not in self.holders and not self.moved
 
 
-def _attention(header: Header, context: Context, tokens: int) -> int:
-    heads = number(header, "attention.head_count", 1)
-    embedding = number(header, "embedding_length")
-    size = number(header, "attention.key_length", embedding // max(1, heads))
-    kv_heads = number(header, "attention.head_count_kv", heads)
-    projections = (3 * heads + 4 * kv_heads) * size * tokens * F32
-    if context.kv_type in ("f16", "bf16", "f32"):
-        return projections
-    scratch = 2 * row_bytes(kv_heads * size, "f16") * context.cells  # a quantised layer, as f16
-    return projections + scratch
+class Compute:
+    """One model's compute buffers."""
+
+    def __init__(self, header: Header) -> None:
+        self.header, self.layers = header, Layers(header)
+        parts = [part for layer in self.layers.parts.values() for part in layer]
+        self.spills = EXPERTS if any(EXPERTS.fullmatch(part) for part in parts) else DENSE
+        # Small numbers are quick to compare. Weights' types matter only where op-offload copies weights.
+        self.kinds, self.kinds_copied = _numbered(self._kinds(typed=False)), _numbered(self._kinds(typed=True))
+        self.known: dict[Hashable, tuple[int, ...]] = {}
+
+    def _kinds(self, *, typed: bool) -> list[Hashable]:
+        state, window = recurrent_layers(self.header), windows(self.header)
+        return [
+            (state[n], window[n], tuple((part, t.shape, typed and t.type) for part, t in self.layers[n].items()))
+            for n in range(trunk_layers(self.header))
+        ]
+
+    @property
+    def is_exact(self) -> bool:
+        """Is it known what this model computes? Otherwise its figures are a bound."""
+        try:
+            self._laid_out(Context(256, 1, "f16", 32), Layout((0,) * (len(self.kinds) + 1), {}, 0))
+        except _UNKNOWN:
+            return False
+        return True
+
+    def bytes(self, context: Context, layout: Layout) -> tuple[int, ...]:
+        """Of each device, and last of the host."""
+        kinds = self.kinds_copied if layout.op_offload else self.kinds
+        signs = [(kind, layout.holders[n], layout.moved.get(n)) for n, kind in enumerate(kinds)]
+        order = shorten(signs)
+        last = (layout.holders[-1], layout.is_pipeline, layout.attention_scratch, layout.op_offload)
+        key = (context, tuple(signs[n] for n in order), last)
+        if key not in self.known:
+            try:
+                self.known[key] = self._laid_out(context, layout, order)
+            except _UNKNOWN:
+                self.known[key] = (bound(self.header, context, pipelined=layout.is_pipeline),) * (layout.devices + 1)
+        return self.known[key]
+
+    def _laid_out(self, context: Context, layout: Layout, order: tuple[int, ...] = (0,)) -> tuple[int, ...]:
+        cpu = layout.devices
+        if len(order) > LAYER_LIMIT:
+            raise ValueError("no two layers are alike")
+
+        def home(part: str, layer: int | None) -> int:
+            if layer is None:
+                return cpu if part.startswith("token_embd") else layout.holders[-1]
+            which = layout.moved.get(layer)
+            if which and self.spills.fullmatch(part) and which in ("all", "down" if _DOWN.fullmatch(part) else "up"):
+                return cpu
+            return layout.holders[layer]
+
+        graph = build(self.header, self.layers, context, home, order, attention_scratch=layout.attention_scratch)
+        return tuple(sizes(graph, cpu, pipelined=layout.is_pipeline, op_offload=layout.op_offload))
+
+
+def _numbered(kinds: Sequence[Hashable]) -> list[int]:
+    numbers = {kind: number for number, kind in enumerate(kinds)}
+    return [numbers[kind] for kind in kinds]
+
+
+def shorten(signs: Sequence[Hashable]) -> tuple[int, ...]:
+    """Positions that are left when repetitions of any group of neighbours are cut to a few."""
+    kept = list(range(len(signs)))
+    for length in range(1, LONGEST_GROUP + 1):
+        position = 0
+        while position < len(kept):
+            group = [signs[n] for n in kept[position : position + length]]
+            end = position + length
+            while [signs[n] for n in kept[end : end + length]] == group and len(group) == length:
+                end += length
+            spare = (end - position) // length - REPEATS
+            if spare > 0:
+                del kept[position + length : position + length * (spare + 1)]
+                position = end - spare * length
+            position += 1
+    return tuple(kept)

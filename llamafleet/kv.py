@@ -41,6 +41,20 @@ SWA_WINDOWS = {"gemma2": 4096, "exaone4": 4096, "exaone-moe": 128, "llama4": 819
 NO_SWA = frozenset({"phi3", "phimoe"})  # have the key, llama.cpp does not use it (models/phi3.cpp:13-23)
 
 
+# Recurrent from the first to the last layer (llm_arch_is_recurrent, src/llama-arch.cpp).
+RECURRENT = frozenset({"mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"})
+# Three of four layers recurrent, by interval or by array (src/models/qwen3next.cpp:17).
+BY_INTERVAL = frozenset({"qwen3next", "qwen35", "qwen35moe"})
+# Recurrent where a layer has no KV heads (src/models/jamba.cpp:12 and others).
+BY_HEADS = frozenset({"jamba", "plamo2", "granitehybrid", "lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe",
+                      "kimi-linear", "bailingmoe3"})  # fmt: skip
+PARALLEL_HYBRIDS = frozenset({"falcon-h1"})  # attention and state side by side in every layer
+# Caches with rules of their own, which are not here (create_memory, src/llama-model.cpp:2358).
+UNKNOWN_CACHES = frozenset({"minimax-m3", "glm-dsa", "deepseek32", "deepseek4", "glm5-next", "hy_v4", "dots3note",
+                            "qwen4exp", "minimax-01", "kimi-k3", "graniteswitch", "gemma4-assistant", "dflash",
+                            "eagle3", "t5", "clef", "pockettts"})  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Context:
     """The context asked for: tokens of one slot, slots, cache type, tokens computed together."""
@@ -49,11 +63,46 @@ class Context:
     slots: int
     kv_type: str
     ubatch_tokens: int
+    flash_attention: bool = True
+    unified: bool = False  # one cache of tokens x slots that the slots share, instead of one for each
 
     @property
     def cells(self) -> int:
         """KV cells of one slot, padded."""
         return _padded(self.tokens)
+
+    @property
+    def stream_cells(self) -> int:
+        """KV cells of one cache: a slot's, or, unified, all slots' together."""
+        return self.cells * (self.slots if self.unified else 1)
+
+    @property
+    def streams(self) -> int:
+        """Caches side by side."""
+        return 1 if self.unified else self.slots
+
+    @property
+    def ubatch(self) -> int:
+        """Tokens computed together; never more than there are cells (llama-context.cpp:226)."""
+        return min(self.ubatch_tokens, self.cells * self.slots)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of the graph that memory is reserved for: the same number for each slot (graph_reserve)."""
+        return -(-self.ubatch // self.slots) * self.slots
+
+    @property
+    def outputs(self) -> int:
+        """Tokens whose logits are computed: llama-server asks for one of each slot."""
+        return min(self.ubatch, self.slots)
+
+
+def cache_cells(context: Context, window: int) -> int:
+    """Cells of a layer's cache in one stream (llama-kv-cache-iswa.cpp:71)."""
+    if not window:
+        return context.stream_cells
+    reach = window * (context.slots if context.unified else 1) + context.ubatch
+    return _padded(min(context.stream_cells, reach))
 
 
 def _padded(cells: int) -> int:
@@ -93,47 +142,62 @@ def windows(header: Header) -> tuple[int, ...]:
 
 
 def is_known(header: Header) -> bool:
-    """Are the rules for this architecture exact? An unknown window pattern makes them an upper bound."""
-    if number(header, "attention.sliding_window") == 0 or header.architecture in NO_SWA:
+    """Are the rules for this architecture exact? Otherwise they are an upper bound, or meant as one."""
+    arch = header.architecture
+    if arch in UNKNOWN_CACHES:
+        return False
+    if number(header, "attention.sliding_window") == 0 or arch in NO_SWA:
         return True
-    return header.architecture in SWA_PERIODS or isinstance(
-        header.get("attention.sliding_window_pattern"), tuple | int | LongArray
-    )
+    return arch in SWA_PERIODS or isinstance(header.get("attention.sliding_window_pattern"), tuple | int | LongArray)
+
+
+def is_latent(header: Header) -> bool:
+    """MLA: K is compressed and V is read from it; both lengths must be there (llama_hparams::is_mla)."""
+    return number(header, "attention.key_length_mla") > 0 and number(header, "attention.value_length_mla") > 0
+
+
+def trunk_layers(header: Header) -> int:
+    """Layers that are computed: those of a draft head (nextn) come after them."""
+    return number(header, "block_count") - number(header, "nextn_predict_layers")
+
+
+def head_sizes(header: Header, window: bool) -> tuple[int, int]:
+    """Elements of a head of K and of V (llama-model.cpp:1421)."""
+    heads = per_layer(header, "attention.head_count", 1)
+    width = number(header, "embedding_length") // max(1, heads[0] if heads else 1)
+    key, value = number(header, "attention.key_length", width), number(header, "attention.value_length", width)
+    if window:
+        key = number(header, "attention.key_length_swa", key)
+        value = number(header, "attention.value_length_swa", value)
+    return key, value
 
 
 def kv_bytes(header: Header, context: Context) -> tuple[int, ...]:
-    """Bytes of each layer's KV cache and recurrent state, all slots together (no unified cache)."""
+    """Bytes of each layer's KV cache and recurrent state, all slots together."""
     layers = number(header, "block_count")
-    heads = number(header, "attention.head_count", 1)
-    kv_heads = per_layer(header, "attention.head_count_kv", heads)
-    width = number(header, "embedding_length") // max(1, heads)
-    key, value = _head_sizes(header, width)
-    key_swa = number(header, "attention.key_length_swa", key)
-    value_swa = number(header, "attention.value_length_swa", value)
-    latent = number(header, "attention.key_length_mla") > 0 and number(header, "attention.value_length_mla") > 0
-    recurrent, state = _recurrent(header, kv_heads)
-    owners = _layers_with_cache(header, layers)
+    kv_heads = per_layer(header, "attention.head_count_kv", number(header, "attention.head_count", 1))
+    latent, recurrent, state = is_latent(header), recurrent_layers(header), state_bytes(header)
+    owners, sizes = _layers_with_cache(header, layers), windows(header)
+    widest = 0
+    if not context.flash_attention:  # V is stored across, all layers as wide as the widest (llama-kv-cache.cpp:210)
+        widest = max((head_sizes(header, size > 0)[1] * n for size, n in zip(sizes, kv_heads, strict=True)), default=0)
     total = []
-    for layer, window in enumerate(windows(header)):
-        if recurrent[layer]:
-            cache = state * context.slots
-        else:
-            k = (key_swa if window else key) * kv_heads[layer]
-            v = 0 if latent else (value_swa if window else value) * kv_heads[layer]
-            cells = _padded(min(context.cells, window + context.ubatch_tokens)) if window else context.cells
-            cache = (row_bytes(k, context.kv_type) + row_bytes(v, context.kv_type)) * cells * context.slots
-        both = recurrent[layer] and header.architecture in _PARALLEL_HYBRIDS
-        if both:
-            cache += 2 * row_bytes(key * kv_heads[layer], context.kv_type) * context.cells * context.slots
-        total.append(cache if layer < owners else 0)
+    for layer, window in enumerate(sizes):
+        cache = 0
+        if recurrent[layer] and layer < trunk_layers(header):
+            cache += state * context.slots
+        if layer < owners and _attends(header, layer, recurrent[layer]):
+            key, value = (size * kv_heads[layer] for size in head_sizes(header, window > 0))
+            row = row_bytes(key, context.kv_type) + (0 if latent else row_bytes(max(value, widest), context.kv_type))
+            cache += row * cache_cells(context, window) * context.streams
+        total.append(cache)
     return tuple(total)
 
 
-_PARALLEL_HYBRIDS = frozenset({"falcon-h1"})  # attention and state side by side in every layer
-
-
-def _head_sizes(header: Header, width: int) -> tuple[int, int]:
-    return number(header, "attention.key_length", width), number(header, "attention.value_length", width)
+def _attends(header: Header, layer: int, is_recurrent: bool) -> bool:
+    if header.architecture in ("nemotron_h", "nemotron_h_moe"):  # a layer is attention, state or feed-forward
+        return not is_recurrent and per_layer(header, "feed_forward_length")[layer] == 0
+    return not is_recurrent or header.architecture in PARALLEL_HYBRIDS
 
 
 def row_bytes(elements: int, kv_type: str) -> int:
@@ -146,29 +210,39 @@ def _layers_with_cache(header: Header, layers: int) -> int:
     """Layers from the front that own a cache; the rest share theirs (llama-hparams.cpp, has_kv)."""
     if header.architecture == "gemma3n":
         return min(layers, 20)  # models/gemma3n.cpp:7
-    without = number(header, "attention.shared_kv_layers") + number(header, "nextn_predict_layers")
-    return layers - min(layers, without)
+    without = number(header, "attention.shared_kv_layers") if header.architecture == "gemma4" else 0
+    return min(layers - min(layers, without), trunk_layers(header))
 
 
-def _recurrent(header: Header, kv_heads: tuple[int, ...]) -> tuple[tuple[bool, ...], int]:
-    """Which layers keep recurrent state, and its bytes for one slot (n_embd_r + n_embd_s)."""
-    layers = len(kv_heads)
-    inner = number(header, "ssm.inner_size")
-    convolution = number(header, "shortconv.l_cache")
-    if not inner and not convolution:
-        return (False,) * layers, 0
-    if convolution:
-        state = number(header, "embedding_length") * (convolution - 1)
-    else:
-        size = number(header, "ssm.state_size")
-        groups = number(header, "ssm.group_count")
-        kernel = max(0, number(header, "ssm.conv_kernel") - 1)
-        state = kernel * (inner + 2 * groups * size) + size * inner
-    interval = number(header, "full_attention_interval")
-    if interval or header.architecture in ("qwen3next", "qwen35", "qwen35moe"):
-        which = tuple((layer + 1) % (interval or 4) != 0 for layer in range(layers))
-    elif header.architecture in _PARALLEL_HYBRIDS or not any(kv_heads):
-        which = (True,) * layers
-    else:
-        which = tuple(heads == 0 for heads in kv_heads)
-    return which, state * STATE_BYTES
+def recurrent_layers(header: Header) -> tuple[bool, ...]:
+    """Which layers keep recurrent state instead of a cache."""
+    layers, arch = number(header, "block_count"), header.architecture
+    trunk = trunk_layers(header)
+    if arch in RECURRENT or arch in PARALLEL_HYBRIDS:
+        return (True,) * layers
+    if arch in BY_INTERVAL:
+        given = header.get("attention.recurrent_layers")
+        if isinstance(given, tuple):
+            return tuple(bool(item) for item in given[:layers])
+        interval = number(header, "full_attention_interval", 4)
+        return tuple(layer < trunk and (layer + 1) % interval != 0 for layer in range(layers))
+    if arch in BY_HEADS:
+        heads, wide = per_layer(header, "attention.head_count_kv"), per_layer(header, "feed_forward_length")
+        also_wide = not arch.startswith("nemotron")
+        return tuple(layer < trunk and not heads[layer] and (also_wide or not wide[layer]) for layer in range(layers))
+    return (False,) * layers
+
+
+def state_bytes(header: Header) -> int:
+    """Bytes of one layer's recurrent state for one slot: n_embd_r and n_embd_s of llama-hparams.cpp."""
+    embd, kernel = number(header, "embedding_length"), number(header, "ssm.conv_kernel")
+    if size := number(header, "wkv.head_size"):
+        return (number(header, "token_shift_count", 2) + size) * embd * STATE_BYTES
+    if cells := number(header, "shortconv.l_cache"):
+        return embd * (cells - 1) * STATE_BYTES
+    if size := number(header, "kda.head_dim"):
+        heads = per_layer(header, "attention.head_count", 1)[0]
+        return (3 * (kernel - 1 if kernel else 3) + size) * size * heads * STATE_BYTES
+    inner, state = number(header, "ssm.inner_size"), number(header, "ssm.state_size")
+    rows = max(0, kernel - 1) * (inner + 2 * number(header, "ssm.group_count") * state)
+    return (rows + state * inner) * STATE_BYTES

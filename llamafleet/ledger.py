@@ -1,32 +1,25 @@
 """Where a model's bytes go: weights, KV cache, compute, staging and overhead, device by device.
 
-Weights and KV follow llama.cpp's own rules (llama-model.cpp:1559-1609 for who gets which layer).
-Compute is an estimate that is meant to stay above what llama-server allocates; `compute.py` has it.
+All of them follow llama.cpp's own rules at b11434: weights in `weights`, caches in `kv`, compute buffers in `compute`,
+which lays out the graph as llama.cpp does. What no log of llama.cpp counts is in the traits below.
 """
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .compute import compute_bytes
-from .gguf import Header, Tensor
-from .kv import Context, kv_bytes, number
+from .compute import Layout, vocabulary
+from .kv import Context, kv_bytes
+from .weights import X86_TYPES, Model, repacked_bytes
+
+__all__ = ["HOST", "MIB", "TRAITS", "LedgerRow", "Model", "Placement", "Traits", "Usage", "usage"]
 
 MIB = 1024**2
 HOST = "host"
-
-# Types that the CPU backend repacks on x86 (ggml-cpu/repack.cpp): as a matrix they are a second copy
-# of the embedding, which is read row by row and stays as it was.
-REPACKED = frozenset({"Q4_0", "Q4_K", "Q2_K", "Q8_0", "IQ4_NL", "MXFP4"})
-
-_LAYER = re.compile(r"blk\.(\d+)\.(.*)")
-# What --n-cpu-moe matches (common/common.h, LLM_FFN_EXPS_REGEX), and a dense model's feed-forward part.
-_EXPERTS = re.compile(r"ffn_(up|down|gate|gate_up)_(ch|)exps\..*")
-_DENSE = re.compile(r"ffn_(up|down|gate)\.weight")
+LOGIT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -37,6 +30,7 @@ class Traits:
     visible_variable: str | None  # environment variable that chooses and orders its devices
     op_offload: bool  # host weights are copied to the device for batches of 32 and more
     pinned_host: bool  # host weights sit in page-locked memory and are not repacked
+    attention_scratch: bool  # flash attention unpacks a cache that is not f16 (ggml-cuda/fattn.cu:722)
     overhead_bytes: int  # device memory that no log counts: context, libraries
     host_overhead_bytes: int  # the process itself: code, vocabulary, driver's host part
 
@@ -44,10 +38,10 @@ class Traits:
 # Overheads: 300 to 750 MiB are reported for CUDA contexts with cuBLAS; the host's part is the
 # driver's and the runtime's, the vocabulary and HTTP threads.
 TRAITS: Mapping[str, Traits] = {
-    "cuda": Traits("CUDA", "CUDA_VISIBLE_DEVICES", True, True, 512 * MIB, 1024 * MIB),
-    "hip": Traits("ROCm", "HIP_VISIBLE_DEVICES", True, True, 512 * MIB, 1024 * MIB),
-    "vulkan": Traits("Vulkan", "GGML_VK_VISIBLE_DEVICES", True, True, 256 * MIB, 512 * MIB),
-    "cpu": Traits("CPU", None, False, False, 0, 256 * MIB),
+    "cuda": Traits("CUDA", "CUDA_VISIBLE_DEVICES", True, True, True, 512 * MIB, 1024 * MIB),
+    "hip": Traits("ROCm", "HIP_VISIBLE_DEVICES", True, True, True, 512 * MIB, 1024 * MIB),
+    "vulkan": Traits("Vulkan", "GGML_VK_VISIBLE_DEVICES", True, True, False, 256 * MIB, 512 * MIB),
+    "cpu": Traits("CPU", None, False, False, False, 0, 256 * MIB),
 }
 
 
@@ -75,80 +69,6 @@ class LedgerRow:
 
 
 @dataclass(frozen=True)
-class Model:
-    """A header's tensors, sorted by what moves together."""
-
-    header: Header
-    layer_bytes: tuple[int, ...]  # all of a layer's weights
-    spill_bytes: tuple[int, ...]  # of them, those that may go to the host while attention stays
-    largest_spill_bytes: int  # the largest single one, what op-offload stages
-    input_bytes: int  # token embedding and the like: always on the host
-    output_bytes: int  # output matrix and norm
-    tied_bytes: int  # what `output_bytes` has of the embedding, because the model has no output matrix
-    tied_is_shared: bool  # on the host it is held once, not twice
-    is_moe: bool
-    down_bytes: tuple[int, ...] = ()  # of the spillable ones, the down projections
-
-    def part_bytes(self, layer: int, part: str) -> int:
-        """Bytes of a layer's spillable tensors of a part: "down", or "up" for up and gate, which work together."""
-        down = self.down_bytes[layer]
-        return down if part == "down" else self.spill_bytes[layer] - down
-
-    @property
-    def layers(self) -> int:
-        """Blocks, without the output layer."""
-        return len(self.layer_bytes)
-
-    @classmethod
-    def of(cls, header: Header) -> Model:
-        """Sort the tensors of a header."""
-        layers = number(header, "block_count")
-        whole, spill, down = [0] * layers, [0] * layers, [0] * layers
-        outside: list[Tensor] = []
-        largest = 0
-        is_moe = any(_EXPERTS.fullmatch(_part(tensor.name)) for tensor in header.tensors)
-        wanted = _EXPERTS if is_moe else _DENSE
-        for tensor in header.tensors:
-            layer = _layer(tensor.name)
-            if layer is None or layer >= layers:
-                outside.append(tensor)
-                continue
-            whole[layer] += tensor.bytes
-            if wanted.fullmatch(_part(tensor.name)):
-                spill[layer] += tensor.bytes
-                down[layer] += tensor.bytes if "ffn_down" in tensor.name else 0
-                largest = max(largest, tensor.bytes)
-        inputs = sum(tensor.bytes for tensor in outside if not tensor.name.startswith("output"))
-        outputs = sum(tensor.bytes for tensor in outside) - inputs
-        by_name = {tensor.name: tensor for tensor in outside}
-        tied = None if "output.weight" in by_name else by_name.get("token_embd.weight")
-        tied_bytes = tied.bytes if tied else 0
-        shared = tied is not None and tied.type not in REPACKED
-        return cls(
-            header,
-            tuple(whole),
-            tuple(spill),
-            largest,
-            inputs,
-            outputs + tied_bytes,
-            tied_bytes,
-            shared,
-            is_moe,
-            tuple(down),
-        )
-
-
-def _layer(name: str) -> int | None:
-    match = _LAYER.fullmatch(name)
-    return int(match[1]) if match else None
-
-
-def _part(name: str) -> str:
-    match = _LAYER.fullmatch(name)
-    return match[2] if match else ""
-
-
-@dataclass(frozen=True)
 class Placement:
     """Who holds what: a device number for each layer and, last, the output; None is the host."""
 
@@ -156,6 +76,12 @@ class Placement:
     spilled: frozenset[int] = frozenset()  # layers on a device whose experts (FFN) are on the host
     # Layers of whose experts (FFN) only a part is there, and which: "down", or "up" for up and gate.
     partly: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def moved(self) -> dict[int, str]:
+        """Layers on a device with experts (FFN) on the host, and which of these: "all", "down" or "up"."""
+        layers = ((layer, "all") for layer in self.spilled)
+        return {layer: part for layer, part in (*layers, *self.partly) if self.layer_devices[layer] is not None}
 
     @property
     def devices(self) -> tuple[int, ...]:
@@ -181,6 +107,7 @@ class Usage:
     compute_bytes: int
     staging_bytes: int
     overhead_bytes: int
+    repacked_bytes: int = 0  # of the weights, those that the CPU keeps in a layout of its own
 
     @property
     def total_bytes(self) -> int:
@@ -189,46 +116,71 @@ class Usage:
 
 
 def usage(
-    model: Model, context: Context, placement: Placement, backend: str, host_extra_bytes: int = 0
+    model: Model,
+    context: Context,
+    placement: Placement,
+    backend: str,
+    host_extra_bytes: int = 0,
+    repacked: Mapping[str, int] = X86_TYPES,
 ) -> tuple[dict[int, Usage], Usage]:
-    """What each device in use holds, and what the host holds. `host_extra_bytes`: the prompt cache."""
+    """What each device in use holds, and what the host holds.
+
+    `host_extra_bytes`: the prompt cache. `repacked`: what the host's CPU repacks (`weights.repacked_types`).
+    """
     traits = TRAITS[backend]
-    partly = dict(placement.partly)
-    cache = kv_bytes(model.header, context)
-    pipelined = len(placement.devices) > 1 and None not in placement.layer_devices
-    pipelined = pipelined and not placement.spilled and not placement.partly
-    holders: Sequence[int | None] = placement.layer_devices
-    weights: dict[int | None, int] = defaultdict(int)
+    devices = placement.devices
+    packs = {} if traits.pinned_host and devices else repacked
+    weights, packed = _weights(model, placement, packs)
     kept: dict[int | None, int] = defaultdict(int)
-    for layer, device in enumerate(holders[:-1]):
-        moved = model.spill_bytes[layer] if layer in placement.spilled and device is not None else 0
-        moved += model.part_bytes(layer, partly[layer]) if layer in partly else 0
+    for device, size in zip(placement.layer_devices, kv_bytes(model.header, context), strict=False):
+        kept[device] += size
+    compute, staging = _compute(model, context, placement, traits)
+    used = {
+        device: Usage(weights[device], kept[device], compute[n], staging[n], traits.overhead_bytes)
+        for n, device in enumerate(devices)
+    }
+    output = vocabulary(model.header) * context.outputs * LOGIT_BYTES  # its buffer, llama-context.cpp:2203
+    extra = traits.host_overhead_bytes + host_extra_bytes + output
+    return used, Usage(weights[None], kept[None], compute[-1], 0, extra, packed)
+
+
+def _weights(model: Model, placement: Placement, packs: Mapping[str, int]) -> tuple[dict[int | None, int], int]:
+    """Bytes by device, the host's under None; and how much of the host's is repacked."""
+    weights: dict[int | None, int] = defaultdict(int)
+    packed = 0
+    parts = placement.moved
+    for layer, device in enumerate(placement.layer_devices[:-1]):
+        moved = model.moved_bytes(layer, parts.get(layer))
         weights[device] += model.layer_bytes[layer] - moved
         weights[None] += moved
-        kept[device] += cache[layer]
-    weights[holders[-1]] += model.output_bytes
-    if holders[-1] is None and model.tied_is_shared:
-        weights[None] -= model.tied_bytes
-    weights[None] += model.input_bytes
-    staging = _staging(model, placement) if traits.op_offload else 0
-    devices = {
-        device: Usage(
-            weights[device],
-            kept[device],
-            compute_bytes(model.header, context, output=holders[-1] == device, pipelined=pipelined),
-            staging,
-            traits.overhead_bytes,
+        packed += repacked_bytes(
+            model.layer_packs[layer] if device is None else model.moved_packs(layer, parts.get(layer)), packs
         )
-        for device in placement.devices
-    }
-    host_compute = compute_bytes(model.header, context, output=holders[-1] is None, pipelined=pipelined)
-    host = Usage(weights[None], kept[None], host_compute, 0, traits.host_overhead_bytes + host_extra_bytes)
-    return devices, host
+    output = placement.layer_devices[-1]
+    weights[output] += model.output_bytes
+    if output is None:
+        packed += repacked_bytes(model.output_packs, packs)
+        # Held once where the copy would be no different; a repacked one is.
+        if not repacked_bytes(model.tied_packs, packs):
+            weights[None] -= model.tied_bytes
+    weights[None] += model.input_bytes
+    for device in set(placement.layer_devices[:-1]):
+        weights[device] += model.rotation_bytes
+    return weights, packed
 
 
-def _staging(model: Model, placement: Placement) -> int:
-    """What op-offload adds: one whole host tensor at a time, the largest (ggml-backend.cpp, op_offload)."""
-    if None in placement.layer_devices[:-1]:
-        layers = [t.bytes for t in model.header.tensors if _layer(t.name) is not None]
-        return max(layers, default=0)
-    return model.largest_spill_bytes if placement.spilled or placement.partly else 0
+def _compute(
+    model: Model, context: Context, placement: Placement, traits: Traits
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Compute buffers of the devices and the host without op-offload, and what that adds.
+
+    The host's is what it is with op-offload, where there is any: it is less then.
+    """
+    number = {device: n for n, device in enumerate(placement.devices)}
+    holders = [len(number) if device is None else number[device] for device in placement.layer_devices]
+    asked = Layout(tuple(holders), placement.moved, len(number), traits.attention_scratch)
+    plain = model.compute.bytes(context, asked)
+    if not (traits.op_offload and number and (asked.moved or len(number) in holders)):
+        return plain, (0,) * len(plain)
+    staged = model.compute.bytes(context, replace(asked, op_offload=True))
+    return (*plain[:-1], staged[-1]), tuple(max(0, more - less) for more, less in zip(staged, plain, strict=True))

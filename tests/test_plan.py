@@ -155,12 +155,11 @@ def test_a_plan_is_sound_and_always_the_same(host, asked, layout):
     assert planning.plans(host, [(layout,)], wanted) == (answer,)
     model = planning.header(layout)
     held = sum(row.weights_bytes for row in answer.ledger)
-    tied = (
-        0
-        if any(t.name == "output.weight" for t in model.tensors)
-        else next(t.bytes for t in model.tensors if t.name == "token_embd.weight")
-    )
-    assert held in (model.weights_bytes, model.weights_bytes + tied)
+    names = {tensor.name: tensor.bytes for tensor in model.tensors}
+    tied = 0 if "output.weight" in names else names["token_embd.weight"]
+    trunk = model.get("block_count") - (model.get("nextn_predict_layers") or 0)
+    loaded = sum(size for name, size in names.items() if not name.startswith(f"blk.{trunk}."))
+    assert min(abs(held - loaded), abs(held - loaded - tied)) < MIB  # padding, and rotation factors on each device
     assert all(
         row.capacity_bytes - row.used_bytes - row.free_bytes in (1024 * MIB, 2048 * MIB) for row in answer.ledger
     )

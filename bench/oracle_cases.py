@@ -1,0 +1,167 @@
+"""Questions to the oracle, each with the ledger's own answer beside it."""
+
+from __future__ import annotations
+
+import random
+import threading
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from llamafleet.gguf import Header, read_path
+from llamafleet.kv import Context
+from llamafleet.ledger import MIB, Model, Placement, usage
+from sandbox import models
+from sandbox.layouts import PUBLISHED
+from sandbox.oracle import Breakdown, ask
+
+EXPERTS = r"ffn_(up|down|gate|gate_up)_(ch|)exps\."
+DENSE = r"ffn_(up|down|gate)\.weight"
+PARTS = ("weights", "kv", "compute")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with its context and placement: what is asked, and what the ledger says."""
+
+    layout: str
+    quant: str
+    context: Context
+    counts: tuple[int, ...]  # layers of each device, the output among the last; what is left is the host's
+    spilled: tuple[int, ...] = ()  # layers on devices whose experts, or feed-forward matrices, are the host's
+
+    @property
+    def name(self) -> str:
+        """One line that says it all."""
+        c = self.context
+        parts = [self.layout, self.quant, f"{c.tokens}x{c.slots}{'u' if c.unified else ''}", c.kv_type,
+                 f"ub{c.ubatch_tokens}", "fa" if c.flash_attention else "nofa",
+                 "gpu" + "+".join(map(str, self.counts or (0,)))]  # fmt: skip
+        return " ".join([*parts, f"spill{len(self.spilled)}"] if self.spilled else parts)
+
+    def flags(self, is_moe: bool) -> list[str]:
+        """llama-server's command line."""
+        c = self.context
+        flags = ["-c", str(c.cells * c.slots), "-np", str(c.slots), "-kvu" if c.unified else "-no-kvu",
+                 "-ctk", c.kv_type, "-ctv", c.kv_type, "-fa", "on" if c.flash_attention else "off",
+                 "-b", str(max(2048, c.ubatch_tokens)), "-ub", str(c.ubatch_tokens),
+                 "-ngl", str(sum(self.counts))]  # fmt: skip
+        if len(self.counts) > 1:
+            flags += ["-ts", ",".join(map(str, self.counts))]
+        if self.spilled:
+            layers = "|".join(map(str, self.spilled))
+            flags += ["-ot", rf"blk\.({layers})\.{EXPERTS if is_moe else DENSE}=CPU"]
+        return flags
+
+    def placement(self, layers: int) -> Placement:
+        """The same as the ledger has it."""
+        holders = [device for device, count in enumerate(self.counts) for _ in range(count)]
+        front = [None] * (layers + 1 - len(holders))
+        return Placement((*front, *holders), frozenset(self.spilled))
+
+    def ask(self, folder: Path) -> Breakdown:
+        """llama-server's answer; the model's file is made in `folder` if it is not there."""
+        return ask(file(folder, self.layout, self.quant), self.flags(model(folder, self.layout, self.quant).is_moe),
+                   len(self.counts))  # fmt: skip
+
+    def compare(self, folder: Path) -> list[Comparison]:
+        """Both answers, part by part."""
+        known = model(folder, self.layout, self.quant)
+        # An RPC device has neither op-offload nor pinned memory, as the traits of the CPU say.
+        devices, host = usage(known, self.context, self.placement(known.layers), "cpu")
+        told = self.ask(folder)
+        rows = [*((row.name, ours, row) for row, ours in zip(told.devices, devices.values(), strict=True)),
+                ("host", host, told.host)]  # fmt: skip
+        found = []
+        for name, ours, row in rows:
+            repacked = ours.repacked_bytes if name == "host" else 0
+            sizes = (ours.weights_bytes - repacked, ours.kv_bytes, ours.compute_bytes)
+            for part, size, mib in zip(PARTS, sizes, (row.model, row.context, row.compute), strict=True):
+                found.append(Comparison(self, name, part, size, mib))
+        found.append(Comparison(self, "host", "repacked", host.repacked_bytes, told.repacked))
+        return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One part on one device."""
+
+    case: Case
+    device: str
+    part: str
+    ours_bytes: int
+    theirs_mib: int  # rounded down by llama-server
+
+    @property
+    def off_mib(self) -> int:
+        """The ledger's figure, rounded down as llama-server does, less llama-server's."""
+        return self.ours_bytes // MIB - self.theirs_mib
+
+    @property
+    def is_good(self) -> bool:
+        """Weights and caches to the MiB; compute within 24 MiB or a tenth and at most 16 MiB too low."""
+        if self.part != "compute":
+            return self.off_mib == 0
+        return -16 <= self.off_mib <= max(24, self.theirs_mib // 10)
+
+
+_made = threading.Lock()
+
+
+def file(folder: Path, layout: str, quant: str) -> Path:
+    """The weightless model, made once."""
+    with _made:  # a cache alone would let two threads write one file
+        return _file(folder, layout, quant)
+
+
+@cache
+def _file(folder: Path, layout: str, quant: str) -> Path:
+    return models.weightless(folder, layout, quant)
+
+
+@cache
+def model(folder: Path, layout: str, quant: str) -> Model:
+    """Its header as the ledger sees it."""
+    return Model.of(_header(folder, layout, quant))
+
+
+@cache
+def _header(folder: Path, layout: str, quant: str) -> Header:
+    return read_path(file(folder, layout, quant))
+
+
+def matrix(per_layout: int) -> Iterator[Case]:
+    """That many cases of each published layout, the same ones each time, over all dimensions."""
+    for layout in PUBLISHED.values():
+        dice = random.Random(zlib.crc32(layout.name.encode()))
+        quant = next(iter(layout.sizes), layout.quant)
+        seen: set[Case] = set()
+        while len(seen) < per_layout:
+            case = Case(layout.name, quant, _context(dice, layout.context), *_placed(dice, layout.blocks))
+            if case not in seen:
+                seen.add(case)
+                yield case
+
+
+def _context(dice: random.Random, full: int) -> Context:
+    slots = dice.choice((1, 1, 4, 16))
+    tokens = dice.choice((4096, 8192, 32768, full)) if slots < 16 else dice.choice((4096, 16384))
+    kv_type = dice.choice(("f16", "f16", "q8_0"))
+    flash = kv_type != "f16" or dice.random() < 0.75
+    return Context(min(tokens, full, 262144), slots, kv_type, dice.choice((512, 512, 2048)), flash, dice.random() < 0.3)
+
+
+def _placed(dice: random.Random, layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Layers of the devices, and those whose experts or feed-forward matrices are the host's."""
+    devices = dice.choice((0, 1, 1, 1, 2, 3))
+    if not devices:
+        return (), ()
+    total = layers + 1 if dice.random() < 0.7 else dice.randint(devices + 1, layers)
+    cuts = sorted(dice.sample(range(1, total), devices - 1))
+    counts = tuple(b - a for a, b in zip((0, *cuts), (*cuts, total), strict=True))
+    if dice.random() < 0.6:
+        return counts, ()
+    held = range(layers + 1 - total, layers)
+    return counts, tuple(held[-dice.randint(1, len(held)) :])

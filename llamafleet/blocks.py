@@ -1,0 +1,294 @@
+"""What a layer computes: attention of every kind, feed-forward, experts; and the whole graph of a model."""
+
+from __future__ import annotations
+
+from . import ggml
+from .ggml import F32, I32, Graph, Tensor, concat, get_rows, mul_mat, new, permute, reshape, same, view
+from .gguf import Header
+from .graph import Builder, GraphUnknownError, Homes, Layers
+from .kv import Context, is_latent, number, recurrent_layers
+from .recurrent import recurrent
+from .rwkv import rwkv7_layer
+
+# Rows that become logits are picked after the last layer, not before its feed-forward part: where the graph
+# asks for `embeddings_nextn_masked`, which llama-server leaves off (src/models/*.cpp).
+LATE_OUTPUT = frozenset({"bailingmoe3", "cohere2moe", "gemma4", "hy_v3", "nemotron_h", "nemotron_h_moe", "gpt-oss",
+                         "qwen35", "qwen35moe", "qwen3next", "step35"})  # fmt: skip
+# Their last layer's result, before the last norm, is kept for a draft model (t_h_nextn).
+KEPT_STATE = frozenset({"gpt-oss", "gemma4", "step35", "hy_v3", "cohere2moe"})
+EXPERTS_USED_LIMIT = 64  # for each token; models have 1 to 32, and hostile headers get no time
+SIGMOID = 2  # expert_gating_func, llama-hparams.h
+NORMED_WEIGHTS = frozenset({"qwen3moe", "qwen3next", "qwen35moe", "qwen3vlmoe", "minimax-m2", "mixtral", "llama"})
+SOFTMAX_WEIGHT = frozenset({"gpt-oss"})
+
+
+def build(
+    header: Header,
+    layers: Layers,
+    context: Context,
+    homes: Homes,
+    order: tuple[int, ...],
+    *,
+    attention_scratch: bool = False,
+) -> Graph:
+    """The graph of the layers in `order` (all of them, or enough of each kind), from tokens to logits."""
+    b = Builder(header, layers, context, homes, attention_scratch)
+    late = header.architecture in LATE_OUTPUT
+    positions, outputs = ggml.graph_input(I32, b.tokens * b.positions), ggml.graph_input(I32, context.outputs)
+    cur = b.embeddings()
+    state, first = recurrent_layers(header), None
+    if header.architecture == "rwkv7":
+        cur = b.norm(cur, "token_embd_norm")
+    for layer in order:
+        b.layer = layer
+        if header.architecture == "rwkv7":
+            cur, first = rwkv7_layer(b, cur, outputs if layer == order[-1] else None, first)
+        else:
+            cur = _layer(b, cur, positions, None if late or layer != order[-1] else outputs, state[layer])
+        b.graph.expand(cur)
+    b.layer = -1
+    cur.output = header.architecture in KEPT_STATE
+    if late and cur.output:
+        cur = get_rows(cur, outputs)
+    cur = b.norm(cur, "output_norm")
+    cur.output = True
+    if late and cur.ne[1] != context.outputs:
+        cur = get_rows(cur, outputs)
+        cur.output = True
+    head = b.weight("output.weight") or ggml.weight(*_tied(b))
+    cur = mul_mat(head, cur)
+    if header.get("final_logit_softcapping"):
+        cur = same("scale", same("unary", same("scale", cur)))
+    cur.output = True
+    b.graph.expand(cur)
+    return b.graph
+
+
+def _tied(b: Builder) -> tuple[str, tuple[int, ...], int]:
+    table = b.layers[-1]["token_embd.weight"]
+    return table.type, table.shape, b.homes("output.weight", None)
+
+
+def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None, state: bool) -> Tensor:
+    parts = b.layers[b.layer]
+    normed = cur = b.norm(inputs, "attn_norm")
+    if state:
+        cur = recurrent(b, normed)
+    elif "attn_kv_a_mqa.weight" in parts:
+        cur = _latent_attention(b, normed, positions)
+    elif any(part.startswith("attn_") and part.endswith(("q.weight", "qkv.weight")) for part in parts):
+        cur = _attention(b, normed, positions)
+    if outputs is not None:
+        cur, inputs = get_rows(cur, outputs), get_rows(inputs, outputs)
+    if "ffn_norm.weight" in parts or "post_attention_norm.weight" in parts or "post_ffw_norm.weight" in parts:
+        return _after_attention(b, cur, inputs)
+    if not any(part.startswith("ffn_") for part in parts):
+        return same("add", cur, inputs)  # mamba: nothing but the state
+    if outputs is not None:
+        normed = get_rows(normed, outputs)
+    side = b.norm(inputs, "attn_norm_2") if "attn_norm_2.weight" in parts else normed
+    return same("add", same("add", _feed_forward(b, side), cur), inputs)
+
+
+def _after_attention(b: Builder, cur: Tensor, inputs: Tensor) -> Tensor:
+    """Residual, norm, feed-forward, residual; with norms behind both parts where the model has them."""
+    parts = b.layers[b.layer]
+    sandwich = "ffn_norm.weight" in parts or "post_ffw_norm.weight" in parts
+    if sandwich:
+        cur = b.norm(cur, "post_attention_norm")
+    residual = same("add", cur, inputs)
+    if not any(part.startswith("ffn_") and "norm" not in part for part in parts):
+        return residual
+    cur = b.norm(residual, "ffn_norm" if sandwich else "post_attention_norm")
+    cur = b.norm(_feed_forward(b, cur), "post_ffw_norm")
+    return same("add", cur, residual)
+
+
+def _attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
+    """Heads with K and V of their own or shared in groups; q and k normed where there are tensors for it."""
+    parts, heads_kv = b.layers[b.layer], b.kv_heads[b.layer]
+    size_k, size_v = b.head_sizes()
+    gate = None
+    if "attn_qkv.weight" in parts:
+        fused = b.linear("attn_qkv", cur)
+        q = view(fused, (size_k, b.heads[b.layer], b.tokens), (size_k * 4, fused.nb[1]))
+        k = view(fused, (size_k, heads_kv, b.tokens), (size_k * 4, fused.nb[1]))
+        v = view(fused, (size_v, heads_kv, b.tokens), (size_v * 4, fused.nb[1]))
+    else:
+        q, k = b.linear("attn_q", cur), b.linear("attn_k", cur)
+        v = b.linear("attn_v", cur) if "attn_v.weight" in parts else k
+        heads = b.heads[b.layer]
+        if q.ne[0] == 2 * size_k * heads:  # the other half is a gate (models/qwen3next.cpp)
+            whole = reshape(q, 2 * size_k, heads, b.tokens)
+            q = view(whole, (size_k, heads, b.tokens), (whole.nb[1], whole.nb[2]))
+            gate = view(whole, (size_k, heads, b.tokens), (whole.nb[1], whole.nb[2]))
+        else:
+            if "attn_q_norm.weight" in parts and parts["attn_q_norm.weight"].shape[0] != size_k:
+                q, k = b.norm(q, "attn_q_norm"), b.norm(k, "attn_k_norm")
+            q = reshape(q, size_k, q.ne[0] // size_k, b.tokens)
+        k, v = reshape(k, size_k, heads_kv, b.tokens), reshape(v, size_v, heads_kv, b.tokens)
+    if "attn_q_norm.weight" in parts and parts["attn_q_norm.weight"].shape[0] == size_k:
+        q, k = b.norm(q, "attn_q_norm"), b.norm(k, "attn_k_norm")
+    q, k = same("rope", q, positions), same("rope", k, positions)
+    attended = b.attend(q, k, v, size_k, size_v)
+    if gate is not None:
+        attended = same("mul", attended, same("unary", ggml.cont(gate, attended.ne[0], b.tokens)))
+    elif "attn_gate.weight" in parts:
+        attended = _gated(attended, b.linear("attn_gate", cur), b.tokens)
+    return b.linear("attn_output", b.norm(attended, "attn_sub_norm"))
+
+
+def _gated(attended: Tensor, gate: Tensor, tokens: int) -> Tensor:
+    if gate.ne[0] == attended.ne[0]:
+        return same("mul", attended, same("unary", gate))
+    heads = gate.ne[0]  # one gate for each head (models/step35.cpp)
+    split = reshape(attended, attended.ne[0] // heads, heads, tokens)
+    return reshape(same("mul", split, reshape(same("unary", gate), 1, heads, tokens)), attended.ne[0], tokens)
+
+
+def _latent_attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
+    """MLA (models/deepseek2.cpp): K is one compressed head that serves as V too; or, without both *_mla
+    lengths, ordinary heads that are decompressed first.
+    """
+    parts, heads, tokens = b.layers[b.layer], b.heads[b.layer], b.tokens
+    rank, rope = number(b.header, "attention.kv_lora_rank"), number(b.header, "rope.dimension_count")
+    latent = is_latent(b.header)
+    size_k = number(b.header, "attention.key_length_mla" if latent else "attention.key_length")
+    size_v = number(b.header, "attention.value_length_mla" if latent else "attention.value_length")
+    plain = size_k - rope
+    if "attn_q.weight" in parts:
+        q = b.linear("attn_q", cur)
+    else:
+        q = b.linear("attn_q_b", b.norm(b.linear("attn_q_a", cur), "attn_q_a_norm"))
+    q = reshape(q, size_k, heads, tokens)
+    both = b.linear("attn_kv_a_mqa", cur)
+    compressed = view(both, (rank, tokens), (both.nb[1],))
+    k_rope = same("rope", view(both, (rope, 1, tokens), (both.nb[1], both.nb[1])), positions)
+    compressed = b.norm(compressed, "attn_kv_a_norm")
+    if latent:
+        q_rope = same("rope", view(q, (rope, heads, tokens), (q.nb[1], q.nb[2])), positions)
+        q_plain = permute(view(q, (plain, heads, tokens), (q.nb[1], q.nb[2])), 0, 2, 1, 3)
+        absorbed = permute(mul_mat(b.need("attn_k_b.weight"), q_plain), 0, 2, 1, 3)
+        q = concat(absorbed, q_rope, 0)
+        compressed = reshape(compressed, rank, 1, tokens)
+        k = concat(compressed, k_rope, 0)
+        attended = b.attend_latent(q, k, compressed, rank + rope, rank, b.need("attn_v_b.weight"))
+        return b.linear("attn_output", attended)
+    kv = b.linear("attn_kv_b", compressed)
+    stride = (plain + size_v) * 4
+    k_plain = view(kv, (plain, heads, tokens), (stride, stride * heads))
+    v = ggml.cont(view(kv, (size_v, heads, tokens), (stride, stride * heads)))
+    k = concat(k_plain, new("repeat", F32, (rope, heads, tokens), k_rope), 0)
+    return b.linear("attn_output", b.attend(same("rope", q, positions), k, v, size_k, size_v))
+
+
+def _feed_forward(b: Builder, cur: Tensor) -> Tensor:
+    parts = b.layers[b.layer]
+    if "ffn_gate_inp.weight" not in parts:
+        return _dense(b, cur, "")
+    out = _experts(b, cur)
+    if "ffn_up_shexp.weight" in parts:
+        shared = _dense(b, cur, "_shexp")
+        if "ffn_gate_inp_shexp.weight" in parts:
+            shared = same("mul", shared, same("unary", b.linear("ffn_gate_inp_shexp", cur)))
+        out = same("add", out, shared)
+    elif "ffn_up.weight" in parts:  # a dense part beside the experts (arctic)
+        out = same("add", out, _dense(b, cur, ""))
+    return out
+
+
+def _dense(b: Builder, cur: Tensor, suffix: str) -> Tensor:
+    parts = b.layers[b.layer]
+    up = b.linear(f"ffn_up{suffix}", cur)
+    down = parts[f"ffn_down{suffix}.weight"].shape[0]
+    if f"ffn_gate{suffix}.weight" in parts:
+        gate = b.linear(f"ffn_gate{suffix}", cur)
+        act = same("glu", gate, up)
+    elif up.ne[0] == 2 * down:
+        act = new("glu", F32, (down, up.ne[1]), up)
+    else:
+        act = same("unary", up)
+    return b.linear(f"ffn_down{suffix}", act)
+
+
+def _experts(b: Builder, cur: Tensor) -> Tensor:
+    """build_moe_ffn."""
+    parts, tokens, embd = b.layers[b.layer], cur.ne[1], cur.ne[0]
+    count = parts["ffn_gate_inp.weight"].shape[1]
+    used = number(b.header, "expert_used_count")
+    if not 0 < used <= min(count, EXPERTS_USED_LIMIT):
+        raise GraphUnknownError(f"{used} of {count} experts used")
+    arch = b.header.architecture
+    probabilities = b.linear("ffn_gate_inp", cur)
+    if arch not in SOFTMAX_WEIGHT:
+        sigmoid = number(b.header, "expert_gating_func") == SIGMOID
+        probabilities = same("unary" if sigmoid else "soft_max", probabilities)
+    bias = b.weight("exp_probs_b.bias")
+    selection = same("add", probabilities, bias) if bias else probabilities
+    groups = number(b.header, "expert_group_count")
+    if groups > 1:
+        selection = _grouped(selection, count, groups, number(b.header, "expert_group_used_count"), tokens)
+    ids = view(same_i32("argsort", selection), (used, tokens), (count * 4,))
+    weights = get_rows(reshape(probabilities, 1, count, tokens), ids)
+    if arch in SOFTMAX_WEIGHT:
+        weights = reshape(same("soft_max", reshape(weights, used, tokens)), 1, used, tokens)
+    if arch in NORMED_WEIGHTS or b.header.get("expert_weights_norm"):
+        flat = reshape(weights, used, tokens)
+        total = same("clamp", new("sum_rows", F32, (1, tokens), flat))
+        weights = reshape(same("div", flat, total), 1, used, tokens)
+    if b.header.get("expert_weights_scale") not in (None, 0.0, 1.0):
+        weights = same("scale", weights)
+    b.graph.expand(weights)
+    cur = reshape(cur, embd, 1, tokens)
+    if arch == "llama4":
+        cur = same("mul", new("repeat", F32, (embd, used, tokens), cur), weights)
+    act = _expert_activation(b, cur, ids)
+    out = _expert_linear(b, "ffn_down_exps", act, ids)
+    if arch != "llama4":
+        out = same("mul", out, weights)
+    b.graph.expand(out)
+    views = [view(out, (embd, tokens), (out.nb[2],)) for _ in range(used)]
+    for one in views:
+        b.graph.expand(one)
+    total = views[0]
+    for one in views[1:]:
+        total = same("add", total, one)
+        b.graph.expand(total)
+    return ggml.cont(total) if used == 1 else total
+
+
+def _expert_activation(b: Builder, cur: Tensor, ids: Tensor) -> Tensor:
+    parts = b.layers[b.layer]
+    if "ffn_gate_up_exps.weight" in parts:
+        both = _expert_linear(b, "ffn_gate_up_exps", cur, ids)
+        half = (both.ne[0] // 2, both.ne[1], both.ne[2])
+        gate, up = (view(both, half, (both.nb[1], both.nb[2])) for _ in range(2))
+        return new("glu", F32, half, gate, up)
+    up = _expert_linear(b, "ffn_up_exps", cur, ids)
+    if "ffn_gate_exps.weight" not in parts:
+        return same("unary", up)
+    return same("glu", _expert_linear(b, "ffn_gate_exps", cur, ids), up)
+
+
+def _expert_linear(b: Builder, part: str, cur: Tensor, ids: Tensor) -> Tensor:
+    out = ggml.mul_mat_id(b.need(f"{part}.weight"), cur, ids)
+    bias = b.weight(f"{part}.bias")
+    return same("add_id", out, bias, ids) if bias else out
+
+
+def same_i32(op: str, a: Tensor) -> Tensor:
+    """An operation that gives numbers of rows instead of values."""
+    return new(op, I32, a.ne, a)
+
+
+def _grouped(scores: Tensor, count: int, groups: int, used: int, tokens: int) -> Tensor:
+    """Only experts of the best groups may be chosen (DeepSeek V3)."""
+    each = count // groups
+    split = reshape(scores, each, groups, tokens)
+    best = view(same_i32("argsort", split), (2, groups, tokens), (each * 4, each * groups * 4))
+    values = get_rows(reshape(split, 1, each, groups, tokens), best)
+    sums = new("sum_rows", F32, (1, groups, tokens), reshape(values, 2, groups, tokens))
+    sums = reshape(sums, groups, tokens)
+    chosen = view(same_i32("argsort", sums), (used, tokens), (groups * 4,))
+    kept = get_rows(split, chosen)
+    return reshape(ggml.set_rows(same("fill", split), kept, chosen), count, tokens)

@@ -1,0 +1,233 @@
+"""The graph that llama.cpp computes for a full batch of prompt tokens, from a header and a context.
+
+Built operation by operation as src/llama-graph.cpp and src/models/*.cpp do at b11434, because the order and
+the shapes decide what the allocator can reuse. Which operations a layer has is read off its tensors, so
+most architectures need no code of their own; what only the source says is in the tables below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from . import ggml
+from .ggml import F16, F32, I32, I64, Graph, Tensor, mul_mat, permute, reshape, same, view
+from .gguf import Header
+from .gguf import Tensor as Weight
+from .kv import Context, cache_cells, head_sizes, number, per_layer, windows
+
+# Architectures that multiply the rows of tokens, not those of vectors (`tok_scale` of build_inp_embd).
+SCALED_TOKENS = frozenset({"gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "afmoe"})
+# Not for tokens and vectors mixed (llm_arch_supports_mixed_batch, src/llama-arch.cpp:1182).
+UNMIXED = frozenset({"cogvlm", "deepseek4", "graniteswitch", "eagle3", "dflash", "gemma4-assistant"})
+LAYER_NORM = frozenset({"command-r", "cohere2", "dbrx", "olmo"})  # LLM_NORM, though the tensors have no bias
+
+Homes = Callable[[str, int | None], int]  # a tensor's name and layer: the backend that holds it
+
+
+class GraphUnknownError(LookupError):
+    """What an architecture computes is not known here."""
+
+
+class Layers:
+    """A header's tensors by layer and part: `layers[3]["attn_q.weight"]`; those outside layers at -1."""
+
+    def __init__(self, header: Header) -> None:
+        self.parts: dict[int, dict[str, Weight]] = {}
+        for tensor in header.tensors:
+            layer, part = -1, tensor.name
+            if part.startswith("blk."):
+                number_text, part = part[4:].split(".", 1)
+                layer = int(number_text) if number_text.isdigit() else -1
+            self.parts.setdefault(layer, {})[part] = tensor
+
+    def __getitem__(self, layer: int) -> Mapping[str, Weight]:
+        return self.parts.get(layer, {})
+
+
+class Builder:
+    """Builds one graph; what all layers share."""
+
+    def __init__(self, header: Header, layers: Layers, context: Context, homes: Homes, scratch: bool) -> None:
+        self.header, self.layers, self.context, self.homes, self.scratch = header, layers, context, homes, scratch
+        self.graph = Graph()
+        self.embd = number(header, "embedding_length")
+        self.tokens = context.batch_tokens
+        self.streams = 1 if context.unified else context.slots
+        self.windows = windows(header)
+        self.has_windows = any(self.windows)
+        self.kv_heads = per_layer(header, "attention.head_count_kv", number(header, "attention.head_count", 1))
+        self.heads = per_layer(header, "attention.head_count", 1)
+        self.masks: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
+        self.states: Tensor | None = None
+        self.layer = -1
+
+    # Leafs
+
+    def weight(self, part: str, layer: int | None = None) -> Tensor | None:
+        """The tensor of the model, or None if it has none of that name."""
+        layer = self.layer if layer is None else layer
+        found = self.layers[layer].get(part)
+        if found is None:
+            return None
+        ne = [*found.shape, 1, 1, 1][:4]
+        return ggml.weight(found.type, ne, self.homes(part, layer if layer >= 0 else None))
+
+    def need(self, part: str) -> Tensor:
+        """A tensor that the layer must have."""
+        found = self.weight(part)
+        if found is None:
+            raise GraphUnknownError(f"{self.header.architecture} without blk.{self.layer}.{part}")
+        return found
+
+    def linear(self, part: str, cur: Tensor) -> Tensor:
+        """A matrix, its scale and its bias, where there are."""
+        cur = mul_mat(self.need(f"{part}.weight"), cur)
+        for suffix, op in (("scale", "mul"), ("bias", "add")):
+            if extra := self.weight(f"{part}.{suffix}"):
+                cur = same(op, cur, extra)
+        return cur
+
+    def norm(self, cur: Tensor, part: str) -> Tensor:
+        """Normalise by the layer's tensors of that name."""
+        scale, bias = self.weight(f"{part}.weight"), self.weight(f"{part}.bias")
+        if scale is None:
+            return cur
+        cur = same("norm" if bias or self.header.architecture in LAYER_NORM else "rms_norm", cur)
+        cur = same("mul", cur, scale)
+        return same("add", cur, bias) if bias else cur
+
+    # Inputs
+
+    def embeddings(self) -> Tensor:
+        """build_inp_embd: from tokens, from vectors, or from both mixed; all three are laid out."""
+        table = self.weight("token_embd.weight", -1)
+        assert table is not None  # every model has one
+        ids, vectors = ggml.graph_input(I32, self.tokens), ggml.graph_input(F32, self.embd, self.tokens)
+        cur = ggml.get_rows(table, ids)
+        self.graph.expand(cur)
+        self.graph.expand(vectors)
+        if self.header.architecture not in UNMIXED:
+            ids, rows = ggml.graph_input(I32, self.tokens), ggml.graph_input(I64, self.tokens)
+            mixed = ggml.graph_input(F32, self.embd, self.tokens)
+            self.graph.expand(ggml.set_rows(same("dup", mixed), ggml.get_rows(table, ids), rows))
+        if self.header.architecture in SCALED_TOKENS:
+            cur = same("mul", cur, ggml.graph_input(F32, 1, self.tokens))
+        elif self.header.get("embedding_scale"):
+            cur = same("scale", cur)
+        return cur
+
+    def attention_inputs(self, window: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Where K and V rows go, and the mask; one of each for all layers of a kind."""
+        if window not in self.masks:
+            cells = cache_cells(self.context, max(self.windows) if window else 0)
+            values = 1 if self.context.flash_attention else self.values_width()
+            self.masks[window] = (
+                ggml.graph_input(I64, self.tokens),
+                ggml.graph_input(I64, self.tokens * values),
+                ggml.graph_input(
+                    F16 if self.context.flash_attention else F32, cells, self.tokens // self.streams, 1, self.streams
+                ),
+            )
+        return self.masks[window]
+
+    def values_width(self) -> int:
+        """Elements of a row of V, the widest layer's (n_embd_v_gqa_max)."""
+        size = number(self.header, "attention.value_length", self.embd // max(1, self.heads[0]))
+        return size * max(self.kv_heads)
+
+    # Attention
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, size_k: int, size_v: int) -> Tensor:
+        """build_attn: store K and V, attend over the whole cache."""
+        window = self.windows[self.layer] > 0
+        heads_kv, kind = k.ne[1], self.context.kv_type.upper()
+        k_ids, v_ids, mask = self.attention_inputs(window)
+        for tensor in (q, k, v) if self.has_windows else (q, v, k):
+            self.graph.expand(tensor)
+        cells = cache_cells(self.context, max(self.windows) if window else 0)
+        home = self.homes("cache", self.layer)
+        stored_k = ggml.cache(kind, (size_k * heads_kv, cells, self.streams), home)
+        stored_v = ggml.cache(kind, (size_v * heads_kv, cells, self.streams), home)
+        self.store(stored_k, k, k_ids)
+        flash = self.context.flash_attention
+        if flash:
+            self.store(stored_v, v, v_ids)
+            cached_v = self.cached(stored_v, size_v, heads_kv, cells)
+        else:
+            elements = size_v * heads_kv * cells * self.streams
+            if v.nb[2] != ggml.row_bytes(v.type, size_v * heads_kv):
+                v = ggml.cont(v, size_v * heads_kv, self.tokens)
+            rows = reshape(v, 1, size_v * heads_kv * self.tokens)
+            self.graph.expand(ggml.set_rows(reshape(stored_v, 1, elements), rows, v_ids))
+            cached_v = view(stored_v, (cells, heads_kv, size_v, self.streams))
+        return self.attend_cached(q, self.cached(stored_k, size_k, heads_kv, cells), cached_v, mask, None)
+
+    def store(self, cache: Tensor, cur: Tensor, ids: Tensor) -> None:
+        """Write the batch's rows (cpy_k, cpy_v)."""
+        rows = view(cur, (cache.ne[0], self.tokens), (cur.nb[2],))
+        target = cache if self.streams == 1 else reshape(cache, cache.ne[0], cache.ne[1] * self.streams)
+        self.graph.expand(ggml.set_rows(target, rows, ids))
+
+    def cached(self, cache: Tensor, size: int, heads: int, cells: int) -> Tensor:
+        """Read the cache, head by head (get_k, get_v)."""
+        return view(cache, (size, heads, cells, self.streams))
+
+    def attend_cached(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, decompress: Tensor | None) -> Tensor:
+        """build_attn_mha."""
+        streams = k.ne[3]
+        per_stream = q.ne[2] // streams
+        q = view(q, (q.ne[0], q.ne[1], per_stream, streams), (q.nb[1], q.nb[2], q.nb[2] * per_stream))
+        q, k = permute(q, 0, 2, 1, 3), permute(k, 0, 2, 1, 3)
+        v = permute(v, 0, 2, 1, 3)
+        if self.context.flash_attention:
+            cur = ggml.flash_attn(q, k, v, mask, self.weight("attn_sinks.weight"))
+            if self.scratch and k.type != F16:  # unpacked behind the result; V of MLA is K's
+                cur.bytes += ggml.elements(k) * 2 + (0 if decompress else ggml.elements(v) * 2)
+            if decompress:
+                cur = mul_mat(decompress, permute(cur, 0, 2, 1, 3))
+                cur = ggml.cont(permute(cur, 0, 2, 1, 3))
+            cur = reshape(cur, cur.ne[0] * cur.ne[1], cur.ne[2] * cur.ne[3])
+        else:
+            scores = mul_mat(k, q)
+            if self.header.get("attn_logit_softcapping"):
+                scores = same("scale", same("unary", same("scale", scores)))
+            scores = same("soft_max", scores, mask)
+            if v.ne[0] != k.ne[1]:
+                v = ggml.cont(ggml.transpose(v))
+            cur = mul_mat(v, scores)
+            cur = mul_mat(decompress, cur) if decompress else cur
+            cur = permute(cur, 0, 2, 1, 3)
+            cur = ggml.cont(cur, cur.ne[0] * cur.ne[1], cur.ne[2] * cur.ne[3])
+        self.graph.expand(cur)
+        return cur
+
+    def attend_latent(self, q: Tensor, k: Tensor, v: Tensor, size: int, rank: int, decompress: Tensor) -> Tensor:
+        """The same with one compressed head that is read as K and, its first part, as V (llm_graph_input_attn_k)."""
+        if False not in self.masks:
+            kind = F16 if self.context.flash_attention else F32
+            cells, tokens = self.context.stream_cells, self.tokens // self.streams
+            mask = ggml.graph_input(kind, cells, tokens, 1, self.streams)
+            self.masks[False] = (ggml.graph_input(I64, self.tokens), mask, mask)
+        k_ids, _, mask = self.masks[False]
+        for tensor in (q, v, k):
+            self.graph.expand(tensor)
+        cells = self.context.stream_cells
+        stored = ggml.cache(self.context.kv_type.upper(), (size, cells, self.streams), self.homes("cache", self.layer))
+        self.store(stored, k, k_ids)
+        read = self.cached(stored, size, 1, cells)
+        values = view(read, (rank, *read.ne[1:]), read.nb[1:])
+        return self.attend_cached(q, read, values, mask, decompress)
+
+    def head_sizes(self) -> tuple[int, int]:
+        """Elements of a head of K and of V in this layer."""
+        return head_sizes(self.header, self.windows[self.layer] > 0)
+
+    @property
+    def positions(self) -> int:
+        """Numbers that give one token's position (n_pos_per_embd): four with sections of rotation."""
+        return 4 if self.header.get("rope.dimension_sections") else 1
+
+    def state_ids(self) -> Tensor:
+        """Which slot's recurrent state is whose; one input for all layers."""
+        self.states = self.states or ggml.graph_input(I32, self.context.slots)
+        return self.states
