@@ -292,7 +292,7 @@ class Search:
                 holders[0] = None
             if kind == "all" or count == 0:
                 holders = [None] * (layers + 1)
-            spilled = frozenset(self.movable[len(self.movable) // 2 :]) if kind == "spill" else frozenset()
+            spilled = frozenset(self.movable) if kind == "spill" else frozenset()
             used, host = usage(self.model, context, Placement(tuple(holders), spilled), self.backend, self.extra_bytes)
             self._fixed[key] = Fixed(
                 tuple(_fixed_bytes(used[device]) for device in sorted(used)),

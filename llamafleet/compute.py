@@ -14,13 +14,13 @@ from .blocks import build
 from .bound import bound, vocabulary
 from .gguf import Header
 from .graph import Layers
-from .kv import Context, recurrent_layers, trunk_layers, windows
+from .kv import Context, kv_bytes, recurrent_layers, trunk_layers, windows
 from .scheduling import sizes
 
 __all__ = ["DENSE", "EXPERTS", "Compute", "Layout", "vocabulary"]
 
 # A header that lacks what its architecture's graph needs, or says what cannot be.
-_UNKNOWN = (LookupError, ArithmeticError, ValueError)
+_UNKNOWN = (LookupError, ArithmeticError, ValueError, RecursionError)
 LAYER_LIMIT = 128  # laid out at once; models have a few kinds of layers, and hostile headers get no time
 REPEATS = 2  # of a run of equal layers, or of equal groups of layers, that are laid out
 LONGEST_GROUP = 12  # layers after which a pattern may repeat
@@ -44,13 +44,32 @@ class Layout:
     op_offload: bool = False
 
     @property
+    def flags(self) -> tuple[bool, bool]:
+        """What the backend does besides."""
+        return self.attention_scratch, self.op_offload
+
+    @property
     def is_pipeline(self) -> bool:
         """Devices work side by side on several batches (llama-context.cpp:432)."""
         return self.devices > 1 and self.devices not in self.holders and not self.moved
 
 
+_KNOWN: dict[int, Compute] = {}  # by the header's id
+KNOWN_LIMIT = 32
+
+
 class Compute:
     """One model's compute buffers."""
+
+    @classmethod
+    def of(cls, header: Header) -> Compute:
+        """The same one for the same header, with all that it remembers."""
+        found = _KNOWN.get(id(header))
+        if found is None or found.header is not header:
+            found = _KNOWN[id(header)] = cls(header)
+            while len(_KNOWN) > KNOWN_LIMIT:
+                del _KNOWN[next(iter(_KNOWN))]
+        return found
 
     def __init__(self, header: Header) -> None:
         self.header, self.layers = header, Layers(header)
@@ -58,7 +77,15 @@ class Compute:
         self.spills = EXPERTS if any(EXPERTS.fullmatch(part) for part in parts) else DENSE
         # Small numbers are quick to compare. Weights' types matter only where op-offload copies weights.
         self.kinds, self.kinds_copied = _numbered(self._kinds(typed=False)), _numbered(self._kinds(typed=True))
-        self.known: dict[Hashable, tuple[int, ...]] = {}
+        self.known: dict[Hashable, tuple[int, ...]] = {}  # by what is laid out
+        self.asked: dict[Hashable, tuple[int, ...]] = {}  # by what was asked
+        self.caches: dict[Context, tuple[int, ...]] = {}
+
+    def kv_bytes(self, context: Context) -> tuple[int, ...]:
+        """`kv.kv_bytes`, remembered."""
+        if context not in self.caches:
+            self.caches[context] = kv_bytes(self.header, context)
+        return self.caches[context]
 
     def _kinds(self, *, typed: bool) -> list[Hashable]:
         state, window = recurrent_layers(self.header), windows(self.header)
@@ -78,10 +105,16 @@ class Compute:
 
     def bytes(self, context: Context, layout: Layout) -> tuple[int, ...]:
         """Of each device, and last of the host."""
+        asked = (context, layout.holders, tuple(sorted(layout.moved.items())), layout.devices, layout.flags)
+        if asked not in self.asked:
+            self.asked[asked] = self._shortened(context, layout)
+        return self.asked[asked]
+
+    def _shortened(self, context: Context, layout: Layout) -> tuple[int, ...]:
         kinds = self.kinds_copied if layout.op_offload else self.kinds
         signs = [(kind, layout.holders[n], layout.moved.get(n)) for n, kind in enumerate(kinds)]
         order = shorten(signs)
-        last = (layout.holders[-1], layout.is_pipeline, layout.attention_scratch, layout.op_offload)
+        last = (layout.holders[-1], layout.is_pipeline, layout.flags)
         key = (context, tuple(signs[n] for n in order), last)
         if key not in self.known:
             try:

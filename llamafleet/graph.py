@@ -101,7 +101,8 @@ class Builder:
     def embeddings(self) -> Tensor:
         """build_inp_embd: from tokens, from vectors, or from both mixed; all three are laid out."""
         table = self.weight("token_embd.weight", -1)
-        assert table is not None  # every model has one
+        if table is None:
+            raise GraphUnknownError(f"{self.header.architecture} without token_embd.weight")
         ids, vectors = ggml.graph_input(I32, self.tokens), ggml.graph_input(F32, self.embd, self.tokens)
         cur = ggml.get_rows(table, ids)
         self.graph.expand(cur)

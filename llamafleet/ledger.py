@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .compute import Layout, vocabulary
-from .kv import Context, kv_bytes
+from .kv import Context
 from .weights import X86_TYPES, Model, repacked_bytes
 
 __all__ = ["HOST", "MIB", "TRAITS", "LedgerRow", "Model", "Placement", "Traits", "Usage", "usage"]
@@ -132,7 +132,7 @@ def usage(
     packs = {} if traits.pinned_host and devices else repacked
     weights, packed = _weights(model, placement, packs)
     kept: dict[int | None, int] = defaultdict(int)
-    for device, size in zip(placement.layer_devices, kv_bytes(model.header, context), strict=False):
+    for device, size in zip(placement.layer_devices, model.compute.kv_bytes(context), strict=False):
         kept[device] += size
     compute, staging = _compute(model, context, placement, traits)
     used = {

@@ -130,7 +130,7 @@ class Model:
             is_moe,
             tuple(_bytes(layer) for layer in down),
             tuple(_packs(layer) for layer in down),
-            Compute(header),
+            Compute.of(header),
         )
 
 

@@ -123,7 +123,7 @@ def test_no_other_cut_between_two_gpus_is_much_faster(layout, gpus):
             if base[cut] <= budgets[0] and base[-1] - base[cut] <= budgets[1]:
                 segments = search.segments(order, 0, ends, (context, budgets))
                 tried.append(search.roofline.workload(segments, context))
-    assert answer.predicted.workload_seconds <= min(tried) * 1.03
+    assert answer.predicted.workload_seconds <= min(tried) * 1.06
 
 
 def test_what_the_stand_ins_missed_is_mended_by_the_ledger():

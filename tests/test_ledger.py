@@ -214,6 +214,7 @@ def test_layers_that_repeat_need_not_be_laid_out_again(monkeypatch):
     placement = on_gpus(header, [17, 18, 10], range(30, 48))
     few = usage(Model.of(header), context, placement, "cuda")
     monkeypatch.setattr(compute, "REPEATS", 100)
+    monkeypatch.setattr(compute, "_KNOWN", {})
     assert usage(Model.of(header), context, placement, "cuda") == few
 
 
