@@ -111,6 +111,9 @@ def test_parts_are_summed_and_a_second_reserve_counts_once():
 def test_a_server_that_missed_its_device_says_which(host):
     host.logs((LOGS / "hidden.log").read_text())
     assert gate_devices.cause_of_end(SPEC["unit"]).startswith("llama-server has no device Vulkan0: the release")
+    told = "devices: expected 6 MiB on Vulkan0, found 9 MiB on CPU (the CPU)"
+    host.logs(f"0.1 I srv  llama_server: model loaded\n{told}\nControl process exited\n")
+    assert gate_devices.cause_of_end(SPEC["unit"]) == told
     host.logs("error: the model file is damaged\n")
     assert gate_devices.cause_of_end(SPEC["unit"]) == ""
 

@@ -2,7 +2,7 @@
 
 Contract: `check_devices(spec)` is one of gate.py's checks; SPEC is its `gate` object, of which this reads
 unit and gpus [{"name", "device", "weights_bytes", "kv_bytes", "compute_bytes", "staging_bytes"}], `device`
-being llama.cpp's name, such as CUDA0. `cause_of_end(unit)` is a device that the server missed, in words.
+being llama.cpp's name, such as CUDA0. `cause_of_end(unit)` says what a server that is gone had missed of them.
 Standard library; reads the journal, and keeps what it read in /run/llamafleet, because the journal forgets.
 
 The load log is the one thing that all backends tell alike: NVML knows NVIDIA's alone, and neither /props nor
@@ -28,6 +28,8 @@ MIB = 1 << 20
 BUFFER = re.compile(r"(\S+) +(model|KV|RS|DSV4 .* state|compute) buffer size = +([\d.]+) MiB")
 PARTS = {"model": "weights", "compute": "compute"}  # all others hold the context
 LOADED = "model loaded"  # tools/server/server.cpp: after all of them
+# What gate.py, as the unit's ExecStartPost, has told the journal before systemd ended the server.
+REFUSED = re.compile(r"^(?:gpu memory|devices): expected .*$", re.M)
 INVALID_DEVICE = re.compile(r"invalid device: (\S+)")
 # Weights and cache are planned exactly, tensors that a backend cannot hold stay on the host; compute is an
 # estimate from above. A fallback to the CPU holds none of them.
@@ -103,8 +105,11 @@ def parse(lines: str) -> Told:
 
 
 def cause_of_end(unit: str) -> str:
-    """Of a server that did not come up: the planned device that it missed, in words; else empty."""
-    missed = INVALID_DEVICE.findall(journal(invocation(unit)))
+    """Of a server that did not come up: what it missed of its devices, in words; empty if it is not that."""
+    lines = journal(invocation(unit))
+    refused, missed = REFUSED.findall(lines), INVALID_DEVICE.findall(lines)
+    if refused:
+        return str(refused[-1])
     return f"llama-server has no device {missed[-1]}: {LOST}" if missed else ""
 
 
