@@ -370,3 +370,13 @@ def test_the_last_speeds_are_remembered_for_one_plan_only(recorded, spec):
     spec["argv"] = ["llama-server", "--ctx-size", "1"]
     assert recorded(True, 2.0)[1]["speeds"] == [2.0]
     assert recorded(True)[1]["speeds"] == [2.0]  # a busy server was not measured
+
+
+def test_without_a_floor_any_speed_is_good(spec, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gate, "GATES", str(tmp_path / "gate"))
+    monkeypatch.setattr(gate, "CHECKS", (lambda spec: seen.append(spec["speed_floor_percent"]),))
+    (tmp_path / "plan.json").write_text(json.dumps({"gate": {**spec, "speed_floor_percent": 40}}))
+    for options in ([], ["--no-floor"]):
+        assert gate.main(["check", str(tmp_path / "plan.json"), *options]) == 0
+    assert seen == [40, 0]

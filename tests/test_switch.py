@@ -345,3 +345,15 @@ def test_the_gate_is_told_to_record(host):
     host.stage("one")
     switch.install("chat")
     assert (host.folder / "asked").read_text().split()[::2] == ["check", "--record"]
+
+
+def test_what_is_put_back_may_be_slow(host):
+    (host.folder / "gate.py").write_text(
+        f"import sys\nopen({str(host.folder / 'asked')!r}, 'a').write(sys.argv[-1] + chr(10))\n" + GATE
+    )
+    host.stage("one")
+    switch.install("chat")
+    host.stage("two", serves=False)
+    with pytest.raises(switch.Failed, match="put back and serves"):
+        switch.install("chat")
+    assert (host.folder / "asked").read_text().split() == ["--record", "--record", "--no-floor"]

@@ -138,8 +138,8 @@ def ask(name: str) -> None:
         raise Failed(f"the plan of {unit_of(name)} does not fit; {go_back(name)}")
 
 
-def start_and_check(name: str) -> str | None:
-    """The gate's verdict after a restart: None, or what failed as text."""
+def start_and_check(name: str, *options: str) -> str | None:
+    """The gate's verdict after a restart: None, or what failed as text. `options` are for the gate."""
     systemctl("enable", "--quiet", unit_of(name))
     # Fails where there is nothing to forget, which is as good.
     subprocess.run(["systemctl", "reset-failed", unit_of(name)], stderr=subprocess.DEVNULL)
@@ -149,7 +149,7 @@ def start_and_check(name: str) -> str | None:
     # why, is the gate's to say.
     subprocess.run(["systemctl", "start", unit_of(name)])
     done = subprocess.run(
-        [sys.executable, "-s", "-E", "-B", GATE, "check", f"{INSTANCES}/{name}/plan.json", "--record"],
+        [sys.executable, "-s", "-E", "-B", GATE, "check", f"{INSTANCES}/{name}/plan.json", "--record", *options],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -213,7 +213,7 @@ def go_back(name: str) -> str:
         systemctl("disable", "--quiet", "--now", unit_of(name))
         return f"there was no previous one, so it was stopped; its log: journalctl -u {unit_of(name)}"
     put(name, f"{GOOD}/{name}")
-    problem = start_and_check(name)
+    problem = start_and_check(name, "--no-floor")
     start_watching(name)  # also where it does not serve: then it is worth a look the more
     if problem is None:
         return f"the previous one was put back and serves, {time.monotonic() - began:.0f} s after the failed gate"

@@ -5,11 +5,14 @@ no space for a model from the start, a wrong checksum, a host that is down (test
 """
 
 import json
+import os
+import random
 import threading
 import time
 
 import pytest
 
+from sandbox import upstream
 from tests.e2e.deploying import ask, main_pid, on, pyinfra, serves
 
 UNIT = "llama-server-tiny.service"
@@ -103,3 +106,162 @@ def test_a_stopped_liveness_check_is_drift_and_is_mended_without_a_restart(host,
     assert on(host, "systemctl", "is-active", "llama-server-tiny-liveness.timer") == "active"
     assert main_pid(host, "tiny") == before
     assert deploy("--dry").changed() == []
+
+
+def test_a_damaged_model_is_found_fetched_anew_and_the_server_runs_on(host, deploy):
+    [path] = on(host, "sh", "-c", "ls /var/lib/llamafleet/models/tiny-dense-*/*.gguf").split()
+    whole, before = on(host, "sha256sum", path), main_pid(host, "tiny")
+    on(host, "dd", "if=/dev/urandom", f"of={path}", "bs=4096", "seek=200", "count=1", "conv=notrunc", "status=none")
+    assert on(host, "sha256sum", path) != whole
+    assert [name for name in deploy("--dry").changed() if "Fetch tiny-dense" in name]
+    assert [name for name in deploy().changed() if "Fetch tiny-dense" in name]
+    assert on(host, "sha256sum", path) == whole
+    # It has read the file when it was whole, and needs it no more.
+    assert main_pid(host, "tiny") == before and serves(host)
+
+
+def test_a_half_deleted_release_is_made_again(host, deploy):
+    release = on(host, "readlink", "-f", "/opt/llamafleet/current")
+    on(host, "sh", "-c", f"cd {release}/bin && ls | sort -R | head -n $(($(ls | wc -l) / 2)) | xargs rm")
+    on(host, "rm", "-f", f"{release}/bin/libllama.so", f"{release}/bin/libllama.so.0")
+    on(host, "systemctl", "kill", "--signal=KILL", UNIT)  # so that it has to start from what is left
+    assert [name for name in deploy("--dry").changed() if "Build llama.cpp" in name]
+    assert [name for name in deploy().changed() if "Build llama.cpp" in name]
+    assert serves(host)
+    assert deploy("--dry").changed() == []
+
+
+def test_out_of_memory_ends_at_the_start_limit_and_the_next_run_repairs(host, deploy):
+    """Inside the unit's own limit; where the machine cannot enforce MemoryMax, inside an address space as small."""
+    enforced = "memory" in on(host, "cat", "/sys/fs/cgroup/cgroup.controllers").split()
+    small = "s/^MemoryMax=.*/MemoryMax=12M/" if enforced else "s/^MemoryMax=.*/LimitAS=60M/"
+    on(host, "sed", "-i", small, f"/etc/systemd/system/{UNIT}")
+    on(host, "systemctl", "daemon-reload")
+    on(host, "systemctl", "restart", "--no-block", UNIT)
+    until(lambda: shown(host, "ActiveState") == "failed", 120)
+    if enforced:
+        assert "oom" in on(host, "journalctl", "-q", "--no-pager", "-u", UNIT, "-n", "60").lower()
+    assert int(shown(host, "NRestarts")) >= 3
+    run = deploy()
+    assert "it is failed" in run.text and "its unit differs" in run.text
+    assert serves(host)
+
+
+def test_without_the_credentials_file_it_serves_nobody_and_the_next_run_repairs(host, deploy, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("the-key\n")
+    keys.chmod(0o600)
+    keyed = {"model": {"api_key_file": str(keys)}}
+    deploy(**keyed)
+    assert serves(host, key="the-key")
+    on(host, "rm", "/etc/llamafleet/instances/tiny/api-keys")
+    on(host, "systemctl", "restart", "--no-block", UNIT)
+    until(lambda: "CREDENTIALS" in on(host, "journalctl", "-q", "--no-pager", "-u", UNIT, "-n", "20"), 30)
+    assert ask(host, "/v1/completions", {"prompt": "a", "max_tokens": 1})[0] == 0
+    assert "its API keys differ" in deploy(**keyed).text
+    assert ask(host, "/v1/completions", {"prompt": "a", "max_tokens": 1})[0] == 401
+    assert serves(host, key="the-key")
+
+
+def test_dns_that_is_dead_fails_what_needs_it_by_name_and_nothing_else(settings, inventory, host, deploy):
+    nameless = {"llama_cpp_repository": "http://llama.invalid/llama.cpp.git", "llama_cpp_ref": "a" * 40}
+    run = pyinfra(inventory((host, settings(host, **LIVENESS, **nameless))))
+    assert run.code != 0 and host.name in run.text
+    assert "Could not resolve host: llama.invalid" in run.text and f"does not give commit {'a' * 40}" in run.text
+    assert serves(host)
+    # What is there needs no name: neither a run nor a restart.
+    resolver = on(host, "cat", "/etc/resolv.conf")
+    on(host, "sh", "-c", "echo nameserver 127.0.0.77 > /etc/resolv.conf")
+    try:
+        assert deploy().changed() == []
+        on(host, "systemctl", "restart", UNIT)
+        assert serves(host)
+    finally:
+        on(host, "sh", "-c", 'printf "%s\\n" "$0" > /etc/resolv.conf', resolver)
+
+
+def test_a_disk_that_fills_up_during_a_build_leaves_the_old_one_serving(settings, inventory, outside, host, deploy):
+    upstream.add_commit(outside.clone, {"tools/server/README-dev.md": "full\n"}, "full")
+    asked = inventory((host, settings(host, **LIVENESS, llama_cpp_ref="full")))
+    before = main_pid(host, "tiny")
+    on(host, "mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", "/var/lib/llamafleet/build")
+    try:
+        run = pyinfra(asked)
+    finally:
+        on(host, "umount", "/var/lib/llamafleet/build")
+    assert run.code != 0 and "No space left on device" in run.text and host.name in run.text
+    assert serves(host) and main_pid(host, "tiny") == before
+    assert pyinfra(asked).code == 0 and serves(host)
+    deploy()
+
+
+def test_a_disk_that_fills_up_during_a_download_leaves_the_old_one_serving(settings, inventory, outside, host):
+    models = "/var/lib/llamafleet/models"
+    path = outside.sources["moe"].removeprefix("hf:")
+    asked = inventory((host, settings(host, **LIVENESS, model={"source": outside.sources["moe"]})))
+    before, runs = main_pid(host, "tiny"), []
+    # Beside the reserve of 1 GiB that a download leaves free there is room for the 15 MB, until something fills it.
+    on(host, "mount", "-t", "tmpfs", "-o", "size=1060M", "tmpfs", models)
+    try:
+        outside.hub.fault(path, times=None, bytes_per_second=300_000)
+        running = threading.Thread(target=lambda: runs.append(pyinfra(asked)))
+        running.start()
+        until(lambda: on(host, "sh", "-c", f"find {models} -name '.*.partial' -size +100k"), 60)
+        host.run(["dd", "if=/dev/zero", f"of={models}/filler", "bs=1M", "status=none"])
+        outside.hub.heal()
+        running.join()
+    finally:
+        outside.hub.heal()
+        on(host, "umount", models)
+    [run] = runs
+    assert run.code != 0 and "No space left on device" in run.text and host.name in run.text
+    assert serves(host) and main_pid(host, "tiny") == before
+    assert pyinfra(asked).code == 0 and serves(host)
+
+
+WIPE = """
+systemctl disable -q --now $(cd /etc/systemd/system && ls -d llama-server-* | grep -v '\\.wants$') 2>/dev/null
+rm -rf /etc/systemd/system/llama-server-* /opt/llamafleet /etc/llamafleet
+cd /var/lib/llamafleet && ls -A | grep -vx -e build -e src | xargs -r rm -rf
+systemctl daemon-reload; systemctl reset-failed
+"""
+ROUNDS = 4  # of one power cut on each of three hosts
+
+
+def test_power_cuts_at_random_points_of_a_deploy_and_one_more_run_ends_green(settings, inventory, hosts):
+    """From hosts that have the packages and, in the shared cache, the build."""
+    seed = int(os.environ.get("E2E_SEED") or time.time())
+    chance = random.Random(seed)
+    print(f"E2E_SEED={seed}")
+    asked = inventory(*((host, settings(host)) for host in hosts))
+
+    def wipe():
+        for host in hosts:
+            on(host, "sh", "-c", WIPE)
+            assert not serves(host)
+
+    wipe()
+    began = time.monotonic()
+    assert pyinfra(asked).code == 0
+    usual = time.monotonic() - began
+
+    def cut(host, after):
+        time.sleep(after)  # the point of the deploy, not a wait for something
+        host.kill()
+        host.start()
+
+    for number in range(ROUNDS):
+        wipe()
+        after = {host.name: round(chance.uniform(0.1, 1.0) * usual, 2) for host in hosts}
+        cuts = [threading.Thread(target=cut, args=(host, after[host.name])) for host in hosts]
+        for one in cuts:
+            one.start()
+        broken = pyinfra(asked)
+        for one in cuts:
+            one.join()
+        run = pyinfra(asked)
+        where = f"round {number} of E2E_SEED={seed}: power cut after {after} s of {usual:.0f} s"
+        print(f"{where}: that run ended with {broken.code}, the next one with {run.code}")
+        assert run.code == 0, f"{where}:\n{run.text}"
+        assert all(serves(host) for host in hosts), where
+    assert pyinfra(asked, "--dry").changed() == []
