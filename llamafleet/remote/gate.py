@@ -2,9 +2,10 @@
 
 Contract: `gate.py check PLAN.json [--record] [--no-floor]` runs every check in order, stops at the first that
 fails, and prints {"ok": bool, "checks": [{"name", "ok", "expected", "found", "hint"}],
-"decode_tokens_per_s": float | null}; exit 0 good, 1 not. With --record it also writes /var/lib/llamafleet/gate/NAME.json: that, "time" (UTC),
-"identity" and "release" of the plan, what the next gate compares with, and "last_failure" {"time", "release", "check"}.
-With --no-floor any speed is good enough: what has served before is not turned away for being slow.
+"decode_tokens_per_s": float | null}; exit 0 good, 1 not. With --record it also writes
+/var/lib/llamafleet/gate/NAME.json: that, "time" (UTC), "identity" and "release" of the plan, what the next gate
+compares with, and "last_failure" {"time", "release", "check"}. With --no-floor any speed is good enough: what
+has served before is not turned away for being slow.
 `gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then asks whether the planned
 GPUs hold the process, so that a boot at which the driver was not ready yet ends in a restart and not in
 a server on the CPU.
