@@ -184,7 +184,7 @@ def test_a_disk_that_fills_up_during_a_build_leaves_the_old_one_serving(settings
     upstream.add_commit(outside.clone, {"tools/server/README-dev.md": "full\n"}, "full")
     asked = inventory((host, settings(host, **LIVENESS, llama_cpp_ref="full")))
     before = main_pid(host, "tiny")
-    on(host, "mount", "-t", "tmpfs", "-o", "size=4M", "tmpfs", "/var/lib/llamafleet/build")
+    on(host, "mount", "-t", "tmpfs", "-o", "size=3M", "tmpfs", "/var/lib/llamafleet/build")
     try:
         run = pyinfra(asked)
     finally:
