@@ -193,7 +193,7 @@ def test_the_floor_is_a_share_of_the_usual_speed(spec, model, speeds, ok):
 def test_the_best_of_some_tries_is_remembered(spec, model):
     model.speeds = [50.0, 70.0, 60.0]
     assert gate_reply.check_speed(spec)["ok"]
-    assert spec["measured"] == {"decode_tokens_per_s": 70.0}
+    assert spec["measured"] == {"decode_tokens_per_s": 70.0, "prompt_tokens_per_s": 700.0}
 
 
 def test_without_an_earlier_figure_little_is_asked(spec, model):
@@ -222,3 +222,13 @@ def test_a_busy_server_is_not_measured(spec, model):
     model.busy, model.speeds = 1, [0.001]
     told = gate_reply.check_speed(known(spec, 100.0))
     assert told["ok"] and "1 slots are busy" in told["found"] and "decode_tokens_per_s" not in spec["measured"]
+
+
+def test_the_best_speed_of_reading_a_prompt_is_remembered(spec):
+    before = known(spec, 100.0)
+    before["last"]["prompt_tokens_per_s"] = 900.0
+    gate_reply.check_speed(before)
+    assert before["measured"]["prompt_tokens_per_s"] == 900.0
+    other = {**before, "argv": ["/r1/llama-server", "--threads", "1"], "measured": {}}
+    gate_reply.check_speed(other)  # other flags: other speeds
+    assert other["measured"]["prompt_tokens_per_s"] == 700.0

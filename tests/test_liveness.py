@@ -182,7 +182,9 @@ def test_a_deploy_that_is_at_it_is_not_disturbed(check, server, systemd, tmp_pat
 
 def test_a_slow_host_is_given_the_time_of_its_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(liveness, "GATES", str(tmp_path))
-    spec = {"unit": UNIT, "argv": ["llama-server", "--batch-size", "2048"]}
+    spec = {"unit": UNIT, "argv": ["llama-server", "--ctx-size", "8192", "--batch-size", "2048"]}
     assert liveness.patience(spec, 120.0) == 120.0
     (tmp_path / "chat.json").write_text('{"prompt_tokens_per_s": 16.0}')
     assert liveness.patience(spec, 120.0) == 3 * 2048 / 16.0
+    spec["argv"][2] = "1024"  # no prompt is longer than the context
+    assert liveness.patience(spec, 120.0) == 3 * 1024 / 16.0

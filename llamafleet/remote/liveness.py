@@ -71,7 +71,8 @@ def main(argv: list[str]) -> int:
 def patience(spec: dict[str, Any], seconds: float) -> float:
     """How long nothing may happen: SECONDS, or longer where this very host needs longer for a batch."""
     speed = read_json(f"{GATES}/{instance_of(spec['unit'])}.json").get("prompt_tokens_per_s")
-    batch = int(value_of("--batch-size", spec["argv"]) or 0)
+    # No prompt, and so no batch, is longer than the context.
+    batch = min(int(value_of(flag, spec["argv"]) or 0) for flag in ("--batch-size", "--ctx-size"))
     return max(seconds, BATCH_PATIENCE * batch / speed) if speed else seconds
 
 

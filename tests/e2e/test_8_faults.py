@@ -65,11 +65,14 @@ def test_a_killed_server_is_back_by_itself(host):
 def test_a_stopped_server_is_restarted_by_the_liveness_check(host):
     before = main_pid(host, "tiny")
     on(host, "kill", "-STOP", str(before))
+    # Its deadline, longer where this machine has so much else to do that it read prompts slowly: see liveness.py.
+    speed = json.loads(on(host, "cat", "/var/lib/llamafleet/gate/tiny.json"))["prompt_tokens_per_s"]
+    deadline = max(5, 3 * 1024 / speed)
     # Two pauses at most before it is asked, then the deadline, the poll of /slots, and a restart.
-    took = until(lambda: main_pid(host, "tiny") not in (0, before) and serves(host), 2 * 2 + 5 + 5 + 20)
-    print(f"served again {took:.1f} s after SIGSTOP")
+    took = until(lambda: main_pid(host, "tiny") not in (0, before) and serves(host), 2 * 2 + deadline + 5 + 20)
+    print(f"served again {took:.1f} s after SIGSTOP, with a deadline of {deadline:.1f} s")
     noted = json.loads(on(host, "cat", "/var/lib/llamafleet/gate/tiny.liveness.json"))
-    assert noted["restarts"] >= 1 and "no token within 5 s" in noted["why"]
+    assert noted["restarts"] >= 1 and f"no token within {deadline:.0f} s" in noted["why"]
     assert "is wedged" in on(host, "journalctl", "--no-pager", "-u", "llama-server-tiny-liveness.service")
 
 
@@ -181,7 +184,7 @@ def test_dns_that_is_dead_fails_what_needs_it_by_name_and_nothing_else(settings,
 
 
 def test_a_disk_that_fills_up_during_a_build_leaves_the_old_one_serving(settings, inventory, outside, host, deploy):
-    upstream.add_commit(outside.clone, {"tools/server/README-dev.md": "full\n"}, "full")
+    upstream.add_commit(outside.clone, {"tools/server/README-dev.md": f"{time.time()}\n"}, "full")
     asked = inventory((host, settings(host, **LIVENESS, llama_cpp_ref="full")))
     before = main_pid(host, "tiny")
     on(host, "mount", "-t", "tmpfs", "-o", "size=3M", "tmpfs", "/var/lib/llamafleet/build")
