@@ -1,0 +1,181 @@
+"""Our ledger beside the buffers that others' llama.cpp printed on real GPUs, difference by difference.
+
+    python -m bench.published_buffers       writes bench/results/published_buffers.csv
+
+The logs are in bench/data/published-buffers.json, each with its source and its flags as a placement (`ours`). The
+ledger's rules are those of b11434 and our own flags; `as_that_build_mib` is the ledger with the rules changed that
+are known to differ in the log (`that_build`, `RULES`), so that only what is really different is left. What is left
+has its reason in the log's `why`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llamafleet.gguf import Header, read_path
+from llamafleet.kv import Context, cache_cells, kv_bytes, windows
+from llamafleet.ledger import Model, Placement, Usage, usage
+from sandbox import models
+
+ROOT = Path(__file__).resolve().parent
+LOGS = ROOT / "data" / "published-buffers.json"
+RESULTS = ROOT / "results" / "published_buffers.csv"
+MIB = 2**20
+SAME_MIB = 0.03  # logs print two decimals; token ids and positions are some KiB more
+HOST = "host"
+HOST_NAMES = ("CPU", "CPU_Mapped", "CPU + CUDA_Host", "CUDA_Host", "Vulkan_Host", "Host")
+
+
+RULES = {
+    "mapped": "CPU_Mapped is the stretch of the file from the first to the last tensor on the CPU; what lies between"
+    " is counted though it is on a GPU",
+    "ffn": "the log's -ot moves all of ffn_*: norms and routers too, which our plans leave on the GPU",
+    "inputs": "in builds of 2025 the host's compute buffer beside a GPU is the graph's inputs: masks in f32 and one"
+    " hidden state",
+    "logits": "a build that reserves logits for a whole ubatch, not only for the tokens that are asked for",
+}
+
+
+class OlderContext(Context):
+    """As builds before mid 2025 reserve it: logits for every token of a ubatch."""
+
+    @property
+    def outputs(self) -> int:
+        """Tokens whose logits are computed."""
+        return self.batch_tokens
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of a log and ours. Differences are theirs less ours."""
+
+    source_url: str
+    build: str
+    model: str
+    flags: str
+    device: str  # as the log names it
+    part: str
+    published_mib: float
+    ledger_mib: float
+    difference_mib: float
+    as_that_build_mib: float
+    left_mib: float
+    rule: str  # of RULES, which `as_that_build_mib` follows
+    why: str
+
+    @property
+    def is_explained(self) -> bool:
+        """Is nothing left over, or is it said why?"""
+        return abs(self.left_mib) <= SAME_MIB or bool(self.why)
+
+
+def rows() -> Iterator[Row]:
+    """Every figure of every log that names a model we have a layout for."""
+    for log in json.loads(LOGS.read_text())["logs"]:
+        header = read_header(log["ours"]["layout"], log["ours"]["mix"])
+        now = figures(header, log["ours"], Context)
+        then = that_build(header, log["ours"], now)
+        for device, part, published in published_figures(log):
+            key = f"{HOST if device in HOST_NAMES else device} {part}"
+            rule, as_then = then.get(f"{device} {part}") or then.get(key, ("", now[key]))
+            yield Row(
+                source_url=log["source_url"],
+                build=log.get("build", ""),
+                model=f"{log['ours']['layout']} {log['ours']['mix']}",
+                flags=log["flags"],
+                device=device,
+                part=part,
+                published_mib=published,
+                ledger_mib=round(now[key], 2),
+                difference_mib=round(published - now[key], 2),
+                as_that_build_mib=round(as_then, 2),
+                left_mib=round(published - as_then, 2),
+                rule=RULES.get(rule, ""),
+                why=log.get("why", {}).get(f"{device} {part}", ""),
+            )
+
+
+def that_build(header: Header, ours: Mapping[str, Any], now: Mapping[str, float]) -> dict[str, tuple[str, float]]:
+    """Figures where the log's build or flags are known to follow another rule: the rule and MiB, by row."""
+    found: dict[str, tuple[str, float]] = {}
+    if ours.get("logits_of_batch"):
+        older = figures(header, ours, OlderContext)
+        found |= {key: ("logits", mib) for key, mib in older.items() if key.endswith("compute") and mib != now[key]}
+        if ours["layers"]:
+            found[f"{HOST} compute"] = ("inputs", inputs_mib(header, Context(**ours["context"])))
+    if first := ours.get("mapped_from"):  # the file's first tensor, on a GPU; the last is on the CPU
+        rest = sum(tensor.bytes for tensor in header.tensors if tensor.name != first)
+        found["CPU_Mapped model"] = ("mapped", rest / MIB)
+    if ours.get("ffn_whole"):
+        spilled = tuple(f"blk.{layer}.ffn" for layer in range(*ours["spilled"]))
+        whole = sum(t.bytes for t in header.tensors if t.name.startswith(spilled))
+        more = (whole - sum(Model.of(header).spill_bytes[slice(*ours["spilled"])])) / MIB
+        found["CUDA0 model"] = ("ffn", now["CUDA0 model"] - more)
+        found[f"{HOST} model"] = ("ffn", now[f"{HOST} model"] + more)
+    return found
+
+
+def inputs_mib(header: Header, context: Context) -> float:
+    """A mask for each kind of cache, in f32, and the tokens' embeddings."""
+    cells = {cache_cells(context, window) for window in windows(header)}
+    floats = context.ubatch_tokens * (sum(cells) + int(str(header.get("embedding_length"))))
+    return floats * 4 / MIB
+
+
+def published_figures(log: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+    for part in ("model", "kv", "compute"):
+        for device, mib in log.get(f"{part}_buffers_MiB", {}).items():
+            yield device, part, mib
+
+
+def figures(header: Header, ours: Mapping[str, Any], kind: type[Context]) -> dict[str, float]:
+    """MiB by "DEVICE part", with the log's own names for devices."""
+    context, backend = kind(**ours["context"]), ours["backend"]
+    devices, host = usage(Model.of(header), context, placement(header, ours), backend)
+    found = {f"{name(backend, number)} {part}": mib for number, use in devices.items() for part, mib in parts(use)}
+    windowed = sum(size for size, window in zip(kv_bytes(header, context), windows(header), strict=True) if window)
+    return found | {f"{HOST} {part}": mib for part, mib in parts(host)} | {"windows kv": windowed / MIB}
+
+
+def parts(use: Usage) -> Iterator[tuple[str, float]]:
+    """llama.cpp's compute buffer has what op-offload stages in it."""
+    yield "model", use.weights_bytes / MIB
+    yield "kv", use.kv_bytes / MIB
+    yield "compute", (use.compute_bytes + use.staging_bytes) / MIB
+
+
+def name(backend: str, number: int) -> str:
+    """How logs call a device; Metal is planned as one device with host memory, as Vulkan's are."""
+    return {"cuda": "CUDA", "hip": "ROCm", "vulkan": "Vulkan", "metal": "Metal"}[backend] + str(number)
+
+
+def placement(header: Header, ours: Mapping[str, Any]) -> Placement:
+    holders: list[int | None] = [None] * ours.get("front", 0)
+    for device, count in enumerate(ours["layers"]):
+        holders += [device] * count
+    holders += [None] * (int(str(header.get("block_count"))) - len(holders))
+    last = None if ours.get("output_on_host") or not ours["layers"] else len(ours["layers"]) - 1
+    return Placement((*holders, last), frozenset(range(*ours.get("spilled", (0,)))))
+
+
+def read_header(layout: str, mix: str) -> Header:
+    with tempfile.TemporaryDirectory() as folder:
+        return read_path(models.weightless(Path(folder), layout, mix))
+
+
+def main() -> None:
+    found = [asdict(row) for row in rows()]
+    with RESULTS.open("w", newline="") as out:
+        writer = csv.DictWriter(out, found[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+
+
+if __name__ == "__main__":
+    main()
