@@ -1,0 +1,107 @@
+"""Is a plan the most that the GPU holds? llama-server is asked for the plan and for its nearest neighbours.
+
+The plan must fit under the reserve by llama-server's own figures, and one more unit on the GPU (the experts or the
+feed-forward part of a layer, or a whole layer where some are on the CPU) must not.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import pytest
+
+from llamafleet.kv import Context
+from llamafleet.ledger import Model, usage
+from llamafleet.plan import Plan
+from sandbox import models
+from sandbox.oracle import ask
+from tests import planning
+
+pytestmark = pytest.mark.oracle
+
+MIB = 2**20
+# What NVML says of cards sold with so many GB, MiB: RTX 4060, 3060, 4080, 4090, 5090, 6000 Ada, A100.
+CARDS = {8: 8188, 12: 12288, 16: 16376, 24: 24564, 32: 32607, 48: 49140, 80: 81920}
+CONTEXT_TOKENS = 16384
+ROUNDING_MIB = 3  # llama-server cuts model, context and compute down to whole MiB each
+WORKERS = 2  # questions asked at once: the cores of a small machine
+
+MOE = [name for name, layout in models.PUBLISHED.items() if layout.experts]
+DENSE = ["Llama-3.3-70B", "Qwen3-32B", "Gemma-3-27B"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A plan or its neighbour, and how its oracle figure relates to the card."""
+
+    gb: int
+    plan: Plan
+    what: str
+    must_fit: bool
+
+
+@pytest.mark.parametrize("name", [*MOE, *DENSE])
+def test_one_more_unit_on_the_gpu_would_break_the_reserve(name, tmp_path_factory):
+    path = models.weightless(tmp_path_factory.mktemp("models"), name)
+    model = Model.of(planning.header(name))
+    asked = {}
+    for gb in CARDS:
+        for question in questions(name, model, gb):
+            # A plan that is wholly on the GPU is the same on every larger card: ask for it once.
+            asked.setdefault((question.plan.argv, question.must_fit), question)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        answers = list(pool.map(lambda question: needed_mib(path, model, question), asked.values()))
+    wrong = []
+    for question, mib in zip(asked.values(), answers, strict=True):
+        limit = CARDS[question.gb]
+        fits = mib <= limit if question.must_fit else mib + ROUNDING_MIB <= limit
+        if fits != question.must_fit:
+            wrong.append(f"{question.gb} GB, {question.what}: {mib:.0f} MiB needed with reserve, {limit} there")
+    assert not wrong
+
+
+def questions(name, model, gb):
+    machine = planning.machine([CARDS[gb]], ram_gib=2048)
+    tokens = min(CONTEXT_TOKENS, models.PUBLISHED[name].context)
+    [plan] = planning.plans(machine, [(name,)], planning.settings({"context_tokens": tokens}))
+    assert plan.fits
+    if not plan.gpus:
+        return
+    yield Question(gb, plan, "the plan", True)
+    for what, placement in neighbours(model, plan.placement):
+        yield Question(gb, replace(plan, placement=placement), what, False)
+
+
+def neighbours(model, placement):
+    """With the cheapest of the spilled parts back on the GPU; with one more layer there."""
+    back = [
+        (model.spill_bytes[layer], f"the spilled part of layer {layer} more", {"spilled": placement.spilled - {layer}})
+        for layer in placement.spilled
+        if model.spill_bytes[layer]  # a block for multi-token prediction is not loaded
+    ]
+    back += [
+        (model.part_bytes(layer, part), f"{part} of layer {layer} more",
+         {"partly": tuple(one for one in placement.partly if one != (layer, part))})
+        for layer, part in getattr(placement, "partly", ())
+    ]  # fmt: skip
+    if back:
+        _, what, changes = min(back, key=lambda one: one[0])
+        yield what, replace(placement, **changes)
+    host = [layer for layer, device in enumerate(placement.layer_devices) if device is None]
+    if host:
+        holders = tuple(0 if layer == host[-1] else device for layer, device in enumerate(placement.layer_devices))
+        spilled = placement.spilled | ({host[-1]} if placement.spilled and model.spill_bytes[host[-1]] else set())
+        yield f"layer {host[-1]} more", replace(placement, layer_devices=holders, spilled=frozenset(spilled))
+
+
+def needed_mib(path, model, question):
+    """llama-server's figure for the GPU, with what it does not count, and the reserve."""
+    flags = list(question.plan.argv)
+    at = flags.index("--fit")
+    del flags[at : at + 2]
+    flags[flags.index("--device") + 1] = "RPC0"
+    plan = question.plan
+    context = Context(plan.context_tokens, plan.slots, plan.kv_type, plan.ubatch_tokens)
+    used, _ = usage(model, context, plan.placement, plan.backend)
+    uncounted = used[0].staging_bytes + used[0].overhead_bytes
+    reserve_mib = planning.settings().gpu_reserve_mib
+    return ask(path, flags, 1).devices[0].total + uncounted / MIB + reserve_mib
