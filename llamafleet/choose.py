@@ -13,10 +13,11 @@ from itertools import pairwise
 
 from .adjust import Adjustment
 from .kv import Context, kv_bytes
-from .ledger import HOST, Model, Placement, Usage, usage
-from .place import Room, cut, fill
+from .ledger import HOST, TRAITS, Model
+from .place import SAME_SPEED, Room, cut, fill
 from .predict import Roofline, Segment
 from .settings import Instance
+from .sketch import Sketch
 from .workload import Workload
 
 UBATCHES = (512, 256, 1024, 2048, 4096, 8192)  # llama.cpp's default first: it wins ties
@@ -55,7 +56,7 @@ def kind_of(order: Sequence[int], segments: Sequence[Segment]) -> str:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Bytes that do not depend on how many layers a device gets: first, middle and last device, and the host."""
+    """Bytes that do not depend on how many layers a device gets: of each device, and of the host."""
 
     devices: tuple[int, ...]
     host: int
@@ -70,7 +71,7 @@ class Search:
         self.model, self.room, self.backend = model, room, backend
         self.extra_bytes, self.adjustment, self.roofline = extra_bytes, adjustment, roofline
         self.movable = [layer for layer in range(model.layers) if model.spill_bytes[layer]]
-        self._fixed: dict[tuple[Context, int, str], Fixed] = {}
+        self.sketch = Sketch(model)
         self._base: dict[Context, list[float]] = {}
         self._all: dict[Context, list[float]] = {}
 
@@ -96,19 +97,10 @@ class Search:
                 found += self._of(*min(of_group, key=lambda one: one[0].ubatch_tokens), [rows[0].order])
         return sorted(found, key=_rank)
 
-    def fits(self, tokens: int, slots: int, kv_type: str) -> bool:
-        """Is there a candidate with that context, by ubatches that take little?"""
-        tried = [(Context(tokens, slots, kv_type, ubatch), 1.0) for ubatch in UBATCHES[:2] if ubatch <= tokens]
-        return any(not one.host_short_bytes for one in self.candidates(tried))
-
     def _of(self, context: Context, handicap: float, orders: Sequence[tuple[int, ...]]) -> Iterator[Candidate]:
-        some = False
-        for row in orders:
-            for order, segments in self._layouts(context, row):
-                some = True
-                yield self.weigh(context, order, segments, handicap)
-        if not some:
-            yield self.weigh(context, *self._nowhere(), handicap)
+        found = {layout: None for row in orders for layout in self._layouts(context, row)}
+        for order, segments in found or (self._nowhere(),):
+            yield self.weigh(context, order, segments, handicap)
 
     def _nowhere(self) -> tuple[tuple[int, ...], tuple[Segment, ...]]:
         """What no GPU holds: on the CPU, or, where there is one memory, on its GPU."""
@@ -139,6 +131,10 @@ class Search:
             for row in (fastest[:count], largest[:count]):
                 ordered = sorted(row, key=lambda n: (-rates[n].link_bytes_per_s, -rates[n].flops, n))
                 rows[tuple(ordered)] = None
+                if rates[row[0]].bytes_per_s > SAME_SPEED * rates[row[-1]].bytes_per_s:
+                    # Or the fastest last, where the output is: it is read for every token.
+                    quick = max(ordered, key=lambda n: rates[n].bytes_per_s)
+                    rows[(*(n for n in ordered if n != quick), quick)] = None
         return list(rows)
 
     def _layouts(
@@ -270,35 +266,26 @@ class Search:
     def budgets(self, context: Context, order: tuple[int, ...], kind: str) -> list[float]:
         """Bytes for layers on each device: what compute, staging, overhead, reserve and others leave."""
         fixed, room = self.fixed(context, len(order), kind), self.room
-        last = len(order) - 1
         budgets = []
         for position, device in enumerate(order):
-            index = 0 if position == 0 else -1 if position == last else 1
             extra = self.adjustment.extra_bytes.get(f"GPU{room.gpus[device].index}", 0)
             shared = (fixed.host + self.model.input_bytes) if room.unified else 0
             budgets.append(
-                float(room.gpu_bytes[device] - room.gpu_reserve_bytes - fixed.devices[index] - extra - shared)
+                float(room.gpu_bytes[device] - room.gpu_reserve_bytes - fixed.devices[position] - extra - shared)
             )
         return budgets
 
     def fixed(self, context: Context, count: int, kind: str) -> Fixed:
-        """From the ledger, for a stand-in placement of that kind: it depends little on where the cuts are."""
-        count = min(count, 3)
-        key = (context, count, kind)
-        if key not in self._fixed:
-            layers = self.model.layers
-            holders: list[int | None] = [min(count - 1, n * count // (layers + 1)) for n in range(layers + 1)]
-            if kind == "layers":
-                holders[0] = None
-            if kind == "all" or count == 0:
-                holders = [None] * (layers + 1)
-            spilled = frozenset(self.movable) if kind == "spill" else frozenset()
-            used, host = usage(self.model, context, Placement(tuple(holders), spilled), self.backend, self.extra_bytes)
-            self._fixed[key] = Fixed(
-                tuple(_fixed_bytes(used[device]) for device in sorted(used)),
-                _fixed_bytes(host) + self.adjustment.extra_bytes.get(HOST, 0),
-            )
-        return self._fixed[key]
+        """By the sketch, for that many devices with that on the host."""
+        traits, pipelined = TRAITS[self.backend], count > 1 and kind == "none"
+        inner = self.sketch.compute(context, output=False, pipelined=pipelined) + traits.overhead_bytes
+        last = self.sketch.compute(context, output=True, pipelined=pipelined) + traits.overhead_bytes
+        staging = self.sketch.staging(kind) if traits.op_offload else 0
+        devices = [inner] * (count - 1) + [last] if count else []
+        devices[:1] = [size + staging for size in devices[:1]]
+        host = self.sketch.compute(context, output=not count, pipelined=pipelined)
+        host += traits.host_overhead_bytes + self.extra_bytes + self.adjustment.extra_bytes.get(HOST, 0)
+        return Fixed(tuple(devices), host)
 
     def _host_short(self, context: Context, order: tuple[int, ...], segments: Sequence[Segment]) -> int:
         room, model = self.room, self.model
@@ -352,7 +339,3 @@ def _ubatches(instance: Instance, tokens: int, work: Workload) -> list[int]:
 
 def _doublings(ubatch: int) -> int:
     return ubatch.bit_length() - UBATCHES[0].bit_length()
-
-
-def _fixed_bytes(use: Usage) -> int:
-    return use.compute_bytes + use.staging_bytes + use.overhead_bytes

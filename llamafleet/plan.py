@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -26,13 +27,14 @@ from .predict import Prediction, Roofline
 from .rates import NOT_MEASURED, Measurements, rates
 from .reasons import Decision, why
 from .settings import Instance, Settings
-from .settle import Settled, settle
+from .settle import Settled, fits, settle
 from .workload import Workload
 
 SCHEMA = 1
 CELLS = 256  # of a KV cache, which llama.cpp pads to this
 DEFAULT_CONTEXT_LIMIT = 32768  # tokens, where the operator names no context (inventory/group_data/all.py)
-SETTLED = 24  # candidates checked against the ledger before a model is refused
+SETTLED = 6  # candidates checked against the ledger before a model is refused
+HOPELESS_BYTES = 1024 * MIB  # of RAM missing: no error of the sketch is as large
 BACKEND_OF_VENDOR = {"nvidia": "cuda", "amd": "hip"}
 
 
@@ -252,6 +254,8 @@ def _choose(asked: _Asked) -> Plan | Refusal:
         settled = settle(search, candidate, handicaps[candidate.context])
         if any(row.free_bytes < 0 for row in settled.rows):
             refused = refused or settled
+            if candidate.host_short_bytes > HOPELESS_BYTES:
+                break
             continue
         plan = _plan(asked, search, settled, weighed)
         trial = asked.measured.trials.get(plan.argv)
@@ -332,7 +336,7 @@ def _refuse(asked: _Asked, search: Search, settled: Settled) -> Refusal:
         device=worst.device,
         needed_bytes=needed,
         available_bytes=available,
-        suggestions=suggestions(asked.model, context, asked.instance, available=total, fits=search.fits),
+        suggestions=suggestions(asked.model, context, asked.instance, available=total, fits=partial(fits, search)),
         ledger=rows,
         instance=asked.instance.name,
     )

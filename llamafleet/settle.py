@@ -1,6 +1,7 @@
 """A candidate made as good as the ledger allows: cuts moved, the last room filled, and checked.
 
-The search reckons with stand-ins for what depends on the cuts; here the ledger itself is asked.
+The search reckons with a sketch of what the compute buffers take; here the ledger itself is asked, as seldom as can be,
+since laying out a graph takes milliseconds.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from .choose import Candidate, Search
-from .ledger import LedgerRow, Placement
+from .choose import UBATCHES, Candidate, Search
+from .kv import Context
+from .ledger import MIB, LedgerRow, Placement
 from .place import Case
 from .predict import Segment
 
-TRIES = 16  # of the check by the ledger, one layer less each time
-FILLS = 16  # of the room that is left, one layer or tensor more each time
+STEPS = (-1, 1, -3, 3, -8, 8)  # layers by which a cut between GPUs is moved: the longer ones leave valleys
+TRIES = 16  # of the check by the ledger, some layers less each time
+FILLS = 16  # of the room that is left, some layers or tensors more each time
+SLACK_BYTES = 16 * MIB  # by which a compute buffer may shrink with less on the host
 BETTER = 0.9999  # of the score: what rounding makes is no gain
 
 
@@ -37,11 +41,20 @@ def settle(search: Search, one: Candidate, handicap: float) -> Settled:
     settled = _checked(case, one)
     for _ in range(TRIES):
         short = next((n for n, row in enumerate(settled.rows[:-1]) if row.free_bytes < 0), None)
-        smaller = None if short is None or search.room.unified else _smaller(search, settled.candidate, short)
+        smaller = None
+        if short is not None and not search.room.unified:
+            smaller = _smaller(search, settled.candidate, short, -settled.rows[short].free_bytes)
         if smaller is None:
             break
         settled = _checked(case, search.weigh(one.context, one.order, smaller, handicap))
     return _filled(search, case, settled, handicap)
+
+
+def fits(search: Search, tokens: int, slots: int, kv_type: str) -> bool:
+    """Would the model be served with so many tokens for each of so many slots?"""
+    tried = [(Context(tokens, slots, kv_type, ubatch), 1.0) for ubatch in UBATCHES[:2] if ubatch <= tokens]
+    best = search.candidates(tried)[:1]
+    return any(row.free_bytes >= 0 for one in best for row in settle(search, one, 1.0).rows[-1:])
 
 
 def placed(one: Candidate) -> Placement:
@@ -77,10 +90,12 @@ def _shifted(search: Search, one: Candidate, handicap: float) -> Candidate:
         ends = [part.hi for part in one.segments]
         ends[-1] += 1  # the output
         for position in range(len(ends) - 1):
-            for step in (-1, 1):
+            for step in STEPS:
                 tried = (*ends[:position], ends[position] + step, *ends[position + 1 :])
                 pieces = list(pairwise((0, *tried)))
-                if any(a >= b or base[b] - base[a] > size for (a, b), size in zip(pieces, budgets, strict=True)):
+                if any(a >= b for a, b in pieces):
+                    continue
+                if any(base[b] - base[a] > size for (a, b), size in zip(pieces, budgets, strict=True)):
                     continue
                 segments = search.segments(one.order, 0, tried, (one.context, budgets))
                 other = search.weigh(one.context, one.order, segments, handicap)
@@ -89,33 +104,35 @@ def _shifted(search: Search, one: Candidate, handicap: float) -> Candidate:
     return one
 
 
-def _smaller(search: Search, one: Candidate, position: int) -> tuple[Segment, ...] | None:
-    """One layer less on the GPU at that position; None where nothing can go."""
+def _smaller(search: Search, one: Candidate, position: int, missing: int) -> tuple[Segment, ...] | None:
+    """So many layers less on the GPU at that position that the missing bytes are there; None where nothing can go."""
     on_gpus = [part for part in one.segments if part.device is not None]
     tight, first = on_gpus[position], on_gpus[0]
-    if one.kind in ("none", "spill") and tight.keep > tight.lo and search.movable:
+    spill, base = search.roofline.spill, search.costs(one.context)
+    if one.kind in ("none", "spill") and spill[tight.keep] > spill[tight.lo]:
         keep = tight.keep - 1
-        while keep > tight.lo and not search.model.spill_bytes[keep]:
+        while keep > tight.lo and spill[tight.keep] - spill[keep] < missing:
             keep -= 1
         changed = {tight: replace(tight, keep=keep, part="")}
     elif one.kind == "layers" and first.lo < first.hi:
-        changed = _moved_front(one.segments[0], first, 1)
+        front = first.lo + 1
+        while front < first.hi and base[front] - base[first.lo] < missing:
+            front += 1
+        host = one.segments[0]
+        changed = {
+            host: Segment(None, 0, front, front),
+            first: replace(first, lo=front, keep=max(first.keep, front)),
+        }
     else:
         return None
     return tuple(changed.get(part, part) for part in one.segments)
 
 
-def _moved_front(host: Segment, first: Segment, step: int) -> dict[Segment, Segment]:
-    """So many more front layers on the host, the rest as it was."""
-    front = host.hi + step
-    return {host: Segment(None, 0, front, front), first: replace(first, lo=front, keep=max(first.keep, front))}
-
-
 def _filled(search: Search, case: Case, settled: Settled, handicap: float) -> Settled:
-    """What room is left takes more layers' experts (FFN), single tensors of one, or a whole front layer."""
+    """What room is left takes more layers' experts (FFN), single tensors of one, or whole front layers."""
     for _ in range(FILLS):
         one = settled.candidate
-        for segments in _more(search, one):
+        for segments in _more(search, settled):
             other = search.weigh(one.context, one.order, segments, handicap)
             if other.score >= one.score * BETTER:
                 continue
@@ -128,29 +145,48 @@ def _filled(search: Search, case: Case, settled: Settled, handicap: float) -> Se
     return settled
 
 
-def _more(search: Search, one: Candidate) -> Iterator[tuple[Segment, ...]]:
-    """The candidate with a little more on its GPUs, the most first on each."""
+def _more(search: Search, settled: Settled) -> Iterator[tuple[Segment, ...]]:
+    """The candidate with as much more on its GPUs as may fit, the most first on each."""
+    one, rows = settled.candidate, iter(settled.rows)
     if one.kind == "layers":
-        host, first = one.segments[:2]
-        grown = {host: Segment(None, 0, host.hi - 1, host.hi - 1), first: replace(first, lo=host.hi - 1)}
-        if host.hi == 1:
-            yield (grown[first], *one.segments[2:])
-        else:
-            yield (grown[host], grown[first], *one.segments[2:])
-            # Attention and cache of one more layer, and in its stead the feed-forward part of the segment's last.
-            if first.keep == first.hi and search.movable:
-                yield (grown[host], replace(grown[first], keep=first.hi - 1), *one.segments[2:])
+        yield from _less_front(search, one, settled.rows[0].free_bytes + SLACK_BYTES)
     for position, segment in enumerate(one.segments):
-        for change in _kept_more(search, segment):
+        if segment.device is None:
+            continue
+        row = next(rows)
+        for change in _kept_more(search, segment, row.free_bytes + SLACK_BYTES, row.staging_bytes):
             yield (*one.segments[:position], change, *one.segments[position + 1 :])
 
 
-def _kept_more(search: Search, one: Segment) -> Iterator[Segment]:
-    model = search.model
+def _less_front(search: Search, one: Candidate, room: int) -> Iterator[tuple[Segment, ...]]:
+    host, first, *others = one.segments
+    base, spill = search.costs(one.context), search.roofline.spill
+    whole = [base[n] + (spill[n] if first.keep == first.hi else 0) for n in range(host.hi + 1)]
+    front = next(n for n in range(host.hi + 1) if whole[host.hi] - whole[n] <= room)
+    for shorter in dict.fromkeys((front, min(front + 1, host.hi))):
+        grown = replace(first, lo=shorter, keep=first.keep if first.keep == first.hi else shorter)
+        if shorter < host.hi:
+            yield (*([Segment(None, 0, shorter, shorter)] if shorter else []), grown, *others)
+    # Attention and cache of one more layer, and in its stead the feed-forward part of the segment's last.
+    if first.keep == first.hi and spill[first.hi] > spill[first.hi - 1] and base[host.hi] - base[host.hi - 1] <= room:
+        grown = replace(first, lo=host.hi - 1, keep=first.hi - 1)
+        yield (*([Segment(None, 0, grown.lo, grown.lo)] if grown.lo else []), grown, *others)
+
+
+def _kept_more(search: Search, one: Segment, room: int, staging: int) -> Iterator[Segment]:
+    model, spill = search.model, search.roofline.spill
     layer = next((n for n in range(one.keep, one.hi) if model.spill_bytes[n]), None)
-    if one.device is None or layer is None:
+    if layer is None:
         return
-    yield replace(one, keep=layer + 1, part="")
+    back = model.spill_bytes[layer] - model.part_bytes(layer, one.part) if one.part else 0  # is there already
+    here = spill[layer] + back
+    if spill[one.hi] - here <= room + staging:  # nothing is copied any more if all is there
+        yield replace(one, keep=one.hi, part="")
+    keep = max((n for n in range(layer + 1, one.hi) if spill[n] - here <= room), default=layer)
+    for more in dict.fromkeys((keep, keep - 1)):
+        if more > layer:
+            yield replace(one, keep=more, part="")
     if not one.part and 0 < model.down_bytes[layer] < model.spill_bytes[layer]:
         for part in sorted(("down", "up"), key=lambda name: model.part_bytes(layer, name)):
-            yield replace(one, keep=layer, part=part)
+            if model.spill_bytes[layer] - model.part_bytes(layer, part) <= room:
+                yield replace(one, keep=layer, part=part)

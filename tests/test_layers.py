@@ -33,6 +33,7 @@ ORDER = [
     "rates",
     "predict",
     "place",
+    "sketch",
     "choose",
     "settle",
     "reasons",
