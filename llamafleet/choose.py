@@ -72,6 +72,7 @@ class Search:
         self.extra_bytes, self.adjustment, self.roofline = extra_bytes, adjustment, roofline
         self.movable = [layer for layer in range(model.layers) if model.spill_bytes[layer]]
         self.sketch = Sketch(model)
+        self._fixed: dict[tuple[Context, int, str], Fixed] = {}
         self._base: dict[Context, list[float]] = {}
         self._all: dict[Context, list[float]] = {}
 
@@ -158,8 +159,11 @@ class Search:
             yield order, fronted
 
     def _resident(self, context: Context, order: tuple[int, ...]) -> tuple[Segment, ...] | None:
+        budgets, whole = self.budgets(context, order, "none"), self._whole(context)
+        if sum(budgets) < whole[-1]:
+            return None
         speeds = [self.roofline.rates.gpus[device].bytes_per_s for device in order]
-        ends = fill(self._whole(context), 0, self.budgets(context, order, "none"), speeds)
+        ends = fill(whole, 0, budgets, speeds)
         return self.segments(order, 0, ends, None) if ends else None
 
     def _spilled(self, context: Context, order: tuple[int, ...]) -> Iterator[tuple[Segment, ...]]:
@@ -277,6 +281,12 @@ class Search:
 
     def fixed(self, context: Context, count: int, kind: str) -> Fixed:
         """By the sketch, for that many devices with that on the host."""
+        key = (context, count, kind)
+        if key not in self._fixed:
+            self._fixed[key] = self._sketched(context, count, kind)
+        return self._fixed[key]
+
+    def _sketched(self, context: Context, count: int, kind: str) -> Fixed:
         traits, pipelined = TRAITS[self.backend], count > 1 and kind == "none"
         inner = self.sketch.compute(context, output=False, pipelined=pipelined) + traits.overhead_bytes
         last = self.sketch.compute(context, output=True, pipelined=pipelined) + traits.overhead_bytes

@@ -284,7 +284,7 @@ def _plan(asked: _Asked, search: Search, settled: Settled, weighed: Sequence[Can
     context = chosen.context
     decision = Decision(
         asked.machine, asked.instance, asked.model, asked.room, asked.work,
-        chosen, weighed, placement, rows, asked.threads,
+        chosen, weighed, placement, rows, asked.threads, [gpu.link_bytes_per_s for gpu in search.roofline.rates.gpus],
     )  # fmt: skip
     return Plan(
         instance=asked.instance.name,

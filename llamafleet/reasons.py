@@ -30,6 +30,7 @@ class Decision:
     placement: Placement
     rows: Sequence[LedgerRow]
     threads: int
+    links: Sequence[float]  # bytes per second to each GPU of the room
 
     def best(self, **same: object) -> Candidate | None:
         """The best that fits of those with these values."""
@@ -104,8 +105,12 @@ def _gpus(decision: Decision) -> Iterator[str]:
         reason = f": the workload takes {chosen.seconds:.1f} s without"
         yield f"not used: {told}{reason}" + (f", {best.seconds:.1f} s with more GPUs" if best else "")
     if list(chosen.order) != sorted(chosen.order):
-        first = names[chosen.order[0]]
-        yield f"{first} comes first: it has the best link and arithmetic for what is copied from RAM while reading"
+        first, last = chosen.order[0], chosen.order[-1]
+        links = [decision.links[device] for device in chosen.order]
+        if decision.links[first] == max(links) > min(links):
+            yield f"{names[first]} comes first: weights in RAM are copied to the first to read, and its link is best"
+        else:
+            yield f"{names[last]} comes last: it is the fastest, and the output is read for every token"
 
 
 def _context(decision: Decision) -> Iterator[str]:
