@@ -25,6 +25,7 @@ UBATCHES = (512, 256, 1024, 2048, 4096, 8192)  # llama.cpp's default first: it w
 ANOTHER_GPU = 1.02  # power, heat and the room of other instances
 LATER_KV_TYPE = 1.10  # the operator's order of types is one of quality
 OTHER_UBATCH = 1.005  # for each doubling or halving of 512: nothing is changed for nothing
+KEPT_ROWS = 8  # rows of GPUs that other cache types and numbers of slots are tried with
 KEPT = 2  # rows of GPUs, and pairs of cache type and slots, that the other ubatches are tried with
 
 
@@ -79,13 +80,16 @@ class Search:
     def candidates(self, tried: Sequence[tuple[Context, float]]) -> list[Candidate]:
         """The best first. A context comes with its handicap.
 
-        All rows of GPUs are tried with the first ubatch of each cache type and number of slots; the other ubatches
-        only for the best of these and only with their best rows, since what is on the GPUs changes little with them.
+        All rows of GPUs are tried with the first cache type, number of slots and ubatch; the others with the better
+        rows, and other ubatches with the best only, since what is on the GPUs changes little with them.
         """
         groups: dict[tuple[str, int], list[tuple[Context, float]]] = {}
         for context, handicap in tried:
             groups.setdefault((context.kv_type, context.slots), []).append((context, handicap))
-        firsts = [sorted(self._of(*of_group[0], self.orders()), key=_rank) for of_group in groups.values()]
+        rows_of_gpus, firsts = self.orders(), []
+        for of_group in groups.values():
+            firsts.append(sorted(self._of(*of_group[0], rows_of_gpus), key=_rank))
+            rows_of_gpus = list(dict.fromkeys(one.order for one in firsts[0]))[:KEPT_ROWS] or rows_of_gpus
         found = [one for rows in firsts for one in rows]
         best = sorted(zip(firsts, groups.values(), strict=True), key=lambda group: _rank(group[0][0]))
         for rows, of_group in best[:KEPT]:
