@@ -159,6 +159,8 @@ def _more(search: Search, settled: Settled) -> Iterator[tuple[Segment, ...]]:
 
 
 def _less_front(search: Search, one: Candidate, room: int) -> Iterator[tuple[Segment, ...]]:
+    if room < 0:
+        return
     host, first, *others = one.segments
     base, spill = search.costs(one.context), search.roofline.spill
     whole = [base[n] + (spill[n] if first.keep == first.hi else 0) for n in range(host.hi + 1)]
