@@ -45,7 +45,6 @@ def build(
             cur, first = rwkv7_layer(b, cur, outputs if layer == order[-1] else None, first)
         else:
             cur = _layer(b, cur, positions, None if late or layer != order[-1] else outputs, state[layer])
-        b.graph.expand(cur)
     b.layer = -1
     cur.output = header.architecture in KEPT_STATE
     if late and cur.output:

@@ -69,9 +69,9 @@ def _mamba(b: Builder, cur: Tensor) -> Tensor:
     step = view(mixed, (rank, each, slots), (mixed.nb[1], mixed.nb[2]))
     inputs, outputs = (view(mixed, (state, 1, each, slots), (4 * state, mixed.nb[1], mixed.nb[2])) for _ in range(2))
     if "ssm_dt_norm.weight" in b.layers[b.layer]:
-        step, inputs, outputs = (
-            b.norm(step, "ssm_dt_norm"), b.norm(inputs, "ssm_b_norm"), b.norm(outputs, "ssm_c_norm"),
-        )  # fmt: skip
+        step, inputs, outputs = b.norm(step, "ssm_dt_norm"), b.norm(inputs, "ssm_b_norm"), b.norm(outputs, "ssm_c_norm")
+    elif b.header.get("ssm.dt_b_c_rms"):
+        step, inputs, outputs = (same("rms_norm", one) for one in (step, inputs, outputs))
     else:
         step = ggml.cont(step)
     step = b.linear("ssm_dt", step)
