@@ -34,6 +34,10 @@ FUZZ = settings(
 )
 
 
+FEWER = settings(FUZZ, max_examples=80)  # where most of them are planned, which takes longer than reading
+READ_SECONDS = 1.0  # of one core
+
+
 @dataclasses.dataclass(frozen=True)
 class Bytes:
     """A file that is only in memory."""
@@ -87,9 +91,9 @@ def survives(content, size=DECLARED_BYTES, context_tokens=None, machines=MACHINE
     except GgufError as error:
         assert len(str(error)) < 1000
         assert str(error).isprintable()
-        assert time.process_time() - began < SECONDS
+        assert time.process_time() - began < READ_SECONDS
         return False
-    assert time.process_time() - began < SECONDS
+    assert time.process_time() - began < READ_SECONDS
     for host in machines:
         began = time.process_time()
         [answer] = plan_host(host, [(asked.models[0], header)], asked)
@@ -151,7 +155,7 @@ def test_metadata_with_other_values(headers):
     """Every number of the model may lie: the planner gets what the reader lets through."""
     planned = []
 
-    @FUZZ
+    @FEWER
     @given(strategies.data())
     def check(data):
         content = headers.draw(data)
