@@ -214,6 +214,17 @@ def test_a_careless_key_file_is_refused_and_nothing_changes(asked, inventory, ho
     assert serves(host, key=KEY)
 
 
+@pytest.mark.parametrize("options", [["--debug-operations"], ["--debug-operations", "--json"], ["--dry", "--json"]])
+def test_what_pyinfra_tells_of_operations_has_no_key(asked, inventory, host, key_file, options):
+    """While a new key is to be sent: it is among the arguments of an operation."""
+    key_file.write_text(NEW_KEY)
+    done = subprocess.run([*command(inventory((host, asked())), *options)], cwd=ROOT, env=environment(),
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"llama-server-{NAME}.service" in done.stdout + done.stderr
+    assert NEW_KEY not in done.stdout + done.stderr
+
+
 class Gap:
     """The longest time for which an instance did not answer during the block."""
 
