@@ -16,7 +16,7 @@ INPLACE = frozenset({"scale", "add", "add_id", "sub", "mul", "div", "sqr", "sqrt
                      "clamp", "soft_max", "fill"})  # fmt: skip
 VIEWS = frozenset({"view", "reshape", "permute", "transpose"})
 F32, F16, I32, I64 = "F32", "F16", "I32", "I64"
-_TYPES = {name: (block, size) for name, block, size in GGML_TYPES.values()}
+TYPES = {name: (block, size) for name, block, size in GGML_TYPES.values()}
 
 Shape = tuple[int, int, int, int]
 
@@ -75,8 +75,13 @@ class Tensor:
 
 def row_bytes(kind: str, elements: int) -> int:
     """Bytes of a row; a last, partial block counts whole."""
-    block, size = _TYPES[kind]
+    block, size = TYPES[kind]
     return -(-elements // block) * size
+
+
+def is_contiguous(tensor: Tensor) -> bool:
+    """Without gaps, in order."""
+    return tensor.nb == contiguous(tensor.type, tensor.ne)
 
 
 def elements(tensor: Tensor) -> int:
@@ -86,7 +91,7 @@ def elements(tensor: Tensor) -> int:
 
 def contiguous(kind: str, ne: Shape) -> Shape:
     """Strides without gaps (ggml_new_tensor)."""
-    block, size = _TYPES[kind]
+    block, size = TYPES[kind]
     row = ne[0] // block * size
     plane = row * ne[1]
     return (size, row, plane, plane * ne[2])
@@ -96,7 +101,7 @@ def _bytes(kind: str, ne: Shape, nb: Shape) -> int:
     """ggml_nbytes: from the first to behind the last element."""
     if 0 in ne:
         return 0
-    block, size = _TYPES[kind]
+    block, size = TYPES[kind]
     first = ne[0] // block * size if block > 1 else size + (ne[0] - 1) * nb[0]
     return first + sum((n - 1) * stride for n, stride in zip(ne[1:], nb[1:], strict=True))
 

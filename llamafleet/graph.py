@@ -21,6 +21,8 @@ SCALED_TOKENS = frozenset({"gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "af
 UNMIXED = frozenset({"cogvlm", "deepseek4", "graniteswitch", "eagle3", "dflash", "gemma4-assistant"})
 LAYER_NORM = frozenset({"command-r", "cohere2", "dbrx", "olmo"})  # LLM_NORM, though the tensors have no bias
 
+ROTATED = 64  # elements of a head that a rotation takes at least
+
 Homes = Callable[[str, int | None], int]  # a tensor's name and layer: the backend that holds it
 
 
@@ -44,6 +46,14 @@ class Layers:
         return self.parts.get(layer, {})
 
 
+def rotated(cur: Tensor, matrix: Tensor) -> Tensor:
+    """Rows turned piece by piece (llama_mul_mat_hadamard, llama-impl.h:57)."""
+    width = matrix.ne[0]
+    count = ggml.elements(cur) // width
+    flat = reshape(cur, width, count) if ggml.is_contiguous(cur) else ggml.cont(cur, width, count)
+    return reshape(mul_mat(matrix, flat), *cur.ne)
+
+
 class Builder:
     """Builds one graph; what all layers share."""
 
@@ -58,6 +68,7 @@ class Builder:
         self.kv_heads = per_layer(header, "attention.head_count_kv", number(header, "attention.head_count", 1))
         self.heads = per_layer(header, "attention.head_count", 1)
         self.masks: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
+        self.rotations: dict[tuple[str, bool], Tensor] = {}
         self.states: Tensor | None = None
         self.layer = -1
 
@@ -143,6 +154,10 @@ class Builder:
         window = self.windows[self.layer] > 0
         heads_kv, kind = k.ne[1], self.context.kv_type.upper()
         k_ids, v_ids, mask = self.attention_inputs(window)
+        turn_k, turn_v = self.rotation("k", size_k, window), self.rotation("v", size_v, window)
+        if turn_k is not None:
+            q, k = rotated(q, turn_k), rotated(k, turn_k)
+        v = rotated(v, turn_v) if turn_v is not None else v
         for tensor in (q, k, v) if self.has_windows else (q, v, k):
             self.graph.expand(tensor)
         cells = cache_cells(self.context, max(self.windows) if window else 0)
@@ -161,7 +176,21 @@ class Builder:
             rows = reshape(v, 1, size_v * heads_kv * self.tokens)
             self.graph.expand(ggml.set_rows(reshape(stored_v, 1, elements), rows, v_ids))
             cached_v = view(stored_v, (cells, heads_kv, size_v, self.streams))
-        return self.attend_cached(q, self.cached(stored_k, size_k, heads_kv, cells), cached_v, mask, None)
+        cur = self.attend_cached(q, self.cached(stored_k, size_k, heads_kv, cells), cached_v, mask, None)
+        return cur if turn_v is None else rotated(cur, turn_v)
+
+    def rotation(self, part: str, size: int, window: bool) -> Tensor | None:
+        """The Hadamard matrix that a quantised cache's rows are turned by before (llama-kv-cache.cpp:290)."""
+        blocks = ggml.TYPES[self.context.kv_type.upper()][0]
+        if blocks == 1 or size % ROTATED:
+            return None
+        width = ROTATED
+        while part == "k" and size % (2 * width) == 0:
+            width *= 2
+        key = (part, window)
+        if key not in self.rotations:
+            self.rotations[key] = ggml.graph_input(F32, width, width)
+        return self.rotations[key]
 
     def store(self, cache: Tensor, cur: Tensor, ids: Tensor) -> None:
         """Write the batch's rows (cpy_k, cpy_v)."""
