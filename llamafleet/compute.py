@@ -114,7 +114,7 @@ class Compute:
         kinds = self.kinds_copied if layout.op_offload else self.kinds
         signs = [(kind, layout.holders[n], layout.moved.get(n)) for n, kind in enumerate(kinds)]
         order = shorten(signs)
-        last = (layout.holders[-1], layout.is_pipeline, layout.flags)
+        last = (layout.holders[-1], layout.devices, layout.is_pipeline, layout.flags)
         key = (context, tuple(signs[n] for n in order), last)
         if key not in self.known:
             try:

@@ -209,6 +209,19 @@ def test_overhead_is_the_backend_s_and_the_logits_buffer():
     assert host.overhead_bytes == 1024 * MIB + 100 + 3 * 128256 * 4
 
 
+def test_everything_on_one_device_is_not_taken_for_everything_on_the_host():
+    # Device 0 of one and the host of none have the same number for the scheduler.
+    header, context = planning.header("Llama-3.1-8B"), Context(8192, 1, "f16", 512)
+    model = Model.of(header)
+    used, with_device = usage(model, context, everything_on(header), "cpu")
+    _, alone = usage(model, context, Placement((None,) * (layers(header) + 1)), "cpu")
+    assert (used[0].compute_bytes // MIB, with_device.compute_bytes // MIB, alone.compute_bytes // MIB) == (
+        124,
+        40,
+        132,
+    )
+
+
 def test_layers_that_repeat_need_not_be_laid_out_again(monkeypatch):
     header, context = planning.header("Gemma-3-12B"), Context(32768, 2, "f16", 512)
     placement = on_gpus(header, [17, 18, 10], range(30, 48))
