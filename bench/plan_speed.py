@@ -4,7 +4,7 @@
 
 Headers are read over HTTP from a Hub on loopback, as `llamafleet plan --model hf:...` reads them; the whole
 command, a Python process with its imports, is timed beside that, and the machine's other work is in it. Planning
-alone is told in time of one core.
+alone is told in time of one core, each time of a header that is new.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from typing import Any
 from llamafleet import imagined, sources
 from llamafleet.cli import default_data, settings_for
 from llamafleet.gguf import Header
-from llamafleet.plan import plan_host
+from llamafleet.machine import Machine
+from llamafleet.plan import Plan, Refusal, plan_host
+from llamafleet.settings import Settings
 from sandbox import models
 from sandbox.hub import Hub
 
@@ -52,6 +55,11 @@ def timed(action: Callable[[], Any], clock: Callable[[], float] = time.perf_coun
     return spent, result
 
 
+def anew(host: Machine, header: Header, settings: Settings) -> tuple[Plan | Refusal, ...]:
+    """A plan of a header never seen before: of one that was, the ledger remembers what it laid out."""
+    return plan_host(host, [(settings.models[0], replace(header))], settings)
+
+
 def planning(name: str, header: Header) -> Iterator[dict[str, object]]:
     """Planning alone, of a header that has been read, at the whole context and at the default one."""
     trained = header.get("context_length")
@@ -59,8 +67,7 @@ def planning(name: str, header: Header) -> Iterator[dict[str, object]]:
         host = imagined.read(words).machine
         for tokens in (None, trained):
             settings = settings_for("/model.gguf", default_data(), {"context_tokens": tokens})
-            request = [(settings.models[0], header)]
-            spent, [answer] = timed(partial(plan_host, host, request, settings), time.process_time)
+            spent, [answer] = timed(partial(anew, host, header, settings), time.process_time)
             yield {
                 "layout": name, "machine": words, "context_tokens": tokens or "", "fits": answer.fits,
                 "plan_ms_median": round(statistics.median(spent), 1), "plan_ms_max": round(max(spent), 1),

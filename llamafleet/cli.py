@@ -162,24 +162,29 @@ def _compare(options: argparse.Namespace, host: Imagined, changes: dict[str, Any
 
 
 def _options(host: Imagined, models: Sequence[str], changes: dict[str, Any], progress: bool) -> list[compare.Option]:
-    """All models, their headers read at the same time."""
+    """All models: their headers are read at the same time, and planned one after another."""
     data = default_data()
-    settings = {model: settings_for(model, data, changes) for model in models}
+    settings = [settings_for(model, data, changes) for model in models]
     found = []
     with ThreadPoolExecutor(READERS) as pool:
-        for number, option in enumerate(pool.map(lambda model: _option(host, model, settings[model]), models), 1):
-            found.append(option)
+        for number, read in enumerate(pool.map(_header_or_problem, settings), 1):
+            found.append(_option(host, settings[number - 1], models[number - 1], read))
             if progress:
                 print(f"\r{number} of {len(models)} headers", end="" if number < len(models) else "\n", file=sys.stderr)
     return found
 
 
-def _option(host: Imagined, model: str, settings: Settings) -> compare.Option:
+def _option(host: Imagined, settings: Settings, model: str, read: Header | str) -> compare.Option:
+    if isinstance(read, str):
+        return compare.Option(model, problem=read)
+    return compare.Option(model, read, _plan(host, settings, settings.models[0], read))
+
+
+def _header_or_problem(settings: Settings) -> Header | str:
     try:
-        header = _header(settings)
+        return _header(settings)
     except (GgufError, sources.SourceError) as error:
-        return compare.Option(model, problem=str(error))
-    return compare.Option(model, header, _plan(host, settings, settings.models[0], header))
+        return str(error)
 
 
 def _header(settings: Settings) -> Header:
@@ -214,8 +219,9 @@ def _siblings_that_fit(host: Imagined, settings: Settings, refusal: Refusal) -> 
     except sources.SourceError:
         return []  # what would help is asked in vain; the refusal itself stands
     smaller = [name for name in sorted(beside, key=lambda one: -beside[one]) if beside[name] < min(room, needed)]
-    tried = [_option(host, name, replace(settings, models=(replace(settings.models[0], source=name, sha256=None),)))
-             for name in smaller[:SIBLINGS_TRIED]]  # fmt: skip
+    again = {name: replace(settings, models=(replace(settings.models[0], source=name, sha256=None),))
+             for name in smaller[:SIBLINGS_TRIED]}  # fmt: skip
+    tried = [_option(host, changed, name, _header_or_problem(changed)) for name, changed in again.items()]
     return [
         f"take {option.source}: {option.weights_bytes / show.GIB:.1f} GiB of weights, at about"
         f" {show.rate(option.decode_tokens_per_s)} tokens/s"
