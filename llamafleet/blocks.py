@@ -6,7 +6,7 @@ from . import ggml
 from .ggml import F32, I32, Graph, Tensor, concat, get_rows, mul_mat, new, permute, reshape, same, view
 from .gguf import Header
 from .graph import Builder, GraphUnknownError, Homes, Layers
-from .kv import Context, is_latent, number, recurrent_layers
+from .kv import BY_INTERVAL, Context, is_latent, number, recurrent_layers
 from .recurrent import recurrent
 from .rwkv import rwkv7_layer
 
@@ -71,6 +71,8 @@ def _tied(b: Builder) -> tuple[str, tuple[int, ...], int]:
 def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None, state: bool) -> Tensor:
     parts = b.layers[b.layer]
     normed = cur = b.norm(inputs, "attn_norm")
+    if b.header.architecture in BY_INTERVAL:  # models/qwen3next.cpp:158
+        b.graph.expand(normed)
     if state:
         cur = recurrent(b, normed)
     elif "attn_kv_a_mqa.weight" in parts:

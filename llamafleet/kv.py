@@ -176,7 +176,13 @@ def kv_bytes(header: Header, context: Context) -> tuple[int, ...]:
     """Bytes of each layer's KV cache and recurrent state, all slots together."""
     layers = number(header, "block_count")
     kv_heads = per_layer(header, "attention.head_count_kv", number(header, "attention.head_count", 1))
-    latent, recurrent, state = is_latent(header), recurrent_layers(header), state_bytes(header)
+    recurrent, state = recurrent_layers(header), state_bytes(header)
+    # Caches of unknown rules: K and V whole, an indexer's keys and a state in every layer, which is more than any has.
+    unknown = header.architecture in UNKNOWN_CACHES
+    latent, indexer = (
+        is_latent(header) and not unknown,
+        number(header, "attention.indexer.key_length") if unknown else 0,
+    )
     owners, sizes = _layers_with_cache(header, layers), windows(header)
     widest = 0
     if not context.flash_attention:  # V is stored across, all layers as wide as the widest (llama-kv-cache.cpp:210)
@@ -184,11 +190,13 @@ def kv_bytes(header: Header, context: Context) -> tuple[int, ...]:
     total = []
     for layer, window in enumerate(sizes):
         cache = 0
-        if recurrent[layer] and layer < trunk_layers(header):
+        if (recurrent[layer] or unknown) and layer < trunk_layers(header):
             cache += state * context.slots
         if layer < owners and _attends(header, layer, recurrent[layer]):
             key, value = (size * kv_heads[layer] for size in head_sizes(header, window > 0))
-            row = row_bytes(key, context.kv_type) + (0 if latent else row_bytes(max(value, widest), context.kv_type))
+            row = row_bytes(key + indexer, context.kv_type) + (
+                0 if latent else row_bytes(max(value, widest), context.kv_type)
+            )
             cache += row * cache_cells(context, window) * context.streams
         total.append(cache)
     return tuple(total)

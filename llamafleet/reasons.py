@@ -160,6 +160,8 @@ def _warnings(decision: Decision) -> Iterator[str]:
     if not is_known(model.header):
         name = model.header.architecture
         yield f"the attention windows of {name!r} are not known: its KV cache is an upper bound"
+    if not model.compute.is_exact:
+        yield f"what {model.header.architecture!r} computes is not known here: its compute buffers are an upper bound"
     for gpu in machine.gpus:
         if gpu.problem:
             yield f"GPU{gpu.index} ({gpu.name}) is not used: {gpu.problem}"

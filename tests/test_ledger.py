@@ -324,6 +324,15 @@ def test_latent_attention_keeps_k_only():
     assert kv_bytes(with_metadata("Llama-3.1-8B", "deepseek2", **mla), context)[0] == 4096 * (576 + 512) * 2
 
 
+def test_a_cache_of_unknown_rules_is_a_bound_and_says_so():
+    mla = {"attention__key_length": 576, "attention__value_length": 512, "attention__head_count_kv": 1,
+           "attention__key_length_mla": 192, "attention__value_length_mla": 128}  # fmt: skip
+    context = Context(4096, 1, **F16_512)
+    header = with_metadata("Llama-3.1-8B", "deepseek32", **mla, attention__indexer__key_length=128)
+    assert not is_known(header)
+    assert kv_bytes(header, context)[0] == 4096 * (576 + 512 + 128) * 2  # b11434 stores the first and the last
+
+
 def test_hybrid_models_keep_state_instead_of_a_cache_in_most_layers():
     # Qwen3-Next: 3 of 4 layers recurrent; n_embd_r + n_embd_s of llama-hparams.cpp, f32, for each slot.
     ssm = {"ssm__inner_size": 4096, "ssm__state_size": 128, "ssm__group_count": 16, "ssm__conv_kernel": 4}
