@@ -34,10 +34,18 @@ class Settled:
 
 def settle(search: Search, one: Candidate, handicap: float) -> Settled:
     """The candidate, with fewer layers on a device that is too full, and more where there is room."""
-    one = _shifted(search, one, handicap)
-    case = Case(
+    case = _case(search, one)
+    return _filled(search, case, _held(search, case, _shifted(search, one, handicap), handicap), handicap)
+
+
+def _case(search: Search, one: Candidate) -> Case:
+    return Case(
         search.model, one.context, search.room.only(one.order), search.backend, search.extra_bytes, search.adjustment
     )  # fmt: skip
+
+
+def _held(search: Search, case: Case, one: Candidate, handicap: float) -> Settled:
+    """With so many layers less on each device that is too full that the rest fits, where that can be."""
     settled = _checked(case, one)
     for _ in range(TRIES):
         short = next((n for n, row in enumerate(settled.rows[:-1]) if row.free_bytes < 0), None)
@@ -47,14 +55,27 @@ def settle(search: Search, one: Candidate, handicap: float) -> Settled:
         if smaller is None:
             break
         settled = _checked(case, search.weigh(one.context, one.order, smaller, handicap))
-    return _filled(search, case, settled, handicap)
+    return settled
 
 
 def fits(search: Search, tokens: int, slots: int, kv_type: str) -> bool:
     """Would the model be served with so many tokens for each of so many slots?"""
     tried = [(Context(tokens, slots, kv_type, ubatch), 1.0) for ubatch in UBATCHES[:2] if ubatch <= tokens]
-    best = search.candidates(tried)[:1]
-    return any(row.free_bytes >= 0 for one in best for row in settle(search, one, 1.0).rows[-1:])
+    room = search.room
+    everything = search.costs(Context(tokens, slots, kv_type, 1))[-1] + search.roofline.spill[-1]
+    if everything > sum(room.gpu_bytes) + room.host_bytes + room.swap_bytes:
+        return False  # weights and caches alone: no need to look closer
+    return any(_host_holds(search, one) for one in search.candidates(tried)[:1])
+
+
+def _host_holds(search: Search, one: Candidate) -> bool:
+    """The ledger is asked for no more than it takes to know: each question costs milliseconds."""
+    case = _case(search, one)
+    settled = _held(search, case, _shifted(search, one, 1.0), 1.0)
+    *gpus, host = (row.free_bytes for row in settled.rows)
+    if host >= 0 or -host > sum(max(0, free) for free in gpus):
+        return host >= 0
+    return _filled(search, case, settled, 1.0).rows[-1].free_bytes >= 0
 
 
 def placed(one: Candidate) -> Placement:
