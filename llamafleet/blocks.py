@@ -130,7 +130,8 @@ def _attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
         k, v = reshape(k, size_k, heads_kv, b.tokens), reshape(v, size_v, heads_kv, b.tokens)
     if "attn_q_norm.weight" in parts and parts["attn_q_norm.weight"].shape[0] == size_k:
         q, k = b.norm(q, "attn_q_norm"), b.norm(k, "attn_k_norm")
-    q, k = same("rope", q, positions), same("rope", k, positions)
+    factors = b.position_factors()
+    q, k = same("rope", q, positions, *factors), same("rope", k, positions, *factors)
     attended = b.attend(q, k, v, size_k, size_v)
     if gate is not None:
         attended = same("mul", attended, same("unary", ggml.cont(gate, attended.ne[0], b.tokens)))

@@ -30,6 +30,10 @@ class GraphUnknownError(LookupError):
     """What an architecture computes is not known here."""
 
 
+# Of two kinds of factors, for long and short contexts, one is used; they are of one size.
+ROTATIONS = ("rope_freqs.weight", "rope_factors_long.weight")
+
+
 class Layers:
     """A header's tensors by layer and part: `layers[3]["attn_q.weight"]`; those outside layers at -1."""
 
@@ -70,6 +74,7 @@ class Builder:
         self.masks: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
         self.rotations: dict[tuple[str, bool], Tensor] = {}
         self.states: Tensor | None = None
+        self.factors: dict[int, Tensor] = {}
         self.layer = -1
 
     # Leafs
@@ -89,6 +94,20 @@ class Builder:
         if found is None:
             raise GraphUnknownError(f"{self.header.architecture} without blk.{self.layer}.{part}")
         return found
+
+    def position_factors(self) -> tuple[Tensor, ...]:
+        """Factors of the positions, where the model has them: one for all layers of a device (TENSOR_DUPLICATED).
+
+        Staged for the first layer of the host, their copy stays to the last, and parts what is free there.
+        """
+        outside = self.layers[-1]
+        part = next((part for part in ROTATIONS if part in outside), None)
+        if part is None:
+            return ()
+        home = self.homes(part, self.layer)
+        if home not in self.factors:
+            self.factors[home] = ggml.weight(outside[part].type, [*outside[part].shape, 1, 1, 1][:4], home)
+        return (self.factors[home],)
 
     def linear(self, part: str, cur: Tensor) -> Tensor:
         """A matrix, its scale and its bias, where there are."""
