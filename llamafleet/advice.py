@@ -46,7 +46,7 @@ def suggestions(model: Model, context: Context, instance: Instance, *, available
     step = CONTEXT_STEP if context.tokens > 2 * CONTEXT_STEP else PAD_CELLS
     steps = _largest(context.tokens // step, lambda count: fits(count * step, context.slots, context.kv_type))
     if steps:
-        found.append(f"set context_tokens to {steps * step}, the most that fits")
+        found.append(f"set context_tokens to {steps * step}, about the most that fits")
     smaller = _smaller_quantisation(model, available - cache)
     if smaller:
         found.append(smaller)

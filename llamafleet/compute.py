@@ -6,8 +6,10 @@ Answers are remembered, because a search over placements asks for few really dif
 
 from __future__ import annotations
 
+import gc
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from .blocks import build
@@ -118,7 +120,8 @@ class Compute:
         key = (context, tuple(signs[n] for n in order), last)
         if key not in self.known:
             try:
-                self.known[key] = self._laid_out(context, layout, order)
+                with _no_collection():
+                    self.known[key] = self._laid_out(context, layout, order)
             except _UNKNOWN:
                 self.known[key] = (bound(self.header, context, pipelined=layout.is_pipeline),) * (layout.devices + 1)
         return self.known[key]
@@ -138,6 +141,18 @@ class Compute:
 
         graph = build(self.header, self.layers, context, home, order, attention_scratch=layout.attention_scratch)
         return tuple(sizes(graph, cpu, pipelined=layout.is_pipeline, op_offload=layout.op_offload))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A graph is thousands of objects that live for milliseconds: the collector would walk them all many times."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _numbered(kinds: Sequence[Hashable]) -> list[int]:

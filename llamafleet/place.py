@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from .adjust import NO_ADJUSTMENT, Adjustment
 from .kv import Context
 from .ledger import HOST, MIB, LedgerRow, Model, Placement, Usage, usage
 from .machine import Gpu, Machine
 from .settings import Settings
+from .weights import X86_TYPES, repacked_types
 
 BALANCE_STEPS = 12  # halvings of the fill level: the devices' fills then differ by less than a layer
 SAME_SPEED = 1.1  # GPUs whose bandwidth differs by less are one kind
@@ -27,6 +28,7 @@ class Room:
     gpu_reserve_bytes: int
     host_reserve_bytes: int
     unified: bool
+    repacked: Mapping[str, int] = field(default_factory=lambda: X86_TYPES, hash=False)  # types that the CPU repacks
 
     @classmethod
     def of(cls, machine: Machine, gpus: Sequence[Gpu], settings: Settings) -> Room:
@@ -42,6 +44,7 @@ class Room:
             gpu_reserve_bytes=reserve,
             host_reserve_bytes=settings.ram_reserve_mib * MIB,
             unified=unified,
+            repacked=repacked_types(machine.cpu.flags) if machine.cpu.flags else X86_TYPES,
         )
 
     def without(self, ledger: Sequence[LedgerRow]) -> Room:
@@ -107,7 +110,7 @@ class Case:
 
     def usage(self, placement: Placement) -> tuple[dict[int, Usage], Usage]:
         """What each device in use and the host hold, corrected by what the binary said."""
-        used, host = usage(self.model, self.context, placement, self.backend, self.host_extra_bytes)
+        used, host = usage(self.model, self.context, placement, self.backend, self.host_extra_bytes, self.room.repacked)
         adjusted = {
             device: self.adjustment.applied(f"GPU{self.room.gpus[device].index}", use) for device, use in used.items()
         }

@@ -18,7 +18,7 @@ from .adjust import NO_ADJUSTMENT, Adjustment
 from .advice import suggestions
 from .choose import Candidate, Search, contexts
 from .gguf import Header
-from .kv import number
+from .kv import Context, checkpoint_bytes, number
 from .ledger import HOST, MIB, TRAITS, LedgerRow, Model, Placement
 from .machine import Gpu, Machine
 from .place import Room
@@ -32,6 +32,7 @@ from .workload import Workload
 
 SCHEMA = 1
 CELLS = 256  # of a KV cache, which llama.cpp pads to this
+MOST_CHECKPOINTS = 32  # of a slot: llama.cpp's own limit (common/common.h:635)
 DEFAULT_CONTEXT_LIMIT = 32768  # tokens, where the operator names no context (inventory/group_data/all.py)
 SETTLED = 6  # candidates checked against the ledger before a model is refused
 HOPELESS_BYTES = 1024 * MIB  # of RAM missing: no error of the sketch is as large
@@ -78,6 +79,7 @@ class Plan:
     ubatch_tokens: int
     threads: int
     prompt_cache_mib: int
+    checkpoints: int  # of one slot's context, at most
     placement: Placement  # device numbers are positions in `gpus`
     is_moe: bool
     ledger: tuple[LedgerRow, ...]
@@ -236,10 +238,21 @@ class _Asked:
         cpu = self.machine.cpu
         return self.instance.threads or max(1, cpu.performance_cores or cpu.physical_cores)
 
+    @property
+    def checkpoints_bytes(self) -> int:
+        """RAM that context checkpoints may take, all slots together; 0 for a model that makes none."""
+        makes_some = checkpoint_bytes(self.model.header, Context(self.context_tokens, 1, "f16", CELLS)) > 0
+        return self.instance.context_checkpoints_mib * MIB if makes_some else 0
+
+    def checkpoints(self, context: Context) -> int:
+        """How many of each slot that RAM holds."""
+        each = checkpoint_bytes(self.model.header, context) * context.slots
+        return min(MOST_CHECKPOINTS, self.checkpoints_bytes // each) if each else MOST_CHECKPOINTS
+
     def search(self) -> Search:
         reached = rates(self.machine.cpu, self.room.gpus, self.threads, self.measured)
         roofline = Roofline(self.model, self.work, reached, op_offload=TRAITS[self.backend].op_offload)
-        extra = self.instance.prompt_cache_mib * MIB
+        extra = self.instance.prompt_cache_mib * MIB + self.checkpoints_bytes
         return Search(self.model, self.room, self.backend, extra, self.adjustment, roofline)
 
 
@@ -296,6 +309,7 @@ def _plan(asked: _Asked, search: Search, settled: Settled, weighed: Sequence[Can
         ubatch_tokens=context.ubatch_tokens,
         threads=asked.threads,
         prompt_cache_mib=asked.instance.prompt_cache_mib,
+        checkpoints=asked.checkpoints(context),
         placement=placement,
         is_moe=asked.model.is_moe,
         ledger=rows,

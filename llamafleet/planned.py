@@ -34,6 +34,7 @@ def planned(plan: Plan) -> Iterator[str]:
     yield from ("--ubatch-size", str(plan.ubatch_tokens))
     yield from ("--threads", str(plan.threads), "--threads-batch", str(plan.threads))
     yield from ("--cache-ram", str(plan.prompt_cache_mib), "--fit", "off", "--load-mode", "none")
+    yield from ("--ctx-checkpoints", str(plan.checkpoints))
     yield from _placed(plan)
 
 

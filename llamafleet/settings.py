@@ -55,6 +55,7 @@ class Instance:
     ubatch_tokens: int | None
     threads: int | None
     prompt_cache_mib: int
+    context_checkpoints_mib: int
     listen: str
     api_key_file: str | None
     allow_unauthenticated: bool
@@ -245,6 +246,7 @@ _RANGES = (
     ("ubatch_tokens", 32, 65536),
     ("threads", 1, 4096),
     ("prompt_cache_mib", 0, 2**31 - 1),
+    ("context_checkpoints_mib", 0, 2**31 - 1),
 )
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from llamafleet import compute
-from llamafleet.kv import Context, is_known, kv_bytes, row_bytes, windows
+from llamafleet.kv import Context, checkpoint_bytes, is_known, kv_bytes, row_bytes, windows
 from llamafleet.ledger import Model, Placement, usage
 from llamafleet.weights import repacked_types
 from tests import planning
@@ -357,3 +357,13 @@ def test_contexts_are_padded_to_256_cells():
                                                ("q5_0", 88), ("q4_1", 80), ("q4_0", 72), ("iq4_nl", 72)])  # fmt: skip
 def test_rows_of_every_cache_type(kv_type, size):
     assert row_bytes(128, kv_type) == size
+
+
+def test_a_context_checkpoint_copies_windows_and_state():
+    # Every second layer of 24 has a window: 128 + 512 tokens, padded to 768; 8 heads of 64, K and V, f16.
+    assert checkpoint_bytes(planning.header("gpt-oss-20b"), Context(65536, 4, **F16_512)) == 12 * 768 * 8 * 64 * 2 * 2
+    assert checkpoint_bytes(planning.header("Llama-3.1-8B"), Context(65536, 4, **F16_512)) == 0
+    hybrid = planning.header("Qwen3-Next-80B-A3B")
+    assert checkpoint_bytes(hybrid, Context(8192, 2, **F16_512)) == sum(
+        size // 2 for layer, size in enumerate(kv_bytes(hybrid, Context(8192, 2, **F16_512))) if (layer + 1) % 4
+    )

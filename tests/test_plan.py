@@ -244,7 +244,9 @@ def test_what_a_refusal_suggests_is_served(host, asked):
         [answer] = planning.plans(host, [("Llama-3.1-8B",)], planning.settings({**asked, key: value}))
         assert isinstance(answer, Plan), (key, value)
         if key == "context_tokens":  # and not much more would be
-            [more] = planning.plans(host, [("Llama-3.1-8B",)], planning.settings({**asked, key: value + 1024}))
+            [more] = planning.plans(
+                host, [("Llama-3.1-8B",)], planning.settings({**asked, key: value * 21 // 20 + 1024})
+            )
             assert isinstance(more, Refusal)
 
 
@@ -287,3 +289,13 @@ def test_a_file_without_layers_is_refused():
     [answer] = plan_host(planning.machine([24564]), [(asked.models[0], header)], asked)
     assert isinstance(answer, Refusal)
     assert "no language model" in answer.reason
+
+
+def test_context_checkpoints_take_no_more_ram_than_they_may():
+    host = planning.machine([24564], ram_gib=64)
+    for layout, mib, checkpoints in [("Gemma-3-12B", 1024, 2), ("Gemma-3-12B", 100, 0), ("Llama-3.1-8B", 1024, 32)]:
+        asked = planning.settings({"context_tokens": 32768, "ubatch_tokens": 512, "context_checkpoints_mib": mib})
+        without = planning.settings({"context_tokens": 32768, "ubatch_tokens": 512, "context_checkpoints_mib": 0})
+        [plan], [bare] = planning.plans(host, [(layout,)], asked), planning.plans(host, [(layout,)], without)
+        assert planning.argument(plan.argv, "--ctx-checkpoints") == str(checkpoints)
+        assert plan.host_bytes - bare.host_bytes == (mib * planning.MIB if layout == "Gemma-3-12B" else 0)
