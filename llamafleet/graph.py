@@ -201,7 +201,7 @@ class Builder:
     def rotation(self, part: str, size: int, window: bool) -> Tensor | None:
         """The Hadamard matrix that a quantised cache's rows are turned by before (llama-kv-cache.cpp:290)."""
         blocks = ggml.TYPES[self.context.kv_type.upper()][0]
-        if blocks == 1 or size % ROTATED:
+        if blocks == 1 or size % ROTATED or not size:  # a header may tell of heads of nothing
             return None
         width = ROTATED
         while part == "k" and size % (2 * width) == 0:
