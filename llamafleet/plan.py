@@ -34,6 +34,8 @@ SCHEMA = 1
 CELLS = 256  # of a KV cache, which llama.cpp pads to this
 MOST_CHECKPOINTS = 32  # of a slot: llama.cpp's own limit (common/common.h:635)
 DEFAULT_CONTEXT_LIMIT = 32768  # tokens, where the operator names no context (inventory/group_data/all.py)
+SKETCH_ERROR_BYTES = 32 * MIB  # of host memory, by which the sketch is too high here and there
+NEARLY = 2  # such candidates are looked at first
 SETTLED = 6  # candidates checked against the ledger before a model is refused
 HOPELESS_BYTES = 1024 * MIB  # of RAM missing: no error of the sketch is as large
 BACKEND_OF_VENDOR = {"nvidia": "cuda", "amd": "hip"}
@@ -263,7 +265,7 @@ def _choose(asked: _Asked) -> Plan | Refusal:
     weighed = search.candidates(tried)
     plans: list[tuple[float, int, Plan]] = []
     refused: Settled | None = None
-    for number_, candidate in enumerate(weighed[:SETTLED]):
+    for number_, candidate in enumerate([*_nearly(weighed), *weighed[:SETTLED]]):
         settled = settle(search, candidate, handicaps[candidate.context])
         if any(row.free_bytes < 0 for row in settled.rows):
             refused = refused or settled
@@ -280,6 +282,12 @@ def _choose(asked: _Asked) -> Plan | Refusal:
         return min(plans, key=lambda one: one[:2])[2]
     assert refused is not None, "there is a candidate at least, and it was refused"
     return _refuse(asked, search, refused)
+
+
+def _nearly(weighed: Sequence[Candidate]) -> list[Candidate]:
+    """What would be better than the best and lacks, by the sketch, so little RAM that only the ledger can tell."""
+    near = [one for one in weighed if 0 < one.host_short_bytes <= SKETCH_ERROR_BYTES and one.score < weighed[0].score]
+    return sorted(near, key=lambda one: one.score)[:NEARLY]
 
 
 def _measured(guess: Prediction, trial: tuple[float, float] | None) -> Prediction:

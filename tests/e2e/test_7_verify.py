@@ -52,7 +52,7 @@ def written(settings, inventory, host, commit):
     """An inventory of the one host; slots and context give the KV cache a size that matters: 64 MiB of f16."""
 
     def make(model=None, **overrides):
-        asked = {"context_tokens": 8192, "slots": 4, "kv_types": ["f16", "q8_0"], **(model or {})}
+        asked = {"context_tokens": 8192, "slots": 4, "ubatch_tokens": 512, "kv_types": ["f16", "q8_0"], **(model or {})}
         return inventory((host, settings(host, llama_cpp_ref=commit, model=asked, **overrides)))
 
     return make
