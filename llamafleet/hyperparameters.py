@@ -16,6 +16,9 @@ LAYER_LIMIT = 512  # LLAMA_MAX_LAYERS, src/llama-hparams.h:11
 EXPERT_LIMIT = 1024  # LLAMA_MAX_EXPERTS, src/llama-hparams.h:12
 NUMBER_LIMIT = 2**32 - 1  # hyperparameters are uint32_t there
 _LIMITS = {"block_count": LAYER_LIMIT, "expert_count": EXPERT_LIMIT}
+# int32_t there: which image features a layer takes, -1 for none (granite-swa.cpp:22), and parts of a position.
+_SIGNED = frozenset({"deepstack_mapping", "rope.dimension_sections"})
+_BLOCK = re.compile(r"blk\.\d{1,3}\..+", re.ASCII)
 _LAYER = re.compile(r"(?:^|\.)blk\.(\d{1,3})\.")
 # Draft models, whose vocabulary may be a part of their target's (src/models/eagle3.cpp:70, dflash.cpp:171).
 _OTHER_VOCABULARY = frozenset({"eagle3", "dflash"})
@@ -26,17 +29,21 @@ def problem(architecture: str, metadata: Mapping[str, Value], shapes: Mapping[st
     prefix = f"{architecture}."
     for key, value in metadata.items():
         if key.startswith(prefix):
-            limit = _LIMITS.get(key.removeprefix(prefix), NUMBER_LIMIT)
             for number in value if isinstance(value, tuple) else (value,):
-                if not isinstance(number, LongArray) and not _can_be(number, limit):
-                    return f"has {key[:100]!r} = {number}, which cannot be: {limit} at most is possible"
+                if not isinstance(number, LongArray) and (wrong := _wrong(key.removeprefix(prefix), number)):
+                    return f"has {key[:100]!r} = {number}, which cannot be: {wrong}"
     return next(_contradictions(architecture, metadata, shapes), None)
 
 
-def _can_be(number: Scalar, limit: int) -> bool:
+def _wrong(key: str, number: Scalar) -> str | None:
+    limit = _LIMITS.get(key, NUMBER_LIMIT)
     if isinstance(number, float):
-        return math.isfinite(number)
-    return not isinstance(number, int) or -limit <= number <= limit
+        return "should be a whole number" if key in _LIMITS or not math.isfinite(number) else None
+    if not isinstance(number, int):
+        return None
+    if number < 0 and key not in _SIGNED:
+        return "should not be negative"
+    return f"{limit} at most is possible" if abs(number) > limit else None
 
 
 def _contradictions(
@@ -50,6 +57,9 @@ def _contradictions(
     held = {match[1] for name in shapes if (match := _LAYER.search(name))}
     if isinstance(layers, int) and layers > 2 * len(held):
         yield f"gives {layers} layers in {architecture}.block_count, but tensors of {len(held)}"
+    for name in shapes:
+        if name.startswith("blk.") and not _BLOCK.fullmatch(name):
+            yield f"names the tensor {name!r}, should be blk.NUMBER.PART"
     shape = shapes.get("token_embd.weight", ())
     if len(shape) < 2:
         return

@@ -114,7 +114,7 @@ def number(header: Header, key: str, default: int = 0) -> int:
     value = header.get(key)
     if isinstance(value, tuple):
         return max((int(item) for item in value if isinstance(item, int)), default=default)
-    return int(value) if isinstance(value, int | float) else default
+    return max(0, int(value)) if isinstance(value, int | float) else default
 
 
 def per_layer(header: Header, key: str, default: int = 0) -> tuple[int, ...]:
@@ -158,7 +158,7 @@ def is_latent(header: Header) -> bool:
 
 def trunk_layers(header: Header) -> int:
     """Layers that are computed: those of a draft head (nextn) come after them."""
-    return number(header, "block_count") - number(header, "nextn_predict_layers")
+    return max(0, number(header, "block_count") - number(header, "nextn_predict_layers"))
 
 
 def head_sizes(header: Header, window: bool) -> tuple[int, int]:
@@ -241,9 +241,9 @@ def recurrent_layers(header: Header) -> tuple[bool, ...]:
         return (True,) * layers
     if arch in BY_INTERVAL:
         given = header.get("attention.recurrent_layers")
-        if isinstance(given, tuple):
+        if isinstance(given, tuple) and len(given) >= layers:
             return tuple(bool(item) for item in given[:layers])
-        interval = number(header, "full_attention_interval", 4)
+        interval = number(header, "full_attention_interval") or 4
         return tuple(layer < trunk and (layer + 1) % interval != 0 for layer in range(layers))
     if arch in BY_HEADS:
         heads, wide = per_layer(header, "attention.head_count_kv"), per_layer(header, "feed_forward_length")

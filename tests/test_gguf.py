@@ -265,8 +265,21 @@ BROKEN = {
     "wide": (raw(keys=2, body=ARCH + u64("llama.embedding_length", 2**62)), "4294967295 at most"),
     "no_number": (
         raw(keys=2, body=ARCH + text("llama.head") + struct.pack("<If", 6, float("nan"))),
-        "= nan, which cannot be",
+        "= nan, which cannot be: should be a whole",
     ),
+    "part_of_a_layer": (
+        raw(keys=2, body=ARCH + text("llama.block_count") + struct.pack("<If", 6, 1e30)),
+        "should be a whole number",
+    ),
+    "negative": (
+        raw(keys=2, body=ARCH + text("llama.attention.sliding_window") + struct.pack("<Ii", 5, -1)),
+        "= -1, which cannot be: should not be negative",
+    ),
+    "odd_block": (
+        raw(tensors=1, body=ARCH + tensor("blk.\u00b2.attn_q.weight") + bytes(400)),
+        "should be blk.NUMBER.PART",
+    ),
+    "odd_part": (raw(tensors=1, body=ARCH + tensor("blk.7") + bytes(400)), "should be blk.NUMBER.PART"),
     "infinite": (raw(keys=2, body=ARCH + text("llama.a") + struct.pack("<IIQf", 9, 6, 1, float("inf"))), "= inf"),
     "other_width": (
         raw(tensors=1, keys=2, body=ARCH + u64("llama.embedding_length", 64) + EMBEDDING),

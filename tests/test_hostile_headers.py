@@ -200,7 +200,7 @@ NAMES = (
     "attention.sliding_window_pattern", "expert_count", "expert_used_count", "expert_feed_forward_length",
     "ssm.inner_size", "ssm.state_size", "ssm.group_count", "ssm.conv_kernel", "full_attention_interval",
     "attention.shared_kv_layers", "nextn_predict_layers", "attention.key_length_mla", "attention.value_length_mla",
-    "attention.kv_lora_rank", "shortconv.l_cache", "leading_dense_block_count", "vocab_size", "rope.dimension_count",
+    "attention.recurrent_layers", "attention.kv_lora_rank", "shortconv.l_cache", "leading_dense_block_count", "vocab_size", "rope.dimension_count",
 )  # fmt: skip
 KEYS = [(name, wild) for name in NAMES for wild in (True, False)]
 
