@@ -10,7 +10,7 @@ HOSTS ?= 2
 # a compiler for the oracle and the fake NVML.
 PACKAGES := mmdebstrap systemd-container openssh-client git curl cmake ninja-build g++ gcc libc6-dev libgomp1
 
-.PHONY: demo test test-offline test-cuda check lock sandbox-up sandbox-down packages
+.PHONY: demo test test-offline test-long test-cuda check lock sandbox-up sandbox-down packages
 
 demo: .venv/ready packages
 	$(BIN)/python -m sandbox.demo
@@ -20,13 +20,17 @@ test: .venv/ready packages check
 	@mkdir -p .cache; \
 	$(BIN)/python -m pytest -q -m "not cuda and not e2e" > .cache/test-here.log 2>&1 & here=$$!; \
 	trap 'kill $$here 2>/dev/null' EXIT; \
-	$(BIN)/python -m pytest -q -m "e2e and not cuda"; hosts=$$?; \
+	$(BIN)/python -m pytest -q -m "e2e and not cuda and not long"; hosts=$$?; \
 	wait $$here; code=$$?; \
 	echo "--- without sandbox hosts:"; cat .cache/test-here.log; \
 	exit $$(( hosts ? hosts : code ))
 
 test-offline: .venv/ready
 	$(BIN)/python -m pytest -q -m "not cuda and not e2e and not oracle"
+
+# The first file compiles what the others deploy.
+test-long: .venv/ready packages
+	$(BIN)/python -m pytest -q $(addprefix tests/e2e/,test_1_deploy.py test_5_vulkan.py test_8_faults.py test_9_rollback.py)
 
 test-cuda: .venv/ready packages
 	$(BIN)/python -m pytest -q -m cuda

@@ -21,6 +21,8 @@ from tests import fake_nvml
 from tests.e2e.conftest import ON_HOST
 from tests.e2e.deploying import ROOT, environment, main_pid, on, pyinfra, serves
 
+pytestmark = pytest.mark.long
+
 PREFIX = "vulkan"
 DRIVER = ("libvulkan1", "mesa-vulkan-drivers")
 UNIT = "llama-server-tiny.service"
