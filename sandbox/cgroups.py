@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +35,9 @@ class Cgroup:
     def pids(self) -> list[int]:
         """All processes, as numbers of this machine."""
         found: list[int] = []
-        for file in self.path.rglob("cgroup.procs"):
-            with contextlib.suppress(OSError):  # a cgroup that goes away while we read
-                found += [int(line) for line in file.read_text().split()]
+        for folder, _, _ in os.walk(self.path):  # which, unlike rglob, passes over what goes away while we read
+            with contextlib.suppress(OSError):
+                found += [int(line) for line in Path(folder, "cgroup.procs").read_text().split()]
         return found
 
     def leader(self) -> int | None:
@@ -74,10 +75,9 @@ class Cgroup:
 
     def remove(self) -> None:
         """Remove the folder and all below; empty ones only, the kernel sees to that."""
-        for folder in sorted((p for p in self.path.rglob("*") if p.is_dir()), reverse=True):
-            folder.rmdir()
-        with contextlib.suppress(FileNotFoundError):
-            self.path.rmdir()
+        for folder, _, _ in os.walk(self.path, topdown=False):
+            with contextlib.suppress(FileNotFoundError):
+                os.rmdir(folder)
 
     def enter(self, argv: list[str]) -> list[str]:
         """The command that runs `argv` inside; its children stay inside too."""
