@@ -125,7 +125,8 @@ def usage(
 ) -> tuple[dict[int, Usage], Usage]:
     """What each device in use holds, and what the host holds.
 
-    `host_extra_bytes`: the prompt cache. `repacked`: what the host's CPU repacks (`weights.repacked_types`).
+    `host_extra_bytes`: the prompt cache and context checkpoints. `repacked`: what the host's CPU repacks
+    (`weights.repacked_types`).
     """
     traits = TRAITS[backend]
     devices = placement.devices

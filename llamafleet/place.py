@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from .adjust import NO_ADJUSTMENT, Adjustment
 from .kv import Context
@@ -28,7 +28,7 @@ class Room:
     gpu_reserve_bytes: int
     host_reserve_bytes: int
     unified: bool
-    repacked: Mapping[str, int] = field(default_factory=lambda: X86_TYPES, hash=False)  # types that the CPU repacks
+    repacked: Mapping[str, int]  # types that the CPU repacks
 
     @classmethod
     def of(cls, machine: Machine, gpus: Sequence[Gpu], settings: Settings) -> Room:

@@ -265,7 +265,7 @@ def _choose(asked: _Asked) -> Plan | Refusal:
     weighed = search.candidates(tried)
     plans: list[tuple[float, int, Plan]] = []
     refused: Settled | None = None
-    for number_, candidate in enumerate([*_nearly(weighed), *weighed[:SETTLED]]):
+    for number_, candidate in enumerate(_worth_settling(weighed)):
         settled = settle(search, candidate, handicaps[candidate.context])
         if any(row.free_bytes < 0 for row in settled.rows):
             refused = refused or settled
@@ -284,10 +284,12 @@ def _choose(asked: _Asked) -> Plan | Refusal:
     return _refuse(asked, search, refused)
 
 
-def _nearly(weighed: Sequence[Candidate]) -> list[Candidate]:
-    """What would be better than the best and lacks, by the sketch, so little RAM that only the ledger can tell."""
+def _worth_settling(weighed: Sequence[Candidate]) -> list[Candidate]:
+    """The best, each once; before them what would be better and lacks, by the sketch, so little RAM that only the
+    ledger can tell."""
     near = [one for one in weighed if 0 < one.host_short_bytes <= SKETCH_ERROR_BYTES and one.score < weighed[0].score]
-    return sorted(near, key=lambda one: one.score)[:NEARLY]
+    near = sorted(near, key=lambda one: one.score)[:NEARLY]
+    return [*near, *(one for one in weighed[:SETTLED] if one not in near)]
 
 
 def _measured(guess: Prediction, trial: tuple[float, float] | None) -> Prediction:

@@ -11,9 +11,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 
 from llamafleet import secret_files
 
-# llama-server reads its certificate at start only: renewed in time, and deployed again.
-WARN_DAYS = 14
-
 
 class CertificateError(ValueError):
     """A certificate or key that cannot serve; the text names file and way out."""

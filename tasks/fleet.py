@@ -78,12 +78,17 @@ def _in_context(host: Host, action: Callable[[Host], T | str]) -> T | str:
         return action(host)
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Plan the models of an inventory on its hosts.")
+def parse(description: str, arguments: list[str]) -> argparse.Namespace:
+    """The options of a command over an inventory: inventory, limit, json."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("inventory", type=Path)
     parser.add_argument("--limit")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse("Plan the models of an inventory on its hosts.", arguments)
     try:
         hosts = plans(options.inventory, options.limit)
     except PyinfraError as error:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import pyinfra_cli  # isort: skip  # first: it makes sockets cooperative before anything uses them  # noqa: F401
 
-import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from pyinfra.api.exceptions import PyinfraError
@@ -23,7 +21,7 @@ from llamafleet.settings import Settings, SettingsError
 from llamafleet.status import HostStatus, Wanted, of_host, table
 from llamafleet.work import Work
 from tasks import facts, remote
-from tasks.fleet import over_hosts
+from tasks.fleet import over_hosts, parse
 from tasks.situation import EXPECTED, decide
 
 
@@ -72,11 +70,7 @@ def to_do(work: Work) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="How the hosts of an inventory are.")
-    parser.add_argument("inventory", type=Path)
-    parser.add_argument("--limit")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(arguments)
+    options = parse("How the hosts of an inventory are.", arguments)
     try:
         found = over_hosts(options.inventory, options.limit, look)
     except PyinfraError as error:
