@@ -10,6 +10,8 @@ from .settings import Instance
 
 UNQUANTISED = ("f16", "bf16", "f32")
 CONTEXT_STEP = 1024  # tokens: finer answers would not be easier to use
+CONTEXT_STEPS = 128  # of these and more, to the whole context
+BACK, TRIES = 16, 3  # where the quick answer was wrong a sixteenth less is tried, and another
 
 # Bits per weight of common quantisations, as llama-quantize prints them (tools/quantize/quantize.cpp).
 BITS_PER_WEIGHT = (
@@ -29,13 +31,24 @@ BITS_PER_WEIGHT = (
 Fits = Callable[[int, int, str], bool]
 
 
-def suggestions(model: Model, context: Context, instance: Instance, *, available: int, fits: Fits) -> tuple[str, ...]:
-    """Steps for the operator, the least painful first. `available`: bytes of all devices together."""
+def suggestions(
+    model: Model, context: Context, instance: Instance, *, available: int, fits: Fits, maybe: Fits
+) -> tuple[str, ...]:
+    """Steps for the operator, the least painful first. `available`: bytes of all devices together.
+
+    `maybe` is quick and may err by a little; `fits` is not and does not.
+    """
+
+    def largest(most: int, question: Callable[[int], tuple[int, int, str]]) -> int:
+        found = _largest(most, lambda count: maybe(*question(count)))
+        tried = dict.fromkeys(found * (BACK - n) // BACK for n in range(TRIES))
+        return next((count for count in tried if count and fits(*question(count))), 0)
+
     weights = model.header.weights_bytes
     cache = sum(kv_bytes(model.header, context))
     found = []
     if context.slots > 1 and fits(context.tokens, 1, context.kv_type):
-        slots = _largest(context.slots - 1, lambda slots: fits(context.tokens, slots, context.kv_type))
+        slots = largest(context.slots - 1, lambda slots: (context.tokens, slots, context.kv_type)) or 1
         found.append(f"set slots to {slots}, and the same context fits: each has a KV cache of its own")
     if (
         context.kv_type in UNQUANTISED
@@ -44,7 +57,8 @@ def suggestions(model: Model, context: Context, instance: Instance, *, available
     ):
         found.append("allow kv_types q8_0, and it fits: the KV cache takes 47 % less")
     step = CONTEXT_STEP if context.tokens > 2 * CONTEXT_STEP else PAD_CELLS
-    steps = _largest(context.tokens // step, lambda count: fits(count * step, context.slots, context.kv_type))
+    step *= max(1, context.tokens // step // CONTEXT_STEPS)
+    steps = largest(context.tokens // step, lambda count: (count * step, context.slots, context.kv_type))
     if steps:
         found.append(f"set context_tokens to {steps * step}, about the most that fits")
     smaller = _smaller_quantisation(model, available - cache)

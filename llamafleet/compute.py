@@ -24,15 +24,11 @@ __all__ = ["DENSE", "EXPERTS", "Compute", "Layout", "vocabulary"]
 # A header that lacks what its architecture's graph needs, or says what cannot be.
 _UNKNOWN = (LookupError, ArithmeticError, ValueError, RecursionError)
 LAYER_LIMIT = 128  # laid out at once; models have a few kinds of layers, and hostile headers get no time
-REPEATS = 2  # of a run of equal layers, or of equal groups of layers, that are laid out
-LONGEST_GROUP = 12  # layers after which a pattern may repeat
+NEIGHBOURS = 3  # layers in a row: what such a row takes does not depend on what is before and behind it
 
 # What --n-cpu-moe matches (common/common.h, LLM_FFN_EXPS_REGEX), and a dense model's feed-forward part.
 EXPERTS = re.compile(r"ffn_(up|down|gate|gate_up)_(ch|)exps\..*")
 DENSE = re.compile(r"ffn_(up|down|gate)\.weight")
-
-
-_DOWN = re.compile(r".*ffn_down.*")
 
 
 @dataclass(frozen=True)
@@ -75,10 +71,13 @@ class Compute:
 
     def __init__(self, header: Header) -> None:
         self.header, self.layers = header, Layers(header)
-        parts = [part for layer in self.layers.parts.values() for part in layer]
-        self.spills = EXPERTS if any(EXPERTS.fullmatch(part) for part in parts) else DENSE
-        # Small numbers are quick to compare. Weights' types matter only where op-offload copies weights.
-        self.kinds, self.kinds_copied = _numbered(self._kinds(typed=False)), _numbered(self._kinds(typed=True))
+        parts = {part for layer in self.layers.parts.values() for part in layer}
+        experts, dense = ({one for one in parts if what.fullmatch(one)} for what in (EXPERTS, DENSE))
+        spilled = experts or dense
+        down = {one for one in spilled if "ffn_down" in one}
+        self.moved = {"all": spilled, "down": down, "up": spilled - down}  # tensors of a layer on the host
+        self.kinds = _numbered(self._kinds())  # small numbers are quick to compare
+        self.types = {which: _numbered(self._types(which)) for which in ("all", "down", "up", "layer")}
         self.known: dict[Hashable, tuple[int, ...]] = {}  # by what is laid out
         self.asked: dict[Hashable, tuple[int, ...]] = {}  # by what was asked
         self.caches: dict[Context, tuple[int, ...]] = {}
@@ -89,10 +88,17 @@ class Compute:
             self.caches[context] = kv_bytes(self.header, context)
         return self.caches[context]
 
-    def _kinds(self, *, typed: bool) -> list[Hashable]:
+    def _kinds(self) -> list[Hashable]:
         state, window = recurrent_layers(self.header), windows(self.header)
         return [
-            (state[n], window[n], tuple((part, t.shape, typed and t.type) for part, t in self.layers[n].items()))
+            (state[n], window[n], tuple((part, tensor.shape) for part, tensor in self.layers[n].items()))
+            for n in range(trunk_layers(self.header))
+        ]
+
+    def _types(self, which: str) -> list[Hashable]:
+        """Of each layer, the types of its experts (FFN), or which of these, or of the whole layer."""
+        return [
+            tuple(t.type for part, t in self.layers[n].items() if which == "layer" or part in self.moved[which])
             for n in range(trunk_layers(self.header))
         ]
 
@@ -113,8 +119,7 @@ class Compute:
         return self.asked[asked]
 
     def _shortened(self, context: Context, layout: Layout) -> tuple[int, ...]:
-        kinds = self.kinds_copied if layout.op_offload else self.kinds
-        signs = [(kind, layout.holders[n], layout.moved.get(n)) for n, kind in enumerate(kinds)]
+        signs = [self._sign(layout, n) for n in range(len(self.kinds))]
         order = shorten(signs)
         last = (layout.holders[-1], layout.devices, layout.is_pipeline, layout.flags)
         key = (context, tuple(signs[n] for n in order), last)
@@ -126,6 +131,12 @@ class Compute:
                 self.known[key] = (bound(self.header, context, pipelined=layout.is_pipeline),) * (layout.devices + 1)
         return self.known[key]
 
+    def _sign(self, layout: Layout, n: int) -> Hashable:
+        """What sets a layer apart; the types of weights only if they are copied from the host."""
+        holder, moved = layout.holders[n], layout.moved.get(n)
+        copied = "layer" if holder == layout.devices else moved
+        return self.kinds[n], holder, moved, self.types[copied][n] if copied and layout.op_offload else None
+
     def _laid_out(self, context: Context, layout: Layout, order: tuple[int, ...] = (0,)) -> tuple[int, ...]:
         cpu = layout.devices
         if len(order) > LAYER_LIMIT:
@@ -135,9 +146,7 @@ class Compute:
             if layer is None:
                 return cpu if part.startswith("token_embd") else layout.holders[-1]
             which = layout.moved.get(layer)
-            if which and self.spills.fullmatch(part) and which in ("all", "down" if _DOWN.fullmatch(part) else "up"):
-                return cpu
-            return layout.holders[layer]
+            return cpu if which and part in self.moved[which] else layout.holders[layer]
 
         graph = build(self.header, self.layers, context, home, order, attention_scratch=layout.attention_scratch)
         return tuple(sizes(graph, cpu, pipelined=layout.is_pipeline, op_offload=layout.op_offload))
@@ -161,18 +170,28 @@ def _numbered(kinds: Sequence[Hashable]) -> list[int]:
 
 
 def shorten(signs: Sequence[Hashable]) -> tuple[int, ...]:
-    """Positions that are left when repetitions of any group of neighbours are cut to a few."""
-    kept = list(range(len(signs)))
-    for length in range(1, LONGEST_GROUP + 1):
-        position = 0
-        while position < len(kept):
-            group = [signs[n] for n in kept[position : position + length]]
-            end = position + length
-            while [signs[n] for n in kept[end : end + length]] == group and len(group) == length:
-                end += length
-            spare = (end - position) // length - REPEATS
-            if spare > 0:
-                del kept[position + length : position + length * (spare + 1)]
-                position = end - spare * length
-            position += 1
+    """Positions of a shorter row of layers in which all rows of `NEIGHBOURS` stand that stand in the whole one."""
+    rows = _numbered([tuple(signs[n : n + NEIGHBOURS]) for n in range(len(signs))])
+    last = {row: n for n, row in enumerate(rows)}
+    kept: list[int] = []
+    seen: set[int] = set()
+    position = 0
+    while position < len(rows):
+        position = _leap(rows, position, last, seen)
+        kept.append(position)
+        seen.add(rows[position])
+        position += 1
     return tuple(kept)
+
+
+def _leap(rows: Sequence[int], start: int, last: Mapping[int, int], seen: set[int]) -> int:
+    """The farthest position that goes on as `start` does, with nothing between that is neither seen nor to come."""
+    best, limit = start, len(rows)
+    for n in range(start, len(rows)):
+        if n > limit:
+            break
+        if rows[n] == rows[start]:
+            best = n
+        if rows[n] not in seen:
+            limit = min(limit, last[rows[n]])
+    return best

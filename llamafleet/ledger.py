@@ -15,7 +15,9 @@ from .compute import Layout, vocabulary
 from .kv import Context
 from .weights import X86_TYPES, Model, repacked_bytes
 
-__all__ = ["HOST", "MIB", "TRAITS", "LedgerRow", "Model", "Placement", "Traits", "Usage", "usage"]
+__all__ = [
+    "HOST", "MIB", "TRAITS", "Buffers", "LedgerRow", "Model", "Placement", "Traits", "Usage", "buffers", "usage"
+]  # fmt: skip
 
 MIB = 1024**2
 HOST = "host"
@@ -115,6 +117,14 @@ class Usage:
         return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.staging_bytes + self.overhead_bytes
 
 
+@dataclass(frozen=True)
+class Buffers:
+    """Bytes to compute in, of each device in use and, last, of the host."""
+
+    compute: tuple[int, ...]
+    staging: tuple[int, ...]  # what op-offload adds
+
+
 def usage(
     model: Model,
     context: Context,
@@ -122,11 +132,12 @@ def usage(
     backend: str,
     host_extra_bytes: int = 0,
     repacked: Mapping[str, int] = X86_TYPES,
+    known: Buffers | None = None,
 ) -> tuple[dict[int, Usage], Usage]:
     """What each device in use holds, and what the host holds.
 
     `host_extra_bytes`: the prompt cache and context checkpoints. `repacked`: what the host's CPU repacks
-    (`weights.repacked_types`).
+    (`weights.repacked_types`). `known`: the buffers; else they are laid out, which takes milliseconds.
     """
     traits = TRAITS[backend]
     devices = placement.devices
@@ -135,14 +146,14 @@ def usage(
     kept: dict[int | None, int] = defaultdict(int)
     for device, size in zip(placement.layer_devices, model.compute.kv_bytes(context), strict=False):
         kept[device] += size
-    compute, staging = _compute(model, context, placement, traits)
+    rooms = known or buffers(model, context, placement, backend)
     used = {
-        device: Usage(weights[device], kept[device], compute[n], staging[n], traits.overhead_bytes)
+        device: Usage(weights[device], kept[device], rooms.compute[n], rooms.staging[n], traits.overhead_bytes)
         for n, device in enumerate(devices)
     }
     output = vocabulary(model.header) * context.outputs * LOGIT_BYTES  # its buffer, llama-context.cpp:2203
     extra = traits.host_overhead_bytes + host_extra_bytes + output
-    return used, Usage(weights[None], kept[None], compute[-1], 0, extra, packed)
+    return used, Usage(weights[None], kept[None], rooms.compute[-1], 0, extra, packed)
 
 
 def _weights(model: Model, placement: Placement, packs: Mapping[str, int]) -> tuple[dict[int | None, int], int]:
@@ -170,18 +181,18 @@ def _weights(model: Model, placement: Placement, packs: Mapping[str, int]) -> tu
     return weights, packed
 
 
-def _compute(
-    model: Model, context: Context, placement: Placement, traits: Traits
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Compute buffers of the devices and the host without op-offload, and what that adds.
+def buffers(model: Model, context: Context, placement: Placement, backend: str, *, apart: bool = True) -> Buffers:
+    """Compute buffers without op-offload, and what that adds. `apart`: False counts both as compute, in half the time.
 
-    The host's is what it is with op-offload, where there is any: it is less then.
+    Where a buffer is less with op-offload it is told so: the host's, and those of GPUs behind the first.
     """
+    traits = TRAITS[backend]
     number = {device: n for n, device in enumerate(placement.devices)}
     holders = [len(number) if device is None else number[device] for device in placement.layer_devices]
     asked = Layout(tuple(holders), placement.moved, len(number), traits.attention_scratch)
-    plain = model.compute.bytes(context, asked)
-    if not (traits.op_offload and number and (asked.moved or len(number) in holders)):
-        return plain, (0,) * len(plain)
-    staged = model.compute.bytes(context, replace(asked, op_offload=True))
-    return (*plain[:-1], staged[-1]), tuple(max(0, more - less) for more, less in zip(staged, plain, strict=True))
+    stages = traits.op_offload and number and (asked.moved or len(number) in holders)
+    whole = model.compute.bytes(context, replace(asked, op_offload=True) if stages else asked)
+    if not (stages and apart):
+        return Buffers(whole, (0,) * len(whole))
+    plain = tuple(map(min, model.compute.bytes(context, asked), whole))
+    return Buffers(plain, tuple(more - less for more, less in zip(whole, plain, strict=True)))

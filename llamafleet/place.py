@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from .adjust import NO_ADJUSTMENT, Adjustment
 from .kv import Context
-from .ledger import HOST, MIB, LedgerRow, Model, Placement, Usage, usage
+from .ledger import HOST, MIB, Buffers, LedgerRow, Model, Placement, Usage, buffers, usage
 from .machine import Gpu, Machine
 from .settings import Settings
 from .weights import X86_TYPES, repacked_types
@@ -104,17 +104,19 @@ class Case:
     host_extra_bytes: int  # RAM besides the model's: the prompt cache
     adjustment: Adjustment = NO_ADJUSTMENT  # what the binary said of an earlier plan
 
-    def rows(self, placement: Placement) -> tuple[LedgerRow, ...]:
-        """The ledger of a placement."""
-        return self.room.ledger(*self.usage(placement))
+    def buffers(self, placement: Placement) -> Buffers:
+        """What is computed in, staging not told apart."""
+        return buffers(self.model, self.context, placement, self.backend, apart=False)
 
-    def usage(self, placement: Placement) -> tuple[dict[int, Usage], Usage]:
-        """What each device in use and the host hold, corrected by what the binary said."""
-        used, host = usage(self.model, self.context, placement, self.backend, self.host_extra_bytes, self.room.repacked)
+    def rows(self, placement: Placement, known: Buffers | None = None) -> tuple[LedgerRow, ...]:
+        """The ledger of a placement, corrected by what the binary said. `known`: the buffers, if they are."""
+        used, host = usage(
+            self.model, self.context, placement, self.backend, self.host_extra_bytes, self.room.repacked, known
+        )
         adjusted = {
             device: self.adjustment.applied(f"GPU{self.room.gpus[device].index}", use) for device, use in used.items()
         }
-        return adjusted, self.adjustment.applied(HOST, host)
+        return self.room.ledger(adjusted, self.adjustment.applied(HOST, host))
 
 
 def cut(sums: Sequence[float], start: int, budgets: Sequence[float]) -> tuple[int, ...] | None:

@@ -27,7 +27,7 @@ from .predict import Prediction, Roofline
 from .rates import NOT_MEASURED, Measurements, rates
 from .reasons import Decision, why
 from .settings import Instance, Settings
-from .settle import Settled, fits, settle
+from .settle import HOPELESS_BYTES, Settled, fits, settle
 from .workload import Workload
 
 SCHEMA = 1
@@ -37,7 +37,6 @@ DEFAULT_CONTEXT_LIMIT = 32768  # tokens, where the operator names no context (in
 SKETCH_ERROR_BYTES = 32 * MIB  # of host memory, by which the sketch is too high here and there
 NEARLY = 2  # such candidates are looked at first
 SETTLED = 6  # candidates checked against the ledger before a model is refused
-HOPELESS_BYTES = 1024 * MIB  # of RAM missing: no error of the sketch is as large
 BACKEND_OF_VENDOR = {"nvidia": "cuda", "amd": "hip"}
 
 
@@ -302,7 +301,7 @@ def _measured_seconds(work: Workload, trial: tuple[float, float]) -> float:
 
 
 def _plan(asked: _Asked, search: Search, settled: Settled, weighed: Sequence[Candidate]) -> Plan:
-    chosen, placement, rows = settled.candidate, settled.placement, settled.rows
+    chosen, placement, rows = settled.candidate, settled.placement, settled.ledger()
     gpus = tuple(asked.room.gpus[device] for device in chosen.order)
     context = chosen.context
     decision = Decision(
@@ -342,7 +341,7 @@ def _environment(backend: str, gpus: Sequence[Gpu]) -> dict[str, str]:
 
 
 def _refuse(asked: _Asked, search: Search, settled: Settled) -> Refusal:
-    room, rows, context = asked.room, settled.rows, settled.candidate.context
+    room, rows, context = asked.room, settled.ledger(), settled.candidate.context
     worst = min(rows, key=lambda row: row.free_bytes)
     needed, available = worst.used_bytes, max(0, worst.used_bytes + worst.free_bytes)
     ram = "RAM and swap" if room.swap_bytes else "RAM"
@@ -360,7 +359,14 @@ def _refuse(asked: _Asked, search: Search, settled: Settled) -> Refusal:
         device=worst.device,
         needed_bytes=needed,
         available_bytes=available,
-        suggestions=suggestions(asked.model, context, asked.instance, available=total, fits=partial(fits, search)),
+        suggestions=suggestions(
+            asked.model,
+            context,
+            asked.instance,
+            available=total,
+            fits=partial(fits, search, certain=True),
+            maybe=partial(fits, search, certain=False),
+        ),
         ledger=rows,
         instance=asked.instance.name,
     )

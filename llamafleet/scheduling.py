@@ -94,16 +94,21 @@ def _batch(node: Tensor) -> int:
 
 def _assign(graph: Graph, cpu: int, op_offload: bool) -> None:
     """Passes 1 to 4: to whom each tensor belongs."""
-    for tensor in (*graph.leafs, *graph.nodes):
-        tensor.backend = _fixed(tensor, cpu, op_offload)
+    for leaf in graph.leafs:
+        if leaf.home is None:
+            leaf.backend = _fixed(leaf, cpu, op_offload)
+    for node in graph.nodes:
+        node.backend = _fixed(node, cpu, op_offload)
     working = [node for node in graph.nodes if node.op not in VIEWS]
-    for ordered, also_cpu in ((working, False), (working[::-1], False), (working, True), (working[::-1], True)):
-        current = -1
-        for node in ordered:
-            if node.backend != -1:
-                current = -1 if node.backend == cpu and not also_cpu else node.backend
-            elif current != -1:
-                node.backend = current
+    for also_cpu in (False, True):
+        for ordered in (working, working[::-1]):
+            current = -1
+            for node in ordered:
+                backend = node.backend
+                if backend == -1:
+                    node.backend = current
+                else:
+                    current = -1 if backend == cpu and not also_cpu else backend
     for node in graph.nodes:
         if node.backend == -1:
             node.backend = node.view_src.backend if node.view_src else 0
@@ -119,7 +124,7 @@ def _split(graph: Graph, copies: int) -> list[tuple[int, list[Tensor], list[Tens
     for node in graph.nodes:
         backend, nodes, inputs = splits[-1]
         if node.op not in VIEWS:
-            if node.backend != backend or (inputs and any(_foreign_weight(src, backend) for src in node.src)):
+            if node.backend != backend or (inputs and _has_foreign_weight(node, backend)):
                 backend, nodes, inputs = node.backend, [], []
                 splits.append((backend, nodes, inputs))
             for index, src in enumerate(node.src):
@@ -138,8 +143,8 @@ def _split(graph: Graph, copies: int) -> list[tuple[int, list[Tensor], list[Tens
     return splits
 
 
-def _foreign_weight(tensor: Tensor, backend: int) -> bool:
-    return tensor.weight and tensor.home != backend
+def _has_foreign_weight(node: Tensor, backend: int) -> bool:
+    return any([src.weight and src.home != backend for src in node.src])
 
 
 class _Arena:

@@ -1,41 +1,64 @@
 """A candidate made as good as the ledger allows: cuts moved, the last room filled, and checked.
 
-The search reckons with a sketch of what the compute buffers take; here the ledger itself is asked, as seldom as can be,
-since laying out a graph takes milliseconds.
+The search reckons with a sketch of what the compute buffers take; here they are laid out, as seldom as can be, since
+that takes milliseconds: steps are guessed with the buffers of the last layout, and where they lead is checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from .choose import UBATCHES, Candidate, Search
 from .kv import Context
-from .ledger import MIB, LedgerRow, Placement
+from .ledger import MIB, Buffers, LedgerRow, Placement
 from .place import Case
 from .predict import Segment
 
 STEPS = (-1, 1, -3, 3, -8, 8)  # layers by which a cut between GPUs is moved: the longer ones leave valleys
-TRIES = 16  # of the check by the ledger, some layers less each time
-FILLS = 16  # of the room that is left, some layers or tensors more each time
+CHECKS = 16  # by the ledger
+TRIES = 16  # some layers less each time
+FILLS = 16  # some layers or tensors more each time
 SLACK_BYTES = 16 * MIB  # by which a compute buffer may shrink with less on the host
+HOPELESS_BYTES = 1024 * MIB  # of RAM missing by the sketch: no error of it is as large
 BETTER = 0.9999  # of the score: what rounding makes is no gain
 
 
 @dataclass(frozen=True)
 class Settled:
-    """A candidate after the check by the ledger; the rows tell whether it really fits."""
+    """A candidate after the check by the ledger; the rows tell whether it really fits, staging among compute."""
 
+    case: Case
     candidate: Candidate
     placement: Placement
+    buffers: Buffers
     rows: tuple[LedgerRow, ...]
+
+    @property
+    def gpus_short_bytes(self) -> int:
+        """What the fullest GPU lacks; nothing or less: they hold it."""
+        return max((-row.free_bytes for row in self.rows[:-1]), default=0)
+
+    def ledger(self) -> tuple[LedgerRow, ...]:
+        """The rows with staging told apart."""
+        return self.case.rows(self.placement)
 
 
 def settle(search: Search, one: Candidate, handicap: float) -> Settled:
     """The candidate, with fewer layers on a device that is too full, and more where there is room."""
-    case = _case(search, one)
-    return _filled(search, case, _held(search, case, _shifted(search, one, handicap), handicap), handicap)
+    settled = _checked(_case(search, one), _shifted(search, one, handicap))
+    refused: set[tuple[Segment, ...]] = set()
+    for _ in range(CHECKS):
+        guess = _filled(search, _held(search, settled, handicap), handicap, refused)
+        if guess.candidate.segments == settled.candidate.segments:
+            break
+        checked = _checked(settled.case, guess.candidate)
+        if checked.gpus_short_bytes > 0:
+            refused.add(guess.candidate.segments)
+        if checked.gpus_short_bytes <= 0 or settled.gpus_short_bytes > 0:
+            settled = checked
+    return settled
 
 
 def _case(search: Search, one: Candidate) -> Case:
@@ -44,9 +67,8 @@ def _case(search: Search, one: Candidate) -> Case:
     )  # fmt: skip
 
 
-def _held(search: Search, case: Case, one: Candidate, handicap: float) -> Settled:
+def _held(search: Search, settled: Settled, handicap: float) -> Settled:
     """With so many layers less on each device that is too full that the rest fits, where that can be."""
-    settled = _checked(case, one)
     for _ in range(TRIES):
         short = next((n for n, row in enumerate(settled.rows[:-1]) if row.free_bytes < 0), None)
         smaller = None
@@ -54,28 +76,22 @@ def _held(search: Search, case: Case, one: Candidate, handicap: float) -> Settle
             smaller = _smaller(search, settled.candidate, short, -settled.rows[short].free_bytes)
         if smaller is None:
             break
-        settled = _checked(case, search.weigh(one.context, one.order, smaller, handicap))
+        one = settled.candidate
+        settled = _guessed(settled, search.weigh(one.context, one.order, smaller, handicap))
     return settled
 
 
-def fits(search: Search, tokens: int, slots: int, kv_type: str) -> bool:
-    """Would the model be served with so many tokens for each of so many slots?"""
+def fits(search: Search, tokens: int, slots: int, kv_type: str, *, certain: bool) -> bool:
+    """Would the model be served with so many tokens for each of so many slots? `certain`: not by the sketch alone."""
     tried = [(Context(tokens, slots, kv_type, ubatch), 1.0) for ubatch in UBATCHES[:2] if ubatch <= tokens]
     room = search.room
     everything = search.costs(Context(tokens, slots, kv_type, 1))[-1] + search.roofline.spill[-1]
-    if everything > sum(room.gpu_bytes) + room.host_bytes + room.swap_bytes:
+    if not tried or everything > sum(room.gpu_bytes) + room.host_bytes + room.swap_bytes:
         return False  # weights and caches alone: no need to look closer
-    return any(_host_holds(search, one) for one in search.candidates(tried)[:1])
-
-
-def _host_holds(search: Search, one: Candidate) -> bool:
-    """The ledger is asked for no more than it takes to know: each question costs milliseconds."""
-    case = _case(search, one)
-    settled = _held(search, case, _shifted(search, one, 1.0), 1.0)
-    *gpus, host = (row.free_bytes for row in settled.rows)
-    if host >= 0 or -host > sum(max(0, free) for free in gpus):
-        return host >= 0
-    return _filled(search, case, settled, 1.0).rows[-1].free_bytes >= 0
+    best = search.candidates(tried)[0]
+    if not certain or best.host_short_bytes > HOPELESS_BYTES:
+        return not best.host_short_bytes
+    return all(row.free_bytes >= 0 for row in settle(search, best, 1.0).rows)
 
 
 def placed(one: Candidate) -> Placement:
@@ -97,7 +113,16 @@ def placed(one: Candidate) -> Placement:
 
 def _checked(case: Case, one: Candidate) -> Settled:
     placement = placed(one)
-    return Settled(one, placement, case.rows(placement))
+    buffers = case.buffers(placement)
+    return Settled(case, one, placement, buffers, case.rows(placement, buffers))
+
+
+def _guessed(settled: Settled, one: Candidate) -> Settled:
+    """As if it computed in the same buffers, which differ little as long as the same kind of things is on the host."""
+    if one.kind != settled.candidate.kind:
+        return _checked(settled.case, one)
+    placement = placed(one)
+    return replace(settled, candidate=one, placement=placement, rows=settled.case.rows(placement, settled.buffers))
 
 
 def _shifted(search: Search, one: Candidate, handicap: float) -> Candidate:
@@ -130,9 +155,10 @@ def _smaller(search: Search, one: Candidate, position: int, missing: int) -> tup
     on_gpus = [part for part in one.segments if part.device is not None]
     tight, first = on_gpus[position], on_gpus[0]
     spill, base = search.roofline.spill, search.costs(one.context)
-    if one.kind in ("none", "spill") and spill[tight.keep] > spill[tight.lo]:
-        keep = tight.keep - 1
-        while keep > tight.lo and spill[tight.keep] - spill[keep] < missing:
+    partly = _partly_kept(search, tight)
+    if (one.kind in ("none", "spill") or position) and (partly or spill[tight.keep] > spill[tight.lo]):
+        keep = tight.keep if partly else tight.keep - 1
+        while keep > tight.lo and partly + spill[tight.keep] - spill[keep] < missing:
             keep -= 1
         changed = {tight: replace(tight, keep=keep, part="")}
     elif one.kind == "layers" and first.lo < first.hi:
@@ -149,16 +175,21 @@ def _smaller(search: Search, one: Candidate, position: int, missing: int) -> tup
     return tuple(changed.get(part, part) for part in one.segments)
 
 
-def _filled(search: Search, case: Case, settled: Settled, handicap: float) -> Settled:
+def _partly_kept(search: Search, one: Segment) -> int:
+    """Bytes of the layer of which only a part is on the host that are on the GPU."""
+    return search.model.spill_bytes[one.keep] - search.model.part_bytes(one.keep, one.part) if one.part else 0
+
+
+def _filled(search: Search, settled: Settled, handicap: float, refused: Collection[tuple[Segment, ...]]) -> Settled:
     """What room is left takes more layers' experts (FFN), single tensors of one, or whole front layers."""
     for _ in range(FILLS):
         one = settled.candidate
         for segments in _more(search, settled):
             other = search.weigh(one.context, one.order, segments, handicap)
-            if other.score >= one.score * BETTER:
+            if segments in refused or other.score >= one.score * BETTER:
                 continue
-            tried = _checked(case, other)
-            if all(row.free_bytes >= 0 for row in tried.rows[:-1]):
+            tried = _guessed(settled, other)
+            if tried.gpus_short_bytes <= SLACK_BYTES:
                 settled = tried
                 break
         else:
@@ -174,8 +205,7 @@ def _more(search: Search, settled: Settled) -> Iterator[tuple[Segment, ...]]:
     for position, segment in enumerate(one.segments):
         if segment.device is None:
             continue
-        row = next(rows)
-        for change in _kept_more(search, segment, row.free_bytes + SLACK_BYTES, row.staging_bytes):
+        for change in _kept_more(search, segment, next(rows).free_bytes + SLACK_BYTES):
             yield (*one.segments[:position], change, *one.segments[position + 1 :])
 
 
@@ -196,14 +226,13 @@ def _less_front(search: Search, one: Candidate, room: int) -> Iterator[tuple[Seg
         yield (*([Segment(None, 0, grown.lo, grown.lo)] if grown.lo else []), grown, *others)
 
 
-def _kept_more(search: Search, one: Segment, room: int, staging: int) -> Iterator[Segment]:
+def _kept_more(search: Search, one: Segment, room: int) -> Iterator[Segment]:
     model, spill = search.model, search.roofline.spill
     layer = next((n for n in range(one.keep, one.hi) if model.spill_bytes[n]), None)
     if layer is None:
         return
-    back = model.spill_bytes[layer] - model.part_bytes(layer, one.part) if one.part else 0  # is there already
-    here = spill[layer] + back
-    if spill[one.hi] - here <= room + staging:  # nothing is copied any more if all is there
+    here = spill[layer] + _partly_kept(search, one)
+    if spill[one.hi] - here <= room + search.sketch.staging("spill"):  # nothing is copied any more if all is there
         yield replace(one, keep=one.hi, part="")
     keep = max((n for n in range(layer + 1, one.hi) if spill[n] - here <= room), default=layer)
     for more in dict.fromkeys((keep, keep - 1)):

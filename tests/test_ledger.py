@@ -222,13 +222,35 @@ def test_everything_on_one_device_is_not_taken_for_everything_on_the_host():
     )
 
 
-def test_layers_that_repeat_need_not_be_laid_out_again(monkeypatch):
-    header, context = planning.header("Gemma-3-12B"), Context(32768, 2, "f16", 512)
-    placement = on_gpus(header, [17, 18, 10], range(30, 48))
-    few = usage(Model.of(header), context, placement, "cuda")
-    monkeypatch.setattr(compute, "REPEATS", 100)
-    monkeypatch.setattr(compute, "_KNOWN", {})
-    assert usage(Model.of(header), context, placement, "cuda") == few
+# The last two are those that groups of repeated layers, each laid out twice, got wrong: by 4 and by 96 MiB.
+@pytest.mark.parametrize("name, counts, spilled", [
+    ("Gemma-3-12B", [17, 18, 10], range(30, 48)),
+    ("Llama-3.3-70B", [55], range(3, 30)),
+    ("Qwen3-Next-80B-A3B", [48], range(14, 48)),
+    ("Qwen3.5-9B", [25], range(9, 20)),
+    ("Qwen3-235B-A22B", [43, 23, 14, 15], [*range(11, 43), *range(57, 66)]),
+])  # fmt: skip
+def test_layers_that_repeat_need_not_be_laid_out_again(monkeypatch, name, counts, spilled):
+    header, context = planning.header(name), Context(32768, 1, "f16", 2048)
+    placement = on_gpus(header, counts, spilled)
+    for backend in ("cuda", "cpu"):
+        monkeypatch.setattr(compute, "_KNOWN", {})
+        few = usage(Model.of(header), context, placement, backend)
+        with monkeypatch.context() as patch:
+            patch.setattr(compute, "_KNOWN", {})
+            patch.setattr(compute, "NEIGHBOURS", 1000)
+            assert usage(Model.of(header), context, placement, backend) == few
+
+
+@pytest.mark.parametrize("signs, kept", [
+    ("aaaaaaa", 3), ("abababab", 4), ("aaabbbaaabbb", 12), ("abcdefgh", 8), ("aabaabaabaab", 6), ("", 0), ("a", 1),
+])  # fmt: skip
+def test_every_row_of_neighbours_is_kept(signs, kept):
+    order = compute.shorten(signs)
+    short = "".join(signs[n] for n in order)
+    rows = [signs[n : n + 3] for n in range(len(signs) - 2)]
+    assert len(order) == kept
+    assert {short[n : n + 3] for n in range(len(short) - 2)} == set(rows)
 
 
 @pytest.mark.parametrize("flags, kind, repacked", [
