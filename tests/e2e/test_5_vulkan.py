@@ -21,7 +21,7 @@ from tests import fake_nvml
 from tests.e2e.conftest import ON_HOST
 from tests.e2e.deploying import ROOT, environment, main_pid, on, pyinfra, serves
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.vulkan
 
 PREFIX = "vulkan"
 DRIVER = ("libvulkan1", "mesa-vulkan-drivers")

@@ -15,8 +15,6 @@ import pytest
 from sandbox import upstream
 from tests.e2e.deploying import ask, main_pid, on, pyinfra, serves
 
-pytestmark = pytest.mark.long
-
 UNIT = "llama-server-tiny.service"
 LIVENESS = {"liveness_seconds": 5, "liveness_interval_seconds": 2}
 

@@ -11,8 +11,6 @@ import pytest
 from sandbox import upstream
 from tests.e2e.deploying import main_pid, on, pyinfra, serves
 
-pytestmark = pytest.mark.long
-
 SECONDS = 60  # from the failed gate to the previous release serving
 
 # In place of llama-server's main(): `real` is the service, in its own cache folder and with its metrics.
