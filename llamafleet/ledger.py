@@ -121,8 +121,8 @@ class Usage:
 class Buffers:
     """Bytes to compute in, of each device in use and, last, of the host."""
 
-    compute: tuple[int, ...]
-    staging: tuple[int, ...]  # what op-offload adds
+    compute: tuple[int, ...]  # without op-offload
+    staging: tuple[int, ...]  # what op-offload adds; less than nothing where it takes work away
 
 
 def usage(
@@ -184,7 +184,7 @@ def _weights(model: Model, placement: Placement, packs: Mapping[str, int]) -> tu
 def buffers(model: Model, context: Context, placement: Placement, backend: str, *, apart: bool = True) -> Buffers:
     """Compute buffers without op-offload, and what that adds. `apart`: False counts both as compute, in half the time.
 
-    Where a buffer is less with op-offload it is told so: the host's, and those of GPUs behind the first.
+    The host's is what it is with op-offload, where there is any: it is less then.
     """
     traits = TRAITS[backend]
     number = {device: n for n, device in enumerate(placement.devices)}
@@ -194,5 +194,5 @@ def buffers(model: Model, context: Context, placement: Placement, backend: str, 
     whole = model.compute.bytes(context, replace(asked, op_offload=True) if stages else asked)
     if not (stages and apart):
         return Buffers(whole, (0,) * len(whole))
-    plain = tuple(map(min, model.compute.bytes(context, asked), whole))
+    plain = (*model.compute.bytes(context, asked)[:-1], whole[-1])
     return Buffers(plain, tuple(more - less for more, less in zip(whole, plain, strict=True)))

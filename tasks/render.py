@@ -113,10 +113,11 @@ def url_host(address: str) -> str:
 
 
 def _planned(plan: Plan, gpu: Gpu) -> dict[str, int]:
-    """Bytes that llama.cpp itself allocates on a GPU, by part; without staging its process must hold them."""
+    """Bytes that llama.cpp itself allocates on a GPU, by part; but for what is staged its process must hold them."""
     row = next(row for row in plan.ledger if row.device == f"GPU{gpu.index}")
     parts = {name: getattr(row, name) for name in ("weights_bytes", "kv_bytes", "compute_bytes")}
-    return {"planned_bytes": sum(parts.values()), **parts, "staging_bytes": row.staging_bytes}
+    held = sum(parts.values()) + min(0, row.staging_bytes)
+    return {"planned_bytes": held, **parts, "staging_bytes": row.staging_bytes}
 
 
 def _device_classes(backend: str, survey: Survey) -> tuple[str, ...]:
