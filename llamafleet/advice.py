@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .kv import PAD_CELLS, Context, kv_bytes
+from .kv import PAD_CELLS, Context
 from .ledger import MIB, Model
 from .settings import Instance
 
@@ -45,7 +45,7 @@ def suggestions(
         return next((count for count in tried if count and fits(*question(count))), 0)
 
     weights = model.header.weights_bytes
-    cache = sum(kv_bytes(model.header, context))
+    cache = sum(model.compute.kv_bytes(context))
     found = []
     if context.slots > 1 and fits(context.tokens, 1, context.kv_type):
         slots = largest(context.slots - 1, lambda slots: (context.tokens, slots, context.kv_type)) or 1

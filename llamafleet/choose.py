@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from .adjust import Adjustment
-from .kv import Context, kv_bytes
+from .kv import Context
 from .ledger import HOST, TRAITS, Model
 from .place import SAME_SPEED, Room, cut, fill
 from .predict import Roofline, Segment
@@ -256,7 +256,7 @@ class Search:
         """Bytes of the first n layers on a device, without what may be spilled; last, with the output."""
         if context not in self._base:
             total, sums = 0.0, [0.0]
-            cache = kv_bytes(self.model.header, context)
+            cache = self.model.compute.kv_bytes(context)
             for whole, spill, kept in zip(self.model.layer_bytes, self.model.spill_bytes, cache, strict=True):
                 total += whole - spill + kept
                 sums.append(total)

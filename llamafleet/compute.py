@@ -25,6 +25,7 @@ __all__ = ["DENSE", "EXPERTS", "Compute", "Layout", "vocabulary"]
 _UNKNOWN = (LookupError, ArithmeticError, ValueError, RecursionError)
 LAYER_LIMIT = 128  # laid out at once; models have a few kinds of layers, and hostile headers get no time
 NEIGHBOURS = 3  # layers in a row: what such a row takes does not depend on what is before and behind it
+NO_NEIGHBOURS = 1  # as if each layer stood alone: right for three layouts of five, and a third of the work
 
 # What --n-cpu-moe matches (common/common.h, LLM_FFN_EXPS_REGEX), and a dense model's feed-forward part.
 EXPERTS = re.compile(r"ffn_(up|down|gate|gate_up)_(ch|)exps\..*")
@@ -111,16 +112,18 @@ class Compute:
             return False
         return True
 
-    def bytes(self, context: Context, layout: Layout) -> tuple[int, ...]:
+    def bytes(self, context: Context, layout: Layout, *, roughly: bool = False) -> tuple[int, ...]:
         """Of each device, and last of the host."""
-        asked = (context, layout.holders, tuple(sorted(layout.moved.items())), layout.devices, layout.flags)
+        neighbours = NO_NEIGHBOURS if roughly else NEIGHBOURS
+        moved = tuple(sorted(layout.moved.items()))
+        asked = (context, layout.holders, moved, layout.devices, layout.flags, neighbours)
         if asked not in self.asked:
-            self.asked[asked] = self._shortened(context, layout)
+            self.asked[asked] = self._shortened(context, layout, neighbours)
         return self.asked[asked]
 
-    def _shortened(self, context: Context, layout: Layout) -> tuple[int, ...]:
+    def _shortened(self, context: Context, layout: Layout, neighbours: int) -> tuple[int, ...]:
         signs = [self._sign(layout, n) for n in range(len(self.kinds))]
-        order = shorten(signs)
+        order = shorten(signs, neighbours)
         last = (layout.holders[-1], layout.devices, layout.is_pipeline, layout.flags)
         key = (context, tuple(signs[n] for n in order), last)
         if key not in self.known:
@@ -169,9 +172,9 @@ def _numbered(kinds: Sequence[Hashable]) -> list[int]:
     return [numbers[kind] for kind in kinds]
 
 
-def shorten(signs: Sequence[Hashable]) -> tuple[int, ...]:
-    """Positions of a shorter row of layers in which all rows of `NEIGHBOURS` stand that stand in the whole one."""
-    rows = _numbered([tuple(signs[n : n + NEIGHBOURS]) for n in range(len(signs))])
+def shorten(signs: Sequence[Hashable], neighbours: int) -> tuple[int, ...]:
+    """Positions of a shorter row of layers in which all rows of so many stand that stand in the whole one."""
+    rows = _numbered([tuple(signs[n : n + neighbours]) for n in range(len(signs))])
     last = {row: n for n, row in enumerate(rows)}
     kept: list[int] = []
     seen: set[int] = set()

@@ -8,6 +8,7 @@ Where an architecture is not known here the answer is an upper bound.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 from .gguf import GGML_TYPES, Header, LongArray
 
@@ -186,19 +187,23 @@ def kv_bytes(header: Header, context: Context) -> tuple[int, ...]:
     owners, sizes = _layers_with_cache(header, layers), windows(header)
     widest = 0
     if not context.flash_attention:  # V is stored across, all layers as wide as the widest (llama-kv-cache.cpp:210)
-        widest = max((head_sizes(header, size > 0)[1] * n for size, n in zip(sizes, kv_heads, strict=True)), default=0)
+        pairs = set(zip(sizes, kv_heads, strict=True))
+        widest = max((head_sizes(header, size > 0)[1] * n for size, n in pairs), default=0)
+
+    @cache  # a model has a few kinds of layers
+    def cache_bytes(window: int, heads: int) -> int:
+        key, value = (size * heads for size in head_sizes(header, window > 0))
+        row = row_bytes(key + indexer, context.kv_type)
+        row += 0 if latent else row_bytes(max(value, widest), context.kv_type)
+        return row * cache_cells(context, window) * context.streams
+
+    trunk = trunk_layers(header)
     total = []
     for layer, window in enumerate(sizes):
-        cache = 0
-        if (recurrent[layer] or unknown) and layer < trunk_layers(header):
-            cache += state * context.slots
+        kept = state * context.slots if (recurrent[layer] or unknown) and layer < trunk else 0
         if layer < owners and _attends(header, layer, recurrent[layer]):
-            key, value = (size * kv_heads[layer] for size in head_sizes(header, window > 0))
-            row = row_bytes(key + indexer, context.kv_type) + (
-                0 if latent else row_bytes(max(value, widest), context.kv_type)
-            )
-            cache += row * cache_cells(context, window) * context.streams
-        total.append(cache)
+            kept += cache_bytes(window, kv_heads[layer])
+        total.append(kept)
     return tuple(total)
 
 

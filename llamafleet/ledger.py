@@ -181,17 +181,19 @@ def _weights(model: Model, placement: Placement, packs: Mapping[str, int]) -> tu
     return weights, packed
 
 
-def buffers(model: Model, context: Context, placement: Placement, backend: str, *, apart: bool = True) -> Buffers:
+def buffers(
+    model: Model, context: Context, placement: Placement, backend: str, *, apart: bool = True, roughly: bool = False
+) -> Buffers:
     """Compute buffers without op-offload, and what that adds. `apart`: False counts both as compute, in half the time.
 
-    The host's is what it is with op-offload, where there is any: it is less then.
+    The host's is what it is with op-offload, where there is any: it is less then. `roughly`: in less time still.
     """
     traits = TRAITS[backend]
     number = {device: n for n, device in enumerate(placement.devices)}
     holders = [len(number) if device is None else number[device] for device in placement.layer_devices]
     asked = Layout(tuple(holders), placement.moved, len(number), traits.attention_scratch)
     stages = traits.op_offload and number and (asked.moved or len(number) in holders)
-    whole = model.compute.bytes(context, replace(asked, op_offload=True) if stages else asked)
+    whole = model.compute.bytes(context, replace(asked, op_offload=True) if stages else asked, roughly=roughly)
     if not (stages and apart):
         return Buffers(whole, (0,) * len(whole))
     plain = (*model.compute.bytes(context, asked)[:-1], whole[-1])

@@ -104,9 +104,9 @@ class Case:
     host_extra_bytes: int  # RAM besides the model's: the prompt cache
     adjustment: Adjustment = NO_ADJUSTMENT  # what the binary said of an earlier plan
 
-    def buffers(self, placement: Placement) -> Buffers:
+    def buffers(self, placement: Placement, *, roughly: bool) -> Buffers:
         """What is computed in, staging not told apart."""
-        return buffers(self.model, self.context, placement, self.backend, apart=False)
+        return buffers(self.model, self.context, placement, self.backend, apart=False, roughly=roughly)
 
     def rows(self, placement: Placement, known: Buffers | None = None) -> tuple[LedgerRow, ...]:
         """The ledger of a placement, corrected by what the binary said. `known`: the buffers, if they are."""

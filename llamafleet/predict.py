@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 
-from .kv import Context, kv_bytes, number, per_layer
+from .kv import Context, number, per_layer
 from .ledger import Model
 from .rates import CACHE_MISS_TOKENS, Rates
 from .workload import Workload
@@ -107,7 +107,7 @@ class Roofline:
         self.spilling = _sums(spill > 0 for spill in model.spill_bytes)
         fixed_ops, spill_ops, self.output_ops = _operations(model)
         self.fixed_ops, self.spill_ops = _sums(fixed_ops), _sums(spill_ops)
-        self.cache = _sums(kv_bytes(header, Context(work.live_tokens, 1, "f16", 1)))
+        self.cache = _sums(model.compute.kv_bytes(Context(work.live_tokens, 1, "f16", 1)))
         heads = number(header, "attention.head_count", 1)
         shared = [heads / max(1, kv) for kv in per_layer(header, "attention.head_count_kv", heads)]
         # Multiply-adds of attention for one token: every element of K and V, once for each head that shares it.
@@ -245,7 +245,7 @@ def _operations(model: Model) -> tuple[list[float], list[float], float]:
 
 
 def _macs(model: Model, tokens: int, shared: Sequence[float]) -> list[float]:
-    cache = kv_bytes(model.header, Context(max(1, tokens), 1, "f16", 1))
+    cache = model.compute.kv_bytes(Context(max(1, tokens), 1, "f16", 1))
     return _sums(size / 2 * heads for size, heads in zip(cache, shared, strict=True))
 
 

@@ -21,7 +21,7 @@ CHECKS = 16  # by the ledger
 TRIES = 16  # some layers less each time
 FILLS = 16  # some layers or tensors more each time
 SLACK_BYTES = 16 * MIB  # by which a compute buffer may shrink with less on the host
-HOPELESS_BYTES = 1024 * MIB  # of RAM missing by the sketch: no error of it is as large
+HOPELESS_BYTES = 1024 * MIB  # of RAM missing: no error of a sketch or rough layout is as large
 BETTER = 0.9999  # of the score: what rounding makes is no gain
 
 
@@ -40,6 +40,12 @@ class Settled:
         """What the fullest GPU lacks; nothing or less: they hold it."""
         return max((-row.free_bytes for row in self.rows[:-1]), default=0)
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Does RAM lack more than GPUs could take over?"""
+        *gpus, host = (row.free_bytes for row in self.rows)
+        return -host > HOPELESS_BYTES + sum(max(0, free) for free in gpus)
+
     def ledger(self) -> tuple[LedgerRow, ...]:
         """The rows with staging told apart."""
         return self.case.rows(self.placement)
@@ -47,17 +53,31 @@ class Settled:
 
 def settle(search: Search, one: Candidate, handicap: float) -> Settled:
     """The candidate, with fewer layers on a device that is too full, and more where there is room."""
-    settled = _checked(_case(search, one), _shifted(search, one, handicap))
     refused: set[tuple[Segment, ...]] = set()
+
+    def improved(settled: Settled) -> Candidate:
+        held = _held(search, settled, handicap)
+        for slack in (0, SLACK_BYTES):
+            better = _filled(search, held, handicap, refused, slack).candidate
+            if better.segments != settled.candidate.segments:
+                return better
+        return settled.candidate
+
+    rough = _checked(_case(search, one), _shifted(search, one, handicap), roughly=True)
+    if rough.is_hopeless:
+        return rough
+    settled = _checked(rough.case, improved(rough))
     for _ in range(CHECKS):
-        guess = _filled(search, _held(search, settled, handicap), handicap, refused)
-        if guess.candidate.segments == settled.candidate.segments:
+        if settled.gpus_short_bytes > 0:
+            refused.add(settled.candidate.segments)
+        better = improved(settled)
+        if better.segments == settled.candidate.segments:
             break
-        checked = _checked(settled.case, guess.candidate)
-        if checked.gpus_short_bytes > 0:
-            refused.add(guess.candidate.segments)
+        checked = _checked(settled.case, better)
         if checked.gpus_short_bytes <= 0 or settled.gpus_short_bytes > 0:
             settled = checked
+        else:
+            refused.add(better.segments)
     return settled
 
 
@@ -111,9 +131,9 @@ def placed(one: Candidate) -> Placement:
     return Placement(tuple(holders), frozenset(spilled), tuple(sorted(partly.items())))
 
 
-def _checked(case: Case, one: Candidate) -> Settled:
+def _checked(case: Case, one: Candidate, *, roughly: bool = False) -> Settled:
     placement = placed(one)
-    buffers = case.buffers(placement)
+    buffers = case.buffers(placement, roughly=roughly)
     return Settled(case, one, placement, buffers, case.rows(placement, buffers))
 
 
@@ -180,16 +200,21 @@ def _partly_kept(search: Search, one: Segment) -> int:
     return search.model.spill_bytes[one.keep] - search.model.part_bytes(one.keep, one.part) if one.part else 0
 
 
-def _filled(search: Search, settled: Settled, handicap: float, refused: Collection[tuple[Segment, ...]]) -> Settled:
-    """What room is left takes more layers' experts (FFN), single tensors of one, or whole front layers."""
+def _filled(
+    search: Search, settled: Settled, handicap: float, refused: Collection[tuple[Segment, ...]], slack: int
+) -> Settled:
+    """What room is left takes more layers' experts (FFN), single tensors of one, or whole front layers.
+
+    `slack`: bytes by which it may be too much, if the buffers are the same.
+    """
     for _ in range(FILLS):
         one = settled.candidate
-        for segments in _more(search, settled):
+        for segments in _more(search, settled, slack):
             other = search.weigh(one.context, one.order, segments, handicap)
             if segments in refused or other.score >= one.score * BETTER:
                 continue
             tried = _guessed(settled, other)
-            if tried.gpus_short_bytes <= SLACK_BYTES:
+            if tried.gpus_short_bytes <= slack:
                 settled = tried
                 break
         else:
@@ -197,15 +222,15 @@ def _filled(search: Search, settled: Settled, handicap: float, refused: Collecti
     return settled
 
 
-def _more(search: Search, settled: Settled) -> Iterator[tuple[Segment, ...]]:
+def _more(search: Search, settled: Settled, slack: int) -> Iterator[tuple[Segment, ...]]:
     """The candidate with as much more on its GPUs as may fit, the most first on each."""
     one, rows = settled.candidate, iter(settled.rows)
     if one.kind == "layers":
-        yield from _less_front(search, one, settled.rows[0].free_bytes + SLACK_BYTES)
+        yield from _less_front(search, one, settled.rows[0].free_bytes + slack)
     for position, segment in enumerate(one.segments):
         if segment.device is None:
             continue
-        for change in _kept_more(search, segment, next(rows).free_bytes + SLACK_BYTES):
+        for change in _kept_more(search, segment, next(rows).free_bytes + slack):
             yield (*one.segments[:position], change, *one.segments[position + 1 :])
 
 

@@ -246,7 +246,7 @@ def test_layers_that_repeat_need_not_be_laid_out_again(monkeypatch, name, counts
     ("aaaaaaa", 3), ("abababab", 4), ("aaabbbaaabbb", 12), ("abcdefgh", 8), ("aabaabaabaab", 6), ("", 0), ("a", 1),
 ])  # fmt: skip
 def test_every_row_of_neighbours_is_kept(signs, kept):
-    order = compute.shorten(signs)
+    order = compute.shorten(signs, 3)
     short = "".join(signs[n] for n in order)
     rows = [signs[n : n + 3] for n in range(len(signs) - 2)]
     assert len(order) == kept
