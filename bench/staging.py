@@ -40,7 +40,7 @@ UBATCHES = (512, 2048)
 # Runs llama-server on the host until its table is printed, so that a killed connection leaves nothing behind.
 PROGRAM = """
 import os, subprocess, sys
-os.environ["GGML_VK_VISIBLE_DEVICES"] = "0"
+os.environ["GGML_VK_VISIBLE_DEVICES"] = "0,0"  # one device twice is two
 with subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
     try:
         seen = False
@@ -63,19 +63,35 @@ class Case:
 
     name: str
     front: int = 0  # layers wholly on the host
-    spilled: int = 0  # the last layers whose experts (dense: feed-forward) are there
+    spilled: int = 0  # the last layers of each device whose experts (dense: feed-forward) are there
+    second: int = 0  # the last layers, which are on a second device
 
     def placement(self, layers: int) -> Placement:
-        holders = (*(None,) * self.front, *(0,) * (layers + 1 - self.front))
-        return Placement(holders, frozenset(range(layers - self.spilled, layers)))
+        first = layers - self.front - self.second
+        output = 1 if self.second else 0
+        holders = (*(None,) * self.front, *(0,) * first, *(1,) * self.second, output)
+        ends = (layers - self.second, layers) if self.second else (layers,)
+        return Placement(holders, frozenset(n for end in ends for n in range(end - self.spilled, end)))
 
     def flags(self, model: Model) -> list[str]:
-        words = ["--n-gpu-layers", str(model.layers + 1 - self.front)]
+        placement = self.placement(model.layers)
+        words = [
+            "--n-gpu-layers",
+            str(placement.gpu_layers),
+            "--device",
+            ",".join(f"Vulkan{n}" for n in placement.devices),
+        ]
+        if self.second:
+            words += ["--tensor-split", ",".join(map(str, placement.split()))]
         if self.spilled:
-            chosen = "|".join(map(str, range(model.layers - self.spilled, model.layers)))
+            chosen = "|".join(map(str, sorted(placement.spilled)))
             part = r"ffn_(up|down|gate|gate_up)_(ch|)exps\." if model.is_moe else r"ffn_(up|down|gate)\.weight"
             words += ["--override-tensor", rf"blk\.({chosen})\.{part}=CPU"]
         return words
+
+    def whole(self) -> Case:
+        """The same devices with everything on them."""
+        return Case("", second=self.second)
 
 
 CASES = {
@@ -85,23 +101,29 @@ CASES = {
         Case("experts of all layers", spilled=48),
         Case("8 whole front layers", front=8),
         Case("8 whole front layers, experts of 10", front=8, spilled=10),
+        Case("two devices, experts of 10 layers of each", spilled=10, second=20),
+        Case("two devices, 8 whole front layers", front=8, second=20),
+        Case("two devices, 8 whole front layers, experts of 10 of each", front=8, spilled=10, second=20),
     ),
     False: (
         Case("FFN of 1 layer", spilled=1),
         Case("FFN of 10 layers", spilled=10),
         Case("8 whole front layers", front=8),
         Case("all layers but the output", front=32),
+        Case("two devices, FFN of 5 layers of each", spilled=5, second=12),
+        Case("two devices, 8 whole front layers", front=8, second=12),
     ),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case, MiB."""
+    """One device of one case, MiB."""
 
     model: str
     case: str
     ubatch_tokens: int
+    device: int
     compute_all_on_device: int
     compute: int
     staging: int
@@ -132,30 +154,32 @@ def _measured(paths: Sequence[Path], ask: Ask) -> Iterator[Row]:
         header = read_path(path)
         model = Model.of(header)
         for ubatch in UBATCHES:
-            whole = _compute(ask, path, ubatch, Case("").flags(model))
+            wholes: dict[Case, oracle.Breakdown] = {}
             for case in CASES[model.is_moe]:
-                yield _row(case, header, model, ubatch, whole, _asked(ask, path, ubatch, case.flags(model)))
+                if case.whole() not in wholes:
+                    wholes[case.whole()] = _asked(ask, path, ubatch, case.whole().flags(model))
+                told = _asked(ask, path, ubatch, case.flags(model))
+                yield from _rows(case, header, model, ubatch, wholes[case.whole()], told)
 
 
-def _row(case: Case, header: Header, model: Model, ubatch: int, whole: int, told: oracle.Breakdown) -> Row:
+def _rows(
+    case: Case, header: Header, model: Model, ubatch: int, whole: oracle.Breakdown, told: oracle.Breakdown
+) -> Iterator[Row]:
     context = Context(CONTEXT_TOKENS, 1, "f16", ubatch)
     devices, host = usage(model, context, case.placement(model.layers), "vulkan")
-    compute = told.devices[0].compute
-    return Row(
-        header.name, case.name, ubatch, whole, compute, compute - whole,
-        devices[0].compute_bytes // MIB, devices[0].staging_bytes // MIB,
-        told.host.model, host.weights_bytes // MIB, told.repacked,
-    )  # fmt: skip
-
-
-def _compute(ask: Ask, path: Path, ubatch: int, flags: Sequence[str]) -> int:
-    return _asked(ask, path, ubatch, flags).devices[0].compute
+    for device, used in devices.items():
+        before, compute = whole.devices[device].compute, told.devices[device].compute
+        yield Row(
+            header.name, case.name, ubatch, device, before, compute, compute - before,
+            used.compute_bytes // MIB, used.staging_bytes // MIB,
+            told.host.model, host.weights_bytes // MIB, told.repacked,
+        )  # fmt: skip
 
 
 def _asked(ask: Ask, path: Path, ubatch: int, flags: Sequence[str]) -> oracle.Breakdown:
     context = ["--ctx-size", str(CONTEXT_TOKENS), "--parallel", "1", "--no-kv-unified", "--flash-attn", "on"]
     batch = ["--batch-size", str(max(2048, ubatch)), "--ubatch-size", str(ubatch), "--load-mode", "none"]
-    return ask(path, [*context, *batch, "--device", "Vulkan0", *flags])
+    return ask(path, [*context, *batch, *flags])
 
 
 def on_host(host: hosts.SandboxHost, scratch: Path) -> Ask:

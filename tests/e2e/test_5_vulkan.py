@@ -228,7 +228,7 @@ def test_a_host_whose_gpu_the_build_does_not_know_fails_and_the_old_service_serv
 
 @pytest.fixture(scope="module")
 def measured(host):
-    """What the deployed release says that it would allocate, beside the ledger: 36 cases, a second each."""
+    """What the deployed release says that it would allocate, beside the ledger: 54 cases, a second each."""
     return list(staging.measure(host))
 
 
@@ -236,6 +236,9 @@ def test_what_op_offload_stages_is_never_more_than_the_ledger_says(measured):
     for row in measured:
         # Whole MiB, of three figures.
         assert row.compute <= row.ledger_compute + row.ledger_staging + 2, row
+        if row.model in staging.SMALL:  # all tensors are such that llvmpipe takes them
+            assert row.compute >= row.ledger_compute + row.ledger_staging - 2, row
+    assert min(row.ledger_staging for row in measured) < 0  # work that is taken away is counted as such
 
 
 def test_staging_is_a_step_and_not_a_slope(measured):
