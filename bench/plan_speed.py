@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from llamafleet import imagined, sources
+from llamafleet.answer import Plan, Refusal
 from llamafleet.cli import default_data, settings_for
 from llamafleet.gguf import Header
 from llamafleet.machine import Machine
-from llamafleet.plan import Plan, Refusal, plan_host
+from llamafleet.plan import plan_host
 from llamafleet.settings import Settings
 from sandbox import models
 from sandbox.hub import Hub

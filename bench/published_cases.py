@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafleet.adjust import NO_ADJUSTMENT
+from llamafleet.answer import Plan
 from llamafleet.catalogue import find
 from llamafleet.choose import Candidate, Search
 from llamafleet.cli import default_data
@@ -29,7 +30,7 @@ from llamafleet.kv import Context
 from llamafleet.ledger import MIB, TRAITS, Model
 from llamafleet.machine import Machine
 from llamafleet.place import Room
-from llamafleet.plan import Plan, plan_host, resolve_backend
+from llamafleet.plan import plan_host, resolve_backend
 from llamafleet.predict import Prediction, Roofline, Segment
 from llamafleet.rates import rates
 from llamafleet.settings import Settings

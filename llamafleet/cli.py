@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from . import compare, outlook, show, show_compare, sources
+from .answer import Plan, Refusal
 from .cli_input import UsageError, default_data, hub_token, parse_changes, read_machine, settings_for
 from .gguf import GgufError, Header
 from .imagined import Imagined
 from .machine import MachineError
-from .plan import Plan, Refusal, plan_host
+from .plan import plan_host
 from .rates import Measurements
 from .secret_files import SecretError
 from .settings import Instance, Settings, SettingsError

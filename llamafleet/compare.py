@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .answer import SCHEMA, Plan, Refusal
 from .gguf import Header
-from .plan import SCHEMA, Plan, Refusal
 
 
 @dataclass(frozen=True)

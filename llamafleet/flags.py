@@ -7,7 +7,7 @@ Every flag is one of common/arg.cpp at b11434. Lists stay lists: nothing is quot
 from __future__ import annotations
 
 from . import extra
-from .plan import Plan
+from .answer import Plan
 from .planned import planned
 from .settings import Instance
 

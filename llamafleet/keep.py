@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from .answer import Plan, Refusal
 from .ledger import HOST, MIB, LedgerRow
 from .machine import Machine
-from .plan import Plan, Refusal
 from .settings import Instance, Settings
 
 # How much of a reserve drift may eat before the plan is changed. The rest still holds what the reserve is for:

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from .answer import Plan, Refusal
 from .ggml_types import GGML_TYPES
 from .gguf import Header, Tensor
 from .kv import number
-from .plan import Plan, Refusal
 from .settings import Instance
 from .show import rate
 

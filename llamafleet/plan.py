@@ -8,21 +8,20 @@ happens to be available now, so that our own running server cannot shrink the se
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 from . import vulkan
 from .adjust import NO_ADJUSTMENT, Adjustment
 from .advice import suggestions
+from .answer import Plan, Refusal
 from .choose import Candidate, Search, contexts
 from .gguf import Header
 from .kv import Context, checkpoint_bytes, number
-from .ledger import HOST, MIB, TRAITS, LedgerRow, Model, Placement
+from .ledger import HOST, MIB, TRAITS, Model
 from .machine import Gpu, Machine
 from .place import Room
-from .planned import planned
 from .predict import Prediction, Roofline
 from .rates import NOT_MEASURED, Measurements, rates
 from .reasons import Decision, why
@@ -30,7 +29,6 @@ from .settings import Instance, Settings
 from .settle import HOPELESS_BYTES, Settled, fits, settle
 from .workload import Workload
 
-SCHEMA = 1
 CELLS = 256  # of a KV cache, which llama.cpp pads to this
 MOST_CHECKPOINTS = 32  # of a slot: llama.cpp's own limit (common/common.h:635)
 DEFAULT_CONTEXT_LIMIT = 32768  # tokens, where the operator names no context (inventory/group_data/all.py)
@@ -38,85 +36,6 @@ SKETCH_ERROR_BYTES = 32 * MIB  # of host memory, by which the sketch is too high
 NEARLY = 2  # such candidates are looked at first
 SETTLED = 6  # candidates checked against the ledger before a model is refused
 BACKEND_OF_VENDOR = {"nvidia": "cuda", "amd": "hip"}
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a model is not served, what was missing and what would help."""
-
-    reason: str
-    device: str = HOST
-    needed_bytes: int = 0
-    available_bytes: int = 0
-    suggestions: tuple[str, ...] = ()
-    ledger: tuple[LedgerRow, ...] = ()
-    why: tuple[str, ...] = ()
-    instance: str = ""
-
-    fits = False
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan contract, schema 1."""
-        refusal = {
-            "reason": self.reason,
-            "device": self.device,
-            "needed_bytes": self.needed_bytes,
-            "available_bytes": self.available_bytes,
-            "suggestions": list(self.suggestions),
-        }
-        return _contract(self, refusal)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one instance is served on one host."""
-
-    instance: str
-    backend: str
-    gpus: tuple[Gpu, ...]  # those in use; llama.cpp's device N is the N-th of them
-    context_tokens: int  # of one slot
-    slots: int
-    kv_type: str
-    ubatch_tokens: int
-    threads: int
-    prompt_cache_mib: int
-    checkpoints: int  # of one slot's context, at most
-    placement: Placement  # device numbers are positions in `gpus`
-    is_moe: bool
-    ledger: tuple[LedgerRow, ...]
-    predicted: Prediction
-    why: tuple[str, ...]
-    model_bytes: int
-    host_bytes: int  # RAM that the process needs, for MemoryMax
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-    fits = True
-
-    @property
-    def argv(self) -> tuple[str, ...]:
-        """The planned part of the command line: context and placement, no path, address or name."""
-        return tuple(planned(self))
-
-    @property
-    def gpu_bytes(self) -> tuple[tuple[Gpu, int], ...]:
-        """Each GPU in use with the bytes planned on it."""
-        return tuple(zip(self.gpus, (row.used_bytes for row in self.ledger[:-1]), strict=True))
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan contract, schema 1."""
-        return _contract(self, None)
-
-
-def _contract(answer: Plan | Refusal, refusal: dict[str, Any] | None) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "fits": answer.fits,
-        "argv": list(answer.argv) if isinstance(answer, Plan) else [],
-        "ledger": [row.to_json() for row in answer.ledger],
-        "predicted": (answer.predicted if isinstance(answer, Plan) else Prediction(0.0, 0.0)).to_json(),
-        "why": list(answer.why),
-        "refusal": refusal,
-    }
 
 
 def resolve_backend(machine: Machine, settings: Settings) -> str | Refusal:

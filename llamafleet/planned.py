@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from .ledger import TRAITS
 
 if TYPE_CHECKING:  # the plan imports this module for its `argv`
-    from .plan import Plan
+    from .answer import Plan
 
 DEFAULT_BATCH_TOKENS = 2048  # llama.cpp's --batch-size; never below the ubatch
 # What goes to the CPU, of a mixture of experts or not: all that may be spilled of a layer, or a part of it.

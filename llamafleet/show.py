@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
+from .answer import Plan, Refusal
 from .ledger import LedgerRow
-from .plan import Plan, Refusal
 from .predict import Prediction
 
 GIB = 1024**3

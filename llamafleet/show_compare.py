@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from .answer import Plan, Refusal
 from .compare import Option, best, ordered, short_names
-from .plan import Plan, Refusal
 from .show import GIB, PLAIN, Look, rate
 
 MIB = 1024**2

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .adjust import NO_ADJUSTMENT, Adjustment
+from .answer import Plan, Refusal
 from .ledger import HOST, MIB, TRAITS
-from .plan import Plan, Refusal
 
 # The breakdown is printed in whole MiB, cut off; and a GPU's reserve, 1024 MiB, is sixty times this.
 TOLERANCE_BYTES = 16 * MIB

@@ -10,8 +10,8 @@ from pyinfra import logger
 from pyinfra.api.host import Host
 
 from llamafleet.adjust import NO_ADJUSTMENT
+from llamafleet.answer import Plan
 from llamafleet.ledger import MIB, TRAITS
-from llamafleet.plan import Plan
 from llamafleet.verified import Answer, Settled, compare, limits, question, say, settle
 from tasks import remote
 from tasks.situation import EXPECTED, Serving, Situation, command, remembered, replan, situation

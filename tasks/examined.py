@@ -10,7 +10,8 @@ from pyinfra.api.host import Host
 
 from llamafleet import builds, keep
 from llamafleet.adjust import Adjustment
-from llamafleet.plan import Plan, Refusal, plan_host, resolve_backend
+from llamafleet.answer import Plan, Refusal
+from llamafleet.plan import plan_host, resolve_backend
 from llamafleet.settings import Settings
 from tasks import facts, sources
 

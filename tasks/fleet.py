@@ -27,7 +27,7 @@ from pyinfra.context import ctx_config, ctx_host, ctx_inventory, ctx_state
 from pyinfra_cli.inventory import make_inventory
 
 from llamafleet import show
-from llamafleet.plan import Plan, Refusal
+from llamafleet.answer import Plan, Refusal
 from tasks.examined import examine
 from tasks.situation import EXPECTED
 

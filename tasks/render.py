@@ -10,10 +10,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from llamafleet.answer import Plan
 from llamafleet.builds import MIB, Build
 from llamafleet.flags import unit_escape
 from llamafleet.machine import Gpu
-from llamafleet.plan import Plan
 from llamafleet.planned import device_names
 from llamafleet.settings import Instance, Settings
 from llamafleet.vulkan import SOFTWARE

@@ -19,10 +19,10 @@ from pyinfra.context import ctx_host
 
 from llamafleet import builds, flags, keep, payload, toolkit
 from llamafleet.adjust import Adjustment
+from llamafleet.answer import Plan, Refusal
 from llamafleet.builds import Build
 from llamafleet.gguf import GgufError
 from llamafleet.machine import Machine, MachineError
-from llamafleet.plan import Plan, Refusal
 from llamafleet.secret_files import SecretError
 from llamafleet.settings import Instance, Settings, SettingsError, unit_of
 from llamafleet.sources import SourceError

@@ -1,7 +1,7 @@
 """What the binary said of a plan is in the next one: in its ledger and in its choice."""
 
 from llamafleet.adjust import Adjustment
-from llamafleet.plan import Refusal
+from llamafleet.answer import Refusal
 from tests import planning
 from tests.planning import MIB
 

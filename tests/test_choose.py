@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from llamafleet.adjust import NO_ADJUSTMENT
+from llamafleet.answer import Plan
 from llamafleet.choose import Search, contexts
 from llamafleet.ledger import MIB, TRAITS, Model, Placement, usage
 from llamafleet.place import Room
-from llamafleet.plan import Plan
 from llamafleet.predict import Roofline, Segment
 from llamafleet.rates import rates
 from llamafleet.settle import settle

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 
 from llamafleet import show
+from llamafleet.answer import Plan, Refusal
 from llamafleet.gguf import GgufError, read_header
-from llamafleet.plan import Plan, Refusal, plan_host
+from llamafleet.plan import plan_host
 from sandbox import models
 from tests import planning
 

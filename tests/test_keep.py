@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from llamafleet import keep
-from llamafleet.plan import Plan, Refusal
+from llamafleet.answer import Plan, Refusal
 from tests import planning
 from tests.planning import MIB
 

@@ -37,6 +37,7 @@ ORDER = [
     "choose",
     "settle",
     "reasons",
+    "answer",
     "plan",
     "flags",
     "verified",

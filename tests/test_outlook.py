@@ -3,7 +3,8 @@
 import pytest
 
 from llamafleet import outlook
-from llamafleet.plan import Plan, Refusal, plan_host
+from llamafleet.answer import Plan, Refusal
+from llamafleet.plan import plan_host
 from tests import planning
 
 

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from llamafleet import show
+from llamafleet.answer import Plan
 from llamafleet.ledger import LedgerRow
-from llamafleet.plan import Plan
 from llamafleet.predict import Prediction
 from tests import planning
 

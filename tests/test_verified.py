@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from llamafleet.adjust import Adjustment
-from llamafleet.plan import Plan, Refusal
+from llamafleet.answer import Plan, Refusal
 from llamafleet.verified import ROUNDS, TOLERANCE_BYTES, Answer, compare, question, say, settle, tolerance
 from tests import planning
 from tests.planning import MIB
