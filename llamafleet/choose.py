@@ -11,13 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .adjust import Adjustment
+from .budgets import Budgets, kind_of
 from .kv import Context
-from .ledger import HOST, TRAITS, Model
-from .place import SAME_SPEED, Room, cut, fill
-from .predict import Roofline, Segment
+from .place import SAME_SPEED, cut, fill
+from .predict import Segment
 from .settings import Instance
-from .sketch import Sketch
 from .workload import Workload
 
 UBATCHES = (512, 256, 1024, 2048, 4096, 8192)  # llama.cpp's default first: it wins ties
@@ -46,36 +44,8 @@ class Candidate:
         return kind_of(self.order, self.segments)
 
 
-def kind_of(order: Sequence[int], segments: Sequence[Segment]) -> str:
-    """What is on the host: "none", "spill" (experts or FFN), "layers" (whole ones) or "all"."""
-    if not order:
-        return "all"
-    if segments[0].device is None:
-        return "layers"
-    return "spill" if any(one.keep < one.hi for one in segments) else "none"
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """Bytes that do not depend on how many layers a device gets: of each device, and of the host."""
-
-    devices: tuple[int, ...]
-    host: int
-
-
-class Search:
-    """All candidates for one model in one room."""
-
-    def __init__(
-        self, model: Model, room: Room, backend: str, extra_bytes: int, adjustment: Adjustment, roofline: Roofline
-    ) -> None:
-        self.model, self.room, self.backend = model, room, backend
-        self.extra_bytes, self.adjustment, self.roofline = extra_bytes, adjustment, roofline
-        self.movable = [layer for layer in range(model.layers) if model.spill_bytes[layer]]
-        self.sketch = Sketch(model)
-        self._fixed: dict[tuple[Context, int, str], Fixed] = {}
-        self._base: dict[Context, list[float]] = {}
-        self._all: dict[Context, list[float]] = {}
+class Search(Budgets):
+    """All candidates for one model in one room, within its budgets."""
 
     def candidates(self, tried: Sequence[tuple[Context, float]]) -> list[Candidate]:
         """The best first. A context comes with its handicap.
@@ -119,7 +89,7 @@ class Search:
         """A candidate with its time and what RAM it lacks."""
         seconds = self.roofline.workload(segments, context)
         score = seconds * handicap * ANOTHER_GPU ** max(0, len(order) - 1)
-        return Candidate(context, order, segments, seconds, score, self._host_short(context, order, segments))
+        return Candidate(context, order, segments, seconds, score, self.host_short(context, order, segments))
 
     def orders(self) -> list[tuple[int, ...]]:
         """Rows of GPUs worth a try: the fastest one, two, ..., and the largest, each behind its best PCIe link.
@@ -163,7 +133,7 @@ class Search:
             yield order, fronted
 
     def _resident(self, context: Context, order: tuple[int, ...]) -> tuple[Segment, ...] | None:
-        budgets, whole = self.budgets(context, order, "none"), self._whole(context)
+        budgets, whole = self.budgets(context, order, "none"), self.whole(context)
         if sum(budgets) < whole[-1]:
             return None
         speeds = [self.roofline.rates.gpus[device].bytes_per_s for device in order]
@@ -184,7 +154,7 @@ class Search:
 
     def _around(self, context: Context, middle: int, budgets: Sequence[float]) -> tuple[int, ...] | None:
         """Where the cuts are if every GPU but one, the fastest, has only layers with all their experts (FFN)."""
-        base, whole = self.costs(context), self._whole(context)
+        base, whole = self.costs(context), self.whole(context)
         start, stop = 0, len(whole) - 1
         ends = [0] * len(budgets)
         for position in range(middle):
@@ -198,7 +168,7 @@ class Search:
 
     def _front_kept(self, context: Context, budgets: Sequence[float]) -> tuple[int, ...] | None:
         """Where the cuts are if as many front layers as possible keep their experts (FFN)."""
-        base, whole = self.costs(context), self._whole(context)
+        base, whole = self.costs(context), self.whole(context)
         edges = [*self.movable, self.model.layers]
 
         def kept(count: int) -> tuple[int, ...] | None:  # where the cuts are if so many keep theirs
@@ -216,7 +186,7 @@ class Search:
 
     def _fronted(self, context: Context, order: tuple[int, ...], *, kept: bool) -> tuple[Segment, ...] | None:
         """The fewest whole front layers on the CPU; `kept`: the others keep their experts (FFN) on the GPUs."""
-        sums = self._whole(context) if kept else self.costs(context)
+        sums = self.whole(context) if kept else self.costs(context)
         budgets = self.budgets(context, order, "layers")
         best: tuple[int, tuple[int, ...]] | None = None
         low, high = 1, self.model.layers
@@ -251,72 +221,6 @@ class Search:
             pieces.append(Segment(device, start, hi, keep))
             start = hi
         return tuple(pieces)
-
-    def costs(self, context: Context) -> list[float]:
-        """Bytes of the first n layers on a device, without what may be spilled; last, with the output."""
-        if context not in self._base:
-            total, sums = 0.0, [0.0]
-            cache = self.model.compute.kv_bytes(context)
-            for whole, spill, kept in zip(self.model.layer_bytes, self.model.spill_bytes, cache, strict=True):
-                total += whole - spill + kept
-                sums.append(total)
-            self._base[context] = [*sums, total + self.model.output_bytes]
-        return self._base[context]
-
-    def _whole(self, context: Context) -> list[float]:
-        """The same with everything on the device."""
-        if context not in self._all:
-            spill = self.roofline.spill
-            base = self.costs(context)
-            self._all[context] = [cost + spill[min(n, self.model.layers)] for n, cost in enumerate(base)]
-        return self._all[context]
-
-    def budgets(self, context: Context, order: tuple[int, ...], kind: str) -> list[float]:
-        """Bytes for layers on each device: what compute, staging, overhead, reserve and others leave."""
-        fixed, room = self.fixed(context, len(order), kind), self.room
-        budgets = []
-        for position, device in enumerate(order):
-            extra = self.adjustment.extra_bytes.get(f"GPU{room.gpus[device].index}", 0)
-            shared = (fixed.host + self.model.input_bytes) if room.unified else 0
-            budgets.append(
-                float(room.gpu_bytes[device] - room.gpu_reserve_bytes - fixed.devices[position] - extra - shared)
-            )
-        return budgets
-
-    def fixed(self, context: Context, count: int, kind: str) -> Fixed:
-        """By the sketch, for that many devices with that on the host."""
-        key = (context, count, kind)
-        if key not in self._fixed:
-            self._fixed[key] = self._sketched(context, count, kind)
-        return self._fixed[key]
-
-    def _sketched(self, context: Context, count: int, kind: str) -> Fixed:
-        traits, pipelined = TRAITS[self.backend], count > 1 and kind == "none"
-        inner = self.sketch.compute(context, output=False, pipelined=pipelined) + traits.overhead_bytes
-        last = self.sketch.compute(context, output=True, pipelined=pipelined) + traits.overhead_bytes
-        staging = self.sketch.staging(kind) if traits.op_offload else 0
-        devices = [inner] * (count - 1) + [last] if count else []
-        devices[:1] = [size + staging for size in devices[:1]]
-        host = self.sketch.compute(context, output=not count, pipelined=pipelined)
-        host += traits.host_overhead_bytes + self.extra_bytes + self.adjustment.extra_bytes.get(HOST, 0)
-        return Fixed(tuple(devices), host)
-
-    def _host_short(self, context: Context, order: tuple[int, ...], segments: Sequence[Segment]) -> int:
-        room, model = self.room, self.model
-        kind = kind_of(order, segments)
-        needed = self.fixed(context, len(order), kind).host + model.input_bytes
-        for one in segments:
-            moved, _ = self.roofline.moved(one)
-            needed += int(moved)
-            if one.device is None:
-                base, spill = self.costs(context), self.roofline.spill
-                needed += int(base[one.hi] - base[one.lo] + spill[one.hi] - spill[one.lo])
-        if not order:
-            needed += model.output_bytes - (model.tied_bytes if model.tied_is_shared else 0)
-        if room.unified:
-            base = self.costs(context)
-            needed += int(base[-1] + self.roofline.spill[-1]) + sum(self.fixed(context, 1, "none").devices)
-        return max(0, needed + room.host_reserve_bytes - room.host_bytes - room.swap_bytes)
 
 
 def _rank(one: Candidate) -> tuple[int, float]:

@@ -34,6 +34,7 @@ ORDER = [
     "predict",
     "place",
     "sketch",
+    "budgets",
     "choose",
     "settle",
     "reasons",
