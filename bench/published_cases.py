@@ -22,6 +22,7 @@ from typing import Any
 
 from llamafleet.adjust import NO_ADJUSTMENT
 from llamafleet.answer import Plan
+from llamafleet.backend import resolve_backend
 from llamafleet.catalogue import find
 from llamafleet.choose import Candidate, Search
 from llamafleet.cli import default_data
@@ -30,7 +31,7 @@ from llamafleet.kv import Context
 from llamafleet.ledger import MIB, TRAITS, Model
 from llamafleet.machine import Machine
 from llamafleet.place import Room
-from llamafleet.plan import plan_host, resolve_backend
+from llamafleet.plan import plan_host
 from llamafleet.predict import Prediction, Roofline, Segment
 from llamafleet.rates import rates
 from llamafleet.settings import Settings

@@ -16,11 +16,12 @@ from . import vulkan
 from .adjust import NO_ADJUSTMENT, Adjustment
 from .advice import suggestions
 from .answer import Plan, Refusal
+from .backend import environment, gpus_for, resolve_backend
 from .choose import Candidate, Search, contexts
 from .gguf import Header
 from .kv import Context, checkpoint_bytes, number
 from .ledger import HOST, MIB, TRAITS, Model
-from .machine import Gpu, Machine
+from .machine import Machine
 from .place import Room
 from .predict import Prediction, Roofline
 from .rates import NOT_MEASURED, Measurements, rates
@@ -35,38 +36,6 @@ DEFAULT_CONTEXT_LIMIT = 32768  # tokens, where the operator names no context (in
 SKETCH_ERROR_BYTES = 32 * MIB  # of host memory, by which the sketch is too high here and there
 NEARLY = 2  # such candidates are looked at first
 SETTLED = 6  # candidates checked against the ledger before a model is refused
-BACKEND_OF_VENDOR = {"nvidia": "cuda", "amd": "hip"}
-
-
-def resolve_backend(machine: Machine, settings: Settings) -> str | Refusal:
-    """The backend to build and plan for; a GPU that is there but unusable is never passed over silently."""
-    if settings.backend != "auto":
-        return settings.backend
-    broken = [gpu for gpu in machine.gpus if gpu.problem]
-    usable = machine.usable_gpus
-    listed = {gpu.pci_bus_id for gpu in machine.gpus}
-    lost = [gpu for gpu in machine.pci_gpus if gpu.vendor in BACKEND_OF_VENDOR and gpu.pci_bus_id not in listed]
-    if not usable and (broken or lost):
-        told = "; ".join(
-            [f"GPU{gpu.index} ({gpu.name}): {gpu.problem}" for gpu in broken]
-            + [f"{gpu.vendor} GPU at {gpu.pci_bus_id}: no driver lists it" for gpu in lost]
-        )
-        return Refusal(
-            f"{machine.hostname} has a GPU that cannot be used: {told}",
-            device=f"GPU{broken[0].index}" if broken else lost[0].pci_bus_id,
-            suggestions=(
-                "repair the driver (see the probe's problems)",
-                'or set backend = "cpu" to do without the GPU',
-            ),
-        )
-    vendors = {gpu.vendor for gpu in usable}
-    if len(vendors) > 1:
-        return Refusal(
-            f"{machine.hostname} has usable GPUs of several vendors ({', '.join(sorted(vendors))})",
-            device=f"GPU{usable[0].index}",
-            suggestions=('set backend to the one to use: "cuda", "hip" or "vulkan"',),
-        )
-    return BACKEND_OF_VENDOR.get(next(iter(vendors)), "vulkan") if vendors else "cpu"
 
 
 def plan_host(
@@ -83,7 +52,7 @@ def plan_host(
     backend = resolve_backend(machine, settings)
     if isinstance(backend, Refusal):
         return tuple(replace(backend, instance=instance.name) for instance, _ in requests)
-    gpus = vulkan.gpus(machine, settings.vulkan_devices) if backend == "vulkan" else _gpus_for(machine, backend)
+    gpus = gpus_for(machine, backend, settings)
     if backend != "cpu" and not gpus:
         refusal = Refusal(
             f"backend is {backend!r} but {machine.hostname} has no GPU that it could use",
@@ -99,13 +68,6 @@ def plan_host(
             room = room.without(answer.ledger)
         answers[position] = answer
     return tuple(answers[position] for position in range(len(requests)))
-
-
-def _gpus_for(machine: Machine, backend: str) -> tuple[Gpu, ...]:
-    if backend == "cpu":
-        return ()
-    vendors = {"cuda": {"nvidia"}, "hip": {"amd"}}.get(backend)
-    return tuple(gpu for gpu in machine.usable_gpus if vendors is None or gpu.vendor in vendors)
 
 
 def _plan_one(
@@ -245,18 +207,8 @@ def _plan(asked: _Asked, search: Search, settled: Settled, weighed: Sequence[Can
         why=tuple(why(decision)),
         model_bytes=asked.model.header.file_bytes_total,
         host_bytes=sum(row.used_bytes for row in (rows if asked.room.unified else rows[-1:])),
-        environment=_environment(asked.backend, gpus),
+        environment=environment(asked.backend, gpus),
     )
-
-
-def _environment(backend: str, gpus: Sequence[Gpu]) -> dict[str, str]:
-    """What the unit must set so that llama.cpp's device N is the N-th GPU of the plan."""
-    if backend == "cuda":
-        uuids = ",".join(gpu.uuid or str(gpu.index) for gpu in gpus)
-        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": uuids}
-    variable = TRAITS[backend].visible_variable
-    numbers = [gpu.index if gpu.vulkan_index is None else gpu.vulkan_index for gpu in gpus]
-    return {variable: ",".join(map(str, numbers))} if variable else {}
 
 
 def _refuse(asked: _Asked, search: Search, settled: Settled) -> Refusal:

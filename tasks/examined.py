@@ -11,7 +11,8 @@ from pyinfra.api.host import Host
 from llamafleet import builds, keep
 from llamafleet.adjust import Adjustment
 from llamafleet.answer import Plan, Refusal
-from llamafleet.plan import plan_host, resolve_backend
+from llamafleet.backend import resolve_backend
+from llamafleet.plan import plan_host
 from llamafleet.settings import Settings
 from tasks import facts, sources
 

@@ -39,6 +39,7 @@ ORDER = [
     "settle",
     "reasons",
     "answer",
+    "backend",
     "plan",
     "flags",
     "verified",

@@ -12,9 +12,10 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from llamafleet.answer import Plan, Refusal
+from llamafleet.backend import resolve_backend
 from llamafleet.gguf import Header
 from llamafleet.place import cut, fill
-from llamafleet.plan import plan_host, resolve_backend
+from llamafleet.plan import plan_host
 from sandbox import models
 from tests import planning
 from tests.planning import MIB, argument
