@@ -11,15 +11,14 @@ from dataclasses import dataclass, field
 from io import BytesIO, StringIO
 from typing import Any, TypeVar
 
-from pyinfra import logger
 from pyinfra.api import FileUploadCommand, FunctionCommand, StringCommand, operation
 from pyinfra.api.host import Host
-from pyinfra.api.state import BaseStateCallback, State
+from pyinfra.api.state import State
 from pyinfra.context import ctx_host
 
 from llamafleet import payload
 from llamafleet.verified import ROUNDS
-from tasks import remote, sources
+from tasks import jobs, remote, sources
 
 Commands = Generator[StringCommand | FileUploadCommand | FunctionCommand, None, None]
 
@@ -104,61 +103,14 @@ def install_helpers(needed: bool, arch: str) -> Commands:
 def take_lock(needed: bool) -> Commands:
     """This run's lock on the host: of two runs at once the second is told who holds it."""
     if needed:
-        yield FunctionCommand(_take_lock, (), {})
-
-
-# Hosts whose lock this run holds.
-_holding: set[Host] = set()
-
-
-class _ReleaseLockOnFailure(BaseStateCallback):
-    """A host that failed is out of the run: its lock is given back at once."""
-
-    @staticmethod
-    def operation_host_error(
-        state: State, host: Host, op_hash: str, retry_count: int = 0, max_retries: int = 0
-    ) -> None:
-        try:
-            if host.connected and host in _holding:
-                remote.run(host, _release())
-        except Exception as error:  # whatever it is, the other hosts' run must go on
-            host.log(f"the host's lock could not be given back ({error}); it ends by itself", logger.warning)
-        _holding.discard(host)
-
-
-def _release() -> StringCommand:
-    return remote.program("lock.py", "release", remote.this_run()["run"])
-
-
-def _take_lock(state: State, host: Host) -> bool:
-    if not any(isinstance(handler, _ReleaseLockOnFailure) for handler in state.callback_handlers):
-        state.add_callback_handler(_ReleaseLockOnFailure())
-    holder = remote.this_run()
-    over: list[str] = []
-    for _ in range(2):
-        ok, out, err = remote.run(host, remote.program("lock.py", "take", json.dumps(holder), *over))
-        if ok:
-            _holding.add(host)
-            return True
-        if not out:
-            return _fail(host, f"the host's lock cannot be taken: {remote.explain(out, err)}")
-        other = json.loads(out[-1])
-        if not remote.is_ours_or_dead(other):
-            return _fail(host, remote.held_by(other))
-        over = ["--over", other["run"]]
-    return _fail(host, "the host's lock was taken by another run in the same moment: try again")
-
-
-def _fail(host: Host, text: str) -> bool:
-    host.log_styled(text, fg="red", log_func=logger.error)
-    return False
+        yield FunctionCommand(jobs.take_lock, (), {})
 
 
 @operation()
 def release_lock(needed: bool) -> Commands:
     """Give the host's lock back."""
     if needed:
-        yield _release()
+        yield jobs.release()
 
 
 @operation()
@@ -202,50 +154,7 @@ def run_job(
     command = remote.words(program, *arguments)
     if remove_after:
         command = ["sh", "-c", '"$@"; code=$?; rm -f "$0"; exit $code', remove_after, *command]
-    yield FunctionCommand(_follow, (job, command), {})
-
-
-def _follow(state: State, host: Host, job: str, command: list[str]) -> bool:
-    """Start or join the job, show its progress, and fail with the end of its log.
-
-    A stage that is run alone holds the host's lock for its job only.
-    """
-    try:
-        if host in _holding:
-            return _follow_locked(host, job, command)
-        if not _take_lock(state, host):
-            return False
-        try:
-            return _follow_locked(host, job, command)
-        finally:
-            remote.run(host, _release())
-            _holding.discard(host)
-    except remote.RemoteError as error:
-        return _fail(host, f"{job}: {error}; what was started goes on there, run again to follow it")
-
-
-def _follow_locked(host: Host, job: str, command: list[str]) -> bool:
-    seen = remote.run_json(host, remote.program("job.py", "start", job, "--", *command))
-    said = ""
-    while seen["state"] == "running":
-        if seen["line"] != said and seen["line"]:
-            said = seen["line"]
-            host.log(said[:200])
-        kept, out, err = remote.run(host, remote.program("lock.py", "refresh", remote.this_run()["run"]))
-        if not kept:
-            return _fail(host, f"this run lost the host's lock, the job goes on: {remote.explain(out, err)}")
-        follow = remote.program("job.py", "follow", job, f"--seen={said}", "--seconds", "15")
-        seen = remote.run_json(host, follow)
-    if seen["state"] == "ended" and seen["exit_code"] == 0:
-        for line in seen["tail"]:
-            if line.startswith("note: "):  # what the operator should know although all went well
-                host.log(line.removeprefix("note: "))
-        return True
-    how = f"exit code {seen['exit_code']}" if seen["state"] == "ended" else "it was killed"
-    tail = seen["tail"]
-    errors = [number for number, line in enumerate(tail) if line.startswith("error: ")]
-    text = "\n".join(tail[max(0, errors[-1] - 15) :] if errors else tail[-15:])
-    return _fail(host, f"{job} failed ({how}): {text}\nwhole log: /var/lib/llamafleet/jobs/{job}.log")
+    yield FunctionCommand(jobs.follow, (job, command), {})
 
 
 @operation()
@@ -303,7 +212,7 @@ def switch_service(staging: Callable[[], Staging | None], again: Callable[[Host,
 def _switch(state: State, host: Host, now: Staging, told: dict[str, int], last: bool) -> bool:
     """The switch as a job. Where it failed over what llama-server told there, that is put into `told`."""
     job = f"switch-{now.name}-{now.identity}"
-    if _follow(state, host, job, remote.words("switch.py", "install", now.name)):
+    if jobs.follow(state, host, job, remote.words("switch.py", "install", now.name)):
         return True
     _, lines, _ = remote.run(host, f"grep '^told: ' /var/lib/llamafleet/jobs/{shlex.quote(job)}.log")
     if not lines or last:

@@ -11,7 +11,7 @@ from llamafleet.builds import Build
 from llamafleet.remote import verify
 from llamafleet.verified import Answer
 from llamafleet.work import sha256
-from tasks import asking, facts, operations, service, situation
+from tasks import asking, facts, jobs, operations, service, situation
 from tasks.examined import Examined
 from tasks.sources import Model
 from tests import planning
@@ -253,7 +253,7 @@ def test_the_switch_is_tried_again_with_the_new_plan_and_not_for_ever(host, monk
     begin(host, monkeypatch, now({"m0": INSTANCE}))
     staged = service.staging("m0")
     tried, replanned = [], []
-    monkeypatch.setattr(operations, "_follow", lambda state, host, job, command: tried.append(job))
+    monkeypatch.setattr(jobs, "follow", lambda state, host, job, command: tried.append(job))
     monkeypatch.setattr(operations.remote, "run", lambda host, command: (True, ['told: {"CUDA0": 5}'], []))
 
     def again(host, told):
@@ -269,7 +269,7 @@ def test_the_switch_is_tried_again_with_the_new_plan_and_not_for_ever(host, monk
 def test_a_switch_that_fails_for_another_reason_is_not_tried_again(host, monkeypatch):
     begin(host, monkeypatch, now({"m0": INSTANCE}))
     staged = service.staging("m0")
-    monkeypatch.setattr(operations, "_follow", lambda state, host, job, command: False)
+    monkeypatch.setattr(jobs, "follow", lambda state, host, job, command: False)
     monkeypatch.setattr(operations.remote, "run", lambda host, command: (False, [], []))
     [command] = operations.switch_service._inner(lambda: staged, lambda host, told: pytest.fail("planned again"))
     assert command.function(None, host, *command.args) is False
