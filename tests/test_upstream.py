@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import upstream
+from sandbox import upstream, upstream_wire
 
 COMMIT_B11434 = "3e3b1d5edd947b157f4ff3a65c0baf8200412d99"
 
@@ -63,7 +63,7 @@ def test_one_commit_is_fetched_by_its_sha_even_when_no_branch_names_it_any_more(
     lost = upstream.add_commit(repository, {"CMakeLists.txt": "lost\n"}, "lost")
     newest = upstream.add_commit(repository, {"new.txt": "new\n", "run.sh": None}, "newest")
     git("tag", "--delete", "lost", cwd=repository)
-    with upstream.serve(repository) as url:
+    with upstream_wire.serve(repository) as url:
         refs = dict(reversed(line.split("\t")) for line in git("ls-remote", url).splitlines())
         assert refs["refs/tags/newest"] == refs["HEAD"] == newest
         assert refs[f"refs/tags/{upstream.TAG}"] == base
@@ -101,13 +101,13 @@ def test_a_commit_on_a_copy_leaves_the_original_alone_and_has_the_same_sha_every
 
 def test_ten_clients_at_once_all_get_the_commit(repository: Path, tmp_path: Path) -> None:
     sha = upstream.resolve(repository, upstream.TAG)
-    with upstream.serve(repository) as url, ThreadPoolExecutor(10) as pool:
+    with upstream_wire.serve(repository) as url, ThreadPoolExecutor(10) as pool:
         folders = list(pool.map(lambda i: fetch(url, sha, tmp_path / str(i)), range(10)))
     assert {git("rev-parse", "HEAD", cwd=folder) for folder in folders} == {sha}
 
 
 def test_nobody_can_push_and_nothing_beside_the_repository_is_served(repository: Path, tmp_path: Path) -> None:
-    with upstream.serve(repository) as url:
+    with upstream_wire.serve(repository) as url:
         clone = tmp_path / "clone"
         git("clone", "--quiet", url, clone)
         with pytest.raises(subprocess.CalledProcessError):
@@ -129,6 +129,6 @@ def test_an_archive_with_another_hash_is_refused_and_removed(tmp_path: Path) -> 
 @pytest.mark.oracle
 def test_the_real_tree_has_the_commit_that_every_machine_gets(tmp_path: Path) -> None:
     assert upstream.ensure() == COMMIT_B11434
-    with upstream.serve() as url:
+    with upstream_wire.serve() as url:
         tree = fetch(url, COMMIT_B11434, tmp_path / "llama.cpp")
     assert (tree / "tools" / "server" / "CMakeLists.txt").is_file()
