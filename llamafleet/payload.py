@@ -32,8 +32,9 @@ PROBE_PACKAGES = frozenset({"psutil", "nvidia-ml-py"})
 # The survey reads what is installed and asks its siblings: the probe, the toolkits, the lock. What uninstalls
 # cannot be among the helpers that it removes.
 PROBE_PROGRAMS = (
-    *("ground.py", "lock.py", "probe.py", "probe_files.py", "probe_gpus.py", "probe_vulkan.py", "survey.py"),
-    *("releases.py", "toolkits.py", "uninstall.py"),
+    *("probe.py", "probe_files.py", "probe_vulkan.py"),
+    *("probe_gpus.py", "probe_gpu_common.py", "probe_nvidia.py", "probe_amd.py"),
+    *("survey.py", "ground.py", "lock.py", "releases.py", "toolkits.py", "uninstall.py"),
 )
 # Not needed to run the probe on Linux.
 _PROBE_LEAVES_OUT = re.compile(r"\.dist-info/|^example\.py$|^psutil/(tests/|_ps(aix|bsd|osx|sunos|windows)\.py$)")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from llamafleet import payload
+
 ROOT = Path(__file__).resolve().parent.parent
 STANDARD = set(sys.stdlib_module_names)
 # Module of ours: what it may import of ours, in the design's order.
@@ -89,6 +91,13 @@ def test_what_decides_imports_downwards_only(name):
 def test_what_runs_on_hosts_brings_nothing_of_ours(path):
     siblings = {one.stem for one in files("llamafleet/remote")}
     assert roots(path) - STANDARD <= {"psutil", "pynvml", "requests"} | siblings
+
+
+@pytest.mark.parametrize("name", payload.PROBE_PROGRAMS)
+def test_what_the_probe_imports_is_sent_with_it(name):
+    siblings = {one.stem for one in files("llamafleet/remote")}
+    sent = {Path(one).stem for one in payload.PROBE_PROGRAMS}
+    assert roots(ROOT / "llamafleet/remote" / name) & siblings <= sent
 
 
 @pytest.mark.parametrize("path", files("inventory", deep=True), ids=lambda path: path.name)
