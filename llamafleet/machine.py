@@ -8,6 +8,7 @@ refused with its path.
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 SCHEMA = 1
+_LIST = re.compile(r"(\d+(-\d+)?(,\d+(-\d+)?)*)?", re.ASCII)
 
 
 class MachineError(ValueError):
@@ -59,7 +61,10 @@ class Os(_Part):
 
 @dataclass(frozen=True)
 class Cpu(_Part):
-    """Processors; `performance_cores` leaves a hybrid's efficiency cores out, else all physical ones."""
+    """Processors; `performance_cores` leaves a hybrid's efficiency cores out, else all physical ones.
+
+    Lists are in Linux' format, "0-3,8". They go into a unit's text, so nothing else is taken.
+    """
 
     model: str
     sockets: int
@@ -68,6 +73,8 @@ class Cpu(_Part):
     performance_cores: int
     numa_nodes: int
     flags: tuple[str, ...]
+    performance_cpus: str = ""  # the logical CPUs of a hybrid's performance cores; empty where all cores are alike
+    numa_node_list: str = ""  # the nodes with processors and memory; empty where the file does not tell
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,9 @@ class Machine(_Part):
         if isinstance(data, Mapping) and data.get("schema") != SCHEMA:
             raise MachineError("schema", data.get("schema", dataclasses.MISSING), str(SCHEMA))
         machine = cls.read(data, "")
+        for name in ("performance_cpus", "numa_node_list"):
+            if not _LIST.fullmatch(getattr(machine.cpu, name)):
+                raise MachineError(f"cpu.{name}", getattr(machine.cpu, name), 'a list like "0-3,8", or empty text')
         for position, gpu in enumerate(machine.gpus):
             if gpu.memory_used_by_others_bytes > gpu.memory_total_bytes:
                 where = f"gpus[{position}].memory_used_by_others_bytes"

@@ -32,7 +32,7 @@ PROBE_PACKAGES = frozenset({"psutil", "nvidia-ml-py"})
 # The survey reads what is installed and asks its siblings: the probe, the toolkits, the lock. What uninstalls
 # cannot be among the helpers that it removes.
 PROBE_PROGRAMS = (
-    *("probe.py", "probe_files.py", "probe_vulkan.py"),
+    *("probe.py", "probe_cpu.py", "probe_files.py", "probe_vulkan.py"),
     *("probe_gpus.py", "probe_gpu_common.py", "probe_nvidia.py", "probe_amd.py"),
     *("survey.py", "ground.py", "lock.py", "releases.py", "toolkits.py", "uninstall.py"),
 )

@@ -62,6 +62,13 @@ def test_a_newer_probe_may_tell_more(file):
     assert Machine.from_json(file) == Machine.from_json(FILE)
 
 
+def test_lists_of_cpus_and_nodes_are_read_and_an_older_probe_tells_none(file):
+    assert Machine.from_json(file).cpu.performance_cpus == ""
+    file["cpu"] |= {"performance_cpus": "0-5,8-13,16", "numa_node_list": "0-1"}
+    cpu = Machine.from_json(file).cpu
+    assert (cpu.performance_cpus, cpu.numa_node_list) == ("0-5,8-13,16", "0-1")
+
+
 def test_gpu_with_a_problem_has_no_capacity(file):
     file["gpus"][0]["problem"] = "fell off the bus"
     machine = Machine.from_json(file)
@@ -109,6 +116,9 @@ def with_value(*path_and_value):
          "found 24001, expected at most memory_total_bytes, 24000"),
         (with_value("memory", "total_bytes", 1.5), "memory.total_bytes: found 1.5, expected a whole number"),
         (with_value("cpu", "flags", [1]), "cpu.flags[0]: found 1, expected text"),
+        (with_value("cpu", "performance_cpus", "0-11\nExecStartPre=+/bin/sh"), "cpu.performance_cpus: found '0-11"),
+        (with_value("cpu", "performance_cpus", "0-"), "cpu.performance_cpus: found '0-', expected a list like"),
+        (with_value("cpu", "numa_node_list", "0-1\n"), "cpu.numa_node_list: found '0-1"),
         (with_value("disks", [{"path": "/"}]), "disks[0].free_bytes: found nothing"),
         (with_value("driver", "cuda", 13), "driver.cuda: found 13, expected text"),
     ],

@@ -371,19 +371,75 @@ def topology(host, cores, online):
             host.file(f"{folder}/physical_package_id", "0")
 
 
+I5_13400F = ["0-1", "2-3", "4-5", "6-7", "8-9", "10-11", "12", "13", "14", "15"]  # 6 + 4
+
+
 def test_hybrid_intel_has_performance_cores(host):
-    cores = ["0-1", "2-3", "4-5", "6-7", "8-9", "10-11", "12", "13", "14", "15"]  # i5-13400F: 6 + 4
-    topology(host, cores, "0-15")
+    topology(host, I5_13400F, "0-15")
     host.file("sys/devices/cpu_core/cpus", "0-11\n")
     cpu = host.probe(nvml=False)["cpu"]
     assert (cpu["physical_cores"], cpu["performance_cores"], cpu["sockets"]) == (10, 6, 1)
+    assert cpu["performance_cpus"] == "0-11"
 
 
 def test_arm_cores_of_different_capacity(host):
-    topology(host, ["0", "1", "2", "3"], "0-3")
-    for number, capacity in enumerate(["380", "380", "1010", "1024"]):
+    topology(host, ["0", "1", "2", "3", "4"], "0-4")
+    for number, capacity in enumerate(["1010", "380", "380", "1010", "1024"]):
         host.file(f"sys/devices/system/cpu/cpu{number}/cpu_capacity", capacity)
-    assert host.probe(nvml=False)["cpu"]["performance_cores"] == 2
+    cpu = host.probe(nvml=False)["cpu"]
+    assert (cpu["performance_cores"], cpu["performance_cpus"]) == (3, "0,3-4")
+
+
+def test_favoured_cores_of_a_uniform_processor_are_no_others(host):
+    topology(host, ["0-1", "2-3"], "0-3")
+    for number, megahertz in enumerate([5100, 5100, 4700, 4700]):
+        host.file(f"sys/devices/system/cpu/cpu{number}/cpufreq/cpuinfo_max_freq", f"{megahertz}000")
+    cpu = host.probe(nvml=False)["cpu"]
+    assert (cpu["performance_cores"], cpu["performance_cpus"]) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("situation", "files", "cores", "fast", "cpus"),
+    [
+        ("v2, some of both kinds", {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpuset.cpus.effective": "8-13\n"},
+         4, 2, "8-11"),
+        ("v2, efficiency cores alone", {"proc/self/cgroup": "0::/box\n",
+                                        "sys/fs/cgroup/box/cpuset.cpus.effective": "12-15\n",
+                                        "sys/fs/cgroup/cpuset.cpus.effective": "0-15\n"}, 4, 4, ""),
+        ("v1", {"proc/self/cgroup": "3:cpuset:/box\n0::/\n",
+                "sys/fs/cgroup/cpuset/box/cpuset.effective_cpus": "0-3,15\n"}, 3, 2, "0-3"),
+    ],
+)  # fmt: skip
+def test_a_containers_cpus_are_all_there_are(host, situation, files, cores, fast, cpus):
+    topology(host, I5_13400F, "0-15")
+    host.file("sys/devices/cpu_core/cpus", "0-11\n")
+    for path, text in files.items():
+        host.file(path, text)
+    found = host.probe(nvml=False)
+    told = [found["cpu"][key] for key in ("physical_cores", "performance_cores", "performance_cpus")]
+    assert told == [cores, fast, cpus]
+    assert "of 0-15; the limit counts" in the_problem(found)
+
+
+def test_the_login_sessions_own_cpus_do_not_bind_a_service(host):
+    topology(host, I5_13400F, "0-15")
+    host.file("proc/self/cgroup", "0::/user.slice/user-1000.slice\n")
+    host.file("sys/fs/cgroup/user.slice/cpuset.cpus.effective", "12-15\n")
+    host.file("sys/fs/cgroup/cpuset.cpus.effective", "0-15\n")
+    found = host.probe(nvml=False)
+    assert (found["cpu"]["physical_cores"], found["problems"]) == (10, [])
+
+
+def test_numa_nodes_of_memory_alone_are_left_out(host):
+    host.file("sys/devices/system/node/has_cpu", "0-1,3\n")
+    host.file("sys/devices/system/node/has_memory", "0-2\n")  # 2: a GPU's memory; 3: no memory is plugged there
+    cpu = host.probe(nvml=False)["cpu"]
+    assert (cpu["numa_nodes"], cpu["numa_node_list"]) == (2, "0-1")
+
+
+def test_a_kernel_that_knows_no_numa_has_one_node(host):
+    cpu = host.probe(nvml=False)["cpu"]
+    assert (cpu["numa_nodes"], cpu["numa_node_list"]) == (1, "")
 
 
 @pytest.mark.parametrize(
@@ -441,9 +497,12 @@ def test_this_machine_by_another_route():
     command = [sys.executable, str(REMOTE / "probe.py"), "--paths", "/", missing]
     found = json.loads(output(*command))
     assert found["schema"] == 1
-    assert found["cpu"]["logical_cores"] == int(output("getconf", "_NPROCESSORS_ONLN"))
-    pairs = {line for line in output("lscpu", "-p=socket,core").splitlines() if not line.startswith("#")}
-    assert found["cpu"]["physical_cores"] == len(pairs)
+    if not [text for text in found["problems"] if text.startswith("processor: a cgroup")]:
+        assert found["cpu"]["logical_cores"] == int(output("getconf", "_NPROCESSORS_ONLN"))
+        pairs = {line for line in output("lscpu", "-p=socket,core").splitlines() if not line.startswith("#")}
+        assert found["cpu"]["physical_cores"] == len(pairs)
+    nodes = {line for line in output("lscpu", "-p=node").splitlines() if not line.startswith("#")} - {""}
+    assert found["cpu"]["numa_nodes"] == (len(nodes) or 1)
     assert f"glibc {found['os']['libc']}" == output("getconf", "GNU_LIBC_VERSION")
     assert found["os"]["id"] == output("sh", "-c", ". /etc/os-release; echo $ID")
     assert found["os"]["arch"] == platform.machine() == output("uname", "-m")

@@ -1,9 +1,9 @@
 """Look at this host and print what it is as one JSON object, the machine file (schema 1).
 
 Contract: runs on the host with any Python >= 3.8, as any user, with the standard library, psutil, and
-beside it `probe_files.py` and `probe_gpus.py`; imports nothing else of ours. Reads only, leaves
-nothing behind. Prints exactly one JSON object on stdout and exits 0: what is odd about the host is text
-in `problems`, never a crash. Exit 2 is bad usage.
+beside it `probe_files.py`, `probe_cpu.py`, `probe_gpus.py` and `probe_vulkan.py`; imports nothing else of
+ours. Reads only, leaves nothing behind. Prints exactly one JSON object on stdout and exits 0: what is odd
+about the host is text in `problems`, never a crash. Exit 2 is bad usage.
 
     probe.py [--paths PATH...] [--driver-seconds 20] [--vulkan] [--root DIR]
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import importlib
 import json
 import os
 import platform
@@ -23,19 +22,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
+from typing import Any
 
-from probe_files import number, read
+import probe_cpu
+import probe_files
+from probe_files import at, cgroup_folders, number, psutil, read
 
 VENDORS = {"0x10de": "nvidia", "0x1002": "amd", "0x8086": "intel"}
-CPU_FLAGS = re.compile(
-    r"^(sse4_2|avx|avx2|avx_vnni|avx512\w*|amx_\w+|f16c|fma|bmi2|neon|asimd\w*|sve\w*|i8mm|bf16|svei8mm)$"
-)
-# A core counts as a performance core from this share of the strongest core's capacity or clock:
-# favoured cores differ by some 10 %, efficiency cores by 40 % and more.
-PERFORMANCE_SHARE = 0.75
-
-ROOT = Path("/")
+# Of a cgroup, v2 or not: the files of its limit and its use, and its droppable cache in memory.stat.
+CGROUP_FILES = {
+    True: ("memory.max", "memory.current", "inactive_file"),
+    False: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def main() -> int:
@@ -45,8 +43,7 @@ def main() -> int:
     parser.add_argument("--vulkan", action="store_true", help="list Vulkan's devices too")
     parser.add_argument("--root", default="/", help="for tests: read /proc, /sys and /etc below this folder")
     arguments = parser.parse_args()
-    global ROOT  # noqa: PLW0603 -- set once, before anything is read
-    ROOT = Path(arguments.root)
+    probe_files.below(arguments.root)
     json.dump(machine(arguments.paths, arguments.driver_seconds, arguments.vulkan), sys.stdout)
     print()
     return 0
@@ -72,7 +69,7 @@ def machine(paths: list[str], driver_seconds: float, vulkan: bool = False) -> di
         "python": platform.python_version(),
         "os": operating_system(),
         "package_manager": package_manager(),
-        "cpu": cpu(),
+        "cpu": probe_cpu.cpu(problems),
         "memory": memory(problems),
         "gpus": gpus,
         "pci_gpus": pci,
@@ -81,18 +78,6 @@ def machine(paths: list[str], driver_seconds: float, vulkan: bool = False) -> di
         "disks": [disk(path) for path in paths],
         "problems": problems,
     }
-
-
-def at(path: str) -> Path:
-    """An absolute path, below --root."""
-    return ROOT / path.lstrip("/")
-
-
-def psutil() -> Any:
-    """The psutil module, reading the /proc below --root."""
-    module: Any = importlib.import_module("psutil")
-    module.PROCFS_PATH = str(at("/proc"))
-    return module
 
 
 # --- system ----------------------------------------------------------------------------------
@@ -140,69 +125,6 @@ def disk(path: str) -> dict[str, Any]:
     return {"path": path, "free_bytes": status.f_bavail * status.f_frsize, "found": str(place)}
 
 
-# --- processor -------------------------------------------------------------------------------
-
-
-def cpu() -> dict[str, Any]:
-    info = read(at("/proc/cpuinfo"))
-    logical = psutil().cpu_count(logical=True) or os.cpu_count() or 1
-    places = {n: core_place(n) for n in cpu_numbers(read(at("/sys/devices/system/cpu/online")))}
-    cores = set(places.values())
-    physical = len(cores) or psutil().cpu_count(logical=False) or logical
-    nodes = list(at("/sys/devices/system/node").glob("node[0-9]*"))
-    return {
-        "model": cpu_model(info),
-        "sockets": len({package for package, _ in cores}) or 1,
-        "physical_cores": physical,
-        "logical_cores": logical,
-        "performance_cores": len({places[n] for n in performance_cpus(places) if n in places}) or physical,
-        "numa_nodes": len(nodes) or 1,
-        "flags": sorted({f for f in cpu_features(info) if CPU_FLAGS.match(f)}),
-    }
-
-
-def cpu_model(info: str) -> str:
-    found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", info, re.M)
-    return (
-        found.group(1).strip()
-        if found
-        else read(at("/sys/firmware/devicetree/base/model")).rstrip("\0") or platform.machine()
-    )
-
-
-def cpu_features(info: str) -> list[str]:
-    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.M)
-    return found.group(1).split() if found else []
-
-
-def cpu_numbers(text: str) -> list[int]:
-    """Linux' list format, "0-3,8", as numbers."""
-    numbers: list[int] = []
-    for first, last in re.findall(r"(\d+)(?:-(\d+))?", text):
-        numbers += range(int(first), int(last or first) + 1)
-    return numbers
-
-
-def core_place(cpu_number: int) -> tuple[str, str]:
-    """(package, core) of a logical CPU, from the lowest of its siblings: core ids repeat across dies."""
-    folder = at(f"/sys/devices/system/cpu/cpu{cpu_number}/topology")
-    siblings = read(folder / "core_cpus_list") or read(folder / "thread_siblings_list") or str(cpu_number)
-    return read(folder / "physical_package_id", "0"), re.split("[-,]", siblings)[0]
-
-
-def performance_cpus(numbers: Any) -> list[int]:
-    """The logical CPUs of performance cores: Intel's own list, else those near the strongest."""
-    listed = cpu_numbers(read(at("/sys/devices/cpu_core/cpus")))
-    if listed:
-        return listed
-    for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
-        strength = {n: number(at(f"/sys/devices/system/cpu/cpu{n}/{name}")) or 0 for n in numbers}
-        if strength and min(strength.values()) > 0:
-            least = PERFORMANCE_SHARE * max(strength.values())
-            return [n for n, value in strength.items() if value >= least]
-    return list(numbers)
-
-
 # --- memory ----------------------------------------------------------------------------------
 
 
@@ -232,36 +154,17 @@ def ram() -> tuple[int, int]:
 def cgroup_memory() -> tuple[int | None, int]:
     """The lowest memory limit that a service here lives under, and its use without page cache; bytes.
 
-    Limits of the probe's own slice or session do not bind a system service, so the walk starts
-    above the first systemd unit in the path and goes up. v2: `memory.max`, "max" is none; v1:
-    `memory.limit_in_bytes`, where a number of the order of 2^63 is none.
+    v2: `memory.max`, "max" is none; v1: `memory.limit_in_bytes`, where a number of the order of 2^63 is none.
     """
     lowest: tuple[int | None, int] = (None, 0)
-    for folder, limit_name, use_name, cache_name in cgroup_folders():
+    for unified, folder in cgroup_folders("memory"):
+        limit_name, use_name, cache_name = CGROUP_FILES[unified]
         limit = number(folder / limit_name)
         if limit is None or limit >= 2**60 or (lowest[0] is not None and limit >= lowest[0]):
             continue
         cache = re.search(rf"^{cache_name} (\d+)$", read(folder / "memory.stat"), re.M)
         lowest = limit, max(0, (number(folder / use_name) or 0) - int(cache.group(1) if cache else 0))
     return lowest
-
-
-def cgroup_folders() -> Iterator[tuple[Path, str, str, str]]:
-    """Every cgroup folder above us, with the names of its limit, its use and its droppable cache."""
-    for line in read(at("/proc/self/cgroup")).splitlines():
-        hierarchy, controllers, path = line.split(":", 2)
-        parts = [part for part in path.split("/") if part]
-        units = [i for i, part in enumerate(parts) if part.endswith((".slice", ".scope", ".service"))]
-        parts = parts[: units[0]] if units else parts
-        if hierarchy == "0":
-            base, names = at("/sys/fs/cgroup"), ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = at("/sys/fs/cgroup/memory")
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        for depth in range(len(parts), -1, -1):
-            yield (base.joinpath(*parts[:depth]), *names)
 
 
 # --- GPUs ------------------------------------------------------------------------------------
@@ -315,7 +218,7 @@ def no_answers() -> dict[str, Any]:
 
 def driver_answers(seconds: float) -> dict[str, Any]:
     """What `probe_gpus.py` prints."""
-    return {**no_answers(), **answers_of("probe_gpus.py", seconds, "--root", str(ROOT))}
+    return {**no_answers(), **answers_of("probe_gpus.py", seconds, "--root", str(at("/")))}
 
 
 def answers_of(name: str, seconds: float, *arguments: str) -> dict[str, Any]:
