@@ -16,7 +16,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import psutil
 import pytest
 
 from sandbox.hub import Hub
+from tests.serving import Server, serving
 
 PROGRAM = Path(__file__).parents[1] / "llamafleet" / "remote" / "fetch.py"
 TOKEN = "hf_thisIsASecretThatNobodyMaySee"
@@ -83,14 +83,9 @@ def plain_server():
             with contextlib.suppress(OSError):  # curl hangs up once it sees that the range is ignored
                 self.wfile.write(BODY[: self.cut_at])
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Handler.url = f"http://127.0.0.1:{server.server_port}/x.gguf"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield Handler
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Server(Handler)) as server:
+        Handler.url = f"{server.url}/x.gguf"
+        yield Handler
 
 
 @pytest.fixture
@@ -463,14 +458,9 @@ def redirecting():
             self.send_header("Location", Handler.location)
             self.end_headers()
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Handler.url = f"http://127.0.0.1:{server.server_port}/x.gguf"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield Handler
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Server(Handler)) as server:
+        Handler.url = f"{server.url}/x.gguf"
+        yield Handler
 
 
 def test_token_is_not_shown_to_a_mirror(hub, url, job, tmp_path):

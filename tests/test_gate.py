@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import gate_devices
@@ -15,51 +13,35 @@ import pytest
 
 from llamafleet.remote import gate
 from tests import fake_nvml
+from tests.serving import Server, serving
 
 GPU = {"uuid": "GPU-1", "name": "RTX 4090", "planned_bytes": 8 << 30, "device": "CUDA0", "weights_bytes": 7 << 30,
        "kv_bytes": 1 << 30, "compute_bytes": 0, "staging_bytes": 0}  # fmt: skip
 KEY = "the-key"
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Answers(Server):
     """Answers each path with its (status, object), the last one for ever; asks for `key` where there is one."""
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.key, self.answers, self.asked = None, {}, []
+        super().__init__()
+        self.key, self.answers = None, {}
 
     def answer(self, path, *answers):
         self.answers[path] = list(answers)
 
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.server.asked.append((self.path, json.loads(body or "null")))
-        answers = self.server.answers[self.path]
-        status, told = answers.pop(0) if len(answers) > 1 else answers[0]
-        if self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
-            status, told = 401, {"error": "Invalid API Key"}
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(told.encode() if isinstance(told, str) else json.dumps(told).encode())
-
-    do_POST = do_GET
+    def respond(self, path, body, headers):
+        answers = self.answers[path]
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if self.key and headers["Authorization"] != f"Bearer {self.key}":
+            return 401, {"error": "Invalid API Key"}
+        return answer
 
 
 @pytest.fixture
 def server():
-    one = Server()
-    thread = threading.Thread(target=one.serve_forever, args=(0.05,))
-    thread.start()
-    yield one
-    one.shutdown()
-    thread.join()
-    one.server_close()
+    with serving(Answers()) as one:
+        yield one
 
 
 @pytest.fixture
@@ -320,7 +302,7 @@ def test_start_post_asks_health_and_gpus_and_tells_the_journal(spec, server, tmp
     assert gate.main(["start", str(tmp_path / "plan.json")]) == code
     told = capsys.readouterr()
     assert told.out == "" and ("gpu memory" in told.err) is bool(code)
-    assert [path for path, _ in server.asked] == ["/health"]
+    assert server.paths == ["/health"]
 
 
 @pytest.fixture

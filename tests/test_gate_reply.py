@@ -6,25 +6,23 @@ which it can be broken has a name and is caught.
 
 from __future__ import annotations
 
-import http.server
 import json
 import math
 import random
-import threading
 import zlib
 
 import pytest
 
 from llamafleet.remote import gate_reply
+from tests.serving import Server, serving
 
 VOCABULARY = 40
 
 
-class Model(http.server.ThreadingHTTPServer):
+class Model(Server):
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.broken, self.speeds, self.busy, self.asked = "", [50.0], 0, []
+        super().__init__()
+        self.broken, self.speeds, self.busy = "", [50.0], 0
 
     def likelihoods(self, before, one_by_one):
         """Log-probabilities of all tokens after these."""
@@ -63,40 +61,20 @@ class Model(http.server.ThreadingHTTPServer):
     def tokens(text):
         return [ord(letter) % VOCABULARY for letter in text]
 
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
-        model = self.server
-        model.asked.append((self.path, body))
-        status, told = 200, None
-        if self.path == "/tokenize":
-            told = {"tokens": model.tokens(body["content"])}
-        elif self.path == "/slots":
-            told = [{"id": number, "is_processing": number < model.busy} for number in range(2)]
-        elif model.broken == "error":
-            status, told = 500, {"error": "Compute error."}
-        else:
-            told = model.complete(body)
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(json.dumps(told).encode())
-
-    do_POST = do_GET
+    def respond(self, path, body, headers):
+        if path == "/tokenize":
+            return 200, {"tokens": self.tokens(body["content"])}
+        if path == "/slots":
+            return 200, [{"id": number, "is_processing": number < self.busy} for number in range(2)]
+        if self.broken == "error":
+            return 500, {"error": "Compute error."}
+        return 200, self.complete(body)
 
 
 @pytest.fixture
 def model():
-    one = Model()
-    thread = threading.Thread(target=one.serve_forever, args=(0.05,))
-    thread.start()
-    yield one
-    one.shutdown()
-    thread.join()
-    one.server_close()
+    with serving(Model()) as one:
+        yield one
 
 
 @pytest.fixture

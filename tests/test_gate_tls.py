@@ -1,37 +1,28 @@
 """The gate asks a server that speaks https: it believes the installed certificate and no other."""
 
-import http.server
 import ssl
-import threading
 
 import gate_server
 import pytest
 
+from tests.serving import Server, serving
 from tests.test_certificates import make
+
+
+class Healthy(Server):
+    def respond(self, path, body, headers):
+        return 200, {"status": "ok"}
 
 
 @pytest.fixture
 def server(tmp_path):
     """Serves https with the certificate "one"; its URL."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b'{"status": "ok"}')
-
-        def log_message(self, *_):
-            pass
-
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*make(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as one:
-        one.socket = context.wrap_socket(one.socket, server_side=True)
-        thread = threading.Thread(target=one.serve_forever, args=(0.02,))
-        thread.start()
-        yield f"https://127.0.0.1:{one.server_address[1]}"
-        one.shutdown()
-        thread.join()
+    one = Healthy()
+    one.socket = context.wrap_socket(one.socket, server_side=True)
+    with serving(one):
+        yield f"https://127.0.0.1:{one.server_port}"
 
 
 @pytest.fixture(autouse=True)

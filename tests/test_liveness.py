@@ -3,49 +3,34 @@
 from __future__ import annotations
 
 import fcntl
-import http.server
 import json
 import threading
 
 import pytest
 
 from llamafleet.remote import liveness
+from tests.serving import Server, serving
 
 UNIT = "llama-server-chat.service"
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Slots(Server):
     """`slots` is what /slots tells, or a list of what it tells in turn, None for no answer; `status` answers
     completions, None waits until the server ends."""
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.status, self.slots, self.asked, self.over = 200, [[slot(1)]], [], threading.Event()
+        super().__init__()
+        self.status, self.slots, self.over = 200, [[slot(1)]], threading.Event()
 
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        server = self.server
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        server.asked.append(self.path)
-        status, told = server.status, {}
-        if self.path == "/slots":
-            told = server.slots.pop(0) if len(server.slots) > 1 else server.slots[0]
-            status = 200 if told is not None else 503
-        else:
-            assert json.loads(body)["n_predict"] == 1
-            if status is None:
-                server.over.wait(10)
-                return
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(json.dumps(told).encode())
-
-    do_POST = do_GET
+    def respond(self, path, body, headers):
+        if path == "/slots":
+            told = self.slots.pop(0) if len(self.slots) > 1 else self.slots[0]
+            return (200 if told is not None else 503), told
+        assert body["n_predict"] == 1
+        if self.status is None:
+            self.over.wait(10)
+            return None
+        return self.status, {}
 
 
 def slot(task, working=False, read=0, written=0, number=0):
@@ -55,14 +40,9 @@ def slot(task, working=False, read=0, written=0, number=0):
 
 @pytest.fixture
 def server():
-    one = Server()
-    thread = threading.Thread(target=one.serve_forever, args=(0.05,))
-    thread.start()
-    yield one
-    one.over.set()
-    one.shutdown()
-    thread.join()
-    one.server_close()
+    with serving(Slots()) as one:
+        yield one
+        one.over.set()
 
 
 class Systemd:
@@ -99,15 +79,15 @@ def restarts(systemd):
 
 def test_an_idle_server_is_asked_for_a_token(check, server, systemd):
     assert check() == 0
-    assert server.asked.count("/completion") == 1 and not restarts(systemd)
+    assert server.paths.count("/completion") == 1 and not restarts(systemd)
 
 
 def test_a_server_that_worked_since_is_not_asked(check, server):
     check()
     server.asked.clear()
     server.slots = [[slot(5)]]  # a request came and went
-    assert check() == 0 and "/completion" not in server.asked
-    assert check() == 0 and "/completion" in server.asked  # nothing since
+    assert check() == 0 and "/completion" not in server.paths
+    assert check() == 0 and "/completion" in server.paths  # nothing since
 
 
 @pytest.mark.parametrize("slots", [None, [slot(1)]], ids=["stopped", "its GPU hangs"])

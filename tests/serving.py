@@ -1,0 +1,54 @@
+"""A small HTTP server for tests, usually in llama-server's place: what it answers is each test's own."""
+
+import contextlib
+import http.server
+import json
+import threading
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Notes every request, and answers what the server says: an object as JSON, a text as it is, or nothing."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
+        self.server.asked.append((self.path, body))
+        answer = self.server.respond(self.path, body, self.headers)
+        if answer is None:
+            return
+        status, told = answer
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(told.encode() if isinstance(told, str) else json.dumps(told).encode())
+
+    do_POST = do_GET
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """On a loopback port of its own. A test's subclass says in `respond(path, body, headers)` what it answers: a status
+    and an object or text, or None for no answer."""
+
+    def __init__(self, handler=Handler):
+        super().__init__(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.asked = []  # (path, body)
+
+    @property
+    def paths(self):
+        """What was asked for, in order."""
+        return [path for path, _ in self.asked]
+
+
+@contextlib.contextmanager
+def serving(server):
+    """The server, answering until the end of the block."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
