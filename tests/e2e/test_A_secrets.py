@@ -66,14 +66,12 @@ def asked(outside, settings, host, key_file):
     return make
 
 
-class Watcher:
-    """What the operator's processes show of themselves, and the texts of their temporary files, until the end
-    of the block."""
+class Beside:
+    """Works in a thread of its own until the end of the block, which sets `_ended`."""
 
-    def __init__(self, pid, folder):
-        self.process, self.folder, self.seen = psutil.Process(pid), folder, {}
+    def __init__(self):
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
+        self._thread = threading.Thread(target=self._work)
 
     def __enter__(self):
         self._thread.start()
@@ -83,7 +81,19 @@ class Watcher:
         self._ended.set()
         self._thread.join()
 
-    def _watch(self):
+    def _work(self):
+        raise NotImplementedError
+
+
+class Watcher(Beside):
+    """What the operator's processes show of themselves, and the texts of their temporary files, until the end
+    of the block."""
+
+    def __init__(self, pid, folder):
+        super().__init__()
+        self.process, self.folder, self.seen = psutil.Process(pid), folder, {}
+
+    def _work(self):
         while not self._ended.wait(0.005):
             try:
                 children = self.process.children(recursive=True)
@@ -225,22 +235,14 @@ def test_what_pyinfra_tells_of_operations_has_no_key(asked, inventory, host, key
     assert NEW_KEY not in done.stdout + done.stderr
 
 
-class Gap:
+class Gap(Beside):
     """The longest time for which an instance did not answer during the block."""
 
     def __init__(self, host):
-        self.host, self.seconds, self._ended = host, 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._ask)
+        super().__init__()
+        self.host, self.seconds = host, 0.0
 
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._ended.set()
-        self._thread.join()
-
-    def _ask(self):
+    def _work(self):
         last = time.monotonic()
         while not self._ended.wait(0.02):
             if ask(self.host, "/health")[0] == 200:
