@@ -110,7 +110,7 @@ TWO = [
 
 @pytest.mark.parametrize("gpus", TWO)
 @pytest.mark.parametrize("layout", ["gpt-oss-120b", "Qwen3-30B-A3B", "Llama-3.3-70B"])
-def test_no_other_cut_between_two_gpus_is_much_faster(layout, gpus):
+def test_no_other_cut_between_two_gpus_is_faster(layout, gpus):
     """Every cut in both orders, each GPU keeping as much as it holds."""
     asked = {"context_tokens": 16384, "ubatch_tokens": 512}
     answer = planned(layout, gpus, **asked)
@@ -123,7 +123,7 @@ def test_no_other_cut_between_two_gpus_is_much_faster(layout, gpus):
             if base[cut] <= budgets[0] and base[-1] - base[cut] <= budgets[1]:
                 segments = search.segments(order, 0, ends, (context, budgets))
                 tried.append(search.roofline.workload(segments, context))
-    assert answer.predicted.workload_seconds <= min(tried) * 1.06
+    assert answer.predicted.workload_seconds <= min(tried) * 1.001
 
 
 def test_what_the_stand_ins_missed_is_mended_by_the_ledger():
