@@ -63,7 +63,6 @@ class Plan:
     ledger: tuple[LedgerRow, ...]
     predicted: Prediction
     why: tuple[str, ...]
-    model_bytes: int
     host_bytes: int  # RAM that the process needs, for MemoryMax
     environment: Mapping[str, str] = field(default_factory=dict)
 

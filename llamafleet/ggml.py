@@ -188,10 +188,6 @@ def cont(a: Tensor, *ne: int) -> Tensor:
     return Tensor("cont", a.type, _four(ne) if ne else a.ne, (a,))
 
 
-def cast(a: Tensor, kind: str) -> Tensor:
-    return Tensor("cpy", kind, a.ne, (a,))
-
-
 def reshape(a: Tensor, *ne: int) -> Tensor:
     return Tensor("reshape", a.type, _four(ne), (a,), of=a)
 

@@ -25,7 +25,6 @@ __all__ = [
     "Header",
     "LongArray",
     "Tensor",
-    "Value",
     "read_header",
     "read_path",
     "shard_names",
@@ -81,11 +80,6 @@ class Header:
     metadata: Mapping[str, Value]
     tensors: tuple[Tensor, ...]
     file_bytes: tuple[int, ...]
-
-    @property
-    def shards(self) -> int:
-        """Number of files."""
-        return len(self.file_bytes)
 
     @property
     def file_bytes_total(self) -> int:

@@ -200,11 +200,6 @@ class Machine(_Part):
         """The GPUs a plan may use."""
         return tuple(gpu for gpu in self.gpus if gpu.usable)
 
-    @property
-    def gpu_vendors(self) -> frozenset[str]:
-        """Vendors of all GPUs of the host, driver or not: empty only where there is truly none."""
-        return frozenset({gpu.vendor for gpu in self.gpus} | {gpu.vendor for gpu in self.pci_gpus})
-
 
 def _read_value(value: object, hint: Any, path: str) -> Any:
     """`value`, if it is what the annotation says: a builtin, an optional one, a part, or a tuple of those."""

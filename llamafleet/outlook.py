@@ -99,14 +99,3 @@ def main_type(header: Header) -> str:
     for tensor in header.tensors:
         counts[tensor.type] += tensor.elements
     return counts.most_common(1)[0][0] if counts else ""
-
-
-def _moved(tensor: Tensor, steps: int, at_least: int) -> Tensor:
-    rungs = [name for name, _ in LADDER]
-    now = rungs.index(tensor.type) if tensor.type in rungs else len(rungs)  # other types stay as they are
-    target = max(now + steps, 0) if steps < 0 else at_least
-    if now == len(rungs) or (steps > 0 and now >= at_least):
-        return tensor
-    kind = next((one for one in LADDER[target] if tensor.shape[0] % _BLOCKS[one][0] == 0), tensor.type)
-    block, size = _BLOCKS[kind]
-    return replace(tensor, type=kind, bytes=tensor.elements // block * size)

@@ -205,7 +205,6 @@ def _plan(asked: _Asked, search: Search, settled: Settled, weighed: Sequence[Can
         ledger=rows,
         predicted=search.roofline.predict(chosen.segments, context),
         why=tuple(why(decision)),
-        model_bytes=asked.model.header.file_bytes_total,
         host_bytes=sum(row.used_bytes for row in (rows if asked.room.unified else rows[-1:])),
         environment=environment(asked.backend, gpus),
     )

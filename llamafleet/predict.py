@@ -105,7 +105,7 @@ class Roofline:
         self.fixed = _sums(whole - spill for whole, spill in zip(model.layer_bytes, model.spill_bytes, strict=True))
         self.spill = _sums(model.spill_bytes)
         self.spilling = _sums(spill > 0 for spill in model.spill_bytes)
-        fixed_ops, spill_ops, self.output_ops = _operations(model)
+        fixed_ops, spill_ops = _operations(model)
         self.fixed_ops, self.spill_ops = _sums(fixed_ops), _sums(spill_ops)
         self.cache = _sums(model.compute.kv_bytes(Context(work.live_tokens, 1, "f16", 1)))
         heads = number(header, "attention.head_count", 1)
@@ -230,18 +230,15 @@ class Roofline:
         return (spent.gpu * gpu + spent.host * host + spent.waiting * 0.5) / spent.total
 
 
-def _operations(model: Model) -> tuple[list[float], list[float], float]:
-    """Multiply and add for each weight: of each layer what stays, what may be spilled, and of the output."""
+def _operations(model: Model) -> tuple[list[float], list[float]]:
+    """Multiply and add for each weight of a layer: what stays, and what may be spilled."""
     pattern = _SPILLED[model.is_moe]
     fixed, spill = [0.0] * model.layers, [0.0] * model.layers
-    output = 0.0
     for tensor in model.header.tensors:
         match = _LAYER.fullmatch(tensor.name)
-        if match is None:
-            output += 2.0 * tensor.elements if tensor.name.startswith("output") else 0.0
-        elif int(match[1]) < model.layers:
+        if match and int(match[1]) < model.layers:
             (spill if pattern.fullmatch(match[2]) else fixed)[int(match[1])] += 2.0 * tensor.elements
-    return fixed, spill, output
+    return fixed, spill
 
 
 def _macs(model: Model, tokens: int, shared: Sequence[float]) -> list[float]:

@@ -13,8 +13,6 @@ from .place import Room
 from .settings import Instance
 from .workload import Workload
 
-GB = 1e9
-
 
 @dataclass(frozen=True)
 class Decision:

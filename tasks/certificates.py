@@ -38,12 +38,6 @@ def pair(certificate: str, key: str, place: str) -> dict[str, str]:
     return {"tls-certificate": chain_text + "\n", "tls-key": key_text + "\n"}
 
 
-def days_left(certificate: str) -> int:
-    """Whole days until the certificate ends."""
-    _, leaf = _leaf(certificate, "tls_certificate_file")
-    return (leaf.not_valid_after_utc - datetime.datetime.now(datetime.UTC)).days
-
-
 def _leaf(path: str, setting: str) -> tuple[str, x509.Certificate]:
     """The file's text and its first certificate, which is the server's own."""
     try:
