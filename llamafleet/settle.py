@@ -176,14 +176,15 @@ def _smaller(search: Search, one: Candidate, position: int, missing: int) -> tup
     tight, first = on_gpus[position], on_gpus[0]
     spill, base = search.roofline.spill, search.costs(one.context)
     partly = _partly_kept(search, tight)
+    last = first.hi - 1 if len(on_gpus) > 1 else first.hi  # a GPU without a layer is another row of GPUs
     if (one.kind in ("none", "spill") or position) and (partly or spill[tight.keep] > spill[tight.lo]):
         keep = tight.keep if partly else tight.keep - 1
         while keep > tight.lo and partly + spill[tight.keep] - spill[keep] < missing:
             keep -= 1
         changed = {tight: replace(tight, keep=keep, part="")}
-    elif one.kind == "layers" and first.lo < first.hi:
+    elif one.kind == "layers" and first.lo < last:
         front = first.lo + 1
-        while front < first.hi and base[front] - base[first.lo] < missing:
+        while front < last and base[front] - base[first.lo] < missing:
             front += 1
         host = one.segments[0]
         changed = {

@@ -137,6 +137,16 @@ def test_what_the_stand_ins_missed_is_mended_by_the_ledger():
     assert settled.candidate.segments[0].keep == settle(search, one, 1.0).candidate.segments[0].keep
 
 
+def test_a_gpu_that_holds_no_layer_is_not_left_in_the_row_without_one():
+    """Such a row does not fit; another one, without that GPU, is another candidate."""
+    search, context = searching("Llama-3.3-70B", [1700, 24576], {"context_tokens": 32768})
+    pieces = (Segment(None, 0, 40, 40), Segment(0, 40, 42, 42), Segment(1, 42, 80, 42))
+    settled = settle(search, search.weigh(context, (0, 1), pieces, 1.0), 1.0)
+    assert [part.device for part in settled.candidate.segments] == [None, 0, 1]
+    assert all(part.lo < part.hi for part in settled.candidate.segments)
+    assert len(settled.rows) == 3 and settled.rows[0].free_bytes < 0
+
+
 def test_gpt_oss_120b_on_24_gb_holds_more_than_hand_tuned():
     """At 131072 tokens, under our reserve: the hand-tuned --n-cpu-moe 28 leaves experts of 8 layers on the GPU."""
     answer = planned("gpt-oss-120b", [24564], context_tokens=131072)
