@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -95,8 +95,22 @@ def make(layout: Layout, folder: Path, *, quant: str = "", seed: int | None = No
     table = list(tensors(layout, quant))
     per_shard = math.ceil(len(table) / shards)
     base = folder / f"{layout.name}-{quant}.gguf"
-    writer = _Writer(base, layout.architecture, split_max_tensors=per_shard if shards > 1 else 0)
-    for key, value in metadata(layout, quant).items():
+    write_header(base, layout.architecture, metadata(layout, quant), table, per_shard if shards > 1 else 0)
+    parts = _batches(table, per_shard)
+    files = [base] if shards == 1 else [
+        base.with_name(SHARD_NAME.format(base.stem, i + 1, len(parts))) for i in range(len(parts))
+    ]  # fmt: skip
+    for file, part in zip(files, parts, strict=True):
+        _fill(file, part, layout, seed)
+    return files[0]
+
+
+def write_header(
+    file: Path, architecture: str, values: Mapping[str, object], table: Iterable[Tensor], per_shard: int = 0
+) -> None:
+    """Everything of a GGUF but the tensors' data; in shards of so many tensors, 0 for one file."""
+    writer = _Writer(file, architecture, split_max_tensors=per_shard)
+    for key, value in values.items():
         _add(writer, key, value)
     for tensor in table:
         # numpy's order is the reverse of ggml's; a dtype that is not uint8 leaves the shape as it is.
@@ -105,13 +119,14 @@ def make(layout: Layout, folder: Path, *, quant: str = "", seed: int | None = No
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    parts = _batches(table, per_shard)
-    files = [base] if shards == 1 else [
-        base.with_name(SHARD_NAME.format(base.stem, i + 1, len(parts))) for i in range(len(parts))
-    ]  # fmt: skip
-    for file, part in zip(files, parts, strict=True):
-        _fill(file, part, layout, seed)
-    return files[0]
+
+
+def leave_hole(file: Path, table: Iterable[Tensor]) -> int:
+    """Make the file as long as the tensors' data would; gives where they would begin."""
+    start = _padded(file.stat().st_size)
+    with file.open("r+b") as stream:
+        stream.truncate(start + sum(_padded(tensor.nbytes) for tensor in table))
+    return start
 
 
 def tensors(layout: Layout, quant: str) -> Iterator[Tensor]:
@@ -149,10 +164,10 @@ def metadata(layout: Layout, quant: str) -> dict[str, Any]:
         own["attention.sliding_window"] = layout.window
     own |= layout.extra
     general = {"general.name": layout.name, "general.file_type": int(MIXES[quant][0])}
-    return general | {f"{layout.architecture}.{key}": value for key, value in own.items()} | _tokenizer(layout.vocab)
+    return general | {f"{layout.architecture}.{key}": value for key, value in own.items()} | tokenizer(layout.vocab)
 
 
-def _tokenizer(size: int) -> dict[str, Any]:
+def tokenizer(size: int) -> dict[str, Any]:
     """A SentencePiece vocabulary: three control tokens, all bytes, then printable ASCII, syllables and
     filler.
     """
@@ -197,11 +212,10 @@ def _add(writer: GGUFWriter, key: str, value: object) -> None:
 
 def _fill(file: Path, table: list[Tensor], layout: Layout, seed: int | None) -> None:
     """Append the tensor data: random with a seed, else nothing but length."""
-    start = _padded(file.stat().st_size)
+    start = leave_hole(file, table)
+    if seed is None:
+        return
     with file.open("r+b") as stream:
-        stream.truncate(start + sum(_padded(tensor.nbytes) for tensor in table))
-        if seed is None:
-            return
         for tensor in table:
             stream.seek(start)
             stream.write(_values(tensor, layout, seed).tobytes())
