@@ -235,6 +235,25 @@ def test_attempts_without_progress_are_bounded(hub, url, job):
     assert job.last().startswith("error: ") and "3 attempts without progress at byte 100000" in job.last()
 
 
+def test_a_name_that_cannot_be_resolved_is_given_up_soon_and_leaves_no_file(job):
+    job.spec["attempts"] = 10
+    assert job.want("http://hub.invalid/x.gguf").run() == 7
+    assert "Could not resolve host: hub.invalid" in job.last() and "check this host's DNS" in job.last()
+    assert "gave up after 3 attempts" in job.last() and job.text().count("retry in") == 2
+    assert not job.partial().exists()
+
+
+def test_a_name_that_is_lost_in_mid_download_gets_every_attempt(hub, url, job):
+    hub.fault(KEY, close_at=10**5, times=None)
+    assert job.want(url, "http://hub.invalid/x.gguf").run() == 7
+    job.spec["attempts"] = 5
+    hub.heal()
+    hub.fault(KEY, close_at=2 * 10**5, times=None)
+    assert job.run() == 7
+    assert "Could not resolve host: hub.invalid" in job.last() and job.last().count("gave up after 5 attempts") == 2
+    assert job.size() == 2 * 10**5
+
+
 def test_restarting_server_that_cuts_is_bounded(plain_server, job):
     plain_server.cut_at = 10**5
     assert job.want(plain_server.url).run() == 7

@@ -35,9 +35,23 @@ from fetch_answer import judge, learn, resolve
 from fetch_curl import FULL, transfer
 from fetch_folder import adopt, check_space, discard, hand_over, is_known, put_in_place, size_of, take_lock, verify
 from fetch_log import Progress, gib, say
-from fetch_spec import BAD_SPEC, MISMATCH, NETWORK, NO_SPACE, NOT_GGUF, Again, Failed, Spec, Wanted, read_spec, shown
+from fetch_spec import (
+    BAD_SPEC,
+    MISMATCH,
+    NETWORK,
+    NO_SPACE,
+    NOT_GGUF,
+    Again,
+    Failed,
+    Nameless,
+    Spec,
+    Wanted,
+    read_spec,
+    shown,
+)
 
 CURL_RANGE_IGNORED = 33  # the server cannot continue (curl(1), EXIT CODES)
+NAMELESS_ATTEMPTS = 3  # at a name that is unknown before the first byte: 12 s, where a server gets six minutes
 LONGEST_DELAY_S = 60.0  # between attempts, where the server names no time
 
 
@@ -108,8 +122,8 @@ def fetch_file(spec: Spec, wanted: Wanted, progress: Progress) -> None:
                 raise
             failures.append(failure)
             say(f"failed: {failure}")
-            if wanted.sha256 is None:
-                discard(spec, wanted, progress)  # nothing would show that two addresses' bytes were mixed
+            if wanted.sha256 is None or not size_of(spec.partial(wanted)):
+                discard(spec, wanted, progress)  # without a sha256 nothing shows that two addresses' bytes were mixed
     steps = {
         MISMATCH: "; the bad bytes are deleted: check size and sha256 in the settings, then run again",
         NOT_GGUF: "; a login or error page? open the address, correct it, then run again",
@@ -152,12 +166,14 @@ def download(spec: Spec, wanted: Wanted, url: str, progress: Progress) -> None:
         except Again as again:
             size = size_of(partial)
             idle, best = (0, size) if size > best else (idle + 1, best)
-            if idle >= spec.attempts:
+            at_start = isinstance(again, Nameless) and not progress.moved
+            attempts = min(NAMELESS_ATTEMPTS, spec.attempts) if at_start else spec.attempts
+            if idle >= attempts:
                 gave_up = f"{again}; gave up after {idle} attempts without progress at byte {size}"
                 raise Failed(again.code, gave_up) from None
             doubling = min(spec.retry_delay_s * 2 ** min(idle, 5), LONGEST_DELAY_S)
             wait = doubling if again.wait_s is None else again.wait_s
-            left = f"attempt {idle + 1} of {spec.attempts} without progress"
+            left = f"attempt {idle + 1} of {attempts} without progress"
             say(f"retry in {wait:.1f} s from byte {size}: {again} ({left})")
             time.sleep(wait)
 

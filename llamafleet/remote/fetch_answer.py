@@ -17,11 +17,12 @@ from urllib.parse import urljoin
 
 from fetch_curl import MAX_HOPS, Answer, ask_head, has_token
 from fetch_log import say
-from fetch_spec import NETWORK, NOT_ALLOWED, NOT_FOUND, Again, Failed, Spec, Wanted, is_address, shown
+from fetch_spec import NETWORK, NOT_ALLOWED, NOT_FOUND, Again, Failed, Nameless, Spec, Wanted, is_address, shown
 
 MAX_WAIT_S = 300.0  # longest wait for a server's Retry-After, before the attempt is made (and counted) anyway
 # curl's exit codes that no repetition cures: bad address or option, TLS refused (curl(1), EXIT CODES).
 HOPELESS_CURL = {1, 3, 51, 53, 54, 58, 59, 60, 66, 77, 83, 90}
+NAMELESS_CURL = {5, 6}  # the proxy's name, the server's
 
 
 def resolve(spec: Spec, url: str) -> str:
@@ -91,6 +92,9 @@ def judge(spec: Spec, url: str, answer: Answer, redirected: bool = False) -> Non
         raise Failed(NETWORK, f"{place} answered {status}{said(answer)}")
     if answer.curl_code in HOPELESS_CURL:
         raise Failed(NETWORK, f"{place}: {answer.curl_text}")
+    if answer.curl_code in NAMELESS_CURL:
+        step = "check this host's DNS (/etc/resolv.conf, /etc/hosts)"
+        raise Nameless(NETWORK, f"{place}: {answer.curl_text}: {step}")
     if answer.curl_code or status >= 300:
         raise Again(NETWORK, f"{place}: {answer.curl_text if answer.curl_code else f'HTTP {status}'}")
 

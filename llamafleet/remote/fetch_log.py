@@ -41,6 +41,8 @@ class Progress:
     def add(self, count: int, name: str) -> None:
         self.present += count
         self.moved += count
+        if not self.moved:
+            return  # no speed, so no time left
         share = min(1.0, self.present / self.total) if self.total else 0.0
         now = time.monotonic()
         if now - self.said_at < PROGRESS_S and share - self.said_share < PROGRESS_SHARE:

@@ -34,6 +34,10 @@ class Again(Failed):
         self.wait_s = wait_s
 
 
+class Nameless(Again):
+    """The server's name cannot be resolved: a moment's trouble in the middle, but a wrong host at the start."""
+
+
 @dataclass(frozen=True)
 class Wanted:
     """One file: where it comes from and, where known, what it has to be."""

@@ -4,6 +4,7 @@ Elsewhere: a unit edited by hand and a download killed with its host (test_2), a
 no space for a model from the start, a wrong checksum, a host that is down (test_3).
 """
 
+import contextlib
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import time
 import pytest
 
 from sandbox import upstream
-from tests.e2e.deploying import ask, main_pid, on, pyinfra, serves
+from tests.e2e.deploying import ask, main_pid, on, pyinfra, serves, with_names
 
 UNIT = "llama-server-tiny.service"
 LIVENESS = {"liveness_seconds": 5, "liveness_interval_seconds": 2}
@@ -166,6 +167,17 @@ def test_without_the_credentials_file_it_serves_nobody_and_the_next_run_repairs(
     assert serves(host, key="a-long-enough-key")
 
 
+@contextlib.contextmanager
+def without_dns(host):
+    """The host's resolver answers nobody."""
+    resolver = on(host, "cat", "/etc/resolv.conf")
+    on(host, "sh", "-c", "echo nameserver 127.0.0.77 > /etc/resolv.conf")
+    try:
+        yield
+    finally:
+        on(host, "sh", "-c", 'printf "%s\\n" "$0" > /etc/resolv.conf', resolver)
+
+
 def test_dns_that_is_dead_fails_what_needs_it_by_name_and_nothing_else(settings, inventory, host, deploy):
     nameless = {"llama_cpp_repository": "http://llama.invalid/llama.cpp.git", "llama_cpp_ref": "a" * 40}
     run = pyinfra(inventory((host, settings(host, **LIVENESS, **nameless))))
@@ -173,14 +185,40 @@ def test_dns_that_is_dead_fails_what_needs_it_by_name_and_nothing_else(settings,
     assert "Could not resolve host: llama.invalid" in run.text and f"does not give commit {'a' * 40}" in run.text
     assert serves(host)
     # What is there needs no name: neither a run nor a restart.
-    resolver = on(host, "cat", "/etc/resolv.conf")
-    on(host, "sh", "-c", "echo nameserver 127.0.0.77 > /etc/resolv.conf")
-    try:
+    with without_dns(host):
         assert deploy().changed() == []
         on(host, "systemctl", "restart", UNIT)
         assert serves(host)
+
+
+def test_dns_that_is_dead_at_a_download_leaves_the_old_model_serving(
+    settings, inventory, outside, host, deploy, tmp_path
+):
+    """The operator's machine knows the Hub by name, so the run gets as far as the host, which does not."""
+    before = with_names(["hub.example"], tmp_path)
+    on(host, "sh", "-c", "rm -rf /var/lib/llamafleet/models/tiny-moe-*")  # another test may have fetched it
+    hub = outside.hub.url.replace(outside.hub.address, "hub.example")
+    asked = inventory((host, settings(host, **LIVENESS, hub_endpoint=hub, model={"source": outside.sources["moe"]})))
+    served, pid = ask(host, "/props")[1]["model_path"], main_pid(host, "tiny")
+    with without_dns(host):
+        run = pyinfra(asked, before=before)
+    assert run.code != 0 and any("Fetch tiny-moe" in name for name in run.failed(host.name)), run.text
+    [error] = [line for line in run.text.splitlines() if line.startswith("error: ")]
+    for part in ("Could not resolve host: hub.example", "check this host's DNS", "then run again"):
+        assert part in error
+    assert f"[{host.name}] Error" in run.text
+    assert (ask(host, "/props")[1]["model_path"], main_pid(host, "tiny")) == (served, pid) and serves(host)
+    left = on(host, "find", "/var/lib/llamafleet/models", "-path", "*tiny-moe*", "-type", "f")
+    assert [path for path in left.split() if not path.endswith("/.fetch.lock")] == []
+    assert deploy("--dry").changed() == []
+
+    on(host, "sh", "-c", "cp /etc/hosts /etc/hosts.before && echo 127.0.0.1 hub.example >> /etc/hosts")
+    try:
+        run = pyinfra(asked, before=before)
     finally:
-        on(host, "sh", "-c", 'printf "%s\\n" "$0" > /etc/resolv.conf', resolver)
+        on(host, "mv", "/etc/hosts.before", "/etc/hosts")
+    assert run.code == 0 and serves(host), run.text
+    assert "tiny-moe" in ask(host, "/props")[1]["model_path"]
 
 
 def filled_up(host, folder, mebibytes, under_way, asked):
