@@ -7,7 +7,7 @@ Where an architecture is not known here the answer is an upper bound.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 from .gguf import GGML_TYPES, Header, LongArray
@@ -205,17 +205,6 @@ def kv_bytes(header: Header, context: Context) -> tuple[int, ...]:
             kept += cache_bytes(window, kv_heads[layer])
         total.append(kept)
     return tuple(total)
-
-
-def checkpoint_bytes(header: Header, context: Context) -> int:
-    """At most what one context checkpoint of one slot takes of the host's RAM; 0 where llama-server makes none.
-
-    It copies what cannot be rolled back: the caches of windowed layers and recurrent state (server-context.cpp:2569
-    with LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY, llama-kv-cache-iswa.cpp:259, llama-memory-hybrid.cpp:191).
-    """
-    caches, sizes, recurrent = kv_bytes(header, replace(context, slots=1)), windows(header), recurrent_layers(header)
-    state = state_bytes(header) * sum(recurrent[: trunk_layers(header)])
-    return state + sum(cache for cache, window in zip(caches, sizes, strict=True) if window)
 
 
 def _attends(header: Header, layer: int, is_recurrent: bool) -> bool:

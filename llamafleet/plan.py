@@ -17,9 +17,10 @@ from .adjust import NO_ADJUSTMENT, Adjustment
 from .advice import suggestions
 from .answer import Plan, Refusal
 from .backend import environment, gpus_for, resolve_backend
+from .checkpoints import checkpoint_bytes
 from .choose import Candidate, Search, contexts
 from .gguf import Header
-from .kv import Context, checkpoint_bytes, number
+from .kv import Context, number
 from .ledger import HOST, MIB, TRAITS, Model
 from .machine import Machine
 from .place import Room
@@ -120,28 +121,27 @@ class _Asked:
         cpu = self.machine.cpu
         return self.instance.threads or max(1, cpu.performance_cores or cpu.physical_cores)
 
-    @property
-    def checkpoints_bytes(self) -> int:
-        """RAM that context checkpoints may take, all slots together; 0 for a model that makes none."""
-        makes_some = checkpoint_bytes(self.model.header, Context(self.context_tokens, 1, "f16", CELLS)) > 0
-        return self.instance.context_checkpoints_mib * MIB if makes_some else 0
-
     def checkpoints(self, context: Context) -> int:
-        """How many of each slot that RAM holds."""
+        """How many of each slot may take the RAM that the settings give them all."""
         each = checkpoint_bytes(self.model.header, context) * context.slots
-        return min(MOST_CHECKPOINTS, self.checkpoints_bytes // each) if each else MOST_CHECKPOINTS
+        return min(MOST_CHECKPOINTS, self.instance.context_checkpoints_mib * MIB // each) if each else MOST_CHECKPOINTS
 
-    def search(self) -> Search:
+    def checkpoints_bytes(self, tried: Sequence[Context]) -> int:
+        """RAM that so many take at most, all slots together, whichever context is chosen; 0 where none are made."""
+        header, differing = self.model.header, {(one.kv_type, one.slots): one for one in tried}.values()
+        return max(self.checkpoints(one) * one.slots * checkpoint_bytes(header, one) for one in differing)
+
+    def search(self, tried: Sequence[Context]) -> Search:
         reached = rates(self.machine.cpu, self.room.gpus, self.threads, self.measured)
         roofline = Roofline(self.model, self.work, reached, op_offload=TRAITS[self.backend].op_offload)
-        extra = self.instance.prompt_cache_mib * MIB + self.checkpoints_bytes
+        extra = self.instance.prompt_cache_mib * MIB + self.checkpoints_bytes(tried)
         return Search(self.model, self.room, self.backend, extra, self.adjustment, roofline)
 
 
 def _choose(asked: _Asked) -> Plan | Refusal:
-    search = asked.search()
     tried = contexts(asked.instance, asked.context_tokens, asked.work)
     handicaps = dict(tried)
+    search = asked.search(list(handicaps))
     weighed = search.candidates(tried)
     plans: list[tuple[float, int, Plan]] = []
     refused: Settled | None = None

@@ -67,8 +67,8 @@ class Tensor:
 
 
 def tiny(folder: Path, kind: str = "dense", *, quant: str = "F16", seed: int = 0, shards: int = 1) -> Path:
-    """A servable model of random weights: "dense" (5 MB) or "moe" (15 MB); the same bytes for the same
-    arguments.
+    """A servable model of random weights: "dense" (5 MB), "moe" (15 MB), or with attention windows ("windowed"),
+    recurrent state beside attention ("hybrid") or instead of it ("recurrent"); the same bytes for the same arguments.
 
     `quant` is F16 or Q8_0. Returns the (first) file, in `folder`.
     """
@@ -231,6 +231,8 @@ def _values(tensor: Tensor, layout: Layout, seed: int) -> np.ndarray[Any, Any]:
         return np.ones(tensor.shape[::-1], np.float32)
     scale = 1 / math.sqrt(tensor.shape[0])
     values = (generator.standard_normal(tensor.shape[::-1]) * scale).astype(np.float32)
+    if tensor.name.endswith("ssm_a"):
+        values = -np.abs(values)  # states decay
     if tensor.name == "output.weight":
         values[:259] = 0
         values *= 4

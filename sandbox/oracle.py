@@ -164,7 +164,7 @@ def rpc_server(devices: int) -> Iterator[str]:
     """A fresh ggml-rpc-server with that many devices on a free port of the loopback; its endpoint."""
     program = build().rpc_server
     for _ in range(START_ATTEMPTS):
-        endpoint = ("127.0.0.1", _free_port())
+        endpoint = ("127.0.0.1", free_port())
         command = [str(program), "-H", endpoint[0], "-p", str(endpoint[1]), "-d", ",".join(["CPU"] * devices)]
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -218,7 +218,8 @@ def _end(log: Path) -> str:
     return log.read_text(errors="replace")[-2000:]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

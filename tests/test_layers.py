@@ -19,6 +19,7 @@ ORDER = [
     "hyperparameters",
     "gguf",
     "kv",
+    "checkpoints",
     "ggml",
     "graph",
     "recurrent",

@@ -52,7 +52,7 @@ model_defaults = {
     "prompt_cache_mib": 1024,
     # RAM for context checkpoints, MiB, all slots together: what a model with attention windows or recurrent
     # layers needs to go back in a conversation without reading it anew. llama.cpp's own limit is 32 for each
-    # slot, whatever they take: 0.6 GiB each for Gemma 3 27B. Other models make none.
+    # slot, whatever they take: 0.4 GiB each for Gemma 3 27B. Other models make none.
     "context_checkpoints_mib": 1024,
     # Address to listen on. Loopback by default: a model server without a key is an open door. Another
     # address is refused without `api_key_file`, unless you set `allow_unauthenticated`.

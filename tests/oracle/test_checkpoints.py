@@ -1,0 +1,57 @@
+"""Context checkpoints of a real llama-server: does one ever take more than the plan counts, and are there more?
+
+More cases: bench/results/checkpoints.csv.
+"""
+
+import pytest
+
+from bench.checkpoints import PRINTED_MIB, SLOT_TOKENS, Case, made
+from llamafleet.checkpoints import checkpoint_bytes
+from llamafleet.gguf import read_path
+from llamafleet.kv import Context
+from llamafleet.plan import plan_host
+from sandbox import models
+from tests import planning
+from tests.planning import MIB
+
+pytestmark = pytest.mark.oracle
+NOTES_MIB = 0.005  # what is counted for notes beside the copied rows
+CASES = {
+    "windows": Case("windowed", Context(SLOT_TOKENS, 1, "f16", 64)),
+    "windows, q8_0, slots that share a cache": Case("windowed", Context(SLOT_TOKENS, 4, "q8_0", 64, unified=True)),
+    "windows, no flash attention": Case("windowed", Context(SLOT_TOKENS, 2, "f16", 64, flash_attention=False)),
+    "a context no larger than the window": Case("windowed", Context(256, 2, "f16", 64)),
+    "state beside attention": Case("hybrid", Context(SLOT_TOKENS, 2, "f16", 64)),
+    "state alone": Case("recurrent", Context(SLOT_TOKENS, 1, "f16", 64)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_checkpoint_takes_what_is_planned_and_never_more(name, tmp_path):
+    case = CASES[name]
+    planned, full = case.planned_mib(tmp_path), case.context.tokens - 1
+    found = case.made(tmp_path, [100, full])
+    assert {one.slot for one in found} == set(range(case.context.slots))
+    largest = max(one.mib for one in found)
+    assert largest - PRINTED_MIB / 2 <= planned
+    last_tokens = 5 / case.context.tokens * planned  # of a prompt, which come after its last checkpoint
+    assert planned <= largest + PRINTED_MIB / 2 + NOTES_MIB + last_tokens
+
+
+def test_all_slots_together_keep_no_more_checkpoints_than_the_plan_counts(tmp_path):
+    model, given_mib = models.tiny(tmp_path, "windowed"), 4
+    header = read_path(model)
+    limits = {"slots": 3, "context_tokens": SLOT_TOKENS, "threads": 1, "ubatch_tokens": 64}
+    plans = []
+    for mib in (0, given_mib):
+        asked = planning.settings({**limits, "context_checkpoints_mib": mib, "prompt_cache_mib": 0})
+        plans += plan_host(planning.machine(ram_gib=16), [(asked.models[0], header)], asked)
+    counted_mib = (plans[1].host_bytes - plans[0].host_bytes) / MIB
+    kept, found = {}, made(model, plans[1].argv, 3, [500, 900, 1300, 1700, 2000])
+    for one in found:
+        kept[one.slot] = one.number * one.mib
+        assert one.number <= one.most == plans[1].checkpoints
+        assert sum(kept.values()) - len(kept) * one.number * PRINTED_MIB / 2 <= counted_mib <= given_mib
+    assert len(found) > 3 * plans[1].checkpoints > 3  # more were made than are kept, and more than one of a slot
+    assert len(kept) == 3 and sum(kept.values()) > 0.99 * counted_mib
+    assert counted_mib == pytest.approx(6 * checkpoint_bytes(header, Context(SLOT_TOKENS, 3, "f16", 64)) / MIB)
