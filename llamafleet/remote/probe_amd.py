@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from probe_files import number, read
-from probe_gpu_common import at, empty_gpu, is_ours
+from probe_files import at, number, read
+from probe_gpu_common import empty_gpu, is_ours
 
 # An integrated AMD GPU sets aside a little memory, usually 0.5 GiB, and borrows the rest from RAM (GTT).
 # Cards with so little memory of their own are too old for ROCm.

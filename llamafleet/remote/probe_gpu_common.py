@@ -1,4 +1,4 @@
-"""What the readers of NVIDIA's and AMD's GPUs share: the root folder, whose a process is, and a GPU's keys.
+"""What the readers of NVIDIA's and AMD's GPUs share: whose a process is, and a GPU's keys.
 
 Part of probe_gpus.py and under its contract: Python 3.8, the standard library, reads only.
 """
@@ -6,26 +6,12 @@ Part of probe_gpus.py and under its contract: Python 3.8, the standard library, 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
-from probe_files import read
+from probe_files import at, read
 
 # Memory held by these units is our own and must not shrink the next plan.
 OUR_UNITS = re.compile(r"/(llama-server-[^/]+\.service|llamafleet-[^/]+\.(service|scope))(/|$)", re.M)
-
-ROOT = Path("/")
-
-
-def read_below(root: str) -> None:
-    """For tests: /proc and /sys are read below this folder. Said once, before anything is read."""
-    global ROOT  # noqa: PLW0603
-    ROOT = Path(root)
-
-
-def at(path: str) -> Path:
-    """An absolute path, below --root."""
-    return ROOT / path.lstrip("/")
 
 
 def is_ours(pid: int | str) -> bool:

@@ -22,7 +22,7 @@ import sys
 from typing import Any
 
 from probe_amd import amd_gpus
-from probe_gpu_common import read_below
+from probe_files import below
 from probe_nvidia import module_version, nvidia
 
 # The probe gives up on us after 20 s; were it killed itself, we still end.
@@ -32,7 +32,7 @@ LIFETIME_SECONDS = 120
 def main() -> int:
     parser = argparse.ArgumentParser(description="print this host's GPUs (JSON)")
     parser.add_argument("--root", default="/", help="for tests: read /proc and /sys below this folder")
-    read_below(parser.parse_args().root)
+    below(parser.parse_args().root)
     signal.alarm(LIFETIME_SECONDS)  # ends the process even inside a library's call
     problems: list[str] = []
     found: dict[str, Any] = {

@@ -10,8 +10,8 @@ import importlib
 import re
 from typing import Any, Callable  # the contract is Python 3.8, whose own Callable is typing's
 
-from probe_files import read
-from probe_gpu_common import at, empty_gpu, is_ours
+from probe_files import at, psutil, read
+from probe_gpu_common import empty_gpu, is_ours
 
 LIBRARY = "libnvidia-ml.so.1"
 
@@ -179,9 +179,7 @@ def read_memory(nvml: Any, handle: Any, gpu: dict[str, Any], problems: list[str]
         total, used = answer.total, answer.total - answer.free
     except nvml.NVMLError_NotSupported:
         gpu["unified_memory"] = True  # GB10, Jetson: the GPU's memory is the host's
-        psutil: Any = importlib.import_module("psutil")
-        psutil.PROCFS_PATH = str(at("/proc"))
-        ram = psutil.virtual_memory()
+        ram = psutil().virtual_memory()
         total, used = ram.total, ram.total - ram.available
     own, doubt = own_bytes(gpu_processes(nvml, handle), max(0, used - reserved), is_ours)
     if doubt:
