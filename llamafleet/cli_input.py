@@ -95,6 +95,4 @@ def _is_of_instance(key: str) -> bool:
 
 def hub_token(settings: Settings) -> str | None:
     """The token for gated models, from where the settings say or the environment."""
-    if settings.hub_token_file:
-        return secret_files.token(settings.hub_token_file, "hub_token_file")
-    return secret_files.take("HF_TOKEN")
+    return secret_files.hub_token(settings.hub_token_file or None)

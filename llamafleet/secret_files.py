@@ -71,6 +71,11 @@ def token(place: str, setting: str) -> str:
     return text
 
 
+def hub_token(place: str | None) -> str | None:
+    """The operator's Hub token: from where the setting `hub_token_file` says, else from HF_TOKEN."""
+    return take("HF_TOKEN") if place is None else token(place, "hub_token_file")
+
+
 def api_keys(place: str, setting: str) -> str:
     """API keys, one a line, as llama-server needs them: it trims no line (a stray blank or CR would be
     part of a key) and takes a line that begins with # for a comment (common/arg.cpp:3515), so that a file

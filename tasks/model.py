@@ -6,7 +6,8 @@ from typing import Any
 
 from pyinfra.api.deploy import deploy
 
-from tasks import operations, sources
+from llamafleet import secret_files
+from tasks import operations
 from tasks.situation import Serving, Situation, situation
 
 # A tmpfs: the token is on the host only while it downloads.
@@ -19,7 +20,7 @@ def model() -> None:
     now = situation()
     if now is None:
         return
-    token = sources.hub_token(now.settings)
+    token = secret_files.hub_token(now.settings.hub_token_file)
     models = {one.folder: one for one in now.servings}
     for folder, serving in operations.each(models.items(), lambda pair: pair[0]):
         needed = folder in now.work.models

@@ -96,19 +96,12 @@ def model(instance: Instance, settings: Settings) -> Model:
 
 
 def _read_model(instance: Instance, settings: Settings) -> Model:
-    token = hub_token(settings)
+    token = secret_files.hub_token(settings.hub_token_file)
     files = sources.resolve(
         instance.source, endpoint=settings.hub_endpoint, token=token,
         mirrors=instance.mirrors, sha256=instance.sha256,
     )  # fmt: skip
     return Model(files, sources.read_header(files, token=token))
-
-
-def hub_token(settings: Settings) -> str | None:
-    """The Hub token of the operator: from where the settings say, else from HF_TOKEN."""
-    if settings.hub_token_file is None:
-        return secret_files.take("HF_TOKEN")
-    return secret_files.token(settings.hub_token_file, "hub_token_file")
 
 
 def take_secrets(settings: Settings) -> None:

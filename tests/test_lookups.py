@@ -6,6 +6,7 @@ import subprocess
 import psutil
 import pytest
 
+from llamafleet import secret_files
 from llamafleet.settings import Settings
 from tasks import remote, sources
 from tests import planning
@@ -76,10 +77,13 @@ def test_a_failure_is_remembered():
 def test_the_hub_token_comes_from_the_file_before_the_environment(tmp_path, monkeypatch):
     monkeypatch.setattr("llamafleet.secret_files._taken", {})
     monkeypatch.setenv("HF_TOKEN", "hf_environment")
-    assert sources.hub_token(planning.settings({})) == "hf_environment"
+    assert secret_files.hub_token(planning.settings({}).hub_token_file) == "hf_environment"
     (tmp_path / "token").write_text("hf_file\n")
     (tmp_path / "token").chmod(0o600)
-    assert sources.hub_token(planning.settings({}, hub_token_file=str(tmp_path / "token"))) == "hf_file"
+    assert (
+        secret_files.hub_token(planning.settings({}, hub_token_file=str(tmp_path / "token")).hub_token_file)
+        == "hf_file"
+    )
 
 
 def test_secrets_are_taken_out_of_the_environment_that_programs_inherit(monkeypatch):
@@ -92,7 +96,7 @@ def test_secrets_are_taken_out_of_the_environment_that_programs_inherit(monkeypa
     assert "hf_environment" not in inherited and "key-in-a-variable" not in inherited
     # Taken, not lost; also when asked again for the next host.
     for _ in range(2):
-        assert sources.hub_token(wanted) == "hf_environment"
+        assert secret_files.hub_token(wanted.hub_token_file) == "hf_environment"
         assert sources.secrets(wanted.models[0]) == {"api-keys": "key-in-a-variable\n" * 2}
 
 
