@@ -5,14 +5,16 @@ It ranks placements, and says how sure it is. Measurements of the host replace i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 
+from .compute import DENSE, EXPERTS
 from .kv import Context, number, per_layer
 from .ledger import Model
 from .rates import CACHE_MISS_TOKENS, Rates
+from .scheduling import OFFLOAD_TOKENS
+from .weights import LAYER
 from .workload import Workload
 
 # Seconds on top of the bytes, for each layer on a GPU and token written: launching and waiting for small kernels.
@@ -32,13 +34,6 @@ ATTENTION_FLOPS_SHARE = 0.4  # of what matrices reach
 # Of all experts, those that a large batch uses and op-offload copies: gpt-oss-120b with 26 layers' experts in RAM
 # reads 380 to 2091 tokens/s at ubatches of 512 to 8192 on an RTX 3090, which is 39 GB/s over a 31.5 GB/s link.
 EXPERTS_COPIED = 0.65
-OFFLOAD_TOKENS = 32  # smaller batches stay on the CPU (ggml-cuda.cu, op_offload_min_batch_size)
-
-_LAYER = re.compile(r"blk\.(\d+)\.(.*)")
-_SPILLED = {
-    True: re.compile(r"ffn_(up|down|gate|gate_up)_(ch|)exps\..*"),
-    False: re.compile(r"ffn_(up|down|gate)\.weight"),
-}
 
 
 @dataclass(frozen=True)
@@ -232,12 +227,12 @@ class Roofline:
 
 def _operations(model: Model) -> tuple[list[float], list[float]]:
     """Multiply and add for each weight of a layer: what stays, and what may be spilled."""
-    pattern = _SPILLED[model.is_moe]
+    spilled = EXPERTS if model.is_moe else DENSE
     fixed, spill = [0.0] * model.layers, [0.0] * model.layers
     for tensor in model.header.tensors:
-        match = _LAYER.fullmatch(tensor.name)
+        match = LAYER.fullmatch(tensor.name)
         if match and int(match[1]) < model.layers:
-            (spill if pattern.fullmatch(match[2]) else fixed)[int(match[1])] += 2.0 * tensor.elements
+            (spill if spilled.fullmatch(match[2]) else fixed)[int(match[1])] += 2.0 * tensor.elements
     return fixed, spill
 
 

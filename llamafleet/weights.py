@@ -14,7 +14,7 @@ from .compute import DENSE, EXPERTS, Compute
 from .gguf import Header, Tensor
 from .kv import number, trunk_layers
 
-_LAYER = re.compile(r"blk\.(\d+)\.(.*)")
+LAYER = re.compile(r"blk\.(\d+)\.(.*)")
 # Read row by row, always from the host (LLM_TENSOR_LAYER_INPUT); everything else outside layers goes with the output.
 _INPUTS = re.compile(r"(token_embd|token_types|position_embd|per_layer_token_embd)(_norm)?\..*")
 # One copy on each device that has layers (src/llama-model.cpp, TENSOR_DUPLICATED).
@@ -101,7 +101,7 @@ class Model:
         inside: list[list[tuple[str, Tensor]]] = [[] for _ in range(layers)]
         outside: list[Tensor] = []
         for tensor in header.tensors:
-            match = _LAYER.fullmatch(tensor.name)
+            match = LAYER.fullmatch(tensor.name)
             if match is None or int(match[1]) >= layers:
                 outside.append(tensor)
             elif int(match[1]) < trunk:
