@@ -37,7 +37,12 @@ class Staging:
     @property
     def folder(self) -> str:
         """Where on the host."""
-        return f"/var/lib/llamafleet/staged/{self.name}"
+        return staged(self.name)
+
+
+def staged(name: str) -> str:
+    """The folder on the host for what is staged of the instance of that name."""
+    return f"/var/lib/llamafleet/staged/{name}"
 
 
 def each(items: Iterable[Item], name: Callable[[Item], str]) -> Iterator[Item]:

@@ -8,8 +8,6 @@ from llamafleet.settings import unit_of
 from tasks import asking, operations
 from tasks.situation import Serving, situation
 
-STAGED = "/var/lib/llamafleet/staged"
-
 
 @deploy("Serve")
 def service() -> None:
@@ -53,7 +51,7 @@ def watch(serving: Serving, needed: bool) -> None:
     """Install the liveness check alone, where it is all that differs: the server runs on."""
     wanted = serving.service
     operations.stage_files(
-        name=f"Prepare the liveness check of {wanted.unit}", needed=needed, folder=f"{STAGED}/{wanted.name}",
+        name=f"Prepare the liveness check of {wanted.unit}", needed=needed, folder=operations.staged(wanted.name),
         files=dict(wanted.liveness), secrets={},
     )  # fmt: skip
     operations.run_job(
