@@ -65,6 +65,8 @@ class Plan:
     why: tuple[str, ...]
     host_bytes: int  # RAM that the process needs, for MemoryMax
     environment: Mapping[str, str] = field(default_factory=dict)
+    cpus: str = ""  # that the server is kept on, "0-11"; empty: all
+    numa_nodes: str = ""  # that its memory is spread over, "0-1"; empty: as the kernel likes
 
     fits = True
 

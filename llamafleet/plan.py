@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 
-from . import vulkan
+from . import processors, vulkan
 from .adjust import NO_ADJUSTMENT, Adjustment
 from .advice import suggestions
 from .answer import Plan, Refusal
@@ -64,7 +64,7 @@ def plan_host(
     answers: dict[int, Plan | Refusal] = {}
     for position, (instance, header) in sorted(enumerate(requests), key=lambda one: (-one[1][0].priority, one[0])):
         adjustment = adjustments.get(instance.name, NO_ADJUSTMENT)
-        answer = _plan_one(machine, backend, room, instance, header, adjustment, measurements)
+        answer = _plan_one(machine, backend, room, instance, header, adjustment, measurements, len(requests) == 1)
         if isinstance(answer, Plan):
             room = room.without(answer.ledger)
         answers[position] = answer
@@ -79,6 +79,7 @@ def _plan_one(
     header: Header,
     adjustment: Adjustment,
     measured: Measurements,
+    alone: bool,
 ) -> Plan | Refusal:
     if number(header, "block_count") < 1 or number(header, "embedding_length") < 1:
         reason = f"{header.name} ({header.architecture}) is no language model: its header gives no layers"
@@ -95,7 +96,7 @@ def _plan_one(
             instance=instance.name,
             suggestions=(f"set context_tokens to {trained} or less",),
         )
-    case = _Asked(machine, backend, room, instance, Model.of(header), tokens, adjustment, measured)
+    case = _Asked(machine, backend, room, instance, Model.of(header), tokens, adjustment, measured, alone)
     return _choose(case)
 
 
@@ -111,6 +112,7 @@ class _Asked:
     context_tokens: int
     adjustment: Adjustment
     measured: Measurements
+    alone: bool  # no other model is served by this host
 
     @property
     def work(self) -> Workload:
@@ -118,8 +120,7 @@ class _Asked:
 
     @property
     def threads(self) -> int:
-        cpu = self.machine.cpu
-        return self.instance.threads or max(1, cpu.performance_cores or cpu.physical_cores)
+        return processors.threads(self.machine.cpu, self.instance)
 
     def checkpoints(self, context: Context) -> int:
         """How many of each slot may take the RAM that the settings give them all."""
@@ -184,10 +185,13 @@ def _measured_seconds(work: Workload, trial: tuple[float, float]) -> float:
 def _plan(asked: _Asked, search: Search, settled: Settled, weighed: Sequence[Candidate]) -> Plan:
     chosen, placement, rows = settled.candidate, settled.placement, settled.ledger()
     gpus = tuple(asked.room.gpus[device] for device in chosen.order)
-    context = chosen.context
+    context, cpu = chosen.context, asked.machine.cpu
+    cpus = processors.cpus(cpu, asked.instance, placement, alone=asked.alone)
+    nodes = processors.numa_nodes(cpu, placement)
     decision = Decision(
         asked.machine, asked.instance, asked.model, asked.room, asked.work,
         chosen, weighed, placement, rows, asked.threads, [gpu.link_bytes_per_s for gpu in search.roofline.rates.gpus],
+        cpus, nodes,
     )  # fmt: skip
     return Plan(
         instance=asked.instance.name,
@@ -207,6 +211,8 @@ def _plan(asked: _Asked, search: Search, settled: Settled, weighed: Sequence[Can
         why=tuple(why(decision)),
         host_bytes=sum(row.used_bytes for row in (rows if asked.room.unified else rows[-1:])),
         environment=environment(asked.backend, gpus),
+        cpus=cpus,
+        numa_nodes=nodes,
     )
 
 

@@ -29,6 +29,8 @@ class Decision:
     rows: Sequence[LedgerRow]
     threads: int
     links: Sequence[float]  # bytes per second to each GPU of the room
+    cpus: str  # that the server is kept on
+    numa_nodes: str  # that its memory is spread over
 
     def best(self, **same: object) -> Candidate | None:
         """The best that fits of those with these values."""
@@ -43,9 +45,7 @@ def why(decision: Decision) -> Iterator[str]:
     yield from _gpus(decision)
     yield from _context(decision)
     yield from _ubatch(decision)
-    yield f"{decision.threads} threads: " + (
-        "as asked" if decision.instance.threads else "one for each physical (performance) core; more are slower"
-    )
+    yield from _processors(decision)
     yield _workload(decision)
     yield from _warnings(decision)
 
@@ -142,6 +142,16 @@ def _ubatch(decision: Decision) -> Iterator[str]:
     others = [decision.best(ubatch_tokens=other) for other in sizes]
     told = ", ".join(f"{one.context.ubatch_tokens}: {one.seconds:.1f} s" for one in others if one)
     yield f"ubatch {size}: the workload takes {chosen.seconds:.1f} s" + (f" ({told})" if told else "")
+
+
+def _processors(decision: Decision) -> Iterator[str]:
+    yield f"{decision.threads} threads: " + (
+        "as asked" if decision.instance.threads else "one for each physical (performance) core; more are slower"
+    )
+    if decision.cpus:
+        yield f"kept on CPUs {decision.cpus}, the performance cores: every step waits for its slowest thread"
+    if decision.numa_nodes:
+        yield f"memory is spread over NUMA nodes {decision.numa_nodes}: threads of all of them read the weights"
 
 
 def _workload(decision: Decision) -> str:

@@ -94,6 +94,8 @@ def plan_record(
         "backend": build.backend,
         "files": files,
         "gate": gate,
+        "cpus": plan.cpus,
+        "numa_nodes": plan.numa_nodes,
     }
     identity = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
     return {**record, "identity": identity, "plan": plan.to_json()}
@@ -163,8 +165,8 @@ def unit(
         libraries=_libraries(build),
         families=_families(instance.listen, bool(plan.gpus)),
         loopback=ipaddress.ip_address(instance.listen).is_loopback,
-        # Only what the CPU computes gains by it.
-        numa=survey.machine.cpu.numa_nodes > 1 and plan.host_bytes > 0,
+        cpus=plan.cpus,
+        numa_nodes=plan.numa_nodes,
         memory_max_bytes=int(plan.host_bytes * MEMORY_MARGIN) + MEMORY_SPARE,
         memory_swap_max="infinity" if allow_swap else "0",
     )

@@ -15,14 +15,14 @@ from sandbox import models
 MIB = 2**20
 
 
-def machine(gpus=(), *, ram_gib=64, available_gib=None, swap_gib=0, performance_cores=6, **more):
-    """A machine; each GPU is its MiB or a dictionary of what differs from an RTX 4090."""
+def machine(gpus=(), *, ram_gib=64, available_gib=None, swap_gib=0, performance_cores=6, cpu=(), **more):
+    """A machine; each GPU is its MiB or a dictionary of what differs from an RTX 4090; `cpu` is what differs there."""
     return Machine.from_json({
         "schema": 1,
         "hostname": "box1",
         "os": {"id": "debian", "version": "13", "arch": "x86_64", "libc": "2.41"},
         "cpu": {"model": "i5-13400F", "sockets": 1, "physical_cores": 10, "logical_cores": 16,
-                "performance_cores": performance_cores, "numa_nodes": 1, "flags": ["avx2"]},
+                "performance_cores": performance_cores, "numa_nodes": 1, "flags": ["avx2"], **dict(cpu)},
         "memory": {"total_bytes": ram_gib * 2**30, "swap_total_bytes": swap_gib * 2**30,
                    "available_bytes": (ram_gib - 2 if available_gib is None else available_gib) * 2**30},
         "gpus": [gpu(index, one) for index, one in enumerate(gpus)],

@@ -40,6 +40,7 @@ ORDER = [
     "budgets",
     "choose",
     "settle",
+    "processors",
     "reasons",
     "answer",
     "backend",

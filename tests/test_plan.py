@@ -87,6 +87,8 @@ CHECKS = {
     "fits": lambda answer, value: answer.fits is value or pytest.fail(str(answer)),
     "kv_type": lambda answer, value: answer.kv_type == value or pytest.fail(answer.kv_type),
     "backend": lambda answer, value: answer.backend == value or pytest.fail(answer.backend),
+    "cpus": lambda answer, value: answer.cpus == value or pytest.fail(answer.cpus),
+    "numa_nodes": lambda answer, value: answer.numa_nodes == value or pytest.fail(answer.numa_nodes),
     "environment": lambda answer, value: dict(answer.environment) == value or pytest.fail(str(answer.environment)),
 }  # fmt: skip
 

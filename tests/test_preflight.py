@@ -119,17 +119,18 @@ def test_dropped_lines_stay_as_comments():
 
 def test_every_directive_of_a_rendered_unit_is_known():
     """A directive that is added to the template must be said to be droppable or not."""
-    from tests.test_render import made
+    from tests.test_render import HYBRID, TWO_NODES, made
 
     kept = {"User", "Group", "Environment", "CacheDirectory", "CacheDirectoryMode", "SyslogIdentifier",
             "LogExtraFields", "MemoryMax", "MemorySwapMax", "OOMPolicy", "LimitMEMLOCK", "LimitCORE", "TasksMax",
-            "NUMAPolicy", "NUMAMask", "NoNewPrivileges", "CapabilityBoundingSet", "AmbientCapabilities",
+            "NoNewPrivileges", "CapabilityBoundingSet", "AmbientCapabilities",
             "RestrictSUIDSGID", "SystemCallErrorNumber", "RemoveIPC", "UMask", "ProtectSystem", "ProtectHome",
             "PrivateTmp", "SupplementaryGroups"}  # fmt: skip
     known = kept | set(sandbox_trial.NOT_TRIED)
     lines = {name for part in (*preflight.SUSPECTS, *preflight.OTHERS) for name in part.names}
     for gpus in ([], [24564]):
-        for one in preflight.service_directives(made(gpus, api_key_file="/keys")[0]):
+        unit = made(gpus, cpu=HYBRID | TWO_NODES, api_key_file="/keys")[0]
+        for one in preflight.service_directives(unit):
             assert one.name in known or one.name in lines or one.line in lines, one.line
 
 
@@ -254,6 +255,21 @@ def test_the_directive_that_breaks_it_is_dropped_and_told(host, capsys):
     assert "permission denied" in dropped["why"] and "code=exited/status=1" in dropped["why"]
     assert found["unit_sha256"] != found["rendered_sha256"]
     assert "note: sandbox without MemoryDenyWriteExecute=yes: --list-devices" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("breaks", "dropped"),
+    [
+        ("CPUAffinity=64-70", ["CPUAffinity=64-70"]),  # systemd: 215/CPUAFFINITY, where a host has none of them
+        ("NUMAPolicy=interleave", ["NUMAPolicy=interleave", "NUMAMask=0-1"]),  # a container that lets nobody set it
+    ],
+)
+def test_a_placement_that_the_host_refuses_costs_nothing_of_the_sandbox(host, breaks, dropped):
+    placed = "Environment=A=b\nCPUAffinity=64-70\nNUMAPolicy=interleave\nNUMAMask=0-1\n"
+    host.stage(UNIT.replace("Environment=A=b\n", placed))
+    host.how(breaks=[breaks])
+    host.prepare()
+    assert [one["directives"] for one in host.staged()[1]["dropped"]] == [dropped]
 
 
 def test_where_nothing_helps_the_switch_ends_and_the_staged_unit_stays(host):

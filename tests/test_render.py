@@ -27,11 +27,11 @@ class Survey:
         gpu_groups = ("render", "video")
 
 
-def made(gpus, survey=Survey, layout="Qwen3-8B", **asked):
+def made(gpus, survey=Survey, layout="Qwen3-8B", cpu=(), **asked):
     """(unit text, record, argv) of a plan for a published model on a host with these GPUs' MiB."""
     wanted = planning.settings({"context_tokens": 4096, **asked})
     (instance,) = wanted.models
-    [plan] = planning.plans(planning.machine(gpus), [(layout,)], wanted)
+    [plan] = planning.plans(planning.machine(gpus, cpu=cpu), [(layout,)], wanted)
     build = Build(
         commit="c" * 40, backend=plan.backend, toolkit=None, architectures=(), machine_arch="x86_64", libc="2.41",
         cpu_flags=(), kv_types=("f16",), ui=False, tls=False,
@@ -126,7 +126,7 @@ def test_the_gate_asks_where_the_host_reaches_it(address, host):
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not here to ask")
 @pytest.mark.parametrize("gpus", [[], [24564]], ids=["cpu", "gpu"])
 def test_systemd_understands_every_line(gpus, tmp_path):
-    unit, _, _ = made(gpus, api_key_file="/home/me/keys")
+    unit, _, _ = made(gpus, cpu=HYBRID | TWO_NODES, api_key_file="/home/me/keys")
     file = tmp_path / "llama-server-model.service"
     # Programs and users of a host are not on this machine.
     unit = unit.replace(directive(unit, "ExecStart")[0].split(" ")[0], '"/bin/true"').replace("llamafleet\n", "root\n")
@@ -223,13 +223,21 @@ def test_programs_come_from_the_release_alone():
     assert allowed.split()[0] == release and not {"/usr", "/usr/bin", "-/usr/bin", "/"} & set(allowed.split())
 
 
-def test_several_numa_nodes_share_what_the_cpu_computes():
-    class Large(Survey):
-        machine = planning.machine()
-        machine = dataclasses.replace(machine, cpu=dataclasses.replace(machine.cpu, numa_nodes=2))
+HYBRID = {"performance_cpus": "0-5,8"}
+TWO_NODES = {"numa_nodes": 2, "numa_node_list": "0-1"}
 
-    assert directive(made([], Large)[0], "NUMAPolicy") == ["interleave"]
-    assert not directive(made([])[0], "NUMAPolicy")
+
+def test_a_plans_cpus_and_nodes_are_the_units():
+    unit = made([], cpu=HYBRID | TWO_NODES)[0]
+    told = {name: directive(unit, name) for name in ("CPUAffinity", "NUMAPolicy", "NUMAMask")}
+    assert told == {"CPUAffinity": ["0-5,8"], "NUMAPolicy": ["interleave"], "NUMAMask": ["0-1"]}
+    unit = made([])[0]
+    assert not [name for name in told if directive(unit, name)]
+
+
+@pytest.mark.parametrize("cpu", [HYBRID, TWO_NODES], ids=["cpus", "nodes"])
+def test_other_cpus_or_nodes_are_another_identity(cpu):
+    assert made([], cpu=cpu)[1]["identity"] != made([])[1]["identity"]
 
 
 def test_a_certificate_is_a_credential_and_the_gate_speaks_https():

@@ -46,7 +46,8 @@ model_defaults = {
     # More read a prompt faster, above all with experts in RAM, and take memory. None: the plan
     # chooses from 256 to 8192 by the workload.
     "ubatch_tokens": None,
-    # Threads for the CPU part. None: one for each physical (performance) core; more is slower.
+    # Threads for the CPU part. None: one for each physical core, on a hybrid for each performance
+    # core and kept there; more is slower.
     "threads": None,
     # RAM for llama-server's prompt cache, MiB. llama.cpp's own default is 8192, uncounted by it.
     "prompt_cache_mib": 1024,

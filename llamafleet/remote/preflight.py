@@ -29,8 +29,11 @@ class Part(NamedTuple):
     names: Tuple[str, ...]
 
 
-# In the order in which they are dropped: what GPU drivers are most likely to need comes first.
+# In the order in which they are dropped: first what costs speed and no safety, where a container has other CPUs or
+# lets nobody set a memory policy, then what GPU drivers are most likely to need.
 SUSPECTS = (
+    Part("CPUAffinity", ("CPUAffinity",)),
+    Part("NUMAPolicy", ("NUMAPolicy", "NUMAMask")),
     Part("MemoryDenyWriteExecute", ("MemoryDenyWriteExecute",)),
     Part("PrivateUsers", ("PrivateUsers",)),
     Part("SystemCallFilter=~@resources", ("SystemCallFilter=~@resources",)),
