@@ -18,7 +18,11 @@ LATE_OUTPUT = frozenset({"bailingmoe3", "cohere2moe", "gemma4", "hy_v3", "nemotr
 KEPT_STATE = frozenset({"gpt-oss", "gemma4", "step35", "hy_v3", "cohere2moe"})
 EXPERTS_USED_LIMIT = 64  # for each token; models have 1 to 32, and hostile headers get no time
 SIGMOID = 2  # expert_gating_func, llama-hparams.h
-NORMED_WEIGHTS = frozenset({"qwen3moe", "qwen3next", "qwen35moe", "qwen3vlmoe", "minimax-m2", "mixtral", "llama"})
+# norm_w of build_moe_ffn where src/models/*.cpp give true, whatever the header says.
+NORMED_WEIGHTS = frozenset({"arctic", "dbrx", "ernie4_5-moe", "gemma4", "granite", "granitehybrid", "granitemoe",
+                            "granite_swa", "grok", "grovemoe", "hunyuan-moe", "kimi-linear", "lfm2moe", "llama",
+                            "maple", "mellum", "mimo2", "minimax-m2", "mistral3", "phimoe", "qwen35moe", "qwen3moe",
+                            "qwen3next", "qwen3vlmoe", "rnd1", "smallthinker"})  # fmt: skip
 SOFTMAX_WEIGHT = frozenset({"gpt-oss"})
 
 

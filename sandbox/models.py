@@ -36,7 +36,11 @@ CHAT_TEMPLATE = (
 class _Writer(GGUFWriter):  # type: ignore[misc]  # untyped, see pyproject.toml
     """Packs the vocabulary's long arrays at once: item by item takes the reference writer a second a model."""
 
-    _FORMATS: ClassVar = {int: (GGUFValueType.INT32, "i"), float: (GGUFValueType.FLOAT32, "f")}
+    _FORMATS: ClassVar = {
+        int: (GGUFValueType.INT32, "i"),
+        float: (GGUFValueType.FLOAT32, "f"),
+        bool: (GGUFValueType.BOOL, "?"),
+    }
 
     def _pack_val(
         self, val: Any, vtype: GGUFValueType, add_vtype: bool, sub_type: GGUFValueType | None = None
