@@ -1,11 +1,12 @@
-"""What a layer computes: attention of every kind, feed-forward, experts; and the whole graph of a model."""
+"""What a layer computes: attention of every kind, feed-forward; and the whole graph of a model."""
 
 from __future__ import annotations
 
 from . import ggml
+from .experts import experts
 from .ggml import F32, I32, Graph, Tensor, concat, get_rows, mul_mat, new, permute, reshape, same, view
 from .gguf import Header
-from .graph import Builder, GraphUnknownError, Homes, Layers
+from .graph import Builder, Homes, Layers
 from .kv import BY_INTERVAL, Context, is_latent, number, recurrent_layers
 from .recurrent import recurrent
 from .rwkv import rwkv7_layer
@@ -16,14 +17,6 @@ LATE_OUTPUT = frozenset({"bailingmoe3", "cohere2moe", "gemma4", "hy_v3", "nemotr
                          "qwen35", "qwen35moe", "qwen3next", "step35"})  # fmt: skip
 # Their last layer's result, before the last norm, is kept for a draft model (t_h_nextn).
 KEPT_STATE = frozenset({"gpt-oss", "gemma4", "step35", "hy_v3", "cohere2moe"})
-EXPERTS_USED_LIMIT = 64  # for each token; models have 1 to 32, and hostile headers get no time
-SIGMOID = 2  # expert_gating_func, llama-hparams.h
-# norm_w of build_moe_ffn where src/models/*.cpp give true, whatever the header says.
-NORMED_WEIGHTS = frozenset({"arctic", "dbrx", "ernie4_5-moe", "gemma4", "granite", "granitehybrid", "granitemoe",
-                            "granite_swa", "grok", "grovemoe", "hunyuan-moe", "kimi-linear", "lfm2moe", "llama",
-                            "maple", "mellum", "mimo2", "minimax-m2", "mistral3", "phimoe", "qwen35moe", "qwen3moe",
-                            "qwen3next", "qwen3vlmoe", "rnd1", "smallthinker"})  # fmt: skip
-SOFTMAX_WEIGHT = frozenset({"gpt-oss"})
 
 
 def build(
@@ -192,7 +185,7 @@ def _feed_forward(b: Builder, cur: Tensor) -> Tensor:
     parts = b.layers[b.layer]
     if "ffn_gate_inp.weight" not in parts:
         return _dense(b, cur, "")
-    out = _experts(b, cur)
+    out = experts(b, cur)
     if "ffn_up_shexp.weight" in parts:
         shared = _dense(b, cur, "_shexp")
         if "ffn_gate_inp_shexp.weight" in parts:
@@ -215,86 +208,3 @@ def _dense(b: Builder, cur: Tensor, suffix: str) -> Tensor:
     else:
         act = same("unary", up)
     return b.linear(f"ffn_down{suffix}", act)
-
-
-def _experts(b: Builder, cur: Tensor) -> Tensor:
-    """build_moe_ffn."""
-    parts, tokens, embd = b.layers[b.layer], cur.ne[1], cur.ne[0]
-    count = parts["ffn_gate_inp.weight"].shape[1]
-    used = number(b.header, "expert_used_count")
-    if not 0 < used <= min(count, EXPERTS_USED_LIMIT):
-        raise GraphUnknownError(f"{used} of {count} experts used")
-    arch = b.header.architecture
-    probabilities = b.linear("ffn_gate_inp", cur)
-    if arch not in SOFTMAX_WEIGHT:
-        sigmoid = number(b.header, "expert_gating_func") == SIGMOID
-        probabilities = same("unary" if sigmoid else "soft_max", probabilities)
-    bias = b.weight("exp_probs_b.bias")
-    selection = same("add", probabilities, bias) if bias else probabilities
-    groups = number(b.header, "expert_group_count")
-    if groups > 1:
-        selection = _grouped(selection, count, groups, number(b.header, "expert_group_used_count"), tokens)
-    ids = view(same_i32("argsort", selection), (used, tokens), (count * 4,))
-    weights = get_rows(reshape(probabilities, 1, count, tokens), ids)
-    if arch in SOFTMAX_WEIGHT:
-        weights = reshape(same("soft_max", reshape(weights, used, tokens)), 1, used, tokens)
-    if arch in NORMED_WEIGHTS or b.header.get("expert_weights_norm"):
-        flat = reshape(weights, used, tokens)
-        total = same("clamp", new("sum_rows", F32, (1, tokens), flat))
-        weights = reshape(same("div", flat, total), 1, used, tokens)
-    if b.header.get("expert_weights_scale") not in (None, 0.0, 1.0):
-        weights = same("scale", weights)
-    b.graph.expand(weights)
-    cur = reshape(cur, embd, 1, tokens)
-    if arch == "llama4":
-        cur = same("mul", new("repeat", F32, (embd, used, tokens), cur), weights)
-    act = _expert_activation(b, cur, ids)
-    out = _expert_linear(b, "ffn_down_exps", act, ids)
-    if arch != "llama4":
-        out = same("mul", out, weights)
-    b.graph.expand(out)
-    views = [view(out, (embd, tokens), (out.nb[2],)) for _ in range(used)]
-    for one in views:
-        b.graph.expand(one)
-    total = views[0]
-    for one in views[1:]:
-        total = same("add", total, one)
-        b.graph.expand(total)
-    return ggml.cont(total) if used == 1 else total
-
-
-def _expert_activation(b: Builder, cur: Tensor, ids: Tensor) -> Tensor:
-    parts = b.layers[b.layer]
-    if "ffn_gate_up_exps.weight" in parts:
-        both = _expert_linear(b, "ffn_gate_up_exps", cur, ids)
-        half = (both.ne[0] // 2, both.ne[1], both.ne[2])
-        gate, up = (view(both, half, (both.nb[1], both.nb[2])) for _ in range(2))
-        return new("glu", F32, half, gate, up)
-    up = _expert_linear(b, "ffn_up_exps", cur, ids)
-    if "ffn_gate_exps.weight" not in parts:
-        return same("unary", up)
-    return same("glu", _expert_linear(b, "ffn_gate_exps", cur, ids), up)
-
-
-def _expert_linear(b: Builder, part: str, cur: Tensor, ids: Tensor) -> Tensor:
-    out = ggml.mul_mat_id(b.need(f"{part}.weight"), cur, ids)
-    bias = b.weight(f"{part}.bias")
-    return same("add_id", out, bias, ids) if bias else out
-
-
-def same_i32(op: str, a: Tensor) -> Tensor:
-    """An operation that gives numbers of rows instead of values."""
-    return new(op, I32, a.ne, a)
-
-
-def _grouped(scores: Tensor, count: int, groups: int, used: int, tokens: int) -> Tensor:
-    """Only experts of the best groups may be chosen (DeepSeek V3)."""
-    each = count // groups
-    split = reshape(scores, each, groups, tokens)
-    best = view(same_i32("argsort", split), (2, groups, tokens), (each * 4, each * groups * 4))
-    values = get_rows(reshape(split, 1, each, groups, tokens), best)
-    sums = new("sum_rows", F32, (1, groups, tokens), reshape(values, 2, groups, tokens))
-    sums = reshape(sums, groups, tokens)
-    chosen = view(same_i32("argsort", sums), (used, tokens), (groups * 4,))
-    kept = get_rows(split, chosen)
-    return reshape(ggml.set_rows(same("fill", split), kept, chosen), count, tokens)
