@@ -10,13 +10,14 @@ import gc
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .blocks import build
 from .bound import bound, vocabulary
 from .gguf import Header
 from .graph import Layers
 from .kv import Context, kv_bytes, recurrent_layers, trunk_layers, windows
+from .repeats import NEIGHBOURS, NO_NEIGHBOURS, fold, numbered, shorten
 from .scheduling import sizes
 
 __all__ = ["DENSE", "EXPERTS", "Compute", "Layout", "vocabulary"]
@@ -24,8 +25,6 @@ __all__ = ["DENSE", "EXPERTS", "Compute", "Layout", "vocabulary"]
 # A header that lacks what its architecture's graph needs, or says what cannot be.
 _UNKNOWN = (LookupError, ArithmeticError, ValueError, RecursionError)
 LAYER_LIMIT = 128  # laid out at once; models have a few kinds of layers, and hostile headers get no time
-NEIGHBOURS = 3  # layers in a row: what such a row takes does not depend on what is before and behind it
-NO_NEIGHBOURS = 1  # as if each layer stood alone: right for three layouts of five, and a third of the work
 
 # What --n-cpu-moe matches (common/common.h, LLM_FFN_EXPS_REGEX), and a dense model's feed-forward part.
 EXPERTS = re.compile(r"ffn_(up|down|gate|gate_up)_(ch|)exps\..*")
@@ -46,6 +45,10 @@ class Layout:
     def flags(self) -> tuple[bool, bool]:
         """What the backend does besides."""
         return self.attention_scratch, self.op_offload
+
+    def folded(self, numbers: Sequence[int]) -> Layout:
+        """The same with other numbers for devices and, last, for the host."""
+        return replace(self, holders=tuple(numbers[holder] for holder in self.holders), devices=numbers[-1])
 
     @property
     def is_pipeline(self) -> bool:
@@ -77,8 +80,8 @@ class Compute:
         spilled = experts or dense
         down = {one for one in spilled if "ffn_down" in one}
         self.moved = {"all": spilled, "down": down, "up": spilled - down}  # tensors of a layer on the host
-        self.kinds = _numbered(self._kinds())  # small numbers are quick to compare
-        self.types = {which: _numbered(self._types(which)) for which in ("all", "down", "up", "layer")}
+        self.kinds = numbered(self._kinds())  # small numbers are quick to compare
+        self.types = {which: numbered(self._types(which)) for which in ("all", "down", "up", "layer")}
         self.known: dict[Hashable, tuple[int, ...]] = {}  # by what is laid out
         self.asked: dict[Hashable, tuple[int, ...]] = {}  # by what was asked
         self.caches: dict[Context, tuple[int, ...]] = {}
@@ -124,8 +127,17 @@ class Compute:
     def _shortened(self, context: Context, layout: Layout, neighbours: int) -> tuple[int, ...]:
         signs = [self._sign(layout, n) for n in range(len(self.kinds))]
         order = shorten(signs, neighbours)
+        numbers = fold([
+            tuple(signs[n][1:] for n in order if layout.holders[n] == device) for device in range(layout.devices)
+        ])  # fmt: skip
+        shown = {numbers.index(number) for number in numbers} | {layout.devices}
+        order = tuple(n for n in order if layout.holders[n] in shown)
+        found = self._remembered(context, layout.folded((*numbers, len(shown) - 1)), order)
+        return (*(found[number] for number in numbers), found[-1])
+
+    def _remembered(self, context: Context, layout: Layout, order: tuple[int, ...]) -> tuple[int, ...]:
         last = (layout.holders[-1], layout.devices, layout.is_pipeline, layout.flags)
-        key = (context, tuple(signs[n] for n in order), last)
+        key = (context, tuple(self._sign(layout, n) for n in order), last)
         if key not in self.known:
             try:
                 with _no_collection():
@@ -134,11 +146,11 @@ class Compute:
                 self.known[key] = (bound(self.header, context, pipelined=layout.is_pipeline),) * (layout.devices + 1)
         return self.known[key]
 
-    def _sign(self, layout: Layout, n: int) -> Hashable:
-        """What sets a layer apart; the types of weights only if they are copied from the host."""
+    def _sign(self, layout: Layout, n: int) -> tuple[Hashable, ...]:
+        """What sets a layer apart: its holder, and of its weights their types only if they are copied from the host."""
         holder, moved = layout.holders[n], layout.moved.get(n)
         copied = "layer" if holder == layout.devices else moved
-        return self.kinds[n], holder, moved, self.types[copied][n] if copied and layout.op_offload else None
+        return holder, self.kinds[n], moved, self.types[copied][n] if copied and layout.op_offload else None
 
     def _laid_out(self, context: Context, layout: Layout, order: tuple[int, ...] = (0,)) -> tuple[int, ...]:
         cpu = layout.devices
@@ -165,36 +177,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def _numbered(kinds: Sequence[Hashable]) -> list[int]:
-    numbers = {kind: number for number, kind in enumerate(kinds)}
-    return [numbers[kind] for kind in kinds]
-
-
-def shorten(signs: Sequence[Hashable], neighbours: int) -> tuple[int, ...]:
-    """Positions of a shorter row of layers in which all rows of so many stand that stand in the whole one."""
-    rows = _numbered([tuple(signs[n : n + neighbours]) for n in range(len(signs))])
-    last = {row: n for n, row in enumerate(rows)}
-    kept: list[int] = []
-    seen: set[int] = set()
-    position = 0
-    while position < len(rows):
-        position = _leap(rows, position, last, seen)
-        kept.append(position)
-        seen.add(rows[position])
-        position += 1
-    return tuple(kept)
-
-
-def _leap(rows: Sequence[int], start: int, last: Mapping[int, int], seen: set[int]) -> int:
-    """The farthest position that goes on as `start` does, with nothing between that is neither seen nor to come."""
-    best, limit = start, len(rows)
-    for n in range(start, len(rows)):
-        if n > limit:
-            break
-        if rows[n] == rows[start]:
-            best = n
-        if rows[n] not in seen:
-            limit = min(limit, last[rows[n]])
-    return best

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from llamafleet import compute
+from llamafleet import compute, repeats
 from llamafleet.checkpoints import checkpoint_bytes
 from llamafleet.kv import Context, is_known, kv_bytes, row_bytes, windows
 from llamafleet.ledger import Model, Placement, usage
@@ -223,13 +223,17 @@ def test_everything_on_one_device_is_not_taken_for_everything_on_the_host():
     )
 
 
-# The last two are those that groups of repeated layers, each laid out twice, got wrong: by 4 and by 96 MiB.
+# Groups of repeated layers, each laid out twice, got Qwen3.5-9B and -235B wrong, by 4 and 96 MiB; rows of three neighbours
+# Qwen3.6-35B-A3B, by 64 MiB.
 @pytest.mark.parametrize("name, counts, spilled", [
     ("Gemma-3-12B", [17, 18, 10], range(30, 48)),
     ("Llama-3.3-70B", [55], range(3, 30)),
     ("Qwen3-Next-80B-A3B", [48], range(14, 48)),
     ("Qwen3.5-9B", [25], range(9, 20)),
     ("Qwen3-235B-A22B", [43, 23, 14, 15], [*range(11, 43), *range(57, 66)]),
+    ("Qwen3.6-35B-A3B", [10, 10, 10, 11], range(40)),
+    ("Llama-3.3-70B", [10, 10, 10, 10, 10, 10, 10, 11], ()),
+    ("gpt-oss-120b", [6, 6, 6, 6, 6, 7], [4, 5, 10, 11, 16, 17, 22, 23, 28, 29]),
 ])  # fmt: skip
 def test_layers_that_repeat_need_not_be_laid_out_again(monkeypatch, name, counts, spilled):
     header, context = planning.header(name), Context(32768, 1, "f16", 2048)
@@ -240,6 +244,7 @@ def test_layers_that_repeat_need_not_be_laid_out_again(monkeypatch, name, counts
         with monkeypatch.context() as patch:
             patch.setattr(compute, "_KNOWN", {})
             patch.setattr(compute, "NEIGHBOURS", 1000)
+            patch.setattr(repeats, "ALIKE", 1000)
             assert usage(Model.of(header), context, placement, backend) == few
 
 
@@ -247,11 +252,18 @@ def test_layers_that_repeat_need_not_be_laid_out_again(monkeypatch, name, counts
     ("aaaaaaa", 3), ("abababab", 4), ("aaabbbaaabbb", 12), ("abcdefgh", 8), ("aabaabaabaab", 6), ("", 0), ("a", 1),
 ])  # fmt: skip
 def test_every_row_of_neighbours_is_kept(signs, kept):
-    order = compute.shorten(signs, 3)
+    order = repeats.shorten(signs, 3)
     short = "".join(signs[n] for n in order)
     rows = [signs[n : n + 3] for n in range(len(signs) - 2)]
     assert len(order) == kept
     assert {short[n : n + 3] for n in range(len(short) - 2)} == set(rows)
+
+
+@pytest.mark.parametrize("shares, numbers", [
+    ("aaaaa", (0, 1, 1, 1, 2)), ("abbbbc", (0, 1, 2, 2, 2, 3)), ("abab", (0, 1, 2, 3)), ("aa", (0, 1)), ("a", (0,)), ("", ()),
+])  # fmt: skip
+def test_devices_alike_are_laid_out_once_but_for_the_first_two_and_the_last(shares, numbers):
+    assert repeats.fold(shares) == numbers
 
 
 @pytest.mark.parametrize("flags, kind, repacked", [
