@@ -7,7 +7,7 @@ from .experts import experts
 from .ggml import F32, I32, Graph, Tensor, concat, get_rows, mul_mat, new, permute, reshape, same, view
 from .gguf import Header
 from .graph import Builder, Homes, Layers
-from .kv import BY_INTERVAL, Context, is_latent, number, recurrent_layers
+from .kv import BY_INTERVAL, PARALLEL_HYBRIDS, Context, is_latent, number, recurrent_layers
 from .recurrent import recurrent
 from .rwkv import rwkv7_layer
 
@@ -17,6 +17,10 @@ LATE_OUTPUT = frozenset({"bailingmoe3", "cohere2moe", "gemma4", "hy_v3", "nemotr
                          "qwen35", "qwen35moe", "qwen3next", "step35"})  # fmt: skip
 # Their last layer's result, before the last norm, is kept for a draft model (t_h_nextn).
 KEPT_STATE = frozenset({"gpt-oss", "gemma4", "step35", "hy_v3", "cohere2moe"})
+# Add to what was there before, not the other way round: the sum takes the memory of the first if it can.
+RESIDUAL_FIRST = frozenset({"jamba", "lfm2", "lfm2moe", "openelm"})  # what attention or state gives
+RESIDUAL_FIRST_LAST = frozenset({"jamba", "lfm2", "lfm2moe", "phi3", "phimoe"})  # what the feed-forward part gives
+ONE_PART = frozenset({"nemotron_h", "nemotron_h_moe"})  # a layer is attention, state or feed-forward, with one residual
 
 
 def build(
@@ -67,6 +71,8 @@ def _tied(b: Builder) -> tuple[str, tuple[int, ...], int]:
 
 def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None, state: bool) -> Tensor:
     parts = b.layers[b.layer]
+    if b.header.architecture in PARALLEL_HYBRIDS:
+        return _side_by_side(b, inputs, positions, outputs)
     normed = cur = b.norm(inputs, "attn_norm")
     if b.header.architecture in BY_INTERVAL:  # models/qwen3next.cpp:158
         b.graph.expand(normed)
@@ -76,16 +82,28 @@ def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None
         cur = _latent_attention(b, normed, positions)
     elif any(part.startswith("attn_") and part.endswith(("q.weight", "qkv.weight")) for part in parts):
         cur = _attention(b, normed, positions)
+    elif b.header.architecture in ONE_PART:
+        cur = _feed_forward(b, normed)
     if outputs is not None:
         cur, inputs = get_rows(cur, outputs), get_rows(inputs, outputs)
     if "ffn_norm.weight" in parts or "post_attention_norm.weight" in parts or "post_ffw_norm.weight" in parts:
         return _after_attention(b, cur, inputs)
-    if not any(part.startswith("ffn_") for part in parts):
+    if b.header.architecture in ONE_PART or not any(part.startswith("ffn_") for part in parts):
         return same("add", cur, inputs)  # mamba: nothing but the state
     if outputs is not None:
         normed = get_rows(normed, outputs)
     side = b.norm(inputs, "attn_norm_2") if "attn_norm_2.weight" in parts else normed
     return same("add", same("add", _feed_forward(b, side), cur), inputs)
+
+
+def _side_by_side(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None) -> Tensor:
+    """Attention and state, each with a norm of its own of what comes in (models/falcon-h1.cpp:131)."""
+    attended = _attention(b, b.norm(inputs, "attn_norm"), positions)
+    state = recurrent(b, b.norm(inputs, "attn_norm"))
+    residual = same("add", same("add", attended, state), inputs)
+    if outputs is not None:
+        residual = get_rows(residual, outputs)
+    return same("add", _feed_forward(b, b.norm(residual, "ffn_norm")), residual)
 
 
 def _after_attention(b: Builder, cur: Tensor, inputs: Tensor) -> Tensor:
@@ -94,12 +112,13 @@ def _after_attention(b: Builder, cur: Tensor, inputs: Tensor) -> Tensor:
     sandwich = "ffn_norm.weight" in parts or "post_ffw_norm.weight" in parts
     if sandwich:
         cur = b.norm(cur, "post_attention_norm")
-    residual = same("add", cur, inputs)
+    arch = b.header.architecture
+    residual = same("add", inputs, cur) if arch in RESIDUAL_FIRST else same("add", cur, inputs)
     if not any(part.startswith("ffn_") and "norm" not in part for part in parts):
         return residual
     cur = b.norm(residual, "ffn_norm" if sandwich else "post_attention_norm")
     cur = b.norm(_feed_forward(b, cur), "post_ffw_norm")
-    return same("add", cur, residual)
+    return same("add", residual, cur) if arch in RESIDUAL_FIRST_LAST else same("add", cur, residual)
 
 
 def _attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
@@ -127,8 +146,9 @@ def _attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
         k, v = reshape(k, size_k, heads_kv, b.tokens), reshape(v, size_v, heads_kv, b.tokens)
     if "attn_q_norm.weight" in parts and parts["attn_q_norm.weight"].shape[0] == size_k:
         q, k = b.norm(q, "attn_q_norm"), b.norm(k, "attn_k_norm")
-    factors = b.position_factors()
-    q, k = same("rope", q, positions, *factors), same("rope", k, positions, *factors)
+    if b.has_positions:
+        factors = b.position_factors()
+        q, k = same("rope", q, positions, *factors), same("rope", k, positions, *factors)
     attended = b.attend(q, k, v, size_k, size_v)
     if gate is not None:
         attended = same("mul", attended, same("unary", ggml.cont(gate, attended.ne[0], b.tokens)))

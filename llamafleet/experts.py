@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import ggml
 from .ggml import F32, I32, Tensor, get_rows, new, reshape, same, view
 from .graph import Builder, GraphUnknownError
-from .kv import number
+from .kv import number, per_layer
 
 EXPERTS_USED_LIMIT = 64  # for each token; models have 1 to 32, and hostile headers get no time
 SIGMOID = 2  # expert_gating_func, llama-hparams.h
@@ -21,7 +21,7 @@ def experts(b: Builder, cur: Tensor) -> Tensor:
     """The result of a layer's experts for its input."""
     parts, tokens, embd = b.layers[b.layer], cur.ne[1], cur.ne[0]
     count = parts["ffn_gate_inp.weight"].shape[1]
-    used = number(b.header, "expert_used_count")
+    used = per_layer(b.header, "expert_used_count")[b.layer]
     if not 0 < used <= min(count, EXPERTS_USED_LIMIT):
         raise GraphUnknownError(f"{used} of {count} experts used")
     arch = b.header.architecture
@@ -45,6 +45,9 @@ def experts(b: Builder, cur: Tensor) -> Tensor:
     if b.header.get("expert_weights_scale") not in (None, 0.0, 1.0):
         weights = same("scale", weights)
     b.graph.expand(weights)
+    if "ffn_latent_down.weight" in parts:  # experts work on rows made smaller (models/nemotron-h.cpp:272)
+        cur = b.linear("ffn_latent_down", cur)
+        embd = cur.ne[0]
     cur = reshape(cur, embd, 1, tokens)
     if arch == "llama4":
         cur = same("mul", new("repeat", F32, (embd, used, tokens), cur), weights)
@@ -60,7 +63,8 @@ def experts(b: Builder, cur: Tensor) -> Tensor:
     for one in views[1:]:
         total = same("add", total, one)
         b.graph.expand(total)
-    return ggml.cont(total) if used == 1 else total
+    total = ggml.cont(total) if used == 1 else total
+    return b.linear("ffn_latent_up", total) if "ffn_latent_up.weight" in parts else total
 
 
 def _expert_activation(b: Builder, cur: Tensor, ids: Tensor) -> Tensor:

@@ -21,7 +21,14 @@ SCALED_TOKENS = frozenset({"gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "af
 UNMIXED = frozenset({"cogvlm", "deepseek4", "graniteswitch", "eagle3", "dflash", "gemma4-assistant"})
 LAYER_NORM = frozenset({"command-r", "cohere2", "dbrx", "olmo"})  # LLM_NORM, though the tensors have no bias
 
+MISNAMED_NORM = frozenset({"lfm2", "lfm2moe"})  # their last norm is token_embd_norm (LLM_TENSOR_OUTPUT_NORM_LFM2)
+
 ROTATED = 64  # elements of a head that a rotation takes at least
+
+# Models that know positions from their recurrent layers alone: q and k are not turned.
+NO_POSITIONS = frozenset({"jamba", "nemotron_h", "nemotron_h_moe", "kimi-linear"})
+# Of these a file may say so (src/models/granite.cpp:34).
+MAY_HAVE_NO_POSITIONS = frozenset({"granite", "granitemoe", "granitehybrid", "graniteswitch"})
 
 Homes = Callable[[str, int | None], int]  # a tensor's name and layer: the backend that holds it
 
@@ -44,6 +51,10 @@ class Layers:
             if part.startswith("blk."):
                 number_text, part = part[4:].split(".", 1)
                 layer = int(number_text) if number_text.isdigit() else -1
+            elif header.architecture in MISNAMED_NORM:
+                part = part.replace("token_embd_norm", "output_norm")
+            if part.endswith("_norm"):  # falcon-h1 and plamo2 have some without it
+                part += ".weight"
             self.parts.setdefault(layer, {})[part] = tensor
 
     def __getitem__(self, layer: int) -> Mapping[str, Weight]:
@@ -145,7 +156,15 @@ class Builder:
             cur = same("mul", cur, ggml.graph_input(F32, 1, self.tokens))
         elif self.header.get("embedding_scale"):
             cur = same("scale", cur)
+        self.graph.expand(cur)
         return cur
+
+    @property
+    def has_positions(self) -> bool:
+        """Are q and k turned by their positions?"""
+        arch = self.header.architecture
+        by_file = arch in MAY_HAVE_NO_POSITIONS and self.header.get("rope.scaling.finetuned") is False
+        return arch not in NO_POSITIONS and not by_file
 
     def attention_inputs(self, window: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Where K and V rows go, and the mask; one of each for all layers of a kind."""
