@@ -21,6 +21,13 @@ KEPT_STATE = frozenset({"gpt-oss", "gemma4", "step35", "hy_v3", "cohere2moe"})
 RESIDUAL_FIRST = frozenset({"jamba", "lfm2", "lfm2moe", "openelm"})  # what attention or state gives
 RESIDUAL_FIRST_LAST = frozenset({"jamba", "lfm2", "lfm2moe", "phi3", "phimoe"})  # what the feed-forward part gives
 ONE_PART = frozenset({"nemotron_h", "nemotron_h_moe"})  # a layer is attention, state or feed-forward, with one residual
+# What is computed first where attention and feed-forward part are added to the input side by side (src/models/*.cpp).
+SUMS = {
+    "phi2": ("attention", "ffn", "input"),
+    "command-r": ("ffn", "input", "attention"),
+    "cohere2": ("ffn", "input", "attention"),
+    "cohere2moe": ("ffn", "input", "attention"),
+}
 
 
 def build(
@@ -73,7 +80,9 @@ def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None
     parts = b.layers[b.layer]
     if b.header.architecture in PARALLEL_HYBRIDS:
         return _side_by_side(b, inputs, positions, outputs)
-    normed = cur = b.norm(inputs, "attn_norm")
+    normed = side = cur = b.norm(inputs, "attn_norm")
+    if "attn_norm_2.weight" in parts:  # Falcon 40B
+        side = b.norm(inputs, "attn_norm_2")
     if b.header.architecture in BY_INTERVAL:  # models/qwen3next.cpp:158
         b.graph.expand(normed)
     if state:
@@ -91,9 +100,10 @@ def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None
     if b.header.architecture in ONE_PART or not any(part.startswith("ffn_") for part in parts):
         return same("add", cur, inputs)  # mamba: nothing but the state
     if outputs is not None:
-        normed = get_rows(normed, outputs)
-    side = b.norm(inputs, "attn_norm_2") if "attn_norm_2.weight" in parts else normed
-    return same("add", same("add", _feed_forward(b, side), cur), inputs)
+        side = get_rows(side, outputs)
+    summands = {"attention": cur, "ffn": _feed_forward(b, side), "input": inputs}
+    first, second, third = (summands[name] for name in SUMS.get(b.header.architecture, ("ffn", "attention", "input")))
+    return same("add", same("add", first, second), third)
 
 
 def _side_by_side(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None) -> Tensor:
@@ -146,7 +156,7 @@ def _attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
         k, v = reshape(k, size_k, heads_kv, b.tokens), reshape(v, size_v, heads_kv, b.tokens)
     if "attn_q_norm.weight" in parts and parts["attn_q_norm.weight"].shape[0] == size_k:
         q, k = b.norm(q, "attn_q_norm"), b.norm(k, "attn_k_norm")
-    if b.has_positions:
+    if b.turned[b.layer]:
         factors = b.position_factors()
         q, k = same("rope", q, positions, *factors), same("rope", k, positions, *factors)
     attended = b.attend(q, k, v, size_k, size_v)

@@ -17,6 +17,7 @@ from .bound import bound, vocabulary
 from .gguf import Header
 from .graph import Layers
 from .kv import Context, kv_bytes, per_layer, recurrent_layers, trunk_layers, windows
+from .positions import turned
 from .repeats import NEIGHBOURS, NO_NEIGHBOURS, fold, numbered, shorten
 from .scheduling import sizes
 
@@ -94,9 +95,15 @@ class Compute:
 
     def _kinds(self) -> list[Hashable]:
         state, window = recurrent_layers(self.header), windows(self.header)
-        used = per_layer(self.header, "expert_used_count")
+        used, turn = per_layer(self.header, "expert_used_count"), turned(self.header, window)
         return [
-            (state[n], window[n], used[n], tuple((part, tensor.shape) for part, tensor in self.layers[n].items()))
+            (
+                state[n],
+                window[n],
+                used[n],
+                turn[n],
+                tuple((part, tensor.shape) for part, tensor in self.layers[n].items()),
+            )
             for n in range(trunk_layers(self.header))
         ]
 

@@ -14,9 +14,11 @@ from .ggml import F16, F32, I32, I64, Graph, Tensor, mul_mat, permute, reshape, 
 from .gguf import Header
 from .gguf import Tensor as Weight
 from .kv import Context, cache_cells, head_sizes, number, per_layer, windows
+from .positions import turned
 
 # Architectures that multiply the rows of tokens, not those of vectors (`tok_scale` of build_inp_embd).
-SCALED_TOKENS = frozenset({"gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "afmoe"})
+SCALED_TOKENS = frozenset({"gemma3", "gemma3n", "gemma4"})
+SCALED = frozenset({"gemma", "gemma2", "afmoe", "minicpm3"})  # both, whether the header tells by how much or not
 # Not for tokens and vectors mixed (llm_arch_supports_mixed_batch, src/llama-arch.cpp:1182).
 UNMIXED = frozenset({"cogvlm", "deepseek4", "graniteswitch", "eagle3", "dflash", "gemma4-assistant"})
 LAYER_NORM = frozenset({"command-r", "cohere2", "dbrx", "olmo"})  # LLM_NORM, though the tensors have no bias
@@ -24,11 +26,6 @@ LAYER_NORM = frozenset({"command-r", "cohere2", "dbrx", "olmo"})  # LLM_NORM, th
 MISNAMED_NORM = frozenset({"lfm2", "lfm2moe"})  # their last norm is token_embd_norm (LLM_TENSOR_OUTPUT_NORM_LFM2)
 
 ROTATED = 64  # elements of a head that a rotation takes at least
-
-# Models that know positions from their recurrent layers alone: q and k are not turned.
-NO_POSITIONS = frozenset({"jamba", "nemotron_h", "nemotron_h_moe", "kimi-linear"})
-# Of these a file may say so (src/models/granite.cpp:34).
-MAY_HAVE_NO_POSITIONS = frozenset({"granite", "granitemoe", "granitehybrid", "graniteswitch"})
 
 Homes = Callable[[str, int | None], int]  # a tensor's name and layer: the backend that holds it
 
@@ -80,6 +77,7 @@ class Builder:
         self.streams = 1 if context.unified else context.slots
         self.windows = windows(header)
         self.has_windows = any(self.windows)
+        self.turned = turned(header, self.windows)
         self.kv_heads = per_layer(header, "attention.head_count_kv", number(header, "attention.head_count", 1))
         self.heads = per_layer(header, "attention.head_count", 1)
         self.masks: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
@@ -154,17 +152,10 @@ class Builder:
             self.graph.expand(ggml.set_rows(same("dup", mixed), ggml.get_rows(table, ids), rows))
         if self.header.architecture in SCALED_TOKENS:
             cur = same("mul", cur, ggml.graph_input(F32, 1, self.tokens))
-        elif self.header.get("embedding_scale"):
+        elif self.header.get("embedding_scale") or self.header.architecture in SCALED:
             cur = same("scale", cur)
         self.graph.expand(cur)
         return cur
-
-    @property
-    def has_positions(self) -> bool:
-        """Are q and k turned by their positions?"""
-        arch = self.header.architecture
-        by_file = arch in MAY_HAVE_NO_POSITIONS and self.header.get("rope.scaling.finetuned") is False
-        return arch not in NO_POSITIONS and not by_file
 
     def attention_inputs(self, window: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Where K and V rows go, and the mask; one of each for all layers of a kind."""

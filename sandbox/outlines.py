@@ -3,6 +3,7 @@
     architecture: gemma2
     vocabulary: 4096
     metadata: {block_count: 6, embedding_length: 512, ...}      keys without the architecture
+    others: {xielu.beta: [0.5, ...]}                            keys that have none
     tensors:                                                    of the whole model; "output.*": none if it is tied
       token_embd.weight: [512, 4096]
     layers:                                                     of each layer, by the layers that have them
@@ -43,7 +44,7 @@ def weightless(outline: Path, folder: Path) -> Path:
     told = read(outline)
     file = folder / f"{outline.stem}.gguf"
     values = {f"{told['architecture']}.{key}": value for key, value in told["metadata"].items()}
-    values |= {"general.name": outline.stem, **tokenizer(told["vocabulary"])}
+    values |= {"general.name": outline.stem, **told.get("others", {}), **tokenizer(told["vocabulary"])}
     table = list(_tensors(told))
     write_header(file, told["architecture"], values, table)
     leave_hole(file, table)
