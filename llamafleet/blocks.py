@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from . import ggml
 from .experts import experts
+from .features import Layers
 from .ggml import F32, I32, Graph, Tensor, concat, get_rows, mul_mat, new, permute, reshape, same, view
 from .gguf import Header
-from .graph import Builder, Homes, Layers
+from .graph import Builder, Homes
 from .kv import BY_INTERVAL, PARALLEL_HYBRIDS, Context, is_latent, number, recurrent_layers
 from .recurrent import recurrent
 from .rwkv import rwkv7_layer
@@ -28,6 +29,10 @@ SUMS = {
     "cohere2": ("ffn", "input", "attention"),
     "cohere2moe": ("ffn", "input", "attention"),
 }
+# The experts are chosen from what the layer gets, before its attention.
+EARLY_CHOICE = frozenset({"smallthinker"})
+# Layers that have one of them compute feed-forward after attention, not beside it.
+NORMS_BETWEEN = ("ffn_norm.weight", "post_attention_norm.weight", "post_ffw_norm.weight", "attn_output_norm.weight")
 
 
 def build(
@@ -64,6 +69,8 @@ def build(
         cur.output = True
     head = b.weight("output.weight") or ggml.weight(*_tied(b))
     cur = mul_mat(head, cur)
+    if bias := b.weight("output.bias"):
+        cur = same("add", cur, bias)
     if header.get("final_logit_softcapping"):
         cur = same("scale", same("unary", same("scale", cur)))
     cur.output = True
@@ -80,6 +87,7 @@ def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None
     parts = b.layers[b.layer]
     if b.header.architecture in PARALLEL_HYBRIDS:
         return _side_by_side(b, inputs, positions, outputs)
+    logits = b.linear("ffn_gate_inp", inputs) if b.header.architecture in EARLY_CHOICE else None
     normed = side = cur = b.norm(inputs, "attn_norm")
     if "attn_norm_2.weight" in parts:  # Falcon 40B
         side = b.norm(inputs, "attn_norm_2")
@@ -95,8 +103,9 @@ def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None
         cur = _feed_forward(b, normed)
     if outputs is not None:
         cur, inputs = get_rows(cur, outputs), get_rows(inputs, outputs)
-    if "ffn_norm.weight" in parts or "post_attention_norm.weight" in parts or "post_ffw_norm.weight" in parts:
-        return _after_attention(b, cur, inputs)
+        logits = get_rows(logits, outputs) if logits else None
+    if any(part in parts for part in NORMS_BETWEEN):
+        return b.fed(_after_attention(b, cur, inputs, logits))
     if b.header.architecture in ONE_PART or not any(part.startswith("ffn_") for part in parts):
         return same("add", cur, inputs)  # mamba: nothing but the state
     if outputs is not None:
@@ -116,18 +125,22 @@ def _side_by_side(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor
     return same("add", _feed_forward(b, b.norm(residual, "ffn_norm")), residual)
 
 
-def _after_attention(b: Builder, cur: Tensor, inputs: Tensor) -> Tensor:
+def _after_attention(b: Builder, cur: Tensor, inputs: Tensor, logits: Tensor | None) -> Tensor:
     """Residual, norm, feed-forward, residual; with norms behind both parts where the model has them."""
     parts = b.layers[b.layer]
     sandwich = "ffn_norm.weight" in parts or "post_ffw_norm.weight" in parts
+    behind = "attn_output_norm" if "attn_output_norm.weight" in parts else "post_attention_norm"
     if sandwich:
-        cur = b.norm(cur, "post_attention_norm")
+        cur = b.norm(cur, behind)
     arch = b.header.architecture
     residual = same("add", inputs, cur) if arch in RESIDUAL_FIRST else same("add", cur, inputs)
     if not any(part.startswith("ffn_") and "norm" not in part for part in parts):
         return residual
-    cur = b.norm(residual, "ffn_norm" if sandwich else "post_attention_norm")
-    cur = b.norm(_feed_forward(b, cur), "post_ffw_norm")
+    cur = b.norm(residual, "ffn_norm" if sandwich else behind)
+    if "ffn_norm_exps.weight" in parts:  # a dense part, then experts that take what the layer gets (models/arctic.cpp)
+        residual = same("add", _dense(b, cur, ""), residual)
+        return same("add", experts(b, b.norm(inputs, "ffn_norm_exps")), residual)
+    cur = b.norm(_feed_forward(b, cur, logits), "post_ffw_norm")
     return same("add", residual, cur) if arch in RESIDUAL_FIRST_LAST else same("add", cur, residual)
 
 
@@ -192,10 +205,11 @@ def _latent_attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
     q = reshape(q, size_k, heads, tokens)
     both = b.linear("attn_kv_a_mqa", cur)
     compressed = view(both, (rank, tokens), (both.nb[1],))
-    k_rope = same("rope", view(both, (rope, 1, tokens), (both.nb[1], both.nb[1])), positions)
+    factors = b.position_factors()
+    k_rope = same("rope", view(both, (rope, 1, tokens), (both.nb[1], both.nb[1])), positions, *factors)
     compressed = b.norm(compressed, "attn_kv_a_norm")
     if latent:
-        q_rope = same("rope", view(q, (rope, heads, tokens), (q.nb[1], q.nb[2])), positions)
+        q_rope = same("rope", view(q, (rope, heads, tokens), (q.nb[1], q.nb[2])), positions, *factors)
         q_plain = permute(view(q, (plain, heads, tokens), (q.nb[1], q.nb[2])), 0, 2, 1, 3)
         absorbed = permute(mul_mat(b.need("attn_k_b.weight"), q_plain), 0, 2, 1, 3)
         q = concat(absorbed, q_rope, 0)
@@ -208,21 +222,25 @@ def _latent_attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
     k_plain = view(kv, (plain, heads, tokens), (stride, stride * heads))
     v = ggml.cont(view(kv, (size_v, heads, tokens), (stride, stride * heads)))
     k = concat(k_plain, new("repeat", F32, (rope, heads, tokens), k_rope), 0)
-    return b.linear("attn_output", b.attend(same("rope", q, positions), k, v, size_k, size_v))
+    return b.linear("attn_output", b.attend(same("rope", q, positions, *factors), k, v, size_k, size_v))
 
 
-def _feed_forward(b: Builder, cur: Tensor) -> Tensor:
+def _feed_forward(b: Builder, cur: Tensor, logits: Tensor | None = None) -> Tensor:
     parts = b.layers[b.layer]
     if "ffn_gate_inp.weight" not in parts:
         return _dense(b, cur, "")
-    out = experts(b, cur)
+    if "ffn_up_chexps.weight" in parts:  # experts of groups take what the others give (models/grovemoe.cpp)
+        logits = b.linear("ffn_gate_inp", cur)
+        out = experts(b, cur, logits)
+        return same("add", out, same("scale", experts(b, out, logits, "chexps")))
+    out = experts(b, cur, logits)
     if "ffn_up_shexp.weight" in parts:
         shared = _dense(b, cur, "_shexp")
         if "ffn_gate_inp_shexp.weight" in parts:
             shared = same("mul", shared, same("unary", b.linear("ffn_gate_inp_shexp", cur)))
         out = same("add", out, shared)
-    elif "ffn_up.weight" in parts:  # a dense part beside the experts (arctic)
-        out = same("add", out, _dense(b, cur, ""))
+    elif "ffn_up.weight" in parts:  # a dense part beside the experts (models/grok.cpp)
+        out = same("scale", same("add", _dense(b, cur, ""), out))
     return out
 
 
@@ -232,7 +250,7 @@ def _dense(b: Builder, cur: Tensor, suffix: str) -> Tensor:
     down = parts[f"ffn_down{suffix}.weight"].shape[0]
     if f"ffn_gate{suffix}.weight" in parts:
         gate = b.linear(f"ffn_gate{suffix}", cur)
-        act = same("glu", gate, up)
+        act = b.gated(gate, up, b.clamped[b.layer].others)
     elif up.ne[0] == 2 * down:
         act = new("glu", F32, (down, up.ne[1]), up)
     else:

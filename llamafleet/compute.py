@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 
 from .blocks import build
 from .bound import bound, vocabulary
+from .features import Layers, marks
 from .gguf import Header
-from .graph import Layers
-from .kv import Context, kv_bytes, per_layer, recurrent_layers, trunk_layers, windows
-from .positions import turned
+from .kv import Context, kv_bytes, trunk_layers
 from .repeats import NEIGHBOURS, NO_NEIGHBOURS, fold, numbered, shorten
 from .scheduling import sizes
 
@@ -94,16 +93,9 @@ class Compute:
         return self.caches[context]
 
     def _kinds(self) -> list[Hashable]:
-        state, window = recurrent_layers(self.header), windows(self.header)
-        used, turn = per_layer(self.header, "expert_used_count"), turned(self.header, window)
+        apart = marks(self.header)
         return [
-            (
-                state[n],
-                window[n],
-                used[n],
-                turn[n],
-                tuple((part, tensor.shape) for part, tensor in self.layers[n].items()),
-            )
+            (apart[n], tuple((part, tensor.shape) for part, tensor in self.layers[n].items()))
             for n in range(trunk_layers(self.header))
         ]
 

@@ -15,27 +15,58 @@ NORMED_WEIGHTS = frozenset({"arctic", "dbrx", "ernie4_5-moe", "gemma4", "granite
                             "maple", "mellum", "mimo2", "minimax-m2", "mistral3", "phimoe", "qwen35moe", "qwen3moe",
                             "qwen3next", "qwen3vlmoe", "rnd1", "smallthinker"})  # fmt: skip
 SOFTMAX_WEIGHT = frozenset({"gpt-oss"})
+SIGMOID_CHOICE = frozenset({"grovemoe"})  # chosen by other numbers than those that weigh
 
 
-def experts(b: Builder, cur: Tensor) -> Tensor:
-    """The result of a layer's experts for its input."""
-    parts, tokens, embd = b.layers[b.layer], cur.ne[1], cur.ne[0]
-    count = parts["ffn_gate_inp.weight"].shape[1]
+def experts(b: Builder, cur: Tensor, logits: Tensor | None = None, kind: str = "exps") -> Tensor:
+    """The result of a layer's experts for its input. `logits`: where the choice is made from something else."""
+    parts, tokens, arch = b.layers[b.layer], cur.ne[1], b.header.architecture
+    ids, weights = _chosen(b, logits or b.linear("ffn_gate_inp", cur), parts[f"ffn_down_{kind}.weight"].shape[2])
+    b.graph.expand(weights)
+    if "ffn_latent_down.weight" in parts:  # experts work on rows made smaller (models/nemotron-h.cpp:272)
+        cur = b.linear("ffn_latent_down", cur)
+    embd, used = cur.ne[0], ids.ne[0]
+    cur = reshape(cur, embd, 1, tokens)
+    if arch == "llama4":
+        cur = same("mul", new("repeat", F32, (embd, used, tokens), cur), weights)
+    act = _expert_activation(b, cur, ids, kind)
+    out = _expert_linear(b, f"ffn_down_{kind}", act, ids)
+    if arch != "llama4":
+        out = same("mul", out, weights)
+    b.graph.expand(out)
+    total = _summed(b, out)
+    return b.linear("ffn_latent_up", total) if "ffn_latent_up.weight" in parts else total
+
+
+def _chosen(b: Builder, logits: Tensor, experts_there: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the experts for each token, and their weights."""
+    count, tokens, arch = logits.ne[0], logits.ne[1], b.header.architecture
     used = per_layer(b.header, "expert_used_count")[b.layer]
     if not 0 < used <= min(count, EXPERTS_USED_LIMIT):
         raise GraphUnknownError(f"{used} of {count} experts used")
-    arch = b.header.architecture
-    probabilities = b.linear("ffn_gate_inp", cur)
+    groups_of = count // experts_there  # that share one (models/grovemoe.cpp)
+    used = min(used, count // groups_of)
+    probabilities = logits
     if arch not in SOFTMAX_WEIGHT:
         sigmoid = number(b.header, "expert_gating_func") == SIGMOID
-        probabilities = same("unary" if sigmoid else "soft_max", probabilities)
+        probabilities = same("unary" if sigmoid else "soft_max", logits)
     bias = b.weight("exp_probs_b.bias")
     selection = same("add", probabilities, bias) if bias else probabilities
+    if arch in SIGMOID_CHOICE:
+        selection = same("unary", logits)
     groups = number(b.header, "expert_group_count")
     if groups > 1:
         selection = _grouped(selection, count, groups, number(b.header, "expert_group_used_count"), tokens)
     ids = view(same_i32("argsort", selection), (used, tokens), (count * 4,))
-    weights = get_rows(reshape(probabilities, 1, count, tokens), ids)
+    if groups_of > 1:
+        ids = new("cast", I32, ids.ne, same("scale", new("cast", F32, ids.ne, ids)))
+    return ids, _weights(b, get_rows(reshape(probabilities, 1, count, tokens), ids))
+
+
+def _weights(b: Builder, weights: Tensor) -> Tensor:
+    """Made to a sum of one and scaled, where the model does."""
+    _, used, tokens, _ = weights.ne
+    arch = b.header.architecture
     if arch in SOFTMAX_WEIGHT:
         weights = reshape(same("soft_max", reshape(weights, used, tokens)), 1, used, tokens)
     if arch in NORMED_WEIGHTS or b.header.get("expert_weights_norm"):
@@ -44,18 +75,11 @@ def experts(b: Builder, cur: Tensor) -> Tensor:
         weights = reshape(same("div", flat, total), 1, used, tokens)
     if b.header.get("expert_weights_scale") not in (None, 0.0, 1.0):
         weights = same("scale", weights)
-    b.graph.expand(weights)
-    if "ffn_latent_down.weight" in parts:  # experts work on rows made smaller (models/nemotron-h.cpp:272)
-        cur = b.linear("ffn_latent_down", cur)
-        embd = cur.ne[0]
-    cur = reshape(cur, embd, 1, tokens)
-    if arch == "llama4":
-        cur = same("mul", new("repeat", F32, (embd, used, tokens), cur), weights)
-    act = _expert_activation(b, cur, ids)
-    out = _expert_linear(b, "ffn_down_exps", act, ids)
-    if arch != "llama4":
-        out = same("mul", out, weights)
-    b.graph.expand(out)
+    return weights
+
+
+def _summed(b: Builder, out: Tensor) -> Tensor:
+    embd, used, tokens, _ = out.ne
     views = [view(out, (embd, tokens), (out.nb[2],)) for _ in range(used)]
     for one in views:
         b.graph.expand(one)
@@ -63,21 +87,20 @@ def experts(b: Builder, cur: Tensor) -> Tensor:
     for one in views[1:]:
         total = same("add", total, one)
         b.graph.expand(total)
-    total = ggml.cont(total) if used == 1 else total
-    return b.linear("ffn_latent_up", total) if "ffn_latent_up.weight" in parts else total
+    return ggml.cont(total) if used == 1 else total
 
 
-def _expert_activation(b: Builder, cur: Tensor, ids: Tensor) -> Tensor:
+def _expert_activation(b: Builder, cur: Tensor, ids: Tensor, kind: str) -> Tensor:
     parts = b.layers[b.layer]
     if "ffn_gate_up_exps.weight" in parts:
         both = _expert_linear(b, "ffn_gate_up_exps", cur, ids)
         half = (both.ne[0] // 2, both.ne[1], both.ne[2])
         gate, up = (view(both, half, (both.nb[1], both.nb[2])) for _ in range(2))
         return new("glu", F32, half, gate, up)
-    up = _expert_linear(b, "ffn_up_exps", cur, ids)
-    if "ffn_gate_exps.weight" not in parts:
+    up = _expert_linear(b, f"ffn_up_{kind}", cur, ids)
+    if f"ffn_gate_{kind}.weight" not in parts:
         return same("unary", up)
-    return same("glu", _expert_linear(b, "ffn_gate_exps", cur, ids), up)
+    return b.gated(_expert_linear(b, f"ffn_gate_{kind}", cur, ids), up, b.clamped[b.layer].experts)
 
 
 def _expert_linear(b: Builder, part: str, cur: Tensor, ids: Tensor) -> Tensor:

@@ -7,24 +7,22 @@ most architectures need no code of their own; what only the source says is in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from . import ggml
-from .ggml import F16, F32, I32, I64, Graph, Tensor, mul_mat, permute, reshape, same, view
+from .features import Layers, clamped, image_layers
+from .ggml import F16, F32, I32, I64, Graph, Tensor, mul_mat, new, permute, reshape, same, view
 from .gguf import Header
-from .gguf import Tensor as Weight
 from .kv import Context, cache_cells, head_sizes, number, per_layer, windows
 from .positions import turned
 
 # Architectures that multiply the rows of tokens, not those of vectors (`tok_scale` of build_inp_embd).
 SCALED_TOKENS = frozenset({"gemma3", "gemma3n", "gemma4"})
-SCALED = frozenset({"gemma", "gemma2", "afmoe", "minicpm3"})  # both, whether the header tells by how much or not
+SCALED = frozenset({"gemma", "gemma2", "afmoe", "grok", "minicpm3"})  # both, also if not told by how much
 # Not for tokens and vectors mixed (llm_arch_supports_mixed_batch, src/llama-arch.cpp:1182).
 UNMIXED = frozenset({"cogvlm", "deepseek4", "graniteswitch", "eagle3", "dflash", "gemma4-assistant"})
 LAYER_NORM = frozenset({"command-r", "cohere2", "dbrx", "olmo"})  # LLM_NORM, though the tensors have no bias
-
-MISNAMED_NORM = frozenset({"lfm2", "lfm2moe"})  # their last norm is token_embd_norm (LLM_TENSOR_OUTPUT_NORM_LFM2)
-
+RMS_NORM = frozenset({"phimoe"})  # LLM_NORM_RMS, though they have one
 ROTATED = 64  # elements of a head that a rotation takes at least
 
 Homes = Callable[[str, int | None], int]  # a tensor's name and layer: the backend that holds it
@@ -36,26 +34,6 @@ class GraphUnknownError(LookupError):
 
 # Of two kinds of factors, for long and short contexts, one is used; they are of one size.
 ROTATIONS = ("rope_freqs.weight", "rope_factors_long.weight")
-
-
-class Layers:
-    """A header's tensors by layer and part: `layers[3]["attn_q.weight"]`; those outside layers at -1."""
-
-    def __init__(self, header: Header) -> None:
-        self.parts: dict[int, dict[str, Weight]] = {}
-        for tensor in header.tensors:
-            layer, part = -1, tensor.name
-            if part.startswith("blk."):
-                number_text, part = part[4:].split(".", 1)
-                layer = int(number_text) if number_text.isdigit() else -1
-            elif header.architecture in MISNAMED_NORM:
-                part = part.replace("token_embd_norm", "output_norm")
-            if part.endswith("_norm"):  # falcon-h1 and plamo2 have some without it
-                part += ".weight"
-            self.parts.setdefault(layer, {})[part] = tensor
-
-    def __getitem__(self, layer: int) -> Mapping[str, Weight]:
-        return self.parts.get(layer, {})
 
 
 def rotated(cur: Tensor, matrix: Tensor) -> Tensor:
@@ -78,11 +56,14 @@ class Builder:
         self.windows = windows(header)
         self.has_windows = any(self.windows)
         self.turned = turned(header, self.windows)
+        self.clamped = clamped(header, len(self.windows))
         self.kv_heads = per_layer(header, "attention.head_count_kv", number(header, "attention.head_count", 1))
         self.heads = per_layer(header, "attention.head_count", 1)
         self.masks: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
         self.rotations: dict[tuple[str, bool], Tensor] = {}
         self.states: Tensor | None = None
+        self.images: Tensor | None = None
+        self.image_layers = image_layers(header)
         self.factors: dict[int, Tensor] = {}
         self.layer = -1
 
@@ -131,9 +112,16 @@ class Builder:
         scale, bias = self.weight(f"{part}.weight"), self.weight(f"{part}.bias")
         if scale is None:
             return cur
-        cur = same("norm" if bias or self.header.architecture in LAYER_NORM else "rms_norm", cur)
+        arch = self.header.architecture
+        cur = same("norm" if (bias and arch not in RMS_NORM) or arch in LAYER_NORM else "rms_norm", cur)
         cur = same("mul", cur, scale)
         return same("add", cur, bias) if bias else cur
+
+    def gated(self, gate: Tensor, up: Tensor, is_clamped: bool) -> Tensor:
+        """Gate and up together: one operation, or several where both are held below a limit."""
+        if not is_clamped:
+            return same("glu", gate, up)
+        return same("mul", same("clamp", same("unary", gate)), same("clamp", up))
 
     # Inputs
 
@@ -142,20 +130,36 @@ class Builder:
         table = self.weight("token_embd.weight", -1)
         if table is None:
             raise GraphUnknownError(f"{self.header.architecture} without token_embd.weight")
-        ids, vectors = ggml.graph_input(I32, self.tokens), ggml.graph_input(F32, self.embd, self.tokens)
-        cur = ggml.get_rows(table, ids)
+        width = self.embd * (1 + self.image_layers)
+        ids, vectors = ggml.graph_input(I32, self.tokens), ggml.graph_input(F32, width, self.tokens)
+        cur = self.token_rows(table, ids, width)
         self.graph.expand(cur)
         self.graph.expand(vectors)
         if self.header.architecture not in UNMIXED:
             ids, rows = ggml.graph_input(I32, self.tokens), ggml.graph_input(I64, self.tokens)
-            mixed = ggml.graph_input(F32, self.embd, self.tokens)
-            self.graph.expand(ggml.set_rows(same("dup", mixed), ggml.get_rows(table, ids), rows))
+            mixed = ggml.graph_input(F32, width, self.tokens)
+            self.graph.expand(ggml.set_rows(same("dup", mixed), self.token_rows(table, ids, width), rows))
+        if self.image_layers:
+            self.images = cur
+            cur = view(cur, (self.embd, self.tokens), (cur.nb[1],))
         if self.header.architecture in SCALED_TOKENS:
             cur = same("mul", cur, ggml.graph_input(F32, 1, self.tokens))
         elif self.header.get("embedding_scale") or self.header.architecture in SCALED:
             cur = same("scale", cur)
         self.graph.expand(cur)
         return cur
+
+    def token_rows(self, table: Tensor, ids: Tensor, width: int) -> Tensor:
+        """Tokens' rows, made as wide as those of images are."""
+        cur = ggml.get_rows(table, ids)
+        return cur if width == self.embd else new("pad", F32, (width, self.tokens), cur)
+
+    def fed(self, cur: Tensor) -> Tensor:
+        """A layer's result; the first layers add what an image says to them besides (deepstack)."""
+        if self.layer >= self.image_layers:
+            return cur
+        assert self.images is not None  # made with the embeddings
+        return same("add", cur, view(self.images, (self.embd, self.tokens), (self.images.nb[1],)))
 
     def attention_inputs(self, window: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Where K and V rows go, and the mask; one of each for all layers of a kind."""

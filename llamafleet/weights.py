@@ -20,6 +20,15 @@ _INPUTS = re.compile(r"(token_embd|token_types|position_embd|per_layer_token_emb
 # One copy on each device that has layers (src/llama-model.cpp, TENSOR_DUPLICATED).
 _ROTATION = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight")
 
+# Layers of a draft head (nextn) are skipped, but for what src/models/*.cpp load without `mtp_flags`.
+_HEAD = r"nextn\.(embed_tokens|shared_head_head|shared_head_norm)\..*"
+_FFN = r"ffn_(?!norm).*|exp_probs_b.*"
+DRAFT_PARTS = {
+    "step35": re.compile(rf"{_HEAD}|{_FFN}|attn_(q_norm|k_norm|gate)\..*"),
+    "hy_v3": re.compile(rf"{_HEAD}|{_FFN}"),
+    "cohere2moe": re.compile(_HEAD),
+}
+
 # Types that the CPU backend repacks, with the rows that must divide: by what the processor can.
 X86_TYPES = {"Q4_0": 8, "Q4_K": 8, "IQ4_NL": 8, "MXFP4": 8}  # AVX2
 AVX512_TYPES = {"Q2_K": 8}
@@ -37,7 +46,7 @@ def repacked_types(cpu_flags: Collection[str]) -> Mapping[str, int]:
 
 @dataclass(frozen=True)
 class Model:
-    """A header's tensors, sorted by what moves together. A draft head's layers (nextn) are not loaded: 0 bytes."""
+    """A header's tensors, sorted by what moves together. Little or nothing is loaded of a draft head (nextn)."""
 
     header: Header
     layer_bytes: tuple[int, ...]  # all of a layer's weights
@@ -98,13 +107,14 @@ class Model:
     def of(cls, header: Header) -> Model:
         """Sort the tensors of a header."""
         layers, trunk = number(header, "block_count"), trunk_layers(header)
+        draft = DRAFT_PARTS.get(header.architecture)
         inside: list[list[tuple[str, Tensor]]] = [[] for _ in range(layers)]
         outside: list[Tensor] = []
         for tensor in header.tensors:
             match = LAYER.fullmatch(tensor.name)
             if match is None or int(match[1]) >= layers:
                 outside.append(tensor)
-            elif int(match[1]) < trunk:
+            elif int(match[1]) < trunk or (draft and draft.fullmatch(match[2])):
                 inside[int(match[1])].append((match[2], tensor))
         is_moe = any(EXPERTS.fullmatch(part) for layer in inside for part, _ in layer)
         wanted = EXPERTS if is_moe else DENSE
