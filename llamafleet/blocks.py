@@ -10,7 +10,7 @@ from .gguf import Header
 from .graph import Builder, Homes
 from .kv import BY_INTERVAL, PARALLEL_HYBRIDS, Context, is_latent, number, recurrent_layers
 from .recurrent import recurrent
-from .rwkv import rwkv7_layer
+from .rwkv import RWKV, rwkv_layer
 
 # Rows that become logits are picked after the last layer, not before its feed-forward part: where the graph
 # asks for `embeddings_nextn_masked`, which llama-server leaves off (src/models/*.cpp).
@@ -21,6 +21,7 @@ KEPT_STATE = frozenset({"gpt-oss", "gemma4", "step35", "hy_v3", "cohere2moe"})
 # Add to what was there before, not the other way round: the sum takes the memory of the first if it can.
 RESIDUAL_FIRST = frozenset({"jamba", "lfm2", "lfm2moe", "openelm"})  # what attention or state gives
 RESIDUAL_FIRST_LAST = frozenset({"jamba", "lfm2", "lfm2moe", "phi3", "phimoe"})  # what the feed-forward part gives
+NORM_FIRST = BY_INTERVAL | {"kimi-linear"}  # the first norm before all else (models/qwen3next.cpp:158)
 ONE_PART = frozenset({"nemotron_h", "nemotron_h_moe"})  # a layer is attention, state or feed-forward, with one residual
 # What is computed first where attention and feed-forward part are added to the input side by side (src/models/*.cpp).
 SUMS = {
@@ -50,12 +51,12 @@ def build(
     positions, outputs = ggml.graph_input(I32, b.tokens * b.positions), ggml.graph_input(I32, context.outputs)
     cur = b.embeddings()
     state, first = recurrent_layers(header), None
-    if header.architecture == "rwkv7":
+    if header.architecture in RWKV:
         cur = b.norm(cur, "token_embd_norm")
     for layer in order:
         b.layer = layer
-        if header.architecture == "rwkv7":
-            cur, first = rwkv7_layer(b, cur, outputs if layer == order[-1] else None, first)
+        if header.architecture in RWKV:
+            cur, first = rwkv_layer(b, cur, outputs if layer == order[-1] else None, first)
         else:
             cur = _layer(b, cur, positions, None if late or layer != order[-1] else outputs, state[layer])
     b.layer = -1
@@ -91,7 +92,7 @@ def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None
     normed = side = cur = b.norm(inputs, "attn_norm")
     if "attn_norm_2.weight" in parts:  # Falcon 40B
         side = b.norm(inputs, "attn_norm_2")
-    if b.header.architecture in BY_INTERVAL:  # models/qwen3next.cpp:158
+    if b.header.architecture in NORM_FIRST:
         b.graph.expand(normed)
     if state:
         cur = recurrent(b, normed)
@@ -206,10 +207,12 @@ def _latent_attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
     both = b.linear("attn_kv_a_mqa", cur)
     compressed = view(both, (rank, tokens), (both.nb[1],))
     factors = b.position_factors()
-    k_rope = same("rope", view(both, (rope, 1, tokens), (both.nb[1], both.nb[1])), positions, *factors)
+    k_rope = view(both, (rope, 1, tokens), (both.nb[1], both.nb[1]))
+    k_rope = same("rope", k_rope, positions, *factors) if b.turned[b.layer] else k_rope
     compressed = b.norm(compressed, "attn_kv_a_norm")
     if latent:
-        q_rope = same("rope", view(q, (rope, heads, tokens), (q.nb[1], q.nb[2])), positions, *factors)
+        q_rope = view(q, (rope, heads, tokens), (q.nb[1], q.nb[2]))
+        q_rope = same("rope", q_rope, positions, *factors) if b.turned[b.layer] else q_rope
         q_plain = permute(view(q, (plain, heads, tokens), (q.nb[1], q.nb[2])), 0, 2, 1, 3)
         absorbed = permute(mul_mat(b.need("attn_k_b.weight"), q_plain), 0, 2, 1, 3)
         q = concat(absorbed, q_rope, 0)

@@ -159,6 +159,8 @@ class Compute:
 
         def home(part: str, layer: int | None) -> int:
             if layer is None:
+                if part.startswith("token_embd_norm"):  # with the first layer (LLM_TENSOR_INFOS)
+                    return layout.holders[order[0]]
                 return cpu if part.startswith("token_embd") else layout.holders[-1]
             which = layout.moved.get(layer)
             return cpu if which and part in self.moved[which] else layout.holders[layer]

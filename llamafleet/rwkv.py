@@ -1,14 +1,19 @@
-"""RWKV-7's layers (src/models/rwkv7.cpp, rwkv7-base.cpp at b11434)."""
+"""RWKV's layers, versions 6 and 7 (src/models/rwkv6.cpp, rwkv6-base.cpp, rwkv7.cpp, rwkv7-base.cpp at b11434)."""
 
 from __future__ import annotations
 
-from .ggml import F32, Tensor, concat, cpy, get_rows, mul_mat, new, reshape, same, view
+from . import ggml
+from .ggml import F32, Tensor, concat, cpy, get_rows, mul_mat, new, permute, reshape, same, view
 from .graph import Builder
 from .kv import number
-from .recurrent import gather
+from .state import gather
+
+RWKV = frozenset({"rwkv6", "rwkv7"})
 
 
-def rwkv7_layer(b: Builder, inputs: Tensor, outputs: Tensor | None, first: Tensor | None) -> tuple[Tensor, Tensor]:
+def rwkv_layer(
+    b: Builder, inputs: Tensor, outputs: Tensor | None, first: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """One whole layer; also the first layer's values, which the later ones mix in."""
     slots, embd = b.context.slots, b.embd
     each = b.tokens // slots
@@ -17,7 +22,11 @@ def rwkv7_layer(b: Builder, inputs: Tensor, outputs: Tensor | None, first: Tenso
     shift = reshape(shift, embd, 2, slots)
     before = [view(shift, (embd, 1, slots), (shift.nb[1], shift.nb[2])) for _ in range(2)]
     normed = b.norm(inputs, "attn_norm")
-    cur, first = _time_mix(b, normed, _previous(before[0], normed), first)
+    previous = _previous(before[0], normed)
+    if "time_mix_first.weight" in b.layers[b.layer]:
+        cur = _time_mix_6(b, normed, previous)
+    else:
+        cur, first = _time_mix_7(b, normed, previous, first)
     residual = same("add", cur, inputs)
     second = b.norm(residual, "attn_norm_2")
     previous = _previous(before[1], second)
@@ -36,9 +45,17 @@ def _previous(before: Tensor, cur: Tensor) -> Tensor:
 
 
 def _channel_mix(b: Builder, cur: Tensor, previous: Tensor) -> Tensor:
-    moved = same("mul", same("sub", previous, cur), b.need("channel_mix_lerp_k.weight"))
-    key = b.linear("channel_mix_key", same("add", moved, cur))
-    return b.linear("channel_mix_value", same("sqr", same("unary", key)))
+    change = same("sub", previous, cur)
+    key = b.linear("channel_mix_key", _mixed(b, "channel_mix_lerp_k", cur, change))
+    key = same("sqr", same("unary", key))
+    if "channel_mix_receptance.weight" not in b.layers[b.layer]:
+        return b.linear("channel_mix_value", key)
+    gate = b.linear("channel_mix_receptance", _mixed(b, "channel_mix_lerp_r", cur, change))
+    return same("mul", same("unary", gate), b.linear("channel_mix_value", key))
+
+
+def _mixed(b: Builder, part: str, cur: Tensor, change: Tensor) -> Tensor:
+    return same("add", same("mul", change, b.need(f"{part}.weight")), cur)
 
 
 def _low_rank(b: Builder, part: str, cur: Tensor, between: bool) -> Tensor:
@@ -46,7 +63,43 @@ def _low_rank(b: Builder, part: str, cur: Tensor, between: bool) -> Tensor:
     return mul_mat(b.need(f"time_mix_{part}2.weight"), same("unary", low) if between else low)
 
 
-def _time_mix(b: Builder, cur: Tensor, previous: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
+def _time_mix_6(b: Builder, cur: Tensor, previous: Tensor) -> Tensor:
+    size, slots, embd, tokens = number(b.header, "wkv.head_size"), b.context.slots, b.embd, b.tokens
+    heads = embd // size
+    change, cur = (reshape(one, embd, tokens) for one in (same("sub", previous, cur), cur))
+    low = same("unary", b.linear("time_mix_w1", _mixed(b, "time_mix_lerp_x", cur, change)))
+    low = ggml.cont(permute(reshape(low, low.ne[0] // 5, 1, 5, tokens), 0, 1, 3, 2))
+    second = b.need("time_mix_w2.weight")
+    mixed = mul_mat(reshape(second, second.ne[0], second.ne[1], 1, 5), low)
+    fused = b.weight("time_mix_lerp_fused.weight")
+    if fused is not None:
+        change, cur = (reshape(one, embd, 1, tokens) for one in (change, cur))
+        mixed = same("add", same("mul", same("add", mixed, fused), change), cur)
+    each = [view(mixed, (embd, tokens), (mixed.nb[1],)) for _ in range(5)]
+    if fused is None:
+        lerps = [b.need(f"time_mix_lerp_{part}.weight") for part in "wkvrg"]
+        each = [
+            same("add", same("mul", same("add", one, lerp), change), cur) for one, lerp in zip(each, lerps, strict=True)
+        ]
+    xw, xk, xv, xr, xg = each
+    r, k, v = (b.linear(f"time_mix_{part}", x) for part, x in (("receptance", xr), ("key", xk), ("value", xv)))
+    gate = same("unary", b.linear("time_mix_gate", xg))
+    r, k, v = (reshape(one, size, heads, tokens) for one in (r, k, v))
+    decay = b.linear("time_mix_decay_w2", same("unary", b.linear("time_mix_decay_w1", xw)))
+    decay = same("add", decay, b.need("time_mix_decay.weight"))
+    for _ in range(3):  # exp, neg, exp
+        decay = same("unary", decay)
+    store, state = gather(b, embd * size)
+    inputs = (k, v, r, b.need("time_mix_first.weight"), reshape(decay, size, heads, tokens), state)
+    out = new("wkv", F32, (embd, tokens + size * slots), *inputs)
+    cur = view(out, (embd * tokens,))
+    b.graph.expand(cpy(view(out, (embd * size * slots,)), view(store, (embd * size * slots,))))
+    cur = reshape(same("norm", reshape(cur, size, heads, tokens)), embd, tokens)
+    cur = same("add", same("mul", cur, b.need("time_mix_ln.weight")), b.need("time_mix_ln.bias"))
+    return reshape(b.linear("time_mix_output", same("mul", cur, gate)), embd, tokens // slots, slots)
+
+
+def _time_mix_7(b: Builder, cur: Tensor, previous: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
     size, slots, embd, tokens = number(b.header, "wkv.head_size"), b.context.slots, b.embd, b.tokens
     heads, gated = embd // size, "time_mix_g1.weight" in b.layers[b.layer]
     count = 6 if gated else 5

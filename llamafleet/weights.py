@@ -11,12 +11,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from .compute import DENSE, EXPERTS, Compute
+from .features import MISNAMED_NORM
 from .gguf import Header, Tensor
 from .kv import number, trunk_layers
 
 LAYER = re.compile(r"blk\.(\d+)\.(.*)")
 # Read row by row, always from the host (LLM_TENSOR_LAYER_INPUT); everything else outside layers goes with the output.
-_INPUTS = re.compile(r"(token_embd|token_types|position_embd|per_layer_token_embd)(_norm)?\..*")
+_INPUTS = re.compile(r"(token_embd|token_types|position_embd|per_layer_token_embd)\..*")
 # One copy on each device that has layers (src/llama-model.cpp, TENSOR_DUPLICATED).
 _ROTATION = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight")
 
@@ -112,7 +113,9 @@ class Model:
         outside: list[Tensor] = []
         for tensor in header.tensors:
             match = LAYER.fullmatch(tensor.name)
-            if match is None or int(match[1]) >= layers:
+            if tensor.name.startswith("token_embd_norm.") and layers and header.architecture not in MISNAMED_NORM:
+                inside[0].append((tensor.name, tensor))  # with the first layer (LLM_TENSOR_INFOS)
+            elif match is None or int(match[1]) >= layers:
                 outside.append(tensor)
             elif int(match[1]) < trunk or (draft and draft.fullmatch(match[2])):
                 inside[int(match[1])].append((match[2], tensor))
