@@ -1,14 +1,16 @@
-"""What a layer computes: attention of every kind, feed-forward; and the whole graph of a model."""
+"""What a layer computes: attention or a state, feed-forward or experts; and the whole graph of a model."""
 
 from __future__ import annotations
 
 from . import ggml
+from .attention import attention, latent_attention
 from .experts import experts
 from .features import Layers
-from .ggml import F32, I32, Graph, Tensor, concat, get_rows, mul_mat, new, permute, reshape, same, view
+from .gemma import experts_beside, gemma3n_layer, layer_inputs, stacked, unstacked, with_layer_input
+from .ggml import F32, I32, Graph, Tensor, get_rows, mul_mat, new, same
 from .gguf import Header
 from .graph import Builder, Homes
-from .kv import BY_INTERVAL, PARALLEL_HYBRIDS, Context, is_latent, number, recurrent_layers
+from .kv import BY_INTERVAL, PARALLEL_HYBRIDS, Context, recurrent_layers
 from .recurrent import recurrent
 from .rwkv import RWKV, rwkv_layer
 
@@ -17,7 +19,7 @@ from .rwkv import RWKV, rwkv_layer
 LATE_OUTPUT = frozenset({"bailingmoe3", "cohere2moe", "gemma4", "hy_v3", "nemotron_h", "nemotron_h_moe", "gpt-oss",
                          "qwen35", "qwen35moe", "qwen3next", "step35"})  # fmt: skip
 # Their last layer's result, before the last norm, is kept for a draft model (t_h_nextn).
-KEPT_STATE = frozenset({"gpt-oss", "gemma4", "step35", "hy_v3", "cohere2moe"})
+KEPT_STATE = frozenset({"gpt-oss", "step35", "hy_v3"})
 # Add to what was there before, not the other way round: the sum takes the memory of the first if it can.
 RESIDUAL_FIRST = frozenset({"jamba", "lfm2", "lfm2moe", "openelm"})  # what attention or state gives
 RESIDUAL_FIRST_LAST = frozenset({"jamba", "lfm2", "lfm2moe", "phi3", "phimoe"})  # what the feed-forward part gives
@@ -50,16 +52,23 @@ def build(
     late = header.architecture in LATE_OUTPUT
     positions, outputs = ggml.graph_input(I32, b.tokens * b.positions), ggml.graph_input(I32, context.outputs)
     cur = b.embeddings()
-    state, first = recurrent_layers(header), None
+    state, first, own = recurrent_layers(header), None, layer_inputs(b, cur)
+    if header.architecture == "gemma3n":
+        cur = stacked(b, cur)
     if header.architecture in RWKV:
         cur = b.norm(cur, "token_embd_norm")
     for layer in order:
         b.layer = layer
         if header.architecture in RWKV:
             cur, first = rwkv_layer(b, cur, outputs if layer == order[-1] else None, first)
+        elif header.architecture == "gemma3n":
+            cur = gemma3n_layer(b, cur, own, lambda normed: attention(b, normed, positions))
         else:
             cur = _layer(b, cur, positions, None if late or layer != order[-1] else outputs, state[layer])
+            cur = with_layer_input(b, cur, own)
     b.layer = -1
+    if header.architecture == "gemma3n":
+        cur = get_rows(unstacked(b, cur), outputs)
     cur.output = header.architecture in KEPT_STATE
     if late and cur.output:
         cur = get_rows(cur, outputs)
@@ -97,9 +106,9 @@ def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None
     if state:
         cur = recurrent(b, normed)
     elif "attn_kv_a_mqa.weight" in parts:
-        cur = _latent_attention(b, normed, positions)
+        cur = latent_attention(b, normed, positions)
     elif any(part.startswith("attn_") and part.endswith(("q.weight", "qkv.weight")) for part in parts):
-        cur = _attention(b, normed, positions)
+        cur = attention(b, normed, positions)
     elif b.header.architecture in ONE_PART:
         cur = _feed_forward(b, normed)
     if outputs is not None:
@@ -118,7 +127,7 @@ def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None
 
 def _side_by_side(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None) -> Tensor:
     """Attention and state, each with a norm of its own of what comes in (models/falcon-h1.cpp:131)."""
-    attended = _attention(b, b.norm(inputs, "attn_norm"), positions)
+    attended = attention(b, b.norm(inputs, "attn_norm"), positions)
     state = recurrent(b, b.norm(inputs, "attn_norm"))
     residual = same("add", same("add", attended, state), inputs)
     if outputs is not None:
@@ -137,95 +146,15 @@ def _after_attention(b: Builder, cur: Tensor, inputs: Tensor, logits: Tensor | N
     residual = same("add", inputs, cur) if arch in RESIDUAL_FIRST else same("add", cur, inputs)
     if not any(part.startswith("ffn_") and "norm" not in part for part in parts):
         return residual
+    if "pre_ffw_norm_2.weight" in parts:
+        cur = experts_beside(b, residual, lambda normed: _dense(b, normed, ""))
+        return same("add", b.norm(cur, "post_ffw_norm"), residual)
     cur = b.norm(residual, "ffn_norm" if sandwich else behind)
     if "ffn_norm_exps.weight" in parts:  # a dense part, then experts that take what the layer gets (models/arctic.cpp)
         residual = same("add", _dense(b, cur, ""), residual)
         return same("add", experts(b, b.norm(inputs, "ffn_norm_exps")), residual)
     cur = b.norm(_feed_forward(b, cur, logits), "post_ffw_norm")
     return same("add", residual, cur) if arch in RESIDUAL_FIRST_LAST else same("add", cur, residual)
-
-
-def _attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
-    """Heads with K and V of their own or shared in groups; q and k normed where there are tensors for it."""
-    parts, heads_kv = b.layers[b.layer], b.kv_heads[b.layer]
-    size_k, size_v = b.head_sizes()
-    gate = None
-    if "attn_qkv.weight" in parts:
-        fused = b.linear("attn_qkv", cur)
-        q = view(fused, (size_k, b.heads[b.layer], b.tokens), (size_k * 4, fused.nb[1]))
-        k = view(fused, (size_k, heads_kv, b.tokens), (size_k * 4, fused.nb[1]))
-        v = view(fused, (size_v, heads_kv, b.tokens), (size_v * 4, fused.nb[1]))
-    else:
-        q, k = b.linear("attn_q", cur), b.linear("attn_k", cur)
-        v = b.linear("attn_v", cur) if "attn_v.weight" in parts else k
-        heads = b.heads[b.layer]
-        if q.ne[0] == 2 * size_k * heads:  # the other half is a gate (models/qwen3next.cpp)
-            whole = reshape(q, 2 * size_k, heads, b.tokens)
-            q = view(whole, (size_k, heads, b.tokens), (whole.nb[1], whole.nb[2]))
-            gate = view(whole, (size_k, heads, b.tokens), (whole.nb[1], whole.nb[2]))
-        else:
-            if "attn_q_norm.weight" in parts and parts["attn_q_norm.weight"].shape[0] != size_k:
-                q, k = b.norm(q, "attn_q_norm"), b.norm(k, "attn_k_norm")
-            q = reshape(q, size_k, q.ne[0] // size_k, b.tokens)
-        k, v = reshape(k, size_k, heads_kv, b.tokens), reshape(v, size_v, heads_kv, b.tokens)
-    if "attn_q_norm.weight" in parts and parts["attn_q_norm.weight"].shape[0] == size_k:
-        q, k = b.norm(q, "attn_q_norm"), b.norm(k, "attn_k_norm")
-    if b.turned[b.layer]:
-        factors = b.position_factors()
-        q, k = same("rope", q, positions, *factors), same("rope", k, positions, *factors)
-    attended = b.attend(q, k, v, size_k, size_v)
-    if gate is not None:
-        attended = same("mul", attended, same("unary", ggml.cont(gate, attended.ne[0], b.tokens)))
-    elif "attn_gate.weight" in parts:
-        attended = _gated(attended, b.linear("attn_gate", cur), b.tokens)
-    return b.linear("attn_output", b.norm(attended, "attn_sub_norm"))
-
-
-def _gated(attended: Tensor, gate: Tensor, tokens: int) -> Tensor:
-    if gate.ne[0] == attended.ne[0]:
-        return same("mul", attended, same("unary", gate))
-    heads = gate.ne[0]  # one gate for each head (models/step35.cpp)
-    split = reshape(attended, attended.ne[0] // heads, heads, tokens)
-    return reshape(same("mul", split, reshape(same("unary", gate), 1, heads, tokens)), attended.ne[0], tokens)
-
-
-def _latent_attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
-    """MLA (models/deepseek2.cpp): K is one compressed head that serves as V too; or, without both *_mla
-    lengths, ordinary heads that are decompressed first.
-    """
-    parts, heads, tokens = b.layers[b.layer], b.heads[b.layer], b.tokens
-    rank, rope = number(b.header, "attention.kv_lora_rank"), number(b.header, "rope.dimension_count")
-    latent = is_latent(b.header)
-    size_k = number(b.header, "attention.key_length_mla" if latent else "attention.key_length")
-    size_v = number(b.header, "attention.value_length_mla" if latent else "attention.value_length")
-    plain = size_k - rope
-    if "attn_q.weight" in parts:
-        q = b.linear("attn_q", cur)
-    else:
-        q = b.linear("attn_q_b", b.norm(b.linear("attn_q_a", cur), "attn_q_a_norm"))
-    q = reshape(q, size_k, heads, tokens)
-    both = b.linear("attn_kv_a_mqa", cur)
-    compressed = view(both, (rank, tokens), (both.nb[1],))
-    factors = b.position_factors()
-    k_rope = view(both, (rope, 1, tokens), (both.nb[1], both.nb[1]))
-    k_rope = same("rope", k_rope, positions, *factors) if b.turned[b.layer] else k_rope
-    compressed = b.norm(compressed, "attn_kv_a_norm")
-    if latent:
-        q_rope = view(q, (rope, heads, tokens), (q.nb[1], q.nb[2]))
-        q_rope = same("rope", q_rope, positions, *factors) if b.turned[b.layer] else q_rope
-        q_plain = permute(view(q, (plain, heads, tokens), (q.nb[1], q.nb[2])), 0, 2, 1, 3)
-        absorbed = permute(mul_mat(b.need("attn_k_b.weight"), q_plain), 0, 2, 1, 3)
-        q = concat(absorbed, q_rope, 0)
-        compressed = reshape(compressed, rank, 1, tokens)
-        k = concat(compressed, k_rope, 0)
-        attended = b.attend_latent(q, k, compressed, rank + rope, rank, b.need("attn_v_b.weight"))
-        return b.linear("attn_output", attended)
-    kv = b.linear("attn_kv_b", compressed)
-    stride = (plain + size_v) * 4
-    k_plain = view(kv, (plain, heads, tokens), (stride, stride * heads))
-    v = ggml.cont(view(kv, (size_v, heads, tokens), (stride, stride * heads)))
-    k = concat(k_plain, new("repeat", F32, (rope, heads, tokens), k_rope), 0)
-    return b.linear("attn_output", b.attend(same("rope", q, positions, *factors), k, v, size_k, size_v))
 
 
 def _feed_forward(b: Builder, cur: Tensor, logits: Tensor | None = None) -> Tensor:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 
 from .blocks import build
 from .bound import bound, vocabulary
-from .features import Layers, marks
+from .features import FIRST_LAYER, INPUTS, Layers, marks
 from .gguf import Header
-from .kv import Context, kv_bytes, trunk_layers
+from .kv import Context, cache_owners, kv_bytes, trunk_layers
 from .repeats import NEIGHBOURS, NO_NEIGHBOURS, fold, numbered, shorten
 from .scheduling import sizes
 
@@ -80,6 +80,7 @@ class Compute:
         spilled = experts or dense
         down = {one for one in spilled if "ffn_down" in one}
         self.moved = {"all": spilled, "down": down, "up": spilled - down}  # tensors of a layer on the host
+        self.owners = cache_owners(header)
         self.kinds = numbered(self._kinds())  # small numbers are quick to compare
         self.types = {which: numbered(self._types(which)) for which in ("all", "down", "up", "layer")}
         self.known: dict[Hashable, tuple[int, ...]] = {}  # by what is laid out
@@ -110,7 +111,8 @@ class Compute:
     def is_exact(self) -> bool:
         """Is it known what this model computes? Otherwise its figures are a bound."""
         try:
-            self._laid_out(Context(256, 1, "f16", 32), Layout((0,) * (len(self.kinds) + 1), {}, 0))
+            each = tuple(sorted({kind: n for n, kind in enumerate(self.kinds)}.values()))
+            self._laid_out(Context(256, 1, "f16", 32), Layout((0,) * (len(self.kinds) + 1), {}, 0), each)
         except _UNKNOWN:
             return False
         return True
@@ -150,7 +152,9 @@ class Compute:
         """What sets a layer apart: its holder, and of its weights their types only if they are copied from the host."""
         holder, moved = layout.holders[n], layout.moved.get(n)
         copied = "layer" if holder == layout.devices else moved
-        return holder, self.kinds[n], moved, self.types[copied][n] if copied and layout.op_offload else None
+        types = self.types[copied][n] if copied and layout.op_offload else None
+        owner = self.owners[n]
+        return holder, self.kinds[n], moved, types, None if owner == n else layout.holders[owner]
 
     def _laid_out(self, context: Context, layout: Layout, order: tuple[int, ...] = (0,)) -> tuple[int, ...]:
         cpu = layout.devices
@@ -159,9 +163,7 @@ class Compute:
 
         def home(part: str, layer: int | None) -> int:
             if layer is None:
-                if part.startswith("token_embd_norm"):  # with the first layer (LLM_TENSOR_INFOS)
-                    return layout.holders[order[0]]
-                return cpu if part.startswith("token_embd") else layout.holders[-1]
+                return cpu if part.startswith(INPUTS) else layout.holders[0 if part.startswith(FIRST_LAYER) else -1]
             which = layout.moved.get(layer)
             return cpu if which and part in self.moved[which] else layout.holders[layer]
 

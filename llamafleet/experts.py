@@ -105,6 +105,10 @@ def _expert_activation(b: Builder, cur: Tensor, ids: Tensor, kind: str) -> Tenso
 
 def _expert_linear(b: Builder, part: str, cur: Tensor, ids: Tensor) -> Tensor:
     out = ggml.mul_mat_id(b.need(f"{part}.weight"), cur, ids)
+    if scale := b.weight(f"{part.replace('gate_up', 'up')}.scale"):
+        count, tokens = scale.ne[0], cur.ne[2]
+        each = new("repeat", F32, (1, count, tokens), reshape(scale, 1, count))
+        out = same("mul", out, get_rows(each, ids))
     bias = b.weight(f"{part}.bias")
     return same("add_id", out, bias, ids) if bias else out
 

@@ -7,12 +7,20 @@ from typing import NamedTuple
 
 from .gguf import Header, Tensor
 from .gguf_cursor import Value
-from .kv import number, per_layer, recurrent_layers, windows
+from .kv import cache_owners, number, per_layer, recurrent_layers, windows
 from .positions import turned
 
 CLAMPED_AT_ONCE = frozenset({"maple", "deepseek4", "glm5-next", "hy_v4"})  # ggml_swiglu_clamp
 IMAGES_IN_LAYERS = frozenset({"qwen3vl", "qwen3vlmoe"})  # deepstack
 MISNAMED_NORM = frozenset({"lfm2", "lfm2moe"})  # their last norm is token_embd_norm (LLM_TENSOR_OUTPUT_NORM_LFM2)
+
+# Tensors outside layers that are read row by row, always from the host (LLM_TENSOR_LAYER_INPUT), and those that are
+# the first layer's all the same (LLM_TENSOR_INFOS); all others go with the output.
+INPUTS = ("token_embd.", "token_types.", "position_embd.", "per_layer_token_embd.")
+FIRST_LAYER = ("token_embd_norm.", "per_layer_model_proj.", "per_layer_proj_norm.")
+# Of two kinds of factors, for long and short contexts, one is used; they are of one size.
+ROTATIONS = ("rope_freqs.weight", "rope_factors_long.weight")
+SPARSE = {"gemma3n": 10}  # layers from the front that keep the largest values alone (models.h, n_layer_sparsity)
 
 
 class Layers:
@@ -39,8 +47,11 @@ def marks(header: Header) -> list[Hashable]:
     """Of each layer, all that sets it apart besides its tensors."""
     sizes = windows(header)
     images = [layer < image_layers(header) for layer in range(len(sizes))]
+    sparse = [layer < SPARSE.get(header.architecture, 0) for layer in range(len(sizes))]
+    shares = [owner != layer for layer, owner in enumerate(cache_owners(header))]
     used, clamps = per_layer(header, "expert_used_count"), clamped(header, len(sizes))
-    return list(zip(recurrent_layers(header), sizes, used, turned(header, sizes), clamps, images, strict=True))
+    state, turn = recurrent_layers(header), turned(header, sizes)
+    return list(zip(state, sizes, used, turn, clamps, images, sparse, shares, strict=True))
 
 
 class Clamped(NamedTuple):

@@ -224,3 +224,11 @@ def concat(a: Tensor, b: Tensor, axis: int) -> Tensor:
     ne = list(a.ne)
     ne[axis] += b.ne[axis]
     return new("concat", a.type, ne, a, b)
+
+
+def rotated(cur: Tensor, matrix: Tensor) -> Tensor:
+    """Rows turned piece by piece (llama_mul_mat_hadamard, llama-impl.h:57)."""
+    width = matrix.ne[0]
+    count = elements(cur) // width
+    flat = reshape(cur, width, count) if is_contiguous(cur) else cont(cur, width, count)
+    return reshape(mul_mat(matrix, flat), *cur.ne)

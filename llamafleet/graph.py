@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from . import ggml
-from .features import Layers, clamped, image_layers
-from .ggml import F16, F32, I32, I64, Graph, Tensor, mul_mat, new, permute, reshape, same, view
+from .features import ROTATIONS, Layers, clamped, image_layers
+from .ggml import F16, F32, I32, I64, Graph, Tensor, mul_mat, new, permute, reshape, rotated, same, view
 from .gguf import Header
-from .kv import Context, cache_cells, head_sizes, number, per_layer, windows
+from .kv import Context, cache_cells, cache_owners, head_sizes, number, per_layer, windows
 from .positions import turned
 
 # Architectures that multiply the rows of tokens, not those of vectors (`tok_scale` of build_inp_embd).
@@ -32,18 +32,6 @@ class GraphUnknownError(LookupError):
     """What an architecture computes is not known here."""
 
 
-# Of two kinds of factors, for long and short contexts, one is used; they are of one size.
-ROTATIONS = ("rope_freqs.weight", "rope_factors_long.weight")
-
-
-def rotated(cur: Tensor, matrix: Tensor) -> Tensor:
-    """Rows turned piece by piece (llama_mul_mat_hadamard, llama-impl.h:57)."""
-    width = matrix.ne[0]
-    count = ggml.elements(cur) // width
-    flat = reshape(cur, width, count) if ggml.is_contiguous(cur) else ggml.cont(cur, width, count)
-    return reshape(mul_mat(matrix, flat), *cur.ne)
-
-
 class Builder:
     """Builds one graph; what all layers share."""
 
@@ -55,8 +43,10 @@ class Builder:
         self.streams = 1 if context.unified else context.slots
         self.windows = windows(header)
         self.has_windows = any(self.windows)
+        self.sizes = {window: head_sizes(header, window) for window in (False, True)}
         self.turned = turned(header, self.windows)
         self.clamped = clamped(header, len(self.windows))
+        self.owners = cache_owners(header)
         self.kv_heads = per_layer(header, "attention.head_count_kv", number(header, "attention.head_count", 1))
         self.heads = per_layer(header, "attention.head_count", 1)
         self.masks: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
@@ -92,7 +82,7 @@ class Builder:
         """
         outside = self.layers[-1]
         part = next((part for part in ROTATIONS if part in outside), None)
-        if part is None:
+        if part is None or (self.header.architecture == "gemma4" and self.windows[self.layer]):
             return ()
         home = self.homes(part, self.layer)
         if home not in self.factors:
@@ -177,38 +167,37 @@ class Builder:
 
     def values_width(self) -> int:
         """Elements of a row of V, the widest layer's (n_embd_v_gqa_max)."""
-        size = number(self.header, "attention.value_length", self.embd // max(1, self.heads[0]))
-        return size * max(self.kv_heads)
+        kinds = {(size > 0, heads) for size, heads in zip(self.windows, self.kv_heads, strict=True)}
+        return max(self.sizes[window][1] * heads for window, heads in kinds)
 
     # Attention
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, size_k: int, size_v: int) -> Tensor:
-        """build_attn: store K and V, attend over the whole cache."""
+    def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, size_k: int, size_v: int) -> Tensor:
+        """build_attn: store K and V, unless the layer has none of its own; attend over the whole cache."""
         window = self.windows[self.layer] > 0
-        heads_kv, kind = k.ne[1], self.context.kv_type.upper()
+        heads_kv, kind = k.ne[1] if k else self.kv_heads[self.layer], self.context.kv_type.upper()
         k_ids, v_ids, mask = self.attention_inputs(window)
         turn_k, turn_v = self.rotation("k", size_k, window), self.rotation("v", size_v, window)
         if turn_k is not None:
-            q, k = rotated(q, turn_k), rotated(k, turn_k)
-        v = rotated(v, turn_v) if turn_v is not None else v
+            q, k = rotated(q, turn_k), rotated(k, turn_k) if k else None
+        v = rotated(v, turn_v) if turn_v is not None and v else v
         for tensor in (q, k, v) if self.has_windows else (q, v, k):
-            self.graph.expand(tensor)
+            if tensor is not None:
+                self.graph.expand(tensor)
         cells = cache_cells(self.context, max(self.windows) if window else 0)
-        home = self.homes("cache", self.layer)
+        home, flash = self.homes("cache", self.owners[self.layer]), self.context.flash_attention
+        width_v = size_v * heads_kv if flash else self.values_width()
         stored_k = ggml.cache(kind, (size_k * heads_kv, cells, self.streams), home)
-        stored_v = ggml.cache(kind, (size_v * heads_kv, cells, self.streams), home)
-        self.store(stored_k, k, k_ids)
-        flash = self.context.flash_attention
+        stored_v = ggml.cache(kind, (width_v, cells, self.streams), home)
+        if k is not None:
+            self.store(stored_k, k, k_ids)
+        if v is not None:
+            (self.store if flash else self.store_across)(stored_v, v, v_ids)
         if flash:
-            self.store(stored_v, v, v_ids)
             cached_v = self.cached(stored_v, size_v, heads_kv, cells)
         else:
-            elements = size_v * heads_kv * cells * self.streams
-            if v.nb[2] != ggml.row_bytes(v.type, size_v * heads_kv):
-                v = ggml.cont(v, size_v * heads_kv, self.tokens)
-            rows = reshape(v, 1, size_v * heads_kv * self.tokens)
-            self.graph.expand(ggml.set_rows(reshape(stored_v, 1, elements), rows, v_ids))
-            cached_v = view(stored_v, (cells, heads_kv, size_v, self.streams))
+            line = ggml.row_bytes(kind, cells)
+            cached_v = view(stored_v, (cells, heads_kv, size_v, self.streams), (line * size_v, line, line * width_v))
         cur = self.attend_cached(q, self.cached(stored_k, size_k, heads_kv, cells), cached_v, mask, None)
         return cur if turn_v is None else rotated(cur, turn_v)
 
@@ -230,6 +219,16 @@ class Builder:
         rows = view(cur, (cache.ne[0], self.tokens), (cur.nb[2],))
         target = cache if self.streams == 1 else reshape(cache, cache.ne[0], cache.ne[1] * self.streams)
         self.graph.expand(ggml.set_rows(target, rows, ids))
+
+    def store_across(self, cache: Tensor, cur: Tensor, ids: Tensor) -> None:
+        """The same for V without flash attention: value by value, filled up to the widest layer's (cpy_v)."""
+        elements = cur.ne[0] * cur.ne[1]
+        if cur.nb[2] != ggml.row_bytes(cur.type, elements):
+            cur = ggml.cont(cur, elements, self.tokens)
+        if elements < cache.ne[0]:
+            cur = ggml.new("pad", F32, (cache.ne[0], self.tokens), reshape(cur, elements, self.tokens))
+        rows = reshape(cur, 1, cache.ne[0] * self.tokens)
+        self.graph.expand(ggml.set_rows(reshape(cache, 1, ggml.elements(cache)), rows, ids))
 
     def cached(self, cache: Tensor, size: int, heads: int, cells: int) -> Tensor:
         """Read the cache, head by head (get_k, get_v)."""
@@ -283,7 +282,7 @@ class Builder:
 
     def head_sizes(self) -> tuple[int, int]:
         """Elements of a head of K and of V in this layer."""
-        return head_sizes(self.header, self.windows[self.layer] > 0)
+        return self.sizes[self.windows[self.layer] > 0]
 
     @property
     def positions(self) -> int:

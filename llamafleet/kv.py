@@ -42,6 +42,9 @@ SWA_WINDOWS = {"gemma2": 4096, "exaone4": 4096, "exaone-moe": 128, "llama4": 819
 NO_SWA = frozenset({"phi3", "phimoe"})  # have the key, llama.cpp does not use it (models/phi3.cpp:13-23)
 
 
+SHARED_CACHES = frozenset({"gemma3n", "gemma4"})  # the last layers read the caches of earlier ones
+GEMMA3N_CACHES = 20  # layers that have one (models/gemma3n.cpp:7)
+
 # Recurrent from the first to the last layer (llm_arch_is_recurrent, src/llama-arch.cpp).
 RECURRENT = frozenset({"mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"})
 # Three of four layers recurrent, by interval or by array (src/models/qwen3next.cpp:17).
@@ -222,9 +225,19 @@ def row_bytes(elements: int, kv_type: str) -> int:
 def _layers_with_cache(header: Header, layers: int) -> int:
     """Layers from the front that own a cache; the rest share theirs (llama-hparams.cpp, has_kv)."""
     if header.architecture == "gemma3n":
-        return min(layers, 20)  # models/gemma3n.cpp:7
+        return min(layers, GEMMA3N_CACHES)  # models/gemma3n.cpp:7
     without = number(header, "attention.shared_kv_layers") if header.architecture == "gemma4" else 0
     return min(layers - min(layers, without), trunk_layers(header))
+
+
+def cache_owners(header: Header) -> tuple[int, ...]:
+    """For each layer, the one whose cache it reads: its own, or one before (`reuse`, src/llama-model.cpp:2797)."""
+    layers = number(header, "block_count")
+    owners = _layers_with_cache(header, layers) if header.architecture in SHARED_CACHES else layers
+    if owners == layers:
+        return tuple(range(layers))
+    sizes = windows(header)
+    return tuple(n if n < owners else max(0, owners - (2 if sizes[n] else 1)) for n in range(layers))
 
 
 def recurrent_layers(header: Header) -> tuple[bool, ...]:

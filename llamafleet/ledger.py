@@ -172,8 +172,7 @@ def _weights(model: Model, placement: Placement, packs: Mapping[str, int]) -> tu
     weights[output] += model.output_bytes
     if output is None:
         packed += repacked_bytes(model.output_packs, packs)
-        # Held once where the copy would be no different; a repacked one is.
-        if not repacked_bytes(model.tied_packs, packs):
+        if model.shares_tied(packs):
             weights[None] -= model.tied_bytes
     weights[None] += model.input_bytes
     for device in set(placement.layer_devices[:-1]):

@@ -11,13 +11,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from .compute import DENSE, EXPERTS, Compute
-from .features import MISNAMED_NORM
+from .features import FIRST_LAYER, INPUTS, MISNAMED_NORM
 from .gguf import Header, Tensor
 from .kv import number, trunk_layers
 
 LAYER = re.compile(r"blk\.(\d+)\.(.*)")
-# Read row by row, always from the host (LLM_TENSOR_LAYER_INPUT); everything else outside layers goes with the output.
-_INPUTS = re.compile(r"(token_embd|token_types|position_embd|per_layer_token_embd)\..*")
 # One copy on each device that has layers (src/llama-model.cpp, TENSOR_DUPLICATED).
 _ROTATION = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight")
 
@@ -34,6 +32,8 @@ DRAFT_PARTS = {
 X86_TYPES = {"Q4_0": 8, "Q4_K": 8, "IQ4_NL": 8, "MXFP4": 8}  # AVX2
 AVX512_TYPES = {"Q2_K": 8}
 ARM_TYPES = {"Q4_0": 4, "Q4_K": 8, "Q5_K": 8, "Q6_K": 8, "IQ4_NL": 4, "MXFP4": 4, "Q8_0": 4, "Q1_0": 4}  # dot products
+# They ask for the output matrix before the embedding, and so for a copy wherever it is (src/models/gemma4.cpp:50).
+_HELD_TWICE = frozenset({"gemma3n", "gemma4"})
 _ALIGNMENT_BYTES = 32  # of a tensor in a buffer of the CPU backend (TENSOR_ALIGNMENT, ggml-impl.h:44)
 
 
@@ -97,7 +97,11 @@ class Model:
     @property
     def tied_is_shared(self) -> bool:
         """On an x86 host the tied embedding is held once, not twice."""
-        return self.tied is not None and not repacked_bytes(self.tied_packs, X86_TYPES)
+        return self.shares_tied(X86_TYPES)
+
+    def shares_tied(self, types: Mapping[str, int]) -> bool:
+        """Is a tied embedding held once by a host that repacks these types? One that is repacked is another copy."""
+        return self.header.architecture not in _HELD_TWICE and not repacked_bytes(self.tied_packs, types)
 
     @property
     def layers(self) -> int:
@@ -113,8 +117,8 @@ class Model:
         outside: list[Tensor] = []
         for tensor in header.tensors:
             match = LAYER.fullmatch(tensor.name)
-            if tensor.name.startswith("token_embd_norm.") and layers and header.architecture not in MISNAMED_NORM:
-                inside[0].append((tensor.name, tensor))  # with the first layer (LLM_TENSOR_INFOS)
+            if tensor.name.startswith(FIRST_LAYER) and layers and header.architecture not in MISNAMED_NORM:
+                inside[0].append((tensor.name, tensor))
             elif match is None or int(match[1]) >= layers:
                 outside.append(tensor)
             elif int(match[1]) < trunk or (draft and draft.fullmatch(match[2])):
@@ -126,7 +130,7 @@ class Model:
         down = [[tensor for tensor in layer if "ffn_down" in tensor.name] for layer in spill]
         by_name = {tensor.name: tensor for tensor in outside}
         tied = None if "output.weight" in by_name else by_name.get("token_embd.weight")
-        inputs = [tensor for tensor in outside if _INPUTS.fullmatch(tensor.name)]
+        inputs = [tensor for tensor in outside if tensor.name.startswith(INPUTS)]
         rotation = [tensor for tensor in outside if _ROTATION.fullmatch(tensor.name)]
         outputs = [t for t in outside if t not in inputs and t not in rotation] + ([tied] if tied else [])
         return cls(

@@ -27,6 +27,8 @@ ORDER = [
     "recurrent",
     "rwkv",
     "experts",
+    "gemma",
+    "attention",
     "blocks",
     "scheduling",
     "bound",

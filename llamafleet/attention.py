@@ -1,0 +1,113 @@
+"""Attention of every kind: what goes into the cache, and what is asked of it."""
+
+from __future__ import annotations
+
+from . import ggml
+from .ggml import F32, Tensor, concat, mul_mat, new, permute, reshape, same, view
+from .graph import Builder
+from .kv import is_latent, number
+
+NORMED_VALUES = frozenset({"gemma3n", "gemma4"})  # V too, without a tensor for it
+
+Heads = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # q, k, v, a gate
+
+
+def attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
+    """Heads with K and V of their own or shared in groups; q and k normed where there are tensors for it."""
+    parts = b.layers[b.layer]
+    size_k, size_v = b.head_sizes()
+    q, k, v, gate = _fused(b, cur) if "attn_qkv.weight" in parts else _apart(b, cur)
+    if _norms_heads(b) is True:
+        q, k = b.norm(q, "attn_q_norm"), b.norm(k, "attn_k_norm") if k else None
+    if v and b.header.architecture in NORMED_VALUES:
+        v = same("rms_norm", v)
+    if b.turned[b.layer]:
+        factors = b.position_factors()
+        q, k = same("rope", q, positions, *factors), same("rope", k, positions, *factors) if k else None
+    attended = b.attend(q, k, v, size_k, size_v)
+    if gate is not None:
+        attended = same("mul", attended, same("unary", ggml.cont(gate, attended.ne[0], b.tokens)))
+    elif "attn_gate.weight" in parts:
+        attended = _gated(attended, b.linear("attn_gate", cur), b.tokens)
+    return b.linear("attn_output", b.norm(attended, "attn_sub_norm"))
+
+
+def _norms_heads(b: Builder) -> bool | None:
+    """Are q and k normed head by head, or whole? None: not at all."""
+    scale = b.layers[b.layer].get("attn_q_norm.weight")
+    return None if scale is None else scale.shape[0] == b.head_sizes()[0]
+
+
+def _fused(b: Builder, cur: Tensor) -> Heads:
+    """q, k and v of one matrix."""
+    fused, heads_kv = b.linear("attn_qkv", cur), b.kv_heads[b.layer]
+    size_k, size_v = b.head_sizes()
+    heads = ((size_k, b.heads[b.layer]), (size_k, heads_kv), (size_v, heads_kv))
+    q, k, v = (view(fused, (size, count, b.tokens), (size * 4, fused.nb[1])) for size, count in heads)
+    return q, k, v, None
+
+
+def _apart(b: Builder, cur: Tensor) -> Heads:
+    """q, k and v of three matrices; of fewer where K is V too, or the cache is an earlier layer's."""
+    parts, heads, heads_kv = b.layers[b.layer], b.heads[b.layer], b.kv_heads[b.layer]
+    size_k, size_v = b.head_sizes()
+    q, k, v, gate = b.linear("attn_q", cur), None, None, None
+    if b.owners[b.layer] == b.layer:
+        k = b.linear("attn_k", cur)
+        v = b.linear("attn_v", cur) if "attn_v.weight" in parts else k
+        v = reshape(v, size_v, heads_kv, b.tokens)
+    if q.ne[0] == 2 * size_k * heads:  # the other half is a gate (models/qwen3next.cpp)
+        whole = reshape(q, 2 * size_k, heads, b.tokens)
+        q, gate = (view(whole, (size_k, heads, b.tokens), (whole.nb[1], whole.nb[2])) for _ in range(2))
+    else:
+        if _norms_heads(b) is False:
+            q, k = b.norm(q, "attn_q_norm"), b.norm(k, "attn_k_norm") if k else None
+        q = reshape(q, size_k, q.ne[0] // size_k, b.tokens)
+    return q, reshape(k, size_k, heads_kv, b.tokens) if k else None, v, gate
+
+
+def _gated(attended: Tensor, gate: Tensor, tokens: int) -> Tensor:
+    if gate.ne[0] == attended.ne[0]:
+        return same("mul", attended, same("unary", gate))
+    heads = gate.ne[0]  # one gate for each head (models/step35.cpp)
+    split = reshape(attended, attended.ne[0] // heads, heads, tokens)
+    return reshape(same("mul", split, reshape(same("unary", gate), 1, heads, tokens)), attended.ne[0], tokens)
+
+
+def latent_attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
+    """MLA (models/deepseek2.cpp): K is one compressed head that serves as V too; or, without both *_mla
+    lengths, ordinary heads that are decompressed first.
+    """
+    parts, heads, tokens = b.layers[b.layer], b.heads[b.layer], b.tokens
+    rank, rope = number(b.header, "attention.kv_lora_rank"), number(b.header, "rope.dimension_count")
+    latent = is_latent(b.header)
+    size_k = number(b.header, "attention.key_length_mla" if latent else "attention.key_length")
+    size_v = number(b.header, "attention.value_length_mla" if latent else "attention.value_length")
+    plain = size_k - rope
+    if "attn_q.weight" in parts:
+        q = b.linear("attn_q", cur)
+    else:
+        q = b.linear("attn_q_b", b.norm(b.linear("attn_q_a", cur), "attn_q_a_norm"))
+    q = reshape(q, size_k, heads, tokens)
+    both = b.linear("attn_kv_a_mqa", cur)
+    compressed = view(both, (rank, tokens), (both.nb[1],))
+    factors = b.position_factors()
+    k_rope = view(both, (rope, 1, tokens), (both.nb[1], both.nb[1]))
+    k_rope = same("rope", k_rope, positions, *factors) if b.turned[b.layer] else k_rope
+    compressed = b.norm(compressed, "attn_kv_a_norm")
+    if latent:
+        q_rope = view(q, (rope, heads, tokens), (q.nb[1], q.nb[2]))
+        q_rope = same("rope", q_rope, positions, *factors) if b.turned[b.layer] else q_rope
+        q_plain = permute(view(q, (plain, heads, tokens), (q.nb[1], q.nb[2])), 0, 2, 1, 3)
+        absorbed = permute(mul_mat(b.need("attn_k_b.weight"), q_plain), 0, 2, 1, 3)
+        q = concat(absorbed, q_rope, 0)
+        compressed = reshape(compressed, rank, 1, tokens)
+        k = concat(compressed, k_rope, 0)
+        attended = b.attend_latent(q, k, compressed, rank + rope, rank, b.need("attn_v_b.weight"))
+        return b.linear("attn_output", attended)
+    kv = b.linear("attn_kv_b", compressed)
+    stride = (plain + size_v) * 4
+    k_plain = view(kv, (plain, heads, tokens), (stride, stride * heads))
+    v = ggml.cont(view(kv, (size_v, heads, tokens), (stride, stride * heads)))
+    k = concat(k_plain, new("repeat", F32, (rope, heads, tokens), k_rope), 0)
+    return b.linear("attn_output", b.attend(same("rope", q, positions, *factors), k, v, size_k, size_v))
