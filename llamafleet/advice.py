@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .kv import PAD_CELLS, Context
+from .kv import PAD_CELLS, Context, takes_cache_of
 from .ledger import MIB, Model
 from .settings import Instance
 
@@ -53,6 +53,7 @@ def suggestions(
     if (
         context.kv_type in UNQUANTISED
         and "q8_0" not in instance.kv_types
+        and takes_cache_of(model.header, "q8_0")
         and fits(context.tokens, context.slots, "q8_0")
     ):
         found.append("allow kv_types q8_0, and it fits: the KV cache takes 47 % less")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from . import ggml
-from .ggml import F32, Tensor, concat, mul_mat, new, permute, reshape, same, view
+from .ggml import F16, F32, Tensor, concat, mul_mat, new, permute, reshape, same, view
 from .graph import Builder
-from .kv import is_latent, number
+from .kv import CACHELESS, is_latent, number
 
 NORMED_VALUES = frozenset({"gemma3n", "gemma4"})  # V too, without a tensor for it
 
@@ -24,7 +24,10 @@ def attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
     if b.turned[b.layer]:
         factors = b.position_factors()
         q, k = same("rope", q, positions, *factors), same("rope", k, positions, *factors) if k else None
-    attended = b.attend(q, k, v, size_k, size_v)
+    if k and v and b.header.architecture in CACHELESS:
+        attended = _attend_batch(b, q, k, v)
+    else:
+        attended = b.attend(q, k, v, size_k, size_v)
     if gate is not None:
         attended = same("mul", attended, same("unary", ggml.cont(gate, attended.ne[0], b.tokens)))
     elif "attn_gate.weight" in parts:
@@ -64,6 +67,16 @@ def _apart(b: Builder, cur: Tensor) -> Heads:
             q, k = b.norm(q, "attn_q_norm"), b.norm(k, "attn_k_norm") if k else None
         q = reshape(q, size_k, q.ne[0] // size_k, b.tokens)
     return q, reshape(k, size_k, heads_kv, b.tokens) if k else None, v, gate
+
+
+def _attend_batch(b: Builder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every token of the batch attends to all of it (llm_graph_input_attn_no_cache)."""
+    if False not in b.masks:
+        mask = ggml.graph_input(F16 if b.context.flash_attention else F32, b.tokens, b.tokens)
+        b.masks[False] = (mask, mask, mask)
+    for tensor in (q, k, v):
+        b.graph.expand(tensor)
+    return b.attend_cached(q, k, v, b.masks[False][2], None)
 
 
 def _gated(attended: Tensor, gate: Tensor, tokens: int) -> Tensor:

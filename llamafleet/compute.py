@@ -16,7 +16,7 @@ from .blocks import build
 from .bound import bound, vocabulary
 from .features import FIRST_LAYER, INPUTS, Layers, marks
 from .gguf import Header
-from .kv import Context, cache_owners, kv_bytes, trunk_layers
+from .kv import Context, as_served, cache_owners, kv_bytes, trunk_layers
 from .repeats import NEIGHBOURS, NO_NEIGHBOURS, fold, numbered, shorten
 from .scheduling import sizes
 
@@ -90,7 +90,7 @@ class Compute:
     def kv_bytes(self, context: Context) -> tuple[int, ...]:
         """`kv.kv_bytes`, remembered."""
         if context not in self.caches:
-            self.caches[context] = kv_bytes(self.header, context)
+            self.caches[context] = kv_bytes(self.header, as_served(self.header, context))
         return self.caches[context]
 
     def _kinds(self) -> list[Hashable]:
@@ -119,6 +119,7 @@ class Compute:
 
     def bytes(self, context: Context, layout: Layout, *, roughly: bool = False) -> tuple[int, ...]:
         """Of each device, and last of the host."""
+        context = as_served(self.header, context)
         neighbours = NO_NEIGHBOURS if roughly else NEIGHBOURS
         moved = tuple(sorted(layout.moved.items()))
         asked = (context, layout.holders, moved, layout.devices, layout.flags, neighbours)

@@ -242,6 +242,8 @@ class Builder:
         q, k = permute(q, 0, 2, 1, 3), permute(k, 0, 2, 1, 3)
         v = permute(v, 0, 2, 1, 3)
         if self.context.flash_attention:
+            if k.type == F32:  # of a cache of f32, or of none
+                k, v = (new("cast", F16, one.ne, one) for one in (k, v))
             cur = ggml.flash_attn(q, k, v, mask, self.weight("attn_sinks.weight"))
             if self.scratch and k.type != F16:  # unpacked behind the result; V of MLA is K's
                 cur.bytes += ggml.elements(k) * 2 + (0 if decompress else ggml.elements(v) * 2)

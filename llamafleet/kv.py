@@ -7,7 +7,7 @@ Where an architecture is not known here the answer is an upper bound.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from .gguf import GGML_TYPES, Header, LongArray
@@ -57,6 +57,10 @@ PARALLEL_HYBRIDS = frozenset({"falcon-h1"})  # attention and state side by side 
 UNKNOWN_CACHES = frozenset({"minimax-m3", "glm-dsa", "deepseek32", "deepseek4", "glm5-next", "hy_v4", "dots3note",
                             "qwen4exp", "minimax-01", "kimi-k3", "graniteswitch", "gemma4-assistant", "dflash",
                             "eagle3", "t5", "clef", "pockettts"})  # fmt: skip
+# No cache at all: they look at one batch only (create_memory gives nullptr).
+CACHELESS = frozenset({"bert", "jina-bert-v2", "jina-bert-v3", "nomic-bert", "nomic-bert-moe", "neo-bert", "eurobert",
+                       "modern-bert", "gemma-embedding", "dream", "llada", "llada-moe", "rnd1"})  # fmt: skip
+NO_FLASH = frozenset({"grok"})  # flash attention is switched off, whatever is asked (llama-context.cpp:3819)
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,18 @@ def is_known(header: Header) -> bool:
     return arch in SWA_PERIODS or isinstance(header.get("attention.sliding_window_pattern"), tuple | int | LongArray)
 
 
+def as_served(header: Header, context: Context) -> Context:
+    """The context that llama-server makes of the one that is asked for."""
+    return replace(context, flash_attention=False) if header.architecture in NO_FLASH else context
+
+
+def takes_cache_of(header: Header, kv_type: str) -> bool:
+    """Does llama-server start with caches of this type? Blocks must divide heads (llama-context.cpp:3854)."""
+    block = _BLOCKS[kv_type][0]
+    sizes = {size for kind in {window > 0 for window in windows(header)} for size in head_sizes(header, kind)}
+    return block == 1 or (header.architecture not in NO_FLASH and not any(size % block for size in sizes))
+
+
 def is_latent(header: Header) -> bool:
     """MLA: K is compressed and V is read from it; both lengths must be there (llama_hparams::is_mla)."""
     return number(header, "attention.key_length_mla") > 0 and number(header, "attention.value_length_mla") > 0
@@ -224,6 +240,8 @@ def row_bytes(elements: int, kv_type: str) -> int:
 
 def _layers_with_cache(header: Header, layers: int) -> int:
     """Layers from the front that own a cache; the rest share theirs (llama-hparams.cpp, has_kv)."""
+    if header.architecture in CACHELESS:
+        return 0
     if header.architecture == "gemma3n":
         return min(layers, GEMMA3N_CACHES)  # models/gemma3n.cpp:7
     without = number(header, "attention.shared_kv_layers") if header.architecture == "gemma4" else 0

@@ -20,7 +20,7 @@ from .backend import environment, gpus_for, resolve_backend
 from .checkpoints import checkpoint_bytes
 from .choose import Candidate, Search, contexts
 from .gguf import Header
-from .kv import Context, number
+from .kv import Context, number, takes_cache_of
 from .ledger import HOST, MIB, TRAITS, Model
 from .machine import Machine
 from .place import Room
@@ -96,6 +96,14 @@ def _plan_one(
             instance=instance.name,
             suggestions=(f"set context_tokens to {trained} or less",),
         )
+    usable = tuple(kv_type for kv_type in instance.kv_types if takes_cache_of(header, kv_type))
+    if not usable:
+        return Refusal(
+            f"{instance.name}: llama-server has no KV cache of {', '.join(instance.kv_types)} for {header.name}",
+            instance=instance.name,
+            suggestions=("allow kv_types f16: blocks of a quantised type must divide the heads' size",),
+        )
+    instance = replace(instance, kv_types=usable)
     case = _Asked(machine, backend, room, instance, Model.of(header), tokens, adjustment, measured, alone)
     return _choose(case)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -312,3 +313,22 @@ def test_context_checkpoints_take_no_more_ram_than_they_may(layout, mib, checkpo
     assert planning.argument(plan.argv, "--ctx-checkpoints") == str(checkpoints)
     assert 0 <= (plan.host_bytes - bare.host_bytes) / planning.MIB - counted_mib <= 0.03 * checkpoints
     assert plan.host_bytes - bare.host_bytes <= mib * planning.MIB
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head", "kv_types", "expected"),
+    [("llama", 80, ["q8_0", "f16"], "f16"), ("llama", 80, ["q8_0"], None), ("grok", 128, ["q8_0", "f16"], "f16")],
+)
+def test_no_cache_is_planned_that_llama_server_refuses(architecture, head, kv_types, expected):
+    """Blocks of 32 do not divide heads of 80; Grok has no flash attention, which quantised caches need."""
+    plain = planning.header("Llama-3.1-8B")
+    metadata = {key.replace("llama.", f"{architecture}.", 1): value for key, value in plain.metadata.items()}
+    metadata |= {f"{architecture}.attention.{part}_length": head for part in ("key", "value")}
+    header = replace(plain, architecture=architecture, metadata=metadata)
+    asked = planning.settings({"kv_types": kv_types, "context_tokens": 4096})
+    (answer,) = plan_host(planning.machine([24564]), [(asked.models[0], header)], asked)
+    if expected is None:
+        assert "no KV cache of q8_0" in answer.reason
+        assert "f16" in answer.suggestions[0]
+    else:
+        assert argument(answer.argv, "--cache-type-k") == expected
