@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from . import ggml
-from .ggml import F16, F32, Tensor, concat, mul_mat, new, permute, reshape, same, view
+from .ggml import F16, F32, Tensor, reshape, same, view
 from .graph import Builder
-from .kv import CACHELESS, is_latent, number
+from .kv import CACHELESS
 
 NORMED_VALUES = frozenset({"gemma3n", "gemma4"})  # V too, without a tensor for it
 
@@ -85,42 +85,3 @@ def _gated(attended: Tensor, gate: Tensor, tokens: int) -> Tensor:
     heads = gate.ne[0]  # one gate for each head (models/step35.cpp)
     split = reshape(attended, attended.ne[0] // heads, heads, tokens)
     return reshape(same("mul", split, reshape(same("unary", gate), 1, heads, tokens)), attended.ne[0], tokens)
-
-
-def latent_attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
-    """MLA (models/deepseek2.cpp): K is one compressed head that serves as V too; or, without both *_mla
-    lengths, ordinary heads that are decompressed first.
-    """
-    parts, heads, tokens = b.layers[b.layer], b.heads[b.layer], b.tokens
-    rank, rope = number(b.header, "attention.kv_lora_rank"), number(b.header, "rope.dimension_count")
-    latent = is_latent(b.header)
-    size_k = number(b.header, "attention.key_length_mla" if latent else "attention.key_length")
-    size_v = number(b.header, "attention.value_length_mla" if latent else "attention.value_length")
-    plain = size_k - rope
-    if "attn_q.weight" in parts:
-        q = b.linear("attn_q", cur)
-    else:
-        q = b.linear("attn_q_b", b.norm(b.linear("attn_q_a", cur), "attn_q_a_norm"))
-    q = reshape(q, size_k, heads, tokens)
-    both = b.linear("attn_kv_a_mqa", cur)
-    compressed = view(both, (rank, tokens), (both.nb[1],))
-    factors = b.position_factors()
-    k_rope = view(both, (rope, 1, tokens), (both.nb[1], both.nb[1]))
-    k_rope = same("rope", k_rope, positions, *factors) if b.turned[b.layer] else k_rope
-    compressed = b.norm(compressed, "attn_kv_a_norm")
-    if latent:
-        q_rope = view(q, (rope, heads, tokens), (q.nb[1], q.nb[2]))
-        q_rope = same("rope", q_rope, positions, *factors) if b.turned[b.layer] else q_rope
-        q_plain = permute(view(q, (plain, heads, tokens), (q.nb[1], q.nb[2])), 0, 2, 1, 3)
-        absorbed = permute(mul_mat(b.need("attn_k_b.weight"), q_plain), 0, 2, 1, 3)
-        q = concat(absorbed, q_rope, 0)
-        compressed = reshape(compressed, rank, 1, tokens)
-        k = concat(compressed, k_rope, 0)
-        attended = b.attend_latent(q, k, compressed, rank + rope, rank, b.need("attn_v_b.weight"))
-        return b.linear("attn_output", attended)
-    kv = b.linear("attn_kv_b", compressed)
-    stride = (plain + size_v) * 4
-    k_plain = view(kv, (plain, heads, tokens), (stride, stride * heads))
-    v = ggml.cont(view(kv, (size_v, heads, tokens), (stride, stride * heads)))
-    k = concat(k_plain, new("repeat", F32, (rope, heads, tokens), k_rope), 0)
-    return b.linear("attn_output", b.attend(same("rope", q, positions, *factors), k, v, size_k, size_v))

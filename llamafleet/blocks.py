@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import ggml
-from .attention import attention, latent_attention
+from .attention import attention
 from .experts import experts
 from .features import Layers
 from .gemma import experts_beside, gemma3n_layer, layer_inputs, stacked, unstacked, with_layer_input
@@ -11,6 +11,7 @@ from .ggml import F32, I32, Graph, Tensor, get_rows, mul_mat, new, same
 from .gguf import Header
 from .graph import Builder, Homes
 from .kv import BY_INTERVAL, PARALLEL_HYBRIDS, Context, recurrent_layers
+from .latent import latent_attention
 from .recurrent import recurrent
 from .rwkv import RWKV, rwkv_layer
 

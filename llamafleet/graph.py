@@ -52,6 +52,7 @@ class Builder:
         self.masks: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
         self.rotations: dict[tuple[str, bool], Tensor] = {}
         self.states: Tensor | None = None
+        self.chosen: Tensor | None = None  # cells that an indexer picked, for its layer and those behind it
         self.images: Tensor | None = None
         self.image_layers = image_layers(header)
         self.factors: dict[int, Tensor] = {}
@@ -264,23 +265,6 @@ class Builder:
             cur = ggml.cont(cur, cur.ne[0] * cur.ne[1], cur.ne[2] * cur.ne[3])
         self.graph.expand(cur)
         return cur
-
-    def attend_latent(self, q: Tensor, k: Tensor, v: Tensor, size: int, rank: int, decompress: Tensor) -> Tensor:
-        """The same with one compressed head that is read as K and, its first part, as V (llm_graph_input_attn_k)."""
-        if False not in self.masks:
-            kind = F16 if self.context.flash_attention else F32
-            cells, tokens = self.context.stream_cells, self.tokens // self.streams
-            mask = ggml.graph_input(kind, cells, tokens, 1, self.streams)
-            self.masks[False] = (ggml.graph_input(I64, self.tokens), mask, mask)
-        k_ids, _, mask = self.masks[False]
-        for tensor in (q, v, k):
-            self.graph.expand(tensor)
-        cells = self.context.stream_cells
-        stored = ggml.cache(self.context.kv_type.upper(), (size, cells, self.streams), self.homes("cache", self.layer))
-        self.store(stored, k, k_ids)
-        read = self.cached(stored, size, 1, cells)
-        values = view(read, (rank, *read.ne[1:]), read.nb[1:])
-        return self.attend_cached(q, read, values, mask, decompress)
 
     def head_sizes(self) -> tuple[int, int]:
         """Elements of a head of K and of V in this layer."""

@@ -53,8 +53,10 @@ BY_INTERVAL = frozenset({"qwen3next", "qwen35", "qwen35moe"})
 BY_HEADS = frozenset({"jamba", "plamo2", "granitehybrid", "lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe",
                       "kimi-linear", "bailingmoe3"})  # fmt: skip
 PARALLEL_HYBRIDS = frozenset({"falcon-h1"})  # attention and state side by side in every layer
+INDEXED = frozenset({"deepseek32", "glm-dsa"})  # llama_kv_cache_dsa
+GLM_SHARED_CONTEXT = 1048576  # from here on three layers of four share their indexer (src/models/glm-dsa.cpp:60)
 # Caches with rules of their own, which are not here (create_memory, src/llama-model.cpp:2358).
-UNKNOWN_CACHES = frozenset({"minimax-m3", "glm-dsa", "deepseek32", "deepseek4", "glm5-next", "hy_v4", "dots3note",
+UNKNOWN_CACHES = frozenset({"minimax-m3", "deepseek4", "glm5-next", "hy_v4", "dots3note",
                             "qwen4exp", "minimax-01", "kimi-k3", "graniteswitch", "gemma4-assistant", "dflash",
                             "eagle3", "t5", "clef", "pockettts"})  # fmt: skip
 # No cache at all: they look at one batch only (create_memory gives nullptr).
@@ -176,6 +178,19 @@ def is_latent(header: Header) -> bool:
     return number(header, "attention.key_length_mla") > 0 and number(header, "attention.value_length_mla") > 0
 
 
+def indexer_layers(header: Header) -> tuple[bool, ...]:
+    """Which layers have an indexer, with keys of its own, that picks what they and the next ones attend to."""
+    layers, types = number(header, "block_count"), header.get("attention.indexer.types")
+    if header.architecture not in INDEXED:
+        return (False,) * layers
+    if header.architecture == "glm-dsa":
+        if isinstance(types, tuple) and len(types) >= trunk_layers(header):
+            return (*(bool(one) for one in types[: trunk_layers(header)]), *(False,) * (layers - trunk_layers(header)))
+        if types is None and number(header, "context_length") >= GLM_SHARED_CONTEXT:
+            return tuple(layer < 2 or layer % 4 == 2 for layer in range(layers))
+    return (True,) * layers
+
+
 def trunk_layers(header: Header) -> int:
     """Layers that are computed: those of a draft head (nextn) come after them."""
     return max(0, number(header, "block_count") - number(header, "nextn_predict_layers"))
@@ -199,10 +214,9 @@ def kv_bytes(header: Header, context: Context) -> tuple[int, ...]:
     recurrent, state = recurrent_layers(header), state_bytes(header)
     # Caches of unknown rules: K and V whole, an indexer's keys and a state in every layer, which is more than any has.
     unknown = header.architecture in UNKNOWN_CACHES
-    latent, indexer = (
-        is_latent(header) and not unknown,
-        number(header, "attention.indexer.key_length") if unknown else 0,
-    )
+    latent = is_latent(header) and not unknown
+    indexer = number(header, "attention.indexer.key_length")
+    indexed = (True,) * layers if unknown else indexer_layers(header)
     owners, sizes = _layers_with_cache(header, layers), windows(header)
     widest = 0
     if not context.flash_attention:  # V is stored across, all layers as wide as the widest (llama-kv-cache.cpp:210)
@@ -210,9 +224,9 @@ def kv_bytes(header: Header, context: Context) -> tuple[int, ...]:
         widest = max((head_sizes(header, size > 0)[1] * n for size, n in pairs), default=0)
 
     @cache  # a model has a few kinds of layers
-    def cache_bytes(window: int, heads: int) -> int:
+    def cache_bytes(window: int, heads: int, has_indexer: bool) -> int:
         key, value = (size * heads for size in head_sizes(header, window > 0))
-        row = row_bytes(key + indexer, context.kv_type)
+        row = row_bytes(key, context.kv_type) + (row_bytes(indexer, context.kv_type) if has_indexer else 0)
         row += 0 if latent else row_bytes(max(value, widest), context.kv_type)
         return row * cache_cells(context, window) * context.streams
 
@@ -221,7 +235,7 @@ def kv_bytes(header: Header, context: Context) -> tuple[int, ...]:
     for layer, window in enumerate(sizes):
         kept = state * context.slots if (recurrent[layer] or unknown) and layer < trunk else 0
         if layer < owners and _attends(header, layer, recurrent[layer]):
-            kept += cache_bytes(window, kv_heads[layer])
+            kept += cache_bytes(window, kv_heads[layer], indexed[layer])
         total.append(kept)
     return tuple(total)
 

@@ -363,9 +363,9 @@ def test_a_cache_of_unknown_rules_is_a_bound_and_says_so():
     mla = {"attention__key_length": 576, "attention__value_length": 512, "attention__head_count_kv": 1,
            "attention__key_length_mla": 192, "attention__value_length_mla": 128}  # fmt: skip
     context = Context(4096, 1, **F16_512)
-    header = with_metadata("Llama-3.1-8B", "deepseek32", **mla, attention__indexer__key_length=128)
+    header = with_metadata("Llama-3.1-8B", "dots3note", **mla, attention__indexer__key_length=128)
     assert not is_known(header)
-    assert kv_bytes(header, context)[0] == 4096 * (576 + 512 + 128) * 2  # b11434 stores the first and the last
+    assert kv_bytes(header, context)[0] == 4096 * (576 + 512 + 128) * 2  # K, V and an indexer's keys
 
 
 def test_hybrid_models_keep_state_instead_of_a_cache_in_most_layers():
