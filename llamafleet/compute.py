@@ -81,6 +81,7 @@ class Compute:
         down = {one for one in spilled if "ffn_down" in one}
         self.moved = {"all": spilled, "down": down, "up": spilled - down}  # tensors of a layer on the host
         self.owners = cache_owners(header)
+        self.has_inputs = "per_layer_token_embd.weight" in self.layers[-1]
         self.kinds = numbered(self._kinds())  # small numbers are quick to compare
         self.types = {which: numbered(self._types(which)) for which in ("all", "down", "up", "layer")}
         self.known: dict[Hashable, tuple[int, ...]] = {}  # by what is laid out
@@ -155,8 +156,13 @@ class Compute:
         holder, moved = layout.holders[n], layout.moved.get(n)
         copied = "layer" if holder == layout.devices else moved
         types = self.types[copied][n] if copied and layout.op_offload else None
-        owner = self.owners[n]
-        return holder, self.kinds[n], moved, types, None if owner == n else layout.holders[owner]
+        return holder, self.kinds[n], moved, types, n if self._is_fed(layout, n) else None
+
+    def _is_fed(self, layout: Layout, n: int) -> bool:
+        """Does another backend give it more than what the layer before computed? Such copies add up."""
+        holder, first = layout.holders[n], layout.holders[0]
+        has_own = self.has_inputs and layout.devices > 0 and (holder != first or first == layout.devices)
+        return has_own or layout.holders[self.owners[n]] != holder
 
     def _laid_out(self, context: Context, layout: Layout, order: tuple[int, ...] = (0,)) -> tuple[int, ...]:
         cpu = layout.devices
