@@ -20,7 +20,7 @@ from .rwkv import RWKV, rwkv_layer
 LATE_OUTPUT = frozenset({"bailingmoe3", "cohere2moe", "gemma4", "hy_v3", "nemotron_h", "nemotron_h_moe", "gpt-oss",
                          "qwen35", "qwen35moe", "qwen3next", "step35"})  # fmt: skip
 # Their last layer's result, before the last norm, is kept for a draft model (t_h_nextn).
-KEPT_STATE = frozenset({"gpt-oss", "step35", "hy_v3"})
+KEPT_STATE = frozenset({"gpt-oss", "step35"})
 # Add to what was there before, not the other way round: the sum takes the memory of the first if it can.
 RESIDUAL_FIRST = frozenset({"jamba", "lfm2", "lfm2moe", "openelm"})  # what attention or state gives
 RESIDUAL_FIRST_LAST = frozenset({"jamba", "lfm2", "lfm2moe", "phi3", "phimoe"})  # what the feed-forward part gives

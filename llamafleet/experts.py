@@ -50,7 +50,7 @@ def _chosen(b: Builder, logits: Tensor, experts_there: int) -> tuple[Tensor, Ten
     if arch not in SOFTMAX_WEIGHT:
         sigmoid = number(b.header, "expert_gating_func") == SIGMOID
         probabilities = same("unary" if sigmoid else "soft_max", logits)
-    bias = b.weight("exp_probs_b.bias")
+    bias = b.weight("exp_probs_b.bias") or b.weight("exp_probs_b")  # models/hy-v3.cpp:68
     selection = same("add", probabilities, bias) if bias else probabilities
     if arch in SIGMOID_CHOICE:
         selection = same("unary", logits)
