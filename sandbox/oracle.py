@@ -24,7 +24,7 @@ import urllib.request
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic, sleep
 from typing import IO
@@ -58,6 +58,7 @@ _ROW = re.compile(  # with the device's total and free memory before the figures
     r"common_memory_breakdown_print: \|   - (?P<name>\S+).*?(?P<self>\d+) =\s+(?P<model>\d+) \+\s+(?P<context>\d+)"
     r" \+\s+(?P<compute>\d+)\)?(?: \+\s+-?\d+)?\s+\|"
 )
+_BUFFER = re.compile(r"sched_reserve: +(?P<name>[^\[\s]+)(?:\[\S+\])? compute buffer size = +(?P<size>[\d.]+) MiB")
 
 
 class OracleError(RuntimeError):
@@ -131,6 +132,7 @@ class Breakdown:
     devices: tuple[Row, ...]  # in llama.cpp's order
     host: Row
     others: Mapping[str, Row] = field(default_factory=dict)  # CPU_REPACK, for one: host memory besides `host`
+    buffers: Mapping[str, float] = field(default_factory=dict)  # to compute in: MiB to the hundredth; the host's is CPU
 
     @property
     def repacked(self) -> int:
@@ -155,7 +157,7 @@ def ask(
         raise OracleError(f"{given[0]} is not for the oracle: leave it out, its default prints the breakdown")
     with ExitStack() as stack:
         rpc = ("--rpc", stack.enter_context(rpc_server(devices))) if devices else ()
-        command = [str(server or build().llama_server), "-m", str(model), *rpc, *flags, "-lv", "4", "--port", "0"]
+        command = [str(server or build().llama_server), "-m", str(model), *rpc, *flags, "-lv", "5", "--port", "0"]
         return _breakdown(command, {**os.environ, **(environment or {})})
 
 
@@ -243,6 +245,7 @@ def _breakdown(command: Sequence[str], environment: Mapping[str, str]) -> Breakd
         timer.start()
         tail: deque[str] = deque(maxlen=TAIL_LINES)
         rows: list[Row] = []
+        buffers: dict[str, float] = {}
         assert process.stdout is not None  # for mypy: a pipe was asked for
         try:
             for raw in process.stdout:
@@ -250,12 +253,14 @@ def _breakdown(command: Sequence[str], environment: Mapping[str, str]) -> Breakd
                 tail.append(line)
                 if match := _ROW.search(line):
                     rows.append(Row(match["name"], *(int(match[part]) for part in ("model", "context", "compute"))))
+                elif match := _BUFFER.search(line):
+                    buffers[match["name"]] = float(match["size"])
                 elif rows:
                     break  # the table is complete; fit may print others of its own later
         finally:
             timer.cancel()
             process.kill()
-    return _sorted(rows, command, tail)
+    return replace(_sorted(rows, command, tail), buffers=buffers)
 
 
 def _sorted(rows: Sequence[Row], command: Sequence[str], tail: Sequence[str]) -> Breakdown:
