@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import ggml
+from .block_sparse import attend_blocks, is_sparse
 from .ggml import F16, F32, Tensor, reshape, same, view
 from .graph import Builder
 from .kv import CACHELESS
@@ -26,6 +27,8 @@ def attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
         q, k = same("rope", q, positions, *factors), same("rope", k, positions, *factors) if k else None
     if k and v and b.header.architecture in CACHELESS:
         attended = _attend_batch(b, q, k, v)
+    elif k and v and is_sparse(b):
+        attended = attend_blocks(b, cur, q, k, v, positions)
     else:
         attended = b.attend(q, k, v, size_k, size_v)
     if gate is not None:

@@ -8,6 +8,7 @@ most architectures need no code of their own; what only the source says is in th
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from . import ggml
 from .features import ROTATIONS, Layers, clamped, image_layers
@@ -15,6 +16,9 @@ from .ggml import F16, F32, I32, I64, Graph, Tensor, mul_mat, new, permute, resh
 from .gguf import Header
 from .kv import Context, cache_cells, cache_owners, head_sizes, number, per_layer, windows
 from .positions import turned
+
+if TYPE_CHECKING:
+    from .block_sparse import Inputs
 
 # Architectures that multiply the rows of tokens, not those of vectors (`tok_scale` of build_inp_embd).
 SCALED_TOKENS = frozenset({"gemma3", "gemma3n", "gemma4"})
@@ -52,6 +56,7 @@ class Builder:
         self.masks: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
         self.rotations: dict[tuple[str, bool], Tensor] = {}
         self.states: Tensor | None = None
+        self.block_inputs: Inputs | None = None
         self.chosen: Tensor | None = None  # cells that an indexer picked, for its layer and those behind it
         self.images: Tensor | None = None
         self.image_layers = image_layers(header)

@@ -57,7 +57,7 @@ PARALLEL_HYBRIDS = frozenset({"falcon-h1"})  # attention and state side by side 
 INDEXED = frozenset({"deepseek32", "glm-dsa"})  # llama_kv_cache_dsa
 GLM_SHARED_CONTEXT = 1048576  # from here on three layers of four share their indexer (src/models/glm-dsa.cpp:60)
 # Caches with rules of their own, which are not here (create_memory, src/llama-model.cpp:2358).
-UNKNOWN_CACHES = frozenset({"minimax-m3", "deepseek4", "glm5-next", "hy_v4", "dots3note",
+UNKNOWN_CACHES = frozenset({"deepseek4", "glm5-next", "hy_v4", "dots3note",
                             "qwen4exp", "minimax-01", "kimi-k3", "graniteswitch", "gemma4-assistant", "dflash",
                             "eagle3", "t5", "clef", "pockettts"})  # fmt: skip
 # No cache at all: they look at one batch only (create_memory gives nullptr).
@@ -183,6 +183,9 @@ def is_latent(header: Header) -> bool:
 def indexer_layers(header: Header) -> tuple[bool, ...]:
     """Which layers have an indexer, with keys of its own, that picks what they and the next ones attend to."""
     layers, types = number(header, "block_count"), header.get("attention.indexer.types")
+    if header.architecture == "minimax-m3":
+        dense = number(header, "leading_dense_block_count")
+        return tuple(layer >= dense for layer in range(layers))
     if header.architecture not in INDEXED:
         return (False,) * layers
     if header.architecture == "glm-dsa":
@@ -217,7 +220,9 @@ def kv_bytes(header: Header, context: Context) -> tuple[int, ...]:
     # Caches of unknown rules: K and V whole, an indexer's keys and a state in every layer, which is more than any has.
     unknown = header.architecture in UNKNOWN_CACHES
     latent = is_latent(header) and not unknown
-    indexer = number(header, "attention.indexer.key_length")
+    # An indexer's cache has one head; MiniMax-M3's has values too, which nobody reads (llama_kv_cache_msa).
+    indexer = [number(header, "attention.indexer.key_length")]
+    indexer += [head_sizes(header, False)[1]] if header.architecture == "minimax-m3" else []
     indexed = (True,) * layers if unknown else indexer_layers(header)
     owners, sizes = _layers_with_cache(header, layers), windows(header)
     widest = 0
@@ -228,7 +233,8 @@ def kv_bytes(header: Header, context: Context) -> tuple[int, ...]:
     @cache  # a model has a few kinds of layers
     def cache_bytes(window: int, heads: int, has_indexer: bool) -> int:
         key, value = (size * heads for size in head_sizes(header, window > 0))
-        row = row_bytes(key, context.kv_type) + (row_bytes(indexer, context.kv_type) if has_indexer else 0)
+        row = row_bytes(key, context.kv_type)
+        row += sum(row_bytes(size, context.kv_type) for size in indexer) if has_indexer else 0
         row += 0 if latent else row_bytes(max(value, widest), context.kv_type)
         return row * cache_cells(context, window) * context.streams
 
