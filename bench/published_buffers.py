@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llamafleet.caches import kv_bytes
 from llamafleet.gguf import Header, read_path
-from llamafleet.kv import Context, cache_cells, kv_bytes, windows
+from llamafleet.kv import Context, cache_cells, windows
 from llamafleet.ledger import Model, Placement, Usage, usage
 from sandbox import models
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from . import ggml
 from .attention import attention
+from .caches import COMPRESSED
+from .deepseek4 import first_streams, last_streams, streams_layer
 from .experts import experts
 from .features import Layers
 from .gemma import experts_beside, gemma3n_layer, layer_inputs, stacked, unstacked, with_layer_input
@@ -54,22 +56,20 @@ def build(
     positions, outputs = ggml.graph_input(I32, b.tokens * b.positions), ggml.graph_input(I32, context.outputs)
     cur = b.embeddings()
     state, first, own = recurrent_layers(header), None, layer_inputs(b, cur)
-    if header.architecture == "gemma3n":
-        cur = stacked(b, cur)
-    if header.architecture in RWKV:
-        cur = b.norm(cur, "token_embd_norm")
+    cur = _first(b, cur)
     for layer in order:
         b.layer = layer
         if header.architecture in RWKV:
             cur, first = rwkv_layer(b, cur, outputs if layer == order[-1] else None, first)
+        elif header.architecture == COMPRESSED:
+            cur = streams_layer(b, cur, positions, lambda normed: _feed_forward(b, normed))
         elif header.architecture == "gemma3n":
             cur = gemma3n_layer(b, cur, own, lambda normed: attention(b, normed, positions))
         else:
             cur = _layer(b, cur, positions, None if late or layer != order[-1] else outputs, state[layer])
             cur = with_layer_input(b, cur, own)
     b.layer = -1
-    if header.architecture == "gemma3n":
-        cur = get_rows(unstacked(b, cur), outputs)
+    cur = _last(b, cur, outputs)
     cur.output = header.architecture in KEPT_STATE
     if late and cur.output:
         cur = get_rows(cur, outputs)
@@ -87,6 +87,22 @@ def build(
     cur.output = True
     b.graph.expand(cur)
     return b.graph
+
+
+def _first(b: Builder, cur: Tensor) -> Tensor:
+    """What the first layer gets of the embeddings."""
+    if b.header.architecture == "gemma3n":
+        return stacked(b, cur)
+    if b.header.architecture == COMPRESSED:
+        return first_streams(b, cur)
+    return b.norm(cur, "token_embd_norm") if b.header.architecture in RWKV else cur
+
+
+def _last(b: Builder, cur: Tensor, outputs: Tensor) -> Tensor:
+    """What the last norm gets of the last layer's result."""
+    if b.header.architecture == "gemma3n":
+        return get_rows(unstacked(b, cur), outputs)
+    return last_streams(b, cur, outputs) if b.header.architecture == COMPRESSED else cur
 
 
 def _tied(b: Builder) -> tuple[str, tuple[int, ...], int]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .caches import COMPRESSED, compressed_layers, kv_bytes, window_cells
 from .gguf import Header
 from .kv import (
     UNKNOWN_CACHES,
     Context,
     cache_cells,
     is_known,
-    kv_bytes,
     number,
     recurrent_layers,
     state_bytes,
@@ -22,8 +22,6 @@ from .kv import (
     windows,
 )
 
-# Of the caches of unknown rules those that give back single tokens (seq_rm): no checkpoint is made of them.
-GIVE_BACK = frozenset({"minimax-m3", "glm-dsa", "deepseek32"})
 # What is noted beside the copied rows, at most: of a token its position, its slot and its place in an image
 # (llama-kv-cache.cpp:2217), of a layer types and lengths (:2250), of a slot how many tokens there are.
 CELL_NOTE_BYTES, LAYER_NOTE_BYTES, SLOT_NOTE_BYTES = 24, 24, 4
@@ -39,7 +37,10 @@ def checkpoint_bytes(header: Header, context: Context) -> int:
     one = replace(context, slots=1)
     window = min(max(_windows(header), default=0), one.cells)
     states = sum(recurrent_layers(header)[: trunk_layers(header)])
-    if header.architecture in UNKNOWN_CACHES - GIVE_BACK:  # all there is, which is more than any can copy
+    if header.architecture == COMPRESSED:  # its window and what is not compressed yet (llama-kv-cache-dsv4.cpp:1597)
+        parts, cells = compressed_layers(header, one), window_cells(one, window)
+        copied = sum(-(-inside * window // cells) + state for inside, _, state in parts)
+    elif header.architecture in UNKNOWN_CACHES:  # all there is, which is more than any can copy
         window, copied = one.cells, sum(kv_bytes(header, one))
     elif window or states:
         copied = state_bytes(header) * states + _window_bytes(header, one, window)

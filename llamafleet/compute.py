@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 
 from .blocks import build
 from .bound import bound, vocabulary
+from .caches import COMPRESSED, kv_bytes
 from .features import FIRST_LAYER, INPUTS, Layers, marks
 from .gguf import Header
-from .kv import INDEXED, Context, as_served, cache_owners, kv_bytes, trunk_layers
+from .kv import INDEXED, Context, as_served, cache_owners, trunk_layers
 from .repeats import NEIGHBOURS, NO_NEIGHBOURS, fold, numbered, shorten
 from .scheduling import sizes
 
@@ -131,7 +132,8 @@ class Compute:
     def _shortened(self, context: Context, layout: Layout, neighbours: int) -> tuple[int, ...]:
         signs = [self._sign(layout, n) for n in range(len(self.kinds))]
         # An indexer's layers each keep zeros from the start of the graph until they need them.
-        order = tuple(range(len(signs))) if self.header.architecture in INDEXED else shorten(signs, neighbours)
+        whole = self.header.architecture in (*INDEXED, COMPRESSED)
+        order = tuple(range(len(signs))) if whole else shorten(signs, neighbours)
         numbers = fold([
             tuple(signs[n][1:] for n in order if layout.holders[n] == device) for device in range(layout.devices)
         ])  # fmt: skip

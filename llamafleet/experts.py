@@ -57,7 +57,11 @@ def _chosen(b: Builder, logits: Tensor, experts_there: int) -> tuple[Tensor, Ten
     groups = number(b.header, "expert_group_count")
     if groups > 1:
         selection = _grouped(selection, count, groups, number(b.header, "expert_group_used_count"), tokens)
-    ids = view(same_i32("argsort", selection), (used, tokens), (count * 4,))
+    if "ffn_gate_tid2eid.weight" in b.layers[b.layer]:  # chosen by the token alone (models/deepseek4.cpp:1295)
+        assert b.token_ids is not None  # made with the embeddings
+        ids = get_rows(b.need("ffn_gate_tid2eid.weight"), b.token_ids)
+    else:
+        ids = view(same_i32("argsort", selection), (used, tokens), (count * 4,))
     if groups_of > 1:
         ids = new("cast", I32, ids.ne, same("scale", new("cast", F32, ids.ne, ids)))
     return ids, _weights(b, get_rows(reshape(probabilities, 1, count, tokens), ids))

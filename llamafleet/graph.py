@@ -19,6 +19,7 @@ from .positions import turned
 
 if TYPE_CHECKING:
     from .block_sparse import Inputs
+    from .deepseek4 import Inputs as CompressedInputs
 
 # Architectures that multiply the rows of tokens, not those of vectors (`tok_scale` of build_inp_embd).
 SCALED_TOKENS = frozenset({"gemma3", "gemma3n", "gemma4"})
@@ -57,6 +58,8 @@ class Builder:
         self.rotations: dict[tuple[str, bool], Tensor] = {}
         self.states: Tensor | None = None
         self.block_inputs: Inputs | None = None
+        self.compressed: CompressedInputs | None = None
+        self.token_ids: Tensor | None = None
         self.chosen: Tensor | None = None  # cells that an indexer picked, for its layer and those behind it
         self.images: Tensor | None = None
         self.image_layers = image_layers(header)
@@ -128,6 +131,7 @@ class Builder:
             raise GraphUnknownError(f"{self.header.architecture} without token_embd.weight")
         width = self.embd * (1 + self.image_layers)
         ids, vectors = ggml.graph_input(I32, self.tokens), ggml.graph_input(F32, width, self.tokens)
+        self.token_ids = ids
         cur = self.token_rows(table, ids, width)
         self.graph.expand(cur)
         self.graph.expand(vectors)
@@ -251,8 +255,8 @@ class Builder:
             if k.type == F32:  # of a cache of f32, or of none
                 k, v = (new("cast", F16, one.ne, one) for one in (k, v))
             cur = ggml.flash_attn(q, k, v, mask, self.weight("attn_sinks.weight"))
-            if self.scratch and k.type != F16:  # unpacked behind the result; V of MLA is K's
-                cur.bytes += ggml.elements(k) * 2 + (0 if decompress else ggml.elements(v) * 2)
+            if self.scratch and k.type != F16:  # unpacked behind the result; K may serve as V
+                cur.bytes += ggml.elements(k) * 2 + (0 if v.view_src is k.view_src else ggml.elements(v) * 2)
             if decompress:
                 cur = mul_mat(decompress, permute(cur, 0, 2, 1, 3))
                 cur = ggml.cont(permute(cur, 0, 2, 1, 3))

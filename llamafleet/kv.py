@@ -1,4 +1,4 @@
-"""How much memory a model's context takes: the KV cache, layer by layer, and recurrent state.
+"""What a header says of a model's context: which layers have a cache, of what size, and which a recurrent state.
 
 The rules are llama.cpp's at b11434: src/llama-kv-cache.cpp, src/llama-kv-cache-iswa.cpp,
 src/llama-memory-recurrent.cpp and the hyperparameters in src/llama-hparams.cpp and src/models/.
@@ -8,12 +8,11 @@ Where an architecture is not known here the answer is an upper bound.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
 
 from .gguf import GGML_TYPES, Header, LongArray
 
 PAD_CELLS = 256  # llama-context.cpp and llama-kv-cache-iswa.cpp pad contexts to this
-_BLOCKS = {name.lower(): (block, size) for name, block, size in GGML_TYPES.values()}
+BLOCKS = {name.lower(): (block, size) for name, block, size in GGML_TYPES.values()}
 STATE_BYTES = 4  # recurrent state is f32
 
 # Every n-th layer attends to everything, the others to a window (src/models/*.cpp, the default of
@@ -23,6 +22,7 @@ SWA_PERIODS = {
     "afmoe": 4,
     "cohere2": 4,
     "cohere2moe": 4,
+    "deepseek4": 0,
     "exaone-moe": 4,
     "exaone4": 4,
     "gemma2": 2,
@@ -57,7 +57,7 @@ PARALLEL_HYBRIDS = frozenset({"falcon-h1"})  # attention and state side by side 
 INDEXED = frozenset({"deepseek32", "glm-dsa"})  # llama_kv_cache_dsa
 GLM_SHARED_CONTEXT = 1048576  # from here on three layers of four share their indexer (src/models/glm-dsa.cpp:60)
 # Caches with rules of their own, which are not here (create_memory, src/llama-model.cpp:2358).
-UNKNOWN_CACHES = frozenset({"deepseek4", "glm5-next", "hy_v4", "dots3note",
+UNKNOWN_CACHES = frozenset({"glm5-next", "hy_v4", "dots3note",
                             "qwen4exp", "minimax-01", "kimi-k3", "graniteswitch", "gemma4-assistant", "dflash",
                             "eagle3", "t5", "clef", "pockettts"})  # fmt: skip
 # No cache at all: they look at one batch only (create_memory gives nullptr).
@@ -170,7 +170,7 @@ def as_served(header: Header, context: Context) -> Context:
 
 def takes_cache_of(header: Header, kv_type: str) -> bool:
     """Does llama-server start with caches of this type? Blocks must divide heads (llama-context.cpp:3854)."""
-    block = _BLOCKS[kv_type][0]
+    block = BLOCKS[kv_type][0]
     sizes = {size for kind in {window > 0 for window in windows(header)} for size in head_sizes(header, kind)}
     return block == 1 or (header.architecture not in NO_FLASH and not any(size % block for size in sizes))
 
@@ -212,55 +212,7 @@ def head_sizes(header: Header, window: bool) -> tuple[int, int]:
     return key, value
 
 
-def kv_bytes(header: Header, context: Context) -> tuple[int, ...]:
-    """Bytes of each layer's KV cache and recurrent state, all slots together."""
-    layers = number(header, "block_count")
-    kv_heads = per_layer(header, "attention.head_count_kv", number(header, "attention.head_count", 1))
-    recurrent, state = recurrent_layers(header), state_bytes(header)
-    # Caches of unknown rules: K and V whole, an indexer's keys and a state in every layer, which is more than any has.
-    unknown = header.architecture in UNKNOWN_CACHES
-    latent = is_latent(header) and not unknown
-    # An indexer's cache has one head; MiniMax-M3's has values too, which nobody reads (llama_kv_cache_msa).
-    indexer = [number(header, "attention.indexer.key_length")]
-    indexer += [head_sizes(header, False)[1]] if header.architecture == "minimax-m3" else []
-    indexed = (True,) * layers if unknown else indexer_layers(header)
-    owners, sizes = _layers_with_cache(header, layers), windows(header)
-    widest = 0
-    if not context.flash_attention:  # V is stored across, all layers as wide as the widest (llama-kv-cache.cpp:210)
-        pairs = set(zip(sizes, kv_heads, strict=True))
-        widest = max((head_sizes(header, size > 0)[1] * n for size, n in pairs), default=0)
-
-    @cache  # a model has a few kinds of layers
-    def cache_bytes(window: int, heads: int, has_indexer: bool) -> int:
-        key, value = (size * heads for size in head_sizes(header, window > 0))
-        row = row_bytes(key, context.kv_type)
-        row += sum(row_bytes(size, context.kv_type) for size in indexer) if has_indexer else 0
-        row += 0 if latent else row_bytes(max(value, widest), context.kv_type)
-        return row * cache_cells(context, window) * context.streams
-
-    trunk = trunk_layers(header)
-    total = []
-    for layer, window in enumerate(sizes):
-        kept = state * context.slots if (recurrent[layer] or unknown) and layer < trunk else 0
-        if layer < owners and _attends(header, layer, recurrent[layer]):
-            kept += cache_bytes(window, kv_heads[layer], indexed[layer])
-        total.append(kept)
-    return tuple(total)
-
-
-def _attends(header: Header, layer: int, is_recurrent: bool) -> bool:
-    if header.architecture in ("nemotron_h", "nemotron_h_moe"):  # a layer is attention, state or feed-forward
-        return not is_recurrent and per_layer(header, "feed_forward_length")[layer] == 0
-    return not is_recurrent or header.architecture in PARALLEL_HYBRIDS
-
-
-def row_bytes(elements: int, kv_type: str) -> int:
-    """Bytes of a row of a cache type; a last, partial block counts whole."""
-    block, size = _BLOCKS[kv_type]
-    return -(-elements // block) * size
-
-
-def _layers_with_cache(header: Header, layers: int) -> int:
+def layers_with_cache(header: Header, layers: int) -> int:
     """Layers from the front that own a cache; the rest share theirs (llama-hparams.cpp, has_kv)."""
     if header.architecture in CACHELESS:
         return 0
@@ -273,7 +225,7 @@ def _layers_with_cache(header: Header, layers: int) -> int:
 def cache_owners(header: Header) -> tuple[int, ...]:
     """For each layer, the one whose cache it reads: its own, or one before (`reuse`, src/llama-model.cpp:2797)."""
     layers = number(header, "block_count")
-    owners = _layers_with_cache(header, layers) if header.architecture in SHARED_CACHES else layers
+    owners = layers_with_cache(header, layers) if header.architecture in SHARED_CACHES else layers
     if owners == layers:
         return tuple(range(layers))
     sizes = windows(header)

@@ -64,7 +64,7 @@ def _attend(b: Builder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     stored = ggml.cache(b.context.kv_type.upper(), (size, cells, b.streams), b.homes("cache", b.layer))
     b.store(stored, k, k_ids)
     if b.chosen is not None:
-        mask = _narrowed(mask, b.chosen)
+        mask = narrowed(mask, b.chosen, F32)
     read = b.cached(stored, size, 1, cells)
     values = view(read, (rank, *read.ne[1:]), read.nb[1:])
     return b.attend_cached(q, read, values, mask, b.need("attn_v_b.weight"))
@@ -103,12 +103,12 @@ def _indexer(b: Builder, cur: Tensor, low: Tensor, positions: Tensor) -> Tensor:
     return ggml.cont(new("top_k", I32, (count, each, 1, streams), score))
 
 
-def _narrowed(mask: Tensor, chosen: Tensor) -> Tensor:
+def narrowed(mask: Tensor, chosen: Tensor, kind: str) -> Tensor:
     """The mask, open where cells are chosen; rows of one element are set in one that is closed."""
     cells, each, _, streams = mask.ne
     closed = same("fill", mask)
     closed = view(closed, (1, cells, each, streams), (closed.nb[0], closed.nb[1], closed.nb[2]))
     ids = view(chosen, (chosen.ne[0], each, streams), (chosen.nb[1], chosen.nb[2]))
-    zeros = same("fill", Tensor("none", F32, (1, chosen.ne[0], each, streams)))
+    zeros = same("fill", Tensor("none", kind, (1, chosen.ne[0], each, streams)))
     opened = ggml.set_rows(closed, zeros, ids)
     return same("add", view(opened, (cells, each, 1, streams), (opened.nb[2], opened.nb[3], opened.nb[3])), mask)

@@ -64,6 +64,8 @@ def _tensors(told: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def _type(name: str, shape: list[int], f32: re.Pattern[str]) -> Q:
+    if name.endswith("tid2eid.weight"):  # numbers of experts by token
+        return Q.I32
     is_matrix = len(shape) > 1 and name.endswith(".weight") and shape[0] % BLOCK == 0
     return Q.Q8_0 if is_matrix and not KEPT.fullmatch(name) and not f32.fullmatch(name) else Q.F32
 

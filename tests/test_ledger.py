@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from llamafleet import compute, repeats
+from llamafleet.caches import kv_bytes, row_bytes
 from llamafleet.checkpoints import checkpoint_bytes
-from llamafleet.kv import Context, is_known, kv_bytes, row_bytes, windows
+from llamafleet.kv import Context, is_known, windows
 from llamafleet.ledger import Model, Placement, usage
 from llamafleet.weights import repacked_types
 from tests import planning
@@ -420,6 +421,16 @@ def test_where_it_is_unknown_what_a_context_checkpoint_copies_a_bound_is_counted
     row = 8 * 128 * 2 * 2  # heads x size x (K and V) x f16
     every_layer = with_metadata("Llama-3.1-8B", "brand-new", attention__sliding_window=512)
     assert checkpoint_bytes(every_layer, context) >= 32 * 512 * row
-    everything = with_metadata("Llama-3.1-8B", "deepseek4", attention__sliding_window=512)
+    everything = with_metadata("Llama-3.1-8B", "dots3note", attention__sliding_window=512)
     assert checkpoint_bytes(everything, context) >= 32 * 8192 * row
     assert checkpoint_bytes(with_metadata("Llama-3.1-8B", "deepseek32"), context) == 0  # none are made
+
+
+def test_a_checkpoint_of_compressed_cells_copies_the_window_and_what_is_not_compressed_yet():
+    keys = {"attention__sliding_window": 128, "attention__compress_ratios": (4, 128) * 16,
+            "attention__key_length": 512, "attention__indexer__key_length": 128}  # fmt: skip
+    header = with_metadata("Llama-3.1-8B", "deepseek4", **keys)
+    # In f32: keys and scores, of 8 tokens two halves of a cell and of an indexer's, or of 128 tokens one.
+    copied = 32 * 128 * 512 * 2 + 16 * 4 * 2 * (8 * 2 * (512 + 128) + 128 * 512)
+    for tokens in (8192, 131072):
+        assert copied < checkpoint_bytes(header, Context(tokens, 1, **F16_512)) < copied + 8192
