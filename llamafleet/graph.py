@@ -56,7 +56,7 @@ class Builder:
         self.heads = per_layer(header, "attention.head_count", 1)
         self.masks: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
         self.rotations: dict[tuple[str, bool], Tensor] = {}
-        self.states: Tensor | None = None
+        self.states: tuple[Tensor, Tensor, Tensor] | None = None
         self.block_inputs: Inputs | None = None
         self.compressed: CompressedInputs | None = None
         self.token_ids: Tensor | None = None
@@ -284,7 +284,9 @@ class Builder:
         """Numbers that give one token's position (n_pos_per_embd): four with sections of rotation."""
         return 4 if self.header.get("rope.dimension_sections") else 1
 
-    def state_ids(self) -> Tensor:
-        """Which slot's recurrent state is whose; one input for all layers."""
-        self.states = self.states or ggml.graph_input(I32, self.context.slots)
+    def state_ids(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Which slot's recurrent state is whose: all, those of the batch, all but the first; once for all layers."""
+        if self.states is None:
+            ids = ggml.graph_input(I32, self.context.slots)
+            self.states = ids, view(ids, (self.context.slots,)), view(ids, (self.context.slots - 1,))
         return self.states

@@ -13,10 +13,10 @@ def gather(b: Builder, width: int, scan: Callable[[Tensor, Tensor], Tensor] | No
     """build_rs: all slots' states, gathered; `scan` reads them from where they are. (the store, the states)."""
     slots = b.context.slots
     store = ggml.cache(F32, (width, slots), b.homes("cache", b.layer))
-    ids = b.state_ids()
+    ids, main, tail = b.state_ids()
     b.graph.expand(ggml.inplace("scale", view(store, (0,))))
-    gathered = get_rows(store, view(ids, (slots - 1,)) if scan else ids)
-    states = scan(store, view(ids, (slots,))) if scan else view(gathered, (width, slots), (gathered.nb[1],))
+    gathered = get_rows(store, tail if scan else ids)
+    states = scan(store, main) if scan else view(gathered, (width, slots), (gathered.nb[1],))
     b.graph.expand(states)
     b.graph.expand(cpy(view(gathered, (width, 0), (gathered.nb[1],)), view(store, (width, 0), (store.nb[1],))))
     return store, states

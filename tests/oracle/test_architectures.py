@@ -33,6 +33,8 @@ def situations(layers):
         "two devices": (Context(8192, 1, "f16", 512), (half, all_ - half), ()),
         "the last half of the layers": (Context(8192, 1, "f16", 1024), (half + 1,), ()),
         "experts or feed-forward of half of the layers on the host": (Context(8192, 2, "f16", 512), (all_,), range(half)),
+        "all experts or feed-forward but the first's on the host, odd numbers": (
+            Context(1000, 1, "bf16", 777), (all_,), range(1, layers)),
         "no device": (Context(8192, 1, "f16", 512), (), ()),
     }  # fmt: skip
 
