@@ -25,6 +25,7 @@ __all__ = ["DENSE", "EXPERTS", "Compute", "Layout", "vocabulary"]
 
 # A header that lacks what its architecture's graph needs, or says what cannot be.
 _UNKNOWN = (LookupError, ArithmeticError, ValueError, RecursionError)
+WHOLE = INDEXED | {COMPRESSED, "minimax-m3"}  # no layer may be left out
 LAYER_LIMIT = 128  # laid out at once; models have a few kinds of layers, and hostile headers get no time
 
 # What --n-cpu-moe matches (common/common.h, LLM_FFN_EXPS_REGEX), and a dense model's feed-forward part.
@@ -131,8 +132,8 @@ class Compute:
 
     def _shortened(self, context: Context, layout: Layout, neighbours: int) -> tuple[int, ...]:
         signs = [self._sign(layout, n) for n in range(len(self.kinds))]
-        # An indexer's layers each keep zeros from the start of the graph until they need them.
-        whole = self.header.architecture in (*INDEXED, COMPRESSED)
+        # An indexer's layers keep zeros from the start of the graph until they need them, or leave gaps that add up.
+        whole = self.header.architecture in WHOLE
         order = tuple(range(len(signs))) if whole else shorten(signs, neighbours)
         numbers = fold([
             tuple(signs[n][1:] for n in order if layout.holders[n] == device) for device in range(layout.devices)

@@ -246,7 +246,7 @@ class Builder:
 
     def attend_cached(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, decompress: Tensor | None) -> Tensor:
         """build_attn_mha."""
-        streams = k.ne[3]
+        streams, is_across = k.ne[3], v.nb[1] > v.nb[2]
         per_stream = q.ne[2] // streams
         q = view(q, (q.ne[0], q.ne[1], per_stream, streams), (q.nb[1], q.nb[2], q.nb[2] * per_stream))
         q, k = permute(q, 0, 2, 1, 3), permute(k, 0, 2, 1, 3)
@@ -266,7 +266,7 @@ class Builder:
             if self.header.get("attn_logit_softcapping"):
                 scores = same("scale", same("unary", same("scale", scores)))
             scores = same("soft_max", scores, mask)
-            if v.ne[0] != k.ne[1]:
+            if not is_across:
                 v = ggml.cont(ggml.transpose(v))
             cur = mul_mat(v, scores)
             cur = mul_mat(decompress, cur) if decompress else cur
