@@ -130,11 +130,11 @@ class Compute:
             self.asked[asked] = self._shortened(context, layout, neighbours)
         return self.asked[asked]
 
-    def _shortened(self, context: Context, layout: Layout, neighbours: int) -> tuple[int, ...]:
+    def _shortened(self, context: Context, layout: Layout, neighbours: tuple[int, int]) -> tuple[int, ...]:
         signs = [self._sign(layout, n) for n in range(len(self.kinds))]
         # An indexer's layers keep zeros from the start of the graph until they need them, or leave gaps that add up.
         whole = self.header.architecture in WHOLE
-        order = tuple(range(len(signs))) if whole else shorten(signs, neighbours)
+        order = tuple(range(len(signs))) if whole else shorten(*_apart(signs), neighbours)
         numbers = fold([
             tuple(signs[n][1:] for n in order if layout.holders[n] == device) for device in range(layout.devices)
         ])  # fmt: skip
@@ -159,7 +159,7 @@ class Compute:
         holder, moved = layout.holders[n], layout.moved.get(n)
         copied = "layer" if holder == layout.devices else moved
         types = self.types[copied][n] if copied and layout.op_offload else None
-        return holder, self.kinds[n], moved, types, n if self._is_fed(layout, n) else None
+        return holder, self.kinds[n], moved, n if self._is_fed(layout, n) else None, types
 
     def _is_fed(self, layout: Layout, n: int) -> bool:
         """Does another backend give it more than what the layer before computed? Such copies add up."""
@@ -192,3 +192,8 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+def _apart(signs: Sequence[tuple[Hashable, ...]]) -> tuple[list[Hashable], list[Hashable]]:
+    """All but the weights' types, and these."""
+    return [sign[:-1] for sign in signs], [sign[-1] for sign in signs]

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 
-# Layers in a row: what such a row takes does not depend on what is before and behind it. Three do, but for hybrids,
-# whose attention comes every fourth layer: they need to be seen over a whole cycle and into the next.
-NEIGHBOURS = 5
-NO_NEIGHBOURS = 1  # as if each layer stood alone: right for three layouts of five, and a third of the work
+# Layers in a row, and of these the ones whose weights' types count: what such a row takes does not depend on what is
+# before and behind it. Three do, but for hybrids, whose attention comes every fourth layer: they need to be seen over
+# a whole cycle and into the next.
+NEIGHBOURS = (5, 3)
+NO_NEIGHBOURS = (1, 1)  # as if each layer stood alone: right for three layouts of five, and a third of the work
 ALIKE = 2  # neighbouring devices of a kind that are laid out, and the last one
 
 
-def shorten(signs: Sequence[Hashable], neighbours: int) -> tuple[int, ...]:
+def shorten(signs: Sequence[Hashable], types: Sequence[Hashable], neighbours: tuple[int, int]) -> tuple[int, ...]:
     """Positions of a shorter row of layers in which all rows of so many stand that stand in the whole one."""
-    rows = numbered([tuple(signs[n : n + neighbours]) for n in range(len(signs))])
+    far, near = neighbours
+    rows = numbered([(tuple(signs[n : n + far]), tuple(types[n : n + near])) for n in range(len(signs))])
     last = {row: n for n, row in enumerate(rows)}
     kept: list[int] = []
     seen: set[int] = set()

@@ -244,7 +244,7 @@ def test_layers_that_repeat_need_not_be_laid_out_again(monkeypatch, name, counts
         few = usage(Model.of(header), context, placement, backend)
         with monkeypatch.context() as patch:
             patch.setattr(compute, "_KNOWN", {})
-            patch.setattr(compute, "NEIGHBOURS", 1000)
+            patch.setattr(compute, "NEIGHBOURS", (1000, 1000))
             patch.setattr(repeats, "ALIKE", 1000)
             assert usage(Model.of(header), context, placement, backend) == few
 
@@ -253,7 +253,7 @@ def test_layers_that_repeat_need_not_be_laid_out_again(monkeypatch, name, counts
     ("aaaaaaa", 3), ("abababab", 4), ("aaabbbaaabbb", 12), ("abcdefgh", 8), ("aabaabaabaab", 6), ("", 0), ("a", 1),
 ])  # fmt: skip
 def test_every_row_of_neighbours_is_kept(signs, kept):
-    order = repeats.shorten(signs, 3)
+    order = repeats.shorten(signs, "x" * len(signs), (3, 1))
     short = "".join(signs[n] for n in order)
     rows = [signs[n : n + 3] for n in range(len(signs) - 2)]
     assert len(order) == kept
