@@ -12,14 +12,14 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from .blocks import build
 from .bound import bound, vocabulary
 from .caches import COMPRESSED, kv_bytes
-from .features import FIRST_LAYER, INPUTS, Layers, marks
 from .gguf import Header
+from .graphs.blocks import build
+from .graphs.features import FIRST_LAYER, INPUTS, Layers, marks
+from .graphs.repeats import NEIGHBOURS, NO_NEIGHBOURS, fold, numbered, shorten
+from .graphs.scheduling import sizes
 from .kv import INDEXED, Context, as_served, cache_owners, trunk_layers
-from .repeats import NEIGHBOURS, NO_NEIGHBOURS, fold, numbered, shorten
-from .scheduling import sizes
 
 __all__ = ["DENSE", "EXPERTS", "Compute", "Layout", "vocabulary"]
 

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 
 from .compute import DENSE, EXPERTS
+from .graphs.scheduling import OFFLOAD_TOKENS
 from .kv import Context, number, per_layer
 from .ledger import Model
 from .rates import CACHE_MISS_TOKENS, Rates
-from .scheduling import OFFLOAD_TOKENS
 from .weights import LAYER
 from .workload import Workload
 

@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from .compute import DENSE, EXPERTS, Compute
-from .features import FIRST_LAYER, INPUTS, MISNAMED_NORM
 from .gguf import Header, Tensor
+from .graphs.features import FIRST_LAYER, INPUTS, MISNAMED_NORM
 from .kv import number, trunk_layers
 
 LAYER = re.compile(r"blk\.(\d+)\.(.*)")

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from llamafleet import compute, repeats
+from llamafleet import compute
 from llamafleet.caches import kv_bytes, row_bytes
 from llamafleet.checkpoints import checkpoint_bytes
+from llamafleet.graphs import repeats
 from llamafleet.kv import Context, is_known, windows
 from llamafleet.ledger import Model, Placement, usage
 from llamafleet.weights import repacked_types

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from ..caches import COMPRESSED
+from ..gguf import Header
+from ..kv import BY_INTERVAL, PARALLEL_HYBRIDS, Context, recurrent_layers
 from . import ggml
 from .attention import attention
-from .caches import COMPRESSED
+from .builder import Builder, Homes
 from .deepseek4 import first_streams, last_streams, streams_layer
 from .experts import experts
 from .features import Layers
 from .gemma import experts_beside, gemma3n_layer, layer_inputs, stacked, unstacked, with_layer_input
 from .ggml import F32, I32, Graph, Tensor, get_rows, mul_mat, new, same
-from .gguf import Header
-from .graph import Builder, Homes
-from .kv import BY_INTERVAL, PARALLEL_HYBRIDS, Context, recurrent_layers
 from .latent import latent_attention
 from .recurrent import recurrent
 from .rwkv import RWKV, rwkv_layer

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .gguf import Header
-from .kv import number
+from ..gguf import Header
+from ..kv import number
 
 # Positions are known from recurrent layers alone.
 NEVER = frozenset({"jamba", "nemotron_h", "nemotron_h_moe", "kimi-linear"})

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from ..kv import number
 from . import ggml
+from .builder import Builder
 from .ggml import F32, Tensor, concat, cpy, new, reshape, same, transpose, view
-from .graph import Builder
-from .kv import number
 from .state import convolve, convolved, gather
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ..caches import FEW, MANY, compressed_cells, window_cells
+from ..kv import number, per_layer
 from . import ggml
-from .caches import FEW, MANY, compressed_cells, window_cells
+from .builder import Builder, GraphUnknownError
 from .ggml import F16, F32, I32, I64, Tensor, concat, cont, get_rows, mul_mat, new, permute, reshape, same, view
-from .graph import Builder, GraphUnknownError
-from .kv import number, per_layer
 from .latent import INDEXER_HEADS, INDEXER_SIZE, narrowed
 
 STREAMS = 4  # of rows; the operation for them is made for four (build_hc_pre)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..kv import number
 from . import ggml
+from .builder import Builder, GraphUnknownError
 from .experts import experts
 from .features import SPARSE
 from .ggml import F32, I32, Tensor, concat, get_rows, mul_mat, new, permute, reshape, same, transpose, view
-from .graph import Builder, GraphUnknownError
-from .kv import number
 
 Part = Callable[[Tensor], Tensor]  # attention or a feed-forward part, from its normed input
 

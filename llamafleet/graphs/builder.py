@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ..gguf import Header
+from ..kv import Context, cache_cells, cache_owners, head_sizes, number, per_layer, windows
 from . import ggml
 from .features import ROTATIONS, Layers, clamped, image_layers
 from .ggml import F16, F32, I32, I64, Graph, Tensor, mul_mat, new, permute, reshape, rotated, same, view
-from .gguf import Header
-from .kv import Context, cache_cells, cache_owners, head_sizes, number, per_layer, windows
 from .positions import turned
 
 if TYPE_CHECKING:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..kv import number
 from . import ggml
+from .builder import Builder
 from .ggml import (
     F16,
     F32,
@@ -22,8 +24,6 @@ from .ggml import (
     transpose,
     view,
 )
-from .graph import Builder
-from .kv import number
 
 POSITIONS = 256  # that the graph is reserved for: none are in the cache yet (llama_kv_cache_msa_context::get_n_pos)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from ..kv import number
+from .builder import Builder, GraphUnknownError
 from .delta_net import delta_net, kimi_delta
 from .ggml import Tensor, reshape, same, view
-from .graph import Builder, GraphUnknownError
-from .kv import number
 from .mamba import mamba, mamba2, plamo_mamba
 from .state import convolve, convolved
 

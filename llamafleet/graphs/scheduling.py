@@ -1,6 +1,6 @@
 """Which backend computes what, and how much memory that takes on each: ggml's scheduler and allocator.
 
-`sizes()` does what ggml_backend_sched_reserve_size does, for a graph made by `graph.py`: assign backends
+`sizes()` does what ggml_backend_sched_reserve_size does, for a graph made by `builder.py`: assign backends
 and split the graph (ggml-backend.cpp:1200-1660), then place every tensor as the graph allocator does
 (ggml-alloc.c:620-830). Backends are numbered as there: devices first, the CPU last.
 """

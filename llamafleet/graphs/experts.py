@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from ..kv import number, per_layer
 from . import ggml
+from .builder import Builder, GraphUnknownError
 from .ggml import F32, I32, Tensor, get_rows, new, reshape, same, view
-from .graph import Builder, GraphUnknownError
-from .kv import number, per_layer
 
 EXPERTS_USED_LIMIT = 64  # for each token; models have 1 to 32, and hostile headers get no time
 SIGMOID = 2  # expert_gating_func, llama-hparams.h

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .gguf import GGML_TYPES
+from ..gguf import GGML_TYPES
 
 # What ggml-alloc.c (ggml_op_can_inplace) writes over its operand where nobody else needs it.
 INPLACE = frozenset({"scale", "add", "add_id", "sub", "mul", "div", "sqr", "sqrt", "unary", "rope", "rms_norm",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from . import ggml
+from .builder import Builder
 from .ggml import F32, Tensor, concat, cpy, get_rows, new, reshape, transpose, view
-from .graph import Builder
 
 
 def gather(b: Builder, width: int, scan: Callable[[Tensor, Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from ..kv import number
 from . import ggml
+from .builder import Builder
 from .ggml import F32, Tensor, concat, cpy, get_rows, mul_mat, new, permute, reshape, same, view
-from .graph import Builder
-from .kv import number
 from .state import gather
 
 RWKV = frozenset({"rwkv6", "rwkv7"})

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
-from .gguf import Header, Tensor
-from .gguf_cursor import Value
-from .kv import cache_owners, number, per_layer, recurrent_layers, windows
+from ..gguf import Header, Tensor
+from ..gguf_cursor import Value
+from ..kv import cache_owners, number, per_layer, recurrent_layers, windows
 from .positions import turned
 
 CLAMPED_AT_ONCE = frozenset({"maple", "deepseek4", "glm5-next", "hy_v4"})  # ggml_swiglu_clamp

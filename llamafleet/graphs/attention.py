@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from ..kv import CACHELESS
 from . import ggml
 from .block_sparse import attend_blocks, is_sparse
+from .builder import Builder
 from .ggml import F16, F32, Tensor, reshape, same, view
-from .graph import Builder
-from .kv import CACHELESS
 
 NORMED_VALUES = frozenset({"gemma3n", "gemma4"})  # V too, without a tensor for it
 

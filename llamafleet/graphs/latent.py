@@ -4,10 +4,10 @@ glm-dsa.cpp at b11434).
 
 from __future__ import annotations
 
+from ..kv import indexer_layers, is_latent, number
 from . import ggml
+from .builder import Builder, GraphUnknownError
 from .ggml import F16, F32, I32, I64, Tensor, concat, mul_mat, new, permute, reshape, same, view
-from .graph import Builder, GraphUnknownError
-from .kv import indexer_layers, is_latent, number
 
 # Sizes that every backend's own operation for the indexer takes; with others the scores of all heads are kept
 # (ggml_cuda_lightning_indexer_supported).
