@@ -11,6 +11,8 @@ from .ggml import F16, F32, Tensor, reshape, same, view
 NORMED_VALUES = frozenset({"gemma3n", "gemma4"})  # V too, without a tensor for it
 
 Heads = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # q, k, v, a gate
+# Scale q by its position where they do not turn it (models/llama4.cpp:173).
+SCALED_QUERIES = frozenset({"llama4"})
 
 
 def attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
@@ -25,6 +27,8 @@ def attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
     if b.turned[b.layer]:
         factors = b.position_factors()
         q, k = same("rope", q, positions, *factors), same("rope", k, positions, *factors) if k else None
+    elif b.header.architecture in SCALED_QUERIES:
+        q = same("mul", q, b.query_scales())
     if k and v and b.header.architecture in CACHELESS:
         attended = _attend_batch(b, q, k, v)
     elif k and v and is_sparse(b):

@@ -64,6 +64,7 @@ class Builder:
         self.images: Tensor | None = None
         self.image_layers = image_layers(header)
         self.factors: dict[int, Tensor] = {}
+        self.scales: Tensor | None = None
         self.layer = -1
 
     # Leafs
@@ -278,6 +279,11 @@ class Builder:
     def head_sizes(self) -> tuple[int, int]:
         """Elements of a head of K and of V in this layer."""
         return self.sizes[self.windows[self.layer] > 0]
+
+    def query_scales(self) -> Tensor:
+        """One number for each token; one input for all layers (build_inp_attn_scale)."""
+        self.scales = self.scales or ggml.graph_input(F32, 1, 1, self.tokens)
+        return self.scales
 
     @property
     def positions(self) -> int:
