@@ -1,7 +1,7 @@
-"""Bytes of llama.cpp's compute buffers, by laying out its graph as it does (`blocks`, `scheduling`).
+"""Bytes of llama.cpp's compute buffers, by laying out its graph as it does (`graphs/blocks`, `graphs/scheduling`).
 
-Layers that repeat need not be repeated here: a run of equal layers takes no more memory from the second on.
-Answers are remembered, because a search over placements asks for few really different ones.
+Layers and devices that only repeat others are left out (`graphs/repeats`). Answers are remembered, because a
+search over placements asks for few really different ones.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Compute:
         self.caches: dict[Context, tuple[int, ...]] = {}
 
     def kv_bytes(self, context: Context) -> tuple[int, ...]:
-        """`kv.kv_bytes`, remembered."""
+        """`caches.kv_bytes`, remembered."""
         if context not in self.caches:
             self.caches[context] = kv_bytes(self.header, as_served(self.header, context))
         return self.caches[context]
@@ -167,7 +167,7 @@ class Compute:
         has_own = self.has_inputs and layout.devices > 0 and (holder != first or first == layout.devices)
         return has_own or layout.holders[self.owners[n]] != holder
 
-    def _laid_out(self, context: Context, layout: Layout, order: tuple[int, ...] = (0,)) -> tuple[int, ...]:
+    def _laid_out(self, context: Context, layout: Layout, order: tuple[int, ...]) -> tuple[int, ...]:
         cpu = layout.devices
         if len(order) > LAYER_LIMIT:
             raise ValueError("no two layers are alike")

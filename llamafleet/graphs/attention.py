@@ -9,10 +9,10 @@ from .builder import Builder
 from .ggml import F16, F32, Tensor, reshape, same, view
 
 NORMED_VALUES = frozenset({"gemma3n", "gemma4"})  # V too, without a tensor for it
-
-Heads = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # q, k, v, a gate
 # Scale q by its position where they do not turn it (models/llama4.cpp:173).
 SCALED_QUERIES = frozenset({"llama4"})
+
+Heads = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # q, k, v, a gate
 
 
 def attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
