@@ -1,6 +1,6 @@
 """What op-offload stages on a device, by the binary and by the ledger: bench/results/staging.csv.
 
-    python -m bench.staging HOST      a sandbox host on which the deploy has built Vulkan (tests/e2e/test_5_vulkan.py)
+    python -m bench.staging HOST      a sandbox host on which the deploy has built Vulkan (tests/e2e/test_04_vulkan.py)
 
 The same model is asked for twice, wholly on the device and with a part of it on the host; what the compute
 buffer grows by is staging. The weightless models must lie in the host's /srv/oracle.

@@ -51,7 +51,7 @@ def hosts(builds):
 
 
 def _down():
-    """Ours alone: test_5_vulkan runs beside, with a host of its own."""
+    """Ours alone: test_04_vulkan runs beside, with a host of its own."""
     sandbox.down([one.name for one in sandbox.listed() if one.name.startswith(sandbox.PREFIX)])
 
 
@@ -59,7 +59,7 @@ def _down():
 def builder(hosts):
     """The host that compiled: it has the build folder, so that another commit is compiled quickly.
 
-    Needs the deploy of test_1_deploy.
+    Needs the deploy of test_01_deploy.
     """
     record = json.loads(on(hosts[0], "cat", "/opt/llamafleet/current/release.json"))
     return next(one for one in hosts if one.name == record["built_on"])

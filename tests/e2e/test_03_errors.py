@@ -206,7 +206,7 @@ def test_an_ordinary_user_with_sudo_does_as_well(settings, inventory, bad):
 
 
 def test_a_server_that_exits_at_once_never_takes_the_place_of_the_old_one(run_with, outside, bad):
-    # It compiles and starts. What shows itself in the real service only, the gate sees: test_9_rollback.
+    # It compiles and starts. What shows itself in the real service only, the gate sees: test_08_rollback.
     before = main_pid(bad, "tiny")
     upstream.add_commit(outside.clone, {"tools/server/main.cpp": "int main() { return 0; }\n"}, "exits")
     run_with("llama-server does not work on this host, also without a sandbox", llama_cpp_ref="exits")

@@ -1,7 +1,7 @@
 """What breaks by itself or by hand comes back: by systemd, by the liveness check, or by the next run.
 
-Elsewhere: a unit edited by hand and a download killed with its host (test_2), a port taken by another program,
-no space for a model from the start, a wrong checksum, a host that is down (test_3).
+Elsewhere: a unit edited by hand and a download killed with its host (test_02_change), a port taken by another program,
+no space for a model from the start, a wrong checksum, a host that is down (test_03_errors).
 """
 
 import contextlib
