@@ -4,34 +4,30 @@
 PYTHON ?= python3
 SHELL := /bin/bash
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -q --durations=15
 HOSTS ?= 2
 
 # What the demo and the tests need of Debian: disposable hosts, the stand-ins for GitHub and the Hub,
 # a compiler for the oracle and the fake NVML.
 PACKAGES := mmdebstrap systemd-container openssh-client git curl cmake ninja-build g++ gcc libc6-dev libgomp1
 
-.PHONY: demo test test-offline test-cuda check lock sandbox-up sandbox-down packages
+.PHONY: demo test test-offline test-long test-cuda check lock sandbox-up sandbox-down packages
 
 demo: .venv/ready packages
 	$(BIN)/python -m sandbox.demo
 
-# Two halves side by side: sandbox hosts mostly wait, while the other half computes and compiles. `set -m` gives that
-# one a process group, which can be interrupted as a whole and then takes its host down.
-test: .venv/ready packages check
-	@mkdir -p .cache; set -m; \
-	{ $(BIN)/python -m pytest -q -m "not cuda and not e2e"; code=$$?; \
-	  $(BIN)/python -m pytest -q -m vulkan; vulkan=$$?; exit $$(( code ? code : vulkan )); } > .cache/test-beside.log 2>&1 & \
-	beside=$$!; trap 'kill -INT -- -$$beside 2>/dev/null; wait $$beside' EXIT; \
-	$(BIN)/python -m pytest -q -m "e2e and not cuda and not vulkan"; hosts=$$?; \
-	wait $$beside; code=$$?; trap - EXIT; \
-	echo "--- beside it, without sandbox hosts and with Vulkan:"; cat .cache/test-beside.log; \
-	exit $$(( hosts ? hosts : code ))
+# `check` and all tests but the long ones and CUDA's, in lanes that run side by side (tests/lanes.py).
+test: .venv/ready packages
+	$(BIN)/python -m tests.lanes
 
 test-offline: .venv/ready
-	$(BIN)/python -m pytest -q -m "not cuda and not e2e and not oracle"
+	$(PYTEST) -m "not cuda and not e2e and not oracle and not long"
+
+test-long: .venv/ready packages
+	$(PYTEST) -m "long and not cuda"
 
 test-cuda: .venv/ready packages
-	$(BIN)/python -m pytest -q -m cuda
+	$(PYTEST) -m cuda
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -6,7 +6,8 @@ import time
 import pytest
 
 from sandbox import upstream
-from tests.e2e.deploying import ask, main_pid, on, pyinfra, serves
+from tests.e2e import deploying
+from tests.e2e.deploying import ask, main_pid, on, pyinfra, serves, write_inventory
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +16,8 @@ def bad(builder):
 
 
 @pytest.fixture(scope="module")
-def good(hosts, builder):
-    return next(host for host in hosts[:2] if host is not builder)
+def good(deployed, builder):
+    return next(host for host in deployed if host is not builder)
 
 
 @pytest.fixture
@@ -41,17 +42,10 @@ def run_with(settings, inventory, bad, good):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def deployed(bad, good, outside, tmp_path_factory):
-    """Both serve before anything goes wrong."""
-    from tests.e2e.conftest import ON_HOST
-    from tests.e2e.deploying import PORT, write_inventory
-
-    pairs = []
-    for host, kind in ((bad, "dense"), (good, "moe")):
-        model = {"name": "tiny", "source": outside.sources[kind], "port": PORT, "listen": host.address,
-                 "context_tokens": 1024}  # fmt: skip
-        pairs.append((host, {**outside.settings(), "build_cache": ON_HOST, "models": [model]}))
-    done = pyinfra(write_inventory(tmp_path_factory.mktemp("deployed") / "inventory.py", pairs))
+def both_serve(bad, good, outside, tmp_path_factory):
+    """Before anything goes wrong."""
+    pairs = [(bad, deploying.settings(outside, bad, "dense")), (good, deploying.settings(outside, good, "moe"))]
+    done = pyinfra(write_inventory(tmp_path_factory.mktemp("serving") / "inventory.py", pairs))
     assert done.code == 0, done.text
 
 

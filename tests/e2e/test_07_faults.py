@@ -271,10 +271,12 @@ rm -rf /etc/systemd/system/llama-server-* /opt/llamafleet /etc/llamafleet
 cd /var/lib/llamafleet && ls -A | grep -vx -e build -e src | xargs -r rm -rf
 systemctl daemon-reload; systemctl reset-failed
 """
-ROUNDS = 4  # of one power cut on each of three hosts
+# Of one power cut on each of three hosts.
+ROUNDS = [4, pytest.param(20, marks=pytest.mark.long)]
 
 
-def test_power_cuts_at_random_points_of_a_deploy_and_one_more_run_ends_green(settings, inventory, hosts):
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_power_cuts_at_random_points_of_a_deploy_and_one_more_run_ends_green(settings, inventory, hosts, rounds):
     """From hosts that have the packages and, in the shared cache, the build."""
     seed = int(os.environ.get("E2E_SEED") or time.time())
     chance = random.Random(seed)
@@ -296,7 +298,7 @@ def test_power_cuts_at_random_points_of_a_deploy_and_one_more_run_ends_green(set
         host.kill()
         host.start()
 
-    for number in range(ROUNDS):
+    for number in range(rounds):
         wipe()
         after = {host.name: round(chance.uniform(0.1, 1.0) * usual, 2) for host in hosts}
         cuts = [threading.Thread(target=cut, args=(host, after[host.name])) for host in hosts]
