@@ -123,7 +123,8 @@ def enough_inotify() -> Iterator[None]:
 
 def main() -> int:
     LOGS.mkdir(exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where this was started in the background, deaf to SIGINT
+        signal.signal(number, signal.default_int_handler)
     with enough_inotify():
         running = lanes()
         run(running)

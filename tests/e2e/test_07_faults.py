@@ -38,8 +38,8 @@ def deploy(settings, inventory, host):
 
 
 @pytest.fixture(autouse=True)
-def deployed(deploy):
-    """It serves before anything goes wrong."""
+def serving(deploy):
+    """It does before anything goes wrong."""
     deploy()
 
 
