@@ -31,7 +31,13 @@ QUICK = "[Manager]\nDefaultEnvironment=GALLIVM_PERF=nopt\n"
 # In glslc's place: its optimiser takes more than half of a shader's time (soft_max: 0.12 of 0.19 s).
 GLSLC = """#!/bin/sh
 for word; do shift; [ "$word" = -O ] || set -- "$@" "$word"; done
-exec /usr/bin/glslc "$@"
+exec /usr/bin/glslc.real "$@"
+"""
+# The package's own goes beside it when the deploy installs it.
+PUT_GLSLC = """
+dpkg-divert --quiet --local --no-rename --divert /usr/bin/glslc.real --add /usr/bin/glslc
+cat >/usr/bin/glslc
+chmod 755 /usr/bin/glslc
 """
 DROP_IN = f"/etc/systemd/system/{UNIT}.d/hide.conf"
 
@@ -43,7 +49,7 @@ def host(boot, tmp_path_factory):
     (one,) = boot(1, PREFIX, 5, packages=DRIVER, binds=[f"{folder}:/opt/fake-nvml:ro"])
     one.run(["tee", "/etc/systemd/system.conf.d/llvmpipe.conf"], input=QUICK, check=True)
     on(one, "systemctl", "daemon-reexec")
-    one.run(["sh", "-c", "cat >/usr/local/bin/glslc; chmod 755 /usr/local/bin/glslc"], input=GLSLC, check=True)
+    one.run(["sh", "-ec", PUT_GLSLC], input=GLSLC, check=True)
     with oracle_build.compiling():
         pass  # what the build for the CPU and this one have in common is in the compiler cache now
     return one
