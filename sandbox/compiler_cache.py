@@ -17,10 +17,20 @@ ON_HOST = "/var/cache/compiler-cache"  # the folder as hosts and the oracle's bu
 OBJECTS = f"{ON_HOST}/objects"
 PACKAGE = "ccache"
 BUILDS = "/var/lib/llamafleet/build"  # of build folders; their names differ, and are no part of what is compared
-# The last of several -O counts. Without any optimiser: what parses arguments, JSON and templates, most of the time that
-# llama.cpp needs to compile (json-schema-to-grammar.cpp: 7.3 s with -O3, 5.1 with -O1, 3.7 with -O0).
+# The names of the backends are options of every file, and only ggml-backend-reg.cpp reads them: elsewhere they are left
+# out, or a build for the CPU and another one would share no object file. Of several -O the last counts. What parses
+# arguments, JSON and templates, and takes most of the time, is not optimised at all (json-schema-to-grammar.cpp: 7.3 s
+# with -O3, 5.1 with -O1, 3.7 with -O0).
 LAUNCHER = f"""#!/bin/sh
 for source; do :; done
+for word; do
+    shift
+    case $word:$source in
+    *:*/ggml-backend-reg.cpp) ;;
+    -DGGML_USE_RPC:* | -DGGML_USE_VULKAN:*) continue ;;
+    esac
+    set -- "$@" "$word"
+done
 case $source in
 */src/common/* | */src/tools/* | */src/vendor/*) level=-O0 ;;
 */ggml/*) level=-O2 ;;

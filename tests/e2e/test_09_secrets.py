@@ -195,6 +195,7 @@ def test_no_secret_is_left_or_shown_during_a_deploy(outside, asked, inventory, h
 
     assert len(text) > 10_000 and KEY not in text and token not in text
     assert watcher.where("deploy.py") and not watcher.where(KEY) and not watcher.where(token)
+    assert [path for path in watcher.seen if path.endswith("/environ")]  # of programs that pyinfra started
     # The sampler has seen this very deploy, and neither key nor token.
     assert sampled(host, "switch.py") and sampled(host, "fetch.py")
     assert not sampled(host, KEY) and not sampled(host, token)
