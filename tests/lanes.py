@@ -22,12 +22,13 @@ from sandbox import machine
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / ".cache"
 PYTEST = [sys.executable, "-m", "pytest", "-q"]
-# Files of the further lanes with sandbox hosts, in this order; all others are the first one's.
+# Files of the further lanes with sandbox hosts, in this order; all others are the first one's, where the first deploy
+# compiles for all.
 FURTHER = {
     "second": ("test_sandbox", "test_06_verify", "test_08_rollback", "test_05_uninstall"),
-    "third": ("test_07_faults", "test_09_secrets", "test_10_preflight"),
+    "third": ("test_07_faults", "test_10_preflight"),
+    "fourth": ("test_04_vulkan", "test_09_secrets"),
 }
-LAST = "test_04_vulkan"  # after what needs no hosts
 ADDRESSES = 10  # of a lane's hosts
 HOSTS = 20  # of all lanes at a time, and some
 
@@ -79,7 +80,7 @@ def lanes() -> list[Lane]:
     """What runs side by side. Every test but those of CUDA and the long ones is in exactly one lane."""
     ours = "not cuda and not long"
     hosts = [*PYTEST, "-m", f"e2e and {ours}"]
-    elsewhere = [file(name) for names in (*FURTHER.values(), (LAST,)) for name in names]
+    elsewhere = [file(name) for names in FURTHER.values() for name in names]
     return [
         Lane("first", [[*hosts, "tests/e2e", *(f"--ignore={one}" for one in elsewhere)]]),
         *(
@@ -92,9 +93,7 @@ def lanes() -> list[Lane]:
                 ["make", "--no-print-directory", "check"],
                 [*PYTEST, "-m", f"not e2e and not oracle and {ours}"],
                 [*PYTEST, "-m", f"oracle and not e2e and {ours}"],
-                [*hosts, file(LAST)],
             ],
-            own_hosts(len(FURTHER), "last"),
         ),
     ]
 

@@ -1,5 +1,6 @@
 """Sandbox hosts and the stand-ins for the outside, once a session; down again whatever happens."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -71,18 +72,34 @@ def boot(builds):
 
 
 @pytest.fixture(scope="session")
-def hosts(boot, request):
-    """Three hosts: bare ones where the session has the tests of a first deploy, else with a compiler."""
-    is_first = any(item.path.stem == "test_01_deploy" for item in request.session.items)
-    return boot(3, PREFIX, 0, packages=() if is_first else oracle_build.COMPILER)
+def has_first_deploy(request):
+    """Does the session have the tests of a deploy to bare hosts?"""
+    return any(item.path.stem == "test_01_deploy" for item in request.session.items)
 
 
 @pytest.fixture(scope="session")
-def deployed(hosts, outside, tmp_path_factory):
+def turn(has_first_deploy):
+    """To compile llama.cpp: the first deploy has it from the start, and sessions beside find object files when they get
+    theirs. `close()` ends it."""
+    with contextlib.ExitStack() as stack:
+        if has_first_deploy:
+            stack.enter_context(oracle_build.compiling())
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def hosts(turn, boot, has_first_deploy):
+    """Three hosts: bare ones for a first deploy, else with a compiler."""
+    return boot(3, PREFIX, 0, packages=() if has_first_deploy else oracle_build.COMPILER)
+
+
+@pytest.fixture(scope="session")
+def deployed(hosts, outside, turn, tmp_path_factory):
     """The first two hosts serve: a dense model, and one with experts. Bare ones are deployed to."""
     pairs = [
         (host, deploying.settings(outside, host, kind)) for host, kind in zip(hosts[:2], ("dense", "moe"), strict=True)
     ]
+    turn.close()
     with oracle_build.compiling():
         done = pyinfra(write_inventory(tmp_path_factory.mktemp("deployed") / "inventory.py", pairs))
     assert done.code == 0, done.text

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import compiler_cache, oracle_build
+from sandbox import compiler_cache
 from tests.e2e.deploying import ROOT, ask, command, environment, on, pyinfra, serves
 
 
@@ -56,10 +56,10 @@ def test_the_plan_of_bare_hosts_is_shown_by_the_command_too(inventory, settings,
 
 
 @pytest.fixture
-def compiled_anew(pair):
+def compiled_anew(pair, turn):
     """A compilation as users have it: the compiler cache gives nothing, and takes what comes out for others."""
     cache = ["env", f"CCACHE_DIR={compiler_cache.OBJECTS}", "ccache"]
-    with oracle_build.compiling():
+    with turn:
         on(pair[0], *cache, "--zero-stats")
         for host in pair:
             on(host, "systemctl", "set-environment", "CCACHE_RECACHE=1")

@@ -43,13 +43,14 @@ DROP_IN = f"/etc/systemd/system/{UNIT}.d/hide.conf"
 
 
 @pytest.fixture(scope="module")
-def host(boot, tmp_path_factory):
+def host(boot, turn, tmp_path_factory):
     folder = tmp_path_factory.mktemp("nvml")
     fake_nvml.build(folder)
     (one,) = boot(1, PREFIX, 5, packages=DRIVER, binds=[f"{folder}:/opt/fake-nvml:ro"])
     one.run(["tee", "/etc/systemd/system.conf.d/llvmpipe.conf"], input=QUICK, check=True)
     on(one, "systemctl", "daemon-reexec")
     one.run(["sh", "-ec", PUT_GLSLC], input=GLSLC, check=True)
+    turn.close()
     with oracle_build.compiling():
         pass  # what the build for the CPU and this one have in common is in the compiler cache now
     return one
