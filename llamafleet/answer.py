@@ -11,7 +11,6 @@ from typing import Any
 
 from .ledger import HOST, LedgerRow, Placement
 from .machine import Gpu
-from .planned import planned
 from .predict import Prediction
 
 SCHEMA = 1
@@ -50,6 +49,7 @@ class Plan:
 
     instance: str
     backend: str
+    argv: tuple[str, ...]  # the planned part of the command line: context and placement, no path, address or name
     gpus: tuple[Gpu, ...]  # those in use; llama.cpp's device N is the N-th of them
     context_tokens: int  # of one slot
     slots: int
@@ -69,11 +69,6 @@ class Plan:
     numa_nodes: str = ""  # that its memory is spread over, "0-1"; empty: as the kernel likes
 
     fits = True
-
-    @property
-    def argv(self) -> tuple[str, ...]:
-        """The planned part of the command line: context and placement, no path, address or name."""
-        return tuple(planned(self))
 
     @property
     def gpu_bytes(self) -> tuple[tuple[Gpu, int], ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from . import extra
 from .answer import Plan
-from .planned import planned
 from .settings import Instance
 
 
@@ -24,7 +23,7 @@ def argv(plan: Plan, instance: Instance, model_path: str) -> list[str]:
         *("--alias", _value("--alias", instance.name)),
         *("--host", _value("--host", instance.listen)),
         *("--port", str(instance.port)),
-        *planned(plan),
+        *plan.argv,
         *("--metrics", "--slots", "--no-ui", "--offline"),
         # The load log names every device's bytes, which the gate reads; prompts are logged from 5 on.
         *(("--log-verbosity", "4") if plan.gpus else ()),

@@ -24,6 +24,7 @@ from .kv import Context, number, takes_cache_of
 from .ledger import HOST, MIB, TRAITS, Model
 from .machine import Machine
 from .place import Room
+from .planned import planned
 from .predict import Prediction, Roofline
 from .rates import NOT_MEASURED, Measurements, rates
 from .reasons import Decision, why
@@ -201,9 +202,15 @@ def _plan(asked: _Asked, search: Search, settled: Settled, weighed: Sequence[Can
         chosen, weighed, placement, rows, asked.threads, [gpu.link_bytes_per_s for gpu in search.roofline.rates.gpus],
         cpus, nodes,
     )  # fmt: skip
+    argv = planned(
+        context, placement, backend=asked.backend, gpus=len(gpus), threads=asked.threads,
+        prompt_cache_mib=asked.instance.prompt_cache_mib, checkpoints=asked.checkpoints(context),
+        is_moe=asked.model.is_moe,
+    )  # fmt: skip
     return Plan(
         instance=asked.instance.name,
         backend=asked.backend,
+        argv=tuple(argv),
         gpus=gpus,
         context_tokens=context.tokens,
         slots=context.slots,

@@ -7,12 +7,9 @@ each start is given.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
-from .ledger import TRAITS
-
-if TYPE_CHECKING:  # the plan imports this module for its `argv`
-    from .answer import Plan
+from .kv import Context
+from .ledger import TRAITS, Placement
 
 DEFAULT_BATCH_TOKENS = 2048  # llama.cpp's --batch-size; never below the ubatch
 # What goes to the CPU, of a mixture of experts or not: all that may be spilled of a layer, or a part of it.
@@ -26,34 +23,44 @@ PATTERNS = {
 }
 
 
-def planned(plan: Plan) -> Iterator[str]:
-    """The flags that the plan decides: context, placement, threads."""
-    yield from ("--ctx-size", str(plan.context_tokens * plan.slots), "--parallel", str(plan.slots))
-    yield from ("--no-kv-unified", "--cache-type-k", plan.kv_type, "--cache-type-v", plan.kv_type)
-    yield from ("--flash-attn", "on", "--batch-size", str(max(DEFAULT_BATCH_TOKENS, plan.ubatch_tokens)))
-    yield from ("--ubatch-size", str(plan.ubatch_tokens))
-    yield from ("--threads", str(plan.threads), "--threads-batch", str(plan.threads))
-    yield from ("--cache-ram", str(plan.prompt_cache_mib), "--fit", "off", "--load-mode", "none")
-    yield from ("--ctx-checkpoints", str(plan.checkpoints))
-    yield from _placed(plan)
+def planned(
+    context: Context,
+    placement: Placement,
+    *,
+    backend: str,
+    gpus: int,
+    threads: int,
+    prompt_cache_mib: int,
+    checkpoints: int,
+    is_moe: bool,
+) -> Iterator[str]:
+    """The flags that a plan decides: context, placement, threads. `gpus`: how many are in use."""
+    yield from ("--ctx-size", str(context.tokens * context.slots), "--parallel", str(context.slots))
+    yield from ("--no-kv-unified", "--cache-type-k", context.kv_type, "--cache-type-v", context.kv_type)
+    yield from ("--flash-attn", "on", "--batch-size", str(max(DEFAULT_BATCH_TOKENS, context.ubatch_tokens)))
+    yield from ("--ubatch-size", str(context.ubatch_tokens))
+    yield from ("--threads", str(threads), "--threads-batch", str(threads))
+    yield from ("--cache-ram", str(prompt_cache_mib), "--fit", "off", "--load-mode", "none")
+    yield from ("--ctx-checkpoints", str(checkpoints))
+    yield from _placed(placement, device_names(backend, gpus), is_moe)
 
 
-def device_names(plan: Plan) -> list[str]:
-    """llama.cpp's names of the plan's GPUs, in their order."""
-    return [f"{TRAITS[plan.backend].device_prefix}{number}" for number in range(len(plan.gpus))]
+def device_names(backend: str, count: int) -> list[str]:
+    """llama.cpp's names of so many GPUs, in their order."""
+    return [f"{TRAITS[backend].device_prefix}{number}" for number in range(count)]
 
 
-def _placed(plan: Plan) -> Iterator[str]:
-    if not plan.gpus:
+def _placed(placement: Placement, devices: Sequence[str], is_moe: bool) -> Iterator[str]:
+    if not devices:
         yield from ("--device", "none", "--n-gpu-layers", "0")
         return
-    yield from ("--device", ",".join(device_names(plan)))
-    yield from ("--n-gpu-layers", str(plan.placement.gpu_layers))
-    if len(plan.gpus) > 1:
+    yield from ("--device", ",".join(devices))
+    yield from ("--n-gpu-layers", str(placement.gpu_layers))
+    if len(devices) > 1:
         yield from ("--split-mode", "layer")
-        yield from ("--tensor-split", ",".join(str(count) for count in plan.placement.split()))
-    overrides = [_override(sorted(plan.placement.spilled), PATTERNS[plan.is_moe, "all"])]
-    overrides += [_override([layer], PATTERNS[plan.is_moe, part]) for layer, part in plan.placement.partly]
+        yield from ("--tensor-split", ",".join(str(count) for count in placement.split()))
+    overrides = [_override(sorted(placement.spilled), PATTERNS[is_moe, "all"])]
+    overrides += [_override([layer], PATTERNS[is_moe, part]) for layer, part in placement.partly]
     if any(overrides):
         yield from ("--override-tensor", ",".join(override for override in overrides if override))
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,22 @@ class Problem(Exception):
     code: str
     message: str
     headers: tuple[tuple[str, str], ...] = ()
+
+
+class Files(Protocol):
+    """What the servers ask of the Hub that they serve."""
+
+    address: str
+    token: str
+    stopping: threading.Event
+
+    def begin(self, request: Request) -> None: ...
+    def end(self) -> None: ...
+    def take_fault(self, key: str, on: str, wanted: Callable[[Fault], bool]) -> Fault | None: ...
+    def find(self, repo: str, revision: str, path: str, token: str | None) -> Entry: ...
+    def files(self, repo: str, revision: str, token: str | None) -> list[Entry]: ...
+    def sign(self, entry: Entry) -> str: ...
+    def signed(self, path: str, query: dict[str, list[str]]) -> Entry: ...
 
 
 def byte_range(header: str, size: int) -> tuple[int, int] | None:

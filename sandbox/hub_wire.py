@@ -8,13 +8,10 @@ import socket
 import struct
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from sandbox.hub_data import Entry, Fault, Problem, Request, blob_id, byte_range, touches
-
-if TYPE_CHECKING:
-    from sandbox.hub import Hub
+from sandbox.hub_data import Entry, Fault, Files, Problem, Request, blob_id, byte_range, touches
 
 CHUNK_BYTES = 1 << 20
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER on, with 0 s: socket(7)
@@ -25,7 +22,7 @@ PLAIN = re.compile(r"^/plain/(?P<repo>[^/]+/[^/]+)/(?P<path>.+)$")
 
 
 class _Handler(BaseHTTPRequestHandler):
-    hub: Hub
+    hub: Files
     role: str
     protocol_version = "HTTP/1.1"
     server_version = "sandbox-hub"
@@ -208,6 +205,6 @@ class Server(ThreadingHTTPServer):
             super().shutdown_request(request)
 
 
-def server(hub: Hub, role: str, port: int) -> Server:
+def server(hub: Files, role: str, port: int) -> Server:
     handler = type(f"_{role.capitalize()}Handler", (_Handler,), {"hub": hub, "role": role})
     return Server((hub.address, port), handler)

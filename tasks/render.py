@@ -80,7 +80,7 @@ def plan_record(
         "backend": build.backend,
         "gpus": [
             {"uuid": gpu.uuid, "name": gpu.name, "device": device, **_planned(plan, gpu)}
-            for gpu, device in zip(plan.gpus, device_names(plan), strict=True)
+            for gpu, device in zip(plan.gpus, device_names(plan.backend, len(plan.gpus)), strict=True)
         ],
     }
     files = [{"path": f"{path.rsplit('/', 1)[0]}/{file.name}", "size_bytes": file.size_bytes, "sha256": file.sha256}

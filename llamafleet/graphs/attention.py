@@ -78,12 +78,11 @@ def _apart(b: Builder, cur: Tensor) -> Heads:
 
 def _attend_batch(b: Builder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Every token of the batch attends to all of it (llm_graph_input_attn_no_cache)."""
-    if False not in b.masks:
-        mask = ggml.graph_input(F16 if b.context.flash_attention else F32, b.tokens, b.tokens)
-        b.masks[False] = (mask, mask, mask)
+    kind = F16 if b.context.flash_attention else F32
+    mask = b.once("batch mask", lambda: ggml.graph_input(kind, b.tokens, b.tokens))
     for tensor in (q, k, v):
         b.graph.expand(tensor)
-    return b.attend_cached(q, k, v, b.masks[False][2], None)
+    return b.attend_cached(q, k, v, mask, None)
 
 
 def _gated(attended: Tensor, gate: Tensor, tokens: int) -> Tensor:

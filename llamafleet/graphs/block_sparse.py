@@ -77,19 +77,21 @@ def attend_blocks(b: Builder, cur: Tensor, q: Tensor, k: Tensor, v: Tensor, posi
 
 
 def _inputs(b: Builder) -> Inputs:
-    if b.block_inputs is None:
-        block, cells = number(b.header, "attention.indexer.block_size"), b.context.stream_cells
-        width = -(-POSITIONS // block) * block
-        _, _, mask = b.attention_inputs(False)
-        b.block_inputs = Inputs(
-            ggml.graph_input(I64, b.tokens),
-            ggml.graph_input(F32, width // block, b.tokens),
-            ggml.graph_input(F32, width, b.tokens),
-            ggml.graph_input(I32, width, b.streams),
-            ggml.graph_input(I32, cells, b.streams),
-            new("cast", F32, mask.ne, mask),
-        )
-    return b.block_inputs
+    return b.once("block inputs", lambda: _make_inputs(b))
+
+
+def _make_inputs(b: Builder) -> Inputs:
+    block, cells = number(b.header, "attention.indexer.block_size"), b.context.stream_cells
+    width = -(-POSITIONS // block) * block
+    _, _, mask = b.attention_inputs(False)
+    return Inputs(
+        ggml.graph_input(I64, b.tokens),
+        ggml.graph_input(F32, width // block, b.tokens),
+        ggml.graph_input(F32, width, b.tokens),
+        ggml.graph_input(I32, width, b.streams),
+        ggml.graph_input(I32, cells, b.streams),
+        new("cast", F32, mask.ne, mask),
+    )
 
 
 def _stream(b: Builder, inputs: Inputs, query: Tensor, q: Tensor, keys: Tensor, k: Tensor, v: Tensor) -> Tensor:

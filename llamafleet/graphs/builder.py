@@ -7,8 +7,8 @@ most architectures need no code of their own; what only the source says is in th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 from ..gguf import Header
 from ..kv import Context, cache_cells, cache_owners, head_sizes, number, per_layer, windows
@@ -17,9 +17,7 @@ from .features import ROTATIONS, Layers, clamped, image_layers
 from .ggml import F16, F32, I32, I64, Graph, Tensor, mul_mat, new, permute, reshape, rotated, same, view
 from .positions import turned
 
-if TYPE_CHECKING:
-    from .block_sparse import Inputs
-    from .deepseek4 import Inputs as CompressedInputs
+T = TypeVar("T")
 
 # Architectures that multiply the rows of tokens, not those of vectors (`tok_scale` of build_inp_embd).
 SCALED_TOKENS = frozenset({"gemma3", "gemma3n", "gemma4"})
@@ -54,18 +52,19 @@ class Builder:
         self.owners = cache_owners(header)
         self.kv_heads = per_layer(header, "attention.head_count_kv", number(header, "attention.head_count", 1))
         self.heads = per_layer(header, "attention.head_count", 1)
-        self.masks: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
-        self.rotations: dict[tuple[str, bool], Tensor] = {}
-        self.states: tuple[Tensor, Tensor, Tensor] | None = None
-        self.block_inputs: Inputs | None = None
-        self.compressed: CompressedInputs | None = None
         self.token_ids: Tensor | None = None
         self.chosen: Tensor | None = None  # cells that an indexer picked, for its layer and those behind it
         self.images: Tensor | None = None
         self.image_layers = image_layers(header)
-        self.factors: dict[int, Tensor] = {}
-        self.scales: Tensor | None = None
         self.layer = -1
+        self._made: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What all layers share under this key: made when the first layer asks for it."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
 
     # Leafs
 
@@ -95,9 +94,8 @@ class Builder:
         if part is None or (self.header.architecture == "gemma4" and self.windows[self.layer]):
             return ()
         home = self.homes(part, self.layer)
-        if home not in self.factors:
-            self.factors[home] = ggml.weight(outside[part].type, [*outside[part].shape, 1, 1, 1][:4], home)
-        return (self.factors[home],)
+        tensor = outside[part]
+        return (self.once(("factors", home), lambda: ggml.weight(tensor.type, [*tensor.shape, 1, 1, 1][:4], home)),)
 
     def linear(self, part: str, cur: Tensor) -> Tensor:
         """A matrix, its scale and its bias, where there are."""
@@ -164,17 +162,18 @@ class Builder:
 
     def attention_inputs(self, window: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Where K and V rows go, and the mask; one of each for all layers of a kind."""
-        if window not in self.masks:
+
+        def make() -> tuple[Tensor, Tensor, Tensor]:
             cells = cache_cells(self.context, max(self.windows) if window else 0)
             values = 1 if self.context.flash_attention else self.values_width()
-            self.masks[window] = (
+            kind = F16 if self.context.flash_attention else F32
+            return (
                 ggml.graph_input(I64, self.tokens),
                 ggml.graph_input(I64, self.tokens * values),
-                ggml.graph_input(
-                    F16 if self.context.flash_attention else F32, cells, self.tokens // self.streams, 1, self.streams
-                ),
+                ggml.graph_input(kind, cells, self.tokens // self.streams, 1, self.streams),
             )
-        return self.masks[window]
+
+        return self.once(("mask", window), make)
 
     def values_width(self) -> int:
         """Elements of a row of V, the widest layer's (n_embd_v_gqa_max)."""
@@ -220,10 +219,7 @@ class Builder:
         width = ROTATED
         while part == "k" and size % (2 * width) == 0:
             width *= 2
-        key = (part, window)
-        if key not in self.rotations:
-            self.rotations[key] = ggml.graph_input(F32, width, width)
-        return self.rotations[key]
+        return self.once(("rotation", part, window), lambda: ggml.graph_input(F32, width, width))
 
     def store(self, cache: Tensor, cur: Tensor, ids: Tensor) -> None:
         """Write the batch's rows (cpy_k, cpy_v)."""
@@ -282,8 +278,7 @@ class Builder:
 
     def query_scales(self) -> Tensor:
         """One number for each token; one input for all layers (build_inp_attn_scale)."""
-        self.scales = self.scales or ggml.graph_input(F32, 1, 1, self.tokens)
-        return self.scales
+        return self.once("query scales", lambda: ggml.graph_input(F32, 1, 1, self.tokens))
 
     @property
     def positions(self) -> int:
@@ -292,7 +287,9 @@ class Builder:
 
     def state_ids(self) -> tuple[Tensor, Tensor, Tensor]:
         """Which slot's recurrent state is whose: all, those of the batch, all but the first; once for all layers."""
-        if self.states is None:
+
+        def make() -> tuple[Tensor, Tensor, Tensor]:
             ids = ggml.graph_input(I32, self.context.slots)
-            self.states = ids, view(ids, (self.context.slots,)), view(ids, (self.context.slots - 1,))
-        return self.states
+            return ids, view(ids, (self.context.slots,)), view(ids, (self.context.slots - 1,))
+
+        return self.once("state ids", make)

@@ -44,8 +44,7 @@ class Inputs(NamedTuple):
 
 def first_streams(b: Builder, cur: Tensor) -> Tensor:
     """The embeddings, once for each stream."""
-    b.compressed = _inputs(b)
-    b.graph.expand(b.compressed.mask)
+    b.graph.expand(_inputs(b).mask)
     return new("repeat", F32, (b.embd, STREAMS, b.tokens), reshape(cur, b.embd, 1, b.tokens))
 
 
@@ -99,6 +98,10 @@ def _affine(cur: Tensor, scale: Tensor, base: Tensor) -> Tensor:
 
 
 def _inputs(b: Builder) -> Inputs:
+    return b.once("compressed inputs", lambda: _make_inputs(b))
+
+
+def _make_inputs(b: Builder) -> Inputs:
     window, slots = number(b.header, "attention.sliding_window"), b.context.slots
     kind = F16 if b.context.flash_attention else F32
     size, each = b.head_sizes()[0], b.tokens // slots
@@ -146,8 +149,7 @@ def _turned(cur: Tensor, turn: Tensor | None) -> Tensor:
 
 
 def _attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
-    inputs, size, heads, tokens = b.compressed, b.head_sizes()[0], b.heads[b.layer], b.tokens
-    assert inputs is not None  # made with the first rows
+    inputs, size, heads, tokens = _inputs(b), b.head_sizes()[0], b.heads[b.layer], b.tokens
     low = b.norm(b.linear("attn_q_a", cur), "attn_q_a_norm")
     q = same("rope", same("rms_norm", reshape(b.linear("attn_q_b", low), size, heads, tokens)), positions)
     k = b.norm(b.linear("attn_kv", cur), "attn_kv_a_norm")
@@ -231,8 +233,7 @@ def _summed(both: list[Tensor]) -> Tensor:
 
 def _chosen(b: Builder, cur: Tensor, low: Tensor, positions: Tensor, keys: Tensor) -> Tensor:
     """The compressed cells that the indexer picks (build_lid_top_k)."""
-    inputs, tokens, slots = b.compressed, b.tokens, b.context.slots
-    assert inputs is not None
+    inputs, tokens, slots = _inputs(b), b.tokens, b.context.slots
     heads, each = number(b.header, "attention.indexer.head_count"), tokens // slots
     q = same("rope", reshape(b.linear("indexer.attn_q_b", low), INDEXER_SIZE, heads, tokens), positions)
     q = _turned(q, inputs.indexer.turn)

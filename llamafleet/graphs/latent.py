@@ -58,7 +58,7 @@ def latent_attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
 def _attend(b: Builder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """build_attn with the compressed head read as K and, its first part, as V (llm_graph_input_attn_k)."""
     size, rank, cells = k.ne[0], v.ne[0], b.context.stream_cells
-    k_ids, _, mask = _inputs(b, False, F16 if b.context.flash_attention else F32)
+    k_ids, mask = _inputs(b, False, F16 if b.context.flash_attention else F32)
     for tensor in (q, v, k):
         b.graph.expand(tensor)
     stored = ggml.cache(b.context.kv_type.upper(), (size, cells, b.streams), b.homes("cache", b.layer))
@@ -70,12 +70,14 @@ def _attend(b: Builder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return b.attend_cached(q, read, values, mask, b.need("attn_v_b.weight"))
 
 
-def _inputs(b: Builder, indexer: bool, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(b: Builder, indexer: bool, kind: str) -> tuple[Tensor, Tensor]:
     """Where rows go, and the mask; one of each for all layers."""
-    if indexer not in b.masks:
+
+    def make() -> tuple[Tensor, Tensor]:
         mask = ggml.graph_input(kind, b.context.stream_cells, b.tokens // b.streams, 1, b.streams)
-        b.masks[indexer] = (ggml.graph_input(I64, b.tokens), mask, mask)
-    return b.masks[indexer]
+        return ggml.graph_input(I64, b.tokens), mask
+
+    return b.once(("latent inputs", indexer), make)
 
 
 def _indexer(b: Builder, cur: Tensor, low: Tensor, positions: Tensor) -> Tensor:
@@ -84,9 +86,8 @@ def _indexer(b: Builder, cur: Tensor, low: Tensor, positions: Tensor) -> Tensor:
     if size != INDEXER_SIZE or heads not in INDEXER_HEADS:
         raise GraphUnknownError(f"an indexer of {heads} heads of {size}")
     tokens, streams, cells = b.tokens, b.streams, b.context.stream_cells
-    if ("indexer", False) not in b.rotations:
-        b.rotations["indexer", False] = ggml.graph_input(F32, size, size)
-    turn, (ids, _, mask) = b.rotations["indexer", False], _inputs(b, True, F16)
+    turn = b.once("indexer rotation", lambda: ggml.graph_input(F32, size, size))
+    ids, mask = _inputs(b, True, F16)
     q = same("rope", reshape(b.linear("indexer.attn_q_b", low), size, heads, tokens), positions)
     k = b.norm(b.linear("indexer.attn_k", cur), "indexer.k_norm")
     k = same("rope", reshape(k, size, 1, tokens), positions)
