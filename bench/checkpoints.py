@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from llamafleet.checkpoints import checkpoint_bytes
-from llamafleet.gguf import read_path
-from llamafleet.kv import Context
+from llamafleet.memory.checkpoints import checkpoint_bytes
+from llamafleet.model.gguf import read_path
+from llamafleet.model.shape import Context
 from sandbox import models, oracle
 
 MIB = 2**20

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from llamafleet.gguf import Header, read_path
-from llamafleet.kv import Context
-from llamafleet.ledger import MIB, Model, Placement, usage
+from llamafleet.memory.ledger import MIB, Model, Placement, usage
+from llamafleet.model.gguf import Header, read_path
+from llamafleet.model.shape import Context
 from sandbox import models
 from sandbox.layouts import PUBLISHED
 from sandbox.oracle import Breakdown, ask

@@ -22,10 +22,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bench import dot_plot
-from llamafleet.compute import vocabulary
-from llamafleet.gguf import Header, read_path
-from llamafleet.kv import Context, number
-from llamafleet.ledger import Model, Placement, usage
+from llamafleet.memory.compute import vocabulary
+from llamafleet.memory.ledger import Model, Placement, usage
+from llamafleet.model.gguf import Header, read_path
+from llamafleet.model.shape import Context, number
 from sandbox import models, oracle
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,13 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llamafleet import imagined, sources
-from llamafleet.answer import Plan, Refusal
-from llamafleet.cli import default_data, settings_for
-from llamafleet.gguf import Header
-from llamafleet.machine import Machine
-from llamafleet.plan import plan_host
-from llamafleet.settings import Settings
+from llamafleet.cli.main import default_data, settings_for
+from llamafleet.host import described as imagined
+from llamafleet.host.machine import Machine
+from llamafleet.hub import source as sources
+from llamafleet.model.gguf import Header
+from llamafleet.planner.plan import plan_host
+from llamafleet.planner.result import Plan, Refusal
+from llamafleet.settings.schema import Settings
 from sandbox import models
 from sandbox.hub import Hub
 

@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafleet.caches import kv_bytes
-from llamafleet.gguf import Header, read_path
-from llamafleet.kv import Context, cache_cells, windows
-from llamafleet.ledger import Model, Placement, Usage, usage
+from llamafleet.memory.kv_cache import kv_bytes
+from llamafleet.memory.ledger import Model, Placement, Usage, usage
+from llamafleet.model.gguf import Header, read_path
+from llamafleet.model.shape import Context, cache_cells, windows
 from sandbox import models
 
 ROOT = Path(__file__).resolve().parent

@@ -20,22 +20,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llamafleet.adjust import NO_ADJUSTMENT
-from llamafleet.answer import Plan
-from llamafleet.backend import resolve_backend
-from llamafleet.catalogue import find
-from llamafleet.choose import Candidate, Search
-from llamafleet.cli import default_data
-from llamafleet.gguf import Header, Tensor, read_path
-from llamafleet.kv import Context
-from llamafleet.ledger import MIB, TRAITS, Model
-from llamafleet.machine import Machine
-from llamafleet.place import Room
-from llamafleet.plan import plan_host
-from llamafleet.predict import Prediction, Roofline, Segment
-from llamafleet.rates import rates
-from llamafleet.settings import Settings
-from llamafleet.workload import Workload
+from llamafleet.cli.main import default_data
+from llamafleet.host.gpus import find
+from llamafleet.host.machine import Machine
+from llamafleet.host.speeds import rates
+from llamafleet.memory.adjust import NO_ADJUSTMENT
+from llamafleet.memory.capacity import Room
+from llamafleet.memory.ledger import MIB, TRAITS, Model
+from llamafleet.model.gguf import Header, Tensor, read_path
+from llamafleet.model.shape import Context
+from llamafleet.planner.backend import resolve_backend
+from llamafleet.planner.plan import plan_host
+from llamafleet.planner.result import Plan
+from llamafleet.planner.roofline import Prediction, Roofline, Segment
+from llamafleet.planner.search import Candidate, Search
+from llamafleet.settings.schema import Settings
+from llamafleet.settings.workload import Workload
 from sandbox.layouts import PUBLISHED
 from sandbox.models import weightless
 

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llamafleet.gguf import Header, read_path
-from llamafleet.kv import Context
-from llamafleet.ledger import MIB, Model, Placement, usage
+from llamafleet.memory.ledger import MIB, Model, Placement, usage
+from llamafleet.model.gguf import Header, read_path
+from llamafleet.model.shape import Context
 from sandbox import hosts, models, oracle
 from sandbox.layouts import PUBLISHED
 

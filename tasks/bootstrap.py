@@ -5,8 +5,8 @@ from __future__ import annotations
 from pyinfra.api.deploy import deploy
 from pyinfra.operations import apt, dnf
 
-from tasks import operations
-from tasks.situation import situation
+from tasks.lib import operations
+from tasks.lib.decision import situation
 
 
 @deploy("Prepare the host")

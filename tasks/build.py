@@ -7,9 +7,9 @@ from typing import Any
 
 from pyinfra.api.deploy import deploy
 
-from llamafleet import builds
-from tasks import operations
-from tasks.situation import Situation, situation
+from llamafleet.build import release as builds
+from tasks.lib import operations
+from tasks.lib.decision import Situation, situation
 
 SOURCE = "/var/lib/llamafleet/src"
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from pyinfra.api.deploy import deploy
 
-from llamafleet import secret_files
-from tasks import operations
-from tasks.situation import Serving, Situation, situation
+from llamafleet.settings import secrets as secret_files
+from tasks.lib import operations
+from tasks.lib.decision import Serving, Situation, situation
 
 # A tmpfs: the token is on the host only while it downloads.
 TOKEN = "/run/llamafleet/hub-token.curl"  # noqa: S105 -- a path

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pyinfra import host
 from pyinfra.api.deploy import deploy
 
-from llamafleet import show
-from tasks.situation import situation
+from llamafleet.cli import tables as show
+from tasks.lib.decision import situation
 
 
 @deploy("Plan")

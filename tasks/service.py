@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pyinfra.api.deploy import deploy
 
-from llamafleet.settings import unit_of
-from tasks import asking, operations
-from tasks.situation import Serving, situation
+from llamafleet.settings.schema import unit_of
+from tasks.lib import memory_check as asking
+from tasks.lib import operations
+from tasks.lib.decision import Serving, situation
 
 
 @deploy("Serve")

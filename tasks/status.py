@@ -16,13 +16,13 @@ from typing import Any
 from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.host import Host
 
-from llamafleet.found import Found
-from llamafleet.settings import Settings, SettingsError
-from llamafleet.status import HostStatus, Wanted, of_host, table
-from llamafleet.work import Work
-from tasks import facts, remote
-from tasks.fleet import over_hosts, parse
-from tasks.situation import EXPECTED, decide
+from llamafleet.cli.status import HostStatus, Wanted, of_host, table
+from llamafleet.host.installed import Found
+from llamafleet.service.changes import Work
+from llamafleet.settings.schema import Settings, SettingsError
+from tasks.lib import facts, remote
+from tasks.lib.decision import EXPECTED, decide
+from tasks.lib.over_hosts import over_hosts, parse
 
 
 def look(host: Host) -> HostStatus | str:

@@ -6,14 +6,14 @@ from typing import Any
 
 from pyinfra.api.deploy import deploy
 
-from llamafleet.toolkit import Install
-from tasks import operations
-from tasks.situation import situation
+from llamafleet.build.cuda_toolkit import Install
+from tasks.lib import operations
+from tasks.lib.decision import situation
 
 
 @deploy("Install the CUDA toolkit")
 def toolkit() -> None:
-    """NVIDIA's or the distribution's packages, as `llamafleet/toolkit.py` decided; the driver is not touched."""
+    """Install NVIDIA's or the distribution's packages, as chosen; the driver is not touched."""
     now = situation()
     if now is None or now.install_toolkit is None:
         return

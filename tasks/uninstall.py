@@ -17,9 +17,10 @@ from pyinfra.api.state import State
 from pyinfra.context import ctx_host
 
 from llamafleet import payload
-from llamafleet.settings import Settings, SettingsError
-from tasks import remote, sources
-from tasks.operations import Commands
+from llamafleet.settings.schema import Settings, SettingsError
+from tasks.lib import lookups as sources
+from tasks.lib import remote
+from tasks.lib.operations import Commands
 
 
 @deploy("Uninstall llamafleet")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from pyinfra.api.deploy import deploy
 
-from tasks import asking, operations
-from tasks.situation import situation
+from tasks.lib import memory_check as asking
+from tasks.lib import operations
+from tasks.lib.decision import situation
 
 
 @deploy("Verify the plan")

@@ -4,12 +4,12 @@ import functools
 import tempfile
 from pathlib import Path
 
-from llamafleet.cli import default_data
-from llamafleet.gguf import read_path
-from llamafleet.machine import Machine
-from llamafleet.plan import plan_host
-from llamafleet.rates import NOT_MEASURED
-from llamafleet.settings import Settings
+from llamafleet.cli.main import default_data
+from llamafleet.host.machine import Machine
+from llamafleet.host.speeds import NOT_MEASURED
+from llamafleet.model.gguf import read_path
+from llamafleet.planner.plan import plan_host
+from llamafleet.settings.schema import Settings
 from sandbox import models
 
 MIB = 2**20

@@ -68,7 +68,7 @@ model_defaults = {
     "tls_certificate_file": None,
     "tls_key_file": None,
     # More of llama-server's flags, "--flag" or "--flag value" each, of those known to change neither
-    # memory nor who gets in (llamafleet/extra.py).
+    # memory nor who gets in (llamafleet/settings/extra_flags.py).
     "extra_flags": [],
     # The same for flags that open the host, such as "--props" or "--tools read_file": only together
     # with `api_key_file`; docs/hardening.md says what each opens.

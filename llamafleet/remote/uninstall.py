@@ -24,7 +24,7 @@ import lock
 import survey
 
 USER = "llamafleet"
-COMMENT = "llama-server instances"  # as `tasks/operations.py` makes the user
+COMMENT = "llama-server instances"  # as `tasks/lib/operations.py` makes the user
 UNITS = "/etc/systemd/system"
 VAR = "/var/lib/llamafleet"
 MODELS = VAR + "/models"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llamafleet.settings import Instance, Settings
+from llamafleet.settings.schema import Instance, Settings
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pyinfra.api.inventory import Inventory
 from pyinfra.api.state import State
 from pyinfra.context import ctx_state
 
-from llamafleet.settings import Settings, SettingsError
+from llamafleet.settings.schema import Settings, SettingsError
 
 
 class BridgeError(Exception):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from bench.oracle_cases import Case
-from llamafleet.gguf import read_path
-from llamafleet.kv import Context, is_known, takes_cache_of
-from llamafleet.ledger import MIB, Model, usage
+from llamafleet.memory.ledger import MIB, Model, usage
+from llamafleet.model.gguf import read_path
+from llamafleet.model.shape import Context, is_known, takes_cache_of
 from sandbox import outlines
 from sandbox.oracle import ask
 

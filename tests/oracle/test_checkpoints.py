@@ -6,10 +6,10 @@ More cases: bench/results/checkpoints.csv.
 import pytest
 
 from bench.checkpoints import PRINTED_MIB, SLOT_TOKENS, Case, made
-from llamafleet.checkpoints import checkpoint_bytes
-from llamafleet.gguf import read_path
-from llamafleet.kv import Context
-from llamafleet.plan import plan_host
+from llamafleet.memory.checkpoints import checkpoint_bytes
+from llamafleet.model.gguf import read_path
+from llamafleet.model.shape import Context
+from llamafleet.planner.plan import plan_host
 from sandbox import models
 from tests import planning
 from tests.planning import MIB

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llamafleet.answer import Plan
+from llamafleet.planner.result import Plan
 from sandbox import models
 from sandbox.oracle import ask
 from tests import planning

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from llamafleet.answer import Plan
-from llamafleet.kv import Context
-from llamafleet.ledger import Model, usage
+from llamafleet.memory.ledger import Model, usage
+from llamafleet.model.shape import Context
+from llamafleet.planner.result import Plan
 from sandbox import models
 from sandbox.oracle import ask
 from tests import planning

@@ -1,0 +1,1 @@
+"""Bytes: where a model's weights, caches and buffers go."""

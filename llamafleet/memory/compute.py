@@ -1,0 +1,199 @@
+"""Bytes of llama.cpp's compute buffers, by laying out its graph as it does (`graphs/blocks`, `graphs/scheduling`).
+
+Layers and devices that only repeat others are left out (`graphs/repeats`). Answers are remembered, because a
+search over placements asks for few really different ones.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from llamafleet.memory.graph.allocation import sizes
+from llamafleet.memory.graph.assemble import build
+from llamafleet.memory.graph.layers import FIRST_LAYER, INPUTS, Layers, marks
+from llamafleet.memory.graph.repeats import NEIGHBOURS, NO_NEIGHBOURS, fold, numbered, shorten
+from llamafleet.memory.kv_cache import COMPRESSED, kv_bytes
+from llamafleet.memory.upper_bound import bound, vocabulary
+from llamafleet.model.gguf import Header
+from llamafleet.model.shape import INDEXED, Context, as_served, cache_owners, trunk_layers
+
+__all__ = ["DENSE", "EXPERTS", "Compute", "Layout", "vocabulary"]
+
+# A header that lacks what its architecture's graph needs, or says what cannot be.
+_UNKNOWN = (LookupError, ArithmeticError, ValueError, RecursionError)
+WHOLE = INDEXED | {COMPRESSED, "minimax-m3"}  # no layer may be left out
+LAYER_LIMIT = 128  # laid out at once; models have a few kinds of layers, and hostile headers get no time
+
+# What --n-cpu-moe matches (common/common.h, LLM_FFN_EXPS_REGEX), and a dense model's feed-forward part.
+EXPERTS = re.compile(r"ffn_(up|down|gate|gate_up)_(ch|)exps\..*")
+DENSE = re.compile(r"ffn_(up|down|gate)\.weight")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who holds what, as the scheduler numbers backends: devices from 0, and `devices` for the host."""
+
+    holders: tuple[int, ...]  # of each layer and, last, the output
+    moved: Mapping[int, str]  # layers with experts (FFN) on the host, and which: "all", "down" or "up"
+    devices: int
+    attention_scratch: bool = False
+    op_offload: bool = False
+
+    @property
+    def flags(self) -> tuple[bool, bool]:
+        """What the backend does besides."""
+        return self.attention_scratch, self.op_offload
+
+    def folded(self, numbers: Sequence[int]) -> Layout:
+        """The same with other numbers for devices and, last, for the host."""
+        return replace(self, holders=tuple(numbers[holder] for holder in self.holders), devices=numbers[-1])
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Devices work side by side on several batches (llama-context.cpp:432)."""
+        return self.devices > 1 and self.devices not in self.holders and not self.moved
+
+
+_KNOWN: dict[int, Compute] = {}  # by the header's id
+KNOWN_LIMIT = 32
+
+
+class Compute:
+    """One model's compute buffers."""
+
+    @classmethod
+    def of(cls, header: Header) -> Compute:
+        """The same one for the same header, with all that it remembers."""
+        found = _KNOWN.get(id(header))
+        if found is None or found.header is not header:
+            found = _KNOWN[id(header)] = cls(header)
+            while len(_KNOWN) > KNOWN_LIMIT:
+                del _KNOWN[next(iter(_KNOWN))]
+        return found
+
+    def __init__(self, header: Header) -> None:
+        self.header, self.layers = header, Layers(header)
+        parts = {part for layer in self.layers.parts.values() for part in layer}
+        experts, dense = ({one for one in parts if what.fullmatch(one)} for what in (EXPERTS, DENSE))
+        spilled = experts or dense
+        down = {one for one in spilled if "ffn_down" in one}
+        self.moved = {"all": spilled, "down": down, "up": spilled - down}  # tensors of a layer on the host
+        self.owners = cache_owners(header)
+        self.has_inputs = "per_layer_token_embd.weight" in self.layers[-1]
+        self.kinds = numbered(self._kinds())  # small numbers are quick to compare
+        self.types = {which: numbered(self._types(which)) for which in ("all", "down", "up", "layer")}
+        self.known: dict[Hashable, tuple[int, ...]] = {}  # by what is laid out
+        self.asked: dict[Hashable, tuple[int, ...]] = {}  # by what was asked
+        self.caches: dict[Context, tuple[int, ...]] = {}
+
+    def kv_bytes(self, context: Context) -> tuple[int, ...]:
+        """`caches.kv_bytes`, remembered."""
+        if context not in self.caches:
+            self.caches[context] = kv_bytes(self.header, as_served(self.header, context))
+        return self.caches[context]
+
+    def _kinds(self) -> list[Hashable]:
+        apart = marks(self.header)
+        return [
+            (apart[n], tuple((part, tensor.shape) for part, tensor in self.layers[n].items()))
+            for n in range(trunk_layers(self.header))
+        ]
+
+    def _types(self, which: str) -> list[Hashable]:
+        """Of each layer, the types of its experts (FFN), or which of these, or of the whole layer."""
+        return [
+            tuple(t.type for part, t in self.layers[n].items() if which == "layer" or part in self.moved[which])
+            for n in range(trunk_layers(self.header))
+        ]
+
+    @property
+    def is_exact(self) -> bool:
+        """Is it known what this model computes? Otherwise its figures are a bound."""
+        try:
+            each = tuple(sorted({kind: n for n, kind in enumerate(self.kinds)}.values()))
+            self._laid_out(Context(256, 1, "f16", 32), Layout((0,) * (len(self.kinds) + 1), {}, 0), each)
+        except _UNKNOWN:
+            return False
+        return True
+
+    def bytes(self, context: Context, layout: Layout, *, roughly: bool = False) -> tuple[int, ...]:
+        """Of each device, and last of the host."""
+        context = as_served(self.header, context)
+        neighbours = NO_NEIGHBOURS if roughly else NEIGHBOURS
+        moved = tuple(sorted(layout.moved.items()))
+        asked = (context, layout.holders, moved, layout.devices, layout.flags, neighbours)
+        if asked not in self.asked:
+            self.asked[asked] = self._shortened(context, layout, neighbours)
+        return self.asked[asked]
+
+    def _shortened(self, context: Context, layout: Layout, neighbours: tuple[int, int]) -> tuple[int, ...]:
+        signs = [self._sign(layout, n) for n in range(len(self.kinds))]
+        # An indexer's layers keep zeros from the start of the graph until they need them, or leave gaps that add up.
+        whole = self.header.architecture in WHOLE
+        order = tuple(range(len(signs))) if whole else shorten(*_apart(signs), neighbours)
+        numbers = fold([
+            tuple(signs[n][1:] for n in order if layout.holders[n] == device) for device in range(layout.devices)
+        ])  # fmt: skip
+        shown = {numbers.index(number) for number in numbers} | {layout.devices}
+        order = tuple(n for n in order if layout.holders[n] in shown)
+        found = self._remembered(context, layout.folded((*numbers, len(shown) - 1)), order)
+        return (*(found[number] for number in numbers), found[-1])
+
+    def _remembered(self, context: Context, layout: Layout, order: tuple[int, ...]) -> tuple[int, ...]:
+        last = (layout.holders[-1], layout.devices, layout.is_pipeline, layout.flags)
+        key = (context, tuple(self._sign(layout, n) for n in order), last)
+        if key not in self.known:
+            try:
+                with _no_collection():
+                    self.known[key] = self._laid_out(context, layout, order)
+            except _UNKNOWN:
+                self.known[key] = (bound(self.header, context, pipelined=layout.is_pipeline),) * (layout.devices + 1)
+        return self.known[key]
+
+    def _sign(self, layout: Layout, n: int) -> tuple[Hashable, ...]:
+        """What sets a layer apart: its holder, and of its weights their types only if they are copied from the host."""
+        holder, moved = layout.holders[n], layout.moved.get(n)
+        copied = "layer" if holder == layout.devices else moved
+        types = self.types[copied][n] if copied and layout.op_offload else None
+        return holder, self.kinds[n], moved, n if self._is_fed(layout, n) else None, types
+
+    def _is_fed(self, layout: Layout, n: int) -> bool:
+        """Does another backend give it more than what the layer before computed? Such copies add up."""
+        holder, first = layout.holders[n], layout.holders[0]
+        has_own = self.has_inputs and layout.devices > 0 and (holder != first or first == layout.devices)
+        return has_own or layout.holders[self.owners[n]] != holder
+
+    def _laid_out(self, context: Context, layout: Layout, order: tuple[int, ...]) -> tuple[int, ...]:
+        cpu = layout.devices
+        if len(order) > LAYER_LIMIT:
+            raise ValueError("no two layers are alike")
+
+        def home(part: str, layer: int | None) -> int:
+            if layer is None:
+                return cpu if part.startswith(INPUTS) else layout.holders[0 if part.startswith(FIRST_LAYER) else -1]
+            which = layout.moved.get(layer)
+            return cpu if which and part in self.moved[which] else layout.holders[layer]
+
+        graph = build(self.header, self.layers, context, home, order, attention_scratch=layout.attention_scratch)
+        return tuple(sizes(graph, cpu, pipelined=layout.is_pipeline, op_offload=layout.op_offload))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """A graph is thousands of objects that live for milliseconds: the collector would walk them all many times."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _apart(signs: Sequence[tuple[Hashable, ...]]) -> tuple[list[Hashable], list[Hashable]]:
+    """All but the weights' types, and these."""
+    return [sign[:-1] for sign in signs], [sign[-1] for sign in signs]

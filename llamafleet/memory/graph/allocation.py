@@ -1,0 +1,254 @@
+"""Which backend computes what, and how much memory that takes on each: ggml's scheduler and allocator.
+
+`sizes()` does what ggml_backend_sched_reserve_size does, for a graph made by `builder.py`: assign backends
+and split the graph (ggml-backend.cpp:1200-1660), then place every tensor as the graph allocator does
+(ggml-alloc.c:620-830). Backends are numbered as there: devices first, the CPU last.
+"""
+
+from __future__ import annotations
+
+from llamafleet.memory.graph.ggml import INPLACE, VIEWS, Graph, Tensor
+
+COPIES = 4  # GGML_SCHED_MAX_COPIES: of every input, where devices work as a pipeline
+ALIGNMENT = 128  # bytes; of CUDA's buffers, the CPU's have 64
+OFFLOAD_TOKENS = 32  # op-offload is for batches of this size and more (ggml-cuda.cu, offload_op)
+ENDLESS = 1 << 62
+
+Steps = list[tuple[Tensor, int]]  # a node and its backend, in order
+
+
+def sizes(graph: Graph, devices: int, *, pipelined: bool = False, op_offload: bool = False) -> list[int]:
+    """Bytes of each backend's compute buffer, the CPU's last."""
+    steps, leafs = _schedule(graph, devices, COPIES if pipelined else 1, op_offload)
+    return _allocate(steps, leafs, devices + 1)
+
+
+def _schedule(graph: Graph, cpu: int, copies: int, op_offload: bool) -> tuple[Steps, Steps]:
+    _assign(graph, cpu, op_offload)
+    splits = _split(graph, copies)
+    steps: Steps = []
+    for backend, nodes, inputs in splits:
+        for tensor in inputs:
+            # Keeps the source until it is copied; the copy is there from the start of the split.
+            steps.append((_dependency(tensor), tensor.backend))
+            steps.append((_copies(tensor, backend)[0], backend))
+        steps += [(node, node.backend) for node in nodes]
+    leafs = [(leaf, leaf.backend) for leaf in graph.leafs]
+    if copies > 1:
+        own = [_copies_of_input(leaf, copies) for leaf in graph.leafs if leaf.input]
+        taken = [(copy, backend) for backend, _, inputs in splits for t in inputs for copy in _copies(t, backend)]
+        leafs = [*(pair for pairs in own for pair in pairs), *taken, *leafs]
+    return steps, leafs
+
+
+def _dependency(tensor: Tensor) -> Tensor:
+    return Tensor("none", tensor.type, tensor.ne, (tensor,), nb=tensor.nb, of=tensor)
+
+
+def _copies_of_input(leaf: Tensor, copies: int) -> list[tuple[Tensor, int]]:
+    more = [_copy(leaf) for _ in range(copies - 1)]
+    for tensor in (leaf, *more):
+        tensor.input = tensor.output = True
+    return [(tensor, leaf.backend) for tensor in (leaf, *more)]
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return Tensor("none", tensor.type, tensor.ne, nb=tensor.nb)
+
+
+def _copies(tensor: Tensor, backend: int) -> list[Tensor]:
+    assert tensor.copies is not None  # made in _split
+    return tensor.copies[backend]
+
+
+def _home(tensor: Tensor) -> int | None:
+    """The backend whose memory the tensor is already in."""
+    return (tensor.view_src or tensor).home
+
+
+def _fixed(node: Tensor, cpu: int, op_offload: bool) -> int:
+    """Pass 1: where its own memory is, or that of its weights; -1 if neither says (ggml-backend.cpp:962)."""
+    home = _home(node)
+    if home is not None:
+        return home
+    if node.input:
+        return cpu
+    if node.op not in ("rope", "flash_attn"):
+        for src in node.src:
+            if src.weight and src.home is not None:
+                wants = op_offload and src.home == cpu and cpu > 0 and _batch(node) >= OFFLOAD_TOKENS
+                return 0 if wants else src.home
+    return -1
+
+
+def _batch(node: Tensor) -> int:
+    """get_op_batch_size of ggml-cuda.cu and ggml-vulkan.cpp."""
+    if node.op == "get_rows":
+        return 0
+    if node.op == "mul_mat":
+        return node.ne[1]
+    if node.op in ("mul_mat_id", "rope"):
+        return node.ne[2]
+    return node.ne[1] * node.ne[2] * node.ne[3]
+
+
+def _assign(graph: Graph, cpu: int, op_offload: bool) -> None:
+    """Passes 1 to 4: to whom each tensor belongs."""
+    for leaf in graph.leafs:
+        if leaf.home is None:
+            leaf.backend = _fixed(leaf, cpu, op_offload)
+    for node in graph.nodes:
+        node.backend = _fixed(node, cpu, op_offload)
+    working = [node for node in graph.nodes if node.op not in VIEWS]
+    for also_cpu in (False, True):
+        for ordered in (working, working[::-1]):
+            current = -1
+            for node in ordered:
+                backend = node.backend
+                if backend == -1:
+                    node.backend = current
+                else:
+                    current = -1 if backend == cpu and not also_cpu else backend
+    for node in graph.nodes:
+        if node.backend == -1:
+            node.backend = node.view_src.backend if node.view_src else 0
+        for src in node.src:
+            if src.backend == -1:
+                src.backend = src.view_src.backend if src.view_src else node.backend
+
+
+def _split(graph: Graph, copies: int) -> list[tuple[int, list[Tensor], list[Tensor]]]:
+    """Pass 5: runs of nodes of one backend, each with the tensors that are copied to it."""
+    current = next((node.backend for node in graph.nodes if node.op not in VIEWS), 0)
+    splits: list[tuple[int, list[Tensor], list[Tensor]]] = [(current, [], [])]
+    for node in graph.nodes:
+        backend, nodes, inputs = splits[-1]
+        if node.op not in VIEWS:
+            if node.backend != backend or (inputs and _has_foreign_weight(node, backend)):
+                backend, nodes, inputs = node.backend, [], []
+                splits.append((backend, nodes, inputs))
+            for index, src in enumerate(node.src):
+                home = (src.view_src or src).home
+                if (src.backend if home is None else home) == backend:
+                    continue
+                if src.copies is None:
+                    src.copies = {}
+                if backend not in src.copies:
+                    src.copies[backend] = [_copy(src) for _ in range(copies)]
+                    for copy in src.copies[backend]:
+                        copy.input = copy.output = copies > 1
+                    inputs.append(src)
+                node.src[index] = src.copies[backend][0]
+        nodes.append(node)
+    return splits
+
+
+def _has_foreign_weight(node: Tensor, backend: int) -> bool:
+    return any([src.weight and src.home != backend for src in node.src])
+
+
+class _Arena:
+    """One buffer: free blocks by address, and how far it was ever used (ggml_dyn_tallocr)."""
+
+    def __init__(self) -> None:
+        self.free: list[list[int]] = [[0, ENDLESS]]  # [offset, size]
+        self.most = 0
+
+    def take(self, size: int) -> int:
+        free = self.free
+        best, best_size = len(free) - 1, ENDLESS
+        for index in range(len(free) - 1):
+            if size <= free[index][1] <= best_size:
+                best, best_size = index, free[index][1]
+        block = free[best]
+        offset = block[0]
+        block[0] += size
+        block[1] -= size
+        if not block[1]:
+            del free[best]
+        self.most = max(self.most, offset + size)
+        return offset
+
+    def give(self, offset: int, size: int) -> None:
+        free = self.free
+        for index, block in enumerate(free):
+            if block[0] + block[1] == offset:
+                block[1] += size
+                if index + 1 < len(free) and block[0] + block[1] == free[index + 1][0]:
+                    block[1] += free[index + 1][1]
+                    del free[index + 1]
+                return
+            if offset + size == block[0]:
+                block[0] = offset
+                block[1] += size
+                if index and free[index - 1][0] + free[index - 1][1] == offset:
+                    free[index - 1][1] += block[1]
+                    del free[index]
+                return
+        position = next((index for index, block in enumerate(free) if block[0] >= offset), len(free))
+        free.insert(position, [offset, size])
+
+
+def _padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _allocate(steps: Steps, leafs: Steps, backends: int) -> list[int]:
+    """Place every tensor while it is needed (ggml_gallocr_alloc_graph_impl)."""
+    arenas = [_Arena() for _ in range(backends)]
+    for leaf, backend in leafs:
+        _place(leaf, backend, arenas)
+    for node, backend in steps:
+        if node.view_src is not None and node.op != "none":
+            node.view_src.views += 1
+        if node.input:
+            _place(node, backend, arenas)
+        for src in node.src:
+            src.children += 1
+            if src.input:
+                _place(src, backend, arenas)
+    for node, backend in steps:
+        for src in node.src:
+            if not src.allocated and src.view_src is None and src.home is None:
+                _place(src, backend, arenas)
+        if node.view_src is None:
+            _place(node, backend, arenas)
+        for src in node.src:
+            src.children -= 1
+            if not src.children and not src.views:
+                _release(src, arenas)
+    return [arena.most for arena in arenas]
+
+
+def _release(tensor: Tensor, arenas: list[_Arena]) -> None:
+    root = tensor.view_src
+    if root is not None:
+        root.views -= 1
+        if root.views or root.children:
+            return
+        tensor = root
+    if tensor.allocated and not tensor.output:
+        arenas[tensor.buffer].give(tensor.address, _padded(tensor.bytes))
+        tensor.allocated = False
+
+
+def _place(node: Tensor, backend: int, arenas: list[_Arena]) -> None:
+    if node.allocated or node.view_src is not None or node.home is not None:
+        return
+    node.allocated = True
+    parent = _reusable(node) if node.op in INPLACE else None
+    if parent is not None:
+        node.buffer, node.address = parent.buffer, parent.address
+        parent.allocated = False
+        return
+    node.buffer, node.address = backend, arenas[backend].take(_padded(node.bytes))
+
+
+def _reusable(node: Tensor) -> Tensor | None:
+    """The operand whose memory the node may write over: never a view's, which is nobody's own there."""
+    for parent in node.src:
+        if not parent.allocated or parent.output or parent.children != 1 or parent.views:
+            continue
+        if parent.type == node.type and parent.ne == node.ne and parent.nb == node.nb:
+            return parent
+    return None

@@ -1,0 +1,1 @@
+"""A model as its GGUF header describes it."""

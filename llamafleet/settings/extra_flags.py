@@ -1,0 +1,113 @@
+"""Flags of llama-server that an operator may add, and those that open the host.
+
+Every flag is one of common/arg.cpp at b11434. What is listed nowhere here is refused: a later llama.cpp's
+flag is looked at first.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+
+# Without effect on memory, on what the plan decided, or on who gets in: True where a value follows.
+SAFE = {
+    "--chat-template": True, "--chat-template-kwargs": True, "--jinja": False, "--no-jinja": False,
+    "--reasoning": True, "--reasoning-format": True, "--reasoning-effort": True, "--reasoning-budget": True,
+    "--reasoning-budget-message": True, "--reasoning-preserve": False, "--no-reasoning-preserve": False,
+    "--temp": True, "--top-k": True, "--top-p": True, "--min-p": True, "--typical": True, "--seed": True,
+    "--repeat-last-n": True, "--repeat-penalty": True, "--presence-penalty": True, "--frequency-penalty": True,
+    "--samplers": True, "--predict": True, "--keep": True, "--special": False, "--no-escape": False,
+    "--rope-scaling": True, "--rope-scale": True, "--rope-freq-base": True, "--rope-freq-scale": True,
+    "--yarn-orig-ctx": True, "--yarn-ext-factor": True, "--yarn-attn-factor": True,
+    "--context-shift": False, "--no-context-shift": False, "--cache-reuse": True, "--no-cache-prompt": False,
+    "--slot-prompt-similarity": True, "--sse-ping-interval": True, "--timeout": True, "--threads-http": True,
+    "--spm-infill": False, "--tags": True, "--no-warmup": False, "--check-tensors": False, "--poll": True,
+    "--log-timestamps": False, "--log-prefix": False,
+}  # fmt: skip
+
+# What each opens. True where a value follows.
+DANGEROUS = {
+    "--tools": (True, "lets who may ask for a completion read, write and run on the host"),
+    "--tools-runtime": (True, "runs what the tools are told in containers or on other machines"),
+    "--agent": (False, "switches on all tools and a proxy to other sites"),
+    "--mcp-servers-config": (True, "starts programs on the host, and hands them what clients send"),
+    "--mcp-servers-json": (True, "starts programs on the host, and hands them what clients send"),
+    "--ui-mcp-proxy": (False, "fetches any address for who asks, from inside your network"),
+    "--props": (False, "lets every client change the server's settings for all others (POST /props)"),
+    "--media-path": (True, "lets clients read files of a folder"),
+    "--slot-save-path": (True, "lets clients write files, and read other clients' prompts back"),
+    "--path": (True, "serves the files of a folder, without a key"),
+    "--cors-origins": (True, "lets web pages of these origins use the server with their visitors' access"),
+}
+
+# Never taken: each has a place of its own, or does what must not be done.
+OWN_PLACE = {
+    "--model": "source", "--alias": "name", "--host": "listen", "--port": "port", "--ctx-size": "context_tokens",
+    "--parallel": "slots", "--cache-type-k": "kv_types", "--cache-type-v": "kv_types", "--threads": "threads",
+    "--threads-batch": "threads", "--ubatch-size": "ubatch_tokens", "--cache-ram": "prompt_cache_mib",
+    "--ctx-checkpoints": "context_checkpoints_mib",
+    "--api-key": "api_key_file", "--api-key-file": "api_key_file", "--hf-token": "hub_token_file",
+    "--ssl-cert-file": "tls_certificate_file", "--ssl-key-file": "tls_key_file", "--ui": "build_ui",
+}  # fmt: skip
+PLANNED = {
+    "--n-gpu-layers", "--device", "--split-mode", "--tensor-split", "--override-tensor", "--cpu-moe", "--n-cpu-moe",
+    "--n-cpu-ffn", "--main-gpu", "--fit", "--batch-size", "--flash-attn", "--load-mode", "--no-kv-unified",
+    "--kv-unified", "--swa-full", "--mmproj", "--lora", "--no-kv-offload", "--no-op-offload", "--no-repack",
+}  # fmt: skip
+REFUSED = {
+    "--verbose": "it would write prompts, and parts of keys, to the journal",
+    "--verbosity": "it would write prompts, and parts of keys, to the journal",
+    "--log-file": "the journal has the log",
+    "--model-url": "the service downloads nothing",
+    "--hf-repo": "the service downloads nothing",
+    "--rpc": "the build has no RPC backend, which llama.cpp itself calls insecure",
+    "--embedding": "the gate asks for completions, which such a server refuses",
+    "--reranking": "the gate asks for completions, which such a server refuses",
+    "--api-prefix": "the gate asks at the root; a proxy in front can have a prefix",
+}
+
+
+def words(flags: Sequence[str]) -> tuple[str, ...]:
+    """The flags as arguments: each is its name, or name, a blank and its value."""
+    return tuple(word for flag in flags for word in flag.split(" ", 1))
+
+
+def problems(extra: Sequence[str], dangerous: Sequence[str], has_keys: bool) -> Iterator[str]:
+    """What is wrong with an instance's `extra_flags` and `dangerous_flags`, a sentence each."""
+    for flag in extra:
+        name, _, value = flag.partition(" ")
+        if name in DANGEROUS:
+            yield f"extra_flags: {name} {DANGEROUS[name][1]}; if that is meant, name it in dangerous_flags"
+        elif name not in SAFE:
+            yield f"extra_flags: {_why_not(name)}"
+        else:
+            yield from _value("extra_flags", name, value, SAFE[name])
+    for flag in dangerous:
+        name, _, value = flag.partition(" ")
+        if name not in DANGEROUS:
+            yield f"dangerous_flags: should be of {', '.join(sorted(DANGEROUS))}, is {name!r}"
+        elif not has_keys:
+            yield f"dangerous_flags: {name} {DANGEROUS[name][1]}: give an api_key_file too"
+        else:
+            yield from _value("dangerous_flags", name, value, DANGEROUS[name][0])
+
+
+def _why_not(name: str) -> str:
+    if name in OWN_PLACE:
+        return f"{name} is given by the setting {OWN_PLACE[name]}"
+    if name in PLANNED:
+        return f"{name} is decided by the plan; see docs/planning.md"
+    if name in REFUSED:
+        return f"{name} is refused: {REFUSED[name]}"
+    near = difflib.get_close_matches(name, (*SAFE, *DANGEROUS), n=1)
+    hint = f"did you mean {near[0]}?" if near else "llamafleet/settings/extra_flags.py has those that are"
+    return f"{name!r} is not among the flags known to be safe; {hint}"
+
+
+def _value(setting: str, name: str, value: str, takes_one: bool) -> Iterator[str]:
+    if takes_one and not value:
+        yield f"{setting}: {name} needs a value behind a blank, as in {name + ' VALUE'!r}"
+    if value and not takes_one:
+        yield f"{setting}: {name} takes no value, has {value!r}"
+    if any(ord(character) < ord(" ") for character in value):
+        yield f"{setting}: {name} should have no control characters, has {value!r}"

@@ -1,0 +1,268 @@
+"""Changing a host. Each operation yields commands only where something is to be done; what that is
+was decided before, in `tasks/lib/decision.py`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from io import BytesIO, StringIO
+from typing import Any, TypeVar
+
+from pyinfra.api import FileUploadCommand, FunctionCommand, StringCommand, operation
+from pyinfra.api.host import Host
+from pyinfra.api.state import State
+from pyinfra.context import ctx_host
+
+from llamafleet import payload
+from llamafleet.planner.reconcile import ROUNDS
+from tasks.lib import jobs, remote
+from tasks.lib import lookups as sources
+
+Commands = Generator[StringCommand | FileUploadCommand | FunctionCommand, None, None]
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Staging:
+    """What is staged of one instance, and the name of that state of it."""
+
+    name: str
+    identity: str
+    files: dict[str, str]
+    secrets: Mapping[str, str] = field(repr=False)
+
+    @property
+    def folder(self) -> str:
+        """Where on the host."""
+        return staged(self.name)
+
+
+def staged(name: str) -> str:
+    """The folder on the host for what is staged of the instance of that name."""
+    return f"/var/lib/llamafleet/staged/{name}"
+
+
+def each(items: Iterable[Item], name: Callable[[Item], str]) -> Iterator[Item]:
+    """The items one by one, so that the operations of each stand on their own in pyinfra's output.
+
+    pyinfra takes operations from the same line of code for one and shows one of their names for all
+    hosts. Here the place in the list comes first, which keeps the order, then the item's name.
+    """
+    host = ctx_host.get()
+    for position, item in enumerate(items):
+        host.loop_position += [position, zlib.crc32(name(item).encode())]
+        yield item
+        del host.loop_position[-2:]
+
+
+FOLDERS = {
+    "/opt/llamafleet": "0755", "/opt/llamafleet/helpers": "0755", "/opt/llamafleet/releases": "0755",
+    "/var/lib/llamafleet": "0755", "/var/lib/llamafleet/models": "0755", "/var/lib/llamafleet/jobs": "0750",
+    "/var/lib/llamafleet/staged": "0700", "/var/lib/llamafleet/good": "0700",
+    "/etc/llamafleet": "0755", "/etc/llamafleet/instances": "0755", "/run/llamafleet": "0755",
+}  # fmt: skip
+
+
+def _as_wanted(what: str) -> None:
+    """For `-v`: why an operation does nothing."""
+    ctx_host.get().noop(what)
+
+
+@operation()
+def create_user(needed: bool) -> Commands:
+    """The system user that the services run as: no shell, no home."""
+    if not needed:
+        return _as_wanted("the user llamafleet exists")
+    yield StringCommand(
+        "useradd --system --user-group --home-dir /nonexistent --no-create-home --shell /usr/sbin/nologin "
+        "--comment 'llama-server instances' llamafleet"
+    )
+
+
+@operation()
+def install_helpers(needed: bool, arch: str) -> Commands:
+    """Our helper programs with their pinned libraries, in a folder of their own; then the link."""
+    if not needed:
+        return _as_wanted("the helpers are of this version")
+    key = payload.helpers_key()
+    folder = f"{remote.HELPERS}/{key}"
+    for path, mode in FOLDERS.items():
+        yield StringCommand(f"install -d -m {mode} {path}")
+    helpers = sources.once(("helpers", arch), lambda: payload.helpers_zip(arch))
+    yield FileUploadCommand(BytesIO(helpers), f"{remote.HELPERS}/{key}.zip")
+    yield StringCommand(
+        f"rm -rf {folder}.new && python3 -I -m zipfile -e {folder}.zip {folder}.new"
+        # Compiled once: every survey and gate would otherwise compile the libraries anew.
+        f" && python3 -m compileall -q {folder}.new"
+        f" && chmod -R u=rwX,go=rX {folder}.new && rm -rf {folder} && mv {folder}.new {folder}"
+        f" && ln -sfn {key} {remote.HELPERS}/.current && mv -T {remote.HELPERS}/.current {remote.HELPERS}/current"
+        f" && rm {folder}.zip"
+        f" && find {remote.HELPERS} -mindepth 1 -maxdepth 1 -type d ! -name {key} -exec rm -rf {{}} +"
+    )
+
+
+@operation()
+def take_lock(needed: bool) -> Commands:
+    """This run's lock on the host: of two runs at once the second is told who holds it."""
+    if needed:
+        yield FunctionCommand(jobs.take_lock, (), {})
+
+
+@operation()
+def release_lock(needed: bool) -> Commands:
+    """Give the host's lock back."""
+    if needed:
+        yield jobs.release()
+
+
+@operation()
+def checkout(needed: bool, repository: str, commit: str, folder: str) -> Commands:
+    """A git checkout at exactly this commit; fetches that commit alone, and only where it is missing."""
+    if not needed:
+        return _as_wanted(f"commit {commit} needs no building")
+    git = f"git -C {shlex.quote(folder)}"
+    yield StringCommand(f"test -d {shlex.quote(folder)}/.git || git init --quiet {shlex.quote(folder)}")
+    # A shallow.lock or index.lock of a git that was killed would stop every later one.
+    yield StringCommand(f"rm -f {shlex.quote(folder)}/.git/*.lock")
+    yield StringCommand(
+        f"{git} cat-file -e {commit}^{{commit}} 2>/dev/null"
+        f" || {git} fetch --quiet --depth 1 {shlex.quote(repository)} {commit}"
+        f" || {{ echo 'llama_cpp_ref: the repository does not give commit {commit} to this host' >&2; exit 1; }}"
+    )
+    yield StringCommand(f"{git} checkout --quiet --force --detach {commit} && {git} clean --quiet -ffdx")
+
+
+@operation()
+def run_job(
+    needed: bool,
+    job: str,
+    program: str,
+    arguments: tuple[str, ...] = (),
+    spec: dict[str, Any] | None = None,
+    remove_after: str | None = None,
+) -> Commands:
+    """Run one of our helper programs detached: a lost connection loses nothing, and a run that comes
+    later follows the job where it still works.
+
+    `spec` is sent as a file, whose path becomes the first argument; `remove_after` is a file on the
+    host that is removed as soon as the job has ended, whether or not we still look.
+    """
+    if not needed:
+        return _as_wanted(f"{job} is not needed")
+    if spec is not None:
+        path = f"/var/lib/llamafleet/jobs/{job}.json"
+        yield FileUploadCommand(StringIO(json.dumps(spec)), path)
+        arguments = (path, *arguments)
+    command = remote.words(program, *arguments)
+    if remove_after:
+        command = ["sh", "-c", '"$@"; code=$?; rm -f "$0"; exit $code', remove_after, *command]
+    yield FunctionCommand(jobs.follow, (job, command), {})
+
+
+@operation()
+def ask_server(needed: bool, settle: Callable[[Host], bool]) -> Commands:
+    """Ask the built llama-server what it would allocate, and plan again where the ledger was wrong."""
+    if not needed:
+        return _as_wanted("no new plan is to be verified")
+    yield FunctionCommand(lambda state, host: settle(host), (), {})
+
+
+@operation()
+def note_plans(records: Callable[[], Mapping[str, str]]) -> Commands:
+    """The plan.json, by instance, of those that need no switch: why the same service is the right one now."""
+    now = records()
+    for name, text in now.items():
+        target = f"/etc/llamafleet/instances/{name}/plan.json"
+        good = f"/var/lib/llamafleet/good/{name}"
+        yield FileUploadCommand(StringIO(text), f"{target}.new")
+        yield StringCommand(
+            f"chmod 0644 {target}.new && mv {target}.new {target} && if test -d {good}; then cp -p {target} {good}; fi"
+        )
+    if not now:
+        _as_wanted("the records are those of what runs")
+
+
+@operation()
+def stage_service(staging: Callable[[], Staging | None]) -> Commands:
+    """The files of an instance, as they are once its plan was verified; `staging` gives None where it is as planned."""
+    now = staging()
+    if now is None:
+        return _as_wanted("the instance is as planned")
+    yield from stage_files._inner(True, now.folder, now.files, now.secrets)
+
+
+@operation()
+def switch_service(staging: Callable[[], Staging | None], again: Callable[[Host, dict[str, int]], bool]) -> Commands:
+    """Switch to the staged files; the old ones come back where the new instance does not pass the gate.
+
+    Where llama-server could only be asked in the switch and wanted more than there is, the old one is back too, and
+    `again` plans with what was told; the switch is then tried once more, a bounded number of times.
+    """
+    for number in range(ROUNDS):
+        now = staging()
+        if now is None:
+            return _as_wanted("the instance is as planned")
+        if number:
+            yield from stage_files._inner(True, now.folder, now.files, now.secrets)
+        told: dict[str, int] = {}
+        yield FunctionCommand(_switch, (now, told, number == ROUNDS - 1), {})
+        if not told:
+            return
+        yield FunctionCommand(lambda state, host, told=told: again(host, told), (), {})
+
+
+def _switch(state: State, host: Host, now: Staging, told: dict[str, int], last: bool) -> bool:
+    """The switch as a job. Where it failed over what llama-server told there, that is put into `told`."""
+    job = f"switch-{now.name}-{now.identity}"
+    if jobs.follow(state, host, job, remote.words("switch.py", "install", now.name)):
+        return True
+    _, lines, _ = remote.run(host, f"grep '^told: ' /var/lib/llamafleet/jobs/{shlex.quote(job)}.log")
+    if not lines or last:
+        return False
+    told.update(json.loads(lines[-1].removeprefix("told: ")))
+    return True
+
+
+@operation()
+def stage_secret(needed: bool, path: str, text: str | None) -> Commands:
+    """A secret file on the host, mode 0600, in a folder that root alone may enter. The text is in no
+    command, no diff and no log."""
+    if needed and text is not None:
+        folder = shlex.quote(path.rsplit("/", 1)[0])
+        # By standard input: an upload under sudo would pass through a temporary file of the user.
+        yield StringCommand(
+            f"umask 077 && mkdir -p {folder} && cat > {shlex.quote(path)}.new"
+            f" && mv {shlex.quote(path)}.new {shlex.quote(path)}",
+            _stdin=text.rstrip("\n"),
+        )
+
+
+@operation()
+def stage_files(needed: bool, folder: str, files: dict[str, str], secrets: Mapping[str, str]) -> Commands:
+    """The new files of an instance in a folder that root alone may enter, before the switch."""
+    if not needed:
+        return _as_wanted("the instance is as planned")
+    quoted = shlex.quote(folder)
+    yield StringCommand(f"rm -rf {quoted} && install -d -m 0700 {quoted}")
+    for name, text in files.items():
+        yield FileUploadCommand(StringIO(text), f"{folder}/{name}")
+    for name, text in secrets.items():
+        yield from stage_secret._inner(True, f"{folder}/{name}", text)
+
+
+@operation()
+def make_current(needed: bool, key: str, keep: int) -> Commands:
+    """Link the release as the current one, and remove the oldest that nothing runs from."""
+    if not needed:
+        return _as_wanted(f"release {key} is the current one")
+    yield remote.program("releases.py", key, str(keep))
+
+
+@operation()
+def remove_instance(instance: str) -> Commands:
+    """Stop and remove an instance that the inventory no longer names; its model stays."""
+    yield remote.program("switch.py", "remove", instance)

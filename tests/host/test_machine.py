@@ -1,0 +1,154 @@
+"""The machine file as values: what is read, what is refused, and with which words."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llamafleet.host.machine import Machine, MachineError
+
+PROBE = Path(__file__).parents[2] / "llamafleet" / "remote" / "probe.py"
+
+# The contract's own example (docs/architecture), with numbers.
+FILE = {
+    "schema": 1,
+    "hostname": "box1",
+    "os": {"id": "debian", "version": "13", "arch": "x86_64", "libc": "2.41"},
+    "cpu": {"model": "i5-13400F", "sockets": 1, "physical_cores": 10, "logical_cores": 16,
+            "performance_cores": 6, "numa_nodes": 1, "flags": ["avx2"]},
+    "memory": {"total_bytes": 64_000, "available_bytes": 60_000, "swap_total_bytes": 0},
+    "gpus": [{"index": 0, "uuid": "GPU-1", "name": "NVIDIA GeForce RTX 4090", "compute_capability": "8.9",
+              "memory_total_bytes": 24_000, "memory_used_by_others_bytes": 500, "pci_bus_id": "0000:01:00.0",
+              "pcie_generation": 4, "pcie_width": 16, "unified_memory": False}],
+    "driver": {"nvidia": "580.159.04", "cuda": "13.0"},
+    "disks": [{"path": "/var/lib/llamafleet", "free_bytes": 100_000}],
+}  # fmt: skip
+
+
+@pytest.fixture
+def file():
+    return copy.deepcopy(FILE)
+
+
+def test_contract_example(file):
+    machine = Machine.from_json(file)
+    assert (machine.hostname, machine.os.version, machine.cpu.performance_cores) == ("box1", "13", 6)
+    assert machine.cpu.flags == ("avx2",)
+    assert machine.gpus[0].capacity_bytes == 23_500
+    assert machine.usable_gpus == machine.gpus
+    assert machine.disks[0].free_bytes == 100_000
+    assert {gpu.vendor for gpu in machine.gpus} == {"nvidia"}
+
+
+def test_written_and_read_again_it_is_the_same(file):
+    machine = Machine.from_json(file)
+    again = json.loads(json.dumps(machine.to_json()))
+    assert Machine.from_json(again) == machine
+    # Nothing of the original is lost or changed on the way.
+    assert {key: again[key] for key in ("hostname", "driver", "disks")} == {
+        key: file[key] for key in ("hostname", "driver", "disks")
+    }
+    assert file["gpus"][0].items() <= again["gpus"][0].items()
+
+
+def test_a_newer_probe_may_tell_more(file):
+    file["gpus"][0]["temperature"] = 40
+    file["weather"] = "fine"
+    assert Machine.from_json(file) == Machine.from_json(FILE)
+
+
+def test_lists_of_cpus_and_nodes_are_read_and_an_older_probe_tells_none(file):
+    assert Machine.from_json(file).cpu.performance_cpus == ""
+    file["cpu"] |= {"performance_cpus": "0-5,8-13,16", "numa_node_list": "0-1"}
+    cpu = Machine.from_json(file).cpu
+    assert (cpu.performance_cpus, cpu.numa_node_list) == ("0-5,8-13,16", "0-1")
+
+
+def test_gpu_with_a_problem_has_no_capacity(file):
+    file["gpus"][0]["problem"] = "fell off the bus"
+    machine = Machine.from_json(file)
+    assert (machine.gpus[0].capacity_bytes, machine.usable_gpus) == (0, ())
+    assert {gpu.vendor for gpu in machine.gpus} == {"nvidia"}
+
+
+def test_gpu_without_a_driver_still_has_a_vendor(file):
+    file["gpus"] = []
+    file["pci_gpus"] = [{"pci_bus_id": "0000:03:00.0", "vendor": "amd", "device_id": "0x744c"}]
+    assert {gpu.vendor for gpu in Machine.from_json(file).pci_gpus} == {"amd"}
+
+
+def without(part, key):
+    return lambda file: (file[part] if part else file).pop(key)
+
+
+def with_value(*path_and_value):
+    *path, key, value = path_and_value
+
+    def change(file):
+        for step in path:
+            file = file[step]
+        file[key] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without(None, "cpu"), "cpu: found nothing, expected an object"),
+        (without("os", "libc"), "os.libc: found nothing, expected text"),
+        (without(None, "schema"), "schema: found nothing, expected 1"),
+        (with_value("schema", 2), "schema: found 2, expected 1"),
+        (with_value("gpus", {}), "gpus: found {}, expected a list"),
+        (with_value("gpus", "none"), "gpus: found 'none', expected a list"),
+        (with_value("gpus", 0, []), "gpus[0]: found [], expected an object"),
+        (with_value("gpus", 0, "pcie_width", "x16"),
+         "gpus[0].pcie_width: found 'x16', expected a whole number of 0 or more"),
+        (with_value("gpus", 0, "unified_memory", 0), "unified_memory: found 0, expected true or false"),
+        (with_value("gpus", 0, "memory_total_bytes", True), "gpus[0].memory_total_bytes: found True"),
+        (with_value("gpus", 0, "memory_total_bytes", -1), "gpus[0].memory_total_bytes: found -1"),
+        (with_value("gpus", 0, "memory_used_by_others_bytes", 24_001),
+         "found 24001, expected at most memory_total_bytes, 24000"),
+        (with_value("memory", "total_bytes", 1.5), "memory.total_bytes: found 1.5, expected a whole number"),
+        (with_value("cpu", "flags", [1]), "cpu.flags[0]: found 1, expected text"),
+        (with_value("cpu", "performance_cpus", "0-11\nExecStartPre=+/bin/sh"), "cpu.performance_cpus: found '0-11"),
+        (with_value("cpu", "performance_cpus", "0-"), "cpu.performance_cpus: found '0-', expected a list like"),
+        (with_value("cpu", "numa_node_list", "0-1\n"), "cpu.numa_node_list: found '0-1"),
+        (with_value("disks", [{"path": "/"}]), "disks[0].free_bytes: found nothing"),
+        (with_value("driver", "cuda", 13), "driver.cuda: found 13, expected text"),
+    ],
+)  # fmt: skip
+def test_refused_with_path_and_reason(file, change, message):
+    change(file)
+    with pytest.raises(MachineError) as error:
+        Machine.from_json(file)
+    assert message in str(error.value)
+
+
+def test_no_object_at_all():
+    with pytest.raises(MachineError, match="the file: found \\[\\], expected an object"):
+        Machine.from_json([])
+
+
+def test_optional_values_may_be_null(file):
+    file["gpus"][0] |= {"compute_capability": None, "pcie_generation": None, "pcie_width": None}
+    file["driver"] = {"nvidia": None, "cuda": None}
+    machine = Machine.from_json(file)
+    assert (machine.gpus[0].compute_capability, machine.driver.nvidia) == (None, None)
+
+
+def test_what_the_probe_prints_is_read():
+    """The two sides of the contract fit together, on this very machine."""
+    result = subprocess.run([sys.executable, str(PROBE)], capture_output=True, text=True, check=True)
+    printed = json.loads(result.stdout)
+    machine = Machine.from_json(printed)
+    assert machine.memory.total_bytes == printed["memory"]["total_bytes"]
+    assert machine.python == printed["python"]
+    # The required part of the contract comes out of the probe unabridged.
+    assert FILE.keys() <= printed.keys()
+    assert all(FILE[part].keys() <= printed[part].keys() for part in ("os", "cpu", "memory", "driver"))

@@ -1,0 +1,157 @@
+"""The choice: nothing more fits, and nothing else that was tried by brute force is faster."""
+
+from dataclasses import replace
+
+import pytest
+
+from llamafleet.host.speeds import rates
+from llamafleet.memory.adjust import NO_ADJUSTMENT
+from llamafleet.memory.capacity import Room
+from llamafleet.memory.ledger import MIB, TRAITS, Model, Placement, usage
+from llamafleet.planner.refine import settle
+from llamafleet.planner.result import Plan
+from llamafleet.planner.roofline import Roofline, Segment
+from llamafleet.planner.search import Search, contexts
+from llamafleet.settings.workload import Workload
+from tests import planning
+from tests.planning import machine
+
+MOE = ["gpt-oss-20b", "gpt-oss-120b", "Qwen3-30B-A3B", "Qwen3-235B-A22B", "GLM-4.5-Air", "Mixtral-8x7B",
+       "Qwen3.6-35B-A3B", "Llama-4-Scout", "DeepSeek-R1"]  # fmt: skip
+DENSE = ["Llama-3.3-70B", "Qwen3-32B", "Gemma-3-27B", "Mistral-Small-24B"]
+GIB = 1024**3
+
+
+def planned(layout, gpus, **asked):
+    host = machine(gpus, ram_gib=1024)
+    [answer] = planning.plans(host, [(layout,)], planning.settings(asked))
+    assert isinstance(answer, Plan), answer
+    return answer
+
+
+def free_bytes(answer, layout, placement):
+    """Above the reserve, on the plan's first GPU, with that placement instead."""
+    context = contexts(planning.settings({}).models[0], answer.context_tokens, work(answer))[0][0]
+    context = replace(context, kv_type=answer.kv_type, ubatch_tokens=answer.ubatch_tokens, slots=answer.slots)
+    used, _ = usage(Model.of(planning.header(layout)), context, placement, answer.backend, 1024 * MIB)
+    return answer.ledger[0].capacity_bytes - 1024 * MIB - used[0].total_bytes
+
+
+def work(answer):
+    return Workload.of(planning.settings({}).models[0], answer.context_tokens)
+
+
+@pytest.mark.parametrize("gib", [8, 12, 16, 24, 32, 48, 80])
+@pytest.mark.parametrize("layout", MOE + DENSE)
+def test_nothing_more_fits_on_one_gpu(layout, gib):
+    answer = planned(layout, [gib * 1024], context_tokens=8192)
+    placement = answer.placement
+    model = Model.of(planning.header(layout))
+    assert abs(free_bytes(answer, layout, placement) - answer.ledger[0].free_bytes) <= MIB
+    if None in placement.layer_devices:  # one more layer, or, of a mixture of experts, its attention alone
+        front = placement.layer_devices.index(0)
+        holders = tuple(0 if layer >= front - 1 else None for layer in range(model.layers + 1))
+        fuller = replace(placement, layer_devices=holders)
+        if model.is_moe and model.spill_bytes[front - 1]:
+            fuller = replace(fuller, spilled=placement.spilled | {front - 1})
+    elif placement.partly:  # the other part of the layer that is shared
+        fuller = replace(placement, partly=())
+    elif placement.spilled:
+        first = min(placement.spilled)
+        down = model.down_bytes[first]
+        part = "up" if down <= model.spill_bytes[first] - down else "down"  # the smaller part comes to the GPU
+        fuller = replace(placement, spilled=placement.spilled - {first}, partly=((first, part),))
+    else:
+        return
+    assert free_bytes(answer, layout, fuller) < 0
+
+
+@pytest.mark.parametrize("live", [100, 3000, 20000])
+@pytest.mark.parametrize("gib", [16, 24, 32])
+@pytest.mark.parametrize("layout", ["Llama-3.3-70B", "Qwen3-32B"])
+def test_no_other_split_of_a_dense_model_is_faster(layout, gib, live):
+    """Every number of whole front layers with every number of spilled feed-forward parts."""
+    asked = {"context_tokens": 32768, "live_tokens": live, "ubatch_tokens": 512}
+    answer = planned(layout, [gib * 1024], **asked)
+    search, context = searching(layout, [gib * 1024], asked)
+    layers = search.model.layers
+    best = min(
+        search.roofline.workload(segments, context)
+        for front in range(layers + 1)
+        for keep in range(front, layers + 1, 2)
+        if fits(search, context, segments := ([Segment(None, 0, front, front)] if front else [])
+                + [Segment(0, front, layers, keep)])
+    )  # fmt: skip
+    assert answer.predicted.workload_seconds <= best * 1.001 + 0.01
+
+
+def fits(search, context, segments):
+    budget = search.budgets(context, (0,), "layers" if segments[0].device is None else "spill")[0]
+    base, spill, part = search.costs(context), search.roofline.spill, segments[-1]
+    return base[-1] - base[part.lo] + spill[part.keep] - spill[part.lo] <= budget
+
+
+def searching(layout, gpus, asked):
+    host, settings = machine(gpus, ram_gib=1024), planning.settings(asked)
+    instance = settings.models[0]
+    model, room = Model.of(planning.header(layout)), Room.of(host, host.gpus, settings)
+    its_work = Workload.of(instance, instance.context_tokens)
+    roofline = Roofline(model, its_work, rates(host.cpu, host.gpus, 6), op_offload=TRAITS["cuda"].op_offload)
+    search = Search(model, room, "cuda", 1024 * MIB, NO_ADJUSTMENT, roofline)
+    return search, contexts(instance, instance.context_tokens, its_work)[0][0]
+
+
+TWO = [
+    [{"total_mib": 12288}, {"total_mib": 8192, "name": "NVIDIA GeForce RTX 3060"}],
+    [{"total_mib": 16384}, {"total_mib": 16384}],
+    [{"total_mib": 24576, "name": "NVIDIA GeForce RTX 3060", "pcie_width": 4}, {"total_mib": 8192}],
+]
+
+
+@pytest.mark.parametrize("gpus", TWO)
+@pytest.mark.parametrize("layout", ["gpt-oss-120b", "Qwen3-30B-A3B", "Llama-3.3-70B"])
+def test_no_other_cut_between_two_gpus_is_faster(layout, gpus):
+    """Every cut in both orders, each GPU keeping as much as it holds."""
+    asked = {"context_tokens": 16384, "ubatch_tokens": 512}
+    answer = planned(layout, gpus, **asked)
+    search, context = searching(layout, gpus, asked)
+    tried = []
+    for order in ((0, 1), (1, 0)):
+        budgets, base = search.budgets(context, order, "spill"), search.costs(context)
+        for cut in range(1, search.model.layers):
+            ends = (cut, search.model.layers + 1)
+            if base[cut] <= budgets[0] and base[-1] - base[cut] <= budgets[1]:
+                segments = search.segments(order, 0, ends, (context, budgets))
+                tried.append(search.roofline.workload(segments, context))
+    assert answer.predicted.workload_seconds <= min(tried) * 1.001
+
+
+def test_what_the_stand_ins_missed_is_mended_by_the_ledger():
+    """A device that turns out fuller than the search thought loses layers until it fits."""
+    search, context = searching("gpt-oss-120b", [24564], {"context_tokens": 8192})
+    [one, *_] = search.candidates([(context, 1.0)])
+    more = replace(one, segments=tuple(replace(part, keep=part.keep + 3) for part in one.segments))
+    settled = settle(search, more, 1.0)
+    assert settled.rows[0].free_bytes >= 0
+    assert isinstance(settled.placement, Placement)
+    assert settled.candidate.segments[0].keep == settle(search, one, 1.0).candidate.segments[0].keep
+
+
+def test_a_gpu_that_holds_no_layer_is_not_left_in_the_row_without_one():
+    """Such a row does not fit; another one, without that GPU, is another candidate."""
+    search, context = searching("Llama-3.3-70B", [1700, 24576], {"context_tokens": 32768})
+    pieces = (Segment(None, 0, 40, 40), Segment(0, 40, 42, 42), Segment(1, 42, 80, 42))
+    settled = settle(search, search.weigh(context, (0, 1), pieces, 1.0), 1.0)
+    assert [part.device for part in settled.candidate.segments] == [None, 0, 1]
+    assert all(part.lo < part.hi for part in settled.candidate.segments)
+    assert len(settled.rows) == 3 and settled.rows[0].free_bytes < 0
+
+
+def test_gpt_oss_120b_on_24_gb_holds_more_than_hand_tuned():
+    """At 131072 tokens, under our reserve: the hand-tuned --n-cpu-moe 28 leaves experts of 8 layers on the GPU."""
+    answer = planned("gpt-oss-120b", [24564], context_tokens=131072)
+    assert len(answer.placement.spilled) + len(answer.placement.partly) <= 28
+    assert answer.ledger[0].free_bytes >= 0
+    assert answer.ledger[0].capacity_bytes - answer.ledger[0].used_bytes >= 1 * GIB
+    longest = planned("gpt-oss-120b", [24564], context_tokens=131072, ubatch_tokens=512)
+    assert len(longest.placement.spilled) <= 27

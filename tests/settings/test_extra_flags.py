@@ -1,0 +1,67 @@
+"""What an operator may add to llama-server's flags, and what is refused, by name."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from llamafleet.settings import extra_flags as extra
+
+ORACLE = Path(__file__).parents[2] / ".cache/llama.cpp-cpu/build/bin/llama-server"
+
+
+def problems(*flags, dangerous=(), has_keys=True):
+    return list(extra.problems(flags, dangerous, has_keys))
+
+
+def test_safe_flags_become_arguments():
+    flags = ("--reasoning-format deepseek", "--jinja", '--chat-template-kwargs {"a": 1}')
+    assert problems(*flags) == []
+    assert extra.words(flags) == ("--reasoning-format", "deepseek", "--jinja", "--chat-template-kwargs", '{"a": 1}')
+
+
+@pytest.mark.parametrize(
+    "name", ["--tools", "--agent", "--mcp-servers-json", "--ui-mcp-proxy", "--props", "--cors-origins"]
+)
+def test_what_opens_the_host_is_refused_among_the_safe(name):
+    [told] = problems(f"{name} x" if extra.DANGEROUS[name][0] else name)
+    assert told.startswith(f"extra_flags: {name} ") and extra.DANGEROUS[name][1] in told
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--api-key secret", "the setting api_key_file"),
+        ("--hf-token hf_x", "the setting hub_token_file"),
+        ("--port 1", "the setting port"),
+        ("--n-gpu-layers 9", "decided by the plan"),
+        ("--verbose", "prompts, and parts of keys"),
+        ("--rpc host:1", "insecure"),
+        ("--resoning-format x", "did you mean --reasoning-format?"),
+        ("-ngl 9", "not among the flags known to be safe"),
+        ("reasoning", "not among the flags known to be safe"),
+        ("--temp", "needs a value"),
+        ("--jinja yes", "takes no value"),
+        ("--temp 1\n--props", "no control characters"),
+    ],
+)
+def test_each_refusal_says_why(flag, says):
+    [told] = problems(flag)
+    assert told.startswith("extra_flags: ") and says in told
+    assert "secret" not in told and "hf_x" not in told
+
+
+def test_what_opens_the_host_needs_a_key_even_where_it_is_asked_for():
+    assert problems(dangerous=["--props"]) == []
+    [told] = problems(dangerous=["--props"], has_keys=False)
+    assert "give an api_key_file too" in told
+    [told] = problems(dangerous=["--temp 1"])
+    assert told.startswith("dangerous_flags: should be of ")
+
+
+@pytest.mark.skipif(not ORACLE.exists(), reason="no llama-server built in .cache")
+def test_llama_server_knows_every_flag_by_this_name():
+    told = subprocess.run([ORACLE, "--help"], capture_output=True, text=True, check=True).stdout
+    known = {word.strip(",") for line in told.splitlines() for word in line.split() if word.startswith("-")}
+    named = {*extra.SAFE, *extra.DANGEROUS, *extra.OWN_PLACE, *extra.PLANNED, *extra.REFUSED}
+    assert named - known == set()
