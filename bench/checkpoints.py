@@ -22,8 +22,8 @@ from itertools import product
 from pathlib import Path
 
 from llamafleet.memory.checkpoints import checkpoint_bytes
+from llamafleet.memory.context import Context
 from llamafleet.model.gguf import read_path
-from llamafleet.model.shape import Context
 from sandbox import models, oracle
 
 MIB = 2**20

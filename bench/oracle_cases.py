@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from llamafleet.memory.ledger import MIB, Model, Placement, usage
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import usage
+from llamafleet.memory.placement import Placement
+from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header, read_path
-from llamafleet.model.shape import Context
+from llamafleet.units import MIB
 from sandbox import models
 from sandbox.layouts import PUBLISHED
 from sandbox.oracle import Breakdown, ask

@@ -22,10 +22,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bench import dot_plot
-from llamafleet.memory.compute import vocabulary
-from llamafleet.memory.ledger import Model, Placement, usage
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import usage
+from llamafleet.memory.placement import Placement
+from llamafleet.memory.upper_bound import vocabulary
+from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header, read_path
-from llamafleet.model.shape import Context, number
+from llamafleet.model.shape import number
 from sandbox import models, oracle
 
 ROOT = Path(__file__).resolve().parent.parent

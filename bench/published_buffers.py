@@ -18,10 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llamafleet.memory.context import Context, cache_cells
 from llamafleet.memory.kv_cache import kv_bytes
-from llamafleet.memory.ledger import Model, Placement, Usage, usage
+from llamafleet.memory.ledger import Usage, usage
+from llamafleet.memory.placement import Placement
+from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header, read_path
-from llamafleet.model.shape import Context, cache_cells, windows
+from llamafleet.model.shape import windows
 from sandbox import models
 
 ROOT = Path(__file__).resolve().parent

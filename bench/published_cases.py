@@ -20,22 +20,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llamafleet.cli.main import default_data
+from llamafleet.cli.arguments import default_data
+from llamafleet.host.backends import TRAITS
 from llamafleet.host.gpus import find
 from llamafleet.host.machine import Machine
 from llamafleet.host.speeds import rates
-from llamafleet.memory.adjust import NO_ADJUSTMENT
 from llamafleet.memory.capacity import Room
-from llamafleet.memory.ledger import MIB, TRAITS, Model
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import NO_ADJUSTMENT
+from llamafleet.memory.placement import Segment
+from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header, Tensor, read_path
-from llamafleet.model.shape import Context
 from llamafleet.planner.backend import resolve_backend
 from llamafleet.planner.plan import plan_host
 from llamafleet.planner.result import Plan
-from llamafleet.planner.roofline import Prediction, Roofline, Segment
+from llamafleet.planner.roofline import Prediction, Roofline
 from llamafleet.planner.search import Candidate, Search
 from llamafleet.settings.schema import Settings
 from llamafleet.settings.workload import Workload
+from llamafleet.units import MIB
 from sandbox.layouts import PUBLISHED
 from sandbox.models import weightless
 

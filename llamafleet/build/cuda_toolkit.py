@@ -13,8 +13,8 @@ from typing import Any
 
 from llamafleet.build import cuda_support as cuda
 from llamafleet.build import nvidia_repository
-from llamafleet.host.machine import Gpu, Machine, Os
 from llamafleet.build.nvidia_repository import Repository
+from llamafleet.host.machine import Gpu, Machine, Os
 
 DISTRO_PACKAGE = "nvidia-cuda-toolkit"
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from llamafleet.memory.context import Context, cache_cells
 from llamafleet.memory.kv_cache import COMPRESSED, compressed_layers, kv_bytes, window_cells
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import (
     UNKNOWN_CACHES,
-    Context,
-    cache_cells,
     is_known,
     number,
     recurrent_layers,

@@ -12,6 +12,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from llamafleet.memory.context import Context, as_served
 from llamafleet.memory.graph.allocation import sizes
 from llamafleet.memory.graph.assemble import build
 from llamafleet.memory.graph.layers import FIRST_LAYER, INPUTS, Layers, marks
@@ -19,7 +20,7 @@ from llamafleet.memory.graph.repeats import NEIGHBOURS, NO_NEIGHBOURS, fold, num
 from llamafleet.memory.kv_cache import COMPRESSED, kv_bytes
 from llamafleet.memory.upper_bound import bound, vocabulary
 from llamafleet.model.gguf import Header
-from llamafleet.model.shape import INDEXED, Context, as_served, cache_owners, trunk_layers
+from llamafleet.model.shape import INDEXED, cache_owners, trunk_layers
 
 __all__ = ["DENSE", "EXPERTS", "Compute", "Layout", "vocabulary"]
 

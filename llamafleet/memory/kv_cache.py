@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from functools import cache
 
+from llamafleet.memory.context import PAD_CELLS, Context, cache_cells
+from llamafleet.model.ggml_types import GGML_TYPES
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import (
-    BLOCKS,
-    PAD_CELLS,
+    NO_FLASH,
     PARALLEL_HYBRIDS,
     STATE_BYTES,
     UNKNOWN_CACHES,
-    Context,
-    cache_cells,
     head_sizes,
     indexer_layers,
     is_latent,
@@ -106,3 +105,13 @@ def compressed_layers(header: Header, context: Context) -> list[tuple[int, int, 
     trunk = trunk_layers(header)
     ratios = enumerate(per_layer(header, "attention.compress_ratios"))
     return [(window, cells.get(ratio, 0), states.get(ratio, 0) if layer < trunk else 0) for layer, ratio in ratios]
+
+
+BLOCKS = {name.lower(): (block, size) for name, block, size in GGML_TYPES.values()}
+
+
+def takes_cache_of(header: Header, kv_type: str) -> bool:
+    """Does llama-server start with caches of this type? Blocks must divide heads (llama-context.cpp:3854)."""
+    block = BLOCKS[kv_type][0]
+    sizes = {size for kind in {window > 0 for window in windows(header)} for size in head_sizes(header, kind)}
+    return block == 1 or (header.architecture not in NO_FLASH and not any(size % block for size in sizes))

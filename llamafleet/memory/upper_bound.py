@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from llamafleet.model.gguf import Header, LongArray
-from llamafleet.model.shape import Context, head_sizes, number, per_layer, state_bytes
+from llamafleet.memory.context import Context
+from llamafleet.model.gguf import Header
+from llamafleet.model.gguf_cursor import LongArray
+from llamafleet.model.shape import head_sizes, number, per_layer, state_bytes
 
 F32, F16 = 4, 2
 STREAMS_OF_HIDDEN_STATES = 16  # at once: residual, norms, projections, inputs; pipelines keep 14 more

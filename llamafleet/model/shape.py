@@ -7,12 +7,9 @@ Where an architecture is not known here the answer is an upper bound.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from llamafleet.model.gguf import Header
+from llamafleet.model.gguf_cursor import LongArray
 
-from llamafleet.model.gguf import GGML_TYPES, Header, LongArray
-
-PAD_CELLS = 256  # llama-context.cpp and llama-kv-cache-iswa.cpp pad contexts to this
-BLOCKS = {name.lower(): (block, size) for name, block, size in GGML_TYPES.values()}
 STATE_BYTES = 4  # recurrent state is f32
 
 # Every n-th layer attends to everything, the others to a window (src/models/*.cpp, the default of
@@ -66,60 +63,6 @@ CACHELESS = frozenset({"bert", "jina-bert-v2", "jina-bert-v3", "nomic-bert", "no
 NO_FLASH = frozenset({"grok"})  # flash attention is switched off, whatever is asked (llama-context.cpp:3819)
 
 
-@dataclass(frozen=True)
-class Context:
-    """The context asked for: tokens of one slot, slots, cache type, tokens computed together."""
-
-    tokens: int
-    slots: int
-    kv_type: str
-    ubatch_tokens: int
-    flash_attention: bool = True
-    unified: bool = False  # one cache of tokens x slots that the slots share, instead of one for each
-
-    @property
-    def cells(self) -> int:
-        """KV cells of one slot, padded."""
-        return _padded(self.tokens)
-
-    @property
-    def stream_cells(self) -> int:
-        """KV cells of one cache: a slot's, or, unified, all slots' together."""
-        return self.cells * (self.slots if self.unified else 1)
-
-    @property
-    def streams(self) -> int:
-        """Caches side by side."""
-        return 1 if self.unified else self.slots
-
-    @property
-    def ubatch(self) -> int:
-        """Tokens computed together; never more than there are cells (llama-context.cpp:226)."""
-        return min(self.ubatch_tokens, self.cells * self.slots)
-
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens of the graph that memory is reserved for: the same number for each slot (graph_reserve)."""
-        return -(-self.ubatch // self.slots) * self.slots
-
-    @property
-    def outputs(self) -> int:
-        """Tokens whose logits are computed: llama-server asks for one of each slot."""
-        return min(self.ubatch, self.slots)
-
-
-def cache_cells(context: Context, window: int) -> int:
-    """Cells of a layer's cache in one stream (llama-kv-cache-iswa.cpp:71)."""
-    if not window:
-        return context.stream_cells
-    reach = window * (context.slots if context.unified else 1) + context.ubatch
-    return _padded(min(context.stream_cells, reach))
-
-
-def _padded(cells: int) -> int:
-    return -(-cells // PAD_CELLS) * PAD_CELLS
-
-
 def number(header: Header, key: str, default: int = 0) -> int:
     """A whole number of the architecture's metadata; the largest where there is one for each layer."""
     value = header.get(key)
@@ -161,18 +104,6 @@ def is_known(header: Header) -> bool:
     if number(header, "attention.sliding_window") == 0 or arch in NO_SWA:
         return True
     return arch in SWA_PERIODS or isinstance(header.get("attention.sliding_window_pattern"), tuple | int | LongArray)
-
-
-def as_served(header: Header, context: Context) -> Context:
-    """The context that llama-server makes of the one that is asked for."""
-    return replace(context, flash_attention=False) if header.architecture in NO_FLASH else context
-
-
-def takes_cache_of(header: Header, kv_type: str) -> bool:
-    """Does llama-server start with caches of this type? Blocks must divide heads (llama-context.cpp:3854)."""
-    block = BLOCKS[kv_type][0]
-    sizes = {size for kind in {window > 0 for window in windows(header)} for size in head_sizes(header, kind)}
-    return block == 1 or (header.architecture not in NO_FLASH and not any(size % block for size in sizes))
 
 
 def is_latent(header: Header) -> bool:

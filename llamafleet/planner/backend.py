@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llamafleet.host import vulkan
+from llamafleet.host.backends import BACKEND_OF_VENDOR, TRAITS
 from llamafleet.host.machine import Gpu, Machine
-from llamafleet.memory.ledger import TRAITS
 from llamafleet.planner.result import Refusal
 from llamafleet.settings.schema import Settings
-
-BACKEND_OF_VENDOR = {"nvidia": "cuda", "amd": "hip"}
 
 
 def resolve_backend(machine: Machine, settings: Settings) -> str | Refusal:

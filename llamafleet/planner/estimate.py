@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llamafleet.memory.adjust import Adjustment
+from llamafleet.host.backends import TRAITS
 from llamafleet.memory.capacity import Room
-from llamafleet.memory.ledger import HOST, TRAITS, Model
-from llamafleet.model.shape import Context
-from llamafleet.planner.roofline import Roofline, Segment
-from llamafleet.planner.sketch import Sketch
+from llamafleet.memory.compute import DENSE, EXPERTS
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import Adjustment
+from llamafleet.memory.placement import HOST, Segment
+from llamafleet.memory.upper_bound import vocabulary
+from llamafleet.memory.weights import Model
+from llamafleet.model.shape import number, per_layer, windows
+from llamafleet.planner.roofline import Roofline
 
 
 def kind_of(order: Sequence[int], segments: Sequence[Segment]) -> str:
@@ -114,3 +118,48 @@ class Budgets:
             base = self.costs(context)
             needed += int(base[-1] + self.roofline.spill[-1]) + sum(self.fixed(context, 1, "none").devices)
         return max(0, needed + room.host_reserve_bytes - room.host_bytes - room.swap_bytes)
+
+
+F32, F16 = 4, 2
+PIPELINE_COPIES = 4  # GGML_SCHED_MAX_COPIES: copies of the inputs when devices work as a pipeline
+PIPELINE_ROWS = 10  # hidden states that such a pipeline keeps besides
+ROWS, ROWS_BY_EXPERTS = 6, 4  # hidden states alive at the widest place
+
+
+class Sketch:
+    """One model's sizes, as far as buffers depend on them."""
+
+    def __init__(self, model: Model) -> None:
+        header = model.header
+        self.embedding = number(header, "embedding_length")
+        self.window = max(windows(header), default=0)
+        self.vocabulary = vocabulary(header)
+        heads = max(1, max(per_layer(header, "attention.head_count", 1), default=1))
+        size = number(header, "attention.key_length", self.embedding // heads)
+        self.cache_row = per_layer(header, "attention.head_count_kv", heads)[0] * size if heads else 0
+        used = number(header, "expert_used_count")
+        width = number(header, "expert_feed_forward_length", number(header, "feed_forward_length"))
+        dense = 2 * number(header, "feed_forward_length")
+        routed = used * (2 * width + self.embedding) if used else 0
+        self.rows = ROWS_BY_EXPERTS if used else ROWS
+        self.widest = max(dense, routed, 3 * heads * size)  # elements of one token
+        layers = [tensor for tensor in header.tensors if tensor.name.startswith("blk.")]
+        movable = EXPERTS if model.is_moe else DENSE
+        self.largest = max((tensor.bytes for tensor in layers), default=0)
+        self.largest_spill = max((tensor.bytes for tensor in layers if movable.search(tensor.name)), default=0)
+
+    def compute(self, context: Context, *, output: bool, pipelined: bool) -> int:
+        """Bytes of a device's compute buffer."""
+        tokens = context.batch_tokens
+        cells = context.stream_cells + (min(context.cells, self.window + tokens + 256) if self.window else 0)
+        mask, row = cells * tokens * F16, self.embedding * tokens * F32
+        inputs = mask + row
+        if pipelined:
+            inputs += (PIPELINE_COPIES - 1) * mask + PIPELINE_ROWS * row
+        logits = self.vocabulary * context.outputs * F32 if output else 0
+        scratch = 0 if context.kv_type in ("f16", "bf16", "f32") else 2 * self.cache_row * context.stream_cells * F16
+        return inputs + max(self.widest * tokens * F32 + self.rows * row, logits) + scratch
+
+    def staging(self, kind: str) -> int:
+        """What op-offload adds with experts (FFN) or whole layers on the host: the largest such tensor."""
+        return {"spill": self.largest_spill, "layers": self.largest}.get(kind, 0)

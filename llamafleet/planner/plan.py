@@ -13,14 +13,18 @@ from functools import partial
 from types import MappingProxyType
 
 from llamafleet.host import vulkan
+from llamafleet.host.backends import TRAITS
 from llamafleet.host.machine import Machine
 from llamafleet.host.speeds import NOT_MEASURED, Measurements, rates
-from llamafleet.memory.adjust import NO_ADJUSTMENT, Adjustment
 from llamafleet.memory.capacity import Room
 from llamafleet.memory.checkpoints import checkpoint_bytes
-from llamafleet.memory.ledger import HOST, MIB, TRAITS, Model
+from llamafleet.memory.context import Context
+from llamafleet.memory.kv_cache import takes_cache_of
+from llamafleet.memory.ledger import NO_ADJUSTMENT, Adjustment
+from llamafleet.memory.placement import HOST
+from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header
-from llamafleet.model.shape import Context, number, takes_cache_of
+from llamafleet.model.shape import number
 from llamafleet.planner import processors
 from llamafleet.planner.backend import environment, gpus_for, resolve_backend
 from llamafleet.planner.flags import planned
@@ -32,6 +36,7 @@ from llamafleet.planner.search import Candidate, Search, contexts
 from llamafleet.planner.suggestions import suggestions
 from llamafleet.settings.schema import Instance, Settings
 from llamafleet.settings.workload import Workload
+from llamafleet.units import MIB
 
 CELLS = 256  # of a KV cache, which llama.cpp pads to this
 MOST_CHECKPOINTS = 32  # of a slot: llama.cpp's own limit (common/common.h:635)

@@ -8,7 +8,7 @@ sandbox refuses, with a warning from each thread. docs/planning.md has what was 
 from __future__ import annotations
 
 from llamafleet.host.machine import Cpu
-from llamafleet.memory.ledger import Placement
+from llamafleet.memory.placement import Placement
 from llamafleet.settings.schema import Instance
 
 

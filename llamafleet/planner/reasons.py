@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 from llamafleet.host.machine import Machine
 from llamafleet.memory.capacity import Room
-from llamafleet.memory.ledger import MIB, LedgerRow, Model, Placement
+from llamafleet.memory.ledger import LedgerRow
+from llamafleet.memory.placement import Placement
+from llamafleet.memory.weights import Model
 from llamafleet.model.shape import is_known
 from llamafleet.planner.search import LATER_KV_TYPE, Candidate
 from llamafleet.settings.schema import Instance
 from llamafleet.settings.workload import Workload
+from llamafleet.units import MIB
 
 
 @dataclass(frozen=True)

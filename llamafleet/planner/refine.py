@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from llamafleet.memory.capacity import Case
-from llamafleet.memory.ledger import MIB, Buffers, LedgerRow, Placement
-from llamafleet.model.shape import Context
-from llamafleet.planner.roofline import Segment
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import Buffers, LedgerRow
+from llamafleet.memory.placement import Placement, Segment
 from llamafleet.planner.search import UBATCHES, Candidate, Search
+from llamafleet.units import MIB
 
 STEPS = (-1, 1, -3, 3, -8, 8)  # layers by which a cut between GPUs is moved: the longer ones leave valleys
 CHECKS = 16  # by the ledger

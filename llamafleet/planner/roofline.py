@@ -11,10 +11,11 @@ from itertools import accumulate
 
 from llamafleet.host.speeds import CACHE_MISS_TOKENS, Rates
 from llamafleet.memory.compute import DENSE, EXPERTS
+from llamafleet.memory.context import Context
 from llamafleet.memory.graph.allocation import OFFLOAD_TOKENS
-from llamafleet.memory.ledger import Model
-from llamafleet.memory.weights import LAYER
-from llamafleet.model.shape import Context, number, per_layer
+from llamafleet.memory.placement import Segment
+from llamafleet.memory.weights import LAYER, Model
+from llamafleet.model.shape import number, per_layer
 from llamafleet.settings.workload import Workload
 
 # Seconds on top of the bytes, for each layer on a GPU and token written: launching and waiting for small kernels.
@@ -58,20 +59,6 @@ class Prediction:
     def to_json(self) -> dict[str, float | bool]:
         """As the plan contract has it, and how sure it is."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Layers lo to hi on one device; of them those from `keep` on have their experts (FFN) on the host.
-
-    `part`: of layer `keep` only these tensors are on the host ("down", or "up" for up and gate).
-    """
-
-    device: int | None
-    lo: int
-    hi: int
-    keep: int
-    part: str = ""
 
 
 @dataclass(frozen=True)

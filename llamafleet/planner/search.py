@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from llamafleet.memory.capacity import SAME_SPEED, cut, fill
-from llamafleet.model.shape import Context
+from llamafleet.memory.context import Context
+from llamafleet.memory.placement import Segment
 from llamafleet.planner.estimate import Budgets, kind_of
-from llamafleet.planner.roofline import Segment
+from llamafleet.planner.partition import SAME_SPEED, cut, fill
 from llamafleet.settings.schema import Instance
 from llamafleet.settings.workload import Workload
 

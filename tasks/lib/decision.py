@@ -22,9 +22,9 @@ from llamafleet.build import cuda_toolkit as toolkit
 from llamafleet.build import release as builds
 from llamafleet.build.release import Build
 from llamafleet.host.machine import Machine, MachineError
-from llamafleet.hub.source import SourceError
-from llamafleet.memory.adjust import Adjustment
-from llamafleet.model.gguf import GgufError
+from llamafleet.hub.http import SourceError
+from llamafleet.memory.ledger import Adjustment
+from llamafleet.model.gguf_cursor import GgufError
 from llamafleet.planner import stability as keep
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Plan, Refusal

@@ -9,7 +9,7 @@ from typing import Any
 from pyinfra.api.host import Host
 
 from llamafleet.build import release as builds
-from llamafleet.memory.adjust import Adjustment
+from llamafleet.memory.ledger import Adjustment
 from llamafleet.planner import stability as keep
 from llamafleet.planner.backend import resolve_backend
 from llamafleet.planner.plan import plan_host

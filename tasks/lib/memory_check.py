@@ -9,10 +9,11 @@ from typing import Any
 from pyinfra import logger
 from pyinfra.api.host import Host
 
-from llamafleet.memory.adjust import NO_ADJUSTMENT
-from llamafleet.memory.ledger import MIB, TRAITS
+from llamafleet.host.backends import TRAITS
+from llamafleet.memory.ledger import NO_ADJUSTMENT
 from llamafleet.planner.reconcile import Answer, Settled, compare, limits, question, say, settle
 from llamafleet.planner.result import Plan
+from llamafleet.units import MIB
 from tasks.lib import remote
 from tasks.lib.decision import EXPECTED, Serving, Situation, command, remembered, replan, situation
 

@@ -14,7 +14,10 @@ from llamafleet.build.cuda_toolkit import FoundToolkit, Install, Toolkit, Unsuit
 from tasks.toolkit import spec
 from tests import planning
 
-CASES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((Path(__file__).parents[1] / "toolkit").glob("*.yaml"))}
+CASES = {
+    path.stem: yaml.safe_load(path.read_text())
+    for path in sorted((Path(__file__).parents[1] / "toolkit").glob("*.yaml"))
+}
 INSTALLING = [name for name, case in CASES.items() if "install" in case]
 WHOLE = {"headers": True, "cublas": True, "cudart": True, "driver_stub": True, "host_compiler": "14.2.0",
          "accepted_compiler": None, "problems": [], "aliases": [], "distro": False}  # fmt: skip

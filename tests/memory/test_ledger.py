@@ -10,11 +10,13 @@ import pytest
 
 from llamafleet.memory import compute
 from llamafleet.memory.checkpoints import checkpoint_bytes
+from llamafleet.memory.context import Context
 from llamafleet.memory.graph import repeats
 from llamafleet.memory.kv_cache import kv_bytes, row_bytes
-from llamafleet.memory.ledger import Model, Placement, usage
-from llamafleet.memory.weights import repacked_types
-from llamafleet.model.shape import Context, is_known, windows
+from llamafleet.memory.ledger import usage
+from llamafleet.memory.placement import Placement
+from llamafleet.memory.weights import Model, repacked_types
+from llamafleet.model.shape import is_known, windows
 from tests import planning
 from tests.planning import MIB
 

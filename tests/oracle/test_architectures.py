@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 
 from bench.oracle_cases import Case
-from llamafleet.memory.ledger import MIB, Model, usage
+from llamafleet.memory.context import Context
+from llamafleet.memory.kv_cache import takes_cache_of
+from llamafleet.memory.ledger import usage
+from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import read_path
-from llamafleet.model.shape import Context, is_known, takes_cache_of
+from llamafleet.model.shape import is_known
+from llamafleet.units import MIB
 from sandbox import outlines
 from sandbox.oracle import ask
 

@@ -7,8 +7,8 @@ import pytest
 
 from bench.checkpoints import PRINTED_MIB, SLOT_TOKENS, Case, made
 from llamafleet.memory.checkpoints import checkpoint_bytes
+from llamafleet.memory.context import Context
 from llamafleet.model.gguf import read_path
-from llamafleet.model.shape import Context
 from llamafleet.planner.plan import plan_host
 from sandbox import models
 from tests import planning

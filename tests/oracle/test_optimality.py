@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from llamafleet.memory.ledger import Model, usage
-from llamafleet.model.shape import Context
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import usage
+from llamafleet.memory.weights import Model
 from llamafleet.planner.result import Plan
 from sandbox import models
 from sandbox.oracle import ask

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from llamafleet.memory.capacity import cut, fill
 from llamafleet.model.gguf import Header
 from llamafleet.planner.backend import resolve_backend
+from llamafleet.planner.partition import cut, fill
 from llamafleet.planner.plan import plan_host
 from llamafleet.planner.result import Plan, Refusal
 from sandbox import models

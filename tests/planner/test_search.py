@@ -4,15 +4,18 @@ from dataclasses import replace
 
 import pytest
 
+from llamafleet.host.backends import TRAITS
 from llamafleet.host.speeds import rates
-from llamafleet.memory.adjust import NO_ADJUSTMENT
 from llamafleet.memory.capacity import Room
-from llamafleet.memory.ledger import MIB, TRAITS, Model, Placement, usage
+from llamafleet.memory.ledger import NO_ADJUSTMENT, usage
+from llamafleet.memory.placement import Placement, Segment
+from llamafleet.memory.weights import Model
 from llamafleet.planner.refine import settle
 from llamafleet.planner.result import Plan
-from llamafleet.planner.roofline import Roofline, Segment
+from llamafleet.planner.roofline import Roofline
 from llamafleet.planner.search import Search, contexts
 from llamafleet.settings.workload import Workload
+from llamafleet.units import MIB
 from tests import planning
 from tests.planning import machine
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llamafleet.memory.context import Context
 from llamafleet.memory.graph import ggml
 from llamafleet.memory.graph.attention import attention
 from llamafleet.memory.graph.builder import Builder, Homes
@@ -22,7 +23,7 @@ from llamafleet.memory.graph.recurrent import recurrent
 from llamafleet.memory.graph.rwkv import RWKV, rwkv_layer
 from llamafleet.memory.kv_cache import COMPRESSED
 from llamafleet.model.gguf import Header
-from llamafleet.model.shape import BY_INTERVAL, PARALLEL_HYBRIDS, Context, recurrent_layers
+from llamafleet.model.shape import BY_INTERVAL, PARALLEL_HYBRIDS, recurrent_layers
 
 # Rows that become logits are picked after the last layer, not before its feed-forward part: where the graph
 # asks for `embeddings_nextn_masked`, which llama-server leaves off (src/models/*.cpp).

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
+from llamafleet.memory.context import Context, cache_cells
 from llamafleet.memory.graph import ggml
 from llamafleet.memory.graph.ggml import (
     F16,
@@ -29,7 +30,7 @@ from llamafleet.memory.graph.ggml import (
 from llamafleet.memory.graph.layers import ROTATIONS, Layers, clamped, image_layers
 from llamafleet.memory.graph.rope import turned
 from llamafleet.model.gguf import Header
-from llamafleet.model.shape import Context, cache_cells, cache_owners, head_sizes, number, per_layer, windows
+from llamafleet.model.shape import cache_owners, head_sizes, number, per_layer, windows
 
 T = TypeVar("T")
 

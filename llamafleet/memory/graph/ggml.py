@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from llamafleet.model.gguf import GGML_TYPES
+from llamafleet.model.ggml_types import GGML_TYPES
 
 # What ggml-alloc.c (ggml_op_can_inplace) writes over its operand where nobody else needs it.
 INPLACE = frozenset({"scale", "add", "add_id", "sub", "mul", "div", "sqr", "sqrt", "unary", "rope", "rms_norm",
