@@ -24,7 +24,7 @@ from llamafleet.memory.ledger import Usage, usage
 from llamafleet.memory.placement import Placement
 from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header, read_path
-from llamafleet.model.shape import windows
+from llamafleet.model.shape import Shape
 from sandbox import models
 
 ROOT = Path(__file__).resolve().parent
@@ -127,7 +127,7 @@ def that_build(header: Header, ours: Mapping[str, Any], now: Mapping[str, float]
 
 def inputs_mib(header: Header, context: Context) -> float:
     """A mask for each kind of cache, in f32, and the tokens' embeddings."""
-    cells = {cache_cells(context, window) for window in windows(header)}
+    cells = {cache_cells(context, window) for window in Shape.of(header).windows}
     floats = context.ubatch_tokens * (sum(cells) + int(str(header.get("embedding_length"))))
     return floats * 4 / MIB
 
@@ -143,7 +143,8 @@ def figures(header: Header, ours: Mapping[str, Any], kind: type[Context]) -> dic
     context, backend = kind(**ours["context"]), ours["backend"]
     devices, host = usage(Model.of(header), context, placement(header, ours), backend)
     found = {f"{name(backend, number)} {part}": mib for number, use in devices.items() for part, mib in parts(use)}
-    windowed = sum(size for size, window in zip(kv_bytes(header, context), windows(header), strict=True) if window)
+    shape = Shape.of(header)
+    windowed = sum(size for size, window in zip(kv_bytes(shape, context), shape.windows, strict=True) if window)
     return found | {f"{HOST} {part}": mib for part, mib in parts(host)} | {"windows kv": windowed / MIB}
 
 

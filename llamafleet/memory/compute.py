@@ -7,7 +7,6 @@ search over placements asks for few really different ones.
 from __future__ import annotations
 
 import gc
-import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,21 +16,14 @@ from llamafleet.memory.graph.allocation import sizes
 from llamafleet.memory.graph.assemble import build
 from llamafleet.memory.graph.layers import FIRST_LAYER, INPUTS, Layers, marks
 from llamafleet.memory.graph.repeats import NEIGHBOURS, NO_NEIGHBOURS, fold, numbered, shorten
-from llamafleet.memory.kv_cache import COMPRESSED, kv_bytes
-from llamafleet.memory.upper_bound import bound, vocabulary
+from llamafleet.memory.kv_cache import kv_bytes
+from llamafleet.memory.upper_bound import bound
 from llamafleet.model.gguf import Header
-from llamafleet.model.shape import INDEXED, cache_owners, trunk_layers
-
-__all__ = ["DENSE", "EXPERTS", "Compute", "Layout", "vocabulary"]
+from llamafleet.model.shape import DENSE, EXPERTS, Shape
 
 # A header that lacks what its architecture's graph needs, or says what cannot be.
 _UNKNOWN = (LookupError, ArithmeticError, ValueError, RecursionError)
-WHOLE = INDEXED | {COMPRESSED, "minimax-m3"}  # no layer may be left out
 LAYER_LIMIT = 128  # laid out at once; models have a few kinds of layers, and hostile headers get no time
-
-# What --n-cpu-moe matches (common/common.h, LLM_FFN_EXPS_REGEX), and a dense model's feed-forward part.
-EXPERTS = re.compile(r"ffn_(up|down|gate|gate_up)_(ch|)exps\..*")
-DENSE = re.compile(r"ffn_(up|down|gate)\.weight")
 
 
 @dataclass(frozen=True)
@@ -77,13 +69,13 @@ class Compute:
         return found
 
     def __init__(self, header: Header) -> None:
-        self.header, self.layers = header, Layers(header)
+        self.header, self.shape = header, Shape.of(header)
+        self.layers = Layers(header, norm_misnamed=self.shape.architecture.output_norm_misnamed)
         parts = {part for layer in self.layers.parts.values() for part in layer}
         experts, dense = ({one for one in parts if what.fullmatch(one)} for what in (EXPERTS, DENSE))
         spilled = experts or dense
         down = {one for one in spilled if "ffn_down" in one}
         self.moved = {"all": spilled, "down": down, "up": spilled - down}  # tensors of a layer on the host
-        self.owners = cache_owners(header)
         self.has_inputs = "per_layer_token_embd.weight" in self.layers[-1]
         self.kinds = numbered(self._kinds())  # small numbers are quick to compare
         self.types = {which: numbered(self._types(which)) for which in ("all", "down", "up", "layer")}
@@ -94,26 +86,28 @@ class Compute:
     def kv_bytes(self, context: Context) -> tuple[int, ...]:
         """`caches.kv_bytes`, remembered."""
         if context not in self.caches:
-            self.caches[context] = kv_bytes(self.header, as_served(self.header, context))
+            self.caches[context] = kv_bytes(self.shape, as_served(self.shape, context))
         return self.caches[context]
 
     def _kinds(self) -> list[Hashable]:
-        apart = marks(self.header)
+        apart = marks(self.shape)
         return [
             (apart[n], tuple((part, tensor.shape) for part, tensor in self.layers[n].items()))
-            for n in range(trunk_layers(self.header))
+            for n in range(self.shape.trunk_layers)
         ]
 
     def _types(self, which: str) -> list[Hashable]:
         """Of each layer, the types of its experts (FFN), or which of these, or of the whole layer."""
         return [
             tuple(t.type for part, t in self.layers[n].items() if which == "layer" or part in self.moved[which])
-            for n in range(trunk_layers(self.header))
+            for n in range(self.shape.trunk_layers)
         ]
 
     @property
     def is_exact(self) -> bool:
         """Is it known what this model computes? Otherwise its figures are a bound."""
+        if not self.shape.architecture.verified:
+            return False
         try:
             each = tuple(sorted({kind: n for n, kind in enumerate(self.kinds)}.values()))
             self._laid_out(Context(256, 1, "f16", 32), Layout((0,) * (len(self.kinds) + 1), {}, 0), each)
@@ -123,7 +117,7 @@ class Compute:
 
     def bytes(self, context: Context, layout: Layout, *, roughly: bool = False) -> tuple[int, ...]:
         """Of each device, and last of the host."""
-        context = as_served(self.header, context)
+        context = as_served(self.shape, context)
         neighbours = NO_NEIGHBOURS if roughly else NEIGHBOURS
         moved = tuple(sorted(layout.moved.items()))
         asked = (context, layout.holders, moved, layout.devices, layout.flags, neighbours)
@@ -134,7 +128,7 @@ class Compute:
     def _shortened(self, context: Context, layout: Layout, neighbours: tuple[int, int]) -> tuple[int, ...]:
         signs = [self._sign(layout, n) for n in range(len(self.kinds))]
         # An indexer's layers keep zeros from the start of the graph until they need them, or leave gaps that add up.
-        whole = self.header.architecture in WHOLE
+        whole = self.shape.architecture.has_context_gaps
         order = tuple(range(len(signs))) if whole else shorten(*_apart(signs), neighbours)
         numbers = fold([
             tuple(signs[n][1:] for n in order if layout.holders[n] == device) for device in range(layout.devices)
@@ -148,12 +142,22 @@ class Compute:
         last = (layout.holders[-1], layout.devices, layout.is_pipeline, layout.flags)
         key = (context, tuple(self._sign(layout, n) for n in order), last)
         if key not in self.known:
-            try:
-                with _no_collection():
-                    self.known[key] = self._laid_out(context, layout, order)
-            except _UNKNOWN:
-                self.known[key] = (bound(self.header, context, pipelined=layout.is_pipeline),) * (layout.devices + 1)
+            self.known[key] = self._exact(context, layout, order) or self._bound(context, layout)
         return self.known[key]
+
+    def _exact(self, context: Context, layout: Layout, order: tuple[int, ...]) -> tuple[int, ...] | None:
+        """None where it is not known what the model computes."""
+        if not self.shape.architecture.verified:
+            return None
+        try:
+            with _no_collection():
+                return self._laid_out(context, layout, order)
+        except _UNKNOWN:
+            return None
+
+    def _bound(self, context: Context, layout: Layout) -> tuple[int, ...]:
+        size = bound(self.shape, self.header.tensors, context, pipelined=layout.is_pipeline)
+        return (size,) * (layout.devices + 1)
 
     def _sign(self, layout: Layout, n: int) -> tuple[Hashable, ...]:
         """What sets a layer apart: its holder, and of its weights their types only if they are copied from the host."""
@@ -166,7 +170,7 @@ class Compute:
         """Does another backend give it more than what the layer before computed? Such copies add up."""
         holder, first = layout.holders[n], layout.holders[0]
         has_own = self.has_inputs and layout.devices > 0 and (holder != first or first == layout.devices)
-        return has_own or layout.holders[self.owners[n]] != holder
+        return has_own or layout.holders[self.shape.cache_owners[n]] != holder
 
     def _laid_out(self, context: Context, layout: Layout, order: tuple[int, ...]) -> tuple[int, ...]:
         cpu = layout.devices
@@ -179,7 +183,7 @@ class Compute:
             which = layout.moved.get(layer)
             return cpu if which and part in self.moved[which] else layout.holders[layer]
 
-        graph = build(self.header, self.layers, context, home, order, attention_scratch=layout.attention_scratch)
+        graph = build(self.shape, self.layers, context, home, order, attention_scratch=layout.attention_scratch)
         return tuple(sizes(graph, cpu, pipelined=layout.is_pipeline, op_offload=layout.op_offload))
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from llamafleet.model.gguf import Header
-from llamafleet.model.shape import NO_FLASH
+from llamafleet.model.shape import Shape
 
 PAD_CELLS = 256  # llama-context.cpp and llama-kv-cache-iswa.cpp pad contexts to this
 
@@ -64,6 +63,6 @@ def _padded(cells: int) -> int:
     return -(-cells // PAD_CELLS) * PAD_CELLS
 
 
-def as_served(header: Header, context: Context) -> Context:
+def as_served(shape: Shape, context: Context) -> Context:
     """The context that llama-server makes of the one that is asked for."""
-    return replace(context, flash_attention=False) if header.architecture in NO_FLASH else context
+    return replace(context, flash_attention=False) if not shape.architecture.flash_attention else context

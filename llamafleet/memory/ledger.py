@@ -15,7 +15,6 @@ from llamafleet.host.backends import TRAITS
 from llamafleet.memory.compute import Layout
 from llamafleet.memory.context import Context
 from llamafleet.memory.placement import Placement
-from llamafleet.memory.upper_bound import vocabulary
 from llamafleet.memory.weights import X86_TYPES, Model, repacked_bytes
 
 LOGIT_BYTES = 4
@@ -95,7 +94,7 @@ def usage(
         device: Usage(weights[device], kept[device], rooms.compute[n], rooms.staging[n], traits.overhead_bytes)
         for n, device in enumerate(devices)
     }
-    output = vocabulary(model.header) * context.outputs * LOGIT_BYTES  # its buffer, llama-context.cpp:2203
+    output = model.shape.vocabulary * context.outputs * LOGIT_BYTES  # its buffer, llama-context.cpp:2203
     extra = traits.host_overhead_bytes + host_extra_bytes + output
     return used, Usage(weights[None], kept[None], rooms.compute[-1], 0, extra, packed)
 

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 
 from llamafleet.host.backends import TRAITS
 from llamafleet.memory.capacity import Room
-from llamafleet.memory.compute import DENSE, EXPERTS
 from llamafleet.memory.context import Context
 from llamafleet.memory.ledger import Adjustment
 from llamafleet.memory.placement import HOST, Segment
-from llamafleet.memory.upper_bound import vocabulary
 from llamafleet.memory.weights import Model
-from llamafleet.model.shape import number, per_layer, windows
+from llamafleet.model.shape import DENSE, EXPERTS
 from llamafleet.planner.roofline import Roofline
 
 
@@ -130,20 +128,16 @@ class Sketch:
     """One model's sizes, as far as buffers depend on them."""
 
     def __init__(self, model: Model) -> None:
-        header = model.header
-        self.embedding = number(header, "embedding_length")
-        self.window = max(windows(header), default=0)
-        self.vocabulary = vocabulary(header)
-        heads = max(1, max(per_layer(header, "attention.head_count", 1), default=1))
-        size = number(header, "attention.key_length", self.embedding // heads)
-        self.cache_row = per_layer(header, "attention.head_count_kv", heads)[0] * size if heads else 0
-        used = number(header, "expert_used_count")
-        width = number(header, "expert_feed_forward_length", number(header, "feed_forward_length"))
-        dense = 2 * number(header, "feed_forward_length")
-        routed = used * (2 * width + self.embedding) if used else 0
+        shape = model.shape
+        self.embedding, self.vocabulary = shape.embedding, shape.vocabulary
+        self.window = max(shape.windows, default=0)
+        heads, size = max(1, *shape.heads, 1), shape.head[0]
+        self.cache_row = shape.kv_heads[0] * size if shape.kv_heads else 0
+        used, dense = max(shape.experts.used, default=0), 2 * max(shape.feed_forward, default=0)
+        routed = used * (2 * shape.experts.feed_forward + self.embedding) if used else 0
         self.rows = ROWS_BY_EXPERTS if used else ROWS
         self.widest = max(dense, routed, 3 * heads * size)  # elements of one token
-        layers = [tensor for tensor in header.tensors if tensor.name.startswith("blk.")]
+        layers = [tensor for tensor in model.header.tensors if tensor.name.startswith("blk.")]
         movable = EXPERTS if model.is_moe else DENSE
         self.largest = max((tensor.bytes for tensor in layers), default=0)
         self.largest_spill = max((tensor.bytes for tensor in layers if movable.search(tensor.name)), default=0)

@@ -23,8 +23,9 @@ from llamafleet.memory.kv_cache import takes_cache_of
 from llamafleet.memory.ledger import NO_ADJUSTMENT, Adjustment
 from llamafleet.memory.placement import HOST
 from llamafleet.memory.weights import Model
+from llamafleet.model.architectures import ARCHITECTURES, PROJECTOR, RELEASE, nearest
 from llamafleet.model.gguf import Header
-from llamafleet.model.shape import number
+from llamafleet.model.shape import Shape
 from llamafleet.planner import processors
 from llamafleet.planner.backend import environment, gpus_for, resolve_backend
 from llamafleet.planner.flags import planned
@@ -88,10 +89,22 @@ def _plan_one(
     measured: Measurements,
     alone: bool,
 ) -> Plan | Refusal:
-    if number(header, "block_count") < 1 or number(header, "embedding_length") < 1:
+    if header.architecture == PROJECTOR:
+        reason = f"{header.name} is a projector ({PROJECTOR}), which llama-server loads beside a model"
+        return Refusal(reason, instance=instance.name, suggestions=("name the model's main GGUF file",))
+    if header.architecture not in ARCHITECTURES:
+        near = nearest(header.architecture)
+        return Refusal(
+            f"{header.name}: llama.cpp {RELEASE} does not know the architecture {header.architecture!r}"
+            f"{f' (the nearest it knows is {near!r})' if near else ''}: the model would not load",
+            instance=instance.name,
+            suggestions=("name a GGUF of an architecture that llama.cpp supports, or use a newer llamafleet",),
+        )
+    shape = Shape.of(header)
+    if shape.layers < 1 or shape.embedding < 1:
         reason = f"{header.name} ({header.architecture}) is no language model: its header gives no layers"
         return Refusal(reason, instance=instance.name, suggestions=("name the model's main GGUF file",))
-    trained = number(header, "context_length")
+    trained = shape.context_tokens
     tokens = instance.context_tokens or min(trained or DEFAULT_CONTEXT_LIMIT, DEFAULT_CONTEXT_LIMIT)
     # llama-server gives whole cells of 256 (GGML_PAD of n_ctx_seq, llama-context.cpp): ask for what it gives.
     padded = -(-tokens // CELLS) * CELLS
@@ -103,7 +116,7 @@ def _plan_one(
             instance=instance.name,
             suggestions=(f"set context_tokens to {trained} or less",),
         )
-    usable = tuple(kv_type for kv_type in instance.kv_types if takes_cache_of(header, kv_type))
+    usable = tuple(kv_type for kv_type in instance.kv_types if takes_cache_of(shape, kv_type))
     if not usable:
         return Refusal(
             f"{instance.name}: llama-server has no KV cache of {', '.join(instance.kv_types)} for {header.name}",
@@ -139,13 +152,13 @@ class _Asked:
 
     def checkpoints(self, context: Context) -> int:
         """How many of each slot may take the RAM that the settings give them all."""
-        each = checkpoint_bytes(self.model.header, context) * context.slots
+        each = checkpoint_bytes(self.model.shape, context) * context.slots
         return min(MOST_CHECKPOINTS, self.instance.context_checkpoints_mib * MIB // each) if each else MOST_CHECKPOINTS
 
     def checkpoints_bytes(self, tried: Sequence[Context]) -> int:
         """RAM that so many take at most, all slots together, whichever context is chosen; 0 where none are made."""
-        header, differing = self.model.header, {(one.kv_type, one.slots): one for one in tried}.values()
-        return max(self.checkpoints(one) * one.slots * checkpoint_bytes(header, one) for one in differing)
+        shape, differing = self.model.shape, {(one.kv_type, one.slots): one for one in tried}.values()
+        return max(self.checkpoints(one) * one.slots * checkpoint_bytes(shape, one) for one in differing)
 
     def search(self, tried: Sequence[Context]) -> Search:
         reached = rates(self.machine.cpu, self.room.gpus, self.threads, self.measured)

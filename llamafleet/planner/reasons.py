@@ -10,7 +10,6 @@ from llamafleet.memory.capacity import Room
 from llamafleet.memory.ledger import LedgerRow
 from llamafleet.memory.placement import Placement
 from llamafleet.memory.weights import Model
-from llamafleet.model.shape import is_known
 from llamafleet.planner.search import LATER_KV_TYPE, Candidate
 from llamafleet.settings.schema import Instance
 from llamafleet.settings.workload import Workload
@@ -168,11 +167,13 @@ def _workload(decision: Decision) -> str:
 
 def _warnings(decision: Decision) -> Iterator[str]:
     machine, model = decision.machine, decision.model
-    if not is_known(model.header):
-        name = model.header.architecture
+    name = model.shape.architecture.name
+    if not model.shape.architecture.verified:
+        yield f"{name!r} was not held against llama.cpp: its KV cache and compute buffers are upper bounds"
+    elif not model.shape.cache_is_exact:
         yield f"the attention windows of {name!r} are not known: its KV cache is an upper bound"
-    if not model.compute.is_exact:
-        yield f"what {model.header.architecture!r} computes is not known here: its compute buffers are an upper bound"
+    elif not model.compute.is_exact:
+        yield f"what this {name!r} computes is not known: its compute buffers are an upper bound"
     for gpu in machine.gpus:
         if gpu.problem:
             yield f"GPU{gpu.index} ({gpu.name}) is not used: {gpu.problem}"

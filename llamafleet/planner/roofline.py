@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 
 from llamafleet.host.speeds import CACHE_MISS_TOKENS, Rates
-from llamafleet.memory.compute import DENSE, EXPERTS
 from llamafleet.memory.context import Context
 from llamafleet.memory.graph.allocation import OFFLOAD_TOKENS
 from llamafleet.memory.placement import Segment
 from llamafleet.memory.weights import LAYER, Model
-from llamafleet.model.shape import number, per_layer
+from llamafleet.model.shape import DENSE, EXPERTS
 from llamafleet.settings.workload import Workload
 
 # Seconds on top of the bytes, for each layer on a GPU and token written: launching and waiting for small kernels.
@@ -79,19 +78,19 @@ class Roofline:
     """A model's work on a machine's rates; sums over the layers from the front, so that a range is one difference."""
 
     def __init__(self, model: Model, work: Workload, rates: Rates, *, op_offload: bool) -> None:
-        header, layers = model.header, model.layers
+        shape, layers = model.shape, model.layers
         self.model, self.work, self.rates, self.op_offload = model, work, rates, op_offload
         self.layers = layers
-        self.experts = max(1, number(header, "expert_count", 1)) if model.is_moe else 1
-        self.used = min(max(1, number(header, "expert_used_count", 1)), self.experts)
+        self.experts = max(1, shape.experts.count) if model.is_moe else 1
+        self.used = min(max(1, max(shape.experts.used, default=1)), self.experts)
         self.fixed = _sums(whole - spill for whole, spill in zip(model.layer_bytes, model.spill_bytes, strict=True))
         self.spill = _sums(model.spill_bytes)
         self.spilling = _sums(spill > 0 for spill in model.spill_bytes)
         fixed_ops, spill_ops = _operations(model)
         self.fixed_ops, self.spill_ops = _sums(fixed_ops), _sums(spill_ops)
         self.cache = _sums(model.compute.kv_bytes(Context(work.live_tokens, 1, "f16", 1)))
-        heads = number(header, "attention.head_count", 1)
-        shared = [heads / max(1, kv) for kv in per_layer(header, "attention.head_count_kv", heads)]
+        heads = max(shape.heads, default=1)
+        shared = [heads / max(1, kv) for kv in shape.kv_heads]
         # Multiply-adds of attention for one token: every element of K and V, once for each head that shares it.
         self.macs = _macs(model, work.live_tokens, shared)
         self.read_macs = _macs(model, work.read_depth_tokens, shared)

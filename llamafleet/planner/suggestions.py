@@ -55,7 +55,7 @@ def suggestions(
     if (
         context.kv_type in UNQUANTISED
         and "q8_0" not in instance.kv_types
-        and takes_cache_of(model.header, "q8_0")
+        and takes_cache_of(model.shape, "q8_0")
         and fits(context.tokens, context.slots, "q8_0")
     ):
         found.append("allow kv_types q8_0, and it fits: the KV cache takes 47 % less")

@@ -8,19 +8,34 @@ from dataclasses import replace
 
 import pytest
 
-from llamafleet.memory import compute
-from llamafleet.memory.checkpoints import checkpoint_bytes
+from llamafleet.memory import checkpoints, compute, kv_cache
 from llamafleet.memory.context import Context
 from llamafleet.memory.graph import repeats
-from llamafleet.memory.kv_cache import kv_bytes, row_bytes
+from llamafleet.memory.kv_cache import row_bytes
 from llamafleet.memory.ledger import usage
 from llamafleet.memory.placement import Placement
 from llamafleet.memory.weights import Model, repacked_types
-from llamafleet.model.shape import is_known, windows
+from llamafleet.model.shape import Shape
 from tests import planning
 from tests.planning import MIB
 
 F16_512 = {"kv_type": "f16", "ubatch_tokens": 512}
+
+
+def kv_bytes(header, context):
+    return kv_cache.kv_bytes(Shape.of(header), context)
+
+
+def checkpoint_bytes(header, context):
+    return checkpoints.checkpoint_bytes(Shape.of(header), context)
+
+
+def windows(header):
+    return Shape.of(header).windows
+
+
+def is_known(header):
+    return Shape.of(header).cache_is_exact
 
 
 def layers(header):
@@ -322,19 +337,21 @@ def with_metadata(layout, arch, **changes):
     return replace(header, architecture=arch, metadata={**moved, **named})
 
 
-def test_an_unknown_window_pattern_is_an_upper_bound_and_says_so():
-    header = with_metadata("Llama-3.1-8B", "brand-new", attention__sliding_window=512)
+@pytest.mark.parametrize("arch", ["step35", "xverse"])  # held against llama.cpp, and known to it alone
+def test_an_unknown_window_pattern_is_an_upper_bound_and_says_so(arch):
+    header = with_metadata("Llama-3.1-8B", arch, attention__sliding_window=512)
     context = Context(8192, 1, **F16_512)
     assert not is_known(header)
     assert kv_bytes(header, context) == kv_bytes(planning.header("Llama-3.1-8B"), context)
-    assert is_known(
-        with_metadata(
-            "Llama-3.1-8B",
-            "brand-new",
-            attention__sliding_window=512,
-            attention__sliding_window_pattern=(True, False) * 16,
-        )
-    )
+
+
+def test_a_pattern_is_believed_of_an_architecture_that_was_verified_alone():
+    pattern = {"attention__sliding_window": 512, "attention__sliding_window_pattern": (True, False) * 16}
+    assert is_known(with_metadata("Llama-3.1-8B", "step35", **pattern))
+    header = with_metadata("Llama-3.1-8B", "xverse", **pattern)
+    context = Context(8192, 1, **F16_512)
+    assert not is_known(header)
+    assert kv_bytes(header, context) == kv_bytes(planning.header("Llama-3.1-8B"), context)
 
 
 def test_a_pattern_array_decides_layer_by_layer():
