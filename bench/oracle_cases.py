@@ -62,7 +62,7 @@ class Case:
         """The same as the ledger has it."""
         holders = [device for device, count in enumerate(self.counts) for _ in range(count)]
         front = [None] * (layers + 1 - len(holders))
-        return Placement((*front, *holders), frozenset(self.spilled))
+        return Placement.of((*front, *holders), frozenset(self.spilled))
 
     def ask(self, folder: Path) -> Breakdown:
         """llama-server's answer; the model's file is made in `folder` if it is not there."""

@@ -67,7 +67,7 @@ def ours(header: Header, tokens: int) -> dict[str, int]:
     """The ledger's figures for one device, MiB."""
     model = Model.of(header)
     context = Context(tokens, 1, "f16", UBATCH_TOKENS)
-    devices, _ = usage(model, context, Placement((0,) * (model.layers + 1)), "cuda")
+    devices, _ = usage(model, context, Placement.of((0,) * (model.layers + 1)), "cuda")
     parts = {"weights": devices[0].weights_bytes, "kv": devices[0].kv_bytes, "compute": devices[0].compute_bytes}
     return {name: size // MIB for name, size in parts.items()}  # llama-server cuts off too
 

@@ -166,7 +166,7 @@ def placement(header: Header, ours: Mapping[str, Any]) -> Placement:
         holders += [device] * count
     holders += [None] * (int(str(header.get("block_count"))) - len(holders))
     last = None if ours.get("output_on_host") or not ours["layers"] else len(ours["layers"]) - 1
-    return Placement((*holders, last), frozenset(range(*ours.get("spilled", (0,)))))
+    return Placement.of((*holders, last), frozenset(range(*ours.get("spilled", (0,)))))
 
 
 def read_header(layout: str, mix: str) -> Header:

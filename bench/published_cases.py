@@ -151,7 +151,7 @@ def as_flagged(case: Case, header: Header, host: Machine, settings: Settings) ->
     search, context = search_for(case, header, host, settings)
     if case.get("fit"):
         found = fitted(search, context)
-        return search.roofline.predict(found.segments, context) if found else None
+        return search.roofline.predict(found.order, found.segments, context) if found else None
     layers, moved = search.model.layers, search.movable
     if "gpu_layers" in case:
         front = max(0, layers + 1 - case["gpu_layers"])
@@ -162,7 +162,7 @@ def as_flagged(case: Case, header: Header, host: Machine, settings: Settings) ->
         segments = [Segment(0, 0, layers, moved[-away] if away else layers)]
     else:
         return None
-    return search.roofline.predict(segments, context)
+    return search.roofline.predict((0,), segments, context)
 
 
 def fitted(search: Search, context: Context) -> Candidate | None:

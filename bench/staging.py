@@ -74,7 +74,7 @@ class Case:
         output = 1 if self.second else 0
         holders = (*(None,) * self.front, *(0,) * first, *(1,) * self.second, output)
         ends = (layers - self.second, layers) if self.second else (layers,)
-        return Placement(holders, frozenset(n for end in ends for n in range(end - self.spilled, end)))
+        return Placement.of(holders, frozenset(n for end in ends for n in range(end - self.spilled, end)))
 
     def flags(self, model: Model) -> list[str]:
         placement = self.placement(model.layers)

@@ -87,6 +87,7 @@ def _row(device: str, use: Usage, capacity: int, reserve: int) -> LedgerRow:
         overhead_bytes=use.overhead_bytes,
         capacity_bytes=capacity,
         free_bytes=capacity - use.total_bytes - reserve,
+        reserve_bytes=reserve,
     )
 
 

@@ -7,9 +7,9 @@ search over placements asks for few really different ones.
 from __future__ import annotations
 
 import gc
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from llamafleet.memory.context import Context, as_served
 from llamafleet.memory.graph.allocation import sizes
@@ -17,6 +17,7 @@ from llamafleet.memory.graph.assemble import build
 from llamafleet.memory.graph.layers import FIRST_LAYER, INPUTS, Layers, marks
 from llamafleet.memory.graph.repeats import NEIGHBOURS, NO_NEIGHBOURS, fold, numbered, shorten
 from llamafleet.memory.kv_cache import kv_bytes
+from llamafleet.memory.placement import Placement
 from llamafleet.memory.upper_bound import bound
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import DENSE, EXPERTS, Shape
@@ -27,28 +28,11 @@ LAYER_LIMIT = 128  # laid out at once; models have a few kinds of layers, and ho
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Who holds what, as the scheduler numbers backends: devices from 0, and `devices` for the host."""
+class Rules:
+    """What a backend does besides, as far as buffers depend on it."""
 
-    holders: tuple[int, ...]  # of each layer and, last, the output
-    moved: Mapping[int, str]  # layers with experts (FFN) on the host, and which: "all", "down" or "up"
-    devices: int
-    attention_scratch: bool = False
-    op_offload: bool = False
-
-    @property
-    def flags(self) -> tuple[bool, bool]:
-        """What the backend does besides."""
-        return self.attention_scratch, self.op_offload
-
-    def folded(self, numbers: Sequence[int]) -> Layout:
-        """The same with other numbers for devices and, last, for the host."""
-        return replace(self, holders=tuple(numbers[holder] for holder in self.holders), devices=numbers[-1])
-
-    @property
-    def is_pipeline(self) -> bool:
-        """Devices work side by side on several batches (llama-context.cpp:432)."""
-        return self.devices > 1 and self.devices not in self.holders and not self.moved
+    attention_scratch: bool = False  # flash attention unpacks a cache that is not f16
+    op_offload: bool = False  # host weights are copied to the device for large batches
 
 
 _KNOWN: dict[int, Compute] = {}  # by the header's id
@@ -110,81 +94,90 @@ class Compute:
             return False
         try:
             each = tuple(sorted({kind: n for n, kind in enumerate(self.kinds)}.values()))
-            self._laid_out(Context(256, 1, "f16", 32), Layout((0,) * (len(self.kinds) + 1), {}, 0), each)
+            self._laid_out(Context(256, 1, "f16", 32), Placement.of((None,) * (len(self.kinds) + 1)), Rules(), each)
         except _UNKNOWN:
             return False
         return True
 
-    def bytes(self, context: Context, layout: Layout, *, roughly: bool = False) -> tuple[int, ...]:
+    def bytes(self, context: Context, placement: Placement, rules: Rules, *, roughly: bool = False) -> tuple[int, ...]:
         """Of each device, and last of the host."""
         context = as_served(self.shape, context)
         neighbours = NO_NEIGHBOURS if roughly else NEIGHBOURS
-        moved = tuple(sorted(layout.moved.items()))
-        asked = (context, layout.holders, moved, layout.devices, layout.flags, neighbours)
+        asked = (context, placement, rules, neighbours)
         if asked not in self.asked:
-            self.asked[asked] = self._shortened(context, layout, neighbours)
+            self.asked[asked] = self._shortened(context, placement, rules, neighbours)
         return self.asked[asked]
 
-    def _shortened(self, context: Context, layout: Layout, neighbours: tuple[int, int]) -> tuple[int, ...]:
-        signs = [self._sign(layout, n) for n in range(len(self.kinds))]
+    def _shortened(
+        self, context: Context, placement: Placement, rules: Rules, neighbours: tuple[int, int]
+    ) -> tuple[int, ...]:
+        signs = [self._sign(placement, rules, n) for n in range(len(self.kinds))]
+        holders, host = placement.backends, len(placement.devices)
         # An indexer's layers keep zeros from the start of the graph until they need them, or leave gaps that add up.
         whole = self.shape.architecture.has_context_gaps
         order = tuple(range(len(signs))) if whole else shorten(*_apart(signs), neighbours)
         numbers = fold([
-            tuple(signs[n][1:] for n in order if layout.holders[n] == device) for device in range(layout.devices)
+            tuple(signs[n][1:] for n in order if holders[n] == device) for device in range(host)
         ])  # fmt: skip
-        shown = {numbers.index(number) for number in numbers} | {layout.devices}
-        order = tuple(n for n in order if layout.holders[n] in shown)
-        found = self._remembered(context, layout.folded((*numbers, len(shown) - 1)), order)
+        shown = {numbers.index(number) for number in numbers} | {host}
+        order = tuple(n for n in order if holders[n] in shown)
+        found = self._remembered(context, placement.renumbered(numbers), rules, order)
         return (*(found[number] for number in numbers), found[-1])
 
-    def _remembered(self, context: Context, layout: Layout, order: tuple[int, ...]) -> tuple[int, ...]:
-        last = (layout.holders[-1], layout.devices, layout.is_pipeline, layout.flags)
-        key = (context, tuple(self._sign(layout, n) for n in order), last)
+    def _remembered(
+        self, context: Context, placement: Placement, rules: Rules, order: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        last = (placement.backends[-1], len(placement.devices), placement.is_pipeline, rules)
+        key = (context, tuple(self._sign(placement, rules, n) for n in order), last)
         if key not in self.known:
-            self.known[key] = self._exact(context, layout, order) or self._bound(context, layout)
+            self.known[key] = self._exact(context, placement, rules, order) or self._bound(context, placement)
         return self.known[key]
 
-    def _exact(self, context: Context, layout: Layout, order: tuple[int, ...]) -> tuple[int, ...] | None:
+    def _exact(
+        self, context: Context, placement: Placement, rules: Rules, order: tuple[int, ...]
+    ) -> tuple[int, ...] | None:
         """None where it is not known what the model computes."""
         if not self.shape.architecture.verified:
             return None
         try:
             with _no_collection():
-                return self._laid_out(context, layout, order)
+                return self._laid_out(context, placement, rules, order)
         except _UNKNOWN:
             return None
 
-    def _bound(self, context: Context, layout: Layout) -> tuple[int, ...]:
-        size = bound(self.shape, self.header.tensors, context, pipelined=layout.is_pipeline)
-        return (size,) * (layout.devices + 1)
+    def _bound(self, context: Context, placement: Placement) -> tuple[int, ...]:
+        size = bound(self.shape, self.header.tensors, context, pipelined=placement.is_pipeline)
+        return (size,) * (len(placement.devices) + 1)
 
-    def _sign(self, layout: Layout, n: int) -> tuple[Hashable, ...]:
+    def _sign(self, placement: Placement, rules: Rules, n: int) -> tuple[Hashable, ...]:
         """What sets a layer apart: its holder, and of its weights their types only if they are copied from the host."""
-        holder, moved = layout.holders[n], layout.moved.get(n)
-        copied = "layer" if holder == layout.devices else moved
-        types = self.types[copied][n] if copied and layout.op_offload else None
-        return holder, self.kinds[n], moved, n if self._is_fed(layout, n) else None, types
+        holder, moved = placement.backends[n], placement.moved.get(n)
+        copied = "layer" if holder == len(placement.devices) else moved
+        types = self.types[copied][n] if copied and rules.op_offload else None
+        return holder, self.kinds[n], moved, n if self._is_fed(placement, n) else None, types
 
-    def _is_fed(self, layout: Layout, n: int) -> bool:
+    def _is_fed(self, placement: Placement, n: int) -> bool:
         """Does another backend give it more than what the layer before computed? Such copies add up."""
-        holder, first = layout.holders[n], layout.holders[0]
-        has_own = self.has_inputs and layout.devices > 0 and (holder != first or first == layout.devices)
-        return has_own or layout.holders[self.shape.cache_owners[n]] != holder
+        holders, host = placement.backends, len(placement.devices)
+        holder, first = holders[n], holders[0]
+        has_own = self.has_inputs and host > 0 and (holder != first or first == host)
+        return has_own or holders[self.shape.cache_owners[n]] != holder
 
-    def _laid_out(self, context: Context, layout: Layout, order: tuple[int, ...]) -> tuple[int, ...]:
-        cpu = layout.devices
+    def _laid_out(
+        self, context: Context, placement: Placement, rules: Rules, order: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        holders, moved, cpu = placement.backends, placement.moved, len(placement.devices)
         if len(order) > LAYER_LIMIT:
             raise ValueError("no two layers are alike")
 
         def home(part: str, layer: int | None) -> int:
             if layer is None:
-                return cpu if part.startswith(INPUTS) else layout.holders[0 if part.startswith(FIRST_LAYER) else -1]
-            which = layout.moved.get(layer)
-            return cpu if which and part in self.moved[which] else layout.holders[layer]
+                return cpu if part.startswith(INPUTS) else holders[0 if part.startswith(FIRST_LAYER) else -1]
+            which = moved.get(layer)
+            return cpu if which and part in self.moved[which] else holders[layer]
 
-        graph = build(self.shape, self.layers, context, home, order, attention_scratch=layout.attention_scratch)
-        return tuple(sizes(graph, cpu, pipelined=layout.is_pipeline, op_offload=layout.op_offload))
+        graph = build(self.shape, self.layers, context, home, order, attention_scratch=rules.attention_scratch)
+        return tuple(sizes(graph, cpu, pipelined=placement.is_pipeline, op_offload=rules.op_offload))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from llamafleet.host.backends import TRAITS
-from llamafleet.memory.compute import Layout
+from llamafleet.memory.compute import Rules
 from llamafleet.memory.context import Context
 from llamafleet.memory.placement import Placement
 from llamafleet.memory.weights import X86_TYPES, Model, repacked_bytes
@@ -32,6 +32,7 @@ class LedgerRow:
     overhead_bytes: int
     capacity_bytes: int
     free_bytes: int
+    reserve_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         """As the plan contract has it."""
@@ -131,15 +132,13 @@ def buffers(
     The host's is what it is with op-offload, where there is any: it is less then. `roughly`: in less time still.
     """
     traits = TRAITS[backend]
-    number = {device: n for n, device in enumerate(placement.devices)}
-    holders = [len(number) if device is None else number[device] for device in placement.layer_devices]
-    asked = Layout(tuple(holders), placement.moved, len(number), traits.attention_scratch)
-    stages = traits.op_offload and number and (asked.moved or len(number) in holders)
-    whole = model.compute.bytes(context, replace(asked, op_offload=True) if stages else asked, roughly=roughly)
+    plain = Rules(attention_scratch=traits.attention_scratch)
+    stages = traits.op_offload and bool(placement.devices) and placement.uses_host
+    whole = model.compute.bytes(context, placement, replace(plain, op_offload=stages), roughly=roughly)
     if not (stages and apart):
         return Buffers(whole, (0,) * len(whole))
-    plain = (*model.compute.bytes(context, asked)[:-1], whole[-1])
-    return Buffers(plain, tuple(more - less for more, less in zip(whole, plain, strict=True)))
+    less = (*model.compute.bytes(context, placement, plain)[:-1], whole[-1])
+    return Buffers(less, tuple(all_ - without for all_, without in zip(whole, less, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from llamafleet.model.shape import DENSE, EXPERTS
 from llamafleet.planner.roofline import Roofline
 
 
-def kind_of(order: Sequence[int], segments: Sequence[Segment]) -> str:
+def kind_of(segments: Sequence[Segment]) -> str:
     """What is on the host: "none", "spill" (experts or FFN), "layers" (whole ones) or "all"."""
-    if not order:
+    if segments[-1].device is None:
         return "all"
     if segments[0].device is None:
         return "layers"
@@ -102,7 +102,7 @@ class Budgets:
     def host_short(self, context: Context, order: tuple[int, ...], segments: Sequence[Segment]) -> int:
         """Bytes of RAM that are missing with that placement."""
         room, model = self.room, self.model
-        kind = kind_of(order, segments)
+        kind = kind_of(segments)
         needed = self.fixed(context, len(order), kind).host + model.input_bytes
         for one in segments:
             moved, _ = self.roofline.moved(one)

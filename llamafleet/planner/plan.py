@@ -211,7 +211,7 @@ def _measured_seconds(work: Workload, trial: tuple[float, float]) -> float:
 
 
 def _plan(asked: _Asked, search: Search, settled: Settled, weighed: Sequence[Candidate]) -> Plan:
-    chosen, placement, rows = settled.candidate, settled.placement, settled.ledger()
+    chosen, placement, rows = settled.candidate, settled.candidate.placement, settled.ledger()
     gpus = tuple(asked.room.gpus[device] for device in chosen.order)
     context, cpu = chosen.context, asked.machine.cpu
     cpus = processors.cpus(cpu, asked.instance, placement, alone=asked.alone)
@@ -241,7 +241,7 @@ def _plan(asked: _Asked, search: Search, settled: Settled, weighed: Sequence[Can
         placement=placement,
         is_moe=asked.model.is_moe,
         ledger=rows,
-        predicted=search.roofline.predict(chosen.segments, context),
+        predicted=search.roofline.predict(chosen.order, chosen.segments, context),
         why=tuple(why(decision)),
         host_bytes=sum(row.used_bytes for row in (rows if asked.room.unified else rows[-1:])),
         environment=environment(asked.backend, gpus),

@@ -32,4 +32,4 @@ def numa_nodes(cpu: Cpu, placement: Placement) -> str:
 
 def computes(placement: Placement) -> bool:
     """Does the CPU compute layers, or a part of some?"""
-    return None in placement.layer_devices or bool(placement.moved)
+    return placement.uses_host

@@ -13,7 +13,7 @@ from itertools import pairwise
 from llamafleet.memory.capacity import Case
 from llamafleet.memory.context import Context
 from llamafleet.memory.ledger import Buffers, LedgerRow
-from llamafleet.memory.placement import Placement, Segment
+from llamafleet.memory.placement import Segment
 from llamafleet.planner.search import UBATCHES, Candidate, Search
 from llamafleet.units import MIB
 
@@ -32,7 +32,6 @@ class Settled:
 
     case: Case
     candidate: Candidate
-    placement: Placement
     buffers: Buffers
     rows: tuple[LedgerRow, ...]
 
@@ -49,7 +48,7 @@ class Settled:
 
     def ledger(self) -> tuple[LedgerRow, ...]:
         """The rows with staging told apart."""
-        return self.case.rows(self.placement)
+        return self.case.rows(self.candidate.placement)
 
 
 def settle(search: Search, one: Candidate, handicap: float) -> Settled:
@@ -115,35 +114,16 @@ def fits(search: Search, tokens: int, slots: int, kv_type: str, *, certain: bool
     return all(row.free_bytes >= 0 for row in settle(search, best, 1.0).rows)
 
 
-def placed(one: Candidate) -> Placement:
-    """The candidate as the ledger knows it: device numbers are positions in its row of GPUs."""
-    holders: list[int | None] = []
-    spilled: set[int] = set()
-    partly: dict[int, str] = {}
-    for segment in one.segments:
-        device = None if segment.device is None else one.order.index(segment.device)
-        holders += [device] * (segment.hi - segment.lo)
-        if device is not None:
-            spilled |= set(range(segment.keep + (1 if segment.part else 0), segment.hi))
-            if segment.part:
-                partly[segment.keep] = segment.part
-    last = one.segments[-1].device
-    holders.append(None if last is None else one.order.index(last))
-    return Placement(tuple(holders), frozenset(spilled), tuple(sorted(partly.items())))
-
-
 def _checked(case: Case, one: Candidate, *, roughly: bool = False) -> Settled:
-    placement = placed(one)
-    buffers = case.buffers(placement, roughly=roughly)
-    return Settled(case, one, placement, buffers, case.rows(placement, buffers))
+    buffers = case.buffers(one.placement, roughly=roughly)
+    return Settled(case, one, buffers, case.rows(one.placement, buffers))
 
 
 def _guessed(settled: Settled, one: Candidate) -> Settled:
     """As if it computed in the same buffers, which differ little as long as the same kind of things is on the host."""
     if one.kind != settled.candidate.kind:
         return _checked(settled.case, one)
-    placement = placed(one)
-    return replace(settled, candidate=one, placement=placement, rows=settled.case.rows(placement, settled.buffers))
+    return replace(settled, candidate=one, rows=settled.case.rows(one.placement, settled.buffers))
 
 
 def _shifted(search: Search, one: Candidate, handicap: float) -> Candidate:
@@ -164,7 +144,7 @@ def _shifted(search: Search, one: Candidate, handicap: float) -> Candidate:
                     continue
                 if any(base[b] - base[a] > size for (a, b), size in zip(pieces, budgets, strict=True)):
                     continue
-                segments = search.segments(one.order, 0, tried, (one.context, budgets))
+                segments = search.segments(0, tried, (one.context, budgets))
                 other = search.weigh(one.context, one.order, segments, handicap)
                 if other.score < one.score * BETTER:
                     one, ends, better = other, list(tried), True

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from llamafleet.memory.context import Context
-from llamafleet.memory.placement import Segment
+from llamafleet.memory.placement import Placement, Segment
 from llamafleet.planner.estimate import Budgets, kind_of
 from llamafleet.planner.partition import SAME_SPEED, cut, fill
 from llamafleet.settings.schema import Instance
@@ -33,15 +33,20 @@ class Candidate:
 
     context: Context
     order: tuple[int, ...]  # GPUs of the room, llama.cpp's device 0 first
-    segments: tuple[Segment, ...]  # the last one holds the output
+    placement: Placement  # device numbers are positions in `order`
     seconds: float
     score: float  # seconds, with a handicap for what costs something else
     host_short_bytes: int  # RAM that is missing
 
     @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The placement's; the last one holds the output."""
+        return self.placement.segments
+
+    @property
     def kind(self) -> str:
         """What is on the host."""
-        return kind_of(self.order, self.segments)
+        return kind_of(self.segments)
 
 
 class Search(Budgets):
@@ -87,9 +92,10 @@ class Search(Budgets):
         self, context: Context, order: tuple[int, ...], segments: tuple[Segment, ...], handicap: float
     ) -> Candidate:
         """A candidate with its time and what RAM it lacks."""
-        seconds = self.roofline.workload(segments, context)
+        seconds = self.roofline.workload(order, segments, context)
         score = seconds * handicap * ANOTHER_GPU ** max(0, len(order) - 1)
-        return Candidate(context, order, segments, seconds, score, self.host_short(context, order, segments))
+        placement = Placement(segments)
+        return Candidate(context, order, placement, seconds, score, self.host_short(context, order, segments))
 
     def orders(self) -> list[tuple[int, ...]]:
         """Rows of GPUs worth a try: the fastest one, two, ..., and the largest, each behind its best PCIe link.
@@ -138,19 +144,19 @@ class Search(Budgets):
             return None
         speeds = [self.roofline.rates.gpus[device].bytes_per_s for device in order]
         ends = fill(whole, 0, budgets, speeds)
-        return self.segments(order, 0, ends, None) if ends else None
+        return self.segments(0, ends, None) if ends else None
 
     def _spilled(self, context: Context, order: tuple[int, ...]) -> Iterator[tuple[Segment, ...]]:
         """Attention and cache of all layers on GPUs, and experts (FFN) of as many as they hold."""
         budgets = self.budgets(context, order, "spill")
         greedy = self._front_kept(context, budgets)
         if greedy:
-            yield self.segments(order, 0, greedy, (context, budgets))
+            yield self.segments(0, greedy, (context, budgets))
         speeds = [self.roofline.rates.gpus[device].bytes_per_s for device in order]
         fastest = max(range(len(order)), key=lambda position: speeds[position])
         around = self._around(context, fastest, budgets)
         if around and around != greedy:
-            yield self.segments(order, 0, around, (context, budgets))
+            yield self.segments(0, around, (context, budgets))
 
     def _around(self, context: Context, middle: int, budgets: Sequence[float]) -> tuple[int, ...] | None:
         """Where the cuts are if every GPU but one, the fastest, has only layers with all their experts (FFN)."""
@@ -196,11 +202,10 @@ class Search(Budgets):
             best, low, high = ((front, ends), low, front - 1) if ends else (best, front + 1, high)
         if best is None:
             return None
-        return self.segments(order, *best, None if kept else (context, budgets))
+        return self.segments(*best, None if kept else (context, budgets))
 
     def segments(
         self,
-        order: tuple[int, ...],
         front: int,
         ends: tuple[int, ...],
         spilling: tuple[Context, Sequence[float]] | None,
@@ -208,7 +213,7 @@ class Search(Budgets):
         """Pieces as segments; `spilling`: of each piece the front layers keep experts as far as its budget goes."""
         layers, start = self.model.layers, front
         pieces = [Segment(None, 0, front, front)] if front else []
-        for position, (device, end) in enumerate(zip(order, ends, strict=True)):
+        for position, end in enumerate(ends):
             hi = min(end, layers)
             keep = hi
             if spilling:
@@ -218,7 +223,7 @@ class Search(Budgets):
                 keep = start
                 while keep < hi and spill[keep + 1] - spill[start] <= room:
                     keep += 1
-            pieces.append(Segment(device, start, hi, keep))
+            pieces.append(Segment(position, start, hi, keep))
             start = hi
         return tuple(pieces)
 

@@ -43,13 +43,13 @@ def layers(header):
 
 
 def everything_on(header, device=0):
-    return Placement((device,) * (layers(header) + 1))
+    return Placement.of((device,) * (layers(header) + 1))
 
 
 def on_gpus(header, counts, spilled=()):
     holders = [device for device, count in enumerate(counts) for _ in range(count)]
     front = (None,) * (layers(header) + 1 - len(holders))
-    return Placement((*front, *holders), frozenset(spilled))
+    return Placement.of((*front, *holders), frozenset(spilled))
 
 
 ORACLE = {
@@ -234,7 +234,7 @@ def test_everything_on_one_device_is_not_taken_for_everything_on_the_host():
     header, context = planning.header("Llama-3.1-8B"), Context(8192, 1, "f16", 512)
     model = Model.of(header)
     used, with_device = usage(model, context, everything_on(header), "cpu")
-    _, alone = usage(model, context, Placement((None,) * (layers(header) + 1)), "cpu")
+    _, alone = usage(model, context, Placement.of((None,) * (layers(header) + 1)), "cpu")
     assert (used[0].compute_bytes // MIB, with_device.compute_bytes // MIB, alone.compute_bytes // MIB) == (
         124,
         40,

@@ -106,6 +106,7 @@ ROW = {
     "overhead_bytes",
     "capacity_bytes",
     "free_bytes",
+    "reserve_bytes",
 }
 
 

@@ -54,16 +54,15 @@ def test_nothing_more_fits_on_one_gpu(layout, gib):
     if None in placement.layer_devices:  # one more layer, or, of a mixture of experts, its attention alone
         front = placement.layer_devices.index(0)
         holders = tuple(0 if layer >= front - 1 else None for layer in range(model.layers + 1))
-        fuller = replace(placement, layer_devices=holders)
-        if model.is_moe and model.spill_bytes[front - 1]:
-            fuller = replace(fuller, spilled=placement.spilled | {front - 1})
+        more = {front - 1} if model.is_moe and model.spill_bytes[front - 1] else set()
+        fuller = Placement.of(holders, placement.spilled | more, dict(placement.partly))
     elif placement.partly:  # the other part of the layer that is shared
-        fuller = replace(placement, partly=())
+        fuller = Placement.of(placement.layer_devices, placement.spilled)
     elif placement.spilled:
         first = min(placement.spilled)
         down = model.down_bytes[first]
         part = "up" if down <= model.spill_bytes[first] - down else "down"  # the smaller part comes to the GPU
-        fuller = replace(placement, spilled=placement.spilled - {first}, partly=((first, part),))
+        fuller = Placement.of(placement.layer_devices, placement.spilled - {first}, {first: part})
     else:
         return
     assert free_bytes(answer, layout, fuller) < 0
@@ -79,7 +78,7 @@ def test_no_other_split_of_a_dense_model_is_faster(layout, gib, live):
     search, context = searching(layout, [gib * 1024], asked)
     layers = search.model.layers
     best = min(
-        search.roofline.workload(segments, context)
+        search.roofline.workload((0,), segments, context)
         for front in range(layers + 1)
         for keep in range(front, layers + 1, 2)
         if fits(search, context, segments := ([Segment(None, 0, front, front)] if front else [])
@@ -124,8 +123,8 @@ def test_no_other_cut_between_two_gpus_is_faster(layout, gpus):
         for cut in range(1, search.model.layers):
             ends = (cut, search.model.layers + 1)
             if base[cut] <= budgets[0] and base[-1] - base[cut] <= budgets[1]:
-                segments = search.segments(order, 0, ends, (context, budgets))
-                tried.append(search.roofline.workload(segments, context))
+                segments = search.segments(0, ends, (context, budgets))
+                tried.append(search.roofline.workload(order, segments, context))
     assert answer.predicted.workload_seconds <= min(tried) * 1.001
 
 
@@ -133,10 +132,9 @@ def test_what_the_stand_ins_missed_is_mended_by_the_ledger():
     """A device that turns out fuller than the search thought loses layers until it fits."""
     search, context = searching("gpt-oss-120b", [24564], {"context_tokens": 8192})
     [one, *_] = search.candidates([(context, 1.0)])
-    more = replace(one, segments=tuple(replace(part, keep=part.keep + 3) for part in one.segments))
+    more = replace(one, placement=Placement(tuple(replace(part, keep=part.keep + 3) for part in one.segments)))
     settled = settle(search, more, 1.0)
     assert settled.rows[0].free_bytes >= 0
-    assert isinstance(settled.placement, Placement)
     assert settled.candidate.segments[0].keep == settle(search, one, 1.0).candidate.segments[0].keep
 
 
