@@ -25,13 +25,12 @@ from llamafleet.host.backends import TRAITS
 from llamafleet.host.gpus import find
 from llamafleet.host.machine import Machine
 from llamafleet.host.speeds import rates
-from llamafleet.memory.capacity import Room
 from llamafleet.memory.context import Context
 from llamafleet.memory.ledger import NO_ADJUSTMENT
 from llamafleet.memory.placement import Segment
 from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header, Tensor, read_path
-from llamafleet.planner.backend import resolve_backend
+from llamafleet.planner.backend import capacity_of, resolve_backend
 from llamafleet.planner.plan import plan_host
 from llamafleet.planner.result import Plan
 from llamafleet.planner.roofline import Prediction, Roofline
@@ -175,13 +174,13 @@ def search_for(case: Case, header: Header, host: Machine, settings: Settings) ->
     """The planner's own parts, for a placement that is not its choice."""
     instance, backend = settings.models[0], resolve_backend(host, settings)
     assert isinstance(backend, str)
-    room = Room.of(host, host.usable_gpus, settings)
+    capacity = capacity_of(host, host.usable_gpus, settings)
     tokens = instance.context_tokens or CONTEXT
-    reached = rates(host.cpu, room.gpus, instance.threads or CORES)
+    reached = rates(host.cpu, capacity.gpus, instance.threads or CORES)
     model = Model.of(header)
     roofline = Roofline(model, Workload.of(instance, tokens), reached, op_offload=TRAITS[backend].op_offload)
     context = Context(tokens, case.get("slots", 1), case.get("kv_type", "f16"), case.get("ubatch_tokens", 512))
-    return Search(model, room, backend, 0, NO_ADJUSTMENT, roofline), context
+    return Search(model, capacity, backend, 0, NO_ADJUSTMENT, roofline), context
 
 
 def settings_for(case: Case, header: Header) -> Settings:

@@ -1,4 +1,4 @@
-"""Room for layers: what is left on a host, and how a row of layers is cut for its devices."""
+"""What a host has left for the next instance, and the ledger of one model on it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from llamafleet.memory.context import Context
 from llamafleet.memory.ledger import NO_ADJUSTMENT, Adjustment, Buffers, LedgerRow, Usage, buffers, usage
 from llamafleet.memory.placement import HOST, Placement
 from llamafleet.memory.weights import X86_TYPES, Model, repacked_types
-from llamafleet.settings.schema import Settings
-from llamafleet.units import MIB
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """What is left on a host for the next instance, reserves not yet taken off."""
 
     gpus: tuple[Gpu, ...]
@@ -28,23 +26,30 @@ class Room:
     repacked: Mapping[str, int]  # types that the CPU repacks
 
     @classmethod
-    def of(cls, machine: Machine, gpus: Sequence[Gpu], settings: Settings) -> Room:
-        """The whole host's."""
+    def of(
+        cls,
+        machine: Machine,
+        gpus: Sequence[Gpu],
+        *,
+        gpu_reserve_bytes: int,
+        host_reserve_bytes: int,
+        allow_swap: bool,
+    ) -> Capacity:
+        """The whole host's. Where GPU and CPU share one memory, the host's reserve is the GPU's too."""
         unified = any(gpu.unified_memory for gpu in gpus)
-        reserve = (settings.ram_reserve_mib if unified else settings.gpu_reserve_mib) * MIB
         total = machine.memory.total_bytes
         return cls(
             gpus=tuple(gpus),
             gpu_bytes=tuple(min(gpu.capacity_bytes, total) if unified else gpu.capacity_bytes for gpu in gpus),
             host_bytes=total,
-            swap_bytes=machine.memory.swap_total_bytes if settings.allow_swap else 0,
-            gpu_reserve_bytes=reserve,
-            host_reserve_bytes=settings.ram_reserve_mib * MIB,
+            swap_bytes=machine.memory.swap_total_bytes if allow_swap else 0,
+            gpu_reserve_bytes=host_reserve_bytes if unified else gpu_reserve_bytes,
+            host_reserve_bytes=host_reserve_bytes,
             unified=unified,
             repacked=repacked_types(machine.cpu.flags) if machine.cpu.flags else X86_TYPES,
         )
 
-    def without(self, ledger: Sequence[LedgerRow]) -> Room:
+    def without(self, ledger: Sequence[LedgerRow]) -> Capacity:
         """What is left once a plan has its share."""
         used = {row.device: row.used_bytes for row in ledger}
         taken = sum(used.values()) if self.unified else used.get(HOST, 0)
@@ -57,7 +62,7 @@ class Room:
             host_bytes=self.host_bytes - taken,
         )
 
-    def only(self, order: Sequence[int]) -> Room:
+    def only(self, order: Sequence[int]) -> Capacity:
         """The same host with these of its GPUs, in this order: llama.cpp's device N is the N-th."""
         return replace(
             self,
@@ -93,11 +98,11 @@ def _row(device: str, use: Usage, capacity: int, reserve: int) -> LedgerRow:
 
 @dataclass(frozen=True)
 class Case:
-    """One model with its context on what room there is."""
+    """One model with its context, and the capacity that it has."""
 
     model: Model
     context: Context
-    room: Room
+    capacity: Capacity
     backend: str
     host_extra_bytes: int  # RAM besides the model's: the prompt cache
     adjustment: Adjustment = NO_ADJUSTMENT  # what the binary said of an earlier plan
@@ -109,9 +114,10 @@ class Case:
     def rows(self, placement: Placement, known: Buffers | None = None) -> tuple[LedgerRow, ...]:
         """The ledger of a placement, corrected by what the binary said. `known`: the buffers, if they are."""
         used, host = usage(
-            self.model, self.context, placement, self.backend, self.host_extra_bytes, self.room.repacked, known
+            self.model, self.context, placement, self.backend, self.host_extra_bytes, self.capacity.repacked, known
         )
         adjusted = {
-            device: self.adjustment.applied(f"GPU{self.room.gpus[device].index}", use) for device, use in used.items()
+            device: self.adjustment.applied(f"GPU{self.capacity.gpus[device].index}", use)
+            for device, use in used.items()
         }
-        return self.room.ledger(adjusted, self.adjustment.applied(HOST, host))
+        return self.capacity.ledger(adjusted, self.adjustment.applied(HOST, host))

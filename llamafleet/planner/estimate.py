@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llamafleet.host.backends import TRAITS
-from llamafleet.memory.capacity import Room
+from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.context import Context
 from llamafleet.memory.ledger import Adjustment
 from llamafleet.memory.placement import HOST, Segment
@@ -37,12 +37,18 @@ class Fixed:
 
 
 class Budgets:
-    """What one model's layers cost, and what one room has for them."""
+    """What one model's layers cost, and what a host has left for them."""
 
     def __init__(
-        self, model: Model, room: Room, backend: str, extra_bytes: int, adjustment: Adjustment, roofline: Roofline
+        self,
+        model: Model,
+        capacity: Capacity,
+        backend: str,
+        extra_bytes: int,
+        adjustment: Adjustment,
+        roofline: Roofline,
     ) -> None:
-        self.model, self.room, self.backend = model, room, backend
+        self.model, self.capacity, self.backend = model, capacity, backend
         self.extra_bytes, self.adjustment, self.roofline = extra_bytes, adjustment, roofline
         self.movable = [layer for layer in range(model.layers) if model.spill_bytes[layer]]
         self.sketch = Sketch(model)
@@ -71,13 +77,15 @@ class Budgets:
 
     def budgets(self, context: Context, order: tuple[int, ...], kind: str) -> list[float]:
         """Bytes for layers on each device: what compute, staging, overhead, reserve and others leave."""
-        fixed, room = self.fixed(context, len(order), kind), self.room
+        fixed, capacity = self.fixed(context, len(order), kind), self.capacity
         budgets = []
         for position, device in enumerate(order):
-            extra = self.adjustment.extra_bytes.get(f"GPU{room.gpus[device].index}", 0)
-            shared = (fixed.host + self.model.input_bytes) if room.unified else 0
+            extra = self.adjustment.extra_bytes.get(f"GPU{capacity.gpus[device].index}", 0)
+            shared = (fixed.host + self.model.input_bytes) if capacity.unified else 0
             budgets.append(
-                float(room.gpu_bytes[device] - room.gpu_reserve_bytes - fixed.devices[position] - extra - shared)
+                float(
+                    capacity.gpu_bytes[device] - capacity.gpu_reserve_bytes - fixed.devices[position] - extra - shared
+                )
             )
         return budgets
 
@@ -101,7 +109,7 @@ class Budgets:
 
     def host_short(self, context: Context, order: tuple[int, ...], segments: Sequence[Segment]) -> int:
         """Bytes of RAM that are missing with that placement."""
-        room, model = self.room, self.model
+        capacity, model = self.capacity, self.model
         kind = kind_of(segments)
         needed = self.fixed(context, len(order), kind).host + model.input_bytes
         for one in segments:
@@ -112,10 +120,10 @@ class Budgets:
                 needed += int(base[one.hi] - base[one.lo] + spill[one.hi] - spill[one.lo])
         if not order:
             needed += model.output_bytes - (model.tied_bytes if model.tied_is_shared else 0)
-        if room.unified:
+        if capacity.unified:
             base = self.costs(context)
             needed += int(base[-1] + self.roofline.spill[-1]) + sum(self.fixed(context, 1, "none").devices)
-        return max(0, needed + room.host_reserve_bytes - room.host_bytes - room.swap_bytes)
+        return max(0, needed + capacity.host_reserve_bytes - capacity.host_bytes - capacity.swap_bytes)
 
 
 F32, F16 = 4, 2

@@ -20,7 +20,7 @@ from llamafleet.settings.workload import Workload
 
 UBATCHES = (512, 256, 1024, 2048, 4096, 8192)  # llama.cpp's default first: it wins ties
 # How much sooner the workload must be done for what costs something that time does not show.
-ANOTHER_GPU = 1.02  # power, heat and the room of other instances
+ANOTHER_GPU = 1.02  # power, heat and the capacity of other instances
 LATER_KV_TYPE = 1.10  # the operator's order of types is one of quality
 OTHER_UBATCH = 1.005  # for each doubling or halving of 512: nothing is changed for nothing
 KEPT_ROWS = 8  # rows of GPUs that other cache types and numbers of slots are tried with
@@ -32,7 +32,7 @@ class Candidate:
     """One way to serve: what, where, and how long the workload takes."""
 
     context: Context
-    order: tuple[int, ...]  # GPUs of the room, llama.cpp's device 0 first
+    order: tuple[int, ...]  # GPUs of the host, llama.cpp's device 0 first
     placement: Placement  # device numbers are positions in `order`
     seconds: float
     score: float  # seconds, with a handicap for what costs something else
@@ -50,7 +50,7 @@ class Candidate:
 
 
 class Search(Budgets):
-    """All candidates for one model in one room, within its budgets."""
+    """All candidates for one model on one host, within its budgets."""
 
     def candidates(self, tried: Sequence[tuple[Context, float]]) -> list[Candidate]:
         """The best first. A context comes with its handicap.
@@ -85,8 +85,8 @@ class Search(Budgets):
     def _nowhere(self) -> tuple[tuple[int, ...], tuple[Segment, ...]]:
         """What no GPU holds: on the CPU, or, where there is one memory, on its GPU."""
         layers = self.model.layers
-        device = 0 if self.room.unified else None
-        return ((0,) if self.room.unified else ()), (Segment(device, 0, layers, layers),)
+        device = 0 if self.capacity.unified else None
+        return ((0,) if self.capacity.unified else ()), (Segment(device, 0, layers, layers),)
 
     def weigh(
         self, context: Context, order: tuple[int, ...], segments: tuple[Segment, ...], handicap: float
@@ -103,7 +103,7 @@ class Search(Budgets):
         The first device gets all that op-offload copies from the host (ggml-backend.cpp, the first backend that
         wants an operation), so it is the one that copies and multiplies fastest.
         """
-        rates, sizes = self.roofline.rates.gpus, self.room.gpu_bytes
+        rates, sizes = self.roofline.rates.gpus, self.capacity.gpu_bytes
         devices = range(len(sizes))
         fastest = sorted(devices, key=lambda n: (-rates[n].bytes_per_s, -sizes[n], n))
         largest = sorted(devices, key=lambda n: (-sizes[n], -rates[n].bytes_per_s, n))
@@ -127,7 +127,7 @@ class Search(Budgets):
         if whole := self._resident(context, in_bus_order):
             yield in_bus_order, whole  # nothing is copied from the host: no GPU need be first
             return
-        if self.room.unified:
+        if self.capacity.unified:
             return  # nothing is gained by moving it within one memory
         some = False
         for spilled in self._spilled(context, order) if self.movable else ():
@@ -219,9 +219,9 @@ class Search(Budgets):
             if spilling:
                 context, budgets = spilling
                 base, spill = self.costs(context), self.roofline.spill
-                room = budgets[position] - (base[end] - base[start])
+                left = budgets[position] - (base[end] - base[start])
                 keep = start
-                while keep < hi and spill[keep + 1] - spill[start] <= room:
+                while keep < hi and spill[keep + 1] - spill[start] <= left:
                     keep += 1
             pieces.append(Segment(position, start, hi, keep))
             start = hi

@@ -6,11 +6,11 @@ import pytest
 
 from llamafleet.host.backends import TRAITS
 from llamafleet.host.speeds import rates
-from llamafleet.memory.capacity import Room
 from llamafleet.memory.ledger import NO_ADJUSTMENT, usage
 from llamafleet.memory.placement import Placement, Segment
 from llamafleet.memory.weights import Model
-from llamafleet.planner.refine import settle
+from llamafleet.planner.backend import capacity_of
+from llamafleet.planner.refine import refine
 from llamafleet.planner.result import Plan
 from llamafleet.planner.roofline import Roofline
 from llamafleet.planner.search import Search, contexts
@@ -96,10 +96,10 @@ def fits(search, context, segments):
 def searching(layout, gpus, asked):
     host, settings = machine(gpus, ram_gib=1024), planning.settings(asked)
     instance = settings.models[0]
-    model, room = Model.of(planning.header(layout)), Room.of(host, host.gpus, settings)
+    model, capacity = Model.of(planning.header(layout)), capacity_of(host, host.gpus, settings)
     its_work = Workload.of(instance, instance.context_tokens)
     roofline = Roofline(model, its_work, rates(host.cpu, host.gpus, 6), op_offload=TRAITS["cuda"].op_offload)
-    search = Search(model, room, "cuda", 1024 * MIB, NO_ADJUSTMENT, roofline)
+    search = Search(model, capacity, "cuda", 1024 * MIB, NO_ADJUSTMENT, roofline)
     return search, contexts(instance, instance.context_tokens, its_work)[0][0]
 
 
@@ -133,19 +133,19 @@ def test_what_the_stand_ins_missed_is_mended_by_the_ledger():
     search, context = searching("gpt-oss-120b", [24564], {"context_tokens": 8192})
     [one, *_] = search.candidates([(context, 1.0)])
     more = replace(one, placement=Placement(tuple(replace(part, keep=part.keep + 3) for part in one.segments)))
-    settled = settle(search, more, 1.0)
-    assert settled.rows[0].free_bytes >= 0
-    assert settled.candidate.segments[0].keep == settle(search, one, 1.0).candidate.segments[0].keep
+    refined = refine(search, more, 1.0)
+    assert refined.rows[0].free_bytes >= 0
+    assert refined.candidate.segments[0].keep == refine(search, one, 1.0).candidate.segments[0].keep
 
 
 def test_a_gpu_that_holds_no_layer_is_not_left_in_the_row_without_one():
     """Such a row does not fit; another one, without that GPU, is another candidate."""
     search, context = searching("Llama-3.3-70B", [1700, 24576], {"context_tokens": 32768})
     pieces = (Segment(None, 0, 40, 40), Segment(0, 40, 42, 42), Segment(1, 42, 80, 42))
-    settled = settle(search, search.weigh(context, (0, 1), pieces, 1.0), 1.0)
-    assert [part.device for part in settled.candidate.segments] == [None, 0, 1]
-    assert all(part.lo < part.hi for part in settled.candidate.segments)
-    assert len(settled.rows) == 3 and settled.rows[0].free_bytes < 0
+    refined = refine(search, search.weigh(context, (0, 1), pieces, 1.0), 1.0)
+    assert [part.device for part in refined.candidate.segments] == [None, 0, 1]
+    assert all(part.lo < part.hi for part in refined.candidate.segments)
+    assert len(refined.rows) == 3 and refined.rows[0].free_bytes < 0
 
 
 def test_gpt_oss_120b_on_24_gb_holds_more_than_hand_tuned():
