@@ -138,8 +138,7 @@ def bar(row: LedgerRow, look: Look = PLAIN) -> str:
     scale = width / max(1, row.capacity_bytes)
     pieces, filled, upto = [], 0, 0
     shares = [(letter, colour, getattr(row, part)) for letter, _, part, colour in PARTS]
-    reserve = row.capacity_bytes - row.used_bytes - row.free_bytes
-    for letter, colour, size in (*shares, (*RESERVE, max(0, reserve))):
+    for letter, colour, size in (*shares, (*RESERVE, row.reserve_bytes)):
         upto += size
         end = min(round(upto * scale), width)
         pieces.append(look.painted(letter * (end - filled), colour))
