@@ -1,4 +1,4 @@
-"""The plan against the binary: what is asked, what counts as the same, and how the two come to agree."""
+"""A plan compared with the binary's report: the command line, the tolerance, and the rounds until both agree."""
 
 import dataclasses
 
@@ -11,12 +11,12 @@ from tests import planning
 from tests.planning import MIB
 
 GIB = 1024 * MIB
-ASKED = planning.settings({"context_tokens": 8192})
+SETTINGS = planning.settings({"context_tokens": 8192})
 
 
-def planned(adjustments=None, *, layout="gpt-oss-120b", gpus=(16376,), asked=ASKED, **machine):
+def planned(adjustments=None, *, layout="gpt-oss-120b", gpus=(16376,), settings=SETTINGS, **machine):
     host = planning.machine(list(gpus), **machine)
-    return planning.plans(host, [(layout,)] * len(asked.models), asked, adjustments)
+    return planning.plans(host, [(layout,)] * len(settings.models), settings, adjustments)
 
 
 def counted(row):
@@ -24,16 +24,18 @@ def counted(row):
 
 
 def answer(plan, **more):
-    """What a binary would say that agrees with the plan, but for `more` on its devices."""
+    """The report of a binary that agrees with the plan, except for `more` bytes on its devices."""
     names = [f"CUDA{n}" for n in range(len(plan.gpus))]
-    told = {name: counted(row) + more.pop(name, 0) for name, row in zip(names, plan.ledger, strict=False)}
-    # Host memory is told in parts.
+    reported = {name: counted(row) + more.pop(name, 0) for name, row in zip(names, plan.ledger, strict=False)}
+    # Host memory is reported in parts.
     repacked = plan.ledger[-1].weights_bytes
-    return Answer({**told, "Host": counted(plan.ledger[-1]) - repacked + more.pop("host", 0), "CPU_REPACK": repacked})
+    return Answer(
+        {**reported, "Host": counted(plan.ledger[-1]) - repacked + more.pop("host", 0), "CPU_REPACK": repacked}
+    )
 
 
 class Binary:
-    """Counts as the pure ledger does, plus what it is told to count beyond it."""
+    """A binary that reports the ledger's bytes plus `more` bytes, a number or a function of the plan, by device."""
 
     def __init__(self, **more):
         self.more, self.asked = more, []
@@ -45,19 +47,19 @@ class Binary:
 
 
 def settled(binary, adjustments=None, is_known=lambda plan: False, **how):
-    """With the plan's own adjustments taken out of what the binary says, which is of the flags alone."""
-    now = {}
+    """Settle with this binary. Its report depends on the flags alone, so the plan's adjustments are subtracted."""
+    current = {}
 
     def planner(given):
-        now.update(given)
+        current.update(given)
         return planned(given, **how)
 
     def ask(plan):
-        extra = now.get(plan.instance, Adjustment()).extra_bytes
-        told = dict(binary(plan).told)
+        extra = current.get(plan.instance, Adjustment()).extra_bytes
+        reported = dict(binary(plan).told)
         for name, device in (("CUDA0", "GPU0"), ("Host", "host")):
-            told[name] -= extra.get(device, 0)
-        return Answer(told)
+            reported[name] -= extra.get(device, 0)
+        return Answer(reported)
 
     return settle(planner, ask, adjustments or {}, is_known)
 
@@ -73,9 +75,9 @@ def test_the_question_is_the_service_without_what_it_must_not_touch():
 
 def test_a_real_command_line_keeps_its_placement():
     [plan] = planned()
-    asked = question(plan.argv)
-    assert "--override-tensor" in asked and "--fit" not in asked
-    assert set(plan.argv) - set(asked) <= {"--fit", "off"}
+    command = question(plan.argv)
+    assert "--override-tensor" in command and "--fit" not in command
+    assert set(plan.argv) - set(command) <= {"--fit", "off"}
 
 
 def test_tolerance_is_16_mib_or_one_in_a_hundred():
@@ -148,7 +150,7 @@ def test_what_does_not_fit_after_all_is_refused_with_the_numbers():
 
 
 def grows(plan):
-    """A layout whose ledger is wrong by more, the more is on the host: no correction is ever enough."""
+    """A difference that grows with the layers on the host, so that no correction is ever enough."""
     return (len(plan.placement.spilled) + 1) * 300 * MIB
 
 
@@ -162,7 +164,7 @@ def test_the_rounds_are_bounded():
 
 
 def test_a_plan_with_room_to_spare_is_not_swung_back():
-    """What was too little once was corrected; that the next plan has some left over is no reason for a third."""
+    """After a correction upwards, free memory in the next plan is no reason for a third plan."""
     [first] = planned()
     binary = Binary(CUDA0=lambda plan: 3 * GIB if plan.argv == first.argv else GIB)
     done = settled(binary)
@@ -184,17 +186,17 @@ def test_known_plans_are_not_asked_about():
 
 def test_of_two_instances_the_second_gets_what_the_first_really_leaves():
     two = planning.settings({"context_tokens": 4096}, {"context_tokens": 4096})
-    how = {"layout": "Llama-3.2-3B", "asked": two, "gpus": [24564]}
+    how = {"layout": "Llama-3.2-3B", "settings": two, "gpus": [24564]}
     done = settled(Binary(CUDA0=lambda plan: GIB if plan.instance == "m0" else 0), **how)
     before, after = planned(**how), done.answers
-    assert all(isinstance(one, Plan) for one in after)
+    assert all(isinstance(result, Plan) for result in after)
     assert after[1].ledger[0].capacity_bytes == before[1].ledger[0].capacity_bytes - GIB
 
 
 def test_the_record_tells_both_numbers():
     done = settled(Binary(CUDA0=3 * GIB), {"m0": Adjustment({"GPU0": GIB})})
-    told = done.verified["m0"].to_json()
-    assert set(told) == {"ledger_bytes", "binary_bytes", "extra_bytes", "rounds", "why"}
-    # By the header alone, whatever was in the plan already.
-    assert told["binary_bytes"]["GPU0"] - told["ledger_bytes"]["GPU0"] == 3 * GIB == told["extra_bytes"]["GPU0"]
+    record = done.verified["m0"].to_json()
+    assert set(record) == {"ledger_bytes", "binary_bytes", "extra_bytes", "rounds", "why"}
+    # The ledger's bytes are from the header alone, without the adjustment that the plan was made with.
+    assert record["binary_bytes"]["GPU0"] - record["ledger_bytes"]["GPU0"] == 3 * GIB == record["extra_bytes"]["GPU0"]
     assert dataclasses.asdict(done.verified["m0"])["room"] is True
