@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llamafleet.cli import main as cli
-from llamafleet.hub import http as web
+from llamafleet.hub import http
 from llamafleet.settings.schema import SettingsError
 from sandbox import hub as stand_in
 from sandbox import models
@@ -71,7 +71,7 @@ def test_the_refusal_s_table_says_what_would_help(model, machine_file, capsys):
         (["context_tokens=many"], "should be a whole number or None"),
         (["context_tokens"], "should be KEY=VALUE"),
         (["=3"], "should be KEY=VALUE"),
-        (["source=/x"], "is given by --model"),
+        (["source=/x"], "give the model with --model"),
         (["slots=0"], "should be from 1 to 256"),
     ],
 )
@@ -85,7 +85,7 @@ def test_bad_settings_exit_2(model, machine_file, changes, message, capsys):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is not JSON"), ("[]", "machine file"), ('{"schema": 9}', "schema"), ('{"schema": 1}', "hostname")],
+    [("{", "should be JSON"), ("[]", "machine file"), ('{"schema": 9}', "schema"), ('{"schema": 1}', "hostname")],
 )
 def test_bad_machine_files_exit_2(model, tmp_path, text, message, capsys):
     path = tmp_path / "m.json"
@@ -100,7 +100,7 @@ def test_missing_files_exit_2(model, machine_file, tmp_path, capsys):
     assert cli.main(["plan", "--model", model, "--machine", str(tmp_path / "no.json")]) == 2
     assert "cannot be read" in capsys.readouterr().err
     assert cli.main(["plan", "--model", model, "--machine", "no-such-box"]) == 2
-    assert "there is no file of that name, and 'no-such-box': no such GPU" in capsys.readouterr().err
+    assert "there is no file 'no-such-box', and as a description: 'no-such-box': no such GPU" in capsys.readouterr().err
     (tmp_path / "page.gguf").write_text("<!DOCTYPE html>")
     assert cli.main(["plan", "--model", str(tmp_path / "page.gguf"), "--machine", machine_file]) == 2
     assert "is an HTML page" in capsys.readouterr().err
@@ -154,8 +154,8 @@ def test_the_table_says_what_would_change(tmp_path, capsys):
         == 0
     )
     out = capsys.readouterr().out
-    assert "the largest context that fits: 40960 tokens (all that it was trained for)" in out
-    assert "the next quantisation up, Q5_K with about 5.4 GiB, fits" in out  # published: 5.44 GiB
+    assert "the largest context that fits: 40960 tokens (the whole trained context)" in out
+    assert "the next larger quantisation, Q5_K with about 5.4 GiB, fits" in out  # published: 5.44 GiB
 
 
 # --- models of the Hub ----------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_the_best_is_fast_enough_and_fits(hub, capsys):
     assert "too slow" in out
     assert "fits and writes 80 tokens/s: hf:acme/Qwen3-GGUF/Qwen3-30B-A3B-Q4_K_M.gguf" in out
     assert plan(hub, "hf:acme/Qwen3-GGUF", machine, "--compare", "--min-speed", "9999") == 3
-    assert "REFUSED: none of them fits and writes 9999 tokens/s" in capsys.readouterr().out
+    assert "REFUSED: none of these models fits and writes 9999 tokens/s" in capsys.readouterr().out
 
 
 def test_models_named_one_by_one_are_compared(hub, model, capsys):
@@ -275,7 +275,7 @@ def test_a_60_gb_model_is_planned_from_few_bytes_in_little_time(model, capsys):
 def test_a_signed_address_that_expires_while_it_is_read_is_asked_for_anew(model, capsys):
     with stand_in.Hub(link_seconds=3600) as hub:
         hub.add("acme/oss", "oss.gguf", Path(model))
-        reader = web.Web()
+        reader = http.Web()
         url = f"{hub.url}/acme/oss/resolve/main/oss.gguf"
         with Path(model).open("rb") as file:
             whole = file.read(3000)
