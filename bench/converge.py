@@ -1,9 +1,9 @@
-"""What does a run cost that changes nothing? Wall time and controller memory over 1, 10 and 30 hosts.
+"""The cost of a run without changes: wall time and memory of the controller for 1, 10 and 30 hosts.
 
     python -m bench.converge            as root; writes bench/results/converge.csv
 
-Real sandbox hosts with a real systemd, over real SSH, each serving a tiny model. They share one
-machine with the controller, which a real fleet does not: the hosts' own work is in these figures.
+The hosts are sandbox hosts with a real systemd, reached by SSH, and each serves a tiny model. Unlike a real fleet they
+share one machine with the controller, so the hosts' own work is included in the figures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "converge.csv"
 COUNTS = (1, 10, 30)
 RUNS = 5
-# What a release needs to run: in the hosts' root, so that thirty hosts do not fetch it thirty times.
+# Packages that a release needs at run time: installed once in the hosts' root instead of on each of thirty hosts.
 PACKAGES = ["ca-certificates", "curl", "libgomp1"]
 
 

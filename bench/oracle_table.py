@@ -1,8 +1,8 @@
-"""The ledger against llama-server itself, over every published layout: all cases as CSV, the worst ones in words.
+"""The ledger compared with llama-server, over every published layout: all cases as CSV, and a summary of the worst.
 
     python -m bench.oracle_table [--cases 40] [--jobs 3] [--layout NAME]
 
-Each case is asked of a fresh llama-server with RPC devices (sandbox/oracle.py). The first run compiles it.
+Each case starts a new llama-server with RPC devices (sandbox/oracle.py). The first run compiles it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ FIELDS = ("layout", "quant", "tokens", "slots", "unified", "kv_type", "ubatch", 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Ask, compare, write, summarise."""
+    """Compare all cases, write the CSV file and print the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=40, help="of each layout")
     parser.add_argument("--jobs", type=int, default=3)
-    parser.add_argument("--layout", help="only this one; nothing is written")
+    parser.add_argument("--layout", help="compare only this layout; write no CSV file")
     given = parser.parse_args(argv)
     cases = [case for case in matrix(given.cases) if given.layout in (None, case.layout)]
     oracle.build()

@@ -1,12 +1,11 @@
-"""How exact are our figures from the header alone, beside node-llama-cpp's and llama-server's own?
+"""Accuracy of the ledger's memory estimate from the header alone, beside node-llama-cpp's estimate.
 
     python -m bench.plan_accuracy       writes bench/results/plan_accuracy.csv and plan_accuracy.svg
 
-Of every test layout: what one device holds that takes every layer, for 8192 tokens in one slot, f16 cache, flash
-attention, 512 tokens at a time. The truth is what llama-server prints before it loads (`--fit` uses these very
-figures), on an RPC device, so that nothing but weights, KV cache and compute is in it. node-llama-cpp is asked for
-the same; it counts logits for a whole batch, which its own contexts have and llama-server's have not, so it is
-listed as it is and less these logits.
+For every test layout: the memory of one device with all layers, for 8192 tokens in one slot, f16 cache, flash
+attention and a ubatch of 512. The reference is the breakdown that llama-server prints before it loads (`--fit` uses the
+same figures), on an RPC device, so that it has only weights, KV cache and compute. node-llama-cpp counts logits for a
+whole batch, which its own contexts have but llama-server's do not; its estimate is listed with and without them.
 
 Needs node, npm and the oracle's build (made where it is missing).
 """
@@ -40,7 +39,7 @@ CONTEXT_TOKENS, UBATCH_TOKENS = 8192, 512
 
 
 def install() -> None:
-    """node-llama-cpp with its ready-made program for the CPU: nothing is compiled, no script of it runs."""
+    """Install node-llama-cpp with its prebuilt binary for the CPU; nothing is compiled and no install script runs."""
     if (NODE / "node_modules" / "node-llama-cpp").is_dir():
         return
     NODE.mkdir(parents=True, exist_ok=True)
@@ -50,8 +49,8 @@ def install() -> None:
 
 
 def node(paths: Sequence[Path]) -> dict[str, dict[str, int]]:
-    """What node-llama-cpp says of each file; nothing where it fails."""
-    script = NODE / "node_estimate.mjs"  # beside its modules, where node looks for them
+    """node-llama-cpp's estimate for each file; where it fails, `problem` has its error."""
+    script = NODE / "node_estimate.mjs"  # beside node_modules, where node searches for imports
     script.write_bytes((ROOT / "bench" / "node_estimate.mjs").read_bytes())
     found = {}
     for path in paths:
@@ -69,11 +68,11 @@ def ours(header: Header, tokens: int) -> dict[str, int]:
     context = Context(tokens, 1, "f16", UBATCH_TOKENS)
     devices, _ = usage(model, context, Placement.of((0,) * (model.layers + 1)), "cuda")
     parts = {"weights": devices[0].weights_bytes, "kv": devices[0].kv_bytes, "compute": devices[0].compute_bytes}
-    return {name: size // MIB for name, size in parts.items()}  # llama-server cuts off too
+    return {name: size // MIB for name, size in parts.items()}  # llama-server rounds down too
 
 
 def rows(paths: Mapping[str, Path]) -> Iterator[dict[str, object]]:
-    """One for each layout."""
+    """One row for each layout."""
     estimated = node(list(paths.values()))
     for name, path in paths.items():
         header = read_path(path)
@@ -104,7 +103,7 @@ def _percent(estimate: int, truth: int) -> float:
 
 
 def summary(found: Sequence[Mapping[str, object]], column: str, mib: str) -> str:
-    """Median and worst, in words."""
+    """The median and the worst error as text."""
     known = [row for row in found if row[column] != ""]
     errors = [abs(float(str(row[column]))) for row in known]
     off = max(abs(int(str(row[mib])) - int(str(row["server_mib"]))) for row in known)
