@@ -73,13 +73,13 @@ def answers():
 @pytest.mark.parametrize("columns", [40, 80, 100, 160])
 def test_no_line_is_wider_than_the_terminal(answers, columns):
     for answer in answers:
-        told = tables.table(answer, "gpt-oss-120b on box1", tables.Look(columns), ["a sentence " * 20])
-        # No terminal can break a single word, such as the list of spilled layers.
-        assert [line for line in told.splitlines() if len(line) > columns and len(line.split()) > 1] == []
-        assert "gpt-oss-120b on box1" in told
+        output = tables.table(answer, "gpt-oss-120b on box1", tables.Look(columns), ["a sentence " * 20])
+        # A single word is never broken, such as the list of layers on the CPU.
+        assert [line for line in output.splitlines() if len(line) > columns and len(line.split()) > 1] == []
+        assert "gpt-oss-120b on box1" in output
 
 
-def test_all_is_told_on_a_narrow_terminal_too(answers):
+def test_a_narrow_terminal_shows_everything_too(answers):
     for answer in answers:
         words = tables.table(answer, "t").replace(",", " ").split()
         narrow = tables.table(answer, "t", tables.Look(60)).replace(",", " ").split()
@@ -93,9 +93,9 @@ def test_the_alternatives_come_after_the_reasons(answers):
     assert "missing to keep the reserve" in tables.table(refusal, "t")
 
 
-def test_a_prediction_tells_how_sure_it_is_and_a_measurement_that_it_is_one(answers):
-    guess = Prediction(23.456, 1158.4, 15.0, 30.0, 700.0, 1500.0)
-    told = tables.table(dataclasses.replace(answers[0], predicted=guess), "t")
-    assert "predicted, roughly: 23.5 tokens/s (15 to 30) written, 1160 tokens/s (700 to 1500) read" in told
-    told = tables.table(dataclasses.replace(answers[0], predicted=Prediction.of_trial(23.456, 1158.4)), "t")
-    assert "measured: 23.5 tokens/s written, 1160 tokens/s read" in told
+def test_a_prediction_has_a_range_and_a_measurement_is_marked(answers):
+    prediction = Prediction(23.456, 1158.4, 15.0, 30.0, 700.0, 1500.0)
+    output = tables.table(dataclasses.replace(answers[0], predicted=prediction), "t")
+    assert "predicted, roughly: 23.5 tokens/s (15 to 30) written, 1160 tokens/s (700 to 1500) read" in output
+    output = tables.table(dataclasses.replace(answers[0], predicted=Prediction.of_trial(23.456, 1158.4)), "t")
+    assert "measured: 23.5 tokens/s written, 1160 tokens/s read" in output

@@ -9,15 +9,15 @@ from tests import planning
 
 
 def planned(host, layout, reserve=2048, **instance):
-    asked = planning.settings(instance, ram_reserve_mib=reserve)
+    settings = planning.settings(instance, ram_reserve_mib=reserve)
     header = planning.header(layout)
 
-    def planner(one, of):
-        return plan_host(host, [(one, of)], asked)[0]
+    def planner(instance, header):
+        return plan_host(host, [(instance, header)], settings)[0]
 
-    plan = planner(asked.models[0], header)
+    plan = planner(settings.models[0], header)
     assert isinstance(plan, Plan)
-    return planner, asked.models[0], header, plan
+    return planner, settings.models[0], header, plan
 
 
 def test_the_largest_context_fits_and_more_does_not():
