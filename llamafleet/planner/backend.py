@@ -42,7 +42,7 @@ def resolve_backend(machine: Machine, settings: Settings) -> str | Refusal:
         return Refusal(
             f"{machine.hostname} has usable GPUs of several vendors ({', '.join(sorted(vendors))})",
             device=f"GPU{usable[0].index}",
-            suggestions=('set backend to the one to use: "cuda", "hip" or "vulkan"',),
+            suggestions=('set backend to "cuda", "hip" or "vulkan"',),
         )
     return BACKEND_OF_VENDOR.get(next(iter(vendors)), "vulkan") if vendors else "cpu"
 
