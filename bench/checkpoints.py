@@ -109,9 +109,9 @@ def _read(url: str, slot: int, tokens: int) -> None:
 
 
 def _parsed(log: str) -> Iterator[Made]:
-    for found in _CREATED.finditer(log):
-        numbers = (int(found[name]) for name in ("slot", "number", "most", "tokens"))
-        yield Made(*numbers, mib=float(found["mib"]))
+    for match in _CREATED.finditer(log):
+        numbers = (int(match[name]) for name in ("slot", "number", "most", "tokens"))
+        yield Made(*numbers, mib=float(match["mib"]))
 
 
 def main() -> None:
@@ -122,9 +122,9 @@ def main() -> None:
         for case in cases():
             context, planned = case.context, case.planned_mib(Path(name))
             for tokens in sorted({min(tokens, context.cells - 8) for tokens in PROMPTS}):
-                found = case.made(Path(name), [tokens])
+                checkpoints = case.made(Path(name), [tokens])
                 out.writerow([case.kind, context.kv_type, context.slots, context.unified, context.flash_attention,
-                              context.cells, tokens, len(found), f"{max(one.mib for one in found):.3f}",
+                              context.cells, tokens, len(checkpoints), f"{max(made.mib for made in checkpoints):.3f}",
                               f"{planned:.4f}"])  # fmt: skip
                 sys.stdout.flush()
 

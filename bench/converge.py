@@ -57,15 +57,15 @@ def deploy(inventory: Path) -> tuple[float, int, str]:
 
 
 def measure(count: int, inventory: Path) -> dict[str, object]:
-    found = [deploy(inventory) for _ in range(RUNS)]
-    for _, _, text in found:
+    runs = [deploy(inventory) for _ in range(RUNS)]
+    for _, _, text in runs:
         if "] Success" in text:
             raise SystemExit(f"a run over {count} hosts changed something:\n{text[-4000:]}")
-    seconds = [one for one, _, _ in found]
+    seconds = [wall_seconds for wall_seconds, _, _ in runs]
     return {
         "hosts": count, "runs": RUNS, "wall_s_min": round(min(seconds), 2),
         "wall_s_median": round(statistics.median(seconds), 2), "wall_s_max": round(max(seconds), 2),
-        "controller_rss_mib": max(rss for _, rss, _ in found) >> 20, "cores": len(os.sched_getaffinity(0)),
+        "controller_rss_mib": max(rss for _, rss, _ in runs) >> 20, "cores": len(os.sched_getaffinity(0)),
     }  # fmt: skip
 
 

@@ -74,17 +74,17 @@ class Case:
         known = model(folder, self.layout, self.quant)
         # An RPC device has neither op-offload nor pinned memory, as the traits of the CPU say.
         devices, host = usage(known, self.context, self.placement(known.layers), "cpu")
-        told = self.ask(folder)
-        rows = [*((row.name, ours, row) for row, ours in zip(told.devices, devices.values(), strict=True)),
-                ("host", host, told.host)]  # fmt: skip
-        found = []
+        breakdown = self.ask(folder)
+        rows = [*((row.name, ours, row) for row, ours in zip(breakdown.devices, devices.values(), strict=True)),
+                ("host", host, breakdown.host)]  # fmt: skip
+        comparisons = []
         for name, ours, row in rows:
             repacked = ours.repacked_bytes if name == "host" else 0
             sizes = (ours.weights_bytes - repacked, ours.kv_bytes, ours.compute_bytes)
             for part, size, mib in zip(PARTS, sizes, (row.model, row.context, row.compute), strict=True):
-                found.append(Comparison(self, name, part, size, mib))
-        found.append(Comparison(self, "host", "repacked", host.repacked_bytes, told.repacked))
-        return found
+                comparisons.append(Comparison(self, name, part, size, mib))
+        comparisons.append(Comparison(self, "host", "repacked", host.repacked_bytes, breakdown.repacked))
+        return comparisons
 
 
 @dataclass(frozen=True)

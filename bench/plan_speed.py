@@ -82,15 +82,15 @@ def reading(name: str, path: Path) -> tuple[dict[str, object], Header]:
         hub.add("bench/model", path.name, path)
         source = f"hf:bench/model/{path.name}"
         spent, header = timed(lambda: sources.read_header(sources.resolve(source, endpoint=hub.url)))
-        asked = hub.settled()
+        requests = hub.settled()
         command = [sys.executable, "-m", "llamafleet.cli", "plan", "--model", source, "--machine", MACHINES[2]]
         command += ["--set", f"hub_endpoint={hub.url}", "--json"]
         whole, done = timed(lambda: subprocess.run(command, cwd=ROOT, capture_output=True))
         if done.returncode not in (0, 3):
             raise SystemExit(done.stderr.decode())
     row = {
-        "layout": name, "file_gib": round(path.stat().st_size / 2**30, 2), "requests": len(asked) // RUNS,
-        "read_mb": round(sum(one.bytes_sent for one in asked) / RUNS / 1e6, 2),
+        "layout": name, "file_gib": round(path.stat().st_size / 2**30, 2), "requests": len(requests) // RUNS,
+        "read_mb": round(sum(request.bytes_sent for request in requests) / RUNS / 1e6, 2),
         "read_ms_median": round(statistics.median(spent), 1), "command_ms_median": round(statistics.median(whole)),
         "command_ms_max": round(max(whole)), "cores": len(os.sched_getaffinity(0)),
     }  # fmt: skip

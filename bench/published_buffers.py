@@ -106,22 +106,22 @@ def rows() -> Iterator[Row]:
 
 def that_build(header: Header, ours: Mapping[str, Any], now: Mapping[str, float]) -> dict[str, tuple[str, float]]:
     """The rule and the MiB by row, for figures where the log's build or flags are known to follow another rule."""
-    found: dict[str, tuple[str, float]] = {}
+    by_row: dict[str, tuple[str, float]] = {}
     if ours.get("logits_of_batch"):
         older = figures(header, ours, OlderContext)
-        found |= {key: ("logits", mib) for key, mib in older.items() if key.endswith("compute") and mib != now[key]}
+        by_row |= {key: ("logits", mib) for key, mib in older.items() if key.endswith("compute") and mib != now[key]}
         if ours["layers"]:
-            found[f"{HOST} compute"] = ("inputs", inputs_mib(header, Context(**ours["context"])))
+            by_row[f"{HOST} compute"] = ("inputs", inputs_mib(header, Context(**ours["context"])))
     if first := ours.get("mapped_from"):  # the file's first tensor, on a GPU; the last is on the CPU
         rest = sum(tensor.bytes for tensor in header.tensors if tensor.name != first)
-        found["CPU_Mapped model"] = ("mapped", rest / MIB)
+        by_row["CPU_Mapped model"] = ("mapped", rest / MIB)
     if ours.get("ffn_whole"):
         spilled = tuple(f"blk.{layer}.ffn" for layer in range(*ours["spilled"]))
         whole = sum(t.bytes for t in header.tensors if t.name.startswith(spilled))
         more = (whole - sum(Model.of(header).spill_bytes[slice(*ours["spilled"])])) / MIB
-        found["CUDA0 model"] = ("ffn", now["CUDA0 model"] - more)
-        found[f"{HOST} model"] = ("ffn", now[f"{HOST} model"] + more)
-    return found
+        by_row["CUDA0 model"] = ("ffn", now["CUDA0 model"] - more)
+        by_row[f"{HOST} model"] = ("ffn", now[f"{HOST} model"] + more)
+    return by_row
 
 
 def inputs_mib(header: Header, context: Context) -> float:
@@ -141,10 +141,12 @@ def figures(header: Header, ours: Mapping[str, Any], kind: type[Context]) -> dic
     """MiB by "DEVICE part", with the log's names of devices."""
     context, backend = kind(**ours["context"]), ours["backend"]
     devices, host = usage(Model.of(header), context, placement(header, ours), backend)
-    found = {f"{name(backend, number)} {part}": mib for number, use in devices.items() for part, mib in parts(use)}
+    mib_by_part = {
+        f"{name(backend, number)} {part}": mib for number, use in devices.items() for part, mib in parts(use)
+    }
     shape = Shape.of(header)
     windowed = sum(size for size, window in zip(kv_bytes(shape, context), shape.windows, strict=True) if window)
-    return found | {f"{HOST} {part}": mib for part, mib in parts(host)} | {"windows kv": windowed / MIB}
+    return mib_by_part | {f"{HOST} {part}": mib for part, mib in parts(host)} | {"windows kv": windowed / MIB}
 
 
 def parts(use: Usage) -> Iterator[tuple[str, float]]:
@@ -174,11 +176,11 @@ def read_header(layout: str, mix: str) -> Header:
 
 
 def main() -> None:
-    found = [asdict(row) for row in rows()]
+    table = [asdict(row) for row in rows()]
     with RESULTS.open("w", newline="") as out:
-        writer = csv.DictWriter(out, found[0], lineterminator="\n")
+        writer = csv.DictWriter(out, table[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(found)
+        writer.writerows(table)
 
 
 if __name__ == "__main__":

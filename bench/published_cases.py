@@ -61,9 +61,9 @@ def main() -> None:
     table = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
     table.writeheader()
     rows = [row(case, data["numbers"]) for case in data["cases"]]
-    wrong = [one["flags"] for one, case in zip(rows, data["cases"], strict=True) if not as_expected(one, case)]
+    wrong = [line["flags"] for line, case in zip(rows, data["cases"], strict=True) if not as_expected(line, case)]
     assert not wrong, f"refused although the model fits, or planned although it is too large: {wrong}"
-    table.writerows({key: one.get(key, "") for key in COLUMNS} for one in rows)
+    table.writerows({key: line.get(key, "") for key in COLUMNS} for line in rows)
     for line in summary(rows, data["cases"]):
         print(line, file=sys.stderr)
 
@@ -82,9 +82,9 @@ def median(rows: list[dict[str, Any]], cases: list[Case], speed: str, *, usual: 
 def errors(rows: list[dict[str, Any]], cases: list[Case], speed: str, *, usual: bool) -> list[float]:
     """The error of every case whose predicted and measured speeds are known."""
     return [
-        error(one[f"{speed}_theirs"], one[f"{speed}_measured"])
-        for one, case in zip(rows, cases, strict=True)
-        if not (usual and "unusual" in case) and one.get(f"{speed}_theirs") and one.get(f"{speed}_measured")
+        error(line[f"{speed}_theirs"], line[f"{speed}_measured"])
+        for line, case in zip(rows, cases, strict=True)
+        if not (usual and "unusual" in case) and line.get(f"{speed}_theirs") and line.get(f"{speed}_measured")
     ]
 
 
@@ -98,13 +98,15 @@ def summary(rows: list[dict[str, Any]], cases: list[Case]) -> list[str]:
     lines = [f"{len(rows)} cases, {sum('skipped' in case for case in cases)} of models whose numbers are not known"]
     for usual, name in ((False, "all"), (True, "without the unusual")):
         for speed in ("decode", "prefill"):
-            found = errors(rows, cases, speed, usual=usual)
-            lines.append(f"{speed}, {name}: {len(found)} cases, median error {statistics.median(found):.0%}")
-    usual_rows = [one for one, case in zip(rows, cases, strict=True) if "unusual" not in case]
-    told = [one for one in usual_rows if one.get("decode_theirs") and one.get("decode_measured")]
-    inside = sum(one["decode_low"] <= one["decode_measured"] <= one["decode_high"] for one in told)
-    lines.append(f"decode, without the unusual: {inside} of {len(told)} measured speeds are between low and high")
-    lines.append(f"plans: {sum(one.get('fits') == 'yes' for one in rows)} fit")
+            case_errors = errors(rows, cases, speed, usual=usual)
+            lines.append(
+                f"{speed}, {name}: {len(case_errors)} cases, median error {statistics.median(case_errors):.0%}"
+            )
+    usual_rows = [line for line, case in zip(rows, cases, strict=True) if "unusual" not in case]
+    known = [line for line in usual_rows if line.get("decode_theirs") and line.get("decode_measured")]
+    inside = sum(line["decode_low"] <= line["decode_measured"] <= line["decode_high"] for line in known)
+    lines.append(f"decode, without the unusual: {inside} of {len(known)} measured speeds are between low and high")
+    lines.append(f"plans: {sum(line.get('fits') == 'yes' for line in rows)} fit")
     return lines
 
 
@@ -149,8 +151,8 @@ def as_flagged(case: Case, header: Header, host: Machine, settings: Settings) ->
         return None
     search, context = search_for(case, header, host, settings)
     if case.get("fit"):
-        found = fitted(search, context)
-        return search.roofline.predict(found.order, found.segments, context) if found else None
+        candidate = fitted(search, context)
+        return search.roofline.predict(candidate.order, candidate.segments, context) if candidate else None
     layers, moved = search.model.layers, search.movable
     if "gpu_layers" in case:
         front = max(0, layers + 1 - case["gpu_layers"])
@@ -167,7 +169,7 @@ def as_flagged(case: Case, header: Header, host: Machine, settings: Settings) ->
 def fitted(search: Search, context: Context) -> Candidate | None:
     """The placement of llama.cpp's --fit: experts of the last layers, or whole front layers, on the CPU."""
     wanted = ("none", "spill") if search.model.is_moe else ("none", "layers")
-    return next((one for one in search.candidates([(context, 1.0)]) if one.kind in wanted), None)
+    return next((candidate for candidate in search.candidates([(context, 1.0)]) if candidate.kind in wanted), None)
 
 
 def search_for(case: Case, header: Header, host: Machine, settings: Settings) -> tuple[Search, Context]:
@@ -207,20 +209,20 @@ def machine(case: Case, header: Header) -> Machine:
         "cpu": {"model": case.get("cpu", ""), "sockets": 1, "physical_cores": cores, "logical_cores": 2 * cores,
                 "performance_cores": cores, "numa_nodes": 1, "flags": ["avx2"]},
         "memory": {"total_bytes": ram, "available_bytes": ram, "swap_total_bytes": 0},
-        "gpus": [gpu(number, one, budget) for number, one in enumerate(case["gpus"])],
+        "gpus": [gpu(number, entry, budget) for number, entry in enumerate(case["gpus"])],
         "driver": {"nvidia": None, "cuda": None}, "disks": [],
     })  # fmt: skip
 
 
-def gpu(number: int, one: Mapping[str, Any], budget_gib: float | None) -> dict[str, Any]:
+def gpu(number: int, entry: Mapping[str, Any], budget_gib: float | None) -> dict[str, Any]:
     """One of the machine's GPUs; memory beyond the case's budget, reserve and overhead counts as used by others."""
-    known = find(one["name"], int(one["gib"] * GIB))
-    size = known.memory_bytes if known else int(one["gib"] * GIB)
+    known = find(entry["name"], int(entry["gib"] * GIB))
+    size = known.memory_bytes if known else int(entry["gib"] * GIB)
     used = max(0, size - int(budget_gib * GIB) - 512 * MIB) if budget_gib else 0
     return {
-        "index": number, "uuid": f"GPU-{number}", "name": one["name"], "compute_capability": None,
+        "index": number, "uuid": f"GPU-{number}", "name": entry["name"], "compute_capability": None,
         "memory_total_bytes": size, "memory_used_by_others_bytes": used, "pci_bus_id": f"0000:{number + 1:02x}:00.0",
-        "pcie_generation": None, "pcie_width": one.get("pcie_width"), "unified_memory": False,
+        "pcie_generation": None, "pcie_width": entry.get("pcie_width"), "unified_memory": False,
         "vendor": known.vendor if known else "nvidia",
     }  # fmt: skip
 

@@ -160,26 +160,26 @@ def _measured(paths: Sequence[Path], ask: Ask) -> Iterator[Row]:
             wholes: dict[Case, oracle.Breakdown] = {}
             for case in CASES[model.is_moe]:
                 if case.whole() not in wholes:
-                    wholes[case.whole()] = _asked(ask, path, ubatch, case.whole().flags(model))
-                told = _asked(ask, path, ubatch, case.flags(model))
-                yield from _rows(case, header, model, ubatch, wholes[case.whole()], told)
+                    wholes[case.whole()] = _breakdown(ask, path, ubatch, case.whole().flags(model))
+                partly = _breakdown(ask, path, ubatch, case.flags(model))
+                yield from _rows(case, header, model, ubatch, wholes[case.whole()], partly)
 
 
 def _rows(
-    case: Case, header: Header, model: Model, ubatch: int, whole: oracle.Breakdown, told: oracle.Breakdown
+    case: Case, header: Header, model: Model, ubatch: int, whole: oracle.Breakdown, partly: oracle.Breakdown
 ) -> Iterator[Row]:
     context = Context(CONTEXT_TOKENS, 1, "f16", ubatch)
     devices, host = usage(model, context, case.placement(model.layers), "vulkan")
     for device, used in devices.items():
-        before, compute = whole.devices[device].compute, told.devices[device].compute
+        before, compute = whole.devices[device].compute, partly.devices[device].compute
         yield Row(
             header.name, case.name, ubatch, device, before, compute, compute - before,
             used.compute_bytes // MIB, used.staging_bytes // MIB,
-            told.host.model, host.weights_bytes // MIB, told.repacked,
+            partly.host.model, host.weights_bytes // MIB, partly.repacked,
         )  # fmt: skip
 
 
-def _asked(ask: Ask, path: Path, ubatch: int, flags: Sequence[str]) -> oracle.Breakdown:
+def _breakdown(ask: Ask, path: Path, ubatch: int, flags: Sequence[str]) -> oracle.Breakdown:
     context = ["--ctx-size", str(CONTEXT_TOKENS), "--parallel", "1", "--no-kv-unified", "--flash-attn", "on"]
     batch = ["--batch-size", str(max(2048, ubatch)), "--ubatch-size", str(ubatch), "--load-mode", "none"]
     return ask(path, [*context, *batch, *flags])

@@ -34,13 +34,13 @@ class Source:
 def machine_sources(etc: Path = Path("/etc/apt")) -> list[Source]:
     """All enabled binary package sources, from files in both of apt's formats."""
     folder = etc / "sources.list.d"
-    found: list[Source] = []
+    sources: list[Source] = []
     for file in [etc / "sources.list", *sorted(folder.glob("*.list"))]:
         if file.exists():
-            found += one_line_sources(file.read_text())
+            sources += one_line_sources(file.read_text())
     for file in sorted(folder.glob("*.sources")):
-        found += deb822_sources(file.read_text())
-    return found
+        sources += deb822_sources(file.read_text())
+    return sources
 
 
 def one_line_sources(text: str) -> list[Source]:
@@ -75,14 +75,14 @@ def debian_sources(sources: list[Source], codename: str, wanted: str) -> list[So
     Other vendors' sources are left out: they have other suite names, no `main`, or another keyring.
     """
     renamed = {f"{codename}{end}": f"{wanted}{end}" for end in ("", "-updates", "-security")}
-    found = [
+    entries = [
         Source(s.uri, renamed[s.suite], ("main",), s.signed_by or KEYRING)
         for s in sources
         if s.suite in renamed
         and "main" in s.components
         and (not s.signed_by or Path(s.signed_by).name.startswith("debian-archive"))
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(entries))
 
 
 def lines(sources: list[Source], keyring: str = "") -> list[str]:

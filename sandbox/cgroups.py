@@ -34,11 +34,11 @@ class Cgroup:
 
     def pids(self) -> list[int]:
         """The process ids of all processes, in this machine's numbering."""
-        found: list[int] = []
+        pids: list[int] = []
         for folder, _, _ in os.walk(self.path):  # unlike rglob, it ignores folders that vanish meanwhile
             with contextlib.suppress(OSError):
-                found += [int(line) for line in Path(folder, "cgroup.procs").read_text().split()]
-        return found
+                pids += [int(line) for line in Path(folder, "cgroup.procs").read_text().split()]
+        return pids
 
     def leader(self) -> int | None:
         """The process id, in this machine's numbering, of the host's process 1; None if it does not run."""

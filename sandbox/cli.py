@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 def _up(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     packages = [name for name in arguments.packages.split(",") if name]
-    found = hosts.up(
+    started_hosts = hosts.up(
         arguments.hosts,
         packages=packages,
         binds=arguments.bind,
@@ -71,8 +71,8 @@ def _up(arguments: argparse.Namespace) -> None:
         first_address=arguments.first_address,
     )
     say(
-        f"{len(found)} hosts are up after {time.monotonic() - started:.1f} s: "
-        + ", ".join(f"{host.name} {host.address}" for host in found)
+        f"{len(started_hosts)} hosts are up after {time.monotonic() - started:.1f} s: "
+        + ", ".join(f"{host.name} {host.address}" for host in started_hosts)
     )
 
 

@@ -34,19 +34,19 @@ KEPT = re.compile(
 
 def read(outline: Path) -> dict[str, Any]:
     """The outline as data."""
-    found = yaml.safe_load(outline.read_text())
-    assert isinstance(found, dict), outline
-    return found
+    content = yaml.safe_load(outline.read_text())
+    assert isinstance(content, dict), outline
+    return content
 
 
 def weightless(outline: Path, folder: Path) -> Path:
     """Write the model's header and a hole for its weights into `folder`."""
-    told = read(outline)
+    content = read(outline)
     file = folder / f"{outline.stem}.gguf"
-    values = {f"{told['architecture']}.{key}": value for key, value in told["metadata"].items()}
-    values |= {"general.name": outline.stem, **told.get("others", {}), **tokenizer(told["vocabulary"])}
-    table = list(_tensors(told))
-    write_header(file, told["architecture"], values, table)
+    values = {f"{content['architecture']}.{key}": value for key, value in content["metadata"].items()}
+    values |= {"general.name": outline.stem, **content.get("others", {}), **tokenizer(content["vocabulary"])}
+    table = list(_tensors(content))
+    write_header(file, content["architecture"], values, table)
     leave_hole(file, table)
     return file
 
