@@ -57,9 +57,9 @@ def header(layout, quant=""):
         return read_path(models.weightless(Path(folder), layout, quant))
 
 
-def plans(host, layouts, settings, adjustments=None, measurements=None):
+def plans(host, layouts, settings, corrections=None, measurements=None):
     requests = [(instance, header(*name)) for instance, name in zip(settings.models, layouts, strict=True)]
-    return plan_host(host, requests, settings, adjustments or {}, measurements or NOT_MEASURED)
+    return plan_host(host, requests, settings, corrections or {}, measurements or NOT_MEASURED)
 
 
 def argument(argv, flag):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from llamafleet.host.machine import Gpu, Machine
 from llamafleet.memory.context import Context
-from llamafleet.memory.ledger import NO_ADJUSTMENT, Adjustment, Buffers, LedgerRow, Usage, buffers, usage
+from llamafleet.memory.ledger import NO_CORRECTION, Buffers, Correction, LedgerRow, Usage, buffers, usage
 from llamafleet.memory.placement import HOST, Placement
 from llamafleet.memory.weights import X86_TYPES, Model, repacked_types
 
@@ -105,7 +105,7 @@ class Case:
     capacity: Capacity
     backend: str
     host_extra_bytes: int  # RAM besides the model's: the prompt cache
-    adjustment: Adjustment = NO_ADJUSTMENT  # what the binary said of an earlier plan
+    correction: Correction = NO_CORRECTION  # what the binary said of an earlier plan
 
     def buffers(self, placement: Placement, *, roughly: bool) -> Buffers:
         """What is computed in, staging not told apart."""
@@ -117,7 +117,7 @@ class Case:
             self.model, self.context, placement, self.backend, self.host_extra_bytes, self.capacity.repacked, known
         )
         adjusted = {
-            device: self.adjustment.applied(f"GPU{self.capacity.gpus[device].index}", use)
+            device: self.correction.applied(f"GPU{self.capacity.gpus[device].index}", use)
             for device, use in used.items()
         }
-        return self.capacity.ledger(adjusted, self.adjustment.applied(HOST, host))
+        return self.capacity.ledger(adjusted, self.correction.applied(HOST, host))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from llamafleet.host.backends import TRAITS
 from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.context import Context
-from llamafleet.memory.ledger import Adjustment
+from llamafleet.memory.ledger import Correction
 from llamafleet.memory.placement import HOST, Segment
 from llamafleet.memory.weights import Model
 from llamafleet.model.shape import DENSE, EXPERTS
@@ -46,11 +46,11 @@ class Budgets:
         capacity: Capacity,
         backend: str,
         extra_bytes: int,
-        adjustment: Adjustment,
+        correction: Correction,
         roofline: Roofline,
     ) -> None:
         self.model, self.capacity, self.backend = model, capacity, backend
-        self.extra_bytes, self.adjustment, self.roofline = extra_bytes, adjustment, roofline
+        self.extra_bytes, self.correction, self.roofline = extra_bytes, correction, roofline
         self.movable = [layer for layer in range(model.layers) if model.spill_bytes[layer]]
         self.buffers = BufferEstimate(model)
         self._fixed: dict[tuple[Context, int, str], FixedBytes] = {}
@@ -83,7 +83,7 @@ class Budgets:
         fixed, capacity = self.fixed(context, len(order), kind), self.capacity
         budgets = []
         for position, device in enumerate(order):
-            extra = self.adjustment.extra_bytes.get(f"GPU{capacity.gpus[device].index}", 0)
+            extra = self.correction.extra_bytes.get(f"GPU{capacity.gpus[device].index}", 0)
             shared = (fixed.host + self.model.input_bytes) if capacity.unified else 0
             budgets.append(
                 float(
@@ -107,7 +107,7 @@ class Budgets:
         devices = [inner] * (count - 1) + [last] if count else []
         devices[:1] = [size + staging for size in devices[:1]]
         host = self.buffers.compute(context, output=not count, pipelined=pipelined)
-        host += traits.host_overhead_bytes + self.extra_bytes + self.adjustment.extra_bytes.get(HOST, 0)
+        host += traits.host_overhead_bytes + self.extra_bytes + self.correction.extra_bytes.get(HOST, 0)
         return FixedBytes(tuple(devices), host)
 
     def host_short_bytes(self, context: Context, order: tuple[int, ...], segments: Sequence[Segment]) -> int:

@@ -20,7 +20,7 @@ from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.checkpoints import checkpoint_bytes
 from llamafleet.memory.context import Context
 from llamafleet.memory.kv_cache import takes_cache_of
-from llamafleet.memory.ledger import NO_ADJUSTMENT, Adjustment
+from llamafleet.memory.ledger import NO_CORRECTION, Correction
 from llamafleet.memory.placement import HOST
 from llamafleet.memory.weights import Model
 from llamafleet.model.architectures import ARCHITECTURES, PROJECTOR, RELEASE, nearest
@@ -51,12 +51,12 @@ def plan_host(
     machine: Machine,
     requests: Sequence[tuple[Instance, Header]],
     settings: Settings,
-    adjustments: Mapping[str, Adjustment] = MappingProxyType({}),
+    corrections: Mapping[str, Correction] = MappingProxyType({}),
     measurements: Measurements = NOT_MEASURED,
 ) -> tuple[Plan | Refusal, ...]:
     """A plan or a refusal for each instance, in the order of `requests`.
 
-    Instances get memory by priority, then in the order of `requests`. `adjustments`, by instance name, correct the
+    Instances get memory by priority, then in the order of `requests`. `corrections`, by instance name, correct the
     ledger by what the built llama-server reported for earlier plans. `measurements` are of this host.
     """
     backend = resolve_backend(machine, settings)
@@ -72,9 +72,9 @@ def plan_host(
     capacity = capacity_of(machine, gpus, settings)
     results: dict[int, Plan | Refusal] = {}
     for position, (instance, header) in sorted(enumerate(requests), key=lambda item: (-item[1][0].priority, item[0])):
-        adjustment = adjustments.get(instance.name, NO_ADJUSTMENT)
+        correction = corrections.get(instance.name, NO_CORRECTION)
         alone = len(requests) == 1
-        result = _plan_instance(machine, backend, capacity, instance, header, adjustment, measurements, alone)
+        result = _plan_instance(machine, backend, capacity, instance, header, correction, measurements, alone)
         if isinstance(result, Plan):
             capacity = capacity.without(result.ledger)
         results[position] = result
@@ -87,7 +87,7 @@ def _plan_instance(
     capacity: Capacity,
     instance: Instance,
     header: Header,
-    adjustment: Adjustment,
+    correction: Correction,
     measured: Measurements,
     alone: bool,
 ) -> Plan | Refusal:
@@ -126,7 +126,7 @@ def _plan_instance(
             suggestions=("allow kv_types f16: the head size must be a multiple of a quantised type's block size",),
         )
     instance = replace(instance, kv_types=usable)
-    case = _Case(machine, backend, capacity, instance, Model.of(header), tokens, adjustment, measured, alone)
+    case = _Case(machine, backend, capacity, instance, Model.of(header), tokens, correction, measured, alone)
     return _best_plan(case)
 
 
@@ -140,7 +140,7 @@ class _Case:
     instance: Instance
     model: Model
     context_tokens: int
-    adjustment: Adjustment
+    correction: Correction
     measured: Measurements
     alone: bool  # no other model is served by this host
 
@@ -167,7 +167,7 @@ class _Case:
         machine_rates = rates(self.machine.cpu, self.capacity.gpus, self.threads, self.measured)
         roofline = Roofline(self.model, self.work, machine_rates, op_offload=TRAITS[self.backend].op_offload)
         extra = self.instance.prompt_cache_mib * MIB + self.checkpoints_bytes(contexts)
-        return Search(self.model, self.capacity, self.backend, extra, self.adjustment, roofline)
+        return Search(self.model, self.capacity, self.backend, extra, self.correction, roofline)
 
 
 def _best_plan(case: _Case) -> Plan | Refusal:

@@ -1,6 +1,6 @@
 """Compare a plan with the memory that the built llama-server reports it would allocate.
 
-If the two differ by more than the tolerance, the binary is right: the difference becomes an `Adjustment`, and the plan
+If the two differ by more than the tolerance, the binary is right: the difference becomes an `Correction`, and the plan
 is made again, `ROUNDS` times at most. `tasks/verify.py` runs llama-server on the host for this.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llamafleet.host.backends import TRAITS
-from llamafleet.memory.ledger import NO_ADJUSTMENT, Adjustment
+from llamafleet.memory.ledger import NO_CORRECTION, Correction
 from llamafleet.memory.placement import HOST
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.units import MIB
@@ -56,7 +56,7 @@ class Verified:
 
     ledger_bytes: Mapping[str, int]  # predicted from the header alone, only the parts that the binary reports
     binary_bytes: Mapping[str, int] | None  # reported by the binary; None: it reported nothing
-    extra_bytes: Mapping[str, int] = field(default_factory=dict)  # adjustment that the plan was made with
+    extra_bytes: Mapping[str, int] = field(default_factory=dict)  # correction that the plan was made with
     why: str = ""
     room: bool = True
     rounds: int = 1
@@ -94,8 +94,8 @@ def tolerance(reported_bytes: int) -> int:
     return max(TOLERANCE_BYTES, int(reported_bytes * TOLERANCE_SHARE))
 
 
-def compare(plan: Plan, answer: Answer, extra: Adjustment = NO_ADJUSTMENT, rounds: int = 1) -> Verified:
-    """Compare the plan's ledger, which was made with the adjustment `extra`, with the binary's report.
+def compare(plan: Plan, answer: Answer, extra: Correction = NO_CORRECTION, rounds: int = 1) -> Verified:
+    """Compare the plan's ledger, which was made with the correction `extra`, with the binary's report.
 
     Overhead is not compared, since llama-server does not report it. Host memory is one sum, repacked weights included.
     """
@@ -138,17 +138,17 @@ class Settled:
     """
 
     answers: tuple[Plan | Refusal, ...]
-    adjustments: Mapping[str, Adjustment]
+    corrections: Mapping[str, Correction]
     verified: Mapping[str, Verified]
 
 
-Planner = Callable[[Mapping[str, Adjustment]], Sequence[Plan | Refusal]]
+Planner = Callable[[Mapping[str, Correction]], Sequence[Plan | Refusal]]
 
 
 def settle(
     planner: Planner,
     ask: Callable[[Plan], Answer],
-    adjustments: Mapping[str, Adjustment],
+    corrections: Mapping[str, Correction],
     is_known: Callable[[Plan], bool],
 ) -> Settled:
     """Plan, let the binary report its memory, and plan again with the differences until plan and binary agree.
@@ -156,7 +156,7 @@ def settle(
     The first round adjusts in both directions, later rounds only upwards, so that the rounds end. If the binary still
     needs more after the last round, the plan stands if it fits by the binary's own numbers.
     """
-    current = dict(adjustments)
+    current = dict(corrections)
     answers: dict[tuple[str, tuple[str, ...]], Answer] = {}
     verified: dict[str, Verified] = {}
     plans: tuple[Plan | Refusal, ...] = ()
@@ -171,7 +171,7 @@ def settle(
             key = (plan.instance, plan.argv)
             if key not in answers:
                 answers[key] = ask(plan)
-            extra = current.get(plan.instance, NO_ADJUSTMENT)
+            extra = current.get(plan.instance, NO_CORRECTION)
             verified[plan.instance] = compare(plan, answers[key], extra, number)
             if more := verified[plan.instance].beyond(only_more=number > 1):
                 corrections[plan.instance] = extra.plus(more)

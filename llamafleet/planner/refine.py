@@ -83,7 +83,7 @@ def refine(search: Search, candidate: Candidate, handicap: float) -> Refined:
 
 def _case(search: Search, candidate: Candidate) -> Case:
     capacity = search.capacity.only(candidate.order)
-    return Case(search.model, candidate.context, capacity, search.backend, search.extra_bytes, search.adjustment)
+    return Case(search.model, candidate.context, capacity, search.backend, search.extra_bytes, search.correction)
 
 
 def _shrunk(search: Search, refined: Refined, handicap: float) -> Refined:

@@ -23,7 +23,7 @@ from llamafleet.build import release as builds
 from llamafleet.build.release import Build
 from llamafleet.host.machine import Machine, MachineError
 from llamafleet.hub.http import SourceError
-from llamafleet.memory.ledger import Adjustment
+from llamafleet.memory.ledger import Correction
 from llamafleet.model.gguf_cursor import GgufError
 from llamafleet.planner import stability as keep
 from llamafleet.planner.reconcile import Verified
@@ -70,7 +70,7 @@ class Situation:
     install_toolkit: toolkit.Install | None
     servings: tuple[Serving, ...]
     work: Work
-    adjustments: Mapping[str, Adjustment]  # what llama-server said, by instance
+    corrections: Mapping[str, Correction]  # what llama-server said, by instance
     why: str  # the installed plans were kept or changed; empty where there were none
 
     def to_verify(self) -> tuple[Serving, ...]:
@@ -100,13 +100,13 @@ def situation() -> Situation | None:
     return _situations[host]
 
 
-def replan(plans: keep.Choice, adjustments: Mapping[str, Adjustment], verified: Mapping[str, Verified]) -> Situation:
+def replan(plans: keep.Choice, corrections: Mapping[str, Correction], verified: Mapping[str, Verified]) -> Situation:
     """Go on with plans that llama-server itself was asked about. Raises one of `EXPECTED`."""
     host, now = ctx_host.get(), situation()
     assert host is not None and now is not None, "a host that was refused has nothing to verify"
     with _guard[host]:
         _situations[host] = found = _situation(
-            now.examined, plans, now.build, now.install_toolkit, adjustments, verified
+            now.examined, plans, now.build, now.install_toolkit, corrections, verified
         )
     return found
 
@@ -134,7 +134,7 @@ def decide(host: Host) -> Situation:
     kit = _toolkit(examined.backend, examined.settings, examined.survey)
     build = _build(examined, kit)
     install = kit if isinstance(kit, toolkit.Install) else None
-    return _situation(examined, examined.choice, build, install, examined.adjustments(), {})
+    return _situation(examined, examined.choice, build, install, examined.corrections(), {})
 
 
 def plans_or_refuse(settings: Settings, answers: tuple[Plan | Refusal, ...]) -> list[Plan]:
@@ -149,7 +149,7 @@ def plans_or_refuse(settings: Settings, answers: tuple[Plan | Refusal, ...]) -> 
 
 def _situation(
     examined: Examined, choice: keep.Choice, build: Build, install: toolkit.Install | None,
-    adjustments: Mapping[str, Adjustment], verified: Mapping[str, Verified],
+    corrections: Mapping[str, Correction], verified: Mapping[str, Verified],
 ) -> Situation:  # fmt: skip
     settings, survey = examined.settings, examined.survey
     plans = plans_or_refuse(settings, choice.answers)
@@ -162,7 +162,7 @@ def _situation(
         packages=_missing(survey, build), model_files=_model_files(servings),
         services=[serving.service for serving in servings],
     )  # fmt: skip
-    return Situation(examined, settings, survey, build, install, servings, work, adjustments, choice.why)
+    return Situation(examined, settings, survey, build, install, servings, work, corrections, choice.why)
 
 
 def _build(examined: Examined, kit: toolkit.Toolkit | toolkit.Install | None) -> Build:

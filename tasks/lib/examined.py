@@ -9,7 +9,7 @@ from typing import Any
 from pyinfra.api.host import Host
 
 from llamafleet.build import release as builds
-from llamafleet.memory.ledger import Adjustment
+from llamafleet.memory.ledger import Correction
 from llamafleet.planner import stability as keep
 from llamafleet.planner.backend import resolve_backend
 from llamafleet.planner.plan import plan_host
@@ -36,26 +36,26 @@ class Examined:
     choice: keep.Choice = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "choice", self.choose(self.adjustments()))
+        object.__setattr__(self, "choice", self.choose(self.corrections()))
 
     @property
     def answers(self) -> tuple[Plan | Refusal, ...]:
         """One for each of the settings' models."""
         return self.choice.answers
 
-    def choose(self, adjustments: Mapping[str, Adjustment]) -> keep.Choice:
+    def choose(self, corrections: Mapping[str, Correction]) -> keep.Choice:
         """The plans, those that are installed kept where they still hold."""
         requests = [(one, model.header) for one, model in zip(self.settings.models, self.models, strict=True)]
         installed = {name: keep.Installed.of(record) for name, record in self.same_inputs().items()}
         return keep.choose(
             self.survey.machine, self.settings,
-            lambda machine: plan_host(machine, requests, self.settings, adjustments), installed,
+            lambda machine: plan_host(machine, requests, self.settings, corrections), installed,
         )  # fmt: skip
 
-    def adjustments(self) -> dict[str, Adjustment]:
+    def corrections(self) -> dict[str, Correction]:
         """What llama-server said of the installed plans."""
         said = {name: record["verified"] for name, record in self.same_inputs().items()}
-        return {name: Adjustment(one["extra_bytes"]) for name, one in said.items() if one}
+        return {name: Correction(one["extra_bytes"]) for name, one in said.items() if one}
 
     def same_inputs(self) -> dict[str, Mapping[str, Any]]:
         """The records of installed instances that were planned from the same inputs."""

@@ -10,7 +10,7 @@ from pyinfra import logger
 from pyinfra.api.host import Host
 
 from llamafleet.host.backends import TRAITS
-from llamafleet.memory.ledger import NO_ADJUSTMENT
+from llamafleet.memory.ledger import NO_CORRECTION
 from llamafleet.planner.reconcile import Answer, Settled, compare, limits, question, say, settle
 from llamafleet.planner.result import Plan
 from llamafleet.units import MIB
@@ -26,9 +26,9 @@ def agree(host: Host) -> bool:
     now = _now()
     try:
         settled = settle(
-            lambda adjustments: now.examined.choose(adjustments).answers,
+            lambda corrections: now.examined.choose(corrections).answers,
             lambda plan: _ask(host, now, plan),
-            now.adjustments,
+            now.corrections,
             lambda plan: _is_known(now, plan),
         )
         _go_on(host, now, settled)
@@ -43,16 +43,16 @@ def agree_with(host: Host, name: str, told: dict[str, int]) -> bool:
     now = _now()
     plan = _by_name(now)[name].plan
     try:
-        adjustments = dict(now.adjustments)
-        extra = adjustments.get(name, NO_ADJUSTMENT)
-        adjustments[name] = extra.plus(compare(plan, Answer(told), extra).differences)
-        choice = now.examined.choose(adjustments)
+        corrections = dict(now.corrections)
+        extra = corrections.get(name, NO_CORRECTION)
+        corrections[name] = extra.plus(compare(plan, Answer(told), extra).differences)
+        choice = now.examined.choose(corrections)
         unasked = {
-            one.instance: compare(one, Answer(None, "asked in the switch", room=False), adjustments[name], 2)
+            one.instance: compare(one, Answer(None, "asked in the switch", room=False), corrections[name], 2)
             for one in choice.answers
             if isinstance(one, Plan) and one.instance == name
         }
-        again = _go_on(host, now, Settled(choice.answers, adjustments, unasked))
+        again = _go_on(host, now, Settled(choice.answers, corrections, unasked))
     except EXPECTED as error:
         return _refused(host, error)
     if _by_name(again)[name].plan.argv == plan.argv:
@@ -129,8 +129,8 @@ def _go_on(host: Host, before: Situation, settled: Settled) -> Situation:
     """The situation with the plans that were settled on, and what is said of them."""
     for name, seen in settled.verified.items():
         host.log(say(name, seen))
-    choice = replace(before.examined.choose(settled.adjustments), answers=settled.answers)
-    after = replan(choice, settled.adjustments, settled.verified)
+    choice = replace(before.examined.choose(settled.corrections), answers=settled.answers)
+    after = replan(choice, settled.corrections, settled.verified)
     for old, new in zip(before.servings, after.servings, strict=True):
         if old.plan.argv != new.plan.argv:
             host.log(f"{new.instance.name}: planned again: {' '.join(_changed(old.plan, new.plan))}")

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from llamafleet.memory.ledger import Adjustment
+from llamafleet.memory.ledger import Correction
 from llamafleet.planner.reconcile import ROUNDS, TOLERANCE_BYTES, Answer, compare, question, say, settle, tolerance
 from llamafleet.planner.result import Plan, Refusal
 from tests import planning
@@ -14,9 +14,9 @@ GIB = 1024 * MIB
 SETTINGS = planning.settings({"context_tokens": 8192})
 
 
-def planned(adjustments=None, *, layout="gpt-oss-120b", gpus=(16376,), settings=SETTINGS, **machine):
+def planned(corrections=None, *, layout="gpt-oss-120b", gpus=(16376,), settings=SETTINGS, **machine):
     host = planning.machine(list(gpus), **machine)
-    return planning.plans(host, [(layout,)] * len(settings.models), settings, adjustments)
+    return planning.plans(host, [(layout,)] * len(settings.models), settings, corrections)
 
 
 def counted(row):
@@ -46,8 +46,8 @@ class Binary:
         return answer(plan, **more)
 
 
-def settled(binary, adjustments=None, is_known=lambda plan: False, **how):
-    """Settle with this binary. Its report depends on the flags alone, so the plan's adjustments are subtracted."""
+def settled(binary, corrections=None, is_known=lambda plan: False, **how):
+    """Settle with this binary. Its report depends on the flags alone, so the plan's corrections are subtracted."""
     current = {}
 
     def planner(given):
@@ -55,13 +55,13 @@ def settled(binary, adjustments=None, is_known=lambda plan: False, **how):
         return planned(given, **how)
 
     def ask(plan):
-        extra = current.get(plan.instance, Adjustment()).extra_bytes
+        extra = current.get(plan.instance, Correction()).extra_bytes
         reported = dict(binary(plan).told)
         for name, device in (("CUDA0", "GPU0"), ("Host", "host")):
             reported[name] -= extra.get(device, 0)
         return Answer(reported)
 
-    return settle(planner, ask, adjustments or {}, is_known)
+    return settle(planner, ask, corrections or {}, is_known)
 
 
 def test_the_question_is_the_service_without_what_it_must_not_touch():
@@ -109,7 +109,7 @@ def test_agreement_takes_one_question():
     binary = Binary()
     done = settled(binary)
     assert len(binary.asked) == 1
-    assert done.answers == tuple(planned()) and done.adjustments == {}
+    assert done.answers == tuple(planned()) and done.corrections == {}
     assert done.verified["m0"].rounds == 1 and done.verified["m0"].differences == {"GPU0": 0, "host": 0}
 
 
@@ -194,9 +194,9 @@ def test_of_two_instances_the_second_gets_what_the_first_really_leaves():
 
 
 def test_the_record_tells_both_numbers():
-    done = settled(Binary(CUDA0=3 * GIB), {"m0": Adjustment({"GPU0": GIB})})
+    done = settled(Binary(CUDA0=3 * GIB), {"m0": Correction({"GPU0": GIB})})
     record = done.verified["m0"].to_json()
     assert set(record) == {"ledger_bytes", "binary_bytes", "extra_bytes", "rounds", "why"}
-    # The ledger's bytes are from the header alone, without the adjustment that the plan was made with.
+    # The ledger's bytes are from the header alone, without the correction that the plan was made with.
     assert record["binary_bytes"]["GPU0"] - record["ledger_bytes"]["GPU0"] == 3 * GIB == record["extra_bytes"]["GPU0"]
     assert dataclasses.asdict(done.verified["m0"])["room"] is True

@@ -51,7 +51,7 @@ def now(instances=None, used_mib=0, **asked):
     file = published.RemoteFile("m.gguf", "https://x/y", 5, "a" * 64)
     model = Model((file,), planning.header("gpt-oss-120b"))
     examined = Examined(settings, survey, "cuda", (model,), {"m0": "key"})
-    return situation._situation(examined, examined.choice, build(), None, examined.adjustments(), {})
+    return situation._situation(examined, examined.choice, build(), None, examined.corrections(), {})
 
 
 @pytest.fixture
