@@ -18,7 +18,7 @@ _INSTANCE = re.compile(r"ggml/src/ggml-cuda/template-instances/fattn-.*dkq(\d+)-
 
 
 def head_sizes(source: str) -> frozenset[int]:
-    """Sizes of a K head in the text of fattn.cu."""
+    """Sizes of a K head in the text of `FILE`."""
     switch = _SWITCH.search(source)
     return frozenset(map(int, _CASE.findall(switch[1]))) if switch else frozenset()
 

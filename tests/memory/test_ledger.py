@@ -347,7 +347,7 @@ def test_a_pattern_array_decides_layer_by_layer():
 
 
 def test_latent_attention_keeps_k_only():
-    # DeepSeek: one head of 576 for K, no V, where both *_mla lengths are given (llama-kv-cache.cpp).
+    # DeepSeek: one head of 576 for K, no V, where both *_mla lengths are given (src/llama-kv-cache.cpp).
     mla = {
         "attention__key_length": 576,
         "attention__value_length": 512,
@@ -371,7 +371,7 @@ def test_a_cache_of_unknown_rules_is_a_bound_and_says_so():
 
 
 def test_hybrid_models_keep_state_instead_of_a_cache_in_most_layers():
-    # Qwen3-Next: 3 of 4 layers recurrent; n_embd_r + n_embd_s of llama-hparams.cpp, f32, for each slot.
+    # Qwen3-Next: 3 of 4 layers recurrent; n_embd_r + n_embd_s of src/llama-hparams.cpp, f32, for each slot.
     ssm = {"ssm__inner_size": 4096, "ssm__state_size": 128, "ssm__group_count": 16, "ssm__conv_kernel": 4}
     header = with_metadata("Llama-3.1-8B", "qwen3next", full_attention_interval=4, **ssm)
     cache = kv_bytes(header, Context(8192, 3, **F16_512))
