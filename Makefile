@@ -49,6 +49,10 @@ sandbox-down: .venv/ready
 	$(BIN)/python -m sandbox.outside stop
 	$(BIN)/python -m sandbox down
 
+.PHONY: adopt
+adopt: .venv/ready packages
+	$(BIN)/python -m bench.adopt $(REF)
+
 lock: .venv/ready
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
 	    --no-emit-index-url --no-header --output-file locks/dev.txt

@@ -7,6 +7,7 @@ settings name; where that cannot be reached, pip downloads the source archive of
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def _cached(ref: str, repository: Path) -> Source:
 def _fetch(ref: str, repository: Path) -> str | None:
     """Fetch the tag from the settings' repository; the reason in git's words if that fails, else None."""
     partial = repository.with_name("fetched.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     commands = (
         ["git", "init", "--quiet", "--bare", str(partial)],
         ["git", f"--git-dir={partial}", "fetch", "--quiet", "--depth", "1", llama_cpp_repository,
