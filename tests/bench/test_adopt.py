@@ -68,6 +68,7 @@ def test_a_flag_that_is_gone_is_named_with_its_successor():
 
 def test_a_flag_that_is_listed_as_removed_is_gone():
     assert flag_changes(["--draft"]) == [("--draft", "a flag of llama-server", "gone")]
+    assert flag_changes([], pinned=PINNED[:-1]) == []  # nor is it new
 
 
 def test_a_value_that_follows_now_is_a_change():
@@ -118,11 +119,14 @@ def test_architectures_are_read_from_the_source():
 
 
 def test_new_and_gone_architectures():
-    changes = architectures.changes({"llama", "gpt-oss", "bloom"}, {"llama", "clef"}, frozenset({"llama", "gpt-oss"}))
+    changes = architectures.changes(
+        {"llama", "gpt-oss", "bloom"}, {"llama", "clef"}, frozenset({"llama", "gpt-oss", "xlm"})
+    )
     assert [(change.what, change.before, change.after) for change in changes] == [
         ("clef", "not there", "new, without a row"),
         ("bloom", "there, has no row", "gone: llama-server would not load it"),
         ("gpt-oss", "there, has a row", "gone: llama-server would not load it"),
+        ("xlm", "there, has a row", "gone: llama-server would not load it"),
     ]
     [lost] = architectures.changes({"llama"}, architectures.names("LLM_ARCH_NAMES moved"), frozenset({"llama"}))
     assert (lost.what, lost.after) == ("LLM_ARCH_NAMES", "not found")
@@ -143,7 +147,10 @@ FATTN = """\
         default:
             return BEST_FATTN_KERNEL_NONE;
     }
-    switch (other) { case 7: default: break; }
+    switch (other) {
+        case 7:
+        default:
+    }
 """
 
 
