@@ -153,6 +153,17 @@ def _change(model: str, part: str, wrong: Sequence[Figure], asked: int, source: 
     )
 
 
+def by_situation(found: Sequence[Figure]) -> Iterator[str]:
+    """How many compute buffers of the outlines' models are off, by situation: one cause is often in one of them."""
+    small = {path.stem for path in OUTLINES.glob("*.yaml")}
+    asked = [figure for figure in found if figure.part == "compute" and figure.model in small]
+    for situation in dict.fromkeys(figure.situation for figure in asked):
+        rows = [figure for figure in asked if figure.situation == situation]
+        wrong = sum(not figure.is_right for figure in rows)
+        if wrong:
+            yield f"  {wrong} of {len(rows)} with {situation}"
+
+
 def summary(found: Sequence[Figure]) -> Iterator[str]:
     """A line for each part: how many figures are off, by how much in the middle and at worst."""
     for part in RULES:
@@ -166,6 +177,8 @@ def summary(found: Sequence[Figure]) -> Iterator[str]:
         if wrong:
             median = statistics.median(figure.off_share for figure in wrong)
             yield f"{text}; median {median:.2%}, worst {max(abs(figure.off_mib) for figure in wrong):.2f} MiB"
+            if part == "compute":
+                yield from by_situation(found)
         else:
             yield text
 

@@ -221,6 +221,12 @@ def test_the_summary_has_median_and_worst():
     ]
 
 
+def test_compute_that_is_off_is_counted_by_situation():
+    figures = [figure("compute", 2, 1, model="grok"), figure("compute", 1, 1, model="grok"), figure("compute", 2, 1)]
+    elsewhere = Figure("grok", "grok", "two devices", "RPC0", "compute", 1, 1, is_right=True)
+    assert list(memory.by_situation([*figures, elsewhere])) == ["  1 of 2 with one device"]
+
+
 def test_figures_are_written_as_csv(tmp_path):
     memory.write(FIGURES, tmp_path / "figures.csv")
     lines = (tmp_path / "figures.csv").read_text().splitlines()
