@@ -7,8 +7,8 @@ compiler.
 `ask()` tells what llama-server would allocate: a model (weightless is enough) and flags in, MiB by device
 out. With its default `--fit on` llama-server first makes the model and the context without memory, exactly as
 the flags say, and prints where the bytes would be (common/fit.cpp, common_memory_breakdown_print). Only then
-does fit change anything; it is ended before that. ggml-rpc-server's devices stand in for GPUs; they have no size of their own (each
-reports the machine's RAM), which does not matter because nothing is allocated.
+does fit change anything; it is ended before that. ggml-rpc-server's devices stand in for GPUs; they have no
+size of their own (each reports the machine's RAM), which does not matter because nothing is allocated.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from llamafleet.settings import extra_flags
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = "llamafleet/settings/extra_flags.py"
 DEFINITIONS = "common/arg.cpp"  # in the tree of llama.cpp
-PLANNED = ("llamafleet/planner/flags.py", "llamafleet/service/command.py")  # looked at before other modules
+PLANNED = ("llamafleet/planner/flags.py", "llamafleet/service/command.py")  # llama-server's flags only
 _NAMES = re.compile(r"(-{1,2}[A-Za-z][\w.-]*)(?:,\s+(?=-))?")
 # Not short ones of one letter: those are other programs'.
 _LITERAL = re.compile(r"--[a-z][\w.-]*|-[a-z]\w+")
@@ -73,14 +73,15 @@ def passed(root: Path = ROOT) -> dict[str, str]:
 def used(pinned: Iterable[tuple[str, ...]], root: Path = ROOT) -> dict[str, str]:
     """Every flag of llama-server that this project passes or classifies, with the module to look at.
 
-    A word that looks like a flag counts as one of llama-server if the pinned release has it.
+    A word that looks like a flag counts as one of llama-server if the pinned release has it, or if it stands in a
+    module that has no other program's flags.
     """
     there = {name for group in pinned for name in group}
     tables = dict.fromkeys(
         (*extra_flags.SAFE, *extra_flags.DANGEROUS, *extra_flags.OWN_PLACE, *extra_flags.PLANNED, *extra_flags.REFUSED),
         TABLES,
     )
-    return tables | {name: where for name, where in passed(root).items() if name in there}
+    return tables | {name: where for name, where in passed(root).items() if name in there or where in PLANNED}
 
 
 def takes_value() -> dict[str, bool]:

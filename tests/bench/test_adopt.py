@@ -84,13 +84,21 @@ def test_a_new_flag_is_named_until_it_is_classified():
 
 
 def test_what_we_pass_is_found_in_our_code(tmp_path):
-    module = tmp_path / "llamafleet/planner/flags.py"
-    module.parent.mkdir(parents=True)
-    module.write_text('yield from ("--ctx-size", str(1), "-lv", "-c", "--not-theirs", "text --in-text")')
-    assert flags.passed(tmp_path) == dict.fromkeys(("--ctx-size", "-lv", "--not-theirs"), "llamafleet/planner/flags.py")
-    ours = flags.used([("-c", "--ctx-size")], tmp_path)
-    assert ours["--ctx-size"] == "llamafleet/planner/flags.py"
-    assert "--not-theirs" not in ours and set(extra_flags.SAFE) < set(ours)
+    for module, text in (
+        (
+            "llamafleet/planner/flags.py",
+            'yield from ("--ctx-size", str(1), "-lv", "-c", "--misspelt", "text --in-text")',
+        ),
+        ("llamafleet/remote/switch.py", 'run("systemctl", "--quiet", "--parallel")'),
+    ):
+        (tmp_path / module).parent.mkdir(parents=True)
+        (tmp_path / module).write_text(text)
+    planner = dict.fromkeys(("--ctx-size", "-lv", "--misspelt"), "llamafleet/planner/flags.py")
+    remote = dict.fromkeys(("--quiet", "--parallel"), "llamafleet/remote/switch.py")
+    assert flags.passed(tmp_path) == planner | remote
+    ours = flags.used([("-c", "--ctx-size"), ("-np", "--parallel")], tmp_path)
+    assert ours.items() >= {*planner.items(), ("--parallel", "llamafleet/remote/switch.py")}
+    assert "--quiet" not in ours and set(extra_flags.SAFE) < set(ours)
 
 
 NAMES = """\
