@@ -76,7 +76,7 @@ def _from_archive(ref: str, repository: Path, reason: str) -> None:
         archive = upstream.fetch_sdist(repository.parent, version, sha256=None)
     except upstream.UpstreamError as error:
         raise SourceError(
-            f"no source of {ref}: {llama_cpp_repository} has not given it ({reason}), and {error}\n"
+            f"no source of {ref}: it cannot be fetched from {llama_cpp_repository} ({reason}), and {error}\n"
             f"Or make the bare repository yourself: git clone --bare --depth 1 --branch {ref} URL {repository}"
         ) from error
     upstream.build_repository(archive, repository, ref)
