@@ -26,7 +26,7 @@ from llamafleet.host.gpus import find
 from llamafleet.host.machine import Machine
 from llamafleet.host.speeds import rates
 from llamafleet.memory.context import Context
-from llamafleet.memory.ledger import NO_ADJUSTMENT
+from llamafleet.memory.ledger import NO_CORRECTION
 from llamafleet.memory.placement import Segment
 from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header, Tensor, read_path
@@ -180,7 +180,7 @@ def search_for(case: Case, header: Header, host: Machine, settings: Settings) ->
     model = Model.of(header)
     roofline = Roofline(model, Workload.of(instance, tokens), reached, op_offload=TRAITS[backend].op_offload)
     context = Context(tokens, case.get("slots", 1), case.get("kv_type", "f16"), case.get("ubatch_tokens", 512))
-    return Search(model, capacity, backend, 0, NO_ADJUSTMENT, roofline), context
+    return Search(model, capacity, backend, 0, NO_CORRECTION, roofline), context
 
 
 def settings_for(case: Case, header: Header) -> Settings:

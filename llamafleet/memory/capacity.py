@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from llamafleet.host.machine import Gpu, Machine
 from llamafleet.memory.context import Context
-from llamafleet.memory.ledger import NO_ADJUSTMENT, Adjustment, Buffers, LedgerRow, Usage, buffers, usage
+from llamafleet.memory.ledger import NO_CORRECTION, Buffers, Correction, LedgerRow, Usage, buffers, usage
 from llamafleet.memory.placement import HOST, Placement
 from llamafleet.memory.weights import X86_TYPES, Model, repacked_types
 
@@ -105,7 +105,7 @@ class Case:
     capacity: Capacity
     backend: str
     host_extra_bytes: int  # RAM besides the model's: the prompt cache
-    adjustment: Adjustment = NO_ADJUSTMENT  # what the binary said of an earlier plan
+    adjustment: Correction = NO_CORRECTION  # what the binary said of an earlier plan
 
     def buffers(self, placement: Placement, *, roughly: bool) -> Buffers:
         """What is computed in, staging not told apart."""

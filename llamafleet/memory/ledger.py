@@ -142,7 +142,7 @@ def buffers(
 
 
 @dataclass(frozen=True)
-class Adjustment:
+class Correction:
     """Bytes that the binary allocates beyond the ledger's, by the ledger's device name ("GPU0", "host");
     negative where it takes less."""
 
@@ -152,10 +152,12 @@ class Adjustment:
         """The device's usage with the difference counted as compute, the part that is estimated."""
         return replace(use, compute_bytes=use.compute_bytes + self.extra_bytes.get(device, 0))
 
-    def plus(self, more: Mapping[str, int]) -> Adjustment:
+    def plus(self, more: Mapping[str, int]) -> Correction:
         """With further differences added."""
         devices = {**self.extra_bytes, **more}
-        return Adjustment({one: self.extra_bytes.get(one, 0) + more.get(one, 0) for one in devices})
+        return Correction({one: self.extra_bytes.get(one, 0) + more.get(one, 0) for one in devices})
 
 
-NO_ADJUSTMENT = Adjustment()
+NO_CORRECTION = Correction()
+Adjustment = Correction  # old names, until tasks/ follow
+NO_ADJUSTMENT = NO_CORRECTION

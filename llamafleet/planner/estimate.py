@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from llamafleet.host.backends import TRAITS
 from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.context import Context
-from llamafleet.memory.ledger import Adjustment
+from llamafleet.memory.ledger import Correction
 from llamafleet.memory.placement import HOST, Segment
 from llamafleet.memory.weights import Model
 from llamafleet.model.shape import DENSE, EXPERTS
@@ -45,7 +45,7 @@ class Budgets:
         capacity: Capacity,
         backend: str,
         extra_bytes: int,
-        adjustment: Adjustment,
+        adjustment: Correction,
         roofline: Roofline,
     ) -> None:
         self.model, self.capacity, self.backend = model, capacity, backend

@@ -20,7 +20,7 @@ from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.checkpoints import checkpoint_bytes
 from llamafleet.memory.context import Context
 from llamafleet.memory.kv_cache import takes_cache_of
-from llamafleet.memory.ledger import NO_ADJUSTMENT, Adjustment
+from llamafleet.memory.ledger import NO_CORRECTION, Correction
 from llamafleet.memory.placement import HOST
 from llamafleet.memory.weights import Model
 from llamafleet.model.architectures import ARCHITECTURES, PROJECTOR, RELEASE, nearest
@@ -51,7 +51,7 @@ def plan_host(
     machine: Machine,
     requests: Sequence[tuple[Instance, Header]],
     settings: Settings,
-    adjustments: Mapping[str, Adjustment] = MappingProxyType({}),
+    adjustments: Mapping[str, Correction] = MappingProxyType({}),
     measurements: Measurements = NOT_MEASURED,
 ) -> tuple[Plan | Refusal, ...]:
     """A plan or refusal for each instance; they share the host by priority, equal ones in the order given.
@@ -71,7 +71,7 @@ def plan_host(
     capacity = capacity_of(machine, gpus, settings)
     answers: dict[int, Plan | Refusal] = {}
     for position, (instance, header) in sorted(enumerate(requests), key=lambda one: (-one[1][0].priority, one[0])):
-        adjustment = adjustments.get(instance.name, NO_ADJUSTMENT)
+        adjustment = adjustments.get(instance.name, NO_CORRECTION)
         answer = _plan_one(machine, backend, capacity, instance, header, adjustment, measurements, len(requests) == 1)
         if isinstance(answer, Plan):
             capacity = capacity.without(answer.ledger)
@@ -85,7 +85,7 @@ def _plan_one(
     capacity: Capacity,
     instance: Instance,
     header: Header,
-    adjustment: Adjustment,
+    adjustment: Correction,
     measured: Measurements,
     alone: bool,
 ) -> Plan | Refusal:
@@ -138,7 +138,7 @@ class _Asked:
     instance: Instance
     model: Model
     context_tokens: int
-    adjustment: Adjustment
+    adjustment: Correction
     measured: Measurements
     alone: bool  # no other model is served by this host
 

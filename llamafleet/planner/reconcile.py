@@ -1,6 +1,6 @@
 """The plan against what the built llama-server itself says it would allocate.
 
-Where the two differ by more than the tolerance the binary is right: its difference becomes an `Adjustment`, and
+Where the two differ by more than the tolerance the binary is right: its difference becomes a `Correction`, and
 the plan is made again, a bounded number of times. `tasks/verify.py` asks, on the host.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llamafleet.host.backends import TRAITS
-from llamafleet.memory.ledger import NO_ADJUSTMENT, Adjustment
+from llamafleet.memory.ledger import NO_CORRECTION, Correction
 from llamafleet.memory.placement import HOST
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.units import MIB
@@ -89,7 +89,7 @@ def tolerance(told_bytes: int) -> int:
     return max(TOLERANCE_BYTES, int(told_bytes * TOLERANCE_SHARE))
 
 
-def compare(plan: Plan, answer: Answer, extra: Adjustment = NO_ADJUSTMENT, rounds: int = 1) -> Verified:
+def compare(plan: Plan, answer: Answer, extra: Correction = NO_CORRECTION, rounds: int = 1) -> Verified:
     """The plan's ledger, made with the `extra`, against the binary's answer.
 
     Overhead is not compared: it is what no log counts. Host memory is one sum, repacked weights included.
@@ -129,17 +129,17 @@ class Settled:
     """Plans that the binary agrees with, or that it told nothing of; with a refusal where there is none."""
 
     answers: tuple[Plan | Refusal, ...]
-    adjustments: Mapping[str, Adjustment]
+    adjustments: Mapping[str, Correction]
     verified: Mapping[str, Verified]
 
 
-Planner = Callable[[Mapping[str, Adjustment]], Sequence[Plan | Refusal]]
+Planner = Callable[[Mapping[str, Correction]], Sequence[Plan | Refusal]]
 
 
 def settle(
     planner: Planner,
     ask: Callable[[Plan], Answer],
-    adjustments: Mapping[str, Adjustment],
+    adjustments: Mapping[str, Correction],
     is_known: Callable[[Plan], bool],
 ) -> Settled:
     """Plan, ask, and plan again with what was told, until plan and binary agree.
@@ -162,7 +162,7 @@ def settle(
             key = (plan.instance, plan.argv)
             if key not in asked:
                 asked[key] = ask(plan)
-            extra = now.get(plan.instance, NO_ADJUSTMENT)
+            extra = now.get(plan.instance, NO_CORRECTION)
             seen[plan.instance] = compare(plan, asked[key], extra, number)
             if more := seen[plan.instance].beyond(only_more=number > 1):
                 corrections[plan.instance] = extra.plus(more)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from llamafleet.memory.ledger import Adjustment
+from llamafleet.memory.ledger import Correction
 from llamafleet.planner.reconcile import ROUNDS, TOLERANCE_BYTES, Answer, compare, question, say, settle, tolerance
 from llamafleet.planner.result import Plan, Refusal
 from tests import planning
@@ -53,7 +53,7 @@ def settled(binary, adjustments=None, is_known=lambda plan: False, **how):
         return planned(given, **how)
 
     def ask(plan):
-        extra = now.get(plan.instance, Adjustment()).extra_bytes
+        extra = now.get(plan.instance, Correction()).extra_bytes
         told = dict(binary(plan).told)
         for name, device in (("CUDA0", "GPU0"), ("Host", "host")):
             told[name] -= extra.get(device, 0)
@@ -192,7 +192,7 @@ def test_of_two_instances_the_second_gets_what_the_first_really_leaves():
 
 
 def test_the_record_tells_both_numbers():
-    done = settled(Binary(CUDA0=3 * GIB), {"m0": Adjustment({"GPU0": GIB})})
+    done = settled(Binary(CUDA0=3 * GIB), {"m0": Correction({"GPU0": GIB})})
     told = done.verified["m0"].to_json()
     assert set(told) == {"ledger_bytes", "binary_bytes", "extra_bytes", "rounds", "why"}
     # By the header alone, whatever was in the plan already.

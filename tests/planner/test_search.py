@@ -6,7 +6,7 @@ import pytest
 
 from llamafleet.host.backends import TRAITS
 from llamafleet.host.speeds import rates
-from llamafleet.memory.ledger import NO_ADJUSTMENT, usage
+from llamafleet.memory.ledger import NO_CORRECTION, usage
 from llamafleet.memory.placement import Placement, Segment
 from llamafleet.memory.weights import Model
 from llamafleet.planner.backend import capacity_of
@@ -99,7 +99,7 @@ def searching(layout, gpus, asked):
     model, capacity = Model.of(planning.header(layout)), capacity_of(host, host.gpus, settings)
     its_work = Workload.of(instance, instance.context_tokens)
     roofline = Roofline(model, its_work, rates(host.cpu, host.gpus, 6), op_offload=TRAITS["cuda"].op_offload)
-    search = Search(model, capacity, "cuda", 1024 * MIB, NO_ADJUSTMENT, roofline)
+    search = Search(model, capacity, "cuda", 1024 * MIB, NO_CORRECTION, roofline)
     return search, contexts(instance, instance.context_tokens, its_work)[0][0]
 
 
