@@ -27,7 +27,7 @@ from llamafleet.memory.graph.ggml import (
     same,
     view,
 )
-from llamafleet.memory.graph.layers import ROTATIONS, Layers
+from llamafleet.memory.graph.layers import ROPE_FACTORS, Layers
 from llamafleet.model.shape import Shape
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class Builder:
         Staged for the first layer of the host, their copy stays to the last, and parts what is free there.
         """
         outside = self.layers[-1]
-        part = next((part for part in ROTATIONS if part in outside), None)
+        part = next((part for part in ROPE_FACTORS if part in outside), None)
         row = self.shape.architecture
         if part is None or (row.rope_factors_only_without_window and self.windows[self.layer]):
             return ()

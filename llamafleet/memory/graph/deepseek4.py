@@ -27,7 +27,7 @@ from llamafleet.memory.graph.ggml import (
     view,
 )
 from llamafleet.memory.graph.mla import INDEXER_HEADS, INDEXER_SIZE, narrowed
-from llamafleet.memory.kv_cache import FEW, MANY, compressed_cells, window_cells
+from llamafleet.memory.kv_cache import CSA_RATIO, HCA_RATIO, compressed_cells, window_cells
 
 STREAMS = 4  # of rows; the operation for them is made for four (build_hc_pre)
 
@@ -126,7 +126,7 @@ def _make_inputs(b: Builder) -> Inputs:
         raise GraphUnknownError("another number of streams")
 
     def plan(ratio: int, kind: str, turn: Tensor | None) -> Plan:
-        blocks, overlap = b.tokens // ratio + slots, 2 if ratio == FEW else 1
+        blocks, overlap = b.tokens // ratio + slots, 2 if ratio == CSA_RATIO else 1
         kept = min(b.tokens, overlap * ratio * slots)
         counts = (b.tokens, kept, kept, overlap * ratio * blocks, blocks)
         positions, kept_from, kept_at, read, written_at = (ggml.graph_input(I32, count) for count in counts)
@@ -146,9 +146,9 @@ def _make_inputs(b: Builder) -> Inputs:
         ggml.graph_input(I64, b.tokens),
         ggml.graph_input(kind, window_cells(b.context, window), each, 1, slots),
         turns[0],
-        plan(FEW, kind, turns[1]),
-        plan(MANY, kind, turns[2]),
-        plan(FEW, F16, ggml.graph_input(F32, indexer, indexer)),
+        plan(CSA_RATIO, kind, turns[1]),
+        plan(HCA_RATIO, kind, turns[2]),
+        plan(CSA_RATIO, F16, ggml.graph_input(F32, indexer, indexer)),
     )
 
 
@@ -170,12 +170,12 @@ def _attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
     k = same("rope", reshape(k, size, 1, tokens), positions)
     ratio = b.shape.compress_ratios[b.layer]
     keys, mask = None, inputs.mask
-    if ratio == FEW:
-        keys = _compress(b, cur, inputs.few, "attn_compressor", FEW, size)
-        indexed = _compress(b, cur, inputs.indexer, "indexer_compressor", FEW, INDEXER_SIZE)
+    if ratio == CSA_RATIO:
+        keys = _compress(b, cur, inputs.few, "attn_compressor", CSA_RATIO, size)
+        indexed = _compress(b, cur, inputs.indexer, "indexer_compressor", CSA_RATIO, INDEXER_SIZE)
         mask = narrowed(inputs.few.mask, _chosen(b, cur, low, positions, indexed), inputs.few.mask.type)
-    elif ratio == MANY:
-        keys, mask = _compress(b, cur, inputs.many, "attn_compressor", MANY, size), inputs.many.mask
+    elif ratio == HCA_RATIO:
+        keys, mask = _compress(b, cur, inputs.many, "attn_compressor", HCA_RATIO, size), inputs.many.mask
     q, k = _turned(q, inputs.turn), _turned(k, inputs.turn)
     b.graph.expand(q)
     b.graph.expand(k)
@@ -208,7 +208,7 @@ def _stored(b: Builder, rows: Tensor, ids: Tensor, size: int, cells: int) -> Ten
 
 def _compress(b: Builder, cur: Tensor, plan: Plan, part: str, ratio: int, size: int) -> Tensor:
     """Tokens and what is left of those before, weighed and summed to cells; the cache of these."""
-    overlap, slots = 2 if ratio == FEW else 1, b.context.slots
+    overlap, slots = 2 if ratio == CSA_RATIO else 1, b.context.slots
     rows, home = overlap * ratio * slots, b.homes("cache", b.layer)
     values = b.linear(f"{part}_kv", cur)
     scores = same("add", b.linear(f"{part}_gate", cur), get_rows(b.need(f"{part}_ape.weight"), plan.positions))
@@ -216,7 +216,7 @@ def _compress(b: Builder, cur: Tensor, plan: Plan, part: str, ratio: int, size: 
     kept = [view(state, (overlap * size, rows), (state.nb[1],)) for state in states]
     both = [concat(view(old, (overlap * size, rows), (old.nb[1],)), one, 1)
             for old, one in zip(kept, (values, scores), strict=True)]  # fmt: skip
-    cells = _overlapped(both, plan, ratio, size) if ratio == FEW else _summed(
+    cells = _overlapped(both, plan, ratio, size) if ratio == CSA_RATIO else _summed(
         [reshape(get_rows(one, plan.read), size, ratio, plan.written.ne[0]) for one in both]
     )  # fmt: skip
     cells = same("rope", b.norm(cells, f"{part}_norm"), plan.written_at)
