@@ -34,9 +34,7 @@ T = TypeVar("T")
 
 HADAMARD_SIZE = 64  # smallest size of a Hadamard matrix (llama-kv-cache.cpp)
 
-BackendOf = Callable[
-    [str, int | None], int
-]  # (tensor name, layer): number of the backend that holds it
+BackendOf = Callable[[str, int | None], int]  # (tensor name, layer): number of the backend that holds it
 
 
 class GraphUnknownError(LookupError):
