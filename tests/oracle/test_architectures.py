@@ -1,7 +1,7 @@
-"""The ledger against llama-server for every architecture that has an outline in architectures/, one file each.
+"""Compare the ledger with llama-server for every architecture with an outline in architectures/, one file each.
 
-Small models, so that a wrong tensor or a wrong rule stands out: sizes are compared to the MiB for weights and caches and
-to the hundredth of one for compute. What the ledger only bounds says so in its outline: `cache: bound`, `compute: bound`.
+The models are small, so that an error in one tensor or rule shows: weights and caches must agree to the MiB, compute
+buffers to 0.01 MiB. `cache: bound` or `compute: bound` in an outline means that the ledger gives an upper bound only.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +22,11 @@ from sandbox.oracle import ask
 pytestmark = pytest.mark.oracle
 OUTLINES = sorted((Path(__file__).parent / "architectures").glob("*.yaml"))
 
-ROUNDING_MIB = 0.02  # llama-server's two decimals, and 64 bytes of alignment of the CPU's tensors where ours are 128
+ROUNDING_MIB = 0.02  # llama-server prints two decimals, and aligns the CPU's tensors to 64 bytes, the ledger to 128
 
 
 def situations(layers):
-    """Contexts, slots, cache types, attention with and without flash, on no, one and two devices, partly and whole."""
+    """(Context, layers of each device, layers with experts or FFN on the host) by name, for a model of `layers` layers."""
     half, all_ = layers // 2, layers + 1
     return {
         "one device": (Context(8192, 1, "f16", 512), (all_,), ()),
@@ -43,42 +43,42 @@ def situations(layers):
 
 
 def compared(path, model, context, counts, spilled):
-    """Device, part, and MiB of the ledger and of llama-server: whole ones, of compute buffers to the hundredth."""
+    """Yield (device, part, the ledger's MiB, llama-server's MiB): whole MiB, for compute buffers two decimals."""
     case = Case(path.stem, "Q8_0", context, counts, tuple(spilled))
     devices, host = usage(model, context, case.placement(model.layers), "cpu")
-    told = ask(path, case.flags(model.is_moe), len(counts))
-    rows = [*zip(told.devices, devices.values(), strict=True), (told.host, host)]
+    answer = ask(path, case.flags(model.is_moe), len(counts))
+    rows = [*zip(answer.devices, devices.values(), strict=True), (answer.host, host)]
     for row, ours in rows:
-        repacked, buffer = (ours.repacked_bytes, "CPU") if row is told.host else (0, row.name)
+        repacked, buffer = (ours.repacked_bytes, "CPU") if row is answer.host else (0, row.name)
         yield row.name, "weights", (ours.weights_bytes - repacked) // MIB, row.model
         yield row.name, "cache", ours.kv_bytes // MIB, row.context
-        yield row.name, "compute", ours.compute_bytes / MIB, told.buffers[buffer]
+        yield row.name, "compute", ours.compute_bytes / MIB, answer.buffers[buffer]
 
 
-def is_right(part, ours, theirs, told):
-    """Exact, or, where the outline says so, not below what is true."""
-    if told.get(part) == "bound":
+def is_right(part, ours, theirs, fields):
+    """Are the ledger's MiB equal to llama-server's or, where the outline says "bound", not below them?"""
+    if fields.get(part) == "bound":
         return ours >= theirs
     return abs(ours - theirs) <= (ROUNDING_MIB if part == "compute" else 0)
 
 
 @pytest.mark.parametrize("outline", OUTLINES, ids=lambda path: path.stem)
 def test_llama_server_allocates_what_the_ledger_says(outline, tmp_path):
-    told = outlines.read(outline)
+    fields = outlines.read(outline)
     path = outlines.weightless(outline, tmp_path)
     header = read_path(path)
     model = Model.of(header)
-    assert model.shape.cache_is_exact is (told.get("cache") != "bound")
-    assert model.compute.is_exact is (told.get("compute") != "bound")
-    tried = {
-        name: asked for name, asked in situations(model.layers).items() if takes_cache_of(model.shape, asked[0].kv_type)
+    assert model.shape.cache_is_exact is (fields.get("cache") != "bound")
+    assert model.compute.is_exact is (fields.get("compute") != "bound")
+    possible = {
+        name: case for name, case in situations(model.layers).items() if takes_cache_of(model.shape, case[0].kv_type)
     }
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(lambda name: list(compared(path, model, *tried[name])), tried)
+        results = pool.map(lambda name: list(compared(path, model, *possible[name])), possible)
         wrong = [
             f"{name}: {part} on {device}: {ours:.2f} MiB, should be {theirs}"
-            for name, many in zip(tried, found, strict=True)
-            for device, part, ours, theirs in many
-            if not is_right(part, ours, theirs, told)
+            for name, figures in zip(possible, results, strict=True)
+            for device, part, ours, theirs in figures
+            if not is_right(part, ours, theirs, fields)
         ]
     assert wrong == []
