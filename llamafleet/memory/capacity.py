@@ -105,7 +105,7 @@ class Case:
     capacity: Capacity
     backend: str
     host_extra_bytes: int  # RAM of the prompt cache and of context checkpoints
-    adjustment: Correction = NO_CORRECTION  # what llama-server allocated beyond an earlier plan's ledger
+    correction: Correction = NO_CORRECTION  # what llama-server allocated beyond an earlier plan's ledger
 
     def buffers(self, placement: Placement, *, roughly: bool) -> Buffers:
         """Bytes of the compute buffers, with staging counted as compute. `roughly`: as in `ledger.buffers`."""
@@ -123,7 +123,7 @@ class Case:
             compute_buffers,
         )
         corrected = {
-            device: self.adjustment.applied(f"GPU{self.capacity.gpus[device].index}", use)
+            device: self.correction.applied(f"GPU{self.capacity.gpus[device].index}", use)
             for device, use in used.items()
         }
-        return self.capacity.ledger(corrected, self.adjustment.applied(HOST, host))
+        return self.capacity.ledger(corrected, self.correction.applied(HOST, host))

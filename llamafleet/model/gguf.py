@@ -48,7 +48,7 @@ _FOREIGN = (
     (b"<!doctype", _HTML),
     (b"<html", _HTML),
     (b"version https://git-lfs", "is a Git LFS pointer, not the model: fetch the model with `git lfs pull`"),
-    (b"pk\x03\x04", "is a zip archive, not a GGUF: unpack it"),
+    (b"pk\x03\x04", "is a zip archive, not a GGUF"),
     (b"ggjt", _BEFORE_GGUF),
     (b"ggml", _BEFORE_GGUF),
 )
@@ -163,7 +163,7 @@ def _check_split(sources: Sequence[ByteSource], parts: Sequence[Header]) -> None
                 " keep the publisher's file names, NAME-00001-of-0000N.gguf, with all shards in one folder"
             )
         if number != position:
-            raise GgufError(f"{source.name}: split.no is {number}, should be {position}; a shard was renamed")
+            raise GgufError(f"{source.name}: split.no is {number}, should be {position} by its file name")
     expected = parts[0].metadata.get("split.tensors.count")
     count = sum(len(part.tensors) for part in parts)
     if len(parts) > 1 and expected is not None and expected != count:
