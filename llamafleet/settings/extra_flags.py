@@ -72,24 +72,24 @@ def words(flags: Sequence[str]) -> tuple[str, ...]:
     return tuple(word for flag in flags for word in flag.split(" ", 1))
 
 
-def problems(extra: Sequence[str], dangerous: Sequence[str], has_keys: bool) -> Iterator[str]:
-    """What is wrong with an instance's `extra_flags` and `dangerous_flags`, a sentence each."""
+def problems(extra: Sequence[str], dangerous: Sequence[str], has_keys: bool) -> Iterator[tuple[str, str]]:
+    """What is wrong with an instance's `extra_flags` and `dangerous_flags`: the setting and a sentence each."""
     for flag in extra:
         name, _, value = flag.partition(" ")
         if name in DANGEROUS:
-            yield f"extra_flags: {name} {DANGEROUS[name][1]}; if that is meant, name it in dangerous_flags"
+            yield "extra_flags", f"{name} {DANGEROUS[name][1]}; if that is meant, name it in dangerous_flags"
         elif name not in SAFE:
-            yield f"extra_flags: {_why_not(name)}"
+            yield "extra_flags", _why_not(name)
         else:
-            yield from _value("extra_flags", name, value, SAFE[name])
+            yield from (("extra_flags", problem) for problem in _wrong_value(name, value, SAFE[name]))
     for flag in dangerous:
         name, _, value = flag.partition(" ")
         if name not in DANGEROUS:
-            yield f"dangerous_flags: should be of {', '.join(sorted(DANGEROUS))}, is {name!r}"
+            yield "dangerous_flags", f"should be of {', '.join(sorted(DANGEROUS))}, is {name!r}"
         elif not has_keys:
-            yield f"dangerous_flags: {name} {DANGEROUS[name][1]}: give an api_key_file too"
+            yield "dangerous_flags", f"{name} {DANGEROUS[name][1]}: give an api_key_file too"
         else:
-            yield from _value("dangerous_flags", name, value, DANGEROUS[name][0])
+            yield from (("dangerous_flags", problem) for problem in _wrong_value(name, value, DANGEROUS[name][0]))
 
 
 def _why_not(name: str) -> str:
@@ -104,10 +104,10 @@ def _why_not(name: str) -> str:
     return f"{name!r} is not among the flags known to be safe; {hint}"
 
 
-def _value(setting: str, name: str, value: str, takes_one: bool) -> Iterator[str]:
-    if takes_one and not value:
-        yield f"{setting}: {name} needs a value behind a blank, as in {name + ' VALUE'!r}"
-    if value and not takes_one:
-        yield f"{setting}: {name} takes no value, has {value!r}"
+def _wrong_value(name: str, value: str, takes_value: bool) -> Iterator[str]:
+    if takes_value and not value:
+        yield f"{name} needs a value behind a blank, as in {name + ' VALUE'!r}"
+    if value and not takes_value:
+        yield f"{name} takes no value, has {value!r}"
     if any(ord(character) < ord(" ") for character in value):
-        yield f"{setting}: {name} should have no control characters, has {value!r}"
+        yield f"{name} should have no control characters, has {value!r}"

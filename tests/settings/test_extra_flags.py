@@ -11,7 +11,7 @@ ORACLE = Path(__file__).parents[2] / ".cache/llama.cpp-cpu/build/bin/llama-serve
 
 
 def problems(*flags, dangerous=(), has_keys=True):
-    return list(extra.problems(flags, dangerous, has_keys))
+    return [f"{setting}: {text}" for setting, text in extra.problems(flags, dangerous, has_keys)]
 
 
 def test_safe_flags_become_arguments():

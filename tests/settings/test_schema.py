@@ -68,8 +68,9 @@ def test_every_problem_is_told_at_once():
 )
 def test_wrong_types_are_refused(key, value):
     [told] = instance_problems(**{key: value})
-    assert told.startswith(f"models[0].{key}: should be ")
-    assert repr(value)[:3] in told or "(" in told
+    wrong = f"{key}[0]" if isinstance(value, list) else key
+    assert told.startswith(f"models[0].{wrong}: should be ")
+    assert told.endswith(f", is {value[0] if isinstance(value, list) else repr(value)}")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,8 @@ def test_wrong_types_are_refused(key, value):
 )
 def test_implausible_values_are_refused(key, value):
     [told] = instance_problems(**{key: value})
-    assert told.startswith(f"models[0].{key}: should ")
+    wrong = f"{key}[0]" if isinstance(value, list) and value else key
+    assert told.startswith(f"models[0].{wrong}: should ")
 
 
 def test_names_and_ports_are_used_once():
@@ -130,7 +132,9 @@ def test_an_entry_is_a_dictionary():
 
 def test_unset_is_not_empty():
     assert Settings.from_data({**default_data(), "models": [MODEL]}).models[0].context_tokens is None
-    assert instance_problems(context_tokens=0) == ["models[0].context_tokens: should be from 256 to 2147483647, is 0"]
+    assert instance_problems(context_tokens=0) == [
+        "models[0].context_tokens: should be a whole number from 256 to 2147483647 or None, is 0"
+    ]
 
 
 def test_an_address_that_others_reach_needs_a_key_or_the_word():
