@@ -111,12 +111,10 @@ def _sentence(error: ErrorDetails, hints: list[Any], words: Vocabulary) -> str:
         return f"missing; {words.missing(depth) if words.missing else f'should be {_noun(hints[-1], words)}'}"
     if kind in ("too_long", "string_too_long"):
         unit = "items" if kind == "too_long" else "characters"
-        what = f"have at most {error['ctx']['max_length']} {unit}"
-    elif kind == "value_error":  # of a `Should`
-        what = f"{error['ctx']['error']}{optional}"
-    else:
-        what = f"be {_noun(hints[-1], words)}{optional}"
-    return f"should {what}, is {shown(error['input'])}"
+        return f"should have at most {error['ctx']['max_length']} {unit}, has {len(error['input'])}"
+    # A value error is that of a `Should`.
+    what = str(error["ctx"]["error"]) if kind == "value_error" else f"be {_noun(hints[-1], words)}"
+    return f"should {what}{optional}, is {shown(error['input'])}"
 
 
 def _path(root: str, location: Iterable[int | str]) -> str:
@@ -173,7 +171,7 @@ def _noun(hint: Any, words: Vocabulary) -> str:
     if typing.get_origin(base) is tuple:
         return f"a list of {_plural(_bare(typing.get_args(base)[0]), words)}"
     if base is int:
-        return f"a whole number{_range(typing.get_args(_option(hint))[1:])}"
+        return _whole_number(typing.get_args(_option(hint))[1:])
     return {bool: words.flag, str: words.text}.get(base, words.mapping)
 
 
@@ -181,16 +179,16 @@ def _plural(item: Any, words: Vocabulary) -> str:
     return {str: "texts" if words.text == "text" else "strings", int: "whole numbers"}.get(item, words.mappings)
 
 
-def _range(extras: Iterable[Any]) -> str:
-    """The range of a whole number in words, from Pydantic's `Field(ge=, le=)`."""
+def _whole_number(extras: Iterable[Any]) -> str:
+    """A whole number in the range of Pydantic's `Field(ge=, le=)`, in words."""
     bounds = {name: getattr(bound, name) for extra in extras for bound in getattr(extra, "metadata", ())
               for name in ("ge", "le") if hasattr(bound, name)}  # fmt: skip
     low, high = bounds.get("ge"), bounds.get("le")
     if low is not None and low == high:
-        return f", {low}"
-    if high is None:
-        return "" if low is None else f" of {low} or more"
-    return f" from {low} to {_round(high)}"
+        return str(low)
+    if high is not None:
+        return f"a whole number from {low} to {_round(high)}"
+    return "a whole number" if low is None else f"a whole number of {low} or more"
 
 
 def _round(number: int) -> str:
@@ -210,7 +208,7 @@ def shown(value: object) -> str:
     try:
         text = _REPR.repr(value)
     except (ValueError, RecursionError):  # a number of more digits than Python prints
-        return f"a {type(value).__name__} that is too large to print"
+        return f"{'an' if isinstance(value, int) else 'a'} {type(value).__name__} that is too large to print"
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
 
 
