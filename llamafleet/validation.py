@@ -31,6 +31,7 @@ Listed = Annotated[
 
 SHOWN_CHARACTERS = 80  # of a value or key in a message: one line of a terminal, with the path before it
 _PROBLEMS = "problems"  # the type of the errors that `refuse` raises
+_KEY = "[key]"  # Pydantic's mark, in a location, for an error of a mapping's key
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _sentence(error: ErrorDetails, hints: list[Any], words: Vocabulary) -> str:
 def _path(root: str, location: Iterable[int | str]) -> str:
     path = root
     for part in location:
-        if part == "[key]":  # Pydantic's mark for an error of the key itself
+        if part == _KEY:
             continue
         if isinstance(part, int):
             path += f"[{part}]"
@@ -130,22 +131,19 @@ def _path(root: str, location: Iterable[int | str]) -> str:
     return path
 
 
-def _hints(schema: type, location: Iterable[int | str]) -> list[Any]:
+def _hints(schema: Any, location: Iterable[int | str]) -> list[Any]:
     """The annotation of every step from the schema to the location; None where the schema does not go so far."""
-    hints: list[Any] = [schema]
+    hints = [schema]
     for part in location:
-        hints.append(_below(_bare(hints[-1]), part))
+        # The mark of a key's error comes behind the key itself, whose step is taken for the value's.
+        hints.append(typing.get_args(_bare(hints[-2]))[0] if part == _KEY else _below(_bare(hints[-1]), part))
     return hints
 
 
 def _below(hint: Any, part: int | str) -> Any:
     arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:
-        return arguments[0]
-    if arguments:  # of a mapping
-        return arguments[0 if part == "[key]" else 1]
-    if part == "[key]":
-        return hint  # the step before was taken for the value's
+    if arguments:  # of a list or a mapping
+        return arguments[0 if typing.get_origin(hint) is tuple else 1]
     known = typing.get_type_hints(hint, include_extras=True) if isinstance(hint, type) else {}
     return known.get(str(part))
 
@@ -172,7 +170,7 @@ def _noun(hint: Any, words: Vocabulary) -> str:
         return f"a list of {_plural(_bare(typing.get_args(base)[0]), words)}"
     if base is int:
         return _whole_number(typing.get_args(_option(hint))[1:])
-    return {bool: words.flag, str: words.text}.get(base, words.mapping)
+    return {bool: words.flag, str: words.text, float: "a number"}.get(base, words.mapping)
 
 
 def _plural(item: Any, words: Vocabulary) -> str:

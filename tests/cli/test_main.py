@@ -85,7 +85,12 @@ def test_bad_settings_exit_2(model, machine_file, changes, message, capsys):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is not JSON"), ("[]", "machine: should be an object, is []"), ('{"schema": 9}', "schema"), ('{"schema": 1}', "hostname")],
+    [
+        ("{", "is not JSON"),
+        ("[]", "machine: should be an object, is []"),
+        ('{"schema": 9}', "schema"),
+        ('{"schema": 1}', "hostname"),
+    ],
 )
 def test_bad_machine_files_exit_2(model, tmp_path, text, message, capsys):
     path = tmp_path / "m.json"
