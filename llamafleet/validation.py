@@ -95,6 +95,8 @@ JSON = Vocabulary("null", "true or false", "text", "an object", "objects")
 def problems(error: ValidationError, schema: type, words: Vocabulary, root: str = "") -> Iterator[Problem]:
     """Every error as a problem: "path: should be ..., is ...". `root` names the validated object itself."""
     for one in error.errors(include_url=False):
+        if one["type"] == "invalid_key":  # no text: the location ends with it
+            one["loc"] = one["loc"][:-1]
         path = _path(root, one["loc"])
         if one["type"] == _PROBLEMS:
             yield from (Problem(_path(path, (below,)), text) for below, text in one["ctx"][_PROBLEMS])
@@ -113,6 +115,8 @@ def _sentence(error: ErrorDetails, hints: list[Any], words: Vocabulary) -> str:
     if kind in ("too_long", "string_too_long"):
         unit = "items" if kind == "too_long" else "characters"
         return f"should have at most {error['ctx']['max_length']} {unit}, has {len(error['input'])}"
+    if kind in ("invalid_key", "string_unicode") and _noun(hints[-1], words) != words.text:
+        return f"should have {words.text} as keys, has {shown(error['input'])}"
     # A value error is that of a `Should`.
     what = str(error["ctx"]["error"]) if kind == "value_error" else f"be {_noun(hints[-1], words)}"
     return f"should {what}{optional}, is {shown(error['input'])}"
@@ -126,7 +130,7 @@ def _path(root: str, location: Iterable[int | str]) -> str:
         if isinstance(part, int):
             path += f"[{part}]"
         else:
-            name = part if part.isprintable() and len(part) <= SHOWN_CHARACTERS else shown(part)
+            name = part if part and part.isprintable() and len(part) <= SHOWN_CHARACTERS else shown(part)
             path += f".{name}" if path else name
     return path
 

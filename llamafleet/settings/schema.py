@@ -187,7 +187,8 @@ class Settings:
         try:
             return _adapter().validate_python(ours)
         except ValidationError as error:
-            raise SettingsError([str(one) for one in validation.problems(error, cls, _WORDS)]) from None
+            found = validation.problems(error, cls, _WORDS)
+            raise SettingsError([str(one) if one.path else f"settings: {one.text}" for one in found]) from None
 
     @model_validator(mode="after")
     def _instances_differ(self) -> Self:

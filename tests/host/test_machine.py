@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
 
 from llamafleet.host.machine import Machine, MachineError
+from tests.mutations import FUZZ, broken
 
 PROBE = Path(__file__).parents[2] / "llamafleet" / "remote" / "probe.py"
 
@@ -160,6 +162,18 @@ def test_the_first_of_many_problems_is_told_and_how_many_more_there_are(file):
 def test_no_object_at_all():
     with pytest.raises(MachineError, match=r"machine: should be an object, is \[\]"):
         Machine.from_json([])
+
+
+@FUZZ
+@given(broken(FILE))
+def test_a_broken_file_is_read_or_refused_in_one_line(data):
+    try:
+        machine = Machine.from_json(data)
+    except MachineError as error:
+        assert str(error).startswith("machine") and ("should" in str(error) or "missing" in str(error))
+        assert len(str(error)) < 400 and str(error).isprintable()
+    else:
+        assert Machine.from_json(json.loads(json.dumps(machine.to_json()))) == machine
 
 
 def test_optional_values_may_be_null(file):

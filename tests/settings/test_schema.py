@@ -159,3 +159,15 @@ def test_flags_that_open_the_host_are_refused_unless_asked_by_name():
     assert "give an api_key_file too" in told
     entry = {**MODEL, "dangerous_flags": ["--tools read_file"], "api_key_file": "/keys"}
     assert Settings.from_data({**default_data(), "models": [entry]})
+
+
+@pytest.mark.parametrize(
+    ("key", "path"),
+    [("a\nb", "'a\\nb': unknown setting; known are models, "), ("", "'': unknown setting"), ("k" * 9999, "'kkk"),
+     ("\ud800", "settings: should have a string as keys, has '\\ud800'"), (3, "settings: should have a string as keys")],
+)  # fmt: skip
+def test_odd_keys_are_named_in_one_line(key, path):
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_data({**default_data(), key: 1})
+    [told] = caught.value.problems
+    assert told.startswith(path) and told.isprintable() and len(told) < 600
