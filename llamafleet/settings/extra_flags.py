@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 
+from llamafleet.validation import SHOWN_CHARACTERS, shown
+
 # Without effect on memory, on what the plan decided, or on who gets in: True where a value follows.
 SAFE = {
     "--chat-template": True, "--chat-template-kwargs": True, "--jinja": False, "--no-jinja": False,
@@ -85,7 +87,7 @@ def problems(extra: Sequence[str], dangerous: Sequence[str], has_keys: bool) -> 
     for flag in dangerous:
         name, _, value = flag.partition(" ")
         if name not in DANGEROUS:
-            yield "dangerous_flags", f"should be of {', '.join(sorted(DANGEROUS))}, is {name!r}"
+            yield "dangerous_flags", f"should be of {', '.join(sorted(DANGEROUS))}, is {shown(name)}"
         elif not has_keys:
             yield "dangerous_flags", f"{name} {DANGEROUS[name][1]}: give an api_key_file too"
         else:
@@ -99,15 +101,15 @@ def _why_not(name: str) -> str:
         return f"{name} is decided by the plan; see docs/planning.md"
     if name in REFUSED:
         return f"{name} is refused: {REFUSED[name]}"
-    near = difflib.get_close_matches(name, (*SAFE, *DANGEROUS), n=1)
+    near = difflib.get_close_matches(name[:SHOWN_CHARACTERS], (*SAFE, *DANGEROUS), n=1)
     hint = f"did you mean {near[0]}?" if near else "llamafleet/settings/extra_flags.py has those that are"
-    return f"{name!r} is not among the flags known to be safe; {hint}"
+    return f"{shown(name)} is not among the flags known to be safe; {hint}"
 
 
 def _wrong_value(name: str, value: str, takes_value: bool) -> Iterator[str]:
     if takes_value and not value:
         yield f"{name} needs a value behind a blank, as in {name + ' VALUE'!r}"
     if value and not takes_value:
-        yield f"{name} takes no value, has {value!r}"
+        yield f"{name} takes no value, has {shown(value)}"
     if any(ord(character) < ord(" ") for character in value):
-        yield f"{name} should have no control characters, has {value!r}"
+        yield f"{name} should have no control characters, has {shown(value)}"

@@ -58,7 +58,8 @@ def _is_address(text: str) -> bool:
         ipaddress.ip_address(text)
     except ValueError:
         return False
-    return True
+    # Python takes anything behind "fe80::1%"; Linux' names of interfaces have 15 characters at most.
+    return re.fullmatch(r"[0-9A-Fa-f:.]+(%[\w.-]{1,15})?", text, re.ASCII) is not None
 
 
 @with_config(extra="forbid")

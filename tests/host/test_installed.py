@@ -109,6 +109,7 @@ def at(*path_and_value):
         (at("releases", "k2", 3), "releases.k2: should be an object, is 3"),
         (at("lock", "pid", None), "lock.pid: should be a whole number from 0 to 2147483647, is None"),
         (at("lock", "age_seconds", float("nan")), "lock.age_seconds: should be a number, is nan"),
+        (at("lock", "age_seconds", float("inf")), "lock.age_seconds: should be a number, is inf"),
         (at("lock", "age_seconds", True), "lock.age_seconds: should be a number, is True"),
         (at("device_classes", ["drm\nExecStart=/x"]),
          "device_classes[0]: should be a word of letters, digits and . _ -, is 'drm\\nExecStart=/x'"),

@@ -51,6 +51,12 @@ def test_each_refusal_says_why(flag, says):
     assert "secret" not in told and "hf_x" not in told
 
 
+@pytest.mark.parametrize("flag", ["x" * 10**6, "--temp " + "\n" * 10**6, "--jinja " + "y" * 10**6], ids="abc")
+def test_a_refusal_is_short_however_long_the_flag_is(flag):
+    [told] = problems(flag)
+    assert len(told) < 300 and told.isprintable()
+
+
 def test_what_opens_the_host_needs_a_key_even_where_it_is_asked_for():
     assert problems(dangerous=["--props"]) == []
     [told] = problems(dangerous=["--props"], has_keys=False)

@@ -83,6 +83,7 @@ def test_wrong_types_are_refused(key, value):
         ("listen", ""),
         ("listen", "localhost"),
         ("listen", "-127.0.0.1"),
+        ("listen", "fe80::1%eth0\nExecStartPre=/bin/sh"),
         ("port", 0),
         ("port", 70000),
         ("context_tokens", 1),
