@@ -36,17 +36,17 @@ _KEY = "[key]"  # Pydantic's mark, in a location, for an error of a mapping's ke
 
 @dataclass(frozen=True)
 class Should:
-    """What a value should be or do, in words ("begin with /"), and a check that Pydantic's own constraints lack."""
+    """A rule for one value beside its type: what it should do or be, in words ("begin with /"), and the check."""
 
     what: str
-    check: Callable[[Any], object] | None = None
+    check: Callable[[Any], object]  # is it as it should be?
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        schema = handler(source)
-        return schema if self.check is None else core_schema.no_info_after_validator_function(self._checked, schema)
+        """Pydantic's protocol for annotations: check the type first, then this rule."""
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
 
     def _checked(self, value: Any) -> Any:
-        if self.check is not None and not self.check(value):
+        if not self.check(value):
             raise ValueError(self.what)
         return value
 

@@ -1,7 +1,7 @@
 """Flags of llama-server that an operator may add, and those that open the host.
 
-Every flag is one of common/arg.cpp at b11434. What is listed nowhere here is refused: a later llama.cpp's
-flag is looked at first.
+Every flag is one of common/arg.cpp at b11434. A flag that is not listed here is refused, so that somebody reads what
+a new flag of llama.cpp does before hosts run with it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from llamafleet.validation import SHOWN_CHARACTERS, shown
 
-# Without effect on memory, on what the plan decided, or on who gets in: True where a value follows.
+# These change neither memory, nor what the plan decided, nor who gets in. True: a value follows the flag.
 SAFE = {
     "--chat-template": True, "--chat-template-kwargs": True, "--jinja": False, "--no-jinja": False,
     "--reasoning": True, "--reasoning-format": True, "--reasoning-effort": True, "--reasoning-budget": True,
@@ -27,14 +27,14 @@ SAFE = {
     "--log-timestamps": False, "--log-prefix": False,
 }  # fmt: skip
 
-# What each opens. True where a value follows.
+# Whether a value follows the flag, and what the flag lets clients do.
 DANGEROUS = {
-    "--tools": (True, "lets who may ask for a completion read, write and run on the host"),
-    "--tools-runtime": (True, "runs what the tools are told in containers or on other machines"),
+    "--tools": (True, "lets every client read and write files and run programs on the host"),
+    "--tools-runtime": (True, "runs the tools' commands in containers or on other machines"),
     "--agent": (False, "switches on all tools and a proxy to other sites"),
     "--mcp-servers-config": (True, "starts programs on the host, and hands them what clients send"),
     "--mcp-servers-json": (True, "starts programs on the host, and hands them what clients send"),
-    "--ui-mcp-proxy": (False, "fetches any address for who asks, from inside your network"),
+    "--ui-mcp-proxy": (False, "fetches any address for a client, from inside your network"),
     "--props": (False, "lets every client change the server's settings for all others (POST /props)"),
     "--media-path": (True, "lets clients read files of a folder"),
     "--slot-save-path": (True, "lets clients write files, and read other clients' prompts back"),
@@ -42,7 +42,7 @@ DANGEROUS = {
     "--cors-origins": (True, "lets web pages of these origins use the server with their visitors' access"),
 }
 
-# Never taken: each has a place of its own, or does what must not be done.
+# Never accepted: a setting or the plan gives these flags, or they do what must not be done.
 OWN_PLACE = {
     "--model": "source", "--alias": "name", "--host": "listen", "--port": "port", "--ctx-size": "context_tokens",
     "--parallel": "slots", "--cache-type-k": "kv_types", "--cache-type-v": "kv_types", "--threads": "threads",
@@ -70,7 +70,7 @@ REFUSED = {
 
 
 def words(flags: Sequence[str]) -> tuple[str, ...]:
-    """The flags as arguments: each is its name, or name, a blank and its value."""
+    """The flags as llama-server's arguments: "--flag value" becomes two of them."""
     return tuple(word for flag in flags for word in flag.split(" ", 1))
 
 

@@ -40,7 +40,7 @@ def unit_of(name: str) -> str:
     return f"llama-server-{name}.service"
 
 
-# Tokens and MiB are 32-bit integers in llama.cpp's arguments (common/common.h).
+# A range's reason is its description. llama.cpp's arguments are 32-bit integers (common_params).
 _INT32 = 2**31 - 1
 Tokens = Annotated[Whole, Field(ge=1, le=_INT32, description="llama.cpp counts tokens in 32 bits")]
 CacheMib = Annotated[Whole, Field(ge=0, le=_INT32, description="llama.cpp counts MiB in 32 bits; 0: no such cache")]
@@ -62,36 +62,39 @@ def _is_address(text: str) -> bool:
     return re.fullmatch(r"[0-9A-Fa-f:.]+(%[\w.-]{1,15})?", text, re.ASCII) is not None
 
 
+# Part of the unit's name and of paths.
+Name = Annotated[
+    Text,
+    Should(
+        "be 1 to 63 of a-z 0-9 . _ -, letter or digit first",
+        functools.partial(re.fullmatch, r"[a-z0-9][a-z0-9._-]{0,62}"),
+    ),
+    Should("not end in -liveness, as liveness checks' units do", lambda text: not text.endswith("-liveness")),
+]
+Sha256 = Annotated[Text, Should("be 64 lower-case hexadecimal digits", functools.partial(re.fullmatch, "[0-9a-f]{64}"))]
+ContextTokens = Annotated[Whole, Field(ge=256, le=_INT32, description="llama.cpp rounds a context up to 256 tokens")]
+UbatchTokens = Annotated[
+    Whole, Field(ge=32, le=65536, description="well around the 256 to 8192 that a plan chooses from")
+]
+
+
 @with_config(extra="forbid")
 @dataclass(frozen=True)
 class Instance:
     """One model served by one unit, `llama-server-NAME.service`."""
 
-    # Part of the unit's name and of paths.
-    name: Annotated[
-        Text,
-        Should(
-            "be 1 to 63 of a-z 0-9 . _ -, letter or digit first",
-            functools.partial(re.fullmatch, r"[a-z0-9][a-z0-9._-]{0,62}"),
-        ),
-        Should("not end in -liveness, as liveness checks' units do", lambda text: not text.endswith("-liveness")),
-    ]
+    name: Name
     source: Source
     port: Annotated[Whole, Field(ge=1, le=65535, description="TCP's; with 0 the kernel would choose")]
     priority: Annotated[Whole, Field(ge=-1000, le=1000, description="an order; more would be a slip of the keyboard")]
-    context_tokens: (
-        Annotated[Whole, Field(ge=256, le=_INT32, description="llama.cpp rounds a context up to 256 tokens")] | None
-    )
+    context_tokens: ContextTokens | None
     prompt_tokens: Tokens
     live_tokens: Tokens | None
     reply_tokens: Tokens
     concurrency: Slots
     slots: Slots | None
     kv_types: Annotated[Listed[Annotated[Text, one_of(KV_TYPES)]], Should("name at least one type", bool)]
-    ubatch_tokens: (
-        Annotated[Whole, Field(ge=32, le=65536, description="well around the 256 to 8192 that a plan chooses from")]
-        | None
-    )
+    ubatch_tokens: UbatchTokens | None
     threads: Annotated[Whole, Field(ge=1, le=4096, description="more than any host has")] | None
     prompt_cache_mib: CacheMib
     context_checkpoints_mib: CacheMib
@@ -102,10 +105,7 @@ class Instance:
     tls_key_file: Text | None
     extra_flags: Listed[Text]
     dangerous_flags: Listed[Text]
-    sha256: (
-        Annotated[Text, Should("be 64 lower-case hexadecimal digits", functools.partial(re.fullmatch, r"[0-9a-f]{64}"))]
-        | None
-    )
+    sha256: Sha256 | None
     mirrors: Listed[Text]
 
     @property
@@ -154,7 +154,7 @@ class Settings:
     ]
     vulkan_devices: Listed[Whole] | None
     build_ui: Flag
-    build_jobs: Annotated[Whole, Field(ge=1)] | None
+    build_jobs: Annotated[Whole, Field(ge=1, description="a compiler job at least")] | None
     build_cache: Annotated[Text, Should("be an absolute path on the host", lambda text: text.startswith("/"))] | None
     keep_releases: Annotated[Whole, Field(ge=0)]
     hub_endpoint: Annotated[
