@@ -130,7 +130,7 @@ class Instance:
             )
 
     def _half_of_tls(self) -> Iterator[tuple[str, str]]:
-        """llama-server speaks plain http where it gets only one of the two files (server_http_context::init)."""
+        """With one of the two files only, llama-server speaks plain http (server_http_context::init_listener)."""
         if (self.tls_certificate_file is None) != (self.tls_key_file is None):
             missing = "tls_certificate_file" if self.tls_certificate_file is None else "tls_key_file"
             yield missing, "missing; certificate and key are given together"

@@ -89,7 +89,7 @@ def api_keys(place: str, setting: str) -> str:
     if problems := list(_unusable(keys)):
         raise SecretError(f"{setting}: {place}: {'; '.join(problems)}")
     # llama-server logs the last four characters of a single key, but of several keys only their number
-    # (server_http_context::init): so a single key is written twice.
+    # (server_http_context::init_listener): so a single key is written twice.
     return "".join(f"{key}\n" for _, key in (keys if len(keys) > 1 else keys * 2))
 
 
