@@ -3,7 +3,7 @@
 Not every repository holds every toolkit: a release's repository begins with the toolkit that first
 supported that release, and toolkits that dropped it never come. The ranges are those of the archived
 installation guides (docs.nvidia.com/cuda/archive) and of packages that people name in public build
-files; where nothing was found the range is the narrower one.
+files; where neither says anything the narrower range is taken.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def repository(os: Os) -> Repository | None:
         name=name,
         manager="apt" if name.startswith(("ubuntu", "debian")) else "dnf",
         url=f"{BASE}/{name}/{arch}",
-        versions=tuple(one for one in RELEASES if release.first <= one < release.end),
+        versions=tuple(version for version in RELEASES if release.first <= version < release.end),
         gcc_major=release.gcc_major,
     )
 

@@ -1,4 +1,4 @@
-"""What the survey found installed and running on a host, typed."""
+"""What is installed and running on a host, typed, as `llamafleet/remote/survey.py` reports it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llamafleet.host.machine import Machine
+
 
 @dataclass(frozen=True)
-class FoundInstance:
+class InstalledInstance:
     """An installed unit `llama-server-NAME.service`, its files' hashes and what runs of it."""
 
     unit_sha256: str | None
     plan_sha256: str | None
     # Of the unit's credentials, by their names.
     secrets: Mapping[str, str]
-    # What the preflight of its sandbox found, as plan.json has it; None where it has not run.
+    # The preflight's result, as plan.json has it; None where the unit was not tried.
     preflight: Mapping[str, Any] | None
     # Of the unit that last passed the gate.
     good_sha256: str | None
@@ -46,8 +48,8 @@ class Listener:
 
 
 @dataclass(frozen=True)
-class Found:
-    """State of a host as `llamafleet/remote/survey.py` reports it."""
+class Installed:
+    """What of llamafleet's is installed on a host, and what else there matters for installing it."""
 
     euid: int
     user: bool
@@ -59,10 +61,10 @@ class Found:
     cached_builds: tuple[str, ...]
     # Verified model files: path to sha256.
     models: Mapping[str, str]
-    instances: Mapping[str, FoundInstance]
+    instances: Mapping[str, InstalledInstance]
     listeners: tuple[Listener, ...]
     device_classes: tuple[str, ...]
-    # What a sandbox stands on: versions of systemd, kernel and driver.
+    # What a unit's hardening depends on: versions of systemd, kernel and driver.
     ground: Mapping[str, str | None]
     # Groups of this host that may open GPU devices other than NVIDIA's.
     gpu_groups: tuple[str, ...]
@@ -71,7 +73,7 @@ class Found:
     toolkits: tuple[Mapping[str, Any], ...]
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Found:
+    def from_json(cls, data: Mapping[str, Any]) -> Installed:
         """From the survey's `found` object, written by our own program of the same version."""
         return cls(
             euid=data["euid"],
@@ -93,8 +95,16 @@ class Found:
         )
 
 
-def _instance(data: Mapping[str, Any]) -> FoundInstance:
-    names = FoundInstance.__dataclass_fields__
+def _instance(data: Mapping[str, Any]) -> InstalledInstance:
+    names = InstalledInstance.__dataclass_fields__
     values: dict[str, Any] = {name: data[name] for name in names}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return FoundInstance(**values)
+    return InstalledInstance(**values)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """One reading of a host: what machine it is, and what is installed on it."""
+
+    machine: Machine
+    installed: Installed

@@ -6,6 +6,7 @@ then reads the GGUF's header by range requests.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from llamafleet.model import gguf
 
 __all__ = [
     "HttpSource",
+    "ModelFiles",
     "RemoteFile",
     "Source",
     "SourceError",
@@ -57,6 +59,22 @@ class RemoteFile:
     commit: str | None = None
     mirrors: tuple[str, ...] = ()
     token_origin: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model that can be fetched: its files in order, and its header."""
+
+    files: tuple[RemoteFile, ...]
+    header: gguf.Header
+
+    @property
+    def folder(self) -> str:
+        """Name of the model's folder on a host: other content gets another folder, so that a model that
+        changes at its source never changes under a running server."""
+        first = self.files[0]
+        identity = first.sha256 or hashlib.sha256(f"{first.url} {first.size_bytes}".encode()).hexdigest()
+        return f"{first.name.removesuffix('.gguf')}-{identity[:12]}"
 
 
 def parse(source: str, endpoint: str = "") -> Source:

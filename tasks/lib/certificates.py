@@ -9,7 +9,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
-from llamafleet.settings import secrets as secret_files
+from llamafleet.settings import secrets
 
 
 class CertificateError(ValueError):
@@ -21,7 +21,7 @@ def pair(certificate: str, key: str, place: str) -> dict[str, str]:
 
     Raises `CertificateError`, and `SecretError` for a key file that others may read.
     """
-    key_text = secret_files.read(key, f"{place}tls_key_file")
+    key_text = secrets.read(key, f"{place}tls_key_file")
     chain_text, leaf = _leaf(certificate, f"{place}tls_certificate_file")
     now = datetime.datetime.now(datetime.UTC)
     if now > leaf.not_valid_after_utc:

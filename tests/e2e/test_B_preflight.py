@@ -110,7 +110,7 @@ def test_on_other_ground_the_whole_sandbox_is_tried_again(deploy, host):
     # As after an upgrade: what was found was found under another kernel.
     on(host, "sed", "-i", 's/"kernel": "[^"]*"/"kernel": "4.19.0-old"/', PLAN)
     run, _, _ = deploy("nothing", 1024, "--dry")
-    assert "its sandbox was loosened under another kernel" in run.text
+    assert "its hardening was loosened under another kernel" in run.text
     run, unit, found = deploy("nothing", 1024)
     assert run.code == 0, run.text
     assert dropped(found) == [] and f"\n{CODE}\n" in unit and serves(host)
