@@ -55,10 +55,10 @@ def decision() -> Decision | None:
     with _locks.setdefault(host, RLock()):
         if host not in _decisions:
             decided = decide(host)
+            _decisions[host] = decided if isinstance(decided, Decision) else None
             if isinstance(decided, Refused):
                 log_refused(host, decided)
-                host.state.fail_hosts({host})
-            _decisions[host] = None if isinstance(decided, Refused) else decided
+                host.state.fail_hosts({host})  # raises where no host is left
     return _decisions[host]
 
 
