@@ -20,7 +20,7 @@ RELEASES: tuple[Version, ...] = (
 
 # Compute capability: the first toolkit with it, and the first that dropped it. [ptx]; CUDA 13.0's
 # release notes drop Maxwell, Pascal and Volta; 10.1 (Thor) was renamed 11.0 in 13.0. 5.0 is the
-# oldest that llama.cpp still lists (ggml/src/ggml-cuda/CMakeLists.txt:22).
+# oldest that llama.cpp still lists (comments in ggml/src/ggml-cuda/CMakeLists.txt).
 _SUPPORT: dict[str, tuple[Version, Version | None]] = {
     "5.0": ((10, 0), (13, 0)), "5.2": ((10, 0), (13, 0)), "5.3": ((10, 0), (13, 0)),
     "6.0": ((10, 0), (13, 0)), "6.1": ((10, 0), (13, 0)), "6.2": ((10, 0), (13, 0)),

@@ -99,7 +99,8 @@ def architectures(machine: Machine) -> tuple[str, ...]:
     """CMAKE_CUDA_ARCHITECTURES for exactly the host's usable GPUs, sorted; "native" never.
 
     "89" holds machine code and PTX. 12.x becomes "120a-real": llama.cpp's FP4 kernels need the
-    architecture-specific target, and this spelling passes every CMake (ggml-cuda/CMakeLists.txt:43-53).
+    architecture-specific target, and every CMake accepts this spelling (CMAKE_CUDA_ARCHITECTURES in
+    ggml/src/ggml-cuda/CMakeLists.txt).
     """
     capabilities = {gpu.compute_capability for gpu in _gpus(machine) if gpu.compute_capability}
     return tuple(_architecture(capability) for capability in sorted(capabilities, key=cuda_support.version))

@@ -109,7 +109,7 @@ def packages(manager: str, version: Version) -> tuple[str, ...]:
     """What ggml-cuda is compiled and linked with, without the toolkit's debuggers and other libraries.
 
     nvcc; the runtime with its headers, to which CUB belongs; cuBLAS; and the stub of libcuda.so that
-    stands for the driver while linking (ggml/src/ggml-cuda/CMakeLists.txt:175 and 181).
+    stands for the driver while linking (CUDA::cuda_driver in ggml/src/ggml-cuda/CMakeLists.txt).
     """
     end, dev = f"-{version[0]}-{version[1]}", "dev" if manager == "apt" else "devel"
     return (f"cuda-nvcc{end}", f"cuda-cudart-{dev}{end}", f"cuda-driver-{dev}{end}", f"libcublas-{dev}{end}")

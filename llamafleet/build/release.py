@@ -17,7 +17,7 @@ MIB = 1024**2
 JOB_BYTES = {"cuda": 4096 * MIB, "hip": 4096 * MIB, "vulkan": 1024 * MIB, "cpu": 1024 * MIB}
 
 # The K-V pairs that ggml-cuda compiles flash-attention kernels for by default
-# (ggml/CMakeLists.txt:208). Another pair is converted to f16 at run time, up to 45 times slower.
+# (GGML_CUDA_FA_QUANTS in ggml/CMakeLists.txt). Another pair is converted to f16 at run time, up to 45 times slower.
 DEFAULT_FA_TYPES = ("f16", "bf16", "q8_0", "q4_0")
 
 

@@ -264,7 +264,7 @@ def _serving(
 ) -> Serving:  # fmt: skip
     settings, inputs, build = desired.settings, desired.inputs, desired.build
     model = inputs.models[instance.name]
-    argv = (*desired.command(plan), *command.credentials(instance))
+    argv = (*desired.command(plan), *command.credential_flags(instance))
     record = {
         **plan_record(
             instance, plan, build, model, model_path(model), argv, speed_floor_percent=settings.speed_floor_percent

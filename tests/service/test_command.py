@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamafleet.service.command import FlagError, argv, credentials, unit_escape
+from llamafleet.service.command import FlagError, argv, credential_flags, unit_escape
 from tests import planning
 from tests.planning import argument
 
@@ -152,11 +152,11 @@ def test_credentials_are_named_by_their_place_on_the_host():
     asked = {"name": "gpt", "api_key_file": "/home/me/keys", "tls_certificate_file": "/home/me/c", "tls_key_file": "/k"}
     (instance,) = planning.settings(asked).models
     folder = "/run/credentials/llama-server-gpt.service"
-    assert credentials(instance) == [
+    assert credential_flags(instance) == [
         "--api-key-file", f"{folder}/api-keys", "--ssl-cert-file", f"{folder}/tls-certificate",
         "--ssl-key-file", f"{folder}/tls-key",
     ]  # fmt: skip
-    assert credentials(planning.settings({}).models[0]) == []
+    assert credential_flags(planning.settings({}).models[0]) == []
 
 
 def test_what_was_asked_for_by_name_is_given(planned):
