@@ -37,8 +37,8 @@ def argv(plan: Plan, instance: Instance, model_path: str) -> list[str]:
 
 def _cors(instance: Instance) -> tuple[str, ...]:
     """Keep web pages of other sites from using the server: by default llama-server echoes every origin
-    (`server_http_context::init_listener` in tools/server/server-http.cpp). No page has the origin "none"; sandboxed frames
-    have "null"."""
+    (`server_http_context::init_listener` in tools/server/server-http.cpp). No page has the origin "none", while
+    sandboxed frames have "null"."""
     asked = any(flag.startswith("--cors-origins ") for flag in instance.dangerous_flags)
     return ("--no-cors-credentials",) if asked else ("--cors-origins", "none", "--no-cors-credentials")
 

@@ -246,6 +246,15 @@ def test_what_the_switch_was_told_and_no_plan_can_hold_is_refused(host, monkeypa
     assert any(line.startswith("refused: models: m0") for line in host.lines)
 
 
+def test_after_the_switch_the_same_plan_again_is_refused(host, monkeypatch):
+    first, binary = begin(host, monkeypatch, now({"m0": INSTANCE}))
+    sizes = binary.sizes(first.desired.servings[0].plan)  # as planned: nothing to correct
+    assert memory_check.replan_after_switch(host, "m0", sizes) is False
+    assert host.lines[-1] == (
+        "refused: models: m0: llama-server needs more memory than its plan has, and no other plan is left"
+    )
+
+
 def test_the_switch_is_tried_again_with_the_new_plan_and_not_for_ever(host, monkeypatch):
     begin(host, monkeypatch, now({"m0": INSTANCE}))
     staged = service.staging("m0")
