@@ -75,6 +75,7 @@ packages:
 	fi
 
 .venv/ready: locks/dev.txt pyproject.toml
+	@[ ! -L .venv ] || { echo "error: .venv is a link, and making it anew would empty $$(readlink .venv)"; exit 1; }
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || { apt-get update -q && apt-get install -q -y python3-venv; }
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r locks/dev.txt
