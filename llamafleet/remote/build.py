@@ -5,7 +5,7 @@ Contract: `build.py SPEC.json`, where SPEC has key, commit, source (a checkout o
 Progress lines on stdout; the last one of a failure begins with `error: `. Exit 0: the release
 /opt/llamafleet/releases/KEY is complete. Killed at any point it goes on where it was: Ninja keeps
 what is compiled, and a release appears under its name only when it is whole. Standard library,
-CMake, Ninja.
+CMake, Ninja; common.py and releases.py lie beside it.
 
 With a build cache the first host that needs a key compiles it, others that ask meanwhile wait for
 that one (flock) and take its result, checked by sha256.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -25,9 +24,9 @@ import tarfile
 import time
 from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
 
+from common import RELEASES, sha256_of, write_json
 from releases import record_of
 
-RELEASES = "/opt/llamafleet/releases"
 ERROR_LINES = 12
 
 
@@ -113,14 +112,6 @@ def fresh(path: str) -> str:
     return path
 
 
-def sha256_of(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def compile_release(spec: dict[str, Any]) -> None:
     configure = ["cmake", "-S", spec["source"], "-B", spec["tree"], "-G", "Ninja", *spec["cmake_flags"]]
     say(f"configuring llama.cpp {spec['commit'][:12]}")
@@ -167,8 +158,7 @@ def describe(spec: dict[str, Any], partial: str) -> None:
     sizes = {name: os.path.getsize(f"{partial}/bin/{name}") for name in files}
     record = {**spec["record"], "key": spec["key"], "commit": spec["commit"],
               "version": version, "files": files, "sizes": sizes}  # fmt: skip
-    with open(f"{partial}/release.json", "w") as file:
-        json.dump(record, file, indent=1)
+    write_json(f"{partial}/release.json", record)
 
 
 def give_name(spec: dict[str, Any], partial: str) -> None:
@@ -188,7 +178,7 @@ def publish(spec: dict[str, Any]) -> None:
     with tarfile.open(archive + ".new", "w") as tar:
         tar.add(f"{RELEASES}/{spec['key']}", arcname=".")
     with open(archive + ".sha256", "w") as file:
-        file.write(sha256_of(archive + ".new") + "\n")
+        file.write(f"{sha256_of(archive + '.new')}\n")
     os.replace(archive + ".new", archive)
     say(f"kept as {archive}")
 

@@ -12,16 +12,16 @@ Of its lines "offloaded 5/5 layers to GPU" proves nothing: a build without any G
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
 import time
 from typing import Any, Dict  # the contract is Python 3.8, whose own is typing's
 
+from common import RUN as KEPT
+from common import invocation, read_json, write_json
+from common import journal_of_start as journal
+
 Told = Dict[str, Dict[str, float]]
 
-KEPT = "/run/llamafleet"
 MIB = 1 << 20
 # llama-model.cpp:1932, llama-kv-cache.cpp:291, llama-memory-recurrent.cpp:124, llama-kv-cache-dsv4.cpp:995,
 # llama-context.cpp:742.
@@ -35,7 +35,7 @@ INVALID_DEVICE = re.compile(r"invalid device: (\S+)")
 # estimate from above. A fallback to the CPU holds none of them.
 LEAST_SHARE = 0.9
 MOST_SHARE, MOST_SPARE = 1.1, 256 * MIB
-LOST = "the release has no such backend, the driver is not ready, or the sandbox hides the device"
+LOST = "the release has no such backend, the driver is not ready, or the hardening hides the device"
 # journald reads what a server writes a moment later.
 JOURNAL_SECONDS = 10.0
 
@@ -77,7 +77,7 @@ def reported(unit: str, seconds: float = JOURNAL_SECONDS) -> Told | None:
     """Bytes of weights, context and compute by device, of the unit's present start; None where no log tells."""
     start = invocation(unit)
     path = f"{KEPT}/devices-{unit}.json"
-    kept = _read(path)
+    kept = read_json(path)
     if kept and kept["start"] == start:
         told: Told = kept["devices"]
         return told
@@ -86,7 +86,7 @@ def reported(unit: str, seconds: float = JOURNAL_SECONDS) -> Told | None:
         lines = journal(start)
         if LOADED in lines:
             found = parse(lines)
-            _keep(path, {"start": start, "devices": found})
+            write_json(path, {"start": start, "devices": found})
             return found
         if time.monotonic() >= deadline:
             return None
@@ -111,35 +111,3 @@ def cause_of_end(unit: str) -> str:
     if refused:
         return str(refused[-1])
     return f"llama-server has no device {missed[-1]}: {LOST}" if missed else ""
-
-
-def invocation(unit: str) -> str:
-    """systemd's name for this start of the unit."""
-    done = subprocess.run(["systemctl", "show", "--property=InvocationID", "--value", unit],
-                          stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
-    return done.stdout.strip()
-
-
-def journal(start: str) -> str:
-    """All that was logged in this start."""
-    done = subprocess.run(
-        ["journalctl", "--quiet", "--no-pager", "--output=cat", f"_SYSTEMD_INVOCATION_ID={start}"],
-        stdout=subprocess.PIPE,
-    )  # fmt: skip
-    return done.stdout.decode("utf-8", "replace")
-
-
-def _read(path: str) -> dict[str, Any] | None:
-    try:
-        with open(path) as file:
-            kept: dict[str, Any] = json.load(file)
-            return kept
-    except (OSError, ValueError):
-        return None
-
-
-def _keep(path: str, record: dict[str, Any]) -> None:
-    os.makedirs(KEPT, exist_ok=True)
-    with open(path + ".new", "w") as file:
-        json.dump(record, file)
-    os.replace(path + ".new", path)

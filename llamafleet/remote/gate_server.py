@@ -6,14 +6,12 @@ Part of gate.py and liveness.py and under their contracts: Python 3.8, standard 
 from __future__ import annotations
 
 import json
-import os
 import ssl
-import subprocess
 import urllib.error
 import urllib.request
 from typing import Any
 
-GATES = "/var/lib/llamafleet/gate"
+from common import show
 
 
 def result(name: str, ok: bool, expected: object, found: object, hint: str = "") -> dict[str, Any]:
@@ -21,16 +19,12 @@ def result(name: str, ok: bool, expected: object, found: object, hint: str = "")
 
 
 def main_pid(unit: str) -> int:
-    done = subprocess.run(["systemctl", "show", "--property=MainPID", "--value", unit],
-                          stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
-    return int(done.stdout.strip() or 0)
+    return int(show(unit, "MainPID").get("MainPID") or 0)
 
 
 def unit_state(unit: str) -> str:
     """Such as "active/running", "activating/start-post" or "activating/auto-restart"."""
-    done = subprocess.run(["systemctl", "show", "--property=ActiveState,SubState", unit],
-                          stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
-    shown = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    shown = show(unit, "ActiveState", "SubState")
     return f"{shown.get('ActiveState')}/{shown.get('SubState')}"
 
 
@@ -96,30 +90,3 @@ def slots(spec: dict[str, Any], seconds: float = 5.0) -> list[dict[str, Any]] | 
     """
     status, told = ask(spec["url"], "/slots", first_key(spec), seconds=seconds)
     return told if status == 200 and isinstance(told, list) else None
-
-
-def value_of(flag: str, words: list[str]) -> str | None:
-    """The value of a flag on a command line; None where it is not given."""
-    return words[words.index(flag) + 1] if flag in words[:-1] else None
-
-
-def instance_of(unit: str) -> str:
-    return unit[len("llama-server-") : -len(".service")]
-
-
-def read_json(path: str) -> dict[str, Any]:
-    """The JSON object of a file; empty where there is none."""
-    try:
-        with open(path) as file:
-            found = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def write_json(path: str, value: dict[str, Any]) -> None:
-    """Replace the file as a whole."""
-    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-    with open(path + ".new", "w") as file:
-        json.dump(value, file, indent=1)
-    os.replace(path + ".new", path)

@@ -21,11 +21,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
+from typing import Any, Iterator, Type  # the contract is Python 3.8, whose own are typing's
 
+import packages
 import toolkits
+from common import output_of, replace_file
 
-APT = ["apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=300", "-o", "Acquire::Retries=3"]
 SOURCES = "/etc/apt/sources.list.d"
 COMPONENTS = SOURCES + "/llamafleet-nonfree.sources"
 # Options of a one-line source whose names are others in a stanza (sources.list(5)).
@@ -50,20 +51,23 @@ def say(text: str) -> None:
 
 
 def install(spec: dict[str, Any], root: str = "/") -> None:
-    if spec["manager"] == "apt":
-        if spec["components"]:
-            enable_components(spec["components"], root)
-        if spec["url"]:
-            add_apt_repository(spec["url"], spec["key_package"], root)
-        run([*APT, "update"], "apt-get update failed")
-        refuse_driver_change(spec["packages"], root)
-        run([*APT, "--no-install-recommends", "install", *spec["packages"]], "the packages were not installed")
-    else:
-        if spec["url"]:
-            add_dnf_repository(spec["repository"], spec["url"], spec["repo_file"], root)
-        run(["dnf", "-y", "--setopt=install_weak_deps=False", "install", *spec["packages"]],
-            "the packages were not installed")  # fmt: skip
+    manager = packages.by_name(spec["manager"])
+    if manager is None:
+        raise Failed(f"the package manager {spec['manager']!r} is unknown to packages.py")
+    if spec["components"]:
+        enable_components(spec["components"], root)
+    if spec["url"]:
+        REPOSITORIES[manager.name](spec, root)
+    refresh(manager)
+    refuse_driver_change(manager, spec["packages"], root)
+    run(manager.install(spec["packages"]), "the packages were not installed")
     check(spec["nvcc"], root)
+
+
+def refresh(manager: Type[packages.Manager]) -> None:
+    command = manager.refresh()
+    if command:
+        run(command, f"{command[0]} update failed")
 
 
 def enable_components(components: list[str], root: str) -> None:
@@ -86,14 +90,14 @@ def archive_suites() -> dict[tuple[str, str], set[str]]:
     """The distribution's own sources that apt has lists of: (URI, suite) to the set of components."""
     found = listed_suites()
     if not found:
-        run([*APT, "update"], "apt-get update failed")
+        refresh(packages.Apt)
         found = listed_suites()
     return found
 
 
 def listed_suites() -> dict[tuple[str, str], set[str]]:
     wanted = ["$(ORIGIN)", "$(REPO_URI)", "$(RELEASE)", "$(COMPONENT)"]
-    lines = output_of(["apt-get", "indextargets", "--format", "\t".join(wanted), "Created-By: Packages"])
+    lines = output_of(["apt-get", "indextargets", "--format", "\t".join(wanted), "Created-By: Packages"], None)
     found: dict[tuple[str, str], set[str]] = {}
     for origin, uri, suite, component in (line.split("\t") for line in lines.splitlines() if line.count("\t") == 3):
         if origin in ("Debian", "Ubuntu"):
@@ -149,12 +153,13 @@ def stanza_for(entry: dict[str, Any], components: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def add_apt_repository(url: str, key_package: str, root: str) -> None:
+def add_apt_repository(spec: dict[str, Any], root: str) -> None:
     """NVIDIA's repository with its key, at a priority below the distribution's.
 
     Its own cuda-keyring package would put everything in it, drivers included, above the distribution's
     packages: the owner's next upgrade would change the driver.
     """
+    url, key_package = spec["url"], spec["key_package"]
     ours = f"{SOURCES}/llamafleet-nvidia-cuda.sources"
     address = url.rsplit("://", 1)[-1]
     if any(entry["uri"].rstrip("/").rsplit("://", 1)[-1] == address for entry in configured_sources(root)):
@@ -173,9 +178,10 @@ def add_apt_repository(url: str, key_package: str, root: str) -> None:
     say(f"added the repository {url} in {ours}")
 
 
-def add_dnf_repository(name: str, url: str, repo_file: str, root: str) -> None:
+def add_dnf_repository(spec: dict[str, Any], root: str) -> None:
     """NVIDIA's repository, its drivers left out."""
-    path = f"/etc/yum.repos.d/llamafleet-cuda-{name}.repo"
+    url, repo_file = spec["url"], spec["repo_file"]
+    path = f"/etc/yum.repos.d/llamafleet-cuda-{spec['repository']}.repo"
     folder = toolkits.inside(root, "/etc/yum.repos.d")
     if any(url in read(other) for other in listing(folder)):
         say(f"the repository {url} is already configured on this host")
@@ -190,16 +196,18 @@ def add_dnf_repository(name: str, url: str, repo_file: str, root: str) -> None:
     say(f"added the repository {url} in {path}")
 
 
-def refuse_driver_change(packages: list[str], root: str) -> None:
+# What adds NVIDIA's repository, by package manager.
+REPOSITORIES = {packages.Apt.name: add_apt_repository, packages.Dnf.name: add_dnf_repository}
+
+
+def refuse_driver_change(manager: Type[packages.Manager], names: list[str], root: str) -> None:
     """Raise where the packages would bring another driver to a host that has one."""
     if not os.path.exists(toolkits.inside(root, "/proc/driver/nvidia/version")):
         return
-    would = output_of([*APT, "--simulate", "--no-install-recommends", "install", *packages])
-    names = [line.split()[1] for line in would.splitlines() if line.startswith(("Inst ", "Remv "))]
-    driver = [name for name in names if DRIVER.match(name)]
+    driver = [name for name in manager.would_change(names) if DRIVER.match(name)]
     if driver:
         raise Failed(
-            f"installing {', '.join(packages)} would change the NVIDIA driver of this host ({', '.join(driver)}): "
+            f"installing {', '.join(names)} would change the NVIDIA driver of this host ({', '.join(driver)}): "
             'set cuda_toolkit = "nvidia", whose toolkit needs none of them, or name a toolkit\'s folder'
         )
 
@@ -232,12 +240,7 @@ def write(path: str, content: str | bytes, root: str) -> None:
     """The file, whole or not at all, readable by everyone, as apt's own user must."""
     path = toolkits.inside(root, path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    descriptor, new = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".llamafleet-")
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-    os.chmod(new, 0o644)
-    os.replace(new, path)
+    replace_file(path, content.encode() if isinstance(content, str) else content)
 
 
 def run(command: list[str], failure: str) -> None:
@@ -252,12 +255,6 @@ def run(command: list[str], failure: str) -> None:
             last = [*last[-4:], line.strip()]
     if process.returncode:
         raise Failed(f"{failure} (exit code {process.returncode}): {' | '.join(line for line in last if line)}")
-
-
-def output_of(command: list[str]) -> str:
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                          env={**os.environ, "LC_ALL": "C.UTF-8"}, text=True)  # fmt: skip
-    return done.stdout
 
 
 def main(argv: list[str]) -> int:

@@ -1,13 +1,15 @@
 """Does a running instance still produce tokens? Restarts it where it does not.
 
 Contract: `liveness.py PLAN.json SECONDS`, run by the instance's timer. PLAN.json is plan.json, of which the
-`gate` object is read: unit, argv, url, api_keys. A server that has worked since the last check is left
+`gate` object is read: unit, url, api_keys, context_tokens, slots; and batch_tokens, the most tokens that are
+computed in one piece. A server that has worked since the last check is left
 alone; an idle one is asked for one token. It counts as wedged when for SECONDS it neither answers nor any of
 its slots gets on, and is then restarted by systemd: SIGTERM, after the unit's stop timeout SIGKILL, and no
 more often than the unit's start limit allows. Not looked at: a unit that does not run (systemd restarts
 what has ended), is loading, or is being switched. Exit 0 nothing to do, 1 restarted.
 Writes /run/llamafleet/liveness-NAME.json (what was seen) and, on a restart, /var/lib/llamafleet/gate/
-NAME.liveness.json {"restarts", "time", "why"}. Root, standard library; gate_server.py lies beside it.
+NAME.liveness.json {"restarts", "time", "why"}. Root, standard library; common.py and gate_server.py lie
+beside it.
 
 `/health` can answer 200 on a server whose GPU hangs; `/slots` too, also while a batch is computed. So only
 counters that move are proof of life, and a long queue is none of death.
@@ -18,27 +20,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
 from typing import Any, Dict, List  # the contract is Python 3.8, whose own are typing's
 
-from gate_server import (
-    GATES,
-    ask,
-    first_key,
-    instance_of,
-    main_pid,
-    read_json,
-    slots,
-    trust,
-    unit_state,
-    value_of,
-    write_json,
-)  # fmt: skip
+from common import GATES, RUN, instance_of, read_json, systemctl, write_json
+from gate_server import ask, first_key, main_pid, slots, trust, unit_state
 
-RUN = "/run/llamafleet"
 POLL_SECONDS = 1.0
 # A batch of a prompt is computed in one piece, in which no counter moves: so many times what it should take,
 # by the speed that the gate measured, are waited for even where SECONDS are less.
@@ -49,7 +38,8 @@ Slots = Dict[str, List[Any]]
 
 def main(argv: list[str]) -> int:
     with open(argv[0]) as file:
-        spec = json.load(file)["gate"]
+        plan = json.load(file)
+    spec = {**plan["gate"], "batch_tokens": plan.get("batch_tokens")}
     trust(spec)
     name = instance_of(spec["unit"])
     os.makedirs(RUN, exist_ok=True)
@@ -71,8 +61,8 @@ def main(argv: list[str]) -> int:
 def patience(spec: dict[str, Any], seconds: float) -> float:
     """How long nothing may happen: SECONDS, or longer where this very host needs longer for a batch."""
     speed = read_json(f"{GATES}/{instance_of(spec['unit'])}.json").get("prompt_tokens_per_s")
-    # No prompt, and so no batch, is longer than the context.
-    batch = min(int(value_of(flag, spec["argv"]) or 0) for flag in ("--batch-size", "--ctx-size"))
+    # A record of an earlier version lacks the number. No batch is longer than the context of all slots.
+    batch = spec["batch_tokens"] or spec["context_tokens"] * spec["slots"]
     return max(seconds, BATCH_PATIENCE * batch / speed) if speed else seconds
 
 
@@ -148,7 +138,7 @@ def restart(unit: str, pid: int, why: str) -> bool:
         count = read_json(path).get("restarts", 0) + 1
         write_json(path, {"restarts": count, "why": why, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
         # Not waited for: a deploy that takes the lock next has the last word.
-        subprocess.run(["systemctl", "restart", "--no-block", unit], check=True)
+        systemctl("restart", "--no-block", unit)
     return True
 
 

@@ -1,9 +1,9 @@
 """Look at this host and print what it is as one JSON object, the machine file (schema 1).
 
 Contract: runs on the host with any Python >= 3.8, as any user, with the standard library, psutil, and
-beside it `probe_files.py`, `probe_cpu.py`, `probe_gpus.py` and `probe_vulkan.py`; imports nothing else of
-ours. Reads only, leaves nothing behind. Prints exactly one JSON object on stdout and exits 0: what is odd
-about the host is text in `problems`, never a crash. Exit 2 is bad usage.
+beside it `common.py`, `packages.py`, `probe_files.py`, `probe_cpu.py`, `probe_gpus.py` and `probe_vulkan.py`;
+imports nothing else of ours. Reads only, leaves nothing behind. Prints exactly one JSON object on stdout and exits 0:
+what is odd about the host is text in `problems`, never a crash. Exit 2 is bad usage.
 
     probe.py [--paths PATH...] [--driver-seconds 20] [--vulkan] [--root DIR]
 """
@@ -17,13 +17,13 @@ import json
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import packages
 import probe_cpu
 import probe_files
 from probe_files import at, cgroup_folders, number, psutil, read
@@ -107,10 +107,8 @@ def libc_version() -> str:
 
 
 def package_manager() -> str | None:
-    for program, name in (("apt-get", "apt"), ("dnf", "dnf")):
-        if shutil.which(program, path="/usr/sbin:/usr/bin:/sbin:/bin"):
-            return name
-    return None
+    manager = packages.detect()
+    return manager.name if manager else None
 
 
 def disk(path: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ no room beside what runs there}. Exit 0 whatever was told.
 `verify.py settle QUESTION.json PLAN.json` is for the switch, once the old server is stopped: QUESTION has the same and
 "devices" {llama.cpp's name: the ledger's}, "limits" {the ledger's name: bytes}. What is told goes into PLAN's
 `verified`. Exit 0 within the limits or where nothing was told; 1 beyond them, with a line `told: ` and the JSON of it.
-Root, systemd, standard library and pynvml only.
+Root, systemd, standard library and pynvml; common.py lies beside it.
 
 With its default `--fit on` llama-server first makes the model and its context without memory and prints where
 the bytes would be (common/fit.cpp:149, common_memory_breakdown_print at b11434), 0.3 s after its start; it is
@@ -25,6 +25,8 @@ import sys
 import threading
 from typing import Any, Iterable  # the contract is Python 3.8, whose own Iterable is typing's
 
+from common import systemctl, transient_unit, write_json
+
 MIB = 1024**2
 # Until the breakdown is there: reading a header of 10 MB from a cold disk and a CUDA context take seconds.
 SECONDS = 120
@@ -37,11 +39,6 @@ ROW = re.compile(
     r"(?: \+\s+-?\d+)?\s+\|"
 )
 NO_ROOM = re.compile(r"out of memory|cudaErrorMemoryAllocation|ErrorOutOfDeviceMemory|hipErrorOutOfMemory")
-
-
-def unit_of(name: str) -> str:
-    """Named like ours, so that the probe does not take its GPU memory for somebody else's."""
-    return f"llamafleet-verify-{name}.service"
 
 
 def properties(spec: dict[str, Any]) -> list[str]:
@@ -57,7 +54,7 @@ def properties(spec: dict[str, Any]) -> list[str]:
 def command(spec: dict[str, Any]) -> list[str]:
     environment = {**spec["environment"], "HOME": "/tmp", "XDG_CACHE_HOME": "/tmp"}  # noqa: S108 -- a private one
     return [
-        "systemd-run", "--quiet", "--collect", "--pipe", "--wait", f"--unit={unit_of(spec['name'])}",
+        "systemd-run", "--quiet", "--collect", "--pipe", "--wait", f"--unit={transient_unit('verify', spec['name'])}",
         *(f"--property={one}" for one in properties(spec)),
         *(f"--setenv={name}={value}" for name, value in environment.items()),
         # systemd replaces variables in a unit's command, $$ is a dollar.
@@ -67,13 +64,13 @@ def command(spec: dict[str, Any]) -> list[str]:
 
 def ask(spec: dict[str, Any]) -> dict[str, Any]:
     """What the server tells, as the contract has it."""
-    unit = unit_of(spec["name"])
+    unit = transient_unit("verify", spec["name"])
     full = too_full(spec["gpus"], spec["room_bytes"])
     if full:
         return {"told": None, "why": full, "room": False}
     if os.path.exists("/usr/bin/nvidia-modprobe") and spec["gpus"]:
         subprocess.run(["/usr/bin/nvidia-modprobe", "-c0", "-u"])  # device nodes exist only after the driver was used
-    subprocess.run(["systemctl", "stop", unit], stderr=subprocess.DEVNULL)  # one that a killed run left
+    systemctl("stop", unit, check=False)  # a run that was killed may have left one
     with subprocess.Popen(
         command(spec), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
@@ -84,7 +81,7 @@ def ask(spec: dict[str, Any]) -> dict[str, Any]:
             told, tail = read(line.decode("utf-8", "replace").rstrip() for line in process.stdout)
         finally:
             # Its work is done, and what follows would be loading.
-            subprocess.run(["systemctl", "kill", "--signal=KILL", unit], stderr=subprocess.DEVNULL)
+            systemctl("kill", "--signal=KILL", unit, check=False)
             late.cancel()
             process.kill()
     if told:
@@ -137,8 +134,7 @@ def settle(question: str, plan: str) -> int:
         return 0
     sizes = by_device(found["told"], spec)
     record["verified"] = {**(record.get("verified") or {}), "binary_bytes": sizes, "why": "asked in the switch"}
-    with open(plan, "w") as file:
-        json.dump(record, file, indent=1)
+    write_json(plan, record)
     over = [f"{device}: {size // MIB} MiB, {spec['limits'][device] // MIB} MiB are left under the reserve"
             for device, size in sizes.items() if size > spec["limits"][device]]  # fmt: skip
     if over:

@@ -16,6 +16,7 @@ from llamafleet.host.vulkan import SOFTWARE
 from llamafleet.planner.flags import device_names
 from llamafleet.planner.result import Plan
 from llamafleet.service.command import unit_escape
+from llamafleet.service.trial import told_to_host
 from llamafleet.settings.schema import Instance, Settings
 from tasks.lib.facts import Survey
 from tasks.lib.lookups import Model
@@ -98,7 +99,7 @@ def plan_record(
         "numa_nodes": plan.numa_nodes,
     }
     identity = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
-    return {**record, "identity": identity, "plan": plan.to_json()}
+    return {**record, "identity": identity, **told_to_host(argv), "plan": plan.to_json()}
 
 
 def credentials(instance: Instance) -> dict[str, str]:

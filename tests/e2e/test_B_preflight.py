@@ -1,4 +1,4 @@
-"""The unit's sandbox is tried on the host before the switch. A library that every llama-server loads there stands
+"""The unit's hardening is tried on the host before the switch. A library that every llama-server loads there stands
 for a driver that does not work under this or that directive."""
 
 import json
@@ -91,7 +91,7 @@ def test_what_breaks_it_is_dropped_alone_and_told(deploy, host):
     run, unit, found = deploy("code", 768)
     assert run.code == 0, run.text
     assert dropped(found) == [CODE] and "no memory for generated code" in found["dropped"][0]["why"]
-    assert f"sandbox without {CODE}" in run.text and "no memory for generated code" in run.text
+    assert f"hardening without {CODE}" in run.text and "no memory for generated code" in run.text
     assert f"\n# Dropped by the preflight (see plan.json): {CODE}\n" in unit
     shown = on(host, "systemctl", "show", "--property=MemoryDenyWriteExecute,PrivateUsers", "llama-server-tiny")
     assert shown.split() == ["PrivateUsers=yes", "MemoryDenyWriteExecute=no"] and serves(host)
@@ -120,5 +120,5 @@ def test_where_nothing_works_the_old_service_is_not_touched(deploy, host):
     before, unit = main_pid(host, "tiny"), on(host, "cat", UNIT)
     run, now, _ = deploy("luck", 2048)
     assert run.code != 0 and host.name in run.text
-    assert "llama-server does not work on this host, also without a sandbox" in run.text and "no luck" in run.text
+    assert "llama-server does not work on this host, even without hardening" in run.text and "no luck" in run.text
     assert (main_pid(host, "tiny"), now) == (before, unit) and serves(host)

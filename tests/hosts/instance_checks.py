@@ -61,10 +61,9 @@ def _as_asked(one: Served, plan: Mapping[str, Any]) -> Problems:
 
 
 def identity_of(plan: Mapping[str, Any]) -> str:
-    """The hash that a plan must carry: of all but itself and the account of how it was decided."""
-    record = {
-        key: value for key, value in plan.items() if key not in ("identity", "plan", "preflight", "inputs", "verified")
-    }
+    """The hash that a plan must carry: of all but itself, how it was decided, and how the host tries and watches it."""
+    left_out = ("identity", "plan", "preflight", "inputs", "verified", "trial", "batch_tokens")
+    record = {key: value for key, value in plan.items() if key not in left_out}
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
