@@ -56,6 +56,13 @@ def test_a_manager_has_every_command_and_a_name_of_its_own(manager):
     assert isinstance(manager.would_change([]), list)
 
 
+def test_apt_is_asked_what_these_packages_would_change(stub, tmp_path):
+    stub("apt-get", "Reading package lists...\nInst a (1)\nRemv nvidia-driver-580 [2]\nConf a (1)\n")
+    assert packages.Apt.would_change(["a", "b"]) == ["a", "nvidia-driver-580"]
+    (call,) = (tmp_path / "calls").read_text().splitlines()
+    assert "--simulate" in call and call.endswith("install a b")
+
+
 def test_the_manager_of_this_host_is_the_first_whose_program_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(packages, "PLACES", str(tmp_path))
     assert packages.detect() is None
