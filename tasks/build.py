@@ -8,10 +8,9 @@ from typing import Any
 from pyinfra.api.deploy import deploy
 
 from llamafleet.build import release as builds
+from llamafleet.remote.common import SOURCE
 from tasks.lib import operations
 from tasks.lib.decision import Situation, situation
-
-SOURCE = "/var/lib/llamafleet/src"
 
 
 @deploy("Build llama.cpp")

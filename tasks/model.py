@@ -6,12 +6,13 @@ from typing import Any
 
 from pyinfra.api.deploy import deploy
 
+from llamafleet.remote.common import RUN
 from llamafleet.settings import secrets as secret_files
 from tasks.lib import operations
 from tasks.lib.decision import Serving, Situation, situation
 
 # A tmpfs: the token is on the host only while it downloads.
-TOKEN = "/run/llamafleet/hub-token.curl"  # noqa: S105 -- a path
+TOKEN = RUN + "/hub-token.curl"
 
 
 @deploy("Fetch the models")

@@ -14,6 +14,7 @@ from gevent.lock import RLock
 
 from llamafleet.hub import source as sources
 from llamafleet.model import gguf
+from llamafleet.remote.common import API_KEYS
 from llamafleet.settings import secrets as secret_files
 from llamafleet.settings.schema import Instance, Settings
 from tasks.lib import certificates
@@ -123,7 +124,7 @@ def secrets(instance: Instance) -> dict[str, str]:
     found = {}
     if instance.api_key_file is not None:
         place = f"models: {instance.name}: api_key_file"
-        found["api-keys"] = secret_files.api_keys(instance.api_key_file, place)
+        found[API_KEYS] = secret_files.api_keys(instance.api_key_file, place)
     if instance.tls_certificate_file is not None and instance.tls_key_file is not None:
         found |= certificates.pair(instance.tls_certificate_file, instance.tls_key_file, f"models: {instance.name}: ")
     return found

@@ -23,7 +23,8 @@ from pyinfra.api.command import StringCommand
 from pyinfra.api.exceptions import ConnectError
 from pyinfra.api.host import Host
 
-HELPERS = "/opt/llamafleet/helpers"
+from llamafleet.remote.common import LOCK, helper
+
 # A connection that breaks is made again this often, this many seconds apart, before we give up.
 RECONNECTS, RECONNECT_SECONDS = 20, 3.0
 
@@ -36,7 +37,7 @@ class RemoteError(Exception):
 
 def words(name: str, *arguments: str) -> list[str]:
     """The command, as a list, that runs one of our installed helpers with the host's own Python."""
-    return ["python3", "-s", "-E", "-B", f"{HELPERS}/current/{name}", *arguments]
+    return ["python3", "-s", "-E", "-B", helper(name), *arguments]
 
 
 def program(name: str, *arguments: str) -> StringCommand:
@@ -149,5 +150,5 @@ def held_by(holder: Mapping[str, Any]) -> str:
     return (
         f"{holder['who']} (pid {holder.get('pid')}) is deploying to this host since {holder.get('began')}, "
         f"last seen {holder['age_seconds']:.0f} s ago: wait for it; a run that died elsewhere loses the lock "
-        "after 15 minutes, or remove /run/llamafleet/lock.json"
+        f"after 15 minutes, or remove {LOCK}"
     )

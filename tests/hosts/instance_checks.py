@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from llamafleet.remote.common import API_KEYS, INSTANCES, RELEASES, UNITS, plan_path
 from tests.hosts.checks import Problem, Problems, Served, say
 
 # A process that systemd started again within the unit's own StartLimitIntervalSec is in a loop, seconds.
@@ -19,7 +20,7 @@ GATE_CHECKS = ("health", "process", "gpu memory", "devices", "api key", "context
 
 def plan_file(one: Served) -> Problems:
     """plan.json is there, nobody edited it, and it was made for what the inventory asks."""
-    path = f"/etc/llamafleet/instances/{one.instance.name}/plan.json"
+    path = plan_path(one.instance.name)
     file, plan = one.facts["plan_file"], one.facts["plan"]
     if plan is None or file is None:
         yield Problem(one.where, path, "the record of what was deployed", file and "no JSON object", "run the deploy")
@@ -99,7 +100,7 @@ def models(one: Served) -> Problems:
 
 def unit(one: Served) -> Problems:
     """The unit file is the one that was made for this plan and passed the gate; no drop-in changes it."""
-    path, found, state = f"/etc/systemd/system/{one.instance.unit}", one.facts["unit"], one.facts["state"]
+    path, found, state = f"{UNITS}/{one.instance.unit}", one.facts["unit"], one.facts["state"]
     if found is None:
         yield Problem(one.where, path, "the unit", None, "run the deploy")
         return
@@ -152,7 +153,7 @@ def process(one: Served) -> Problems:
         yield Problem(one.where, "process", "a running llama-server", None)
         return
     release = one.plan.get("release")
-    inside = f"/opt/llamafleet/releases/{release}/"
+    inside = f"{RELEASES}/{release}/"
     if release is None or not str(found["exe"]).startswith(inside):
         yield Problem(one.where, f"program of pid {found['pid']}", f"one in {inside}", found["exe"])
     if found["users"] != ["llamafleet"]:
@@ -212,7 +213,7 @@ def _same_address(expected: list[Any], found: list[Any]) -> bool:
 
 def keys(one: Served) -> Problems:
     """Keys are there where asked for, not empty, and for root's eyes only."""
-    path, found = f"/etc/llamafleet/instances/{one.instance.name}/api-keys", one.facts["keys"]
+    path, found = f"{INSTANCES}/{one.instance.name}/{API_KEYS}", one.facts["keys"]
     if one.instance.api_key_file is None:
         if found is not None:
             yield Problem(one.where, path, "no file: no key is asked for", f"a file with {found['count']} keys")
