@@ -59,7 +59,7 @@ def forget_other_trees(tree: str) -> None:
 
 @contextlib.contextmanager
 def turn(spec: dict[str, Any]) -> Iterator[None]:
-    """Hold this key in the shared build cache; wait while another host compiles it."""
+    """Hold this key's lock in the shared build cache; wait while another host compiles it."""
     if not spec["build_cache"]:
         yield
         return
@@ -91,7 +91,7 @@ def take_from_cache(spec: dict[str, Any]) -> bool:
         expected = file.read().split()[0]
     found = sha256_of(archive)
     if found != expected:
-        # The run counted on it: neither the source nor a compiler need be on this host.
+        # The run relies on the cache: this host may have neither the source nor a compiler.
         raise Failed(f"{archive} should have sha256 {expected}, has {found}: delete it and run again")
     say(f"taking release {spec['key']} from the build cache")
     partial = fresh(f"{RELEASES}/.{spec['key']}.partial")
@@ -129,7 +129,7 @@ def compile_release(spec: dict[str, Any]) -> None:
 
 
 def run(command: list[str], problem: str) -> None:
-    """Run with the output in the log; on failure the lines that tell why become the error."""
+    """Run a command with its output in the log. Raises Failed with the lines that speak of an error."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     assert process.stdout is not None
     lines: list[str] = []
@@ -143,7 +143,7 @@ def run(command: list[str], problem: str) -> None:
 
 
 def version_of(folder: str) -> list[str]:
-    """What the llama-server of a release says of itself; raises Failed where it does not run here."""
+    """The version lines of a release's llama-server; raises Failed if it does not run here."""
     server = f"{folder}/bin/llama-server"
     done = subprocess.run([server, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
@@ -162,11 +162,11 @@ def describe(spec: dict[str, Any], partial: str) -> None:
 
 
 def give_name(spec: dict[str, Any], partial: str) -> None:
-    """Only now, complete and on disk, does the release get its name."""
+    """Give the release its name, now that it is complete and on disk."""
     os.sync()
     os.makedirs(RELEASES, exist_ok=True)
     target = f"{RELEASES}/{spec['key']}"
-    shutil.rmtree(target, ignore_errors=True)  # there, and half deleted
+    shutil.rmtree(target, ignore_errors=True)  # a release of that name that was half deleted
     os.rename(partial, target)
     say(f"release {spec['key']} is complete")
 

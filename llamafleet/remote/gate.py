@@ -1,20 +1,19 @@
-"""Is what runs what was planned? Asked before an instance is called good.
+"""Check that the running server is the planned one, before its instance counts as good.
 
 Contract: `gate.py check PLAN.json [--record] [--no-floor]` runs every check in order, stops at the first that
 fails, and prints {"ok": bool, "checks": [{"name", "ok", "expected", "found", "hint"}],
 "decode_tokens_per_s": float | null}; exit 0 good, 1 not. With --record it also writes
-/var/lib/llamafleet/gate/NAME.json: that, "time" (UTC), "identity" and "release" of the plan, what the next gate
-compares with, and "last_failure" {"time", "release", "check"}. With --no-floor any speed is good enough: what
-has served before is not turned away for being slow.
-`gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then asks whether the planned
-GPUs hold the process, so that a boot at which the driver was not ready yet ends in a restart and not in
-a server on the CPU.
+/var/lib/llamafleet/gate/NAME.json: that object, "time" (UTC), "identity" and "release" of the plan, what the next
+gate compares with, and "last_failure" {"time", "release", "check"}. With --no-floor any speed passes: a server that
+has served before is not rejected for its speed.
+`gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then checks that the process holds memory
+on the planned GPUs. If the driver was not ready at boot, systemd thus starts the unit again, and no server stays on
+the CPU.
 
 PLAN.json is plan.json, of which is read: identity, release, files, plan.predicted, and `gate`: unit, argv, url,
 api_keys and tls_certificate (path | null), health_seconds (the most that loading may take), context_tokens (of one
 slot), slots, kv_type, speed_floor_percent, backend, gpus [{"uuid", "name", "planned_bytes", and what gate_devices.py
-reads}]. Standard library, psutil and pynvml; common.py and gate_*.py lie beside
-it.
+reads}]. Standard library, psutil and pynvml; common.py and gate_*.py lie beside it.
 
 `/health` alone proves little: llama-server answers 200 also after it silently fell back to the CPU.
 """
@@ -39,7 +38,7 @@ HELD_SHARE = 0.5
 
 
 def wait_for_health(url: str, seconds: float, alive: Callable[[], bool] = lambda: True) -> int:
-    """The last status of /health: 200 as soon as it is, else what it was when time or process ended."""
+    """Ask /health until it answers 200, the time is over or the process has ended; the last status."""
     deadline = time.monotonic() + seconds
     while True:
         status, _ = ask(url, "/health", seconds=5.0)
@@ -68,7 +67,7 @@ def check_health(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def arguments(unit: str) -> list[str]:
-    """What the unit's process really runs with; empty where there is none."""
+    """The command line of the unit's process; empty if it has none."""
     return command_line(main_pid(unit))
 
 
@@ -79,7 +78,7 @@ def check_process(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_key(spec: dict[str, Any]) -> dict[str, Any] | None:
-    """With a key, nobody gets in without it; llama-server lets everybody in when the file is empty."""
+    """Where keys are planned, a request without one must be refused; an empty key file would let everybody in."""
     if not spec["api_keys"]:
         return None
     status, _ = ask(spec["url"], "/v1/completions", body={"prompt": "a", "max_tokens": 1})
@@ -115,9 +114,9 @@ def log_of_start(unit: str) -> str:
 
 
 def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
-    """Every planned GPU holds this process's memory: the silent fallback to the CPU is caught here."""
+    """Every planned GPU must hold memory of this process: a silent fallback to the CPU holds none."""
     if not spec["gpus"] or spec["backend"] != "cuda":
-        return None  # NVML knows no others; what the server says of them is asked in check_devices
+        return None  # NVML knows NVIDIA's GPUs alone; check_devices reads the server's log for all others
     held = held_by(main_pid(spec["unit"]))
     for gpu in spec["gpus"]:
         found = held.get(gpu["uuid"], 0) if isinstance(held, dict) else 0
@@ -135,8 +134,8 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def held_by(pid: int) -> dict[str, int | None] | str:
-    """Bytes that the process holds by UUID of the GPU or MIG instance (None: NVML does not tell); a text
-    where NVML fails. A GPU that does not answer is left out."""
+    """Bytes that the process holds, by UUID of the GPU or MIG instance; None where NVML does not report them. A text
+    with the error if NVML fails. A GPU that does not answer is left out."""
     import pynvml  # type: ignore[import-untyped]  # nvidia-ml-py ships no types
 
     held: dict[str, int | None] = {}
@@ -157,11 +156,11 @@ def held_by(pid: int) -> dict[str, int | None] | str:
 
 
 def devices(pynvml: Any, gpu: Any) -> list[Any]:
-    """The GPU itself, or its MIG instances where it is cut into some: CUDA knows only those then."""
+    """The GPU itself, or its MIG instances if MIG is enabled: CUDA then sees only the instances."""
     try:
         if pynvml.nvmlDeviceGetMigMode(gpu)[0] != pynvml.NVML_DEVICE_MIG_ENABLE:
             return [gpu]
-    except pynvml.NVMLError:  # a GPU that cannot be cut
+    except pynvml.NVMLError:  # a GPU without MIG
         return [gpu]
     found = []
     for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
@@ -211,7 +210,7 @@ def read_spec(path: str) -> dict[str, Any]:
 
 
 def keep_record(spec: dict[str, Any], found: dict[str, Any]) -> None:
-    """Note the verdict, and of a good one what the next gate compares with."""
+    """Write the verdict and, if it is good, the values that the next gate compares with."""
     last, measured, now = spec["last"], spec["measured"], time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     record = {**last, **found, "time": now, "identity": spec["identity"], "release": spec["release"]}
     if found["ok"]:

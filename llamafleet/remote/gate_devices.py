@@ -1,13 +1,14 @@
-"""What llama-server itself says of its devices' memory, against what was planned for each.
+"""Compare the memory that llama-server reports for each of its devices with the plan.
 
 Contract: `check_devices(spec)` is one of gate.py's checks; SPEC is its `gate` object, of which this reads
 unit and gpus [{"name", "device", "weights_bytes", "kv_bytes", "compute_bytes", "staging_bytes"}], `device`
-being llama.cpp's name, such as CUDA0. `cause_of_end(unit)` says what a server that is gone had missed of them.
-Standard library; reads the journal, and keeps what it read in /run/llamafleet, because the journal forgets.
+being llama.cpp's name, such as CUDA0. `cause_of_end(unit)` says which device a server that has ended could not use.
+Standard library; reads the journal, and keeps what it read in /run/llamafleet, since the journal drops old lines.
 
-The load log is the one thing that all backends tell alike: NVML knows NVIDIA's alone, and neither /props nor
-/metrics has a word of devices (tools/server at b11434). It needs --log-verbosity 4 (llama's INFO, log.cpp:535).
-Of its lines "offloaded 5/5 layers to GPU" proves nothing: a build without any GPU backend prints it too.
+All backends report their buffers in the load log, in the same form. NVML knows NVIDIA's GPUs alone, and neither
+/props nor /metrics names a device (tools/server at b11434). The log has these lines from verbosity 4 on, which is
+llama.cpp's INFO (common_log_get_verbosity). Its line "offloaded 5/5 layers to GPU" proves nothing: a build without
+any GPU backend prints it too.
 """
 
 from __future__ import annotations
@@ -23,12 +24,11 @@ from common import journal_of_start as journal
 Told = Dict[str, Dict[str, float]]
 
 MIB = 1 << 20
-# llama-model.cpp:1932, llama-kv-cache.cpp:291, llama-memory-recurrent.cpp:124, llama-kv-cache-dsv4.cpp:995,
-# llama-context.cpp:742.
+# Printed by load_tensors, llama_kv_cache, llama_memory_recurrent, llama_dsv4_comp_state and sched_reserve.
 BUFFER = re.compile(r"(\S+) +(model|KV|RS|DSV4 .* state|compute) buffer size = +([\d.]+) MiB")
 PARTS = {"model": "weights", "compute": "compute"}  # all others hold the context
 LOADED = "model loaded"  # tools/server/server.cpp: after all of them
-# What gate.py, as the unit's ExecStartPost, has told the journal before systemd ended the server.
+# What gate.py, as the unit's ExecStartPost, wrote to the journal before systemd ended the server.
 REFUSED = re.compile(r"^(?:gpu memory|devices): expected .*$", re.M)
 INVALID_DEVICE = re.compile(r"invalid device: (\S+)")
 # Weights and cache are planned exactly, tensors that a backend cannot hold stay on the host; compute is an
@@ -105,7 +105,7 @@ def parse(lines: str) -> Told:
 
 
 def cause_of_end(unit: str) -> str:
-    """Of a server that did not come up: what it missed of its devices, in words; empty if it is not that."""
+    """Why a server did not start, if it could not use a device; empty if the reason is another."""
     lines = journal(invocation(unit))
     refused, missed = REFUSED.findall(lines), INVALID_DEVICE.findall(lines)
     if refused:

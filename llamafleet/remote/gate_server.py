@@ -29,7 +29,7 @@ def unit_state(unit: str) -> str:
 
 
 def is_alive(state: str) -> bool:
-    """May a unit in this state still come to serve? One that systemd starts again has failed once."""
+    """Can a unit in this state still begin to serve? A unit that systemd restarts has failed already."""
     return state.startswith(("active/", "activating/")) and state != "activating/auto-restart"
 
 
@@ -38,8 +38,8 @@ _trusted: dict[str, ssl.SSLContext] = {}
 
 
 def trust(spec: dict[str, Any]) -> None:
-    """From now on a server that speaks https is believed with the installed certificate alone, whoever signed
-    that; by any name, since the host asks by address."""
+    """Accept from now on the installed certificate and no other, whoever signed it. Its name is not compared, since
+    the host asks by address."""
     if not spec.get("tls_certificate"):
         return
     end = "-----END CERTIFICATE-----"
@@ -55,7 +55,7 @@ def trust(spec: dict[str, Any]) -> None:
 def ask(
     url: str, path: str, key: str | None = None, body: dict[str, Any] | None = None, seconds: float = 120.0
 ) -> tuple[int, Any]:
-    """(status, JSON or text); status 0 where nothing answered."""
+    """(HTTP status, JSON or text); status 0 if nothing answered."""
     headers = {"Content-Type": "application/json"}
     if key:
         headers["Authorization"] = "Bearer " + key
@@ -84,7 +84,7 @@ def first_key(spec: dict[str, Any]) -> str | None:
 
 
 def slots(spec: dict[str, Any], seconds: float = 5.0) -> list[dict[str, Any]] | None:
-    """What each slot is doing; None where the server does not say.
+    """What each slot is doing; None if the server does not answer.
 
     The server's own thread answers this also while a batch is computed (server_context, yield_to_queue).
     """

@@ -1,16 +1,15 @@
 """Install a CUDA toolkit from packages.
 
-Contract: `install_toolkit.py SPEC.json [ROOT]`, where SPEC has manager ("apt" | "dnf"), packages,
-components (of the distribution's
-archive, such as "non-free"), repository (NVIDIA's name of it | null), url (its
-address | null), key_package and repo_file (addresses | null), and nvcc (where the compiler will be).
-Progress lines on stdout; the last one of a failure begins with `error: `. Exit 0: the toolkit at nvcc
-is complete, as its sibling toolkits.py tells. Root, curl, apt or dnf, standard library. ROOT stands
-before every path in tests.
+Contract: `install_toolkit.py SPEC.json [ROOT]`, where SPEC has manager (a name in packages.py), packages, components
+(of the distribution's archive, such as "non-free"), repository (NVIDIA's name of it | null), url (its address | null),
+key_package and repo_file (addresses | null), and nvcc (where the compiler will be). Progress lines on stdout; the last
+one of a failure begins with `error: `. Exit 0: the toolkit at nvcc is complete, as toolkits.py finds it. Root, curl,
+apt or dnf, standard library; common.py, packages.py and toolkits.py lie beside it. ROOT stands before every path in
+tests.
 
-No file of the owner's is changed: sources go into files of our own, whose names begin with
-`llamafleet-`. NVIDIA's repository also holds drivers; it is set up so that they are never taken from
-it by itself, and an installation that would change the host's driver is refused.
+No file of the owner's is changed: sources go into files of our own, whose names begin with `llamafleet-`. NVIDIA's
+repository also holds drivers; it is set up so that no driver is taken from it unasked, and an installation that would
+change the host's driver is refused.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def refresh(manager: Type[packages.Manager]) -> None:
 
 
 def enable_components(components: list[str], root: str) -> None:
-    """A source of our own for more components of the distribution's archive, from the host's mirrors."""
+    """Enable more components of the distribution's archive, in a sources file of our own with the host's mirrors."""
     own = archive_suites()
     wanted = " ".join(one for one in components if not any(one in enabled for enabled in own.values()))
     if not wanted:

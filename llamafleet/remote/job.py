@@ -1,4 +1,4 @@
-"""Run long work on this host so that a lost connection loses nothing.
+"""Run long work on this host so that it goes on without the connection.
 
 Contract: `job.py start NAME -- COMMAND...` starts COMMAND as the transient unit
 `llamafleet-job-NAME.service`, or attaches to it where it still runs; `job.py follow NAME --seen LINE
@@ -20,7 +20,7 @@ from typing import Any
 from common import JOBS, show, transient_unit
 
 TAIL_LINES = 40
-# A line of progress is told at most this often, seconds: a build of minutes fills no screen.
+# Seconds between two lines of progress, so that a long build does not fill the screen.
 TELL_SECONDS = 10.0
 
 
@@ -58,7 +58,7 @@ def start(name: str, command: list[str]) -> dict[str, Any]:
 
 
 def look(name: str) -> dict[str, Any]:
-    """The job as it is now."""
+    """The state of the job now."""
     running = is_running(name)
     code = None
     if not running and os.path.exists(exit_code_file(name)):
@@ -82,7 +82,7 @@ def tail_of(path: str) -> list[str]:
 
 
 def follow(name: str, seen: str, seconds: float) -> dict[str, Any]:
-    """Wait until there is something to tell."""
+    """Wait until the job has ended, has a new line, or the time is over."""
     deadline = time.monotonic() + seconds
     while True:
         found = look(name)

@@ -1,4 +1,4 @@
-"""The host's lock: two runs at once cannot meet.
+"""The host's lock: one run at a time changes a host.
 
 Contract: `lock.py take HOLDER [--over RUN]`, `lock.py refresh RUN`, `lock.py release RUN`.
 HOLDER is a JSON object with `run` (unique), `who`, `machine` and `pid` of the operator's side.
@@ -33,7 +33,7 @@ def read(path: str = PATH) -> dict[str, Any] | None:
 
 
 def take(holder: dict[str, Any], over: str | None = None, path: str = PATH) -> dict[str, Any] | None:
-    """None, or the other holder."""
+    """Take the lock: None, or the other run that holds it."""
     other = read(path)
     if other and other["run"] not in (holder["run"], over):
         return other
@@ -42,7 +42,7 @@ def take(holder: dict[str, Any], over: str | None = None, path: str = PATH) -> d
 
 
 def refresh(run: str, path: str = PATH) -> dict[str, Any] | None:
-    """None, or who holds the lock instead; nobody may, where it was lost."""
+    """None if the lock was refreshed; else its present holder, or an object that says that the lock was lost."""
     other = read(path)
     if other and other["run"] == run:
         os.utime(path)

@@ -200,7 +200,7 @@ def name_lost_gpus(gpus: list[dict[str, Any]], pci: list[dict[str, Any]]) -> Non
 
 
 def has_gpu_driver(pci: list[dict[str, Any]]) -> bool:
-    """Is there anything to ask a driver about? Asking takes a process of its own, on every host and run."""
+    """Is there a GPU to ask a driver about? Asking takes a process of its own, on every host and run."""
     if any(gpu["vendor"] != "intel" for gpu in pci) or at("/proc/driver/nvidia").exists():
         return True
     try:
@@ -220,8 +220,8 @@ def driver_answers(seconds: float) -> dict[str, Any]:
 
 
 def answers_of(name: str, seconds: float, *arguments: str) -> dict[str, Any]:
-    """What a program beside us prints that asks a driver. Stuck in the kernel it is abandoned, since killing
-    may not end it."""
+    """Run a program that asks a driver, and return the JSON that it prints. A program that hangs in the kernel is
+    abandoned, since a kill may not end it."""
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
     command = [sys.executable, "-s", "-E", "-B", program, *arguments]
     child = subprocess.Popen(
@@ -246,7 +246,7 @@ def answers_of(name: str, seconds: float, *arguments: str) -> dict[str, Any]:
 
 
 def stop_child_on_signals(child: subprocess.Popen[bytes]) -> None:
-    """Ended ourselves, we end the child too: it is in its own session and would outlive us."""
+    """Kill the child when a signal ends us: it has a session of its own and would go on."""
 
     def stop(number: int, _frame: Any) -> None:
         child.kill()

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
 
 
 def is_used(key: str) -> bool:
-    """Does a unit, one kept to go back to, or a running process need this release?"""
+    """Does an installed unit, a last good unit or a running process use this release?"""
     return any(key in text for text in unit_texts()) or any(f"/releases/{key}/" in exe for exe in running())
 
 

@@ -1,4 +1,4 @@
-"""What the instances of this host use and how their last gate went.
+"""Report what the instances of this host use, and the result of their last gate.
 
 Contract: no arguments; prints one JSON object, by instance name {"rss_bytes", "cgroup_bytes": int | null,
 "gpu_bytes": {GPU's UUID: int | null} | text where NVML does not tell, "since": text, "gate": the last gate's record

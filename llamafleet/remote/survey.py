@@ -1,4 +1,4 @@
-"""What is installed and running on this host, beside what the probe says of the machine.
+"""Report what is installed and running on this host, together with the probe's machine file.
 
 Contract: one argument, a JSON object {"packages": {"apt": [names], "dnf": [names]},
 "build_cache": path | null, "toolkits": [paths], "paths": [paths], "vulkan": bool}; prints one JSON object
@@ -89,7 +89,7 @@ def has_group(name: str) -> bool:
 
 
 def link_name(path: str) -> str | None:
-    """The last part of where a link leads, or None."""
+    """The last part of a link's target, or None."""
     try:
         return os.path.basename(os.readlink(path))
     except OSError:
@@ -124,13 +124,13 @@ def verified_models() -> dict[str, dict[str, Any]]:
 
 
 def instances() -> dict[str, dict[str, Any]]:
-    """Every installed instance by name: its files' hashes and what runs of it."""
+    """Every installed instance by name: its files' hashes, and its running process."""
     names = [common.instance_of(unit) for unit in units() if is_ours(unit)]
     return {name: instance(name) for name in names}
 
 
 def units() -> list[str]:
-    """Instances' units; what belongs to one is looked at with it."""
+    """The units of instances. Those of their liveness checks are read together with them."""
     return [name for name in listing(UNITS)
             if name.startswith(PREFIX) and name.endswith(SUFFIX) and not name.endswith(LIVENESS)]  # fmt: skip
 

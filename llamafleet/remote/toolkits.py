@@ -29,9 +29,9 @@ from common import output_of
 # Where Debian's and Ubuntu's nvidia-cuda-toolkit keep the compiler; headers and libraries are in /usr.
 # It brings a gcc of its own choice and headers that fit the distribution's glibc.
 DISTRO = "/usr/lib/nvidia-cuda-toolkit"
-SECONDS = 20  # for a compiler to tell its version
+SECONDS = 20  # that a compiler may take to print its version
 # From this glibc on the function clashes with its declaration in older toolkits' math_functions.h, which
-# has no exception specification ("exception specification is incompatible", llama.cpp docs/build.md:255).
+# has no exception specification ("exception specification is incompatible", llama.cpp's docs/build.md).
 CLASHES = (((2, 41), "cospi"), ((2, 42), "rsqrt"))
 
 
@@ -131,7 +131,7 @@ def has(folders: list[str], name: str) -> bool:
 
 
 def version(nvcc: str) -> str | None:
-    """ "12.8", as the compiler tells it; None where it does not run."""
+    """ "12.8", as the compiler prints it; None if it does not run."""
     match = re.search(r"release (\d+\.\d+)", output_of([nvcc, "--version"], SECONDS, only_success=True))
     return match.group(1) if match else None
 

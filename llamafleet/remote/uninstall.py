@@ -26,7 +26,7 @@ from common import ETC, MODELS, OPT, PREFIX, RUN, UNITS, USER, VAR, listing, out
 
 COMMENT = "llama-server instances"  # as `tasks/lib/operations.py` makes the user
 STAMPS = "/var/lib/systemd/timers"
-# What has our name; repositories and their key: install_toolkit.py.
+# Paths with our name; install_toolkit.py makes the repositories and their key.
 OURS = (
     OPT, ETC, RUN,
     "/etc/apt/sources.list.d/llamafleet-*", "/etc/apt/preferences.d/llamafleet-*",
@@ -40,7 +40,7 @@ def units() -> list[str]:
 
 
 def jobs() -> list[str]:
-    """Our detached work that still runs, of which no file tells (job.py)."""
+    """Our detached jobs that still run; they have no unit file (job.py)."""
     lines = output_of(["systemctl", "list-units", "--all", "--plain", "--no-legend", "llamafleet-*"])
     return [line.split()[0] for line in lines.splitlines() if line.split()]
 
@@ -61,20 +61,20 @@ def children(folder: str) -> list[str]:
 
 
 def caches() -> list[str]:
-    """CacheDirectory= of our units, those that were removed long ago too: they belong to our user."""
+    """The cache folders of our units, also of removed ones: they belong to our user."""
     number = user_id()
     found = [path for path in glob.glob(f"/var/cache/{PREFIX}*") if os.lstat(path).st_uid == number]
     return sorted(found) if number is not None else []
 
 
 def stamps() -> list[str]:
-    """systemd's memory of our persistent timers."""
+    """The files in which systemd keeps when our persistent timers last ran."""
     stamped = [f"{STAMPS}/stamp-{name}" for name in units() if name.endswith(".timer")]
     return [path for path in stamped if os.path.exists(path)]
 
 
 def user_id() -> int | None:
-    """Of the user that we made; None where there is none, or somebody else's of that name."""
+    """The number of the user that we made; None if there is none, or if somebody else made a user of that name."""
     try:
         user = pwd.getpwnam(USER)
     except KeyError:

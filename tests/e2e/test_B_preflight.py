@@ -67,7 +67,7 @@ def dropped(found):
     return [line for one in found["dropped"] for line in one["directives"]]
 
 
-def test_where_everything_works_the_whole_sandbox_is_kept(deploy, host):
+def test_where_everything_works_the_whole_hardening_is_kept(deploy, host):
     run, unit, found = deploy("nothing", 512)
     assert run.code == 0, run.text
     assert dropped(found) == [] and found["checked"] == ["list-devices", "completion"]
@@ -75,7 +75,7 @@ def test_where_everything_works_the_whole_sandbox_is_kept(deploy, host):
 
 
 def test_inside_there_is_no_shell_and_nothing_of_ours_to_read(host):
-    """Asked of the running process' own view of the file system, after the whole sandbox was kept."""
+    """Asked of the running process' own view of the file system, after the whole hardening was kept."""
     pid = main_pid(host, "tiny")
     said = host.run(["nsenter", f"--target={pid}", "--mount", "/bin/sh", "-c", "echo in"])
     assert said.returncode != 0 and "Permission denied" in said.stderr, said.stderr
@@ -106,7 +106,7 @@ def test_two_that_break_it_are_dropped_together_and_no_more(deploy, host):
     assert "the priority cannot be set" in found["dropped"][1]["why"] and serves(host)
 
 
-def test_on_other_ground_the_whole_sandbox_is_tried_again(deploy, host):
+def test_on_other_ground_the_whole_hardening_is_tried_again(deploy, host):
     # As after an upgrade: what was found was found under another kernel.
     on(host, "sed", "-i", 's/"kernel": "[^"]*"/"kernel": "4.19.0-old"/', PLAN)
     run, _, _ = deploy("nothing", 1024, "--dry")
