@@ -1,6 +1,6 @@
 """Report what is installed and running on this host, together with the probe's machine file.
 
-Contract: one argument, a JSON object {"packages": {"apt": [names], "dnf": [names]},
+Contract: one argument, a JSON object {"packages": {name of a package manager: [names]},
 "build_cache": path | null, "toolkits": [paths], "paths": [paths], "vulkan": bool}; prints one JSON object
 {"machine": the probe's output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and psutil;
 its siblings common.py, probe.py, toolkits.py, lock.py, ground.py, packages.py and releases.py lie in the same folder.
