@@ -8,11 +8,10 @@ from typing import Any
 from pyinfra.api.deploy import deploy
 
 from llamafleet.build import release
+from llamafleet.remote.common import SOURCE
 from llamafleet.service.desired import Desired
 from tasks.lib import operations
 from tasks.lib.decision import decision
-
-SOURCE = "/var/lib/llamafleet/src"
 
 
 @deploy("Build llama.cpp")

@@ -6,13 +6,14 @@ from typing import Any
 
 from pyinfra.api.deploy import deploy
 
+from llamafleet.remote.common import RUN
 from llamafleet.service.desired import Desired, Serving
 from llamafleet.settings import secrets
 from tasks.lib import operations
 from tasks.lib.decision import decision
 
 # A tmpfs: the token is on the host only while it downloads.
-TOKEN = "/run/llamafleet/hub-token.curl"  # noqa: S105 -- a path
+TOKEN = RUN + "/hub-token.curl"
 
 
 @deploy("Fetch the models")

@@ -11,6 +11,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from llamafleet.remote.common import BUILD, RELEASES
+
 MIB = 1024**2
 # RAM for one compiler job, bytes. CUDA: 3 to 5 GB are reported for nvcc (llama.cpp #17844);
 # C++: g++ stays below 1 GiB on llama.cpp's largest file.
@@ -53,7 +55,7 @@ class Build:
     def tree(self) -> str:
         """The build folder on the host, shared by all commits of a configuration, so that Ninja compiles
         only what a new commit changed."""
-        return f"/var/lib/llamafleet/build/{_hash(self._configuration)}"
+        return f"{BUILD}/{_hash(self._configuration)}"
 
     @property
     def _configuration(self) -> list[object]:
@@ -62,7 +64,7 @@ class Build:
     @property
     def release(self) -> str:
         """The release's folder on the host."""
-        return f"/opt/llamafleet/releases/{self.key}"
+        return f"{RELEASES}/{self.key}"
 
     def cmake_flags(self) -> tuple[str, ...]:
         """CMake's -D options, without paths of this or that host."""

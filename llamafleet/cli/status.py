@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llamafleet.host.installed import Installed, InstalledInstance
-from llamafleet.memory.ledger import MIB
+from llamafleet.units import MIB
 
 GIB = 1024 * MIB
 COLUMNS = ("host", "instance", "state", "plan", "RAM", "GPU", "tok/s", "restarts", "last gate", "drift")

@@ -16,7 +16,7 @@ from llamafleet.build.release import Build
 from llamafleet.host.installed import Installed, Survey
 from llamafleet.host.machine import Machine
 from llamafleet.hub.source import ModelFiles
-from llamafleet.memory.adjust import Adjustment
+from llamafleet.memory.ledger import Adjustment
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Plan
 from llamafleet.planner.stability import Choice

@@ -8,7 +8,7 @@ from typing import Any
 
 from llamafleet.host.installed import Survey
 from llamafleet.hub.source import ModelFiles
-from llamafleet.memory.adjust import Adjustment
+from llamafleet.memory.ledger import Adjustment
 from llamafleet.planner import stability
 from llamafleet.planner.backend import resolve_backend
 from llamafleet.planner.plan import plan_host

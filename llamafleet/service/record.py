@@ -11,6 +11,8 @@ from llamafleet.host.machine import Gpu
 from llamafleet.hub.source import ModelFiles
 from llamafleet.planner.flags import device_names
 from llamafleet.planner.result import Plan
+from llamafleet.remote.common import API_KEYS, INSTANCES, TLS_CERTIFICATE, TLS_KEY
+from llamafleet.service.trial import told_to_host
 from llamafleet.settings.schema import Instance
 
 # Nobody serves from a slower disk; bytes per second. The gate measures the disk, and waits less.
@@ -33,8 +35,8 @@ def plan_record(
         "unit": instance.unit,
         "argv": list(argv),
         "url": f"{'https' if instance.tls_certificate_file else 'http'}://{url_host(instance.listen)}:{instance.port}",
-        "api_keys": credentials(instance).get("api-keys"),
-        "tls_certificate": credentials(instance).get("tls-certificate"),
+        "api_keys": credentials(instance).get(API_KEYS),
+        "tls_certificate": credentials(instance).get(TLS_CERTIFICATE),
         "health_seconds": health_seconds(model),
         "context_tokens": plan.context_tokens,
         "slots": plan.slots,
@@ -61,12 +63,7 @@ def plan_record(
         "numa_nodes": plan.numa_nodes,
     }
     identity = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
-    return {**record, "identity": identity, "plan": plan.to_json()}
-
-
-def record_path(name: str) -> str:
-    """Where the host keeps the record of the instance of that name."""
-    return f"/etc/llamafleet/instances/{name}/plan.json"
+    return {**record, "identity": identity, **told_to_host(argv), "plan": plan.to_json()}
 
 
 def record_text(record: dict[str, Any]) -> str:
@@ -81,9 +78,9 @@ def health_seconds(model: ModelFiles) -> int:
 
 def credentials(instance: Instance) -> dict[str, str]:
     """The unit's credentials by name: the file on the host that systemd loads each from, readable by root alone."""
-    names = ["api-keys"] if instance.api_key_file else []
-    names += ["tls-certificate", "tls-key"] if instance.tls_certificate_file else []
-    return {name: f"/etc/llamafleet/instances/{instance.name}/{name}" for name in names}
+    names = [API_KEYS] if instance.api_key_file else []
+    names += [TLS_CERTIFICATE, TLS_KEY] if instance.tls_certificate_file else []
+    return {name: f"{INSTANCES}/{instance.name}/{name}" for name in names}
 
 
 def url_host(address: str) -> str:

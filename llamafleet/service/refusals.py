@@ -10,6 +10,7 @@ from typing import Any
 from llamafleet.build.cuda_toolkit import Unsuitable
 from llamafleet.host.installed import Listener, Survey
 from llamafleet.planner.result import Refusal
+from llamafleet.remote.common import LOCK
 from llamafleet.settings.schema import Instance, Settings
 
 WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 -- compared with, never bound
@@ -59,7 +60,7 @@ def held_by(holder: Mapping[str, Any]) -> str:
     return (
         f"{holder['who']} (pid {holder.get('pid')}) is deploying to this host since {holder.get('began')}, "
         f"last seen {holder['age_seconds']:.0f} s ago: wait for it; a run that died elsewhere loses the lock "
-        "after 15 minutes, or remove /run/llamafleet/lock.json"
+        f"after 15 minutes, or remove {LOCK}"
     )
 
 

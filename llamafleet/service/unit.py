@@ -15,8 +15,21 @@ from llamafleet.build.release import MIB, Build
 from llamafleet.host.installed import Installed
 from llamafleet.host.vulkan import SOFTWARE
 from llamafleet.planner.result import Plan
+from llamafleet.remote.common import (
+    BUILD,
+    ETC,
+    GOOD,
+    HELPERS,
+    JOBS,
+    RUN,
+    SOURCE,
+    STAGED,
+    helper,
+    liveness_units,
+    plan_path,
+)
 from llamafleet.service.command import unit_escape
-from llamafleet.service.record import credentials, record_path
+from llamafleet.service.record import credentials
 from llamafleet.settings.schema import Instance, Settings
 
 # From a template's name and its values to the text.
@@ -31,13 +44,11 @@ LIBRARIES = ("-/usr/lib", "-/usr/lib64", "-/usr/lib32", "-/lib", "-/lib64", "-/l
 BACKEND_LIBRARIES = {"cuda": ("-/usr/local",), "hip": ("-/opt/rocm",), "vulkan": ("-/usr/local/lib",)}
 
 # What a server has no business with, hidden although its user could mostly not read it either.
-HIDDEN = ("-/boot", "-/etc/llamafleet", "-/etc/ssh", "-/etc/ssl/private", "-/opt/llamafleet/helpers",
-          "-/run/llamafleet", "-/srv", "-/var/backups", "-/var/lib/llamafleet/build", "-/var/lib/llamafleet/good",
-          "-/var/lib/llamafleet/jobs", "-/var/lib/llamafleet/src", "-/var/lib/llamafleet/staged", "-/var/log",
-          "-/var/spool")  # fmt: skip
+_OURS = (ETC, HELPERS, RUN, BUILD, GOOD, JOBS, SOURCE, STAGED)
+_SYSTEM = ("/boot", "/etc/ssh", "/etc/ssl/private", "/srv", "/var/backups", "/var/log", "/var/spool")
+HIDDEN = tuple(f"-{path}" for path in sorted((*_OURS, *_SYSTEM)))
 
-GATE = "/opt/llamafleet/helpers/current/gate.py"
-LIVENESS = "/opt/llamafleet/helpers/current/liveness.py"
+GATE, LIVENESS = helper("gate.py"), helper("liveness.py")
 
 # Above the planned host memory, for what a process needs beside its model: share and bytes.
 MEMORY_MARGIN, MEMORY_SPARE = 1.1, 1024 * MIB
@@ -62,7 +73,7 @@ def unit_values(
         "instance": instance,
         "identity": record["identity"],
         "command": [unit_escape(argument) for argument in gate["argv"]],
-        "started": [unit_escape(word) for word in (GATE, "start", record_path(instance.name))],
+        "started": [unit_escape(word) for word in (GATE, "start", plan_path(instance.name))],
         "start_seconds": gate["health_seconds"] + 30,
         "credentials": credentials(instance),
         "environment": plan.environment,
@@ -107,13 +118,12 @@ def liveness_texts(render: Renderer, instance: Instance, settings: Settings) -> 
     """The units of the instance's liveness check by name; empty where the check is switched off."""
     if settings.liveness_seconds == 0:
         return {}
-    words = (LIVENESS, record_path(instance.name), str(settings.liveness_seconds))
+    words = (LIVENESS, plan_path(instance.name), str(settings.liveness_seconds))
     values = {
         "instance": instance,
         "command": [unit_escape(word) for word in words],
         "interval_seconds": settings.liveness_interval_seconds,
     }
-    return {
-        f"llama-server-{instance.name}-liveness.{kind}": render(f"llama-server-liveness.{kind}.j2", values)
-        for kind in ("service", "timer")
-    }
+    templates = ("llama-server-liveness.service.j2", "llama-server-liveness.timer.j2")
+    names = liveness_units(instance.name)
+    return {name: render(template, values) for name, template in zip(names, templates, strict=True)}

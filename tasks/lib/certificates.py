@@ -9,6 +9,7 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
+from llamafleet.remote.common import TLS_CERTIFICATE, TLS_KEY
 from llamafleet.settings import secrets
 
 
@@ -35,7 +36,7 @@ def pair(certificate: str, key: str, place: str) -> dict[str, str]:
         )
     if _public(key_text, key, place) != leaf.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo):
         raise CertificateError(f"{place}tls_key_file: {key} is not the key of the certificate in {certificate}")
-    return {"tls-certificate": chain_text + "\n", "tls-key": key_text + "\n"}
+    return {TLS_CERTIFICATE: chain_text + "\n", TLS_KEY: key_text + "\n"}
 
 
 def _leaf(path: str, setting: str) -> tuple[str, x509.Certificate]:

@@ -17,9 +17,9 @@ from pyinfra.context import ctx_host
 from llamafleet import payload
 from llamafleet.build.packages import all_packages
 from llamafleet.host.machine import MachineError
-from llamafleet.hub.source import SourceError
-from llamafleet.memory.adjust import Adjustment
-from llamafleet.model.gguf import GgufError
+from llamafleet.hub.http import SourceError
+from llamafleet.memory.ledger import Adjustment
+from llamafleet.model.gguf_cursor import GgufError
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.stability import Choice
 from llamafleet.service.changes import Changes, changes_needed

@@ -12,6 +12,7 @@ from pyinfra.api.host import Host
 from llamafleet import payload
 from llamafleet.host.installed import Installed, Survey
 from llamafleet.host.machine import Machine
+from llamafleet.remote.common import HELPERS, VAR
 from llamafleet.settings.schema import Settings
 from tasks.lib import lookups, remote
 
@@ -33,7 +34,7 @@ def survey(host: Host, packages: dict[str, tuple[str, ...]], settings: Settings)
             "vulkan": settings.backend == "vulkan",
             # Where the operator says a toolkit is, beside the usual places.
             "toolkits": [settings.cuda_toolkit] if settings.cuda_toolkit.startswith("/") else [],
-            "paths": ["/opt", "/var/lib/llamafleet"],
+            "paths": ["/opt", VAR],
         }
     )
     read = _by_helpers(host, asked) or _by_copy(host, asked)
@@ -41,7 +42,7 @@ def survey(host: Host, packages: dict[str, tuple[str, ...]], settings: Settings)
 
 
 def _by_helpers(host: Host, asked: str) -> Any | None:
-    folder = f"{remote.HELPERS}/{payload.helpers_key()}"
+    folder = f"{HELPERS}/{payload.helpers_key()}"
     survey = f"python3 -s -E -B {folder}/survey.py {shlex.quote(asked)}"
     ok, out, err = remote.run(host, f"test -f {folder}/survey.py || {{ echo {NO_HELPERS}; exit 0; }}; {survey}")
     if out and out[-1] == NO_HELPERS:

@@ -13,6 +13,7 @@ from pyinfra.api import StringCommand
 from pyinfra.api.host import Host
 from pyinfra.api.state import BaseStateCallback, State
 
+from llamafleet.remote.common import JOBS
 from llamafleet.service.refusals import held_by
 from tasks.lib import remote
 
@@ -105,4 +106,4 @@ def _follow_locked(host: Host, job: str, command: list[str]) -> bool:
     tail = seen["tail"]
     errors = [number for number, line in enumerate(tail) if line.startswith("error: ")]
     text = "\n".join(tail[max(0, errors[-1] - 15) :] if errors else tail[-15:])
-    return _fail(host, f"{job} failed ({how}): {text}\nwhole log: /var/lib/llamafleet/jobs/{job}.log")
+    return _fail(host, f"{job} failed ({how}): {text}\nwhole log: {JOBS}/{job}.log")

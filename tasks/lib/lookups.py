@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from gevent.lock import RLock
 
 from llamafleet.hub import source
+from llamafleet.remote.common import API_KEYS
 from llamafleet.settings import secrets
 from llamafleet.settings.schema import Instance, Settings
 from tasks.lib import certificates
@@ -104,7 +105,7 @@ def instance_secrets(instance: Instance) -> dict[str, str]:
     texts = {}
     if instance.api_key_file is not None:
         place = f"models: {instance.name}: api_key_file"
-        texts["api-keys"] = secrets.api_keys(instance.api_key_file, place)
+        texts[API_KEYS] = secrets.api_keys(instance.api_key_file, place)
     if instance.tls_certificate_file is not None and instance.tls_key_file is not None:
         texts |= certificates.pair(instance.tls_certificate_file, instance.tls_key_file, f"models: {instance.name}: ")
     return texts

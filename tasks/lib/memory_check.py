@@ -8,13 +8,14 @@ from typing import Any
 
 from pyinfra.api.host import Host
 
-from llamafleet.memory.adjust import NO_ADJUSTMENT
-from llamafleet.memory.ledger import MIB, TRAITS
+from llamafleet.host.backends import TRAITS
+from llamafleet.memory.ledger import NO_ADJUSTMENT
 from llamafleet.planner import reconcile
 from llamafleet.planner.result import Plan
 from llamafleet.service.desired import Serving
 from llamafleet.service.record import record_text
 from llamafleet.service.refusals import Refused
+from llamafleet.units import MIB
 from tasks.lib import remote
 from tasks.lib.decision import READ_ERRORS, Decision, decision, log_refused, refused_by, replan
 

@@ -18,6 +18,20 @@ from pyinfra.context import ctx_host
 
 from llamafleet import payload
 from llamafleet.planner.reconcile import ROUNDS
+from llamafleet.remote.common import (
+    ETC,
+    GOOD,
+    HELPERS,
+    INSTANCES,
+    JOBS,
+    MODELS,
+    OPT,
+    RELEASES,
+    RUN,
+    STAGED,
+    VAR,
+    plan_path,
+)  # fmt: skip
 from tasks.lib import jobs, lookups, remote
 
 Commands = Generator[StringCommand | FileUploadCommand | FunctionCommand, None, None]
@@ -42,7 +56,7 @@ class Staging:
 
 def staged(name: str) -> str:
     """The folder on the host for the staged files of the instance of that name."""
-    return f"/var/lib/llamafleet/staged/{name}"
+    return f"{STAGED}/{name}"
 
 
 def each(items: Iterable[Item], name: Callable[[Item], str]) -> Iterator[Item]:
@@ -59,10 +73,8 @@ def each(items: Iterable[Item], name: Callable[[Item], str]) -> Iterator[Item]:
 
 
 FOLDERS = {
-    "/opt/llamafleet": "0755", "/opt/llamafleet/helpers": "0755", "/opt/llamafleet/releases": "0755",
-    "/var/lib/llamafleet": "0755", "/var/lib/llamafleet/models": "0755", "/var/lib/llamafleet/jobs": "0750",
-    "/var/lib/llamafleet/staged": "0700", "/var/lib/llamafleet/good": "0700",
-    "/etc/llamafleet": "0755", "/etc/llamafleet/instances": "0755", "/run/llamafleet": "0755",
+    OPT: "0755", HELPERS: "0755", RELEASES: "0755", VAR: "0755", MODELS: "0755", JOBS: "0750",
+    STAGED: "0700", GOOD: "0700", ETC: "0755", INSTANCES: "0755", RUN: "0755",
 }  # fmt: skip
 
 
@@ -88,19 +100,19 @@ def install_helpers(needed: bool, arch: str) -> Commands:
     if not needed:
         return _as_wanted("the helpers are of this version")
     key = payload.helpers_key()
-    folder = f"{remote.HELPERS}/{key}"
+    folder = f"{HELPERS}/{key}"
     for path, mode in FOLDERS.items():
         yield StringCommand(f"install -d -m {mode} {path}")
     helpers = lookups.once(("helpers", arch), lambda: payload.helpers_zip(arch))
-    yield FileUploadCommand(BytesIO(helpers), f"{remote.HELPERS}/{key}.zip")
+    yield FileUploadCommand(BytesIO(helpers), f"{HELPERS}/{key}.zip")
     yield StringCommand(
         f"rm -rf {folder}.new && python3 -I -m zipfile -e {folder}.zip {folder}.new"
         # Compiled once: every survey and gate would otherwise compile the libraries again.
         f" && python3 -m compileall -q {folder}.new"
         f" && chmod -R u=rwX,go=rX {folder}.new && rm -rf {folder} && mv {folder}.new {folder}"
-        f" && ln -sfn {key} {remote.HELPERS}/.current && mv -T {remote.HELPERS}/.current {remote.HELPERS}/current"
+        f" && ln -sfn {key} {HELPERS}/.current && mv -T {HELPERS}/.current {HELPERS}/current"
         f" && rm {folder}.zip"
-        f" && find {remote.HELPERS} -mindepth 1 -maxdepth 1 -type d ! -name {key} -exec rm -rf {{}} +"
+        f" && find {HELPERS} -mindepth 1 -maxdepth 1 -type d ! -name {key} -exec rm -rf {{}} +"
     )
 
 
@@ -153,7 +165,7 @@ def run_job(
     if not needed:
         return _as_wanted(f"{job} is not needed")
     if spec is not None:
-        path = f"/var/lib/llamafleet/jobs/{job}.json"
+        path = f"{JOBS}/{job}.json"
         yield FileUploadCommand(StringIO(json.dumps(spec)), path)
         arguments = (path, *arguments)
     command = remote.words(program, *arguments)
@@ -175,8 +187,8 @@ def note_plans(records: Callable[[], Mapping[str, str]]) -> Commands:
     """Write the plan.json of instances whose service stays as it is; `records` gives the texts by instance."""
     texts = records()
     for name, text in texts.items():
-        target = f"/etc/llamafleet/instances/{name}/plan.json"
-        good = f"/var/lib/llamafleet/good/{name}"
+        target = plan_path(name)
+        good = f"{GOOD}/{name}"
         yield FileUploadCommand(StringIO(text), f"{target}.new")
         yield StringCommand(
             f"chmod 0644 {target}.new && mv {target}.new {target} && if test -d {good}; then cp -p {target} {good}; fi"
@@ -220,7 +232,7 @@ def _switch(state: State, host: Host, now: Staging, binary_bytes: dict[str, int]
     job = f"switch-{now.name}-{now.identity}"
     if jobs.follow(state, host, job, remote.words("switch.py", "install", now.name)):
         return True
-    _, lines, _ = remote.run(host, f"grep '^told: ' /var/lib/llamafleet/jobs/{shlex.quote(job)}.log")
+    _, lines, _ = remote.run(host, f"grep '^told: ' {JOBS}/{shlex.quote(job)}.log")
     if not lines or last:
         return False
     binary_bytes.update(json.loads(lines[-1].removeprefix("told: ")))

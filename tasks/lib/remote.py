@@ -23,7 +23,8 @@ from pyinfra.api.command import StringCommand
 from pyinfra.api.exceptions import ConnectError
 from pyinfra.api.host import Host
 
-HELPERS = "/opt/llamafleet/helpers"
+from llamafleet.remote.common import helper
+
 # How often a broken connection is made again before we give up, and the seconds between.
 RECONNECTS, RECONNECT_SECONDS = 20, 3.0
 
@@ -36,7 +37,7 @@ class RemoteError(Exception):
 
 def words(name: str, *arguments: str) -> list[str]:
     """The command, as a list, that runs one of our installed helpers with the host's own Python."""
-    return ["python3", "-s", "-E", "-B", f"{HELPERS}/current/{name}", *arguments]
+    return ["python3", "-s", "-E", "-B", helper(name), *arguments]
 
 
 def program(name: str, *arguments: str) -> StringCommand:

@@ -123,16 +123,15 @@ def test_the_json_has_everything():
 
 
 @pytest.fixture
-def on_host(tmp_path, monkeypatch):
+def on_host(monkeypatch):
     """One installed instance whose process is this one, with systemd's answers as given."""
     shown = {"MainPID": str(os.getpid()), "MemoryCurrent": "1048576", "ActiveEnterTimestamp": "Sat"}
-    files = {f"{tmp_path}/instances/demo/plan.json": {"gate": {"gpus": [{}]}}, f"{program.GATES}/demo.json": GOOD}
+    files = {program.plan_path("demo"): {"gate": {"gpus": [{}]}}, f"{program.GATES}/demo.json": GOOD}
     survey = types.SimpleNamespace(
         units=lambda: ["llama-server-demo.service", "llama-server-other.service"],
-        is_ours=lambda unit: "demo" in unit, PREFIX="llama-server-", SUFFIX=".service", ETC=str(tmp_path),
-        show=lambda unit, *names: shown,
-        read_json=files.get,
+        is_ours=lambda unit: "demo" in unit, show=lambda unit, *names: shown,
     )  # fmt: skip
+    monkeypatch.setattr(program, "read_json", lambda path: files.get(path, {}))
     monkeypatch.setitem(sys.modules, "survey", survey)
     held = {"GPU-1": 5, "GPU-2": 0, "GPU-3": None}
     monkeypatch.setitem(sys.modules, "gate", types.SimpleNamespace(held_by=lambda pid: held))
