@@ -4,7 +4,7 @@ import functools
 import tempfile
 from pathlib import Path
 
-from llamafleet.cli.main import default_data
+from llamafleet.cli.arguments import default_data
 from llamafleet.host.machine import Machine
 from llamafleet.host.speeds import NOT_MEASURED
 from llamafleet.model.gguf import read_path

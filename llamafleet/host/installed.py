@@ -1,7 +1,7 @@
-"""What the survey found installed and running on a host, typed.
+"""What is installed and running on a host, typed.
 
-`Found.from_json` takes what `llamafleet/remote/survey.py` prints. The host is not trusted, as in machine.py: every text
-and every list is bounded, and what goes into a unit or a command has the form that belongs there.
+`Installed.from_json` takes what `llamafleet/remote/survey.py` prints. The host is not trusted, as in machine.py: every
+text and list is bounded, and what goes into a unit or a command has the form that belongs there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from llamafleet import validation
-from llamafleet.host.machine import Label, MachineError, Message, Name, Names, Version, matching
+from llamafleet.host.machine import Label, Machine, MachineError, Message, Name, Names, Version, matching
 from llamafleet.validation import Flag, Listed, Text, Whole
 
 V = TypeVar("V")
@@ -91,14 +91,14 @@ class Toolkit(TypedDict):
 
 
 @dataclass(frozen=True)
-class FoundInstance:
+class InstalledInstance:
     """An installed unit `llama-server-NAME.service`, its files' hashes and what runs of it."""
 
     unit_sha256: Sha256 | None
     plan_sha256: Sha256 | None
     # Of the unit's credentials, by their names.
     secrets: Table[Sha256]
-    # What the preflight of its sandbox found, as plan.json has it; None where it has not run.
+    # The preflight's result, as plan.json has it; None where the unit was not tried.
     preflight: Preflight | None
     # Of the unit that last passed the gate.
     good_sha256: Sha256 | None
@@ -129,7 +129,7 @@ class Listener:
 
 
 @dataclass(frozen=True)
-class Found:
+class Installed:
     """State of a host as `llamafleet/remote/survey.py` reports it."""
 
     euid: UserId
@@ -142,10 +142,10 @@ class Found:
     cached_builds: Many[Path]
     # Verified model files: path to sha256.
     models: Annotated[Table[Sha256], BeforeValidator(_sha256_only)]
-    instances: Table[FoundInstance]
+    instances: Table[InstalledInstance]
     listeners: Many[Listener]
     device_classes: Annotated[Listed[Word], Field(max_length=256)]
-    # What a sandbox stands on: versions of systemd, kernel and driver.
+    # What the hardening depends on: versions of systemd, kernel and driver.
     ground: Table[Name | None]
     # Groups of this host that may open GPU devices other than NVIDIA's.
     gpu_groups: Annotated[Listed[Word], Field(max_length=256)]
@@ -154,7 +154,7 @@ class Found:
     toolkits: Annotated[Listed[Toolkit], Field(max_length=256)]
 
     @classmethod
-    def from_json(cls, data: object) -> Found:
+    def from_json(cls, data: object) -> Installed:
         """From the survey's `found` object; raises InstalledError."""
         try:
             return _adapter().validate_python(data)
@@ -163,5 +163,13 @@ class Found:
 
 
 @functools.cache
-def _adapter() -> TypeAdapter[Found]:
-    return TypeAdapter(Found)
+def _adapter() -> TypeAdapter[Installed]:
+    return TypeAdapter(Installed)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """One reading of a host: what machine it is, and what is installed on it."""
+
+    machine: Machine
+    installed: Installed

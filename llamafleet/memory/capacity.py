@@ -1,24 +1,19 @@
-"""Room for layers: what is left on a host, and how a row of layers is cut for its devices."""
+"""What a host has left for the next instance, and the ledger of one model on it."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llamafleet.host.machine import Gpu, Machine
-from llamafleet.memory.adjust import NO_ADJUSTMENT, Adjustment
-from llamafleet.memory.ledger import HOST, MIB, Buffers, LedgerRow, Model, Placement, Usage, buffers, usage
-from llamafleet.memory.weights import X86_TYPES, repacked_types
-from llamafleet.model.shape import Context
-from llamafleet.settings.schema import Settings
-
-BALANCE_STEPS = 12  # halvings of the fill level: the devices' fills then differ by less than a layer
-SAME_SPEED = 1.1  # GPUs whose bandwidth differs by less are one kind
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import NO_ADJUSTMENT, Adjustment, Buffers, LedgerRow, Usage, buffers, usage
+from llamafleet.memory.placement import HOST, Placement
+from llamafleet.memory.weights import X86_TYPES, Model, repacked_types
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """What is left on a host for the next instance, reserves not yet taken off."""
 
     gpus: tuple[Gpu, ...]
@@ -31,23 +26,30 @@ class Room:
     repacked: Mapping[str, int]  # types that the CPU repacks
 
     @classmethod
-    def of(cls, machine: Machine, gpus: Sequence[Gpu], settings: Settings) -> Room:
-        """The whole host's."""
+    def of(
+        cls,
+        machine: Machine,
+        gpus: Sequence[Gpu],
+        *,
+        gpu_reserve_bytes: int,
+        host_reserve_bytes: int,
+        allow_swap: bool,
+    ) -> Capacity:
+        """The whole host's. Where GPU and CPU share one memory, the host's reserve is the GPU's too."""
         unified = any(gpu.unified_memory for gpu in gpus)
-        reserve = (settings.ram_reserve_mib if unified else settings.gpu_reserve_mib) * MIB
         total = machine.memory.total_bytes
         return cls(
             gpus=tuple(gpus),
             gpu_bytes=tuple(min(gpu.capacity_bytes, total) if unified else gpu.capacity_bytes for gpu in gpus),
             host_bytes=total,
-            swap_bytes=machine.memory.swap_total_bytes if settings.allow_swap else 0,
-            gpu_reserve_bytes=reserve,
-            host_reserve_bytes=settings.ram_reserve_mib * MIB,
+            swap_bytes=machine.memory.swap_total_bytes if allow_swap else 0,
+            gpu_reserve_bytes=host_reserve_bytes if unified else gpu_reserve_bytes,
+            host_reserve_bytes=host_reserve_bytes,
             unified=unified,
             repacked=repacked_types(machine.cpu.flags) if machine.cpu.flags else X86_TYPES,
         )
 
-    def without(self, ledger: Sequence[LedgerRow]) -> Room:
+    def without(self, ledger: Sequence[LedgerRow]) -> Capacity:
         """What is left once a plan has its share."""
         used = {row.device: row.used_bytes for row in ledger}
         taken = sum(used.values()) if self.unified else used.get(HOST, 0)
@@ -60,7 +62,7 @@ class Room:
             host_bytes=self.host_bytes - taken,
         )
 
-    def only(self, order: Sequence[int]) -> Room:
+    def only(self, order: Sequence[int]) -> Capacity:
         """The same host with these of its GPUs, in this order: llama.cpp's device N is the N-th."""
         return replace(
             self,
@@ -90,16 +92,17 @@ def _row(device: str, use: Usage, capacity: int, reserve: int) -> LedgerRow:
         overhead_bytes=use.overhead_bytes,
         capacity_bytes=capacity,
         free_bytes=capacity - use.total_bytes - reserve,
+        reserve_bytes=reserve,
     )
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model with its context on what room there is."""
+    """One model with its context, and the capacity that it has."""
 
     model: Model
     context: Context
-    room: Room
+    capacity: Capacity
     backend: str
     host_extra_bytes: int  # RAM besides the model's: the prompt cache
     adjustment: Adjustment = NO_ADJUSTMENT  # what the binary said of an earlier plan
@@ -111,45 +114,10 @@ class Case:
     def rows(self, placement: Placement, known: Buffers | None = None) -> tuple[LedgerRow, ...]:
         """The ledger of a placement, corrected by what the binary said. `known`: the buffers, if they are."""
         used, host = usage(
-            self.model, self.context, placement, self.backend, self.host_extra_bytes, self.room.repacked, known
+            self.model, self.context, placement, self.backend, self.host_extra_bytes, self.capacity.repacked, known
         )
         adjusted = {
-            device: self.adjustment.applied(f"GPU{self.room.gpus[device].index}", use) for device, use in used.items()
+            device: self.adjustment.applied(f"GPU{self.capacity.gpus[device].index}", use)
+            for device, use in used.items()
         }
-        return self.room.ledger(adjusted, self.adjustment.applied(HOST, host))
-
-
-def cut(sums: Sequence[float], start: int, budgets: Sequence[float]) -> tuple[int, ...] | None:
-    """Cut a row of layers into one piece for each device, each as full as it can be, in order.
-
-    `sums[n]`: cost of the first n positions. The answer is where each piece ends, the first beginning at `start`;
-    None if the devices do not hold them. Every device gets one position at least.
-    """
-    positions = len(sums) - 1
-    ends = []
-    for waiting, budget in zip(range(len(budgets) - 1, -1, -1), budgets, strict=True):
-        end = bisect_right(sums, sums[start] + budget, start, positions - waiting + 1) - 1
-        if end <= start:
-            return None
-        ends.append(end)
-        start = end
-    return tuple(ends) if start == positions else None
-
-
-def fill(
-    sums: Sequence[float], start: int, budgets: Sequence[float], speeds: Sequence[float]
-) -> tuple[int, ...] | None:
-    """As `cut`, but the slowest devices get as little as the faster ones leave, evenly; equal ones share evenly."""
-    if cut(sums, start, budgets) is None:
-        return None
-    slow = min(speeds) * SAME_SPEED
-
-    def at(level: float) -> tuple[int, ...] | None:
-        tried = [size * level if speed <= slow else size for size, speed in zip(budgets, speeds, strict=True)]
-        return cut(sums, start, tried)
-
-    low, high = 0.0, 1.0
-    for _ in range(BALANCE_STEPS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if at(middle) else (middle, high)
-    return at(high)
+        return self.capacity.ledger(adjusted, self.adjustment.applied(HOST, host))

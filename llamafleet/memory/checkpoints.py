@@ -8,19 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llamafleet.memory.kv_cache import COMPRESSED, compressed_layers, kv_bytes, window_cells
-from llamafleet.model.gguf import Header
-from llamafleet.model.shape import (
-    UNKNOWN_CACHES,
-    Context,
-    cache_cells,
-    is_known,
-    number,
-    recurrent_layers,
-    state_bytes,
-    trunk_layers,
-    windows,
-)
+from llamafleet.memory.context import Context, cache_cells
+from llamafleet.memory.kv_cache import compressed_layers, kv_bytes, state_bytes, window_cells
+from llamafleet.model.architecture import Cache
+from llamafleet.model.shape import Shape
 
 # What is noted beside the copied rows, at most: of a token its position, its slot and its place in an image
 # (llama-kv-cache.cpp:2217), of a layer types and lengths (:2250), of a slot how many tokens there are.
@@ -28,37 +19,37 @@ CELL_NOTE_BYTES, LAYER_NOTE_BYTES, SLOT_NOTE_BYTES = 24, 24, 4
 HEAD_BYTES = 64
 
 
-def checkpoint_bytes(header: Header, context: Context) -> int:
+def checkpoint_bytes(shape: Shape, context: Context) -> int:
     """At most what one context checkpoint of one slot takes; 0 where llama-server makes none.
 
     It copies what cannot be rolled back: recurrent state (llama-memory-hybrid.cpp:191), and of layers with a window
     (llama-kv-cache-iswa.cpp:259) the tokens inside it, however many cells their cache has (llama-kv-cache.cpp:2100).
     """
     one = replace(context, slots=1)
-    window = min(max(_windows(header), default=0), one.cells)
-    states = sum(recurrent_layers(header)[: trunk_layers(header)])
-    if header.architecture == COMPRESSED:  # its window and what is not compressed yet (llama-kv-cache-dsv4.cpp:1597)
-        parts, cells = compressed_layers(header, one), window_cells(one, window)
+    window = min(max(_windows(shape), default=0), one.cells)
+    states = sum(shape.state.layers[: shape.trunk_layers])
+    if shape.cache is Cache.COMPRESSED:  # its window and what is not compressed yet (llama-kv-cache-dsv4.cpp:1597)
+        parts, cells = compressed_layers(shape, one), window_cells(one, window)
         copied = sum(-(-inside * window // cells) + state for inside, _, state in parts)
-    elif header.architecture in UNKNOWN_CACHES:  # all there is, which is more than any can copy
-        window, copied = one.cells, sum(kv_bytes(header, one))
+    elif shape.cache is Cache.UNKNOWN:  # all there is, which is more than any can copy
+        window, copied = one.cells, sum(kv_bytes(shape, one))
     elif window or states:
-        copied = state_bytes(header) * states + _window_bytes(header, one, window)
+        copied = state_bytes(shape) * states + _window_bytes(shape, one, window)
     else:
         return 0
-    notes = CELL_NOTE_BYTES * window + LAYER_NOTE_BYTES * number(header, "block_count")
+    notes = CELL_NOTE_BYTES * window + LAYER_NOTE_BYTES * shape.layers
     return copied + notes + SLOT_NOTE_BYTES * context.slots + HEAD_BYTES
 
 
-def _window_bytes(header: Header, one: Context, tokens: int) -> int:
+def _window_bytes(shape: Shape, one: Context, tokens: int) -> int:
     """Bytes of that many tokens in the caches of all layers with a window."""
     total = 0
-    for cache, known, size in zip(kv_bytes(header, one), windows(header), _windows(header), strict=True):
+    for cache, known, size in zip(kv_bytes(shape, one), shape.windows, _windows(shape), strict=True):
         total += -(-cache * tokens // cache_cells(one, known)) if size else 0
     return total
 
 
-def _windows(header: Header) -> tuple[int, ...]:
+def _windows(shape: Shape) -> tuple[int, ...]:
     """Each layer's window; where nobody knows which layers have one, all might."""
-    window = number(header, "attention.sliding_window")
-    return windows(header) if is_known(header) else (window,) * number(header, "block_count")
+    window = shape.sliding_window
+    return shape.windows if shape.cache_is_exact else (window,) * shape.layers

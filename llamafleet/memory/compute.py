@@ -7,55 +7,32 @@ search over placements asks for few really different ones.
 from __future__ import annotations
 
 import gc
-import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from llamafleet.memory.context import Context, as_served
 from llamafleet.memory.graph.allocation import sizes
 from llamafleet.memory.graph.assemble import build
 from llamafleet.memory.graph.layers import FIRST_LAYER, INPUTS, Layers, marks
 from llamafleet.memory.graph.repeats import NEIGHBOURS, NO_NEIGHBOURS, fold, numbered, shorten
-from llamafleet.memory.kv_cache import COMPRESSED, kv_bytes
-from llamafleet.memory.upper_bound import bound, vocabulary
+from llamafleet.memory.kv_cache import kv_bytes
+from llamafleet.memory.placement import Placement
+from llamafleet.memory.upper_bound import bound
 from llamafleet.model.gguf import Header
-from llamafleet.model.shape import INDEXED, Context, as_served, cache_owners, trunk_layers
-
-__all__ = ["DENSE", "EXPERTS", "Compute", "Layout", "vocabulary"]
+from llamafleet.model.shape import DENSE, EXPERTS, Shape
 
 # A header that lacks what its architecture's graph needs, or says what cannot be.
 _UNKNOWN = (LookupError, ArithmeticError, ValueError, RecursionError)
-WHOLE = INDEXED | {COMPRESSED, "minimax-m3"}  # no layer may be left out
 LAYER_LIMIT = 128  # laid out at once; models have a few kinds of layers, and hostile headers get no time
-
-# What --n-cpu-moe matches (common/common.h, LLM_FFN_EXPS_REGEX), and a dense model's feed-forward part.
-EXPERTS = re.compile(r"ffn_(up|down|gate|gate_up)_(ch|)exps\..*")
-DENSE = re.compile(r"ffn_(up|down|gate)\.weight")
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Who holds what, as the scheduler numbers backends: devices from 0, and `devices` for the host."""
+class Rules:
+    """What a backend does besides, as far as buffers depend on it."""
 
-    holders: tuple[int, ...]  # of each layer and, last, the output
-    moved: Mapping[int, str]  # layers with experts (FFN) on the host, and which: "all", "down" or "up"
-    devices: int
-    attention_scratch: bool = False
-    op_offload: bool = False
-
-    @property
-    def flags(self) -> tuple[bool, bool]:
-        """What the backend does besides."""
-        return self.attention_scratch, self.op_offload
-
-    def folded(self, numbers: Sequence[int]) -> Layout:
-        """The same with other numbers for devices and, last, for the host."""
-        return replace(self, holders=tuple(numbers[holder] for holder in self.holders), devices=numbers[-1])
-
-    @property
-    def is_pipeline(self) -> bool:
-        """Devices work side by side on several batches (llama-context.cpp:432)."""
-        return self.devices > 1 and self.devices not in self.holders and not self.moved
+    attention_scratch: bool = False  # flash attention unpacks a cache that is not f16
+    op_offload: bool = False  # host weights are copied to the device for large batches
 
 
 _KNOWN: dict[int, Compute] = {}  # by the header's id
@@ -76,13 +53,13 @@ class Compute:
         return found
 
     def __init__(self, header: Header) -> None:
-        self.header, self.layers = header, Layers(header)
+        self.header, self.shape = header, Shape.of(header)
+        self.layers = Layers(header, norm_misnamed=self.shape.architecture.output_norm_misnamed)
         parts = {part for layer in self.layers.parts.values() for part in layer}
         experts, dense = ({one for one in parts if what.fullmatch(one)} for what in (EXPERTS, DENSE))
         spilled = experts or dense
         down = {one for one in spilled if "ffn_down" in one}
         self.moved = {"all": spilled, "down": down, "up": spilled - down}  # tensors of a layer on the host
-        self.owners = cache_owners(header)
         self.has_inputs = "per_layer_token_embd.weight" in self.layers[-1]
         self.kinds = numbered(self._kinds())  # small numbers are quick to compare
         self.types = {which: numbered(self._types(which)) for which in ("all", "down", "up", "layer")}
@@ -93,93 +70,114 @@ class Compute:
     def kv_bytes(self, context: Context) -> tuple[int, ...]:
         """`caches.kv_bytes`, remembered."""
         if context not in self.caches:
-            self.caches[context] = kv_bytes(self.header, as_served(self.header, context))
+            self.caches[context] = kv_bytes(self.shape, as_served(self.shape, context))
         return self.caches[context]
 
     def _kinds(self) -> list[Hashable]:
-        apart = marks(self.header)
+        apart = marks(self.shape)
         return [
             (apart[n], tuple((part, tensor.shape) for part, tensor in self.layers[n].items()))
-            for n in range(trunk_layers(self.header))
+            for n in range(self.shape.trunk_layers)
         ]
 
     def _types(self, which: str) -> list[Hashable]:
         """Of each layer, the types of its experts (FFN), or which of these, or of the whole layer."""
         return [
             tuple(t.type for part, t in self.layers[n].items() if which == "layer" or part in self.moved[which])
-            for n in range(trunk_layers(self.header))
+            for n in range(self.shape.trunk_layers)
         ]
 
     @property
     def is_exact(self) -> bool:
         """Is it known what this model computes? Otherwise its figures are a bound."""
+        if not self.shape.architecture.verified:
+            return False
         try:
             each = tuple(sorted({kind: n for n, kind in enumerate(self.kinds)}.values()))
-            self._laid_out(Context(256, 1, "f16", 32), Layout((0,) * (len(self.kinds) + 1), {}, 0), each)
+            self._laid_out(Context(256, 1, "f16", 32), Placement.of((None,) * (len(self.kinds) + 1)), Rules(), each)
         except _UNKNOWN:
             return False
         return True
 
-    def bytes(self, context: Context, layout: Layout, *, roughly: bool = False) -> tuple[int, ...]:
+    def bytes(self, context: Context, placement: Placement, rules: Rules, *, roughly: bool = False) -> tuple[int, ...]:
         """Of each device, and last of the host."""
-        context = as_served(self.header, context)
+        context = as_served(self.shape, context)
         neighbours = NO_NEIGHBOURS if roughly else NEIGHBOURS
-        moved = tuple(sorted(layout.moved.items()))
-        asked = (context, layout.holders, moved, layout.devices, layout.flags, neighbours)
+        asked = (context, placement, rules, neighbours)
         if asked not in self.asked:
-            self.asked[asked] = self._shortened(context, layout, neighbours)
+            self.asked[asked] = self._shortened(context, placement, rules, neighbours)
         return self.asked[asked]
 
-    def _shortened(self, context: Context, layout: Layout, neighbours: tuple[int, int]) -> tuple[int, ...]:
-        signs = [self._sign(layout, n) for n in range(len(self.kinds))]
+    def _shortened(
+        self, context: Context, placement: Placement, rules: Rules, neighbours: tuple[int, int]
+    ) -> tuple[int, ...]:
+        signs = [self._sign(placement, rules, n) for n in range(len(self.kinds))]
+        holders, host = placement.backends, len(placement.devices)
         # An indexer's layers keep zeros from the start of the graph until they need them, or leave gaps that add up.
-        whole = self.header.architecture in WHOLE
+        whole = self.shape.architecture.has_context_gaps
         order = tuple(range(len(signs))) if whole else shorten(*_apart(signs), neighbours)
         numbers = fold([
-            tuple(signs[n][1:] for n in order if layout.holders[n] == device) for device in range(layout.devices)
+            tuple(signs[n][1:] for n in order if holders[n] == device) for device in range(host)
         ])  # fmt: skip
-        shown = {numbers.index(number) for number in numbers} | {layout.devices}
-        order = tuple(n for n in order if layout.holders[n] in shown)
-        found = self._remembered(context, layout.folded((*numbers, len(shown) - 1)), order)
+        shown = {numbers.index(number) for number in numbers} | {host}
+        order = tuple(n for n in order if holders[n] in shown)
+        found = self._remembered(context, placement.renumbered(numbers), rules, order)
         return (*(found[number] for number in numbers), found[-1])
 
-    def _remembered(self, context: Context, layout: Layout, order: tuple[int, ...]) -> tuple[int, ...]:
-        last = (layout.holders[-1], layout.devices, layout.is_pipeline, layout.flags)
-        key = (context, tuple(self._sign(layout, n) for n in order), last)
+    def _remembered(
+        self, context: Context, placement: Placement, rules: Rules, order: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        last = (placement.backends[-1], len(placement.devices), placement.is_pipeline, rules)
+        key = (context, tuple(self._sign(placement, rules, n) for n in order), last)
         if key not in self.known:
-            try:
-                with _no_collection():
-                    self.known[key] = self._laid_out(context, layout, order)
-            except _UNKNOWN:
-                self.known[key] = (bound(self.header, context, pipelined=layout.is_pipeline),) * (layout.devices + 1)
+            self.known[key] = self._exact(context, placement, rules, order) or self._bound(context, placement)
         return self.known[key]
 
-    def _sign(self, layout: Layout, n: int) -> tuple[Hashable, ...]:
+    def _exact(
+        self, context: Context, placement: Placement, rules: Rules, order: tuple[int, ...]
+    ) -> tuple[int, ...] | None:
+        """None where it is not known what the model computes."""
+        if not self.shape.architecture.verified:
+            return None
+        try:
+            with _no_collection():
+                return self._laid_out(context, placement, rules, order)
+        except _UNKNOWN:
+            return None
+
+    def _bound(self, context: Context, placement: Placement) -> tuple[int, ...]:
+        size = bound(self.shape, self.header.tensors, context, pipelined=placement.is_pipeline)
+        return (size,) * (len(placement.devices) + 1)
+
+    def _sign(self, placement: Placement, rules: Rules, n: int) -> tuple[Hashable, ...]:
         """What sets a layer apart: its holder, and of its weights their types only if they are copied from the host."""
-        holder, moved = layout.holders[n], layout.moved.get(n)
-        copied = "layer" if holder == layout.devices else moved
-        types = self.types[copied][n] if copied and layout.op_offload else None
-        return holder, self.kinds[n], moved, n if self._is_fed(layout, n) else None, types
+        holder, moved = placement.backends[n], placement.moved.get(n)
+        copied = "layer" if holder == len(placement.devices) else moved
+        types = self.types[copied][n] if copied and rules.op_offload else None
+        return holder, self.kinds[n], moved, n if self._is_fed(placement, n) else None, types
 
-    def _is_fed(self, layout: Layout, n: int) -> bool:
+    def _is_fed(self, placement: Placement, n: int) -> bool:
         """Does another backend give it more than what the layer before computed? Such copies add up."""
-        holder, first = layout.holders[n], layout.holders[0]
-        has_own = self.has_inputs and layout.devices > 0 and (holder != first or first == layout.devices)
-        return has_own or layout.holders[self.owners[n]] != holder
+        holders, host = placement.backends, len(placement.devices)
+        holder, first = holders[n], holders[0]
+        has_own = self.has_inputs and host > 0 and (holder != first or first == host)
+        return has_own or holders[self.shape.cache_owners[n]] != holder
 
-    def _laid_out(self, context: Context, layout: Layout, order: tuple[int, ...]) -> tuple[int, ...]:
-        cpu = layout.devices
+    def _laid_out(
+        self, context: Context, placement: Placement, rules: Rules, order: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        holders, moved, cpu = placement.backends, placement.moved, len(placement.devices)
         if len(order) > LAYER_LIMIT:
             raise ValueError("no two layers are alike")
 
         def home(part: str, layer: int | None) -> int:
             if layer is None:
-                return cpu if part.startswith(INPUTS) else layout.holders[0 if part.startswith(FIRST_LAYER) else -1]
-            which = layout.moved.get(layer)
-            return cpu if which and part in self.moved[which] else layout.holders[layer]
+                return cpu if part.startswith(INPUTS) else holders[0 if part.startswith(FIRST_LAYER) else -1]
+            which = moved.get(layer)
+            return cpu if which and part in self.moved[which] else holders[layer]
 
-        graph = build(self.header, self.layers, context, home, order, attention_scratch=layout.attention_scratch)
-        return tuple(sizes(graph, cpu, pipelined=layout.is_pipeline, op_offload=layout.op_offload))
+        graph = build(self.shape, self.layers, context, home, order, attention_scratch=rules.attention_scratch)
+        return tuple(sizes(graph, cpu, pipelined=placement.is_pipeline, op_offload=rules.op_offload))
 
 
 @contextmanager

@@ -8,43 +8,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from llamafleet.memory.compute import Layout, vocabulary
+from llamafleet.host.backends import TRAITS
+from llamafleet.memory.compute import Rules
+from llamafleet.memory.context import Context
+from llamafleet.memory.placement import Placement
 from llamafleet.memory.weights import X86_TYPES, Model, repacked_bytes
-from llamafleet.model.shape import Context
 
-__all__ = [
-    "HOST", "MIB", "TRAITS", "Buffers", "LedgerRow", "Model", "Placement", "Traits", "Usage", "buffers", "usage"
-]  # fmt: skip
-
-MIB = 1024**2
-HOST = "host"
 LOGIT_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Traits:
-    """What sets a llama.cpp backend apart, as far as memory goes."""
-
-    device_prefix: str  # its devices' name in llama.cpp, before the number
-    visible_variable: str | None  # environment variable that chooses and orders its devices
-    op_offload: bool  # host weights are copied to the device for batches of 32 and more
-    pinned_host: bool  # host weights sit in page-locked memory and are not repacked
-    attention_scratch: bool  # flash attention unpacks a cache that is not f16 (ggml-cuda/fattn.cu:722)
-    overhead_bytes: int  # device memory that no log counts: context, libraries
-    host_overhead_bytes: int  # the process itself: code, vocabulary, driver's host part
-
-
-# Overheads: 300 to 750 MiB are reported for CUDA contexts with cuBLAS; the host's part is the
-# driver's and the runtime's, the vocabulary and HTTP threads.
-TRAITS: Mapping[str, Traits] = {
-    "cuda": Traits("CUDA", "CUDA_VISIBLE_DEVICES", True, True, True, 512 * MIB, 1024 * MIB),
-    "hip": Traits("ROCm", "HIP_VISIBLE_DEVICES", True, True, True, 512 * MIB, 1024 * MIB),
-    "vulkan": Traits("Vulkan", "GGML_VK_VISIBLE_DEVICES", True, True, False, 256 * MIB, 512 * MIB),
-    "cpu": Traits("CPU", None, False, False, False, 0, 256 * MIB),
-}
 
 
 @dataclass(frozen=True)
@@ -59,6 +32,7 @@ class LedgerRow:
     overhead_bytes: int
     capacity_bytes: int
     free_bytes: int
+    reserve_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         """As the plan contract has it."""
@@ -68,36 +42,6 @@ class LedgerRow:
     def used_bytes(self) -> int:
         """Everything that this model takes on the device."""
         return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.staging_bytes + self.overhead_bytes
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Who holds what: a device number for each layer and, last, the output; None is the host."""
-
-    layer_devices: tuple[int | None, ...]
-    spilled: frozenset[int] = frozenset()  # layers on a device whose experts (FFN) are on the host
-    # Layers of whose experts (FFN) only a part is there, and which: "down", or "up" for up and gate.
-    partly: tuple[tuple[int, str], ...] = ()
-
-    @property
-    def moved(self) -> dict[int, str]:
-        """Layers on a device with experts (FFN) on the host, and which of these: "all", "down" or "up"."""
-        layers = ((layer, "all") for layer in self.spilled)
-        return {layer: part for layer, part in (*layers, *self.partly) if self.layer_devices[layer] is not None}
-
-    @property
-    def devices(self) -> tuple[int, ...]:
-        """The devices in use, in order."""
-        return tuple(sorted({device for device in self.layer_devices if device is not None}))
-
-    @property
-    def gpu_layers(self) -> int:
-        """For --n-gpu-layers: layers on devices, the output counted as one."""
-        return sum(device is not None for device in self.layer_devices)
-
-    def split(self) -> tuple[int, ...]:
-        """For --tensor-split: layers of each device in use, which llama.cpp then assigns exactly so."""
-        return tuple(self.layer_devices.count(device) for device in self.devices)
 
 
 @dataclass(frozen=True)
@@ -151,7 +95,7 @@ def usage(
         device: Usage(weights[device], kept[device], rooms.compute[n], rooms.staging[n], traits.overhead_bytes)
         for n, device in enumerate(devices)
     }
-    output = vocabulary(model.header) * context.outputs * LOGIT_BYTES  # its buffer, llama-context.cpp:2203
+    output = model.shape.vocabulary * context.outputs * LOGIT_BYTES  # its buffer, llama-context.cpp:2203
     extra = traits.host_overhead_bytes + host_extra_bytes + output
     return used, Usage(weights[None], kept[None], rooms.compute[-1], 0, extra, packed)
 
@@ -188,12 +132,30 @@ def buffers(
     The host's is what it is with op-offload, where there is any: it is less then. `roughly`: in less time still.
     """
     traits = TRAITS[backend]
-    number = {device: n for n, device in enumerate(placement.devices)}
-    holders = [len(number) if device is None else number[device] for device in placement.layer_devices]
-    asked = Layout(tuple(holders), placement.moved, len(number), traits.attention_scratch)
-    stages = traits.op_offload and number and (asked.moved or len(number) in holders)
-    whole = model.compute.bytes(context, replace(asked, op_offload=True) if stages else asked, roughly=roughly)
+    plain = Rules(attention_scratch=traits.attention_scratch)
+    stages = traits.op_offload and bool(placement.devices) and placement.uses_host
+    whole = model.compute.bytes(context, placement, replace(plain, op_offload=stages), roughly=roughly)
     if not (stages and apart):
         return Buffers(whole, (0,) * len(whole))
-    plain = (*model.compute.bytes(context, asked)[:-1], whole[-1])
-    return Buffers(plain, tuple(more - less for more, less in zip(whole, plain, strict=True)))
+    less = (*model.compute.bytes(context, placement, plain)[:-1], whole[-1])
+    return Buffers(less, tuple(all_ - without for all_, without in zip(whole, less, strict=True)))
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """Bytes that the binary allocates beyond the ledger's, by the ledger's device name ("GPU0", "host");
+    negative where it takes less."""
+
+    extra_bytes: Mapping[str, int] = field(default_factory=dict)
+
+    def applied(self, device: str, use: Usage) -> Usage:
+        """The device's usage with the difference counted as compute, the part that is estimated."""
+        return replace(use, compute_bytes=use.compute_bytes + self.extra_bytes.get(device, 0))
+
+    def plus(self, more: Mapping[str, int]) -> Adjustment:
+        """With further differences added."""
+        devices = {**self.extra_bytes, **more}
+        return Adjustment({one: self.extra_bytes.get(one, 0) + more.get(one, 0) for one in devices})
+
+
+NO_ADJUSTMENT = Adjustment()

@@ -10,30 +10,19 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from llamafleet.memory.compute import DENSE, EXPERTS, Compute
-from llamafleet.memory.graph.layers import FIRST_LAYER, INPUTS, MISNAMED_NORM
+from llamafleet.memory.compute import Compute
+from llamafleet.memory.graph.layers import FIRST_LAYER, INPUTS
 from llamafleet.model.gguf import Header, Tensor
-from llamafleet.model.shape import number, trunk_layers
+from llamafleet.model.shape import DENSE, EXPERTS, Shape
 
 LAYER = re.compile(r"blk\.(\d+)\.(.*)")
 # One copy on each device that has layers (src/llama-model.cpp, TENSOR_DUPLICATED).
 _ROTATION = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight")
 
-# Layers of a draft head (nextn) are skipped, but for what src/models/*.cpp load without `mtp_flags`.
-_HEAD = r"nextn\.(embed_tokens|shared_head_head|shared_head_norm)\..*"
-_FFN = r"ffn_(?!norm).*|exp_probs_b.*"
-DRAFT_PARTS = {
-    "step35": re.compile(rf"{_HEAD}|{_FFN}|attn_(q_norm|k_norm|gate)\..*"),
-    "hy_v3": re.compile(rf"{_HEAD}|{_FFN}"),
-    "cohere2moe": re.compile(_HEAD),
-}
-
 # Types that the CPU backend repacks, with the rows that must divide: by what the processor can.
 X86_TYPES = {"Q4_0": 8, "Q4_K": 8, "IQ4_NL": 8, "MXFP4": 8}  # AVX2
 AVX512_TYPES = {"Q2_K": 8}
 ARM_TYPES = {"Q4_0": 4, "Q4_K": 8, "Q5_K": 8, "Q6_K": 8, "IQ4_NL": 4, "MXFP4": 4, "Q8_0": 4, "Q1_0": 4}  # dot products
-# They ask for the output matrix before the embedding, and so for a copy wherever it is (src/models/gemma4.cpp:50).
-_HELD_TWICE = frozenset({"gemma3n", "gemma4"})
 _ALIGNMENT_BYTES = 32  # of a tensor in a buffer of the CPU backend (TENSOR_ALIGNMENT, ggml-impl.h:44)
 
 
@@ -63,6 +52,11 @@ class Model:
     down_bytes: tuple[int, ...]  # of the spillable ones, the down projections
     down_packs: tuple[Mapping[str, int], ...]
     compute: Compute = field(compare=False, repr=False)
+
+    @property
+    def shape(self) -> Shape:
+        """The header, resolved."""
+        return self.compute.shape
 
     def moved_bytes(self, layer: int, part: str | None) -> int:
         """Bytes of a layer's spillable tensors of a part: "all", "down", or "up" for up and gate; None for none."""
@@ -101,7 +95,7 @@ class Model:
 
     def shares_tied(self, types: Mapping[str, int]) -> bool:
         """Is a tied embedding held once by a host that repacks these types? One that is repacked is another copy."""
-        return self.header.architecture not in _HELD_TWICE and not repacked_bytes(self.tied_packs, types)
+        return not self.shape.architecture.embedding_held_twice and not repacked_bytes(self.tied_packs, types)
 
     @property
     def layers(self) -> int:
@@ -111,13 +105,14 @@ class Model:
     @classmethod
     def of(cls, header: Header) -> Model:
         """Sort the tensors of a header."""
-        layers, trunk = number(header, "block_count"), trunk_layers(header)
-        draft = DRAFT_PARTS.get(header.architecture)
+        compute = Compute.of(header)
+        shape, row = compute.shape, compute.shape.architecture
+        layers, trunk, draft = shape.layers, shape.trunk_layers, row.draft_parts
         inside: list[list[tuple[str, Tensor]]] = [[] for _ in range(layers)]
         outside: list[Tensor] = []
         for tensor in header.tensors:
             match = LAYER.fullmatch(tensor.name)
-            if tensor.name.startswith(FIRST_LAYER) and layers and header.architecture not in MISNAMED_NORM:
+            if tensor.name.startswith(FIRST_LAYER) and layers and not row.output_norm_misnamed:
                 inside[0].append((tensor.name, tensor))
             elif match is None or int(match[1]) >= layers:
                 outside.append(tensor)
@@ -147,7 +142,7 @@ class Model:
             is_moe,
             tuple(_bytes(layer) for layer in down),
             tuple(_packs(layer) for layer in down),
-            Compute.of(header),
+            compute,
         )
 
 

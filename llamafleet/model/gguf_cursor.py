@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from llamafleet.units import MIB
+
 KIB = 1024
-MIB = 1024**2
 
 # Limits against hostile files. The largest headers in use (262144 tokens with merges) take 16 MB.
 HEADER_LIMIT_BYTES = 64 * MIB

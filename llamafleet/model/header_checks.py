@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
+from llamafleet.model.architectures import architecture_of
 from llamafleet.model.gguf_cursor import LongArray, Scalar, Value
 
 LAYER_LIMIT = 512  # LLAMA_MAX_LAYERS, src/llama-hparams.h:11
@@ -20,8 +21,6 @@ _LIMITS = {"block_count": LAYER_LIMIT, "expert_count": EXPERT_LIMIT}
 _SIGNED = frozenset({"deepstack_mapping", "rope.dimension_sections"})
 _BLOCK = re.compile(r"blk\.\d{1,3}\..+", re.ASCII)
 _LAYER = re.compile(r"(?:^|\.)blk\.(\d{1,3})\.")
-# Draft models, whose vocabulary may be a part of their target's (src/models/eagle3.cpp:70, dflash.cpp:171).
-_OTHER_VOCABULARY = frozenset({"eagle3", "dflash"})
 
 
 def problem(architecture: str, metadata: Mapping[str, Value], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -68,5 +67,5 @@ def _contradictions(
         yield f"has {architecture}.embedding_length = {embedding}, but rows of {shape[0]} in token_embd.weight"
     tokens = metadata.get("tokenizer.ggml.tokens")
     told = tokens.length if isinstance(tokens, LongArray) else len(tokens) if isinstance(tokens, tuple) else shape[1]
-    if told != shape[1] and architecture not in _OTHER_VOCABULARY:
+    if told != shape[1] and not architecture_of(architecture).vocabulary_of_target:
         yield f"has {told} tokens in tokenizer.ggml.tokens, but {shape[1]} rows in token_embd.weight"

@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llamafleet.memory.adjust import NO_ADJUSTMENT, Adjustment
-from llamafleet.memory.ledger import HOST, MIB, TRAITS
+from llamafleet.host.backends import TRAITS
+from llamafleet.memory.ledger import NO_ADJUSTMENT, Adjustment
+from llamafleet.memory.placement import HOST
 from llamafleet.planner.result import Plan, Refusal
+from llamafleet.units import MIB
 
 # The breakdown is printed in whole MiB, cut off; and a GPU's reserve, 1024 MiB, is sixty times this.
 TOLERANCE_BYTES = 16 * MIB

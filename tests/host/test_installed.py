@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 
-from llamafleet.host.installed import Found, InstalledError
+from llamafleet.host.installed import Installed, InstalledError
 from llamafleet.host.machine import MachineError
 from tests.mutations import FUZZ, broken
 
@@ -44,7 +44,7 @@ def answer():
 
 
 def test_the_answer_becomes_values(answer):
-    found = Found.from_json(answer)
+    found = Installed.from_json(answer)
     assert (found.euid, found.user, found.lock["who"]) == (0, True, "me@box")
     assert found.models == {"/var/lib/llamafleet/models/f/a.gguf": SHA}
     instance = found.instances["demo"]
@@ -59,26 +59,26 @@ def test_what_the_survey_prints_is_read():
     command = [sys.executable, str(REMOTE / "survey.py"), json.dumps(asked)]
     printed = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["found"]
     assert printed.keys() == ANSWER.keys()
-    found = Found.from_json(printed)
+    found = Installed.from_json(printed)
     assert found.euid == printed["euid"] and len(found.listeners) == len(printed["listeners"])
 
 
 def test_a_newer_survey_may_say_more(answer):
     answer["listeners"][0]["since"] = answer["weather"] = "noon"
-    assert Found.from_json(answer) == Found.from_json(ANSWER)
+    assert Installed.from_json(answer) == Installed.from_json(ANSWER)
 
 
 def test_names_of_any_bytes_are_shown_with_question_marks(answer):
     answer["instances"]["demo"]["argv"][1] = "\udcff--x"
     answer["listeners"][0]["process"] = "caf\udcc3"
-    found = Found.from_json(answer)
+    found = Installed.from_json(answer)
     assert (found.instances["demo"].argv[1], found.listeners[0].process) == ("?--x", "caf?")
 
 
 @pytest.mark.parametrize("record", [[], 0, "{}", None])
 def test_a_plan_json_that_is_no_object_is_no_plan(answer, record):
     answer["instances"]["demo"]["record"] = record
-    assert Found.from_json(answer).instances["demo"].record is None
+    assert Installed.from_json(answer).instances["demo"].record is None
 
 
 def at(*path_and_value):
@@ -121,7 +121,7 @@ def at(*path_and_value):
 def test_refused_with_path_and_reason(answer, change, message):
     change(answer)
     with pytest.raises(InstalledError) as error:
-        Found.from_json(answer)
+        Installed.from_json(answer)
     assert str(error.value).startswith(f"installed.{message}")
     assert len(str(error.value)) < 400
 
@@ -134,7 +134,7 @@ def test_who_expects_a_host_s_bad_answer_expects_this_too():
 @given(broken(ANSWER))
 def test_a_broken_answer_is_read_or_refused_in_one_line(data):
     try:
-        found = Found.from_json(data)
+        found = Installed.from_json(data)
     except InstalledError as error:
         assert str(error).startswith("installed") and ("should" in str(error) or "missing" in str(error))
         assert len(str(error)) < 400 and str(error).isprintable()

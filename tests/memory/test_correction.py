@@ -1,6 +1,6 @@
 """What the binary said of a plan is in the next one: in its ledger and in its choice."""
 
-from llamafleet.memory.adjust import Adjustment
+from llamafleet.memory.ledger import Adjustment
 from llamafleet.planner.result import Refusal
 from tests import planning
 from tests.planning import MIB

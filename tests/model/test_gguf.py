@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from llamafleet.model import gguf, gguf_cursor
-from llamafleet.model.gguf import FileSource, GgufError, LongArray, read_header, read_path
+from llamafleet.model.gguf import read_header, read_path
+from llamafleet.model.gguf_cursor import FileSource, GgufError, LongArray
 from sandbox import models
 
 

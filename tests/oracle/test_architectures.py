@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from bench.oracle_cases import Case
-from llamafleet.memory.ledger import MIB, Model, usage
+from llamafleet.memory.context import Context
+from llamafleet.memory.kv_cache import takes_cache_of
+from llamafleet.memory.ledger import usage
+from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import read_path
-from llamafleet.model.shape import Context, is_known, takes_cache_of
+from llamafleet.units import MIB
 from sandbox import outlines
 from sandbox.oracle import ask
 
@@ -65,10 +68,10 @@ def test_llama_server_allocates_what_the_ledger_says(outline, tmp_path):
     path = outlines.weightless(outline, tmp_path)
     header = read_path(path)
     model = Model.of(header)
-    assert is_known(header) is (told.get("cache") != "bound")
+    assert model.shape.cache_is_exact is (told.get("cache") != "bound")
     assert model.compute.is_exact is (told.get("compute") != "bound")
     tried = {
-        name: asked for name, asked in situations(model.layers).items() if takes_cache_of(header, asked[0].kv_type)
+        name: asked for name, asked in situations(model.layers).items() if takes_cache_of(model.shape, asked[0].kv_type)
     }
     with ThreadPoolExecutor(2) as pool:
         found = pool.map(lambda name: list(compared(path, model, *tried[name])), tried)

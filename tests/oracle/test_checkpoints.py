@@ -7,8 +7,9 @@ import pytest
 
 from bench.checkpoints import PRINTED_MIB, SLOT_TOKENS, Case, made
 from llamafleet.memory.checkpoints import checkpoint_bytes
+from llamafleet.memory.context import Context
 from llamafleet.model.gguf import read_path
-from llamafleet.model.shape import Context
+from llamafleet.model.shape import Shape
 from llamafleet.planner.plan import plan_host
 from sandbox import models
 from tests import planning
@@ -54,4 +55,6 @@ def test_all_slots_together_keep_no_more_checkpoints_than_the_plan_counts(tmp_pa
         assert sum(kept.values()) - len(kept) * one.number * PRINTED_MIB / 2 <= counted_mib <= given_mib
     assert len(found) > 3 * plans[1].checkpoints > 3  # more were made than are kept, and more than one of a slot
     assert len(kept) == 3 and sum(kept.values()) > 0.99 * counted_mib
-    assert counted_mib == pytest.approx(6 * checkpoint_bytes(header, Context(SLOT_TOKENS, 3, "f16", 64)) / MIB)
+    assert counted_mib == pytest.approx(
+        6 * checkpoint_bytes(Shape.of(header), Context(SLOT_TOKENS, 3, "f16", 64)) / MIB
+    )

@@ -9,8 +9,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from llamafleet.memory.ledger import Model, usage
-from llamafleet.model.shape import Context
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import usage
+from llamafleet.memory.placement import Placement
+from llamafleet.memory.weights import Model
+from llamafleet.planner.flags import planned
 from llamafleet.planner.result import Plan
 from sandbox import models
 from sandbox.oracle import ask
@@ -68,29 +71,44 @@ def questions(name, model, gb):
         return
     yield Question(gb, plan, "the plan", True)
     for what, placement in neighbours(model, plan.placement):
-        yield Question(gb, replace(plan, placement=placement), what, False)
+        yield Question(gb, placed_otherwise(plan, placement), what, False)
+
+
+def placed_otherwise(plan, placement):
+    """The same plan with another placement, and the flags for it."""
+    context = Context(plan.context_tokens, plan.slots, plan.kv_type, plan.ubatch_tokens)
+    argv = tuple(planned(
+        context, placement, backend=plan.backend, gpus=len(plan.gpus), threads=plan.threads,
+        prompt_cache_mib=plan.prompt_cache_mib, checkpoints=plan.checkpoints, is_moe=plan.is_moe,
+    ))  # fmt: skip
+    assert argv != plan.argv
+    return replace(plan, placement=placement, argv=argv)
 
 
 def neighbours(model, placement):
     """With the cheapest of the spilled parts back on the GPU; with one more layer there."""
     back = [
-        (model.spill_bytes[layer], f"the spilled part of layer {layer} more", {"spilled": placement.spilled - {layer}})
+        (
+            model.spill_bytes[layer],
+            f"the spilled part of layer {layer} more",
+            (placement.spilled - {layer}, dict(placement.partly)),
+        )
         for layer in placement.spilled
         if model.spill_bytes[layer]  # a block for multi-token prediction is not loaded
     ]
     back += [
         (model.part_bytes(layer, part), f"{part} of layer {layer} more",
-         {"partly": tuple(one for one in placement.partly if one != (layer, part))})
-        for layer, part in getattr(placement, "partly", ())
+         (placement.spilled, {one: kept for one, kept in placement.partly if one != layer}))
+        for layer, part in placement.partly
     ]  # fmt: skip
     if back:
         _, what, changes = min(back, key=lambda one: one[0])
-        yield what, replace(placement, **changes)
+        yield what, Placement.of(placement.layer_devices, *changes)
     host = [layer for layer, device in enumerate(placement.layer_devices) if device is None]
     if host:
         holders = tuple(0 if layer == host[-1] else device for layer, device in enumerate(placement.layer_devices))
         spilled = placement.spilled | ({host[-1]} if placement.spilled and model.spill_bytes[host[-1]] else set())
-        yield f"layer {host[-1]} more", replace(placement, layer_devices=holders, spilled=frozenset(spilled))
+        yield f"layer {host[-1]} more", Placement.of(holders, spilled, dict(placement.partly))
 
 
 def needed_mib(path, model, question):

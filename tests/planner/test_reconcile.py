@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from llamafleet.memory.adjust import Adjustment
+from llamafleet.memory.ledger import Adjustment
 from llamafleet.planner.reconcile import ROUNDS, TOLERANCE_BYTES, Answer, compare, question, say, settle, tolerance
 from llamafleet.planner.result import Plan, Refusal
 from tests import planning

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llamafleet.cli.main import default_data
+from llamafleet.cli.arguments import default_data
 from llamafleet.settings.schema import Instance, Settings, SettingsError
 
 MODEL = {"name": "gpt", "source": "hf:o/r/f.gguf", "port": 9001}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llamafleet.memory.context import Context
 from llamafleet.memory.graph import ggml
 from llamafleet.memory.graph.attention import attention
 from llamafleet.memory.graph.builder import Builder, Homes
@@ -19,37 +20,16 @@ from llamafleet.memory.graph.layers import Layers
 from llamafleet.memory.graph.mla import latent_attention
 from llamafleet.memory.graph.moe import experts
 from llamafleet.memory.graph.recurrent import recurrent
-from llamafleet.memory.graph.rwkv import RWKV, rwkv_layer
-from llamafleet.memory.kv_cache import COMPRESSED
-from llamafleet.model.gguf import Header
-from llamafleet.model.shape import BY_INTERVAL, PARALLEL_HYBRIDS, Context, recurrent_layers
+from llamafleet.memory.graph.rwkv import rwkv_layer
+from llamafleet.model.architecture import LayerGraph, Recurrence
+from llamafleet.model.shape import Shape
 
-# Rows that become logits are picked after the last layer, not before its feed-forward part: where the graph
-# asks for `embeddings_nextn_masked`, which llama-server leaves off (src/models/*.cpp).
-LATE_OUTPUT = frozenset({"bailingmoe3", "cohere2moe", "gemma4", "hy_v3", "nemotron_h", "nemotron_h_moe", "gpt-oss",
-                         "qwen35", "qwen35moe", "qwen3next", "step35"})  # fmt: skip
-# Their last layer's result, before the last norm, is kept for a draft model (t_h_nextn).
-KEPT_STATE = frozenset({"gpt-oss", "step35"})
-# Add to what was there before, not the other way round: the sum takes the memory of the first if it can.
-RESIDUAL_FIRST = frozenset({"jamba", "lfm2", "lfm2moe", "openelm"})  # what attention or state gives
-RESIDUAL_FIRST_LAST = frozenset({"jamba", "lfm2", "lfm2moe", "phi3", "phimoe"})  # what the feed-forward part gives
-NORM_FIRST = BY_INTERVAL | {"kimi-linear"}  # the first norm before all else (models/qwen3next.cpp:158)
-ONE_PART = frozenset({"nemotron_h", "nemotron_h_moe"})  # a layer is attention, state or feed-forward, with one residual
-# What is computed first where attention and feed-forward part are added to the input side by side (src/models/*.cpp).
-SUMS = {
-    "phi2": ("attention", "ffn", "input"),
-    "command-r": ("ffn", "input", "attention"),
-    "cohere2": ("ffn", "input", "attention"),
-    "cohere2moe": ("ffn", "input", "attention"),
-}
-# The experts are chosen from what the layer gets, before its attention.
-EARLY_CHOICE = frozenset({"smallthinker"})
 # Layers that have one of them compute feed-forward after attention, not beside it.
 NORMS_BETWEEN = ("ffn_norm.weight", "post_attention_norm.weight", "post_ffw_norm.weight", "attn_output_norm.weight")
 
 
 def build(
-    header: Header,
+    shape: Shape,
     layers: Layers,
     context: Context,
     homes: Homes,
@@ -58,38 +38,38 @@ def build(
     attention_scratch: bool = False,
 ) -> Graph:
     """The graph of the layers in `order` (all of them, or enough of each kind), from tokens to logits."""
-    b = Builder(header, layers, context, homes, attention_scratch)
-    late = header.architecture in LATE_OUTPUT
+    row = shape.architecture
+    b = Builder(shape, layers, context, homes, attention_scratch)
     positions, outputs = ggml.graph_input(I32, b.tokens * b.positions), ggml.graph_input(I32, context.outputs)
     cur = b.embeddings()
-    state, first, own = recurrent_layers(header), None, layer_inputs(b, cur)
+    state, first, own = shape.state.layers, None, layer_inputs(b, cur)
     cur = _first(b, cur)
     for layer in order:
         b.layer = layer
-        if header.architecture in RWKV:
+        if row.layer_graph is LayerGraph.RWKV:
             cur, first = rwkv_layer(b, cur, outputs if layer == order[-1] else None, first)
-        elif header.architecture == COMPRESSED:
+        elif row.layer_graph is LayerGraph.HYPER_CONNECTIONS:
             cur = streams_layer(b, cur, positions, lambda normed: _feed_forward(b, normed))
-        elif header.architecture == "gemma3n":
+        elif row.layer_graph is LayerGraph.ALTERNATING_STATES:
             cur = gemma3n_layer(b, cur, own, lambda normed: attention(b, normed, positions))
         else:
-            cur = _layer(b, cur, positions, None if late or layer != order[-1] else outputs, state[layer])
+            cur = _layer(b, cur, positions, None if row.late_output or layer != order[-1] else outputs, state[layer])
             cur = with_layer_input(b, cur, own)
     b.layer = -1
     cur = _last(b, cur, outputs)
-    cur.output = header.architecture in KEPT_STATE
-    if late and cur.output:
+    cur.output = row.keeps_last_state
+    if row.late_output and cur.output:
         cur = get_rows(cur, outputs)
     cur = b.norm(cur, "output_norm")
     cur.output = True
-    if late and cur.ne[1] != context.outputs:
+    if row.late_output and cur.ne[1] != context.outputs:
         cur = get_rows(cur, outputs)
         cur.output = True
     head = b.weight("output.weight") or ggml.weight(*_tied(b))
     cur = mul_mat(head, cur)
     if bias := b.weight("output.bias"):
         cur = same("add", cur, bias)
-    if header.get("final_logit_softcapping"):
+    if shape.caps_logits:
         cur = same("scale", same("unary", same("scale", cur)))
     cur.output = True
     b.graph.expand(cur)
@@ -98,18 +78,20 @@ def build(
 
 def _first(b: Builder, cur: Tensor) -> Tensor:
     """What the first layer gets of the embeddings."""
-    if b.header.architecture == "gemma3n":
+    kind = b.shape.architecture.layer_graph
+    if kind is LayerGraph.ALTERNATING_STATES:
         return stacked(b, cur)
-    if b.header.architecture == COMPRESSED:
+    if kind is LayerGraph.HYPER_CONNECTIONS:
         return first_streams(b, cur)
-    return b.norm(cur, "token_embd_norm") if b.header.architecture in RWKV else cur
+    return b.norm(cur, "token_embd_norm") if kind is LayerGraph.RWKV else cur
 
 
 def _last(b: Builder, cur: Tensor, outputs: Tensor) -> Tensor:
     """What the last norm gets of the last layer's result."""
-    if b.header.architecture == "gemma3n":
+    kind = b.shape.architecture.layer_graph
+    if kind is LayerGraph.ALTERNATING_STATES:
         return get_rows(unstacked(b, cur), outputs)
-    return last_streams(b, cur, outputs) if b.header.architecture == COMPRESSED else cur
+    return last_streams(b, cur, outputs) if kind is LayerGraph.HYPER_CONNECTIONS else cur
 
 
 def _tied(b: Builder) -> tuple[str, tuple[int, ...], int]:
@@ -118,14 +100,14 @@ def _tied(b: Builder) -> tuple[str, tuple[int, ...], int]:
 
 
 def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None, state: bool) -> Tensor:
-    parts = b.layers[b.layer]
-    if b.header.architecture in PARALLEL_HYBRIDS:
+    parts, row = b.layers[b.layer], b.shape.architecture
+    if row.recurrence is Recurrence.BESIDE_ATTENTION:
         return _side_by_side(b, inputs, positions, outputs)
-    logits = b.linear("ffn_gate_inp", inputs) if b.header.architecture in EARLY_CHOICE else None
+    logits = b.linear("ffn_gate_inp", inputs) if row.chooses_early else None
     normed = side = cur = b.norm(inputs, "attn_norm")
     if "attn_norm_2.weight" in parts:  # Falcon 40B
         side = b.norm(inputs, "attn_norm_2")
-    if b.header.architecture in NORM_FIRST:
+    if row.norm_first:
         b.graph.expand(normed)
     if state:
         cur = recurrent(b, normed)
@@ -133,19 +115,19 @@ def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None
         cur = latent_attention(b, normed, positions)
     elif any(part.startswith("attn_") and part.endswith(("q.weight", "qkv.weight")) for part in parts):
         cur = attention(b, normed, positions)
-    elif b.header.architecture in ONE_PART:
+    elif row.one_part_layers:
         cur = _feed_forward(b, normed)
     if outputs is not None:
         cur, inputs = get_rows(cur, outputs), get_rows(inputs, outputs)
         logits = get_rows(logits, outputs) if logits else None
     if any(part in parts for part in NORMS_BETWEEN):
         return b.fed(_after_attention(b, cur, inputs, logits))
-    if b.header.architecture in ONE_PART or not any(part.startswith("ffn_") for part in parts):
+    if row.one_part_layers or not any(part.startswith("ffn_") for part in parts):
         return same("add", cur, inputs)  # mamba: nothing but the state
     if outputs is not None:
         side = get_rows(side, outputs)
     summands = {"attention": cur, "ffn": _feed_forward(b, side), "input": inputs}
-    first, second, third = (summands[name] for name in SUMS.get(b.header.architecture, ("ffn", "attention", "input")))
+    first, second, third = (summands[name] for name in row.parallel_sum)
     return same("add", same("add", first, second), third)
 
 
@@ -166,8 +148,8 @@ def _after_attention(b: Builder, cur: Tensor, inputs: Tensor, logits: Tensor | N
     behind = "attn_output_norm" if "attn_output_norm.weight" in parts else "post_attention_norm"
     if sandwich:
         cur = b.norm(cur, behind)
-    arch = b.header.architecture
-    residual = same("add", inputs, cur) if arch in RESIDUAL_FIRST else same("add", cur, inputs)
+    row = b.shape.architecture
+    residual = same("add", inputs, cur) if row.residual_first else same("add", cur, inputs)
     if not any(part.startswith("ffn_") and "norm" not in part for part in parts):
         return residual
     if "pre_ffw_norm_2.weight" in parts:
@@ -178,7 +160,7 @@ def _after_attention(b: Builder, cur: Tensor, inputs: Tensor, logits: Tensor | N
         residual = same("add", _dense(b, cur, ""), residual)
         return same("add", experts(b, b.norm(inputs, "ffn_norm_exps")), residual)
     cur = b.norm(_feed_forward(b, cur, logits), "post_ffw_norm")
-    return same("add", residual, cur) if arch in RESIDUAL_FIRST_LAST else same("add", cur, residual)
+    return same("add", residual, cur) if row.residual_first_last else same("add", cur, residual)
 
 
 def _feed_forward(b: Builder, cur: Tensor, logits: Tensor | None = None) -> Tensor:
@@ -206,7 +188,7 @@ def _dense(b: Builder, cur: Tensor, suffix: str) -> Tensor:
     down = parts[f"ffn_down{suffix}.weight"].shape[0]
     if f"ffn_gate{suffix}.weight" in parts:
         gate = b.linear(f"ffn_gate{suffix}", cur)
-        act = b.gated(gate, up, b.clamped[b.layer].others)
+        act = b.gated(gate, up, b.shape.clamps[b.layer].others)
     elif up.ne[0] == 2 * down:
         act = new("glu", F32, (down, up.ne[1]), up)
     else:

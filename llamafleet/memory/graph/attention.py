@@ -6,11 +6,7 @@ from llamafleet.memory.graph import ggml
 from llamafleet.memory.graph.builder import Builder
 from llamafleet.memory.graph.ggml import F16, F32, Tensor, reshape, same, view
 from llamafleet.memory.graph.minimax_m3 import attend_blocks, is_sparse
-from llamafleet.model.shape import CACHELESS
-
-NORMED_VALUES = frozenset({"gemma3n", "gemma4"})  # V too, without a tensor for it
-# Scale q by its position where they do not turn it (models/llama4.cpp:173).
-SCALED_QUERIES = frozenset({"llama4"})
+from llamafleet.model.architecture import Cache
 
 Heads = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # q, k, v, a gate
 
@@ -22,14 +18,14 @@ def attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
     q, k, v, gate = _fused(b, cur) if "attn_qkv.weight" in parts else _apart(b, cur)
     if _norms_heads(b) is True:
         q, k = b.norm(q, "attn_q_norm"), b.norm(k, "attn_k_norm") if k else None
-    if v and b.header.architecture in NORMED_VALUES:
+    if v and b.shape.architecture.normed_values:
         v = same("rms_norm", v)
-    if b.turned[b.layer]:
+    if b.shape.uses_rope[b.layer]:
         factors = b.position_factors()
         q, k = same("rope", q, positions, *factors), same("rope", k, positions, *factors) if k else None
-    elif b.header.architecture in SCALED_QUERIES:
+    elif b.shape.architecture.scales_unrotated_queries:
         q = same("mul", q, b.query_scales())
-    if k and v and b.header.architecture in CACHELESS:
+    if k and v and b.shape.architecture.cache is Cache.NONE:
         attended = _attend_batch(b, q, k, v)
     elif k and v and is_sparse(b):
         attended = attend_blocks(b, cur, q, k, v, positions)
@@ -50,19 +46,19 @@ def _norms_heads(b: Builder) -> bool | None:
 
 def _fused(b: Builder, cur: Tensor) -> Heads:
     """q, k and v of one matrix."""
-    fused, heads_kv = b.linear("attn_qkv", cur), b.kv_heads[b.layer]
+    fused, heads_kv = b.linear("attn_qkv", cur), b.shape.kv_heads[b.layer]
     size_k, size_v = b.head_sizes()
-    heads = ((size_k, b.heads[b.layer]), (size_k, heads_kv), (size_v, heads_kv))
+    heads = ((size_k, b.shape.heads[b.layer]), (size_k, heads_kv), (size_v, heads_kv))
     q, k, v = (view(fused, (size, count, b.tokens), (size * 4, fused.nb[1])) for size, count in heads)
     return q, k, v, None
 
 
 def _apart(b: Builder, cur: Tensor) -> Heads:
     """q, k and v of three matrices; of fewer where K is V too, or the cache is an earlier layer's."""
-    parts, heads, heads_kv = b.layers[b.layer], b.heads[b.layer], b.kv_heads[b.layer]
+    parts, heads, heads_kv = b.layers[b.layer], b.shape.heads[b.layer], b.shape.kv_heads[b.layer]
     size_k, size_v = b.head_sizes()
     q, k, v, gate = b.linear("attn_q", cur), None, None, None
-    if b.owners[b.layer] == b.layer:
+    if b.shape.cache_owners[b.layer] == b.layer:
         k = b.linear("attn_k", cur)
         v = b.linear("attn_v", cur) if "attn_v.weight" in parts else k
         v = reshape(v, size_v, heads_kv, b.tokens)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
+from llamafleet.memory.context import Context, cache_cells
 from llamafleet.memory.graph import ggml
 from llamafleet.memory.graph.ggml import (
     F16,
@@ -26,20 +27,11 @@ from llamafleet.memory.graph.ggml import (
     same,
     view,
 )
-from llamafleet.memory.graph.layers import ROTATIONS, Layers, clamped, image_layers
-from llamafleet.memory.graph.rope import turned
-from llamafleet.model.gguf import Header
-from llamafleet.model.shape import Context, cache_cells, cache_owners, head_sizes, number, per_layer, windows
+from llamafleet.memory.graph.layers import ROTATIONS, Layers
+from llamafleet.model.shape import Shape
 
 T = TypeVar("T")
 
-# Architectures that multiply the rows of tokens, not those of vectors (`tok_scale` of build_inp_embd).
-SCALED_TOKENS = frozenset({"gemma3", "gemma3n", "gemma4"})
-SCALED = frozenset({"gemma", "gemma2", "afmoe", "grok", "minicpm3"})  # both, also if not told by how much
-# Not for tokens and vectors mixed (llm_arch_supports_mixed_batch, src/llama-arch.cpp:1182).
-UNMIXED = frozenset({"cogvlm", "deepseek4", "graniteswitch", "eagle3", "dflash", "gemma4-assistant"})
-LAYER_NORM = frozenset({"command-r", "cohere2", "dbrx", "olmo"})  # LLM_NORM, though the tensors have no bias
-RMS_NORM = frozenset({"phimoe"})  # LLM_NORM_RMS, though they have one
 ROTATED = 64  # elements of a head that a rotation takes at least
 
 Homes = Callable[[str, int | None], int]  # a tensor's name and layer: the backend that holds it
@@ -52,24 +44,17 @@ class GraphUnknownError(LookupError):
 class Builder:
     """Builds one graph; what all layers share."""
 
-    def __init__(self, header: Header, layers: Layers, context: Context, homes: Homes, scratch: bool) -> None:
-        self.header, self.layers, self.context, self.homes, self.scratch = header, layers, context, homes, scratch
+    def __init__(self, shape: Shape, layers: Layers, context: Context, homes: Homes, scratch: bool) -> None:
+        self.shape, self.layers, self.context, self.homes, self.scratch = shape, layers, context, homes, scratch
         self.graph = Graph()
-        self.embd = number(header, "embedding_length")
+        self.embd = shape.embedding
         self.tokens = context.batch_tokens
         self.streams = 1 if context.unified else context.slots
-        self.windows = windows(header)
+        self.windows = shape.windows
         self.has_windows = any(self.windows)
-        self.sizes = {window: head_sizes(header, window) for window in (False, True)}
-        self.turned = turned(header, self.windows)
-        self.clamped = clamped(header, len(self.windows))
-        self.owners = cache_owners(header)
-        self.kv_heads = per_layer(header, "attention.head_count_kv", number(header, "attention.head_count", 1))
-        self.heads = per_layer(header, "attention.head_count", 1)
         self.token_ids: Tensor | None = None
         self.chosen: Tensor | None = None  # cells that an indexer picked, for its layer and those behind it
         self.images: Tensor | None = None
-        self.image_layers = image_layers(header)
         self.layer = -1
         self._made: dict[Hashable, Any] = {}
 
@@ -95,7 +80,7 @@ class Builder:
         """A tensor that the layer must have."""
         found = self.weight(part)
         if found is None:
-            raise GraphUnknownError(f"{self.header.architecture} without blk.{self.layer}.{part}")
+            raise GraphUnknownError(f"{self.shape.architecture.name} without blk.{self.layer}.{part}")
         return found
 
     def position_factors(self) -> tuple[Tensor, ...]:
@@ -105,7 +90,8 @@ class Builder:
         """
         outside = self.layers[-1]
         part = next((part for part in ROTATIONS if part in outside), None)
-        if part is None or (self.header.architecture == "gemma4" and self.windows[self.layer]):
+        row = self.shape.architecture
+        if part is None or (row.rope_factors_only_without_window and self.windows[self.layer]):
             return ()
         home = self.homes(part, self.layer)
         tensor = outside[part]
@@ -124,8 +110,9 @@ class Builder:
         scale, bias = self.weight(f"{part}.weight"), self.weight(f"{part}.bias")
         if scale is None:
             return cur
-        arch = self.header.architecture
-        cur = same("norm" if (bias and arch not in RMS_NORM) or arch in LAYER_NORM else "rms_norm", cur)
+        row = self.shape.architecture
+        centred = row.layer_norm or (bias is not None and not row.rms_norm_with_bias)
+        cur = same("norm" if centred else "rms_norm", cur)
         cur = same("mul", cur, scale)
         return same("add", cur, bias) if bias else cur
 
@@ -141,23 +128,23 @@ class Builder:
         """build_inp_embd: from tokens, from vectors, or from both mixed; all three are laid out."""
         table = self.weight("token_embd.weight", -1)
         if table is None:
-            raise GraphUnknownError(f"{self.header.architecture} without token_embd.weight")
-        width = self.embd * (1 + self.image_layers)
+            raise GraphUnknownError(f"{self.shape.architecture.name} without token_embd.weight")
+        width = self.embd * (1 + self.shape.image_layers)
         ids, vectors = ggml.graph_input(I32, self.tokens), ggml.graph_input(F32, width, self.tokens)
         self.token_ids = ids
         cur = self.token_rows(table, ids, width)
         self.graph.expand(cur)
         self.graph.expand(vectors)
-        if self.header.architecture not in UNMIXED:
+        if self.shape.architecture.mixes_inputs:
             ids, rows = ggml.graph_input(I32, self.tokens), ggml.graph_input(I64, self.tokens)
             mixed = ggml.graph_input(F32, width, self.tokens)
             self.graph.expand(ggml.set_rows(same("dup", mixed), self.token_rows(table, ids, width), rows))
-        if self.image_layers:
+        if self.shape.image_layers:
             self.images = cur
             cur = view(cur, (self.embd, self.tokens), (cur.nb[1],))
-        if self.header.architecture in SCALED_TOKENS:
+        if self.shape.architecture.scales_tokens:
             cur = same("mul", cur, ggml.graph_input(F32, 1, self.tokens))
-        elif self.header.get("embedding_scale") or self.header.architecture in SCALED:
+        elif self.shape.scales_embeddings:
             cur = same("scale", cur)
         self.graph.expand(cur)
         return cur
@@ -169,7 +156,7 @@ class Builder:
 
     def fed(self, cur: Tensor) -> Tensor:
         """A layer's result; the first layers add what an image says to them besides (deepstack)."""
-        if self.layer >= self.image_layers:
+        if self.layer >= self.shape.image_layers:
             return cur
         assert self.images is not None  # made with the embeddings
         return same("add", cur, view(self.images, (self.embd, self.tokens), (self.images.nb[1],)))
@@ -191,15 +178,15 @@ class Builder:
 
     def values_width(self) -> int:
         """Elements of a row of V, the widest layer's (n_embd_v_gqa_max)."""
-        kinds = {(size > 0, heads) for size, heads in zip(self.windows, self.kv_heads, strict=True)}
-        return max(self.sizes[window][1] * heads for window, heads in kinds)
+        kinds = {(size > 0, heads) for size, heads in zip(self.windows, self.shape.kv_heads, strict=True)}
+        return max(self.shape.head_sizes(window)[1] * heads for window, heads in kinds)
 
     # Attention
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, size_k: int, size_v: int) -> Tensor:
         """build_attn: store K and V, unless the layer has none of its own; attend over the whole cache."""
         window = self.windows[self.layer] > 0
-        heads_kv, kind = k.ne[1] if k else self.kv_heads[self.layer], self.context.kv_type.upper()
+        heads_kv, kind = k.ne[1] if k else self.shape.kv_heads[self.layer], self.context.kv_type.upper()
         k_ids, v_ids, mask = self.attention_inputs(window)
         turn_k, turn_v = self.rotation("k", size_k, window), self.rotation("v", size_v, window)
         if turn_k is not None:
@@ -209,7 +196,7 @@ class Builder:
             if tensor is not None:
                 self.graph.expand(tensor)
         cells = cache_cells(self.context, max(self.windows) if window else 0)
-        home, flash = self.homes("cache", self.owners[self.layer]), self.context.flash_attention
+        home, flash = self.homes("cache", self.shape.cache_owners[self.layer]), self.context.flash_attention
         width_v = size_v * heads_kv if flash else self.values_width()
         stored_k = ggml.cache(kind, (size_k * heads_kv, cells, self.streams), home)
         stored_v = ggml.cache(kind, (width_v, cells, self.streams), home)
@@ -274,7 +261,7 @@ class Builder:
             cur = reshape(cur, cur.ne[0] * cur.ne[1], cur.ne[2] * cur.ne[3])
         else:
             scores = mul_mat(k, q)
-            if self.header.get("attn_logit_softcapping"):
+            if self.shape.caps_attention:
                 scores = same("scale", same("unary", same("scale", scores)))
             scores = same("soft_max", scores, mask)
             if not is_across:
@@ -288,7 +275,7 @@ class Builder:
 
     def head_sizes(self) -> tuple[int, int]:
         """Elements of a head of K and of V in this layer."""
-        return self.sizes[self.windows[self.layer] > 0]
+        return self.shape.head_sizes(self.windows[self.layer] > 0)
 
     def query_scales(self) -> Tensor:
         """One number for each token; one input for all layers (build_inp_attn_scale)."""
@@ -297,7 +284,7 @@ class Builder:
     @property
     def positions(self) -> int:
         """Numbers that give one token's position (n_pos_per_embd): four with sections of rotation."""
-        return 4 if self.header.get("rope.dimension_sections") else 1
+        return self.shape.position_numbers
 
     def state_ids(self) -> tuple[Tensor, Tensor, Tensor]:
         """Which slot's recurrent state is whose: all, those of the batch, all but the first; once for all layers."""

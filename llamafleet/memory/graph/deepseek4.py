@@ -28,7 +28,6 @@ from llamafleet.memory.graph.ggml import (
 )
 from llamafleet.memory.graph.mla import INDEXER_HEADS, INDEXER_SIZE, narrowed
 from llamafleet.memory.kv_cache import FEW, MANY, compressed_cells, window_cells
-from llamafleet.model.shape import number, per_layer
 
 STREAMS = 4  # of rows; the operation for them is made for four (build_hc_pre)
 
@@ -117,13 +116,13 @@ def _inputs(b: Builder) -> Inputs:
 
 
 def _make_inputs(b: Builder) -> Inputs:
-    window, slots = number(b.header, "attention.sliding_window"), b.context.slots
+    window, slots = b.shape.sliding_window, b.context.slots
     kind = F16 if b.context.flash_attention else F32
     size, each = b.head_sizes()[0], b.tokens // slots
-    indexer = number(b.header, "attention.indexer.key_length")
-    if indexer != INDEXER_SIZE or number(b.header, "attention.indexer.head_count") not in INDEXER_HEADS:
+    indexer = b.shape.indexer.key
+    if indexer != INDEXER_SIZE or b.shape.indexer.heads not in INDEXER_HEADS:
         raise GraphUnknownError(f"an indexer with heads of {indexer}")
-    if number(b.header, "hyper_connection.count") != STREAMS:
+    if b.shape.residual_streams != STREAMS:
         raise GraphUnknownError("another number of streams")
 
     def plan(ratio: int, kind: str, turn: Tensor | None) -> Plan:
@@ -164,12 +163,12 @@ def _turned(cur: Tensor, turn: Tensor | None) -> Tensor:
 
 
 def _attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
-    inputs, size, heads, tokens = _inputs(b), b.head_sizes()[0], b.heads[b.layer], b.tokens
+    inputs, size, heads, tokens = _inputs(b), b.head_sizes()[0], b.shape.heads[b.layer], b.tokens
     low = b.norm(b.linear("attn_q_a", cur), "attn_q_a_norm")
     q = same("rope", same("rms_norm", reshape(b.linear("attn_q_b", low), size, heads, tokens)), positions)
     k = b.norm(b.linear("attn_kv", cur), "attn_kv_a_norm")
     k = same("rope", reshape(k, size, 1, tokens), positions)
-    ratio = per_layer(b.header, "attention.compress_ratios")[b.layer]
+    ratio = b.shape.compress_ratios[b.layer]
     keys, mask = None, inputs.mask
     if ratio == FEW:
         keys = _compress(b, cur, inputs.few, "attn_compressor", FEW, size)
@@ -190,7 +189,7 @@ def _attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
 
 def _output(b: Builder, out: Tensor, width: int) -> Tensor:
     """Two matrices, the first of them group by group of heads."""
-    groups, rank = (number(b.header, f"attention.output_{key}") for key in ("group_count", "lora_rank"))
+    groups, rank = b.shape.output_groups, b.shape.output_rank
     wide = b.layers[b.layer]["attn_output_a.weight"]
     first = ggml.weight(wide.type, (width // groups, rank, groups, 1), b.homes("attn_output_a.weight", b.layer))
     out = permute(reshape(out, width // groups, groups, b.tokens), 0, 2, 1, 3)
@@ -249,7 +248,7 @@ def _summed(both: list[Tensor]) -> Tensor:
 def _chosen(b: Builder, cur: Tensor, low: Tensor, positions: Tensor, keys: Tensor) -> Tensor:
     """The compressed cells that the indexer picks (build_lid_top_k)."""
     inputs, tokens, slots = _inputs(b), b.tokens, b.context.slots
-    heads, each = number(b.header, "attention.indexer.head_count"), tokens // slots
+    heads, each = b.shape.indexer.heads, tokens // slots
     q = same("rope", reshape(b.linear("indexer.attn_q_b", low), INDEXER_SIZE, heads, tokens), positions)
     q = _turned(q, inputs.indexer.turn)
     weights = same("scale", b.linear("indexer.proj", cur))
@@ -257,5 +256,5 @@ def _chosen(b: Builder, cur: Tensor, low: Tensor, positions: Tensor, keys: Tenso
     q = view(q, (INDEXER_SIZE, heads, each, slots), (q.nb[1], q.nb[2], q.nb[3] // slots))
     mask = inputs.indexer.mask
     score = new("lightning_indexer", F32, (mask.ne[0], each, 1, slots), q, keys, weights, mask)
-    count = min(mask.ne[0], number(b.header, "attention.indexer.top_k"))
+    count = min(mask.ne[0], b.shape.indexer.top)
     return cont(new("top_k", I32, (count, each, 1, slots), score))

@@ -6,15 +6,14 @@ from llamafleet.memory.graph import ggml
 from llamafleet.memory.graph.builder import Builder
 from llamafleet.memory.graph.ggml import F32, Tensor, concat, cpy, new, reshape, same, transpose, view
 from llamafleet.memory.graph.recurrent_state import convolve, convolved, gather
-from llamafleet.model.shape import number
 
 
 def delta_net(b: Builder, cur: Tensor) -> Tensor:
     """Gated delta net; the fused operation, which every backend here has (llama-context.cpp:209)."""
     parts = b.layers[b.layer]
-    inner, state = number(b.header, "ssm.inner_size"), number(b.header, "ssm.state_size")
-    keys, values = number(b.header, "ssm.group_count"), number(b.header, "ssm.time_step_rank")
-    size, kernel = inner // values, number(b.header, "ssm.conv_kernel")
+    inner, state = b.shape.state.inner, b.shape.state.size
+    keys, values = b.shape.state.groups, b.shape.state.rank
+    size, kernel = inner // values, b.shape.state.kernel
     slots, each, channels = b.context.slots, b.tokens // b.context.slots, inner + 2 * keys * state
     mixed, z = _mixed(b, cur, keys, values, size)
     beta, gate = _decay(b, cur, keys, values)
@@ -39,8 +38,8 @@ def delta_net(b: Builder, cur: Tensor) -> Tensor:
 
 def kimi_delta(b: Builder, cur: Tensor) -> Tensor:
     """Kimi delta attention (models/kimi-linear.cpp:292): q, k and v convolved one by one, a decay for each channel."""
-    size, kernel = number(b.header, "kda.head_dim"), number(b.header, "ssm.conv_kernel")
-    heads, slots, each, tokens = b.heads[b.layer], b.context.slots, b.tokens // b.context.slots, b.tokens
+    size, kernel = b.shape.state.kda_head, b.shape.state.kernel
+    heads, slots, each, tokens = b.shape.heads[b.layer], b.context.slots, b.tokens // b.context.slots, b.tokens
     inner = size * heads
     store, before = gather(b, 3 * (kernel - 1) * inner)
     stride = (4 * (kernel - 1), 4 * 3 * (kernel - 1) * inner)
@@ -79,7 +78,7 @@ def _repeated(heads: Tensor, times: int) -> Tensor:
 
 def _mixed(b: Builder, cur: Tensor, keys: int, values: int, size: int) -> tuple[Tensor, Tensor]:
     """q, k, v side by side, and z; from two matrices, or from one whose parts must be put apart first."""
-    slots, each, state = b.context.slots, b.tokens // b.context.slots, number(b.header, "ssm.state_size")
+    slots, each, state = b.context.slots, b.tokens // b.context.slots, b.shape.state.size
     if "attn_qkv.weight" in b.layers[b.layer]:
         mixed = b.linear("attn_qkv", cur)
         return reshape(mixed, mixed.ne[0], each, slots), b.linear("attn_gate", cur)

@@ -24,9 +24,7 @@ from llamafleet.memory.graph.ggml import (
     transpose,
     view,
 )
-from llamafleet.memory.graph.layers import SPARSE
 from llamafleet.memory.graph.moe import experts
-from llamafleet.model.shape import number
 
 Part = Callable[[Tensor], Tensor]  # attention or a feed-forward part, from its normed input
 
@@ -34,7 +32,7 @@ Part = Callable[[Tensor], Tensor]  # attention or a feed-forward part, from its 
 def layer_inputs(b: Builder, cur: Tensor) -> Tensor | None:
     """The embeddings of all layers, each mixed with the model's: (width, tokens, layers)."""
     table, mixer = (b.weight(f"per_layer_{part}.weight", -1) for part in ("token_embd", "model_proj"))
-    layers = number(b.header, "block_count")
+    layers = b.shape.layers
     if table is None or mixer is None:
         return None
     own = get_rows(table, ggml.graph_input(I32, b.tokens))
@@ -49,7 +47,7 @@ def with_layer_input(b: Builder, cur: Tensor, own: Tensor | None) -> Tensor:
     """Gemma 4: add the layer's own embedding behind the layer, scale all."""
     if own is not None:
         cur = same("add", cur, _gated(b, cur, own))
-    scale = b.weight("layer_output_scale.weight") if b.header.architecture == "gemma4" else None
+    scale = b.weight("layer_output_scale.weight")
     return same("mul", cur, scale) if scale else cur
 
 
@@ -104,7 +102,7 @@ def gemma3n_layer(b: Builder, states: Tensor, own: Tensor | None, attention: Par
 
 def _feed_forward(b: Builder, cur: Tensor) -> Tensor:
     up, gate = b.linear("ffn_up", cur), b.linear("ffn_gate", cur)
-    if b.layer < SPARSE.get(b.header.architecture, 0):
+    if b.layer < b.shape.architecture.sparse_layers:
         one = (1, gate.ne[1])
         mean = new("mean", F32, one, gate)
         spread = new("sum_rows", F32, one, same("sqr", same("sub", gate, mean)))

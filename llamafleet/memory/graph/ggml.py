@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from llamafleet.model.gguf import GGML_TYPES
+from llamafleet.model.ggml_types import GGML_TYPES
 
 # What ggml-alloc.c (ggml_op_can_inplace) writes over its operand where nobody else needs it.
 INPLACE = frozenset({"scale", "add", "add_id", "sub", "mul", "div", "sqr", "sqrt", "unary", "rope", "rms_norm",
@@ -18,7 +18,7 @@ VIEWS = frozenset({"view", "reshape", "permute", "transpose"})
 F32, F16, I32, I64 = "F32", "F16", "I32", "I64"
 TYPES = {name: (block, size) for name, block, size in GGML_TYPES.values()}
 
-Shape = tuple[int, int, int, int]
+Dimensions = tuple[int, int, int, int]
 
 
 class Tensor:
@@ -50,10 +50,10 @@ class Tensor:
         self,
         op: str,
         kind: str,
-        ne: Shape,
+        ne: Dimensions,
         src: Sequence[Tensor] = (),
         *,
-        nb: Shape | None = None,
+        nb: Dimensions | None = None,
         of: Tensor | None = None,
         home: int | None = None,
         weight: bool = False,
@@ -89,7 +89,7 @@ def elements(tensor: Tensor) -> int:
     return math.prod(tensor.ne)
 
 
-def contiguous(kind: str, ne: Shape) -> Shape:
+def contiguous(kind: str, ne: Dimensions) -> Dimensions:
     """Strides without gaps (ggml_new_tensor)."""
     block, size = TYPES[kind]
     row = ne[0] // block * size
@@ -97,7 +97,7 @@ def contiguous(kind: str, ne: Shape) -> Shape:
     return (size, row, plane, plane * ne[2])
 
 
-def _bytes(kind: str, ne: Shape, nb: Shape) -> int:
+def _bytes(kind: str, ne: Dimensions, nb: Dimensions) -> int:
     """ggml_nbytes: from the first to behind the last element."""
     if 0 in ne:
         return 0
@@ -106,7 +106,7 @@ def _bytes(kind: str, ne: Shape, nb: Shape) -> int:
     return first + sum((n - 1) * stride for n, stride in zip(ne[1:], nb[1:], strict=True))
 
 
-def _four(ne: Sequence[int]) -> Shape:
+def _four(ne: Sequence[int]) -> Dimensions:
     count = len(ne)
     return (ne[0], ne[1] if count > 1 else 1, ne[2] if count > 2 else 1, ne[3] if count > 3 else 1)
 

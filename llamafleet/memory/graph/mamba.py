@@ -6,12 +6,11 @@ from llamafleet.memory.graph import ggml
 from llamafleet.memory.graph.builder import Builder
 from llamafleet.memory.graph.ggml import F32, Tensor, concat, cpy, mul_mat, new, permute, reshape, same, transpose, view
 from llamafleet.memory.graph.recurrent_state import convolved, gather
-from llamafleet.model.shape import number
 
 
 def mamba(b: Builder, cur: Tensor) -> Tensor:
-    inner, state = number(b.header, "ssm.inner_size"), number(b.header, "ssm.state_size")
-    rank, kernel = number(b.header, "ssm.time_step_rank"), number(b.header, "ssm.conv_kernel")
+    inner, state = b.shape.state.inner, b.shape.state.size
+    rank, kernel = b.shape.state.rank, b.shape.state.kernel
     slots, each = b.context.slots, b.tokens // b.context.slots
     store, before = gather(b, (kernel - 1) * inner)
     xz = b.linear("ssm_in", reshape(cur, cur.ne[0], each, slots))
@@ -25,7 +24,7 @@ def mamba(b: Builder, cur: Tensor) -> Tensor:
     inputs, outputs = (view(mixed, (state, 1, each, slots), (4 * state, mixed.nb[1], mixed.nb[2])) for _ in range(2))
     if "ssm_dt_norm.weight" in b.layers[b.layer]:
         step, inputs, outputs = b.norm(step, "ssm_dt_norm"), b.norm(inputs, "ssm_b_norm"), b.norm(outputs, "ssm_c_norm")
-    elif b.header.get("ssm.dt_b_c_rms"):
+    elif b.shape.state.norms_inputs:
         step, inputs, outputs = (same("rms_norm", one) for one in (step, inputs, outputs))
     else:
         step = ggml.cont(step)
@@ -48,8 +47,8 @@ def mamba(b: Builder, cur: Tensor) -> Tensor:
 
 def plamo_mamba(b: Builder, cur: Tensor) -> Tensor:
     """models/plamo2.cpp: input and gate head by head in one matrix, heads of one decay each."""
-    inner, state = number(b.header, "ssm.inner_size"), number(b.header, "ssm.state_size")
-    heads, kernel = number(b.header, "ssm.time_step_rank"), number(b.header, "ssm.conv_kernel")
+    inner, state = b.shape.state.inner, b.shape.state.size
+    heads, kernel = b.shape.state.rank, b.shape.state.kernel
     size, rank = inner // heads, max(64, b.embd // 16)
     slots, each = b.context.slots, b.tokens // b.context.slots
     store, before = gather(b, (kernel - 1) * inner)
@@ -82,9 +81,9 @@ def plamo_mamba(b: Builder, cur: Tensor) -> Tensor:
 
 
 def mamba2(b: Builder, cur: Tensor) -> Tensor:
-    inner, state = number(b.header, "ssm.inner_size"), number(b.header, "ssm.state_size")
-    heads, groups = number(b.header, "ssm.time_step_rank"), number(b.header, "ssm.group_count")
-    kernel, size, channels = number(b.header, "ssm.conv_kernel"), inner // heads, inner + 2 * groups * state
+    inner, state = b.shape.state.inner, b.shape.state.size
+    heads, groups = b.shape.state.rank, b.shape.state.groups
+    kernel, size, channels = b.shape.state.kernel, inner // heads, inner + 2 * groups * state
     slots, each = b.context.slots, b.tokens // b.context.slots
     store, before = gather(b, (kernel - 1) * channels)
     whole = b.linear("ssm_in", cur)

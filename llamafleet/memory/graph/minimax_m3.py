@@ -23,7 +23,6 @@ from llamafleet.memory.graph.ggml import (
     transpose,
     view,
 )
-from llamafleet.model.shape import number
 
 POSITIONS = 256  # that the graph is reserved for: none are in the cache yet (llama_kv_cache_msa_context::get_n_pos)
 
@@ -47,7 +46,7 @@ def is_sparse(b: Builder) -> bool:
 
 def attend_blocks(b: Builder, cur: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
     """What build_attn does in dense layers: store K, V and the indexer's keys, attend."""
-    size, count = number(b.header, "attention.indexer.key_length"), number(b.header, "attention.indexer.head_count")
+    size, count = b.shape.indexer.key, b.shape.indexer.heads
     inputs, cells, kind = _inputs(b), b.context.stream_cells, b.context.kv_type.upper()
     k_ids, v_ids, _ = b.attention_inputs(False)
     query = b.norm(reshape(b.linear("indexer.q_proj", cur), size, count, b.tokens), "indexer.q_norm")
@@ -81,7 +80,7 @@ def _inputs(b: Builder) -> Inputs:
 
 
 def _make_inputs(b: Builder) -> Inputs:
-    block, cells = number(b.header, "attention.indexer.block_size"), b.context.stream_cells
+    block, cells = b.shape.indexer.block, b.context.stream_cells
     width = -(-POSITIONS // block) * block
     _, _, mask = b.attention_inputs(False)
     return Inputs(
@@ -105,7 +104,7 @@ def _stream(b: Builder, inputs: Inputs, query: Tensor, q: Tensor, keys: Tensor, 
     scores = reshape(mul_mat(at_positions, reshape(query, size, groups * each)), width, groups, each)
     scores = ggml.inplace("add", scores, visible)
     scores = same("add", new("pool", F32, (blocks, groups, each), scores), bias)
-    best = min(number(b.header, "attention.indexer.top_k"), blocks)
+    best = min(b.shape.indexer.top, blocks)
     chosen = new("top_k", I32, (best, groups, each), scores)
     closed = new("cast", F16, bias.ne, same("scale", bias))
     closed = new("repeat", F16, (blocks, groups, each), closed)

@@ -7,7 +7,6 @@ from __future__ import annotations
 from llamafleet.memory.graph import ggml
 from llamafleet.memory.graph.builder import Builder, GraphUnknownError
 from llamafleet.memory.graph.ggml import F16, F32, I32, I64, Tensor, concat, mul_mat, new, permute, reshape, same, view
-from llamafleet.model.shape import indexer_layers, is_latent, number
 
 # Sizes that every backend's own operation for the indexer takes; with others the scores of all heads are kept
 # (ggml_cuda_lightning_indexer_supported).
@@ -18,17 +17,15 @@ def latent_attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
     """K is one compressed head that serves as V too; or, without both *_mla lengths, ordinary heads that are
     decompressed first.
     """
-    parts, heads, tokens = b.layers[b.layer], b.heads[b.layer], b.tokens
-    rank, rope = number(b.header, "attention.kv_lora_rank"), number(b.header, "rope.dimension_count")
-    latent = is_latent(b.header)
-    size_k = number(b.header, "attention.key_length_mla" if latent else "attention.key_length")
-    size_v = number(b.header, "attention.value_length_mla" if latent else "attention.value_length")
+    parts, heads, tokens = b.layers[b.layer], b.shape.heads[b.layer], b.tokens
+    rank, rope = b.shape.latent.rank, b.shape.latent.rope
+    latent, size_k, size_v = b.shape.latent.is_absorbed, b.shape.latent.key, b.shape.latent.value
     plain = size_k - rope
     if "attn_q.weight" in parts:
         q = b.linear("attn_q", cur)
     else:
         low = b.norm(b.linear("attn_q_a", cur), "attn_q_a_norm")
-        if indexer_layers(b.header)[b.layer]:
+        if b.shape.indexer.layers[b.layer]:
             b.chosen = _indexer(b, cur, low, positions)
         q = b.linear("attn_q_b", low)
     q = reshape(q, size_k, heads, tokens)
@@ -36,11 +33,11 @@ def latent_attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
     compressed = view(both, (rank, tokens), (both.nb[1],))
     factors = b.position_factors()
     k_rope = view(both, (rope, 1, tokens), (both.nb[1], both.nb[1]))
-    k_rope = same("rope", k_rope, positions, *factors) if b.turned[b.layer] else k_rope
+    k_rope = same("rope", k_rope, positions, *factors) if b.shape.uses_rope[b.layer] else k_rope
     compressed = b.norm(compressed, "attn_kv_a_norm")
     if latent:
         q_rope = view(q, (rope, heads, tokens), (q.nb[1], q.nb[2]))
-        q_rope = same("rope", q_rope, positions, *factors) if b.turned[b.layer] else q_rope
+        q_rope = same("rope", q_rope, positions, *factors) if b.shape.uses_rope[b.layer] else q_rope
         q_plain = permute(view(q, (plain, heads, tokens), (q.nb[1], q.nb[2])), 0, 2, 1, 3)
         absorbed = permute(mul_mat(b.need("attn_k_b.weight"), q_plain), 0, 2, 1, 3)
         q = concat(absorbed, q_rope, 0)
@@ -82,7 +79,7 @@ def _inputs(b: Builder, indexer: bool, kind: str) -> tuple[Tensor, Tensor]:
 
 def _indexer(b: Builder, cur: Tensor, low: Tensor, positions: Tensor) -> Tensor:
     """The cells that this layer, and those behind it without an indexer, attend to (models/deepseek32.cpp:222)."""
-    size, heads = number(b.header, "attention.indexer.key_length"), number(b.header, "attention.indexer.head_count")
+    size, heads = b.shape.indexer.key, b.shape.indexer.heads
     if size != INDEXER_SIZE or heads not in INDEXER_HEADS:
         raise GraphUnknownError(f"an indexer of {heads} heads of {size}")
     tokens, streams, cells = b.tokens, b.streams, b.context.stream_cells
@@ -100,7 +97,7 @@ def _indexer(b: Builder, cur: Tensor, low: Tensor, positions: Tensor) -> Tensor:
     q = view(q, (size, heads, each, streams), (q.nb[1], q.nb[2], q.nb[3] // streams))
     scores = (q, b.cached(stored, size, 1, cells), same("scale", weights), mask)
     score = new("lightning_indexer", F32, (cells, each, 1, streams), *scores)
-    count = min(cells, number(b.header, "attention.indexer.top_k"))
+    count = min(cells, b.shape.indexer.top)
     return ggml.cont(new("top_k", I32, (count, each, 1, streams), score))
 
 

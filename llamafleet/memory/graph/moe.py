@@ -5,33 +5,25 @@ from __future__ import annotations
 from llamafleet.memory.graph import ggml
 from llamafleet.memory.graph.builder import Builder, GraphUnknownError
 from llamafleet.memory.graph.ggml import F32, I32, Tensor, get_rows, new, reshape, same, view
-from llamafleet.model.shape import number, per_layer
 
 EXPERTS_USED_LIMIT = 64  # for each token; models have 1 to 32, and hostile headers get no time
 SIGMOID = 2  # expert_gating_func, llama-hparams.h
-# norm_w of build_moe_ffn where src/models/*.cpp give true, whatever the header says.
-NORMED_WEIGHTS = frozenset({"arctic", "dbrx", "ernie4_5-moe", "gemma4", "granite", "granitehybrid", "granitemoe",
-                            "granite_swa", "grok", "grovemoe", "hunyuan-moe", "kimi-linear", "lfm2moe", "llama",
-                            "maple", "mellum", "mimo2", "minimax-m2", "mistral3", "phimoe", "qwen35moe", "qwen3moe",
-                            "qwen3next", "qwen3vlmoe", "rnd1", "smallthinker"})  # fmt: skip
-SOFTMAX_WEIGHT = frozenset({"gpt-oss"})
-SIGMOID_CHOICE = frozenset({"grovemoe"})  # chosen by other numbers than those that weigh
 
 
 def experts(b: Builder, cur: Tensor, logits: Tensor | None = None, kind: str = "exps") -> Tensor:
     """The result of a layer's experts for its input. `logits`: where the choice is made from something else."""
-    parts, tokens, arch = b.layers[b.layer], cur.ne[1], b.header.architecture
+    parts, tokens, row = b.layers[b.layer], cur.ne[1], b.shape.architecture
     ids, weights = _chosen(b, logits or b.linear("ffn_gate_inp", cur), parts[f"ffn_down_{kind}.weight"].shape[2])
     b.graph.expand(weights)
     if "ffn_latent_down.weight" in parts:  # experts work on rows made smaller (models/nemotron-h.cpp:272)
         cur = b.linear("ffn_latent_down", cur)
     embd, used = cur.ne[0], ids.ne[0]
     cur = reshape(cur, embd, 1, tokens)
-    if arch == "llama4":
+    if row.weighs_inputs:
         cur = same("mul", new("repeat", F32, (embd, used, tokens), cur), weights)
     act = _expert_activation(b, cur, ids, kind)
     out = _expert_linear(b, f"ffn_down_{kind}", act, ids)
-    if arch != "llama4":
+    if not row.weighs_inputs:
         out = same("mul", out, weights)
     b.graph.expand(out)
     total = _summed(b, out)
@@ -40,23 +32,23 @@ def experts(b: Builder, cur: Tensor, logits: Tensor | None = None, kind: str = "
 
 def _chosen(b: Builder, logits: Tensor, experts_there: int) -> tuple[Tensor, Tensor]:
     """Numbers of the experts for each token, and their weights."""
-    count, tokens, arch = logits.ne[0], logits.ne[1], b.header.architecture
-    used = per_layer(b.header, "expert_used_count")[b.layer]
+    count, tokens, row = logits.ne[0], logits.ne[1], b.shape.architecture
+    used = b.shape.experts.used[b.layer]
     if not 0 < used <= min(count, EXPERTS_USED_LIMIT):
         raise GraphUnknownError(f"{used} of {count} experts used")
     groups_of = count // experts_there  # that share one (models/grovemoe.cpp)
     used = min(used, count // groups_of)
     probabilities = logits
-    if arch not in SOFTMAX_WEIGHT:
-        sigmoid = number(b.header, "expert_gating_func") == SIGMOID
+    if not row.weights_softmaxed:
+        sigmoid = b.shape.experts.gating == SIGMOID
         probabilities = same("unary" if sigmoid else "soft_max", logits)
     bias = b.weight("exp_probs_b.bias") or b.weight("exp_probs_b")  # models/hy-v3.cpp:68
     selection = same("add", probabilities, bias) if bias else probabilities
-    if arch in SIGMOID_CHOICE:
+    if row.chooses_by_sigmoid:
         selection = same("unary", logits)
-    groups = number(b.header, "expert_group_count")
+    groups = b.shape.experts.groups
     if groups > 1:
-        selection = _grouped(selection, count, groups, number(b.header, "expert_group_used_count"), tokens)
+        selection = _grouped(selection, count, groups, b.shape.experts.groups_used, tokens)
     if "ffn_gate_tid2eid.weight" in b.layers[b.layer]:  # chosen by the token alone (models/deepseek4.cpp:1295)
         assert b.token_ids is not None  # made with the embeddings
         ids = get_rows(b.need("ffn_gate_tid2eid.weight"), b.token_ids)
@@ -70,14 +62,14 @@ def _chosen(b: Builder, logits: Tensor, experts_there: int) -> tuple[Tensor, Ten
 def _weights(b: Builder, weights: Tensor) -> Tensor:
     """Made to a sum of one and scaled, where the model does."""
     _, used, tokens, _ = weights.ne
-    arch = b.header.architecture
-    if arch in SOFTMAX_WEIGHT:
+    row = b.shape.architecture
+    if row.weights_softmaxed:
         weights = reshape(same("soft_max", reshape(weights, used, tokens)), 1, used, tokens)
-    if arch in NORMED_WEIGHTS or b.header.get("expert_weights_norm"):
+    if row.weights_normed or b.shape.experts.weights_normed:
         flat = reshape(weights, used, tokens)
         total = same("clamp", new("sum_rows", F32, (1, tokens), flat))
         weights = reshape(same("div", flat, total), 1, used, tokens)
-    if b.header.get("expert_weights_scale") not in (None, 0.0, 1.0):
+    if b.shape.experts.weights_scaled:
         weights = same("scale", weights)
     return weights
 
@@ -104,7 +96,7 @@ def _expert_activation(b: Builder, cur: Tensor, ids: Tensor, kind: str) -> Tenso
     up = _expert_linear(b, f"ffn_up_{kind}", cur, ids)
     if f"ffn_gate_{kind}.weight" not in parts:
         return same("unary", up)
-    return b.gated(_expert_linear(b, f"ffn_gate_{kind}", cur, ids), up, b.clamped[b.layer].experts)
+    return b.gated(_expert_linear(b, f"ffn_gate_{kind}", cur, ids), up, b.shape.clamps[b.layer].experts)
 
 
 def _expert_linear(b: Builder, part: str, cur: Tensor, ids: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from llamafleet.memory.graph.delta_net import delta_net, kimi_delta
 from llamafleet.memory.graph.ggml import Tensor, reshape, same, view
 from llamafleet.memory.graph.mamba import mamba, mamba2, plamo_mamba
 from llamafleet.memory.graph.recurrent_state import convolve, convolved
-from llamafleet.model.shape import number
 
 
 def recurrent(b: Builder, cur: Tensor) -> Tensor:
@@ -20,15 +19,15 @@ def recurrent(b: Builder, cur: Tensor) -> Tensor:
     if "ssm_conv1d_q.weight" in parts:
         return kimi_delta(b, cur)
     if "ssm_x.weight" in parts:
-        return plamo_mamba(b, cur) if b.header.architecture == "plamo2" else mamba(b, cur)
-    if "ssm_conv1d.weight" in parts and number(b.header, "ssm.time_step_rank"):
+        return plamo_mamba(b, cur) if b.shape.architecture.state_heads else mamba(b, cur)
+    if "ssm_conv1d.weight" in parts and b.shape.state.rank:
         return mamba2(b, cur)
-    raise GraphUnknownError(f"the state of {b.header.architecture}, layer {b.layer}")
+    raise GraphUnknownError(f"the state of {b.shape.architecture.name}, layer {b.layer}")
 
 
 def _short_convolution(b: Builder, cur: Tensor) -> Tensor:
     """models/lfm2.cpp."""
-    kernel, embd = number(b.header, "shortconv.l_cache"), b.embd
+    kernel, embd = b.shape.state.short_cells, b.embd
     slots, each = b.context.slots, b.tokens // b.context.slots
     whole = b.linear("shortconv.in_proj", reshape(cur, embd, each, slots))
     gate_in, gate_out, x = (view(whole, (embd, each, slots), (whole.nb[1], whole.nb[2])) for _ in range(3))

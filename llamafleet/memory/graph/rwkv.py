@@ -6,9 +6,6 @@ from llamafleet.memory.graph import ggml
 from llamafleet.memory.graph.builder import Builder
 from llamafleet.memory.graph.ggml import F32, Tensor, concat, cpy, get_rows, mul_mat, new, permute, reshape, same, view
 from llamafleet.memory.graph.recurrent_state import gather
-from llamafleet.model.shape import number
-
-RWKV = frozenset({"rwkv6", "rwkv7"})
 
 
 def rwkv_layer(
@@ -64,7 +61,7 @@ def _low_rank(b: Builder, part: str, cur: Tensor, between: bool) -> Tensor:
 
 
 def _time_mix_6(b: Builder, cur: Tensor, previous: Tensor) -> Tensor:
-    size, slots, embd, tokens = number(b.header, "wkv.head_size"), b.context.slots, b.embd, b.tokens
+    size, slots, embd, tokens = b.shape.state.wkv_head, b.context.slots, b.embd, b.tokens
     heads = embd // size
     change, cur = (reshape(one, embd, tokens) for one in (same("sub", previous, cur), cur))
     low = same("unary", b.linear("time_mix_w1", _mixed(b, "time_mix_lerp_x", cur, change)))
@@ -100,7 +97,7 @@ def _time_mix_6(b: Builder, cur: Tensor, previous: Tensor) -> Tensor:
 
 
 def _time_mix_7(b: Builder, cur: Tensor, previous: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
-    size, slots, embd, tokens = number(b.header, "wkv.head_size"), b.context.slots, b.embd, b.tokens
+    size, slots, embd, tokens = b.shape.state.wkv_head, b.context.slots, b.embd, b.tokens
     heads, gated = embd // size, "time_mix_g1.weight" in b.layers[b.layer]
     count = 6 if gated else 5
     moved = new("repeat", F32, (embd, tokens // slots, slots, count), same("sub", previous, cur))
