@@ -77,12 +77,12 @@ def questions(name, model, gb):
 def with_placement(plan, placement):
     """The plan with another placement, and with the flags for it."""
     context = Context(plan.context_tokens, plan.slots, plan.kv_type, plan.ubatch_tokens)
-    argv = planned(
+    argv = tuple(planned(
         context, placement, backend=plan.backend, gpus=len(plan.gpus), threads=plan.threads,
         prompt_cache_mib=plan.prompt_cache_mib, checkpoints=plan.checkpoints, is_moe=plan.is_moe,
-    )  # fmt: skip
-    assert tuple(argv) != plan.argv
-    return replace(plan, placement=placement, argv=tuple(argv))
+    ))  # fmt: skip
+    assert argv != plan.argv
+    return replace(plan, placement=placement, argv=argv)
 
 
 def neighbours(model, placement):
