@@ -172,5 +172,3 @@ class Correction:
 
 
 NO_CORRECTION = Correction()
-Adjustment = Correction  # old names, until tasks/ follow
-NO_ADJUSTMENT = NO_CORRECTION

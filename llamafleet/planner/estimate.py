@@ -45,11 +45,11 @@ class Budgets:
         capacity: Capacity,
         backend: str,
         extra_bytes: int,
-        adjustment: Correction,
+        correction: Correction,
         roofline: Roofline,
     ) -> None:
         self.model, self.capacity, self.backend = model, capacity, backend
-        self.extra_bytes, self.adjustment, self.roofline = extra_bytes, adjustment, roofline
+        self.extra_bytes, self.correction, self.roofline = extra_bytes, correction, roofline
         self.movable = [layer for layer in range(model.layers) if model.spill_bytes[layer]]
         self.sketch = Sketch(model)
         self._fixed: dict[tuple[Context, int, str], Fixed] = {}
@@ -80,7 +80,7 @@ class Budgets:
         fixed, capacity = self.fixed(context, len(order), kind), self.capacity
         budgets = []
         for position, device in enumerate(order):
-            extra = self.adjustment.extra_bytes.get(f"GPU{capacity.gpus[device].index}", 0)
+            extra = self.correction.extra_bytes.get(f"GPU{capacity.gpus[device].index}", 0)
             shared = (fixed.host + self.model.input_bytes) if capacity.unified else 0
             budgets.append(
                 float(
@@ -104,7 +104,7 @@ class Budgets:
         devices = [inner] * (count - 1) + [last] if count else []
         devices[:1] = [size + staging for size in devices[:1]]
         host = self.sketch.compute(context, output=not count, pipelined=pipelined)
-        host += traits.host_overhead_bytes + self.extra_bytes + self.adjustment.extra_bytes.get(HOST, 0)
+        host += traits.host_overhead_bytes + self.extra_bytes + self.correction.extra_bytes.get(HOST, 0)
         return Fixed(tuple(devices), host)
 
     def host_short(self, context: Context, order: tuple[int, ...], segments: Sequence[Segment]) -> int:

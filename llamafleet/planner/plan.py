@@ -51,12 +51,12 @@ def plan_host(
     machine: Machine,
     requests: Sequence[tuple[Instance, Header]],
     settings: Settings,
-    adjustments: Mapping[str, Correction] = MappingProxyType({}),
+    corrections: Mapping[str, Correction] = MappingProxyType({}),
     measurements: Measurements = NOT_MEASURED,
 ) -> tuple[Plan | Refusal, ...]:
     """A plan or refusal for each instance; they share the host by priority, equal ones in the order given.
 
-    `adjustments`, by instance name: what the binary said of earlier plans. `measurements`: of this host.
+    `corrections`, by instance name: what the binary said of earlier plans. `measurements`: of this host.
     """
     backend = resolve_backend(machine, settings)
     if isinstance(backend, Refusal):
@@ -71,8 +71,8 @@ def plan_host(
     capacity = capacity_of(machine, gpus, settings)
     answers: dict[int, Plan | Refusal] = {}
     for position, (instance, header) in sorted(enumerate(requests), key=lambda one: (-one[1][0].priority, one[0])):
-        adjustment = adjustments.get(instance.name, NO_CORRECTION)
-        answer = _plan_one(machine, backend, capacity, instance, header, adjustment, measurements, len(requests) == 1)
+        correction = corrections.get(instance.name, NO_CORRECTION)
+        answer = _plan_one(machine, backend, capacity, instance, header, correction, measurements, len(requests) == 1)
         if isinstance(answer, Plan):
             capacity = capacity.without(answer.ledger)
         answers[position] = answer
@@ -85,7 +85,7 @@ def _plan_one(
     capacity: Capacity,
     instance: Instance,
     header: Header,
-    adjustment: Correction,
+    correction: Correction,
     measured: Measurements,
     alone: bool,
 ) -> Plan | Refusal:
@@ -124,7 +124,7 @@ def _plan_one(
             suggestions=("allow kv_types f16: blocks of a quantised type must divide the heads' size",),
         )
     instance = replace(instance, kv_types=usable)
-    case = _Asked(machine, backend, capacity, instance, Model.of(header), tokens, adjustment, measured, alone)
+    case = _Asked(machine, backend, capacity, instance, Model.of(header), tokens, correction, measured, alone)
     return _choose(case)
 
 
@@ -138,7 +138,7 @@ class _Asked:
     instance: Instance
     model: Model
     context_tokens: int
-    adjustment: Correction
+    correction: Correction
     measured: Measurements
     alone: bool  # no other model is served by this host
 
@@ -164,7 +164,7 @@ class _Asked:
         reached = rates(self.machine.cpu, self.capacity.gpus, self.threads, self.measured)
         roofline = Roofline(self.model, self.work, reached, op_offload=TRAITS[self.backend].op_offload)
         extra = self.instance.prompt_cache_mib * MIB + self.checkpoints_bytes(tried)
-        return Search(self.model, self.capacity, self.backend, extra, self.adjustment, roofline)
+        return Search(self.model, self.capacity, self.backend, extra, self.correction, roofline)
 
 
 def _choose(asked: _Asked) -> Plan | Refusal:

@@ -129,7 +129,7 @@ class Settled:
     """Plans that the binary agrees with, or that it told nothing of; with a refusal where there is none."""
 
     answers: tuple[Plan | Refusal, ...]
-    adjustments: Mapping[str, Correction]
+    corrections: Mapping[str, Correction]
     verified: Mapping[str, Verified]
 
 
@@ -139,7 +139,7 @@ Planner = Callable[[Mapping[str, Correction]], Sequence[Plan | Refusal]]
 def settle(
     planner: Planner,
     ask: Callable[[Plan], Answer],
-    adjustments: Mapping[str, Correction],
+    corrections: Mapping[str, Correction],
     is_known: Callable[[Plan], bool],
 ) -> Settled:
     """Plan, ask, and plan again with what was told, until plan and binary agree.
@@ -147,7 +147,7 @@ def settle(
     The first round corrects both ways, the later ones upwards only: so it ends. A plan that the binary
     still finds too small after the last round stands if it fits by the binary's own numbers.
     """
-    now = dict(adjustments)
+    now = dict(corrections)
     asked: dict[tuple[str, tuple[str, ...]], Answer] = {}
     seen: dict[str, Verified] = {}
     plans: tuple[Plan | Refusal, ...] = ()

@@ -83,7 +83,7 @@ def refine(search: Search, one: Candidate, handicap: float) -> Refined:
 
 def _case(search: Search, one: Candidate) -> Case:
     capacity = search.capacity.only(one.order)
-    return Case(search.model, one.context, capacity, search.backend, search.extra_bytes, search.adjustment)
+    return Case(search.model, one.context, capacity, search.backend, search.extra_bytes, search.correction)
 
 
 def _held(search: Search, refined: Refined, handicap: float) -> Refined:

@@ -16,7 +16,7 @@ from llamafleet.build.release import Build
 from llamafleet.host.installed import Installed, Survey
 from llamafleet.host.machine import Machine
 from llamafleet.hub.source import ModelFiles
-from llamafleet.memory.ledger import Adjustment
+from llamafleet.memory.ledger import Correction
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Plan
 from llamafleet.planner.stability import Choice
@@ -105,7 +105,7 @@ class Desired:
     install_toolkit: cuda_toolkit.Install | None
     packages: tuple[str, ...]  # distribution packages that are needed and missing
     servings: tuple[Serving, ...] = ()
-    adjustments: Mapping[str, Adjustment] = field(default_factory=dict)  # what llama-server said, by instance
+    corrections: Mapping[str, Correction] = field(default_factory=dict)  # what llama-server said, by instance
     why: str = ""  # why the installed plans are kept or changed; empty where there were none
 
     @property
@@ -162,8 +162,8 @@ def desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
     """
     if refused := refusals.not_accessible(inputs.survey, run.holder, run.oldest_python):
         return refused
-    adjustments = inputs.adjustments()
-    choice = inputs.keep_or_replan(adjustments)
+    corrections = inputs.corrections()
+    choice = inputs.keep_or_replan(corrections)
     if refused := next(_unplanned(choice), None):
         return refused
     toolkit = _toolkit(inputs)
@@ -175,11 +175,11 @@ def desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
     build = _build(inputs, run.commit, toolkit, architectures)
     install = toolkit if isinstance(toolkit, cuda_toolkit.Install) else None
     bare = Desired(inputs, run, build, install, _missing_packages(inputs.survey, build))
-    return with_plans(bare, choice, adjustments, {}, render)
+    return with_plans(bare, choice, corrections, {}, render)
 
 
 def with_plans(
-    desired: Desired, choice: Choice, adjustments: Mapping[str, Adjustment], verified: Mapping[str, Verified],
+    desired: Desired, choice: Choice, corrections: Mapping[str, Correction], verified: Mapping[str, Verified],
     render: Renderer,
 ) -> Desired | Refused:  # fmt: skip
     """The same host with these plans; `verified` has llama-server's answers of this run, by instance name."""
@@ -193,7 +193,7 @@ def with_plans(
         )
     except command.FlagError as error:
         return Refused.because(str(error))
-    return replace(desired, servings=servings, adjustments=adjustments, why=choice.why)
+    return replace(desired, servings=servings, corrections=corrections, why=choice.why)
 
 
 def _unplanned(choice: Choice) -> Iterator[Refused]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llamafleet.host.installed import Survey
 from llamafleet.hub.source import ModelFiles
-from llamafleet.memory.ledger import Adjustment
+from llamafleet.memory.ledger import Correction
 from llamafleet.planner import stability
 from llamafleet.planner.backend import resolve_backend
 from llamafleet.planner.plan import plan_host
@@ -27,22 +27,22 @@ class PlanInputs:
     models: Mapping[str, ModelFiles]  # by instance name
     keys: Mapping[str, str]  # by instance name: a hash of what its plan is made from, see stability.inputs_key
 
-    def keep_or_replan(self, adjustments: Mapping[str, Adjustment]) -> stability.Choice:
+    def keep_or_replan(self, corrections: Mapping[str, Correction]) -> stability.Choice:
         """A plan or refusal for each instance; installed plans are kept where they still hold.
 
-        `adjustments`: by instance name, what llama-server allocates beyond the ledger.
+        `corrections`: by instance name, what llama-server allocates beyond the ledger.
         """
         requests = [(instance, self.models[instance.name].header) for instance in self.settings.models]
         installed = {name: stability.Installed.of(record) for name, record in self.same_inputs().items()}
         return stability.choose(
             self.survey.machine, self.settings,
-            lambda machine: plan_host(machine, requests, self.settings, adjustments), installed,
+            lambda machine: plan_host(machine, requests, self.settings, corrections), installed,
         )  # fmt: skip
 
-    def adjustments(self) -> dict[str, Adjustment]:
+    def corrections(self) -> dict[str, Correction]:
         """What llama-server allocates beyond the ledger, as it said about the installed plans."""
         answers = {name: record["verified"] for name, record in self.same_inputs().items()}
-        return {name: Adjustment(answer["extra_bytes"]) for name, answer in answers.items() if answer}
+        return {name: Correction(answer["extra_bytes"]) for name, answer in answers.items() if answer}
 
     def same_inputs(self) -> dict[str, Mapping[str, Any]]:
         """The records of installed instances that were planned from the inputs of now."""

@@ -18,7 +18,7 @@ from llamafleet import payload
 from llamafleet.build.packages import all_packages
 from llamafleet.host.machine import MachineError
 from llamafleet.hub.http import SourceError
-from llamafleet.memory.ledger import Adjustment
+from llamafleet.memory.ledger import Correction
 from llamafleet.model.gguf_cursor import GgufError
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.stability import Choice
@@ -63,13 +63,13 @@ def decision() -> Decision | None:
 
 
 def replan(
-    choice: Choice, adjustments: Mapping[str, Adjustment], verified: Mapping[str, Verified]
+    choice: Choice, corrections: Mapping[str, Correction], verified: Mapping[str, Verified]
 ) -> Decision | Refused:
     """Go on with plans that llama-server itself was asked about."""
     host, now = ctx_host.get(), decision()
     assert host is not None and now is not None, "a host that was refused has nothing to verify"
     with _locks[host]:
-        decided = _decided(with_plans(now.desired, choice, adjustments, verified, templates.render))
+        decided = _decided(with_plans(now.desired, choice, corrections, verified, templates.render))
         if isinstance(decided, Decision):
             _decisions[host] = decided
     return decided

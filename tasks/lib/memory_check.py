@@ -9,7 +9,7 @@ from typing import Any
 from pyinfra.api.host import Host
 
 from llamafleet.host.backends import TRAITS
-from llamafleet.memory.ledger import NO_ADJUSTMENT
+from llamafleet.memory.ledger import NO_CORRECTION
 from llamafleet.planner import reconcile
 from llamafleet.planner.result import Plan
 from llamafleet.service.desired import Serving
@@ -28,9 +28,9 @@ def check_plans(host: Host) -> bool:
     now = _now()
     try:
         settled = reconcile.settle(
-            lambda adjustments: now.desired.inputs.keep_or_replan(adjustments).answers,
+            lambda corrections: now.desired.inputs.keep_or_replan(corrections).answers,
             lambda plan: _ask(host, now, plan),
-            now.desired.adjustments,
+            now.desired.corrections,
             lambda plan: _is_known(now, plan),
         )
         decided = _go_on(host, now, settled)
@@ -48,18 +48,18 @@ def replan_after_switch(host: Host, name: str, binary_bytes: dict[str, int]) -> 
     now = _now()
     plan = _by_name(now)[name].plan
     try:
-        adjustments = dict(now.desired.adjustments)
-        extra = adjustments.get(name, NO_ADJUSTMENT)
-        adjustments[name] = extra.plus(reconcile.compare(plan, reconcile.Answer(binary_bytes), extra).differences)
-        choice = now.desired.inputs.keep_or_replan(adjustments)
+        corrections = dict(now.desired.corrections)
+        extra = corrections.get(name, NO_CORRECTION)
+        corrections[name] = extra.plus(reconcile.compare(plan, reconcile.Answer(binary_bytes), extra).differences)
+        choice = now.desired.inputs.keep_or_replan(corrections)
         unasked = {
             new.instance: reconcile.compare(
-                new, reconcile.Answer(None, "asked in the switch", room=False), adjustments[name], 2
+                new, reconcile.Answer(None, "asked in the switch", room=False), corrections[name], 2
             )
             for new in choice.answers
             if isinstance(new, Plan) and new.instance == name
         }
-        decided = _go_on(host, now, reconcile.Settled(choice.answers, adjustments, unasked))
+        decided = _go_on(host, now, reconcile.Settled(choice.answers, corrections, unasked))
     except READ_ERRORS as error:
         decided = refused_by(error)
     if isinstance(decided, Decision) and _by_name(decided)[name].plan.argv == plan.argv:
@@ -135,8 +135,8 @@ def _go_on(host: Host, before: Decision, settled: reconcile.Settled) -> Decision
     """The decision with the plans that binary and ledger agree on; log what the binary said and what changes."""
     for name, verified in settled.verified.items():
         host.log(reconcile.say(name, verified))
-    choice = replace(before.desired.inputs.keep_or_replan(settled.adjustments), answers=settled.answers)
-    after = replan(choice, settled.adjustments, settled.verified)
+    choice = replace(before.desired.inputs.keep_or_replan(settled.corrections), answers=settled.answers)
+    after = replan(choice, settled.corrections, settled.verified)
     if isinstance(after, Decision):
         for old, new in zip(before.desired.servings, after.desired.servings, strict=True):
             if old.plan.argv != new.plan.argv:

@@ -14,9 +14,9 @@ GIB = 1024 * MIB
 ASKED = planning.settings({"context_tokens": 8192})
 
 
-def planned(adjustments=None, *, layout="gpt-oss-120b", gpus=(16376,), asked=ASKED, **machine):
+def planned(corrections=None, *, layout="gpt-oss-120b", gpus=(16376,), asked=ASKED, **machine):
     host = planning.machine(list(gpus), **machine)
-    return planning.plans(host, [(layout,)] * len(asked.models), asked, adjustments)
+    return planning.plans(host, [(layout,)] * len(asked.models), asked, corrections)
 
 
 def counted(row):
@@ -44,8 +44,8 @@ class Binary:
         return answer(plan, **more)
 
 
-def settled(binary, adjustments=None, is_known=lambda plan: False, **how):
-    """With the plan's own adjustments taken out of what the binary says, which is of the flags alone."""
+def settled(binary, corrections=None, is_known=lambda plan: False, **how):
+    """With the plan's own corrections taken out of what the binary says, which is of the flags alone."""
     now = {}
 
     def planner(given):
@@ -59,7 +59,7 @@ def settled(binary, adjustments=None, is_known=lambda plan: False, **how):
             told[name] -= extra.get(device, 0)
         return Answer(told)
 
-    return settle(planner, ask, adjustments or {}, is_known)
+    return settle(planner, ask, corrections or {}, is_known)
 
 
 def test_the_question_is_the_service_without_what_it_must_not_touch():
@@ -107,7 +107,7 @@ def test_agreement_takes_one_question():
     binary = Binary()
     done = settled(binary)
     assert len(binary.asked) == 1
-    assert done.answers == tuple(planned()) and done.adjustments == {}
+    assert done.answers == tuple(planned()) and done.corrections == {}
     assert done.verified["m0"].rounds == 1 and done.verified["m0"].differences == {"GPU0": 0, "host": 0}
 
 
