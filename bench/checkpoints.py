@@ -22,8 +22,9 @@ from itertools import product
 from pathlib import Path
 
 from llamafleet.memory.checkpoints import checkpoint_bytes
+from llamafleet.memory.context import Context
 from llamafleet.model.gguf import read_path
-from llamafleet.model.shape import Context
+from llamafleet.model.shape import Shape
 from sandbox import models, oracle
 
 MIB = 2**20
@@ -76,7 +77,7 @@ class Case:
 
     def planned_mib(self, folder: Path) -> float:
         """The planner's figure for one."""
-        return checkpoint_bytes(read_path(models.tiny(folder, self.kind)), self.context) / MIB
+        return checkpoint_bytes(Shape.of(read_path(models.tiny(folder, self.kind))), self.context) / MIB
 
 
 def cases() -> Iterator[Case]:

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from llamafleet.memory.ledger import MIB, Model, Placement, usage
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import usage
+from llamafleet.memory.placement import Placement
+from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header, read_path
-from llamafleet.model.shape import Context
+from llamafleet.units import MIB
 from sandbox import models
 from sandbox.layouts import PUBLISHED
 from sandbox.oracle import Breakdown, Oracle, ask
@@ -59,7 +62,7 @@ class Case:
         """The same as the ledger has it."""
         holders = [device for device, count in enumerate(self.counts) for _ in range(count)]
         front = [None] * (layers + 1 - len(holders))
-        return Placement((*front, *holders), frozenset(self.spilled))
+        return Placement.of((*front, *holders), frozenset(self.spilled))
 
     def ask(self, folder: Path, oracle: Oracle | None = None) -> Breakdown:
         """llama-server's answer; the model's file is made in `folder` if it is not there."""

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.oracle_cases import Case
-from llamafleet.memory.ledger import MIB, Model, usage
-from llamafleet.model.shape import Context
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import usage
+from llamafleet.memory.weights import Model
+from llamafleet.units import MIB
 from sandbox.oracle import Oracle, ask
 
 OUTLINES = Path(__file__).resolve().parent.parent / "tests" / "oracle" / "architectures"

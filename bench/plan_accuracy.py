@@ -22,10 +22,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bench import dot_plot
-from llamafleet.memory.compute import vocabulary
-from llamafleet.memory.ledger import Model, Placement, usage
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import usage
+from llamafleet.memory.placement import Placement
+from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header, read_path
-from llamafleet.model.shape import Context, number
+from llamafleet.model.shape import Shape
 from sandbox import models, oracle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +67,7 @@ def ours(header: Header, tokens: int) -> dict[str, int]:
     """The ledger's figures for one device, MiB."""
     model = Model.of(header)
     context = Context(tokens, 1, "f16", UBATCH_TOKENS)
-    devices, _ = usage(model, context, Placement((0,) * (model.layers + 1)), "cuda")
+    devices, _ = usage(model, context, Placement.of((0,) * (model.layers + 1)), "cuda")
     parts = {"weights": devices[0].weights_bytes, "kv": devices[0].kv_bytes, "compute": devices[0].compute_bytes}
     return {name: size // MIB for name, size in parts.items()}  # llama-server cuts off too
 
@@ -75,7 +77,7 @@ def rows(paths: Mapping[str, Path]) -> Iterator[dict[str, object]]:
     estimated = node(list(paths.values()))
     for name, path in paths.items():
         header = read_path(path)
-        tokens = min(CONTEXT_TOKENS, number(header, "context_length", CONTEXT_TOKENS))
+        tokens = min(CONTEXT_TOKENS, Shape.of(header).context_tokens or CONTEXT_TOKENS)
         flags = ["-c", str(tokens), "-np", "1", "-ngl", "999", "-fa", "on", "-ub", str(UBATCH_TOKENS)]
         [device] = oracle.ask(path, flags, 1).devices
         we = ours(header, tokens)
@@ -89,7 +91,7 @@ def rows(paths: Mapping[str, Path]) -> Iterator[dict[str, object]]:
         }  # fmt: skip
         if "problem" not in told:
             whole = round((told["weights"] + told["context"]) / MIB)
-            less = whole - round((UBATCH_TOKENS - 1) * vocabulary(header) * 4 / MIB)
+            less = whole - round((UBATCH_TOKENS - 1) * Shape.of(header).vocabulary * 4 / MIB)
             row |= {"node_mib": whole, "node_less_logits_mib": less,
                     "node_error_percent": _percent(whole, device.total),
                     "node_less_logits_error_percent": _percent(less, device.total)}  # fmt: skip

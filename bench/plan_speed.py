@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llamafleet.cli.main import default_data, settings_for
+from llamafleet.cli.arguments import default_data, settings_for
 from llamafleet.host import described as imagined
 from llamafleet.host.machine import Machine
 from llamafleet.hub import source as sources

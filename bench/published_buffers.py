@@ -18,10 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llamafleet.memory.context import Context, cache_cells
 from llamafleet.memory.kv_cache import kv_bytes
-from llamafleet.memory.ledger import Model, Placement, Usage, usage
+from llamafleet.memory.ledger import Usage, usage
+from llamafleet.memory.placement import Placement
+from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header, read_path
-from llamafleet.model.shape import Context, cache_cells, windows
+from llamafleet.model.shape import Shape
 from sandbox import models
 
 ROOT = Path(__file__).resolve().parent
@@ -124,7 +127,7 @@ def that_build(header: Header, ours: Mapping[str, Any], now: Mapping[str, float]
 
 def inputs_mib(header: Header, context: Context) -> float:
     """A mask for each kind of cache, in f32, and the tokens' embeddings."""
-    cells = {cache_cells(context, window) for window in windows(header)}
+    cells = {cache_cells(context, window) for window in Shape.of(header).windows}
     floats = context.ubatch_tokens * (sum(cells) + int(str(header.get("embedding_length"))))
     return floats * 4 / MIB
 
@@ -140,7 +143,8 @@ def figures(header: Header, ours: Mapping[str, Any], kind: type[Context]) -> dic
     context, backend = kind(**ours["context"]), ours["backend"]
     devices, host = usage(Model.of(header), context, placement(header, ours), backend)
     found = {f"{name(backend, number)} {part}": mib for number, use in devices.items() for part, mib in parts(use)}
-    windowed = sum(size for size, window in zip(kv_bytes(header, context), windows(header), strict=True) if window)
+    shape = Shape.of(header)
+    windowed = sum(size for size, window in zip(kv_bytes(shape, context), shape.windows, strict=True) if window)
     return found | {f"{HOST} {part}": mib for part, mib in parts(host)} | {"windows kv": windowed / MIB}
 
 
@@ -162,7 +166,7 @@ def placement(header: Header, ours: Mapping[str, Any]) -> Placement:
         holders += [device] * count
     holders += [None] * (int(str(header.get("block_count"))) - len(holders))
     last = None if ours.get("output_on_host") or not ours["layers"] else len(ours["layers"]) - 1
-    return Placement((*holders, last), frozenset(range(*ours.get("spilled", (0,)))))
+    return Placement.of((*holders, last), frozenset(range(*ours.get("spilled", (0,)))))
 
 
 def read_header(layout: str, mix: str) -> Header:

@@ -20,22 +20,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llamafleet.cli.main import default_data
+from llamafleet.cli.arguments import default_data
+from llamafleet.host.backends import TRAITS
 from llamafleet.host.gpus import find
 from llamafleet.host.machine import Machine
 from llamafleet.host.speeds import rates
-from llamafleet.memory.adjust import NO_ADJUSTMENT
-from llamafleet.memory.capacity import Room
-from llamafleet.memory.ledger import MIB, TRAITS, Model
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import NO_CORRECTION
+from llamafleet.memory.placement import Segment
+from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header, Tensor, read_path
-from llamafleet.model.shape import Context
-from llamafleet.planner.backend import resolve_backend
+from llamafleet.planner.backend import capacity_of, resolve_backend
 from llamafleet.planner.plan import plan_host
 from llamafleet.planner.result import Plan
-from llamafleet.planner.roofline import Prediction, Roofline, Segment
+from llamafleet.planner.roofline import Prediction, Roofline
 from llamafleet.planner.search import Candidate, Search
 from llamafleet.settings.schema import Settings
 from llamafleet.settings.workload import Workload
+from llamafleet.units import MIB
 from sandbox.layouts import PUBLISHED
 from sandbox.models import weightless
 
@@ -148,7 +150,7 @@ def as_flagged(case: Case, header: Header, host: Machine, settings: Settings) ->
     search, context = search_for(case, header, host, settings)
     if case.get("fit"):
         found = fitted(search, context)
-        return search.roofline.predict(found.segments, context) if found else None
+        return search.roofline.predict(found.order, found.segments, context) if found else None
     layers, moved = search.model.layers, search.movable
     if "gpu_layers" in case:
         front = max(0, layers + 1 - case["gpu_layers"])
@@ -159,7 +161,7 @@ def as_flagged(case: Case, header: Header, host: Machine, settings: Settings) ->
         segments = [Segment(0, 0, layers, moved[-away] if away else layers)]
     else:
         return None
-    return search.roofline.predict(segments, context)
+    return search.roofline.predict((0,), segments, context)
 
 
 def fitted(search: Search, context: Context) -> Candidate | None:
@@ -172,13 +174,13 @@ def search_for(case: Case, header: Header, host: Machine, settings: Settings) ->
     """The planner's own parts, for a placement that is not its choice."""
     instance, backend = settings.models[0], resolve_backend(host, settings)
     assert isinstance(backend, str)
-    room = Room.of(host, host.usable_gpus, settings)
+    capacity = capacity_of(host, host.usable_gpus, settings)
     tokens = instance.context_tokens or CONTEXT
-    reached = rates(host.cpu, room.gpus, instance.threads or CORES)
+    reached = rates(host.cpu, capacity.gpus, instance.threads or CORES)
     model = Model.of(header)
     roofline = Roofline(model, Workload.of(instance, tokens), reached, op_offload=TRAITS[backend].op_offload)
     context = Context(tokens, case.get("slots", 1), case.get("kv_type", "f16"), case.get("ubatch_tokens", 512))
-    return Search(model, room, backend, 0, NO_ADJUSTMENT, roofline), context
+    return Search(model, capacity, backend, 0, NO_CORRECTION, roofline), context
 
 
 def settings_for(case: Case, header: Header) -> Settings:

@@ -16,9 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llamafleet.memory.ledger import MIB, Model, Placement, usage
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import usage
+from llamafleet.memory.placement import Placement
+from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header, read_path
-from llamafleet.model.shape import Context
+from llamafleet.units import MIB
 from sandbox import hosts, models, oracle
 from sandbox.layouts import PUBLISHED
 
@@ -71,7 +74,7 @@ class Case:
         output = 1 if self.second else 0
         holders = (*(None,) * self.front, *(0,) * first, *(1,) * self.second, output)
         ends = (layers - self.second, layers) if self.second else (layers,)
-        return Placement(holders, frozenset(n for end in ends for n in range(end - self.spilled, end)))
+        return Placement.of(holders, frozenset(n for end in ends for n in range(end - self.spilled, end)))
 
     def flags(self, model: Model) -> list[str]:
         placement = self.placement(model.layers)

@@ -4,7 +4,7 @@ import functools
 import tempfile
 from pathlib import Path
 
-from llamafleet.cli.main import default_data
+from llamafleet.cli.arguments import default_data
 from llamafleet.host.machine import Machine
 from llamafleet.host.speeds import NOT_MEASURED
 from llamafleet.model.gguf import read_path
@@ -55,9 +55,9 @@ def header(layout, quant=""):
         return read_path(models.weightless(Path(folder), layout, quant))
 
 
-def plans(host, layouts, asked, adjustments=None, measurements=None):
+def plans(host, layouts, asked, corrections=None, measurements=None):
     requests = [(one, header(*name)) for one, name in zip(asked.models, layouts, strict=True)]
-    return plan_host(host, requests, asked, adjustments or {}, measurements or NOT_MEASURED)
+    return plan_host(host, requests, asked, corrections or {}, measurements or NOT_MEASURED)
 
 
 def argument(argv, flag):

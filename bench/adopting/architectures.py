@@ -6,21 +6,18 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 
 from bench.adopting.change import Change
-from bench.outline_cases import OUTLINES
-from sandbox import outlines
-from sandbox.layouts import PUBLISHED
+from llamafleet.model.architectures import ARCHITECTURES, PROJECTOR
 
 NAMES_FILE = "src/llama-arch.cpp"
-ROWS = "llamafleet/model/"
+ROWS = "llamafleet/model/architectures.py"
 _TABLE = re.compile(r"LLM_ARCH_NAMES\s*=\s*\{(.*?)\n\};", re.DOTALL)
 _ROW = re.compile(r'\{\s*LLM_ARCH_(\w+)\s*,\s*"([^"]+)"\s*\}')
 _NO_NAMES = frozenset({"(unknown)"})  # what llama.cpp prints for an unknown one
 
 
 def known_architectures() -> frozenset[str]:
-    """The architectures that are held against the oracle: by a published layout or by an outline."""
-    outlined = {str(outlines.read(outline)["architecture"]) for outline in OUTLINES.glob("*.yaml")}
-    return frozenset(outlined | {layout.architecture for layout in PUBLISHED.values()})
+    """The architectures with a row of ours, and the projector's name, which is no model of its own."""
+    return frozenset((*ARCHITECTURES, PROJECTOR))
 
 
 def names(source: str) -> dict[str, str]:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from bench.adopting.change import Change
 from llamafleet.build.release import DEFAULT_FA_TYPES
 from llamafleet.host.described import GPU_LIMIT
-from llamafleet.memory.graph import allocation, layers, mla, moe
-from llamafleet.model import gguf, header_checks, shape
+from llamafleet.memory import context
+from llamafleet.memory.graph import allocation, mla, moe
+from llamafleet.model import gguf, header_checks
+from llamafleet.model.architectures import ARCHITECTURES
 from llamafleet.model.ggml_types import GGML_TYPES
-from llamafleet.planner import flags, plan, sketch
+from llamafleet.planner import estimate, flags, plan
 from llamafleet.settings.schema import KV_TYPES
 
 Read = Callable[[str], str]  # a file of the tree, "" if it is not there
@@ -54,13 +56,14 @@ CONSTANTS = (
              "common/common.h", r"int32_t n_ctx_checkpoints\s*=\s*(\d+);"),
     Constant("llamafleet/planner/plan.py, CELLS", str(plan.CELLS),
              "src/llama-context.cpp", r"cparams\.n_ctx(?:_seq)?\s*=\s*GGML_PAD\(cparams\.n_ctx(?:_seq)?, (\d+)\)"),
-    Constant("llamafleet/model/shape.py, PAD_CELLS", str(shape.PAD_CELLS),
+    Constant("llamafleet/memory/context.py, PAD_CELLS", str(context.PAD_CELLS),
              "src/llama-kv-cache-iswa.cpp", r"size_swa = GGML_PAD\(.*, (\d+)\);"),
-    Constant("llamafleet/model/shape.py, GEMMA3N_CACHES", str(shape.GEMMA3N_CACHES),
+    Constant("llamafleet/model/architectures.py, cache_layers of gemma3n", str(ARCHITECTURES["gemma3n"].cache_layers),
              "src/models/gemma3n.cpp", r"n_layer_kv_from_start\s*=\s*(\d+);"),
-    Constant("llamafleet/model/shape.py, GLM_SHARED_CONTEXT", str(shape.GLM_SHARED_CONTEXT),
+    Constant("llamafleet/model/architectures.py, indexer_shared_from of glm-dsa",
+             str(ARCHITECTURES["glm-dsa"].indexer_shared_from),
              "src/models/glm-dsa.cpp", r"n_ctx_train < (\d+);"),
-    Constant("llamafleet/memory/graph/layers.py, SPARSE", str(layers.SPARSE["gemma3n"]),
+    Constant("llamafleet/model/architectures.py, sparse_layers of gemma3n", str(ARCHITECTURES["gemma3n"].sparse_layers),
              "src/models/models.h", r"n_layer_sparsity\s*=\s*(\d+);"),
     Constant("llamafleet/memory/graph/moe.py, SIGMOID", str(moe.SIGMOID),
              "src/llama-hparams.h", r"LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID\s*=\s*(\d+)"),
@@ -78,7 +81,7 @@ CONSTANTS = (
              "ggml/include/gguf.h", r"#define GGUF_VERSION\s+(\d+)"),
     Constant("llamafleet/memory/graph/allocation.py, COPIES", str(allocation.COPIES),
              "ggml/CMakeLists.txt", r'GGML_SCHED_MAX_COPIES\s+"(\d+)"'),
-    Constant("llamafleet/planner/sketch.py, PIPELINE_COPIES", str(sketch.PIPELINE_COPIES),
+    Constant("llamafleet/planner/estimate.py, PIPELINE_COPIES", str(estimate.PIPELINE_COPIES),
              "ggml/CMakeLists.txt", r'GGML_SCHED_MAX_COPIES\s+"(\d+)"'),
     Constant("llamafleet/memory/graph/allocation.py, OFFLOAD_TOKENS", str(allocation.OFFLOAD_TOKENS),
              "ggml/src/ggml-cuda/ggml-cuda.cu", r"min_batch_size\s*=.*GGML_OP_OFFLOAD_MIN_BATCH.*:\s*(\d+);"),

@@ -15,9 +15,10 @@ from pathlib import Path
 from bench.adopting.change import Change
 from bench.oracle_cases import Case, matrix
 from bench.outline_cases import OUTLINES, Situation, compared, is_right, situations
-from llamafleet.memory.ledger import MIB, Model
+from llamafleet.memory.kv_cache import takes_cache_of
+from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import read_path
-from llamafleet.model.shape import takes_cache_of
+from llamafleet.units import MIB
 from sandbox import outlines
 from sandbox.layouts import PUBLISHED
 from sandbox.oracle import Oracle, OracleError
@@ -93,7 +94,7 @@ def _outlines(oracle: Oracle, folder: Path) -> Iterator[Question]:
         header = read_path(path)
         model = Model.of(header)
         for name, situation in situations(model.layers).items():
-            if takes_cache_of(header, situation[0].kv_type):
+            if takes_cache_of(model.shape, situation[0].kv_type):
                 yield partial(_of_outline, outline, path, model, name, situation, oracle)
 
 

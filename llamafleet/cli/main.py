@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llamafleet.cli import compare, show_compare
+from llamafleet.cli import compare
 from llamafleet.cli import tables as show
 from llamafleet.cli import what_if as outlook
 from llamafleet.cli.arguments import UsageError, default_data, hub_token, parse_changes, read_machine, settings_for
@@ -26,7 +26,8 @@ from llamafleet.host.described import Imagined
 from llamafleet.host.machine import MachineError
 from llamafleet.host.speeds import Measurements
 from llamafleet.hub import source as sources
-from llamafleet.model.gguf import GgufError, Header
+from llamafleet.model.gguf import Header
+from llamafleet.model.gguf_cursor import GgufError
 from llamafleet.planner.plan import plan_host
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.settings.schema import Instance, Settings, SettingsError
@@ -161,7 +162,7 @@ def _compare(options: argparse.Namespace, host: Imagined, changes: dict[str, Any
     if options.json:
         print(json.dumps(compare.to_json(found, host.machine.hostname, options.min_speed), indent=2))
     else:
-        print(show_compare.table(found, host.machine.hostname, options.min_speed, show.Look.of(sys.stdout)))
+        print(show.comparison_table(found, host.machine.hostname, options.min_speed, show.Look.of(sys.stdout)))
     return PLANNED if compare.best(found, options.min_speed) else REFUSED
 
 

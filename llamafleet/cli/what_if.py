@@ -9,7 +9,7 @@ from dataclasses import replace
 from llamafleet.cli.tables import rate
 from llamafleet.model.ggml_types import GGML_TYPES
 from llamafleet.model.gguf import Header, Tensor
-from llamafleet.model.shape import number
+from llamafleet.model.shape import Shape
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.settings.schema import Instance
 
@@ -36,7 +36,7 @@ def _speed(plan: Plan) -> str:
 
 
 def _larger_context(planner: Planner, instance: Instance, header: Header, plan: Plan) -> Iterator[str]:
-    trained, now = number(header, "context_length"), plan.context_tokens
+    trained, now = Shape.of(header).context_tokens, plan.context_tokens
     if trained <= now:
         return
     largest = largest_context(planner, instance, header, now, trained)

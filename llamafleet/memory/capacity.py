@@ -1,25 +1,20 @@
-"""Room for layers: what is left on a host, and how a row of layers is cut for its devices."""
+"""Free memory of a host's devices, and the ledger of one model placed on them."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llamafleet.host.machine import Gpu, Machine
-from llamafleet.memory.adjust import NO_ADJUSTMENT, Adjustment
-from llamafleet.memory.ledger import HOST, MIB, Buffers, LedgerRow, Model, Placement, Usage, buffers, usage
-from llamafleet.memory.weights import X86_TYPES, repacked_types
-from llamafleet.model.shape import Context
-from llamafleet.settings.schema import Settings
-
-BALANCE_STEPS = 12  # halvings of the fill level: the devices' fills then differ by less than a layer
-SAME_SPEED = 1.1  # GPUs whose bandwidth differs by less are one kind
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import NO_CORRECTION, Buffers, Correction, LedgerRow, Usage, buffers, usage
+from llamafleet.memory.placement import HOST, Placement
+from llamafleet.memory.weights import X86_TYPES, Model, repacked_types
 
 
 @dataclass(frozen=True)
-class Room:
-    """What is left on a host for the next instance, reserves not yet taken off."""
+class Capacity:
+    """Bytes of a host that the next instance may use; its reserves are not yet subtracted."""
 
     gpus: tuple[Gpu, ...]
     gpu_bytes: tuple[int, ...]
@@ -28,40 +23,47 @@ class Room:
     gpu_reserve_bytes: int
     host_reserve_bytes: int
     unified: bool
-    repacked: Mapping[str, int]  # types that the CPU repacks
+    repacked: Mapping[str, int]  # weight types that the CPU repacks, with the rows that must divide a tensor's
 
     @classmethod
-    def of(cls, machine: Machine, gpus: Sequence[Gpu], settings: Settings) -> Room:
-        """The whole host's."""
+    def of(
+        cls,
+        machine: Machine,
+        gpus: Sequence[Gpu],
+        *,
+        gpu_reserve_bytes: int,
+        host_reserve_bytes: int,
+        allow_swap: bool,
+    ) -> Capacity:
+        """Capacity of an empty host. Where GPU and CPU share one memory, the host's reserve applies to both."""
         unified = any(gpu.unified_memory for gpu in gpus)
-        reserve = (settings.ram_reserve_mib if unified else settings.gpu_reserve_mib) * MIB
         total = machine.memory.total_bytes
         return cls(
             gpus=tuple(gpus),
             gpu_bytes=tuple(min(gpu.capacity_bytes, total) if unified else gpu.capacity_bytes for gpu in gpus),
             host_bytes=total,
-            swap_bytes=machine.memory.swap_total_bytes if settings.allow_swap else 0,
-            gpu_reserve_bytes=reserve,
-            host_reserve_bytes=settings.ram_reserve_mib * MIB,
+            swap_bytes=machine.memory.swap_total_bytes if allow_swap else 0,
+            gpu_reserve_bytes=host_reserve_bytes if unified else gpu_reserve_bytes,
+            host_reserve_bytes=host_reserve_bytes,
             unified=unified,
             repacked=repacked_types(machine.cpu.flags) if machine.cpu.flags else X86_TYPES,
         )
 
-    def without(self, ledger: Sequence[LedgerRow]) -> Room:
-        """What is left once a plan has its share."""
+    def without(self, ledger: Sequence[LedgerRow]) -> Capacity:
+        """Capacity that is left after the plan with this ledger is placed."""
         used = {row.device: row.used_bytes for row in ledger}
-        taken = sum(used.values()) if self.unified else used.get(HOST, 0)
+        host_used = sum(used.values()) if self.unified else used.get(HOST, 0)
         return replace(
             self,
             gpu_bytes=tuple(
-                size - (taken if self.unified else used.get(f"GPU{gpu.index}", 0))
+                size - (host_used if self.unified else used.get(f"GPU{gpu.index}", 0))
                 for gpu, size in zip(self.gpus, self.gpu_bytes, strict=True)
             ),
-            host_bytes=self.host_bytes - taken,
+            host_bytes=self.host_bytes - host_used,
         )
 
-    def only(self, order: Sequence[int]) -> Room:
-        """The same host with these of its GPUs, in this order: llama.cpp's device N is the N-th."""
+    def only(self, order: Sequence[int]) -> Capacity:
+        """Capacity with only these GPUs, in this order: llama.cpp's device N is the N-th of them."""
         return replace(
             self,
             gpus=tuple(self.gpus[device] for device in order),
@@ -69,7 +71,7 @@ class Room:
         )
 
     def ledger(self, used: Mapping[int, Usage], host: Usage) -> tuple[LedgerRow, ...]:
-        """A row for each device in use and, last, the host's."""
+        """One ledger row for each device in use, then the row of the host."""
         rows = [
             _row(f"GPU{self.gpus[device].index}", use, self.gpu_bytes[device], self.gpu_reserve_bytes)
             for device, use in sorted(used.items())
@@ -90,66 +92,38 @@ def _row(device: str, use: Usage, capacity: int, reserve: int) -> LedgerRow:
         overhead_bytes=use.overhead_bytes,
         capacity_bytes=capacity,
         free_bytes=capacity - use.total_bytes - reserve,
+        reserve_bytes=reserve,
     )
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model with its context on what room there is."""
+    """One model with its context, and the capacity of the host that it is placed on."""
 
     model: Model
     context: Context
-    room: Room
+    capacity: Capacity
     backend: str
-    host_extra_bytes: int  # RAM besides the model's: the prompt cache
-    adjustment: Adjustment = NO_ADJUSTMENT  # what the binary said of an earlier plan
+    host_extra_bytes: int  # RAM of the prompt cache and of context checkpoints
+    correction: Correction = NO_CORRECTION  # what llama-server allocated beyond an earlier plan's ledger
 
     def buffers(self, placement: Placement, *, roughly: bool) -> Buffers:
-        """What is computed in, staging not told apart."""
-        return buffers(self.model, self.context, placement, self.backend, apart=False, roughly=roughly)
+        """Bytes of the compute buffers, with staging counted as compute. `roughly`: as in `ledger.buffers`."""
+        return buffers(self.model, self.context, placement, self.backend, separate_staging=False, roughly=roughly)
 
-    def rows(self, placement: Placement, known: Buffers | None = None) -> tuple[LedgerRow, ...]:
-        """The ledger of a placement, corrected by what the binary said. `known`: the buffers, if they are."""
+    def rows(self, placement: Placement, compute_buffers: Buffers | None = None) -> tuple[LedgerRow, ...]:
+        """The corrected ledger of a placement. `compute_buffers`: their sizes; None: they are computed here."""
         used, host = usage(
-            self.model, self.context, placement, self.backend, self.host_extra_bytes, self.room.repacked, known
+            self.model,
+            self.context,
+            placement,
+            self.backend,
+            self.host_extra_bytes,
+            self.capacity.repacked,
+            compute_buffers,
         )
-        adjusted = {
-            device: self.adjustment.applied(f"GPU{self.room.gpus[device].index}", use) for device, use in used.items()
+        corrected = {
+            device: self.correction.applied(f"GPU{self.capacity.gpus[device].index}", use)
+            for device, use in used.items()
         }
-        return self.room.ledger(adjusted, self.adjustment.applied(HOST, host))
-
-
-def cut(sums: Sequence[float], start: int, budgets: Sequence[float]) -> tuple[int, ...] | None:
-    """Cut a row of layers into one piece for each device, each as full as it can be, in order.
-
-    `sums[n]`: cost of the first n positions. The answer is where each piece ends, the first beginning at `start`;
-    None if the devices do not hold them. Every device gets one position at least.
-    """
-    positions = len(sums) - 1
-    ends = []
-    for waiting, budget in zip(range(len(budgets) - 1, -1, -1), budgets, strict=True):
-        end = bisect_right(sums, sums[start] + budget, start, positions - waiting + 1) - 1
-        if end <= start:
-            return None
-        ends.append(end)
-        start = end
-    return tuple(ends) if start == positions else None
-
-
-def fill(
-    sums: Sequence[float], start: int, budgets: Sequence[float], speeds: Sequence[float]
-) -> tuple[int, ...] | None:
-    """As `cut`, but the slowest devices get as little as the faster ones leave, evenly; equal ones share evenly."""
-    if cut(sums, start, budgets) is None:
-        return None
-    slow = min(speeds) * SAME_SPEED
-
-    def at(level: float) -> tuple[int, ...] | None:
-        tried = [size * level if speed <= slow else size for size, speed in zip(budgets, speeds, strict=True)]
-        return cut(sums, start, tried)
-
-    low, high = 0.0, 1.0
-    for _ in range(BALANCE_STEPS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if at(middle) else (middle, high)
-    return at(high)
+        return self.capacity.ledger(corrected, self.correction.applied(HOST, host))

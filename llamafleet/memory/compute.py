@@ -1,61 +1,38 @@
-"""Bytes of llama.cpp's compute buffers, by laying out its graph as it does (`graphs/blocks`, `graphs/scheduling`).
+"""Bytes of llama.cpp's compute buffers: its graph is built (`graph/assemble`) and allocated (`graph/allocation`).
 
-Layers and devices that only repeat others are left out (`graphs/repeats`). Answers are remembered, because a
-search over placements asks for few really different ones.
+Layers and devices that repeat others are left out (`graph/repeats`). Results are cached, because most placements of a
+search lead to a graph that was already allocated.
 """
 
 from __future__ import annotations
 
 import gc
-import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from llamafleet.memory.graph.allocation import sizes
+from llamafleet.memory.context import Context, as_served
+from llamafleet.memory.graph.allocation import buffer_bytes
 from llamafleet.memory.graph.assemble import build
-from llamafleet.memory.graph.layers import FIRST_LAYER, INPUTS, Layers, marks
+from llamafleet.memory.graph.layers import FIRST_LAYER, INPUTS, Layers, layer_traits
 from llamafleet.memory.graph.repeats import NEIGHBOURS, NO_NEIGHBOURS, fold, numbered, shorten
-from llamafleet.memory.kv_cache import COMPRESSED, kv_bytes
-from llamafleet.memory.upper_bound import bound, vocabulary
+from llamafleet.memory.kv_cache import kv_bytes
+from llamafleet.memory.placement import Placement
+from llamafleet.memory.upper_bound import bound
 from llamafleet.model.gguf import Header
-from llamafleet.model.shape import INDEXED, Context, as_served, cache_owners, trunk_layers
+from llamafleet.model.shape import DENSE, EXPERTS, Shape
 
-__all__ = ["DENSE", "EXPERTS", "Compute", "Layout", "vocabulary"]
-
-# A header that lacks what its architecture's graph needs, or says what cannot be.
+# Raised for a header without tensors that its architecture's graph needs, or with impossible numbers.
 _UNKNOWN = (LookupError, ArithmeticError, ValueError, RecursionError)
-WHOLE = INDEXED | {COMPRESSED, "minimax-m3"}  # no layer may be left out
-LAYER_LIMIT = 128  # laid out at once; models have a few kinds of layers, and hostile headers get no time
-
-# What --n-cpu-moe matches (common/common.h, LLM_FFN_EXPS_REGEX), and a dense model's feed-forward part.
-EXPERTS = re.compile(r"ffn_(up|down|gate|gate_up)_(ch|)exps\..*")
-DENSE = re.compile(r"ffn_(up|down|gate)\.weight")
+LAYER_LIMIT = 128  # layers of a graph, repeated ones left out: bounds the time that a hostile header takes
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Who holds what, as the scheduler numbers backends: devices from 0, and `devices` for the host."""
+class Rules:
+    """Behaviour of a backend that changes the size of its compute buffers."""
 
-    holders: tuple[int, ...]  # of each layer and, last, the output
-    moved: Mapping[int, str]  # layers with experts (FFN) on the host, and which: "all", "down" or "up"
-    devices: int
-    attention_scratch: bool = False
-    op_offload: bool = False
-
-    @property
-    def flags(self) -> tuple[bool, bool]:
-        """What the backend does besides."""
-        return self.attention_scratch, self.op_offload
-
-    def folded(self, numbers: Sequence[int]) -> Layout:
-        """The same with other numbers for devices and, last, for the host."""
-        return replace(self, holders=tuple(numbers[holder] for holder in self.holders), devices=numbers[-1])
-
-    @property
-    def is_pipeline(self) -> bool:
-        """Devices work side by side on several batches (llama-context.cpp:432)."""
-        return self.devices > 1 and self.devices not in self.holders and not self.moved
+    attention_scratch: bool = False  # flash attention converts a cache that is not f16 to f16
+    op_offload: bool = False  # host weights are copied to the device for large batches
 
 
 _KNOWN: dict[int, Compute] = {}  # by the header's id
@@ -63,128 +40,152 @@ KNOWN_LIMIT = 32
 
 
 class Compute:
-    """One model's compute buffers."""
+    """Compute-buffer sizes of one model, cached."""
 
     @classmethod
     def of(cls, header: Header) -> Compute:
-        """The same one for the same header, with all that it remembers."""
-        found = _KNOWN.get(id(header))
-        if found is None or found.header is not header:
-            found = _KNOWN[id(header)] = cls(header)
+        """The instance for this header; an earlier one, with its cached sizes, if there is one."""
+        compute = _KNOWN.get(id(header))
+        if compute is None or compute.header is not header:
+            compute = _KNOWN[id(header)] = cls(header)
             while len(_KNOWN) > KNOWN_LIMIT:
                 del _KNOWN[next(iter(_KNOWN))]
-        return found
+        return compute
 
     def __init__(self, header: Header) -> None:
-        self.header, self.layers = header, Layers(header)
+        self.header, self.shape = header, Shape.of(header)
+        self.layers = Layers(header, norm_misnamed=self.shape.architecture.output_norm_misnamed)
         parts = {part for layer in self.layers.parts.values() for part in layer}
-        experts, dense = ({one for one in parts if what.fullmatch(one)} for what in (EXPERTS, DENSE))
+        experts, dense = ({part for part in parts if pattern.fullmatch(part)} for pattern in (EXPERTS, DENSE))
         spilled = experts or dense
-        down = {one for one in spilled if "ffn_down" in one}
-        self.moved = {"all": spilled, "down": down, "up": spilled - down}  # tensors of a layer on the host
-        self.owners = cache_owners(header)
-        self.has_inputs = "per_layer_token_embd.weight" in self.layers[-1]
-        self.kinds = numbered(self._kinds())  # small numbers are quick to compare
+        down = {part for part in spilled if "ffn_down" in part}
+        self.moved = {"all": spilled, "down": down, "up": spilled - down}  # tensors that a layer may have on the host
+        self.has_layer_inputs = "per_layer_token_embd.weight" in self.layers[-1]
+        self.kinds = numbered(self._kinds())
         self.types = {which: numbered(self._types(which)) for which in ("all", "down", "up", "layer")}
-        self.known: dict[Hashable, tuple[int, ...]] = {}  # by what is laid out
-        self.asked: dict[Hashable, tuple[int, ...]] = {}  # by what was asked
+        self.by_graph: dict[Hashable, tuple[int, ...]] = {}  # sizes, by the layers of the graph
+        self.by_request: dict[Hashable, tuple[int, ...]] = {}  # sizes, by the arguments of `bytes`
         self.caches: dict[Context, tuple[int, ...]] = {}
 
     def kv_bytes(self, context: Context) -> tuple[int, ...]:
-        """`caches.kv_bytes`, remembered."""
+        """`kv_cache.kv_bytes` of this model, cached."""
         if context not in self.caches:
-            self.caches[context] = kv_bytes(self.header, as_served(self.header, context))
+            self.caches[context] = kv_bytes(self.shape, as_served(self.shape, context))
         return self.caches[context]
 
     def _kinds(self) -> list[Hashable]:
-        apart = marks(self.header)
+        traits = layer_traits(self.shape)
         return [
-            (apart[n], tuple((part, tensor.shape) for part, tensor in self.layers[n].items()))
-            for n in range(trunk_layers(self.header))
+            (traits[n], tuple((part, tensor.shape) for part, tensor in self.layers[n].items()))
+            for n in range(self.shape.trunk_layers)
         ]
 
     def _types(self, which: str) -> list[Hashable]:
-        """Of each layer, the types of its experts (FFN), or which of these, or of the whole layer."""
+        """Weight types of each layer. `which`: "layer" for all its tensors, else a key of `moved`."""
         return [
             tuple(t.type for part, t in self.layers[n].items() if which == "layer" or part in self.moved[which])
-            for n in range(trunk_layers(self.header))
+            for n in range(self.shape.trunk_layers)
         ]
 
     @property
     def is_exact(self) -> bool:
-        """Is it known what this model computes? Otherwise its figures are a bound."""
+        """Can this model's graph be built? Otherwise its sizes are an upper bound."""
+        if not self.shape.architecture.verified:
+            return False
         try:
-            each = tuple(sorted({kind: n for n, kind in enumerate(self.kinds)}.values()))
-            self._laid_out(Context(256, 1, "f16", 32), Layout((0,) * (len(self.kinds) + 1), {}, 0), each)
+            order = tuple(sorted({kind: n for n, kind in enumerate(self.kinds)}.values()))
+            self._allocated(Context(256, 1, "f16", 32), Placement.of((None,) * (len(self.kinds) + 1)), Rules(), order)
         except _UNKNOWN:
             return False
         return True
 
-    def bytes(self, context: Context, layout: Layout, *, roughly: bool = False) -> tuple[int, ...]:
-        """Of each device, and last of the host."""
-        context = as_served(self.header, context)
+    def bytes(self, context: Context, placement: Placement, rules: Rules, *, roughly: bool = False) -> tuple[int, ...]:
+        """Bytes of each device's compute buffer and, last, of the host's. `roughly`: estimated in less time."""
+        context = as_served(self.shape, context)
         neighbours = NO_NEIGHBOURS if roughly else NEIGHBOURS
-        moved = tuple(sorted(layout.moved.items()))
-        asked = (context, layout.holders, moved, layout.devices, layout.flags, neighbours)
-        if asked not in self.asked:
-            self.asked[asked] = self._shortened(context, layout, neighbours)
-        return self.asked[asked]
+        request = (context, placement, rules, neighbours)
+        if request not in self.by_request:
+            self.by_request[request] = self._without_repeats(context, placement, rules, neighbours)
+        return self.by_request[request]
 
-    def _shortened(self, context: Context, layout: Layout, neighbours: tuple[int, int]) -> tuple[int, ...]:
-        signs = [self._sign(layout, n) for n in range(len(self.kinds))]
-        # An indexer's layers keep zeros from the start of the graph until they need them, or leave gaps that add up.
-        whole = self.header.architecture in WHOLE
-        order = tuple(range(len(signs))) if whole else shorten(*_apart(signs), neighbours)
+    def _without_repeats(
+        self, context: Context, placement: Placement, rules: Rules, neighbours: tuple[int, int]
+    ) -> tuple[int, ...]:
+        keys = [self._layer_key(placement, rules, n) for n in range(len(self.kinds))]
+        holders, host = placement.backends, len(placement.devices)
+        # Layers with an indexer hold zeros from the start of the graph until they use them, or leave gaps that add up.
+        every_layer = self.shape.architecture.has_context_gaps
+        kinds, types = [key[:-1] for key in keys], [key[-1] for key in keys]
+        order = tuple(range(len(keys))) if every_layer else shorten(kinds, types, neighbours)
         numbers = fold([
-            tuple(signs[n][1:] for n in order if layout.holders[n] == device) for device in range(layout.devices)
+            tuple(keys[n][1:] for n in order if holders[n] == device) for device in range(host)
         ])  # fmt: skip
-        shown = {numbers.index(number) for number in numbers} | {layout.devices}
-        order = tuple(n for n in order if layout.holders[n] in shown)
-        found = self._remembered(context, layout.folded((*numbers, len(shown) - 1)), order)
-        return (*(found[number] for number in numbers), found[-1])
+        representatives = {numbers.index(number) for number in numbers} | {host}
+        order = tuple(n for n in order if holders[n] in representatives)
+        sizes = self._cached(context, placement.renumbered(numbers), rules, order)
+        return (*(sizes[number] for number in numbers), sizes[-1])
 
-    def _remembered(self, context: Context, layout: Layout, order: tuple[int, ...]) -> tuple[int, ...]:
-        last = (layout.holders[-1], layout.devices, layout.is_pipeline, layout.flags)
-        key = (context, tuple(self._sign(layout, n) for n in order), last)
-        if key not in self.known:
-            try:
-                with _no_collection():
-                    self.known[key] = self._laid_out(context, layout, order)
-            except _UNKNOWN:
-                self.known[key] = (bound(self.header, context, pipelined=layout.is_pipeline),) * (layout.devices + 1)
-        return self.known[key]
+    def _cached(self, context: Context, placement: Placement, rules: Rules, order: tuple[int, ...]) -> tuple[int, ...]:
+        last = (placement.backends[-1], len(placement.devices), placement.is_pipeline, rules)
+        key = (context, tuple(self._layer_key(placement, rules, n) for n in order), last)
+        if key not in self.by_graph:
+            self.by_graph[key] = self._exact(context, placement, rules, order) or self._bound(context, placement)
+        return self.by_graph[key]
 
-    def _sign(self, layout: Layout, n: int) -> tuple[Hashable, ...]:
-        """What sets a layer apart: its holder, and of its weights their types only if they are copied from the host."""
-        holder, moved = layout.holders[n], layout.moved.get(n)
-        copied = "layer" if holder == layout.devices else moved
-        types = self.types[copied][n] if copied and layout.op_offload else None
-        return holder, self.kinds[n], moved, n if self._is_fed(layout, n) else None, types
+    def _exact(
+        self, context: Context, placement: Placement, rules: Rules, order: tuple[int, ...]
+    ) -> tuple[int, ...] | None:
+        """Bytes by building the graph; None if the graph of this model cannot be built."""
+        if not self.shape.architecture.verified:
+            return None
+        try:
+            with _garbage_collection_off():
+                return self._allocated(context, placement, rules, order)
+        except _UNKNOWN:
+            return None
 
-    def _is_fed(self, layout: Layout, n: int) -> bool:
-        """Does another backend give it more than what the layer before computed? Such copies add up."""
-        holder, first = layout.holders[n], layout.holders[0]
-        has_own = self.has_inputs and layout.devices > 0 and (holder != first or first == layout.devices)
-        return has_own or layout.holders[self.owners[n]] != holder
+    def _bound(self, context: Context, placement: Placement) -> tuple[int, ...]:
+        size = bound(self.shape, self.header.tensors, context, pipelined=placement.is_pipeline)
+        return (size,) * (len(placement.devices) + 1)
 
-    def _laid_out(self, context: Context, layout: Layout, order: tuple[int, ...]) -> tuple[int, ...]:
-        cpu = layout.devices
+    def _layer_key(self, placement: Placement, rules: Rules, n: int) -> tuple[Hashable, ...]:
+        """Equal for two layers that can stand for each other: backend, kind, tensors on the host, own inputs, types.
+
+        The types of weights count only where op-offload copies the weights from the host.
+        """
+        holder, moved = placement.backends[n], placement.moved.get(n)
+        copied = "layer" if holder == len(placement.devices) else moved
+        types = self.types[copied][n] if copied and rules.op_offload else None
+        return holder, self.kinds[n], moved, n if self._has_own_input(placement, n) else None, types
+
+    def _has_own_input(self, placement: Placement, n: int) -> bool:
+        """Does the layer copy another backend's tensor besides the previous layer's result? Such copies add up."""
+        holders, host = placement.backends, len(placement.devices)
+        holder, first = holders[n], holders[0]
+        per_layer_input = self.has_layer_inputs and host > 0 and (holder != first or first == host)
+        return per_layer_input or holders[self.shape.cache_owners[n]] != holder
+
+    def _allocated(
+        self, context: Context, placement: Placement, rules: Rules, order: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """Bytes of each backend's buffer for the graph of the layers in `order`."""
+        holders, moved, cpu = placement.backends, placement.moved, len(placement.devices)
         if len(order) > LAYER_LIMIT:
-            raise ValueError("no two layers are alike")
+            raise ValueError(f"{len(order)} different layers, {LAYER_LIMIT} at most")
 
         def home(part: str, layer: int | None) -> int:
             if layer is None:
-                return cpu if part.startswith(INPUTS) else layout.holders[0 if part.startswith(FIRST_LAYER) else -1]
-            which = layout.moved.get(layer)
-            return cpu if which and part in self.moved[which] else layout.holders[layer]
+                return cpu if part.startswith(INPUTS) else holders[0 if part.startswith(FIRST_LAYER) else -1]
+            on_host = moved.get(layer)
+            return cpu if on_host and part in self.moved[on_host] else holders[layer]
 
-        graph = build(self.header, self.layers, context, home, order, attention_scratch=layout.attention_scratch)
-        return tuple(sizes(graph, cpu, pipelined=layout.is_pipeline, op_offload=layout.op_offload))
+        graph = build(self.shape, self.layers, context, home, order, attention_scratch=rules.attention_scratch)
+        return tuple(buffer_bytes(graph, cpu, pipelined=placement.is_pipeline, op_offload=rules.op_offload))
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """A graph is thousands of objects that live for milliseconds: the collector would walk them all many times."""
+def _garbage_collection_off() -> Iterator[None]:
+    """Switch Python's garbage collector off: it would walk the thousands of objects of a graph many times."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -192,8 +193,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def _apart(signs: Sequence[tuple[Hashable, ...]]) -> tuple[list[Hashable], list[Hashable]]:
-    """All but the weights' types, and these."""
-    return [sign[:-1] for sign in signs], [sign[-1] for sign in signs]

@@ -1,266 +1,273 @@
-"""What a header says of a model's context: which layers have a cache, of what size, and which a recurrent state.
+"""A model's dimensions, read once from its header by llama.cpp's rules.
 
-The rules are llama.cpp's at b11434: src/llama-kv-cache.cpp, src/llama-kv-cache-iswa.cpp,
-src/llama-memory-recurrent.cpp and the hyperparameters in src/llama-hparams.cpp and src/models/.
-Where an architecture is not known here the answer is an upper bound.
+The rules are llama.cpp's at b11434: src/llama-hparams.cpp, src/llama-model.cpp (load_hparams) and `load_arch_hparams`
+in src/models/*.cpp. A header may be hostile: a missing number is 0, and no combination of numbers raises an error.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from llamafleet.model.gguf import GGML_TYPES, Header, LongArray
+from llamafleet.model.architecture import Architecture, Cache
+from llamafleet.model.architectures import architecture_of
+from llamafleet.model.gguf import Header
+from llamafleet.model.gguf_cursor import LongArray, Value
+from llamafleet.model.keys import Keys
+from llamafleet.model.layer_rules import (
+    cache_is_exact,
+    cache_layers,
+    cache_owners,
+    indexer_layers,
+    recurrent_layers,
+    uses_rope,
+    windows,
+)
 
-PAD_CELLS = 256  # llama-context.cpp and llama-kv-cache-iswa.cpp pad contexts to this
-BLOCKS = {name.lower(): (block, size) for name, block, size in GGML_TYPES.values()}
-STATE_BYTES = 4  # recurrent state is f32
+# Tensors that --n-cpu-moe matches (common/common.h, LLM_FFN_EXPS_REGEX), and those of a dense feed-forward part.
+EXPERTS = re.compile(r"ffn_(up|down|gate|gate_up)_(ch|)exps\..*")
+DENSE = re.compile(r"ffn_(up|down|gate)\.weight")
 
-# Every n-th layer attends to everything, the others to a window (src/models/*.cpp, the default of
-# load_swa_pattern). Architectures not listed must carry the pattern as an array, else full
-# attention is assumed, which is an upper bound.
-SWA_PERIODS = {
-    "afmoe": 4,
-    "cohere2": 4,
-    "cohere2moe": 4,
-    "deepseek4": 0,
-    "exaone-moe": 4,
-    "exaone4": 4,
-    "gemma2": 2,
-    "gemma3": 6,
-    "gemma3n": 5,
-    "gpt-oss": 2,
-    "laguna": 4,
-    "llama4": 4,
-    "mellum": 4,
-    "muse-glimmer": 4,
-    "olmo2": 4,
-    "plamo3": 8,
-    "smallthinker": 4,
-}
-SWA_DENSE_FIRST = frozenset({"cohere2moe", "laguna", "smallthinker"})
-SWA_WINDOWS = {"gemma2": 4096, "exaone4": 4096, "llama4": 8192}  # where the header tells none
-FIXED_WINDOWS = {"llama4": 8192, "smallthinker": 4096}  # whatever it tells, if it is not none
-NO_SWA = frozenset({"phi3", "phimoe"})  # have the key, llama.cpp does not use it (models/phi3.cpp:13-23)
-
-
-SHARED_CACHES = frozenset({"gemma3n", "gemma4"})  # the last layers read the caches of earlier ones
-GEMMA3N_CACHES = 20  # layers that have one (models/gemma3n.cpp:7)
-
-# Recurrent from the first to the last layer (llm_arch_is_recurrent, src/llama-arch.cpp).
-RECURRENT = frozenset({"mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"})
-# Three of four layers recurrent, by interval or by array (src/models/qwen3next.cpp:17).
-BY_INTERVAL = frozenset({"qwen3next", "qwen35", "qwen35moe"})
-# Recurrent where a layer has no KV heads (src/models/jamba.cpp:12 and others).
-BY_HEADS = frozenset({"jamba", "plamo2", "granitehybrid", "lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe",
-                      "kimi-linear", "bailingmoe3"})  # fmt: skip
-PARALLEL_HYBRIDS = frozenset({"falcon-h1"})  # attention and state side by side in every layer
-INDEXED = frozenset({"deepseek32", "glm-dsa"})  # llama_kv_cache_dsa
-GLM_SHARED_CONTEXT = 1048576  # from here on three layers of four share their indexer (src/models/glm-dsa.cpp:60)
-# Caches with rules of their own, which are not here (create_memory, src/llama-model.cpp:2358).
-UNKNOWN_CACHES = frozenset({"glm5-next", "hy_v4", "dots3note",
-                            "qwen4exp", "minimax-01", "kimi-k3", "graniteswitch", "gemma4-assistant", "dflash",
-                            "eagle3", "t5", "clef", "pockettts"})  # fmt: skip
-# No cache at all: they look at one batch only (create_memory gives nullptr).
-CACHELESS = frozenset({"bert", "jina-bert-v2", "jina-bert-v3", "nomic-bert", "nomic-bert-moe", "neo-bert", "eurobert",
-                       "modern-bert", "gemma-embedding", "dream", "llada", "llada-moe", "rnd1"})  # fmt: skip
-NO_FLASH = frozenset({"grok"})  # flash attention is switched off, whatever is asked (llama-context.cpp:3819)
+DEFAULT_TOKEN_SHIFTS = 2  # src/llama-hparams.h, token_shift_count
 
 
 @dataclass(frozen=True)
-class Context:
-    """The context asked for: tokens of one slot, slots, cache type, tokens computed together."""
+class Experts:
+    """Dimensions of a mixture of experts; all 0 for a dense model."""
 
-    tokens: int
-    slots: int
-    kv_type: str
-    ubatch_tokens: int
-    flash_attention: bool = True
-    unified: bool = False  # one cache of tokens x slots that the slots share, instead of one for each
+    count: int
+    used: tuple[int, ...]  # experts that each token uses, by layer
+    feed_forward: int  # width of one expert
+    groups: int
+    groups_used: int
+    gating: int  # src/llama-hparams.h, llama_expert_gating_func_type
+    weights_normed: bool
+    weights_scaled: bool
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """MLA: elements of the compressed head, and of the heads that it is decompressed to."""
+
+    is_absorbed: bool  # K is the compressed head and V is read from it (src/llama-hparams.cpp, is_mla)
+    rank: int
+    rope: int  # elements of a head that RoPE rotates
+    key: int
+    value: int
+
+
+@dataclass(frozen=True)
+class IndexerShape:
+    """Dimensions of the indexer, which picks the cells that attention reads."""
+
+    layers: tuple[bool, ...]  # which layers have an indexer
+    key: int  # elements of a head
+    heads: int
+    top: int  # number of cells, or blocks, that are picked
+    block: int  # cells of a block
+
+
+@dataclass(frozen=True)
+class State:
+    """Recurrent layers and the dimensions of their states, by the header's keys."""
+
+    layers: tuple[bool, ...]
+    inner: int  # ssm.inner_size
+    size: int  # ssm.state_size
+    groups: int  # ssm.group_count
+    rank: int  # ssm.time_step_rank
+    kernel: int  # ssm.conv_kernel
+    norms_inputs: bool  # ssm.dt_b_c_rms
+    short_cells: int  # shortconv.l_cache
+    kda_head: int  # kda.head_dim
+    wkv_head: int  # wkv.head_size
+    token_shifts: int
+
+
+@dataclass(frozen=True)
+class Clamps:
+    """Which activations of a layer are clamped: those of experts, and of other feed-forward parts."""
+
+    experts: bool
+    others: bool
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's dimensions. A tuple has one value for each layer."""
+
+    architecture: Architecture
+    name: str  # of the model, printable
+    layers: int
+    trunk_layers: int  # without the layers of a draft head (nextn), which come last
+    embedding: int
+    context_tokens: int  # trained; 0 if the header does not have it
+    vocabulary: int
+    heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    head: tuple[int, int]  # elements of a head of K and of V, in layers without a window
+    window_head: tuple[int, int]  # ... and in layers with a sliding window
+    sliding_window: int  # tokens, from the header, even if llama.cpp ignores it
+    windows: tuple[int, ...]  # tokens; 0 for attention to all cells
+    cache_layers: int  # the first layers, which own a cache
+    cache_owners: tuple[int, ...]  # the layer whose cache each layer reads: itself or an earlier one
+    uses_rope: tuple[bool, ...]
+    position_numbers: int  # numbers that give one token's position
+    feed_forward: tuple[int, ...]
+    leading_dense: int
+    image_layers: int  # the first layers, which add rows of an image (deepstack)
+    clamps: tuple[Clamps, ...]
+    scales_embeddings: bool
+    caps_attention: bool  # attn_logit_softcapping
+    caps_logits: bool  # final_logit_softcapping
+    experts: Experts
+    latent: LatentAttention
+    indexer: IndexerShape
+    state: State
+    compress_ratios: tuple[int, ...]  # tokens that a compressed cell stands for
+    residual_streams: int
+    output_groups: int
+    output_rank: int
+    cache_is_exact: bool  # False: the caches' bytes are an upper bound
 
     @property
-    def cells(self) -> int:
-        """KV cells of one slot, padded."""
-        return _padded(self.tokens)
+    def cache(self) -> Cache:
+        """Kind of the context's memory; unknown for an architecture that is not verified."""
+        known = self.architecture.verified or self.architecture.cache is Cache.NONE
+        return self.architecture.cache if known else Cache.UNKNOWN
 
-    @property
-    def stream_cells(self) -> int:
-        """KV cells of one cache: a slot's, or, unified, all slots' together."""
-        return self.cells * (self.slots if self.unified else 1)
+    def head_sizes(self, window: bool) -> tuple[int, int]:
+        """Elements of a head of K and of V. `window`: in layers with a sliding window."""
+        return self.window_head if window else self.head
 
-    @property
-    def streams(self) -> int:
-        """Caches side by side."""
-        return 1 if self.unified else self.slots
-
-    @property
-    def ubatch(self) -> int:
-        """Tokens computed together; never more than there are cells (llama-context.cpp:226)."""
-        return min(self.ubatch_tokens, self.cells * self.slots)
-
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens of the graph that memory is reserved for: the same number for each slot (graph_reserve)."""
-        return -(-self.ubatch // self.slots) * self.slots
-
-    @property
-    def outputs(self) -> int:
-        """Tokens whose logits are computed: llama-server asks for one of each slot."""
-        return min(self.ubatch, self.slots)
-
-
-def cache_cells(context: Context, window: int) -> int:
-    """Cells of a layer's cache in one stream (llama-kv-cache-iswa.cpp:71)."""
-    if not window:
-        return context.stream_cells
-    reach = window * (context.slots if context.unified else 1) + context.ubatch
-    return _padded(min(context.stream_cells, reach))
-
-
-def _padded(cells: int) -> int:
-    return -(-cells // PAD_CELLS) * PAD_CELLS
-
-
-def number(header: Header, key: str, default: int = 0) -> int:
-    """A whole number of the architecture's metadata; the largest where there is one for each layer."""
-    value = header.get(key)
-    if isinstance(value, tuple):
-        return max((int(item) for item in value if isinstance(item, int)), default=default)
-    return max(0, int(value)) if isinstance(value, int | float) else default
-
-
-def per_layer(header: Header, key: str, default: int = 0) -> tuple[int, ...]:
-    """A whole number for each layer."""
-    layers = number(header, "block_count")
-    value = header.get(key)
-    if isinstance(value, tuple) and len(value) >= layers:
-        return tuple(int(item) if isinstance(item, int) else default for item in value[:layers])
-    return (number(header, key, default),) * layers
-
-
-def windows(header: Header) -> tuple[int, ...]:
-    """Each layer's attention window in tokens, 0 for attention to everything."""
-    layers = number(header, "block_count")
-    arch = header.architecture
-    window = number(header, "attention.sliding_window", SWA_WINDOWS.get(arch, 0))
-    pattern = header.get("attention.sliding_window_pattern")
-    if window == 0 or arch in NO_SWA or (arch == "exaone4" and layers != 64):
-        return (0,) * layers
-    window = FIXED_WINDOWS.get(arch, window)
-    if isinstance(pattern, tuple) and len(pattern) >= layers:
-        return tuple(window if item else 0 for item in pattern[:layers])
-    period = pattern if isinstance(pattern, int) else SWA_PERIODS.get(arch, 1)
-    full = 0 if arch in SWA_DENSE_FIRST else period - 1
-    return tuple(0 if layer % period == full else window for layer in range(layers)) if period else (window,) * layers
+    @classmethod
+    def of(cls, header: Header) -> Shape:
+        """The dimensions of a header's model."""
+        row, keys = architecture_of(header.architecture), Keys(header)
+        layers = keys.number("block_count")
+        trunk = max(0, layers - keys.number("nextn_predict_layers"))
+        swa = windows(row, keys, layers)
+        owners = cache_layers(row, keys, layers, trunk)
+        head = _head(keys)
+        return cls(
+            architecture=row,
+            name=header.name,
+            layers=layers,
+            trunk_layers=trunk,
+            embedding=keys.number("embedding_length"),
+            context_tokens=keys.number("context_length"),
+            vocabulary=_vocabulary(header, keys),
+            heads=keys.per_layer("attention.head_count", 1),
+            kv_heads=keys.per_layer("attention.head_count_kv", keys.number("attention.head_count", 1)),
+            head=head,
+            window_head=(
+                keys.number("attention.key_length_swa", head[0]),
+                keys.number("attention.value_length_swa", head[1]),
+            ),
+            sliding_window=keys.number("attention.sliding_window"),
+            windows=swa,
+            cache_layers=owners,
+            cache_owners=cache_owners(row, swa, owners),
+            uses_rope=uses_rope(row, keys, swa),
+            position_numbers=4 if keys.has("rope.dimension_sections") else 1,
+            feed_forward=keys.per_layer("feed_forward_length"),
+            leading_dense=keys.number("leading_dense_block_count"),
+            image_layers=keys.number("n_deepstack_layers") if row.has_deepstack else 0,
+            clamps=_clamps(row, keys, layers),
+            scales_embeddings=row.scales_embeddings or keys.has("embedding_scale"),
+            caps_attention=keys.has("attn_logit_softcapping"),
+            caps_logits=keys.has("final_logit_softcapping"),
+            experts=_experts(keys),
+            latent=_latent(row, keys),
+            indexer=_indexer(row, keys, layers, trunk),
+            state=_state(row, keys, layers, trunk),
+            compress_ratios=keys.per_layer("attention.compress_ratios"),
+            residual_streams=keys.number("hyper_connection.count"),
+            output_groups=keys.number("attention.output_group_count"),
+            output_rank=keys.number("attention.output_lora_rank"),
+            cache_is_exact=cache_is_exact(row, keys),
+        )
 
 
-def is_known(header: Header) -> bool:
-    """Are the rules for this architecture exact? Otherwise they are an upper bound, or meant as one."""
-    arch = header.architecture
-    if arch in UNKNOWN_CACHES:
-        return False
-    if number(header, "attention.sliding_window") == 0 or arch in NO_SWA:
-        return True
-    return arch in SWA_PERIODS or isinstance(header.get("attention.sliding_window_pattern"), tuple | int | LongArray)
+def _head(keys: Keys) -> tuple[int, int]:
+    """Elements of a head of K and of V (src/llama-model.cpp, load_hparams)."""
+    heads = keys.per_layer("attention.head_count", 1)
+    width = keys.number("embedding_length") // max(1, heads[0] if heads else 1)
+    return keys.number("attention.key_length", width), keys.number("attention.value_length", width)
 
 
-def as_served(header: Header, context: Context) -> Context:
-    """The context that llama-server makes of the one that is asked for."""
-    return replace(context, flash_attention=False) if header.architecture in NO_FLASH else context
+def _clamps(row: Architecture, keys: Keys, layers: int) -> tuple[Clamps, ...]:
+    """Clamps of each layer (src/llama-graph.cpp, build_ffn and build_moe_ffn); none if one operation includes them."""
+    if row.clamps_at_once:
+        return (Clamps(False, False),) * layers
+    limits = [_limits(keys.get(f"swiglu_clamp_{part}"), layers) for part in ("exp", "shexp")]
+    return tuple(Clamps(*pair) for pair in zip(*limits, strict=True))
 
 
-def takes_cache_of(header: Header, kv_type: str) -> bool:
-    """Does llama-server start with caches of this type? Blocks must divide heads (llama-context.cpp:3854)."""
-    block = BLOCKS[kv_type][0]
-    sizes = {size for kind in {window > 0 for window in windows(header)} for size in head_sizes(header, kind)}
-    return block == 1 or (header.architecture not in NO_FLASH and not any(size % block for size in sizes))
+def _limits(limit: Value | None, layers: int) -> list[bool]:
+    limits = limit if isinstance(limit, tuple) and len(limit) >= layers else (limit,) * layers
+    return [isinstance(value, float) and value > 0 for value in limits[:layers]]
 
 
-def is_latent(header: Header) -> bool:
-    """MLA: K is compressed and V is read from it; both lengths must be there (llama_hparams::is_mla)."""
-    return number(header, "attention.key_length_mla") > 0 and number(header, "attention.value_length_mla") > 0
+def _experts(keys: Keys) -> Experts:
+    return Experts(
+        count=keys.number("expert_count"),
+        used=keys.per_layer("expert_used_count"),
+        feed_forward=keys.number("expert_feed_forward_length", keys.number("feed_forward_length")),
+        groups=keys.number("expert_group_count"),
+        groups_used=keys.number("expert_group_used_count"),
+        gating=keys.number("expert_gating_func"),
+        weights_normed=keys.has("expert_weights_norm"),
+        weights_scaled=keys.get("expert_weights_scale") not in (None, 0.0, 1.0),
+    )
 
 
-def indexer_layers(header: Header) -> tuple[bool, ...]:
-    """Which layers have an indexer, with keys of its own, that picks what they and the next ones attend to."""
-    layers, types = number(header, "block_count"), header.get("attention.indexer.types")
-    if header.architecture == "minimax-m3":
-        dense = number(header, "leading_dense_block_count")
-        return tuple(layer >= dense for layer in range(layers))
-    if header.architecture not in INDEXED:
-        return (False,) * layers
-    if header.architecture == "glm-dsa":
-        if isinstance(types, tuple) and len(types) >= trunk_layers(header):
-            return (*(bool(one) for one in types[: trunk_layers(header)]), *(False,) * (layers - trunk_layers(header)))
-        if types is None and number(header, "context_length") >= GLM_SHARED_CONTEXT:
-            return tuple(layer < 2 or layer % 4 == 2 for layer in range(layers))
-    return (True,) * layers
+def _latent(row: Architecture, keys: Keys) -> LatentAttention:
+    is_absorbed = keys.number("attention.key_length_mla") > 0 and keys.number("attention.value_length_mla") > 0
+    suffix = "_mla" if is_absorbed else ""
+    return LatentAttention(
+        is_absorbed=is_absorbed,
+        rank=keys.number("attention.kv_lora_rank"),
+        rope=keys.number("rope.dimension_count"),
+        key=keys.number(f"attention.key_length{suffix}"),
+        value=keys.number(f"attention.value_length{suffix}"),
+    )
 
 
-def trunk_layers(header: Header) -> int:
-    """Layers that are computed: those of a draft head (nextn) come after them."""
-    return max(0, number(header, "block_count") - number(header, "nextn_predict_layers"))
+def _indexer(row: Architecture, keys: Keys, layers: int, trunk: int) -> IndexerShape:
+    return IndexerShape(
+        layers=indexer_layers(row, keys, layers, trunk),
+        key=keys.number("attention.indexer.key_length"),
+        heads=keys.number("attention.indexer.head_count"),
+        top=keys.number("attention.indexer.top_k"),
+        block=keys.number("attention.indexer.block_size"),
+    )
 
 
-def head_sizes(header: Header, window: bool) -> tuple[int, int]:
-    """Elements of a head of K and of V (llama-model.cpp:1421)."""
-    heads = per_layer(header, "attention.head_count", 1)
-    width = number(header, "embedding_length") // max(1, heads[0] if heads else 1)
-    key, value = number(header, "attention.key_length", width), number(header, "attention.value_length", width)
-    if window:
-        key = number(header, "attention.key_length_swa", key)
-        value = number(header, "attention.value_length_swa", value)
-    return key, value
+def _state(row: Architecture, keys: Keys, layers: int, trunk: int) -> State:
+    return State(
+        layers=recurrent_layers(row, keys, layers, trunk),
+        inner=keys.number("ssm.inner_size"),
+        size=keys.number("ssm.state_size"),
+        groups=keys.number("ssm.group_count"),
+        rank=keys.number("ssm.time_step_rank"),
+        kernel=keys.number("ssm.conv_kernel"),
+        norms_inputs=keys.has("ssm.dt_b_c_rms"),
+        short_cells=keys.number("shortconv.l_cache"),
+        kda_head=keys.number("kda.head_dim"),
+        wkv_head=keys.number("wkv.head_size"),
+        token_shifts=keys.number("token_shift_count", DEFAULT_TOKEN_SHIFTS),
+    )
 
 
-def layers_with_cache(header: Header, layers: int) -> int:
-    """Layers from the front that own a cache; the rest share theirs (llama-hparams.cpp, has_kv)."""
-    if header.architecture in CACHELESS:
-        return 0
-    if header.architecture == "gemma3n":
-        return min(layers, GEMMA3N_CACHES)  # models/gemma3n.cpp:7
-    without = number(header, "attention.shared_kv_layers") if header.architecture == "gemma4" else 0
-    return min(layers - min(layers, without), trunk_layers(header))
-
-
-def cache_owners(header: Header) -> tuple[int, ...]:
-    """For each layer, the one whose cache it reads: its own, or one before (`reuse`, src/llama-model.cpp:2797)."""
-    layers = number(header, "block_count")
-    owners = layers_with_cache(header, layers) if header.architecture in SHARED_CACHES else layers
-    if owners == layers:
-        return tuple(range(layers))
-    sizes = windows(header)
-    return tuple(n if n < owners else max(0, owners - (2 if sizes[n] else 1)) for n in range(layers))
-
-
-def recurrent_layers(header: Header) -> tuple[bool, ...]:
-    """Which layers keep recurrent state instead of a cache."""
-    layers, arch = number(header, "block_count"), header.architecture
-    trunk = trunk_layers(header)
-    if arch in RECURRENT or arch in PARALLEL_HYBRIDS:
-        return (True,) * layers
-    if arch in BY_INTERVAL:
-        given = header.get("attention.recurrent_layers")
-        if isinstance(given, tuple) and len(given) >= layers:
-            return tuple(bool(item) for item in given[:layers])
-        interval = number(header, "full_attention_interval") or 4
-        return tuple(layer < trunk and (layer + 1) % interval != 0 for layer in range(layers))
-    if arch in BY_HEADS:
-        heads, wide = per_layer(header, "attention.head_count_kv"), per_layer(header, "feed_forward_length")
-        also_wide = not arch.startswith("nemotron")
-        return tuple(layer < trunk and not heads[layer] and (also_wide or not wide[layer]) for layer in range(layers))
-    return (False,) * layers
-
-
-def state_bytes(header: Header) -> int:
-    """Bytes of one layer's recurrent state for one slot: n_embd_r and n_embd_s of llama-hparams.cpp."""
-    embd, kernel = number(header, "embedding_length"), number(header, "ssm.conv_kernel")
-    if size := number(header, "wkv.head_size"):
-        return (number(header, "token_shift_count", 2) + size) * embd * STATE_BYTES
-    if cells := number(header, "shortconv.l_cache"):
-        return embd * (cells - 1) * STATE_BYTES
-    if size := number(header, "kda.head_dim"):
-        heads = per_layer(header, "attention.head_count", 1)[0]
-        return (3 * (kernel - 1 if kernel else 3) + size) * size * heads * STATE_BYTES
-    inner, state = number(header, "ssm.inner_size"), number(header, "ssm.state_size")
-    rows = max(0, kernel - 1) * (inner + 2 * number(header, "ssm.group_count") * state)
-    return (rows + state * inner) * STATE_BYTES
+def _vocabulary(header: Header, keys: Keys) -> int:
+    """Number of tokens in the vocabulary."""
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, LongArray):
+        return tokens.length
+    if isinstance(tokens, tuple):
+        return len(tokens)
+    shapes: Mapping[str, tuple[int, ...]] = {tensor.name: tensor.shape for tensor in header.tensors}
+    embedding = shapes.get("output.weight") or shapes.get("token_embd.weight")
+    return embedding[-1] if embedding else keys.number("vocab_size")

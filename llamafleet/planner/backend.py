@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llamafleet.host import vulkan
+from llamafleet.host.backends import BACKEND_OF_VENDOR, TRAITS
 from llamafleet.host.machine import Gpu, Machine
-from llamafleet.memory.ledger import TRAITS
+from llamafleet.memory.capacity import Capacity
 from llamafleet.planner.result import Refusal
 from llamafleet.settings.schema import Settings
-
-BACKEND_OF_VENDOR = {"nvidia": "cuda", "amd": "hip"}
+from llamafleet.units import MIB
 
 
 def resolve_backend(machine: Machine, settings: Settings) -> str | Refusal:
@@ -52,6 +52,17 @@ def gpus_for(machine: Machine, backend: str, settings: Settings) -> tuple[Gpu, .
         return ()
     vendors = {"cuda": {"nvidia"}, "hip": {"amd"}}.get(backend)
     return tuple(gpu for gpu in machine.usable_gpus if vendors is None or gpu.vendor in vendors)
+
+
+def capacity_of(machine: Machine, gpus: Sequence[Gpu], settings: Settings) -> Capacity:
+    """What the host has for all its models: the settings' reserves and swap applied."""
+    return Capacity.of(
+        machine,
+        gpus,
+        gpu_reserve_bytes=settings.gpu_reserve_mib * MIB,
+        host_reserve_bytes=settings.ram_reserve_mib * MIB,
+        allow_swap=settings.allow_swap,
+    )
 
 
 def environment(backend: str, gpus: Sequence[Gpu]) -> dict[str, str]:

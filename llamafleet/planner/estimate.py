@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llamafleet.memory.adjust import Adjustment
-from llamafleet.memory.capacity import Room
-from llamafleet.memory.ledger import HOST, TRAITS, Model
-from llamafleet.model.shape import Context
-from llamafleet.planner.roofline import Roofline, Segment
-from llamafleet.planner.sketch import Sketch
+from llamafleet.host.backends import TRAITS
+from llamafleet.memory.capacity import Capacity
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import Correction
+from llamafleet.memory.placement import HOST, Segment
+from llamafleet.memory.weights import Model
+from llamafleet.model.shape import DENSE, EXPERTS
+from llamafleet.planner.roofline import Roofline
 
 
-def kind_of(order: Sequence[int], segments: Sequence[Segment]) -> str:
+def kind_of(segments: Sequence[Segment]) -> str:
     """What is on the host: "none", "spill" (experts or FFN), "layers" (whole ones) or "all"."""
-    if not order:
+    if segments[-1].device is None:
         return "all"
     if segments[0].device is None:
         return "layers"
@@ -35,13 +37,19 @@ class Fixed:
 
 
 class Budgets:
-    """What one model's layers cost, and what one room has for them."""
+    """What one model's layers cost, and what a host has left for them."""
 
     def __init__(
-        self, model: Model, room: Room, backend: str, extra_bytes: int, adjustment: Adjustment, roofline: Roofline
+        self,
+        model: Model,
+        capacity: Capacity,
+        backend: str,
+        extra_bytes: int,
+        correction: Correction,
+        roofline: Roofline,
     ) -> None:
-        self.model, self.room, self.backend = model, room, backend
-        self.extra_bytes, self.adjustment, self.roofline = extra_bytes, adjustment, roofline
+        self.model, self.capacity, self.backend = model, capacity, backend
+        self.extra_bytes, self.correction, self.roofline = extra_bytes, correction, roofline
         self.movable = [layer for layer in range(model.layers) if model.spill_bytes[layer]]
         self.sketch = Sketch(model)
         self._fixed: dict[tuple[Context, int, str], Fixed] = {}
@@ -69,13 +77,15 @@ class Budgets:
 
     def budgets(self, context: Context, order: tuple[int, ...], kind: str) -> list[float]:
         """Bytes for layers on each device: what compute, staging, overhead, reserve and others leave."""
-        fixed, room = self.fixed(context, len(order), kind), self.room
+        fixed, capacity = self.fixed(context, len(order), kind), self.capacity
         budgets = []
         for position, device in enumerate(order):
-            extra = self.adjustment.extra_bytes.get(f"GPU{room.gpus[device].index}", 0)
-            shared = (fixed.host + self.model.input_bytes) if room.unified else 0
+            extra = self.correction.extra_bytes.get(f"GPU{capacity.gpus[device].index}", 0)
+            shared = (fixed.host + self.model.input_bytes) if capacity.unified else 0
             budgets.append(
-                float(room.gpu_bytes[device] - room.gpu_reserve_bytes - fixed.devices[position] - extra - shared)
+                float(
+                    capacity.gpu_bytes[device] - capacity.gpu_reserve_bytes - fixed.devices[position] - extra - shared
+                )
             )
         return budgets
 
@@ -94,13 +104,13 @@ class Budgets:
         devices = [inner] * (count - 1) + [last] if count else []
         devices[:1] = [size + staging for size in devices[:1]]
         host = self.sketch.compute(context, output=not count, pipelined=pipelined)
-        host += traits.host_overhead_bytes + self.extra_bytes + self.adjustment.extra_bytes.get(HOST, 0)
+        host += traits.host_overhead_bytes + self.extra_bytes + self.correction.extra_bytes.get(HOST, 0)
         return Fixed(tuple(devices), host)
 
     def host_short(self, context: Context, order: tuple[int, ...], segments: Sequence[Segment]) -> int:
         """Bytes of RAM that are missing with that placement."""
-        room, model = self.room, self.model
-        kind = kind_of(order, segments)
+        capacity, model = self.capacity, self.model
+        kind = kind_of(segments)
         needed = self.fixed(context, len(order), kind).host + model.input_bytes
         for one in segments:
             moved, _ = self.roofline.moved(one)
@@ -110,7 +120,48 @@ class Budgets:
                 needed += int(base[one.hi] - base[one.lo] + spill[one.hi] - spill[one.lo])
         if not order:
             needed += model.output_bytes - (model.tied_bytes if model.tied_is_shared else 0)
-        if room.unified:
+        if capacity.unified:
             base = self.costs(context)
             needed += int(base[-1] + self.roofline.spill[-1]) + sum(self.fixed(context, 1, "none").devices)
-        return max(0, needed + room.host_reserve_bytes - room.host_bytes - room.swap_bytes)
+        return max(0, needed + capacity.host_reserve_bytes - capacity.host_bytes - capacity.swap_bytes)
+
+
+F32, F16 = 4, 2
+PIPELINE_COPIES = 4  # GGML_SCHED_MAX_COPIES: copies of the inputs when devices work as a pipeline
+PIPELINE_ROWS = 10  # hidden states that such a pipeline keeps besides
+ROWS, ROWS_BY_EXPERTS = 6, 4  # hidden states alive at the widest place
+
+
+class Sketch:
+    """One model's sizes, as far as buffers depend on them."""
+
+    def __init__(self, model: Model) -> None:
+        shape = model.shape
+        self.embedding, self.vocabulary = shape.embedding, shape.vocabulary
+        self.window = max(shape.windows, default=0)
+        heads, size = max(1, *shape.heads, 1), shape.head[0]
+        self.cache_row = shape.kv_heads[0] * size if shape.kv_heads else 0
+        used, dense = max(shape.experts.used, default=0), 2 * max(shape.feed_forward, default=0)
+        routed = used * (2 * shape.experts.feed_forward + self.embedding) if used else 0
+        self.rows = ROWS_BY_EXPERTS if used else ROWS
+        self.widest = max(dense, routed, 3 * heads * size)  # elements of one token
+        layers = [tensor for tensor in model.header.tensors if tensor.name.startswith("blk.")]
+        movable = EXPERTS if model.is_moe else DENSE
+        self.largest = max((tensor.bytes for tensor in layers), default=0)
+        self.largest_spill = max((tensor.bytes for tensor in layers if movable.search(tensor.name)), default=0)
+
+    def compute(self, context: Context, *, output: bool, pipelined: bool) -> int:
+        """Bytes of a device's compute buffer."""
+        tokens = context.batch_tokens
+        cells = context.stream_cells + (min(context.cells, self.window + tokens + 256) if self.window else 0)
+        mask, row = cells * tokens * F16, self.embedding * tokens * F32
+        inputs = mask + row
+        if pipelined:
+            inputs += (PIPELINE_COPIES - 1) * mask + PIPELINE_ROWS * row
+        logits = self.vocabulary * context.outputs * F32 if output else 0
+        scratch = 0 if context.kv_type in ("f16", "bf16", "f32") else 2 * self.cache_row * context.stream_cells * F16
+        return inputs + max(self.widest * tokens * F32 + self.rows * row, logits) + scratch
+
+    def staging(self, kind: str) -> int:
+        """What op-offload adds with experts (FFN) or whole layers on the host: the largest such tensor."""
+        return {"spill": self.largest_spill, "layers": self.largest}.get(kind, 0)

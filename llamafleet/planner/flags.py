@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from llamafleet.memory.ledger import TRAITS, Placement
-from llamafleet.model.shape import Context
+from llamafleet.host.backends import TRAITS
+from llamafleet.memory.context import Context
+from llamafleet.memory.placement import Placement
 
 DEFAULT_BATCH_TOKENS = 2048  # llama.cpp's --batch-size; never below the ubatch
 # What goes to the CPU, of a mixture of experts or not: all that may be spilled of a layer, or a part of it.

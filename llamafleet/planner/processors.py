@@ -8,7 +8,7 @@ sandbox refuses, with a warning from each thread. docs/planning.md has what was 
 from __future__ import annotations
 
 from llamafleet.host.machine import Cpu
-from llamafleet.memory.ledger import Placement
+from llamafleet.memory.placement import Placement
 from llamafleet.settings.schema import Instance
 
 
@@ -32,4 +32,4 @@ def numa_nodes(cpu: Cpu, placement: Placement) -> str:
 
 def computes(placement: Placement) -> bool:
     """Does the CPU compute layers, or a part of some?"""
-    return None in placement.layer_devices or bool(placement.moved)
+    return placement.uses_host

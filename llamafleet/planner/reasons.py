@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from llamafleet.host.machine import Machine
-from llamafleet.memory.capacity import Room
-from llamafleet.memory.ledger import MIB, LedgerRow, Model, Placement
-from llamafleet.model.shape import is_known
+from llamafleet.memory.capacity import Capacity
+from llamafleet.memory.ledger import LedgerRow
+from llamafleet.memory.placement import Placement
+from llamafleet.memory.weights import Model
 from llamafleet.planner.search import LATER_KV_TYPE, Candidate
 from llamafleet.settings.schema import Instance
 from llamafleet.settings.workload import Workload
+from llamafleet.units import MIB
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,14 @@ class Decision:
     machine: Machine
     instance: Instance
     model: Model
-    room: Room
+    capacity: Capacity
     work: Workload
     chosen: Candidate
     weighed: Sequence[Candidate]
     placement: Placement
     rows: Sequence[LedgerRow]
     threads: int
-    links: Sequence[float]  # bytes per second to each GPU of the room
+    links: Sequence[float]  # bytes per second to each GPU of the host
     cpus: str  # that the server is kept on
     numa_nodes: str  # that its memory is spread over
 
@@ -74,7 +76,7 @@ def _spill(decision: Decision) -> Iterator[str]:
         )
     for layer, part in placement.partly:
         there, here = ("down", "up and gate") if part == "down" else ("up and gate", "down")
-        yield f"layer {layer} is shared: {here} on its GPU, {there} on the CPU, for which alone there was room"
+        yield f"layer {layer} is shared: {here} on its GPU, {there} on the CPU: only that part fits"
     if model.is_moe or chosen.kind not in ("spill", "layers"):
         return
     other_kind = "layers" if chosen.kind == "spill" else "spill"
@@ -88,13 +90,13 @@ def _spill(decision: Decision) -> Iterator[str]:
 
 
 def _gpus(decision: Decision) -> Iterator[str]:
-    room, chosen = decision.room, decision.chosen
-    if len(room.gpus) < 2 or not chosen.order:
+    capacity, chosen = decision.capacity, decision.chosen
+    if len(capacity.gpus) < 2 or not chosen.order:
         return
-    names = [f"GPU{gpu.index}" for gpu in room.gpus]
-    left = [device for device in range(len(room.gpus)) if device not in chosen.order]
+    names = [f"GPU{gpu.index}" for gpu in capacity.gpus]
+    left = [device for device in range(len(capacity.gpus)) if device not in chosen.order]
     if left:
-        told = ", ".join(f"{names[device]} ({room.gpus[device].name})" for device in left)
+        told = ", ".join(f"{names[device]} ({capacity.gpus[device].name})" for device in left)
         rows: dict[tuple[int, ...], Candidate] = {}
         for one in decision.weighed:
             if set(chosen.order) < set(one.order) and one.context == chosen.context and not one.host_short_bytes:
@@ -165,11 +167,13 @@ def _workload(decision: Decision) -> str:
 
 def _warnings(decision: Decision) -> Iterator[str]:
     machine, model = decision.machine, decision.model
-    if not is_known(model.header):
-        name = model.header.architecture
+    name = model.shape.architecture.name
+    if not model.shape.architecture.verified:
+        yield f"{name!r} was not held against llama.cpp: its KV cache and compute buffers are upper bounds"
+    elif not model.shape.cache_is_exact:
         yield f"the attention windows of {name!r} are not known: its KV cache is an upper bound"
-    if not model.compute.is_exact:
-        yield f"what {model.header.architecture!r} computes is not known here: its compute buffers are an upper bound"
+    elif not model.compute.is_exact:
+        yield f"what this {name!r} computes is not known: its compute buffers are an upper bound"
     for gpu in machine.gpus:
         if gpu.problem:
             yield f"GPU{gpu.index} ({gpu.name}) is not used: {gpu.problem}"
@@ -179,7 +183,7 @@ def _warnings(decision: Decision) -> Iterator[str]:
             f"warning: {planned // MIB} MiB of RAM are planned, {available // MIB} MiB are available now;"
             " what runs beside, or our own running server, must leave first"
         )
-    if decision.room.unified:
+    if decision.capacity.unified:
         yield "GPU and CPU share one memory: what the GPU holds is taken from the host's capacity"
 
 

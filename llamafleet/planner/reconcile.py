@@ -1,6 +1,6 @@
 """The plan against what the built llama-server itself says it would allocate.
 
-Where the two differ by more than the tolerance the binary is right: its difference becomes an `Adjustment`, and
+Where the two differ by more than the tolerance the binary is right: its difference becomes a `Correction`, and
 the plan is made again, a bounded number of times. `tasks/verify.py` asks, on the host.
 """
 
@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llamafleet.memory.adjust import NO_ADJUSTMENT, Adjustment
-from llamafleet.memory.ledger import HOST, MIB, TRAITS
+from llamafleet.host.backends import TRAITS
+from llamafleet.memory.ledger import NO_CORRECTION, Correction
+from llamafleet.memory.placement import HOST
 from llamafleet.planner.result import Plan, Refusal
+from llamafleet.units import MIB
 
 # The breakdown is printed in whole MiB, cut off; and a GPU's reserve, 1024 MiB, is sixty times this.
 TOLERANCE_BYTES = 16 * MIB
@@ -87,7 +89,7 @@ def tolerance(told_bytes: int) -> int:
     return max(TOLERANCE_BYTES, int(told_bytes * TOLERANCE_SHARE))
 
 
-def compare(plan: Plan, answer: Answer, extra: Adjustment = NO_ADJUSTMENT, rounds: int = 1) -> Verified:
+def compare(plan: Plan, answer: Answer, extra: Correction = NO_CORRECTION, rounds: int = 1) -> Verified:
     """The plan's ledger, made with the `extra`, against the binary's answer.
 
     Overhead is not compared: it is what no log counts. Host memory is one sum, repacked weights included.
@@ -127,17 +129,17 @@ class Settled:
     """Plans that the binary agrees with, or that it told nothing of; with a refusal where there is none."""
 
     answers: tuple[Plan | Refusal, ...]
-    adjustments: Mapping[str, Adjustment]
+    corrections: Mapping[str, Correction]
     verified: Mapping[str, Verified]
 
 
-Planner = Callable[[Mapping[str, Adjustment]], Sequence[Plan | Refusal]]
+Planner = Callable[[Mapping[str, Correction]], Sequence[Plan | Refusal]]
 
 
 def settle(
     planner: Planner,
     ask: Callable[[Plan], Answer],
-    adjustments: Mapping[str, Adjustment],
+    corrections: Mapping[str, Correction],
     is_known: Callable[[Plan], bool],
 ) -> Settled:
     """Plan, ask, and plan again with what was told, until plan and binary agree.
@@ -145,7 +147,7 @@ def settle(
     The first round corrects both ways, the later ones upwards only: so it ends. A plan that the binary
     still finds too small after the last round stands if it fits by the binary's own numbers.
     """
-    now = dict(adjustments)
+    now = dict(corrections)
     asked: dict[tuple[str, tuple[str, ...]], Answer] = {}
     seen: dict[str, Verified] = {}
     plans: tuple[Plan | Refusal, ...] = ()
@@ -160,7 +162,7 @@ def settle(
             key = (plan.instance, plan.argv)
             if key not in asked:
                 asked[key] = ask(plan)
-            extra = now.get(plan.instance, NO_ADJUSTMENT)
+            extra = now.get(plan.instance, NO_CORRECTION)
             seen[plan.instance] = compare(plan, asked[key], extra, number)
             if more := seen[plan.instance].beyond(only_more=number > 1):
                 corrections[plan.instance] = extra.plus(more)

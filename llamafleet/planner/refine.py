@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from llamafleet.memory.capacity import Case
-from llamafleet.memory.ledger import MIB, Buffers, LedgerRow, Placement
-from llamafleet.model.shape import Context
-from llamafleet.planner.roofline import Segment
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import Buffers, LedgerRow
+from llamafleet.memory.placement import Segment
 from llamafleet.planner.search import UBATCHES, Candidate, Search
+from llamafleet.units import MIB
 
 STEPS = (-1, 1, -3, 3, -8, 8)  # layers by which a cut between GPUs is moved: the longer ones leave valleys
 CHECKS = 16  # by the ledger
@@ -26,12 +27,11 @@ BETTER = 0.9999  # of the score: what rounding makes is no gain
 
 
 @dataclass(frozen=True)
-class Settled:
+class Refined:
     """A candidate after the check by the ledger; the rows tell whether it really fits, staging among compute."""
 
     case: Case
     candidate: Candidate
-    placement: Placement
     buffers: Buffers
     rows: tuple[LedgerRow, ...]
 
@@ -48,101 +48,81 @@ class Settled:
 
     def ledger(self) -> tuple[LedgerRow, ...]:
         """The rows with staging told apart."""
-        return self.case.rows(self.placement)
+        return self.case.rows(self.candidate.placement)
 
 
-def settle(search: Search, one: Candidate, handicap: float) -> Settled:
+def refine(search: Search, one: Candidate, handicap: float) -> Refined:
     """The candidate, with fewer layers on a device that is too full, and more where there is room."""
     refused: set[tuple[Segment, ...]] = set()
 
-    def improved(settled: Settled) -> Candidate:
-        held = _held(search, settled, handicap)
+    def improved(refined: Refined) -> Candidate:
+        held = _held(search, refined, handicap)
         for slack in (0, SLACK_BYTES):
             better = _filled(search, held, handicap, refused, slack).candidate
-            if better.segments != settled.candidate.segments:
+            if better.segments != refined.candidate.segments:
                 return better
-        return settled.candidate
+        return refined.candidate
 
     rough = _checked(_case(search, one), _shifted(search, one, handicap), roughly=True)
     if rough.is_hopeless:
         return rough
-    settled = _checked(rough.case, improved(rough))
+    refined = _checked(rough.case, improved(rough))
     for _ in range(CHECKS):
-        if settled.gpus_short_bytes > 0:
-            refused.add(settled.candidate.segments)
-        better = improved(settled)
-        if better.segments == settled.candidate.segments:
+        if refined.gpus_short_bytes > 0:
+            refused.add(refined.candidate.segments)
+        better = improved(refined)
+        if better.segments == refined.candidate.segments:
             break
-        checked = _checked(settled.case, better)
-        if checked.gpus_short_bytes <= 0 or settled.gpus_short_bytes > 0:
-            settled = checked
+        checked = _checked(refined.case, better)
+        if checked.gpus_short_bytes <= 0 or refined.gpus_short_bytes > 0:
+            refined = checked
         else:
             refused.add(better.segments)
-    return settled
+    return refined
 
 
 def _case(search: Search, one: Candidate) -> Case:
-    return Case(
-        search.model, one.context, search.room.only(one.order), search.backend, search.extra_bytes, search.adjustment
-    )  # fmt: skip
+    capacity = search.capacity.only(one.order)
+    return Case(search.model, one.context, capacity, search.backend, search.extra_bytes, search.correction)
 
 
-def _held(search: Search, settled: Settled, handicap: float) -> Settled:
+def _held(search: Search, refined: Refined, handicap: float) -> Refined:
     """With so many layers less on each device that is too full that the rest fits, where that can be."""
     for _ in range(TRIES):
-        short = next((n for n, row in enumerate(settled.rows[:-1]) if row.free_bytes < 0), None)
+        short = next((n for n, row in enumerate(refined.rows[:-1]) if row.free_bytes < 0), None)
         smaller = None
-        if short is not None and not search.room.unified:
-            smaller = _smaller(search, settled.candidate, short, -settled.rows[short].free_bytes)
+        if short is not None and not search.capacity.unified:
+            smaller = _smaller(search, refined.candidate, short, -refined.rows[short].free_bytes)
         if smaller is None:
             break
-        one = settled.candidate
-        settled = _guessed(settled, search.weigh(one.context, one.order, smaller, handicap))
-    return settled
+        one = refined.candidate
+        refined = _guessed(refined, search.weigh(one.context, one.order, smaller, handicap))
+    return refined
 
 
 def fits(search: Search, tokens: int, slots: int, kv_type: str, *, certain: bool) -> bool:
     """Would the model be served with so many tokens for each of so many slots? `certain`: not by the sketch alone."""
     tried = [(Context(tokens, slots, kv_type, ubatch), 1.0) for ubatch in UBATCHES[:2] if ubatch <= tokens]
-    room = search.room
+    capacity = search.capacity
     everything = search.costs(Context(tokens, slots, kv_type, 1))[-1] + search.roofline.spill[-1]
-    if not tried or everything > sum(room.gpu_bytes) + room.host_bytes + room.swap_bytes:
+    if not tried or everything > sum(capacity.gpu_bytes) + capacity.host_bytes + capacity.swap_bytes:
         return False  # weights and caches alone: no need to look closer
     best = search.candidates(tried)[0]
     if not certain or best.host_short_bytes > HOPELESS_BYTES:
         return not best.host_short_bytes
-    return all(row.free_bytes >= 0 for row in settle(search, best, 1.0).rows)
+    return all(row.free_bytes >= 0 for row in refine(search, best, 1.0).rows)
 
 
-def placed(one: Candidate) -> Placement:
-    """The candidate as the ledger knows it: device numbers are positions in its row of GPUs."""
-    holders: list[int | None] = []
-    spilled: set[int] = set()
-    partly: dict[int, str] = {}
-    for segment in one.segments:
-        device = None if segment.device is None else one.order.index(segment.device)
-        holders += [device] * (segment.hi - segment.lo)
-        if device is not None:
-            spilled |= set(range(segment.keep + (1 if segment.part else 0), segment.hi))
-            if segment.part:
-                partly[segment.keep] = segment.part
-    last = one.segments[-1].device
-    holders.append(None if last is None else one.order.index(last))
-    return Placement(tuple(holders), frozenset(spilled), tuple(sorted(partly.items())))
+def _checked(case: Case, one: Candidate, *, roughly: bool = False) -> Refined:
+    buffers = case.buffers(one.placement, roughly=roughly)
+    return Refined(case, one, buffers, case.rows(one.placement, buffers))
 
 
-def _checked(case: Case, one: Candidate, *, roughly: bool = False) -> Settled:
-    placement = placed(one)
-    buffers = case.buffers(placement, roughly=roughly)
-    return Settled(case, one, placement, buffers, case.rows(placement, buffers))
-
-
-def _guessed(settled: Settled, one: Candidate) -> Settled:
+def _guessed(refined: Refined, one: Candidate) -> Refined:
     """As if it computed in the same buffers, which differ little as long as the same kind of things is on the host."""
-    if one.kind != settled.candidate.kind:
-        return _checked(settled.case, one)
-    placement = placed(one)
-    return replace(settled, candidate=one, placement=placement, rows=settled.case.rows(placement, settled.buffers))
+    if one.kind != refined.candidate.kind:
+        return _checked(refined.case, one)
+    return replace(refined, candidate=one, rows=refined.case.rows(one.placement, refined.buffers))
 
 
 def _shifted(search: Search, one: Candidate, handicap: float) -> Candidate:
@@ -163,7 +143,7 @@ def _shifted(search: Search, one: Candidate, handicap: float) -> Candidate:
                     continue
                 if any(base[b] - base[a] > size for (a, b), size in zip(pieces, budgets, strict=True)):
                     continue
-                segments = search.segments(one.order, 0, tried, (one.context, budgets))
+                segments = search.segments(0, tried, (one.context, budgets))
                 other = search.weigh(one.context, one.order, segments, handicap)
                 if other.score < one.score * BETTER:
                     one, ends, better = other, list(tried), True
@@ -202,32 +182,32 @@ def _partly_kept(search: Search, one: Segment) -> int:
 
 
 def _filled(
-    search: Search, settled: Settled, handicap: float, refused: Collection[tuple[Segment, ...]], slack: int
-) -> Settled:
+    search: Search, refined: Refined, handicap: float, refused: Collection[tuple[Segment, ...]], slack: int
+) -> Refined:
     """What room is left takes more layers' experts (FFN), single tensors of one, or whole front layers.
 
     `slack`: bytes by which it may be too much, if the buffers are the same.
     """
     for _ in range(FILLS):
-        one = settled.candidate
-        for segments in _more(search, settled, slack):
+        one = refined.candidate
+        for segments in _more(search, refined, slack):
             other = search.weigh(one.context, one.order, segments, handicap)
             if segments in refused or other.score >= one.score * BETTER:
                 continue
-            tried = _guessed(settled, other)
+            tried = _guessed(refined, other)
             if tried.gpus_short_bytes <= slack:
-                settled = tried
+                refined = tried
                 break
         else:
             break
-    return settled
+    return refined
 
 
-def _more(search: Search, settled: Settled, slack: int) -> Iterator[tuple[Segment, ...]]:
+def _more(search: Search, refined: Refined, slack: int) -> Iterator[tuple[Segment, ...]]:
     """The candidate with as much more on its GPUs as may fit, the most first on each."""
-    one, rows = settled.candidate, iter(settled.rows)
+    one, rows = refined.candidate, iter(refined.rows)
     if one.kind == "layers":
-        yield from _less_front(search, one, settled.rows[0].free_bytes + slack)
+        yield from _less_front(search, one, refined.rows[0].free_bytes + slack)
     for position, segment in enumerate(one.segments):
         if segment.device is None:
             continue
@@ -235,36 +215,42 @@ def _more(search: Search, settled: Settled, slack: int) -> Iterator[tuple[Segmen
             yield (*one.segments[:position], change, *one.segments[position + 1 :])
 
 
-def _less_front(search: Search, one: Candidate, room: int) -> Iterator[tuple[Segment, ...]]:
-    if room < 0:
+def _less_front(search: Search, one: Candidate, free_bytes: int) -> Iterator[tuple[Segment, ...]]:
+    if free_bytes < 0:
         return
     host, first, *others = one.segments
     base, spill = search.costs(one.context), search.roofline.spill
     whole = [base[n] + (spill[n] if first.keep == first.hi else 0) for n in range(host.hi + 1)]
-    front = next(n for n in range(host.hi + 1) if whole[host.hi] - whole[n] <= room)
+    front = next(n for n in range(host.hi + 1) if whole[host.hi] - whole[n] <= free_bytes)
     for shorter in dict.fromkeys((front, min(front + 1, host.hi))):
         grown = replace(first, lo=shorter, keep=first.keep if first.keep == first.hi else shorter)
         if shorter < host.hi:
             yield (*([Segment(None, 0, shorter, shorter)] if shorter else []), grown, *others)
     # Attention and cache of one more layer, and in its stead the feed-forward part of the segment's last.
-    if first.keep == first.hi and spill[first.hi] > spill[first.hi - 1] and base[host.hi] - base[host.hi - 1] <= room:
+    if (
+        first.keep == first.hi
+        and spill[first.hi] > spill[first.hi - 1]
+        and base[host.hi] - base[host.hi - 1] <= free_bytes
+    ):
         grown = replace(first, lo=host.hi - 1, keep=first.hi - 1)
         yield (*([Segment(None, 0, grown.lo, grown.lo)] if grown.lo else []), grown, *others)
 
 
-def _kept_more(search: Search, one: Segment, room: int) -> Iterator[Segment]:
+def _kept_more(search: Search, one: Segment, free_bytes: int) -> Iterator[Segment]:
     model, spill = search.model, search.roofline.spill
     layer = next((n for n in range(one.keep, one.hi) if model.spill_bytes[n]), None)
     if layer is None:
         return
     here = spill[layer] + _partly_kept(search, one)
-    if spill[one.hi] - here <= room + search.sketch.staging("spill"):  # nothing is copied any more if all is there
+    if spill[one.hi] - here <= free_bytes + search.sketch.staging(
+        "spill"
+    ):  # nothing is copied any more if all is there
         yield replace(one, keep=one.hi, part="")
-    keep = max((n for n in range(layer + 1, one.hi) if spill[n] - here <= room), default=layer)
+    keep = max((n for n in range(layer + 1, one.hi) if spill[n] - here <= free_bytes), default=layer)
     for more in dict.fromkeys((keep, keep - 1)):
         if more > layer:
             yield replace(one, keep=more, part="")
     if not one.part and 0 < model.down_bytes[layer] < model.spill_bytes[layer]:
         for part in sorted(("down", "up"), key=lambda name: model.part_bytes(layer, name)):
-            if model.spill_bytes[layer] - model.part_bytes(layer, part) <= room:
+            if model.spill_bytes[layer] - model.part_bytes(layer, part) <= free_bytes:
                 yield replace(one, keep=layer, part=part)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llamafleet.host.machine import Gpu
-from llamafleet.memory.ledger import HOST, LedgerRow, Placement
+from llamafleet.memory.ledger import LedgerRow
+from llamafleet.memory.placement import HOST, Placement
 from llamafleet.planner.roofline import Prediction
 
 SCHEMA = 1

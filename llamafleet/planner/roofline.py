@@ -9,12 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 
-from llamafleet.host.speeds import CACHE_MISS_TOKENS, Rates
-from llamafleet.memory.compute import DENSE, EXPERTS
+from llamafleet.host.speeds import CACHE_MISS_TOKENS, GpuRates, Rates
+from llamafleet.memory.context import Context
 from llamafleet.memory.graph.allocation import OFFLOAD_TOKENS
-from llamafleet.memory.ledger import Model
-from llamafleet.memory.weights import LAYER
-from llamafleet.model.shape import Context, number, per_layer
+from llamafleet.memory.placement import Segment
+from llamafleet.memory.weights import LAYER, Model
+from llamafleet.model.shape import DENSE, EXPERTS
 from llamafleet.settings.workload import Workload
 
 # Seconds on top of the bytes, for each layer on a GPU and token written: launching and waiting for small kernels.
@@ -61,20 +61,6 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Layers lo to hi on one device; of them those from `keep` on have their experts (FFN) on the host.
-
-    `part`: of layer `keep` only these tensors are on the host ("down", or "up" for up and gate).
-    """
-
-    device: int | None
-    lo: int
-    hi: int
-    keep: int
-    part: str = ""
-
-
-@dataclass(frozen=True)
 class Seconds:
     """Time by what it is spent on."""
 
@@ -92,19 +78,19 @@ class Roofline:
     """A model's work on a machine's rates; sums over the layers from the front, so that a range is one difference."""
 
     def __init__(self, model: Model, work: Workload, rates: Rates, *, op_offload: bool) -> None:
-        header, layers = model.header, model.layers
+        shape, layers = model.shape, model.layers
         self.model, self.work, self.rates, self.op_offload = model, work, rates, op_offload
         self.layers = layers
-        self.experts = max(1, number(header, "expert_count", 1)) if model.is_moe else 1
-        self.used = min(max(1, number(header, "expert_used_count", 1)), self.experts)
+        self.experts = max(1, shape.experts.count) if model.is_moe else 1
+        self.used = min(max(1, max(shape.experts.used, default=1)), self.experts)
         self.fixed = _sums(whole - spill for whole, spill in zip(model.layer_bytes, model.spill_bytes, strict=True))
         self.spill = _sums(model.spill_bytes)
         self.spilling = _sums(spill > 0 for spill in model.spill_bytes)
         fixed_ops, spill_ops = _operations(model)
         self.fixed_ops, self.spill_ops = _sums(fixed_ops), _sums(spill_ops)
         self.cache = _sums(model.compute.kv_bytes(Context(work.live_tokens, 1, "f16", 1)))
-        heads = number(header, "attention.head_count", 1)
-        shared = [heads / max(1, kv) for kv in per_layer(header, "attention.head_count_kv", heads)]
+        heads = max(shape.heads, default=1)
+        shared = [heads / max(1, kv) for kv in shape.kv_heads]
         # Multiply-adds of attention for one token: every element of K and V, once for each head that shares it.
         self.macs = _macs(model, work.live_tokens, shared)
         self.read_macs = _macs(model, work.read_depth_tokens, shared)
@@ -115,9 +101,10 @@ class Roofline:
         """The share of all experts that so many tokens use, if they choose independently; 1 for dense models."""
         return 1.0 - float((1.0 - self.used / self.experts) ** tokens)
 
-    def decode(self, segments: Sequence[Segment], sequences: int, kv_type: str) -> Seconds:
-        """For one token of each of so many sequences."""
+    def decode(self, order: Sequence[int], segments: Sequence[Segment], sequences: int, kv_type: str) -> Seconds:
+        """For one token of each of so many sequences. `order`: the GPUs in use, llama.cpp's device 0 first."""
         rates, share, active = self.rates, self.share(sequences), self.used / self.experts
+        gpus = [rates.gpus[number] for number in order]
         slow_cache = 1.0 if kv_type in ("f16", "bf16", "f32") else QUANTISED_CACHE_COST
         gpu = host = waiting = 0.0
         for one in segments:
@@ -129,7 +116,7 @@ class Roofline:
                 host += max((fixed + share * inside) / rates.host_bytes_per_s, sequences * ops / rates.host_flops)
                 host += sequences * _range(self.macs, one.lo, one.hi) * slow_cache * self.seconds_a_mac
                 continue
-            speed = rates.gpus[one.device].bytes_per_s
+            speed = gpus[one.device].bytes_per_s
             cache = _range(self.cache, one.lo, one.hi) * sequences * slow_cache / CACHE_SHARE
             gpu += (fixed + share * inside + cache) / speed
             host += max(share * moved / rates.host_bytes_per_s, sequences * active * moved_ops / rates.host_flops)
@@ -138,7 +125,7 @@ class Roofline:
             waiting += (one.hi - one.lo) * LAYER_SECONDS + experts * EXPERTS_SECONDS + away * HOP_SECONDS
         waiting += (len(segments) - 1) * HOP_SECONDS
         last = segments[-1].device
-        output = self.model.output_bytes / (rates.host_bytes_per_s if last is None else rates.gpus[last].bytes_per_s)
+        output = self.model.output_bytes / (rates.host_bytes_per_s if last is None else gpus[last].bytes_per_s)
         return Seconds(gpu + (output if last is not None else 0), host + (output if last is None else 0), waiting)
 
     def moved(self, one: Segment) -> tuple[float, float]:
@@ -150,13 +137,14 @@ class Roofline:
             moved, ops = moved - back, ops - _range(self.spill_ops, one.keep, one.keep + 1) * back / max(1, whole)
         return moved, ops
 
-    def prefill(self, segments: Sequence[Segment], ubatch: int) -> Seconds:
+    def prefill(self, order: Sequence[int], segments: Sequence[Segment], ubatch: int) -> Seconds:
         """For the workload's prompt, in ubatches of so many tokens."""
+        gpus = [self.rates.gpus[number] for number in order]
         tokens, size = self.work.prompt_tokens, min(ubatch, self.work.prompt_tokens)
         runs = -(-tokens // size)
         first = next((one.device for one in segments if one.device is not None), None)
         offload = self.op_offload and first is not None and size >= OFFLOAD_TOKENS
-        parts = [self._read(one, tokens, runs, size, first if offload else None) for one in segments]
+        parts = [self._read(gpus, one, tokens, runs, size, first if offload else None) for one in segments]
         gpu, host, waiting = (sum(part) for part in zip(*parts, strict=True))
         if len(segments) > 1 and all(one.device is not None and one.keep == one.hi for one in segments):
             # A pipeline: while the second GPU works on one ubatch, the first has the next.
@@ -165,7 +153,7 @@ class Roofline:
         return Seconds(gpu, host, waiting)
 
     def _read(
-        self, one: Segment, tokens: int, runs: int, size: int, staged_on: int | None
+        self, gpus: Sequence[GpuRates], one: Segment, tokens: int, runs: int, size: int, staged_on: int | None
     ) -> tuple[float, float, float]:
         rates, active = self.rates, self.used / self.experts
         filled = size / (size + UBATCH_HALF_SPEED_TOKENS)
@@ -185,26 +173,29 @@ class Roofline:
             return 0.0, host + tokens * here / rates.host_flops, 0.0
         if moved and staged_on is not None:
             copied = min(self.share(size), EXPERTS_COPIED) if self.experts > 1 else 1.0
-            waiting = runs * copied * moved / rates.gpus[staged_on].link_bytes_per_s
-        flops = rates.gpus[where].flops
+            waiting = runs * copied * moved / gpus[staged_on].link_bytes_per_s
+        flops = gpus[where].flops
         gpu = tokens * (ops / filled + spill_ops / crowded) / flops
         if one.device is not None:
             gpu += tokens * 2 * macs / (flops * ATTENTION_FLOPS_SHARE)
         held = _range(self.fixed, one.lo, one.hi) + _range(self.spill, one.lo, one.hi)
-        gpu = max(gpu, runs * (held * self.share(size) / rates.gpus[where].bytes_per_s))
+        gpu = max(gpu, runs * (held * self.share(size) / gpus[where].bytes_per_s))
         return gpu, host, waiting + runs * (one.hi - one.lo) * LAYER_SECONDS
 
-    def workload(self, segments: Sequence[Segment], context: Context) -> float:
+    def workload(self, order: Sequence[int], segments: Sequence[Segment], context: Context) -> float:
         """Seconds until all requests that come at once are answered."""
         busy = min(context.slots, self.work.concurrency)
         waves = -(-self.work.concurrency // busy)
-        reading = self.prefill(segments, context.ubatch_tokens).total
-        writing = self.decode(segments, busy, context.kv_type).total
+        reading = self.prefill(order, segments, context.ubatch_tokens).total
+        writing = self.decode(order, segments, busy, context.kv_type).total
         return waves * (busy * reading + self.work.reply_tokens * writing)
 
-    def predict(self, segments: Sequence[Segment], context: Context) -> Prediction:
+    def predict(self, order: Sequence[int], segments: Sequence[Segment], context: Context) -> Prediction:
         """What one request alone sees, and all slots together."""
-        one, read = self.decode(segments, 1, context.kv_type), self.prefill(segments, context.ubatch_tokens)
+        one, read = (
+            self.decode(order, segments, 1, context.kv_type),
+            self.prefill(order, segments, context.ubatch_tokens),
+        )
         unsure, read_unsure = self._unsure(one), self._unsure(read)
         decode, prefill = 1 / one.total, self.work.prompt_tokens / read.total
         return Prediction(
@@ -214,8 +205,8 @@ class Roofline:
             round(decode * (1 + unsure), 2),
             round(prefill / (1 + read_unsure), 1),
             round(prefill * (1 + read_unsure), 1),
-            round(context.slots / self.decode(segments, context.slots, context.kv_type).total, 2),
-            round(self.workload(segments, context), 2),
+            round(context.slots / self.decode(order, segments, context.slots, context.kv_type).total, 2),
+            round(self.workload(order, segments, context), 2),
         )
 
     def _unsure(self, spent: Seconds) -> float:

@@ -11,16 +11,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from llamafleet.memory.capacity import SAME_SPEED, cut, fill
-from llamafleet.model.shape import Context
+from llamafleet.memory.context import Context
+from llamafleet.memory.placement import Placement, Segment
 from llamafleet.planner.estimate import Budgets, kind_of
-from llamafleet.planner.roofline import Segment
+from llamafleet.planner.partition import SAME_SPEED, cut, fill
 from llamafleet.settings.schema import Instance
 from llamafleet.settings.workload import Workload
 
 UBATCHES = (512, 256, 1024, 2048, 4096, 8192)  # llama.cpp's default first: it wins ties
 # How much sooner the workload must be done for what costs something that time does not show.
-ANOTHER_GPU = 1.02  # power, heat and the room of other instances
+ANOTHER_GPU = 1.02  # power, heat and the capacity of other instances
 LATER_KV_TYPE = 1.10  # the operator's order of types is one of quality
 OTHER_UBATCH = 1.005  # for each doubling or halving of 512: nothing is changed for nothing
 KEPT_ROWS = 8  # rows of GPUs that other cache types and numbers of slots are tried with
@@ -32,20 +32,25 @@ class Candidate:
     """One way to serve: what, where, and how long the workload takes."""
 
     context: Context
-    order: tuple[int, ...]  # GPUs of the room, llama.cpp's device 0 first
-    segments: tuple[Segment, ...]  # the last one holds the output
+    order: tuple[int, ...]  # GPUs of the host, llama.cpp's device 0 first
+    placement: Placement  # device numbers are positions in `order`
     seconds: float
     score: float  # seconds, with a handicap for what costs something else
     host_short_bytes: int  # RAM that is missing
 
     @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The placement's; the last one holds the output."""
+        return self.placement.segments
+
+    @property
     def kind(self) -> str:
         """What is on the host."""
-        return kind_of(self.order, self.segments)
+        return kind_of(self.segments)
 
 
 class Search(Budgets):
-    """All candidates for one model in one room, within its budgets."""
+    """All candidates for one model on one host, within its budgets."""
 
     def candidates(self, tried: Sequence[tuple[Context, float]]) -> list[Candidate]:
         """The best first. A context comes with its handicap.
@@ -80,16 +85,17 @@ class Search(Budgets):
     def _nowhere(self) -> tuple[tuple[int, ...], tuple[Segment, ...]]:
         """What no GPU holds: on the CPU, or, where there is one memory, on its GPU."""
         layers = self.model.layers
-        device = 0 if self.room.unified else None
-        return ((0,) if self.room.unified else ()), (Segment(device, 0, layers, layers),)
+        device = 0 if self.capacity.unified else None
+        return ((0,) if self.capacity.unified else ()), (Segment(device, 0, layers, layers),)
 
     def weigh(
         self, context: Context, order: tuple[int, ...], segments: tuple[Segment, ...], handicap: float
     ) -> Candidate:
         """A candidate with its time and what RAM it lacks."""
-        seconds = self.roofline.workload(segments, context)
+        seconds = self.roofline.workload(order, segments, context)
         score = seconds * handicap * ANOTHER_GPU ** max(0, len(order) - 1)
-        return Candidate(context, order, segments, seconds, score, self.host_short(context, order, segments))
+        placement = Placement(segments)
+        return Candidate(context, order, placement, seconds, score, self.host_short(context, order, segments))
 
     def orders(self) -> list[tuple[int, ...]]:
         """Rows of GPUs worth a try: the fastest one, two, ..., and the largest, each behind its best PCIe link.
@@ -97,7 +103,7 @@ class Search(Budgets):
         The first device gets all that op-offload copies from the host (ggml-backend.cpp, the first backend that
         wants an operation), so it is the one that copies and multiplies fastest.
         """
-        rates, sizes = self.roofline.rates.gpus, self.room.gpu_bytes
+        rates, sizes = self.roofline.rates.gpus, self.capacity.gpu_bytes
         devices = range(len(sizes))
         fastest = sorted(devices, key=lambda n: (-rates[n].bytes_per_s, -sizes[n], n))
         largest = sorted(devices, key=lambda n: (-sizes[n], -rates[n].bytes_per_s, n))
@@ -121,7 +127,7 @@ class Search(Budgets):
         if whole := self._resident(context, in_bus_order):
             yield in_bus_order, whole  # nothing is copied from the host: no GPU need be first
             return
-        if self.room.unified:
+        if self.capacity.unified:
             return  # nothing is gained by moving it within one memory
         some = False
         for spilled in self._spilled(context, order) if self.movable else ():
@@ -138,19 +144,19 @@ class Search(Budgets):
             return None
         speeds = [self.roofline.rates.gpus[device].bytes_per_s for device in order]
         ends = fill(whole, 0, budgets, speeds)
-        return self.segments(order, 0, ends, None) if ends else None
+        return self.segments(0, ends, None) if ends else None
 
     def _spilled(self, context: Context, order: tuple[int, ...]) -> Iterator[tuple[Segment, ...]]:
         """Attention and cache of all layers on GPUs, and experts (FFN) of as many as they hold."""
         budgets = self.budgets(context, order, "spill")
         greedy = self._front_kept(context, budgets)
         if greedy:
-            yield self.segments(order, 0, greedy, (context, budgets))
+            yield self.segments(0, greedy, (context, budgets))
         speeds = [self.roofline.rates.gpus[device].bytes_per_s for device in order]
         fastest = max(range(len(order)), key=lambda position: speeds[position])
         around = self._around(context, fastest, budgets)
         if around and around != greedy:
-            yield self.segments(order, 0, around, (context, budgets))
+            yield self.segments(0, around, (context, budgets))
 
     def _around(self, context: Context, middle: int, budgets: Sequence[float]) -> tuple[int, ...] | None:
         """Where the cuts are if every GPU but one, the fastest, has only layers with all their experts (FFN)."""
@@ -196,11 +202,10 @@ class Search(Budgets):
             best, low, high = ((front, ends), low, front - 1) if ends else (best, front + 1, high)
         if best is None:
             return None
-        return self.segments(order, *best, None if kept else (context, budgets))
+        return self.segments(*best, None if kept else (context, budgets))
 
     def segments(
         self,
-        order: tuple[int, ...],
         front: int,
         ends: tuple[int, ...],
         spilling: tuple[Context, Sequence[float]] | None,
@@ -208,17 +213,17 @@ class Search(Budgets):
         """Pieces as segments; `spilling`: of each piece the front layers keep experts as far as its budget goes."""
         layers, start = self.model.layers, front
         pieces = [Segment(None, 0, front, front)] if front else []
-        for position, (device, end) in enumerate(zip(order, ends, strict=True)):
+        for position, end in enumerate(ends):
             hi = min(end, layers)
             keep = hi
             if spilling:
                 context, budgets = spilling
                 base, spill = self.costs(context), self.roofline.spill
-                room = budgets[position] - (base[end] - base[start])
+                left = budgets[position] - (base[end] - base[start])
                 keep = start
-                while keep < hi and spill[keep + 1] - spill[start] <= room:
+                while keep < hi and spill[keep + 1] - spill[start] <= left:
                     keep += 1
-            pieces.append(Segment(device, start, hi, keep))
+            pieces.append(Segment(position, start, hi, keep))
             start = hi
         return tuple(pieces)
 

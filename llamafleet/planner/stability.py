@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llamafleet.host.machine import Machine
-from llamafleet.memory.ledger import HOST, MIB, LedgerRow
+from llamafleet.memory.ledger import LedgerRow
+from llamafleet.memory.placement import HOST
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.settings.schema import Instance, Settings
+from llamafleet.units import MIB
 
 # How much of a reserve drift may eat before the plan is changed. The rest still holds what the reserve is for:
 # pools that grow after the start.

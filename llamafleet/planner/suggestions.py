@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from llamafleet.memory.ledger import MIB, Model
-from llamafleet.model.shape import PAD_CELLS, Context, takes_cache_of
+from llamafleet.memory.context import PAD_CELLS, Context
+from llamafleet.memory.kv_cache import takes_cache_of
+from llamafleet.memory.weights import Model
 from llamafleet.settings.schema import Instance
+from llamafleet.units import MIB
 
 UNQUANTISED = ("f16", "bf16", "f32")
 CONTEXT_STEP = 1024  # tokens: finer answers would not be easier to use
@@ -53,7 +55,7 @@ def suggestions(
     if (
         context.kv_type in UNQUANTISED
         and "q8_0" not in instance.kv_types
-        and takes_cache_of(model.header, "q8_0")
+        and takes_cache_of(model.shape, "q8_0")
         and fits(context.tokens, context.slots, "q8_0")
     ):
         found.append("allow kv_types q8_0, and it fits: the KV cache takes 47 % less")

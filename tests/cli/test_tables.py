@@ -19,7 +19,7 @@ def row(*gib, capacity=40, reserve=2):
     """Weights, KV, compute, staging and overhead in GiB; a letter of the bar is one GiB."""
     weights, kv, compute, staging, overhead = (size * GIB for size in gib)
     free = capacity * GIB - sum(gib) * GIB - reserve * GIB
-    return LedgerRow("GPU0", weights, kv, compute, staging, overhead, capacity * GIB, free)
+    return LedgerRow("GPU0", weights, kv, compute, staging, overhead, capacity * GIB, free, reserve * GIB)
 
 
 @pytest.mark.parametrize(

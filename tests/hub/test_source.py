@@ -3,7 +3,8 @@
 import pytest
 
 from llamafleet.hub import http as web
-from llamafleet.hub.source import HttpSource, RemoteFile, Source, SourceError, parse, read_header, resolve, siblings
+from llamafleet.hub.http import SourceError
+from llamafleet.hub.source import HttpSource, RemoteFile, Source, parse, read_header, resolve, siblings
 from llamafleet.model.gguf import read_path
 from sandbox import hub as stand_in
 from sandbox import models

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 
 from llamafleet.cli import tables as show
-from llamafleet.model.gguf import GgufError, read_header
+from llamafleet.model.gguf import read_header
+from llamafleet.model.gguf_cursor import GgufError
 from llamafleet.planner.plan import plan_host
 from llamafleet.planner.result import Plan, Refusal
 from sandbox import models

@@ -1,5 +1,6 @@
 """The plan: one situation a case file under tests/plans, and what must hold in any situation."""
 
+import dataclasses
 import json
 import re
 from dataclasses import replace
@@ -12,9 +13,9 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from llamafleet.memory.capacity import cut, fill
 from llamafleet.model.gguf import Header
 from llamafleet.planner.backend import resolve_backend
+from llamafleet.planner.partition import cut, fill
 from llamafleet.planner.plan import plan_host
 from llamafleet.planner.result import Plan, Refusal
 from sandbox import models
@@ -105,6 +106,7 @@ ROW = {
     "overhead_bytes",
     "capacity_bytes",
     "free_bytes",
+    "reserve_bytes",
 }
 
 
@@ -287,12 +289,44 @@ def test_two_vendors_need_a_decision():
     assert resolve_backend(planning.machine([24564, {"vendor": "amd"}]), planning.settings(backend="hip")) == "hip"
 
 
-def test_a_file_without_layers_is_refused():
-    header = Header(3, "clip", {"general.architecture": "clip"}, (), (100,))
-    asked = planning.settings({})
+def answer_for(header):
+    asked = planning.settings({"context_tokens": 8192})
     [answer] = plan_host(planning.machine([24564]), [(asked.models[0], header)], asked)
-    assert isinstance(answer, Refusal)
-    assert "no language model" in answer.reason
+    return answer
+
+
+def test_a_file_without_layers_is_refused():
+    refused = answer_for(Header(3, "llama", {"general.architecture": "llama"}, (), (100,)))
+    assert "no language model" in refused.reason
+
+
+def test_a_projector_is_refused_by_name():
+    refused = answer_for(Header(3, "clip", {"general.architecture": "clip"}, (), (100,)))
+    assert "is a projector" in refused.reason
+    assert refused.suggestions == ("name the model's main GGUF file",)
+
+
+def renamed(arch):
+    """Llama 3.1 8B as if it were of that architecture."""
+    header = planning.header("Llama-3.1-8B")
+    metadata = {key.replace("llama.", f"{arch}.", 1): value for key, value in header.metadata.items()}
+    return dataclasses.replace(header, architecture=arch, metadata=metadata)
+
+
+def test_what_llama_cpp_does_not_know_is_refused_with_the_nearest_that_it_knows():
+    refused = answer_for(renamed("qwen3moee"))
+    assert isinstance(refused, Refusal)
+    assert "does not know the architecture 'qwen3moee'" in refused.reason
+    assert "'qwen3moe'" in refused.reason
+    assert "would not load" in refused.reason
+
+
+def test_what_was_not_held_against_llama_cpp_is_an_upper_bound_and_says_so():
+    known, bounded = answer_for(renamed("llama")), answer_for(renamed("xverse"))
+    assert any("'xverse' was not held against llama.cpp" in sentence for sentence in bounded.why)
+    assert not any("upper bound" in sentence for sentence in known.why)
+    assert bounded.ledger[0].compute_bytes > known.ledger[0].compute_bytes
+    assert bounded.ledger[0].kv_bytes >= known.ledger[0].kv_bytes
 
 
 @pytest.mark.parametrize(

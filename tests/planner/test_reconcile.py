@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from llamafleet.memory.adjust import Adjustment
+from llamafleet.memory.ledger import Correction
 from llamafleet.planner.reconcile import ROUNDS, TOLERANCE_BYTES, Answer, compare, question, say, settle, tolerance
 from llamafleet.planner.result import Plan, Refusal
 from tests import planning
@@ -14,9 +14,9 @@ GIB = 1024 * MIB
 ASKED = planning.settings({"context_tokens": 8192})
 
 
-def planned(adjustments=None, *, layout="gpt-oss-120b", gpus=(16376,), asked=ASKED, **machine):
+def planned(corrections=None, *, layout="gpt-oss-120b", gpus=(16376,), asked=ASKED, **machine):
     host = planning.machine(list(gpus), **machine)
-    return planning.plans(host, [(layout,)] * len(asked.models), asked, adjustments)
+    return planning.plans(host, [(layout,)] * len(asked.models), asked, corrections)
 
 
 def counted(row):
@@ -44,8 +44,8 @@ class Binary:
         return answer(plan, **more)
 
 
-def settled(binary, adjustments=None, is_known=lambda plan: False, **how):
-    """With the plan's own adjustments taken out of what the binary says, which is of the flags alone."""
+def settled(binary, corrections=None, is_known=lambda plan: False, **how):
+    """With the plan's own corrections taken out of what the binary says, which is of the flags alone."""
     now = {}
 
     def planner(given):
@@ -53,13 +53,13 @@ def settled(binary, adjustments=None, is_known=lambda plan: False, **how):
         return planned(given, **how)
 
     def ask(plan):
-        extra = now.get(plan.instance, Adjustment()).extra_bytes
+        extra = now.get(plan.instance, Correction()).extra_bytes
         told = dict(binary(plan).told)
         for name, device in (("CUDA0", "GPU0"), ("Host", "host")):
             told[name] -= extra.get(device, 0)
         return Answer(told)
 
-    return settle(planner, ask, adjustments or {}, is_known)
+    return settle(planner, ask, corrections or {}, is_known)
 
 
 def test_the_question_is_the_service_without_what_it_must_not_touch():
@@ -107,7 +107,7 @@ def test_agreement_takes_one_question():
     binary = Binary()
     done = settled(binary)
     assert len(binary.asked) == 1
-    assert done.answers == tuple(planned()) and done.adjustments == {}
+    assert done.answers == tuple(planned()) and done.corrections == {}
     assert done.verified["m0"].rounds == 1 and done.verified["m0"].differences == {"GPU0": 0, "host": 0}
 
 
@@ -192,7 +192,7 @@ def test_of_two_instances_the_second_gets_what_the_first_really_leaves():
 
 
 def test_the_record_tells_both_numbers():
-    done = settled(Binary(CUDA0=3 * GIB), {"m0": Adjustment({"GPU0": GIB})})
+    done = settled(Binary(CUDA0=3 * GIB), {"m0": Correction({"GPU0": GIB})})
     told = done.verified["m0"].to_json()
     assert set(told) == {"ledger_bytes", "binary_bytes", "extra_bytes", "rounds", "why"}
     # By the header alone, whatever was in the plan already.

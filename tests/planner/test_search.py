@@ -4,15 +4,18 @@ from dataclasses import replace
 
 import pytest
 
+from llamafleet.host.backends import TRAITS
 from llamafleet.host.speeds import rates
-from llamafleet.memory.adjust import NO_ADJUSTMENT
-from llamafleet.memory.capacity import Room
-from llamafleet.memory.ledger import MIB, TRAITS, Model, Placement, usage
-from llamafleet.planner.refine import settle
+from llamafleet.memory.ledger import NO_CORRECTION, usage
+from llamafleet.memory.placement import Placement, Segment
+from llamafleet.memory.weights import Model
+from llamafleet.planner.backend import capacity_of
+from llamafleet.planner.refine import refine
 from llamafleet.planner.result import Plan
-from llamafleet.planner.roofline import Roofline, Segment
+from llamafleet.planner.roofline import Roofline
 from llamafleet.planner.search import Search, contexts
 from llamafleet.settings.workload import Workload
+from llamafleet.units import MIB
 from tests import planning
 from tests.planning import machine
 
@@ -51,16 +54,15 @@ def test_nothing_more_fits_on_one_gpu(layout, gib):
     if None in placement.layer_devices:  # one more layer, or, of a mixture of experts, its attention alone
         front = placement.layer_devices.index(0)
         holders = tuple(0 if layer >= front - 1 else None for layer in range(model.layers + 1))
-        fuller = replace(placement, layer_devices=holders)
-        if model.is_moe and model.spill_bytes[front - 1]:
-            fuller = replace(fuller, spilled=placement.spilled | {front - 1})
+        more = {front - 1} if model.is_moe and model.spill_bytes[front - 1] else set()
+        fuller = Placement.of(holders, placement.spilled | more, dict(placement.partly))
     elif placement.partly:  # the other part of the layer that is shared
-        fuller = replace(placement, partly=())
+        fuller = Placement.of(placement.layer_devices, placement.spilled)
     elif placement.spilled:
         first = min(placement.spilled)
         down = model.down_bytes[first]
         part = "up" if down <= model.spill_bytes[first] - down else "down"  # the smaller part comes to the GPU
-        fuller = replace(placement, spilled=placement.spilled - {first}, partly=((first, part),))
+        fuller = Placement.of(placement.layer_devices, placement.spilled - {first}, {first: part})
     else:
         return
     assert free_bytes(answer, layout, fuller) < 0
@@ -76,7 +78,7 @@ def test_no_other_split_of_a_dense_model_is_faster(layout, gib, live):
     search, context = searching(layout, [gib * 1024], asked)
     layers = search.model.layers
     best = min(
-        search.roofline.workload(segments, context)
+        search.roofline.workload((0,), segments, context)
         for front in range(layers + 1)
         for keep in range(front, layers + 1, 2)
         if fits(search, context, segments := ([Segment(None, 0, front, front)] if front else [])
@@ -94,10 +96,10 @@ def fits(search, context, segments):
 def searching(layout, gpus, asked):
     host, settings = machine(gpus, ram_gib=1024), planning.settings(asked)
     instance = settings.models[0]
-    model, room = Model.of(planning.header(layout)), Room.of(host, host.gpus, settings)
+    model, capacity = Model.of(planning.header(layout)), capacity_of(host, host.gpus, settings)
     its_work = Workload.of(instance, instance.context_tokens)
     roofline = Roofline(model, its_work, rates(host.cpu, host.gpus, 6), op_offload=TRAITS["cuda"].op_offload)
-    search = Search(model, room, "cuda", 1024 * MIB, NO_ADJUSTMENT, roofline)
+    search = Search(model, capacity, "cuda", 1024 * MIB, NO_CORRECTION, roofline)
     return search, contexts(instance, instance.context_tokens, its_work)[0][0]
 
 
@@ -121,8 +123,8 @@ def test_no_other_cut_between_two_gpus_is_faster(layout, gpus):
         for cut in range(1, search.model.layers):
             ends = (cut, search.model.layers + 1)
             if base[cut] <= budgets[0] and base[-1] - base[cut] <= budgets[1]:
-                segments = search.segments(order, 0, ends, (context, budgets))
-                tried.append(search.roofline.workload(segments, context))
+                segments = search.segments(0, ends, (context, budgets))
+                tried.append(search.roofline.workload(order, segments, context))
     assert answer.predicted.workload_seconds <= min(tried) * 1.001
 
 
@@ -130,21 +132,20 @@ def test_what_the_stand_ins_missed_is_mended_by_the_ledger():
     """A device that turns out fuller than the search thought loses layers until it fits."""
     search, context = searching("gpt-oss-120b", [24564], {"context_tokens": 8192})
     [one, *_] = search.candidates([(context, 1.0)])
-    more = replace(one, segments=tuple(replace(part, keep=part.keep + 3) for part in one.segments))
-    settled = settle(search, more, 1.0)
-    assert settled.rows[0].free_bytes >= 0
-    assert isinstance(settled.placement, Placement)
-    assert settled.candidate.segments[0].keep == settle(search, one, 1.0).candidate.segments[0].keep
+    more = replace(one, placement=Placement(tuple(replace(part, keep=part.keep + 3) for part in one.segments)))
+    refined = refine(search, more, 1.0)
+    assert refined.rows[0].free_bytes >= 0
+    assert refined.candidate.segments[0].keep == refine(search, one, 1.0).candidate.segments[0].keep
 
 
 def test_a_gpu_that_holds_no_layer_is_not_left_in_the_row_without_one():
     """Such a row does not fit; another one, without that GPU, is another candidate."""
     search, context = searching("Llama-3.3-70B", [1700, 24576], {"context_tokens": 32768})
     pieces = (Segment(None, 0, 40, 40), Segment(0, 40, 42, 42), Segment(1, 42, 80, 42))
-    settled = settle(search, search.weigh(context, (0, 1), pieces, 1.0), 1.0)
-    assert [part.device for part in settled.candidate.segments] == [None, 0, 1]
-    assert all(part.lo < part.hi for part in settled.candidate.segments)
-    assert len(settled.rows) == 3 and settled.rows[0].free_bytes < 0
+    refined = refine(search, search.weigh(context, (0, 1), pieces, 1.0), 1.0)
+    assert [part.device for part in refined.candidate.segments] == [None, 0, 1]
+    assert all(part.lo < part.hi for part in refined.candidate.segments)
+    assert len(refined.rows) == 3 and refined.rows[0].free_bytes < 0
 
 
 def test_gpt_oss_120b_on_24_gb_holds_more_than_hand_tuned():

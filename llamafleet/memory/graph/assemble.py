@@ -1,214 +1,201 @@
-"""What a layer computes: attention or a state, feed-forward or experts; and the whole graph of a model."""
+"""A model's whole graph, and its layers: attention or a recurrent state, then a feed-forward part or experts."""
 
 from __future__ import annotations
 
+from llamafleet.memory.context import Context
 from llamafleet.memory.graph import ggml
 from llamafleet.memory.graph.attention import attention
-from llamafleet.memory.graph.builder import Builder, Homes
-from llamafleet.memory.graph.deepseek4 import first_streams, last_streams, streams_layer
+from llamafleet.memory.graph.builder import BackendOf, Builder
+from llamafleet.memory.graph.deepseek4 import hc_head, hyper_connections_layer, repeated_streams
 from llamafleet.memory.graph.gemma import (
-    experts_beside,
+    add_layer_input,
+    altup_mean,
+    altup_states,
+    ffn_and_experts,
     gemma3n_layer,
     layer_inputs,
-    stacked,
-    unstacked,
-    with_layer_input,
 )
-from llamafleet.memory.graph.ggml import F32, I32, Graph, Tensor, get_rows, mul_mat, new, same
+from llamafleet.memory.graph.ggml import F32, I32, Graph, Tensor, apply, get_rows, mul_mat, new
 from llamafleet.memory.graph.layers import Layers
 from llamafleet.memory.graph.mla import latent_attention
-from llamafleet.memory.graph.moe import experts
+from llamafleet.memory.graph.moe import moe_ffn
 from llamafleet.memory.graph.recurrent import recurrent
-from llamafleet.memory.graph.rwkv import RWKV, rwkv_layer
-from llamafleet.memory.kv_cache import COMPRESSED
-from llamafleet.model.gguf import Header
-from llamafleet.model.shape import BY_INTERVAL, PARALLEL_HYBRIDS, Context, recurrent_layers
+from llamafleet.memory.graph.rwkv import rwkv_layer
+from llamafleet.model.architecture import LayerGraph, Recurrence
+from llamafleet.model.shape import Shape
 
-# Rows that become logits are picked after the last layer, not before its feed-forward part: where the graph
-# asks for `embeddings_nextn_masked`, which llama-server leaves off (src/models/*.cpp).
-LATE_OUTPUT = frozenset({"bailingmoe3", "cohere2moe", "gemma4", "hy_v3", "nemotron_h", "nemotron_h_moe", "gpt-oss",
-                         "qwen35", "qwen35moe", "qwen3next", "step35"})  # fmt: skip
-# Their last layer's result, before the last norm, is kept for a draft model (t_h_nextn).
-KEPT_STATE = frozenset({"gpt-oss", "step35"})
-# Add to what was there before, not the other way round: the sum takes the memory of the first if it can.
-RESIDUAL_FIRST = frozenset({"jamba", "lfm2", "lfm2moe", "openelm"})  # what attention or state gives
-RESIDUAL_FIRST_LAST = frozenset({"jamba", "lfm2", "lfm2moe", "phi3", "phimoe"})  # what the feed-forward part gives
-NORM_FIRST = BY_INTERVAL | {"kimi-linear"}  # the first norm before all else (models/qwen3next.cpp:158)
-ONE_PART = frozenset({"nemotron_h", "nemotron_h_moe"})  # a layer is attention, state or feed-forward, with one residual
-# What is computed first where attention and feed-forward part are added to the input side by side (src/models/*.cpp).
-SUMS = {
-    "phi2": ("attention", "ffn", "input"),
-    "command-r": ("ffn", "input", "attention"),
-    "cohere2": ("ffn", "input", "attention"),
-    "cohere2moe": ("ffn", "input", "attention"),
-}
-# The experts are chosen from what the layer gets, before its attention.
-EARLY_CHOICE = frozenset({"smallthinker"})
-# Layers that have one of them compute feed-forward after attention, not beside it.
+# A layer with one of these norms computes its feed-forward part after attention, not in parallel to it.
 NORMS_BETWEEN = ("ffn_norm.weight", "post_attention_norm.weight", "post_ffw_norm.weight", "attn_output_norm.weight")
 
 
 def build(
-    header: Header,
+    shape: Shape,
     layers: Layers,
     context: Context,
-    homes: Homes,
+    backend_of: BackendOf,
     order: tuple[int, ...],
     *,
     attention_scratch: bool = False,
 ) -> Graph:
-    """The graph of the layers in `order` (all of them, or enough of each kind), from tokens to logits."""
-    b = Builder(header, layers, context, homes, attention_scratch)
-    late = header.architecture in LATE_OUTPUT
+    """The graph from tokens to logits with the layers in `order` (all, or without repeated ones, see `repeats`).
+
+    `attention_scratch`: flash attention converts a cache that is not f16.
+    """
+    row = shape.architecture
+    b = Builder(shape, layers, context, backend_of, attention_scratch)
     positions, outputs = ggml.graph_input(I32, b.tokens * b.positions), ggml.graph_input(I32, context.outputs)
     cur = b.embeddings()
-    state, first, own = recurrent_layers(header), None, layer_inputs(b, cur)
-    cur = _first(b, cur)
+    recurrent_layers, first_values, layer_input = shape.state.layers, None, layer_inputs(b, cur)
+    cur = _first_layer_input(b, cur)
     for layer in order:
         b.layer = layer
-        if header.architecture in RWKV:
-            cur, first = rwkv_layer(b, cur, outputs if layer == order[-1] else None, first)
-        elif header.architecture == COMPRESSED:
-            cur = streams_layer(b, cur, positions, lambda normed: _feed_forward(b, normed))
-        elif header.architecture == "gemma3n":
-            cur = gemma3n_layer(b, cur, own, lambda normed: attention(b, normed, positions))
+        if row.layer_graph is LayerGraph.RWKV:
+            cur, first_values = rwkv_layer(b, cur, outputs if layer == order[-1] else None, first_values)
+        elif row.layer_graph is LayerGraph.HYPER_CONNECTIONS:
+            cur = hyper_connections_layer(b, cur, positions, lambda normed: _ffn_or_experts(b, normed))
+        elif row.layer_graph is LayerGraph.ALTERNATING_STATES:
+            cur = gemma3n_layer(b, cur, layer_input, lambda normed: attention(b, normed, positions))
         else:
-            cur = _layer(b, cur, positions, None if late or layer != order[-1] else outputs, state[layer])
-            cur = with_layer_input(b, cur, own)
+            rows = None if row.late_output or layer != order[-1] else outputs
+            cur = _layer(b, cur, positions, rows, recurrent_layers[layer])
+            cur = add_layer_input(b, cur, layer_input)
     b.layer = -1
-    cur = _last(b, cur, outputs)
-    cur.output = header.architecture in KEPT_STATE
-    if late and cur.output:
+    cur = _output_norm_input(b, cur, outputs)
+    cur.output = row.keeps_last_state
+    if row.late_output and cur.output:
         cur = get_rows(cur, outputs)
     cur = b.norm(cur, "output_norm")
     cur.output = True
-    if late and cur.ne[1] != context.outputs:
+    if row.late_output and cur.ne[1] != context.outputs:
         cur = get_rows(cur, outputs)
         cur.output = True
-    head = b.weight("output.weight") or ggml.weight(*_tied(b))
+    head = b.weight("output.weight") or ggml.weight(*_tied_output(b))
     cur = mul_mat(head, cur)
     if bias := b.weight("output.bias"):
-        cur = same("add", cur, bias)
-    if header.get("final_logit_softcapping"):
-        cur = same("scale", same("unary", same("scale", cur)))
+        cur = apply("add", cur, bias)
+    if shape.caps_logits:
+        cur = apply("scale", apply("unary", apply("scale", cur)))
     cur.output = True
     b.graph.expand(cur)
     return b.graph
 
 
-def _first(b: Builder, cur: Tensor) -> Tensor:
-    """What the first layer gets of the embeddings."""
-    if b.header.architecture == "gemma3n":
-        return stacked(b, cur)
-    if b.header.architecture == COMPRESSED:
-        return first_streams(b, cur)
-    return b.norm(cur, "token_embd_norm") if b.header.architecture in RWKV else cur
+def _first_layer_input(b: Builder, cur: Tensor) -> Tensor:
+    """Input of the first layer, from the embeddings."""
+    kind = b.shape.architecture.layer_graph
+    if kind is LayerGraph.ALTERNATING_STATES:
+        return altup_states(b, cur)
+    if kind is LayerGraph.HYPER_CONNECTIONS:
+        return repeated_streams(b, cur)
+    return b.norm(cur, "token_embd_norm") if kind is LayerGraph.RWKV else cur
 
 
-def _last(b: Builder, cur: Tensor, outputs: Tensor) -> Tensor:
-    """What the last norm gets of the last layer's result."""
-    if b.header.architecture == "gemma3n":
-        return get_rows(unstacked(b, cur), outputs)
-    return last_streams(b, cur, outputs) if b.header.architecture == COMPRESSED else cur
+def _output_norm_input(b: Builder, cur: Tensor, outputs: Tensor) -> Tensor:
+    """Input of the output norm, from the last layer's result."""
+    kind = b.shape.architecture.layer_graph
+    if kind is LayerGraph.ALTERNATING_STATES:
+        return get_rows(altup_mean(b, cur), outputs)
+    return hc_head(b, cur, outputs) if kind is LayerGraph.HYPER_CONNECTIONS else cur
 
 
-def _tied(b: Builder) -> tuple[str, tuple[int, ...], int]:
+def _tied_output(b: Builder) -> tuple[str, tuple[int, ...], int]:
+    """Type, shape and backend of the token embedding as output matrix."""
     table = b.layers[-1]["token_embd.weight"]
-    return table.type, table.shape, b.homes("output.weight", None)
+    return table.type, table.shape, b.backend_of("output.weight", None)
 
 
-def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None, state: bool) -> Tensor:
-    parts = b.layers[b.layer]
-    if b.header.architecture in PARALLEL_HYBRIDS:
-        return _side_by_side(b, inputs, positions, outputs)
-    logits = b.linear("ffn_gate_inp", inputs) if b.header.architecture in EARLY_CHOICE else None
-    normed = side = cur = b.norm(inputs, "attn_norm")
+def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None, is_recurrent: bool) -> Tensor:
+    parts, row = b.layers[b.layer], b.shape.architecture
+    if row.recurrence is Recurrence.BESIDE_ATTENTION:
+        return _parallel_hybrid_layer(b, inputs, positions, outputs)
+    logits = b.linear("ffn_gate_inp", inputs) if row.chooses_early else None
+    normed = ffn_input = cur = b.norm(inputs, "attn_norm")
     if "attn_norm_2.weight" in parts:  # Falcon 40B
-        side = b.norm(inputs, "attn_norm_2")
-    if b.header.architecture in NORM_FIRST:
+        ffn_input = b.norm(inputs, "attn_norm_2")
+    if row.norm_first:
         b.graph.expand(normed)
-    if state:
+    if is_recurrent:
         cur = recurrent(b, normed)
     elif "attn_kv_a_mqa.weight" in parts:
         cur = latent_attention(b, normed, positions)
     elif any(part.startswith("attn_") and part.endswith(("q.weight", "qkv.weight")) for part in parts):
         cur = attention(b, normed, positions)
-    elif b.header.architecture in ONE_PART:
-        cur = _feed_forward(b, normed)
+    elif row.one_part_layers:
+        cur = _ffn_or_experts(b, normed)
     if outputs is not None:
         cur, inputs = get_rows(cur, outputs), get_rows(inputs, outputs)
         logits = get_rows(logits, outputs) if logits else None
     if any(part in parts for part in NORMS_BETWEEN):
-        return b.fed(_after_attention(b, cur, inputs, logits))
-    if b.header.architecture in ONE_PART or not any(part.startswith("ffn_") for part in parts):
-        return same("add", cur, inputs)  # mamba: nothing but the state
+        return b.with_deepstack(_after_attention(b, cur, inputs, logits))
+    if row.one_part_layers or not any(part.startswith("ffn_") for part in parts):
+        return apply("add", cur, inputs)  # mamba: a layer has no feed-forward part
     if outputs is not None:
-        side = get_rows(side, outputs)
-    summands = {"attention": cur, "ffn": _feed_forward(b, side), "input": inputs}
-    first, second, third = (summands[name] for name in SUMS.get(b.header.architecture, ("ffn", "attention", "input")))
-    return same("add", same("add", first, second), third)
+        ffn_input = get_rows(ffn_input, outputs)
+    summands = {"attention": cur, "ffn": _ffn_or_experts(b, ffn_input), "input": inputs}
+    first, second, third = (summands[name] for name in row.parallel_sum)
+    return apply("add", apply("add", first, second), third)
 
 
-def _side_by_side(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None) -> Tensor:
-    """Attention and state, each with a norm of its own of what comes in (models/falcon-h1.cpp:131)."""
+def _parallel_hybrid_layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None) -> Tensor:
+    """Attention and recurrent state in parallel, each with its own norm of the input (models/falcon-h1.cpp:131)."""
     attended = attention(b, b.norm(inputs, "attn_norm"), positions)
     state = recurrent(b, b.norm(inputs, "attn_norm"))
-    residual = same("add", same("add", attended, state), inputs)
+    residual = apply("add", apply("add", attended, state), inputs)
     if outputs is not None:
         residual = get_rows(residual, outputs)
-    return same("add", _feed_forward(b, b.norm(residual, "ffn_norm")), residual)
+    return apply("add", _ffn_or_experts(b, b.norm(residual, "ffn_norm")), residual)
 
 
 def _after_attention(b: Builder, cur: Tensor, inputs: Tensor, logits: Tensor | None) -> Tensor:
-    """Residual, norm, feed-forward, residual; with norms behind both parts where the model has them."""
+    """Residual, norm, feed-forward part, residual; with a norm after either part where the model has one."""
     parts = b.layers[b.layer]
     sandwich = "ffn_norm.weight" in parts or "post_ffw_norm.weight" in parts
-    behind = "attn_output_norm" if "attn_output_norm.weight" in parts else "post_attention_norm"
+    post_norm = "attn_output_norm" if "attn_output_norm.weight" in parts else "post_attention_norm"
     if sandwich:
-        cur = b.norm(cur, behind)
-    arch = b.header.architecture
-    residual = same("add", inputs, cur) if arch in RESIDUAL_FIRST else same("add", cur, inputs)
+        cur = b.norm(cur, post_norm)
+    row = b.shape.architecture
+    residual = apply("add", inputs, cur) if row.residual_first else apply("add", cur, inputs)
     if not any(part.startswith("ffn_") and "norm" not in part for part in parts):
         return residual
     if "pre_ffw_norm_2.weight" in parts:
-        cur = experts_beside(b, residual, lambda normed: _dense(b, normed, ""))
-        return same("add", b.norm(cur, "post_ffw_norm"), residual)
-    cur = b.norm(residual, "ffn_norm" if sandwich else behind)
-    if "ffn_norm_exps.weight" in parts:  # a dense part, then experts that take what the layer gets (models/arctic.cpp)
-        residual = same("add", _dense(b, cur, ""), residual)
-        return same("add", experts(b, b.norm(inputs, "ffn_norm_exps")), residual)
-    cur = b.norm(_feed_forward(b, cur, logits), "post_ffw_norm")
-    return same("add", residual, cur) if arch in RESIDUAL_FIRST_LAST else same("add", cur, residual)
+        cur = ffn_and_experts(b, residual, lambda normed: _ffn(b, normed, ""))
+        return apply("add", b.norm(cur, "post_ffw_norm"), residual)
+    cur = b.norm(residual, "ffn_norm" if sandwich else post_norm)
+    if "ffn_norm_exps.weight" in parts:  # a dense part, then experts on the layer's input (models/arctic.cpp)
+        residual = apply("add", _ffn(b, cur, ""), residual)
+        return apply("add", moe_ffn(b, b.norm(inputs, "ffn_norm_exps")), residual)
+    cur = b.norm(_ffn_or_experts(b, cur, logits), "post_ffw_norm")
+    return apply("add", residual, cur) if row.residual_first_last else apply("add", cur, residual)
 
 
-def _feed_forward(b: Builder, cur: Tensor, logits: Tensor | None = None) -> Tensor:
+def _ffn_or_experts(b: Builder, cur: Tensor, logits: Tensor | None = None) -> Tensor:
     parts = b.layers[b.layer]
     if "ffn_gate_inp.weight" not in parts:
-        return _dense(b, cur, "")
-    if "ffn_up_chexps.weight" in parts:  # experts of groups take what the others give (models/grovemoe.cpp)
+        return _ffn(b, cur, "")
+    if "ffn_up_chexps.weight" in parts:  # chunk experts take the experts' result (models/grovemoe.cpp)
         logits = b.linear("ffn_gate_inp", cur)
-        out = experts(b, cur, logits)
-        return same("add", out, same("scale", experts(b, out, logits, "chexps")))
-    out = experts(b, cur, logits)
+        out = moe_ffn(b, cur, logits)
+        return apply("add", out, apply("scale", moe_ffn(b, out, logits, "chexps")))
+    out = moe_ffn(b, cur, logits)
     if "ffn_up_shexp.weight" in parts:
-        shared = _dense(b, cur, "_shexp")
+        shared = _ffn(b, cur, "_shexp")
         if "ffn_gate_inp_shexp.weight" in parts:
-            shared = same("mul", shared, same("unary", b.linear("ffn_gate_inp_shexp", cur)))
-        out = same("add", out, shared)
-    elif "ffn_up.weight" in parts:  # a dense part beside the experts (models/grok.cpp)
-        out = same("scale", same("add", _dense(b, cur, ""), out))
+            shared = apply("mul", shared, apply("unary", b.linear("ffn_gate_inp_shexp", cur)))
+        out = apply("add", out, shared)
+    elif "ffn_up.weight" in parts:  # a dense part in parallel to the experts (models/grok.cpp)
+        out = apply("scale", apply("add", _ffn(b, cur, ""), out))
     return out
 
 
-def _dense(b: Builder, cur: Tensor, suffix: str) -> Tensor:
+def _ffn(b: Builder, cur: Tensor, suffix: str) -> Tensor:
     parts = b.layers[b.layer]
     up = b.linear(f"ffn_up{suffix}", cur)
     down = parts[f"ffn_down{suffix}.weight"].shape[0]
     if f"ffn_gate{suffix}.weight" in parts:
         gate = b.linear(f"ffn_gate{suffix}", cur)
-        act = b.gated(gate, up, b.clamped[b.layer].others)
+        act = b.gated(gate, up, b.shape.clamps[b.layer].others)
     elif up.ne[0] == 2 * down:
         act = new("glu", F32, (down, up.ne[1]), up)
     else:
-        act = same("unary", up)
+        act = apply("unary", up)
     return b.linear(f"ffn_down{suffix}", act)

@@ -1,41 +1,33 @@
-"""What sets a model's layers apart: their tensors, and what numbers of the header or only src/models/*.cpp say."""
+"""A model's tensors by layer, and other properties by which the graphs of two layers differ."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import NamedTuple
 
-from llamafleet.memory.graph.rope import turned
 from llamafleet.model.gguf import Header, Tensor
-from llamafleet.model.gguf_cursor import Value
-from llamafleet.model.shape import cache_owners, number, per_layer, recurrent_layers, windows
+from llamafleet.model.shape import Shape
 
-CLAMPED_AT_ONCE = frozenset({"maple", "deepseek4", "glm5-next", "hy_v4"})  # ggml_swiglu_clamp
-IMAGES_IN_LAYERS = frozenset({"qwen3vl", "qwen3vlmoe"})  # deepstack
-MISNAMED_NORM = frozenset({"lfm2", "lfm2moe"})  # their last norm is token_embd_norm (LLM_TENSOR_OUTPUT_NORM_LFM2)
-
-# Tensors outside layers that are read row by row, always from the host (LLM_TENSOR_LAYER_INPUT), and those that are
-# the first layer's all the same (LLM_TENSOR_INFOS); all others go with the output.
+# Tensors outside blk.*: INPUTS are always on the host (LLM_TENSOR_LAYER_INPUT), FIRST_LAYER are on the first layer's
+# device (LLM_TENSOR_INFOS), all others are on the output's device.
 INPUTS = ("token_embd.", "token_types.", "position_embd.", "per_layer_token_embd.")
 FIRST_LAYER = ("token_embd_norm.", "per_layer_model_proj.", "per_layer_proj_norm.")
-# Of two kinds of factors, for long and short contexts, one is used; they are of one size.
-ROTATIONS = ("rope_freqs.weight", "rope_factors_long.weight")
-SPARSE = {"gemma3n": 10}  # layers from the front that keep the largest values alone (models.h, n_layer_sparsity)
+# RoPE factors. Factors for short contexts have the size of those for long ones, and only one tensor is used.
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight")
 
 
 class Layers:
-    """A header's tensors by layer and part: `layers[3]["attn_q.weight"]`; those outside layers at -1."""
+    """A header's tensors by layer and name: `layers[3]["attn_q.weight"]`; tensors outside blk.* have layer -1."""
 
-    def __init__(self, header: Header) -> None:
+    def __init__(self, header: Header, *, norm_misnamed: bool) -> None:
         self.parts: dict[int, dict[str, Tensor]] = {}
         for tensor in header.tensors:
             layer, part = -1, tensor.name
             if part.startswith("blk."):
                 number_text, part = part[4:].split(".", 1)
                 layer = int(number_text) if number_text.isdigit() else -1
-            elif header.architecture in MISNAMED_NORM:
+            elif norm_misnamed:
                 part = part.replace("token_embd_norm", "output_norm")
-            if part.endswith("_norm"):  # falcon-h1 and plamo2 have some without it
+            if part.endswith("_norm"):  # falcon-h1 and plamo2 have norms without this suffix
                 part += ".weight"
             self.parts.setdefault(layer, {})[part] = tensor
 
@@ -43,37 +35,11 @@ class Layers:
         return self.parts.get(layer, {})
 
 
-def marks(header: Header) -> list[Hashable]:
-    """Of each layer, all that sets it apart besides its tensors."""
-    sizes = windows(header)
-    images = [layer < image_layers(header) for layer in range(len(sizes))]
-    sparse = [layer < SPARSE.get(header.architecture, 0) for layer in range(len(sizes))]
-    shares = [owner != layer for layer, owner in enumerate(cache_owners(header))]
-    used, clamps = per_layer(header, "expert_used_count"), clamped(header, len(sizes))
-    state, turn = recurrent_layers(header), turned(header, sizes)
-    return list(zip(state, sizes, used, turn, clamps, images, sparse, shares, strict=True))
-
-
-class Clamped(NamedTuple):
-    """Is the activation of a layer's experts, and of its other feed-forward parts, held below a limit?"""
-
-    experts: bool
-    others: bool
-
-
-def clamped(header: Header, layers: int) -> tuple[Clamped, ...]:
-    """Of each layer; build_ffn and build_moe_ffn. Not where one operation does it all."""
-    if header.architecture in CLAMPED_AT_ONCE:
-        return (Clamped(False, False),) * layers
-    limits = [_each(header.get(f"swiglu_clamp_{part}"), layers) for part in ("exp", "shexp")]
-    return tuple(Clamped(*pair) for pair in zip(*limits, strict=True))
-
-
-def image_layers(header: Header) -> int:
-    """Layers from the front that add a part of an image's rows of their own, by which rows are wider (n_embd_inp)."""
-    return number(header, "n_deepstack_layers") if header.architecture in IMAGES_IN_LAYERS else 0
-
-
-def _each(limit: Value | None, layers: int) -> list[bool]:
-    each = limit if isinstance(limit, tuple) and len(limit) >= layers else (limit,) * layers
-    return [isinstance(one, float) and one > 0 for one in each[:layers]]
+def layer_traits(shape: Shape) -> list[Hashable]:
+    """For each layer, the properties besides its tensors that change its graph."""
+    layers = range(shape.layers)
+    images = [layer < shape.image_layers for layer in layers]
+    sparse = [layer < shape.architecture.sparse_layers for layer in layers]
+    reads_other_cache = [owner != layer for layer, owner in enumerate(shape.cache_owners)]
+    properties = (shape.state.layers, shape.windows, shape.experts.used, shape.uses_rope, shape.clamps)
+    return list(zip(*properties, images, sparse, reads_other_cache, strict=True))
