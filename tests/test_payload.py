@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import json
@@ -115,6 +116,17 @@ def test_unknown_architecture():
 def test_zips_are_the_same_each_time(arch):
     assert payload.probe_zip(arch) == payload.probe_zip(arch)
     assert payload.helpers_zip(arch) == payload.helpers_zip(arch)
+
+
+def test_probe_zip_has_every_sibling_that_its_programs_import():
+    siblings = {path.stem for path in payload.REMOTE.glob("*.py")}
+    for program in payload.PROBE_PROGRAMS:
+        tree = ast.walk(ast.parse((payload.REMOTE / program).read_text()))
+        nodes = [node for node in tree if isinstance(node, ast.Import | ast.ImportFrom)]
+        imported = {name for node in nodes for name in ([node.module] if isinstance(node, ast.ImportFrom) else
+                                                        [alias.name for alias in node.names])}  # fmt: skip
+        missing = {f"{name}.py" for name in imported & siblings} - set(payload.PROBE_PROGRAMS)
+        assert not missing, (program, missing)
 
 
 def test_probe_zip_is_small_and_has_what_the_probe_needs(probe_zip):

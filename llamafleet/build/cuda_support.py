@@ -20,7 +20,7 @@ RELEASES: tuple[Version, ...] = (
 
 # Compute capability: the first toolkit with it, and the first that dropped it. [ptx]; CUDA 13.0's
 # release notes drop Maxwell, Pascal and Volta; 10.1 (Thor) was renamed 11.0 in 13.0. 5.0 is the
-# oldest that llama.cpp still lists (ggml/src/ggml-cuda/CMakeLists.txt:22).
+# oldest that llama.cpp still lists (comments in ggml/src/ggml-cuda/CMakeLists.txt).
 _SUPPORT: dict[str, tuple[Version, Version | None]] = {
     "5.0": ((10, 0), (13, 0)), "5.2": ((10, 0), (13, 0)), "5.3": ((10, 0), (13, 0)),
     "6.0": ((10, 0), (13, 0)), "6.1": ((10, 0), (13, 0)), "6.2": ((10, 0), (13, 0)),
@@ -50,9 +50,9 @@ def version(text: str) -> Version:
     return int(match[1]), int(match[2])
 
 
-def text(one: Version) -> str:
+def text(toolkit: Version) -> str:
     """(12, 8) as "12.8"."""
-    return f"{one[0]}.{one[1]}"
+    return f"{toolkit[0]}.{toolkit[1]}"
 
 
 def unfit_for_gpu(toolkit: Version, capability: str) -> str | None:
@@ -61,7 +61,7 @@ def unfit_for_gpu(toolkit: Version, capability: str) -> str | None:
         if version(capability) < (5, 0):
             return f"compute capability {capability} is older than what llama.cpp supports (5.0)"
         if version(capability) > version("12.1") and toolkit > RELEASES[-1]:
-            return None  # both newer than this table: nvcc will tell
+            return None  # both newer than this table: nvcc decides
         return f"compute capability {capability} is not known to CUDA up to {text(RELEASES[-1])}"
     first, dropped = _SUPPORT[capability]
     if toolkit < first:
@@ -72,7 +72,7 @@ def unfit_for_gpu(toolkit: Version, capability: str) -> str | None:
 
 
 def unfit_for_driver(toolkit: Version, driver: Version) -> str | None:
-    """Why programs of this toolkit do not run on a driver that tells this CUDA version.
+    """Why programs of this toolkit do not run with a driver of this CUDA version.
 
     Within a major version every toolkit runs on every driver of that major, also a newer toolkit on
     an older driver, as long as code for the very GPU is compiled in: only the just-in-time compiler

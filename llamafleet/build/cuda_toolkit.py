@@ -1,8 +1,8 @@
 """Which CUDA toolkit llama.cpp is compiled with: one that the host has, or one to install.
 
-`choose` gives a `Toolkit` to use, an `Install` to make, or `Unsuitable`: why not, and what would help.
-A toolkit's identity is part of the build key. It is the same before the installation and after it,
-when the toolkit is found, so that the second run builds nothing.
+`choose_toolkit` gives a `Toolkit` to use, an `Install` to make, or `Unsuitable`: why not, and what would help.
+A toolkit's identity is part of the build key. It is the same before and after the installation, so that the
+second run builds nothing.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llamafleet.build import cuda_support as cuda
-from llamafleet.build import nvidia_repository
+from llamafleet.build import cuda_support, nvidia_repository
 from llamafleet.build.nvidia_repository import Repository
 from llamafleet.host.machine import Gpu, Machine, Os
 
@@ -20,7 +19,7 @@ DISTRO_PACKAGE = "nvidia-cuda-toolkit"
 
 
 @dataclass(frozen=True)
-class FoundToolkit:
+class InstalledToolkit:
     """A toolkit on the host, as `llamafleet/remote/toolkits.py` reports it."""
 
     path: str
@@ -36,7 +35,7 @@ class FoundToolkit:
     distro: bool
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> FoundToolkit:
+    def from_json(cls, data: Mapping[str, Any]) -> InstalledToolkit:
         """From one entry of the list that our own program printed."""
         return cls(
             path=data["path"],
@@ -100,10 +99,11 @@ def architectures(machine: Machine) -> tuple[str, ...]:
     """CMAKE_CUDA_ARCHITECTURES for exactly the host's usable GPUs, sorted; "native" never.
 
     "89" holds machine code and PTX. 12.x becomes "120a-real": llama.cpp's FP4 kernels need the
-    architecture-specific target, and this spelling passes every CMake (ggml-cuda/CMakeLists.txt:43-53).
+    architecture-specific target, and every CMake accepts this spelling (CMAKE_CUDA_ARCHITECTURES in
+    ggml/src/ggml-cuda/CMakeLists.txt).
     """
-    found = {gpu.compute_capability for gpu in _gpus(machine) if gpu.compute_capability}
-    return tuple(_architecture(one) for one in sorted(found, key=cuda.version))
+    capabilities = {gpu.compute_capability for gpu in _gpus(machine) if gpu.compute_capability}
+    return tuple(_architecture(capability) for capability in sorted(capabilities, key=cuda_support.version))
 
 
 def _architecture(capability: str) -> str:
@@ -111,19 +111,22 @@ def _architecture(capability: str) -> str:
     return f"{number}a-real" if capability.startswith("12.") else number
 
 
-def choose(asked: str, machine: Machine, found: Sequence[FoundToolkit]) -> Toolkit | Install | Unsuitable:
+def choose_toolkit(
+    asked: str, machine: Machine, installed: Sequence[InstalledToolkit]
+) -> Toolkit | Install | Unsuitable:
     """The toolkit for this host. `asked` is the setting `cuda_toolkit`: auto, nvidia, distro or a path."""
     refused = _without_driver(machine)
     if refused:
         return refused
     if asked.startswith("/"):
-        return _at_path(asked, machine, found)
-    eligible = [one for one in found if _eligible(one, asked)]
-    fitting = [one for one in eligible if not _unfit(one, machine)]
+        return _at_path(asked, machine, installed)
+    eligible = [toolkit for toolkit in installed if _eligible(toolkit, asked)]
+    fitting = [toolkit for toolkit in eligible if not _unfit(toolkit, machine)]
     if fitting:
-        return _toolkit(max(fitting, key=lambda one: (cuda.version(one.version), one.path)), machine.os)
+        newest = max(fitting, key=lambda toolkit: (cuda_support.version(toolkit.version), toolkit.path))
+        return _use(newest, machine.os)
     sources = {"auto": (_from_nvidia, _from_distro), "nvidia": (_from_nvidia,), "distro": (_from_distro,)}
-    refusals = [_describe(one, machine) for one in eligible]
+    refusals = [_describe(toolkit, machine) for toolkit in eligible]
     for source in sources[asked]:
         install = source(machine)
         if isinstance(install, Install):
@@ -150,31 +153,31 @@ def _gpus(machine: Machine) -> tuple[Gpu, ...]:
     return tuple(gpu for gpu in machine.usable_gpus if gpu.vendor == "nvidia")
 
 
-def _eligible(one: FoundToolkit, asked: str) -> bool:
+def _eligible(toolkit: InstalledToolkit, asked: str) -> bool:
     if asked == "auto":
         return True
     # NVIDIA's packages and its installer both put toolkits here; anything else is the owner's own.
-    return one.distro if asked == "distro" else one.path.startswith("/usr/local/cuda")
+    return toolkit.distro if asked == "distro" else toolkit.path.startswith("/usr/local/cuda")
 
 
-def _at_path(asked: str, machine: Machine, found: Sequence[FoundToolkit]) -> Toolkit | Unsuitable:
+def _at_path(asked: str, machine: Machine, installed: Sequence[InstalledToolkit]) -> Toolkit | Unsuitable:
     wanted = asked.rstrip("/")
-    for one in found:
-        if wanted in (one.path, one.nvcc, *one.aliases):
-            if _unfit(one, machine):
-                return Unsuitable(_describe(one, machine), _suggestions(machine))
-            return _toolkit(one, machine.os)
-    there = ", ".join(f"{one.path} ({one.version})" for one in found) or "none"
+    for toolkit in installed:
+        if wanted in (toolkit.path, toolkit.nvcc, *toolkit.aliases):
+            if _unfit(toolkit, machine):
+                return Unsuitable(_describe(toolkit, machine), _suggestions(machine))
+            return _use(toolkit, machine.os)
+    there = ", ".join(f"{toolkit.path} ({toolkit.version})" for toolkit in installed) or "none"
     return Unsuitable(f"there is no CUDA toolkit at {asked}", (f"toolkits found on the host: {there}",))
 
 
-def _toolkit(one: FoundToolkit, os: Os) -> Toolkit:
-    identity = _distro_identity(os) if one.distro else _identity(cuda.version(one.version))
-    return Toolkit(one.path, one.nvcc, one.version, identity, one.accepted_compiler)
+def _use(toolkit: InstalledToolkit, os: Os) -> Toolkit:
+    identity = _distro_identity(os) if toolkit.distro else _identity(cuda_support.version(toolkit.version))
+    return Toolkit(toolkit.path, toolkit.nvcc, toolkit.version, identity, toolkit.accepted_compiler)
 
 
-def _identity(version: cuda.Version) -> str:
-    return f"cuda-{cuda.text(version)}"
+def _identity(version: cuda_support.Version) -> str:
+    return f"cuda-{cuda_support.text(version)}"
 
 
 def _distro_identity(os: Os) -> str:
@@ -182,23 +185,23 @@ def _distro_identity(os: Os) -> str:
     return f"distro-{os.id}-{os.version or os.version_codename or 'rolling'}"
 
 
-def _describe(one: FoundToolkit, machine: Machine) -> str:
-    return f"{one.path} does not fit: {', '.join(_unfit(one, machine))}"
+def _describe(toolkit: InstalledToolkit, machine: Machine) -> str:
+    return f"{toolkit.path} does not fit: {', '.join(_unfit(toolkit, machine))}"
 
 
-def _unfit(one: FoundToolkit, machine: Machine) -> list[str]:
-    """Why a found toolkit cannot be used, one text for each reason."""
-    if one.missing:
-        return [f"it lacks {what}" for what in one.missing]
-    return [*one.problems, *_unfit_for_gpus(cuda.version(one.version), machine)]
+def _unfit(toolkit: InstalledToolkit, machine: Machine) -> list[str]:
+    """Why an installed toolkit cannot be used, a text for each reason."""
+    if toolkit.missing:
+        return [f"it lacks {what}" for what in toolkit.missing]
+    return [*toolkit.problems, *_unfit_for_gpus(cuda_support.version(toolkit.version), machine)]
 
 
-def _unfit_for_gpus(version: cuda.Version, machine: Machine) -> list[str]:
+def _unfit_for_gpus(version: cuda_support.Version, machine: Machine) -> list[str]:
     """Why code of this version would not run on the host's driver and all of its GPUs."""
-    reasons = [cuda.unfit_for_driver(version, cuda.version(machine.driver.cuda or ""))]
+    reasons = [cuda_support.unfit_for_driver(version, cuda_support.version(machine.driver.cuda or ""))]
     for gpu in _gpus(machine):
         if gpu.compute_capability:
-            why = cuda.unfit_for_gpu(version, gpu.compute_capability)
+            why = cuda_support.unfit_for_gpu(version, gpu.compute_capability)
             reasons.append(why and f"GPU{gpu.index} {gpu.name}: {why}")
     return [reason for reason in reasons if reason]
 
@@ -209,30 +212,32 @@ def _from_nvidia(machine: Machine) -> Install | str:
     repository = nvidia_repository.repository(os)
     if repository is None:
         return f"NVIDIA has no package repository for {_system(os)}"
-    unfit = {one: _unfit_from(repository, one, machine) for one in repository.versions}
-    version = _best([one for one in unfit if not unfit[one]], cuda.version(machine.driver.cuda or ""))
+    unfit = {version: _unfit_from(repository, version, machine) for version in repository.versions}
+    version = _best(
+        [version for version in unfit if not unfit[version]], cuda_support.version(machine.driver.cuda or "")
+    )
     if version is None:
         newest, oldest = repository.versions[-1], repository.versions[0]
         why = dict.fromkeys([*unfit[newest], *unfit[oldest]])
-        return f"none of CUDA {cuda.text(oldest)} to {cuda.text(newest)} in NVIDIA's {repository.name} fits: " \
-            + ", ".join(why)  # fmt: skip
+        versions = f"CUDA {cuda_support.text(oldest)} to {cuda_support.text(newest)}"
+        return f"none of {versions} in NVIDIA's {repository.name} fits: {', '.join(why)}"
     return Install(
-        "nvidia", cuda.text(version), nvidia_repository.packages(repository.manager, version), repository,
-        repository.manager, (), f"/usr/local/cuda-{cuda.text(version)}/bin/nvcc", _identity(version),
+        "nvidia", cuda_support.text(version), nvidia_repository.packages(repository.manager, version), repository,
+        repository.manager, (), f"/usr/local/cuda-{cuda_support.text(version)}/bin/nvcc", _identity(version),
     )  # fmt: skip
 
 
-def _unfit_from(repository: Repository, version: cuda.Version, machine: Machine) -> list[str]:
+def _unfit_from(repository: Repository, version: cuda_support.Version, machine: Machine) -> list[str]:
     own = (
-        cuda.unfit_for_compiler(version, repository.gcc_major),
-        cuda.unfit_for_glibc(version, machine.os.libc),
+        cuda_support.unfit_for_compiler(version, repository.gcc_major),
+        cuda_support.unfit_for_glibc(version, machine.os.libc),
     )
     return [*_unfit_for_gpus(version, machine), *(reason for reason in own if reason)]
 
 
-def _best(versions: Sequence[cuda.Version], driver: cuda.Version) -> cuda.Version | None:
+def _best(versions: Sequence[cuda_support.Version], driver: cuda_support.Version) -> cuda_support.Version | None:
     """The newest that the driver knows itself; else the oldest beyond, of the driver's major version."""
-    known = [one for one in versions if one <= driver]
+    known = [version for version in versions if version <= driver]
     return max(known) if known else min(versions, default=None)
 
 
@@ -244,9 +249,9 @@ def _from_distro(machine: Machine) -> Install | str:
         return f"{_system(os)} has no CUDA toolkit of its own"
     unfit = _unfit_for_gpus(version, machine)
     if unfit:
-        return f"{_system(os)}'s own CUDA {cuda.text(version)} does not fit: {', '.join(unfit)}"
+        return f"{_system(os)}'s own CUDA {cuda_support.text(version)} does not fit: {', '.join(unfit)}"
     return Install(
-        "distro", cuda.text(version), (DISTRO_PACKAGE,), None, "apt",
+        "distro", cuda_support.text(version), (DISTRO_PACKAGE,), None, "apt",
         nvidia_repository.DISTRO_COMPONENTS[os.id], "/usr/bin/nvcc", _distro_identity(os),
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 Not every repository holds every toolkit: a release's repository begins with the toolkit that first
 supported that release, and toolkits that dropped it never come. The ranges are those of the archived
 installation guides (docs.nvidia.com/cuda/archive) and of packages that people name in public build
-files; where nothing was found the range is the narrower one.
+files; where neither says anything the narrower range is taken.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def repository(os: Os) -> Repository | None:
         name=name,
         manager="apt" if name.startswith(("ubuntu", "debian")) else "dnf",
         url=f"{BASE}/{name}/{arch}",
-        versions=tuple(one for one in RELEASES if release.first <= one < release.end),
+        versions=tuple(version for version in RELEASES if release.first <= version < release.end),
         gcc_major=release.gcc_major,
     )
 
@@ -109,7 +109,7 @@ def packages(manager: str, version: Version) -> tuple[str, ...]:
     """What ggml-cuda is compiled and linked with, without the toolkit's debuggers and other libraries.
 
     nvcc; the runtime with its headers, to which CUB belongs; cuBLAS; and the stub of libcuda.so that
-    stands for the driver while linking (ggml/src/ggml-cuda/CMakeLists.txt:175 and 181).
+    stands for the driver while linking (CUDA::cuda_driver in ggml/src/ggml-cuda/CMakeLists.txt).
     """
     end, dev = f"-{version[0]}-{version[1]}", "dev" if manager == "apt" else "devel"
     return (f"cuda-nvcc{end}", f"cuda-cudart-{dev}{end}", f"cuda-driver-{dev}{end}", f"libcublas-{dev}{end}")

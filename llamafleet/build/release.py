@@ -11,39 +11,16 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from llamafleet.remote.common import BUILD, RELEASES
+
 MIB = 1024**2
 # RAM for one compiler job, bytes. CUDA: 3 to 5 GB are reported for nvcc (llama.cpp #17844);
 # C++: g++ stays below 1 GiB on llama.cpp's largest file.
 JOB_BYTES = {"cuda": 4096 * MIB, "hip": 4096 * MIB, "vulkan": 1024 * MIB, "cpu": 1024 * MIB}
 
 # The K-V pairs that ggml-cuda compiles flash-attention kernels for by default
-# (ggml/CMakeLists.txt:208). Another pair is converted to f16 at run time, up to 45 times slower.
+# (GGML_CUDA_FA_QUANTS in ggml/CMakeLists.txt). Another pair is converted to f16 at run time, up to 45 times slower.
 DEFAULT_FA_TYPES = ("f16", "bf16", "q8_0", "q4_0")
-
-# What a host needs to run a release, and what it needs to compile one, by package manager.
-RUN_PACKAGES = {
-    "apt": ("ca-certificates", "curl", "libgomp1"),
-    "dnf": ("ca-certificates", "curl", "libgomp"),
-}
-COMPILE_PACKAGES = {
-    "apt": ("cmake", "g++", "git", "make", "ninja-build"),
-    "dnf": ("cmake", "gcc-c++", "git", "make", "ninja-build"),
-}
-BACKEND_PACKAGES: dict[tuple[str, str], tuple[str, ...]] = {
-    ("vulkan", "apt"): ("libvulkan-dev", "glslc", "spirv-headers"),
-    ("vulkan", "dnf"): ("vulkan-loader-devel", "glslc", "spirv-headers-devel"),
-    ("hip", "apt"): ("hipcc", "libamdhip64-dev", "libhipblas-dev", "librocblas-dev"),
-    ("hip", "dnf"): ("hipcc", "rocm-hip-devel", "hipblas-devel", "rocblas-devel"),
-}
-RUN_BACKEND_PACKAGES: dict[tuple[str, str], tuple[str, ...]] = {
-    ("vulkan", "apt"): ("libvulkan1", "mesa-vulkan-drivers"),
-    ("vulkan", "dnf"): ("vulkan-loader", "mesa-vulkan-drivers"),
-}
-# OpenSSL to run with ("openssl" needs the library, whose own name differs by release) and to compile with.
-TLS_PACKAGES = {
-    ("apt", False): "openssl", ("apt", True): "libssl-dev",
-    ("dnf", False): "openssl-libs", ("dnf", True): "openssl-devel",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,9 +41,9 @@ class Build:
     ui: bool
     # Some instance speaks https itself.
     tls: bool
-    # Path of nvcc, where there is one already; the toolkit's identity stands for it in the key.
+    # Path of nvcc; None before the toolkit is installed. In the key the identity of the toolkit stands for it.
     nvcc: str | None = None
-    # Path of the g++ that nvcc is given; None: nvcc's own choice.
+    # Path of the g++ that nvcc calls; None: nvcc chooses.
     host_compiler: str | None = None
 
     @property
@@ -76,9 +53,9 @@ class Build:
 
     @property
     def tree(self) -> str:
-        """The build folder on the host: one for all commits of a configuration, so that Ninja compiles
+        """The build folder on the host, shared by all commits of a configuration, so that Ninja compiles
         only what a new commit changed."""
-        return f"/var/lib/llamafleet/build/{_hash(self._configuration)}"
+        return f"{BUILD}/{_hash(self._configuration)}"
 
     @property
     def _configuration(self) -> list[object]:
@@ -87,7 +64,7 @@ class Build:
     @property
     def release(self) -> str:
         """The release's folder on the host."""
-        return f"/opt/llamafleet/releases/{self.key}"
+        return f"{RELEASES}/{self.key}"
 
     def cmake_flags(self) -> tuple[str, ...]:
         """CMake's -D options, without paths of this or that host."""
@@ -131,19 +108,5 @@ def _hash(parts: Iterable[object]) -> str:
 
 
 def jobs(backend: str, cores: int, available_bytes: int, asked: int | None) -> int:
-    """Parallel compiler jobs: one a core, as many as memory carries, at least one."""
+    """How many compilers run in parallel: one for each core, as many as memory holds, at least one."""
     return asked or max(1, min(cores, available_bytes // JOB_BYTES[backend]))
-
-
-def packages(manager: str, backend: str, compiling: bool, tls: bool = False) -> tuple[str, ...]:
-    """Distribution packages a host needs for this backend, to run only or to compile too."""
-    found: list[str] = [*RUN_PACKAGES[manager], *_of(RUN_BACKEND_PACKAGES, backend, manager)]
-    if compiling:
-        found += [*COMPILE_PACKAGES[manager], *_of(BACKEND_PACKAGES, backend, manager)]
-    if tls:
-        found += [TLS_PACKAGES[manager, False], *([TLS_PACKAGES[manager, True]] if compiling else [])]
-    return tuple(sorted(found))
-
-
-def _of(table: dict[tuple[str, str], tuple[str, ...]], backend: str, manager: str) -> Iterable[str]:
-    return table.get((backend, manager), ())

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llamafleet.host.installed import Found, FoundInstance
+from llamafleet.host.installed import Installed, InstalledInstance
 from llamafleet.units import MIB
 
 GIB = 1024 * MIB
@@ -73,26 +73,29 @@ class Wanted:
 
 
 def of_host(
-    found: Found, live: Mapping[str, Mapping[str, Any]], wanted: Wanted | None, problem: str = ""
+    installed: Installed, live: Mapping[str, Mapping[str, Any]], wanted: Wanted | None, problem: str = ""
 ) -> HostStatus:
     """Combine the survey (`found`), the status program's output (`live`) and the comparison with the inventory.
 
     `wanted` is None if the host could not be compared with the inventory; `problem` then says why.
     """
-    names = [*found.instances, *(name for name in (wanted.services if wanted else ()) if name not in found.instances)]
-    instances = tuple(_instance(name, found.instances.get(name), live.get(name, {}), wanted) for name in names)
+    there = installed.instances
+    names = [*there, *(name for name in (wanted.services if wanted else ()) if name not in there)]
+    instances = tuple(_instance(name, there.get(name), live.get(name, {}), wanted) for name in names)
     return HostStatus(instances, wanted.host if wanted else (), problem)
 
 
-def _instance(name: str, found: FoundInstance | None, live: Mapping[str, Any], wanted: Wanted | None) -> InstanceStatus:
-    record: Mapping[str, Any] = found.record if found and isinstance(found.record, Mapping) else {}
+def _instance(
+    name: str, installed: InstalledInstance | None, live: Mapping[str, Any], wanted: Wanted | None
+) -> InstanceStatus:
+    record: Mapping[str, Any] = installed.record if installed and isinstance(installed.record, Mapping) else {}
     gate = live.get("gate")
     drift: tuple[str, ...] = ()
     if wanted is not None:
         drift = tuple(wanted.services[name]) if name in wanted.services else ("the inventory does not name it",)
     return InstanceStatus(
         name=name,
-        state=(found.active or "unknown") if found else "not installed",
+        state=(installed.active or "unknown") if installed else "not installed",
         plan=plan_in_short(record),
         release=str(record.get("release", "")),
         rss_bytes=live.get("rss_bytes"),
@@ -101,7 +104,7 @@ def _instance(name: str, found: FoundInstance | None, live: Mapping[str, Any], w
         planned_gpu_bytes={gpu["uuid"]: gpu["planned_bytes"] for gpu in record.get("gate", {}).get("gpus", [])},
         tokens_per_s=gate.get("decode_tokens_per_s") if gate else None,
         predicted_tokens_per_s=record.get("plan", {}).get("predicted", {}).get("decode_tokens_per_s"),
-        restarts=found.restarts if found else 0,
+        restarts=installed.restarts if installed else 0,
         since=live.get("since", ""),
         gate=gate,
         verified=bool((record.get("verified") or {}).get("binary_bytes")),

@@ -1,6 +1,7 @@
 """A machine in words, for a box that does not exist yet: "2xrtx3090,ram=128GB,cores=16".
 
-Cards come from the catalogue, the rest from the words; what is not said is left unknown, as a probe leaves it.
+A card's figures come from the catalogue, everything else from the words. What they leave out is unknown, as in a
+machine file.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class DescriptionError(ValueError):
 
 @dataclass(frozen=True)
 class Imagined:
-    """A described machine, and what was said of its speed."""
+    """A described machine, and its memory's speed where the words give it."""
 
     machine: Machine
     host_bytes_per_s: float | None = None

@@ -45,9 +45,9 @@ def find(name: str, memory_bytes: int | None = None) -> GpuModel | None:
         hits = [(length, model) for length, model in hits if _MOBILE & set(_words(model.name))]
     longest = max((length for length, _ in hits), default=0)
     best = [model for length, model in hits if length == longest]
-    told = re.search(r"(\d+) ?gb?\b", name.lower())
-    if memory_bytes is None and told:
-        memory_bytes = int(told[1]) * 1024 * MIB
+    size = re.search(r"(\d+) ?gb?\b", name.lower())
+    if memory_bytes is None and size:
+        memory_bytes = int(size[1]) * 1024 * MIB
     if memory_bytes is None:
         return best[0] if best else None
     return min(best, key=lambda model: abs(model.memory_bytes - memory_bytes), default=None)

@@ -1,112 +1,126 @@
 """What the probe found on a host: the machine file, schema 1, as values.
 
-`Machine.from_json` takes what `llamafleet/remote/probe.py` prints. Keys it does not know are
-ignored, so that a newer probe can tell more; a required key that is missing or of another type is
-refused with its path.
+`Machine.from_json` takes what `llamafleet/remote/probe.py` prints. A host is not trusted: every number and every text
+is bounded, and what is missing or of another type is refused with its path. Keys that the schema does not know are
+ignored, so that a newer probe can say more.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Annotated, Any, Self
+
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+
+from llamafleet import validation
+from llamafleet.validation import Flag, Listed, Problem, Should, Text, Whole
 
 SCHEMA = 1
-_LIST = re.compile(r"(\d+(-\d+)?(,\d+(-\d+)?)*)?", re.ASCII)
+
+# The bounds are far above what any host has: they keep a broken or lying one from filling memory and terminal here.
+Count = Annotated[Whole, Field(ge=0, le=10**6, description="of processors, nodes, devices, lanes")]
+Bytes = Annotated[Whole, Field(ge=0, le=2**64, description="what 64 bits of a kernel or driver can say")]
+Label = Annotated[Text, Field(max_length=4096, description="for people: names of hardware; and paths, PATH_MAX")]
+Message = Annotated[Text, Field(max_length=65536, description="for people: a driver's complaint, with its lines")]
+
+
+def matching(what: str, pattern: str) -> Should:
+    """The whole text matches the pattern, whose digits are ASCII's."""
+    return Should(what, re.compile(pattern, re.ASCII).fullmatch)
+
+
+# What goes into units, environments and commands.
+Name = Annotated[Text, Field(max_length=128), matching("be text without control characters", r"[^\x00-\x1f\x7f-\x9f]*")]
+Version = Annotated[Text, Field(max_length=128), matching('be a version like "12.8"', r"\d{1,9}\.\d{1,9}[\w.+-]*")]
+Names = Annotated[Listed[Name], Field(max_length=1024)]
+# Linux' format of lists; a unit has it as CPUAffinity= and NUMAMask=.
+NumberList = Annotated[
+    Text, Field(max_length=4096), matching('be a list like "0-3,8", or empty text', r"(\d+(-\d+)?(,\d+(-\d+)?)*)?")
+]
+Devices = Field(max_length=256, description="16 GPUs with 7 MIG instances each are 112")
 
 
 class MachineError(ValueError):
-    """A machine file is unusable; the text names the JSON path, what is there and what was expected."""
+    """A host's answer is unusable; the text gives the first problem: path, what should be there and what is there."""
 
-    def __init__(self, path: str, found: object, expected: str) -> None:
-        there = "nothing" if found is dataclasses.MISSING else _shown(found)
-        super().__init__(f"machine file: {path}: found {there}, expected {expected}")
-        self.path = path
-
-
-class _Part:
-    """A part of the machine file: its dataclass fields are the JSON object's keys."""
-
-    @classmethod
-    def read(cls, data: object, path: str) -> Self:
-        """From the JSON object at `path`; raises MachineError."""
-        if not isinstance(data, Mapping):
-            raise MachineError(path or "the file", data, "an object")
-        hints = typing.get_type_hints(cls)
-        values: dict[str, Any] = {}
-        for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # every subclass is a dataclass
-            where = f"{path}.{field.name}" if path else field.name
-            if field.name in data:
-                values[field.name] = _read_value(data[field.name], hints[field.name], where)
-            elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                raise MachineError(where, dataclasses.MISSING, _expected(hints[field.name]))
-        return cls(**values)
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        more = len(problems) - 1
+        plural = "s" if more > 1 else ""
+        super().__init__(f"{problems[0]}{f' (and {more} more problem{plural})' if more else ''}")
+        self.path = problems[0].path
 
 
 @dataclass(frozen=True)
-class Os(_Part):
+class Os:
     """The operating system; `version` is empty on rolling ones, `libc` where it is not glibc."""
 
-    id: str
-    version: str
-    arch: str
-    libc: str
-    version_codename: str | None = None
-    id_like: tuple[str, ...] = ()
+    id: Name
+    version: Name
+    arch: Name
+    libc: Name
+    version_codename: Name | None = None
+    id_like: Names = ()
 
 
 @dataclass(frozen=True)
-class Cpu(_Part):
-    """Processors; `performance_cores` leaves a hybrid's efficiency cores out, else all physical ones.
+class Cpu:
+    """Processors; `performance_cores` leaves a hybrid's efficiency cores out, else all physical ones."""
 
-    Lists are in Linux' format, "0-3,8". They go into a unit's text, so nothing else is taken.
-    """
-
-    model: str
-    sockets: int
-    physical_cores: int
-    logical_cores: int
-    performance_cores: int
-    numa_nodes: int
-    flags: tuple[str, ...]
-    performance_cpus: str = ""  # the logical CPUs of a hybrid's performance cores; empty where all cores are alike
-    numa_node_list: str = ""  # the nodes with processors and memory; empty where the file does not tell
+    model: Label
+    sockets: Count
+    physical_cores: Count
+    logical_cores: Count
+    performance_cores: Count
+    numa_nodes: Count
+    flags: Names
+    # The logical CPUs of a hybrid's performance cores; empty where all cores are alike.
+    performance_cpus: NumberList = ""
+    numa_node_list: NumberList = ""  # the nodes with processors and memory; empty where the file does not tell
 
 
 @dataclass(frozen=True)
-class Memory(_Part):
+class Memory:
     """RAM in bytes; the total is a container's limit where that is lower."""
 
-    total_bytes: int
-    available_bytes: int
-    swap_total_bytes: int
-    cgroup_limit_bytes: int | None = None
-    hugepages_bytes: int = 0
+    total_bytes: Bytes
+    available_bytes: Bytes
+    swap_total_bytes: Bytes
+    cgroup_limit_bytes: Bytes | None = None
+    hugepages_bytes: Bytes = 0
 
 
 @dataclass(frozen=True)
-class Gpu(_Part):
+class Gpu:
     """One GPU, or one MIG instance; `index` counts in PCI bus order within the host."""
 
-    index: int
-    uuid: str
-    name: str
-    compute_capability: str | None  # "8.9"; None: not NVIDIA's, or not told
-    memory_total_bytes: int
-    memory_used_by_others_bytes: int
-    pci_bus_id: str
-    pcie_generation: int | None
-    pcie_width: int | None
-    unified_memory: bool
-    vendor: str = "nvidia"
-    problem: str | None = None  # why nothing may be planned on it
-    gfx: str | None = None  # AMD's LLVM target, "gfx1100"
-    mig: bool = False
-    vulkan_index: int | None = None  # its number in Vulkan's own order; None: not asked
+    index: Count
+    uuid: Name
+    name: Label
+    compute_capability: Version | None  # "8.9"; None: not NVIDIA's, or not told
+    memory_total_bytes: Bytes
+    memory_used_by_others_bytes: Bytes
+    pci_bus_id: Name
+    pcie_generation: Count | None
+    pcie_width: Count | None
+    unified_memory: Flag
+    vendor: Name = "nvidia"
+    problem: Message | None = None  # why nothing may be planned on it
+    gfx: Name | None = None  # AMD's LLVM target, "gfx1100"
+    mig: Flag = False
+    vulkan_index: Count | None = None  # its number in Vulkan's own order; None: not asked
+
+    @model_validator(mode="after")
+    def _others_fit_in(self) -> Self:
+        """A GPU whose others hold more than it has would give the plan memory that is not there."""
+        if self.memory_used_by_others_bytes > self.memory_total_bytes:
+            what = f"should be at most memory_total_bytes ({self.memory_total_bytes})"
+            validation.refuse([("memory_used_by_others_bytes", f"{what}, is {self.memory_used_by_others_bytes}")])
+        return self
 
     @property
     def usable(self) -> bool:
@@ -120,76 +134,69 @@ class Gpu(_Part):
 
 
 @dataclass(frozen=True)
-class Driver(_Part):
+class Driver:
     """NVIDIA's driver and the newest CUDA version it can run; None where there is none."""
 
-    nvidia: str | None
-    cuda: str | None
+    nvidia: Name | None
+    cuda: Version | None
 
 
 @dataclass(frozen=True)
-class Disk(_Part):
+class Disk:
     """Free space where `path` is or would be made."""
 
-    path: str
-    free_bytes: int
+    path: Label
+    free_bytes: Bytes
 
 
 @dataclass(frozen=True)
-class PciGpu(_Part):
+class PciGpu:
     """A display controller on the PCI bus, whether a driver lists it or not."""
 
-    pci_bus_id: str
-    vendor: str
-    device_id: str
+    pci_bus_id: Name
+    vendor: Name
+    device_id: Name
 
 
 @dataclass(frozen=True)
-class VulkanDevice(_Part):
+class VulkanDevice:
     """A device as Vulkan's loader lists it; `kind` is discrete, integrated, virtual, cpu or other."""
 
-    index: int
-    name: str
-    kind: str
-    driver: str
-    uuid: str
-    pci_bus_id: str | None
-    memory_total_bytes: int
+    index: Count
+    name: Label
+    kind: Name
+    driver: Label
+    uuid: Name
+    pci_bus_id: Name | None
+    memory_total_bytes: Bytes
 
 
 @dataclass(frozen=True)
-class Machine(_Part):
+class Machine:
     """A host as the probe found it."""
 
-    schema: int
-    hostname: str
+    schema: Annotated[Whole, Field(ge=SCHEMA, le=SCHEMA)]
+    hostname: Label
     os: Os
     cpu: Cpu
     memory: Memory
-    gpus: tuple[Gpu, ...]
+    gpus: Annotated[Listed[Gpu], Devices]
     driver: Driver
-    disks: tuple[Disk, ...]
-    pci_gpus: tuple[PciGpu, ...] = ()
-    problems: tuple[str, ...] = ()
-    package_manager: str | None = None
-    python: str | None = None
-    vulkan: tuple[VulkanDevice, ...] | None = None  # None: not asked, or no loader is installed
+    disks: Annotated[Listed[Disk], Devices]
+    pci_gpus: Annotated[Listed[PciGpu], Devices] = ()
+    problems: Annotated[Listed[Message], Field(max_length=1024)] = ()
+    package_manager: Name | None = None
+    python: Version | None = None
+    # None: not asked, or no loader is installed.
+    vulkan: Annotated[Listed[VulkanDevice], Devices] | None = None
 
     @classmethod
-    def from_json(cls, data: Mapping[str, object]) -> Machine:
+    def from_json(cls, data: object) -> Machine:
         """From the parsed machine file; raises MachineError."""
-        if isinstance(data, Mapping) and data.get("schema") != SCHEMA:
-            raise MachineError("schema", data.get("schema", dataclasses.MISSING), str(SCHEMA))
-        machine = cls.read(data, "")
-        for name in ("performance_cpus", "numa_node_list"):
-            if not _LIST.fullmatch(getattr(machine.cpu, name)):
-                raise MachineError(f"cpu.{name}", getattr(machine.cpu, name), 'a list like "0-3,8", or empty text')
-        for position, gpu in enumerate(machine.gpus):
-            if gpu.memory_used_by_others_bytes > gpu.memory_total_bytes:
-                where = f"gpus[{position}].memory_used_by_others_bytes"
-                expected = f"at most memory_total_bytes, {gpu.memory_total_bytes}"
-                raise MachineError(where, gpu.memory_used_by_others_bytes, expected)
-        return machine
+        try:
+            return _adapter().validate_python(data)
+        except ValidationError as error:
+            raise MachineError(list(validation.problems(error, cls, validation.JSON, "machine"))) from None
 
     def to_json(self) -> dict[str, Any]:
         """The same as builtin types, for json.dump; from_json reads it back to an equal value."""
@@ -201,38 +208,10 @@ class Machine(_Part):
         return tuple(gpu for gpu in self.gpus if gpu.usable)
 
 
-def _read_value(value: object, hint: Any, path: str) -> Any:
-    """`value`, if it is what the annotation says: a builtin, an optional one, a part, or a tuple of those."""
-    if typing.get_origin(hint) is types.UnionType:
-        if value is None:
-            return None
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            raise MachineError(path, value, "a list")
-        return tuple(_read_value(item, typing.get_args(hint)[0], f"{path}[{n}]") for n, item in enumerate(value))
-    if issubclass(hint, _Part):
-        return hint.read(value, path)
-    # bool is an int in Python, but true is no number of bytes.
-    if not isinstance(value, hint) or (hint is int and (isinstance(value, bool) or value < 0)):
-        raise MachineError(path, value, _expected(hint))
-    return value
-
-
-def _expected(hint: Any) -> str:
-    """A field's type in words."""
-    if typing.get_origin(hint) is types.UnionType:
-        return " or ".join(_expected(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        return "a list"
-    names = {int: "a whole number of 0 or more", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(hint, "an object")
-
-
-def _shown(value: object) -> str:
-    """A found value, shortened."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."  # about half a line
+@functools.cache
+def _adapter() -> TypeAdapter[Machine]:
+    """Made at the first use: it takes some milliseconds, and a program that reads no machine needs none."""
+    return TypeAdapter(Machine)
 
 
 def _plain(value: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Vulkan's devices as GPUs to plan for: which of them, and what else the probe knows of each.
+"""Choose the GPUs to plan for among the devices that Vulkan lists.
 
-Vulkan counts its devices in the loader's order, not by PCI bus, and lists software renderers too. What the
-kernel's drivers tell of a GPU (its memory, and what others hold of it) is better than what Vulkan tells, so a
-device at a known bus address is that GPU; what only Vulkan lists, such as Intel's, is taken from there.
+Vulkan counts its devices in the loader's order, not by PCI bus, and lists software renderers too. The kernel's drivers
+report a GPU's memory, and what others hold of it, better than Vulkan: a device at the bus address of such a GPU takes
+the driver's figures. Only Vulkan lists Intel's GPUs, with Vulkan's figures.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import replace
 
 from llamafleet.host.machine import Gpu, Machine, VulkanDevice
 
-# What llama.cpp takes where nothing is named (ggml-vulkan.cpp:5307).
+# Kinds of devices that llama.cpp uses where GGML_VK_VISIBLE_DEVICES names none (ggml_vk_instance_init).
 TAKEN = ("discrete", "integrated")
 SOFTWARE = "software"  # vendor of a device that is none, such as Mesa's llvmpipe
 
 
 def gpus(machine: Machine, asked: tuple[int, ...] | None) -> tuple[Gpu, ...]:
-    """The GPUs to plan for, in bus order; those of `asked` numbers only, whatever they are.
+    """The GPUs to plan for, in bus order. With `asked`, only the devices of these numbers, of whatever kind.
 
-    Where the loader is not installed yet it is taken to list the kernel's GPUs in bus order, as it does.
+    Before Vulkan's loader is installed, the kernel's GPUs in bus order: it usually lists them so.
     """
     if machine.vulkan is None:
         return machine.usable_gpus
@@ -43,7 +43,7 @@ def _matched(machine: Machine, asked: tuple[int, ...] | None) -> Iterator[Gpu]:
 
 
 def _of(device: VulkanDevice, first: int) -> Gpu:
-    """A GPU that Vulkan alone lists. What others hold of it is not known: the reserve has to cover it."""
+    """A GPU that only Vulkan lists. What others hold of it is unknown: the reserve has to cover it."""
     return Gpu(
         index=first + device.index, uuid=device.uuid, name=device.name, compute_capability=None,
         memory_total_bytes=device.memory_total_bytes, memory_used_by_others_bytes=0,
@@ -54,7 +54,7 @@ def _of(device: VulkanDevice, first: int) -> Gpu:
 
 
 def advice(machine: Machine) -> tuple[str, ...]:
-    """For a refusal: what Vulkan lists, where it was asked."""
+    """For a refusal: the devices that Vulkan lists; nothing where the survey did not ask Vulkan."""
     if machine.vulkan is None:
         return ()
     if not machine.vulkan:

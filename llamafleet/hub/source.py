@@ -1,11 +1,12 @@
 """Where a model comes from: a path, a URL, or a file of the Hugging Face Hub.
 
-`resolve` finds all files of a model with size, sha256 and commit, without downloading; `read_header`
-then reads the GGUF's header by range requests.
+`resolve` lists all files of a model with size, sha256 and commit, without downloading; `read_header` then reads the
+header of the GGUF by range requests.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from llamafleet.model import gguf
 
 __all__ = [
     "HttpSource",
+    "ModelFiles",
     "RemoteFile",
     "Source",
     "SourceError",
@@ -30,7 +32,7 @@ __all__ = [
 DEFAULT_REVISION = "main"
 _HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^@]+?)(?:@(?P<revision>[^@]+))?")
 _REPOSITORY = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^@]+))?")
-# GGUF files that are no model of their own: image encoders, importance matrices, vocabularies.
+# GGUF files that are not models: image encoders, importance matrices, vocabularies.
 _NO_MODEL = re.compile(r"(?:^|[/._-])(?:mmproj|imatrix|vocab)(?:[/._-]|$)", re.IGNORECASE)
 _RESOLVE = re.compile(r"/(?P<repo>[\w.-]+/[\w.-]+)/(?:resolve|blob)/(?P<revision>[^/]+)/(?P<file>.+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -48,7 +50,7 @@ class Source:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a model, ready to be fetched. `token_origin`: the only origin that may see the token."""
+    """A file of a model, with all that a download needs. `token_origin`: the only origin that is sent the token."""
 
     name: str
     url: str
@@ -57,6 +59,22 @@ class RemoteFile:
     commit: str | None = None
     mirrors: tuple[str, ...] = ()
     token_origin: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model that can be fetched: its files in order, and its header."""
+
+    files: tuple[RemoteFile, ...]
+    header: gguf.Header
+
+    @property
+    def folder(self) -> str:
+        """Name of the model's folder on a host: other content gets another folder, so that a model that
+        changes at its source never changes under a running server."""
+        first = self.files[0]
+        identity = first.sha256 or hashlib.sha256(f"{first.url} {first.size_bytes}".encode()).hexdigest()
+        return f"{first.name.removesuffix('.gguf')}-{identity[:12]}"
 
 
 def parse(source: str, endpoint: str = "") -> Source:
@@ -146,13 +164,13 @@ def _hub_url(endpoint: str, source: Source, revision: str, name: str) -> str:
 
 
 def _hub_file(web: Web, endpoint: str, source: Source, revision: str, name: str) -> RemoteFile:
-    """One file of the Hub: the answer's headers tell size, sha256, commit (huggingface_hub does so)."""
+    """A file of the Hub, by the headers of the answer: size, sha256, commit (as huggingface_hub reads them)."""
     answer = web.ask("HEAD", _hub_url(endpoint, source, revision, name), follow=False)
     answer.close()
-    told = answer.headers
-    commit = told.get("X-Repo-Commit") or None
-    size = told.get("X-Linked-Size") or told.get("Content-Length") or ""
-    etag = (told.get("X-Linked-Etag") or told.get("ETag") or "").removeprefix("W/").strip('"')
+    headers = answer.headers
+    commit = headers.get("X-Repo-Commit") or None
+    size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
+    etag = (headers.get("X-Linked-Etag") or headers.get("ETag") or "").removeprefix("W/").strip('"')
     return RemoteFile(
         name=name.rpartition("/")[2],
         url=_hub_url(endpoint, source, commit or revision, name),
@@ -211,15 +229,15 @@ def siblings(source: str, *, endpoint: str, token: str | None = None) -> dict[st
 def quantisations(source: str, *, endpoint: str, token: str | None = None) -> dict[str, int]:
     """All models of the Hub repository that `source` names, with or without a file: sources with sizes in bytes.
 
-    A split model is one, by its first shard; one of which a shard is missing is none. Raises `SourceError`.
+    A split model counts once, by its first shard, and not at all if a shard is missing. Raises `SourceError`.
     """
     whole = _REPOSITORY.fullmatch(source)
-    found = parse(
+    parsed = parse(
         f"{source.partition('@')[0]}/*@{whole['revision'] or DEFAULT_REVISION}" if whole else source, endpoint
     )
-    if found.kind != "hub":
+    if parsed.kind != "hub":
         raise SourceError(f"{source}: should be hf:OWNER/REPO or a file of it, of which the others can be listed")
-    beside = siblings(f"hf:{found.repo}/{found.file}@{found.revision}", endpoint=endpoint, token=token)
+    beside = siblings(f"hf:{parsed.repo}/{parsed.file}@{parsed.revision}", endpoint=endpoint, token=token)
     models = {}
     for name in beside:
         try:
@@ -228,8 +246,8 @@ def quantisations(source: str, *, endpoint: str, token: str | None = None) -> di
             continue
         if name == shards[0] and all(shard in beside for shard in shards) and not _NO_MODEL.search(name):
             models[name] = sum(beside[shard] for shard in shards)
-    revision = "" if found.revision == DEFAULT_REVISION else f"@{found.revision}"
-    return {f"hf:{found.repo}/{name}{revision}": size for name, size in sorted(models.items())}
+    revision = "" if parsed.revision == DEFAULT_REVISION else f"@{parsed.revision}"
+    return {f"hf:{parsed.repo}/{name}{revision}": size for name, size in sorted(models.items())}
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""Bytes: where a model's weights, caches and buffers go."""
+"""How many bytes a model's weights, caches and buffers take, and on which device."""

@@ -1,4 +1,4 @@
-"""What a host has left for the next instance, and the ledger of one model on it."""
+"""Free memory of a host's devices, and the ledger of one model placed on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamafleet.memory.weights import X86_TYPES, Model, repacked_types
 
 @dataclass(frozen=True)
 class Capacity:
-    """What is left on a host for the next instance, reserves not yet taken off."""
+    """Bytes of a host that the next instance may use; its reserves are not yet subtracted."""
 
     gpus: tuple[Gpu, ...]
     gpu_bytes: tuple[int, ...]
@@ -23,7 +23,7 @@ class Capacity:
     gpu_reserve_bytes: int
     host_reserve_bytes: int
     unified: bool
-    repacked: Mapping[str, int]  # types that the CPU repacks
+    repacked: Mapping[str, int]  # weight types that the CPU repacks, with the rows that must divide a tensor's
 
     @classmethod
     def of(
@@ -35,7 +35,7 @@ class Capacity:
         host_reserve_bytes: int,
         allow_swap: bool,
     ) -> Capacity:
-        """The whole host's. Where GPU and CPU share one memory, the host's reserve is the GPU's too."""
+        """Capacity of an empty host. Where GPU and CPU share one memory, the host's reserve applies to both."""
         unified = any(gpu.unified_memory for gpu in gpus)
         total = machine.memory.total_bytes
         return cls(
@@ -50,20 +50,20 @@ class Capacity:
         )
 
     def without(self, ledger: Sequence[LedgerRow]) -> Capacity:
-        """What is left once a plan has its share."""
+        """Capacity that is left after the plan with this ledger is placed."""
         used = {row.device: row.used_bytes for row in ledger}
-        taken = sum(used.values()) if self.unified else used.get(HOST, 0)
+        host_used = sum(used.values()) if self.unified else used.get(HOST, 0)
         return replace(
             self,
             gpu_bytes=tuple(
-                size - (taken if self.unified else used.get(f"GPU{gpu.index}", 0))
+                size - (host_used if self.unified else used.get(f"GPU{gpu.index}", 0))
                 for gpu, size in zip(self.gpus, self.gpu_bytes, strict=True)
             ),
-            host_bytes=self.host_bytes - taken,
+            host_bytes=self.host_bytes - host_used,
         )
 
     def only(self, order: Sequence[int]) -> Capacity:
-        """The same host with these of its GPUs, in this order: llama.cpp's device N is the N-th."""
+        """Capacity with only these GPUs, in this order: llama.cpp's device N is the N-th of them."""
         return replace(
             self,
             gpus=tuple(self.gpus[device] for device in order),
@@ -71,7 +71,7 @@ class Capacity:
         )
 
     def ledger(self, used: Mapping[int, Usage], host: Usage) -> tuple[LedgerRow, ...]:
-        """A row for each device in use and, last, the host's."""
+        """One ledger row for each device in use, then the row of the host."""
         rows = [
             _row(f"GPU{self.gpus[device].index}", use, self.gpu_bytes[device], self.gpu_reserve_bytes)
             for device, use in sorted(used.items())
@@ -98,26 +98,32 @@ def _row(device: str, use: Usage, capacity: int, reserve: int) -> LedgerRow:
 
 @dataclass(frozen=True)
 class Case:
-    """One model with its context, and the capacity that it has."""
+    """One model with its context, and the capacity of the host that it is placed on."""
 
     model: Model
     context: Context
     capacity: Capacity
     backend: str
-    host_extra_bytes: int  # RAM besides the model's: the prompt cache
-    correction: Correction = NO_CORRECTION  # what the binary said of an earlier plan
+    host_extra_bytes: int  # RAM of the prompt cache and of context checkpoints
+    correction: Correction = NO_CORRECTION  # what llama-server allocated beyond an earlier plan's ledger
 
     def buffers(self, placement: Placement, *, roughly: bool) -> Buffers:
-        """What is computed in, staging not told apart."""
-        return buffers(self.model, self.context, placement, self.backend, apart=False, roughly=roughly)
+        """Bytes of the compute buffers, with staging counted as compute. `roughly`: as in `ledger.buffers`."""
+        return buffers(self.model, self.context, placement, self.backend, separate_staging=False, roughly=roughly)
 
-    def rows(self, placement: Placement, known: Buffers | None = None) -> tuple[LedgerRow, ...]:
-        """The ledger of a placement, corrected by what the binary said. `known`: the buffers, if they are."""
+    def rows(self, placement: Placement, compute_buffers: Buffers | None = None) -> tuple[LedgerRow, ...]:
+        """The corrected ledger of a placement. `compute_buffers`: their sizes; None: they are computed here."""
         used, host = usage(
-            self.model, self.context, placement, self.backend, self.host_extra_bytes, self.capacity.repacked, known
+            self.model,
+            self.context,
+            placement,
+            self.backend,
+            self.host_extra_bytes,
+            self.capacity.repacked,
+            compute_buffers,
         )
-        adjusted = {
+        corrected = {
             device: self.correction.applied(f"GPU{self.capacity.gpus[device].index}", use)
             for device, use in used.items()
         }
-        return self.capacity.ledger(adjusted, self.correction.applied(HOST, host))
+        return self.capacity.ledger(corrected, self.correction.applied(HOST, host))

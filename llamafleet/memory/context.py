@@ -1,4 +1,4 @@
-"""The context asked for: tokens, slots, cache type and ubatch, as llama-server pads them."""
+"""The requested context (tokens, slots, cache type, ubatch) and the cells that llama-server makes of it."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ PAD_CELLS = 256  # llama-context.cpp and llama-kv-cache-iswa.cpp pad contexts to
 
 @dataclass(frozen=True)
 class Context:
-    """The context asked for: tokens of one slot, slots, cache type, tokens computed together."""
+    """The requested context: tokens of one slot, number of slots, cache type, tokens of a ubatch."""
 
     tokens: int
     slots: int
     kv_type: str
     ubatch_tokens: int
     flash_attention: bool = True
-    unified: bool = False  # one cache of tokens x slots that the slots share, instead of one for each
+    unified: bool = False  # all slots share one cache of tokens x slots cells (--kv-unified)
 
     @property
     def cells(self) -> int:
-        """KV cells of one slot, padded."""
+        """KV cells of one slot: its tokens, padded."""
         return _padded(self.tokens)
 
     @property
     def stream_cells(self) -> int:
-        """KV cells of one cache: a slot's, or, unified, all slots' together."""
+        """KV cells of one stream: of one slot or, with a unified cache, of all slots."""
         return self.cells * (self.slots if self.unified else 1)
 
     @property
     def streams(self) -> int:
-        """Caches side by side."""
+        """Separate caches: one for each slot, or one unified cache (n_stream)."""
         return 1 if self.unified else self.slots
 
     @property
     def ubatch(self) -> int:
-        """Tokens computed together; never more than there are cells (llama-context.cpp:226)."""
+        """Tokens computed together, at most the number of cells (llama-context.cpp:226)."""
         return min(self.ubatch_tokens, self.cells * self.slots)
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of the graph that memory is reserved for: the same number for each slot (graph_reserve)."""
+        """Tokens of the graph that memory is reserved for, an equal number for each slot (graph_reserve)."""
         return -(-self.ubatch // self.slots) * self.slots
 
     @property
     def outputs(self) -> int:
-        """Tokens whose logits are computed: llama-server asks for one of each slot."""
+        """Tokens whose logits are computed: llama-server requests one for each slot."""
         return min(self.ubatch, self.slots)
 
 
 def cache_cells(context: Context, window: int) -> int:
-    """Cells of a layer's cache in one stream (llama-kv-cache-iswa.cpp:71)."""
+    """Cells of a layer's cache in one stream. `window`: in tokens, 0 for none (llama-kv-cache-iswa.cpp:71)."""
     if not window:
         return context.stream_cells
     reach = window * (context.slots if context.unified else 1) + context.ubatch
@@ -64,5 +64,5 @@ def _padded(cells: int) -> int:
 
 
 def as_served(shape: Shape, context: Context) -> Context:
-    """The context that llama-server makes of the one that is asked for."""
+    """The context that llama-server uses: without flash attention where the architecture cannot use it."""
     return replace(context, flash_attention=False) if not shape.architecture.flash_attention else context

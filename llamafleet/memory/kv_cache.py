@@ -1,4 +1,4 @@
-"""How much memory a model's context takes: the KV cache, layer by layer, and recurrent state.
+"""Bytes of a model's context: the KV cache, layer by layer, and recurrent state.
 
 The rules are llama.cpp's at b11434: src/llama-kv-cache*.cpp and src/llama-memory-recurrent.cpp.
 """
@@ -15,34 +15,36 @@ from llamafleet.model.shape import Shape
 
 STATE_BYTES = 4  # recurrent state is f32
 BLOCKS = {name.lower(): (block, size) for name, block, size in GGML_TYPES.values()}
-FEW, MANY = 4, 128  # tokens that one compressed cell stands for (llama-kv-cache-dsv4.cpp)
+# Tokens that one compressed cell stands for (llama-kv-cache-dsv4.cpp, DSV4_CSA_RATIO, DSV4_HCA_RATIO).
+CSA_RATIO, HCA_RATIO = 4, 128
 
 
 def kv_bytes(shape: Shape, context: Context) -> tuple[int, ...]:
-    """Bytes of each layer's KV cache and recurrent state, all slots together."""
+    """Bytes of each layer's KV cache and recurrent state, summed over all slots."""
     if shape.cache is Cache.COMPRESSED:
-        return tuple(sum(parts) * context.slots for parts in compressed_layers(shape, context))  # never shared
-    # Where the rules are not known: K and V whole, an indexer's keys and a state in every layer: more than any has.
+        # Each slot has its own cache, also with --kv-unified.
+        return tuple(sum(parts) * context.slots for parts in compressed_layers(shape, context))
+    # Upper bound where the rules are unknown: every layer has whole K and V, an indexer's keys and a recurrent state.
     unknown = shape.cache is Cache.UNKNOWN
     state = state_bytes(shape) * context.slots
     row_of = _rows(shape, context)
-    total = []
+    sizes = []
     for layer, window in enumerate(shape.windows):
-        kept = state if (shape.state.layers[layer] or unknown) and layer < shape.trunk_layers else 0
+        size = state if (shape.state.layers[layer] or unknown) and layer < shape.trunk_layers else 0
         if layer < shape.cache_layers and _attends(shape, layer):
             row = row_of(window > 0, shape.kv_heads[layer], unknown or shape.indexer.layers[layer])
-            kept += row * cache_cells(context, window) * context.streams
-        total.append(kept)
-    return tuple(total)
+            size += row * cache_cells(context, window) * context.streams
+        sizes.append(size)
+    return tuple(sizes)
 
 
 def _rows(shape: Shape, context: Context) -> Callable[[bool, int, bool], int]:
-    """Bytes of one cell in a layer, by whether it has a window, its KV heads and whether it has an indexer."""
+    """A function that gives the bytes of one cell of a layer: row(has a window, KV heads, has an indexer)."""
     kind = context.kv_type
     latent = shape.latent.is_absorbed and shape.cache is not Cache.UNKNOWN
     indexer = [shape.indexer.key, *([shape.head[1]] if shape.architecture.indexer_keeps_values else [])]
     widest = 0
-    if not context.flash_attention:  # V is stored across, all layers as wide as the widest (llama-kv-cache.cpp:210)
+    if not context.flash_attention:  # V is transposed, and padded to the widest layer's (llama-kv-cache.cpp:210)
         pairs = set(zip(shape.windows, shape.kv_heads, strict=True))
         widest = max((shape.head_sizes(window > 0)[1] * heads for window, heads in pairs), default=0)
 
@@ -76,39 +78,42 @@ def state_bytes(shape: Shape) -> int:
 
 
 def takes_cache_of(shape: Shape, kv_type: str) -> bool:
-    """Does llama-server start with caches of this type? Blocks must divide heads (llama-context.cpp:3854)."""
+    """Does llama-server accept this cache type? The block size must divide the head sizes (llama-context.cpp:3854)."""
     block = BLOCKS[kv_type][0]
     sizes = {size for window in set(shape.windows) for size in shape.head_sizes(window > 0)}
     return block == 1 or (shape.architecture.flash_attention and not any(size % block for size in sizes))
 
 
 def row_bytes(elements: int, kv_type: str) -> int:
-    """Bytes of a row of a cache type; a last, partial block counts whole."""
+    """Bytes of a row of this cache type; a partial last block counts as a whole block."""
     block, size = BLOCKS[kv_type]
     return -(-elements // block) * size
 
 
 def compressed_cells(context: Context, ratio: int) -> int:
-    """Cells of a slot that stand for `ratio` tokens each."""
+    """Compressed cells of a slot, where each stands for `ratio` tokens."""
     return -(-context.stream_cells // (ratio * PAD_CELLS)) * PAD_CELLS
 
 
 def window_cells(context: Context, window: int) -> int:
-    """Cells of a slot's window, whether slots share a cache or not."""
+    """Cells of one slot's sliding-window cache, for a unified cache too."""
     return min(context.stream_cells, -(-(window + context.ubatch) // PAD_CELLS) * PAD_CELLS)
 
 
 def compressed_layers(shape: Shape, context: Context) -> list[tuple[int, int, int]]:
-    """Of each layer and one slot: K of a window, of compressed cells with an indexer's, and of tokens that are not
-    compressed yet (f32). A draft head's layers have caches that nobody uses.
+    """For each layer, bytes of one slot: (K of the window, K of compressed cells with the indexer's keys, state of
+    tokens that are not compressed yet in f32). The layers of a draft head have caches too, but no state.
     """
     size, indexer = shape.head[0], shape.indexer.key
     row = row_bytes(size, context.kv_type)
     window = row * window_cells(context, shape.sliding_window)
-    few = (row + row_bytes(indexer, context.kv_type)) * compressed_cells(context, FEW)
-    cells = {FEW: few, MANY: row * compressed_cells(context, MANY)}
-    # Of keys and of their scores; where cells overlap twice as wide and for twice as many tokens.
-    states = {FEW: 2 * FEW * 2 * (size + indexer) * 2 * STATE_BYTES, MANY: MANY * size * 2 * STATE_BYTES}
+    csa = (row + row_bytes(indexer, context.kv_type)) * compressed_cells(context, CSA_RATIO)
+    cells = {CSA_RATIO: csa, HCA_RATIO: row * compressed_cells(context, HCA_RATIO)}
+    # Keys and their scores; overlapping cells (CSA) have rows twice as wide, for twice as many tokens.
+    states = {
+        CSA_RATIO: 2 * CSA_RATIO * 2 * (size + indexer) * 2 * STATE_BYTES,
+        HCA_RATIO: HCA_RATIO * size * 2 * STATE_BYTES,
+    }
     return [
         (window, cells.get(ratio, 0), states.get(ratio, 0) if layer < shape.trunk_layers else 0)
         for layer, ratio in enumerate(shape.compress_ratios)

@@ -1,7 +1,7 @@
-"""Where a model's bytes go: weights, KV cache, compute, staging and overhead, device by device.
+"""The ledger: bytes of weights, KV cache, compute buffers, staging and overhead on each device.
 
-All of them follow llama.cpp's own rules at b11434: weights in `weights`, caches in `kv`, compute buffers in `compute`,
-which lays out the graph as llama.cpp does. What no log of llama.cpp counts is in the traits below.
+The sizes follow llama.cpp's rules at b11434: weights in `weights`, caches in `kv_cache`, compute buffers in `compute`,
+which builds llama.cpp's graph. Memory that llama.cpp's log does not count is in `host/backends`, TRAITS.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOGIT_BYTES = 4
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """One device's bytes. Free is capacity less everything and less the reserve; negative: too much."""
+    """One device's bytes. `free_bytes` is capacity less used bytes less reserve; negative: the model does not fit."""
 
     device: str
     weights_bytes: int
@@ -35,38 +35,38 @@ class LedgerRow:
     reserve_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        """As the plan contract has it."""
+        """The row in the JSON of a plan (docs/planning.md)."""
         return asdict(self)
 
     @property
     def used_bytes(self) -> int:
-        """Everything that this model takes on the device."""
+        """Bytes of the device that this model takes."""
         return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.staging_bytes + self.overhead_bytes
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes on one device, before any capacity is looked at."""
+    """Bytes that a model takes on one device."""
 
     weights_bytes: int
     kv_bytes: int
     compute_bytes: int
     staging_bytes: int
     overhead_bytes: int
-    repacked_bytes: int = 0  # of the weights, those that the CPU keeps in a layout of its own
+    repacked_bytes: int = 0  # bytes of the weights that the CPU backend repacks
 
     @property
     def total_bytes(self) -> int:
-        """All of them."""
+        """Sum of weights, cache, compute, staging and overhead."""
         return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.staging_bytes + self.overhead_bytes
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """Bytes to compute in, of each device in use and, last, of the host."""
+    """Bytes of the compute buffers, for each device in use and, last, for the host."""
 
     compute: tuple[int, ...]  # without op-offload
-    staging: tuple[int, ...]  # what op-offload adds; less than nothing where it takes work away
+    staging: tuple[int, ...]  # added by op-offload; negative where op-offload needs less
 
 
 def usage(
@@ -76,86 +76,99 @@ def usage(
     backend: str,
     host_extra_bytes: int = 0,
     repacked: Mapping[str, int] = X86_TYPES,
-    known: Buffers | None = None,
+    compute_buffers: Buffers | None = None,
 ) -> tuple[dict[int, Usage], Usage]:
-    """What each device in use holds, and what the host holds.
+    """Bytes on each device in use, by device number, and bytes on the host.
 
-    `host_extra_bytes`: the prompt cache and context checkpoints. `repacked`: what the host's CPU repacks
-    (`weights.repacked_types`). `known`: the buffers; else they are laid out, which takes milliseconds.
+    `host_extra_bytes`: the prompt cache and context checkpoints. `repacked`: types that the host's CPU repacks
+    (`weights.repacked_types`). `compute_buffers`: their sizes, if known; computing them takes milliseconds.
     """
     traits = TRAITS[backend]
     devices = placement.devices
-    packs = {} if traits.pinned_host and devices else repacked
-    weights, packed = _weights(model, placement, packs)
-    kept: dict[int | None, int] = defaultdict(int)
+    # Weights in pinned host memory are not repacked.
+    types = {} if traits.pinned_host and devices else repacked
+    weights, repacked_weights = _weights(model, placement, types)
+    cache: dict[int | None, int] = defaultdict(int)
     for device, size in zip(placement.layer_devices, model.compute.kv_bytes(context), strict=False):
-        kept[device] += size
-    rooms = known or buffers(model, context, placement, backend)
+        cache[device] += size
+    sizes = compute_buffers or buffers(model, context, placement, backend)
     used = {
-        device: Usage(weights[device], kept[device], rooms.compute[n], rooms.staging[n], traits.overhead_bytes)
+        device: Usage(weights[device], cache[device], sizes.compute[n], sizes.staging[n], traits.overhead_bytes)
         for n, device in enumerate(devices)
     }
-    output = model.shape.vocabulary * context.outputs * LOGIT_BYTES  # its buffer, llama-context.cpp:2203
-    extra = traits.host_overhead_bytes + host_extra_bytes + output
-    return used, Usage(weights[None], kept[None], rooms.compute[-1], 0, extra, packed)
+    output = model.shape.vocabulary * context.outputs * LOGIT_BYTES  # output buffer, llama-context.cpp:2203
+    overhead = traits.host_overhead_bytes + host_extra_bytes + output
+    return used, Usage(weights[None], cache[None], sizes.compute[-1], 0, overhead, repacked_weights)
 
 
-def _weights(model: Model, placement: Placement, packs: Mapping[str, int]) -> tuple[dict[int | None, int], int]:
-    """Bytes by device, the host's under None; and how much of the host's is repacked."""
+def _weights(model: Model, placement: Placement, types: Mapping[str, int]) -> tuple[dict[int | None, int], int]:
+    """Weight bytes by device number (None: the host), and the bytes of them that the host repacks.
+
+    `types`: weight types that the host repacks.
+    """
     weights: dict[int | None, int] = defaultdict(int)
-    packed = 0
+    repacked = 0
     parts = placement.moved
     for layer, device in enumerate(placement.layer_devices[:-1]):
         moved = model.moved_bytes(layer, parts.get(layer))
         weights[device] += model.layer_bytes[layer] - moved
         weights[None] += moved
-        packed += repacked_bytes(
-            model.layer_packs[layer] if device is None else model.moved_packs(layer, parts.get(layer)), packs
+        repacked += repacked_bytes(
+            model.layer_repackable[layer] if device is None else model.moved_repackable(layer, parts.get(layer)), types
         )
     output = placement.layer_devices[-1]
     weights[output] += model.output_bytes
     if output is None:
-        packed += repacked_bytes(model.output_packs, packs)
-        if model.shares_tied(packs):
+        repacked += repacked_bytes(model.output_repackable, types)
+        if model.shares_tied(types):
             weights[None] -= model.tied_bytes
     weights[None] += model.input_bytes
     for device in set(placement.layer_devices[:-1]):
-        weights[device] += model.rotation_bytes
-    return weights, packed
+        weights[device] += model.rope_factor_bytes
+    return weights, repacked
 
 
 def buffers(
-    model: Model, context: Context, placement: Placement, backend: str, *, apart: bool = True, roughly: bool = False
+    model: Model,
+    context: Context,
+    placement: Placement,
+    backend: str,
+    *,
+    separate_staging: bool = True,
+    roughly: bool = False,
 ) -> Buffers:
-    """Compute buffers without op-offload, and what that adds. `apart`: False counts both as compute, in half the time.
+    """Bytes of the compute buffers without op-offload, and the bytes that op-offload adds on each device.
 
-    The host's is what it is with op-offload, where there is any: it is less then. `roughly`: in less time still.
+    The host's buffer is the one with op-offload, where the backend has it: it is smaller then. `separate_staging`:
+    False counts staging as compute, in half the time. `roughly`: approximate, in less time.
     """
     traits = TRAITS[backend]
     plain = Rules(attention_scratch=traits.attention_scratch)
     stages = traits.op_offload and bool(placement.devices) and placement.uses_host
     whole = model.compute.bytes(context, placement, replace(plain, op_offload=stages), roughly=roughly)
-    if not (stages and apart):
+    if not (stages and separate_staging):
         return Buffers(whole, (0,) * len(whole))
-    less = (*model.compute.bytes(context, placement, plain)[:-1], whole[-1])
-    return Buffers(less, tuple(all_ - without for all_, without in zip(whole, less, strict=True)))
+    compute = (*model.compute.bytes(context, placement, plain)[:-1], whole[-1])
+    return Buffers(compute, tuple(total - size for total, size in zip(whole, compute, strict=True)))
 
 
 @dataclass(frozen=True)
 class Correction:
-    """Bytes that the binary allocates beyond the ledger's, by the ledger's device name ("GPU0", "host");
-    negative where it takes less."""
+    """Bytes that llama-server allocates beyond the ledger's figure, by device name of the ledger ("GPU0", "host").
+
+    Negative where llama-server allocates less.
+    """
 
     extra_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def applied(self, device: str, use: Usage) -> Usage:
-        """The device's usage with the difference counted as compute, the part that is estimated."""
+        """The device's usage with the difference added to its compute bytes."""
         return replace(use, compute_bytes=use.compute_bytes + self.extra_bytes.get(device, 0))
 
     def plus(self, more: Mapping[str, int]) -> Correction:
-        """With further differences added."""
+        """This correction with further differences added, in bytes by device name."""
         devices = {**self.extra_bytes, **more}
-        return Correction({one: self.extra_bytes.get(one, 0) + more.get(one, 0) for one in devices})
+        return Correction({name: self.extra_bytes.get(name, 0) + more.get(name, 0) for name in devices})
 
 
 NO_CORRECTION = Correction()

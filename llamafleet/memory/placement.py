@@ -1,4 +1,4 @@
-"""Who holds what: a model's layers on devices and on the host."""
+"""Which device or the host holds each layer of a model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ HOST = "host"
 
 @dataclass(frozen=True)
 class Segment:
-    """Layers lo to hi on one device (None: the host); those from `keep` on have their experts (FFN) on the host.
+    """Layers lo to hi (hi excluded) on one device (None: the host). Layers keep to hi have experts (FFN) on the host.
 
-    `part`: of layer `keep` only these tensors are on the host: "down", or "up" for up and gate; "": all of them.
+    `part`: which tensors of layer `keep`'s experts (FFN) are on the host: "down"; "up" for up and gate; "" for all.
     """
 
-    device: int | None  # llama.cpp's number
+    device: int | None  # llama.cpp's device number
     lo: int
     hi: int
     keep: int
@@ -26,7 +26,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Placement:
-    """A model's layers from the front, in segments. The output is where the last segment is."""
+    """All layers of a model, in order, as segments. The last segment's device also holds the output."""
 
     segments: tuple[Segment, ...]
 
@@ -37,89 +37,95 @@ class Placement:
         spilled: Collection[int] = (),
         partly: Mapping[int, str] | None = None,
     ) -> Placement:
-        """From a device for each layer and, last, for the output. `spilled`, `partly`: as the properties."""
-        *holders, output = layer_devices
+        """Placement from a device for each layer and, last, for the output. `spilled`, `partly`: as the properties."""
+        *devices, output = layer_devices
         parts = {**dict.fromkeys(spilled, ""), **(partly or {})}
         segments: list[Segment] = []
-        for device, members in groupby(range(len(holders)), key=lambda layer: holders[layer]):
+        for device, members in groupby(range(len(devices)), key=lambda layer: devices[layer]):
             segments += _segments(device, list(members), {} if device is None else parts)
         if not segments or segments[-1].device != output:
-            segments.append(Segment(output, len(holders), len(holders), len(holders)))
+            segments.append(Segment(output, len(devices), len(devices), len(devices)))
         return cls(tuple(segments))
 
     @cached_property
     def layer_devices(self) -> tuple[int | None, ...]:
         """A device number for each layer and, last, for the output; None is the host."""
-        holders = [one.device for one in self.segments for _ in range(one.lo, one.hi)]
-        return (*holders, self.segments[-1].device)
+        devices = [segment.device for segment in self.segments for _ in range(segment.lo, segment.hi)]
+        return (*devices, self.segments[-1].device)
 
     @cached_property
     def backends(self) -> tuple[int, ...]:
-        """The same as ggml's scheduler numbers backends: the host comes behind the devices."""
+        """Backend numbers of ggml's scheduler for each layer and, last, the output; the host has the highest number."""
         host = len(self.devices)
         return tuple(host if device is None else device for device in self.layer_devices)
 
     @cached_property
     def moved(self) -> Mapping[int, str]:
-        """Layers on a device with experts (FFN) on the host, and which of these: "all", "down" or "up"."""
+        """Layers on a device with experts (FFN) on the host, by number: "all", or only "down" or "up"."""
         moved: dict[int, str] = {}
-        for one in self.segments:
-            if one.device is not None:
-                moved |= dict.fromkeys(range(one.keep, one.hi), "all")
-                if one.part:
-                    moved[one.keep] = one.part
+        for segment in self.segments:
+            if segment.device is not None:
+                moved |= dict.fromkeys(range(segment.keep, segment.hi), "all")
+                if segment.part:
+                    moved[segment.keep] = segment.part
         return moved
 
     @property
     def spilled(self) -> frozenset[int]:
-        """Layers on a device whose experts (FFN) are all on the host."""
+        """Layers on a device with all their experts (FFN) on the host."""
         return frozenset(layer for layer, part in self.moved.items() if part == "all")
 
     @property
     def partly(self) -> tuple[tuple[int, str], ...]:
-        """Layers of whose experts (FFN) only a part is on the host, and which."""
+        """(layer, "down" or "up") for layers on a device with only that part of their experts (FFN) on the host."""
         return tuple(sorted((layer, part) for layer, part in self.moved.items() if part != "all"))
 
     @cached_property
     def devices(self) -> tuple[int, ...]:
-        """The devices in use, in order."""
-        return tuple(sorted({one.device for one in self.segments if one.device is not None}))
+        """Numbers of the devices in use, in order."""
+        return tuple(sorted({segment.device for segment in self.segments if segment.device is not None}))
 
     @property
     def gpu_layers(self) -> int:
-        """For --n-gpu-layers: layers on devices, the output counted as one."""
+        """Value of --n-gpu-layers: the layers on devices, where the output counts as a layer."""
         return sum(device is not None for device in self.layer_devices)
 
     @property
     def uses_host(self) -> bool:
-        """Does the CPU compute anything but the embedding?"""
+        """Does the host hold any layer, the output, or experts (FFN) of a layer?"""
         return None in self.layer_devices or bool(self.moved)
 
     @property
     def is_pipeline(self) -> bool:
-        """Do devices work side by side on several batches (src/llama-context.cpp, llama_context)?"""
+        """Do the devices compute several batches at once, as a pipeline (src/llama-context.cpp, llama_context)?"""
         return len(self.devices) > 1 and not self.uses_host
 
     def split(self) -> tuple[int, ...]:
-        """For --tensor-split: layers of each device in use, which llama.cpp then assigns exactly so."""
+        """Value of --tensor-split: the number of layers of each device in use; llama.cpp then assigns exactly these."""
         return tuple(self.layer_devices.count(device) for device in self.devices)
 
     def renumbered(self, numbers: Sequence[int]) -> Placement:
-        """With `numbers[N]` for device N; devices that get the same number become one."""
+        """Placement with device N renumbered to `numbers[N]`; devices with equal numbers are merged."""
         return Placement(
-            tuple(one if one.device is None else replace(one, device=numbers[one.device]) for one in self.segments)
+            tuple(
+                segment if segment.device is None else replace(segment, device=numbers[segment.device])
+                for segment in self.segments
+            )
         )
 
 
 def _segments(device: int | None, members: Sequence[int], parts: Mapping[int, str]) -> list[Segment]:
-    """A run of layers of one device, cut where a layer keeps its experts behind one that does not, or parts differ."""
-    found: list[Segment] = []
+    """Segments of consecutive layers on one device. `parts`: `Segment.part` of layers with experts (FFN) on the host.
+
+    Within a segment, layers with experts on the host come last and only the first of them may be partial.
+    """
+    segments: list[Segment] = []
     for layer in members:
-        last, part = (found[-1] if found else None), parts.get(layer)
+        last, part = (segments[-1] if segments else None), parts.get(layer)
         if part is None and last and last.keep == last.hi:
-            found[-1] = replace(last, hi=layer + 1, keep=layer + 1)
+            segments[-1] = replace(last, hi=layer + 1, keep=layer + 1)
         elif part is not None and last and (last.keep == last.hi or not part):
-            found[-1] = replace(last, hi=layer + 1, keep=min(last.keep, layer), part=last.part or part)
+            segments[-1] = replace(last, hi=layer + 1, keep=min(last.keep, layer), part=last.part or part)
         else:
-            found.append(Segment(device, layer, layer + 1, layer + 1 if part is None else layer, part or ""))
-    return found
+            segments.append(Segment(device, layer, layer + 1, layer + 1 if part is None else layer, part or ""))
+    return segments

@@ -1,4 +1,4 @@
-"""A bound for the compute buffers of models whose graph is not known here: widest tensors, all at once."""
+"""Upper bound of the compute buffers of models whose graph cannot be built: their widest tensors, all held at once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from llamafleet.model.gguf import Tensor
 from llamafleet.model.shape import Shape
 
 F32, F16 = 4, 2
-STREAMS_OF_HIDDEN_STATES = 16  # at once: residual, norms, projections, inputs; pipelines keep 14 more
-WIDEST_AT_ONCE = 4  # a gated feed-forward part has three, and what comes out
+HIDDEN_STATES = 16  # held at once: residual, norms, projections, inputs; pipelines hold 14 more
+WIDEST_AT_ONCE = 4  # a gated feed-forward part has three such tensors and its output
 
 
 def bound(shape: Shape, tensors: Iterable[Tensor], context: Context, *, pipelined: bool) -> int:
-    """Bytes that no buffer of any backend should exceed."""
+    """Upper bound, in bytes, of the compute buffer of every backend."""
     tokens, embd = context.batch_tokens, shape.embedding
     row = embd * tokens * F32
     copies = 4 if pipelined else 1
@@ -30,4 +30,4 @@ def bound(shape: Shape, tensors: Iterable[Tensor], context: Context, *, pipeline
     scratch = 0 if context.kv_type == "f16" else (key + value) * heads * context.stream_cells * context.streams * F16
     state = 2 * state_bytes(shape) * context.slots
     logits = shape.vocabulary * context.outputs * F32
-    return 2 * copies * mask + STREAMS_OF_HIDDEN_STATES * copies * row + widest + scores + scratch + state + logits
+    return 2 * copies * mask + HIDDEN_STATES * copies * row + widest + scores + scratch + state + logits

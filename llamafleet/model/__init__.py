@@ -1,1 +1,1 @@
-"""A model as its GGUF header describes it."""
+"""A model's dimensions and tensors, read from its GGUF header."""

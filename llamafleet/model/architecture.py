@@ -1,7 +1,7 @@
-"""What sets one of llama.cpp's architectures apart, as far as memory goes: the columns of `architectures.py`.
+"""Properties of a llama.cpp architecture that change its memory: the columns of `architectures.py`.
 
-Each field names the place in llama.cpp (b11434) that it follows; `*` stands for the architecture's own file in
-src/models/. A field's default is what most architectures do.
+Each field names its source in llama.cpp (b11434); `*` stands for the architecture's own file in src/models/. A field's
+default is the value of most architectures.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from enum import Enum, auto
 
 
 class Cache(Enum):
-    """The memory of a context (src/llama-model.cpp, create_memory)."""
+    """Kind of a context's memory (src/llama-model.cpp, create_memory)."""
 
-    ORDINARY = auto()  # K and V of each layer that attends, state of each recurrent layer
-    NONE = auto()  # only the batch at hand is looked at: create_memory gives nullptr
-    COMPRESSED = auto()  # llama_kv_cache_dsv4: a window and compressed cells, K alone
-    UNKNOWN = auto()  # a memory with rules of its own that are not followed here
+    ORDINARY = auto()  # K and V of each attention layer, state of each recurrent layer
+    NONE = auto()  # no cache: tokens attend to their batch only (create_memory returns nullptr)
+    COMPRESSED = auto()  # llama_kv_cache_dsv4: K of a window and of compressed cells, no V
+    UNKNOWN = auto()  # another kind of memory, whose size is not computed here
 
 
 class Indexer(Enum):
-    """Which layers have an indexer, which picks the cells that attention reads and keeps keys of its own."""
+    """Which layers have an indexer: it picks the cells that attention reads, and has its own cache of keys."""
 
     NONE = auto()
     EVERY_LAYER = auto()  # src/llama-kv-cache-dsa.cpp, llama_kv_cache_dsa
@@ -52,9 +52,9 @@ class Rope(Enum):
 
 
 class LayerGraph(Enum):
-    """How a layer is put together."""
+    """The structure of a layer."""
 
-    ORDINARY = auto()  # attention or state, then feed-forward part or experts
+    ORDINARY = auto()  # attention or recurrent state, then feed-forward part or experts
     RWKV = auto()  # src/models/rwkv6-base.cpp, rwkv7-base.cpp
     ALTERNATING_STATES = auto()  # AltUp: several states of a token (src/models/gemma3n.cpp, altup_predict)
     HYPER_CONNECTIONS = auto()  # four residual streams (src/llama-graph.cpp, build_hc_pre)
@@ -62,75 +62,75 @@ class LayerGraph(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """One architecture of llama.cpp. What is not `verified` is planned by an upper bound."""
+    """One architecture of llama.cpp. Without `verified`, its memory is planned by an upper bound."""
 
     name: str  # src/llama-arch.cpp, LLM_ARCH_NAMES
-    verified: bool = True  # held against llama-server by tests/oracle
+    verified: bool = True  # tests/oracle compares its ledger with llama-server
 
     # Sliding windows
-    window_period: int | None = None  # one of so many layers attends to everything; 0: none does (*, load_arch_hparams)
-    window_dense_first: bool = False  # that layer is the first of its period (src/llama-hparams.cpp, set_swa_pattern)
-    window_default: int = 0  # tokens, where the header gives none (*, load_arch_hparams)
-    window_fixed: int = 0  # tokens, whatever the header gives, if it gives any (*, load_arch_hparams)
-    window_only_with_layers: int = 0  # only models of so many layers have windows (exaone4: the 32B)
-    ignores_windows: bool = False  # the header has the key, llama.cpp does not use it (src/models/phi3.cpp)
+    window_period: int | None = None  # one layer of this many attends to all cells; 0: none does (*, load_arch_hparams)
+    window_dense_first: bool = False  # ... and it is the first of them (src/llama-hparams.cpp, set_swa_pattern)
+    window_default: int = 0  # tokens, if the header has no window size (*, load_arch_hparams)
+    window_fixed: int = 0  # tokens, replaces any size in the header (*, load_arch_hparams)
+    window_only_with_layers: int = 0  # only models with this many layers have windows (exaone4: the 32B)
+    ignores_windows: bool = False  # llama.cpp ignores the header's window size (src/models/phi3.cpp)
 
     # Context memory
     cache: Cache = Cache.ORDINARY
     flash_attention: bool = (
-        True  # False: it is switched off, whatever is asked (src/llama-context.cpp, llama_init_from_model)
+        True  # False: llama.cpp always switches it off (src/llama-context.cpp, llama_init_from_model)
     )
-    cache_layers: int = 0  # layers from the front that own a cache, the others read theirs; 0: see `shares_caches`
+    cache_layers: int = 0  # the first layers that own a cache; later ones read these; 0: see `shares_caches`
     shares_caches: bool = False  # the header's last `attention.shared_kv_layers` read the caches of earlier layers
     recurrence: Recurrence = Recurrence.NONE
-    one_part_layers: bool = False  # a layer is attention, state or feed-forward part (src/models/nemotron-h.cpp, graph)
+    one_part_layers: bool = False  # each layer is attention, state or feed-forward part (src/models/nemotron-h.cpp)
     indexer: Indexer = Indexer.NONE
-    indexer_shared_from: int = 0  # trained context from which three layers of four share an indexer
-    indexer_keeps_values: bool = False  # the indexer's cache has V as well, which is not read (llama_kv_cache_msa)
-    has_context_gaps: bool = False  # layers are not interchangeable: all are laid out, since gaps between them add up
+    indexer_shared_from: int = 0  # trained context in tokens from which three of four layers share an indexer
+    indexer_keeps_values: bool = False  # the indexer's cache has an unused V too (llama_kv_cache_msa)
+    has_context_gaps: bool = False  # gaps between layers' tensors add up, so the graph needs every layer
 
     # Weights
     draft_parts: re.Pattern[str] | None = (
-        None  # of a draft head (nextn), what is loaded without it (*, load_arch_tensors)
+        None  # tensors of a draft head (nextn) that are always loaded (*, load_arch_tensors)
     )
     embedding_held_twice: bool = (
-        False  # as input and as output, also on one device (src/models/gemma4.cpp, load_arch_tensors)
+        False  # input and output each load it, even on one device (src/models/gemma4.cpp, load_arch_tensors)
     )
-    output_norm_misnamed: bool = False  # it is token_embd_norm (src/llama-arch.cpp, LLM_TENSOR_OUTPUT_NORM_LFM2)
-    vocabulary_of_target: bool = False  # a draft model with a part of its target's vocabulary (src/models/eagle3.cpp)
+    output_norm_misnamed: bool = False  # named token_embd_norm (src/llama-arch.cpp, LLM_TENSOR_OUTPUT_NORM_LFM2)
+    vocabulary_of_target: bool = False  # a draft model that has part of its target's vocabulary (src/models/eagle3.cpp)
 
     # Embeddings (src/llama-graph.cpp, build_inp_embd)
-    scales_tokens: bool = False  # the rows of tokens are multiplied, not those of vectors (tok_scale)
-    scales_embeddings: bool = False  # both are, also where the header gives no factor
-    mixes_inputs: bool = True  # tokens and vectors in one batch (src/llama-arch.cpp, llm_arch_supports_mixed_batch)
-    has_deepstack: bool = False  # the first layers add rows of an image (src/models/qwen3vl.cpp, graph)
+    scales_tokens: bool = False  # rows of tokens are scaled, rows of vectors are not (tok_scale)
+    scales_embeddings: bool = False  # both are scaled, even without a factor in the header
+    mixes_inputs: bool = True  # a batch may mix tokens and vectors (src/llama-arch.cpp, llm_arch_supports_mixed_batch)
+    has_deepstack: bool = False  # the first layers add image rows (src/models/qwen3vl.cpp, graph)
 
     # Layers (*, graph)
     layer_graph: LayerGraph = LayerGraph.ORDINARY
-    layer_norm: bool = False  # LLM_NORM, though its tensors have no bias
-    rms_norm_with_bias: bool = False  # LLM_NORM_RMS, though its tensors have a bias
-    norm_first: bool = False  # the first norm is computed before all else of a layer
-    late_output: bool = False  # rows that become logits are picked after the last layer, not inside it
-    keeps_last_state: bool = False  # the last layer's result is kept for a draft model (t_h_nextn)
-    residual_first: bool = False  # the sum behind attention or state takes the residual's memory if it can
-    residual_first_last: bool = False  # ... and so does the sum behind the feed-forward part
-    parallel_sum: tuple[str, str, str] = ("ffn", "attention", "input")  # order of the sum where both parts are parallel
-    sparse_layers: int = 0  # layers from the front that keep only the largest activations (gemma3n, gaussian_topk)
+    layer_norm: bool = False  # LLM_NORM, although its norms have no bias
+    rms_norm_with_bias: bool = False  # LLM_NORM_RMS, although its norms have a bias
+    norm_first: bool = False  # a layer computes its first norm before anything else
+    late_output: bool = False  # rows for logits are selected after the last layer, not inside it
+    keeps_last_state: bool = False  # a draft model reads the last layer's result (t_h_nextn)
+    residual_first: bool = False  # the residual is the first operand of the sum after attention or state
+    residual_first_last: bool = False  # ... and of the sum after the feed-forward part
+    parallel_sum: tuple[str, str, str] = ("ffn", "attention", "input")  # operands in parallel layers
+    sparse_layers: int = 0  # the first layers, which keep only the largest activations (gemma3n, gaussian_topk)
 
     # Attention
     rope: Rope = Rope.EVERY_LAYER
-    rope_without_windows: bool = False  # where no layer has a window, every layer applies RoPE
+    rope_without_windows: bool = False  # every layer applies RoPE if no layer has a window
     rope_factors_only_without_window: bool = False  # src/models/gemma4.cpp, graph
-    scales_unrotated_queries: bool = False  # Q is scaled by position where RoPE is not applied (src/models/llama4.cpp)
-    normed_values: bool = False  # V is normed too, without a tensor for it
+    scales_unrotated_queries: bool = False  # layers without RoPE scale Q by position (src/models/llama4.cpp)
+    normed_values: bool = False  # V is normed too, by a norm without weights
 
     # Recurrent state
-    state_heads: bool = False  # Mamba with heads and norms of its own (src/models/plamo2.cpp, build_plamo2_mamba_layer)
+    state_heads: bool = False  # Mamba with heads and more norms (src/models/plamo2.cpp, build_plamo2_mamba_layer)
 
     # Mixture of experts (src/llama-graph.cpp, build_moe_ffn)
-    weights_normed: bool = False  # norm_w, whatever the header gives
+    weights_normed: bool = False  # norm_w, even if the header does not ask for it
     weights_softmaxed: bool = False  # LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX_WEIGHT
     weighs_inputs: bool = False  # weight_before_ffn
-    chooses_by_sigmoid: bool = False  # by other numbers than those that weigh (src/models/grovemoe.cpp, graph)
-    chooses_early: bool = False  # from what the layer gets, before its attention (src/models/smallthinker.cpp, graph)
-    clamps_at_once: bool = False  # one operation clamps both gate and up (ggml_swiglu_clamp)
+    chooses_by_sigmoid: bool = False  # selection by other scores than the weights (src/models/grovemoe.cpp, graph)
+    chooses_early: bool = False  # experts selected by the layer's input (src/models/smallthinker.cpp, graph)
+    clamps_at_once: bool = False  # one operation clamps gate and up (ggml_swiglu_clamp)

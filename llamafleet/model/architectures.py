@@ -1,6 +1,6 @@
-"""llama.cpp's architectures (b11434), one row each: all that is special about them.
+"""llama.cpp's architectures (b11434), one row each, with the properties in which it differs from the defaults.
 
-A new architecture is one row here, once its outline in tests/oracle/architectures passes. tests/oracle/test_names.py
+To add an architecture, write an outline in tests/oracle/architectures, then a row here. tests/oracle/test_names.py
 compares the rows with src/llama-arch.cpp, LLM_ARCH_NAMES.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 from llamafleet.model.architecture import Architecture, Cache, Indexer, LayerGraph, Recurrence, Rope
 
-RELEASE = "b11434"  # of llama.cpp, which these rows follow
-PROJECTOR = "clip"  # of images or audio: llama.cpp knows the name, and loads it beside a model only
+RELEASE = "b11434"  # llama.cpp release that these rows describe
+PROJECTOR = "clip"  # general.architecture of an image or audio projector (mmproj), which is loaded beside a model only
 
 # Parts of a draft head (nextn) that src/models/*.cpp load without `mtp_flags`.
 _HEAD = r"nextn\.(embed_tokens|shared_head_head|shared_head_norm)\..*"
@@ -239,7 +239,7 @@ _ROWS = (
     Architecture(name="pockettts", verified=False, cache=Cache.UNKNOWN),
 )
 
-# Held against llama-server, with nothing special about them.
+# Compared with llama-server; all properties have their defaults.
 _PLAIN = (
     "falcon",
     "stablelm",
@@ -267,7 +267,7 @@ _PLAIN = (
     "paddleocr",
 )
 
-# Known to llama.cpp, and not held against it here.
+# llama.cpp knows them; their ledger was not compared with llama-server.
 _UNVERIFIED = (
     "deci",
     "gpt2",
@@ -316,10 +316,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def architecture_of(name: str) -> Architecture:
-    """The row of that name; for a name that llama.cpp does not know, one that is not verified."""
+    """The row with this name; for a name that llama.cpp does not know, a new row that is not verified."""
     return ARCHITECTURES.get(name) or Architecture(name=name, verified=False)
 
 
 def nearest(name: str) -> str | None:
-    """The architecture whose name is most like this one, None if none is."""
+    """The architecture with the most similar name; None if no name is similar."""
     return next(iter(difflib.get_close_matches(name, ARCHITECTURES, 1)), None)

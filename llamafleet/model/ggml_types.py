@@ -1,4 +1,4 @@
-"""How ggml stores weights: its types by number, with their blocks."""
+"""ggml's data types by number: name and block size."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Read a GGUF's header: metadata and tensor table, never weights.
 
-The file may be on disk or behind an HTTP server, complete or hostile. Here is what a header is made of and
-what has to agree in it; `gguf_cursor` reads its bytes and keeps the limits. The format is described in
-ggml/include/gguf.h; what is refused here is refused by llama.cpp too (ggml/src/gguf.cpp).
+The file may be on disk or on an HTTP server, and may be damaged or hostile. This module parses and checks a header;
+`gguf_cursor` reads its bytes within limits. The format is described in ggml/include/gguf.h. Every header that is
+refused here is refused by llama.cpp too (ggml/src/gguf.cpp).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ __all__ = [
     "shard_names",
 ]
 
-# Limits against hostile files; those of single values are in gguf_cursor.
+# Limits against hostile files; gguf_cursor has the limits of single values.
 METADATA_LIMIT = 1 << 16
-TENSOR_LIMIT = 1 << 16  # the largest models in use have some 2000
-TENSOR_NAME_LIMIT_BYTES = 63  # GGML_MAX_NAME with its zero, ggml/include/ggml.h
+TENSOR_LIMIT = 1 << 16  # the largest models have about 2000
+TENSOR_NAME_LIMIT_BYTES = 63  # GGML_MAX_NAME less the final zero, ggml/include/ggml.h
 SHARD_LIMIT = 1 << 10
 DEFAULT_ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT, ggml/include/gguf.h
 NAME_LIMIT = 100  # characters of a model's name that are shown
@@ -42,12 +42,12 @@ DIMENSIONS = 4  # GGML_MAX_DIMS
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9_.-]{1,63}")  # src/llama-arch.cpp, LLM_ARCH_NAMES
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _HTML = "is an HTML page, not a GGUF: a login, error or preview page was saved instead of the file"
-_BEFORE_GGUF = "is a GGML file from before GGUF: convert the original model anew"
-# What lies under a GGUF's name instead, by its first bytes in lower case.
+_BEFORE_GGUF = "has the GGML format that GGUF replaced: convert the original model to GGUF"
+# Other kinds of files by their first bytes (lower case), and the message about each.
 _FOREIGN = (
     (b"<!doctype", _HTML),
     (b"<html", _HTML),
-    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`"),
+    (b"version https://git-lfs", "is a Git LFS pointer, not the model: fetch the model with `git lfs pull`"),
     (b"pk\x03\x04", "is a zip archive, not a GGUF"),
     (b"ggjt", _BEFORE_GGUF),
     (b"ggml", _BEFORE_GGUF),
@@ -56,7 +56,7 @@ _FOREIGN = (
 
 @dataclass(frozen=True)
 class Tensor:
-    """One line of the tensor table. `shape` is in ggml's order, rows' length first."""
+    """One entry of the tensor table. `shape` is in ggml's order: the row length first.."""
 
     name: str
     shape: tuple[int, ...]
@@ -73,7 +73,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """A model's metadata and tensor table, all shards together."""
+    """A model's metadata and tensor table, of all shards."""
 
     version: int
     architecture: str
@@ -83,7 +83,7 @@ class Header:
 
     @property
     def file_bytes_total(self) -> int:
-        """Bytes of all files."""
+        """Bytes of all shards' files."""
         return sum(self.file_bytes)
 
     @property
@@ -93,7 +93,7 @@ class Header:
 
     @property
     def name(self) -> str:
-        """What the model calls itself, or its architecture: short, and fit for a terminal."""
+        """general.name, or else the architecture; shortened and printable."""
         name = self.metadata.get("general.name")
         return _plain(name if isinstance(name, str) and name else self.architecture)
 
@@ -103,23 +103,28 @@ class Header:
 
 
 def _plain(text: str) -> str:
-    """Without what a terminal would obey, and no longer than a title."""
+    """The text with "?" for characters that are not printable, NAME_LIMIT characters at most."""
     return "".join(mark if mark.isprintable() else "?" for mark in text[:NAME_LIMIT])
 
 
 def shard_names(name: str) -> tuple[str, ...]:
-    """All files of a split model, given any one's name or path; just the name if it is not split."""
+    """Names of all shards, from the name or path of any shard; only `name` for a model that is not split.
+
+    Raises GgufError for an impossible shard number.
+    """
     match = _SHARD.fullmatch(name)
     if not match:
         return (name,)
     count = int(match["count"])
     if not 1 <= int(match["number"]) <= count <= SHARD_LIMIT:
-        raise GgufError(f"{name}: shard {match['number']} of {match['count']} cannot be")
+        raise GgufError(
+            f"{name}: shard {match['number']} of {match['count']} is impossible, 1 to {SHARD_LIMIT} are possible"
+        )
     return tuple(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1))
 
 
 def read_path(path: Path) -> Header:
-    """The header of a file on this machine, with all its shards."""
+    """The header of a model on this machine, from any of its shards. Raises GgufError."""
     for shard in (paths := [Path(name) for name in shard_names(str(path))]):
         if not shard.is_file():
             raise GgufError(f"{shard}: there is no such file")
@@ -127,16 +132,16 @@ def read_path(path: Path) -> Header:
 
 
 def read_header(sources: Sequence[ByteSource]) -> Header:
-    """The header of a model of one or more files, given in order. Raises `GgufError`."""
+    """The header of a model, from its shards in order. Raises GgufError."""
     parts = [_read_one(source, shard) for shard, source in enumerate(sources)]
     first = parts[0]
     _check_split(sources, parts)
     tensors = tuple(tensor for part in parts for tensor in part.tensors)
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     if len(shapes) < len(tensors):
-        raise GgufError(f"{sources[0].name}: a tensor's name appears in more than one shard")
+        raise GgufError(f"{sources[0].name}: two shards have a tensor of the same name; download the shards again")
     if problem := hyperparameters.problem(first.architecture, first.metadata, shapes):
-        raise GgufError(f"{sources[0].name}: {problem}; llama.cpp would not load it")
+        raise GgufError(f"{sources[0].name}: {problem}; llama.cpp does not load such a file")
     return Header(
         version=first.version,
         architecture=first.architecture,
@@ -147,32 +152,36 @@ def read_header(sources: Sequence[ByteSource]) -> Header:
 
 
 def _check_split(sources: Sequence[ByteSource], parts: Sequence[Header]) -> None:
-    """Are these the shards of one model, all and in order? (llama-model-loader.cpp, split.*)"""
+    """Raise GgufError unless these are all shards of one model, in order (llama-model-loader.cpp, split.*)."""
     for position, (source, part) in enumerate(zip(sources, parts, strict=True)):
         count, number = part.metadata.get("split.count", 1), part.metadata.get("split.no", 0)
         if count in (0, 1) and len(parts) == 1:
             continue
         if count != len(parts):
             raise GgufError(
-                f"{source.name}: is part of a model of {count} files, {len(parts)} were read;"
-                " name the first shard as its publisher did, -00001-of-0000N.gguf, beside the others"
+                f"{source.name}: belongs to a model of {count} shards, {len(parts)} given;"
+                " keep the publisher's file names, NAME-00001-of-0000N.gguf, with all shards in one folder"
             )
         if number != position:
-            raise GgufError(f"{source.name}: says it is shard {number}, should be {position} (split.no)")
+            raise GgufError(f"{source.name}: split.no is {number}, should be {position} by its file name")
     expected = parts[0].metadata.get("split.tensors.count")
-    found = sum(len(part.tensors) for part in parts)
-    if len(parts) > 1 and expected is not None and expected != found:
-        raise GgufError(f"{sources[0].name}: {expected} tensors promised, {found} found in {len(parts)} shards")
+    count = sum(len(part.tensors) for part in parts)
+    if len(parts) > 1 and expected is not None and expected != count:
+        raise GgufError(
+            f"{sources[0].name}: split.tensors.count is {expected}, but the {len(parts)} shards have {count} tensors"
+        )
 
 
 def _read_one(source: ByteSource, shard: int) -> Header:
     cursor = Cursor(source)
     version = _version(cursor)
     tensor_count, metadata_count = cursor.u64(), cursor.u64()
-    cursor.check(tensor_count <= TENSOR_LIMIT, f"promises {tensor_count} tensors, at most {TENSOR_LIMIT} are read")
+    cursor.check(
+        tensor_count <= TENSOR_LIMIT, f"has {tensor_count} tensors by its header, {TENSOR_LIMIT} at most are supported"
+    )
     cursor.check(
         metadata_count <= METADATA_LIMIT,
-        f"promises {metadata_count} metadata keys, at most {METADATA_LIMIT} are read",
+        f"has {metadata_count} metadata keys by its header, {METADATA_LIMIT} at most are supported",
     )
     metadata: dict[str, Value] = {}
     for _ in range(metadata_count):
@@ -186,39 +195,41 @@ def _read_one(source: ByteSource, shard: int) -> Header:
     if source.size is not None and table:
         cursor.check(
             end <= source.size,
-            f"is cut short: its tensors end at byte {end}, the file has {source.size}; download it again",
+            f"is cut short: its tensors end at byte {end}, the file has {source.size} bytes; download it again",
         )
     architecture = metadata.get("general.architecture", "")
     if shard == 0:
-        cursor.check(isinstance(architecture, str) and bool(architecture), "names no general.architecture")
-        good = _ARCHITECTURE.fullmatch(str(architecture))
-        cursor.check(good is not None, f"names the impossible architecture {str(architecture)[:NAME_LIMIT]!r}")
+        cursor.check(isinstance(architecture, str) and bool(architecture), "has no general.architecture")
+        match = _ARCHITECTURE.fullmatch(str(architecture))
+        cursor.check(match is not None, f"has the invalid general.architecture {str(architecture)[:NAME_LIMIT]!r}")
     size = source.size if source.size is not None else end
     return Header(version, str(architecture), metadata, tuple(table), (size,))
 
 
 def _version(cursor: Cursor) -> int:
-    """Check the magic; the version is 2 or 3 (they differ in nothing that is read here)."""
+    """The GGUF version, 2 or 3, after a check of the magic. Both versions are read alike."""
     start = cursor.peek(32)
     if start[:4] != b"GGUF":
         lowered = start.lstrip().lower()
         for magic, problem in _FOREIGN:
             cursor.check(not lowered.startswith(magic), problem)
         cursor.check(bool(start), "is empty")
-        cursor.check(False, f"is no GGUF: begins with {start[:4]!r} instead of b'GGUF'")
+        cursor.check(False, f"is not a GGUF: it begins with {start[:4]!r}, not b'GGUF'")
     cursor.skip(4)
     version = cursor.u32()
-    cursor.check(version & 0xFFFF != 0, "is a big-endian GGUF; llama.cpp reads it on big-endian machines only")
-    cursor.check(version != 1, "is a GGUF of version 1, which llama.cpp dropped: download or convert it anew")
-    cursor.check(version in (2, 3), f"is a GGUF of version {version}; 2 and 3 are known")
+    cursor.check(version & 0xFFFF != 0, "is a big-endian GGUF, which llama.cpp reads on big-endian machines only")
+    cursor.check(
+        version != 1, "is a GGUF of version 1, which llama.cpp no longer reads: download or convert the model again"
+    )
+    cursor.check(version in (2, 3), f"is a GGUF of version {version}, 2 and 3 are supported")
     return version
 
 
 def _alignment(cursor: Cursor, metadata: Mapping[str, Value]) -> int:
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    good = isinstance(alignment, int) and alignment > 0 and alignment & (alignment - 1) == 0
-    cursor.check(good, f"has general.alignment {alignment!r}, should be a power of two")
-    assert isinstance(alignment, int)  # for mypy, checked the line above
+    is_valid = isinstance(alignment, int) and alignment > 0 and alignment & (alignment - 1) == 0
+    cursor.check(is_valid, f"has general.alignment {alignment!r}, should be a power of two")
+    assert isinstance(alignment, int)  # for mypy; checked in the line above
     return alignment
 
 
@@ -227,29 +238,31 @@ def _tensor(cursor: Cursor, shard: int) -> Tensor:
     dimensions = cursor.u32()
     cursor.check(
         dimensions <= DIMENSIONS,
-        f"gives tensor {name!r} {dimensions} dimensions, at most {DIMENSIONS} can be",
+        f"has tensor {name!r} with {dimensions} dimensions, {DIMENSIONS} at most are possible",
     )
     shape = tuple(cursor.u64() for _ in range(dimensions))
     number = cursor.u32()
-    cursor.check(number in GGML_TYPES, f"stores tensor {name!r} in the unknown ggml type {number}")
+    cursor.check(number in GGML_TYPES, f"has tensor {name!r} of the unknown ggml type {number}")
     kind, block, block_bytes = GGML_TYPES[number]
     elements = math.prod(shape)
-    cursor.check(elements < 2**63, f"gives tensor {name!r} the impossible shape {shape}")
+    cursor.check(elements < 2**63, f"has tensor {name!r} of the impossible shape {shape}")
     row = shape[0] if shape else 1
-    cursor.check(row % block == 0, f"stores tensor {name!r} with rows of {row} in {kind}, whose blocks are of {block}")
+    cursor.check(
+        row % block == 0, f"has tensor {name!r} with rows of {row} in {kind}, whose blocks have {block} elements"
+    )
     return Tensor(name, shape, kind, cursor.u64(), elements // block * block_bytes, shard)
 
 
 def _check_offsets(cursor: Cursor, table: Sequence[Tensor], alignment: int) -> int:
-    """Tensors follow one another without overlap, as llama.cpp demands; bytes of them all."""
+    """Bytes of all tensors, after a check that each begins where the one before it ends, as llama.cpp requires."""
     expected = end = 0
     seen: set[str] = set()
     for tensor in table:
-        cursor.check(tensor.name not in seen, f"has the tensor {tensor.name!r} twice")
+        cursor.check(tensor.name not in seen, f"has tensor {tensor.name!r} twice")
         seen.add(tensor.name)
         cursor.check(
             tensor.offset == expected,
-            f"puts tensor {tensor.name!r} at data offset {tensor.offset}, expected {expected}",
+            f"has tensor {tensor.name!r} at data offset {tensor.offset}, should be {expected}",
         )
         end = tensor.offset + tensor.bytes
         expected = _padded(end, alignment)

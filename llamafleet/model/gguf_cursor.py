@@ -1,8 +1,7 @@
-"""Values read one after another out of a GGUF that may be broken or hostile.
+"""Read the values of a GGUF header in order; the file may be damaged or hostile.
 
-Bytes come from a `ByteSource` in windows; no length in them is believed before it is checked
-against the limits below, and arrays as long as a vocabulary are passed over. The value types are those of
-ggml/include/gguf.h.
+Bytes come from a `ByteSource` in windows. Every length is checked against the limits below before it is used, and
+arrays as long as a vocabulary are skipped. The value types are defined in ggml/include/gguf.h.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from llamafleet.units import MIB
 
 KIB = 1024
 
-# Limits against hostile files. The largest headers in use (262144 tokens with merges) take 16 MB.
+# Limits against hostile files. The largest headers of real models (262144 tokens with merges) take 16 MB.
 HEADER_LIMIT_BYTES = 64 * MIB
-STRING_LIMIT_BYTES = 8 * MIB  # chat templates are the longest strings kept, below 100 kB
+STRING_LIMIT_BYTES = 8 * MIB  # the longest strings kept are chat templates, below 100 kB
 KEY_LIMIT_BYTES = 64 * KIB  # GGUF keys are at most 65535 bytes
-ARRAY_LIMIT = 4 * 1024**2  # half a million merges are the longest array in use
-KEPT_LIMIT_BYTES = 16 * MIB  # of all values and names of one file; a large mixture of experts has 0.5 MB
-KEPT_EACH_BYTES = 64  # what a short value costs in Python
-WINDOW_BYTES = 1 * MIB  # read at once, where nothing tells how much is still to come
+ARRAY_LIMIT = 4 * 1024**2  # the longest arrays of real models have half a million merges
+KEPT_LIMIT_BYTES = 16 * MIB  # all values and names of one file; those of a large mixture of experts take 0.5 MB
+KEPT_EACH_BYTES = 64  # memory of a short value in Python
+WINDOW_BYTES = 1 * MIB  # smallest read
 LARGEST_WINDOW_BYTES = 8 * MIB
-KEPT_ARRAY_LENGTH = 1024  # longer arrays (tokens, merges, scores) are kept as their length only
+KEPT_ARRAY_LENGTH = 1024  # of longer arrays (tokens, merges, scores) only the length is kept
 
 # Metadata value types (enum gguf_type): 8 is a string, 9 an array.
 _SCALARS = {
@@ -49,19 +48,19 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
 class GgufError(ValueError):
-    """A file that is no usable GGUF; the message begins with its name."""
+    """The file is not a usable GGUF; the message begins with the file's name."""
 
 
 class ByteSource(Protocol):
-    """Where a header's bytes come from."""
+    """A source of a header's bytes: a file or a URL."""
 
     @property
     def name(self) -> str:
-        """For messages: a path, or a URL without its query."""
+        """Name for messages: a path, or a URL without its query."""
 
     @property
     def size(self) -> int | None:
-        """Bytes of the whole file, None where nobody tells."""
+        """Bytes of the whole file; None if unknown."""
 
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes from `offset`; fewer only at the end of the file."""
@@ -84,7 +83,7 @@ class FileSource:
         return self.path.stat().st_size
 
     def read(self, offset: int, length: int) -> bytes:
-        """Bytes of the file."""
+        """`length` bytes from `offset`; fewer only at the end of the file."""
         with self.path.open("rb") as file:
             file.seek(offset)
             return file.read(length)
@@ -92,7 +91,7 @@ class FileSource:
 
 @dataclass(frozen=True)
 class LongArray:
-    """An array that was skipped, of which only the length is known."""
+    """A long array of metadata; only its length was kept."""
 
     length: int
 
@@ -102,39 +101,42 @@ Value = Scalar | tuple[Scalar, ...] | LongArray
 
 
 class Cursor:
-    """Reads forward through a source, keeping one window of it."""
+    """Reads a source from front to end, with one window of it in memory."""
 
     def __init__(self, source: ByteSource) -> None:
         self._source = source
         self._size = source.size
         self._base = 0  # file offset of the window
         self._window = b""
-        self._at = 0  # place in the window; may lie past its end after a skip
-        self._fetch = 0  # bytes that are known to come
+        self._at = 0  # position in the window; past its end after a skip
+        self._fetch = 0  # estimated bytes that will be read next
         self._kept = 0
 
     @property
     def position(self) -> int:
-        """Offset in the file of the next byte."""
+        """File offset of the next byte."""
         return self._base + self._at
 
-    def check(self, good: bool, problem: str) -> None:
-        """Raise `GgufError` with the file's name unless `good`."""
-        if not good:
+    def check(self, is_valid: bool, problem: str) -> None:
+        """Raise GgufError with the file's name and `problem` unless `is_valid`."""
+        if not is_valid:
             raise GgufError(f"{self._source.name}: {problem}")
 
     def _check_end(self, offset: int) -> None:
-        self.check(offset <= HEADER_LIMIT_BYTES, f"has a header of more than {HEADER_LIMIT_BYTES} bytes")
+        self.check(
+            offset <= HEADER_LIMIT_BYTES,
+            f"has a header of more than {HEADER_LIMIT_BYTES} bytes, which is not supported",
+        )
 
     def peek(self, length: int) -> bytes:
-        """The next bytes, fewer at the end of the file."""
+        """The next `length` bytes without going forward; fewer at the end of the file."""
         if self._size is not None:
             length = min(length, self._size - self.position)
         self._fill(length)
         return self._window[self._at : self._at + length]
 
     def _fill(self, length: int) -> bool:
-        """Have `length` bytes in the window if the file has them."""
+        """Read until the window has `length` bytes; False if the file ends before."""
         have = len(self._window) - self._at
         if have >= length:
             return True
@@ -149,7 +151,7 @@ class Cursor:
         return len(self._window) >= length
 
     def take(self, length: int) -> bytes:
-        """Exactly the next `length` bytes."""
+        """The next `length` bytes. Raises GgufError if the file ends before."""
         self._need(length)
         piece = self._window[self._at : self._at + length]
         self._at += length
@@ -157,11 +159,11 @@ class Cursor:
 
     def _need(self, length: int) -> None:
         if not self._fill(length):
-            size = "" if self._size is None else f" of {self._size} bytes"
-            self.check(False, f"is cut short: its header goes on past the end{size}; download it again")
+            size = "" if self._size is None else f" ({self._size} bytes)"
+            self.check(False, f"is cut short: its header continues past the end of the file{size}; download it again")
 
     def skip(self, length: int) -> None:
-        """Go forward without reading."""
+        """Go `length` bytes forward without reading them."""
         self._at += length
         self._check_end(self.position)
         if self._size is not None and self.position > self._size:
@@ -180,25 +182,30 @@ class Cursor:
         length = self.u64()
         self.check(
             length <= limit,
-            f"has a string of {length} bytes at byte {self.position}, at most {limit} are read",
+            f"has a string of {length} bytes at byte {self.position}, {limit} at most are supported",
         )
         self._keep(length + KEPT_EACH_BYTES)
         return self.take(length).decode("utf-8", errors="replace")
 
     def _keep(self, size: int) -> None:
         self._kept += size
-        self.check(self._kept <= KEPT_LIMIT_BYTES, f"has more than {KEPT_LIMIT_BYTES} bytes of names and values")
+        self.check(
+            self._kept <= KEPT_LIMIT_BYTES,
+            f"has more than {KEPT_LIMIT_BYTES} bytes of names and values, which is not supported",
+        )
 
     def value(self, key: str) -> Value:
         """A metadata value of any type."""
-        kind, key = self.u32(), key[:100]  # as much of it as a message needs
+        kind, key = self.u32(), key[:100]  # long enough for a message
         if kind != _ARRAY:
             return self._scalar(kind, key)
         kind, length = self.u32(), self.u64()
-        self.check(kind != _ARRAY, f"nests arrays in {key!r}, which llama.cpp does not read")
+        self.check(kind != _ARRAY, f"has nested arrays in {key!r}, which llama.cpp does not read")
         self.check(kind == _STRING or kind in _SCALARS, f"has the unknown value type {kind} in {key!r}")
         smallest = 8 if kind == _STRING else _SCALARS[kind].size
-        self.check(length <= ARRAY_LIMIT, f"promises {length} values in {key!r}, too many to be true")
+        self.check(
+            length <= ARRAY_LIMIT, f"has {length} values in {key!r} by its header, {ARRAY_LIMIT} at most are supported"
+        )
         if length <= KEPT_ARRAY_LENGTH:
             return self._kept_array(kind, length)
         if kind == _STRING:
@@ -219,14 +226,14 @@ class Cursor:
         if kind == _STRING:
             return tuple(self.string(STRING_LIMIT_BYTES) for _ in range(length))
         self._keep(length * KEPT_EACH_BYTES)
-        one = _SCALARS[kind]
-        return tuple(number for (number,) in one.iter_unpack(self.take(length * one.size)))
+        scalar = _SCALARS[kind]
+        return tuple(number for (number,) in scalar.iter_unpack(self.take(length * scalar.size)))
 
     def _skip_strings(self, count: int) -> None:
-        """Half a million tokens and merges go by here: no call, no slice for each."""
+        """Skip strings: up to half a million tokens and merges, so without a call or a slice for each."""
         unpack, start, whole = _U64.unpack_from, self.position, count
         while count:
-            if count < whole:  # the rest will be as long as what went by: one request for it, not many
+            if count < whole:  # estimate the rest from the strings so far, to read it in few requests
                 self._fetch = count * (self.position - start) // (whole - count)
             self._need(8)
             window, at, last = self._window, self._at, len(self._window) - 8

@@ -1,4 +1,4 @@
-"""A header's numbers by their keys; none of them is trusted."""
+"""Read a header's numbers by key; missing or wrong values get a default, and nothing is raised."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from llamafleet.model.gguf_cursor import Value
 
 
 class Keys:
-    """A header's numbers by their keys."""
+    """A header's values by their keys, without the architecture's prefix."""
 
     def __init__(self, header: Header) -> None:
         self.header, self.known = header, dict[str, Value | None]()
@@ -17,18 +17,18 @@ class Keys:
         return self.header.get(key)
 
     def has(self, key: str) -> bool:
-        """Is it there, and not 0, false or empty?"""
+        """Does the header have this key with a value that is not 0, false or empty?"""
         return bool(self.get(key))
 
     def number(self, key: str, default: int = 0) -> int:
-        """A whole number; the largest where there is one for each layer."""
+        """A whole number; of an array with a value for each layer, the largest."""
         value = self.get(key)
         if isinstance(value, tuple):
             return max((int(item) for item in value if isinstance(item, int)), default=default)
         return max(0, int(value)) if isinstance(value, int | float) else default
 
     def per_layer(self, key: str, default: int = 0) -> tuple[int, ...]:
-        """A whole number for each layer."""
+        """A whole number for each layer, from an array or a single value."""
         value = self.get(key)
         if isinstance(value, tuple) and len(value) >= self.layers:
             return tuple(int(item) if isinstance(item, int) else default for item in value[: self.layers])

@@ -1,7 +1,8 @@
-"""What each layer of a model is, by the architecture's row and the header's numbers.
+"""Properties of each layer, from the architecture's row and the header's numbers.
 
 The rules are llama.cpp's at b11434: src/llama-hparams.cpp, src/llama-model.cpp (load_hparams) and `load_arch_hparams`
-in src/models/*.cpp. A tuple has one value for each layer."""
+in src/models/*.cpp. A tuple has one value for each layer. `layers`: their number; `trunk`: without a draft head's.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +10,16 @@ from llamafleet.model.architecture import Architecture, Cache, Indexer, Recurren
 from llamafleet.model.gguf_cursor import LongArray
 from llamafleet.model.keys import Keys
 
-ROPE_PERIOD = 4  # one layer of so many goes without RoPE (src/llama-hparams.h, n_no_rope_layer_step)
+ROPE_PERIOD = 4  # one layer of this many applies no RoPE (src/llama-hparams.h, n_no_rope_layer_step)
 DEFAULT_ATTENTION_INTERVAL = 4  # src/models/qwen3next.cpp, load_arch_hparams
 
 
 def windows(row: Architecture, keys: Keys, layers: int) -> tuple[int, ...]:
+    """Sliding window of each layer in tokens; 0 for attention to all cells."""
     window = keys.number("attention.sliding_window", row.window_default)
     pattern = keys.get("attention.sliding_window_pattern")
-    other_size = row.window_only_with_layers and row.window_only_with_layers != layers
-    if window == 0 or row.ignores_windows or other_size or not row.verified:
+    has_no_windows = row.window_only_with_layers and row.window_only_with_layers != layers
+    if window == 0 or row.ignores_windows or has_no_windows or not row.verified:
         return (0,) * layers
     window = row.window_fixed or window
     if isinstance(pattern, tuple) and len(pattern) >= layers:
@@ -25,11 +27,12 @@ def windows(row: Architecture, keys: Keys, layers: int) -> tuple[int, ...]:
     period = pattern if isinstance(pattern, int) else row.window_period if row.window_period is not None else 1
     if not period:
         return (window,) * layers
-    full = 0 if row.window_dense_first else period - 1
-    return tuple(0 if layer % period == full else window for layer in range(layers))
+    full_attention = 0 if row.window_dense_first else period - 1
+    return tuple(0 if layer % period == full_attention else window for layer in range(layers))
 
 
 def cache_is_exact(row: Architecture, keys: Keys) -> bool:
+    """Are the cache's rules known? Otherwise its bytes are an upper bound."""
     if not row.verified or row.cache is Cache.UNKNOWN:
         return False
     if keys.number("attention.sliding_window") == 0 or row.ignores_windows or row.window_period is not None:
@@ -38,7 +41,7 @@ def cache_is_exact(row: Architecture, keys: Keys) -> bool:
 
 
 def cache_layers(row: Architecture, keys: Keys, layers: int, trunk: int) -> int:
-    """src/llama-hparams.cpp, has_kv."""
+    """Number of the first layers that own a cache (src/llama-hparams.cpp, has_kv)."""
     if row.cache is Cache.NONE:
         return 0
     if row.cache_layers:
@@ -48,7 +51,7 @@ def cache_layers(row: Architecture, keys: Keys, layers: int, trunk: int) -> int:
 
 
 def cache_owners(row: Architecture, windows: tuple[int, ...], owners: int) -> tuple[int, ...]:
-    """src/llama-model.cpp, create_memory (`reuse`): the last layer of its kind that owns one."""
+    """The layer whose cache each layer reads: itself, or its kind's last owner (src/llama-model.cpp, create_memory)."""
     layers = len(windows)
     if not (row.cache_layers or row.shares_caches) or owners == layers:
         return tuple(range(layers))
@@ -56,6 +59,7 @@ def cache_owners(row: Architecture, windows: tuple[int, ...], owners: int) -> tu
 
 
 def uses_rope(row: Architecture, keys: Keys, windows: tuple[int, ...]) -> tuple[bool, ...]:
+    """Which layers apply RoPE to Q and K."""
     layers = range(len(windows))
     off = row.rope is Rope.UNLESS_SWITCHED_OFF and keys.get("rope.scaling.finetuned") is False
     if row.rope is Rope.NEVER or off:
@@ -70,6 +74,7 @@ def uses_rope(row: Architecture, keys: Keys, windows: tuple[int, ...]) -> tuple[
 
 
 def indexer_layers(row: Architecture, keys: Keys, layers: int, trunk: int) -> tuple[bool, ...]:
+    """Which layers have an indexer."""
     if row.indexer is Indexer.NONE:
         return (False,) * layers
     if row.indexer is Indexer.BEHIND_DENSE:
@@ -85,6 +90,7 @@ def indexer_layers(row: Architecture, keys: Keys, layers: int, trunk: int) -> tu
 
 
 def recurrent_layers(row: Architecture, keys: Keys, layers: int, trunk: int) -> tuple[bool, ...]:
+    """Which layers keep a recurrent state."""
     if row.recurrence in (Recurrence.EVERY_LAYER, Recurrence.BESIDE_ATTENTION):
         return (True,) * layers
     if row.recurrence is Recurrence.BY_INTERVAL:
@@ -94,8 +100,9 @@ def recurrent_layers(row: Architecture, keys: Keys, layers: int, trunk: int) -> 
         interval = keys.number("full_attention_interval") or DEFAULT_ATTENTION_INTERVAL
         return tuple(layer < trunk and (layer + 1) % interval != 0 for layer in range(layers))
     if row.recurrence is Recurrence.WITHOUT_KV_HEADS:
-        heads, wide = keys.per_layer("attention.head_count_kv"), keys.per_layer("feed_forward_length")
+        heads, feed_forward = keys.per_layer("attention.head_count_kv"), keys.per_layer("feed_forward_length")
         return tuple(
-            layer < trunk and not heads[layer] and not (row.one_part_layers and wide[layer]) for layer in range(layers)
+            layer < trunk and not heads[layer] and not (row.one_part_layers and feed_forward[layer])
+            for layer in range(layers)
         )
     return (False,) * layers

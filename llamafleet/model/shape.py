@@ -1,7 +1,7 @@
-"""A header resolved once into values: what a model's layers are, as llama.cpp reads it.
+"""A model's dimensions, read once from its header by llama.cpp's rules.
 
 The rules are llama.cpp's at b11434: src/llama-hparams.cpp, src/llama-model.cpp (load_hparams) and `load_arch_hparams`
-in src/models/*.cpp. Numbers of a header are never trusted: what is missing is 0, and no combination raises.
+in src/models/*.cpp. A header may be hostile: a missing number is 0, and no combination of numbers raises an error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llamafleet.model.layer_rules import (
     windows,
 )
 
-# What --n-cpu-moe matches (common/common.h, LLM_FFN_EXPS_REGEX), and a dense model's feed-forward part.
+# Tensors that --n-cpu-moe matches (common/common.h, LLM_FFN_EXPS_REGEX), and those of a dense feed-forward part.
 EXPERTS = re.compile(r"ffn_(up|down|gate|gate_up)_(ch|)exps\..*")
 DENSE = re.compile(r"ffn_(up|down|gate)\.weight")
 
@@ -34,10 +34,10 @@ DEFAULT_TOKEN_SHIFTS = 2  # src/llama-hparams.h, token_shift_count
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts; all 0 for a dense model."""
+    """Dimensions of a mixture of experts; all 0 for a dense model."""
 
     count: int
-    used: tuple[int, ...]  # for each token, by layer
+    used: tuple[int, ...]  # experts that each token uses, by layer
     feed_forward: int  # width of one expert
     groups: int
     groups_used: int
@@ -48,29 +48,29 @@ class Experts:
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """MLA: elements of the compressed head and of the ordinary heads that it stands for."""
+    """MLA: elements of the compressed head, and of the heads that it is decompressed to."""
 
     is_absorbed: bool  # K is the compressed head and V is read from it (src/llama-hparams.cpp, is_mla)
     rank: int
-    rope: int  # elements of a head that RoPE turns
+    rope: int  # elements of a head that RoPE rotates
     key: int
     value: int
 
 
 @dataclass(frozen=True)
 class IndexerShape:
-    """The indexer, which picks the cells that attention reads."""
+    """Dimensions of the indexer, which picks the cells that attention reads."""
 
-    layers: tuple[bool, ...]  # which layers have one
+    layers: tuple[bool, ...]  # which layers have an indexer
     key: int  # elements of a head
     heads: int
-    top: int  # cells, or blocks, that are picked
+    top: int  # number of cells, or blocks, that are picked
     block: int  # cells of a block
 
 
 @dataclass(frozen=True)
 class State:
-    """Recurrent layers: which these are, and the widths of their states."""
+    """Recurrent layers and the dimensions of their states, by the header's keys."""
 
     layers: tuple[bool, ...]
     inner: int  # ssm.inner_size
@@ -87,7 +87,7 @@ class State:
 
 @dataclass(frozen=True)
 class Clamps:
-    """Is the activation of a layer's experts, and of its other feed-forward parts, held below a limit?"""
+    """Which activations of a layer are clamped: those of experts, and of other feed-forward parts."""
 
     experts: bool
     others: bool
@@ -98,25 +98,25 @@ class Shape:
     """A model's dimensions. A tuple has one value for each layer."""
 
     architecture: Architecture
-    name: str  # of the model, fit for a terminal
+    name: str  # of the model, printable
     layers: int
     trunk_layers: int  # without the layers of a draft head (nextn), which come last
     embedding: int
-    context_tokens: int  # trained; 0 where the header does not say
+    context_tokens: int  # trained; 0 if the header does not have it
     vocabulary: int
     heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
-    head: tuple[int, int]  # elements of a head of K and of V, in layers that attend to everything
+    head: tuple[int, int]  # elements of a head of K and of V, in layers without a window
     window_head: tuple[int, int]  # ... and in layers with a sliding window
-    sliding_window: int  # the header's number, whether llama.cpp uses it or not
-    windows: tuple[int, ...]  # tokens; 0 for attention to everything
-    cache_layers: int  # layers from the front that own a cache
-    cache_owners: tuple[int, ...]  # the layer whose cache each reads: its own, or one before
+    sliding_window: int  # tokens, from the header, even if llama.cpp ignores it
+    windows: tuple[int, ...]  # tokens; 0 for attention to all cells
+    cache_layers: int  # the first layers, which own a cache
+    cache_owners: tuple[int, ...]  # the layer whose cache each layer reads: itself or an earlier one
     uses_rope: tuple[bool, ...]
     position_numbers: int  # numbers that give one token's position
     feed_forward: tuple[int, ...]
     leading_dense: int
-    image_layers: int  # layers from the front that add rows of an image (deepstack)
+    image_layers: int  # the first layers, which add rows of an image (deepstack)
     clamps: tuple[Clamps, ...]
     scales_embeddings: bool
     caps_attention: bool  # attn_logit_softcapping
@@ -129,21 +129,21 @@ class Shape:
     residual_streams: int
     output_groups: int
     output_rank: int
-    cache_is_exact: bool  # are the rules of its caches known? Otherwise their bytes are an upper bound
+    cache_is_exact: bool  # False: the caches' bytes are an upper bound
 
     @property
     def cache(self) -> Cache:
-        """How the context is kept. Of an architecture that was not verified nobody knows."""
+        """Kind of the context's memory; unknown for an architecture that is not verified."""
         known = self.architecture.verified or self.architecture.cache is Cache.NONE
         return self.architecture.cache if known else Cache.UNKNOWN
 
     def head_sizes(self, window: bool) -> tuple[int, int]:
-        """Elements of a head of K and of V, in layers with a sliding window or without."""
+        """Elements of a head of K and of V. `window`: in layers with a sliding window."""
         return self.window_head if window else self.head
 
     @classmethod
     def of(cls, header: Header) -> Shape:
-        """Resolve a header."""
+        """The dimensions of a header's model."""
         row, keys = architecture_of(header.architecture), Keys(header)
         layers = keys.number("block_count")
         trunk = max(0, layers - keys.number("nextn_predict_layers"))
@@ -191,14 +191,14 @@ class Shape:
 
 
 def _head(keys: Keys) -> tuple[int, int]:
-    """src/llama-model.cpp, load_hparams."""
+    """Elements of a head of K and of V (src/llama-model.cpp, load_hparams)."""
     heads = keys.per_layer("attention.head_count", 1)
     width = keys.number("embedding_length") // max(1, heads[0] if heads else 1)
     return keys.number("attention.key_length", width), keys.number("attention.value_length", width)
 
 
 def _clamps(row: Architecture, keys: Keys, layers: int) -> tuple[Clamps, ...]:
-    """src/llama-graph.cpp, build_ffn and build_moe_ffn; none where one operation does it all."""
+    """Clamps of each layer (src/llama-graph.cpp, build_ffn and build_moe_ffn); none if one operation includes them."""
     if row.clamps_at_once:
         return (Clamps(False, False),) * layers
     limits = [_limits(keys.get(f"swiglu_clamp_{part}"), layers) for part in ("exp", "shexp")]
@@ -206,8 +206,8 @@ def _clamps(row: Architecture, keys: Keys, layers: int) -> tuple[Clamps, ...]:
 
 
 def _limits(limit: Value | None, layers: int) -> list[bool]:
-    each = limit if isinstance(limit, tuple) and len(limit) >= layers else (limit,) * layers
-    return [isinstance(one, float) and one > 0 for one in each[:layers]]
+    limits = limit if isinstance(limit, tuple) and len(limit) >= layers else (limit,) * layers
+    return [isinstance(value, float) and value > 0 for value in limits[:layers]]
 
 
 def _experts(keys: Keys) -> Experts:
@@ -224,10 +224,10 @@ def _experts(keys: Keys) -> Experts:
 
 
 def _latent(row: Architecture, keys: Keys) -> LatentAttention:
-    both = keys.number("attention.key_length_mla") > 0 and keys.number("attention.value_length_mla") > 0
-    suffix = "_mla" if both else ""
+    is_absorbed = keys.number("attention.key_length_mla") > 0 and keys.number("attention.value_length_mla") > 0
+    suffix = "_mla" if is_absorbed else ""
     return LatentAttention(
-        is_absorbed=both,
+        is_absorbed=is_absorbed,
         rank=keys.number("attention.kv_lora_rank"),
         rope=keys.number("rope.dimension_count"),
         key=keys.number(f"attention.key_length{suffix}"),
@@ -262,7 +262,7 @@ def _state(row: Architecture, keys: Keys, layers: int, trunk: int) -> State:
 
 
 def _vocabulary(header: Header, keys: Keys) -> int:
-    """Tokens of the vocabulary."""
+    """Number of tokens in the vocabulary."""
     tokens = header.metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, LongArray):
         return tokens.length

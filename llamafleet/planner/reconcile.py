@@ -39,7 +39,7 @@ def question(argv: Sequence[str]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Answer:
+class MemoryReport:
     """The memory that llama-server reported: bytes by its own names of devices and kinds of host memory.
 
     `told` is None if it reported nothing; `why` is then the reason.
@@ -94,7 +94,7 @@ def tolerance(reported_bytes: int) -> int:
     return max(TOLERANCE_BYTES, int(reported_bytes * TOLERANCE_SHARE))
 
 
-def compare(plan: Plan, answer: Answer, extra: Correction = NO_CORRECTION, rounds: int = 1) -> Verified:
+def compare(plan: Plan, answer: MemoryReport, extra: Correction = NO_CORRECTION, rounds: int = 1) -> Verified:
     """Compare the plan's ledger, which was made with the correction `extra`, with the binary's report.
 
     Overhead is not compared, since llama-server does not report it. Host memory is one sum, repacked weights included.
@@ -117,7 +117,7 @@ def compare(plan: Plan, answer: Answer, extra: Correction = NO_CORRECTION, round
     return replace(without_report, binary_bytes=reported)
 
 
-def limits(plan: Plan) -> dict[str, Any]:
+def memory_limits(plan: Plan) -> dict[str, Any]:
     """For the memory check in the switch: llama.cpp's name of each device, and the most bytes that llama-server may
     report for it: the planned bytes and the free bytes besides the reserve, by the ledger's device names."""
     limit = {row.device: row.used_bytes - row.overhead_bytes + max(0, row.free_bytes) for row in plan.ledger}
@@ -131,13 +131,13 @@ def _devices(plan: Plan) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Settled:
+class Reconciled:
     """The plans after comparison with the binary, a refusal where the model does not fit by the binary's numbers.
 
     A plan that the binary reported nothing about stays as it was.
     """
 
-    answers: tuple[Plan | Refusal, ...]
+    results: tuple[Plan | Refusal, ...]
     corrections: Mapping[str, Correction]
     verified: Mapping[str, Verified]
 
@@ -145,19 +145,19 @@ class Settled:
 Planner = Callable[[Mapping[str, Correction]], Sequence[Plan | Refusal]]
 
 
-def settle(
+def reconcile(
     planner: Planner,
-    ask: Callable[[Plan], Answer],
+    ask: Callable[[Plan], MemoryReport],
     corrections: Mapping[str, Correction],
     is_known: Callable[[Plan], bool],
-) -> Settled:
+) -> Reconciled:
     """Plan, let the binary report its memory, and plan again with the differences until plan and binary agree.
 
     The first round adjusts in both directions, later rounds only upwards, so that the rounds end. If the binary still
     needs more after the last round, the plan stands if it fits by the binary's own numbers.
     """
     current = dict(corrections)
-    answers: dict[tuple[str, tuple[str, ...]], Answer] = {}
+    reports: dict[tuple[str, tuple[str, ...]], MemoryReport] = {}
     verified: dict[str, Verified] = {}
     plans: tuple[Plan | Refusal, ...] = ()
     for number in range(1, ROUNDS + 1):
@@ -165,20 +165,20 @@ def settle(
         corrections = {}
         for plan in plans:
             if isinstance(plan, Refusal):
-                return Settled(plans, current, verified)
+                return Reconciled(plans, current, verified)
             if is_known(plan):
                 continue
             key = (plan.instance, plan.argv)
-            if key not in answers:
-                answers[key] = ask(plan)
+            if key not in reports:
+                reports[key] = ask(plan)
             extra = current.get(plan.instance, NO_CORRECTION)
-            verified[plan.instance] = compare(plan, answers[key], extra, number)
+            verified[plan.instance] = compare(plan, reports[key], extra, number)
             if more := verified[plan.instance].beyond(only_more=number > 1):
                 corrections[plan.instance] = extra.plus(more)
         if not corrections:
-            return Settled(plans, current, verified)
+            return Reconciled(plans, current, verified)
         current.update(corrections)
-    return Settled(tuple(_with_binary_numbers(plan, verified) for plan in plans), current, verified)
+    return Reconciled(tuple(_with_binary_numbers(plan, verified) for plan in plans), current, verified)
 
 
 def _with_binary_numbers(plan: Plan | Refusal, verified: Mapping[str, Verified]) -> Plan | Refusal:
@@ -206,7 +206,7 @@ def _with_binary_numbers(plan: Plan | Refusal, verified: Mapping[str, Verified])
     )  # fmt: skip
 
 
-def say(name: str, verified: Verified) -> str:
+def summary(name: str, verified: Verified) -> str:
     """A line for the run's output: the bytes by the binary and by the header, or why the binary reported nothing."""
     if verified.binary_bytes is None:
         return f"{name}: llama-server did not report its memory ({verified.why}); the gate decides"

@@ -51,7 +51,7 @@ def _without(values: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Memory:
+class RecordedMemory:
     """The memory that a plan was made for: total bytes, and for each GPU the bytes of other processes, by UUID."""
 
     host_bytes: int
@@ -60,7 +60,7 @@ class Memory:
     gpu_others_bytes: Mapping[str, int]
 
     @classmethod
-    def of(cls, machine: Machine) -> Memory:
+    def of(cls, machine: Machine) -> RecordedMemory:
         """The memory of a probed machine."""
         return cls(
             machine.memory.total_bytes,
@@ -70,7 +70,7 @@ class Memory:
         )
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Memory:
+    def from_json(cls, data: Mapping[str, Any]) -> RecordedMemory:
         """From plan.json."""
         return cls(**data)
 
@@ -80,7 +80,7 @@ class Memory:
 
     def on(self, machine: Machine) -> Machine | None:
         """The machine with this memory; None if the machine has other hardware now."""
-        now = Memory.of(machine)
+        now = RecordedMemory.of(machine)
         if now.gpu_total_bytes.keys() != self.gpu_total_bytes.keys():
             return None
         then = [self.host_bytes, *(self.gpu_total_bytes[uuid] for uuid in now.gpu_total_bytes)]
@@ -100,7 +100,7 @@ class Memory:
     def drift(self, machine: Machine) -> dict[str, int]:
         """Bytes that are available to a plan now beyond the recorded memory, by the ledger's device names; negative if
         there are less."""
-        now = Memory.of(machine)
+        now = RecordedMemory.of(machine)
         drift = {
             f"GPU{gpu.index}": (gpu.memory_total_bytes - gpu.memory_used_by_others_bytes)
             - (self.gpu_total_bytes[gpu.uuid] - self.gpu_others_bytes[gpu.uuid])
@@ -110,22 +110,22 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Installed:
+class InstalledPlan:
     """An installed plan that was made from the same inputs as the wanted plan: its flags and its recorded memory."""
 
     argv: tuple[str, ...]  # the planned part of the command line
-    memory: Memory
+    memory: RecordedMemory
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Installed:
-        """From plan.json. Check `is_of_inputs` first: an invalid record raises KeyError or TypeError."""
-        return cls(tuple(record["plan"]["argv"]), Memory.from_json(record["inputs"]["memory"]))
+    def of(cls, record: Mapping[str, Any]) -> InstalledPlan:
+        """From plan.json. Check `has_inputs` first: an invalid record raises KeyError or TypeError."""
+        return cls(tuple(record["plan"]["argv"]), RecordedMemory.from_json(record["inputs"]["memory"]))
 
 
-def is_of_inputs(record: Any, key: str) -> bool:
+def has_inputs(record: Any, key: str) -> bool:
     """Is `record` a valid plan.json of a plan with this `inputs_key`? False for another version's or an edited file."""
     try:
-        Installed.of(record)
+        InstalledPlan.of(record)
         return bool(record["inputs"]["key"] == key and isinstance(record["verified"], dict | None))
     except (KeyError, TypeError):
         return False
@@ -135,27 +135,29 @@ def is_of_inputs(record: Any, key: str) -> bool:
 class Choice:
     """The plans to install, the memory that they were made for, and the reason, a sentence for the operator."""
 
-    answers: tuple[Plan | Refusal, ...]
-    memory: Memory
+    results: tuple[Plan | Refusal, ...]
+    memory: RecordedMemory
     why: str = ""
 
 
 Planner = Callable[[Machine], Sequence[Plan | Refusal]]
 
 
-def choose(machine: Machine, settings: Settings, planner: Planner, installed: Mapping[str, Installed]) -> Choice:
+def keep_or_replan(
+    machine: Machine, settings: Settings, planner: Planner, installed: Mapping[str, InstalledPlan]
+) -> Choice:
     """The installed plans if they still fit and nothing much better is possible, else the plans for the memory of now.
 
     `planner` plans all instances of the host together. `installed` has, by instance name, the installed plans whose
     inputs have not changed.
     """
-    present = Choice(tuple(planner(machine)), Memory.of(machine))
+    present = Choice(tuple(planner(machine)), RecordedMemory.of(machine))
     if not installed:
         return present
-    if _is_installed(present.answers, installed):
+    if _is_installed(present.results, installed):
         return replace(present, why="kept: the same inputs give the installed plan")
     problems = []
-    memories: list[Memory] = []
+    memories: list[RecordedMemory] = []
     for plan in installed.values():
         if plan.memory in memories:
             continue
@@ -167,14 +169,14 @@ def choose(machine: Machine, settings: Settings, planner: Planner, installed: Ma
     return replace(present, why=f"changed: {problems[0]}")
 
 
-def _is_installed(results: Sequence[Plan | Refusal], installed: Mapping[str, Installed]) -> bool:
+def _is_installed(results: Sequence[Plan | Refusal], installed: Mapping[str, InstalledPlan]) -> bool:
     argvs = {result.instance: result.argv for result in results if isinstance(result, Plan)}
     return all(argvs.get(name) == plan.argv for name, plan in installed.items())
 
 
 def _keep(
-    machine: Machine, settings: Settings, planner: Planner, memory: Memory, present: Choice,
-    installed: Mapping[str, Installed],
+    machine: Machine, settings: Settings, planner: Planner, memory: RecordedMemory, present: Choice,
+    installed: Mapping[str, InstalledPlan],
 ) -> Choice | str:  # fmt: skip
     """The plans for the recorded memory, or the reason why they cannot be kept."""
     planned_for = memory.on(machine)
@@ -193,7 +195,7 @@ def _keep(
     if problem := next(_too_little_memory(plans, drift, settings), ""):
         return problem
     much_more = any(size > _threshold(device, settings) for device, size in drift.items())
-    if much_more and (reason := next(_better(plans, present.answers, settings), "")):
+    if much_more and (reason := next(_better(plans, present.results, settings), "")):
         return reason
     return Choice(tuple(plans), memory, f"kept: the installed plan still fits ({_drift_text(drift)})")
 

@@ -1,4 +1,4 @@
-"""A tiny model of random weights, to see a llama-server answer: about 1 MB, made in a fraction of a second.
+"""Write a tiny model of random weights that llama-server can serve: about 1 MB, made in a fraction of a second.
 
 Contract: `write(path)` writes one GGUF file, the same bytes each time. Standard library only, Python 3.8. The
 keys are those that llama.cpp reads for its architecture "llama" (src/llama-arch.cpp); a head has 64 values, so

@@ -1,13 +1,13 @@
-"""A plan as llama-server's command line, and an argument as systemd writes it.
+"""A plan as llama-server's command line, and an argument as a unit file holds it.
 
-Every flag is one of common/arg.cpp at b11434. Lists stay lists: nothing is quoted here but by
-`unit_escape`, once, where the unit is written.
+Every flag is from common/arg.cpp at b11434. Lists stay lists: only `unit_escape` quotes, once, where the unit is
+written.
 """
 
 from __future__ import annotations
 
 from llamafleet.planner.result import Plan
-from llamafleet.settings import extra_flags as extra
+from llamafleet.settings import extra_flags
 from llamafleet.settings.schema import Instance
 
 
@@ -16,8 +16,10 @@ class FlagError(ValueError):
 
 
 def argv(plan: Plan, instance: Instance, model_path: str) -> list[str]:
-    """All of llama-server's arguments, without the program and without what `credentials` adds. Raises
-    `FlagError` for unusable values."""
+    """llama-server's arguments, without the program and without `credential_flags`.
+
+    Raises `FlagError` for unusable values.
+    """
     return [
         *("--model", _value("--model", model_path)),
         *("--alias", _value("--alias", instance.name)),
@@ -25,28 +27,29 @@ def argv(plan: Plan, instance: Instance, model_path: str) -> list[str]:
         *("--port", str(instance.port)),
         *plan.argv,
         *("--metrics", "--slots", "--no-ui", "--offline"),
-        # The load log names every device's bytes, which the gate reads; prompts are logged from 5 on.
+        # At 4 the log has the bytes of every device, which the gate reads; from 5 on it has prompts.
         *(("--log-verbosity", "4") if plan.gpus else ()),
         *_cors(instance),
-        *extra.words(instance.extra_flags),
-        *extra.words(instance.dangerous_flags),
+        *extra_flags.words(instance.extra_flags),
+        *extra_flags.words(instance.dangerous_flags),
     ]
 
 
 def _cors(instance: Instance) -> tuple[str, ...]:
-    """Web pages of other sites may not use the server: by default llama-server echoes every origin
-    (tools/server/server-http.cpp:332). "none" is nobody's origin; "null" would be that of sandboxed frames."""
+    """Keep web pages of other sites from using the server: by default llama-server echoes every origin
+    (`server_http_context::init_listener` in tools/server/server-http.cpp). No page has the origin "none", while
+    sandboxed frames have "null"."""
     asked = any(flag.startswith("--cors-origins ") for flag in instance.dangerous_flags)
     return ("--no-cors-credentials",) if asked else ("--cors-origins", "none", "--no-cors-credentials")
 
 
-def credentials(instance: Instance) -> list[str]:
-    """The arguments that name the unit's credentials: keys and certificate never are arguments themselves."""
+def credential_flags(instance: Instance) -> list[str]:
+    """The arguments with the paths of the unit's credentials: keys and certificate are never arguments themselves."""
     folder = f"/run/credentials/{instance.unit}"
-    found = ["--api-key-file", f"{folder}/api-keys"] if instance.api_key_file else []
+    flags = ["--api-key-file", f"{folder}/api-keys"] if instance.api_key_file else []
     if instance.tls_certificate_file:
-        found += ["--ssl-cert-file", f"{folder}/tls-certificate", "--ssl-key-file", f"{folder}/tls-key"]
-    return found
+        flags += ["--ssl-cert-file", f"{folder}/tls-certificate", "--ssl-key-file", f"{folder}/tls-key"]
+    return flags
 
 
 def _value(flag: str, value: str) -> str:
@@ -58,7 +61,7 @@ def _value(flag: str, value: str) -> str:
 
 
 def unit_escape(argument: str) -> str:
-    """An argument as one word of ExecStart= (systemd.service, "Command lines"; systemd.unit, specifiers).
+    """The argument as a single word of ExecStart= (systemd.service, "Command lines"; systemd.unit, specifiers).
 
     Raises `FlagError` for what a unit file cannot hold.
     """

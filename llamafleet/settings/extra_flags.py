@@ -1,7 +1,7 @@
 """Flags of llama-server that an operator may add, and those that open the host.
 
-Every flag is one of common/arg.cpp at b11434. What is listed nowhere here is refused: a later llama.cpp's
-flag is looked at first.
+Every flag is one of common/arg.cpp at b11434. A flag that is not listed here is refused, so that somebody reads what
+a new flag of llama.cpp does before hosts run with it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 
-# Without effect on memory, on what the plan decided, or on who gets in: True where a value follows.
+from llamafleet.validation import SHOWN_CHARACTERS, shown
+
+# These change neither memory, nor what the plan decided, nor who gets in. True: a value follows the flag.
 SAFE = {
     "--chat-template": True, "--chat-template-kwargs": True, "--jinja": False, "--no-jinja": False,
     "--reasoning": True, "--reasoning-format": True, "--reasoning-effort": True, "--reasoning-budget": True,
@@ -25,14 +27,14 @@ SAFE = {
     "--log-timestamps": False, "--log-prefix": False,
 }  # fmt: skip
 
-# What each opens. True where a value follows.
+# Whether a value follows the flag, and what the flag lets clients do.
 DANGEROUS = {
-    "--tools": (True, "lets who may ask for a completion read, write and run on the host"),
-    "--tools-runtime": (True, "runs what the tools are told in containers or on other machines"),
+    "--tools": (True, "lets every client read and write files and run programs on the host"),
+    "--tools-runtime": (True, "runs the tools' commands in containers or on other machines"),
     "--agent": (False, "switches on all tools and a proxy to other sites"),
     "--mcp-servers-config": (True, "starts programs on the host, and hands them what clients send"),
     "--mcp-servers-json": (True, "starts programs on the host, and hands them what clients send"),
-    "--ui-mcp-proxy": (False, "fetches any address for who asks, from inside your network"),
+    "--ui-mcp-proxy": (False, "fetches any address for a client, from inside your network"),
     "--props": (False, "lets every client change the server's settings for all others (POST /props)"),
     "--media-path": (True, "lets clients read files of a folder"),
     "--slot-save-path": (True, "lets clients write files, and read other clients' prompts back"),
@@ -40,7 +42,7 @@ DANGEROUS = {
     "--cors-origins": (True, "lets web pages of these origins use the server with their visitors' access"),
 }
 
-# Never taken: each has a place of its own, or does what must not be done.
+# Never accepted: a setting or the plan gives these flags, or they do what must not be done.
 OWN_PLACE = {
     "--model": "source", "--alias": "name", "--host": "listen", "--port": "port", "--ctx-size": "context_tokens",
     "--parallel": "slots", "--cache-type-k": "kv_types", "--cache-type-v": "kv_types", "--threads": "threads",
@@ -68,28 +70,28 @@ REFUSED = {
 
 
 def words(flags: Sequence[str]) -> tuple[str, ...]:
-    """The flags as arguments: each is its name, or name, a blank and its value."""
+    """The flags as llama-server's arguments: "--flag value" becomes two of them."""
     return tuple(word for flag in flags for word in flag.split(" ", 1))
 
 
-def problems(extra: Sequence[str], dangerous: Sequence[str], has_keys: bool) -> Iterator[str]:
-    """What is wrong with an instance's `extra_flags` and `dangerous_flags`, a sentence each."""
+def problems(extra: Sequence[str], dangerous: Sequence[str], has_keys: bool) -> Iterator[tuple[str, str]]:
+    """What is wrong with an instance's `extra_flags` and `dangerous_flags`: the setting and a sentence each."""
     for flag in extra:
         name, _, value = flag.partition(" ")
         if name in DANGEROUS:
-            yield f"extra_flags: {name} {DANGEROUS[name][1]}; if that is meant, name it in dangerous_flags"
+            yield "extra_flags", f"{name} {DANGEROUS[name][1]}; if that is meant, name it in dangerous_flags"
         elif name not in SAFE:
-            yield f"extra_flags: {_why_not(name)}"
+            yield "extra_flags", _why_not(name)
         else:
-            yield from _value("extra_flags", name, value, SAFE[name])
+            yield from (("extra_flags", problem) for problem in _wrong_value(name, value, SAFE[name]))
     for flag in dangerous:
         name, _, value = flag.partition(" ")
         if name not in DANGEROUS:
-            yield f"dangerous_flags: should be of {', '.join(sorted(DANGEROUS))}, is {name!r}"
+            yield "dangerous_flags", f"should be of {', '.join(sorted(DANGEROUS))}, is {shown(name)}"
         elif not has_keys:
-            yield f"dangerous_flags: {name} {DANGEROUS[name][1]}: give an api_key_file too"
+            yield "dangerous_flags", f"{name} {DANGEROUS[name][1]}: give an api_key_file too"
         else:
-            yield from _value("dangerous_flags", name, value, DANGEROUS[name][0])
+            yield from (("dangerous_flags", problem) for problem in _wrong_value(name, value, DANGEROUS[name][0]))
 
 
 def _why_not(name: str) -> str:
@@ -99,15 +101,15 @@ def _why_not(name: str) -> str:
         return f"{name} is decided by the plan; see docs/planning.md"
     if name in REFUSED:
         return f"{name} is refused: {REFUSED[name]}"
-    near = difflib.get_close_matches(name, (*SAFE, *DANGEROUS), n=1)
+    near = difflib.get_close_matches(name[:SHOWN_CHARACTERS], (*SAFE, *DANGEROUS), n=1)
     hint = f"did you mean {near[0]}?" if near else "llamafleet/settings/extra_flags.py has those that are"
-    return f"{name!r} is not among the flags known to be safe; {hint}"
+    return f"{shown(name)} is not among the flags known to be safe; {hint}"
 
 
-def _value(setting: str, name: str, value: str, takes_one: bool) -> Iterator[str]:
-    if takes_one and not value:
-        yield f"{setting}: {name} needs a value behind a blank, as in {name + ' VALUE'!r}"
-    if value and not takes_one:
-        yield f"{setting}: {name} takes no value, has {value!r}"
+def _wrong_value(name: str, value: str, takes_value: bool) -> Iterator[str]:
+    if takes_value and not value:
+        yield f"{name} needs a value behind a blank, as in {name + ' VALUE'!r}"
+    if value and not takes_value:
+        yield f"{name} takes no value, has {shown(value)}"
     if any(ord(character) < ord(" ") for character in value):
-        yield f"{setting}: {name} should have no control characters, has {value!r}"
+        yield f"{name} should have no control characters, has {shown(value)}"

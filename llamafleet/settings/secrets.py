@@ -19,7 +19,7 @@ class SecretError(ValueError):
     """A secret that is missing, readable by others, or unusable; the text gives the way out."""
 
 
-# Values taken out of the environment, so that no program that we start inherits them.
+# Values that `take` removed from the environment; programs that we start do not inherit them.
 _taken: dict[str, str] = {}
 
 
@@ -78,8 +78,8 @@ def hub_token(place: str | None) -> str | None:
 
 def api_keys(place: str, setting: str) -> str:
     """API keys, one a line, as llama-server needs them: it trims no line (a stray blank or CR would be
-    part of a key) and takes a line that begins with # for a comment (common/arg.cpp:3515), so that a file
-    of comments alone would let everybody in.
+    part of a key) and ignores a line that begins with # (`--api-key-file` in common_params_parser_init), so that a
+    file of comments alone would let everybody in.
     """
     numbered = enumerate(read(place, setting).splitlines(), 1)
     keys = [(number, line.strip()) for number, line in numbered]
@@ -88,7 +88,8 @@ def api_keys(place: str, setting: str) -> str:
         raise SecretError(f"{setting}: {place} has comments only: llama-server would let everybody in")
     if problems := list(_unusable(keys)):
         raise SecretError(f"{setting}: {place}: {'; '.join(problems)}")
-    # Of a single key llama-server logs the last four characters, of several their number (server-http.cpp:229).
+    # llama-server logs the last four characters of a single key, but of several keys only their number
+    # (server_http_context::init_listener): so a single key is written twice.
     return "".join(f"{key}\n" for _, key in (keys if len(keys) > 1 else keys * 2))
 
 

@@ -1,4 +1,4 @@
-"""What an instance is used for: the work whose time a plan makes short."""
+"""The typical requests to an instance; a plan is chosen so that they are served in the shortest time."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from llamafleet.settings.schema import Instance
 class Workload:
     """One typical request, and how many of them come at once. Defaults and reasons: inventory/group_data/all.py."""
 
-    prompt_tokens: int  # read anew for a request; what is in the cache already does not count
+    prompt_tokens: int  # of a request, without those that are in the slot's cache already
     reply_tokens: int
     live_tokens: int  # in the slot's cache, on average while the reply is written
     concurrency: int
 
     @classmethod
     def of(cls, instance: Instance, context_tokens: int) -> Workload:
-        """As asked, within the context: prompt and reply are cut in proportion where they would not fit."""
+        """The instance's settings, with prompt and reply shortened in proportion where the context is too small."""
         prompt, reply = instance.prompt_tokens, instance.reply_tokens
         if prompt + reply > context_tokens:
             prompt = max(1, prompt * context_tokens // (prompt + reply))

@@ -9,7 +9,8 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
-from llamafleet.settings import secrets as secret_files
+from llamafleet.remote.common import TLS_CERTIFICATE, TLS_KEY
+from llamafleet.settings import secrets
 
 
 class CertificateError(ValueError):
@@ -21,7 +22,7 @@ def pair(certificate: str, key: str, place: str) -> dict[str, str]:
 
     Raises `CertificateError`, and `SecretError` for a key file that others may read.
     """
-    key_text = secret_files.read(key, f"{place}tls_key_file")
+    key_text = secrets.read(key, f"{place}tls_key_file")
     chain_text, leaf = _leaf(certificate, f"{place}tls_certificate_file")
     now = datetime.datetime.now(datetime.UTC)
     if now > leaf.not_valid_after_utc:
@@ -35,7 +36,7 @@ def pair(certificate: str, key: str, place: str) -> dict[str, str]:
         )
     if _public(key_text, key, place) != leaf.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo):
         raise CertificateError(f"{place}tls_key_file: {key} is not the key of the certificate in {certificate}")
-    return {"tls-certificate": chain_text + "\n", "tls-key": key_text + "\n"}
+    return {TLS_CERTIFICATE: chain_text + "\n", TLS_KEY: key_text + "\n"}
 
 
 def _leaf(path: str, setting: str) -> tuple[str, x509.Certificate]:

@@ -5,33 +5,24 @@ from __future__ import annotations
 import json
 import platform
 import shlex
-from dataclasses import dataclass
 from typing import Any
 
 from pyinfra.api.host import Host
 
 from llamafleet import payload
-from llamafleet.host.installed import Found
+from llamafleet.host.installed import Installed, Survey
 from llamafleet.host.machine import Machine
+from llamafleet.remote.common import HELPERS, VAR
 from llamafleet.settings.schema import Settings
-from tasks.lib import lookups as sources
-from tasks.lib import remote
+from tasks.lib import lookups, remote
 
-# What the quick try prints where the host does not have our helpers (of this version).
+# Printed where the host does not have our helpers of this version.
 NO_HELPERS = "llamafleet-no-helpers"
 
 
-@dataclass(frozen=True)
-class Survey:
-    """One reading of a host."""
-
-    machine: Machine
-    found: Found
-
-
 def survey(host: Host, packages: dict[str, tuple[str, ...]], settings: Settings) -> Survey:
-    """Read the host: by its installed helpers where they are of this version, else by a copy that
-    is sent to a temporary folder and removed afterwards, so that a bare host can be read too.
+    """Read the host: by its installed helpers if they are of this version, else by a copy in a temporary
+    folder, which is removed afterwards: so a bare host can be read too.
 
     `packages` are the wanted distribution packages by package manager. Raises
     `remote.RemoteError` with what the host said, and `payload.PayloadError`.
@@ -43,15 +34,15 @@ def survey(host: Host, packages: dict[str, tuple[str, ...]], settings: Settings)
             "vulkan": settings.backend == "vulkan",
             # Where the operator says a toolkit is, beside the usual places.
             "toolkits": [settings.cuda_toolkit] if settings.cuda_toolkit.startswith("/") else [],
-            "paths": ["/opt", "/var/lib/llamafleet"],
+            "paths": ["/opt", VAR],
         }
     )
     read = _by_helpers(host, asked) or _by_copy(host, asked)
-    return Survey(Machine.from_json(read["machine"]), Found.from_json(read["found"]))
+    return Survey(Machine.from_json(read["machine"]), Installed.from_json(read["found"]))
 
 
 def _by_helpers(host: Host, asked: str) -> Any | None:
-    folder = f"{remote.HELPERS}/{payload.helpers_key()}"
+    folder = f"{HELPERS}/{payload.helpers_key()}"
     survey = f"python3 -s -E -B {folder}/survey.py {shlex.quote(asked)}"
     ok, out, err = remote.run(host, f"test -f {folder}/survey.py || {{ echo {NO_HELPERS}; exit 0; }}; {survey}")
     if out and out[-1] == NO_HELPERS:
@@ -67,5 +58,5 @@ def _by_copy(host: Host, asked: str) -> Any:
     if not ok:
         raise remote.RemoteError(f"cannot run commands on the host: {remote.explain(out, err)}")
     path = remote.temporary(host, ".zip")
-    remote.upload(host, sources.once(("probe", arch), lambda: payload.probe_zip(arch)), path)
+    remote.upload(host, lookups.once(("probe", arch), lambda: payload.probe_zip(arch)), path)
     return remote.run_json(host, shlex.join(payload.probe_command(path, "survey.py", asked)))

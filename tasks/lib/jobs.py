@@ -1,7 +1,7 @@
-"""What runs on a host as a job, under this run's lock there.
+"""Jobs on a host, under this run's lock there.
 
 A job is one of our helper programs, detached: the connection only follows it. The host's lock is taken before and
-refreshed meanwhile, and given back at once where the host fails.
+refreshed meanwhile; where the host fails, the lock is released at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pyinfra.api import StringCommand
 from pyinfra.api.host import Host
 from pyinfra.api.state import BaseStateCallback, State
 
+from llamafleet.remote.common import JOBS
+from llamafleet.service.refusals import held_by
 from tasks.lib import remote
 
 # Hosts whose lock this run holds.
@@ -20,7 +22,7 @@ _holding: set[Host] = set()
 
 
 class _ReleaseLockOnFailure(BaseStateCallback):
-    """A host that failed is out of the run: its lock is given back at once."""
+    """A host that failed is out of the run: release its lock at once."""
 
     @staticmethod
     def operation_host_error(
@@ -30,17 +32,17 @@ class _ReleaseLockOnFailure(BaseStateCallback):
             if host.connected and host in _holding:
                 remote.run(host, release())
         except Exception as error:  # whatever it is, the other hosts' run must go on
-            host.log(f"the host's lock could not be given back ({error}); it ends by itself", logger.warning)
+            host.log(f"the host's lock could not be released ({error}); it expires by itself", logger.warning)
         _holding.discard(host)
 
 
 def release() -> StringCommand:
-    """The command that gives the host's lock back."""
+    """The command that releases the host's lock."""
     return remote.program("lock.py", "release", remote.this_run()["run"])
 
 
 def take_lock(state: State, host: Host) -> bool:
-    """Take the host's lock; where another run has it, fail and tell which."""
+    """Take the host's lock; where another run holds it, fail with a line that names that run."""
     if not any(isinstance(handler, _ReleaseLockOnFailure) for handler in state.callback_handlers):
         state.add_callback_handler(_ReleaseLockOnFailure())
     holder = remote.this_run()
@@ -54,7 +56,7 @@ def take_lock(state: State, host: Host) -> bool:
             return _fail(host, f"the host's lock cannot be taken: {remote.explain(out, err)}")
         other = json.loads(out[-1])
         if not remote.is_ours_or_dead(other):
-            return _fail(host, remote.held_by(other))
+            return _fail(host, held_by(other))
         over = ["--over", other["run"]]
     return _fail(host, "the host's lock was taken by another run in the same moment: try again")
 
@@ -65,7 +67,7 @@ def _fail(host: Host, text: str) -> bool:
 
 
 def follow(state: State, host: Host, job: str, command: list[str]) -> bool:
-    """Start or join the job, show its progress, and fail with the end of its log.
+    """Start the job, or join it where it runs already; log its progress; where it fails, log the end of its log.
 
     A stage that is run alone holds the host's lock for its job only.
     """
@@ -85,15 +87,15 @@ def follow(state: State, host: Host, job: str, command: list[str]) -> bool:
 
 def _follow_locked(host: Host, job: str, command: list[str]) -> bool:
     seen = remote.run_json(host, remote.program("job.py", "start", job, "--", *command))
-    said = ""
+    logged = ""
     while seen["state"] == "running":
-        if seen["line"] != said and seen["line"]:
-            said = seen["line"]
-            host.log(said[:200])
+        if seen["line"] != logged and seen["line"]:
+            logged = seen["line"]
+            host.log(logged[:200])
         kept, out, err = remote.run(host, remote.program("lock.py", "refresh", remote.this_run()["run"]))
         if not kept:
             return _fail(host, f"this run lost the host's lock, the job goes on: {remote.explain(out, err)}")
-        look = remote.program("job.py", "follow", job, f"--seen={said}", "--seconds", "15")
+        look = remote.program("job.py", "follow", job, f"--seen={logged}", "--seconds", "15")
         seen = remote.run_json(host, look)
     if seen["state"] == "ended" and seen["exit_code"] == 0:
         for line in seen["tail"]:
@@ -104,4 +106,4 @@ def _follow_locked(host: Host, job: str, command: list[str]) -> bool:
     tail = seen["tail"]
     errors = [number for number, line in enumerate(tail) if line.startswith("error: ")]
     text = "\n".join(tail[max(0, errors[-1] - 15) :] if errors else tail[-15:])
-    return _fail(host, f"{job} failed ({how}): {text}\nwhole log: /var/lib/llamafleet/jobs/{job}.log")
+    return _fail(host, f"{job} failed ({how}): {text}\nwhole log: {JOBS}/{job}.log")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import subprocess
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from gevent.lock import RLock
 
-from llamafleet.hub import source as sources
-from llamafleet.model import gguf
-from llamafleet.settings import secrets as secret_files
+from llamafleet.hub import source
+from llamafleet.remote.common import API_KEYS
+from llamafleet.settings import secrets
 from llamafleet.settings.schema import Instance, Settings
 from tasks.lib import certificates
 
@@ -42,8 +40,8 @@ def once(key: Hashable, look_up: Callable[[], T]) -> T:
                 _known[key] = error
     if isinstance(_known[key], Exception):
         raise _known[key]
-    found: T = _known[key]
-    return found
+    result: T = _known[key]
+    return result
 
 
 def commit(settings: Settings) -> str:
@@ -63,67 +61,51 @@ def _ls_remote(repository: str, ref: str) -> str:
             env={**os.environ, "GIT_TERMINAL_PROMPT": "0"},
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or error
-        raise LookupFailed(f"llama_cpp_repository: cannot ask {repository}: {str(said).strip()}") from error
-    found = {name: sha for sha, name in (line.split("\t") for line in done.stdout.splitlines())}
+        answer = getattr(error, "stderr", None) or error
+        raise LookupFailed(f"llama_cpp_repository: cannot ask {repository}: {str(answer).strip()}") from error
+    commits = {name: sha for sha, name in (line.split("\t") for line in done.stdout.splitlines())}
     for name in refs:
-        if name in found:
-            return found[name]
+        if name in commits:
+            return commits[name]
     raise LookupFailed(
         f"llama_cpp_ref: {repository} has no tag or branch {ref!r}; "
         "a commit must be given with all 40 hexadecimal digits"
     )
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model that can be fetched: its files in order, and its header."""
-
-    files: tuple[sources.RemoteFile, ...]
-    header: gguf.Header
-
-    @property
-    def folder(self) -> str:
-        """Name of the model's folder on a host: another content gets another folder, so that a
-        model that changes at its source never changes under a running server."""
-        first = self.files[0]
-        identity = first.sha256 or hashlib.sha256(f"{first.url} {first.size_bytes}".encode()).hexdigest()
-        return f"{first.name.removesuffix('.gguf')}-{identity[:12]}"
-
-
-def model(instance: Instance, settings: Settings) -> Model:
+def model(instance: Instance, settings: Settings) -> source.ModelFiles:
     """Files and header of an instance's model, read once for all hosts that serve it."""
     key = ("model", instance.source, instance.mirrors, instance.sha256, settings.hub_endpoint)
     return once(key, lambda: _read_model(instance, settings))
 
 
-def _read_model(instance: Instance, settings: Settings) -> Model:
-    token = secret_files.hub_token(settings.hub_token_file)
-    files = sources.resolve(
+def _read_model(instance: Instance, settings: Settings) -> source.ModelFiles:
+    token = secrets.hub_token(settings.hub_token_file)
+    files = source.resolve(
         instance.source, endpoint=settings.hub_endpoint, token=token,
         mirrors=instance.mirrors, sha256=instance.sha256,
     )  # fmt: skip
-    return Model(files, sources.read_header(files, token=token))
+    return source.ModelFiles(files, source.read_header(files, token=token))
 
 
 def take_secrets(settings: Settings) -> None:
-    """Take the secrets that lie in the environment out of it, before a program is started that would inherit
-    them: a command on this machine, git, pip."""
+    """Remove the secrets from the environment before a program is started that would inherit them: a command on
+    this machine, git, pip. They are kept in this process."""
     places = [settings.hub_token_file or "env:HF_TOKEN", *(instance.api_key_file for instance in settings.models)]
     for place in places:
-        if place and place.startswith(secret_files.VARIABLE):
-            secret_files.take(place.removeprefix(secret_files.VARIABLE))
+        if place and place.startswith(secrets.VARIABLE):
+            secrets.take(place.removeprefix(secrets.VARIABLE))
 
 
-def secrets(instance: Instance) -> dict[str, str]:
-    """What an instance's unit loads as credentials, by their names: keys, certificate and its key.
+def instance_secrets(instance: Instance) -> dict[str, str]:
+    """The texts of an instance's credentials by their names: API keys, TLS certificate and its key.
 
     Raises `SecretError` and `CertificateError`.
     """
-    found = {}
+    texts = {}
     if instance.api_key_file is not None:
         place = f"models: {instance.name}: api_key_file"
-        found["api-keys"] = secret_files.api_keys(instance.api_key_file, place)
+        texts[API_KEYS] = secrets.api_keys(instance.api_key_file, place)
     if instance.tls_certificate_file is not None and instance.tls_key_file is not None:
-        found |= certificates.pair(instance.tls_certificate_file, instance.tls_key_file, f"models: {instance.name}: ")
-    return found
+        texts |= certificates.pair(instance.tls_certificate_file, instance.tls_key_file, f"models: {instance.name}: ")
+    return texts

@@ -1,5 +1,5 @@
-"""Changing a host. Each operation yields commands only where something is to be done; what that is
-was decided before, in `tasks/lib/decision.py`."""
+"""Changing a host. Each operation yields commands only where something must change; what must change was decided
+before, in `llamafleet/service/`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,21 @@ from pyinfra.context import ctx_host
 
 from llamafleet import payload
 from llamafleet.planner.reconcile import ROUNDS
-from tasks.lib import jobs, remote
-from tasks.lib import lookups as sources
+from llamafleet.remote.common import (
+    ETC,
+    GOOD,
+    HELPERS,
+    INSTANCES,
+    JOBS,
+    MODELS,
+    OPT,
+    RELEASES,
+    RUN,
+    STAGED,
+    VAR,
+    plan_path,
+)  # fmt: skip
+from tasks.lib import jobs, lookups, remote
 
 Commands = Generator[StringCommand | FileUploadCommand | FunctionCommand, None, None]
 
@@ -28,7 +41,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Staging:
-    """What is staged of one instance, and the name of that state of it."""
+    """The files and secrets that are staged for one instance, and the identity of its plan record."""
 
     name: str
     identity: str
@@ -37,20 +50,20 @@ class Staging:
 
     @property
     def folder(self) -> str:
-        """Where on the host."""
+        """The folder on the host."""
         return staged(self.name)
 
 
 def staged(name: str) -> str:
-    """The folder on the host for what is staged of the instance of that name."""
-    return f"/var/lib/llamafleet/staged/{name}"
+    """The folder on the host for the staged files of the instance of that name."""
+    return f"{STAGED}/{name}"
 
 
 def each(items: Iterable[Item], name: Callable[[Item], str]) -> Iterator[Item]:
-    """The items one by one, so that the operations of each stand on their own in pyinfra's output.
+    """The items in turn, each with operations of its own in pyinfra's output.
 
-    pyinfra takes operations from the same line of code for one and shows one of their names for all
-    hosts. Here the place in the list comes first, which keeps the order, then the item's name.
+    pyinfra merges operations that come from the same line of code, and shows the name of one host's for all
+    hosts. The loop position tells them apart: first the place in the list, which keeps the order, then the name.
     """
     host = ctx_host.get()
     for position, item in enumerate(items):
@@ -60,15 +73,13 @@ def each(items: Iterable[Item], name: Callable[[Item], str]) -> Iterator[Item]:
 
 
 FOLDERS = {
-    "/opt/llamafleet": "0755", "/opt/llamafleet/helpers": "0755", "/opt/llamafleet/releases": "0755",
-    "/var/lib/llamafleet": "0755", "/var/lib/llamafleet/models": "0755", "/var/lib/llamafleet/jobs": "0750",
-    "/var/lib/llamafleet/staged": "0700", "/var/lib/llamafleet/good": "0700",
-    "/etc/llamafleet": "0755", "/etc/llamafleet/instances": "0755", "/run/llamafleet": "0755",
+    OPT: "0755", HELPERS: "0755", RELEASES: "0755", VAR: "0755", MODELS: "0755", JOBS: "0750",
+    STAGED: "0700", GOOD: "0700", ETC: "0755", INSTANCES: "0755", RUN: "0755",
 }  # fmt: skip
 
 
 def _as_wanted(what: str) -> None:
-    """For `-v`: why an operation does nothing."""
+    """Log, with `-v`, why an operation does nothing."""
     ctx_host.get().noop(what)
 
 
@@ -85,36 +96,36 @@ def create_user(needed: bool) -> Commands:
 
 @operation()
 def install_helpers(needed: bool, arch: str) -> Commands:
-    """Our helper programs with their pinned libraries, in a folder of their own; then the link."""
+    """Our helper programs with their pinned libraries, in a folder of this version; then link it as the current one."""
     if not needed:
         return _as_wanted("the helpers are of this version")
     key = payload.helpers_key()
-    folder = f"{remote.HELPERS}/{key}"
+    folder = f"{HELPERS}/{key}"
     for path, mode in FOLDERS.items():
         yield StringCommand(f"install -d -m {mode} {path}")
-    helpers = sources.once(("helpers", arch), lambda: payload.helpers_zip(arch))
-    yield FileUploadCommand(BytesIO(helpers), f"{remote.HELPERS}/{key}.zip")
+    helpers = lookups.once(("helpers", arch), lambda: payload.helpers_zip(arch))
+    yield FileUploadCommand(BytesIO(helpers), f"{HELPERS}/{key}.zip")
     yield StringCommand(
         f"rm -rf {folder}.new && python3 -I -m zipfile -e {folder}.zip {folder}.new"
-        # Compiled once: every survey and gate would otherwise compile the libraries anew.
+        # Compiled once: every survey and gate would otherwise compile the libraries again.
         f" && python3 -m compileall -q {folder}.new"
         f" && chmod -R u=rwX,go=rX {folder}.new && rm -rf {folder} && mv {folder}.new {folder}"
-        f" && ln -sfn {key} {remote.HELPERS}/.current && mv -T {remote.HELPERS}/.current {remote.HELPERS}/current"
+        f" && ln -sfn {key} {HELPERS}/.current && mv -T {HELPERS}/.current {HELPERS}/current"
         f" && rm {folder}.zip"
-        f" && find {remote.HELPERS} -mindepth 1 -maxdepth 1 -type d ! -name {key} -exec rm -rf {{}} +"
+        f" && find {HELPERS} -mindepth 1 -maxdepth 1 -type d ! -name {key} -exec rm -rf {{}} +"
     )
 
 
 @operation()
 def take_lock(needed: bool) -> Commands:
-    """This run's lock on the host: of two runs at once the second is told who holds it."""
+    """Take this run's lock on the host; of two runs at once the second fails, and names the first."""
     if needed:
         yield FunctionCommand(jobs.take_lock, (), {})
 
 
 @operation()
 def release_lock(needed: bool) -> Commands:
-    """Give the host's lock back."""
+    """Release the host's lock."""
     if needed:
         yield jobs.release()
 
@@ -145,16 +156,16 @@ def run_job(
     spec: dict[str, Any] | None = None,
     remove_after: str | None = None,
 ) -> Commands:
-    """Run one of our helper programs detached: a lost connection loses nothing, and a run that comes
-    later follows the job where it still works.
+    """Run one of our helper programs detached: a lost connection loses nothing, and a later run follows the job
+    while it still runs.
 
-    `spec` is sent as a file, whose path becomes the first argument; `remove_after` is a file on the
-    host that is removed as soon as the job has ended, whether or not we still look.
+    `spec` is sent as a file, and its path becomes the first argument. `remove_after` is a file on the host that
+    is removed as soon as the job has ended, whether or not we are still connected.
     """
     if not needed:
         return _as_wanted(f"{job} is not needed")
     if spec is not None:
-        path = f"/var/lib/llamafleet/jobs/{job}.json"
+        path = f"{JOBS}/{job}.json"
         yield FileUploadCommand(StringIO(json.dumps(spec)), path)
         arguments = (path, *arguments)
     command = remote.words(program, *arguments)
@@ -164,31 +175,31 @@ def run_job(
 
 
 @operation()
-def ask_server(needed: bool, settle: Callable[[Host], bool]) -> Commands:
+def ask_server(needed: bool, check: Callable[[Host], bool]) -> Commands:
     """Ask the built llama-server what it would allocate, and plan again where the ledger was wrong."""
     if not needed:
         return _as_wanted("no new plan is to be verified")
-    yield FunctionCommand(lambda state, host: settle(host), (), {})
+    yield FunctionCommand(lambda state, host: check(host), (), {})
 
 
 @operation()
 def note_plans(records: Callable[[], Mapping[str, str]]) -> Commands:
-    """The plan.json, by instance, of those that need no switch: why the same service is the right one now."""
-    now = records()
-    for name, text in now.items():
-        target = f"/etc/llamafleet/instances/{name}/plan.json"
-        good = f"/var/lib/llamafleet/good/{name}"
+    """Write the plan.json of instances whose service stays as it is; `records` gives the texts by instance."""
+    texts = records()
+    for name, text in texts.items():
+        target = plan_path(name)
+        good = f"{GOOD}/{name}"
         yield FileUploadCommand(StringIO(text), f"{target}.new")
         yield StringCommand(
             f"chmod 0644 {target}.new && mv {target}.new {target} && if test -d {good}; then cp -p {target} {good}; fi"
         )
-    if not now:
-        _as_wanted("the records are those of what runs")
+    if not texts:
+        _as_wanted("every plan.json is as it should be")
 
 
 @operation()
 def stage_service(staging: Callable[[], Staging | None]) -> Commands:
-    """The files of an instance, as they are once its plan was verified; `staging` gives None where it is as planned."""
+    """Stage an instance's files, as they are after its plan was verified; nothing where `staging` gives None."""
     now = staging()
     if now is None:
         return _as_wanted("the instance is as planned")
@@ -197,10 +208,10 @@ def stage_service(staging: Callable[[], Staging | None]) -> Commands:
 
 @operation()
 def switch_service(staging: Callable[[], Staging | None], again: Callable[[Host, dict[str, int]], bool]) -> Commands:
-    """Switch to the staged files; the old ones come back where the new instance does not pass the gate.
+    """Switch to the staged files; where the new instance does not pass the gate, the old files come back.
 
-    Where llama-server could only be asked in the switch and wanted more than there is, the old one is back too, and
-    `again` plans with what was told; the switch is then tried once more, a bounded number of times.
+    They come back too where llama-server could only be asked in the switch, and wanted more memory than there is.
+    Then `again` plans with the sizes that it printed, and the switch is tried again, `ROUNDS` times at most.
     """
     for number in range(ROUNDS):
         now = staging()
@@ -208,28 +219,29 @@ def switch_service(staging: Callable[[], Staging | None], again: Callable[[Host,
             return _as_wanted("the instance is as planned")
         if number:
             yield from stage_files._inner(True, now.folder, now.files, now.secrets)
-        told: dict[str, int] = {}
-        yield FunctionCommand(_switch, (now, told, number == ROUNDS - 1), {})
-        if not told:
+        binary_bytes: dict[str, int] = {}
+        yield FunctionCommand(_switch, (now, binary_bytes, number == ROUNDS - 1), {})
+        if not binary_bytes:
             return
-        yield FunctionCommand(lambda state, host, told=told: again(host, told), (), {})
+        yield FunctionCommand(lambda state, host, sizes=binary_bytes: again(host, sizes), (), {})
 
 
-def _switch(state: State, host: Host, now: Staging, told: dict[str, int], last: bool) -> bool:
-    """The switch as a job. Where it failed over what llama-server told there, that is put into `told`."""
+def _switch(state: State, host: Host, now: Staging, binary_bytes: dict[str, int], last: bool) -> bool:
+    """Run the switch as a job. Where it failed because llama-server wants more memory, put the sizes that it printed
+    into `binary_bytes`, unless this was the last try."""
     job = f"switch-{now.name}-{now.identity}"
     if jobs.follow(state, host, job, remote.words("switch.py", "install", now.name)):
         return True
-    _, lines, _ = remote.run(host, f"grep '^told: ' /var/lib/llamafleet/jobs/{shlex.quote(job)}.log")
+    _, lines, _ = remote.run(host, f"grep '^told: ' {JOBS}/{shlex.quote(job)}.log")
     if not lines or last:
         return False
-    told.update(json.loads(lines[-1].removeprefix("told: ")))
+    binary_bytes.update(json.loads(lines[-1].removeprefix("told: ")))
     return True
 
 
 @operation()
 def stage_secret(needed: bool, path: str, text: str | None) -> Commands:
-    """A secret file on the host, mode 0600, in a folder that root alone may enter. The text is in no
+    """Write a secret file on the host, mode 0600, in a folder that root alone may enter. The text is in no
     command, no diff and no log."""
     if needed and text is not None:
         folder = shlex.quote(path.rsplit("/", 1)[0])
@@ -243,7 +255,7 @@ def stage_secret(needed: bool, path: str, text: str | None) -> Commands:
 
 @operation()
 def stage_files(needed: bool, folder: str, files: dict[str, str], secrets: Mapping[str, str]) -> Commands:
-    """The new files of an instance in a folder that root alone may enter, before the switch."""
+    """Write the new files of an instance into a folder that root alone may enter, before the switch."""
     if not needed:
         return _as_wanted("the instance is as planned")
     quoted = shlex.quote(folder)

@@ -1,6 +1,6 @@
-"""The hosts of an inventory, outside a run of pyinfra: what `llamafleet plan --inventory` runs.
+"""Run something on all hosts of an inventory, outside a deploy of pyinfra; `llamafleet plan --inventory` runs this.
 
-    python -m tasks.fleet INVENTORY [--limit NAME] [--json]
+    python -m tasks.lib.over_hosts INVENTORY [--limit NAME] [--json]
 
 Exit status: 0 plans, 2 a host that could not be read, 3 a refusal.
 """
@@ -26,32 +26,35 @@ from pyinfra.api.state import State, StateStage
 from pyinfra.context import ctx_config, ctx_host, ctx_inventory, ctx_state
 from pyinfra_cli.inventory import make_inventory
 
-from llamafleet.cli import tables as show
+from llamafleet.cli import tables
 from llamafleet.planner.result import Plan, Refusal
-from tasks.lib.decision import EXPECTED
-from tasks.lib.examined import examine
+from llamafleet.service.refusals import Refused
+from tasks.lib.decision import READ_ERRORS, read_inputs
 
 T = TypeVar("T")
 
 
 def plans(inventory: Path, limit: str | None = None) -> dict[str, dict[str, Plan | Refusal] | str]:
-    """Reads every host of the inventory and plans its models: by host name the answers by instance,
-    or the sentence why the host could not be read. Changes nothing.
+    """Read every host of the inventory and plan its models; changes nothing.
+
+    By host name: a plan or refusal for each instance, or a sentence that says why the host could not be read.
     """
-    return over_hosts(inventory, limit, _answers)
+    return over_hosts(inventory, limit, _plans_of)
 
 
-def _answers(host: Host) -> dict[str, Plan | Refusal] | str:
+def _plans_of(host: Host) -> dict[str, Plan | Refusal] | str:
     try:
-        examined = examine(host)
-    except EXPECTED as error:
+        inputs = read_inputs(host)
+    except READ_ERRORS as error:
         return str(error)
-    names = [instance.name for instance in examined.settings.models]
-    return dict(zip(names, examined.answers, strict=True))
+    if isinstance(inputs, Refused):
+        return str(inputs)
+    names = [instance.name for instance in inputs.settings.models]
+    return dict(zip(names, inputs.keep_or_replan(inputs.corrections()).results, strict=True))
 
 
 def over_hosts(inventory: Path, limit: str | None, action: Callable[[Host], T | str]) -> dict[str, T | str]:
-    """The action's result for every host, all at once; a text for one that cannot be reached."""
+    """The action's result by host name, all hosts at once; a sentence for a host that cannot be reached."""
     state = State(check_for_changes=False)
     with ctx_state.use(state), ctx_config.use(Config()):
         hosts = make_inventory(str(inventory), cwd=str(Path.cwd()))
@@ -59,7 +62,7 @@ def over_hosts(inventory: Path, limit: str | None, action: Callable[[Host], T | 
             state.init(hosts, ctx_config.get())
             wanted = [host for host in hosts if limit is None or limit in (host.name, *host.groups)]
             state.set_stage(StateStage.Connect)
-            # Raises where no host at all is left; each is named in the result all the same.
+            # Raises where no host can be reached; the result names each of them.
             with contextlib.suppress(PyinfraError):
                 connect_all(state)
             state.set_stage(StateStage.Prepare)
@@ -104,8 +107,8 @@ def main(arguments: list[str]) -> int:
 def _status(hosts: Mapping[str, Mapping[str, Plan | Refusal] | str]) -> int:
     if not hosts or any(isinstance(answers, str) for answers in hosts.values()):
         return 2
-    every = [answer for answers in hosts.values() if not isinstance(answers, str) for answer in answers.values()]
-    return 0 if all(isinstance(answer, Plan) for answer in every) else 3
+    all_answers = [answer for answers in hosts.values() if not isinstance(answers, str) for answer in answers.values()]
+    return 0 if all(isinstance(answer, Plan) for answer in all_answers) else 3
 
 
 def _as_json(answers: Mapping[str, Plan | Refusal] | str) -> dict[str, Any]:
@@ -117,7 +120,7 @@ def _as_json(answers: Mapping[str, Plan | Refusal] | str) -> dict[str, Any]:
 def _as_text(host: str, answers: Mapping[str, Plan | Refusal] | str) -> str:
     if isinstance(answers, str):
         return f"{host}: {answers}"
-    return "\n".join(show.table(answer, f"{name} on {host}") for name, answer in answers.items())
+    return "\n".join(tables.table(answer, f"{name} on {host}") for name, answer in answers.items())
 
 
 if __name__ == "__main__":

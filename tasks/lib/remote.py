@@ -23,24 +23,25 @@ from pyinfra.api.command import StringCommand
 from pyinfra.api.exceptions import ConnectError
 from pyinfra.api.host import Host
 
-HELPERS = "/opt/llamafleet/helpers"
-# A connection that breaks is made again this often, this many seconds apart, before we give up.
+from llamafleet.remote.common import helper
+
+# How often a broken connection is made again before we give up, and the seconds between.
 RECONNECTS, RECONNECT_SECONDS = 20, 3.0
 
 T = TypeVar("T")
 
 
 class RemoteError(Exception):
-    """A program on the host failed; the text names what, its exit status and what it said."""
+    """A program on the host failed; the text has what it printed, and for known failures the way out."""
 
 
 def words(name: str, *arguments: str) -> list[str]:
     """The command, as a list, that runs one of our installed helpers with the host's own Python."""
-    return ["python3", "-s", "-E", "-B", f"{HELPERS}/current/{name}", *arguments]
+    return ["python3", "-s", "-E", "-B", helper(name), *arguments]
 
 
 def program(name: str, *arguments: str) -> StringCommand:
-    """The same for a shell."""
+    """The command that runs one of our installed helpers, for a shell."""
     return StringCommand(shlex.join(words(name, *arguments)))
 
 
@@ -61,13 +62,13 @@ def run_json(host: Host, command: StringCommand | str) -> Any:
 
 
 def explain(out: list[str], err: list[str]) -> str:
-    """What a failed command said, and for known cases the way out."""
-    said = "\n".join(line for line in [*err, *out] if line.strip()) or "it said nothing"
-    if "python3" in said and "not found" in said:
+    """What a failed command printed; for known failures the way out."""
+    text = "\n".join(line for line in [*err, *out] if line.strip()) or "it printed nothing"
+    if "python3" in text and "not found" in text:
         return "python3 is missing on the host: install it (apt-get install python3, dnf install python3)"
-    if "sudo" in said and ("password is required" in said or "not in the sudoers" in said):
-        return f"sudo does not work for this user ({said}): allow it, or connect as root (ssh_user)"
-    return said
+    if "sudo" in text and ("password is required" in text or "not in the sudoers" in text):
+        return f"sudo does not work for this user ({text}): allow it, or connect as root (ssh_user)"
+    return text
 
 
 def upload(host: Host, content: bytes, path: str) -> None:
@@ -82,7 +83,7 @@ def temporary(host: Host, suffix: str) -> str:
 
 
 def reconnecting(host: Host, action: Callable[[], T]) -> T:
-    """The action's result; a broken connection is made again and the action repeated."""
+    """The action's result. Where the connection breaks, connect again and repeat the action."""
     for attempt in range(RECONNECTS):
         try:
             return action()
@@ -96,7 +97,7 @@ def reconnecting(host: Host, action: Callable[[], T]) -> T:
 
 
 def _connect_again(host: Host) -> None:
-    # Closing what is broken may fail; what counts is the new connection.
+    # Closing a broken connection may fail; what counts is the new one.
     with contextlib.suppress(OSError, EOFError, SSHException):
         host.disconnect()
     host.connected = False
@@ -105,12 +106,12 @@ def _connect_again(host: Host) -> None:
 
 def _arguments(host: Host) -> dict[str, Any]:
     """sudo, su and the like for this host, as pyinfra resolves them for an operation."""
-    found, _ = pop_global_arguments(host.state, host, {})
-    return {key: value for key, value in found.items() if key in CONNECTOR_ARGUMENT_KEYS}
+    arguments, _ = pop_global_arguments(host.state, host, {})
+    return {key: value for key, value in arguments.items() if key in CONNECTOR_ARGUMENT_KEYS}
 
 
 def this_run() -> dict[str, Any]:
-    """Who this run is, for the host's lock: told to others that find it held."""
+    """Who this run is, for the host's lock: others that find it held are shown this."""
     return _THIS_RUN
 
 
@@ -133,7 +134,7 @@ _THIS_RUN: dict[str, Any] = {
 
 
 def is_ours_or_dead(holder: Mapping[str, Any]) -> bool:
-    """May we take the lock from this holder: is it us, or a process of this machine that is gone?"""
+    """Whether we may take the lock from this holder: it is this run, or a process of this machine that has ended."""
     if holder["run"] == _THIS_RUN["run"]:
         return True
     if holder.get("machine") != _THIS_RUN["machine"]:
@@ -142,12 +143,3 @@ def is_ours_or_dead(holder: Mapping[str, Any]) -> bool:
         return abs(psutil.Process(holder["pid"]).create_time() - holder["pid_started"]) > 1.0
     except psutil.NoSuchProcess:
         return True
-
-
-def held_by(holder: Mapping[str, Any]) -> str:
-    """The sentence for somebody who finds the lock held."""
-    return (
-        f"{holder['who']} (pid {holder.get('pid')}) is deploying to this host since {holder.get('began')}, "
-        f"last seen {holder['age_seconds']:.0f} s ago: wait for it; a run that died elsewhere loses the lock "
-        "after 15 minutes, or remove /run/llamafleet/lock.json"
-    )

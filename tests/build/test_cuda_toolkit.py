@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llamafleet.build import cuda_support as cuda
-from llamafleet.build import nvidia_repository
-from llamafleet.build.cuda_toolkit import FoundToolkit, Install, Toolkit, Unsuitable, architectures, choose
+from llamafleet.build import cuda_support, nvidia_repository
+from llamafleet.build.cuda_toolkit import Install, InstalledToolkit, Toolkit, Unsuitable, architectures, choose_toolkit
 from tasks.toolkit import spec
 from tests import planning
 
@@ -32,15 +31,15 @@ def host(case):
     )
 
 
-def found(given):
-    return FoundToolkit.from_json({"nvcc": f"{given['path']}/bin/nvcc", **WHOLE, **given})
+def toolkit(given):
+    return InstalledToolkit.from_json({"nvcc": f"{given['path']}/bin/nvcc", **WHOLE, **given})
 
 
 def decide(case):
-    return choose(case.get("asked", "auto"), host(case), [found(one) for one in case.get("found", [])])
+    return choose_toolkit(case.get("asked", "auto"), host(case), [toolkit(given) for given in case.get("found", [])])
 
 
-def told(outcome, key):
+def value_of(outcome, key):
     value = outcome.repository.url if key == "url" else getattr(outcome, key)
     return list(value) if isinstance(value, tuple) else value
 
@@ -56,7 +55,7 @@ def test_case(name):
         assert [words for words in case[kind] if words not in text] == [], text
         assert outcome.suggestions
     else:
-        assert {key: told(outcome, key) for key in case[kind]} == case[kind]
+        assert {key: value_of(outcome, key) for key in case[kind]} == case[kind]
     if "architectures" in case:
         assert list(architectures(host(case))) == case["architectures"]
 
@@ -87,15 +86,15 @@ def test_architectures_are_those_of_the_usable_gpus_in_order():
 
 
 def test_every_missing_part_is_named():
-    lacking = found({"path": "/opt/cuda", "version": None, "headers": False, "cublas": False})
-    unsuitable = choose("/opt/cuda", host({"gpus": ["8.9"]}), [lacking])
+    lacking = toolkit({"path": "/opt/cuda", "version": None, "headers": False, "cublas": False})
+    unsuitable = choose_toolkit("/opt/cuda", host({"gpus": ["8.9"]}), [lacking])
     for words in ("a working nvcc", "cuda_runtime.h", "cublas_v2.h"):
         assert words in unsuitable.reason
 
 
 def test_a_driver_of_a_later_major_runs_every_older_toolkit():
-    assert cuda.unfit_for_driver((11, 8), (13, 0)) is None
-    assert "needs a driver for CUDA 13" in cuda.unfit_for_driver((13, 0), (12, 9))
+    assert cuda_support.unfit_for_driver((11, 8), (13, 0)) is None
+    assert "needs a driver for CUDA 13" in cuda_support.unfit_for_driver((13, 0), (12, 9))
 
 
 @pytest.mark.parametrize(("capability", "first", "last"), [
@@ -103,17 +102,19 @@ def test_a_driver_of_a_later_major_runs_every_older_toolkit():
     ("9.0", "11.8", "13.4"), ("10.0", "12.8", "13.4"), ("12.0", "12.8", "13.4"), ("12.1", "12.9", "13.4"),
 ])  # fmt: skip
 def test_range_of_toolkits_for_a_gpu(capability, first, last):
-    able = [cuda.text(one) for one in cuda.RELEASES if cuda.unfit_for_gpu(one, capability) is None]
+    able = [
+        cuda_support.text(one) for one in cuda_support.RELEASES if cuda_support.unfit_for_gpu(one, capability) is None
+    ]
     assert (able[0], able[-1]) == (first, last)
 
 
 @pytest.mark.parametrize("version", ["8", "", "rolling"])
 def test_what_is_no_version_is_refused(version):
     with pytest.raises(ValueError, match="not a version"):
-        cuda.version(version)
+        cuda_support.version(version)
 
 
-def test_what_the_host_is_told_is_everything_the_program_asks_for():
+def test_the_program_on_the_host_gets_every_value_that_it_reads():
     install = decide({"os": {"id": "ubuntu", "version": "24.04", "libc": "2.39"}, "gpus": ["8.9"]})
     url = f"{nvidia_repository.BASE}/ubuntu2404/x86_64"
     assert spec(install) == {
@@ -129,5 +130,5 @@ def test_what_the_host_is_told_is_everything_the_program_asks_for():
     ((13, 2), "2.43", None), ((11, 8), "musl", None),
 ])  # fmt: skip
 def test_nvidias_headers_against_glibc(toolkit, glibc, function):
-    why = cuda.unfit_for_glibc(toolkit, glibc)
+    why = cuda_support.unfit_for_glibc(toolkit, glibc)
     assert function in why if function else why is None

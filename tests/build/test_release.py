@@ -4,8 +4,7 @@ import dataclasses
 
 import pytest
 
-from llamafleet.build import release as builds
-from llamafleet.build.release import Build
+from llamafleet.build.release import Build, jobs
 
 BUILD = Build(
     commit="c" * 40, backend="cuda", toolkit="cuda-12.8", architectures=("89",), machine_arch="x86_64",
@@ -63,12 +62,7 @@ def test_cuda_is_never_compiled_for_native():
     ],
 )
 def test_jobs_by_cores_and_memory(backend, cores, gib, asked, expected):
-    assert builds.jobs(backend, cores, gib << 30, asked) == expected
-
-
-def test_a_host_that_takes_a_finished_build_needs_no_compiler():
-    assert "g++" in builds.packages("apt", "cpu", compiling=True)
-    assert "g++" not in builds.packages("apt", "cpu", compiling=False)
+    assert jobs(backend, cores, gib << 30, asked) == expected
 
 
 def test_commits_of_one_configuration_share_a_build_folder():

@@ -68,11 +68,11 @@ def test_the_refusal_s_table_says_what_would_help(model, machine_file, capsys):
     ("changes", "message"),
     [
         (["contxt_tokens=1"], "did you mean"),
-        (["context_tokens=many"], "should be a whole number or None"),
+        (["context_tokens=many"], "should be a whole number from 256 to 2147483647 or None, is 'many'"),
         (["context_tokens"], "should be KEY=VALUE"),
         (["=3"], "should be KEY=VALUE"),
         (["source=/x"], "give the model with --model"),
-        (["slots=0"], "should be from 1 to 256"),
+        (["slots=0"], "should be a whole number from 1 to 256 or None, is 0"),
     ],
 )
 def test_bad_settings_exit_2(model, machine_file, changes, message, capsys):
@@ -85,7 +85,12 @@ def test_bad_settings_exit_2(model, machine_file, changes, message, capsys):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "should be JSON"), ("[]", "machine file"), ('{"schema": 9}', "schema"), ('{"schema": 1}', "hostname")],
+    [
+        ("{", "should be JSON"),
+        ("[]", "machine: should be an object, is []"),
+        ('{"schema": 9}', "schema"),
+        ('{"schema": 1}', "hostname"),
+    ],
 )
 def test_bad_machine_files_exit_2(model, tmp_path, text, message, capsys):
     path = tmp_path / "m.json"

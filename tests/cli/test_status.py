@@ -12,8 +12,8 @@ import pytest
 
 from llamafleet.cli import main as cli
 from llamafleet.cli.status import HostStatus, Wanted, of_host, plan_in_short, table
-from llamafleet.remote import status
-from tests.service.test_changes import FOUND, INSTANCE
+from llamafleet.remote import status as program
+from tests.service.test_changes import INSTALLED, INSTANCE
 
 MIB = 2**20
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ AS_WANTED = Wanted({"demo": ()})
 
 def found(**changes):
     instance = dataclasses.replace(INSTANCE, **{"record": RECORD, **changes})
-    return dataclasses.replace(FOUND, instances={"demo": instance})
+    return dataclasses.replace(INSTALLED, instances={"demo": instance})
 
 
 def line(host):
@@ -71,7 +71,7 @@ def test_a_problem_is_shown_and_not_fine(changes, live, wanted, column, cell):
 
 
 def test_a_wanted_instance_that_is_not_installed_has_a_line():
-    host = of_host(dataclasses.replace(FOUND, instances={}), {}, Wanted({"demo": ("it is not installed",)}))
+    host = of_host(dataclasses.replace(INSTALLED, instances={}), {}, Wanted({"demo": ("it is not installed",)}))
     assert not host.is_fine
     assert line(host)["state"] == "not installed" and line(host)["drift"] == "it is not installed"
 
@@ -125,16 +125,15 @@ def test_the_json_has_everything():
 
 
 @pytest.fixture
-def on_host(tmp_path, monkeypatch):
-    """An installed instance whose process is the test's own; the fixture is systemd's properties of its unit."""
+def on_host(monkeypatch):
+    """One installed instance whose process is this one, with systemd's answers as given."""
     shown = {"MainPID": str(os.getpid()), "MemoryCurrent": "1048576", "ActiveEnterTimestamp": "Sat"}
-    files = {f"{tmp_path}/instances/demo/plan.json": {"gate": {"gpus": [{}]}}, f"{status.GATES}/demo.json": GOOD}
+    files = {program.plan_path("demo"): {"gate": {"gpus": [{}]}}, f"{program.GATES}/demo.json": GOOD}
     survey = types.SimpleNamespace(
         units=lambda: ["llama-server-demo.service", "llama-server-other.service"],
-        is_ours=lambda unit: "demo" in unit, PREFIX="llama-server-", SUFFIX=".service", ETC=str(tmp_path),
-        show=lambda unit, *names: shown,
-        read_json=files.get,
+        is_ours=lambda unit: "demo" in unit, show=lambda unit, *names: shown,
     )  # fmt: skip
+    monkeypatch.setattr(program, "read_json", lambda path: files.get(path, {}))
     monkeypatch.setitem(sys.modules, "survey", survey)
     held = {"GPU-1": 5, "GPU-2": 0, "GPU-3": None}
     monkeypatch.setitem(sys.modules, "gate", types.SimpleNamespace(held_by=lambda pid: held))
@@ -142,7 +141,7 @@ def on_host(tmp_path, monkeypatch):
 
 
 def test_the_program_tells_memory_gate_and_since(on_host):
-    states = json.loads(json.dumps(status.status()))
+    states = json.loads(json.dumps(program.status()))
     assert list(states) == ["demo"]
     assert states["demo"].pop("rss_bytes") > MIB
     assert states["demo"] == {
@@ -156,12 +155,12 @@ def test_the_program_tells_memory_gate_and_since(on_host):
 @pytest.mark.parametrize("value", ["[not set]", "18446744073709551615", "", None])
 def test_memory_that_the_kernel_does_not_count(on_host, value):
     on_host["MemoryCurrent"] = value
-    assert status.status()["demo"]["cgroup_bytes"] is None
+    assert program.status()["demo"]["cgroup_bytes"] is None
 
 
 def test_an_instance_that_is_down(on_host):
     on_host["MainPID"] = "0"
-    state = status.status()["demo"]
+    state = program.status()["demo"]
     assert state["rss_bytes"] is None and state["gpu_bytes"] == {}
 
 

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
 
 from llamafleet.host.machine import Machine, MachineError
+from tests.mutations import FUZZ, broken
 
 PROBE = Path(__file__).parents[2] / "llamafleet" / "remote" / "probe.py"
 
@@ -100,39 +102,78 @@ def with_value(*path_and_value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without(None, "cpu"), "cpu: found nothing, expected an object"),
-        (without("os", "libc"), "os.libc: found nothing, expected text"),
-        (without(None, "schema"), "schema: found nothing, expected 1"),
-        (with_value("schema", 2), "schema: found 2, expected 1"),
-        (with_value("gpus", {}), "gpus: found {}, expected a list"),
-        (with_value("gpus", "none"), "gpus: found 'none', expected a list"),
-        (with_value("gpus", 0, []), "gpus[0]: found [], expected an object"),
+        (without(None, "cpu"), "cpu: missing; should be an object"),
+        (without("os", "libc"), "os.libc: missing; should be text"),
+        (without(None, "schema"), "schema: missing; should be 1"),
+        (with_value("schema", 2), "schema: should be 1, is 2"),
+        (with_value("schema", True), "schema: should be 1, is True"),
+        (with_value("gpus", {}), "gpus: should be a list of objects, is {}"),
+        (with_value("gpus", "none"), "gpus: should be a list of objects, is 'none'"),
+        (with_value("gpus", 0, []), "gpus[0]: should be an object, is []"),
         (with_value("gpus", 0, "pcie_width", "x16"),
-         "gpus[0].pcie_width: found 'x16', expected a whole number of 0 or more"),
-        (with_value("gpus", 0, "unified_memory", 0), "unified_memory: found 0, expected true or false"),
-        (with_value("gpus", 0, "memory_total_bytes", True), "gpus[0].memory_total_bytes: found True"),
-        (with_value("gpus", 0, "memory_total_bytes", -1), "gpus[0].memory_total_bytes: found -1"),
+         "gpus[0].pcie_width: should be a whole number from 0 to 1000000 or null, is 'x16'"),
+        (with_value("gpus", 0, "unified_memory", 0), "gpus[0].unified_memory: should be true or false, is 0"),
+        (with_value("gpus", 0, "memory_total_bytes", True),
+         "gpus[0].memory_total_bytes: should be a whole number from 0 to 2**64, is True"),
+        (with_value("gpus", 0, "memory_total_bytes", -1),
+         "gpus[0].memory_total_bytes: should be a whole number from 0 to 2**64, is -1"),
         (with_value("gpus", 0, "memory_used_by_others_bytes", 24_001),
-         "found 24001, expected at most memory_total_bytes, 24000"),
-        (with_value("memory", "total_bytes", 1.5), "memory.total_bytes: found 1.5, expected a whole number"),
-        (with_value("cpu", "flags", [1]), "cpu.flags[0]: found 1, expected text"),
-        (with_value("cpu", "performance_cpus", "0-11\nExecStartPre=+/bin/sh"), "cpu.performance_cpus: found '0-11"),
-        (with_value("cpu", "performance_cpus", "0-"), "cpu.performance_cpus: found '0-', expected a list like"),
-        (with_value("cpu", "numa_node_list", "0-1\n"), "cpu.numa_node_list: found '0-1"),
-        (with_value("disks", [{"path": "/"}]), "disks[0].free_bytes: found nothing"),
-        (with_value("driver", "cuda", 13), "driver.cuda: found 13, expected text"),
+         "gpus[0].memory_used_by_others_bytes: should be at most memory_total_bytes (24000), is 24001"),
+        (with_value("gpus", 0, "uuid", "GPU-1\nExecStartPre=/bin/sh"),
+         "gpus[0].uuid: should be text without control characters, is 'GPU-1\\nExecStartPre=/bin/sh'"),
+        (with_value("gpus", 0, "compute_capability", "eight"),
+         "gpus[0].compute_capability: should be a version like \"12.8\" or null, is 'eight'"),
+        (with_value("memory", "total_bytes", 1.5),
+         "memory.total_bytes: should be a whole number from 0 to 2**64, is 1.5"),
+        (with_value("memory", "total_bytes", float("nan")),
+         "memory.total_bytes: should be a whole number from 0 to 2**64, is nan"),
+        (with_value("cpu", "sockets", 10**9), "cpu.sockets: should be a whole number from 0 to 1000000, is 1000000000"),
+        (with_value("cpu", "sockets", 10**5000),
+         "cpu.sockets: should be a whole number from 0 to 1000000, is an int that is too large to print"),
+        (with_value("cpu", "flags", [1]), "cpu.flags[0]: should be text, is 1"),
+        (with_value("cpu", "flags", ["avx2"] * 1025), "cpu.flags: should have at most 1024 items, has 1025"),
+        (with_value("cpu", "model", "\udcff"), "cpu.model: should be text, is '\\udcff'"),
+        (with_value("cpu", "model", "x" * 4097), "cpu.model: should have at most 4096 characters, has 4097"),
+        (with_value("cpu", "performance_cpus", "0-11\nExecStartPre=+/bin/sh"),
+         "cpu.performance_cpus: should be a list like \"0-3,8\", or empty text, is '0-11\\nExecStartPre=+/bin/sh'"),
+        (with_value("cpu", "performance_cpus", "0-"), "cpu.performance_cpus: should be a list like"),
+        (with_value("cpu", "performance_cpus", "\u0660"), "cpu.performance_cpus: should be a list like"),
+        (with_value("cpu", "numa_node_list", "0-1\n"), "cpu.numa_node_list: should be a list like"),
+        (with_value("disks", [{"path": "/"}]),
+         "disks[0].free_bytes: missing; should be a whole number from 0 to 2**64"),
+        (with_value("driver", "cuda", 13), "driver.cuda: should be text or null, is 13"),
     ],
 )  # fmt: skip
 def test_refused_with_path_and_reason(file, change, message):
     change(file)
     with pytest.raises(MachineError) as error:
         Machine.from_json(file)
-    assert message in str(error.value)
+    assert str(error.value).startswith(f"machine.{message}")
+    assert error.value.path == f"machine.{message.partition(':')[0]}"
+
+
+def test_the_first_of_many_problems_is_told_and_how_many_more_there_are(file):
+    file["gpus"] = [3] * 200
+    with pytest.raises(MachineError) as error:
+        Machine.from_json(file)
+    assert str(error.value) == "machine.gpus[0]: should be an object, is 3 (and 199 more problems)"
 
 
 def test_no_object_at_all():
-    with pytest.raises(MachineError, match="the file: found \\[\\], expected an object"):
+    with pytest.raises(MachineError, match=r"machine: should be an object, is \[\]"):
         Machine.from_json([])
+
+
+@FUZZ
+@given(broken(FILE))
+def test_a_broken_file_is_read_or_refused_in_one_line(data):
+    try:
+        machine = Machine.from_json(data)
+    except MachineError as error:
+        assert str(error).startswith("machine") and ("should" in str(error) or "missing" in str(error))
+        assert len(str(error)) < 400 and str(error).isprintable()
+    else:
+        assert Machine.from_json(json.loads(json.dumps(machine.to_json()))) == machine
 
 
 def test_optional_values_may_be_null(file):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llamafleet.remote.common import CURRENT, ETC, INSTANCES, OPT, RUN, STAGED
 from llamafleet.settings.schema import Instance, Settings
 
 
@@ -81,10 +82,10 @@ def release(box: Box, resolve: Callable[[str, str], str | None]) -> Problems:
     ref names; it is called only where the ref's name alone does not settle it."""
     found = box.facts["release"]
     if found is None:
-        yield Problem(box.where, "/opt/llamafleet/current", "a link to a release", None, "run the deploy")
+        yield Problem(box.where, CURRENT, "a link to a release", None, "run the deploy")
         return
     if not re.fullmatch(r"releases/[0-9a-f]{16}", found["target"]):
-        yield Problem(box.where, "/opt/llamafleet/current", "a link to releases/KEY", found["target"])
+        yield Problem(box.where, CURRENT, "a link to releases/KEY", found["target"])
     record = found["record"]
     if record is None:
         yield Problem(box.where, f"{found['target']}/release.json", "the record of a whole build", None)
@@ -124,7 +125,7 @@ def version(box: Box) -> Problems:
 
 def folders(box: Box) -> Problems:
     """Only root changes what the services run and are told."""
-    for path in ("/opt/llamafleet", "/etc/llamafleet", "/etc/llamafleet/instances"):
+    for path in (OPT, ETC, INSTANCES):
         found = box.facts["folders"][path]
         if found is None or (found["owner"], found["mode"]) != ("root", "0755"):
             yield Problem(box.where, path, "root 0755", found and f"{found['owner']} {found['mode']}")
@@ -134,20 +135,20 @@ def leftovers(box: Box) -> Problems:
     """A finished deploy leaves no token on the host and nothing half prepared."""
     tokens = [name for name in box.facts["run"] if "token" in name]
     if tokens:
-        yield Problem(box.where, "/run/llamafleet", "no Hub token", tokens, "a fetch was broken off: remove it")
+        yield Problem(box.where, RUN, "no Hub token", tokens, "a fetch was broken off: remove it")
     if box.facts["staged"]:
         yield Problem(
             box.where,
-            "/var/lib/llamafleet/staged",
+            STAGED,
             "an empty folder",
             box.facts["staged"],
             "a switch was broken off: deploy again",
         )
-    staged = box.facts["folders"]["/var/lib/llamafleet/staged"]
+    staged = box.facts["folders"][STAGED]
     if staged and (staged["owner"], staged["mode"]) != ("root", "0700"):
         yield Problem(
             box.where,
-            "/var/lib/llamafleet/staged",
+            STAGED,
             "root 0700",
             f"{staged['owner']} {staged['mode']}",
             "API keys pass through it",

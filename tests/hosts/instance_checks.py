@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from llamafleet.remote.common import API_KEYS, INSTANCES, RELEASES, UNITS, plan_path
 from tests.hosts.checks import Problem, Problems, Served, say
 
 # A process that systemd started again within the unit's own StartLimitIntervalSec is in a loop, seconds.
@@ -19,7 +20,7 @@ GATE_CHECKS = ("health", "process", "gpu memory", "devices", "api key", "context
 
 def plan_file(one: Served) -> Problems:
     """plan.json is there, nobody edited it, and it was made for what the inventory asks."""
-    path = f"/etc/llamafleet/instances/{one.instance.name}/plan.json"
+    path = plan_path(one.instance.name)
     file, plan = one.facts["plan_file"], one.facts["plan"]
     if plan is None or file is None:
         yield Problem(one.where, path, "the record of what was deployed", file and "no JSON object", "run the deploy")
@@ -61,10 +62,9 @@ def _as_asked(one: Served, plan: Mapping[str, Any]) -> Problems:
 
 
 def identity_of(plan: Mapping[str, Any]) -> str:
-    """The hash that a plan must carry: of all but itself and the account of how it was decided."""
-    record = {
-        key: value for key, value in plan.items() if key not in ("identity", "plan", "preflight", "inputs", "verified")
-    }
+    """The hash that a plan must carry: of all but itself, how it was decided, and how the host tries and watches it."""
+    left_out = ("identity", "plan", "preflight", "inputs", "verified", "trial", "batch_tokens")
+    record = {key: value for key, value in plan.items() if key not in left_out}
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -100,7 +100,7 @@ def models(one: Served) -> Problems:
 
 def unit(one: Served) -> Problems:
     """The unit file is the one that was made for this plan and passed the gate; no drop-in changes it."""
-    path, found, state = f"/etc/systemd/system/{one.instance.unit}", one.facts["unit"], one.facts["state"]
+    path, found, state = f"{UNITS}/{one.instance.unit}", one.facts["unit"], one.facts["state"]
     if found is None:
         yield Problem(one.where, path, "the unit", None, "run the deploy")
         return
@@ -153,7 +153,7 @@ def process(one: Served) -> Problems:
         yield Problem(one.where, "process", "a running llama-server", None)
         return
     release = one.plan.get("release")
-    inside = f"/opt/llamafleet/releases/{release}/"
+    inside = f"{RELEASES}/{release}/"
     if release is None or not str(found["exe"]).startswith(inside):
         yield Problem(one.where, f"program of pid {found['pid']}", f"one in {inside}", found["exe"])
     if found["users"] != ["llamafleet"]:
@@ -213,7 +213,7 @@ def _same_address(expected: list[Any], found: list[Any]) -> bool:
 
 def keys(one: Served) -> Problems:
     """Keys are there where asked for, not empty, and for root's eyes only."""
-    path, found = f"/etc/llamafleet/instances/{one.instance.name}/api-keys", one.facts["keys"]
+    path, found = f"{INSTANCES}/{one.instance.name}/{API_KEYS}", one.facts["keys"]
     if one.instance.api_key_file is None:
         if found is not None:
             yield Problem(one.where, path, "no file: no key is asked for", f"a file with {found['count']} keys")

@@ -1,20 +1,21 @@
-"""What the binary said of a plan is in the next one: in its ledger and in its choice."""
+"""A correction, the difference between llama-server's figures and the ledger's, changes the next plan and its ledger."""
 
 from llamafleet.memory.ledger import Correction
 from llamafleet.planner.result import Refusal
 from tests import planning
 from tests.planning import MIB
 
-ASKED = planning.settings({"context_tokens": 8192})
+SETTINGS = planning.settings({"context_tokens": 8192})
 GIB = 1024 * MIB
 
 
-def planned(corrections, *, gpus=(16376,), layout="gpt-oss-120b", asked=ASKED, **machine):
-    return planning.plans(planning.machine(list(gpus), **machine), [(layout,)] * len(asked.models), asked, corrections)
+def planned(corrections, *, gpus=(16376,), layout="gpt-oss-120b", settings=SETTINGS, **machine):
+    headers = [(layout,)] * len(settings.models)
+    return planning.plans(planning.machine(list(gpus), **machine), headers, settings, corrections)
 
 
-def used(answer):
-    return {row.device: row.used_bytes for row in answer.ledger}
+def used(plan):
+    return {row.device: row.used_bytes for row in plan.ledger}
 
 
 def test_more_on_the_gpu_moves_experts_to_the_host():
@@ -41,15 +42,15 @@ def test_the_difference_is_counted_as_compute_and_nothing_else_moves():
 
 
 def test_more_on_the_host_than_it_has_is_refused():
-    [answer] = planned({"m0": Correction({"host": 64 * GIB})})
-    assert isinstance(answer, Refusal)
-    assert answer.device == "host"
-    assert answer.needed_bytes > answer.available_bytes
+    [result] = planned({"m0": Correction({"host": 64 * GIB})})
+    assert isinstance(result, Refusal)
+    assert result.device == "host"
+    assert result.needed_bytes > result.available_bytes
 
 
-def test_what_was_said_of_one_instance_touches_the_next_only_by_the_room_it_leaves():
+def test_a_correction_of_an_instance_changes_only_the_capacity_left_for_the_next():
     two = planning.settings({"context_tokens": 4096}, {"context_tokens": 4096})
-    before = planned({}, layout="Llama-3.2-3B", asked=two, gpus=[24564])
-    after = planned({"m0": Correction({"GPU0": GIB})}, layout="Llama-3.2-3B", asked=two, gpus=[24564])
+    before = planned({}, layout="Llama-3.2-3B", settings=two, gpus=[24564])
+    after = planned({"m0": Correction({"GPU0": GIB})}, layout="Llama-3.2-3B", settings=two, gpus=[24564])
     assert used(after[1]) == used(before[1])
     assert after[1].ledger[0].capacity_bytes == before[1].ledger[0].capacity_bytes - GIB

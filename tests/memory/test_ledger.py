@@ -1,12 +1,19 @@
-"""The ledger's bytes against llama-server's own words: `common_memory_breakdown_print` at b11434.
+"""The ledger: one situation a case file in tests/ledger, and what must hold in any situation.
 
-The numbers were printed by llama-server with the planned flags, `ggml-rpc-server`s standing in for the
-GPUs, in MiB: (weights, context, compute) of each device.
+`devices_mib` and `host_mib` are what llama-server printed with the planned flags (`common_memory_breakdown_print`
+at b11434). `ggml-rpc-server`s stood in for the GPUs; these have neither op-offload nor pinned host memory, so the
+ledger is asked with the traits of the CPU unless a case names a backend. `layers` says how many layers, the output
+counted as one, are on each device, the others on the host; `offloaded` gives the first and last of the layers on a
+device whose experts or FFN are on the host.
 """
 
 from dataclasses import replace
+from functools import cached_property
+from itertools import cycle, islice
+from pathlib import Path
 
 import pytest
+import yaml
 
 from llamafleet.memory import checkpoints, compute, kv_cache
 from llamafleet.memory.context import Context
@@ -52,153 +59,106 @@ def on_gpus(header, counts, spilled=()):
     return Placement.of((*front, *holders), frozenset(spilled))
 
 
-ORACLE = {
-    "gpt-oss-120b, 27 layers' experts on the host": (
-        "gpt-oss-120b",
-        Context(131072, 1, "f16", 512),
-        [37],
-        range(9, 36),
-        [(16168, 4635, 218)],
-        (44269, 0, 151),
-    ),
-    "gpt-oss-120b, two devices": (
-        "gpt-oss-120b",
-        Context(131072, 1, "f16", 512),
-        [12, 25],
-        range(15, 36),
-        [(19754, 1545, 218), (6121, 3090, 208)],
-        (34562, 0, 151),
-    ),
-    "gpt-oss-120b, three devices in a pipeline": (
-        "gpt-oss-120b",
-        Context(131072, 1, "f16", 512),
-        [12, 12, 13],
-        (),
-        [(19754, 1545, 674), (19754, 1545, 646), (20341, 1545, 646)],
-        (586, 0, 571),
-    ),
-    "gpt-oss-20b, three slots": (
-        "gpt-oss-20b",
-        Context(65536, 3, "f16", 512),
-        [25],
-        (),
-        [(10949, 4662, 155)],
-        (586, 0, 87),
-    ),
-    "Llama-3.1-8B": ("Llama-3.1-8B", Context(32768, 1, "f16", 512), [33], (), [(4403, 4096, 148)], (281, 0, 64)),
-    "Llama-3.1-8B, four slots, q8_0": (
-        "Llama-3.1-8B",
-        Context(8192, 4, "q8_0", 512),
-        [33],
-        (),
-        [(4403, 2176, 124)],
-        (281, 0, 40),
-    ),
-    "Llama-3.1-8B, no GPU": ("Llama-3.1-8B", Context(8192, 1, "f16", 512), [], (), [], (4685, 1024, 132)),
-    "Llama-3.1-8B, two devices in a pipeline": (
-        "Llama-3.1-8B",
-        Context(16384, 1, "f16", 512),
-        [17, 16],
-        (),
-        [(2113, 1088, 276), (2290, 960, 236)],
-        (281, 0, 144),
-    ),
-    "Llama-3.3-70B, half on the host": (
-        "Llama-3.3-70B",
-        Context(8192, 1, "f16", 512),
-        [42],
-        (),
-        [(20919, 1312, 208)],
-        (19623, 1248, 256),
-    ),
-    "Llama-3.3-70B, two devices in a pipeline": (
-        "Llama-3.3-70B",
-        Context(8192, 1, "f16", 512),
-        [41, 40],
-        (),
-        [(20038, 1312, 456), (19940, 1248, 376)],
-        (563, 0, 192),
-    ),
-    "Llama-3.2-3B, tied embedding": (
-        "Llama-3.2-3B",
-        Context(16384, 1, "f16", 512),
-        [29],
-        (),
-        [(1918, 1792, 88)],
-        (308, 0, 40),
-    ),
-    "Qwen3-30B-A3B, two devices in a pipeline": (
-        "Qwen3-30B-A3B",
-        Context(16384, 1, "f16", 512),
-        [24, 25],
-        (),
-        [(8640, 768, 200), (8883, 768, 180)],
-        (166, 0, 104),
-    ),
-    "Qwen3-30B-A3B, ubatch 2048, q8_0": (
-        "Qwen3-30B-A3B",
-        Context(32768, 1, "q8_0", 2048),
-        [49],
-        (),
-        [(17524, 1632, 464)],
-        (166, 0, 192),
-    ),
-    "Gemma-3-12B, two slots": (
-        "Gemma-3-12B",
-        Context(32768, 2, "f16", 512),
-        [49],
-        (),
-        [(6956, 5056, 153)],
-        (787, 0, 63),
-    ),
-    "Gemma-3-12B, two devices in a pipeline": (
-        "Gemma-3-12B",
-        Context(32768, 1, "f16", 512),
-        [27, 22],
-        (),
-        [(3461, 1300, 344), (3494, 1228, 307)],
-        (787, 0, 209),
-    ),
-    "Gemma-3-12B, no GPU, embedding held once": (
-        "Gemma-3-12B",
-        Context(131072, 1, "f16", 1024),
-        [],
-        (),
-        [],
-        (6955, 8832, 515),
-    ),
-}
+CASES = sorted((Path(__file__).parents[1] / "ledger").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("case", ORACLE)
-def test_bytes_are_what_llama_server_says(case):
-    layout, context, counts, spilled, devices, host = ORACLE[case]
+class Case:
+    """One case file: a model's header, changed or not, its context, and where its layers are."""
+
+    def __init__(self, data):
+        self.header = planning.header(data["model"])
+        if "architecture" in data:
+            self.header = with_metadata(data["model"], data["architecture"], data.get("metadata", {}))
+        self.context = Context(**data["context"]) if "context" in data else None
+        self.backend = data.get("backend", "cpu")
+        first, last = data.get("offloaded", (0, -1))
+        self.placement = on_gpus(self.header, data.get("layers", []), range(first, last + 1))
+
+    @cached_property
+    def model(self):
+        return Model.of(self.header)
+
+    @cached_property
+    def usage(self):
+        """Of each device in order, and of the host."""
+        used, host = usage(self.model, self.context, self.placement, self.backend)
+        return list(used.values()), host
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_situation(path):
+    data = yaml.safe_load(path.read_text())
+    case = Case(data)
+    assert data["expect"], "a case that expects nothing"
+    for key, value in data["expect"].items():
+        CHECKS[key](case, value)
+
+
+def devices_mib(case, expected):
+    used = [
+        {"weights": row.weights_bytes // MIB, "kv": row.kv_bytes // MIB, "compute": row.compute_bytes // MIB}
+        for row in case.usage[0]
+    ]
+    assert used == expected
+
+
+def host_mib(case, expected):
+    host = case.usage[1]
+    # llama-server prints the host's weights as two figures, both rounded down.
+    assert host.weights_bytes / MIB == pytest.approx(expected["weights"], abs=2)
+    assert (host.kv_bytes // MIB, host.compute_bytes // MIB) == (expected["kv"], expected["compute"])
+
+
+def compute_and_staging_mib(case, expected):
+    [used] = case.usage[0]
+    assert (used.compute_bytes + used.staging_bytes) // MIB in (expected - 1, expected)
+
+
+def windows_repeat(case, pattern):
+    assert windows(case.header) == repeated(pattern, case.header)
+
+
+def cache_bytes(case, expected):
+    by_layer = kv_bytes(case.header, case.context)
+    wanted = dict.fromkeys(range(layers(case.header)), expected["all"]) if "all" in expected else expected
+    assert {layer: by_layer[layer] for layer in wanted} == wanted
+
+
+def layers_with_cache(case, expected):
+    first, last = expected
+    by_layer = kv_bytes(case.header, case.context)
+    assert [layer for layer, size in enumerate(by_layer) if size] == list(range(first, last + 1))
+    assert len(by_layer) == layers(case.header)
+
+
+def weights_bytes(case, expected):
+    assert {layer: case.model.layer_bytes[layer] for layer in expected} == expected
+
+
+CHECKS = {
+    "devices_mib": devices_mib, "host_mib": host_mib, "compute_and_staging_mib": compute_and_staging_mib,
+    "windows": windows_repeat, "kv_bytes": cache_bytes, "layers_with_cache": layers_with_cache,
+    "weights_bytes": weights_bytes,
+    "is_known": lambda case, expected: is_known(case.header) is expected or pytest.fail(f"not {expected}"),
+    "loaded_layers": lambda case, expected: case.model.layers == expected or pytest.fail(str(case.model.layers)),
+}  # fmt: skip
+
+
+def with_metadata(layout, arch, changes):
+    """A published model's header under another architecture's name, with more metadata of that architecture."""
     header = planning.header(layout)
-    # RPC devices have neither op-offload nor pinned host memory: the traits of the CPU.
-    used, held = usage(Model.of(header), context, on_gpus(header, counts, spilled), "cpu")
-    for ours, told in zip(used.values(), devices, strict=True):
-        assert (ours.weights_bytes // MIB, ours.kv_bytes // MIB, ours.compute_bytes // MIB) == told
-    assert held.weights_bytes / MIB == pytest.approx(host[0], abs=2)  # printed as two figures, both rounded down
-    assert (held.kv_bytes // MIB, held.compute_bytes // MIB) == host[1:]
+    old = header.architecture
+    moved = {k.replace(f"{old}.", f"{arch}.", 1): v for k, v in header.metadata.items()}
+    named = {
+        f"{arch}.{key}": repeated(value["repeat"], header) if isinstance(value, dict) else value
+        for key, value in changes.items()
+    }
+    return replace(header, architecture=arch, metadata={**moved, **named})
 
 
-# compute and staging together, by the Vulkan backend on llvmpipe: bench/results/staging.csv
-STAGED = [
-    ("FFN of the last layer, whose batch is one token by then", 512, [33], (31,), 124),
-    ("FFN of 10 layers", 512, [33], range(22, 32), 127),
-    ("FFN of 10 layers, in larger batches than weights", 2048, [33], range(22, 32), 496),
-    ("8 whole front layers", 2048, [25], (), 528),
-    ("all layers but the output", 2048, [1], (), 528),
-]
-
-
-@pytest.mark.parametrize(
-    ("ubatch", "counts", "spilled", "told"), [one[1:] for one in STAGED], ids=[s[0] for s in STAGED]
-)
-def test_op_offload_stages_host_weights_beside_what_is_computed(ubatch, counts, spilled, told):
-    header, context = planning.header("Llama-3.1-8B"), Context(8192, 1, "f16", ubatch)
-    used, _ = usage(Model.of(header), context, on_gpus(header, counts, spilled), "vulkan")
-    assert (used[0].compute_bytes + used[0].staging_bytes) // MIB in (told - 1, told)
+def repeated(pattern, header):
+    """A pattern of layers, over all layers."""
+    return tuple(islice(cycle(pattern), layers(header)))
 
 
 def test_staging_is_flat_after_the_first_layer_and_only_where_the_backend_has_it():
@@ -301,15 +261,8 @@ def test_weights_that_are_repacked_are_not_in_pinned_memory():
     assert usage(Model.of(header), context, placement, "cpu")[1].repacked_bytes > 10 * 1024 * MIB
 
 
-def test_a_draft_head_is_not_loaded():
-    header = planning.header("GLM-4.5-Air")
-    model = Model.of(header)
-    assert model.layers == 47
-    assert (model.layer_bytes[46], kv_bytes(header, Context(8192, 1, **F16_512))[46]) == (0, 0)
-
-
 def test_what_computes_in_an_unknown_way_gets_a_bound_and_says_so():
-    header = with_metadata("Falcon3-Mamba-7B", "mamba", ssm__time_step_rank=0)
+    header = with_metadata("Falcon3-Mamba-7B", "mamba", {"ssm.time_step_rank": 0})
     known, unknown = Model.of(planning.header("Falcon3-Mamba-7B")), Model.of(header)
     unknown = replace(unknown, compute=compute.Compute(without(header, "ssm_x.weight")))
     context = Context(8192, 1, **F16_512)
@@ -321,92 +274,6 @@ def test_what_computes_in_an_unknown_way_gets_a_bound_and_says_so():
 
 def without(header, part):
     return replace(header, tensors=tuple(t for t in header.tensors if not t.name.endswith(part)))
-
-
-def test_windows_alternate_as_the_architecture_says():
-    assert windows(planning.header("gpt-oss-20b"))[:4] == (128, 0, 128, 0)
-    assert windows(planning.header("Gemma-3-12B"))[:6] == (1024,) * 5 + (0,)
-    assert set(windows(planning.header("Llama-3.1-8B"))) == {0}
-
-
-def with_metadata(layout, arch, **changes):
-    header = planning.header(layout)
-    old = header.architecture
-    moved = {k.replace(f"{old}.", f"{arch}.", 1): v for k, v in header.metadata.items()}
-    named = {f"{arch}.{key.replace('__', '.')}": value for key, value in changes.items()}
-    return replace(header, architecture=arch, metadata={**moved, **named})
-
-
-@pytest.mark.parametrize("arch", ["step35", "xverse"])  # held against llama.cpp, and known to it alone
-def test_an_unknown_window_pattern_is_an_upper_bound_and_says_so(arch):
-    header = with_metadata("Llama-3.1-8B", arch, attention__sliding_window=512)
-    context = Context(8192, 1, **F16_512)
-    assert not is_known(header)
-    assert kv_bytes(header, context) == kv_bytes(planning.header("Llama-3.1-8B"), context)
-
-
-def test_a_pattern_is_believed_of_an_architecture_that_was_verified_alone():
-    pattern = {"attention__sliding_window": 512, "attention__sliding_window_pattern": (True, False) * 16}
-    assert is_known(with_metadata("Llama-3.1-8B", "step35", **pattern))
-    header = with_metadata("Llama-3.1-8B", "xverse", **pattern)
-    context = Context(8192, 1, **F16_512)
-    assert not is_known(header)
-    assert kv_bytes(header, context) == kv_bytes(planning.header("Llama-3.1-8B"), context)
-
-
-def test_a_pattern_array_decides_layer_by_layer():
-    pattern = (True, True, True, False) * 8
-    header = with_metadata(
-        "Llama-3.1-8B", "step35", attention__sliding_window=512, attention__sliding_window_pattern=pattern
-    )
-    assert windows(header) == tuple(512 if swa else 0 for swa in pattern)
-    cache = kv_bytes(header, Context(8192, 1, **F16_512))
-    row = 8 * 128 * 2 * 2  # heads x size x (K and V) x f16
-    assert (cache[0], cache[3]) == (1024 * row, 8192 * row)
-
-
-def test_latent_attention_keeps_k_only():
-    # DeepSeek: one head of 576 for K, no V, where both *_mla lengths are given (llama-kv-cache.cpp).
-    mla = {
-        "attention__key_length": 576,
-        "attention__value_length": 512,
-        "attention__head_count_kv": 1,
-        "attention__key_length_mla": 192,
-        "attention__value_length_mla": 128,
-    }
-    context = Context(4096, 1, **F16_512)
-    assert kv_bytes(with_metadata("Llama-3.1-8B", "deepseek2", **mla), context)[0] == 4096 * 576 * 2
-    del mla["attention__value_length_mla"]
-    assert kv_bytes(with_metadata("Llama-3.1-8B", "deepseek2", **mla), context)[0] == 4096 * (576 + 512) * 2
-
-
-def test_a_cache_of_unknown_rules_is_a_bound_and_says_so():
-    mla = {"attention__key_length": 576, "attention__value_length": 512, "attention__head_count_kv": 1,
-           "attention__key_length_mla": 192, "attention__value_length_mla": 128}  # fmt: skip
-    context = Context(4096, 1, **F16_512)
-    header = with_metadata("Llama-3.1-8B", "dots3note", **mla, attention__indexer__key_length=128)
-    assert not is_known(header)
-    assert kv_bytes(header, context)[0] == 4096 * (576 + 512 + 128) * 2  # K, V and an indexer's keys
-
-
-def test_hybrid_models_keep_state_instead_of_a_cache_in_most_layers():
-    # Qwen3-Next: 3 of 4 layers recurrent; n_embd_r + n_embd_s of llama-hparams.cpp, f32, for each slot.
-    ssm = {"ssm__inner_size": 4096, "ssm__state_size": 128, "ssm__group_count": 16, "ssm__conv_kernel": 4}
-    header = with_metadata("Llama-3.1-8B", "qwen3next", full_attention_interval=4, **ssm)
-    cache = kv_bytes(header, Context(8192, 3, **F16_512))
-    state = 3 * (4096 + 2 * 16 * 128) + 128 * 4096
-    assert cache[:3] == (state * 4 * 3,) * 3
-    assert cache[3] == 8192 * 8 * 128 * 2 * 2 * 3
-
-
-def test_layers_that_share_a_cache_take_none():
-    header = with_metadata("Llama-3.1-8B", "gemma4", attention__shared_kv_layers=12)
-    assert [bool(size) for size in kv_bytes(header, Context(4096, 1, **F16_512))] == [True] * 20 + [False] * 12
-
-
-def test_contexts_are_padded_to_256_cells():
-    header = planning.header("Llama-3.1-8B")
-    assert kv_bytes(header, Context(1000, 1, **F16_512)) == kv_bytes(header, Context(1024, 1, **F16_512))
 
 
 @pytest.mark.parametrize(("kv_type", "size"), [("f32", 512), ("f16", 256), ("bf16", 256), ("q8_0", 136), ("q5_1", 96),
@@ -439,17 +306,17 @@ def test_a_context_checkpoint_copies_no_more_than_the_context():
 def test_where_it_is_unknown_what_a_context_checkpoint_copies_a_bound_is_counted():
     context = Context(8192, 1, **F16_512)
     row = 8 * 128 * 2 * 2  # heads x size x (K and V) x f16
-    every_layer = with_metadata("Llama-3.1-8B", "brand-new", attention__sliding_window=512)
+    every_layer = with_metadata("Llama-3.1-8B", "brand-new", {"attention.sliding_window": 512})
     assert checkpoint_bytes(every_layer, context) >= 32 * 512 * row
-    everything = with_metadata("Llama-3.1-8B", "dots3note", attention__sliding_window=512)
+    everything = with_metadata("Llama-3.1-8B", "dots3note", {"attention.sliding_window": 512})
     assert checkpoint_bytes(everything, context) >= 32 * 8192 * row
-    assert checkpoint_bytes(with_metadata("Llama-3.1-8B", "deepseek32"), context) == 0  # none are made
+    assert checkpoint_bytes(with_metadata("Llama-3.1-8B", "deepseek32", {}), context) == 0  # none are made
 
 
 def test_a_checkpoint_of_compressed_cells_copies_the_window_and_what_is_not_compressed_yet():
-    keys = {"attention__sliding_window": 128, "attention__compress_ratios": (4, 128) * 16,
-            "attention__key_length": 512, "attention__indexer__key_length": 128}  # fmt: skip
-    header = with_metadata("Llama-3.1-8B", "deepseek4", **keys)
+    keys = {"attention.sliding_window": 128, "attention.compress_ratios": (4, 128) * 16,
+            "attention.key_length": 512, "attention.indexer.key_length": 128}  # fmt: skip
+    header = with_metadata("Llama-3.1-8B", "deepseek4", keys)
     # In f32: keys and scores, of 8 tokens two halves of a cell and of an indexer's, or of 128 tokens one.
     copied = 32 * 128 * 512 * 2 + 16 * 4 * 2 * (8 * 2 * (512 + 128) + 128 * 512)
     for tokens in (8192, 131072):

@@ -5,7 +5,16 @@ import dataclasses
 import pytest
 
 from llamafleet.memory.ledger import Correction
-from llamafleet.planner.reconcile import ROUNDS, TOLERANCE_BYTES, Answer, compare, question, say, settle, tolerance
+from llamafleet.planner.reconcile import (
+    ROUNDS,
+    TOLERANCE_BYTES,
+    MemoryReport,
+    compare,
+    question,
+    reconcile,
+    summary,
+    tolerance,
+)
 from llamafleet.planner.result import Plan, Refusal
 from tests import planning
 from tests.planning import MIB
@@ -29,7 +38,7 @@ def answer(plan, **more):
     reported = {name: counted(row) + more.pop(name, 0) for name, row in zip(names, plan.ledger, strict=False)}
     # Host memory is reported in parts.
     repacked = plan.ledger[-1].weights_bytes
-    return Answer(
+    return MemoryReport(
         {**reported, "Host": counted(plan.ledger[-1]) - repacked + more.pop("host", 0), "CPU_REPACK": repacked}
     )
 
@@ -59,9 +68,9 @@ def settled(binary, corrections=None, is_known=lambda plan: False, **how):
         reported = dict(binary(plan).told)
         for name, device in (("CUDA0", "GPU0"), ("Host", "host")):
             reported[name] -= extra.get(device, 0)
-        return Answer(reported)
+        return MemoryReport(reported)
 
-    return settle(planner, ask, corrections or {}, is_known)
+    return reconcile(planner, ask, corrections or {}, is_known)
 
 
 def test_the_question_is_the_service_without_what_it_must_not_touch():
@@ -100,38 +109,38 @@ def test_overhead_is_not_compared():
 
 def test_a_device_that_the_binary_does_not_know_is_said():
     [plan] = planned()
-    seen = compare(plan, Answer({"Host": 60 * GIB}))
+    seen = compare(plan, MemoryReport({"Host": 60 * GIB}))
     assert seen.binary_bytes is None and "CUDA0" in seen.why
-    assert "the gate decides" in say("chat", seen)
+    assert "the gate decides" in summary("chat", seen)
 
 
 def test_agreement_takes_one_question():
     binary = Binary()
     done = settled(binary)
     assert len(binary.asked) == 1
-    assert done.answers == tuple(planned()) and done.corrections == {}
+    assert done.results == tuple(planned()) and done.corrections == {}
     assert done.verified["m0"].rounds == 1 and done.verified["m0"].differences == {"GPU0": 0, "host": 0}
 
 
 @pytest.mark.parametrize("more", [TOLERANCE_BYTES, -TOLERANCE_BYTES])
 def test_a_difference_within_the_tolerance_changes_nothing(more):
     done = settled(Binary(CUDA0=more))
-    assert done.answers == tuple(planned())
+    assert done.results == tuple(planned())
 
 
 def test_more_on_the_gpu_is_planned_around_and_asked_again():
     binary = Binary(CUDA0=3 * GIB)
     done = settled(binary)
-    [before], [after] = planned(), done.answers
+    [before], [after] = planned(), done.results
     assert len(after.placement.spilled) > len(before.placement.spilled)
     assert binary.asked == [before.argv, after.argv]
     assert done.verified["m0"].extra_bytes == {"GPU0": 3 * GIB}
     assert done.verified["m0"].rounds == 2
-    assert "2 rounds" in say("m0", done.verified["m0"])
+    assert "2 rounds" in summary("m0", done.verified["m0"])
 
 
 def test_less_on_the_gpu_is_used():
-    [after] = settled(Binary(CUDA0=-3 * GIB)).answers
+    [after] = settled(Binary(CUDA0=-3 * GIB)).results
     assert len(after.placement.spilled) < len(planned()[0].placement.spilled)
 
 
@@ -139,12 +148,12 @@ def test_the_same_flags_are_not_asked_twice():
     binary = Binary(host=GIB)
     done = settled(binary)
     assert len(binary.asked) == 1  # more host memory changes no flag
-    assert done.answers[0].host_bytes == planned()[0].host_bytes + GIB
+    assert done.results[0].host_bytes == planned()[0].host_bytes + GIB
     assert done.verified["m0"].differences == {"GPU0": 0, "host": 0}
 
 
 def test_what_does_not_fit_after_all_is_refused_with_the_numbers():
-    [refused] = settled(Binary(host=64 * GIB)).answers
+    [refused] = settled(Binary(host=64 * GIB)).results
     assert isinstance(refused, Refusal)
     assert refused.needed_bytes > refused.available_bytes > 0
 
@@ -158,7 +167,7 @@ def test_the_rounds_are_bounded():
     binary = Binary(CUDA0=grows)
     done = settled(binary)
     assert len(binary.asked) <= ROUNDS
-    [plan] = done.answers
+    [plan] = done.results
     assert isinstance(plan, Refusal) or plan.ledger[0].free_bytes >= 0
     assert isinstance(plan, Refusal) or plan.argv in binary.asked
 
@@ -168,13 +177,13 @@ def test_a_plan_with_room_to_spare_is_not_swung_back():
     [first] = planned()
     binary = Binary(CUDA0=lambda plan: 3 * GIB if plan.argv == first.argv else GIB)
     done = settled(binary)
-    assert len(binary.asked) == 2 and done.answers[0].argv == binary.asked[1] != first.argv
+    assert len(binary.asked) == 2 and done.results[0].argv == binary.asked[1] != first.argv
     assert done.verified["m0"].differences["GPU0"] == -2 * GIB
 
 
 def test_a_binary_that_tells_nothing_leaves_the_plan():
-    done = settle(planned, lambda plan: Answer(None, "it ended"), {}, lambda plan: False)
-    assert done.answers == tuple(planned())
+    done = reconcile(planned, lambda plan: MemoryReport(None, "it ended"), {}, lambda plan: False)
+    assert done.results == tuple(planned())
     assert done.verified["m0"].binary_bytes is None and done.verified["m0"].why == "it ended"
 
 
@@ -188,7 +197,7 @@ def test_of_two_instances_the_second_gets_what_the_first_really_leaves():
     two = planning.settings({"context_tokens": 4096}, {"context_tokens": 4096})
     how = {"layout": "Llama-3.2-3B", "settings": two, "gpus": [24564]}
     done = settled(Binary(CUDA0=lambda plan: GIB if plan.instance == "m0" else 0), **how)
-    before, after = planned(**how), done.answers
+    before, after = planned(**how), done.results
     assert all(isinstance(result, Plan) for result in after)
     assert after[1].ledger[0].capacity_bytes == before[1].ledger[0].capacity_bytes - GIB
 

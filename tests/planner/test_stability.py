@@ -25,15 +25,15 @@ def planner(settings=SETTINGS, layout=LAYOUT):
 
 def installed(host, settings=SETTINGS, layout=LAYOUT):
     plans = planner(settings, layout)(host)
-    return {one.instance: stability.Installed(one.argv, stability.Memory.of(host)) for one in plans}
+    return {one.instance: stability.InstalledPlan(one.argv, stability.RecordedMemory.of(host)) for one in plans}
 
 
 def chosen(host, before, settings=SETTINGS, layout=LAYOUT):
-    return stability.choose(host, settings, planner(settings, layout), installed(before, settings, layout))
+    return stability.keep_or_replan(host, settings, planner(settings, layout), installed(before, settings, layout))
 
 
 def argvs(choice):
-    return [one.argv for one in choice.answers]
+    return [one.argv for one in choice.results]
 
 
 def test_drift_would_change_the_plan_without_keeping():
@@ -60,10 +60,10 @@ def test_others_holding_a_little_more_changes_nothing(more):
     before = machine(EDGE)
     choice = chosen(machine(EDGE + more), before)
     assert argvs(choice) == [one.argv for one in planner()(before)]
-    assert choice.answers[0].argv != planner()(machine(EDGE + more))[0].argv
+    assert choice.results[0].argv != planner()(machine(EDGE + more))[0].argv
     assert choice.why == f"kept: the installed plan still fits (GPU0 -{more} MiB)"
     # The ledger has the memory of now, and a part of the reserve is used.
-    assert choice.answers[0].ledger[0].free_bytes == planner()(before)[0].ledger[0].free_bytes - more * MIB
+    assert choice.results[0].ledger[0].free_bytes == planner()(before)[0].ledger[0].free_bytes - more * MIB
 
 
 @pytest.mark.parametrize("less", [1, 2, 100, THRESHOLD_MIB - 1])
@@ -71,14 +71,14 @@ def test_others_holding_a_little_less_changes_nothing(less):
     before = machine(EDGE + 1)
     choice = chosen(machine(EDGE + 1 - less), before)
     assert argvs(choice) == [one.argv for one in planner()(before)]
-    assert choice.answers[0].argv != planner()(machine(EDGE + 1 - less))[0].argv
+    assert choice.results[0].argv != planner()(machine(EDGE + 1 - less))[0].argv
 
 
 def test_more_than_the_reserve_can_give_changes_the_plan():
     now = machine(EDGE + 600)
     choice = chosen(now, machine(EDGE))
-    assert choice.answers == planner()(now)
-    assert choice.memory == stability.Memory.of(now)
+    assert choice.results == planner()(now)
+    assert choice.memory == stability.RecordedMemory.of(now)
     assert choice.why.startswith("changed: GPU0 has 600 MiB less than when m0 was planned")
 
 
@@ -86,14 +86,14 @@ def test_drift_adds_up_over_runs_and_is_measured_from_the_installed_plan():
     # The record keeps the memory that the plan was made for, so that small steps together do not exceed the limit.
     before = machine(EDGE)
     for step in range(0, THRESHOLD_MIB, 50):
-        assert chosen(machine(EDGE + step), before).memory == stability.Memory.of(before)
+        assert chosen(machine(EDGE + step), before).memory == stability.RecordedMemory.of(before)
     assert "changed" in chosen(machine(EDGE + THRESHOLD_MIB + 50), before).why
 
 
 def test_much_freed_memory_is_used_where_that_is_faster():
     now = machine(500)
     choice = chosen(now, machine(15_000))
-    assert choice.answers == planner()(now)
+    assert choice.results == planner()(now)
     assert "changed: m0: its workload would take" in choice.why
 
 
@@ -116,9 +116,9 @@ def test_a_better_cache_type_is_worth_a_change_once_much_is_freed(freed, kept):
         argv = tuple(kv_type if word == "f16" else word for word in plan.argv)
         return [dataclasses.replace(plan, kv_type=kv_type, argv=argv)]
 
-    old = {"m0": stability.Installed(plan_by_memory(before)[0].argv, stability.Memory.of(before))}
-    choice = stability.choose(now, settings, plan_by_memory, old)
-    assert choice.answers[0].kv_type == ("q8_0" if kept else "f16")
+    old = {"m0": stability.InstalledPlan(plan_by_memory(before)[0].argv, stability.RecordedMemory.of(before))}
+    choice = stability.keep_or_replan(now, settings, plan_by_memory, old)
+    assert choice.results[0].kv_type == ("q8_0" if kept else "f16")
     assert kept or choice.why == "changed: m0: a KV cache of type f16 fits now, it was q8_0"
 
 
@@ -130,10 +130,10 @@ def test_what_still_fits_is_kept_also_where_a_new_plan_would_be_refused():
     short = with_ram(80_000 - free_mib - 50)
     assert isinstance(planner(settings, layout)(short)[0], Refusal)
     choice = chosen(short, exact, settings, layout)
-    assert isinstance(choice.answers[0], Plan) and choice.why.startswith("kept")
+    assert isinstance(choice.results[0], Plan) and choice.why.startswith("kept")
     # The total still differs by less than 1 %, but by more than a quarter of the reserve.
     too_short = with_ram(80_000 - free_mib - 600)
-    assert isinstance(chosen(too_short, exact, settings, layout).answers[0], Refusal)
+    assert isinstance(chosen(too_short, exact, settings, layout).results[0], Refusal)
 
 
 def with_ram(mib):
@@ -154,7 +154,7 @@ def with_ram(mib):
 )
 def test_other_hardware_is_planned_anew(now, why):
     choice = chosen(now, machine(EDGE))
-    assert choice.answers == planner()(now)
+    assert choice.results == planner()(now)
     assert why in choice.why or choice.why.startswith("kept: the same inputs")
 
 
@@ -168,33 +168,35 @@ def test_a_kernel_that_takes_some_mib_more_is_the_same_hardware():
 
 def test_another_plan_from_the_same_inputs_is_followed():
     now = machine(EDGE + 2)
-    old = {"m0": stability.Installed(("--n-gpu-layers", "7"), stability.Memory.of(machine(EDGE)))}
-    choice = stability.choose(now, SETTINGS, planner(), old)
-    assert choice.answers == planner()(now)
+    old = {"m0": stability.InstalledPlan(("--n-gpu-layers", "7"), stability.RecordedMemory.of(machine(EDGE)))}
+    choice = stability.keep_or_replan(now, SETTINGS, planner(), old)
+    assert choice.results == planner()(now)
     assert "makes another plan from the same inputs" in choice.why
 
 
 def test_nothing_installed_is_planned_for_what_is_there():
     now = machine(EDGE)
-    assert stability.choose(now, SETTINGS, planner(), {}) == stability.Choice(planner()(now), stability.Memory.of(now))
+    assert stability.keep_or_replan(now, SETTINGS, planner(), {}) == stability.Choice(
+        planner()(now), stability.RecordedMemory.of(now)
+    )
 
 
 def test_a_second_instance_beside_a_kept_one():
     two = planning.settings({"context_tokens": 8192}, {"context_tokens": 4096})
     plan = lambda host: planning.plans(host, [("Qwen3-30B-A3B",), ("Llama-3.2-3B",)], two)  # noqa: E731
     before = machine(300)
-    first = {"m0": stability.Installed(plan(before)[0].argv, stability.Memory.of(before))}
-    choice = stability.choose(machine(340), two, plan, first)
-    assert choice.answers[0].argv == first["m0"].argv
-    assert isinstance(choice.answers[1], Plan)
+    first = {"m0": stability.InstalledPlan(plan(before)[0].argv, stability.RecordedMemory.of(before))}
+    choice = stability.keep_or_replan(machine(340), two, plan, first)
+    assert choice.results[0].argv == first["m0"].argv
+    assert isinstance(choice.results[1], Plan)
 
 
 def test_memory_survives_the_record():
-    memory = stability.Memory.of(machine(EDGE))
-    assert stability.Memory.from_json(memory.to_json()) == memory
+    memory = stability.RecordedMemory.of(machine(EDGE))
+    assert stability.RecordedMemory.from_json(memory.to_json()) == memory
 
 
-RECORD = {"plan": {"argv": ["--fit", "off"]}, "inputs": {"key": "k", "memory": stability.Memory.of(machine()).to_json()},
+RECORD = {"plan": {"argv": ["--fit", "off"]}, "inputs": {"key": "k", "memory": stability.RecordedMemory.of(machine()).to_json()},
           "verified": None}  # fmt: skip
 
 
@@ -204,8 +206,8 @@ RECORD = {"plan": {"argv": ["--fit", "off"]}, "inputs": {"key": "k", "memory": s
      {**RECORD, "inputs": {**RECORD["inputs"], "key": "other"}}, {**RECORD, "plan": None}, {**RECORD, "verified": 1}],
 )  # fmt: skip
 def test_a_record_that_cannot_be_used_is_none(record):
-    assert stability.is_of_inputs(RECORD, "k") is True
-    assert stability.is_of_inputs(record, "k") is False
+    assert stability.has_inputs(RECORD, "k") is True
+    assert stability.has_inputs(record, "k") is False
 
 
 # --- what a plan is made of -----------------------------------------------------------------------

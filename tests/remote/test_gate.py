@@ -239,7 +239,6 @@ def test_without_keys_there_is_nothing_to_refuse(spec):
     assert gate.check_key(spec) is None
 
 
-RUNNING = ["llama-server", "--cache-type-k", "q8_0", "--cache-type-v", "q8_0"]
 KV_LINE = "llama_kv_cache: size =  544.00 MiB (  8192 cells,  32 layers,  4/4 seqs), K ({}):  272.00 MiB, V (q8_0):  272.00 MiB\n"
 
 
@@ -249,29 +248,35 @@ def props(context, slots):
 
 @pytest.mark.parametrize(("context", "slots", "ok"), [(8192, 4, True), (4096, 4, False), (8192, 1, False)])
 def test_context_is_the_planned_one(keyed, server, monkeypatch, context, slots, ok):
-    monkeypatch.setattr(gate, "arguments", lambda unit: RUNNING)
-    monkeypatch.setattr(gate, "log_of_start", lambda unit: "")  # the journal has forgotten it
+    monkeypatch.setattr(gate, "log_of_start", lambda unit: "")  # the journal has forgotten it, or has no such line
     server.answer("/props", (200, props(context, slots)))
     found = gate.check_context(keyed)  # its key is needed here too
-    assert (found["ok"], found["found"]) == (ok, {"context_tokens": context, "slots": slots, "kv_types": ["q8_0"]})
+    assert (found["ok"], found["found"]) == (ok, {"context_tokens": context, "slots": slots})
 
 
 @pytest.mark.parametrize(
-    ("arguments", "log", "found"),
+    ("log", "found"),
     [
-        (RUNNING, KV_LINE.format("q8_0") * 2, ["q8_0"]),
-        (RUNNING, KV_LINE.format("f16"), ["f16", "q8_0"]),  # llama-server took another
-        ([*RUNNING[:4], "q4_0"], "", ["q4_0", "q8_0"]),
-        (["llama-server"], "", []),
+        (KV_LINE.format("q8_0") * 2, ["q8_0"]),
+        (KV_LINE.format("f16"), ["f16", "q8_0"]),  # llama-server took another
+        (KV_LINE.format("q8_0") + KV_LINE.format("q4_0"), ["q4_0", "q8_0"]),
     ],
 )
-def test_kv_types_are_those_of_the_arguments_and_of_the_log(spec, server, monkeypatch, arguments, log, found):
-    monkeypatch.setattr(gate, "arguments", lambda unit: arguments)
+def test_kv_types_are_those_of_the_log(spec, server, monkeypatch, log, found):
     monkeypatch.setattr(gate, "log_of_start", lambda unit: log)
     server.answer("/props", (200, props(8192, 4)))
     told = gate.check_context(spec)
     assert told["found"]["kv_types"] == found
     assert told["ok"] is (found == ["q8_0"])
+
+
+def test_a_record_without_a_kv_type_is_compared_without_it(spec, server, monkeypatch, tmp_path):
+    monkeypatch.setattr(gate, "log_of_start", lambda unit: KV_LINE.format("f16"))
+    server.answer("/props", (200, props(8192, 4)))
+    del spec["kv_type"]
+    (tmp_path / "plan.json").write_text(json.dumps({"gate": spec}))
+    told = gate.check_context(gate.read_spec(str(tmp_path / "plan.json")))
+    assert told["ok"] and "kv_types" not in told["found"]
 
 
 @pytest.mark.parametrize("answer", [(500, "<html>"), (200, "[]"), (404, {"error": "no"})])

@@ -53,7 +53,7 @@ def test_the_silent_fallback_to_the_cpu_is_named(host):
     # The log itself says "offloaded 5/5 layers to GPU", of a build that has none.
     assert found["expected"] == "6 MiB of weights and cache on Vulkan0 (llvmpipe), 29 MiB with compute"
     assert found["found"] == "9 MiB on CPU, 5 MiB on CPU_Mapped"
-    assert "runs, in part at least, on the CPU" in found["hint"] and "sandbox hides the device" in found["hint"]
+    assert "runs, in part at least, on the CPU" in found["hint"] and "hardening hides the device" in found["hint"]
 
 
 def test_every_device_is_looked_at(host):

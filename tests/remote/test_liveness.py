@@ -58,7 +58,7 @@ def systemd(monkeypatch):
     one = Systemd()
     monkeypatch.setattr(liveness, "unit_state", lambda unit: one.state)
     monkeypatch.setattr(liveness, "main_pid", one.pid)
-    monkeypatch.setattr(liveness.subprocess, "run", lambda words, check: one.calls.append(words))
+    monkeypatch.setattr(liveness, "systemctl", lambda *words: one.calls.append(["systemctl", *words]))
     return one
 
 
@@ -68,8 +68,8 @@ def check(server, systemd, tmp_path, monkeypatch):
     monkeypatch.setattr(liveness, "RUN", str(tmp_path / "run"))
     monkeypatch.setattr(liveness, "GATES", str(tmp_path / "gate"))
     monkeypatch.setattr(liveness, "POLL_SECONDS", 0.02)
-    gate = {"unit": UNIT, "argv": ["llama-server", "--batch-size", "2048"], "url": server.url, "api_keys": None}
-    (tmp_path / "plan.json").write_text(json.dumps({"gate": gate}))
+    gate = {"unit": UNIT, "url": server.url, "api_keys": None, "context_tokens": 4096, "slots": 2}
+    (tmp_path / "plan.json").write_text(json.dumps({"gate": gate, "batch_tokens": 2048}))
     return lambda seconds=0.3: liveness.main([str(tmp_path / "plan.json"), str(seconds)])
 
 
@@ -162,9 +162,18 @@ def test_a_deploy_that_is_at_it_is_not_disturbed(check, server, systemd, tmp_pat
 
 def test_a_slow_host_is_given_the_time_of_its_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(liveness, "GATES", str(tmp_path))
-    spec = {"unit": UNIT, "argv": ["llama-server", "--ctx-size", "8192", "--batch-size", "2048"]}
+    spec = {"unit": UNIT, "batch_tokens": 2048, "context_tokens": 4096, "slots": 2}
     assert liveness.patience(spec, 120.0) == 120.0
     (tmp_path / "chat.json").write_text('{"prompt_tokens_per_s": 16.0}')
     assert liveness.patience(spec, 120.0) == 3 * 2048 / 16.0
-    spec["argv"][2] = "1024"  # no prompt is longer than the context
-    assert liveness.patience(spec, 120.0) == 3 * 1024 / 16.0
+    spec["batch_tokens"] = None  # a record of an earlier version: no batch is longer than all slots' context
+    assert liveness.patience(spec, 120.0) == 3 * 8192 / 16.0
+
+
+def test_a_record_of_an_earlier_version_is_enough(check, server, systemd, tmp_path):
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({"gate": plan["gate"]}))
+    (tmp_path / "gate").mkdir()
+    (tmp_path / "gate/chat.json").write_text('{"prompt_tokens_per_s": 1e9}')
+    server.status = None
+    assert check() == 1 and restarts(systemd)

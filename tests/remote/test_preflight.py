@@ -4,11 +4,13 @@ systemd-run that refuses what the test says."""
 import json
 import sys
 
+import hardening_trial
 import preflight
 import pytest
-import sandbox_trial
 from hypothesis import given
 from hypothesis import strategies as st
+
+from llamafleet.service.trial import told_to_host
 
 NAME = "chat"
 
@@ -26,7 +28,7 @@ def failing_with(*needed):
     return works
 
 
-def test_where_the_whole_sandbox_works_nothing_is_dropped():
+def test_where_the_whole_hardening_works_nothing_is_dropped():
     tried = []
     assert preflight.tightest(["a"], ["b"], tried.append) == {}
     assert tried == [frozenset()]
@@ -50,8 +52,8 @@ def test_others_are_dropped_only_where_the_suspects_are_not_enough():
     assert preflight.tightest(["a", "b"], ["d", "e"], failing_with("b", "e")) == {"b": "needs b", "e": "needs e"}
 
 
-def test_what_works_under_no_sandbox_is_unfit():
-    with pytest.raises(preflight.Unfit, match="also without a sandbox: needs z"):
+def test_what_does_not_work_even_without_hardening_is_unfit():
+    with pytest.raises(preflight.Unfit, match="even without hardening: needs z"):
         preflight.tightest(["a"], ["b"], failing_with("z"))
 
 
@@ -126,7 +128,7 @@ def test_every_directive_of_a_rendered_unit_is_known():
             "NoNewPrivileges", "CapabilityBoundingSet", "AmbientCapabilities",
             "RestrictSUIDSGID", "SystemCallErrorNumber", "RemoveIPC", "UMask", "ProtectSystem", "ProtectHome",
             "PrivateTmp", "SupplementaryGroups"}  # fmt: skip
-    known = kept | set(sandbox_trial.NOT_TRIED)
+    known = kept | set(hardening_trial.NOT_TRIED)
     lines = {name for part in (*preflight.SUSPECTS, *preflight.OTHERS) for name in part.names}
     for gpus in ([], [24564]):
         unit = made(gpus, cpu=HYBRID | TWO_NODES, api_key_file="/keys")[0]
@@ -207,7 +209,9 @@ class Host:
     def stage(self, unit=UNIT, devices="none"):
         argv = [self.server, "--model", "/m.gguf", "--device", devices, "--cache-type-k", "q8_0", "--port", "8080"]
         (self.folder / f"staged/llama-server-{NAME}.service").write_text(unit)
-        (self.folder / "staged/plan.json").write_text(json.dumps({"gate": {"argv": argv}}))
+        (self.folder / "staged/plan.json").write_text(
+            json.dumps({"gate": {"argv": argv}, **told_to_host([*argv, "--batch-size", "1", "--ctx-size", "1"])})
+        )
 
     def staged(self):
         unit = (self.folder / f"staged/llama-server-{NAME}.service").read_text()
@@ -222,12 +226,12 @@ class Host:
 def host(tmp_path, monkeypatch):
     one = Host(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
-    monkeypatch.setattr(sandbox_trial, "MODELS", str(tmp_path / "models"))
+    monkeypatch.setattr(hardening_trial, "MODELS", str(tmp_path / "models"))
     one.prepare = lambda installed=tmp_path / "none": preflight.prepare(str(tmp_path / "staged"), NAME, str(installed))
     return one
 
 
-def test_a_sandbox_that_works_is_left_as_it_is(host):
+def test_hardening_that_works_is_left_as_it_is(host):
     host.stage()
     host.prepare()
     unit, found = host.staged()
@@ -254,7 +258,7 @@ def test_the_directive_that_breaks_it_is_dropped_and_told(host, capsys):
     assert dropped["directives"] == ["MemoryDenyWriteExecute=yes"]
     assert "permission denied" in dropped["why"] and "code=exited/status=1" in dropped["why"]
     assert found["unit_sha256"] != found["rendered_sha256"]
-    assert "note: sandbox without MemoryDenyWriteExecute=yes: --list-devices" in capsys.readouterr().out
+    assert "note: hardening without MemoryDenyWriteExecute=yes: --list-devices" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -264,7 +268,7 @@ def test_the_directive_that_breaks_it_is_dropped_and_told(host, capsys):
         ("NUMAPolicy=interleave", ["NUMAPolicy=interleave", "NUMAMask=0-1"]),  # a container that lets nobody set it
     ],
 )
-def test_a_placement_that_the_host_refuses_costs_nothing_of_the_sandbox(host, breaks, dropped):
+def test_a_placement_that_the_host_refuses_costs_nothing_of_the_hardening(host, breaks, dropped):
     placed = "Environment=A=b\nCPUAffinity=64-70\nNUMAPolicy=interleave\nNUMAMask=0-1\n"
     host.stage(UNIT.replace("Environment=A=b\n", placed))
     host.how(breaks=[breaks])
@@ -275,7 +279,7 @@ def test_a_placement_that_the_host_refuses_costs_nothing_of_the_sandbox(host, br
 def test_where_nothing_helps_the_switch_ends_and_the_staged_unit_stays(host):
     host.stage()
     host.how(says="libcuda.so.1 cannot be loaded: error")
-    with pytest.raises(preflight.Unfit, match=r"also without a sandbox: a tiny model: the server ends: .*libcuda"):
+    with pytest.raises(preflight.Unfit, match=r"even without hardening: a tiny model: the server ends: .*libcuda"):
         host.prepare()
     assert (host.folder / f"staged/llama-server-{NAME}.service").read_text() == UNIT
     assert list((host.folder / "models").iterdir()) == []
@@ -332,6 +336,17 @@ def test_what_was_found_holds_as_long_as_unit_and_ground_are_the_same(host, chan
         assert host.staged() == (unit, found)
 
 
-def test_an_address_of_ip_6_is_tried_there(host):
-    command = sandbox_trial.Trial(NAME, ["x", "--host", "::"]).command("::1", 5)
-    assert command[command.index("--host") + 1] == "::1"
+def test_the_trial_is_the_operator_s_with_model_and_port_filled_in():
+    trial = {"serve": ["x", "--weights", "{model}", "{port}", "a{port}"], "devices": []}
+    command = hardening_trial.Trial(NAME, trial).command(5)
+    assert command == ["x", "--weights", f"{hardening_trial.MODELS}/.preflight-{NAME}/tiny.gguf", "5", "a{port}"]
+
+
+def test_a_record_without_a_trial_is_refused_before_anything_runs(host):
+    host.stage()
+    plan = json.loads((host.folder / "staged/plan.json").read_text())
+    del plan["trial"]
+    (host.folder / "staged/plan.json").write_text(json.dumps(plan))
+    with pytest.raises(preflight.Unfit, match="made by another version of llamafleet: deploy again"):
+        host.prepare()
+    assert host.calls() == []

@@ -33,45 +33,8 @@ def test_a_dangling_link_is_not_ours(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def stub(tmp_path, monkeypatch):
-    """Puts a program that prints a text, and notes its arguments, first on PATH."""
-
-    def put(name, text, code=0):
-        program = tmp_path / "bin" / name
-        program.parent.mkdir(exist_ok=True)
-        (tmp_path / "told").write_text(text)
-        program.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\ncat {tmp_path}/told\nexit {code}\n')
-        program.chmod(0o755)
-
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
-    return put
-
-
-def test_packages_that_are_unknown_or_removed_are_missing(stub):
-    told = "git installed\ncurl config-files\ncmake half-configured\n"
-    stub("dpkg-query", told, code=1)  # as it exits when one of the names is unknown
-    assert survey.missing_packages("apt", ["git", "curl", "cmake", "ninja-build"]) == ["curl", "cmake", "ninja-build"]
-
-
-def test_rpm_is_asked_on_fedora(stub):
-    stub("rpm", "git installed\npackage ninja-build is not installed\n", code=1)
-    assert survey.missing_packages("dnf", ["git", "ninja-build"]) == ["ninja-build"]
-
-
-def test_nothing_wanted_asks_nobody(stub, tmp_path):
-    stub("dpkg-query", "")
-    assert survey.missing_packages("apt", []) == []
-    assert not (tmp_path / "calls").exists()
-
-
-def test_without_a_package_manager_everything_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert survey.missing_packages("apt", ["git"]) == ["git"]
-
-
-@pytest.fixture
 def model(tmp_path, monkeypatch):
-    monkeypatch.setattr(survey, "VAR", str(tmp_path))
+    monkeypatch.setattr(survey, "MODELS", str(tmp_path / "models"))
     path = tmp_path / "models" / "m-0123" / "x.gguf"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"GGUF")

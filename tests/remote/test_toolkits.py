@@ -168,7 +168,9 @@ def test_headers_against_the_hosts_glibc(toolkits, tmp_path, monkeypatch, glibc,
 
 def test_as_a_program_it_prints_json(tmp_path):
     nvidias(tmp_path, "/cuda-test", "12.6")
-    done = subprocess.run([sys.executable, "-I", PROGRAM, f"{tmp_path}/cuda-test"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-s", "-E", "-B", PROGRAM, f"{tmp_path}/cuda-test"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert {one["path"]: one["version"] for one in json.loads(done.stdout)}[f"{tmp_path}/cuda-test"] == "12.6"
 
@@ -178,7 +180,7 @@ def test_this_machines_own_compiler_is_found():
     """Against the compiler itself: its dry run tells which folder it takes for its own."""
     dry = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True).stderr
     top = next(line.split("=", 1)[1] for line in dry.splitlines() if line.startswith("#$ TOP="))
-    done = subprocess.run([sys.executable, "-I", PROGRAM], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-s", "-E", "-B", PROGRAM], capture_output=True, text=True, check=True)
     found = {one["path"]: one for one in json.loads(done.stdout)}
     told = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     assert f"release {found[os.path.realpath(top)]['version']}," in told

@@ -9,26 +9,22 @@ import subprocess
 import pytest
 
 from llamafleet.build.release import Build
-from llamafleet.hub import source as sources
-from llamafleet.service import command as flags
-from tasks.lib import templates as render
-from tasks.lib.lookups import Model
+from llamafleet.hub.source import ModelFiles, RemoteFile
+from llamafleet.planner.result import Plan
+from llamafleet.service import command
+from llamafleet.service.record import START_SECONDS, health_seconds, plan_record, url_host
+from llamafleet.service.unit import liveness_texts, unit_text
+from tasks.lib.templates import render
 from tests import planning
+from tests.service.test_changes import INSTALLED
 
 PATH = "/var/lib/llamafleet/models/m-123/Qwen3-8B.gguf"
 
 
-class Survey:
-    """What of a survey the unit depends on."""
-
-    machine = planning.machine()
-
-    class found:
-        device_classes = ("drm",)
-        gpu_groups = ("render", "video")
+HOST = dataclasses.replace(INSTALLED, device_classes=("drm",), gpu_groups=("render", "video"))
 
 
-def made(gpus, survey=Survey, layout="Qwen3-8B", cpu=(), **asked):
+def made(gpus, installed=HOST, layout="Qwen3-8B", cpu=(), **asked):
     """(unit text, record, argv) of a plan for a published model on a host with these GPUs' MiB."""
     wanted = planning.settings({"context_tokens": 4096, **asked})
     (instance,) = wanted.models
@@ -37,10 +33,10 @@ def made(gpus, survey=Survey, layout="Qwen3-8B", cpu=(), **asked):
         commit="c" * 40, backend=plan.backend, toolkit=None, architectures=(), machine_arch="x86_64", libc="2.41",
         cpu_flags=(), kv_types=("f16",), ui=False, tls=False,
     )  # fmt: skip
-    model = Model((sources.RemoteFile("Qwen3-8B.gguf", "https://x/y", 5, "a" * 64),), planning.header(layout))
-    argv = (f"{build.release}/bin/llama-server", *flags.argv(plan, instance, PATH))
-    record = render.plan_record(instance, plan, build, model, PATH, argv, speed_floor_percent=40)
-    return render.unit(instance, plan, build, survey, record, allow_swap=False), record, argv
+    model = ModelFiles((RemoteFile("Qwen3-8B.gguf", "https://x/y", 5, "a" * 64),), planning.header(layout))
+    argv = (f"{build.release}/bin/llama-server", *command.argv(plan, instance, PATH))
+    record = plan_record(instance, plan, build, model, PATH, argv, speed_floor_percent=40)
+    return unit_text(render, instance, plan, build, installed, record, allow_swap=False), record, argv
 
 
 def directive(unit, name):
@@ -51,18 +47,18 @@ def directive(unit, name):
 
 def test_the_command_line_is_the_plan_s():
     unit, record, argv = made([24564])
-    (command,) = directive(unit, "ExecStart")
+    (line,) = directive(unit, "ExecStart")
     # Of systemd's quoting this command uses what a shell reads alike, and $$ and %% for themselves.
-    assert shlex.split(command.replace("$$", "$").replace("%%", "%")) == list(argv) == record["gate"]["argv"]
+    assert shlex.split(line.replace("$$", "$").replace("%%", "%")) == list(argv) == record["gate"]["argv"]
 
 
 def test_backslashes_reach_llama_server():
     unit, _, argv = made([24564], layout="gpt-oss-120b")
     pattern = argv[argv.index("--override-tensor") + 1]
     assert "\\." in pattern
-    (command,) = directive(unit, "ExecStart")
+    (line,) = directive(unit, "ExecStart")
     # systemd.service: in double quotes two backslashes are one.
-    assert f'"{pattern}"'.replace("\\", "\\\\") in command
+    assert f'"{pattern}"'.replace("\\", "\\\\") in line
 
 
 def test_a_gpu_is_not_hidden_and_no_other_is_seen():
@@ -76,14 +72,8 @@ def test_a_gpu_is_not_hidden_and_no_other_is_seen():
 
 
 def test_a_driver_that_was_used_once_more_does_not_change_the_unit():
-    class Later:
-        machine = Survey.machine
-
-        class found:
-            device_classes = ("drm", "nvidia-uvm", "nvidia-caps")
-            gpu_groups = ("render", "video")
-
-    assert made([24564], Later)[0] == made([24564])[0]
+    later = dataclasses.replace(HOST, device_classes=("drm", "nvidia-uvm", "nvidia-caps"))
+    assert made([24564], later)[0] == made([24564])[0]
 
 
 def test_without_a_gpu_there_are_no_devices():
@@ -111,7 +101,7 @@ def test_free_bytes_drift_without_changing_the_identity(monkeypatch):
     _, record, _ = made([24564])
     plan = record["plan"]
     assert plan["ledger"][0]["free_bytes"] > 0
-    monkeypatch.setattr(render.Plan, "to_json", lambda self: {**plan, "ledger": []})
+    monkeypatch.setattr(Plan, "to_json", lambda self: {**plan, "ledger": []})
     assert made([24564])[1]["identity"] == record["identity"]
 
 
@@ -121,7 +111,7 @@ def test_another_context_is_another_identity():
 
 @pytest.mark.parametrize(("address", "host"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("10.0.0.7", "10.0.0.7")])
 def test_the_gate_asks_where_the_host_reaches_it(address, host):
-    assert render.url_host(address) == host
+    assert url_host(address) == host
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not here to ask")
@@ -133,8 +123,8 @@ def test_systemd_understands_every_line(gpus, tmp_path):
     unit = unit.replace(directive(unit, "ExecStart")[0].split(" ")[0], '"/bin/true"').replace("llamafleet\n", "root\n")
     file.write_text(unit)
     done = subprocess.run(["systemd-analyze", "verify", str(file)], capture_output=True, text=True)
-    told = [line for line in (done.stdout + done.stderr).splitlines() if file.name in line]
-    assert not [line for line in told if "Unknown" in line or "Failed to parse" in line or "ignoring" in line], told
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if file.name in line]
+    assert not [line for line in lines if "Unknown" in line or "Failed to parse" in line or "ignoring" in line], lines
 
 
 def test_planned_bytes_are_what_llama_cpp_allocates():
@@ -147,7 +137,7 @@ def test_planned_bytes_are_what_llama_cpp_allocates():
 def test_loading_time_grows_with_the_model():
     header = planning.header("Qwen3-8B")
     large = dataclasses.replace(header, file_bytes=tuple(10 * size for size in header.file_bytes))
-    assert render.health_seconds(Model((), large)) > render.health_seconds(Model((), header)) > render.START_SECONDS
+    assert health_seconds(ModelFiles((), large)) > health_seconds(ModelFiles((), header)) > START_SECONDS
 
 
 def exposure(unit, tmp_path):
@@ -177,25 +167,27 @@ def test_exposure_is_what_the_documents_say(gpus, listen, most, tmp_path):
 def test_a_liveness_check_is_two_units_or_none():
     wanted = planning.settings({"context_tokens": 4096})
     (instance,) = wanted.models
-    units = render.liveness(instance, dataclasses.replace(wanted, liveness_seconds=90, liveness_interval_seconds=7))
+    units = liveness_texts(
+        render, instance, dataclasses.replace(wanted, liveness_seconds=90, liveness_interval_seconds=7)
+    )
     check, timer = (units[f"llama-server-{instance.name}-liveness.{kind}"] for kind in ("service", "timer"))
     assert all(text.startswith("# Made by llamafleet") for text in units.values()) and len(units) == 2
-    (command,) = directive(check, "ExecStart")
-    assert shlex.split(command)[-2:] == [f"/etc/llamafleet/instances/{instance.name}/plan.json", "90"]
+    (line,) = directive(check, "ExecStart")
+    assert shlex.split(line)[-2:] == [f"/etc/llamafleet/instances/{instance.name}/plan.json", "90"]
     assert directive(timer, "OnUnitInactiveSec") == ["7"] and directive(timer, "PartOf") == [instance.unit]
-    assert render.liveness(instance, dataclasses.replace(wanted, liveness_seconds=0)) == {}
+    assert liveness_texts(render, instance, dataclasses.replace(wanted, liveness_seconds=0)) == {}
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not here to ask")
 def test_systemd_understands_the_liveness_check(tmp_path):
     wanted = planning.settings({"context_tokens": 4096})
-    for name, text in render.liveness(wanted.models[0], wanted).items():
+    for name, text in liveness_texts(render, wanted.models[0], wanted).items():
         (tmp_path / name).write_text(text)
     done = subprocess.run(["systemd-analyze", "verify", *map(str, tmp_path.iterdir())], capture_output=True, text=True)
-    told = [
+    lines = [
         line for line in (done.stdout + done.stderr).splitlines() if "-liveness" in line and "not found" not in line
     ]
-    assert not told, told
+    assert not lines, lines
 
 
 @pytest.mark.parametrize(
@@ -230,10 +222,10 @@ TWO_NODES = {"numa_nodes": 2, "numa_node_list": "0-1"}
 
 def test_a_plans_cpus_and_nodes_are_the_units():
     unit = made([], cpu=HYBRID | TWO_NODES)[0]
-    told = {name: directive(unit, name) for name in ("CPUAffinity", "NUMAPolicy", "NUMAMask")}
-    assert told == {"CPUAffinity": ["0-5,8"], "NUMAPolicy": ["interleave"], "NUMAMask": ["0-1"]}
+    values = {name: directive(unit, name) for name in ("CPUAffinity", "NUMAPolicy", "NUMAMask")}
+    assert values == {"CPUAffinity": ["0-5,8"], "NUMAPolicy": ["interleave"], "NUMAMask": ["0-1"]}
     unit = made([])[0]
-    assert not [name for name in told if directive(unit, name)]
+    assert not [name for name in values if directive(unit, name)]
 
 
 @pytest.mark.parametrize("cpu", [HYBRID, TWO_NODES], ids=["cpus", "nodes"])

@@ -68,8 +68,9 @@ def test_every_problem_is_told_at_once():
 )
 def test_wrong_types_are_refused(key, value):
     [told] = instance_problems(**{key: value})
-    assert told.startswith(f"models[0].{key}: should be ")
-    assert repr(value)[:3] in told or "(" in told
+    wrong = f"{key}[0]" if isinstance(value, list) else key
+    assert told.startswith(f"models[0].{wrong}: should be ")
+    assert told.endswith(f", is {value[0] if isinstance(value, list) else repr(value)}")
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,7 @@ def test_wrong_types_are_refused(key, value):
         ("listen", ""),
         ("listen", "localhost"),
         ("listen", "-127.0.0.1"),
+        ("listen", "fe80::1%eth0\nExecStartPre=/bin/sh"),
         ("port", 0),
         ("port", 70000),
         ("context_tokens", 1),
@@ -94,7 +96,8 @@ def test_wrong_types_are_refused(key, value):
 )
 def test_implausible_values_are_refused(key, value):
     [told] = instance_problems(**{key: value})
-    assert told.startswith(f"models[0].{key}: should ")
+    wrong = f"{key}[0]" if isinstance(value, list) and value else key
+    assert told.startswith(f"models[0].{wrong}: should ")
 
 
 def test_names_and_ports_are_used_once():
@@ -130,7 +133,9 @@ def test_an_entry_is_a_dictionary():
 
 def test_unset_is_not_empty():
     assert Settings.from_data({**default_data(), "models": [MODEL]}).models[0].context_tokens is None
-    assert instance_problems(context_tokens=0) == ["models[0].context_tokens: should be from 256 to 2147483647, is 0"]
+    assert instance_problems(context_tokens=0) == [
+        "models[0].context_tokens: should be a whole number from 256 to 2147483647 or None, is 0"
+    ]
 
 
 def test_an_address_that_others_reach_needs_a_key_or_the_word():
@@ -155,3 +160,15 @@ def test_flags_that_open_the_host_are_refused_unless_asked_by_name():
     assert "give an api_key_file too" in told
     entry = {**MODEL, "dangerous_flags": ["--tools read_file"], "api_key_file": "/keys"}
     assert Settings.from_data({**default_data(), "models": [entry]})
+
+
+@pytest.mark.parametrize(
+    ("key", "path"),
+    [("a\nb", "'a\\nb': unknown setting; known are models, "), ("", "'': unknown setting"), ("k" * 9999, "'kkk"),
+     ("\ud800", "settings: should have a string as keys, has '\\ud800'"), (3, "settings: should have a string as keys")],
+)  # fmt: skip
+def test_odd_keys_are_named_in_one_line(key, path):
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_data({**default_data(), key: 1})
+    [told] = caught.value.problems
+    assert told.startswith(path) and told.isprintable() and len(told) < 600

@@ -6,17 +6,17 @@ import subprocess
 import psutil
 import pytest
 
-from llamafleet.settings import secrets as secret_files
+from llamafleet.service.refusals import held_by
+from llamafleet.settings import secrets
 from llamafleet.settings.schema import Settings
-from tasks.lib import lookups as sources
-from tasks.lib import remote
+from tasks.lib import lookups, remote
 from tests import planning
 
 
 @pytest.fixture(autouse=True)
 def forget():
-    sources._known.clear()
-    sources._locks.clear()
+    lookups._known.clear()
+    lookups._locks.clear()
 
 
 @pytest.fixture
@@ -38,18 +38,18 @@ def wanted(repository, ref) -> Settings:
 @pytest.mark.parametrize("ref", ["b1", "master"])
 def test_a_tag_or_branch_is_the_commit_that_it_names(repository, ref):
     folder, head = repository
-    assert sources.commit(wanted(folder, ref)) == head
+    assert lookups.commit(wanted(folder, ref)) == head
 
 
 def test_a_commit_needs_no_asking():
-    assert sources.commit(wanted("/nowhere", "ab" * 20)) == "ab" * 20
+    assert lookups.commit(wanted("/nowhere", "ab" * 20)) == "ab" * 20
 
 
 def test_it_is_resolved_once(repository):
     folder, head = repository
-    sources.commit(wanted(folder, "b1"))
+    lookups.commit(wanted(folder, "b1"))
     subprocess.run(["git", "-C", str(folder), "tag", "--delete", "b1"], check=True, capture_output=True)
-    assert sources.commit(wanted(folder, "b1")) == head
+    assert lookups.commit(wanted(folder, "b1")) == head
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_it_is_resolved_once(repository):
     ids=["unknown ref", "no repository"],
 )
 def test_what_cannot_be_resolved_says_why(repository, place, ref, says):
-    with pytest.raises(sources.LookupFailed, match=says):
-        sources.commit(wanted(f"{repository[0]}{place}", ref))
+    with pytest.raises(lookups.LookupFailed, match=says):
+        lookups.commit(wanted(f"{repository[0]}{place}", ref))
 
 
 def test_a_failure_is_remembered():
@@ -67,24 +67,21 @@ def test_a_failure_is_remembered():
 
     def look_up():
         asked.append(1)
-        raise sources.LookupFailed("no")
+        raise lookups.LookupFailed("no")
 
     for _ in range(3):
-        with pytest.raises(sources.LookupFailed):
-            sources.once("key", look_up)
+        with pytest.raises(lookups.LookupFailed):
+            lookups.once("key", look_up)
     assert asked == [1]
 
 
 def test_the_hub_token_comes_from_the_file_before_the_environment(tmp_path, monkeypatch):
     monkeypatch.setattr("llamafleet.settings.secrets._taken", {})
     monkeypatch.setenv("HF_TOKEN", "hf_environment")
-    assert secret_files.hub_token(planning.settings({}).hub_token_file) == "hf_environment"
+    assert secrets.hub_token(planning.settings({}).hub_token_file) == "hf_environment"
     (tmp_path / "token").write_text("hf_file\n")
     (tmp_path / "token").chmod(0o600)
-    assert (
-        secret_files.hub_token(planning.settings({}, hub_token_file=str(tmp_path / "token")).hub_token_file)
-        == "hf_file"
-    )
+    assert secrets.hub_token(planning.settings({}, hub_token_file=str(tmp_path / "token")).hub_token_file) == "hf_file"
 
 
 def test_secrets_are_taken_out_of_the_environment_that_programs_inherit(monkeypatch):
@@ -92,13 +89,13 @@ def test_secrets_are_taken_out_of_the_environment_that_programs_inherit(monkeypa
     monkeypatch.setenv("HF_TOKEN", "hf_environment")
     monkeypatch.setenv("FLEET_KEYS", "key-in-a-variable")
     wanted = planning.settings({"api_key_file": "env:FLEET_KEYS"})
-    sources.take_secrets(wanted)
+    lookups.take_secrets(wanted)
     inherited = subprocess.run(["env"], capture_output=True, text=True).stdout
     assert "hf_environment" not in inherited and "key-in-a-variable" not in inherited
     # Taken, not lost; also when asked again for the next host.
     for _ in range(2):
-        assert secret_files.hub_token(wanted.hub_token_file) == "hf_environment"
-        assert sources.secrets(wanted.models[0]) == {"api-keys": "key-in-a-variable\n" * 2}
+        assert secrets.hub_token(wanted.hub_token_file) == "hf_environment"
+        assert lookups.instance_secrets(wanted.models[0]) == {"api-keys": "key-in-a-variable\n" * 2}
 
 
 def test_whose_lock_may_be_taken():
@@ -116,7 +113,7 @@ def test_whose_lock_may_be_taken():
 
 
 def test_the_message_for_the_second_run_names_the_first():
-    text = remote.held_by({**remote.this_run(), "who": "ann@desk", "age_seconds": 3.2})
+    text = held_by({**remote.this_run(), "who": "ann@desk", "age_seconds": 3.2})
     assert "ann@desk" in text and "3 s ago" in text
 
 

@@ -1,1 +1,1 @@
-"""llama.cpp's graph of a full batch, built from a header as its source does, and the memory that it takes."""
+"""llama.cpp's graph of a full batch, built from a GGUF header, and the bytes of its compute buffers."""

@@ -1,6 +1,6 @@
-"""Which backend computes what, and how much memory that takes on each: ggml's scheduler and allocator.
+"""Bytes of each backend's compute buffer: ggml's scheduler and allocator, for a graph without data.
 
-`sizes()` does what ggml_backend_sched_reserve_size does, for a graph made by `builder.py`: assign backends
+`buffer_bytes` does what ggml_backend_sched_reserve_size does, for a graph made by `builder.py`: assign backends
 and split the graph (ggml-backend.cpp:1200-1660), then place every tensor as the graph allocator does
 (ggml-alloc.c:620-830). Backends are numbered as there: devices first, the CPU last.
 """
@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from llamafleet.memory.graph.ggml import INPLACE, VIEWS, Graph, Tensor
 
-COPIES = 4  # GGML_SCHED_MAX_COPIES: of every input, where devices work as a pipeline
-ALIGNMENT = 128  # bytes; of CUDA's buffers, the CPU's have 64
-OFFLOAD_TOKENS = 32  # op-offload is for batches of this size and more (ggml-cuda.cu, offload_op)
-ENDLESS = 1 << 62
+COPIES = 4  # GGML_SCHED_MAX_COPIES: copies of each input where the devices form a pipeline
+ALIGNMENT = 128  # bytes, in CUDA buffers; CPU buffers have 64
+OFFLOAD_TOKENS = 32  # smallest batch for op-offload (ggml-cuda.cu, offload_op)
+UNLIMITED_BYTES = 1 << 62
 
-Steps = list[tuple[Tensor, int]]  # a node and its backend, in order
+Steps = list[tuple[Tensor, int]]  # tensors with their backends, in order of allocation
 
 
-def sizes(graph: Graph, devices: int, *, pipelined: bool = False, op_offload: bool = False) -> list[int]:
-    """Bytes of each backend's compute buffer, the CPU's last."""
+def buffer_bytes(graph: Graph, devices: int, *, pipelined: bool = False, op_offload: bool = False) -> list[int]:
+    """Bytes of the compute buffers of `devices` devices and, last, of the CPU."""
     steps, leafs = _schedule(graph, devices, COPIES if pipelined else 1, op_offload)
     return _allocate(steps, leafs, devices + 1)
 
@@ -29,15 +29,15 @@ def _schedule(graph: Graph, cpu: int, copies: int, op_offload: bool) -> tuple[St
     steps: Steps = []
     for backend, nodes, inputs in splits:
         for tensor in inputs:
-            # Keeps the source until it is copied; the copy is there from the start of the split.
+            # The source stays allocated until it is copied; the copy is allocated at the start of the split.
             steps.append((_dependency(tensor), tensor.backend))
             steps.append((_copies(tensor, backend)[0], backend))
         steps += [(node, node.backend) for node in nodes]
     leafs = [(leaf, leaf.backend) for leaf in graph.leafs]
     if copies > 1:
-        own = [_copies_of_input(leaf, copies) for leaf in graph.leafs if leaf.input]
-        taken = [(copy, backend) for backend, _, inputs in splits for t in inputs for copy in _copies(t, backend)]
-        leafs = [*(pair for pairs in own for pair in pairs), *taken, *leafs]
+        of_inputs = [_copies_of_input(leaf, copies) for leaf in graph.leafs if leaf.input]
+        of_splits = [(copy, backend) for backend, _, inputs in splits for t in inputs for copy in _copies(t, backend)]
+        leafs = [*(pair for pairs in of_inputs for pair in pairs), *of_splits, *leafs]
     return steps, leafs
 
 
@@ -46,10 +46,10 @@ def _dependency(tensor: Tensor) -> Tensor:
 
 
 def _copies_of_input(leaf: Tensor, copies: int) -> list[tuple[Tensor, int]]:
-    more = [_copy(leaf) for _ in range(copies - 1)]
-    for tensor in (leaf, *more):
+    tensors = [leaf, *(_copy(leaf) for _ in range(copies - 1))]
+    for tensor in tensors:
         tensor.input = tensor.output = True
-    return [(tensor, leaf.backend) for tensor in (leaf, *more)]
+    return [(tensor, leaf.backend) for tensor in tensors]
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -62,12 +62,12 @@ def _copies(tensor: Tensor, backend: int) -> list[Tensor]:
 
 
 def _home(tensor: Tensor) -> int | None:
-    """The backend whose memory the tensor is already in."""
+    """The backend whose memory holds the tensor before the graph is allocated; None if no backend does."""
     return (tensor.view_src or tensor).home
 
 
-def _fixed(node: Tensor, cpu: int, op_offload: bool) -> int:
-    """Pass 1: where its own memory is, or that of its weights; -1 if neither says (ggml-backend.cpp:962)."""
+def _backend_from_buffers(node: Tensor, cpu: int, op_offload: bool) -> int:
+    """Pass 1: the backend that holds the tensor or its weights; -1 if none does (ggml-backend.cpp:962)."""
     home = _home(node)
     if home is not None:
         return home
@@ -76,13 +76,13 @@ def _fixed(node: Tensor, cpu: int, op_offload: bool) -> int:
     if node.op not in ("rope", "flash_attn"):
         for src in node.src:
             if src.weight and src.home is not None:
-                wants = op_offload and src.home == cpu and cpu > 0 and _batch(node) >= OFFLOAD_TOKENS
-                return 0 if wants else src.home
+                offload = op_offload and src.home == cpu and cpu > 0 and _batch(node) >= OFFLOAD_TOKENS
+                return 0 if offload else src.home
     return -1
 
 
 def _batch(node: Tensor) -> int:
-    """get_op_batch_size of ggml-cuda.cu and ggml-vulkan.cpp."""
+    """Batch size of an operation (get_op_batch_size of ggml-cuda.cu and ggml-vulkan.cpp)."""
     if node.op == "get_rows":
         return 0
     if node.op == "mul_mat":
@@ -93,15 +93,15 @@ def _batch(node: Tensor) -> int:
 
 
 def _assign(graph: Graph, cpu: int, op_offload: bool) -> None:
-    """Passes 1 to 4: to whom each tensor belongs."""
+    """Passes 1 to 4: set the backend of each tensor."""
     for leaf in graph.leafs:
         if leaf.home is None:
-            leaf.backend = _fixed(leaf, cpu, op_offload)
+            leaf.backend = _backend_from_buffers(leaf, cpu, op_offload)
     for node in graph.nodes:
-        node.backend = _fixed(node, cpu, op_offload)
-    working = [node for node in graph.nodes if node.op not in VIEWS]
+        node.backend = _backend_from_buffers(node, cpu, op_offload)
+    computed = [node for node in graph.nodes if node.op not in VIEWS]
     for also_cpu in (False, True):
-        for ordered in (working, working[::-1]):
+        for ordered in (computed, computed[::-1]):
             current = -1
             for node in ordered:
                 backend = node.backend
@@ -118,7 +118,7 @@ def _assign(graph: Graph, cpu: int, op_offload: bool) -> None:
 
 
 def _split(graph: Graph, copies: int) -> list[tuple[int, list[Tensor], list[Tensor]]]:
-    """Pass 5: runs of nodes of one backend, each with the tensors that are copied to it."""
+    """Pass 5: (backend, its nodes, tensors copied to it) for each run of nodes on one backend."""
     current = next((node.backend for node in graph.nodes if node.op not in VIEWS), 0)
     splits: list[tuple[int, list[Tensor], list[Tensor]]] = [(current, [], [])]
     for node in graph.nodes:
@@ -148,15 +148,15 @@ def _has_foreign_weight(node: Tensor, backend: int) -> bool:
 
 
 class _Arena:
-    """One buffer: free blocks by address, and how far it was ever used (ggml_dyn_tallocr)."""
+    """One buffer: its free blocks by address, and the highest byte that was used (ggml_dyn_tallocr)."""
 
     def __init__(self) -> None:
-        self.free: list[list[int]] = [[0, ENDLESS]]  # [offset, size]
-        self.most = 0
+        self.free: list[list[int]] = [[0, UNLIMITED_BYTES]]  # [offset, size]
+        self.peak_bytes = 0
 
-    def take(self, size: int) -> int:
+    def allocate(self, size: int) -> int:
         free = self.free
-        best, best_size = len(free) - 1, ENDLESS
+        best, best_size = len(free) - 1, UNLIMITED_BYTES
         for index in range(len(free) - 1):
             if size <= free[index][1] <= best_size:
                 best, best_size = index, free[index][1]
@@ -166,10 +166,10 @@ class _Arena:
         block[1] -= size
         if not block[1]:
             del free[best]
-        self.most = max(self.most, offset + size)
+        self.peak_bytes = max(self.peak_bytes, offset + size)
         return offset
 
-    def give(self, offset: int, size: int) -> None:
+    def free_block(self, offset: int, size: int) -> None:
         free = self.free
         for index, block in enumerate(free):
             if block[0] + block[1] == offset:
@@ -194,7 +194,7 @@ def _padded(size: int) -> int:
 
 
 def _allocate(steps: Steps, leafs: Steps, backends: int) -> list[int]:
-    """Place every tensor while it is needed (ggml_gallocr_alloc_graph_impl)."""
+    """Peak bytes of each buffer when tensors are freed after their last use (ggml_gallocr_alloc_graph_impl)."""
     arenas = [_Arena() for _ in range(backends)]
     for leaf, backend in leafs:
         _place(leaf, backend, arenas)
@@ -217,7 +217,7 @@ def _allocate(steps: Steps, leafs: Steps, backends: int) -> list[int]:
             src.children -= 1
             if not src.children and not src.views:
                 _release(src, arenas)
-    return [arena.most for arena in arenas]
+    return [arena.peak_bytes for arena in arenas]
 
 
 def _release(tensor: Tensor, arenas: list[_Arena]) -> None:
@@ -228,7 +228,7 @@ def _release(tensor: Tensor, arenas: list[_Arena]) -> None:
             return
         tensor = root
     if tensor.allocated and not tensor.output:
-        arenas[tensor.buffer].give(tensor.address, _padded(tensor.bytes))
+        arenas[tensor.buffer].free_block(tensor.address, _padded(tensor.bytes))
         tensor.allocated = False
 
 
@@ -241,11 +241,11 @@ def _place(node: Tensor, backend: int, arenas: list[_Arena]) -> None:
         node.buffer, node.address = parent.buffer, parent.address
         parent.allocated = False
         return
-    node.buffer, node.address = backend, arenas[backend].take(_padded(node.bytes))
+    node.buffer, node.address = backend, arenas[backend].allocate(_padded(node.bytes))
 
 
 def _reusable(node: Tensor) -> Tensor | None:
-    """The operand whose memory the node may write over: never a view's, which is nobody's own there."""
+    """The operand whose memory the node may overwrite; a view has no memory of its own and is never reused."""
     for parent in node.src:
         if not parent.allocated or parent.output or parent.children != 1 or parent.views:
             continue

@@ -1,7 +1,7 @@
-"""A graph of tensors without data, built as ggml builds it: shapes, strides, views, order of nodes.
+"""A graph of tensors without data, built like ggml's: shapes, strides, views, order of nodes (ggml/src/ggml.c, b11434).
 
-Only what decides how much memory a graph takes is here (ggml/src/ggml.c at b11434): no names, no
-parameters of operations. Weights and caches are tensors with a `home`, the backend that holds them.
+It has only the properties that decide how much memory the graph takes: no names, no parameters of operations. Weights
+and caches are tensors with a `home`, the number of the backend that holds them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from llamafleet.model.ggml_types import GGML_TYPES
 
-# What ggml-alloc.c (ggml_op_can_inplace) writes over its operand where nobody else needs it.
+# Operations that overwrite their operand if no other node needs it (ggml-alloc.c, ggml_op_can_inplace).
 INPLACE = frozenset({"scale", "add", "add_id", "sub", "mul", "div", "sqr", "sqrt", "unary", "rope", "rms_norm",
                      "clamp", "soft_max", "fill"})  # fmt: skip
 VIEWS = frozenset({"view", "reshape", "permute", "transpose"})
@@ -22,7 +22,7 @@ Dimensions = tuple[int, int, int, int]
 
 
 class Tensor:
-    """A node or leaf. The fields after `flags` are the scheduler's and the allocator's."""
+    """A node or leaf of a graph. `allocation` sets backend, copies, children, views, allocated, buffer and address."""
 
     __slots__ = (
         "address",
@@ -63,7 +63,7 @@ class Tensor:
         if nb is None:
             nb = contiguous(kind, ne)
             self.bytes = nb[3] * ne[3]
-        else:  # a view takes no memory; a copy of one does
+        else:  # a view takes no memory, a copy of a view does
             self.bytes = _bytes(kind, ne, nb) if of is None else 0
         self.nb = nb
         self.home, self.weight = home, weight
@@ -74,18 +74,18 @@ class Tensor:
 
 
 def row_bytes(kind: str, elements: int) -> int:
-    """Bytes of a row; a last, partial block counts whole."""
+    """Bytes of a row; a partial last block counts as a whole block."""
     block, size = TYPES[kind]
     return -(-elements // block) * size
 
 
 def is_contiguous(tensor: Tensor) -> bool:
-    """Without gaps, in order."""
+    """Are the elements stored in order and without gaps?"""
     return tensor.nb == contiguous(tensor.type, tensor.ne)
 
 
 def elements(tensor: Tensor) -> int:
-    """Number of values."""
+    """Number of elements."""
     return math.prod(tensor.ne)
 
 
@@ -98,7 +98,7 @@ def contiguous(kind: str, ne: Dimensions) -> Dimensions:
 
 
 def _bytes(kind: str, ne: Dimensions, nb: Dimensions) -> int:
-    """ggml_nbytes: from the first to behind the last element."""
+    """Bytes from the first element to the end of the last (ggml_nbytes)."""
     if 0 in ne:
         return 0
     block, size = TYPES[kind]
@@ -112,14 +112,14 @@ def _four(ne: Sequence[int]) -> Dimensions:
 
 
 class Graph:
-    """Nodes in the order in which they are computed, and leafs."""
+    """A graph: nodes in the order of computation, and leafs."""
 
     def __init__(self) -> None:
         self.nodes: list[Tensor] = []
         self.leafs: list[Tensor] = []
 
     def expand(self, tensor: Tensor) -> None:
-        """ggml_build_forward_expand: this tensor and whatever it needs, operands first."""
+        """Append a tensor and all that it depends on, operands first (ggml_build_forward_expand)."""
         if not tensor.visited:
             tensor.visited = True
             self._visit(tensor)
@@ -133,29 +133,29 @@ class Graph:
 
 
 def weight(kind: str, ne: Sequence[int], home: int) -> Tensor:
-    """A tensor of the model."""
+    """A weight of the model, held by backend `home`."""
     return Tensor("none", kind, _four(ne), home=home, weight=True)
 
 
 def cache(kind: str, ne: Sequence[int], home: int) -> Tensor:
-    """A tensor of the context's memory."""
+    """A tensor of the KV cache or the recurrent state, held by backend `home`."""
     return Tensor("none", kind, _four(ne), home=home)
 
 
 def graph_input(kind: str, *ne: int) -> Tensor:
-    """What is set from outside before each run."""
+    """An input, which llama.cpp sets before each computation."""
     tensor = Tensor("none", kind, _four(ne))
     tensor.input = True
     return tensor
 
 
 def new(op: str, kind: str, ne: Sequence[int], *src: Tensor) -> Tensor:
-    """An operation's result, in memory of its own."""
+    """The result of an operation, with the given type and shape, in its own memory."""
     return Tensor(op, kind, _four(ne), src)
 
 
-def same(op: str, a: Tensor, *others: Tensor) -> Tensor:
-    """An operation whose result has the first operand's shape (ggml_dup_tensor: contiguous)."""
+def apply(op: str, a: Tensor, *others: Tensor) -> Tensor:
+    """The result of an operation, with type and shape of the first operand, contiguous (ggml_dup_tensor)."""
     return Tensor(op, a.type, a.ne, (a, *others))
 
 
@@ -181,6 +181,7 @@ def cpy(a: Tensor, b: Tensor) -> Tensor:
 
 
 def inplace(op: str, a: Tensor, *others: Tensor) -> Tensor:
+    """The result of an operation, written over its first operand (ggml_*_inplace)."""
     return Tensor(op, a.type, a.ne, (a, *others), nb=a.nb, of=a)
 
 
@@ -193,7 +194,7 @@ def reshape(a: Tensor, *ne: int) -> Tensor:
 
 
 def view(a: Tensor, ne: Sequence[int], strides: Sequence[int] = ()) -> Tensor:
-    """A window of `a`; strides from the second dimension on, the rest as if contiguous."""
+    """A view of a part of `a`. `strides`: bytes, from the second dimension on; missing strides as if contiguous."""
     shape = _four(ne)
     nb = list(contiguous(a.type, shape))
     for index, stride in enumerate(strides, 1):
@@ -204,7 +205,7 @@ def view(a: Tensor, ne: Sequence[int], strides: Sequence[int] = ()) -> Tensor:
 
 
 def permute(a: Tensor, *axes: int) -> Tensor:
-    """axes[i]: where dimension i goes."""
+    """Reorder dimensions: dimension i of `a` becomes dimension axes[i]."""
     ne, nb = [0] * 4, [0] * 4
     for source, target in enumerate(axes):
         ne[target], nb[target] = a.ne[source], a.nb[source]
@@ -226,8 +227,8 @@ def concat(a: Tensor, b: Tensor, axis: int) -> Tensor:
     return new("concat", a.type, ne, a, b)
 
 
-def rotated(cur: Tensor, matrix: Tensor) -> Tensor:
-    """Rows turned piece by piece (llama_mul_mat_hadamard, llama-impl.h:57)."""
+def mul_mat_hadamard(cur: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply pieces of each row by a matrix (llama_mul_mat_hadamard, llama-impl.h:57)."""
     width = matrix.ne[0]
     count = elements(cur) // width
     flat = reshape(cur, width, count) if is_contiguous(cur) else cont(cur, width, count)

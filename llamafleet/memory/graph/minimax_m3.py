@@ -12,67 +12,67 @@ from llamafleet.memory.graph.ggml import (
     I32,
     I64,
     Tensor,
+    apply,
     cont,
     get_rows,
     mul_mat,
+    mul_mat_hadamard,
     new,
     permute,
     reshape,
-    rotated,
-    same,
     transpose,
     view,
 )
 
-POSITIONS = 256  # that the graph is reserved for: none are in the cache yet (llama_kv_cache_msa_context::get_n_pos)
+POSITIONS = 256  # of the reserved graph, where the cache is empty (llama_kv_cache_msa_context::get_n_pos)
 
 
 class Inputs(NamedTuple):
-    """One of each for all layers."""
+    """Graph inputs that all layers share."""
 
-    ids: Tensor  # where the indexer's keys go
-    bias: Tensor  # of the blocks that are always attended to
-    visible: Tensor  # by position
-    cells: Tensor  # of positions
-    blocks: Tensor  # of cells
-    mask: Tensor
+    ids: Tensor  # cells to write the indexer's keys to
+    bias: Tensor  # selects the blocks that are always attended to
+    visible: Tensor  # mask by position
+    cells: Tensor  # the cell of each position
+    blocks: Tensor  # the block of each cell
+    mask: Tensor  # attention mask as f32
 
 
 def is_sparse(b: Builder) -> bool:
-    """Does this layer pick blocks? Not without flash attention, nor where slots share a cache: it is dense then."""
-    alone = b.context.slots == 1 or not b.context.unified
-    return "indexer.q_proj.weight" in b.layers[b.layer] and b.context.flash_attention and alone
+    """Does this layer attend to picked blocks only? Only with flash attention and one cache for each slot."""
+    separate_caches = b.context.slots == 1 or not b.context.unified
+    return "indexer.q_proj.weight" in b.layers[b.layer] and b.context.flash_attention and separate_caches
 
 
 def attend_blocks(b: Builder, cur: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-    """What build_attn does in dense layers: store K, V and the indexer's keys, attend."""
+    """Store K, V and the indexer's keys, and attend to the blocks that the indexer picks."""
     size, count = b.shape.indexer.key, b.shape.indexer.heads
     inputs, cells, kind = _inputs(b), b.context.stream_cells, b.context.kv_type.upper()
     k_ids, v_ids, _ = b.attention_inputs(False)
     query = b.norm(reshape(b.linear("indexer.q_proj", cur), size, count, b.tokens), "indexer.q_norm")
     key = b.norm(reshape(b.linear("indexer.k_proj", cur), size, 1, b.tokens), "indexer.k_norm")
-    query, key = same("rope", query, positions), same("rope", key, positions)
-    home = b.homes("cache", b.layer)
+    query, key = apply("rope", query, positions), apply("rope", key, positions)
+    home = b.backend_of("cache", b.layer)
     keys = ggml.cache(kind, (size, cells, b.streams), home)
     b.store(keys, key, inputs.ids)
     size_k, size_v, heads = k.ne[0], v.ne[0], k.ne[1]
-    turn_k, turn_v = b.rotation("k", size_k, False), b.rotation("v", size_v, False)
-    if turn_k is not None:
-        q, k = rotated(q, turn_k), rotated(k, turn_k)
-    v = rotated(v, turn_v) if turn_v is not None else v
+    hadamard_k, hadamard_v = b.hadamard("k", size_k, False), b.hadamard("v", size_v, False)
+    if hadamard_k is not None:
+        q, k = mul_mat_hadamard(q, hadamard_k), mul_mat_hadamard(k, hadamard_k)
+    v = mul_mat_hadamard(v, hadamard_v) if hadamard_v is not None else v
     for tensor in (q, k, v):
         b.graph.expand(tensor)
     stored_k = ggml.cache(kind, (size_k * heads, cells, b.streams), home)
     stored_v = ggml.cache(kind, (size_v * heads, cells, b.streams), home)
     b.store(stored_k, k, k_ids)
     b.store(stored_v, v, v_ids)
-    cached = b.cached(keys, size, 1, cells), b.cached(stored_k, size_k, heads, cells)
-    read_v, out = b.cached(stored_v, size_v, heads, cells), None
+    cached = b.read_cache(keys, size, 1, cells), b.read_cache(stored_k, size_k, heads, cells)
+    read_v, out = b.read_cache(stored_v, size_v, heads, cells), None
     for _ in range(b.streams):
-        one = _stream(b, inputs, query, q, *cached, read_v)
-        out = one if out is None else ggml.concat(out, one, 1)
-    assert out is not None  # there is one stream at least
-    return out if turn_v is None else rotated(out, turn_v)
+        attended = _attend_stream(b, inputs, query, q, *cached, read_v)
+        out = attended if out is None else ggml.concat(out, attended, 1)
+    assert out is not None  # there is at least one stream
+    return out if hadamard_v is None else mul_mat_hadamard(out, hadamard_v)
 
 
 def _inputs(b: Builder) -> Inputs:
@@ -93,40 +93,41 @@ def _make_inputs(b: Builder) -> Inputs:
     )
 
 
-def _stream(b: Builder, inputs: Inputs, query: Tensor, q: Tensor, keys: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One slot's tokens: scores of blocks, the best of them, a mask of these, attention group by group."""
-    each, cells, (size, groups) = b.tokens // b.streams, b.context.stream_cells, query.ne[:2]
+def _attend_stream(b: Builder, inputs: Inputs, query: Tensor, q: Tensor, keys: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one slot's tokens: score blocks, mask all but the top blocks, attend in each group of heads."""
+    seq_tokens, cells, (size, groups) = b.tokens // b.streams, b.context.stream_cells, query.ne[:2]
     blocks, width = inputs.bias.ne[0], inputs.visible.ne[0]
-    query = view(query, (size, groups, each), query.nb[1:3])
-    bias = view(inputs.bias, (blocks, 1, each), (inputs.bias.nb[1], inputs.bias.nb[1]))
-    visible = view(inputs.visible, (width, 1, each), (inputs.visible.nb[1], inputs.visible.nb[1]))
-    at_positions = get_rows(view(keys, (size, cells), (keys.nb[2],)), view(inputs.cells, (width,)))
-    scores = reshape(mul_mat(at_positions, reshape(query, size, groups * each)), width, groups, each)
+    query = view(query, (size, groups, seq_tokens), query.nb[1:3])
+    bias = view(inputs.bias, (blocks, 1, seq_tokens), (inputs.bias.nb[1], inputs.bias.nb[1]))
+    visible = view(inputs.visible, (width, 1, seq_tokens), (inputs.visible.nb[1], inputs.visible.nb[1]))
+    keys_by_position = get_rows(view(keys, (size, cells), (keys.nb[2],)), view(inputs.cells, (width,)))
+    scores = reshape(mul_mat(keys_by_position, reshape(query, size, groups * seq_tokens)), width, groups, seq_tokens)
     scores = ggml.inplace("add", scores, visible)
-    scores = same("add", new("pool", F32, (blocks, groups, each), scores), bias)
-    best = min(b.shape.indexer.top, blocks)
-    chosen = new("top_k", I32, (best, groups, each), scores)
-    closed = new("cast", F16, bias.ne, same("scale", bias))
-    closed = new("repeat", F16, (blocks, groups, each), closed)
-    zeros = same("scale", new("cast", F32, chosen.ne, chosen))
-    opened = ggml.set_rows(
-        reshape(closed, 1, blocks, groups * each),
-        reshape(zeros, 1, best, groups * each),
-        reshape(chosen, best, groups * each),
+    scores = apply("add", new("pool", F32, (blocks, groups, seq_tokens), scores), bias)
+    top_k = min(b.shape.indexer.top, blocks)
+    top_blocks = new("top_k", I32, (top_k, groups, seq_tokens), scores)
+    masked = new("cast", F16, bias.ne, apply("scale", bias))
+    masked = new("repeat", F16, (blocks, groups, seq_tokens), masked)
+    zeros = apply("scale", new("cast", F32, top_blocks.ne, top_blocks))
+    block_mask = ggml.set_rows(
+        reshape(masked, 1, blocks, groups * seq_tokens),
+        reshape(zeros, 1, top_k, groups * seq_tokens),
+        reshape(top_blocks, top_k, groups * seq_tokens),
     )
-    opened = cont(permute(reshape(opened, blocks, groups, each), 0, 2, 1, 3))
-    across = cont(transpose(reshape(opened, blocks, each * groups)))
-    of_cells = cont(transpose(get_rows(across, view(inputs.blocks, (cells,)))))
-    mask = view(inputs.mask, (cells, each, 1), (inputs.mask.nb[1], inputs.mask.nb[3]))
-    mask = reshape(ggml.inplace("add", reshape(of_cells, cells, each, groups), mask), cells, each, 1, groups)
+    block_mask = cont(permute(reshape(block_mask, blocks, groups, seq_tokens), 0, 2, 1, 3))
+    by_block = cont(transpose(reshape(block_mask, blocks, seq_tokens * groups)))
+    cell_mask = cont(transpose(get_rows(by_block, view(inputs.blocks, (cells,)))))
+    mask = view(inputs.mask, (cells, seq_tokens, 1), (inputs.mask.nb[1], inputs.mask.nb[3]))
+    mask = ggml.inplace("add", reshape(cell_mask, cells, seq_tokens, groups), mask)
+    mask = reshape(mask, cells, seq_tokens, 1, groups)
     mask = new("cast", F16, mask.ne, mask)
-    q = view(q, (q.ne[0], q.ne[1], each), q.nb[1:3])
-    k, v = (permute(view(one, one.ne[:3], one.nb[1:]), 0, 3, 1, 2) for one in (k, v))
-    return _attend(b, q, k, v, mask)
+    q = view(q, (q.ne[0], q.ne[1], seq_tokens), q.nb[1:3])
+    k, v = (permute(view(x, x.ne[:3], x.nb[1:]), 0, 3, 1, 2) for x in (k, v))
+    return _attn_msa_fa(b, q, k, v, mask)
 
 
-def _attend(b: Builder, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """build_attn_msa_fa: the groups of heads take the place of slots."""
+def _attn_msa_fa(b: Builder, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Flash attention with groups of heads in the dimension of streams (build_attn_msa_fa)."""
     size, heads, tokens, groups = q.ne[0], q.ne[1], q.ne[2], k.ne[3]
     q = permute(reshape(q, size, heads // groups, groups, tokens), 0, 2, 3, 1)
     out = ggml.flash_attn(q, k, v, mask, None)

@@ -1,36 +1,38 @@
-"""Layers that keep a state instead of a cache; of short convolutions all of it (src/models/lfm2.cpp at b11434)."""
+"""Recurrent layers: the graph by a layer's tensors, and LFM2's short convolution (src/models/lfm2.cpp at b11434)."""
 
 from __future__ import annotations
 
 from llamafleet.memory.graph.builder import Builder, GraphUnknownError
-from llamafleet.memory.graph.delta_net import delta_net, kimi_delta
-from llamafleet.memory.graph.ggml import Tensor, reshape, same, view
-from llamafleet.memory.graph.mamba import mamba, mamba2, plamo_mamba
-from llamafleet.memory.graph.recurrent_state import convolve, convolved
+from llamafleet.memory.graph.delta_net import delta_net, kimi_delta_attention
+from llamafleet.memory.graph.ggml import Tensor, apply, reshape, view
+from llamafleet.memory.graph.mamba import mamba, mamba2, plamo2_mamba
+from llamafleet.memory.graph.recurrent_state import build_conv_state, ssm_conv
 
 
 def recurrent(b: Builder, cur: Tensor) -> Tensor:
-    """The state's part of a layer, from its normed input to what is added to the residual."""
+    """The result of a recurrent layer, before the residual is added, from its normed input."""
     parts = b.layers[b.layer]
     if "shortconv.conv.weight" in parts:
         return _short_convolution(b, cur)
     if "ssm_beta_alpha.weight" in parts or "ssm_ba.weight" in parts or "ssm_alpha.weight" in parts:
         return delta_net(b, cur)
     if "ssm_conv1d_q.weight" in parts:
-        return kimi_delta(b, cur)
+        return kimi_delta_attention(b, cur)
     if "ssm_x.weight" in parts:
-        return plamo_mamba(b, cur) if b.shape.architecture.state_heads else mamba(b, cur)
+        return plamo2_mamba(b, cur) if b.shape.architecture.state_heads else mamba(b, cur)
     if "ssm_conv1d.weight" in parts and b.shape.state.rank:
         return mamba2(b, cur)
-    raise GraphUnknownError(f"the state of {b.shape.architecture.name}, layer {b.layer}")
+    raise GraphUnknownError(f"{b.shape.architecture.name}: recurrent layer {b.layer} of an unknown kind")
 
 
 def _short_convolution(b: Builder, cur: Tensor) -> Tensor:
-    """models/lfm2.cpp."""
+    """Short convolution with a gate before and after it (models/lfm2.cpp)."""
     kernel, embd = b.shape.state.short_cells, b.embd
-    slots, each = b.context.slots, b.tokens // b.context.slots
-    whole = b.linear("shortconv.in_proj", reshape(cur, embd, each, slots))
-    gate_in, gate_out, x = (view(whole, (embd, each, slots), (whole.nb[1], whole.nb[2])) for _ in range(3))
-    columns = convolve(b, same("mul", gate_in, x), embd, kernel)
-    out = same("mul", gate_out, convolved(columns, b.need("shortconv.conv.weight"), each))
+    slots, seq_tokens = b.context.slots, b.tokens // b.context.slots
+    projected = b.linear("shortconv.in_proj", reshape(cur, embd, seq_tokens, slots))
+    gate_in, gate_out, x = (
+        view(projected, (embd, seq_tokens, slots), (projected.nb[1], projected.nb[2])) for _ in range(3)
+    )
+    columns = build_conv_state(b, apply("mul", gate_in, x), embd, kernel)
+    out = apply("mul", gate_out, ssm_conv(columns, b.need("shortconv.conv.weight"), seq_tokens))
     return reshape(b.linear("shortconv.out_proj", out), embd, b.tokens)

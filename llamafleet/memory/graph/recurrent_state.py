@@ -1,4 +1,4 @@
-"""The state that recurrent layers keep for each slot: how it is read and stored (src/llama-graph.cpp at b11434)."""
+"""Read and store the state that recurrent layers keep for each slot (src/llama-graph.cpp at b11434)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from llamafleet.memory.graph.builder import Builder
 from llamafleet.memory.graph.ggml import F32, Tensor, concat, cpy, get_rows, new, reshape, transpose, view
 
 
-def gather(b: Builder, width: int, scan: Callable[[Tensor, Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """build_rs: all slots' states, gathered; `scan` reads them from where they are. (the store, the states)."""
+def build_rs(b: Builder, width: int, scan: Callable[[Tensor, Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """The state tensor and the gathered states of all slots (build_rs).
+
+    `width`: elements of one slot's state. `scan`: an operation that reads the states in place instead.
+    """
     slots = b.context.slots
-    store = ggml.cache(F32, (width, slots), b.homes("cache", b.layer))
+    store = ggml.cache(F32, (width, slots), b.backend_of("cache", b.layer))
     ids, main, tail = b.state_ids()
     b.graph.expand(ggml.inplace("scale", view(store, (0,))))
     gathered = get_rows(store, tail if scan else ids)
@@ -22,15 +25,18 @@ def gather(b: Builder, width: int, scan: Callable[[Tensor, Tensor], Tensor] | No
     return store, states
 
 
-def convolve(b: Builder, cur: Tensor, channels: int, kernel: int) -> Tensor:
-    """Put the last columns before the new ones, keep the newest. cur: (channels, tokens of a slot, slots)."""
+def build_conv_state(b: Builder, cur: Tensor, channels: int, kernel: int) -> Tensor:
+    """Prepend the stored columns to the new ones, and store the newest (build_conv_state).
+
+    `cur`: (channels, tokens of a slot, slots).
+    """
     slots = b.context.slots
-    store, before = gather(b, (kernel - 1) * channels)
+    store, before = build_rs(b, (kernel - 1) * channels)
     columns = concat(reshape(before, kernel - 1, channels, slots), transpose(cur), 0)
     last = view(columns, (kernel - 1, channels, slots), (columns.nb[1], columns.nb[2]))
     b.graph.expand(cpy(last, view(store, ((kernel - 1) * channels, slots), (store.nb[1],))))
     return columns
 
 
-def convolved(columns: Tensor, weight: Tensor, tokens: int) -> Tensor:
+def ssm_conv(columns: Tensor, weight: Tensor, tokens: int) -> Tensor:
     return new("ssm_conv", F32, (columns.ne[1], tokens, columns.ne[2]), columns, weight)

@@ -1,8 +1,11 @@
 """Run a release's llama-server in a transient unit with given directives, and see whether it works.
 
-Contract: `Trial(name, argv)` for an instance and its planned command line, used in a `with` block; `run(directives)`
-returns None where every planned device is listed and a tiny model answers, else why not. Its model and unit are
-gone after the block. Raises `Unfit` where systemd-run itself cannot be used. Root, systemd, standard library.
+Contract: `Trial(name, trial)` is used in a `with` block. `name` is the instance's; `trial` is the key of that name in
+plan.json: {"list_devices": the command that lists devices, "devices": the names that it must list, "serve": the command
+that serves a tiny model, in which {model} stands for the model's path and {port} for a free port of "host"}.
+`run(directives)` returns None where every device is listed and the tiny model answers, else the reason. The model and
+the unit are gone after the block. Raises `Unfit` where systemd-run itself cannot be used. Root, systemd, standard
+library; common.py and tiny_gguf.py lie beside it.
 """
 
 from __future__ import annotations
@@ -17,30 +20,28 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from typing import IO, Any, List, NamedTuple, Optional, Sequence, Set
+from typing import IO, Any, Dict, List, NamedTuple, Optional, Sequence, Set
 
 import tiny_gguf
+from common import MODELS, systemctl, transient_unit
 
-MODELS = "/var/lib/llamafleet/models"
 MODPROBE = "/usr/bin/nvidia-modprobe"
 # Deadlines, seconds: a device list comes at once, a CUDA context can take ten seconds on a cold driver.
 LIST_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 60, 60, 10
-# Of the unit, but not of its sandbox: what is started, when again, and files that are installed later.
+# Directives that are no hardening: what is started, when it is started again, and files that are installed later.
 NOT_TRIED = ("Type", "ExecStart", "ExecStartPre", "ExecStartPost", "TimeoutStartSec", "TimeoutStopSec", "Restart",
              "RestartSec", "RestartSteps", "RestartMaxDelaySec", "LoadCredential", "WatchdogSec")  # fmt: skip
-# What llama.cpp's backends say where a device has no memory left.
+# Messages of llama.cpp's backends when a device has no memory left.
 NO_MEMORY = re.compile(r"out of memory|cudaMalloc failed|failed to allocate|ErrorOutOfDeviceMemory", re.IGNORECASE)
-# How systemd-run (client and manager) call a directive that this systemd does not know: units ignore it as well.
+# Messages of systemd-run and of the manager about a directive that this systemd does not know. Units ignore it too.
 UNKNOWN = re.compile(r"(?:Unknown assignment: |Cannot set property )(\w+)")
-# What systemd-run itself tells at the end of a unit.
+# Lines that systemd-run itself prints at the end of a unit.
 OF_SYSTEMD_RUN = (r"Running as unit|Press \^\]|Finished with result|Main processes|Service runtime|CPU time|Memory|IO |"
                   r"IP traffic")  # fmt: skip
-# Planned flags that are tried too; all others of the plan are about the real model.
-CARRIED = ("--device", "--split-mode", "--cache-type-k", "--cache-type-v", "--flash-attn", "--load-mode", "--fit")
 
 
 class Unfit(Exception):
-    """No sandbox can be tried, or none works; the text is for the operator."""
+    """No hardening can be tried, or llama-server does not work even without any; the text is for the operator."""
 
 
 class Directive(NamedTuple):
@@ -53,9 +54,10 @@ class Directive(NamedTuple):
 
 
 class Trial:
-    def __init__(self, name: str, argv: Sequence[str]) -> None:
-        self.unit = f"llamafleet-preflight-{name}.service"
-        self.argv = list(argv)
+    def __init__(self, name: str, trial: Dict[str, Any]) -> None:
+        self.unit = transient_unit("preflight", name)
+        self.trial = trial
+        self.devices: List[str] = trial["devices"]  # the planned ones, as llama-server names them
         self.folder = f"{MODELS}/.preflight-{name}"
         self.ignored: Set[str] = set()  # directives that this systemd does not know
         self.checked: List[str] = []  # what the last run that worked has seen
@@ -65,7 +67,7 @@ class Trial:
         os.makedirs(self.folder, mode=0o755, exist_ok=True)
         tiny_gguf.write(f"{self.folder}/tiny.gguf")
         os.chmod(f"{self.folder}/tiny.gguf", 0o644)
-        if "CUDA0" in self.devices() and os.path.exists(MODPROBE):
+        if "CUDA0" in self.devices and os.path.exists(MODPROBE):
             subprocess.run([MODPROBE, "-c0", "-u"])  # as the unit does before it starts
         return self
 
@@ -79,20 +81,16 @@ class Trial:
         if why is None:
             why = self.answers(directives)
             checked.append("completion")
-        if why is not None and self.devices() and NO_MEMORY.search(why):
-            # Beside a service that fills the card; the gate will see what the real model does.
+        if why is not None and self.devices and NO_MEMORY.search(why):
+            # A running service fills the card. The gate checks the real model once that service has stopped.
             why, checked = None, ["list-devices; no memory beside the running service for a completion"]
         if why is None:
             self.checked = checked
         return why
 
-    def devices(self) -> List[str]:
-        """The planned devices, as llama-server names them."""
-        names = value_of(self.argv, "--device") or "none"
-        return [] if names == "none" else names.split(",")
-
     def lists_devices(self, directives: Sequence[Directive]) -> Optional[str]:
-        with self.started([self.argv[0], "--list-devices"], directives) as process:
+        """Why the planned devices are not all listed; None where they are."""
+        with self.started(self.trial["list_devices"], directives) as process:
             code, said = process.wait(LIST_SECONDS), process.said()
         unknown = UNKNOWN.search(said)
         if code and unknown and unknown[1] in {one.name for one in directives} - self.ignored:
@@ -101,7 +99,7 @@ class Trial:
         if code is None:
             return f"--list-devices does not end within {LIST_SECONDS} s"
         listed = set(re.findall(r"^\s+([A-Za-z]+\d+): ", said, re.MULTILINE))
-        missing = [name for name in self.devices() if name not in listed]
+        missing = [name for name in self.devices if name not in listed]
         if code:
             return f"--list-devices: {how_it_ended(said, code)}"
         if missing:
@@ -109,24 +107,20 @@ class Trial:
         return None
 
     def answers(self, directives: Sequence[Directive]) -> Optional[str]:
-        host = "::1" if ":" in (value_of(self.argv, "--host") or "") else "127.0.0.1"
+        """Why the tiny model gives no completion; None where it does."""
+        host = self.trial["host"]
         port = free_port(host)
         bound = [Directive(one.name, f"tcp:{port}") if one.name == "SocketBindAllow" else one for one in directives]
-        with self.started(self.command(host, port), bound) as process:
+        with self.started(self.command(port), bound) as process:
             why = completion(process, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
             self.stop()
             code = process.wait(STOP_SECONDS)
             return why and f"a tiny model: {why}: {how_it_ended(process.said(), code)}"
 
-    def command(self, host: str, port: int) -> List[str]:
-        """The tiny model on the planned devices, on loopback. One thread: a busy host is not what is tried."""
-        words = [self.argv[0], "--model", f"{self.folder}/tiny.gguf", "--host", host, "--port", str(port),
-                 "--ctx-size", "256", "--parallel", "1", "--threads", "1", "--cache-ram", "0", "--offline", "--no-ui",
-                 "--n-gpu-layers", "99" if self.devices() else "0"]  # fmt: skip
-        for flag in CARRIED:
-            value = value_of(self.argv, flag)
-            words += [flag, value] if value is not None else []
-        return words
+    def command(self, port: int) -> List[str]:
+        """The command that serves the tiny model, with its path and this port."""
+        known = {"{model}": f"{self.folder}/tiny.gguf", "{port}": str(port)}
+        return [known.get(word, word) for word in self.trial["serve"]]
 
     def started(self, command: Sequence[str], directives: Sequence[Directive]) -> "Started":
         tried = [one for one in directives if one.name not in (*NOT_TRIED, *self.ignored)]
@@ -142,11 +136,11 @@ class Trial:
 
 def stop(unit: str) -> None:
     for verb in ("stop", "reset-failed"):
-        subprocess.run(["systemctl", "--quiet", verb, unit], stderr=subprocess.DEVNULL)
+        systemctl("--quiet", verb, unit, check=False)
 
 
 class Started:
-    """A systemd-run with its unit, and what they say; gone at the end of its `with` block."""
+    """A running systemd-run with its unit and their output. Both are stopped at the end of the `with` block."""
 
     def __init__(self, unit: str, words: Sequence[str]) -> None:
         self.unit = unit
@@ -164,7 +158,7 @@ class Started:
         self.output.close()
 
     def wait(self, seconds: float) -> Optional[int]:
-        """The exit code; None where it runs on."""
+        """The exit code; None if it still runs after this time."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -176,7 +170,7 @@ class Started:
 
 
 def completion(process: Started, url: str) -> Optional[str]:
-    """Why no completion came; None where one did."""
+    """Ask for four tokens until the server has loaded; the reason why they do not come, or None."""
     deadline = time.monotonic() + ANSWER_SECONDS
     body = {"prompt": "Hello", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
     said: Any = "nothing"
@@ -207,12 +201,8 @@ def free_port(host: str) -> int:
         return int(one.getsockname()[1])
 
 
-def value_of(argv: Sequence[str], flag: str) -> Optional[str]:
-    return argv[argv.index(flag) + 1] if flag in argv else None
-
-
 def how_it_ended(said: str, code: Optional[int]) -> str:
-    """The telling lines of what a systemd-run and its program said."""
+    """How the program ended, and the last two lines of its output that speak of an error."""
     ended = re.search(r"^\s*Main processes terminated with: (.*)$", said, re.MULTILINE)
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     lines = [line for line in lines if not re.match(OF_SYSTEMD_RUN, line)]
