@@ -16,7 +16,7 @@ from llamafleet.settings.schema import Instance
 GIB = 1024**3
 STEPS = 32  # the largest context is found in steps of 1/32 of the trained context, with five plans
 # Common quantisations by the type of most weights, smallest first. The second type of each is llama-quantize's choice
-# for rows that are no multiple of 256 (tensor_type_fallback, src/llama-quant.cpp).
+# for rows that are no multiple of 256 (src/llama-quant.cpp, tensor_type_fallback).
 LADDER = (("Q2_K", "Q4_0"), ("Q3_K", "Q4_0"), ("Q4_K", "Q5_0"), ("Q5_K", "Q5_1"), ("Q6_K", "Q8_0"), ("Q8_0", "Q8_0"))
 _BLOCKS = {name: (block, size) for name, block, size in GGML_TYPES.values()}
 Planner = Callable[[Instance, Header], Plan | Refusal]

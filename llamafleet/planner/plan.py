@@ -40,7 +40,7 @@ from llamafleet.settings.workload import Workload
 from llamafleet.units import MIB
 
 CELLS = 256  # llama.cpp pads a KV cache to a multiple of this many cells
-MOST_CHECKPOINTS = 32  # of a slot: llama.cpp's own limit (common/common.h:635)
+MOST_CHECKPOINTS = 32  # of a slot: llama.cpp's own limit (common/common.h, n_ctx_checkpoints)
 DEFAULT_CONTEXT_LIMIT = 32768  # tokens, if the settings give no context_tokens (inventory/group_data/all.py)
 ESTIMATE_ERROR_BYTES = 32 * MIB  # of RAM, by which the search's estimate may be too high
 NEARLY_FITTING = 2  # candidates within that error that are checked first
@@ -108,7 +108,7 @@ def _plan_instance(
         return Refusal(reason, instance=instance.name, suggestions=("name the model's main GGUF file",))
     trained = shape.context_tokens
     tokens = instance.context_tokens or min(trained or DEFAULT_CONTEXT_LIMIT, DEFAULT_CONTEXT_LIMIT)
-    # llama-server rounds the context up to 256 cells (GGML_PAD of n_ctx_seq, llama-context.cpp): plan that size.
+    # llama-server rounds the context up to 256 cells (src/llama-context.cpp, n_ctx_seq): plan that size.
     padded = -(-tokens // CELLS) * CELLS
     tokens = min(padded, max(tokens, trained)) if trained else padded
     if trained and tokens > trained:

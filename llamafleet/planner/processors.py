@@ -1,7 +1,8 @@
 """How a model uses a host's processors: number of threads, CPUs that they run on, NUMA nodes of the memory.
 
 systemd sets CPUs and nodes before the server starts (`CPUAffinity=`, `NUMAPolicy=`). llama.cpp's own `--cpu-range`
-and `--numa` set the threads' CPUs again for every graph they compute (ggml-cpu.c, ggml_graph_compute); the unit's
+and `--numa` set the threads' CPUs again for every graph they compute (ggml/src/ggml-cpu/ggml-cpu.c,
+ggml_graph_compute); the unit's
 hardening refuses that, and each thread logs a warning. docs/planning.md describes the alternatives.
 """
 

@@ -104,7 +104,7 @@ class Search(Budgets):
         """GPU orders worth a try: the fastest GPU, the fastest two, ..., and the largest likewise.
 
         Within an order the GPU with the best PCIe link comes first: op-offload copies all weights from the host to
-        the first device (ggml-backend.cpp, the first backend that wants an operation).
+        the first device (ggml/src/ggml-backend.cpp, the first backend that wants an operation).
         """
         rates, sizes = self.roofline.rates.gpus, self.capacity.gpu_bytes
         devices = range(len(sizes))
