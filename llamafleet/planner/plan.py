@@ -18,7 +18,7 @@ from llamafleet.host.machine import Machine
 from llamafleet.host.speeds import NOT_MEASURED, Measurements, rates
 from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.checkpoints import checkpoint_bytes
-from llamafleet.memory.context import Context
+from llamafleet.memory.context import PAD_CELLS, Context
 from llamafleet.memory.kv_cache import takes_cache_of
 from llamafleet.memory.ledger import NO_CORRECTION, Correction
 from llamafleet.memory.placement import HOST
@@ -39,7 +39,6 @@ from llamafleet.settings.schema import Instance, Settings
 from llamafleet.settings.workload import Workload
 from llamafleet.units import MIB
 
-CELLS = 256  # llama.cpp pads a KV cache to a multiple of this many cells
 MOST_CHECKPOINTS = 32  # of a slot: llama.cpp's own limit (common/common.h, n_ctx_checkpoints)
 DEFAULT_CONTEXT_LIMIT = 32768  # tokens, if the settings give no context_tokens (inventory/group_data/all.py)
 ESTIMATE_ERROR_BYTES = 32 * MIB  # of RAM, by which the search's estimate may be too high
@@ -109,7 +108,7 @@ def _plan_instance(
     trained = shape.context_tokens
     tokens = instance.context_tokens or min(trained or DEFAULT_CONTEXT_LIMIT, DEFAULT_CONTEXT_LIMIT)
     # llama-server rounds the context up to 256 cells (src/llama-context.cpp, n_ctx_seq): plan that size.
-    padded = -(-tokens // CELLS) * CELLS
+    padded = -(-tokens // PAD_CELLS) * PAD_CELLS
     tokens = min(padded, max(tokens, trained)) if trained else padded
     if trained and tokens > trained:
         return Refusal(

@@ -2,7 +2,8 @@
 
 `buffer_bytes` does what ggml_backend_sched_reserve_size does, for a graph made by `builder.py`: assign backends
 and split the graph (ggml/src/ggml-backend.cpp, ggml_backend_sched_split_graph), then place every tensor as the graph
-allocator does (ggml/src/ggml-alloc.c, ggml_gallocr_alloc_graph_impl). Backends are numbered as there: devices first, the CPU last.
+allocator does (ggml/src/ggml-alloc.c, ggml_gallocr_alloc_graph_impl). Backends are numbered as in ggml:
+devices first, the CPU last.
 """
 
 from __future__ import annotations
