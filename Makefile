@@ -4,13 +4,14 @@
 PYTHON ?= python3
 SHELL := /bin/bash
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -q --durations=15
 HOSTS ?= 2
 
 # What the demo and the tests need of Debian: disposable hosts, the stand-ins for GitHub and the Hub,
 # a compiler for the oracle and the fake NVML.
 PACKAGES := mmdebstrap systemd-container openssh-client git curl cmake ninja-build g++ gcc libc6-dev libgomp1
 
-.PHONY: help demo test test-offline test-cuda check check-style check-types check-imports lock
+.PHONY: help demo test test-offline test-long test-cuda check check-style check-types check-imports lock
 .PHONY: sandbox-up sandbox-down packages
 
 help: ## this list, which plain `make` prints too
@@ -19,23 +20,18 @@ help: ## this list, which plain `make` prints too
 demo: .venv/ready packages ## two disposable hosts, the real deploy, a completion, a second run without change
 	$(BIN)/python -m sandbox.demo
 
-# Two halves side by side: sandbox hosts mostly wait, while the other half computes and compiles. `set -m` gives that
-# one a process group, which can be interrupted as a whole and then takes its host down.
-test: .venv/ready packages check ## what a change must pass: `check`, and all tests but the CUDA build
-	@mkdir -p .cache; set -m; \
-	{ $(BIN)/python -m pytest -q -m "not cuda and not e2e"; code=$$?; \
-	  $(BIN)/python -m pytest -q -m vulkan; vulkan=$$?; exit $$(( code ? code : vulkan )); } > .cache/test-beside.log 2>&1 & \
-	beside=$$!; trap 'kill -INT -- -$$beside 2>/dev/null; wait $$beside' EXIT; \
-	$(BIN)/python -m pytest -q -m "e2e and not cuda and not vulkan"; hosts=$$?; \
-	wait $$beside; code=$$?; trap - EXIT; \
-	echo "--- beside it, without sandbox hosts and with Vulkan:"; cat .cache/test-beside.log; \
-	exit $$(( hosts ? hosts : code ))
+# The lanes run side by side: tests/lanes.py.
+test: .venv/ready packages ## what a change must pass: `check`, and all tests but the long ones and the CUDA build
+	$(BIN)/python -m tests.lanes
 
 test-offline: .venv/ready ## the tests that need neither root nor a compiler
-	$(BIN)/python -m pytest -q -m "not cuda and not e2e and not oracle"
+	$(PYTEST) -m "not cuda and not e2e and not oracle and not long"
+
+test-long: .venv/ready packages ## what `make test` does a few times, many times
+	$(PYTEST) -m "long and not cuda"
 
 test-cuda: .venv/ready packages ## compile llama.cpp with CUDA in a host without a GPU; 8 GB of disk
-	$(BIN)/python -m pytest -q -m cuda
+	$(PYTEST) -m cuda
 
 check: .venv/ready ## ruff, its formatter, mypy in strict mode, import-linter
 	@$(MAKE) --no-print-directory check-style check-types check-imports
@@ -82,6 +78,6 @@ packages:
 	@[ ! -L .venv ] || { echo "error: .venv is a link, and making it anew would empty $$(readlink .venv)"; exit 1; }
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || { apt-get update -q && apt-get install -q -y python3-venv; }
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r locks/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --require-hashes --no-deps -r locks/dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@

@@ -1,6 +1,6 @@
 """Bytes that op-offload stages on a device, by llama-server and by the ledger: bench/results/staging.csv.
 
-    python -m bench.staging HOST      a sandbox host on which the deploy has built Vulkan (tests/e2e/test_5_vulkan.py)
+    python -m bench.staging HOST      a sandbox host on which the deploy has built Vulkan (tests/e2e/test_04_vulkan.py)
 
 llama-server reports the memory of each model twice, wholly on the device and with a part of it on the host; staging is
 the growth of the compute buffer. The weightless models must be in the host's /srv/oracle.

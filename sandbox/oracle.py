@@ -1,8 +1,7 @@
 """llama.cpp itself, built once for the CPU with its RPC backend: what the `oracle` tests compare against.
 
-`build()` compiles llama-server and ggml-rpc-server of the upstream stand-in into `.cache/llama.cpp-cpu/`,
-about four minutes on four cores, and afterwards only returns the paths. Needs git, cmake, ninja and a C++
-compiler.
+`build()` compiles llama-server and ggml-rpc-server of the upstream stand-in into `.cache/llama.cpp-cpu/`, and
+afterwards only returns the paths (oracle_build.py).
 
 `ask()` tells what llama-server would allocate: a model (weightless is enough) and flags in, MiB by device
 out. With its default `--fit on` llama-server first makes the model and the context without memory, exactly as
@@ -13,10 +12,8 @@ size of their own (each reports the machine's RAM), which does not matter becaus
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import shutil
 import socket
 import subprocess
 import threading
@@ -27,26 +24,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic, sleep
-from typing import IO
 
-from sandbox import upstream
+from sandbox.oracle_build import Oracle, OracleError, Source, build, end
 
-FOLDER = upstream.CACHE / "llama.cpp-cpu"
-PACKAGES = ("git", "cmake", "ninja-build", "g++")  # Debian names of what a build needs
-TARGETS = ("llama-server", "ggml-rpc-server")
-FLAGS = (
-    "-DCMAKE_BUILD_TYPE=Release",
-    "-DBUILD_SHARED_LIBS=OFF",  # each program one file
-    "-DGGML_RPC=ON",  # an RPC device stands in for a GPU
-    "-DLLAMA_BUILD_UI=OFF",
-    "-DLLAMA_USE_PREBUILT_UI=OFF",  # else the build fetches the web UI
-    "-DLLAMA_OPENSSL=OFF",
-    "-DLLAMA_BUILD_TESTS=OFF",
-    "-DLLAMA_BUILD_EXAMPLES=OFF",
-    "-DLLAMA_BUILD_APP=OFF",
-    "-DGGML_CCACHE=OFF",
-)
-BUILD_TIMEOUT_SECONDS = 3600
+__all__ = ["Breakdown", "Oracle", "OracleError", "Row", "Source", "ask", "build", "free_port", "rpc_server", "serving"]
+
 START_TIMEOUT_SECONDS = 60
 STOP_TIMEOUT_SECONDS = 10
 ASK_TIMEOUT_SECONDS = 60  # 0.5 s alone; a loaded machine of two cores is slower
@@ -59,45 +41,6 @@ _ROW = re.compile(  # with the device's total and free memory before the figures
     r" \+\s+(?P<compute>\d+)\)?(?: \+\s+-?\d+)?\s+\|"
 )
 _BUFFER = re.compile(r"sched_reserve: +(?P<name>[^\[\s]+)(?:\[\S+\])? compute buffer size = +(?P<size>[\d.]+) MiB")
-
-
-class OracleError(RuntimeError):
-    """The oracle could not be built or started; the message carries the end of its log."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A release of llama.cpp in a local git repository."""
-
-    repository: Path
-    commit: str
-    tag: str  # bNNNNN
-
-
-@dataclass(frozen=True)
-class Oracle:
-    """The built programs."""
-
-    llama_server: Path
-    rpc_server: Path
-
-
-def build(jobs: int | None = None, source: Source | None = None) -> Oracle:
-    """The programs, compiled if the cache has none for this commit and these flags. Raises OracleError.
-
-    `source` is another release than the pinned one (bench/adopt.py).
-    """
-    source = source or Source(upstream.REPOSITORY, upstream.ensure(), upstream.TAG)
-    commit = source.commit
-    key = hashlib.sha256("\n".join((commit, *FLAGS)).encode()).hexdigest()[:12]
-    folder = FOLDER / key
-    oracle = Oracle(folder / "bin" / TARGETS[0], folder / "bin" / TARGETS[1])
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with upstream.locked(FOLDER / "lock"):
-        if not (folder / "done").exists():
-            _compile(folder, source, jobs or os.cpu_count() or 1)
-            (folder / "done").touch()
-    return oracle
 
 
 @contextmanager
@@ -203,38 +146,7 @@ def _wait_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None
             return  # 503 while loading is an OSError too (HTTPError)
         sleep(0.1)
     state = "still not healthy" if process.returncode is None else f"exited with {process.returncode}"
-    raise OracleError(f"llama-server {state} after at most {START_TIMEOUT_SECONDS} s; {log} ends:\n{_end(log)}")
-
-
-def _compile(folder: Path, origin: Source, jobs: int) -> None:
-    commit = origin.commit
-    shutil.rmtree(folder, ignore_errors=True)
-    source = folder / "source"
-    source.mkdir(parents=True)
-    with (folder / "build.log").open("wb") as log:
-        archive = ["git", f"--git-dir={origin.repository}", "archive", commit]
-        with subprocess.Popen(archive, stdout=subprocess.PIPE) as tree:
-            _run(["tar", "-x", "-C", str(source)], log, stdin=tree.stdout)
-        number = origin.tag.removeprefix("b")
-        stamp = (f"-DLLAMA_BUILD_NUMBER={number}", f"-DLLAMA_BUILD_COMMIT={commit[:7]}")
-        _run(["cmake", "-S", str(source), "-B", str(folder / "build"), "-G", "Ninja", *FLAGS, *stamp], log)
-        _run(["cmake", "--build", str(folder / "build"), "-j", str(jobs), "--target", *TARGETS], log)
-    (folder / "build" / "bin").rename(folder / "bin")
-    shutil.rmtree(folder / "build")  # 90 MB of objects; the programs are static
-    shutil.rmtree(source)
-
-
-def _run(command: list[str], log: IO[bytes], stdin: IO[bytes] | None = None) -> None:
-    try:
-        done = subprocess.run(command, stdin=stdin, stdout=log, stderr=log, timeout=BUILD_TIMEOUT_SECONDS, check=False)
-    except FileNotFoundError as error:
-        raise OracleError(f"{command[0]} is not installed; a build needs: {' '.join(PACKAGES)}") from error
-    if done.returncode != 0:
-        raise OracleError(f"{' '.join(command)} ended with {done.returncode}; {log.name} ends:\n{_end(Path(log.name))}")
-
-
-def _end(log: Path) -> str:
-    return log.read_text(errors="replace")[-2000:]
+    raise OracleError(f"llama-server {state} after at most {START_TIMEOUT_SECONDS} s; {log} ends:\n{end(log)}")
 
 
 def free_port() -> int:

@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,11 +53,12 @@ class Outside:
 def running(repository: Path = upstream.REPOSITORY) -> Iterator[Outside]:
     """Serve until the block ends; `sources` has an instance's `source` for each kind of model ("dense", "moe")."""
     upstream.ensure()
-    with upstream_wire.serve(repository) as url, Hub() as hub:
+    # A folder of its own: others, which may serve at the same time, write files of the same names.
+    with upstream_wire.serve(repository) as url, Hub() as hub, tempfile.TemporaryDirectory() as made:
         sources = {}
         for name, (kind, shards) in MODELS.items():
-            folder = CACHE / "models" / f"{kind}-{shards}"
-            folder.mkdir(parents=True, exist_ok=True)
+            folder = Path(made, f"{kind}-{shards}")
+            folder.mkdir()
             first = models.tiny(folder, kind, shards=shards)
             for file in sorted(folder.glob("*.gguf")):
                 hub.add(name, file.name, file)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from llamafleet.build.release import Build, jobs
+from sandbox import oracle_build
 
 BUILD = Build(
     commit="c" * 40, backend="cuda", toolkit="cuda-12.8", architectures=("89",), machine_arch="x86_64",
@@ -69,3 +70,9 @@ def test_commits_of_one_configuration_share_a_build_folder():
     other = dataclasses.replace(BUILD, commit="d" * 40)
     assert other.tree == BUILD.tree and other.key != BUILD.key
     assert dataclasses.replace(BUILD, libc="2.36").tree != BUILD.tree
+
+
+def test_the_oracle_is_compiled_as_a_deploy_compiles():
+    """With the same options it takes the object files of the tests' hosts."""
+    deployed = dataclasses.replace(BUILD, backend="cpu", toolkit=None, architectures=())
+    assert set(oracle_build.FLAGS) == {*deployed.cmake_flags(), "-DGGML_RPC=ON"}

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from sandbox import compiler_cache, oracle_build, upstream
 from sandbox import hosts as sandbox
 from sandbox import outside as stand_ins
-from sandbox import upstream
-from tests.e2e.deploying import PORT, on, write_inventory
+from tests.e2e import deploying
+from tests.e2e.deploying import on, pyinfra, write_inventory
 
 ON_HOST = stand_ins.BUILDS_ON_HOST
+# Two checkouts on one machine, and two lanes of `make test`, run side by side where names and addresses differ.
+PREFIX = os.environ.get("E2E_PREFIX") or sandbox.PREFIX
+FIRST_ADDRESS = int(os.environ.get("E2E_FIRST_ADDRESS") or 1)
 
 
 def pytest_collection_modifyitems(items):
@@ -38,31 +42,58 @@ def builds(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def hosts(builds):
-    """Three bare hosts."""
-    sandbox.prepare()
-    _down()
+def boot(builds):
+    """Boots bare hosts of this prefix, which have the build cache and a compiler cache; down at the end."""
+    booted = set()
+
+    def down(prefix):
+        """Ours alone: other lanes have hosts of other names."""
+        sandbox.down([one.name for one in sandbox.listed() if one.name.rstrip("0123456789") == prefix])
+
+    def make(count, prefix, address, packages=(), binds=()):
+        sandbox.prepare()
+        down(prefix)
+        booted.add(prefix)
+        made = sandbox.up(
+            count, prefix=prefix, first_address=FIRST_ADDRESS + address,
+            packages=[compiler_cache.PACKAGE, *packages],
+            binds=[f"{builds}:{ON_HOST}", compiler_cache.bind(), *binds],
+        )  # fmt: skip
+        for host in made:
+            compiler_cache.equip(host)
+        return made
+
     try:
-        # $E2E_FIRST_ADDRESS: two checkouts on one machine can run these tests side by side.
-        first = int(os.environ.get("E2E_FIRST_ADDRESS") or 1)
-        yield sandbox.up(3, binds=[f"{builds}:{ON_HOST}"], first_address=first)
+        yield make
     finally:
-        _down()
-
-
-def _down():
-    """Ours alone: test_5_vulkan runs beside, with a host of its own."""
-    sandbox.down([one.name for one in sandbox.listed() if one.name.startswith(sandbox.PREFIX)])
+        for prefix in booted:
+            down(prefix)
 
 
 @pytest.fixture(scope="session")
-def builder(hosts):
-    """The host that compiled: it has the build folder, so that another commit is compiled quickly.
+def hosts(boot, request):
+    """Three hosts: bare ones where the session has the tests of a first deploy, else with a compiler."""
+    is_first = any(item.path.stem == "test_01_deploy" for item in request.session.items)
+    return boot(3, PREFIX, 0, packages=() if is_first else oracle_build.COMPILER)
 
-    Needs the deploy of test_1_deploy.
-    """
-    record = json.loads(on(hosts[0], "cat", "/opt/llamafleet/current/release.json"))
-    return next(one for one in hosts if one.name == record["built_on"])
+
+@pytest.fixture(scope="session")
+def deployed(hosts, outside, tmp_path_factory):
+    """The first two hosts serve: a dense model, and one with experts. Bare ones are deployed to."""
+    pairs = [
+        (host, deploying.settings(outside, host, kind)) for host, kind in zip(hosts[:2], ("dense", "moe"), strict=True)
+    ]
+    with oracle_build.compiling():
+        done = pyinfra(write_inventory(tmp_path_factory.mktemp("deployed") / "inventory.py", pairs))
+    assert done.code == 0, done.text
+    return hosts[:2]
+
+
+@pytest.fixture(scope="session")
+def builder(deployed):
+    """The host that compiled: it has the build folder, so that another commit is compiled quickly."""
+    record = json.loads(on(deployed[0], "cat", "/opt/llamafleet/current/release.json"))
+    return next(one for one in deployed if one.name == record["built_on"])
 
 
 @pytest.fixture
@@ -70,10 +101,7 @@ def settings(outside):
     """Settings of one host with one model; a test overrides what it is about."""
 
     def make(host, kind="dense", **overrides):
-        model = {"name": "tiny", "source": outside.sources[kind], "port": PORT, "listen": host.address,
-                 # One thread: several that wait for each other crawl where cores are shared.
-                 "context_tokens": 1024, "threads": 1, **overrides.pop("model", {})}  # fmt: skip
-        return {**outside.settings(), "build_cache": ON_HOST, "models": [model], **overrides}
+        return deploying.settings(outside, host, kind, **overrides)
 
     return make
 

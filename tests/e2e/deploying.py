@@ -9,6 +9,8 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sandbox.outside import BUILDS_ON_HOST
+
 ROOT = Path(__file__).resolve().parents[2]
 PYINFRA = Path(sys.executable).with_name("pyinfra")
 PORT = 8080
@@ -49,6 +51,14 @@ def connection(host):
         "ssh_hostname": host.address, "ssh_port": host.port, "ssh_user": "root", "ssh_key": str(host.ssh_key),
         "ssh_known_hosts_file": str(host.known_hosts), "ssh_strict_host_key_checking": "yes",
     }  # fmt: skip
+
+
+def settings(outside, host, kind="dense", **overrides):
+    """Settings of a host with one model, with `overrides` of the host's settings, and of the model's in `model`."""
+    model = {"name": "tiny", "source": outside.sources[kind], "port": PORT, "listen": host.address,
+             # One thread: several that wait for each other crawl where cores are shared.
+             "context_tokens": 1024, "threads": 1, **overrides.pop("model", {})}  # fmt: skip
+    return {**outside.settings(), "build_cache": BUILDS_ON_HOST, "models": [model], **overrides}
 
 
 def command(inventory, *options):

@@ -14,6 +14,7 @@ from sandbox.layouts import PUBLISHED
 
 pytestmark = pytest.mark.oracle
 SITUATIONS = 3  # of each layout
+MANY = 30  # the first three among them
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +36,10 @@ def test_the_situations_cover_all_dimensions():
     assert any(case.spilled for case in cases)
 
 
+@pytest.mark.parametrize("situations", [SITUATIONS, pytest.param(MANY, marks=pytest.mark.long)])
 @pytest.mark.parametrize("layout", PUBLISHED)
-def test_llama_server_allocates_what_the_ledger_says(layout, folder):
-    cases = [case for case in matrix(SITUATIONS) if case.layout == layout]
+def test_llama_server_allocates_what_the_ledger_says(layout, situations, folder):
+    cases = [case for case in matrix(situations) if case.layout == layout]
     with ThreadPoolExecutor(2) as pool:
         comparisons = [row for rows in pool.map(lambda case: case.compare(folder), cases) for row in rows]
     assert len(comparisons) >= 4 * len(cases)

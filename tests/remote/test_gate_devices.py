@@ -23,7 +23,7 @@ def host(tmp_path, monkeypatch):
     """A host whose journal holds a log for each start; `told(log)` checks a new one."""
     journals = {}
     monkeypatch.setattr(gate_devices, "KEPT", str(tmp_path))
-    monkeypatch.setattr(gate_devices, "JOURNAL_SECONDS", 0.0)
+    monkeypatch.setattr(gate_devices.reported, "__defaults__", (0.0,))  # of JOURNAL_SECONDS
     monkeypatch.setattr(gate_devices, "invocation", lambda unit: f"start{len(journals)}")
     monkeypatch.setattr(gate_devices, "journal", lambda start: journals.get(start, ""))
 

@@ -1,4 +1,4 @@
-"""What the probe reads of Vulkan, from a stand-in for its loader; the real one is asked in tests/e2e/test_5_vulkan.py."""
+"""What the probe reads of Vulkan, from a stand-in for its loader; the real one is asked in tests/e2e/test_04_vulkan.py."""
 
 import json
 import os

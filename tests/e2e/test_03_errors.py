@@ -6,7 +6,8 @@ import time
 import pytest
 
 from sandbox import upstream
-from tests.e2e.deploying import ask, main_pid, on, pyinfra, serves
+from tests.e2e import deploying
+from tests.e2e.deploying import ask, main_pid, on, pyinfra, serves, write_inventory
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +16,8 @@ def bad(builder):
 
 
 @pytest.fixture(scope="module")
-def good(hosts, builder):
-    return next(host for host in hosts[:2] if host is not builder)
+def good(deployed, builder):
+    return next(host for host in deployed if host is not builder)
 
 
 @pytest.fixture
@@ -41,17 +42,10 @@ def run_with(settings, inventory, bad, good):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def deployed(bad, good, outside, tmp_path_factory):
-    """Both serve before anything goes wrong."""
-    from tests.e2e.conftest import ON_HOST
-    from tests.e2e.deploying import PORT, write_inventory
-
-    pairs = []
-    for host, kind in ((bad, "dense"), (good, "moe")):
-        model = {"name": "tiny", "source": outside.sources[kind], "port": PORT, "listen": host.address,
-                 "context_tokens": 1024}  # fmt: skip
-        pairs.append((host, {**outside.settings(), "build_cache": ON_HOST, "models": [model]}))
-    done = pyinfra(write_inventory(tmp_path_factory.mktemp("deployed") / "inventory.py", pairs))
+def both_serve(bad, good, outside, tmp_path_factory):
+    """Before anything goes wrong."""
+    pairs = [(bad, deploying.settings(outside, bad, "dense")), (good, deploying.settings(outside, good, "moe"))]
+    done = pyinfra(write_inventory(tmp_path_factory.mktemp("serving") / "inventory.py", pairs))
     assert done.code == 0, done.text
 
 
@@ -206,7 +200,7 @@ def test_an_ordinary_user_with_sudo_does_as_well(settings, inventory, bad):
 
 
 def test_a_server_that_exits_at_once_never_takes_the_place_of_the_old_one(run_with, outside, bad):
-    # It compiles and starts. What shows itself in the real service only, the gate sees: test_9_rollback.
+    # It compiles and starts. What shows itself in the real service only, the gate sees: test_08_rollback.
     before = main_pid(bad, "tiny")
     upstream.add_commit(outside.clone, {"tools/server/main.cpp": "int main() { return 0; }\n"}, "exits")
     run_with("llama-server does not work on this host, also without a sandbox", llama_cpp_ref="exits")

@@ -1,12 +1,10 @@
 """The way back: after it the host's file list is the one from before, apart from packages and logs."""
 
 import json
-import os
 import subprocess
 
 import pytest
 
-from sandbox import hosts as sandbox
 from tests.e2e.conftest import ON_HOST
 from tests.e2e.deploying import PYINFRA, ROOT, ask, environment, on, pyinfra, read, serves
 
@@ -27,15 +25,10 @@ ELSEWHERE = ("/var/log/", "/var/lib/apt/", "/var/lib/dpkg/", "/var/cache/apt/", 
 
 
 @pytest.fixture(scope="module")
-def host(builds):
-    sandbox.prepare()
-    if left := [one.name for one in sandbox.listed() if one.name.startswith(PREFIX)]:
-        sandbox.down(left)
-    first = int(os.environ.get("E2E_FIRST_ADDRESS") or 1) + 6
-    (one,) = sandbox.up(1, prefix=PREFIX, binds=[f"{builds}:{ON_HOST}"], first_address=first)
+def host(boot):
+    (one,) = boot(1, PREFIX, 6)
     on(one, "sh", "-c", FOREIGN)
-    yield one
-    sandbox.down([one.name])
+    return one
 
 
 def listing(host):

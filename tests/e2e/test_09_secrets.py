@@ -99,16 +99,20 @@ class Watcher(Beside):
                 children = self.process.children(recursive=True)
             except psutil.NoSuchProcess:
                 children = []
-            self._read(f"/proc/{self.process.pid}/cmdline")
+            own = self._read(f"/proc/{self.process.pid}/cmdline")
             for child in children:
-                self._read(f"/proc/{child.pid}/cmdline")
-                self._read(f"/proc/{child.pid}/environ")
+                # A child that is not yet another program still has the environment that this test gave.
+                if self._read(f"/proc/{child.pid}/cmdline") not in (own, b""):
+                    self._read(f"/proc/{child.pid}/environ")
             for path in self.folder.rglob("*"):
                 self._read(path)
 
     def _read(self, path):
+        text = b""
         with contextlib.suppress(OSError):  # it has ended, or is gone
-            self.seen.setdefault(str(path), set()).add(Path(path).read_bytes())
+            text = Path(path).read_bytes()
+            self.seen.setdefault(str(path), set()).add(text)
+        return text
 
     def where(self, secret):
         return [path for path, texts in self.seen.items() if any(secret.encode() in text for text in texts)]
@@ -191,6 +195,7 @@ def test_no_secret_is_left_or_shown_during_a_deploy(outside, asked, inventory, h
 
     assert len(text) > 10_000 and KEY not in text and token not in text
     assert watcher.where("deploy.py") and not watcher.where(KEY) and not watcher.where(token)
+    assert [path for path in watcher.seen if path.endswith("/environ")]  # of programs that pyinfra started
     # The sampler has seen this very deploy, and neither key nor token.
     assert sampled(host, "switch.py") and sampled(host, "fetch.py")
     assert not sampled(host, KEY) and not sampled(host, token)

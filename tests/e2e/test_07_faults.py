@@ -1,7 +1,7 @@
 """What breaks by itself or by hand comes back: by systemd, by the liveness check, or by the next run.
 
-Elsewhere: a unit edited by hand and a download killed with its host (test_2), a port taken by another program,
-no space for a model from the start, a wrong checksum, a host that is down (test_3).
+Elsewhere: a unit edited by hand and a download killed with its host (test_02_change), a port taken by another program,
+no space for a model from the start, a wrong checksum, a host that is down (test_03_errors).
 """
 
 import contextlib
@@ -38,8 +38,8 @@ def deploy(settings, inventory, host):
 
 
 @pytest.fixture(autouse=True)
-def deployed(deploy):
-    """It serves before anything goes wrong."""
+def serving(deploy):
+    """It does before anything goes wrong."""
     deploy()
 
 
@@ -271,10 +271,12 @@ rm -rf /etc/systemd/system/llama-server-* /opt/llamafleet /etc/llamafleet
 cd /var/lib/llamafleet && ls -A | grep -vx -e build -e src | xargs -r rm -rf
 systemctl daemon-reload; systemctl reset-failed
 """
-ROUNDS = 4  # of one power cut on each of three hosts
+# Of one power cut on each of three hosts.
+ROUNDS = [4, pytest.param(20, marks=pytest.mark.long)]
 
 
-def test_power_cuts_at_random_points_of_a_deploy_and_one_more_run_ends_green(settings, inventory, hosts):
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_power_cuts_at_random_points_of_a_deploy_and_one_more_run_ends_green(settings, inventory, hosts, rounds):
     """From hosts that have the packages and, in the shared cache, the build."""
     seed = int(os.environ.get("E2E_SEED") or time.time())
     chance = random.Random(seed)
@@ -296,7 +298,7 @@ def test_power_cuts_at_random_points_of_a_deploy_and_one_more_run_ends_green(set
         host.kill()
         host.start()
 
-    for number in range(ROUNDS):
+    for number in range(rounds):
         wipe()
         after = {host.name: round(chance.uniform(0.1, 1.0) * usual, 2) for host in hosts}
         cuts = [threading.Thread(target=cut, args=(host, after[host.name])) for host in hosts]

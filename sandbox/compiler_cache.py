@@ -1,0 +1,66 @@
+"""The compiler cache that test hosts and the oracle share: ccache, with its folder in `.cache/ccache`.
+
+Where source, options and paths are the same, the second compilation takes the object files of the first. CMake finds
+the launcher in its environment (CMAKE_CXX_COMPILER_LAUNCHER): no setting, CMake option or build key knows of it. The
+launcher also lowers llama.cpp's own -O3, half of the time of a compilation: these tests measure no speed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sandbox import upstream
+from sandbox.host import SandboxHost
+
+FOLDER = upstream.CACHE / "ccache"
+ON_HOST = "/var/cache/compiler-cache"  # the folder as hosts and the oracle's build see it
+OBJECTS = f"{ON_HOST}/objects"
+PACKAGE = "ccache"
+BUILDS = "/var/lib/llamafleet/build"  # of build folders; their names differ, and are no part of what is compared
+# The names of the backends are options of every file, and only ggml-backend-reg.cpp reads them: elsewhere they are left
+# out, or a build for the CPU and another one would share no object file. Of several -O the last counts. What parses
+# arguments, JSON and templates, and takes most of the time, is not optimised at all (json-schema-to-grammar.cpp: 7.3 s
+# with -O3, 5.1 with -O1, 3.7 with -O0).
+LAUNCHER = f"""#!/bin/sh
+for source; do :; done
+for word; do
+    shift
+    case $word:$source in
+    *:*/ggml-backend-reg.cpp) ;;
+    -DGGML_USE_RPC:* | -DGGML_USE_VULKAN:*) continue ;;
+    esac
+    set -- "$@" "$word"
+done
+case $source in
+*/src/common/* | */src/tools/* | */src/vendor/*) level=-O0 ;;
+*/ggml/*) level=-O2 ;;
+*) level=-O1 ;;
+esac
+export CCACHE_DIR={OBJECTS} CCACHE_BASEDIR={BUILDS} CCACHE_NOCOMPRESS=1
+exec ccache "$@" $level
+"""
+ENVIRONMENT = {f"CMAKE_{language}_COMPILER_LAUNCHER": f"{ON_HOST}/launcher" for language in ("C", "CXX")}
+MANAGER = "/etc/systemd/system.conf.d/compiler-cache.conf"
+
+
+def ensure() -> Path:
+    """The folder, with the launcher in it."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    new = FOLDER / "launcher.new"
+    new.write_text(LAUNCHER)
+    new.chmod(0o755)
+    new.rename(FOLDER / "launcher")
+    return FOLDER
+
+
+def bind() -> str:
+    """The bind that a host needs, beside the package."""
+    return f"{ensure()}:{ON_HOST}"
+
+
+def equip(host: SandboxHost) -> None:
+    """Let everything that the host's systemd starts compile through the cache. Needs the bind and the package."""
+    words = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
+    write = 'mkdir -p "${1%/*}" && cat >"$1" && systemctl daemon-reexec'
+    text = f"[Manager]\nDefaultEnvironment={words}\n"
+    host.run(["sh", "-c", write, "sh", MANAGER], input=text, check=True)

@@ -1,0 +1,161 @@
+"""`make test`: several processes side by side, each with its log in `.cache/test-LANE.log`, shown at the end.
+
+Sandbox hosts mostly wait, so tests that compute run meanwhile. Every lane is a process group of its own: an
+interruption reaches all of it, and takes its hosts down.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sandbox import machine
+
+ROOT = Path(__file__).resolve().parent.parent
+LOGS = ROOT / ".cache"
+PYTEST = [sys.executable, "-m", "pytest", "-q"]
+# Files of the further lanes with sandbox hosts, in this order; all others are the first one's.
+FURTHER = {
+    "second": ("test_sandbox", "test_06_verify", "test_08_rollback", "test_05_uninstall"),
+    "third": ("test_07_faults", "test_09_secrets", "test_10_preflight"),
+}
+LAST = "test_04_vulkan"  # after what needs no hosts
+ADDRESSES = 10  # of a lane's hosts
+HOSTS = 20  # of all lanes at a time, and some
+
+
+@dataclass
+class Lane:
+    """Commands that run one after another, all of them, whatever becomes of one."""
+
+    name: str
+    commands: list[list[str]]
+    environment: dict[str, str] = field(default_factory=dict)
+    codes: list[int] = field(default_factory=list)
+    wall_seconds: float = 0
+    cpu_seconds: float = 0  # of the commands and what they waited for; what runs in hosts is not among it
+    process: subprocess.Popen[bytes] | None = None
+    stopped: bool = False
+
+    @property
+    def log(self) -> Path:
+        return LOGS / f"test-{self.name}.log"
+
+    def run(self) -> None:
+        began = time.monotonic()
+        with self.log.open("wb") as log:
+            for command in self.commands:
+                if not self.stopped:
+                    self._run(command, log.fileno())
+        self.wall_seconds = time.monotonic() - began
+        print(f"--- lane {self.name} ended with {self.codes} after {self.wall_seconds:.0f} s", flush=True)
+
+    def _run(self, command: list[str], log: int) -> None:
+        environment = {**os.environ, **self.environment}
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
+        )
+        _, status, used = os.wait4(self.process.pid, 0)
+        self.process.returncode = os.waitstatus_to_exitcode(status)
+        self.codes.append(self.process.returncode)
+        self.cpu_seconds += used.ru_utime + used.ru_stime
+
+    def stop(self) -> None:
+        """Interrupt it, as a terminal would."""
+        self.stopped = True
+        if self.process and self.process.returncode is None:
+            os.killpg(self.process.pid, signal.SIGINT)
+
+
+def lanes() -> list[Lane]:
+    """What runs side by side. Every test but those of CUDA and the long ones is in exactly one lane."""
+    ours = "not cuda and not long"
+    hosts = [*PYTEST, "-m", f"e2e and {ours}"]
+    elsewhere = [file(name) for names in (*FURTHER.values(), (LAST,)) for name in names]
+    return [
+        Lane("first", [[*hosts, "tests/e2e", *(f"--ignore={one}" for one in elsewhere)]]),
+        *(
+            Lane(name, [[*hosts, *map(file, FURTHER[name])]], own_hosts(number, name))
+            for number, name in enumerate(FURTHER)
+        ),
+        Lane(
+            "computing",
+            [
+                ["make", "--no-print-directory", "check"],
+                [*PYTEST, "-m", f"not e2e and not oracle and {ours}"],
+                [*PYTEST, "-m", f"oracle and not e2e and {ours}"],
+                [*hosts, file(LAST)],
+            ],
+            own_hosts(len(FURTHER), "last"),
+        ),
+    ]
+
+
+def file(name: str) -> str:
+    return f"tests/e2e/{name}.py"
+
+
+def own_hosts(number: int, prefix: str) -> dict[str, str]:
+    """Names and addresses of hosts that no other lane has."""
+    first = int(os.environ.get("E2E_FIRST_ADDRESS") or 1)
+    return {"E2E_PREFIX": prefix, "E2E_FIRST_ADDRESS": str(first + ADDRESSES * (number + 1))}
+
+
+@contextmanager
+def enough_inotify() -> Iterator[None]:
+    """Raise the machine's limit once for all lanes: each alone would restore it while others need it."""
+    before = LOGS / "inotify_before"
+    if os.geteuid() == 0:
+        machine.allow_hosts(HOSTS, before)
+    try:
+        yield
+    finally:
+        machine.restore(before)
+
+
+def main() -> int:
+    LOGS.mkdir(exist_ok=True)
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where this was started in the background, deaf to SIGINT
+        signal.signal(number, signal.default_int_handler)
+    with enough_inotify():
+        running = lanes()
+        run(running)
+    show(running)
+    return 0 if all(lane.codes == [0] * len(lane.commands) for lane in running) else 1
+
+
+def run(running: list[Lane]) -> None:
+    """All lanes, until the last has ended."""
+    threads = [threading.Thread(target=lane.run) for lane in running]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:
+        for lane in running:
+            lane.stop()
+        for thread in threads:
+            thread.join()
+
+
+def show(running: list[Lane]) -> None:
+    """What the lanes said, and how long they took."""
+    for lane in running:
+        print(f"\n=== {lane.name}: {lane.log.relative_to(ROOT)}", flush=True)
+        sys.stdout.buffer.write(lane.log.read_bytes())
+        sys.stdout.flush()
+    for lane in running:
+        print(f"{lane.name}: exit codes {lane.codes}, {lane.wall_seconds:.0f} s, {lane.cpu_seconds:.0f} s of CPU")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
