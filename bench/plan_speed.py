@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafleet.cli.arguments import default_data, settings_for
-from llamafleet.host import described as imagined
+from llamafleet.host import described
 from llamafleet.host.machine import Machine
 from llamafleet.hub import source as sources
 from llamafleet.model.gguf import Header
@@ -66,7 +66,7 @@ def planning(name: str, header: Header) -> Iterator[dict[str, object]]:
     """Planning alone, of a header that has been read, at the whole context and at the default one."""
     trained = header.get("context_length")
     for words in MACHINES:
-        host = imagined.read(words).machine
+        host = described.read(words).machine
         for tokens in (None, trained):
             settings = settings_for("/model.gguf", default_data(), {"context_tokens": tokens})
             spent, [answer] = timed(partial(anew, host, header, settings), time.process_time)

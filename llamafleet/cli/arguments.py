@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llamafleet.host import described as imagined
+from llamafleet.host import described
 from llamafleet.host.machine import Machine, MachineError
 from llamafleet.settings import secrets as secret_files
 from llamafleet.settings.schema import Instance, Settings
@@ -24,18 +24,18 @@ class UsageError(Exception):
     """The command line cannot be used; the message says what it should be."""
 
 
-def read_machine(named: str) -> imagined.Imagined:
+def read_machine(named: str) -> described.Described:
     """A machine file, standard input or a description. Raises `UsageError` or `MachineError`."""
     path = Path(named)
     looks_like_path = path.suffix == ".json" or os.sep in named.partition("=")[0]
     if named != "-" and not looks_like_path and not path.is_file():
         try:
-            return imagined.read(named)
-        except imagined.DescriptionError as error:
+            return described.read(named)
+        except described.DescriptionError as error:
             raise UsageError(f"--machine: there is no file of that name, and {error}") from error
     text = sys.stdin.read() if named == "-" else read_text(path)
     try:
-        return imagined.Imagined(Machine.from_json(json.loads(text)))
+        return described.Described(Machine.from_json(json.loads(text)))
     except ValueError as error:
         if isinstance(error, MachineError):
             raise

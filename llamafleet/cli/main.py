@@ -22,7 +22,7 @@ from llamafleet.cli import compare
 from llamafleet.cli import tables as show
 from llamafleet.cli import what_if as outlook
 from llamafleet.cli.arguments import UsageError, default_data, hub_token, parse_changes, read_machine, settings_for
-from llamafleet.host.described import Imagined
+from llamafleet.host.described import Described
 from llamafleet.host.machine import MachineError
 from llamafleet.host.speeds import Measurements
 from llamafleet.hub import source as sources
@@ -151,7 +151,7 @@ def _on_inventory(module: str, options: argparse.Namespace) -> int:
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
 
 
-def _compare(options: argparse.Namespace, host: Imagined, changes: dict[str, Any]) -> int:
+def _compare(options: argparse.Namespace, host: Described, changes: dict[str, Any]) -> int:
     named = options.model
     if options.compare:
         settings = settings_for("hf:any/any/any", default_data(), changes)
@@ -166,7 +166,7 @@ def _compare(options: argparse.Namespace, host: Imagined, changes: dict[str, Any
     return PLANNED if compare.best(found, options.min_speed) else REFUSED
 
 
-def _options(host: Imagined, models: Sequence[str], changes: dict[str, Any], progress: bool) -> list[compare.Option]:
+def _options(host: Described, models: Sequence[str], changes: dict[str, Any], progress: bool) -> list[compare.Option]:
     """All models: their headers are read at the same time, and planned one after another."""
     data = default_data()
     settings = [settings_for(model, data, changes) for model in models]
@@ -179,7 +179,7 @@ def _options(host: Imagined, models: Sequence[str], changes: dict[str, Any], pro
     return found
 
 
-def _option(host: Imagined, settings: Settings, model: str, read: Header | str) -> compare.Option:
+def _option(host: Described, settings: Settings, model: str, read: Header | str) -> compare.Option:
     if isinstance(read, str):
         return compare.Option(model, problem=read)
     return compare.Option(model, read, _plan(host, settings, settings.models[0], read))
@@ -204,7 +204,7 @@ def _header(settings: Settings) -> Header:
     return sources.read_header(files, token=token)
 
 
-def _plan(host: Imagined, settings: Settings, instance: Instance, header: Header) -> Plan | Refusal:
+def _plan(host: Described, settings: Settings, instance: Instance, header: Header) -> Plan | Refusal:
     measured = Measurements(host_bytes_per_s=host.host_bytes_per_s)
     return plan_host(host.machine, [(instance, header)], settings, measurements=measured)[0]
 
@@ -213,7 +213,7 @@ def _beside(source: str, settings: Settings) -> dict[str, int]:
     return sources.quantisations(source, endpoint=settings.hub_endpoint, token=hub_token(settings))
 
 
-def _siblings_that_fit(host: Imagined, settings: Settings, refusal: Refusal) -> list[str]:
+def _siblings_that_fit(host: Described, settings: Settings, refusal: Refusal) -> list[str]:
     """Of a model of the Hub: its repository's next smaller quantisations that this machine can serve."""
     source = settings.models[0].source
     rows = refusal.ledger

@@ -33,14 +33,14 @@ class DescriptionError(ValueError):
 
 
 @dataclass(frozen=True)
-class Imagined:
+class Described:
     """A described machine, and its memory's speed where the words give it."""
 
     machine: Machine
     host_bytes_per_s: float | None = None
 
 
-def read(description: str) -> Imagined:
+def read(description: str) -> Described:
     """The machine that the words describe. Raises `DescriptionError`."""
     words = [word.strip() for word in description.split(",")]
     given = dict(_given(word) for word in words if "=" in word)
@@ -67,7 +67,7 @@ def read(description: str) -> Imagined:
         disks=(),
     )
     rate = given.get("memory-bandwidth")
-    return Imagined(machine, float(_bytes("memory-bandwidth", rate, 1000)) if rate else None)
+    return Described(machine, float(_bytes("memory-bandwidth", rate, 1000)) if rate else None)
 
 
 def _given(word: str) -> tuple[str, str]:

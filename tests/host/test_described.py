@@ -2,14 +2,14 @@
 
 import pytest
 
-from llamafleet.host import described as imagined
+from llamafleet.host import described
 from llamafleet.host.machine import Machine
 
 GIB, MIB = 2**30, 2**20
 
 
 def test_a_box_with_one_card():
-    found = imagined.read("rtx4090,ram=64GB,cores=10")
+    found = described.read("rtx4090,ram=64GB,cores=10")
     [gpu] = found.machine.gpus
     assert (gpu.name, gpu.vendor, gpu.memory_total_bytes) == ("RTX 4090", "nvidia", 24564 * MIB)
     assert (gpu.compute_capability, gpu.pcie_generation, gpu.pcie_width) == ("8.9", 4, 16)
@@ -20,7 +20,7 @@ def test_a_box_with_one_card():
 
 def test_everything_that_can_be_said():
     words = "2xRTX 3090, RTX 3060, ram=128 GiB, swap=8GB, cores=6+4, cpu=i5-13400F, pcie=3x8, memory-bandwidth=60.5GB/s"
-    found = imagined.read(words)
+    found = described.read(words)
     host = found.machine
     assert [gpu.name for gpu in host.gpus] == ["RTX 3090", "RTX 3090", "RTX 3060"]
     assert {(gpu.pcie_generation, gpu.pcie_width) for gpu in host.gpus} == {(3, 8)}
@@ -33,16 +33,16 @@ def test_everything_that_can_be_said():
 
 @pytest.mark.parametrize("words", ["cpu,ram=32GB,cores=8", "CPU, ram=32gb, cores=8"])
 def test_a_box_without_a_card(words):
-    found = imagined.read(words)
+    found = described.read(words)
     assert found.machine.gpus == ()
     assert found.machine.memory.total_bytes == 32 * GIB
 
 
 def test_one_memory_for_both():
-    whole = imagined.read("gb10,cores=20").machine
+    whole = described.read("gb10,cores=20").machine
     assert whole.gpus[0].unified_memory
     assert whole.memory.total_bytes == whole.gpus[0].memory_total_bytes == 122500 * MIB
-    half = imagined.read("strix halo,ram=64GB,cores=16").machine
+    half = described.read("strix halo,ram=64GB,cores=16").machine
     assert half.memory.total_bytes == half.gpus[0].memory_total_bytes == 64 * GIB
 
 
@@ -69,6 +69,6 @@ def test_one_memory_for_both():
     ],
 )
 def test_what_describes_no_machine(words, message):
-    with pytest.raises(imagined.DescriptionError) as caught:
-        imagined.read(words)
+    with pytest.raises(described.DescriptionError) as caught:
+        described.read(words)
     assert message in str(caught.value)
