@@ -2,6 +2,8 @@
 
 Runs on the operator's machine. The wheels come from the operator's package index once, by pip and
 with the hashes of `locks/remote.txt`, and from the cache from then on; the hosts need no index.
+
+Decision 14: docs/decisions/0014-hosts-need-no-python-packages.md.
 """
 
 from __future__ import annotations

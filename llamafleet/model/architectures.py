@@ -2,6 +2,8 @@
 
 To add an architecture, write an outline in tests/oracle/architectures, then a row here. tests/oracle/test_names.py
 compares the rows with src/llama-arch.cpp, LLM_ARCH_NAMES.
+
+Decision 5: docs/decisions/0005-known-or-bound-never-guessed.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Secrets on the operator's machine: read from a file or a variable, checked, never shown.
 
 A message names the setting, the place and the line, never the content.
+
+Decision 11: docs/decisions/0011-secrets-never-travel-in-the-open.md.
 """
 
 from __future__ import annotations
