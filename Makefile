@@ -62,6 +62,10 @@ sandbox-down: .venv/ready ## remove these hosts and end the stand-ins
 	$(BIN)/python -m sandbox.outside stop
 	$(BIN)/python -m sandbox down
 
+.PHONY: adopt
+adopt: .venv/ready packages ## what llama.cpp's release REF=bNNNNN would change here; compiles it
+	$(BIN)/python -m bench.adopt $(REF)
+
 lock: .venv/ready ## pin locks/dev.txt anew, after a change of dependencies
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
 	    --no-emit-index-url --no-header --output-file locks/dev.txt

@@ -18,7 +18,7 @@ from llamafleet.model.gguf import Header, read_path
 from llamafleet.units import MIB
 from sandbox import models
 from sandbox.layouts import PUBLISHED
-from sandbox.oracle import Breakdown, ask
+from sandbox.oracle import Breakdown, Oracle, ask
 
 EXPERTS = r"ffn_(up|down|gate|gate_up)_(ch|)exps\."
 DENSE = r"ffn_(up|down|gate)\.weight"
@@ -64,17 +64,17 @@ class Case:
         front = [None] * (layers + 1 - len(holders))
         return Placement.of((*front, *holders), frozenset(self.spilled))
 
-    def ask(self, folder: Path) -> Breakdown:
+    def ask(self, folder: Path, oracle: Oracle | None = None) -> Breakdown:
         """llama-server's answer; the model's file is made in `folder` if it is not there."""
         return ask(file(folder, self.layout, self.quant), self.flags(model(folder, self.layout, self.quant).is_moe),
-                   len(self.counts))  # fmt: skip
+                   len(self.counts), oracle=oracle)  # fmt: skip
 
-    def compare(self, folder: Path) -> list[Comparison]:
-        """Both answers, part by part."""
+    def compare(self, folder: Path, oracle: Oracle | None = None) -> list[Comparison]:
+        """Both answers, part by part. `oracle`: another release than the pinned one."""
         known = model(folder, self.layout, self.quant)
         # An RPC device has neither op-offload nor pinned memory, as the traits of the CPU say.
         devices, host = usage(known, self.context, self.placement(known.layers), "cpu")
-        told = self.ask(folder)
+        told = self.ask(folder, oracle)
         rows = [*((row.name, ours, row) for row, ours in zip(told.devices, devices.values(), strict=True)),
                 ("host", host, told.host)]  # fmt: skip
         found = []

@@ -6,9 +6,9 @@ compiler.
 
 `ask()` tells what llama-server would allocate: a model (weightless is enough) and flags in, MiB by device
 out. With its default `--fit on` llama-server first makes the model and the context without memory, exactly as
-the flags say, and prints where the bytes would be (common/fit.cpp:149). Only then does fit change anything;
-it is ended before that. ggml-rpc-server's devices stand in for GPUs; they have no size of their own (each
-reports the machine's RAM), which does not matter because nothing is allocated.
+the flags say, and prints where the bytes would be (common/fit.cpp, common_memory_breakdown_print). Only then
+does fit change anything; it is ended before that. ggml-rpc-server's devices stand in for GPUs; they have no
+size of their own (each reports the machine's RAM), which does not matter because nothing is allocated.
 
 Decision 5: docs/decisions/0005-known-or-bound-never-guessed.md.
 """
@@ -68,6 +68,15 @@ class OracleError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Source:
+    """A release of llama.cpp in a local git repository."""
+
+    repository: Path
+    commit: str
+    tag: str  # bNNNNN
+
+
+@dataclass(frozen=True)
 class Oracle:
     """The built programs."""
 
@@ -75,16 +84,20 @@ class Oracle:
     rpc_server: Path
 
 
-def build(jobs: int | None = None) -> Oracle:
-    """The programs, compiled if the cache has none for this commit and these flags. Raises OracleError."""
-    commit = upstream.ensure()
+def build(jobs: int | None = None, source: Source | None = None) -> Oracle:
+    """The programs, compiled if the cache has none for this commit and these flags. Raises OracleError.
+
+    `source` is another release than the pinned one (bench/adopt.py).
+    """
+    source = source or Source(upstream.REPOSITORY, upstream.ensure(), upstream.TAG)
+    commit = source.commit
     key = hashlib.sha256("\n".join((commit, *FLAGS)).encode()).hexdigest()[:12]
     folder = FOLDER / key
     oracle = Oracle(folder / "bin" / TARGETS[0], folder / "bin" / TARGETS[1])
     FOLDER.mkdir(parents=True, exist_ok=True)
     with upstream.locked(FOLDER / "lock"):
         if not (folder / "done").exists():
-            _compile(folder, commit, jobs or os.cpu_count() or 1)
+            _compile(folder, source, jobs or os.cpu_count() or 1)
             (folder / "done").touch()
     return oracle
 
@@ -149,24 +162,27 @@ def ask(
     *,
     server: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    oracle: Oracle | None = None,
 ) -> Breakdown:
     """What llama-server would allocate for these flags (no model, port or --fit among them).
 
     `devices` RPC devices are there for it, all by default unless the flags say --device. `server` is another
-    llama-server than the oracle's own. Raises OracleError with the end of its log.
+    llama-server than the oracle's own, `oracle` programs of another release than the pinned one. Raises OracleError
+    with the end of its log.
     """
     if given := [flag for flag in flags if flag in REFUSED_FLAGS]:
         raise OracleError(f"{given[0]} is not for the oracle: leave it out, its default prints the breakdown")
     with ExitStack() as stack:
-        rpc = ("--rpc", stack.enter_context(rpc_server(devices))) if devices else ()
-        command = [str(server or build().llama_server), "-m", str(model), *rpc, *flags, "-lv", "5", "--port", "0"]
+        rpc = ("--rpc", stack.enter_context(rpc_server(devices, oracle))) if devices else ()
+        program = server or (oracle or build()).llama_server
+        command = [str(program), "-m", str(model), *rpc, *flags, "-lv", "5", "--port", "0"]
         return _breakdown(command, {**os.environ, **(environment or {})})
 
 
 @contextmanager
-def rpc_server(devices: int) -> Iterator[str]:
+def rpc_server(devices: int, oracle: Oracle | None = None) -> Iterator[str]:
     """A fresh ggml-rpc-server with that many devices on a free port of the loopback; its endpoint."""
-    program = build().rpc_server
+    program = (oracle or build()).rpc_server
     for _ in range(START_ATTEMPTS):
         endpoint = ("127.0.0.1", free_port())
         command = [str(program), "-H", endpoint[0], "-p", str(endpoint[1]), "-d", ",".join(["CPU"] * devices)]
@@ -192,15 +208,16 @@ def _wait_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None
     raise OracleError(f"llama-server {state} after at most {START_TIMEOUT_SECONDS} s; {log} ends:\n{_end(log)}")
 
 
-def _compile(folder: Path, commit: str, jobs: int) -> None:
+def _compile(folder: Path, origin: Source, jobs: int) -> None:
+    commit = origin.commit
     shutil.rmtree(folder, ignore_errors=True)
     source = folder / "source"
     source.mkdir(parents=True)
     with (folder / "build.log").open("wb") as log:
-        archive = ["git", f"--git-dir={upstream.REPOSITORY}", "archive", commit]
+        archive = ["git", f"--git-dir={origin.repository}", "archive", commit]
         with subprocess.Popen(archive, stdout=subprocess.PIPE) as tree:
             _run(["tar", "-x", "-C", str(source)], log, stdin=tree.stdout)
-        number = upstream.TAG.removeprefix("b")
+        number = origin.tag.removeprefix("b")
         stamp = (f"-DLLAMA_BUILD_NUMBER={number}", f"-DLLAMA_BUILD_COMMIT={commit[:7]}")
         _run(["cmake", "-S", str(source), "-B", str(folder / "build"), "-G", "Ninja", *FLAGS, *stamp], log)
         _run(["cmake", "--build", str(folder / "build"), "-j", str(jobs), "--target", *TARGETS], log)

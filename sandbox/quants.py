@@ -56,9 +56,9 @@ def _kept(name: str, shape: tuple[int, ...], quant: str) -> Q | None:
 
 
 def _mixed(layout: Layout, quant: str, name: str, values: list[str]) -> Q:
-    """llama_tensor_get_type_impl (llama-quant.cpp:455-715)."""
+    """The type of one tensor (src/llama-quant.cpp, llama_tensor_get_type_impl)."""
     base = MIXES[quant][1]
-    if base in (Q.Q8_0, Q.MXFP4):  # llama-quant.cpp:512-524
+    if base in (Q.Q8_0, Q.MXFP4):  # there: LLAMA_FTYPE_MOSTLY_MXFP4_MOE
         return base if "_exps" in name else Q.Q8_0
     if name == "output.weight" or (layout.tied and name == "token_embd.weight"):
         return Q.Q6_K

@@ -58,7 +58,8 @@ def test_every_type_has_the_size_that_gguf_knows():
     known = {int(kind): (kind.name, *size) for kind, size in reference.GGML_QUANT_SIZES.items()}
     ours = dict(gguf.GGML_TYPES)
     assert {number: ours[number] for number in known} == known
-    # gguf-py may lag behind ggml.h, which has Q2_0 as 42 (ggml-common.h:187-192: 64 weights in 18 bytes).
+    # gguf-py may lag behind ggml/include/ggml.h, which has Q2_0 as 42
+    # (ggml/src/ggml-common.h, block_q2_0: 64 weights in 18 bytes).
     assert {ours[number] for number in ours.keys() - known.keys()} <= {("Q2_0", 64, 18)}
 
 

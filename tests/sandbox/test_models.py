@@ -59,7 +59,7 @@ def test_gpt_oss_120b_has_the_published_tensors() -> None:
 
 
 def test_q4_k_m_spends_more_bits_on_the_layers_that_llama_quantize_picks() -> None:
-    # use_more_bits (llama-quant.cpp:452) for 32 layers: the first and last eighth, and every third between.
+    # src/llama-quant.cpp, use_more_bits, for 32 layers: the first and last eighth, and every third between.
     table = {t.name: t.type for t in models.tensors(models.PUBLISHED["Llama-3.1-8B"], "Q4_K_M")}
     for part in ("attn_v", "ffn_down"):
         finer = [i for i in range(32) if table[f"blk.{i}.{part}.weight"] == Q.Q6_K]

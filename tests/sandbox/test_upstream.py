@@ -38,7 +38,7 @@ def repository(tmp_path: Path) -> Path:
     archive = tmp_path / "archive.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         for name, mode, text in (("CMakeLists.txt", 0o644, "project(x)\n"), ("run.sh", 0o755, "#!/bin/sh\n")):
-            member = tarfile.TarInfo(upstream.TREE_PREFIX + name)
+            member = tarfile.TarInfo(upstream.TREE_PREFIX.format(version=upstream.VERSION) + name)
             member.mode, member.size = mode, len(text)
             tar.addfile(member, io.BytesIO(text.encode()))
         outside = tarfile.TarInfo("elsewhere/setup.py")
