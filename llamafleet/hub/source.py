@@ -237,7 +237,7 @@ def quantisations(source: str, *, endpoint: str, token: str | None = None) -> di
         endpoint,
     )
     if parsed.kind != "hub":
-        raise SourceError(f"{source}: should be hf:OWNER/REPO or hf:OWNER/REPO/FILE.gguf, whose models can be listed")
+        raise SourceError(f"{source}: should be hf:OWNER/REPO or a file of it, to list its models")
     sizes = siblings(f"hf:{parsed.repo}/{parsed.file}@{parsed.revision}", endpoint=endpoint, token=token)
     models = {}
     for name in sizes:
