@@ -3,8 +3,8 @@
 Bandwidth and arithmetic are the manufacturers' figures: NVIDIA's product pages, data sheets and architecture white
 papers (Turing TU102, Ampere GA102, Ada AD102, Blackwell GB202, A100, H100); AMD's product pages and CDNA data sheets;
 Intel's product pages. Arithmetic is dense f16 with f32 accumulation on tensor cores, which on GeForce is half of the
-figure with f16 accumulation; for cards without tensor cores it is the shaders' rate that llama.cpp uses. NVIDIA's memory
-is what NVML reports, with ECC as shipped; the memory of other cards is nominal, less 16 MiB for the firmware.
+figure with f16 accumulation; for cards without tensor cores it is the shaders' rate that llama.cpp uses. The memory of
+NVIDIA's cards is what NVML reports, with ECC as shipped; that of other cards is nominal, less 16 MiB for the firmware.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ CORE_FLOPS_ELSE = 30e9
 # bench/results/cpu_attention.csv, b11434).
 CORE_ATTENTION_MACS, CORE_READ_ATTENTION_MACS = 6e9, 15e9
 # A long KV cache is read from memory again for every query head that shares it, in short pieces. That reaches this
-# share of the bandwidth for weights, and half of it at CACHE_MISS_TOKENS. Qwen3-32B and Llama-3.3-70B with 24 layers on six
-# cores: 13, 9 and 7.5e9 a second at 8039, 16202 and 29528 tokens (github.com/unslothai/unsloth/pull/9872).
+# share of the bandwidth for weights, and half of it at CACHE_MISS_TOKENS. Qwen3-32B and Llama-3.3-70B with 24 layers
+# on six cores: 13, 9 and 7.5e9 a second at 8039, 16202 and 29528 tokens (github.com/unslothai/unsloth/pull/9872).
 CACHE_BANDWIDTH_SHARE, CACHE_ELEMENT_BYTES = 0.4, 2
 CACHE_MISS_TOKENS = 8000
 
