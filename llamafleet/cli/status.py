@@ -1,4 +1,4 @@
-"""How a fleet is: what was planned beside what is, for each host and instance, as a table and as JSON."""
+"""The state of a fleet: for each host and instance the planned and the actual values, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ COLUMNS = ("host", "instance", "state", "plan", "RAM", "GPU", "tok/s", "restarts
 
 @dataclass(frozen=True)
 class InstanceStatus:
-    """One instance as it is."""
+    """The state of one instance: actual values beside planned ones."""
 
     name: str
     state: str  # systemd's: active, failed, ...; or "not installed"
-    plan: str  # in short
+    plan: str  # the plan in short, see `plan_in_short`
     release: str
     rss_bytes: int | None
     cgroup_bytes: int | None
     gpu_bytes: Mapping[str, int | None] | str
     planned_gpu_bytes: Mapping[str, int]
-    tokens_per_s: float | None  # as the last gate measured
+    tokens_per_s: float | None  # measured by the last gate
     predicted_tokens_per_s: float | None
     restarts: int
     since: str
-    gate: Mapping[str, Any] | None  # its last verdict
-    verified: bool  # was llama-server asked before it was installed?
+    gate: Mapping[str, Any] | None  # the last gate's verdict
+    verified: bool  # did llama-server report its memory before the plan was installed?
     drift: tuple[str, ...]
 
     @property
     def is_fine(self) -> bool:
-        """Does it run as it should?"""
+        """Is it active, without drift, and did it pass its last gate?"""
         return self.state == "active" and not self.drift and not (self.gate and not self.gate.get("ok"))
 
     def to_json(self) -> dict[str, Any]:
-        """For --json."""
+        """For `--json`."""
         return {**self.__dict__, "drift": list(self.drift), "fine": self.is_fine}
 
 
 @dataclass(frozen=True)
 class HostStatus:
-    """One host: its instances, what a run would do beside them, or why it could not be told."""
+    """The state of one host: its instances, the other changes that a run would make, and a problem in reading it."""
 
     instances: tuple[InstanceStatus, ...] = ()
     drift: tuple[str, ...] = ()
@@ -54,30 +54,30 @@ class HostStatus:
 
     @property
     def is_fine(self) -> bool:
-        """Is everything on it as it should be?"""
-        return not self.problem and not self.drift and all(one.is_fine for one in self.instances)
+        """Is there no problem, no drift, and is every instance fine?"""
+        return not self.problem and not self.drift and all(instance.is_fine for instance in self.instances)
 
     def to_json(self) -> dict[str, Any]:
-        """For --json."""
-        instances = {one.name: one.to_json() for one in self.instances}
+        """For `--json`."""
+        instances = {instance.name: instance.to_json() for instance in self.instances}
         return {"fine": self.is_fine, "problem": self.problem, "drift": list(self.drift), "instances": instances}
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the inventory asks of a host against what is installed there."""
+    """The changes that a run with this inventory would make on a host."""
 
-    # By instance: why it would be installed or restarted; empty reasons: it is as planned.
+    # Reasons to install or restart each instance; no reasons: it is as planned.
     services: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    host: tuple[str, ...] = ()
+    host: tuple[str, ...] = ()  # other changes, by name
 
 
 def of_host(
     installed: Installed, live: Mapping[str, Mapping[str, Any]], wanted: Wanted | None, problem: str = ""
 ) -> HostStatus:
-    """Put together what a survey, the status program and the comparison with the inventory say.
+    """Combine the survey (`found`), the status program's output (`live`) and the comparison with the inventory.
 
-    `wanted` is None where the inventory cannot be held against the host; `problem` then says why.
+    `wanted` is None if the host could not be compared with the inventory; `problem` then says why.
     """
     there = installed.instances
     names = [*there, *(name for name in (wanted.services if wanted else ()) if name not in there)]
@@ -113,65 +113,66 @@ def _instance(
 
 
 def plan_in_short(record: Mapping[str, Any]) -> str:
-    """Such as "131072 x 1 f16, 37 layers on 1 GPU, cuda"; empty without a record that can be read."""
+    """The plan of a plan.json, such as "131072 x 1 f16, 37 layers on 1 GPU, cuda"; empty if the record is invalid."""
     try:
         argv, gate = record["plan"]["argv"], record["gate"]
         value = dict(itertools.pairwise(argv))
         gpus = len(gate["gpus"])
-        where = f"{value['--n-gpu-layers']} layers on {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "CPU"
-        return f"{gate['context_tokens']} x {gate['slots']} {value['--cache-type-k']}, {where}, {record['backend']}"
+        layers = f"{value['--n-gpu-layers']} layers on {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "CPU"
+        return f"{gate['context_tokens']} x {gate['slots']} {value['--cache-type-k']}, {layers}, {record['backend']}"
     except (KeyError, TypeError):
         return ""
 
 
 def table(hosts: Mapping[str, HostStatus]) -> str:
-    """A line for each instance; below it what is wrong with hosts."""
+    """A line for each instance of each host, and below them a line for each problem and change of a host."""
     rows = [COLUMNS, *(row for name, host in hosts.items() for row in _rows(name, host))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, *(f"{name}: {said}" for name, host in hosts.items() for said in _said(host))])
+    return "\n".join([*lines, *(f"{name}: {remark}" for name, host in hosts.items() for remark in _remarks(host))])
 
 
 def _rows(name: str, host: HostStatus) -> Iterator[tuple[str, ...]]:
-    for one in host.instances:
+    for instance in host.instances:
         yield (
-            name, one.name, one.state, one.plan, _ram(one), _gpu(one), _speed(one), str(one.restarts), _gate(one),
-            "; ".join(one.drift) or "none",
+            name, instance.name, instance.state, instance.plan, _ram(instance), _gpu(instance), _speed(instance),
+            str(instance.restarts), _gate(instance),
+            "; ".join(instance.drift) or "none",
         )  # fmt: skip
     if not host.instances:
         yield (name, "-", "unknown" if host.problem else "no instances", *[""] * (len(COLUMNS) - 3))
 
 
-def _said(host: HostStatus) -> Iterator[str]:
+def _remarks(host: HostStatus) -> Iterator[str]:
     if host.problem:
         yield host.problem
     if host.drift:
         yield f"a run would change: {', '.join(host.drift)}"
 
 
-def _ram(one: InstanceStatus) -> str:
-    size = one.cgroup_bytes if one.cgroup_bytes is not None else one.rss_bytes
+def _ram(instance: InstanceStatus) -> str:
+    size = instance.cgroup_bytes if instance.cgroup_bytes is not None else instance.rss_bytes
     return "" if size is None else f"{size / GIB:.1f} GiB"
 
 
-def _gpu(one: InstanceStatus) -> str:
-    if isinstance(one.gpu_bytes, str):
-        return one.gpu_bytes
+def _gpu(instance: InstanceStatus) -> str:
+    if isinstance(instance.gpu_bytes, str):
+        return instance.gpu_bytes
     parts = []
-    for uuid, planned in one.planned_gpu_bytes.items():
-        held = one.gpu_bytes.get(uuid, 0)
-        parts.append(f"{'?' if held is None else f'{held / GIB:.1f}'} of {planned / GIB:.1f}")
+    for uuid, planned in instance.planned_gpu_bytes.items():
+        used = instance.gpu_bytes.get(uuid, 0)
+        parts.append(f"{'?' if used is None else f'{used / GIB:.1f}'} of {planned / GIB:.1f}")
     return f"{' + '.join(parts)} GiB" if parts else ""
 
 
-def _speed(one: InstanceStatus) -> str:
-    return "" if one.tokens_per_s is None else f"{one.tokens_per_s:.1f}"
+def _speed(instance: InstanceStatus) -> str:
+    return "" if instance.tokens_per_s is None else f"{instance.tokens_per_s:.1f}"
 
 
-def _gate(one: InstanceStatus) -> str:
-    if not one.gate:
+def _gate(instance: InstanceStatus) -> str:
+    if not instance.gate:
         return ""
-    if one.gate.get("ok"):
-        return f"good {one.gate.get('time', '')}".rstrip()
-    failed = next((check["name"] for check in one.gate.get("checks", []) if not check["ok"]), "")
-    return f"FAILED {failed} {one.gate.get('time', '')}".replace("  ", " ").rstrip()
+    if instance.gate.get("ok"):
+        return f"good {instance.gate.get('time', '')}".rstrip()
+    failed = next((check["name"] for check in instance.gate.get("checks", []) if not check["ok"]), "")
+    return f"FAILED {failed} {instance.gate.get('time', '')}".replace("  ", " ").rstrip()

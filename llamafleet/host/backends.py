@@ -16,7 +16,9 @@ class Traits:
     visible_variable: str | None  # environment variable that chooses and orders its devices
     op_offload: bool  # host weights are copied to the device for batches of 32 and more
     pinned_host: bool  # host weights sit in page-locked memory and are not repacked
-    attention_scratch: bool  # flash attention unpacks a cache that is not f16 (ggml-cuda/fattn.cu:722)
+    # Flash attention unpacks a cache that is not f16 (ggml/src/ggml-cuda/fattn.cu,
+    # ggml_cuda_flash_attn_ext_get_alloc_size).
+    attention_scratch: bool
     overhead_bytes: int  # device memory that no log counts: context, libraries
     host_overhead_bytes: int  # the process itself: code, vocabulary, driver's host part
 

@@ -22,7 +22,7 @@ KEYS = {
     "memory-bandwidth": "memory-bandwidth=80GB/s, the measured bandwidth of the RAM",
     "pcie": "pcie=4x8, PCIe generation and lanes of every card",
 }
-GPU_LIMIT = 16  # GGML_CUDA_MAX_DEVICES, ggml/include/ggml-cuda.h
+GPU_LIMIT = 16  # ggml/include/ggml-cuda.h, GGML_CUDA_MAX_DEVICES
 _CARDS = re.compile(r"(?:(?P<count>\d+) ?[x*] ?(?=[a-z]))?(?P<name>.+)")
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?) ?(?P<unit>[kmgt]?)(?:i?b)?(?:/s)?")
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}

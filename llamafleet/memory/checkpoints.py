@@ -1,6 +1,6 @@
 """RAM of a context checkpoint: the copy that llama-server keeps to return to an earlier point of a conversation.
 
-The rules are llama.cpp's at b11434: create_checkpoint in tools/server/server-context.cpp, and state_write, with
+The rules are llama.cpp's at b11434: tools/server/server-context.cpp, create_checkpoint; and state_write, with
 LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY, of the memories in src/. Measured: bench/results/checkpoints.csv.
 """
 
@@ -14,7 +14,7 @@ from llamafleet.model.architecture import Cache
 from llamafleet.model.shape import Shape
 
 # Bytes written beside the copied rows, at most: for a token its position, its slot and its place in an image
-# (llama-kv-cache.cpp:2217), for a layer types and lengths (:2250), for a slot its number of tokens.
+# (src/llama-kv-cache.cpp, state_write_meta), for a layer types and lengths (state_write_data), for a slot its tokens.
 CELL_RECORD_BYTES, LAYER_RECORD_BYTES, SLOT_RECORD_BYTES = 24, 24, 4
 HEAD_BYTES = 64
 
@@ -22,14 +22,16 @@ HEAD_BYTES = 64
 def checkpoint_bytes(shape: Shape, context: Context) -> int:
     """Upper bound, in bytes, of one context checkpoint of one slot; 0 where llama-server makes none.
 
-    A checkpoint copies the state that cannot be rolled back: recurrent state (llama-memory-hybrid.cpp:191), and for
-    layers with a sliding window (llama-kv-cache-iswa.cpp:259) the tokens inside the window, however many cells their
-    cache has (llama-kv-cache.cpp:2100).
+    A checkpoint copies the state that cannot be rolled back: recurrent state (src/llama-memory-hybrid.cpp,
+    llama_memory_hybrid::state_write), and for layers with a sliding window (src/llama-kv-cache-iswa.cpp,
+    llama_kv_cache_iswa::state_write) the tokens inside the window, however many cells their cache has
+    (src/llama-kv-cache.cpp, llama_kv_cache::state_write).
     """
     one_slot = replace(context, slots=1)
     window = min(max(_windows(shape), default=0), one_slot.cells)
     states = sum(shape.state.layers[: shape.trunk_layers])
-    if shape.cache is Cache.COMPRESSED:  # window and tokens not yet compressed (llama-kv-cache-dsv4.cpp:1597)
+    # Window and tokens not yet compressed (src/llama-kv-cache-dsv4.cpp, llama_kv_cache_dsv4::state_write).
+    if shape.cache is Cache.COMPRESSED:
         parts, cells = compressed_layers(shape, one_slot), window_cells(one_slot, window)
         copied = sum(-(-window_bytes * window // cells) + state for window_bytes, _, state in parts)
     elif shape.cache is Cache.UNKNOWN:  # the whole cache: no checkpoint copies more

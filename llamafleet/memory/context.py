@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from llamafleet.model.shape import Shape
 
-PAD_CELLS = 256  # llama-context.cpp and llama-kv-cache-iswa.cpp pad contexts to this
+PAD_CELLS = 256  # src/llama-context.cpp and src/llama-kv-cache-iswa.cpp pad contexts to this
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Context:
 
     @property
     def ubatch(self) -> int:
-        """Tokens computed together, at most the number of cells (llama-context.cpp:226)."""
+        """Tokens computed together, at most the number of cells (src/llama-context.cpp,
+        llama_context::llama_context)."""
         return min(self.ubatch_tokens, self.cells * self.slots)
 
     @property
@@ -52,7 +53,8 @@ class Context:
 
 
 def cache_cells(context: Context, window: int) -> int:
-    """Cells of a layer's cache in one stream. `window`: in tokens, 0 for none (llama-kv-cache-iswa.cpp:71)."""
+    """Cells of a layer's cache in one stream. `window`: in tokens, 0 for none (src/llama-kv-cache-iswa.cpp,
+    size_swa)."""
     if not window:
         return context.stream_cells
     reach = window * (context.slots if context.unified else 1) + context.ubatch

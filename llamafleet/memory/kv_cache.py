@@ -15,7 +15,7 @@ from llamafleet.model.shape import Shape
 
 STATE_BYTES = 4  # recurrent state is f32
 BLOCKS = {name.lower(): (block, size) for name, block, size in GGML_TYPES.values()}
-# Tokens that one compressed cell stands for (llama-kv-cache-dsv4.cpp, DSV4_CSA_RATIO, DSV4_HCA_RATIO).
+# Tokens that one compressed cell stands for (src/llama-kv-cache-dsv4.cpp, DSV4_CSA_RATIO, DSV4_HCA_RATIO).
 CSA_RATIO, HCA_RATIO = 4, 128
 
 
@@ -44,7 +44,8 @@ def _rows(shape: Shape, context: Context) -> Callable[[bool, int, bool], int]:
     latent = shape.latent.is_absorbed and shape.cache is not Cache.UNKNOWN
     indexer = [shape.indexer.key, *([shape.head[1]] if shape.architecture.indexer_keeps_values else [])]
     widest = 0
-    if not context.flash_attention:  # V is transposed, and padded to the widest layer's (llama-kv-cache.cpp:210)
+    # V is transposed, and padded to the widest layer's (src/llama-kv-cache.cpp, n_embd_v_gqa_max).
+    if not context.flash_attention:
         pairs = set(zip(shape.windows, shape.kv_heads, strict=True))
         widest = max((shape.head_sizes(window > 0)[1] * heads for window, heads in pairs), default=0)
 
@@ -65,7 +66,7 @@ def _attends(shape: Shape, layer: int) -> bool:
 
 
 def state_bytes(shape: Shape) -> int:
-    """Bytes of one layer's recurrent state for one slot: n_embd_r and n_embd_s of llama-hparams.cpp."""
+    """Bytes of one layer's recurrent state for one slot: src/llama-hparams.cpp, n_embd_r and n_embd_s."""
     embd, state = shape.embedding, shape.state
     if size := state.wkv_head:
         return (state.token_shifts + size) * embd * STATE_BYTES
@@ -78,7 +79,8 @@ def state_bytes(shape: Shape) -> int:
 
 
 def takes_cache_of(shape: Shape, kv_type: str) -> bool:
-    """Does llama-server accept this cache type? The block size must divide the head sizes (llama-context.cpp:3854)."""
+    """Does llama-server accept this cache type? The block size must divide the head sizes (src/llama-context.cpp,
+    llama_init_from_model)."""
     block = BLOCKS[kv_type][0]
     sizes = {size for window in set(shape.windows) for size in shape.head_sizes(window > 0)}
     return block == 1 or (shape.architecture.flash_attention and not any(size % block for size in sizes))

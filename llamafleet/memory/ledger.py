@@ -96,7 +96,7 @@ def usage(
         device: Usage(weights[device], cache[device], sizes.compute[n], sizes.staging[n], traits.overhead_bytes)
         for n, device in enumerate(devices)
     }
-    output = model.shape.vocabulary * context.outputs * LOGIT_BYTES  # output buffer, llama-context.cpp:2203
+    output = model.shape.vocabulary * context.outputs * LOGIT_BYTES  # src/llama-context.cpp, output_reserve
     overhead = traits.host_overhead_bytes + host_extra_bytes + output
     return used, Usage(weights[None], cache[None], sizes.compute[-1], 0, overhead, repacked_weights)
 

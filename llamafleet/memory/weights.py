@@ -1,7 +1,8 @@
 """Bytes of a model's weights, in groups that are placed on a device together.
 
-The device of each layer: src/llama-model.cpp:1591; tensors of input, output and layers: LLM_TENSOR_INFOS in
-src/llama-arch.cpp; tensors that the CPU backend repacks: ggml-cpu/repack.cpp:4974, :5191.
+The device of each layer: src/llama-model.cpp, load_tensors; tensors of input, output and layers:
+src/llama-arch.cpp, LLM_TENSOR_INFOS; tensors that the CPU backend repacks: ggml/src/ggml-cpu/repack.cpp,
+ggml_repack_get_optimal_repack_type, extra_buffer_type.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _ROPE_FACTORS = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight")
 X86_TYPES = {"Q4_0": 8, "Q4_K": 8, "IQ4_NL": 8, "MXFP4": 8}  # AVX2
 AVX512_TYPES = {"Q2_K": 8}
 ARM_TYPES = {"Q4_0": 4, "Q4_K": 8, "Q5_K": 8, "Q6_K": 8, "IQ4_NL": 4, "MXFP4": 4, "Q8_0": 4, "Q1_0": 4}  # dot products
-_ALIGNMENT_BYTES = 32  # of tensors in a CPU buffer (TENSOR_ALIGNMENT, ggml-impl.h:44)
+_ALIGNMENT_BYTES = 32  # of tensors in a CPU buffer (ggml/src/ggml-impl.h, TENSOR_ALIGNMENT)
 
 
 def repacked_types(cpu_flags: Collection[str]) -> Mapping[str, int]:

@@ -55,9 +55,9 @@ class LayerGraph(Enum):
     """The structure of a layer."""
 
     ORDINARY = auto()  # attention or recurrent state, then feed-forward part or experts
-    RWKV = auto()  # src/models/rwkv6-base.cpp, rwkv7-base.cpp
+    RWKV = auto()  # src/models/rwkv6-base.cpp, src/models/rwkv7-base.cpp
     ALTERNATING_STATES = auto()  # AltUp: several states of a token (src/models/gemma3n.cpp, altup_predict)
-    HYPER_CONNECTIONS = auto()  # four residual streams (src/llama-graph.cpp, build_hc_pre)
+    HYPER_CONNECTIONS = auto()  # four residual streams (src/models/deepseek4.cpp, build_hc_pre)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ METADATA_LIMIT = 1 << 16
 TENSOR_LIMIT = 1 << 16  # the largest models have about 2000
 TENSOR_NAME_LIMIT_BYTES = 63  # GGML_MAX_NAME less the final zero, ggml/include/ggml.h
 SHARD_LIMIT = 1 << 10
-DEFAULT_ALIGNMENT = 32  # GGUF_DEFAULT_ALIGNMENT, ggml/include/gguf.h
+DEFAULT_ALIGNMENT = 32  # ggml/include/gguf.h, GGUF_DEFAULT_ALIGNMENT
 NAME_LIMIT = 100  # characters of a model's name that are shown
 DIMENSIONS = 4  # GGML_MAX_DIMS
 
@@ -152,7 +152,8 @@ def read_header(sources: Sequence[ByteSource]) -> Header:
 
 
 def _check_split(sources: Sequence[ByteSource], parts: Sequence[Header]) -> None:
-    """Raise GgufError unless these are all shards of one model, in order (llama-model-loader.cpp, split.*)."""
+    """Raise GgufError unless these are all shards of one model, in order (src/llama-model-loader.cpp,
+    LLM_KV_SPLIT_COUNT)."""
     for position, (source, part) in enumerate(zip(sources, parts, strict=True)):
         count, number = part.metadata.get("split.count", 1), part.metadata.get("split.no", 0)
         if count in (0, 1) and len(parts) == 1:

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping
 from llamafleet.model.architectures import architecture_of
 from llamafleet.model.gguf_cursor import LongArray, Scalar, Value
 
-LAYER_LIMIT = 512  # LLAMA_MAX_LAYERS, src/llama-hparams.h:11
-EXPERT_LIMIT = 1024  # LLAMA_MAX_EXPERTS, src/llama-hparams.h:12
+LAYER_LIMIT = 512  # src/llama-hparams.h, LLAMA_MAX_LAYERS
+EXPERT_LIMIT = 1024  # src/llama-hparams.h, LLAMA_MAX_EXPERTS
 NUMBER_LIMIT = 2**32 - 1  # llama.cpp's hyperparameters are uint32_t
 _LIMITS = {"block_count": LAYER_LIMIT, "expert_count": EXPERT_LIMIT}
-# int32_t in llama.cpp: the image features of each layer, -1 for none (granite-swa.cpp:22), and sections of RoPE.
+# int32_t in llama.cpp: the image features of each layer, -1 for none (src/models/granite-swa.cpp, load_arch_hparams),
+# and sections of RoPE.
 _SIGNED = frozenset({"deepstack_mapping", "rope.dimension_sections"})
 _BLOCK = re.compile(r"blk\.\d{1,3}\..+", re.ASCII)
 _LAYER = re.compile(r"(?:^|\.)blk\.(\d{1,3})\.")
@@ -51,7 +52,7 @@ def _contradictions(
     """Messages about metadata that contradict the tensors.
 
     token_embd has the shape (embedding_length, tokens): src/models/*.cpp load it with this shape only. Some layers may
-    have no tensors (models/deci.cpp skips them), but not most layers.
+    have no tensors (src/models/deci.cpp skips them), but not most layers.
     """
     layers = metadata.get(f"{architecture}.block_count")
     with_tensors = {match[1] for name in shapes if (match := _LAYER.search(name))}

@@ -1,4 +1,4 @@
-"""Which backend a host is built and planned for, which GPUs it can use, and how a unit names them to it."""
+"""The backend of a host, the GPUs that the backend can use, and the unit's variables that select these GPUs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from llamafleet.units import MIB
 
 
 def resolve_backend(machine: Machine, settings: Settings) -> str | Refusal:
-    """The backend to build and plan for; a GPU that is there but unusable is never passed over silently."""
+    """The backend to build and plan for; a refusal if the only GPUs are unusable or the GPUs are of several vendors.
+
+    A GPU that is present but unusable is never ignored silently.
+    """
     if settings.backend != "auto":
         return settings.backend
     broken = [gpu for gpu in machine.gpus if gpu.problem]
@@ -22,16 +25,16 @@ def resolve_backend(machine: Machine, settings: Settings) -> str | Refusal:
     listed = {gpu.pci_bus_id for gpu in machine.gpus}
     lost = [gpu for gpu in machine.pci_gpus if gpu.vendor in BACKEND_OF_VENDOR and gpu.pci_bus_id not in listed]
     if not usable and (broken or lost):
-        told = "; ".join(
+        problems = "; ".join(
             [f"GPU{gpu.index} ({gpu.name}): {gpu.problem}" for gpu in broken]
             + [f"{gpu.vendor} GPU at {gpu.pci_bus_id}: no driver lists it" for gpu in lost]
         )
         return Refusal(
-            f"{machine.hostname} has a GPU that cannot be used: {told}",
+            f"{machine.hostname} has a GPU that cannot be used: {problems}",
             device=f"GPU{broken[0].index}" if broken else lost[0].pci_bus_id,
             suggestions=(
-                "repair the driver (see the probe's problems)",
-                'or set backend = "cpu" to do without the GPU',
+                "repair the driver (the probe's output lists the problems)",
+                'or set backend = "cpu" to use no GPU',
             ),
         )
     vendors = {gpu.vendor for gpu in usable}
@@ -39,7 +42,7 @@ def resolve_backend(machine: Machine, settings: Settings) -> str | Refusal:
         return Refusal(
             f"{machine.hostname} has usable GPUs of several vendors ({', '.join(sorted(vendors))})",
             device=f"GPU{usable[0].index}",
-            suggestions=('set backend to the one to use: "cuda", "hip" or "vulkan"',),
+            suggestions=('set backend to "cuda", "hip" or "vulkan"',),
         )
     return BACKEND_OF_VENDOR.get(next(iter(vendors)), "vulkan") if vendors else "cpu"
 
@@ -55,7 +58,7 @@ def gpus_for(machine: Machine, backend: str, settings: Settings) -> tuple[Gpu, .
 
 
 def capacity_of(machine: Machine, gpus: Sequence[Gpu], settings: Settings) -> Capacity:
-    """What the host has for all its models: the settings' reserves and swap applied."""
+    """The host's memory for all its models, with the reserves and the swap that the settings give."""
     return Capacity.of(
         machine,
         gpus,
@@ -66,7 +69,7 @@ def capacity_of(machine: Machine, gpus: Sequence[Gpu], settings: Settings) -> Ca
 
 
 def environment(backend: str, gpus: Sequence[Gpu]) -> dict[str, str]:
-    """What the unit must set so that llama.cpp's device N is the N-th GPU of the plan."""
+    """Environment variables for the unit that make llama.cpp's device N the N-th GPU of the plan."""
     if backend == "cuda":
         uuids = ",".join(gpu.uuid or str(gpu.index) for gpu in gpus)
         return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": uuids}

@@ -1,7 +1,7 @@
-"""What layers cost on a device, and what each device and the host have left for them, by the sketch.
+"""Estimated bytes: of the layers on a device, and of the memory that each device and the host have for them.
 
-The search (`choose`) cuts a model by these numbers. They are estimates: what is chosen is checked by the ledger
-(`settle`).
+The search divides a model by these numbers. Compute buffers are estimated from the model's sizes, not laid out as
+llama.cpp does it; `refine` checks the chosen candidate against the ledger.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from llamafleet.planner.roofline import Roofline
 
 
 def kind_of(segments: Sequence[Segment]) -> str:
-    """What is on the host: "none", "spill" (experts or FFN), "layers" (whole ones) or "all"."""
+    """Which weights are on the host: "none", "spill" (experts, or a dense model's FFN), "layers" (whole front layers)
+    or "all"."""
     if segments[-1].device is None:
         return "all"
     if segments[0].device is None:
         return "layers"
-    return "spill" if any(one.keep < one.hi for one in segments) else "none"
+    return "spill" if any(segment.keep < segment.hi for segment in segments) else "none"
 
 
 @dataclass(frozen=True)
-class Fixed:
-    """Bytes that do not depend on how many layers a device gets: of each device, and of the host."""
+class FixedBytes:
+    """Bytes of each device and of the host that do not depend on the number of layers on a device."""
 
     devices: tuple[int, ...]
     host: int
 
 
 class Budgets:
-    """What one model's layers cost, and what a host has left for them."""
+    """Bytes that the layers of one model need, and bytes that one host has for them."""
 
     def __init__(
         self,
@@ -51,32 +52,34 @@ class Budgets:
         self.model, self.capacity, self.backend = model, capacity, backend
         self.extra_bytes, self.correction, self.roofline = extra_bytes, correction, roofline
         self.movable = [layer for layer in range(model.layers) if model.spill_bytes[layer]]
-        self.sketch = Sketch(model)
-        self._fixed: dict[tuple[Context, int, str], Fixed] = {}
-        self._base: dict[Context, list[float]] = {}
-        self._all: dict[Context, list[float]] = {}
+        self.buffers = BufferEstimate(model)
+        self._fixed: dict[tuple[Context, int, str], FixedBytes] = {}
+        self._base_costs: dict[Context, list[float]] = {}
+        self._full_costs: dict[Context, list[float]] = {}
 
-    def costs(self, context: Context) -> list[float]:
-        """Bytes of the first n layers on a device, without what may be spilled; last, with the output."""
-        if context not in self._base:
+    def base_costs(self, context: Context) -> list[float]:
+        """Bytes of the first n layers on a device, by n: weights that must stay there and KV cache, without experts
+        (FFN). The last item adds the output matrix to all layers."""
+        if context not in self._base_costs:
             total, sums = 0.0, [0.0]
             cache = self.model.compute.kv_bytes(context)
-            for whole, spill, kept in zip(self.model.layer_bytes, self.model.spill_bytes, cache, strict=True):
-                total += whole - spill + kept
+            for weights, spill, kv in zip(self.model.layer_bytes, self.model.spill_bytes, cache, strict=True):
+                total += weights - spill + kv
                 sums.append(total)
-            self._base[context] = [*sums, total + self.model.output_bytes]
-        return self._base[context]
+            self._base_costs[context] = [*sums, total + self.model.output_bytes]
+        return self._base_costs[context]
 
-    def whole(self, context: Context) -> list[float]:
-        """The same with everything on the device."""
-        if context not in self._all:
+    def full_costs(self, context: Context) -> list[float]:
+        """Bytes of the first n layers on a device, by n, their experts (FFN) included."""
+        if context not in self._full_costs:
             spill = self.roofline.spill
-            base = self.costs(context)
-            self._all[context] = [cost + spill[min(n, self.model.layers)] for n, cost in enumerate(base)]
-        return self._all[context]
+            base = self.base_costs(context)
+            self._full_costs[context] = [cost + spill[min(n, self.model.layers)] for n, cost in enumerate(base)]
+        return self._full_costs[context]
 
     def budgets(self, context: Context, order: tuple[int, ...], kind: str) -> list[float]:
-        """Bytes for layers on each device: what compute, staging, overhead, reserve and others leave."""
+        """Bytes for layers on each device: its memory less compute buffers, staging, overhead, reserve and the memory
+        of other processes."""
         fixed, capacity = self.fixed(context, len(order), kind), self.capacity
         budgets = []
         for position, device in enumerate(order):
@@ -89,51 +92,51 @@ class Budgets:
             )
         return budgets
 
-    def fixed(self, context: Context, count: int, kind: str) -> Fixed:
-        """By the sketch, for that many devices with that on the host."""
+    def fixed(self, context: Context, count: int, kind: str) -> FixedBytes:
+        """The estimate for `count` devices; `kind` says which weights are on the host (see `kind_of`)."""
         key = (context, count, kind)
         if key not in self._fixed:
-            self._fixed[key] = self._sketched(context, count, kind)
+            self._fixed[key] = self._estimated(context, count, kind)
         return self._fixed[key]
 
-    def _sketched(self, context: Context, count: int, kind: str) -> Fixed:
+    def _estimated(self, context: Context, count: int, kind: str) -> FixedBytes:
         traits, pipelined = TRAITS[self.backend], count > 1 and kind == "none"
-        inner = self.sketch.compute(context, output=False, pipelined=pipelined) + traits.overhead_bytes
-        last = self.sketch.compute(context, output=True, pipelined=pipelined) + traits.overhead_bytes
-        staging = self.sketch.staging(kind) if traits.op_offload else 0
+        inner = self.buffers.compute(context, output=False, pipelined=pipelined) + traits.overhead_bytes
+        last = self.buffers.compute(context, output=True, pipelined=pipelined) + traits.overhead_bytes
+        staging = self.buffers.staging(kind) if traits.op_offload else 0
         devices = [inner] * (count - 1) + [last] if count else []
         devices[:1] = [size + staging for size in devices[:1]]
-        host = self.sketch.compute(context, output=not count, pipelined=pipelined)
+        host = self.buffers.compute(context, output=not count, pipelined=pipelined)
         host += traits.host_overhead_bytes + self.extra_bytes + self.correction.extra_bytes.get(HOST, 0)
-        return Fixed(tuple(devices), host)
+        return FixedBytes(tuple(devices), host)
 
-    def host_short(self, context: Context, order: tuple[int, ...], segments: Sequence[Segment]) -> int:
-        """Bytes of RAM that are missing with that placement."""
+    def host_short_bytes(self, context: Context, order: tuple[int, ...], segments: Sequence[Segment]) -> int:
+        """Bytes of RAM (and swap) that the host lacks for this placement; 0 if it fits."""
         capacity, model = self.capacity, self.model
         kind = kind_of(segments)
         needed = self.fixed(context, len(order), kind).host + model.input_bytes
-        for one in segments:
-            moved, _ = self.roofline.moved(one)
-            needed += int(moved)
-            if one.device is None:
-                base, spill = self.costs(context), self.roofline.spill
-                needed += int(base[one.hi] - base[one.lo] + spill[one.hi] - spill[one.lo])
+        for segment in segments:
+            offloaded, _ = self.roofline.on_host(segment)
+            needed += int(offloaded)
+            if segment.device is None:
+                base, spill = self.base_costs(context), self.roofline.spill
+                needed += int(base[segment.hi] - base[segment.lo] + spill[segment.hi] - spill[segment.lo])
         if not order:
             needed += model.output_bytes - (model.tied_bytes if model.tied_is_shared else 0)
         if capacity.unified:
-            base = self.costs(context)
+            base = self.base_costs(context)
             needed += int(base[-1] + self.roofline.spill[-1]) + sum(self.fixed(context, 1, "none").devices)
         return max(0, needed + capacity.host_reserve_bytes - capacity.host_bytes - capacity.swap_bytes)
 
 
 F32, F16 = 4, 2
 PIPELINE_COPIES = 4  # GGML_SCHED_MAX_COPIES: copies of the inputs when devices work as a pipeline
-PIPELINE_ROWS = 10  # hidden states that such a pipeline keeps besides
-ROWS, ROWS_BY_EXPERTS = 6, 4  # hidden states alive at the widest place
+PIPELINE_ROWS = 10  # further hidden states that a pipeline keeps, for each token of the ubatch
+ROWS, ROWS_BY_EXPERTS = 6, 4  # hidden states alive at the widest operation: of a dense model, of a mixture of experts
 
 
-class Sketch:
-    """One model's sizes, as far as buffers depend on them."""
+class BufferEstimate:
+    """Estimated sizes of one model's compute and staging buffers."""
 
     def __init__(self, model: Model) -> None:
         shape = model.shape
@@ -151,7 +154,8 @@ class Sketch:
         self.largest_spill = max((tensor.bytes for tensor in layers if movable.search(tensor.name)), default=0)
 
     def compute(self, context: Context, *, output: bool, pipelined: bool) -> int:
-        """Bytes of a device's compute buffer."""
+        """Bytes of a device's compute buffer. `output`: the device computes the logits; `pipelined`: several devices
+        work on successive ubatches."""
         tokens = context.batch_tokens
         cells = context.stream_cells + (min(context.cells, self.window + tokens + 256) if self.window else 0)
         mask, row = cells * tokens * F16, self.embedding * tokens * F32
@@ -163,5 +167,5 @@ class Sketch:
         return inputs + max(self.widest * tokens * F32 + self.rows * row, logits) + scratch
 
     def staging(self, kind: str) -> int:
-        """What op-offload adds with experts (FFN) or whole layers on the host: the largest such tensor."""
+        """Bytes that op-offload adds: the largest tensor on the host, of experts (FFN) or of whole layers."""
         return {"spill": self.largest_spill, "layers": self.largest}.get(kind, 0)

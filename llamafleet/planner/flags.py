@@ -1,7 +1,6 @@
 """The planned part of llama-server's command line: context, placement, threads.
 
-Every flag is one of common/arg.cpp at b11434, and all that llama.cpp would else decide by itself at
-each start is given.
+Every flag is in common/arg.cpp at b11434. Each value that llama.cpp would otherwise choose at its start is given.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from llamafleet.memory.context import Context
 from llamafleet.memory.placement import Placement
 
 DEFAULT_BATCH_TOKENS = 2048  # llama.cpp's --batch-size; never below the ubatch
-# What goes to the CPU, of a mixture of experts or not: all that may be spilled of a layer, or a part of it.
+# Tensors of a layer that --override-tensor puts on the CPU, by (is a mixture of experts, part of the experts or FFN).
 PATTERNS = {
     (True, "all"): r"ffn_(up|down|gate|gate_up)_(ch|)exps\.",
     (True, "down"): r"ffn_down_(ch|)exps\.",
@@ -24,7 +23,7 @@ PATTERNS = {
 }
 
 
-def planned(
+def planned_flags(
     context: Context,
     placement: Placement,
     *,
@@ -35,7 +34,7 @@ def planned(
     checkpoints: int,
     is_moe: bool,
 ) -> Iterator[str]:
-    """The flags that a plan decides: context, placement, threads. `gpus`: how many are in use."""
+    """The flags that a plan decides: context, placement, threads. `gpus` is the number of GPUs in use."""
     yield from ("--ctx-size", str(context.tokens * context.slots), "--parallel", str(context.slots))
     yield from ("--no-kv-unified", "--cache-type-k", context.kv_type, "--cache-type-v", context.kv_type)
     yield from ("--flash-attn", "on", "--batch-size", str(max(DEFAULT_BATCH_TOKENS, context.ubatch_tokens)))
@@ -43,15 +42,15 @@ def planned(
     yield from ("--threads", str(threads), "--threads-batch", str(threads))
     yield from ("--cache-ram", str(prompt_cache_mib), "--fit", "off", "--load-mode", "none")
     yield from ("--ctx-checkpoints", str(checkpoints))
-    yield from _placed(placement, device_names(backend, gpus), is_moe)
+    yield from _placement_flags(placement, device_names(backend, gpus), is_moe)
 
 
 def device_names(backend: str, count: int) -> list[str]:
-    """llama.cpp's names of so many GPUs, in their order."""
+    """llama.cpp's names of the first `count` GPUs, in order."""
     return [f"{TRAITS[backend].device_prefix}{number}" for number in range(count)]
 
 
-def _placed(placement: Placement, devices: Sequence[str], is_moe: bool) -> Iterator[str]:
+def _placement_flags(placement: Placement, devices: Sequence[str], is_moe: bool) -> Iterator[str]:
     if not devices:
         yield from ("--device", "none", "--n-gpu-layers", "0")
         return

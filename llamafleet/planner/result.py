@@ -1,6 +1,6 @@
-"""What planning answers: a plan or a refusal, and the JSON of either that others rely on.
+"""The result of planning, a plan or a refusal, and the JSON (the plan contract) of each.
 
-Both are values. `plan` makes them; whatever shows, compares, writes down or applies a plan needs only this file.
+`planner.plan` makes these values; code that shows, compares, records or applies a plan needs only this module.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a model is not served, what was missing and what would help."""
+    """Why a model is not served: the reason, the device, bytes needed and available there, and suggestions."""
 
     reason: str
     device: str = HOST
@@ -33,7 +33,7 @@ class Refusal:
     fits = False
 
     def to_json(self) -> dict[str, Any]:
-        """The plan contract, schema 1."""
+        """The plan contract, schema 1, with `refusal` set."""
         refusal = {
             "reason": self.reason,
             "device": self.device,
@@ -51,7 +51,7 @@ class Plan:
     instance: str
     backend: str
     argv: tuple[str, ...]  # the planned part of the command line: context and placement, no path, address or name
-    gpus: tuple[Gpu, ...]  # those in use; llama.cpp's device N is the N-th of them
+    gpus: tuple[Gpu, ...]  # the GPUs in use; llama.cpp's device N is the N-th of them
     context_tokens: int  # of one slot
     slots: int
     kv_type: str
@@ -66,28 +66,28 @@ class Plan:
     why: tuple[str, ...]
     host_bytes: int  # RAM that the process needs, for MemoryMax
     environment: Mapping[str, str] = field(default_factory=dict)
-    cpus: str = ""  # that the server is kept on, "0-11"; empty: all
-    numa_nodes: str = ""  # that its memory is spread over, "0-1"; empty: as the kernel likes
+    cpus: str = ""  # CPUs that the server may run on, such as "0-11"; empty: all
+    numa_nodes: str = ""  # NUMA nodes that its memory is spread over, such as "0-1"; empty: the kernel decides
 
     fits = True
 
     @property
     def gpu_bytes(self) -> tuple[tuple[Gpu, int], ...]:
-        """Each GPU in use with the bytes planned on it."""
+        """Each GPU in use with the bytes planned for it."""
         return tuple(zip(self.gpus, (row.used_bytes for row in self.ledger[:-1]), strict=True))
 
     def to_json(self) -> dict[str, Any]:
-        """The plan contract, schema 1."""
+        """The plan contract, schema 1, with `refusal` null."""
         return _contract(self, None)
 
 
-def _contract(answer: Plan | Refusal, refusal: dict[str, Any] | None) -> dict[str, Any]:
+def _contract(result: Plan | Refusal, refusal: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
-        "fits": answer.fits,
-        "argv": list(answer.argv) if isinstance(answer, Plan) else [],
-        "ledger": [row.to_json() for row in answer.ledger],
-        "predicted": (answer.predicted if isinstance(answer, Plan) else Prediction(0.0, 0.0)).to_json(),
-        "why": list(answer.why),
+        "fits": result.fits,
+        "argv": list(result.argv) if isinstance(result, Plan) else [],
+        "ledger": [row.to_json() for row in result.ledger],
+        "predicted": (result.predicted if isinstance(result, Plan) else Prediction(0.0, 0.0)).to_json(),
+        "why": list(result.why),
         "refusal": refusal,
     }

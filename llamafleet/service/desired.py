@@ -187,7 +187,7 @@ def with_plans(
     """The same host with these plans; `verified` has llama-server's answers of this run, by instance name."""
     if refused := next(_unplanned(choice), None) or next(_in_the_way(desired.inputs), None):
         return refused
-    plans = [plan for plan in choice.answers if isinstance(plan, Plan)]
+    plans = [plan for plan in choice.results if isinstance(plan, Plan)]
     try:
         servings = tuple(
             _serving(desired, choice, instance, plan, verified.get(instance.name), render)
@@ -199,7 +199,7 @@ def with_plans(
 
 
 def _unplanned(choice: Choice) -> Iterator[Refused]:
-    return (refusals.no_plan(answer) for answer in choice.answers if not isinstance(answer, Plan))
+    return (refusals.no_plan(answer) for answer in choice.results if not isinstance(answer, Plan))
 
 
 def _in_the_way(inputs: PlanInputs) -> Iterator[Refused]:

@@ -33,8 +33,8 @@ class PlanInputs:
         `corrections`: by instance name, what llama-server allocates beyond the ledger.
         """
         requests = [(instance, self.models[instance.name].header) for instance in self.settings.models]
-        installed = {name: stability.Installed.of(record) for name, record in self.same_inputs().items()}
-        return stability.choose(
+        installed = {name: stability.InstalledPlan.of(record) for name, record in self.same_inputs().items()}
+        return stability.keep_or_replan(
             self.survey.machine, self.settings,
             lambda machine: plan_host(machine, requests, self.settings, corrections), installed,
         )  # fmt: skip
@@ -49,7 +49,7 @@ class PlanInputs:
         records = {name: instance.record for name, instance in self.survey.installed.instances.items()}
         return {
             name: record for name, key in self.keys.items()
-            if (record := records.get(name)) is not None and stability.is_of_inputs(record, key)
+            if (record := records.get(name)) is not None and stability.has_inputs(record, key)
         }  # fmt: skip
 
 

@@ -30,13 +30,13 @@ def check_plans(host: Host) -> bool:
     """Ask and plan again until plan and binary agree, and go on with that plan. False if they cannot agree."""
     now = _now()
     try:
-        settled = reconcile.settle(
-            lambda corrections: now.desired.inputs.keep_or_replan(corrections).answers,
+        reconciled = reconcile.reconcile(
+            lambda corrections: now.desired.inputs.keep_or_replan(corrections).results,
             lambda plan: _ask(host, now, plan),
             now.desired.corrections,
             lambda plan: _is_known(now, plan),
         )
-        decided = _go_on(host, now, settled)
+        decided = _go_on(host, now, reconciled)
     except READ_ERRORS as error:
         decided = refused_by(error)
     return _is_decided(host, decided)
@@ -53,16 +53,16 @@ def replan_after_switch(host: Host, name: str, binary_bytes: dict[str, int]) -> 
     try:
         corrections = dict(now.desired.corrections)
         extra = corrections.get(name, NO_CORRECTION)
-        corrections[name] = extra.plus(reconcile.compare(plan, reconcile.Answer(binary_bytes), extra).differences)
+        corrections[name] = extra.plus(reconcile.compare(plan, reconcile.MemoryReport(binary_bytes), extra).differences)
         choice = now.desired.inputs.keep_or_replan(corrections)
         unasked = {
             new.instance: reconcile.compare(
-                new, reconcile.Answer(None, "asked in the switch", room=False), corrections[name], 2
+                new, reconcile.MemoryReport(None, "asked in the switch", room=False), corrections[name], 2
             )
-            for new in choice.answers
+            for new in choice.results
             if isinstance(new, Plan) and new.instance == name
         }
-        decided = _go_on(host, now, reconcile.Settled(choice.answers, corrections, unasked))
+        decided = _go_on(host, now, reconcile.Reconciled(choice.results, corrections, unasked))
     except READ_ERRORS as error:
         decided = refused_by(error)
     if isinstance(decided, Decision) and _by_name(decided)[name].plan.argv == plan.argv:
@@ -91,10 +91,10 @@ def _is_known(now: Decision, plan: Plan) -> bool:
     return _by_name(now)[plan.instance].plan.argv == plan.argv and plan.instance not in now.changes.services
 
 
-def _ask(host: Host, now: Decision, plan: Plan) -> reconcile.Answer:
+def _ask(host: Host, now: Decision, plan: Plan) -> reconcile.MemoryReport:
     """llama-server's answer about a plan, asked on the host beside what runs there."""
     asked = json.dumps(spec(now, plan))
-    return reconcile.Answer(**remote.run_json(host, remote.program("verify.py", "ask", asked)))
+    return reconcile.MemoryReport(**remote.run_json(host, remote.program("verify.py", "ask", asked)))
 
 
 def spec(now: Decision, plan: Plan) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def staged_files(serving: Serving) -> dict[str, str]:
     now = _now()
     verified, old = serving.verified, now.desired.installed.instances.get(serving.name)
     if verified is not None and not verified.room and old is not None and old.active == "active":
-        staged["question.json"] = json.dumps({**spec(now, serving.plan), **reconcile.limits(serving.plan)})
+        staged["question.json"] = json.dumps({**spec(now, serving.plan), **reconcile.memory_limits(serving.plan)})
     return staged
 
 
@@ -134,12 +134,12 @@ def _by_name(now: Decision) -> dict[str, Serving]:
     return {serving.name: serving for serving in now.desired.servings}
 
 
-def _go_on(host: Host, before: Decision, settled: reconcile.Settled) -> Decision | Refused:
+def _go_on(host: Host, before: Decision, reconciled: reconcile.Reconciled) -> Decision | Refused:
     """The decision with the plans that binary and ledger agree on; log what the binary said and what changes."""
-    for name, verified in settled.verified.items():
-        host.log(reconcile.say(name, verified))
-    choice = replace(before.desired.inputs.keep_or_replan(settled.corrections), answers=settled.answers)
-    after = replan(choice, settled.corrections, settled.verified)
+    for name, verified in reconciled.verified.items():
+        host.log(reconcile.summary(name, verified))
+    choice = replace(before.desired.inputs.keep_or_replan(reconciled.corrections), results=reconciled.results)
+    after = replan(choice, reconciled.corrections, reconciled.verified)
     if isinstance(after, Decision):
         for old, new in zip(before.desired.servings, after.desired.servings, strict=True):
             if old.plan.argv != new.plan.argv:

@@ -50,7 +50,7 @@ def _plans_of(host: Host) -> dict[str, Plan | Refusal] | str:
     if isinstance(inputs, Refused):
         return str(inputs)
     names = [instance.name for instance in inputs.settings.models]
-    return dict(zip(names, inputs.keep_or_replan(inputs.corrections()).answers, strict=True))
+    return dict(zip(names, inputs.keep_or_replan(inputs.corrections()).results, strict=True))
 
 
 def over_hosts(inventory: Path, limit: str | None, action: Callable[[Host], T | str]) -> dict[str, T | str]:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from llamafleet.cli import main as cli
-from llamafleet.hub import http as web
+from llamafleet.hub import http
 from llamafleet.settings.schema import SettingsError
-from sandbox import hub as stand_in
 from sandbox import models
+from sandbox.hub import Hub
 from tests import planning
 
 ROOT = Path(__file__).parents[2]
@@ -35,17 +35,17 @@ def machine_file(tmp_path):
 def test_a_plan_exits_0_and_is_the_contract_s_json(model, machine_file, capsys):
     arguments = ["plan", "--model", model, "--machine", machine_file, "--set", "context_tokens=131072", "--json"]
     assert cli.main(arguments) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["schema"], told["fits"], told["refusal"]) == (1, True, None)
-    assert told["argv"][:2] == ["--ctx-size", "131072"]
+    output = json.loads(capsys.readouterr().out)
+    assert (output["schema"], output["fits"], output["refusal"]) == (1, True, None)
+    assert output["argv"][:2] == ["--ctx-size", "131072"]
 
 
 def test_a_refusal_exits_3_with_json(model, machine_file, capsys):
     assert cli.main(["plan", "--model", model, "--machine", machine_file, "--set", "gpu_reserve_mib=1024",
                      "--set", "ram_reserve_mib=60000", "--json"]) == 3  # fmt: skip
-    told = json.loads(capsys.readouterr().out)
-    assert told["fits"] is False
-    assert told["refusal"]["needed_bytes"] > told["refusal"]["available_bytes"]
+    output = json.loads(capsys.readouterr().out)
+    assert output["fits"] is False
+    assert output["refusal"]["needed_bytes"] > output["refusal"]["available_bytes"]
 
 
 def test_the_table_shows_devices_and_reasons(model, machine_file, capsys):
@@ -71,7 +71,7 @@ def test_the_refusal_s_table_says_what_would_help(model, machine_file, capsys):
         (["context_tokens=many"], "should be a whole number from 256 to 2147483647 or None, is 'many'"),
         (["context_tokens"], "should be KEY=VALUE"),
         (["=3"], "should be KEY=VALUE"),
-        (["source=/x"], "is given by --model"),
+        (["source=/x"], "give the model with --model"),
         (["slots=0"], "should be a whole number from 1 to 256 or None, is 0"),
     ],
 )
@@ -86,7 +86,7 @@ def test_bad_settings_exit_2(model, machine_file, changes, message, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not JSON"),
+        ("{", "should be JSON"),
         ("[]", "machine: should be an object, is []"),
         ('{"schema": 9}', "schema"),
         ('{"schema": 1}', "hostname"),
@@ -105,7 +105,7 @@ def test_missing_files_exit_2(model, machine_file, tmp_path, capsys):
     assert cli.main(["plan", "--model", model, "--machine", str(tmp_path / "no.json")]) == 2
     assert "cannot be read" in capsys.readouterr().err
     assert cli.main(["plan", "--model", model, "--machine", "no-such-box"]) == 2
-    assert "there is no file of that name, and 'no-such-box': no such GPU" in capsys.readouterr().err
+    assert "there is no file 'no-such-box', and as a description: 'no-such-box': no such GPU" in capsys.readouterr().err
     (tmp_path / "page.gguf").write_text("<!DOCTYPE html>")
     assert cli.main(["plan", "--model", str(tmp_path / "page.gguf"), "--machine", machine_file]) == 2
     assert "is an HTML page" in capsys.readouterr().err
@@ -122,8 +122,8 @@ def test_it_runs_as_a_program_from_elsewhere_with_the_machine_on_standard_input(
 
 
 def test_values_are_python_literals_or_text():
-    told = cli.parse_changes(["a=1", "b=None", "c=['f16']", "d=cuda", "e=x=y", "f=True"])
-    assert told == {"a": 1, "b": None, "c": ["f16"], "d": "cuda", "e": "x=y", "f": True}
+    changes = cli.parse_changes(["a=1", "b=None", "c=['f16']", "d=cuda", "e=x=y", "f=True"])
+    assert changes == {"a": 1, "b": None, "c": ["f16"], "d": "cuda", "e": "x=y", "f": True}
 
 
 def test_changes_go_where_they_belong():
@@ -137,13 +137,13 @@ def test_changes_go_where_they_belong():
 def test_a_machine_can_be_described_in_words(model, capsys):
     words = "rtx4090,ram=64GB,cores=10"
     assert cli.main(["plan", "--model", model, "--machine", words, "--set", "context_tokens=131072", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert [row["device"] for row in told["ledger"]] == ["GPU0", "host"]
-    assert told["ledger"][0]["capacity_bytes"] == 24564 * 2**20
-    assert told["ledger"][1]["capacity_bytes"] == 64 * 2**30
+    output = json.loads(capsys.readouterr().out)
+    assert [row["device"] for row in output["ledger"]] == ["GPU0", "host"]
+    assert output["ledger"][0]["capacity_bytes"] == 24564 * 2**20
+    assert output["ledger"][1]["capacity_bytes"] == 64 * 2**30
 
 
-def test_a_described_memory_bandwidth_is_reckoned_with(model, capsys):
+def test_a_described_memory_bandwidth_changes_the_prediction(model, capsys):
     speeds = []
     for rate in ("40GB/s", "200GB/s"):
         machine = f"cpu,ram=96GB,cores=32,memory-bandwidth={rate}"
@@ -159,8 +159,8 @@ def test_the_table_says_what_would_change(tmp_path, capsys):
         == 0
     )
     out = capsys.readouterr().out
-    assert "the largest context that fits: 40960 tokens (all that it was trained for)" in out
-    assert "the next quantisation up, Q5_K with about 5.4 GiB, fits" in out  # published: 5.44 GiB
+    assert "the largest context that fits: 40960 tokens (the whole trained context)" in out
+    assert "the next larger quantisation, Q5_K with about 5.4 GiB, fits" in out  # published: 5.44 GiB
 
 
 # --- models of the Hub ----------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_the_table_says_what_would_change(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
-    with stand_in.Hub() as hub:
+    with Hub() as hub:
         for quant in ("Q4_K_M", "Q8_0", "F16"):
             path = models.weightless(folder, "Qwen3-30B-A3B", quant)
             hub.add("acme/Qwen3-GGUF", path.name, path)
@@ -191,8 +191,8 @@ def plan(hub, model, machine, *more):
 
 def test_quantisations_are_compared_and_the_best_is_named(hub, capsys):
     assert plan(hub, "hf:acme/Qwen3-GGUF", "rtx4090,ram=64GB,cores=10", "--compare", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    names = [one["model"].rpartition("/")[2] for one in told["compared"]]
+    output = json.loads(capsys.readouterr().out)
+    names = [option["model"].rpartition("/")[2] for option in output["compared"]]
     assert names == [
         "Qwen3-30B-A3B-F16.gguf",
         "Qwen3-30B-A3B-Q8_0.gguf",
@@ -200,10 +200,10 @@ def test_quantisations_are_compared_and_the_best_is_named(hub, capsys):
         "Qwen3-30B-A3B-Q4_K_M.gguf",
         "broken.gguf",
     ]
-    assert "is an HTML page" in told["compared"][-1]["problem"]
-    assert [one["plan"]["fits"] for one in told["compared"][:-1]] == [True] * 4
-    assert told["compared"][1]["weights_bytes"] == told["compared"][2]["weights_bytes"]
-    assert told["best"] == "hf:acme/Qwen3-GGUF/Qwen3-30B-A3B-F16.gguf"
+    assert "is an HTML page" in output["compared"][-1]["problem"]
+    assert [option["plan"]["fits"] for option in output["compared"][:-1]] == [True] * 4
+    assert output["compared"][1]["weights_bytes"] == output["compared"][2]["weights_bytes"]
+    assert output["best"] == "hf:acme/Qwen3-GGUF/Qwen3-30B-A3B-F16.gguf"
 
 
 def test_the_best_is_fast_enough_and_fits(hub, capsys):
@@ -218,16 +218,16 @@ def test_the_best_is_fast_enough_and_fits(hub, capsys):
     assert "too slow" in out
     assert "fits and writes 80 tokens/s: hf:acme/Qwen3-GGUF/Qwen3-30B-A3B-Q4_K_M.gguf" in out
     assert plan(hub, "hf:acme/Qwen3-GGUF", machine, "--compare", "--min-speed", "9999") == 3
-    assert "REFUSED: none of them fits and writes 9999 tokens/s" in capsys.readouterr().out
+    assert "REFUSED: none of these models fits and writes 9999 tokens/s" in capsys.readouterr().out
 
 
 def test_models_named_one_by_one_are_compared(hub, model, capsys):
     files = ["hf:acme/Qwen3-GGUF/Qwen3-30B-A3B-Q8_0.gguf", "--model", model]
     assert plan(hub, files[0], "cpu,ram=48GB,cores=8", *files[1:], "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert [one["model"] for one in told["compared"]] == [model, files[0]]
-    assert told["best"] == files[0]  # the other needs more than 48 GB
-    assert told["compared"][0]["plan"]["refusal"]["needed_bytes"] > 60 * 2**30
+    output = json.loads(capsys.readouterr().out)
+    assert [option["model"] for option in output["compared"]] == [model, files[0]]
+    assert output["best"] == files[0]  # the other needs more than 48 GB
+    assert output["compared"][0]["plan"]["refusal"]["needed_bytes"] > 60 * 2**30
 
 
 @pytest.mark.parametrize(
@@ -264,23 +264,23 @@ def test_a_refusal_stands_where_the_repository_cannot_be_listed(hub, capsys):
 
 
 def test_a_60_gb_model_is_planned_from_few_bytes_in_little_time(model, capsys):
-    """Over HTTP, of gpt-oss-120b: below 12 MB and, on an idle core, below a second."""
-    with stand_in.Hub() as hub:
+    """The header of gpt-oss-120b over HTTP: less than 12 MB and, on an idle core, less than a second."""
+    with Hub() as hub:
         hub.add("acme/oss", "oss.gguf", Path(model))
         began = time.process_time()
         assert plan(hub, "hf:acme/oss/oss.gguf", "rtx4090,ram=64GB,cores=10", "--json") == 0
         assert time.process_time() - began < 1
-        asked = hub.settled()
+        requests = hub.settled()
     assert json.loads(capsys.readouterr().out)["fits"]
     assert Path(model).stat().st_size > 59 * 2**30
-    assert sum(request.bytes_sent for request in asked) < 12e6
-    assert len(asked) <= 8  # each is a turn to the other end of the world
+    assert sum(request.bytes_sent for request in requests) < 12e6
+    assert len(requests) <= 8  # each request is a round trip to a distant server
 
 
 def test_a_signed_address_that_expires_while_it_is_read_is_asked_for_anew(model, capsys):
-    with stand_in.Hub(link_seconds=3600) as hub:
+    with Hub(link_seconds=3600) as hub:
         hub.add("acme/oss", "oss.gguf", Path(model))
-        reader = web.Web()
+        reader = http.Web()
         url = f"{hub.url}/acme/oss/resolve/main/oss.gguf"
         with Path(model).open("rb") as file:
             whole = file.read(3000)
@@ -297,5 +297,5 @@ def test_a_token_file_that_others_read_is_refused(tmp_path, machine_file, model,
     token.chmod(0o644)
     arguments = ["plan", "--model", model, "--machine", machine_file, "--set", f"hub_token_file={token}"]
     assert cli.main(arguments) == 2
-    told = capsys.readouterr().err
-    assert f"hub_token_file: {token} has mode 0644" in told and "hf_secret" not in told
+    error = capsys.readouterr().err
+    assert f"hub_token_file: {token} has mode 0644" in error and "hf_secret" not in error

@@ -1,4 +1,4 @@
-"""How a fleet is, told from what was read: one line for each instance, and nothing wrong passes for fine."""
+"""The state of a fleet: one line for each instance, and every problem makes the state not fine."""
 
 import dataclasses
 import json
@@ -65,26 +65,28 @@ FAILED = {**GOOD, "ok": False, "checks": [{"name": "health", "ok": True}, {"name
     ],
     ids=["down", "drift", "gate", "left_over"],
 )  # fmt: skip
-def test_what_is_wrong_is_told_and_not_fine(changes, live, wanted, column, cell):
+def test_a_problem_is_shown_and_not_fine(changes, live, wanted, column, cell):
     host = of_host(found(**changes), {"demo": live}, wanted)
     assert not host.is_fine and line(host)[column] == cell
 
 
-def test_what_is_wanted_and_not_there_has_its_line():
+def test_a_wanted_instance_that_is_not_installed_has_a_line():
     host = of_host(dataclasses.replace(INSTALLED, instances={}), {}, Wanted({"demo": ("it is not installed",)}))
     assert not host.is_fine
     assert line(host)["state"] == "not installed" and line(host)["drift"] == "it is not installed"
 
 
-def test_what_a_run_would_change_beside_the_services_is_told():
+def test_changes_beside_the_services_are_shown():
     host = of_host(found(), {"demo": LIVE}, Wanted({"demo": ()}, ("helpers", "build")))
     assert not host.is_fine
     assert "box1: a run would change: helpers, build" in table({"box1": host})
 
 
 def test_a_host_that_cannot_be_reached_is_named():
-    told = table({"box1": of_host(found(), {"demo": LIVE}, AS_WANTED), "box2": HostStatus(problem="cannot be reached")})
-    assert "box2: cannot be reached" in told.splitlines()
+    output = table(
+        {"box1": of_host(found(), {"demo": LIVE}, AS_WANTED), "box2": HostStatus(problem="cannot be reached")}
+    )
+    assert "box2: cannot be reached" in output.splitlines()
     assert not HostStatus(problem="cannot be reached").is_fine
 
 
@@ -93,13 +95,13 @@ def test_an_inventory_that_cannot_be_deployed_hides_no_instance():
     assert not host.is_fine and line(host)["state"] == "active" and line(host)["drift"] == "none"
 
 
-def test_an_instance_of_an_earlier_version_has_less_to_tell():
+def test_an_instance_of_an_earlier_version_shows_less():
     host = of_host(found(record=None), {}, AS_WANTED)
     assert host.is_fine
     assert line(host)["plan"] == line(host)["RAM"] == line(host)["last gate"] == ""
 
 
-def test_memory_that_is_not_told():
+def test_memory_that_is_not_known():
     host = of_host(found(), {"demo": {**LIVE, "cgroup_bytes": None, "gpu_bytes": {"GPU-1": None}}}, AS_WANTED)
     assert line(host)["RAM"] == "0.9 GiB" and line(host)["GPU"] == "? of 20.0 GiB"
     broken = of_host(found(), {"demo": {**LIVE, "gpu_bytes": "NVML: Driver Not Loaded"}}, AS_WANTED)
@@ -112,11 +114,11 @@ def test_a_plan_for_the_cpu_in_short():
 
 
 def test_the_json_has_everything():
-    told = json.loads(json.dumps(of_host(found(), {"demo": LIVE}, AS_WANTED).to_json()))
-    assert set(told) == {"fine", "problem", "drift", "instances"} and told["fine"] is True
-    one = told["instances"]["demo"]
-    assert one["gate"] == GOOD and one["verified"] is True and one["predicted_tokens_per_s"] == 30.0
-    assert one["gpu_bytes"] == {"GPU-1": 20992 * MIB} and one["planned_gpu_bytes"] == {"GPU-1": 20480 * MIB}
+    output = json.loads(json.dumps(of_host(found(), {"demo": LIVE}, AS_WANTED).to_json()))
+    assert set(output) == {"fine", "problem", "drift", "instances"} and output["fine"] is True
+    instance = output["instances"]["demo"]
+    assert instance["gate"] == GOOD and instance["verified"] is True and instance["predicted_tokens_per_s"] == 30.0
+    assert instance["gpu_bytes"] == {"GPU-1": 20992 * MIB} and instance["planned_gpu_bytes"] == {"GPU-1": 20480 * MIB}
 
 
 # --- on the host ----------------------------------------------------------------------------------
@@ -139,22 +141,27 @@ def on_host(monkeypatch):
 
 
 def test_the_program_tells_memory_gate_and_since(on_host):
-    told = json.loads(json.dumps(program.status()))
-    assert list(told) == ["demo"]
-    assert told["demo"].pop("rss_bytes") > MIB
-    assert told["demo"] == {"cgroup_bytes": MIB, "gpu_bytes": {"GPU-1": 5, "GPU-3": None}, "since": "Sat", "gate": GOOD}
+    states = json.loads(json.dumps(program.status()))
+    assert list(states) == ["demo"]
+    assert states["demo"].pop("rss_bytes") > MIB
+    assert states["demo"] == {
+        "cgroup_bytes": MIB,
+        "gpu_bytes": {"GPU-1": 5, "GPU-3": None},
+        "since": "Sat",
+        "gate": GOOD,
+    }
 
 
-@pytest.mark.parametrize("said", ["[not set]", "18446744073709551615", "", None])
-def test_memory_that_the_kernel_does_not_count(on_host, said):
-    on_host["MemoryCurrent"] = said
+@pytest.mark.parametrize("value", ["[not set]", "18446744073709551615", "", None])
+def test_memory_that_the_kernel_does_not_count(on_host, value):
+    on_host["MemoryCurrent"] = value
     assert program.status()["demo"]["cgroup_bytes"] is None
 
 
 def test_an_instance_that_is_down(on_host):
     on_host["MainPID"] = "0"
-    told = program.status()["demo"]
-    assert told["rss_bytes"] is None and told["gpu_bytes"] == {}
+    state = program.status()["demo"]
+    assert state["rss_bytes"] is None and state["gpu_bytes"] == {}
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -171,8 +178,8 @@ def test_a_host_that_does_not_answer_is_named_and_exits_1(tmp_path):
     words = [sys.executable, "-m", "llamafleet.cli", "status", "--inventory", str(inventory), "--json"]
     done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
     assert done.returncode == 1, done.stderr
-    told = json.loads(done.stdout)["gone"]
-    assert told["fine"] is False and told["problem"].startswith("cannot be reached")
+    state = json.loads(done.stdout)["gone"]
+    assert state["fine"] is False and state["problem"].startswith("cannot be reached")
 
 
 def test_a_limit_that_names_nobody_is_bad_input(tmp_path):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from llamafleet.cli import tables as show
+from llamafleet.cli import tables
 from llamafleet.memory.ledger import LedgerRow
 from llamafleet.planner.result import Plan
 from llamafleet.planner.roofline import Prediction
@@ -35,7 +35,7 @@ def row(*gib, capacity=40, reserve=2):
     ],
 )
 def test_a_bar_is_as_long_as_the_device(filled, bar):
-    assert show.bar(filled) == bar
+    assert tables.bar(filled) == bar
 
 
 class Terminal(io.StringIO):
@@ -47,18 +47,18 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "133")
-    assert show.Look.of(Terminal()) == show.Look(133, colours=True)
-    assert show.Look.of(io.StringIO()) == show.Look(None, colours=False)
+    assert tables.Look.of(Terminal()) == tables.Look(133, colours=True)
+    assert tables.Look.of(io.StringIO()) == tables.Look(None, colours=False)
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not show.Look.of(Terminal()).colours
+    assert not tables.Look.of(Terminal()).colours
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("TERM", "dumb")
-    assert not show.Look.of(Terminal()).colours
+    assert not tables.Look.of(Terminal()).colours
 
 
 def test_colours_change_nothing_else():
-    plain = show.bar(row(10, 5, 2, 1, 2))
-    painted = show.bar(row(10, 5, 2, 1, 2), show.Look(None, colours=True))
+    plain = tables.bar(row(10, 5, 2, 1, 2))
+    painted = tables.bar(row(10, 5, 2, 1, 2), tables.Look(None, colours=True))
     assert painted != plain
     assert re.sub(r"\x1b\[[0-9;]*m", "", painted) == plain
 
@@ -73,29 +73,29 @@ def answers():
 @pytest.mark.parametrize("columns", [40, 80, 100, 160])
 def test_no_line_is_wider_than_the_terminal(answers, columns):
     for answer in answers:
-        told = show.table(answer, "gpt-oss-120b on box1", show.Look(columns), ["a sentence " * 20])
-        # No terminal can break a single word, such as the list of spilled layers.
-        assert [line for line in told.splitlines() if len(line) > columns and len(line.split()) > 1] == []
-        assert "gpt-oss-120b on box1" in told
+        output = tables.table(answer, "gpt-oss-120b on box1", tables.Look(columns), ["a sentence " * 20])
+        # A single word is never broken, such as the list of layers on the CPU.
+        assert [line for line in output.splitlines() if len(line) > columns and len(line.split()) > 1] == []
+        assert "gpt-oss-120b on box1" in output
 
 
-def test_all_is_told_on_a_narrow_terminal_too(answers):
+def test_a_narrow_terminal_shows_everything_too(answers):
     for answer in answers:
-        words = show.table(answer, "t").replace(",", " ").split()
-        narrow = show.table(answer, "t", show.Look(60)).replace(",", " ").split()
+        words = tables.table(answer, "t").replace(",", " ").split()
+        narrow = tables.table(answer, "t", tables.Look(60)).replace(",", " ").split()
         assert [word for word in words if word not in narrow and "|" not in word] == []
 
 
-def test_the_outlook_is_told_after_the_reasons(answers):
+def test_the_alternatives_come_after_the_reasons(answers):
     plan, refusal = answers
     assert isinstance(plan, Plan)
-    assert show.table(plan, "t", outlook=["more would fit"]).splitlines()[-1] == "  > more would fit"
-    assert "missing under the reserve" in show.table(refusal, "t")
+    assert tables.table(plan, "t", alternatives=["more would fit"]).splitlines()[-1] == "  > more would fit"
+    assert "missing to keep the reserve" in tables.table(refusal, "t")
 
 
-def test_a_prediction_tells_how_sure_it_is_and_a_measurement_that_it_is_one(answers):
-    guess = Prediction(23.456, 1158.4, 15.0, 30.0, 700.0, 1500.0)
-    told = show.table(dataclasses.replace(answers[0], predicted=guess), "t")
-    assert "predicted, roughly: 23.5 tokens/s (15 to 30) written, 1160 tokens/s (700 to 1500) read" in told
-    told = show.table(dataclasses.replace(answers[0], predicted=Prediction.of_trial(23.456, 1158.4)), "t")
-    assert "measured: 23.5 tokens/s written, 1160 tokens/s read" in told
+def test_a_prediction_has_a_range_and_a_measurement_is_marked(answers):
+    prediction = Prediction(23.456, 1158.4, 15.0, 30.0, 700.0, 1500.0)
+    output = tables.table(dataclasses.replace(answers[0], predicted=prediction), "t")
+    assert "predicted, roughly: 23.5 tokens/s (15 to 30) written, 1160 tokens/s (700 to 1500) read" in output
+    output = tables.table(dataclasses.replace(answers[0], predicted=Prediction.of_trial(23.456, 1158.4)), "t")
+    assert "measured: 23.5 tokens/s written, 1160 tokens/s read" in output

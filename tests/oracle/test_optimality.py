@@ -13,7 +13,7 @@ from llamafleet.memory.context import Context
 from llamafleet.memory.ledger import usage
 from llamafleet.memory.placement import Placement
 from llamafleet.memory.weights import Model
-from llamafleet.planner.flags import planned
+from llamafleet.planner.flags import planned_flags
 from llamafleet.planner.result import Plan
 from sandbox import models
 from sandbox.oracle import ask
@@ -77,7 +77,7 @@ def questions(name, model, gb):
 def with_placement(plan, placement):
     """The plan with another placement, and with the flags for it."""
     context = Context(plan.context_tokens, plan.slots, plan.kv_type, plan.ubatch_tokens)
-    argv = tuple(planned(
+    argv = tuple(planned_flags(
         context, placement, backend=plan.backend, gpus=len(plan.gpus), threads=plan.threads,
         prompt_cache_mib=plan.prompt_cache_mib, checkpoints=plan.checkpoints, is_moe=plan.is_moe,
     ))  # fmt: skip

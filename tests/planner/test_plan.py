@@ -1,4 +1,4 @@
-"""The plan: one situation a case file under tests/plans, and what must hold in any situation."""
+"""Plans: one situation in each case file under tests/plans, and properties that hold in every situation."""
 
 import dataclasses
 import json
@@ -29,15 +29,16 @@ CASES = sorted((Path(__file__).parents[1] / "plans").glob("*.yaml"))
 def test_situation(path):
     case = yaml.safe_load(path.read_text())
     host = planning.machine(**case.get("machine", {}))
-    entries = [{k: v for k, v in one.items() if k not in ("layout", "quant")} for one in case["models"]]
-    asked = planning.settings(*entries, **case.get("settings", {}))
-    answers = planning.plans(host, [(one["layout"], one.get("quant", "")) for one in case["models"]], asked)
+    entries = [{k: v for k, v in model.items() if k not in ("layout", "quant")} for model in case["models"]]
+    settings = planning.settings(*entries, **case.get("settings", {}))
+    layouts = [(model["layout"], model.get("quant", "")) for model in case["models"]]
+    answers = planning.plans(host, layouts, settings)
     for answer, expected in zip(answers, case["expect"], strict=True):
         check(answer, expected)
 
 
 def check(answer, expected):
-    """Every key of the expectation, none unknown."""
+    """Check every key of the expectation; an unknown key is a KeyError."""
     for key, value in expected.items():
         CHECKS[key](answer, value)
     if isinstance(answer, Plan):
@@ -58,12 +59,12 @@ def flag_values(answer, flags):
 
 def refusal(answer, expected):
     assert isinstance(answer, Refusal)
-    told = answer.to_json()["refusal"]
-    assert told["device"] == expected.get("device", "host")
-    assert re.search(expected["reason"], told["reason"])
-    assert re.search(expected.get("suggestion", ""), "\n".join(told["suggestions"]))
+    refused = answer.to_json()["refusal"]
+    assert refused["device"] == expected.get("device", "host")
+    assert re.search(expected["reason"], refused["reason"])
+    assert re.search(expected.get("suggestion", ""), "\n".join(refused["suggestions"]))
     if expected.get("numbers", True):
-        assert told["needed_bytes"] > told["available_bytes"] >= 0
+        assert refused["needed_bytes"] > refused["available_bytes"] >= 0
 
 
 def devices(answer, names):
@@ -112,17 +113,17 @@ ROW = {
 
 @pytest.mark.parametrize(("ram_gib", "fits"), [(64, True), (16, False)])
 def test_the_json_is_the_contract(ram_gib, fits):
-    asked = planning.settings({"context_tokens": 131072})
-    [answer] = planning.plans(planning.machine([24564], ram_gib=ram_gib), [("gpt-oss-120b",)], asked)
-    told = json.loads(json.dumps(answer.to_json()))
-    assert list(told) == ["schema", "fits", "argv", "ledger", "predicted", "why", "refusal"]
-    assert (told["schema"], told["fits"]) == (1, fits)
-    assert [set(row) for row in told["ledger"]] == [ROW, ROW]
-    assert {"decode_tokens_per_s", "prefill_tokens_per_s"} <= set(told["predicted"])
-    assert (told["refusal"] is None) is fits
-    assert (told["argv"] == []) is not fits
+    settings = planning.settings({"context_tokens": 131072})
+    [answer] = planning.plans(planning.machine([24564], ram_gib=ram_gib), [("gpt-oss-120b",)], settings)
+    contract = json.loads(json.dumps(answer.to_json()))
+    assert list(contract) == ["schema", "fits", "argv", "ledger", "predicted", "why", "refusal"]
+    assert (contract["schema"], contract["fits"]) == (1, fits)
+    assert [set(row) for row in contract["ledger"]] == [ROW, ROW]
+    assert {"decode_tokens_per_s", "prefill_tokens_per_s"} <= set(contract["predicted"])
+    assert (contract["refusal"] is None) is fits
+    assert (contract["argv"] == []) is not fits
     if not fits:
-        assert set(told["refusal"]) == {"reason", "device", "needed_bytes", "available_bytes", "suggestions"}
+        assert set(contract["refusal"]) == {"reason", "device", "needed_bytes", "available_bytes", "suggestions"}
 
 
 def test_no_path_address_or_name_is_in_the_planned_part():
@@ -131,8 +132,8 @@ def test_no_path_address_or_name_is_in_the_planned_part():
 
 
 def test_what_the_stages_read_of_a_plan():
-    asked = planning.settings({"context_tokens": 131072})
-    [answer] = planning.plans(planning.machine([24564, 24564]), [("gpt-oss-120b",)], asked)
+    settings = planning.settings({"context_tokens": 131072})
+    [answer] = planning.plans(planning.machine([24564, 24564]), [("gpt-oss-120b",)], settings)
     assert [(gpu.uuid, size) for gpu, size in answer.gpu_bytes] == [
         (f"GPU-{n}", row.used_bytes) for n, row in enumerate(answer.ledger[:-1])
     ]
@@ -145,7 +146,7 @@ HOSTS = st.builds(
     lambda gpus, ram: planning.machine(gpus, ram_gib=ram),
     st.lists(st.integers(2000, 100_000), max_size=4), st.sampled_from([4, 16, 32, 64, 128, 512]),
 )  # fmt: skip
-ASKED = st.builds(
+INSTANCES = st.builds(
     lambda *given: dict(zip(("context_tokens", "slots", "kv_types", "ubatch_tokens"), given, strict=True)),
     st.integers(256, 32768), st.integers(1, 6), st.sampled_from([["f16"], ["f16", "q8_0"], ["q4_0"]]),
     st.sampled_from([512, 2048]),
@@ -153,26 +154,27 @@ ASKED = st.builds(
 
 
 @examples(max_examples=150, deadline=None)
-@given(HOSTS, ASKED, st.sampled_from(sorted(models.PUBLISHED)))
-def test_a_plan_is_sound_and_always_the_same(host, asked, layout):
-    asked["context_tokens"] = min(asked["context_tokens"], planning.header(layout).get("context_length"))
-    wanted = planning.settings(asked)
-    [answer] = planning.plans(host, [(layout,)], wanted)
-    assert planning.plans(host, [(layout,)], wanted) == (answer,)
+@given(HOSTS, INSTANCES, st.sampled_from(sorted(models.PUBLISHED)))
+def test_a_plan_is_sound_and_always_the_same(host, instance, layout):
+    instance["context_tokens"] = min(instance["context_tokens"], planning.header(layout).get("context_length"))
+    settings = planning.settings(instance)
+    [answer] = planning.plans(host, [(layout,)], settings)
+    assert planning.plans(host, [(layout,)], settings) == (answer,)
     model = planning.header(layout)
-    held = sum(row.weights_bytes for row in answer.ledger)
+    planned = sum(row.weights_bytes for row in answer.ledger)
     names = {tensor.name: tensor.bytes for tensor in model.tensors}
     tied = 0 if "output.weight" in names else names["token_embd.weight"]
     trunk = model.get("block_count") - (model.get("nextn_predict_layers") or 0)
     loaded = sum(size for name, size in names.items() if not name.startswith(f"blk.{trunk}."))
-    assert min(abs(held - loaded), abs(held - loaded - tied)) < MIB  # padding, and rotation factors on each device
+    # Padding, and rotation factors on each device.
+    assert min(abs(planned - loaded), abs(planned - loaded - tied)) < MIB
     assert all(
         row.capacity_bytes - row.used_bytes - row.free_bytes in (1024 * MIB, 2048 * MIB) for row in answer.ledger
     )
     if isinstance(answer, Plan):
         assert all(row.free_bytes >= 0 for row in answer.ledger)
         assert sum(answer.placement.split()) == answer.placement.gpu_layers
-        assert 0 <= answer.context_tokens - asked["context_tokens"] < 256  # whole cells, never less than asked
+        assert 0 <= answer.context_tokens - instance["context_tokens"] < 256  # whole cells, never less than requested
     else:
         assert answer.needed_bytes > answer.available_bytes
         assert answer.suggestions
@@ -233,25 +235,25 @@ def test_a_refused_instance_takes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("host", "asked"),
+    ("host", "requested"),
     [
         (planning.machine([12282], ram_gib=64), {"context_tokens": 131072, "slots": 8}),
         (planning.machine([4096], ram_gib=16), {"context_tokens": 131072}),
         (planning.machine(ram_gib=12), {"context_tokens": 65536, "slots": 2}),
     ],
 )
-def test_what_a_refusal_suggests_is_served(host, asked):
-    [refused] = planning.plans(host, [("Llama-3.1-8B",)], planning.settings(asked))
+def test_what_a_refusal_suggests_is_served(host, requested):
+    [refused] = planning.plans(host, [("Llama-3.1-8B",)], planning.settings(requested))
     assert isinstance(refused, Refusal)
-    changes = [re.findall(r"(slots|context_tokens|kv_types)(?: to)? (\S+?),", text) for text in refused.suggestions]
-    found = [(key, [value] if key == "kv_types" else int(value)) for hits in changes for key, value in hits]
-    assert found, refused.suggestions
-    for key, value in found:
-        [answer] = planning.plans(host, [("Llama-3.1-8B",)], planning.settings({**asked, key: value}))
+    matches = [re.findall(r"(slots|context_tokens|kv_types)(?: to)? (\S+?),", text) for text in refused.suggestions]
+    changes = [(key, [value] if key == "kv_types" else int(value)) for pairs in matches for key, value in pairs]
+    assert changes, refused.suggestions
+    for key, value in changes:
+        [answer] = planning.plans(host, [("Llama-3.1-8B",)], planning.settings({**requested, key: value}))
         assert isinstance(answer, Plan), (key, value)
         if key == "context_tokens":  # and not much more would be
             [more] = planning.plans(
-                host, [("Llama-3.1-8B",)], planning.settings({**asked, key: value * 21 // 20 + 1024})
+                host, [("Llama-3.1-8B",)], planning.settings({**requested, key: value * 21 // 20 + 1024})
             )
             assert isinstance(more, Refusal)
 
@@ -290,8 +292,8 @@ def test_two_vendors_need_a_decision():
 
 
 def answer_for(header):
-    asked = planning.settings({"context_tokens": 8192})
-    [answer] = plan_host(planning.machine([24564]), [(asked.models[0], header)], asked)
+    settings = planning.settings({"context_tokens": 8192})
+    [answer] = plan_host(planning.machine([24564]), [(settings.models[0], header)], settings)
     return answer
 
 
@@ -323,7 +325,7 @@ def test_what_llama_cpp_does_not_know_is_refused_with_the_nearest_that_it_knows(
 
 def test_what_was_not_held_against_llama_cpp_is_an_upper_bound_and_says_so():
     known, bounded = answer_for(renamed("llama")), answer_for(renamed("xverse"))
-    assert any("'xverse' was not held against llama.cpp" in sentence for sentence in bounded.why)
+    assert any("'xverse' was not compared with llama.cpp" in sentence for sentence in bounded.why)
     assert not any("upper bound" in sentence for sentence in known.why)
     assert bounded.ledger[0].compute_bytes > known.ledger[0].compute_bytes
     assert bounded.ledger[0].kv_bytes >= known.ledger[0].kv_bytes
@@ -341,9 +343,9 @@ def test_what_was_not_held_against_llama_cpp_is_an_upper_bound_and_says_so():
 def test_context_checkpoints_take_no_more_ram_than_they_may(layout, mib, checkpoints, counted_mib):
     host = planning.machine([24564], ram_gib=64)
     given = {"context_tokens": 32768, "ubatch_tokens": 512}
-    asked = planning.settings({**given, "context_checkpoints_mib": mib})
+    settings = planning.settings({**given, "context_checkpoints_mib": mib})
     without = planning.settings({**given, "context_checkpoints_mib": 0})
-    [plan], [bare] = planning.plans(host, [(layout,)], asked), planning.plans(host, [(layout,)], without)
+    [plan], [bare] = planning.plans(host, [(layout,)], settings), planning.plans(host, [(layout,)], without)
     assert planning.argument(plan.argv, "--ctx-checkpoints") == str(checkpoints)
     assert 0 <= (plan.host_bytes - bare.host_bytes) / planning.MIB - counted_mib <= 0.03 * checkpoints
     assert plan.host_bytes - bare.host_bytes <= mib * planning.MIB
@@ -359,8 +361,8 @@ def test_no_cache_is_planned_that_llama_server_refuses(architecture, head, kv_ty
     metadata = {key.replace("llama.", f"{architecture}.", 1): value for key, value in plain.metadata.items()}
     metadata |= {f"{architecture}.attention.{part}_length": head for part in ("key", "value")}
     header = replace(plain, architecture=architecture, metadata=metadata)
-    asked = planning.settings({"kv_types": kv_types, "context_tokens": 4096})
-    (answer,) = plan_host(planning.machine([24564]), [(asked.models[0], header)], asked)
+    settings = planning.settings({"kv_types": kv_types, "context_tokens": 4096})
+    (answer,) = plan_host(planning.machine([24564]), [(settings.models[0], header)], settings)
     if expected is None:
         assert "no KV cache of q8_0" in answer.reason
         assert "f16" in answer.suggestions[0]

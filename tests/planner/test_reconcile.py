@@ -1,22 +1,31 @@
-"""The plan against the binary: what is asked, what counts as the same, and how the two come to agree."""
+"""A plan compared with the binary's report: the command line, the tolerance, and the rounds until both agree."""
 
 import dataclasses
 
 import pytest
 
 from llamafleet.memory.ledger import Correction
-from llamafleet.planner.reconcile import ROUNDS, TOLERANCE_BYTES, Answer, compare, question, say, settle, tolerance
+from llamafleet.planner.reconcile import (
+    ROUNDS,
+    TOLERANCE_BYTES,
+    MemoryReport,
+    compare,
+    question,
+    reconcile,
+    summary,
+    tolerance,
+)
 from llamafleet.planner.result import Plan, Refusal
 from tests import planning
 from tests.planning import MIB
 
 GIB = 1024 * MIB
-ASKED = planning.settings({"context_tokens": 8192})
+SETTINGS = planning.settings({"context_tokens": 8192})
 
 
-def planned(corrections=None, *, layout="gpt-oss-120b", gpus=(16376,), asked=ASKED, **machine):
+def planned(corrections=None, *, layout="gpt-oss-120b", gpus=(16376,), settings=SETTINGS, **machine):
     host = planning.machine(list(gpus), **machine)
-    return planning.plans(host, [(layout,)] * len(asked.models), asked, corrections)
+    return planning.plans(host, [(layout,)] * len(settings.models), settings, corrections)
 
 
 def counted(row):
@@ -24,16 +33,18 @@ def counted(row):
 
 
 def answer(plan, **more):
-    """What a binary would say that agrees with the plan, but for `more` on its devices."""
+    """The report of a binary that agrees with the plan, except for `more` bytes on its devices."""
     names = [f"CUDA{n}" for n in range(len(plan.gpus))]
-    told = {name: counted(row) + more.pop(name, 0) for name, row in zip(names, plan.ledger, strict=False)}
-    # Host memory is told in parts.
+    reported = {name: counted(row) + more.pop(name, 0) for name, row in zip(names, plan.ledger, strict=False)}
+    # Host memory is reported in parts.
     repacked = plan.ledger[-1].weights_bytes
-    return Answer({**told, "Host": counted(plan.ledger[-1]) - repacked + more.pop("host", 0), "CPU_REPACK": repacked})
+    return MemoryReport(
+        {**reported, "Host": counted(plan.ledger[-1]) - repacked + more.pop("host", 0), "CPU_REPACK": repacked}
+    )
 
 
 class Binary:
-    """Counts as the pure ledger does, plus what it is told to count beyond it."""
+    """A binary that reports the ledger's bytes plus `more` bytes, a number or a function of the plan, by device."""
 
     def __init__(self, **more):
         self.more, self.asked = more, []
@@ -45,21 +56,21 @@ class Binary:
 
 
 def settled(binary, corrections=None, is_known=lambda plan: False, **how):
-    """With the plan's own corrections taken out of what the binary says, which is of the flags alone."""
-    now = {}
+    """Settle with this binary. Its report depends on the flags alone, so the plan's corrections are subtracted."""
+    current = {}
 
     def planner(given):
-        now.update(given)
+        current.update(given)
         return planned(given, **how)
 
     def ask(plan):
-        extra = now.get(plan.instance, Correction()).extra_bytes
-        told = dict(binary(plan).told)
+        extra = current.get(plan.instance, Correction()).extra_bytes
+        reported = dict(binary(plan).told)
         for name, device in (("CUDA0", "GPU0"), ("Host", "host")):
-            told[name] -= extra.get(device, 0)
-        return Answer(told)
+            reported[name] -= extra.get(device, 0)
+        return MemoryReport(reported)
 
-    return settle(planner, ask, corrections or {}, is_known)
+    return reconcile(planner, ask, corrections or {}, is_known)
 
 
 def test_the_question_is_the_service_without_what_it_must_not_touch():
@@ -73,9 +84,9 @@ def test_the_question_is_the_service_without_what_it_must_not_touch():
 
 def test_a_real_command_line_keeps_its_placement():
     [plan] = planned()
-    asked = question(plan.argv)
-    assert "--override-tensor" in asked and "--fit" not in asked
-    assert set(plan.argv) - set(asked) <= {"--fit", "off"}
+    command = question(plan.argv)
+    assert "--override-tensor" in command and "--fit" not in command
+    assert set(plan.argv) - set(command) <= {"--fit", "off"}
 
 
 def test_tolerance_is_16_mib_or_one_in_a_hundred():
@@ -98,38 +109,38 @@ def test_overhead_is_not_compared():
 
 def test_a_device_that_the_binary_does_not_know_is_said():
     [plan] = planned()
-    seen = compare(plan, Answer({"Host": 60 * GIB}))
+    seen = compare(plan, MemoryReport({"Host": 60 * GIB}))
     assert seen.binary_bytes is None and "CUDA0" in seen.why
-    assert "the gate decides" in say("chat", seen)
+    assert "the gate decides" in summary("chat", seen)
 
 
 def test_agreement_takes_one_question():
     binary = Binary()
     done = settled(binary)
     assert len(binary.asked) == 1
-    assert done.answers == tuple(planned()) and done.corrections == {}
+    assert done.results == tuple(planned()) and done.corrections == {}
     assert done.verified["m0"].rounds == 1 and done.verified["m0"].differences == {"GPU0": 0, "host": 0}
 
 
 @pytest.mark.parametrize("more", [TOLERANCE_BYTES, -TOLERANCE_BYTES])
 def test_a_difference_within_the_tolerance_changes_nothing(more):
     done = settled(Binary(CUDA0=more))
-    assert done.answers == tuple(planned())
+    assert done.results == tuple(planned())
 
 
 def test_more_on_the_gpu_is_planned_around_and_asked_again():
     binary = Binary(CUDA0=3 * GIB)
     done = settled(binary)
-    [before], [after] = planned(), done.answers
+    [before], [after] = planned(), done.results
     assert len(after.placement.spilled) > len(before.placement.spilled)
     assert binary.asked == [before.argv, after.argv]
     assert done.verified["m0"].extra_bytes == {"GPU0": 3 * GIB}
     assert done.verified["m0"].rounds == 2
-    assert "2 rounds" in say("m0", done.verified["m0"])
+    assert "2 rounds" in summary("m0", done.verified["m0"])
 
 
 def test_less_on_the_gpu_is_used():
-    [after] = settled(Binary(CUDA0=-3 * GIB)).answers
+    [after] = settled(Binary(CUDA0=-3 * GIB)).results
     assert len(after.placement.spilled) < len(planned()[0].placement.spilled)
 
 
@@ -137,18 +148,18 @@ def test_the_same_flags_are_not_asked_twice():
     binary = Binary(host=GIB)
     done = settled(binary)
     assert len(binary.asked) == 1  # more host memory changes no flag
-    assert done.answers[0].host_bytes == planned()[0].host_bytes + GIB
+    assert done.results[0].host_bytes == planned()[0].host_bytes + GIB
     assert done.verified["m0"].differences == {"GPU0": 0, "host": 0}
 
 
 def test_what_does_not_fit_after_all_is_refused_with_the_numbers():
-    [refused] = settled(Binary(host=64 * GIB)).answers
+    [refused] = settled(Binary(host=64 * GIB)).results
     assert isinstance(refused, Refusal)
     assert refused.needed_bytes > refused.available_bytes > 0
 
 
 def grows(plan):
-    """A layout whose ledger is wrong by more, the more is on the host: no correction is ever enough."""
+    """A difference that grows with the layers on the host, so that no correction is ever enough."""
     return (len(plan.placement.spilled) + 1) * 300 * MIB
 
 
@@ -156,23 +167,23 @@ def test_the_rounds_are_bounded():
     binary = Binary(CUDA0=grows)
     done = settled(binary)
     assert len(binary.asked) <= ROUNDS
-    [plan] = done.answers
+    [plan] = done.results
     assert isinstance(plan, Refusal) or plan.ledger[0].free_bytes >= 0
     assert isinstance(plan, Refusal) or plan.argv in binary.asked
 
 
 def test_a_plan_with_room_to_spare_is_not_swung_back():
-    """What was too little once was corrected; that the next plan has some left over is no reason for a third."""
+    """After a correction upwards, free memory in the next plan is no reason for a third plan."""
     [first] = planned()
     binary = Binary(CUDA0=lambda plan: 3 * GIB if plan.argv == first.argv else GIB)
     done = settled(binary)
-    assert len(binary.asked) == 2 and done.answers[0].argv == binary.asked[1] != first.argv
+    assert len(binary.asked) == 2 and done.results[0].argv == binary.asked[1] != first.argv
     assert done.verified["m0"].differences["GPU0"] == -2 * GIB
 
 
 def test_a_binary_that_tells_nothing_leaves_the_plan():
-    done = settle(planned, lambda plan: Answer(None, "it ended"), {}, lambda plan: False)
-    assert done.answers == tuple(planned())
+    done = reconcile(planned, lambda plan: MemoryReport(None, "it ended"), {}, lambda plan: False)
+    assert done.results == tuple(planned())
     assert done.verified["m0"].binary_bytes is None and done.verified["m0"].why == "it ended"
 
 
@@ -184,17 +195,17 @@ def test_known_plans_are_not_asked_about():
 
 def test_of_two_instances_the_second_gets_what_the_first_really_leaves():
     two = planning.settings({"context_tokens": 4096}, {"context_tokens": 4096})
-    how = {"layout": "Llama-3.2-3B", "asked": two, "gpus": [24564]}
+    how = {"layout": "Llama-3.2-3B", "settings": two, "gpus": [24564]}
     done = settled(Binary(CUDA0=lambda plan: GIB if plan.instance == "m0" else 0), **how)
-    before, after = planned(**how), done.answers
-    assert all(isinstance(one, Plan) for one in after)
+    before, after = planned(**how), done.results
+    assert all(isinstance(result, Plan) for result in after)
     assert after[1].ledger[0].capacity_bytes == before[1].ledger[0].capacity_bytes - GIB
 
 
 def test_the_record_tells_both_numbers():
     done = settled(Binary(CUDA0=3 * GIB), {"m0": Correction({"GPU0": GIB})})
-    told = done.verified["m0"].to_json()
-    assert set(told) == {"ledger_bytes", "binary_bytes", "extra_bytes", "rounds", "why"}
-    # By the header alone, whatever was in the plan already.
-    assert told["binary_bytes"]["GPU0"] - told["ledger_bytes"]["GPU0"] == 3 * GIB == told["extra_bytes"]["GPU0"]
+    record = done.verified["m0"].to_json()
+    assert set(record) == {"ledger_bytes", "binary_bytes", "extra_bytes", "rounds", "why"}
+    # The ledger's bytes are from the header alone, without the correction that the plan was made with.
+    assert record["binary_bytes"]["GPU0"] - record["ledger_bytes"]["GPU0"] == 3 * GIB == record["extra_bytes"]["GPU0"]
     assert dataclasses.asdict(done.verified["m0"])["room"] is True

@@ -1,4 +1,4 @@
-"""The roofline: it orders placements as published measurements do, and says how sure it is."""
+"""The roofline: it orders placements as published measurements do, with a range for its uncertainty."""
 
 import time
 
@@ -11,14 +11,14 @@ from tests import planning
 from tests.planning import machine
 
 
-def predicted(host, layout, measured=None, **asked):
-    [answer] = planning.plans(host, [(layout,)], planning.settings(asked), measurements=measured)
+def predicted(host, layout, measured=None, **instance):
+    [answer] = planning.plans(host, [(layout,)], planning.settings(instance), measurements=measured)
     assert answer.fits, answer
     return answer
 
 
 def test_published_cases_are_planned_and_met():
-    """Every box that a published case names gets a plan that fits; the speeds are met about as well as they are now."""
+    """Every machine of a published case gets a plan that fits; the median error of the speeds stays small."""
     data = published_cases.read()
     rows = [published_cases.row(case, data["numbers"]) for case in data["cases"]]
     for line, case in zip(rows, data["cases"], strict=True):
@@ -41,7 +41,7 @@ def test_a_larger_ubatch_reads_faster_where_experts_are_in_ram():
 
 
 def test_requests_at_once_gain_little_where_experts_are_in_ram():
-    # Published on an RTX 4090: 12.2 + 13.0 tokens/s by two slots, 22.0 by one: both use other experts.
+    # Published on an RTX 4090: 12.2 + 13.0 tokens/s with two slots, 22.0 with one: each slot uses other experts.
     two = predicted(machine([24564]), "gpt-oss-120b", context_tokens=8192, slots=2).predicted
     assert 1.0 < two.all_slots_tokens_per_s / two.decode_tokens_per_s < 1.4
     dense = predicted(machine([24564]), "Llama-3.1-8B", context_tokens=8192, slots=2).predicted
@@ -65,33 +65,42 @@ def test_the_range_is_wider_where_less_is_known(layout):
     strange = machine([{"name": "a GPU of 2031"}], cpu=cpu)
     unknown = predicted(strange, layout, context_tokens=8192).predicted
 
-    def width(guess):
-        assert guess.decode_low_tokens_per_s < guess.decode_tokens_per_s < guess.decode_high_tokens_per_s
-        assert guess.prefill_low_tokens_per_s < guess.prefill_tokens_per_s < guess.prefill_high_tokens_per_s
-        return guess.decode_high_tokens_per_s / guess.decode_low_tokens_per_s
+    def width(predicted_speed):
+        assert (
+            predicted_speed.decode_low_tokens_per_s
+            < predicted_speed.decode_tokens_per_s
+            < predicted_speed.decode_high_tokens_per_s
+        )
+        assert (
+            predicted_speed.prefill_low_tokens_per_s
+            < predicted_speed.prefill_tokens_per_s
+            < predicted_speed.prefill_high_tokens_per_s
+        )
+        return predicted_speed.decode_high_tokens_per_s / predicted_speed.decode_low_tokens_per_s
 
     assert width(unknown) > width(known)
 
 
 def test_measured_rates_replace_the_catalogue_s():
-    host, asked = machine([24564]), {"context_tokens": 8192}
-    guess = predicted(host, "gpt-oss-120b", **asked).predicted
-    faster = predicted(host, "gpt-oss-120b", Measurements(host_bytes_per_s=200e9), **asked).predicted
+    host, instance = machine([24564]), {"context_tokens": 8192}
+    guess = predicted(host, "gpt-oss-120b", **instance).predicted
+    faster = predicted(host, "gpt-oss-120b", Measurements(host_bytes_per_s=200e9), **instance).predicted
     assert faster.decode_tokens_per_s > 1.5 * guess.decode_tokens_per_s
     slow_link = Measurements(link_bytes_per_s={"GPU-0": 1e9})
     assert (
-        predicted(host, "gpt-oss-120b", slow_link, **asked).predicted.prefill_tokens_per_s < guess.prefill_tokens_per_s
+        predicted(host, "gpt-oss-120b", slow_link, **instance).predicted.prefill_tokens_per_s
+        < guess.prefill_tokens_per_s
     )
 
 
 def test_a_measured_trial_decides_against_the_prediction():
-    """The second best by prediction was measured faster: it is taken, and its numbers are the measured ones."""
-    host, asked = machine([24564]), {"context_tokens": 32768}
-    best = predicted(host, "gpt-oss-120b", **asked)
-    other = predicted(host, "gpt-oss-120b", **asked, ubatch_tokens=512)
+    """The second best by prediction was measured faster: it is chosen, and its speeds are the measured speeds."""
+    host, instance = machine([24564]), {"context_tokens": 32768}
+    best = predicted(host, "gpt-oss-120b", **instance)
+    other = predicted(host, "gpt-oss-120b", **instance, ubatch_tokens=512)
     assert best.ubatch_tokens != 512
     trials = Measurements(trials={best.argv: (20.0, 500.0), other.argv: (60.0, 2000.0)})
-    taken = predicted(host, "gpt-oss-120b", trials, **asked)
+    taken = predicted(host, "gpt-oss-120b", trials, **instance)
     assert taken.argv == other.argv
     assert taken.predicted.measured
     assert (taken.predicted.decode_tokens_per_s, taken.predicted.prefill_tokens_per_s) == (60.0, 2000.0)
@@ -128,14 +137,14 @@ ZOO = [("RTX 4090", 24564, 16), ("RTX 3060", 12288, 4), ("RTX 4060 Ti", 16380, 8
 
 @pytest.mark.parametrize("layout", ["gpt-oss-120b", "Qwen3-235B-A22B", "Llama-3.3-70B", "DeepSeek-R1", "Gemma-3-27B"])
 def test_planning_is_quick_with_eight_different_gpus(layout):
-    """50 ms of processor time alone; twice that, the best of four, where other processes share the caches."""
+    """50 ms of processor time on an idle machine; the limit is twice that, since other processes share the caches."""
     cards = [{"name": name, "total_mib": mib, "pcie_width": width} for name, mib, width in ZOO]
     host = machine(cards, ram_gib=1024)
-    asked = planning.settings({"context_tokens": 32768, "concurrency": 4, "kv_types": ["f16", "q8_0"]})
+    settings = planning.settings({"context_tokens": 32768, "concurrency": 4, "kv_types": ["f16", "q8_0"]})
 
     def seconds():
         start = time.process_time()
-        [answer] = planning.plans(host, [(layout,)], asked)
+        [answer] = planning.plans(host, [(layout,)], settings)
         assert answer.fits
         return time.process_time() - start
 

@@ -1,4 +1,4 @@
-"""The choice: nothing more fits, and nothing else that was tried by brute force is faster."""
+"""The search: nothing more fits on the GPUs, and no other placement found by brute force is faster."""
 
 from dataclasses import replace
 
@@ -25,15 +25,15 @@ DENSE = ["Llama-3.3-70B", "Qwen3-32B", "Gemma-3-27B", "Mistral-Small-24B"]
 GIB = 1024**3
 
 
-def planned(layout, gpus, **asked):
+def planned(layout, gpus, **instance):
     host = machine(gpus, ram_gib=1024)
-    [answer] = planning.plans(host, [(layout,)], planning.settings(asked))
+    [answer] = planning.plans(host, [(layout,)], planning.settings(instance))
     assert isinstance(answer, Plan), answer
     return answer
 
 
 def free_bytes(answer, layout, placement):
-    """Above the reserve, on the plan's first GPU, with that placement instead."""
+    """Free bytes above the reserve on the plan's first GPU, with this placement instead."""
     context = contexts(planning.settings({}).models[0], answer.context_tokens, work(answer))[0][0]
     context = replace(context, kv_type=answer.kv_type, ubatch_tokens=answer.ubatch_tokens, slots=answer.slots)
     used, _ = usage(Model.of(planning.header(layout)), context, placement, answer.backend, 1024 * MIB)
@@ -73,9 +73,9 @@ def test_nothing_more_fits_on_one_gpu(layout, gib):
 @pytest.mark.parametrize("layout", ["Llama-3.3-70B", "Qwen3-32B"])
 def test_no_other_split_of_a_dense_model_is_faster(layout, gib, live):
     """Every number of whole front layers with every number of spilled feed-forward parts."""
-    asked = {"context_tokens": 32768, "live_tokens": live, "ubatch_tokens": 512}
-    answer = planned(layout, [gib * 1024], **asked)
-    search, context = searching(layout, [gib * 1024], asked)
+    instance = {"context_tokens": 32768, "live_tokens": live, "ubatch_tokens": 512}
+    answer = planned(layout, [gib * 1024], **instance)
+    search, context = searching(layout, [gib * 1024], instance)
     layers = search.model.layers
     best = min(
         search.roofline.workload((0,), segments, context)
@@ -89,18 +89,18 @@ def test_no_other_split_of_a_dense_model_is_faster(layout, gib, live):
 
 def fits(search, context, segments):
     budget = search.budgets(context, (0,), "layers" if segments[0].device is None else "spill")[0]
-    base, spill, part = search.costs(context), search.roofline.spill, segments[-1]
+    base, spill, part = search.base_costs(context), search.roofline.spill, segments[-1]
     return base[-1] - base[part.lo] + spill[part.keep] - spill[part.lo] <= budget
 
 
-def searching(layout, gpus, asked):
-    host, settings = machine(gpus, ram_gib=1024), planning.settings(asked)
+def searching(layout, gpus, requested):
+    host, settings = machine(gpus, ram_gib=1024), planning.settings(requested)
     instance = settings.models[0]
     model, capacity = Model.of(planning.header(layout)), capacity_of(host, host.gpus, settings)
-    its_work = Workload.of(instance, instance.context_tokens)
-    roofline = Roofline(model, its_work, rates(host.cpu, host.gpus, 6), op_offload=TRAITS["cuda"].op_offload)
+    workload = Workload.of(instance, instance.context_tokens)
+    roofline = Roofline(model, workload, rates(host.cpu, host.gpus, 6), op_offload=TRAITS["cuda"].op_offload)
     search = Search(model, capacity, "cuda", 1024 * MIB, NO_CORRECTION, roofline)
-    return search, contexts(instance, instance.context_tokens, its_work)[0][0]
+    return search, contexts(instance, instance.context_tokens, workload)[0][0]
 
 
 TWO = [
@@ -113,38 +113,38 @@ TWO = [
 @pytest.mark.parametrize("gpus", TWO)
 @pytest.mark.parametrize("layout", ["gpt-oss-120b", "Qwen3-30B-A3B", "Llama-3.3-70B"])
 def test_no_other_cut_between_two_gpus_is_faster(layout, gpus):
-    """Every cut in both orders, each GPU keeping as much as it holds."""
-    asked = {"context_tokens": 16384, "ubatch_tokens": 512}
-    answer = planned(layout, gpus, **asked)
-    search, context = searching(layout, gpus, asked)
-    tried = []
+    """Try every cut in both GPU orders, with as many experts on each GPU as fit."""
+    instance = {"context_tokens": 16384, "ubatch_tokens": 512}
+    answer = planned(layout, gpus, **instance)
+    search, context = searching(layout, gpus, instance)
+    seconds = []
     for order in ((0, 1), (1, 0)):
-        budgets, base = search.budgets(context, order, "spill"), search.costs(context)
+        budgets, base = search.budgets(context, order, "spill"), search.base_costs(context)
         for cut in range(1, search.model.layers):
             ends = (cut, search.model.layers + 1)
             if base[cut] <= budgets[0] and base[-1] - base[cut] <= budgets[1]:
                 segments = search.segments(0, ends, (context, budgets))
-                tried.append(search.roofline.workload(order, segments, context))
-    assert answer.predicted.workload_seconds <= min(tried) * 1.001
+                seconds.append(search.roofline.workload(order, segments, context))
+    assert answer.predicted.workload_seconds <= min(seconds) * 1.001
 
 
-def test_what_the_stand_ins_missed_is_mended_by_the_ledger():
-    """A device that turns out fuller than the search thought loses layers until it fits."""
+def test_the_ledger_corrects_an_estimate_that_was_too_low():
+    """A GPU that is fuller by the ledger than by the search's estimate loses layers until the rest fits."""
     search, context = searching("gpt-oss-120b", [24564], {"context_tokens": 8192})
-    [one, *_] = search.candidates([(context, 1.0)])
-    more = replace(one, placement=Placement(tuple(replace(part, keep=part.keep + 3) for part in one.segments)))
-    refined = refine(search, more, 1.0)
+    [best, *_] = search.candidates([(context, 1.0)])
+    too_full = tuple(replace(segment, keep=segment.keep + 3) for segment in best.segments)
+    refined = refine(search, replace(best, placement=Placement(too_full)), 1.0)
     assert refined.rows[0].free_bytes >= 0
-    assert refined.candidate.segments[0].keep == refine(search, one, 1.0).candidate.segments[0].keep
+    assert refined.candidate.segments[0].keep == refine(search, best, 1.0).candidate.segments[0].keep
 
 
-def test_a_gpu_that_holds_no_layer_is_not_left_in_the_row_without_one():
-    """Such a row does not fit; another one, without that GPU, is another candidate."""
+def test_every_gpu_of_an_order_keeps_a_layer():
+    """An order whose small GPU holds no layer does not fit; the order without that GPU is another candidate."""
     search, context = searching("Llama-3.3-70B", [1700, 24576], {"context_tokens": 32768})
     pieces = (Segment(None, 0, 40, 40), Segment(0, 40, 42, 42), Segment(1, 42, 80, 42))
-    refined = refine(search, search.weigh(context, (0, 1), pieces, 1.0), 1.0)
-    assert [part.device for part in refined.candidate.segments] == [None, 0, 1]
-    assert all(part.lo < part.hi for part in refined.candidate.segments)
+    refined = refine(search, search.evaluate(context, (0, 1), pieces, 1.0), 1.0)
+    assert [segment.device for segment in refined.candidate.segments] == [None, 0, 1]
+    assert all(segment.lo < segment.hi for segment in refined.candidate.segments)
     assert len(refined.rows) == 3 and refined.rows[0].free_bytes < 0
 
 

@@ -97,7 +97,7 @@ def test_a_plan_that_does_not_fit_names_the_model_once():
     text = refusal(survey(machine={"ram_gib": 4}))
     assert text == (
         "models: m0: Qwen3-8B with 4096 tokens for each of 1 slot(s) does not fit on box1: 6703 MiB of RAM needed, "
-        "2048 MiB available under the reserve; the weights alone take 4789 MiB, all memory is 2048 MiB"
+        "2048 MiB available besides the reserve; the weights alone need 4789 MiB, all devices together have 2048 MiB"
     )
 
 
@@ -107,21 +107,20 @@ def test_of_several_models_the_refused_one_is_named():
 
 def test_a_backend_without_a_gpu():
     assert refusal(backend="cuda") == (
-        'models: m0: backend is \'cuda\' but box1 has no GPU that it could use; set backend = "auto" or "cpu"'
+        'models: m0: backend is \'cuda\' but box1 has no GPU that this backend can use; set backend = "auto" or "cpu"'
     )
 
 
 def test_a_gpu_that_cannot_be_used_is_not_passed_over():
     assert refusal(survey([{"problem": "fallen off the bus"}])) == (
         "the host: box1 has a GPU that cannot be used: GPU0 (NVIDIA GeForce RTX 4090): fallen off the bus; repair the "
-        'driver (see the probe\'s problems); or set backend = "cpu" to do without the GPU'
+        'driver (the probe\'s output lists the problems); or set backend = "cpu" to use no GPU'
     )
 
 
 def test_gpus_of_several_vendors():
     assert refusal(survey([{}, AMD])) == (
-        'the host: box1 has usable GPUs of several vendors (amd, nvidia); set backend to the one to use: "cuda", '
-        '"hip" or "vulkan"'
+        'the host: box1 has usable GPUs of several vendors (amd, nvidia); set backend to "cuda", "hip" or "vulkan"'
     )
 
 
@@ -261,7 +260,7 @@ def test_plans_that_the_binary_refused_are_no_desired_state():
     desired = decided()
     choice = desired.inputs.keep_or_replan({})
     none = dataclasses.replace(
-        choice, answers=(Refusal("m0: too little RAM", instance="m0", suggestions=("buy some",)),)
+        choice, results=(Refusal("m0: too little RAM", instance="m0", suggestions=("buy some",)),)
     )
     outcome = with_plans(desired, none, {}, {}, lambda template, values: template)
     assert str(outcome) == "models: m0: too little RAM; buy some"

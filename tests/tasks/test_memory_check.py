@@ -7,7 +7,7 @@ import pytest
 from pyinfra.context import ctx_host
 
 from llamafleet.hub.source import ModelFiles, RemoteFile
-from llamafleet.planner.reconcile import Answer
+from llamafleet.planner.reconcile import MemoryReport
 from llamafleet.remote import verify
 from llamafleet.service.changes import changes_needed, sha256
 from llamafleet.service.desired import desire
@@ -65,7 +65,7 @@ class Binary:
 
     def ask(self, host, now, plan):
         self.asked.append(memory_check.spec(now, plan))
-        return self.silent or Answer(self.sizes(plan))
+        return self.silent or MemoryReport(self.sizes(plan))
 
     def sizes(self, plan):
         rows = [row.weights_bytes + row.kv_bytes + row.staging_bytes + self.compute[row.device] for row in plan.ledger]
@@ -206,7 +206,7 @@ def test_other_inputs_that_give_the_same_service_are_noted_at_once(host, monkeyp
 
 # --- where the GPU has no room for the question ---------------------------------------------------
 
-NO_ROOM = Answer(None, "GPU-0 has 700 MiB free", room=False)
+NO_ROOM = MemoryReport(None, "GPU-0 has 700 MiB free", room=False)
 
 
 def test_without_room_the_question_goes_with_the_switch(host, monkeypatch):

@@ -1,8 +1,9 @@
 """Bytes of each backend's compute buffer: ggml's scheduler and allocator, for a graph without data.
 
 `buffer_bytes` does what ggml_backend_sched_reserve_size does, for a graph made by `builder.py`: assign backends
-and split the graph (ggml-backend.cpp:1200-1660), then place every tensor as the graph allocator does
-(ggml-alloc.c:620-830). Backends are numbered as there: devices first, the CPU last.
+and split the graph (ggml/src/ggml-backend.cpp, ggml_backend_sched_split_graph), then place every tensor as the graph
+allocator does (ggml/src/ggml-alloc.c, ggml_gallocr_alloc_graph_impl). Backends are numbered as in ggml:
+devices first, the CPU last.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from llamafleet.memory.graph.ggml import INPLACE, VIEWS, Graph, Tensor
 
 COPIES = 4  # GGML_SCHED_MAX_COPIES: copies of each input where the devices form a pipeline
 ALIGNMENT = 128  # bytes, in CUDA buffers; CPU buffers have 64
-OFFLOAD_TOKENS = 32  # smallest batch for op-offload (ggml-cuda.cu, offload_op)
+# Smallest batch for op-offload (ggml/src/ggml-cuda/ggml-cuda.cu, ggml_backend_cuda_device_offload_op).
+OFFLOAD_TOKENS = 32
 UNLIMITED_BYTES = 1 << 62
 
 Steps = list[tuple[Tensor, int]]  # tensors with their backends, in order of allocation
@@ -67,7 +69,8 @@ def _home(tensor: Tensor) -> int | None:
 
 
 def _backend_from_buffers(node: Tensor, cpu: int, op_offload: bool) -> int:
-    """Pass 1: the backend that holds the tensor or its weights; -1 if none does (ggml-backend.cpp:962)."""
+    """Pass 1: the backend that holds the tensor or its weights; -1 if none does (ggml/src/ggml-backend.cpp,
+    ggml_backend_sched_backend_id_from_cur)."""
     home = _home(node)
     if home is not None:
         return home
@@ -82,7 +85,10 @@ def _backend_from_buffers(node: Tensor, cpu: int, op_offload: bool) -> int:
 
 
 def _batch(node: Tensor) -> int:
-    """Batch size of an operation (get_op_batch_size of ggml-cuda.cu and ggml-vulkan.cpp)."""
+    """Batch size of an operation.
+
+    Source: ggml/src/ggml-cuda/ggml-cuda.cu, get_op_batch_size; ggml/src/ggml-vulkan/ggml-vulkan.cpp does the same.
+    """
     if node.op == "get_rows":
         return 0
     if node.op == "mul_mat":

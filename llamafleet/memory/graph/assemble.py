@@ -137,7 +137,8 @@ def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None
 
 
 def _parallel_hybrid_layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None) -> Tensor:
-    """Attention and recurrent state in parallel, each with its own norm of the input (models/falcon-h1.cpp:131)."""
+    """Attention and recurrent state in parallel, each with its own norm of the input (src/models/falcon-h1.cpp,
+    llama_model_falcon_h1::graph)."""
     attended = attention(b, b.norm(inputs, "attn_norm"), positions)
     state = recurrent(b, b.norm(inputs, "attn_norm"))
     residual = apply("add", apply("add", attended, state), inputs)
@@ -161,7 +162,7 @@ def _after_attention(b: Builder, cur: Tensor, inputs: Tensor, logits: Tensor | N
         cur = ffn_and_experts(b, residual, lambda normed: _ffn(b, normed, ""))
         return apply("add", b.norm(cur, "post_ffw_norm"), residual)
     cur = b.norm(residual, "ffn_norm" if sandwich else post_norm)
-    if "ffn_norm_exps.weight" in parts:  # a dense part, then experts on the layer's input (models/arctic.cpp)
+    if "ffn_norm_exps.weight" in parts:  # a dense part, then experts on the layer's input (src/models/arctic.cpp)
         residual = apply("add", _ffn(b, cur, ""), residual)
         return apply("add", moe_ffn(b, b.norm(inputs, "ffn_norm_exps")), residual)
     cur = b.norm(_ffn_or_experts(b, cur, logits), "post_ffw_norm")
@@ -172,7 +173,7 @@ def _ffn_or_experts(b: Builder, cur: Tensor, logits: Tensor | None = None) -> Te
     parts = b.layers[b.layer]
     if "ffn_gate_inp.weight" not in parts:
         return _ffn(b, cur, "")
-    if "ffn_up_chexps.weight" in parts:  # chunk experts take the experts' result (models/grovemoe.cpp)
+    if "ffn_up_chexps.weight" in parts:  # chunk experts take the experts' result (src/models/grovemoe.cpp)
         logits = b.linear("ffn_gate_inp", cur)
         out = moe_ffn(b, cur, logits)
         return apply("add", out, apply("scale", moe_ffn(b, out, logits, "chexps")))
@@ -182,7 +183,7 @@ def _ffn_or_experts(b: Builder, cur: Tensor, logits: Tensor | None = None) -> Te
         if "ffn_gate_inp_shexp.weight" in parts:
             shared = apply("mul", shared, apply("unary", b.linear("ffn_gate_inp_shexp", cur)))
         out = apply("add", out, shared)
-    elif "ffn_up.weight" in parts:  # a dense part in parallel to the experts (models/grok.cpp)
+    elif "ffn_up.weight" in parts:  # a dense part in parallel to the experts (src/models/grok.cpp)
         out = apply("scale", apply("add", _ffn(b, cur, ""), out))
     return out
 

@@ -62,7 +62,7 @@ def _separate_qkv(b: Builder, cur: Tensor) -> Heads:
         k = b.linear("attn_k", cur)
         v = b.linear("attn_v", cur) if "attn_v.weight" in parts else k
         v = reshape(v, size_v, heads_kv, b.tokens)
-    if q.ne[0] == 2 * size_k * heads:  # q and a gate in one matrix (models/qwen3next.cpp)
+    if q.ne[0] == 2 * size_k * heads:  # q and a gate in one matrix (src/models/qwen3next.cpp)
         q_and_gate = reshape(q, 2 * size_k, heads, b.tokens)
         q, gate = (view(q_and_gate, (size_k, heads, b.tokens), (q_and_gate.nb[1], q_and_gate.nb[2])) for _ in range(2))
     else:
@@ -84,6 +84,6 @@ def _attend_batch(b: Builder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _apply_gate(attended: Tensor, gate: Tensor, tokens: int) -> Tensor:
     if gate.ne[0] == attended.ne[0]:
         return apply("mul", attended, apply("unary", gate))
-    heads = gate.ne[0]  # one gate for each head (models/step35.cpp)
+    heads = gate.ne[0]  # one gate for each head (src/models/step35.cpp)
     per_head = reshape(attended, attended.ne[0] // heads, heads, tokens)
     return reshape(apply("mul", per_head, reshape(apply("unary", gate), 1, heads, tokens)), attended.ne[0], tokens)

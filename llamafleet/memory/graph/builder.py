@@ -32,7 +32,7 @@ from llamafleet.model.shape import Shape
 
 T = TypeVar("T")
 
-HADAMARD_SIZE = 64  # smallest size of a Hadamard matrix (llama-kv-cache.cpp)
+HADAMARD_SIZE = 64  # smallest size of a Hadamard matrix (src/llama-kv-cache.cpp)
 
 BackendOf = Callable[[str, int | None], int]  # (tensor name, layer): number of the backend that holds it
 
@@ -214,7 +214,8 @@ class Builder:
         return cur if hadamard_v is None else mul_mat_hadamard(cur, hadamard_v)
 
     def hadamard(self, part: str, size: int, window: bool) -> Tensor | None:
-        """The Hadamard matrix for rows of a quantised cache (llama-kv-cache.cpp:290); None where none is used."""
+        """The Hadamard matrix for rows of a quantised cache (src/llama-kv-cache.cpp, ggml_gen_hadamard); None where
+        none is used."""
         blocks = ggml.TYPES[self.context.kv_type.upper()][0]
         if blocks == 1 or size % HADAMARD_SIZE or not size:  # a hostile header may give heads of size 0
             return None

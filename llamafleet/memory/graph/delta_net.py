@@ -1,4 +1,4 @@
-"""Gated delta nets (src/models/delta-net-base.cpp, qwen3next.cpp and kimi-linear.cpp at b11434)."""
+"""Gated delta nets (src/models/delta-net-base.cpp, src/models/qwen3next.cpp, src/models/kimi-linear.cpp)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from llamafleet.memory.graph.recurrent_state import build_conv_state, build_rs, 
 
 
 def delta_net(b: Builder, cur: Tensor) -> Tensor:
-    """Gated delta net, as the fused operation that all supported backends have (llama-context.cpp:209)."""
+    """Gated delta net, as the fused operation that all supported backends have (src/llama-context.cpp,
+    llm_fused_op_gdn_ch_probe)."""
     parts = b.layers[b.layer]
     inner, state = b.shape.state.inner, b.shape.state.size
     keys, values = b.shape.state.groups, b.shape.state.rank
@@ -25,7 +26,7 @@ def delta_net(b: Builder, cur: Tensor) -> Tensor:
     q, k = (view(out, (state, keys, seq_tokens, slots), (4 * state, row, row * seq_tokens)) for _ in range(2))
     v = view(out, (size, values, seq_tokens, slots), (4 * size, row, row * seq_tokens))
     q, k = (apply("scale", apply("rms_norm", x)) for x in (q, k))
-    if keys != values and "ssm_alpha.weight" not in parts:  # repeated only in models/qwen3next.cpp
+    if keys != values and "ssm_alpha.weight" not in parts:  # repeated only in src/models/qwen3next.cpp
         q, k = (_repeat_heads(x, values // keys) for x in (q, k))
     result = new("delta_net", F32, (size * values, seq_tokens * slots + size * slots), q, k, v, gate, beta, before)
     attended = view(
@@ -39,7 +40,8 @@ def delta_net(b: Builder, cur: Tensor) -> Tensor:
 
 
 def kimi_delta_attention(b: Builder, cur: Tensor) -> Tensor:
-    """Kimi delta attention (models/kimi-linear.cpp:292): q, k and v convolved separately, a decay for each channel."""
+    """Kimi delta attention (src/models/kimi-linear.cpp, llama_model_kimi_linear::graph): q, k and v convolved
+    separately, a decay for each channel."""
     size, kernel = b.shape.state.kda_head, b.shape.state.kernel
     heads, slots, seq_tokens, tokens = b.shape.heads[b.layer], b.context.slots, b.tokens // b.context.slots, b.tokens
     inner = size * heads

@@ -1,4 +1,4 @@
-"""Parts that only Gemma 4 has, and the layers of Gemma 3n (src/models/gemma4.cpp, gemma3n.cpp at b11434).
+"""Parts that only Gemma 4 has, and the layers of Gemma 3n (src/models/gemma4.cpp, src/models/gemma3n.cpp at b11434).
 
 Both have an embedding of each token for each layer. Gemma 3n keeps several states of each token: a layer computes with
 the first state, and the other states are predicted before the layer and corrected after it (AltUp).

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from llamafleet.model.ggml_types import GGML_TYPES
 
-# Operations that overwrite their operand if no other node needs it (ggml-alloc.c, ggml_op_can_inplace).
+# Operations that overwrite their operand if no other node needs it (ggml/src/ggml-alloc.c, ggml_op_can_inplace).
 INPLACE = frozenset({"scale", "add", "add_id", "sub", "mul", "div", "sqr", "sqrt", "unary", "rope", "rms_norm",
                      "clamp", "soft_max", "fill"})  # fmt: skip
 VIEWS = frozenset({"view", "reshape", "permute", "transpose"})
@@ -228,7 +228,7 @@ def concat(a: Tensor, b: Tensor, axis: int) -> Tensor:
 
 
 def mul_mat_hadamard(cur: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply pieces of each row by a matrix (llama_mul_mat_hadamard, llama-impl.h:57)."""
+    """Multiply pieces of each row by a matrix (src/llama-impl.h, llama_mul_mat_hadamard)."""
     width = matrix.ne[0]
     count = elements(cur) // width
     flat = reshape(cur, width, count) if is_contiguous(cur) else cont(cur, width, count)

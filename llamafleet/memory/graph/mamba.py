@@ -1,4 +1,4 @@
-"""Mamba, Mamba-2 and PLaMo-2's Mamba layers (src/models/mamba-base.cpp, plamo2.cpp at b11434)."""
+"""Mamba, Mamba-2 and PLaMo-2's Mamba layers (src/models/mamba-base.cpp, src/models/plamo2.cpp at b11434)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,10 @@ def mamba(b: Builder, cur: Tensor) -> Tensor:
 
 
 def plamo2_mamba(b: Builder, cur: Tensor) -> Tensor:
-    """PLaMo-2: one matrix holds input and gate of each head, and each head has one decay (models/plamo2.cpp)."""
+    """PLaMo-2: one matrix holds input and gate of each head, and each head has one decay.
+
+    Source: src/models/plamo2.cpp.
+    """
     inner, state = b.shape.state.inner, b.shape.state.size
     heads, kernel = b.shape.state.rank, b.shape.state.kernel
     size, rank = inner // heads, max(64, b.embd // 16)

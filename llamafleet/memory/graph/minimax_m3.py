@@ -24,7 +24,8 @@ from llamafleet.memory.graph.ggml import (
     view,
 )
 
-POSITIONS = 256  # of the reserved graph, where the cache is empty (llama_kv_cache_msa_context::get_n_pos)
+# Of the reserved graph, where the cache is empty (src/llama-kv-cache-msa.cpp, llama_kv_cache_msa_context::get_n_pos).
+POSITIONS = 256
 
 
 class Inputs(NamedTuple):

@@ -1,6 +1,6 @@
 """MLA: attention to one compressed head, of all cells or of those that an indexer picks.
 
-Source: src/models/deepseek2.cpp, deepseek32.cpp, glm-dsa.cpp at b11434.
+Source: src/models/deepseek2.cpp, src/models/deepseek32.cpp, src/models/glm-dsa.cpp at b11434.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from llamafleet.memory.graph.builder import Builder, GraphUnknownError
 from llamafleet.memory.graph.ggml import F16, F32, I32, I64, Tensor, apply, concat, mul_mat, new, permute, reshape, view
 
 # Sizes that the lightning indexer operation takes on every backend; with other sizes the scores of all heads are stored
-# (ggml_cuda_lightning_indexer_supported).
+# (ggml/src/ggml-cuda/lightning-indexer.cu, ggml_cuda_lightning_indexer_supported).
 INDEXER_SIZE, INDEXER_HEADS = 128, frozenset({4, 32, 64})
 
 
@@ -77,7 +77,8 @@ def _inputs(b: Builder, indexer: bool, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def _indexer_top_k(b: Builder, cur: Tensor, low_rank_q: Tensor, positions: Tensor) -> Tensor:
-    """Cells that this layer, and later layers without an indexer, attend to (models/deepseek32.cpp:222)."""
+    """Cells that this layer, and later layers without an indexer, attend to (src/models/deepseek32.cpp,
+    llama_model_deepseek32::graph)."""
     size, heads = b.shape.indexer.key, b.shape.indexer.heads
     if size != INDEXER_SIZE or heads not in INDEXER_HEADS:
         raise GraphUnknownError(f"indexer with {heads} heads of {size} elements")

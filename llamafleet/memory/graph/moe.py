@@ -7,7 +7,7 @@ from llamafleet.memory.graph.builder import Builder, GraphUnknownError
 from llamafleet.memory.graph.ggml import F32, I32, Tensor, apply, get_rows, new, reshape, view
 
 EXPERTS_USED_LIMIT = 64  # for each token; models use 1 to 32. Bounds the time that a hostile header takes
-SIGMOID = 2  # expert_gating_func, llama-hparams.h
+SIGMOID = 2  # src/llama-hparams.h, expert_gating_func
 
 
 def moe_ffn(b: Builder, cur: Tensor, logits: Tensor | None = None, kind: str = "exps") -> Tensor:
@@ -19,7 +19,8 @@ def moe_ffn(b: Builder, cur: Tensor, logits: Tensor | None = None, kind: str = "
     logits = logits or b.linear("ffn_gate_inp", cur)
     ids, weights = _selected_experts(b, logits, parts[f"ffn_down_{kind}.weight"].shape[2])
     b.graph.expand(weights)
-    if "ffn_latent_down.weight" in parts:  # experts compute in a smaller dimension (models/nemotron-h.cpp:272)
+    # Experts compute in a smaller dimension (src/models/nemotron-h.cpp, build_ffn_layer).
+    if "ffn_latent_down.weight" in parts:
         cur = b.linear("ffn_latent_down", cur)
     embd, used = cur.ne[0], ids.ne[0]
     cur = reshape(cur, embd, 1, tokens)
@@ -40,20 +41,21 @@ def _selected_experts(b: Builder, logits: Tensor, experts_in_tensor: int) -> tup
     used = b.shape.experts.used[b.layer]
     if not 0 < used <= min(count, EXPERTS_USED_LIMIT):
         raise GraphUnknownError(f"{used} of {count} experts used, 1 to {EXPERTS_USED_LIMIT} possible")
-    sharing = count // experts_in_tensor  # experts that share a chunk expert (models/grovemoe.cpp)
+    sharing = count // experts_in_tensor  # experts that share a chunk expert (src/models/grovemoe.cpp)
     used = min(used, count // sharing)
     probabilities = logits
     if not row.weights_softmaxed:
         sigmoid = b.shape.experts.gating == SIGMOID
         probabilities = apply("unary" if sigmoid else "soft_max", logits)
-    bias = b.weight("exp_probs_b.bias") or b.weight("exp_probs_b")  # models/hy-v3.cpp:68
+    bias = b.weight("exp_probs_b.bias") or b.weight("exp_probs_b")  # src/models/hy-v3.cpp, load_arch_tensors
     selection = apply("add", probabilities, bias) if bias else probabilities
     if row.chooses_by_sigmoid:
         selection = apply("unary", logits)
     groups = b.shape.experts.groups
     if groups > 1:
         selection = _mask_groups(selection, count, groups, b.shape.experts.groups_used, tokens)
-    if "ffn_gate_tid2eid.weight" in b.layers[b.layer]:  # a table gives each token's experts (models/deepseek4.cpp:1295)
+    # A table gives each token's experts (src/models/deepseek4.cpp, ffn_gate_tid2eid).
+    if "ffn_gate_tid2eid.weight" in b.layers[b.layer]:
         assert b.token_ids is not None  # set by `Builder.embeddings`
         ids = get_rows(b.need("ffn_gate_tid2eid.weight"), b.token_ids)
     else:

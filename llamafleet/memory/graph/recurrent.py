@@ -26,7 +26,7 @@ def recurrent(b: Builder, cur: Tensor) -> Tensor:
 
 
 def _short_convolution(b: Builder, cur: Tensor) -> Tensor:
-    """Short convolution with a gate before and after it (models/lfm2.cpp)."""
+    """Short convolution with a gate before and after it (src/models/lfm2.cpp)."""
     kernel, embd = b.shape.state.short_cells, b.embd
     slots, seq_tokens = b.context.slots, b.tokens // b.context.slots
     projected = b.linear("shortconv.in_proj", reshape(cur, embd, seq_tokens, slots))

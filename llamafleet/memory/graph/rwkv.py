@@ -1,4 +1,5 @@
-"""Layers of RWKV 6 and 7 (src/models/rwkv6.cpp, rwkv6-base.cpp, rwkv7.cpp, rwkv7-base.cpp at b11434)."""
+"""Layers of RWKV 6 and 7 (src/models/rwkv6.cpp, src/models/rwkv6-base.cpp, src/models/rwkv7.cpp,
+src/models/rwkv7-base.cpp at b11434)."""
 
 from __future__ import annotations
 
