@@ -90,21 +90,9 @@ def _plan_instance(
     measured: Measurements,
     alone: bool,
 ) -> Plan | Refusal:
-    if header.architecture == PROJECTOR:
-        reason = f"{header.name} is a projector ({PROJECTOR}): llama-server loads it only beside a model"
-        return Refusal(reason, instance=instance.name, suggestions=("name the model's main GGUF file",))
-    if header.architecture not in ARCHITECTURES:
-        near = nearest(header.architecture)
-        return Refusal(
-            f"{header.name}: llama.cpp {RELEASE} does not know the architecture {header.architecture!r}"
-            f"{f' (the nearest name it knows is {near!r})' if near else ''}: the model would not load",
-            instance=instance.name,
-            suggestions=("choose a GGUF of an architecture that llama.cpp supports, or use a newer llamafleet",),
-        )
+    if refusal := _not_a_model(header):
+        return replace(refusal, instance=instance.name)
     shape = Shape.of(header)
-    if shape.layers < 1 or shape.embedding < 1:
-        reason = f"{header.name} ({header.architecture}) is no language model: its header has no layers"
-        return Refusal(reason, instance=instance.name, suggestions=("name the model's main GGUF file",))
     trained = shape.context_tokens
     tokens = instance.context_tokens or min(trained or DEFAULT_CONTEXT_LIMIT, DEFAULT_CONTEXT_LIMIT)
     # llama-server rounds the context up to 256 cells (src/llama-context.cpp, n_ctx_seq): plan that size.
@@ -127,6 +115,26 @@ def _plan_instance(
     instance = replace(instance, kv_types=usable)
     case = _Case(machine, backend, capacity, instance, Model.of(header), tokens, correction, measured, alone)
     return _best_plan(case)
+
+
+def _not_a_model(header: Header) -> Refusal | None:
+    """Why llama-server would not serve this file; None if it would."""
+    main_file = "name the model's main GGUF file"
+    if header.architecture == PROJECTOR:
+        reason = f"{header.name} is a projector ({PROJECTOR}): llama-server loads it only beside a model"
+        return Refusal(reason, suggestions=(main_file,))
+    if header.architecture not in ARCHITECTURES:
+        near = nearest(header.architecture)
+        return Refusal(
+            f"{header.name}: llama.cpp {RELEASE} does not know the architecture {header.architecture!r}"
+            f"{f' (the nearest name it knows is {near!r})' if near else ''}: the model would not load",
+            suggestions=("choose a GGUF of an architecture that llama.cpp supports, or use a newer llamafleet",),
+        )
+    shape = Shape.of(header)
+    if shape.layers < 1 or shape.embedding < 1:
+        reason = f"{header.name} ({header.architecture}) is no language model: its header has no layers"
+        return Refusal(reason, suggestions=(main_file,))
+    return None
 
 
 @dataclass(frozen=True)
