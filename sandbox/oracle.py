@@ -8,6 +8,8 @@ out. With its default `--fit on` llama-server first makes the model and the cont
 the flags say, and prints where the bytes would be (common/fit.cpp, common_memory_breakdown_print). Only then
 does fit change anything; it is ended before that. ggml-rpc-server's devices stand in for GPUs; they have no
 size of their own (each reports the machine's RAM), which does not matter because nothing is allocated.
+
+Decision 5: docs/decisions/0005-known-or-bound-never-guessed.md.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 The plan is made from the model's header, before anything is built. Now the binary and the model are on the host: where
 the binary disagrees with the ledger, the plan is made again with the binary's numbers, and later stages install that.
+
+Decision 4: docs/decisions/0004-the-binary-is-asked-before-it-is-trusted.md.
 """
 
 from __future__ import annotations

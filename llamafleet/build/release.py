@@ -2,6 +2,8 @@
 
 A build key is the hash of everything that changes the artefact: the same key is the same artefact,
 on any host, so a key that is installed is never built again.
+
+Decision 8: docs/decisions/0008-source-pinned-known-by-a-build-key.md.
 """
 
 from __future__ import annotations

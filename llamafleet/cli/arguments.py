@@ -24,7 +24,7 @@ class UsageError(Exception):
     """The command line is invalid; the message says what it should be."""
 
 
-def read_machine(argument: str) -> described.Imagined:
+def read_machine(argument: str) -> described.Described:
     """The machine of `--machine`: a machine file, "-" for standard input, or a description in words.
 
     Raises `UsageError` or `MachineError`.
@@ -38,7 +38,7 @@ def read_machine(argument: str) -> described.Imagined:
             raise UsageError(f"--machine: there is no file {argument!r}, and as a description: {error}") from error
     text = sys.stdin.read() if argument == "-" else read_text(path)
     try:
-        return described.Imagined(Machine.from_json(json.loads(text)))
+        return described.Described(Machine.from_json(json.loads(text)))
     except ValueError as error:
         if isinstance(error, MachineError):
             raise

@@ -2,6 +2,8 @@
 
 `llamafleet plan` shows a plan before a machine is bought or a host is changed; `llamafleet status` shows the state of
 an inventory's hosts. Exit status: 0 a plan, or everything is fine; 1 something is not fine; 2 bad input; 3 a refusal.
+
+Decision 15: docs/decisions/0015-pyinfra-stays-visible.md.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 from llamafleet.cli import compare, tables
 from llamafleet.cli.arguments import UsageError, default_data, hub_token, parse_changes, read_machine, settings_for
 from llamafleet.cli.what_if import what_if
-from llamafleet.host.described import Imagined
+from llamafleet.host.described import Described
 from llamafleet.host.machine import MachineError
 from llamafleet.host.speeds import Measurements
 from llamafleet.hub import source
@@ -150,7 +152,7 @@ def _on_inventory(module: str, options: argparse.Namespace) -> int:
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
 
 
-def _compare(options: argparse.Namespace, host: Imagined, changes: dict[str, Any]) -> int:
+def _compare(options: argparse.Namespace, host: Described, changes: dict[str, Any]) -> int:
     models = options.model
     if options.compare:
         settings = settings_for("hf:any/any/any", default_data(), changes)
@@ -166,7 +168,7 @@ def _compare(options: argparse.Namespace, host: Imagined, changes: dict[str, Any
     return PLANNED if compare.best(compared, min_speed) else REFUSED
 
 
-def _options(host: Imagined, models: Sequence[str], changes: dict[str, Any], progress: bool) -> list[compare.Option]:
+def _options(host: Described, models: Sequence[str], changes: dict[str, Any], progress: bool) -> list[compare.Option]:
     """All models with their plans: the headers are read concurrently, the plans are made one after another."""
     data = default_data()
     settings = [settings_for(model, data, changes) for model in models]
@@ -179,7 +181,7 @@ def _options(host: Imagined, models: Sequence[str], changes: dict[str, Any], pro
     return compared
 
 
-def _option(host: Imagined, settings: Settings, model: str, header: Header | str) -> compare.Option:
+def _option(host: Described, settings: Settings, model: str, header: Header | str) -> compare.Option:
     if isinstance(header, str):  # the problem of reading it
         return compare.Option(model, problem=header)
     return compare.Option(model, header, _plan(host, settings, settings.models[0], header))
@@ -204,7 +206,7 @@ def _header(settings: Settings) -> Header:
     return source.read_header(files, token=token)
 
 
-def _plan(host: Imagined, settings: Settings, instance: Instance, header: Header) -> Plan | Refusal:
+def _plan(host: Described, settings: Settings, instance: Instance, header: Header) -> Plan | Refusal:
     measured = Measurements(host_bytes_per_s=host.host_bytes_per_s)
     return plan_host(host.machine, [(instance, header)], settings, measurements=measured)[0]
 
@@ -214,7 +216,7 @@ def _quantisations(model: str, settings: Settings) -> dict[str, int]:
     return source.quantisations(model, endpoint=settings.hub_endpoint, token=hub_token(settings))
 
 
-def _siblings_that_fit(host: Imagined, settings: Settings, refusal: Refusal) -> list[str]:
+def _siblings_that_fit(host: Described, settings: Settings, refusal: Refusal) -> list[str]:
     """Suggestions for a refused model of the Hub: its repository's next smaller quantisations that fit this machine."""
     model = settings.models[0].source
     rows = refusal.ledger

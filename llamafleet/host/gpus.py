@@ -1,10 +1,10 @@
-"""GPUs that people run language models on: memory, bandwidth, arithmetic and slot, to plan for a box not yet bought.
+"""The catalogue of GPUs: memory, memory bandwidth, f16 arithmetic and PCIe link of each model, one row for each.
 
-Bandwidth and arithmetic are the makers': NVIDIA's product pages, data sheets and the architecture white papers
-(Turing TU102, Ampere GA102, Ada AD102, Blackwell GB202, A100, H100); AMD's product pages and CDNA data sheets;
-Intel's product pages. Arithmetic is dense f16 by tensor cores with f32 accumulation, which on GeForce is half the
-figure with f16 accumulation; cards without tensor cores have the rate of their shaders that llama.cpp uses. Memory
-of NVIDIA's is what NVML reports, ECC as shipped; of the others what is nominal, less 16 MiB kept by the firmware.
+Bandwidth and arithmetic are the manufacturers' figures: NVIDIA's product pages, data sheets and architecture white
+papers (Turing TU102, Ampere GA102, Ada AD102, Blackwell GB202, A100, H100); AMD's product pages and CDNA data sheets;
+Intel's product pages. Arithmetic is dense f16 with f32 accumulation on tensor cores, which on GeForce is half of the
+figure with f16 accumulation; for cards without tensor cores it is the shaders' rate that llama.cpp uses. The memory of
+NVIDIA's cards is what NVML reports, with ECC as shipped; that of other cards is nominal, less 16 MiB for the firmware.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ MIB, GB, TERA = 1024**2, 1e9, 1e12
 
 @dataclass(frozen=True)
 class GpuModel:
-    """One kind of GPU. `unified`: it has no memory of its own, `memory_bytes` is the whole pool's largest size."""
+    """A GPU model. `unified`: it shares the CPU's memory, and `memory_bytes` is the largest such memory."""
 
-    name: str  # as its driver calls it, the longest part that all boards share
-    vendor: str  # as the machine file has it: "nvidia", "amd", "intel"
+    name: str  # the driver's name for it: the longest part that all boards have in common
+    vendor: str  # "nvidia", "amd" or "intel", as in a machine file
     memory_bytes: int
     bandwidth_bytes_per_s: float
     fp16_flops: float
@@ -30,21 +30,21 @@ class GpuModel:
     pcie_generation: int | None
     pcie_width: int | None
     unified: bool = False
-    aliases: tuple[str, ...] = ()  # other names that people use
+    aliases: tuple[str, ...] = ()  # other usual names
 
 
 def find(name: str, memory_bytes: int | None = None) -> GpuModel | None:
-    """The model of that name, by its longest known part: "rtx4090", "RTX 4090", "NVIDIA GeForce RTX 4090".
+    """The model with the longest name that is part of `name`: "rtx4090", "RTX 4090", "NVIDIA GeForce RTX 4090".
 
-    Where several sizes have one name: the one nearest to `memory_bytes`, or to a size in the name ("V100 16GB"),
-    else the first listed. None: not known.
+    If several sizes have that name, it is the one nearest to `memory_bytes`, or to a size in `name` ("V100 16GB"), else
+    the first row. None if no row's name is part of `name`.
     """
     words = _words(name)
-    hits = [(len("".join(known)), model) for known, model in _KNOWN if _within(known, words)]
-    if _MOBILE & set(words):  # a laptop's card has another chip than the one it is named for
-        hits = [(length, model) for length, model in hits if _MOBILE & set(_words(model.name))]
-    longest = max((length for length, _ in hits), default=0)
-    best = [model for length, model in hits if length == longest]
+    matches = [(len("".join(known)), model) for known, model in _KNOWN if _within(known, words)]
+    if _MOBILE & set(words):  # the chip of a laptop's card differs from the desktop card's of that name
+        matches = [(length, model) for length, model in matches if _MOBILE & set(_words(model.name))]
+    longest = max((length for length, _ in matches), default=0)
+    best = [model for length, model in matches if length == longest]
     size = re.search(r"(\d+) ?gb?\b", name.lower())
     if memory_bytes is None and size:
         memory_bytes = int(size[1]) * 1024 * MIB
@@ -54,20 +54,20 @@ def find(name: str, memory_bytes: int | None = None) -> GpuModel | None:
 
 
 def nearest(name: str) -> tuple[str, ...]:
-    """Up to three names of the catalogue that resemble this one, for messages."""
-    wanted = "".join(_words(name))
-    keys = {"".join(known): model.name for known, model in _KNOWN}
-    near = difflib.get_close_matches(wanted, keys, n=6, cutoff=0.5)
-    return tuple(dict.fromkeys(keys[key] for key in near))[:3]
+    """Up to three names of the catalogue that are similar to `name`, for messages."""
+    letters = "".join(_words(name))
+    names = {"".join(known): model.name for known, model in _KNOWN}
+    similar = difflib.get_close_matches(letters, names, n=6, cutoff=0.5)
+    return tuple(dict.fromkeys(names[key] for key in similar))[:3]
 
 
 def _words(name: str) -> tuple[str, ...]:
-    """Letters and digits apart, so that "rtx4090" is "RTX 4090", and "T4" is no part of "T400"."""
+    """Groups of letters and of digits: "rtx4090" has those of "RTX 4090", and "T4" is not a part of "T400"."""
     return tuple(re.findall(r"[a-z]+|\d+", name.lower()))
 
 
 def _within(part: tuple[str, ...], whole: tuple[str, ...]) -> bool:
-    return any(whole[at : at + len(part)] == part for at in range(len(whole) - len(part) + 1))
+    return any(whole[start : start + len(part)] == part for start in range(len(whole) - len(part) + 1))
 
 
 _MOBILE = frozenset({"laptop", "mobile"})
@@ -92,7 +92,7 @@ def _intel(name: str, mib: int, gb_per_s: float, tflops: float, width: int, *ali
 
 
 # Name, MiB, GB/s, TFLOPS, compute capability or LLVM target, PCIe generation, lanes (16), other names.
-# Of one name with several sizes the one sold most comes first.
+# If a name has several sizes, the most common size comes first.
 GPUS: tuple[GpuModel, ...] = (
     # GeForce 10 and 20
     _nvidia("GTX 1080 Ti", 11264, 484, 11.3, "6.1", 3),
@@ -190,7 +190,7 @@ GPUS: tuple[GpuModel, ...] = (
     _amd("R9700", 32752, 640, 191.0, "gfx1201", 5),
     _amd("W7800", 32752, 576, 90.5, "gfx1100", 4),
     _amd("W7900", 49136, 864, 122.6, "gfx1100", 4),
-    # Instinct; an MI250 is two devices, this is one of them
+    # Instinct; an MI250 is two devices, and the row is for each of them
     _amd("MI50", 32752, 1024, 26.5, "gfx906", 4),
     _amd("MI100", 32752, 1229, 184.6, "gfx908", 4),
     _amd("MI210", 65520, 1638, 181.0, "gfx90a", 4),

@@ -1,6 +1,6 @@
-"""How fast a machine moves bytes and multiplies: from the catalogue and the processor's name, or measured.
+"""Bandwidth and arithmetic of a machine's GPUs and processor: estimated from data sheets, or measured.
 
-A data sheet's figure is never reached; the shares here are what llama.cpp reaches of it, the same for every model.
+The `..._SHARE` constants are the part of a data sheet's figure that llama.cpp reaches, for every model.
 """
 
 from __future__ import annotations
@@ -14,36 +14,37 @@ from llamafleet.host.machine import Cpu, Gpu
 
 GB, TERA = 1e9, 1e12
 
-# Of a GPU's memory bandwidth while a token is written: 8B Q4_0 (4.65 GB) at 155 tokens/s on an RTX 3090
+# Share of a GPU's memory bandwidth while a token is written: 8B Q4_0 (4.65 GB) at 155 tokens/s on an RTX 3090
 # (github.com/ggml-org/llama.cpp/pull/15802) is 0.77 of 936 GB/s with launches, 0.85 without.
 GPU_BANDWIDTH_SHARE = 0.85
-# Of its dense f16 arithmetic while a prompt is read: 8B Q6_K at 3500 tokens/s on an RTX 3090 is 0.79 of
+# Share of its dense f16 arithmetic while a prompt is read: 8B Q6_K at 3500 tokens/s on an RTX 3090 is 0.79 of
 # 71 TFLOPS (pull/7860), 8B Q4_0 at 10359 tokens/s on an RTX 4090 1.0 of 165 (pull/7676).
 GPU_FLOPS_SHARE = 0.8
-# ROCm and Vulkan on AMD reach less: gpt-oss-20b at 94 tokens/s on an RX 7900 XT (discussion 15396), one figure only.
+# ROCm and Vulkan on AMD reach less: gpt-oss-20b at 94 tokens/s on an RX 7900 XT (discussion 15396), a single report.
 AMD_BANDWIDTH_SHARE = 0.55
-# Quantised matrices go through integer kernels that were not made for data-centre cards: more is not seen there.
+# Quantised matrices are multiplied by integer kernels that are not optimised for data-centre cards: no higher rate was
+# reported for them.
 GPU_FLOPS_LIMIT = 250 * TERA
-# Of the PCIe link for weights copied out of pinned memory.
+# Share of a PCIe link's bandwidth for weights that are copied from pinned memory.
 LINK_SHARE = 0.8
 LINK_BYTES_PER_LANE = {1: 0.25 * GB, 2: 0.5 * GB, 3: 0.985 * GB, 4: 1.969 * GB, 5: 3.938 * GB, 6: 7.56 * GB}  # PCI-SIG
-# Of a processor's memory bandwidth while a token is written: experts of gpt-oss-120b cost 1.3 ms a layer on an
+# Share of a processor's memory bandwidth while a token is written: experts of gpt-oss-120b cost 1.3 ms a layer on an
 # i5-13400F (42 of 76.8 GB/s), of gpt-oss-20b on a Ryzen 9 5900X 31 of 51.2 (llama.cpp discussion 15396).
 HOST_BANDWIDTH_SHARE = 0.55
-CORE_BYTES_PER_S = 9 * GB  # one core turning quantised weights into products (AVX2); few cores cannot use all channels
+CORE_BYTES_PER_S = 9 * GB  # quantised weights that a core multiplies (AVX2): few cores cannot use all memory channels
 # Arithmetic of one core while a prompt is read: 8 GFLOP a token at 10 tokens/s, AVX2; AVX-512 about half more.
 CORE_FLOPS = {"amx_tile": 300e9, "avx512f": 120e9, "avx2": 80e9, "asimd": 60e9}
 CORE_FLOPS_ELSE = 30e9
 # Multiply-adds of attention by one core, for one token and for many at once (measured:
 # bench/results/cpu_attention.csv, b11434).
 CORE_ATTENTION_MACS, CORE_READ_ATTENTION_MACS = 6e9, 15e9
-# A long cache is read from memory again for every query head that shares it, in short pieces: of the bandwidth that
-# weights get, this share, half of it lost at CACHE_MISS_TOKENS. Qwen3-32B and Llama-3.3-70B with 24 layers on six
-# cores: 13, 9 and 7.5e9 a second at 8039, 16202 and 29528 tokens (github.com/unslothai/unsloth/pull/9872).
+# A long KV cache is read from memory again for every query head that shares it, in short pieces. That reaches this
+# share of the bandwidth for weights, and half of it at CACHE_MISS_TOKENS. Qwen3-32B and Llama-3.3-70B with 24 layers
+# on six cores: 13, 9 and 7.5e9 a second at 8039, 16202 and 29528 tokens (github.com/unslothai/unsloth/pull/9872).
 CACHE_BANDWIDTH_SHARE, CACHE_ELEMENT_BYTES = 0.4, 2
 CACHE_MISS_TOKENS = 8000
 
-# GB/s of one socket's memory at its rated speed, all channels filled: the makers' product pages (Intel ARK, AMD).
+# GB/s of a socket's memory at its rated speed with all channels filled (product pages: Intel ARK, AMD).
 HOST_BANDWIDTHS: tuple[tuple[str, float], ...] = (
     (r"EPYC.* 9\d\d5", 576.0),
     (r"EPYC.* 9\d\d4", 460.8),
@@ -82,7 +83,7 @@ HOST_BANDWIDTH_ELSE = 64.0  # two channels, between DDR4-3200 and DDR5-4800
 
 @dataclass(frozen=True)
 class GpuRates:
-    """What one GPU reaches. `known`: from the catalogue or measured, not a guess."""
+    """Estimated rates of a GPU. `known`: it is in the catalogue or was measured; False: typical values."""
 
     bytes_per_s: float
     flops: float
@@ -92,22 +93,22 @@ class GpuRates:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine reaches; the GPUs in the order they were given."""
+    """Rates of a machine; `gpus` in the order of the argument of `rates`. "macs" are multiply-adds per second."""
 
     gpus: tuple[GpuRates, ...]
     host_bytes_per_s: float
     host_flops: float
-    host_attention_macs: float  # for one token at a time
-    host_cache_macs: float  # what the memory allows where no cache of the processor helps
+    host_attention_macs: float  # for a single token
+    host_cache_macs: float  # limit by the memory's bandwidth, if the processor's caches do not help
     host_read_attention_macs: float  # for many tokens at once
-    host_known: bool
+    host_known: bool  # the processor is in HOST_BANDWIDTHS, or its memory was measured
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """What was measured on a host. It replaces the estimates; what is absent stays estimated.
+    """Measurements of a host, by GPU UUID. Each replaces its estimate; values that are missing stay estimated.
 
-    GPUs by UUID. `trials`: measured (decode, prefill) tokens/s of one request by the planned argv.
+    `trials`: measured (decode, prefill) speed of a single request in tokens/s, by the planned argv.
     """
 
     host_bytes_per_s: float | None = None
@@ -121,9 +122,9 @@ NOT_MEASURED = Measurements()
 
 
 def rates(cpu: Cpu, gpus: Sequence[Gpu], threads: int, measured: Measurements = NOT_MEASURED) -> Rates:
-    """The machine's rates with that many threads on the processor."""
-    sheet, known = host_bandwidth(cpu)
-    host = measured.host_bytes_per_s or min(sheet * HOST_BANDWIDTH_SHARE, threads * CORE_BYTES_PER_S)
+    """The machine's rates with `threads` threads on the processor."""
+    bandwidth, known = host_bandwidth(cpu)
+    host = measured.host_bytes_per_s or min(bandwidth * HOST_BANDWIDTH_SHARE, threads * CORE_BYTES_PER_S)
     flops = next((rate for flag, rate in CORE_FLOPS.items() if flag in cpu.flags), CORE_FLOPS_ELSE)
     return Rates(
         gpus=tuple(_gpu(gpu, measured) for gpu in gpus),
@@ -137,9 +138,9 @@ def rates(cpu: Cpu, gpus: Sequence[Gpu], threads: int, measured: Measurements = 
 
 
 def host_bandwidth(cpu: Cpu) -> tuple[float, bool]:
-    """Bytes per second of one socket's memory by the data sheet, and whether the processor is known.
+    """Bytes per second of one socket's memory by its data sheet, and whether the processor is in HOST_BANDWIDTHS.
 
-    Of one socket: threads that read another's memory are slower than the sum promises.
+    Other sockets are not added, because threads that read the memory of another socket are slower.
     """
     for pattern, rate in HOST_BANDWIDTHS:
         if re.search(pattern, cpu.model):

@@ -14,27 +14,27 @@ from llamafleet.host.machine import Gpu, Machine, VulkanDevice
 
 # Kinds of devices that llama.cpp uses where GGML_VK_VISIBLE_DEVICES names none (ggml_vk_instance_init).
 TAKEN = ("discrete", "integrated")
-SOFTWARE = "software"  # vendor of a device that is none, such as Mesa's llvmpipe
+SOFTWARE = "software"  # `vendor` of a software renderer, such as Mesa's llvmpipe
 
 
-def gpus(machine: Machine, asked: tuple[int, ...] | None) -> tuple[Gpu, ...]:
-    """The GPUs to plan for, in bus order. With `asked`, only the devices of these numbers, of whatever kind.
+def gpus(machine: Machine, numbers: tuple[int, ...] | None) -> tuple[Gpu, ...]:
+    """The GPUs to plan for, in bus order. With `numbers`, only Vulkan's devices with these numbers, of any kind.
 
-    Before Vulkan's loader is installed, the kernel's GPUs in bus order: it usually lists them so.
+    If Vulkan's loader is not installed yet, these are the kernel's GPUs in bus order, which is usually Vulkan's order.
     """
     if machine.vulkan is None:
         return machine.usable_gpus
-    return tuple(sorted(_matched(machine, asked), key=lambda gpu: gpu.index))
+    return tuple(sorted(_matched(machine, numbers), key=lambda gpu: gpu.index))
 
 
-def _matched(machine: Machine, asked: tuple[int, ...] | None) -> Iterator[Gpu]:
+def _matched(machine: Machine, numbers: tuple[int, ...] | None) -> Iterator[Gpu]:
     known = {gpu.pci_bus_id: gpu for gpu in machine.gpus}
     seen: set[str] = set()
     for device in machine.vulkan or ():
-        if device.kind not in TAKEN if asked is None else device.index not in asked:
+        if device.kind not in TAKEN if numbers is None else device.index not in numbers:
             continue
         name = device.pci_bus_id or device.uuid
-        if name in seen:  # a second driver for the same GPU
+        if name in seen:  # another driver of a GPU that is listed already
             continue
         seen.add(name)
         gpu = known.get(name) or _of(device, len(machine.gpus))
@@ -43,21 +43,21 @@ def _matched(machine: Machine, asked: tuple[int, ...] | None) -> Iterator[Gpu]:
 
 
 def _of(device: VulkanDevice, first: int) -> Gpu:
-    """A GPU that only Vulkan lists. What others hold of it is unknown: the reserve has to cover it."""
+    """A GPU that only Vulkan lists. The memory that other processes use is unknown: the reserve has to cover it."""
     return Gpu(
         index=first + device.index, uuid=device.uuid, name=device.name, compute_capability=None,
         memory_total_bytes=device.memory_total_bytes, memory_used_by_others_bytes=0,
         pci_bus_id=device.pci_bus_id or "", pcie_generation=None, pcie_width=None,
-        # An integrated GPU's memory is the host's, and so is a software device's.
+        # An integrated GPU and a software renderer use the host's memory.
         unified_memory=device.kind in ("integrated", "cpu"), vendor=SOFTWARE if device.kind == "cpu" else "vulkan",
     )  # fmt: skip
 
 
 def advice(machine: Machine) -> tuple[str, ...]:
-    """For a refusal: the devices that Vulkan lists; nothing where the survey did not ask Vulkan."""
+    """Suggestions for a refusal: the devices that Vulkan lists; empty if the survey did not read them."""
     if machine.vulkan is None:
         return ()
     if not machine.vulkan:
         return ("install a Vulkan driver for the GPU (mesa-vulkan-drivers): Vulkan lists no device",)
-    shown = ", ".join(f"{one.index} ({one.name}, {one.kind})" for one in machine.vulkan)
-    return (f"name devices in vulkan_devices: Vulkan lists {shown}",)
+    listed = ", ".join(f"{device.index} ({device.name}, {device.kind})" for device in machine.vulkan)
+    return (f"name devices in vulkan_devices: Vulkan lists {listed}",)

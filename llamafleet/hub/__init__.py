@@ -1,1 +1,1 @@
-"""Where models come from."""
+"""Sources of models: their files and headers on the Hugging Face Hub or another web server."""

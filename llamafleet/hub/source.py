@@ -1,7 +1,7 @@
-"""Where a model comes from: a path, a URL, or a file of the Hugging Face Hub.
+"""The source of a model: a path, a URL, or a file of the Hugging Face Hub.
 
-`resolve` lists all files of a model with size, sha256 and commit, without downloading; `read_header` then reads the
-header of the GGUF by range requests.
+`resolve` lists all files of a model with size, sha256 and commit, without a download. `read_header` then reads the GGUF
+header by range requests.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 DEFAULT_REVISION = "main"
 _HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^@]+?)(?:@(?P<revision>[^@]+))?")
 _REPOSITORY = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^@]+))?")
-# GGUF files that are not models: image encoders, importance matrices, vocabularies.
+# GGUF files that are not language models: image encoders, importance matrices, vocabularies.
 _NO_MODEL = re.compile(r"(?:^|[/._-])(?:mmproj|imatrix|vocab)(?:[/._-]|$)", re.IGNORECASE)
 _RESOLVE = re.compile(r"/(?P<repo>[\w.-]+/[\w.-]+)/(?:resolve|blob)/(?P<revision>[^/]+)/(?P<file>.+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -40,7 +40,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Source:
-    """A model's source, taken apart. `kind`: "path", "url" or "hub"; `file` is the path, URL or file name."""
+    """The parts of a model's source. `kind`: "path", "url" or "hub"; `file`: the path, the URL or the file name."""
 
     kind: str
     file: str
@@ -50,7 +50,7 @@ class Source:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a model, with all that a download needs. `token_origin`: the only origin that is sent the token."""
+    """A file of a model, with all that a download needs. `token_origin`: the only origin that gets the token."""
 
     name: str
     url: str
@@ -63,22 +63,22 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model that can be fetched: its files in order, and its header."""
+    """A model that can be downloaded: its files in order, and its header."""
 
     files: tuple[RemoteFile, ...]
     header: gguf.Header
 
     @property
     def folder(self) -> str:
-        """Name of the model's folder on a host: other content gets another folder, so that a model that
-        changes at its source never changes under a running server."""
+        """Name of the model's folder on a host. It depends on the content: a model that changes at its source gets
+        another folder, and the files of a running server stay."""
         first = self.files[0]
         identity = first.sha256 or hashlib.sha256(f"{first.url} {first.size_bytes}".encode()).hexdigest()
         return f"{first.name.removesuffix('.gguf')}-{identity[:12]}"
 
 
 def parse(source: str, endpoint: str = "") -> Source:
-    """Take a source apart. Raises `SourceError` with the accepted forms."""
+    """Split a source into its parts. Raises `SourceError` with the accepted forms."""
     if source.startswith("hf:"):
         match = _HUB.fullmatch(source)
         if not match or any(part in ("", ".", "..") for part in match["file"].split("/")):
@@ -87,7 +87,7 @@ def parse(source: str, endpoint: str = "") -> Source:
     if source.startswith(("http://", "https://")):
         parts = urlsplit(source)
         if not parts.hostname:
-            raise SourceError(f"{source}: names no host")
+            raise SourceError(f"{source}: should have a host name")
         match = _RESOLVE.fullmatch(unquote(parts.path))
         if endpoint and match and origin(source) == origin(endpoint):
             return Source("hub", match["file"], match["repo"], unquote(match["revision"]))
@@ -105,7 +105,7 @@ def resolve(
     mirrors: Sequence[str] = (),
     sha256: str | None = None,
 ) -> tuple[RemoteFile, ...]:
-    """All files of the model, in order. Mirrors are asked where the source fails. Raises `SourceError`."""
+    """All files of the model, in order. If the source fails, the mirrors are tried. Raises `SourceError`."""
     addresses = [source, *mirrors]
     problems = []
     for position, address in enumerate(addresses):
@@ -127,12 +127,12 @@ def _files(source: Source, endpoint: str, token: str | None) -> tuple[RemoteFile
         return tuple(_plain(url) for url in names)
     web = Web(token, origin(endpoint))
     first = _hub_file(web, endpoint, source, source.revision, names[0])
-    commit = first.commit or source.revision  # a branch must not move between two shards
+    commit = first.commit or source.revision  # otherwise a branch could change between two shards
     return (first, *(_hub_file(web, endpoint, source, commit, name) for name in names[1:]))
 
 
 def _shards(file: str) -> tuple[str, ...]:
-    """All files' names or URLs. A split model is named by its first shard."""
+    """The names or URLs of all shards of a model. `file` must be its first shard, or its only file."""
     path, mark, query = file.partition("?")
     try:
         names = gguf.shard_names(path)
@@ -140,7 +140,7 @@ def _shards(file: str) -> tuple[str, ...]:
         raise SourceError(str(error)) from error
     if path != names[0]:
         raise SourceError(
-            f"{shown(file) if '://' in file else file}: name the first shard, {names[0].rpartition('/')[2]}"
+            f"{shown(file) if '://' in file else file}: should name the first shard, {names[0].rpartition('/')[2]}"
         )
     return tuple(name + mark + query for name in names)
 
@@ -164,10 +164,10 @@ def _hub_url(endpoint: str, source: Source, revision: str, name: str) -> str:
 
 
 def _hub_file(web: Web, endpoint: str, source: Source, revision: str, name: str) -> RemoteFile:
-    """A file of the Hub, by the headers of the answer: size, sha256, commit (as huggingface_hub reads them)."""
-    answer = web.ask("HEAD", _hub_url(endpoint, source, revision, name), follow=False)
-    answer.close()
-    headers = answer.headers
+    """A file of the Hub. Size, sha256 and commit are headers, as huggingface_hub's get_hf_file_metadata reads them."""
+    response = web.ask("HEAD", _hub_url(endpoint, source, revision, name), follow=False)
+    response.close()
+    headers = response.headers
     commit = headers.get("X-Repo-Commit") or None
     size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
     etag = (headers.get("X-Linked-Etag") or headers.get("ETag") or "").removeprefix("W/").strip('"')
@@ -182,18 +182,18 @@ def _hub_file(web: Web, endpoint: str, source: Source, revision: str, name: str)
 
 
 def _with_mirrors(files: tuple[RemoteFile, ...], others: Sequence[str], endpoint: str) -> tuple[RemoteFile, ...]:
-    """The other addresses of each file, shard by shard."""
-    urls: list[list[str]] = [[] for _ in files]
+    """The files with their mirrors; every mirror must have as many shards as the model."""
+    mirrors: list[list[str]] = [[] for _ in files]
     for other in others:
         source = parse(other, endpoint)
         names = _shards(source.file)
         if len(names) != len(files):
-            raise SourceError(f"{other}: names {len(names)} files, the model has {len(files)}")
-        for place, name in zip(urls, names, strict=True):
+            raise SourceError(f"{other}: a mirror of {len(names)} files, but the model has {len(files)}")
+        for urls, name in zip(mirrors, names, strict=True):
             is_hub, is_path = source.kind == "hub", source.kind == "path"
-            hub = _hub_url(endpoint, source, source.revision, name) if is_hub else name
-            place.append(Path(name).absolute().as_uri() if is_path else hub)
-    return tuple(replace(file, mirrors=tuple(place)) for file, place in zip(files, urls, strict=True))
+            url = _hub_url(endpoint, source, source.revision, name) if is_hub else name
+            urls.append(Path(name).absolute().as_uri() if is_path else url)
+    return tuple(replace(file, mirrors=tuple(urls)) for file, urls in zip(files, mirrors, strict=True))
 
 
 def _with_sha256(files: tuple[RemoteFile, ...], sha256: str | None) -> tuple[RemoteFile, ...]:
@@ -207,16 +207,16 @@ def _with_sha256(files: tuple[RemoteFile, ...], sha256: str | None) -> tuple[Rem
 
 
 def siblings(source: str, *, endpoint: str, token: str | None = None) -> dict[str, int]:
-    """The GGUF files beside this one in its Hub repository, with sizes in bytes; none for other sources."""
+    """Sizes in bytes, by name, of all GGUF files in the source's Hub repository; empty for other sources."""
     parsed = parse(source, endpoint)
     if parsed.kind != "hub":
         return {}
     url = f"{endpoint.rstrip('/')}/api/models/{parsed.repo}/tree/{quote(parsed.revision, safe='')}?recursive=1"
-    with Web(token, origin(endpoint)).ask("GET", url) as answer:
+    with Web(token, origin(endpoint)).ask("GET", url) as response:
         try:
-            entries = answer.json()
+            entries = response.json()
         except ValueError as error:
-            raise SourceError(f"{shown(url)}: is no list of files: {error}") from error
+            raise SourceError(f"{shown(url)}: should be a JSON list of files: {error}") from error
     return {
         entry["path"]: entry["size"]
         for entry in entries
@@ -227,32 +227,33 @@ def siblings(source: str, *, endpoint: str, token: str | None = None) -> dict[st
 
 
 def quantisations(source: str, *, endpoint: str, token: str | None = None) -> dict[str, int]:
-    """All models of the Hub repository that `source` names, with or without a file: sources with sizes in bytes.
+    """Sizes in bytes, by source, of all models in a Hub repository. `source` is the repository or one of its files.
 
-    A split model counts once, by its first shard, and not at all if a shard is missing. Raises `SourceError`.
+    A split model is listed once, by its first shard; it is left out if a shard is missing. Raises `SourceError`.
     """
-    whole = _REPOSITORY.fullmatch(source)
+    repository = _REPOSITORY.fullmatch(source)
     parsed = parse(
-        f"{source.partition('@')[0]}/*@{whole['revision'] or DEFAULT_REVISION}" if whole else source, endpoint
+        f"{source.partition('@')[0]}/*@{repository['revision'] or DEFAULT_REVISION}" if repository else source,
+        endpoint,
     )
     if parsed.kind != "hub":
-        raise SourceError(f"{source}: should be hf:OWNER/REPO or a file of it, of which the others can be listed")
-    beside = siblings(f"hf:{parsed.repo}/{parsed.file}@{parsed.revision}", endpoint=endpoint, token=token)
+        raise SourceError(f"{source}: should be hf:OWNER/REPO or a file of it, to list its models")
+    sizes = siblings(f"hf:{parsed.repo}/{parsed.file}@{parsed.revision}", endpoint=endpoint, token=token)
     models = {}
-    for name in beside:
+    for name in sizes:
         try:
             shards = gguf.shard_names(name)
         except gguf.GgufError:
             continue
-        if name == shards[0] and all(shard in beside for shard in shards) and not _NO_MODEL.search(name):
-            models[name] = sum(beside[shard] for shard in shards)
+        if name == shards[0] and all(shard in sizes for shard in shards) and not _NO_MODEL.search(name):
+            models[name] = sum(sizes[shard] for shard in shards)
     revision = "" if parsed.revision == DEFAULT_REVISION else f"@{parsed.revision}"
     return {f"hf:{parsed.repo}/{name}{revision}": size for name, size in sorted(models.items())}
 
 
 @dataclass
 class HttpSource:
-    """A file behind a web server, as `gguf.ByteSource`."""
+    """A file on a web server, as a `gguf.ByteSource`."""
 
     url: str
     size: int | None = None
@@ -260,29 +261,30 @@ class HttpSource:
 
     @property
     def name(self) -> str:
-        """The URL without its query."""
+        """The URL for messages, without its query."""
         return shown(self.url)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Bytes by range request. Raises `SourceError`."""
-        piece, size = self.web.read(self.url, offset, length)
+        """Bytes from `offset`, by a range request. Raises `SourceError`."""
+        part, size = self.web.read(self.url, offset, length)
         self.size = self.size if self.size is not None else size
-        return piece
+        return part
 
 
 def read_header(files: Sequence[RemoteFile], *, token: str | None = None) -> gguf.Header:
-    """The model's header; mirrors are read where an address fails. Raises `SourceError` or `GgufError`."""
+    """The model's header. If an address fails, the mirrors are read. Raises `SourceError` or `GgufError`."""
     problems: list[str] = []
-    for choice in range(1 + max(len(file.mirrors) for file in files)):
+    for address in range(1 + max(len(file.mirrors) for file in files)):
         try:
-            return gguf.read_header([_source(file, choice, token) for file in files])
+            return gguf.read_header([_source(file, address, token) for file in files])
         except SourceError as error:
             problems.append(str(error))
     raise SourceError("; ".join(problems))
 
 
-def _source(file: RemoteFile, choice: int, token: str | None) -> gguf.ByteSource:
-    url = (file.url, *file.mirrors)[min(choice, len(file.mirrors))]
+def _source(file: RemoteFile, address: int, token: str | None) -> gguf.ByteSource:
+    """The file at its URL (`address` 0) or at mirror `address`, the last one if it has fewer."""
+    url = (file.url, *file.mirrors)[min(address, len(file.mirrors))]
     if url.startswith("file:"):
         return gguf.FileSource(Path(unquote(urlsplit(url).path)))
     return HttpSource(url, file.size_bytes, Web(token, file.token_origin))

@@ -1,4 +1,7 @@
-"""Free memory of a host's devices, and the ledger of one model placed on them."""
+"""Free memory of a host's devices, and the ledger of one model placed on them.
+
+Decision 2: docs/decisions/0002-capacity-is-total-less-what-others-hold.md.
+"""
 
 from __future__ import annotations
 

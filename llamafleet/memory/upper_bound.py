@@ -1,4 +1,7 @@
-"""Upper bound of the compute buffers of models whose graph cannot be built: their widest tensors, all held at once."""
+"""Upper bound of the compute buffers of models whose graph cannot be built: their widest tensors, all held at once.
+
+Decision 5: docs/decisions/0005-known-or-bound-never-guessed.md.
+"""
 
 from __future__ import annotations
 

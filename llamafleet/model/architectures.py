@@ -1,7 +1,9 @@
 """llama.cpp's architectures (b11434), one row each, with the properties in which it differs from the defaults.
 
-To add an architecture, write an outline in tests/oracle/architectures, then a row here. tests/oracle/test_names.py
-compares the rows with src/llama-arch.cpp, LLM_ARCH_NAMES.
+To add an architecture, write an outline in tests/oracle/architectures, then a row here. tests/oracle/test_adopt.py
+fails for a row that src/llama-arch.cpp, LLM_ARCH_NAMES, does not have.
+
+Decision 5: docs/decisions/0005-known-or-bound-never-guessed.md.
 """
 
 from __future__ import annotations

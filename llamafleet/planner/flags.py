@@ -1,6 +1,8 @@
 """The planned part of llama-server's command line: context, placement, threads.
 
 Every flag is in common/arg.cpp at b11434. Each value that llama.cpp would otherwise choose at its start is given.
+
+Decision 3: docs/decisions/0003-flags-are-static.md.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Everything here is a pure function: the same inputs give the same plan. A GPU's capacity is its total memory less the
 memory of other processes. The RAM's capacity is the total, not the memory that is available now: otherwise the running
 llama-server would shrink its own next plan.
+
+Decision 1: docs/decisions/0001-one-decision-for-each-host-and-run.md.
 """
 
 from __future__ import annotations

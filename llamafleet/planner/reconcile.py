@@ -2,6 +2,8 @@
 
 If the two differ by more than the tolerance, the binary is right: the difference becomes an `Correction`, and the plan
 is made again, `ROUNDS` times at most. `tasks/verify.py` runs llama-server on the host for this.
+
+Decision 4: docs/decisions/0004-the-binary-is-asked-before-it-is-trusted.md.
 """
 
 from __future__ import annotations

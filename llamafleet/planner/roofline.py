@@ -1,6 +1,8 @@
 """The predicted speed of a placement, by a roofline model: bytes read and operations, divided by the machine's rates.
 
 The prediction ranks placements and has a range for its uncertainty. Measurements on the host replace it.
+
+Decision 6: docs/decisions/0006-the-workload-is-the-objective.md.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Candidates combine a cache type, a number of slots, an ubatch and an order of GPUs. The roofline predicts the time of
 each; `refine` then checks the best with the ledger. The search is deterministic.
+
+Decision 6: docs/decisions/0006-the-workload-is-the-objective.md.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 A plan is a pure function of the machine, so plan.json records the memory that the plan was made for. Here the plan is
 made twice: for the recorded memory, which gives the installed plan again, and for the memory of now.
+
+Decision 2: docs/decisions/0002-capacity-is-total-less-what-others-hold.md.
 """
 
 from __future__ import annotations

@@ -9,6 +9,9 @@ CMake, Ninja; common.py and releases.py lie beside it.
 
 With a build cache the first host that needs a key compiles it, others that ask meanwhile wait for
 that one (flock) and take its result, checked by sha256.
+
+Decision 8: docs/decisions/0008-source-pinned-known-by-a-build-key.md.
+Decision 9: docs/decisions/0009-nothing-half-done-has-its-final-name.md.
 """
 
 from __future__ import annotations

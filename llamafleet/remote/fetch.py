@@ -21,6 +21,8 @@ checked, so that the next run neither asks nor reads. Killed at any time, the ne
 Its parts lie beside it on a host and are imported by their bare names: fetch_spec (what is asked), fetch_log,
 fetch_folder (what is on the disk), fetch_curl (one request) and fetch_answer (what an answer means). This file has the
 order: one file after another, from an address until it brings nothing new, then from the next address.
+
+Decision 9: docs/decisions/0009-nothing-half-done-has-its-final-name.md.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ slot), slots, kv_type, speed_floor_percent, backend, gpus [{"uuid", "name", "pla
 reads}]. Standard library, psutil and pynvml; common.py and gate_*.py lie beside it.
 
 `/health` alone proves little: llama-server answers 200 also after it silently fell back to the CPU.
+
+Decision 7: docs/decisions/0007-health-is-not-enough.md.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ NAME.liveness.json {"restarts", "time", "why"}. Root, standard library; common.p
 
 `/health` can answer 200 on a server whose GPU hangs; `/slots` too, also while a batch is computed. So only counters
 that move prove that a server works, and a long queue does not prove the contrary.
+
+Decision 7: docs/decisions/0007-health-is-not-enough.md.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ HOLDER is a JSON object with `run` (unique), `who`, `machine` and `pid` of the o
 Exit 0: done. Exit 1: somebody else holds it; stdout has that holder with `age_seconds` since it
 was last refreshed. A holder that has not refreshed for LEASE_SECONDS has lost the lock, and
 `--over RUN` takes it from a run that the operator's machine knows to be dead. Standard library; common.py beside it.
+
+Decision 17: docs/decisions/0017-long-work-runs-detached-under-a-lease.md.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ is kept: the staged unit then has the dropped ones as comments, and plan.json ha
 `preflight`. Raises `Unfit` where llama-server does not work even without hardening; nothing that is installed is
 touched. Root, systemd, the standard library, Python 3.8; common.py, ground.py, hardening_trial.py and tiny_gguf.py lie
 beside it.
+
+Decision 18: docs/decisions/0018-hardening-is-proven-on-the-host.md.
 """
 
 from __future__ import annotations

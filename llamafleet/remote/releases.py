@@ -3,6 +3,8 @@
 Contract: `releases.py KEY KEEP` links /opt/llamafleet/current to releases/KEY and then removes all
 but the KEEP newest other releases; never one that a unit names or a process runs from. Prints what
 was removed. Standard library; common.py beside it.
+
+Decision 19: docs/decisions/0019-units-name-the-release-folder.md.
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ on. `switch.py remove NAME` stops and removes an instance. Log lines on stdout; 
 with `error: `. Exit 0 done, 1 failed. Killed at any point it can simply be run again: what is kept
 aside is the last set of files that passed the gate. Root, the standard library; common.py and what the gate and
 the preflight need lie beside it.
+
+Decision 7: docs/decisions/0007-health-is-not-enough.md.
+Decision 9: docs/decisions/0009-nothing-half-done-has-its-final-name.md.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ Root, systemd, standard library and pynvml; common.py lies beside it.
 llama-server first makes the model and its context without memory, if it is to fit its arguments to the memory (its
 default), and prints where the bytes would be (common_memory_breakdown_print at b11434), 0.3 s after its start. It is
 killed there, before it loads anything.
+
+Decision 4: docs/decisions/0004-the-binary-is-asked-before-it-is-trusted.md.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 Every flag is from common/arg.cpp at b11434. Lists stay lists: only `unit_escape` quotes, once, where the unit is
 written.
+
+Decision 3: docs/decisions/0003-flags-are-static.md.
+Decision 11: docs/decisions/0011-secrets-never-travel-in-the-open.md.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 `desire` reads and changes nothing; the same inputs give the same result. `changes.changes_needed` compares it with
 what is installed, and the stages in `tasks/` act on the difference.
+
+Decision 1: docs/decisions/0001-one-decision-for-each-host-and-run.md.
 """
 
 from __future__ import annotations

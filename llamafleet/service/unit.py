@@ -2,6 +2,9 @@
 
 The templates lie in `templates/`; they format these values and calculate nothing. Reading them is file access, so
 the functions here are given a `Renderer` (`tasks/lib/templates.py` has the real one).
+
+Decision 18: docs/decisions/0018-hardening-is-proven-on-the-host.md.
+Decision 19: docs/decisions/0019-units-name-the-release-folder.md.
 """
 
 from __future__ import annotations

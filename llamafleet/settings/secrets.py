@@ -1,6 +1,8 @@
-"""Secrets on the operator's machine: read from a file or a variable, checked, never shown.
+"""Read and check secrets on the operator's machine, from a file or an environment variable.
 
-A message names the setting, the place and the line, never the content.
+Messages name the setting, the file or variable, and the line, never the secret.
+
+Decision 11: docs/decisions/0011-secrets-never-travel-in-the-open.md.
 """
 
 from __future__ import annotations
@@ -10,28 +12,27 @@ import stat
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
-VARIABLE = "env:"
-# A key that clients send over the network can be tried as often as they like.
-SHORTEST_KEY = 8
+VARIABLE = "env:"  # begins a place that is an environment variable: "env:NAME"
+SHORTEST_KEY = 8  # characters: clients can try keys without limit
 
 
 class SecretError(ValueError):
-    """A secret that is missing, readable by others, or unusable; the text gives the way out."""
+    """A secret is missing, readable by others, or invalid; the message says what to do."""
 
 
-# Values that `take` removed from the environment; programs that we start do not inherit them.
+# Values by name of the variables that `take` removed from the environment. Programs that we start do not inherit them.
 _taken: dict[str, str] = {}
 
 
 def take(name: str, environment: MutableMapping[str, str] = os.environ) -> str | None:
-    """The variable's value, which is removed from the environment; None where it is unset or empty."""
+    """Remove the variable from the environment and return its value; None if it is unset or empty."""
     if name in environment:
         _taken[name] = environment.pop(name)
     return _taken.get(name) or None
 
 
 def read(place: str, setting: str) -> str:
-    """The text of a secret, stripped; `place` is a path or "env:NAME". Raises `SecretError`."""
+    """The secret, without blanks around it. `place` is a path or "env:NAME". Raises `SecretError`."""
     text = _variable(place, setting) if place.startswith(VARIABLE) else _file(place, setting)
     if not text.strip():
         raise SecretError(f"{setting}: {place} is empty; put the secret in it, or set {setting} to None")
@@ -51,7 +52,7 @@ def _file(place: str, setting: str) -> str:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             raise SecretError(f"{setting}: {place} is not a file")
-        # Group-readable is let pass: operators who deploy as a group share the file so.
+        # The group may read it, because operators share a file that way.
         if mode & (stat.S_IRWXO | stat.S_IWGRP):
             raise SecretError(
                 f"{setting}: {place} has mode {stat.S_IMODE(mode):04o}, others may read or change it: chmod 600 {place}"
@@ -64,7 +65,7 @@ def _file(place: str, setting: str) -> str:
 
 
 def token(place: str, setting: str) -> str:
-    """A secret of one word."""
+    """A secret that is a single word, such as a token. Raises `SecretError`."""
     text = read(place, setting)
     if len(text.split()) != 1 or not text.isascii() or not text.isprintable():
         raise SecretError(f"{setting}: {place} should hold one token, without blanks or further lines")
@@ -72,28 +73,29 @@ def token(place: str, setting: str) -> str:
 
 
 def hub_token(place: str | None) -> str | None:
-    """The operator's Hub token: from where the setting `hub_token_file` says, else from HF_TOKEN."""
+    """The Hub token from `place` (the setting `hub_token_file`), else from HF_TOKEN; None if there is none."""
     return take("HF_TOKEN") if place is None else token(place, "hub_token_file")
 
 
 def api_keys(place: str, setting: str) -> str:
-    """API keys, one a line, as llama-server needs them: it trims no line (a stray blank or CR would be
-    part of a key) and ignores a line that begins with # (`--api-key-file` in common_params_parser_init), so that a
-    file of comments alone would let everybody in.
+    """The content of llama-server's key file, one key on each line. Raises `SecretError`.
+
+    llama-server does not trim lines (a blank or CR would become part of a key), and it ignores lines that begin with #
+    (`--api-key-file` in common_params_parser_init). A file that has only comments would let everybody in.
     """
-    numbered = enumerate(read(place, setting).splitlines(), 1)
-    keys = [(number, line.strip()) for number, line in numbered]
-    keys = [(number, key) for number, key in keys if key and not key.startswith("#")]
+    lines = [(number, line.strip()) for number, line in enumerate(read(place, setting).splitlines(), 1)]
+    keys = [(number, key) for number, key in lines if key and not key.startswith("#")]
     if not keys:
-        raise SecretError(f"{setting}: {place} has comments only: llama-server would let everybody in")
+        raise SecretError(f"{setting}: {place} has comments only, so llama-server would let everybody in: add a key")
     if problems := list(_unusable(keys)):
         raise SecretError(f"{setting}: {place}: {'; '.join(problems)}")
-    # llama-server logs the last four characters of a single key, but of several keys only their number
-    # (server_http_context::init_listener): so a single key is written twice.
+    # A single key is written twice: llama-server logs the last four characters of a single key, but of several keys
+    # only their number (server_http_context::init_listener).
     return "".join(f"{key}\n" for _, key in (keys if len(keys) > 1 else keys * 2))
 
 
 def _unusable(keys: list[tuple[int, str]]) -> Iterator[str]:
+    """A sentence for each invalid key, with its line number."""
     seen: dict[str, int] = {}
     for number, key in keys:
         if not key.isascii() or not key.isprintable() or " " in key:

@@ -1,4 +1,7 @@
-"""The typical requests to an instance; a plan is chosen so that they are served in the shortest time."""
+"""The typical requests to an instance; a plan is chosen so that they are served in the shortest time.
+
+Decision 6: docs/decisions/0006-the-workload-is-the-objective.md.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 pyinfra does not cache facts and runs operations again when they execute. So everything is read in its prepare phase,
 `llamafleet/service/desired.py` decides, and the decision is remembered here, one for each host, under its lock.
+
+Decision 1: docs/decisions/0001-one-decision-for-each-host-and-run.md.
 """
 
 from __future__ import annotations

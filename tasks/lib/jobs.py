@@ -2,6 +2,8 @@
 
 A job is one of our helper programs, detached: the connection only follows it. The host's lock is taken before and
 refreshed meanwhile; where the host fails, the lock is released at once.
+
+Decision 17: docs/decisions/0017-long-work-runs-detached-under-a-lease.md.
 """
 
 from __future__ import annotations

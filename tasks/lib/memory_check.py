@@ -1,4 +1,7 @@
-"""Ask the built llama-server on a host what it would allocate, and plan again where the ledger was wrong."""
+"""Ask the built llama-server on a host what it would allocate, and plan again where the ledger was wrong.
+
+Decision 4: docs/decisions/0004-the-binary-is-asked-before-it-is-trusted.md.
+"""
 
 from __future__ import annotations
 

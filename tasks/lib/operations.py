@@ -1,5 +1,8 @@
 """Changing a host. Each operation yields commands only where something must change; what must change was decided
-before, in `llamafleet/service/`."""
+before, in `llamafleet/service/`.
+
+Decision 11: docs/decisions/0011-secrets-never-travel-in-the-open.md.
+"""
 
 from __future__ import annotations
 

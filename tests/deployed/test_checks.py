@@ -1,4 +1,4 @@
-"""Every check of a deployed host goes red: a healthy host's facts, broken in one place at a time."""
+"""Every check of tests/hosts reports its problem: the facts of a healthy host are changed in one place at a time."""
 
 import copy
 import dataclasses
@@ -135,18 +135,19 @@ def healthy():
 
 
 def no_repository(repository, ref):
-    raise AssertionError("a repository is asked only where the names differ")
+    raise AssertionError("a repository is asked only if the ref is neither the built ref nor the built commit")
 
 
-def problems_by_check(facts, asked=None, resolve=no_repository):
-    """What each check finds, as texts."""
-    box = checks.Box("web1", asked or settings(), facts)
-    one = checks.served(box, box.settings.models[0])
-    found = {"release": checks.release(box, resolve)}
-    found |= {check.__name__: check(box) for check in checks.HOST_CHECKS}
-    found |= {check.__name__: check(one) for check in instance_checks.INSTANCE_CHECKS}
-    found |= {f"gate {name}": instance_checks.gate(one, name) for name in instance_checks.planned_gate_checks(one)}
-    return {name: [str(problem) for problem in problems] for name, problems in found.items()}
+def problems_by_check(facts, requested=None, resolve=no_repository):
+    """The problems of each check, as texts."""
+    box = checks.Box("web1", requested or settings(), facts)
+    served = checks.served(box, box.settings.models[0])
+    by_check = {"release": checks.release(box, resolve)}
+    by_check |= {check.__name__: check(box) for check in checks.HOST_CHECKS}
+    by_check |= {check.__name__: check(served) for check in instance_checks.INSTANCE_CHECKS}
+    gate_checks = instance_checks.planned_gate_checks(served)
+    by_check |= {f"gate {name}": instance_checks.gate(served, name) for name in gate_checks}
+    return {name: [str(problem) for problem in problems] for name, problems in by_check.items()}
 
 
 def test_a_healthy_host_has_no_problem():
@@ -154,14 +155,14 @@ def test_a_healthy_host_has_no_problem():
 
 
 def test_every_function_of_the_tests_is_covered_here():
-    """A check that is added to tests/hosts must be broken here too."""
+    """Every check that test_deployed.py calls has a case below in which it reports a problem."""
     text = (ROOT / "tests/hosts/test_deployed.py").read_text()
-    used = set(re.findall(r"good\((?:instance_)?checks\.(\w+)\(", text))
+    used = set(re.findall(r"fail_on\((?:instance_)?checks\.(\w+)\(", text))
     assert used == {check for check, *_ in BROKEN} | {"gate"}
 
 
 STAGED, CONF = "/var/lib/llamafleet/staged", "/etc/llamafleet"
-# The check that must go red, where the facts are broken, the new value, and what the message must say.
+# The check that must report a problem, the place of the changed fact, its new value, and a part of the message.
 TINY = ("instances", "tiny")
 ZEROS = "0" * 16
 BROKEN = [
@@ -185,7 +186,7 @@ BROKEN = [
     ("plan_file", (*TINY, "plan_file", "mode"), "0666", "expected root 0644, found root 0666"),
     ("plan_file", (*TINY, "plan", "commit"), "x", "it was edited"),
     ("plan_file", (*TINY, "plan_sha256"), "q", "sha256 p, found sha256 q"),
-    ("plan_file", (*TINY, "plan", "release"), ZEROS, f"the current one, {KEY}, found {ZEROS}"),
+    ("plan_file", (*TINY, "plan", "release"), ZEROS, f"the host's current release, {KEY}, found {ZEROS}"),
     ("plan_file", (*TINY, "plan", "source"), "hf:a/b/c.gguf", "hf:a/b/tiny.gguf, found hf:a/b/c.gguf"),
     ("plan_file", (*TINY, "plan", "gate", "url"), "http://127.0.0.1:9", "expected 8080, found 9"),
     ("plan_file", (*TINY, "plan", "gate", "slots"), 4, "expected 1, found 4"),
@@ -215,14 +216,14 @@ BROKEN = [
     ("process", (*TINY, "process"), None, "expected a running llama-server, found nothing"),
     ("process", (*TINY, "process", "exe"), "/usr/bin/llama-server", "found /usr/bin/llama-server"),
     ("process", (*TINY, "process", "users"), ["root"], "expected llamafleet, found root"),
-    ("sandbox", (*TINY, "process"), None, "expected a running llama-server, found nothing"),
-    ("sandbox", (*TINY, "process", "NoNewPrivs"), 0, "expected 1, found 0"),
-    ("sandbox", (*TINY, "process", "Seccomp"), 0, "expected 2, found 0"),
-    ("sandbox", (*TINY, "process", "CapEff"), 2**21, "CapEff in /proc/7/status: expected 0, found 0x200000"),
-    ("sandbox", (*TINY, "process", "CoreLimit"), "0 unlimited", "CoreLimit in /proc/7/limits: expected 0 0"),
+    ("hardening", (*TINY, "process"), None, "expected a running llama-server, found nothing"),
+    ("hardening", (*TINY, "process", "NoNewPrivs"), 0, "expected 1, found 0"),
+    ("hardening", (*TINY, "process", "Seccomp"), 0, "expected 2, found 0"),
+    ("hardening", (*TINY, "process", "CapEff"), 2**21, "CapEff in /proc/7/status: expected 0, found 0x200000"),
+    ("hardening", (*TINY, "process", "CoreLimit"), "0 unlimited", "CoreLimit in /proc/7/limits: expected 0 0"),
     ("origins", (*TINY, "allowed_origin"), "http://other.example", "expected none, found http://other.example"),
     ("origins", (*TINY, "allowed_origin"), None, "expected none, found nothing"),
-    ("sandbox", (*TINY, "process", "CapBnd"), 1, "CapBnd in /proc/7/status: expected 0, found 0x1"),
+    ("hardening", (*TINY, "process", "CapBnd"), 1, "CapBnd in /proc/7/status: expected 0, found 0x1"),
     ("listening", (*TINY, "listening"), [], "expected 127.0.0.1:8080, found nothing"),
     ("listening", (*TINY, "listening"), [["0.0.0.0", 8080]], "127.0.0.1:8080, found 0.0.0.0:8080"),
     ("listening", (*TINY, "listening"), [["127.0.0.1", 80]], "127.0.0.1:8080, found 127.0.0.1:80"),
@@ -231,14 +232,14 @@ BROKEN = [
     ("keys", (*TINY, "keys", "mode"), "0644", "expected root 0600, found root 0644"),
     ("keys", (*TINY, "keys", "owner"), "joe", "expected root 0600, found joe 0600"),
     ("keys", (*TINY, "keys", "count"), 0, "expected at least one key, found an empty file"),
-    ("liveness", (*TINY, "liveness", "units"), [], "expected both, found nothing"),
-    ("liveness", (*TINY, "liveness", "as_kept"), False, "expected those that llamafleet made, found others"),
+    ("liveness", (*TINY, "liveness", "units"), [], "expected service and timer, found nothing"),
+    ("liveness", (*TINY, "liveness", "as_kept"), False, "expected the units that last passed the gate, found other texts"),
     ("liveness", (*TINY, "liveness", "active"), "inactive", "expected an active timer, found inactive"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("check", "place", "value", "message"), BROKEN, ids=lambda value: str(value)[:40])
-def test_it_goes_red(check, place, value, message):
+def test_a_changed_fact_is_a_problem(check, place, value, message):
     facts = healthy()
     part = facts
     for name in place[:-1]:
@@ -257,9 +258,9 @@ def test_each_verdict_of_the_gate_counts(name):
     del verdicts[at + 1 :]
     found = problems_by_check(facts)
     assert found[f"gate {name}"] == [f"web1/tiny: gate: {name}: expected this, found that (look there)"]
-    # What the gate did not reach is no success.
+    # A check that the gate did not reach has not passed.
     for later in instance_checks.GATE_CHECKS[at + 1 :]:
-        assert f"it stopped before, at {name}" in found[f"gate {later}"][0]
+        assert f"the gate stopped at {name}" in found[f"gate {later}"][0]
 
 
 def test_a_gate_that_cannot_be_asked_is_no_success():
@@ -272,17 +273,17 @@ def test_the_gate_asks_what_the_plan_has():
     facts = healthy()
     facts["instances"]["tiny"]["plan"]["gate"]["gpus"] = []
     box = checks.Box("web1", settings(api_key_file=None), facts)
-    one = checks.served(box, box.settings.models[0])
-    assert instance_checks.planned_gate_checks(one) == ("health", "process", "context", "completion", "speed")
+    served = checks.served(box, box.settings.models[0])
+    assert instance_checks.planned_gate_checks(served) == ("health", "process", "context", "completion", "speed")
 
 
 def test_a_key_file_that_nobody_asked_for_is_found():
     found = problems_by_check(healthy(), settings(api_key_file=None))["keys"]
-    assert "expected no file: no key is asked for, found a file with 2 keys" in found[0]
+    assert "expected no file, because api_key_file is not set, found a file with 2 keys" in found[0]
 
 
 def test_another_version_is_found():
-    """Another tag than the build's: the repository says which commit it is."""
+    """The repository says which commit the requested tag is; the build has another commit."""
     facts = healthy()
     facts["release"]["record"]["ref"] = "master"
     found = problems_by_check(facts, resolve=lambda repository, ref: "f" * 40)["release"]
@@ -290,7 +291,7 @@ def test_another_version_is_found():
 
 
 def test_two_names_of_one_commit_are_the_same_version():
-    """The build key knows commits only, so a renamed ref does not build again."""
+    """A build key depends on the commit, not on the ref's name."""
     facts = healthy()
     facts["release"]["record"]["ref"] = "master"
     assert not problems_by_check(facts, resolve=lambda repository, ref: COMMIT)["release"]
@@ -337,17 +338,17 @@ def collector():
 
 
 def shape(value, depth=0):
-    """Names of the facts, down to where the names are data."""
+    """Names of the facts, without the levels whose names are data."""
     if not isinstance(value, dict):
         return None
     return {name: shape(part, depth + 1) if depth < 1 else None for name, part in value.items()}
 
 
 def test_it_runs_as_it_is_sent_and_knows_a_bare_host():
-    """Without a single file of ours: every check must say so, and none may fall over."""
-    asked = json.dumps({"instances": ["tiny"], "quick": True})
+    """On a host without llamafleet every check reports a problem, and no check raises."""
+    request = json.dumps({"instances": ["tiny"], "quick": True})
     done = subprocess.run(
-        [sys.executable, "-I", "-c", COLLECTOR.read_text(), asked],
+        [sys.executable, "-I", "-c", COLLECTOR.read_text(), request],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     facts = json.loads(done.stdout)
@@ -368,8 +369,8 @@ def test_it_sees_a_process_and_where_it_listens(collector):
         socket.create_server(("127.0.0.1", 0)) as server,
         socket.create_server((six[0], 0), family=six[1]) as other,
     ):
-        expected = sorted(list(one.getsockname()[:2]) for one in (server, other))
-        assert [one for one in collector.listening(os.getpid()) if one in expected] == expected
+        expected = sorted(list(listener.getsockname()[:2]) for listener in (server, other))
+        assert [address for address in collector.listening(os.getpid()) if address in expected] == expected
     found = collector.process(os.getpid())
     assert found["exe"] == os.path.realpath(sys.executable)
     assert found["users"] == [collector.user_name(os.getuid())]
@@ -426,7 +427,7 @@ def test_a_release_is_read_as_it_lies_there(collector, tmp_path, monkeypatch):
 
 
 def test_healthy_facts_are_not_shared():
-    """The cases above break copies."""
+    """`healthy` returns new facts each time: the cases above change them."""
     first = healthy()
     second = copy.deepcopy(first)
     first["instances"]["tiny"]["plan"]["gate"]["slots"] = 9
@@ -434,8 +435,8 @@ def test_healthy_facts_are_not_shared():
 
 
 def test_a_liveness_check_that_is_switched_off_is_not_missed():
-    asked = dataclasses.replace(settings(), liveness_seconds=0)
-    assert "expected none" in problems_by_check(healthy(), asked)["liveness"][0]
+    requested = dataclasses.replace(settings(), liveness_seconds=0)
+    assert "expected none" in problems_by_check(healthy(), requested)["liveness"][0]
     facts = healthy()
     facts["instances"]["tiny"]["liveness"] = {"active": "inactive", "units": [], "as_kept": True}
-    assert not problems_by_check(facts, asked)["liveness"]
+    assert not problems_by_check(facts, requested)["liveness"]

@@ -1,4 +1,4 @@
-"""The bridge from a pyinfra inventory to testinfra: what is checked is what was deployed."""
+"""tests/hosts/inventory_bridge.py: testinfra reaches the hosts of a pyinfra inventory as pyinfra does."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ db = [("@ssh/db1", {"ssh_hostname": "2001:db8::1"}), ("@local", {"models": [
 
 @pytest.fixture
 def inventory(tmp_path):
-    """Writes an inventory beside the project's own group_data: the only place of defaults."""
+    """Writes an inventory beside a link to the project's group_data, which has the defaults."""
     (tmp_path / "group_data").symlink_to(ROOT / "inventory/group_data")
 
     def write(text=FLEET):
@@ -37,7 +37,7 @@ def inventory(tmp_path):
 
 
 def by_name(inventory, tmp_path, limit=()):
-    return {one.name: one for one in targets(inventory, limit, tmp_path)}
+    return {target.name: target for target in targets(inventory, limit, tmp_path)}
 
 
 def backend(target):
@@ -45,19 +45,25 @@ def backend(target):
 
 
 def test_a_host_is_reached_as_the_inventory_says(inventory, tmp_path):
-    one = backend(by_name(inventory(), tmp_path)["web1"])
-    assert (one.NAME, one.host.user, one.host.name, one.host.port) == ("ssh", "root", "192.0.2.1", "2222")
-    assert one.ssh_identity_file == "/keys/one"
-    assert not one.sudo
+    reached = backend(by_name(inventory(), tmp_path)["web1"])
+    assert (reached.NAME, reached.host.user, reached.host.name, reached.host.port) == (
+        "ssh",
+        "root",
+        "192.0.2.1",
+        "2222",
+    )
+    assert reached.ssh_identity_file == "/keys/one"
+    assert not reached.sudo
 
 
 def test_known_hosts_and_strictness_reach_ssh(inventory, tmp_path):
-    """Asked of ssh itself, which has the last word on what a configuration file means."""
-    one = backend(by_name(inventory(), tmp_path)["web1"])
-    said = subprocess.run(["ssh", "-G", "-F", one.ssh_config, "192.0.2.1"], capture_output=True, text=True, check=True)
-    assert "stricthostkeychecking true" in said.stdout
-    assert "userknownhostsfile /keys/known hosts" in said.stdout.replace('"', "")
-    assert "batchmode yes" in said.stdout
+    """`ssh -G` prints how ssh reads the configuration file."""
+    reached = backend(by_name(inventory(), tmp_path)["web1"])
+    command = ["ssh", "-G", "-F", reached.ssh_config, "192.0.2.1"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "stricthostkeychecking true" in output
+    assert "userknownhostsfile /keys/known hosts" in output.replace('"', "")
+    assert "batchmode yes" in output
 
 
 def test_first_contact_is_accepted_by_default_as_pyinfra_does(inventory, tmp_path):
@@ -72,26 +78,28 @@ def test_no_ssh_process_stays_behind(inventory, tmp_path):
 
 
 def test_sudo_is_used_where_the_inventory_says(inventory, tmp_path):
-    found = by_name(inventory(), tmp_path)
-    assert backend(found["web2"]).sudo
-    assert backend(found["web2"]).host.user == "ops"
-    assert not backend(found["@local"]).sudo
+    hosts = by_name(inventory(), tmp_path)
+    assert backend(hosts["web2"]).sudo
+    assert backend(hosts["web2"]).host.user == "ops"
+    assert not backend(hosts["@local"]).sudo
 
 
 def test_sudo_works_for_this_machine_too(inventory, tmp_path):
-    found = by_name(inventory('hosts = [("@local", {"_sudo": True, "_sudo_user": "root"})]'), tmp_path)
-    assert backend(found["@local"]).NAME == "local"
-    assert (backend(found["@local"]).sudo, backend(found["@local"]).sudo_user) == (True, "root")
+    hosts = by_name(inventory('hosts = [("@local", {"_sudo": True, "_sudo_user": "root"})]'), tmp_path)
+    assert backend(hosts["@local"]).NAME == "local"
+    assert (backend(hosts["@local"]).sudo, backend(hosts["@local"]).sudo_user) == (True, "root")
 
 
 def test_an_ipv6_address_is_no_port(inventory, tmp_path):
-    one = backend(by_name(inventory(), tmp_path)["@ssh/db1"])
-    assert (one.host.name, one.host.port) == ("2001:db8::1", None)
+    reached = backend(by_name(inventory(), tmp_path)["@ssh/db1"])
+    assert (reached.host.name, reached.host.port) == ("2001:db8::1", None)
 
 
 def test_settings_come_with_the_projects_defaults(inventory, tmp_path):
     settings = by_name(inventory(), tmp_path)["@local"].settings
-    assert [(one.name, one.port, one.listen) for one in settings.models] == [("tiny", 8080, "127.0.0.1")]
+    assert [(instance.name, instance.port, instance.listen) for instance in settings.models] == [
+        ("tiny", 8080, "127.0.0.1")
+    ]
     assert by_name(inventory(), tmp_path)["web1"].settings.models == ()
 
 
@@ -116,7 +124,7 @@ def test_limit_is_pyinfras(inventory, tmp_path, limit, expected):
         (FLEET, ["wbe1"], "--limit wbe1: no such group or host; known are .*web1"),
         ("hosts = []", [], "names no host"),
         ('hosts = [("@docker/debian", {})]', [], "@docker/debian: DockerConnector"),
-        ('hosts = [("a", {"ssh_password": "hunter2"})]', [], "a: ssh_password would be seen"),
+        ('hosts = [("a", {"ssh_password": "hunter2"})]', [], "a: ssh_password would be visible"),
         ('hosts = [("a", {"prot": 1})]', [], "a: prot: unknown setting"),
         (
             'hosts = [("a", {"ssh_hostname": "-oProxyCommand=x"})]',
@@ -149,40 +157,40 @@ def test_reading_an_inventory_leaves_this_process_alone(inventory):
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT).returncode == 0
 
 
-def pytest_says(*words):
-    done = subprocess.run(
+def run_pytest(*words):
+    result = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *words],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
+    return result.returncode, result.stdout + result.stderr
 
 
 def test_the_folder_alone_asks_for_an_inventory():
-    code, said = pytest_says("tests/hosts")
+    code, output = run_pytest("tests/hosts")
     assert code == pytest.ExitCode.USAGE_ERROR
-    assert "--inventory inventory/fleet.py" in said
+    assert "--inventory inventory/fleet.py" in output
 
 
 def test_the_whole_project_leaves_the_folder_out():
-    code, said = pytest_says("--collect-only", "tests")
-    assert code == pytest.ExitCode.OK, said
-    assert "test_inventory_bridge.py" in said
-    assert "tests/hosts/" not in said
+    code, output = run_pytest("--collect-only", "tests")
+    assert code == pytest.ExitCode.OK, output
+    assert "test_inventory_bridge.py" in output
+    assert "tests/hosts/" not in output
 
 
 def test_a_host_that_cannot_be_reached_fails_by_name(inventory):
     """Port 9 (discard) of a loopback address: nobody listens there."""
     text = 'hosts = [("box7", {"ssh_hostname": "127.0.0.1", "ssh_port": 9, "ssh_user": "root"})]'
-    code, said = pytest_says("tests/hosts", "--inventory", inventory(text))
+    code, output = run_pytest("tests/hosts", "--inventory", inventory(text))
     assert code == pytest.ExitCode.TESTS_FAILED
-    assert "box7: cannot be reached: " in said
-    assert "Connection refused" in said
+    assert "box7: cannot be reached: " in output
+    assert "Connection refused" in output
 
 
 def test_each_instance_is_a_test_of_its_own(inventory):
-    code, said = pytest_says("tests/hosts", "--collect-only", "--inventory", inventory(), "--limit=@local")
-    assert code == pytest.ExitCode.OK, said
-    assert "test_release[@local]" in said
-    assert "test_models[@local/tiny]" in said
-    assert "test_gate[@local/tiny-gpu-memory]" in said
-    assert "web1" not in said
+    code, output = run_pytest("tests/hosts", "--collect-only", "--inventory", inventory(), "--limit=@local")
+    assert code == pytest.ExitCode.OK, output
+    assert "test_release[@local]" in output
+    assert "test_models[@local/tiny]" in output
+    assert "test_gate[@local/tiny-gpu-memory]" in output
+    assert "web1" not in output

@@ -1,4 +1,4 @@
-"""The catalogue of GPUs: people and drivers write a card's name in many ways."""
+"""The catalogue of GPUs: a card is found by each of the usual forms of its name."""
 
 import pytest
 
@@ -34,17 +34,17 @@ MIB = 2**20
     ],
 )
 def test_names(written, name, mib):
-    found = catalogue.find(written)
-    assert found is not None
-    assert (found.name, found.memory_bytes) == (name, mib * MIB)
+    model = catalogue.find(written)
+    assert model is not None
+    assert (model.name, model.memory_bytes) == (name, mib * MIB)
 
 
 @pytest.mark.parametrize("written", ["", "NVIDIA T400 4GB", "NVIDIA GeForce RTX 3080 Laptop GPU", "Voodoo 2", "4090"])
-def test_what_is_not_known_is_not_taken_for_another(written):
+def test_an_unknown_card_is_not_taken_for_another(written):
     assert catalogue.find(written) is None
 
 
-def test_sizes_of_one_name_are_told_apart_by_their_memory():
+def test_sizes_of_one_name_are_distinguished_by_memory():
     assert catalogue.find("NVIDIA GeForce RTX 3080").memory_bytes == 10240 * MIB
     assert catalogue.find("NVIDIA GeForce RTX 3080", 12288 * MIB).bandwidth_bytes_per_s == 912e9
 
@@ -61,7 +61,7 @@ def test_every_card_is_found_by_its_name_and_is_plausible(model):
         assert catalogue.find(alias, model.memory_bytes) is not None
     assert 4e9 < model.memory_bytes < 300e9
     assert 150e9 < model.bandwidth_bytes_per_s <= 8e12
-    # From Pascal, which has no tensor cores, to Blackwell: units that were mixed up would fall outside.
+    # The bounds fit all generations from Pascal (no tensor cores) to Blackwell; a figure in a wrong unit is outside.
     assert 20 < model.fp16_flops / model.bandwidth_bytes_per_s < 700
     assert (model.compute_capability is not None) == (model.vendor == "nvidia")
     assert (model.gfx is not None) == (model.vendor == "amd")

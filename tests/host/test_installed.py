@@ -1,4 +1,4 @@
-"""What a host says is installed there: read as values, and refused by path where it cannot be."""
+"""What the survey prints as installed: it becomes values, or is refused with the path of the invalid value."""
 
 import copy
 import json
@@ -44,23 +44,23 @@ def answer():
 
 
 def test_the_answer_becomes_values(answer):
-    found = Installed.from_json(answer)
-    assert (found.euid, found.user, found.lock["who"]) == (0, True, "me@box")
-    assert found.models == {"/var/lib/llamafleet/models/f/a.gguf": SHA}
-    instance = found.instances["demo"]
+    installed = Installed.from_json(answer)
+    assert (installed.euid, installed.user, installed.lock["who"]) == (0, True, "me@box")
+    assert installed.models == {"/var/lib/llamafleet/models/f/a.gguf": SHA}
+    instance = installed.instances["demo"]
     assert (instance.argv, instance.drop_ins) == (("llama-server", "--port", "8080"), ("/etc/a.conf",))
     assert (instance.record, instance.preflight["ground"]["systemd"]) == ({"plan": {"argv": []}}, "257")
-    assert (found.listeners[0].port, found.toolkits[0]["aliases"]) == (8080, ("/usr/local/cuda",))
+    assert (installed.listeners[0].port, installed.toolkits[0]["aliases"]) == (8080, ("/usr/local/cuda",))
 
 
 def test_what_the_survey_prints_is_read():
-    """The two sides of the contract fit together, on this very machine."""
-    asked = {"packages": {}, "build_cache": None, "toolkits": [], "paths": ["/opt"], "vulkan": False}
-    command = [sys.executable, str(REMOTE / "survey.py"), json.dumps(asked)]
+    """`Installed` reads what survey.py prints on this machine."""
+    request = {"packages": {}, "build_cache": None, "toolkits": [], "paths": ["/opt"], "vulkan": False}
+    command = [sys.executable, str(REMOTE / "survey.py"), json.dumps(request)]
     printed = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["found"]
     assert printed.keys() == ANSWER.keys()
-    found = Installed.from_json(printed)
-    assert found.euid == printed["euid"] and len(found.listeners) == len(printed["listeners"])
+    installed = Installed.from_json(printed)
+    assert installed.euid == printed["euid"] and len(installed.listeners) == len(printed["listeners"])
 
 
 def test_a_newer_survey_may_say_more(answer):
@@ -71,8 +71,8 @@ def test_a_newer_survey_may_say_more(answer):
 def test_names_of_any_bytes_are_shown_with_question_marks(answer):
     answer["instances"]["demo"]["argv"][1] = "\udcff--x"
     answer["listeners"][0]["process"] = "caf\udcc3"
-    found = Installed.from_json(answer)
-    assert (found.instances["demo"].argv[1], found.listeners[0].process) == ("?--x", "caf?")
+    installed = Installed.from_json(answer)
+    assert (installed.instances["demo"].argv[1], installed.listeners[0].process) == ("?--x", "caf?")
 
 
 @pytest.mark.parametrize("record", [[], 0, "{}", None])
@@ -126,7 +126,7 @@ def test_refused_with_path_and_reason(answer, change, message):
     assert len(str(error.value)) < 400
 
 
-def test_who_expects_a_host_s_bad_answer_expects_this_too():
+def test_an_installed_error_is_a_machine_error():
     assert issubclass(InstalledError, MachineError)
 
 
@@ -134,9 +134,9 @@ def test_who_expects_a_host_s_bad_answer_expects_this_too():
 @given(broken(ANSWER))
 def test_a_broken_answer_is_read_or_refused_in_one_line(data):
     try:
-        found = Installed.from_json(data)
+        installed = Installed.from_json(data)
     except InstalledError as error:
         assert str(error).startswith("installed") and ("should" in str(error) or "missing" in str(error))
         assert len(str(error)) < 400 and str(error).isprintable()
     else:
-        hash(found.toolkits and found.listeners)
+        hash(installed.toolkits and installed.listeners)

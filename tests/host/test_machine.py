@@ -1,4 +1,4 @@
-"""The machine file as values: what is read, what is refused, and with which words."""
+"""The machine file: which values are read, which are refused, and the messages."""
 
 from __future__ import annotations
 
@@ -51,20 +51,20 @@ def test_written_and_read_again_it_is_the_same(file):
     machine = Machine.from_json(file)
     again = json.loads(json.dumps(machine.to_json()))
     assert Machine.from_json(again) == machine
-    # Nothing of the original is lost or changed on the way.
+    # All values of the file are kept.
     assert {key: again[key] for key in ("hostname", "driver", "disks")} == {
         key: file[key] for key in ("hostname", "driver", "disks")
     }
     assert file["gpus"][0].items() <= again["gpus"][0].items()
 
 
-def test_a_newer_probe_may_tell_more(file):
+def test_a_newer_probe_may_print_more(file):
     file["gpus"][0]["temperature"] = 40
     file["weather"] = "fine"
     assert Machine.from_json(file) == Machine.from_json(FILE)
 
 
-def test_lists_of_cpus_and_nodes_are_read_and_an_older_probe_tells_none(file):
+def test_lists_of_cpus_and_nodes_are_read_and_an_older_probe_prints_none(file):
     assert Machine.from_json(file).cpu.performance_cpus == ""
     file["cpu"] |= {"performance_cpus": "0-5,8-13,16", "numa_node_list": "0-1"}
     cpu = Machine.from_json(file).cpu
@@ -152,14 +152,14 @@ def test_refused_with_path_and_reason(file, change, message):
     assert error.value.path == f"machine.{message.partition(':')[0]}"
 
 
-def test_the_first_of_many_problems_is_told_and_how_many_more_there_are(file):
+def test_a_message_has_the_first_problem_and_the_number_of_others(file):
     file["gpus"] = [3] * 200
     with pytest.raises(MachineError) as error:
         Machine.from_json(file)
     assert str(error.value) == "machine.gpus[0]: should be an object, is 3 (and 199 more problems)"
 
 
-def test_no_object_at_all():
+def test_a_file_that_is_no_object_is_refused():
     with pytest.raises(MachineError, match=r"machine: should be an object, is \[\]"):
         Machine.from_json([])
 
@@ -184,7 +184,7 @@ def test_optional_values_may_be_null(file):
 
 
 def test_what_the_probe_prints_is_read():
-    """The two sides of the contract fit together, on this very machine."""
+    """`Machine` reads what probe.py prints on this machine."""
     result = subprocess.run([sys.executable, str(PROBE)], capture_output=True, text=True, check=True)
     printed = json.loads(result.stdout)
     machine = Machine.from_json(printed)

@@ -1,4 +1,4 @@
-"""Where models come from, against the Hub's stand-in: what is asked, what the token sees, what is said."""
+"""Sources of models, against a stand-in for the Hub: the requests, who gets the token, the messages."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def hub(files, monkeypatch):
         yield hub
 
 
-def test_sources_are_taken_apart():
+def test_sources_are_split_into_parts():
     assert parse("/srv/m.gguf") == Source("path", "/srv/m.gguf")
     assert parse("https://x/y.gguf") == Source("url", "https://x/y.gguf")
     assert parse("hf:o/r/f.gguf") == Source("hub", "f.gguf", "o/r", "main")
@@ -44,7 +44,7 @@ def test_sources_are_taken_apart():
     "source", ["hf:o/r", "hf:o/f.gguf", "hf:o/r/../f.gguf", "hf:o/r//f", "hf:o/r/f@", "ftp:x", "http:///f"]
 )
 def test_bad_sources_are_refused_with_the_forms(source):
-    with pytest.raises(SourceError, match=r"should be|names no host"):
+    with pytest.raises(SourceError, match=r"should be|should have a host name"):
         parse(source)
 
 
@@ -62,10 +62,10 @@ def test_a_hub_file_has_size_sha256_and_commit_and_is_pinned_to_it(hub, files):
 
 
 def test_all_shards_are_resolved_at_one_commit(hub, files):
-    found = resolve(f"hf:{REPO}/split/{files[1].name}", endpoint=hub.url)
-    assert [file.name for file in found] == [shard.name for shard in files[1:]]
-    assert len({file.commit for file in found}) == 1
-    assert read_header(found) == read_path(files[1])
+    resolved = resolve(f"hf:{REPO}/split/{files[1].name}", endpoint=hub.url)
+    assert [file.name for file in resolved] == [shard.name for shard in files[1:]]
+    assert len({file.commit for file in resolved}) == 1
+    assert read_header(resolved) == read_path(files[1])
 
 
 def test_a_split_model_is_named_by_its_first_shard(hub, files):
@@ -73,19 +73,19 @@ def test_a_split_model_is_named_by_its_first_shard(hub, files):
         resolve(f"hf:{REPO}/split/{files[2].name}", endpoint=hub.url)
 
 
-def test_only_the_hub_itself_sees_the_token(hub):
-    found = resolve(f"hf:{REPO}/gated/tiny.gguf", endpoint=hub.url, token=hub.token)
-    read_header(found, token=hub.token)
-    asked = hub.settled()
-    assert {request.had_authorization for request in asked if request.server == "hub"} == {True}
-    assert {request.had_authorization for request in asked if request.server == "cdn"} == {False}
+def test_only_the_hub_itself_gets_the_token(hub):
+    resolved = resolve(f"hf:{REPO}/gated/tiny.gguf", endpoint=hub.url, token=hub.token)
+    read_header(resolved, token=hub.token)
+    requests = hub.settled()
+    assert {request.had_authorization for request in requests if request.server == "hub"} == {True}
+    assert {request.had_authorization for request in requests if request.server == "cdn"} == {False}
 
 
-def test_a_plain_url_never_sees_the_token(hub, files):
+def test_a_plain_url_never_gets_the_token(hub, files):
     url = f"{hub.url}/plain/{REPO}/tiny.gguf"
-    found = resolve(url, endpoint="http://127.0.0.1:1", token="secret")
-    assert found == (RemoteFile("tiny.gguf", url, files[0].stat().st_size),)
-    read_header(found, token="secret")
+    resolved = resolve(url, endpoint="http://127.0.0.1:1", token="secret")
+    assert resolved == (RemoteFile("tiny.gguf", url, files[0].stat().st_size),)
+    read_header(resolved, token="secret")
     assert not any(request.had_authorization for request in hub.settled())
 
 
@@ -109,12 +109,12 @@ def test_a_refusal_says_status_code_and_next_step(hub, source, token, message):
 def test_a_busy_server_is_waited_for_as_it_asks(hub):
     hub.fault(f"{REPO}/tiny.gguf", on="hub", times=2, status=429, retry_after="7")
     waits = []
-    answer = web.Web(sleep=waits.append).ask("HEAD", f"{hub.url}/{REPO}/resolve/main/tiny.gguf", follow=False)
-    assert answer.status_code == 302
+    response = web.Web(sleep=waits.append).ask("HEAD", f"{hub.url}/{REPO}/resolve/main/tiny.gguf", follow=False)
+    assert response.status_code == 302
     assert waits == [7, 7]
 
 
-def test_a_wait_beyond_the_limit_is_told_instead(hub):
+def test_a_longer_wait_than_the_limit_is_an_error(hub):
     hub.fault(f"{REPO}/tiny.gguf", on="hub", times=None, status=429, retry_after="3600")
     with pytest.raises(SourceError, match=r"HTTP 429 \(asks to wait 3600 s\)"):
         resolve(f"hf:{REPO}/tiny.gguf", endpoint=hub.url)
@@ -159,16 +159,16 @@ def test_another_sha256_than_the_hub_s_is_refused(hub):
 
 
 def test_siblings_of_a_hub_file(hub, files):
-    found = siblings(f"hf:{REPO}/tiny.gguf", endpoint=hub.url)
-    assert found["tiny.gguf"] == files[0].stat().st_size
-    assert len(found) == 5
+    sizes = siblings(f"hf:{REPO}/tiny.gguf", endpoint=hub.url)
+    assert sizes["tiny.gguf"] == files[0].stat().st_size
+    assert len(sizes) == 5
     assert siblings("/srv/m.gguf", endpoint=hub.url) == {}
 
 
 def test_a_local_path(files, tmp_path):
-    found = resolve(str(files[1]), endpoint="http://h")
-    assert [file.url for file in found] == [shard.as_uri() for shard in files[1:]]
-    assert read_header(found) == read_path(files[1])
+    resolved = resolve(str(files[1]), endpoint="http://h")
+    assert [file.url for file in resolved] == [shard.as_uri() for shard in files[1:]]
+    assert read_header(resolved) == read_path(files[1])
     with pytest.raises(SourceError, match="there is no such file"):
         resolve(str(tmp_path / "none.gguf"), endpoint="http://h")
 

@@ -19,8 +19,8 @@ def test_safe_flags_become_arguments():
     "name", ["--tools", "--agent", "--mcp-servers-json", "--ui-mcp-proxy", "--props", "--cors-origins"]
 )
 def test_what_opens_the_host_is_refused_among_the_safe(name):
-    [told] = problems(f"{name} x" if extra.DANGEROUS[name][0] else name)
-    assert told.startswith(f"extra_flags: {name} ") and extra.DANGEROUS[name][1] in told
+    [problem] = problems(f"{name} x" if extra.DANGEROUS[name][0] else name)
+    assert problem.startswith(f"extra_flags: {name} ") and extra.DANGEROUS[name][1] in problem
 
 
 @pytest.mark.parametrize(
@@ -41,20 +41,20 @@ def test_what_opens_the_host_is_refused_among_the_safe(name):
     ],
 )
 def test_each_refusal_says_why(flag, says):
-    [told] = problems(flag)
-    assert told.startswith("extra_flags: ") and says in told
-    assert "secret" not in told and "hf_x" not in told
+    [problem] = problems(flag)
+    assert problem.startswith("extra_flags: ") and says in problem
+    assert "secret" not in problem and "hf_x" not in problem
 
 
 @pytest.mark.parametrize("flag", ["x" * 10**6, "--temp " + "\n" * 10**6, "--jinja " + "y" * 10**6], ids="abc")
 def test_a_refusal_is_short_however_long_the_flag_is(flag):
-    [told] = problems(flag)
-    assert len(told) < 300 and told.isprintable()
+    [problem] = problems(flag)
+    assert len(problem) < 300 and problem.isprintable()
 
 
 def test_what_opens_the_host_needs_a_key_even_where_it_is_asked_for():
     assert problems(dangerous=["--props"]) == []
-    [told] = problems(dangerous=["--props"], has_keys=False)
-    assert "give an api_key_file too" in told
-    [told] = problems(dangerous=["--temp 1"])
-    assert told.startswith("dangerous_flags: should be of ")
+    [problem] = problems(dangerous=["--props"], has_keys=False)
+    assert "give an api_key_file too" in problem
+    [problem] = problems(dangerous=["--temp 1"])
+    assert problem.startswith("dangerous_flags: should be of ")

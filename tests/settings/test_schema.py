@@ -1,4 +1,4 @@
-"""Settings: the documented defaults are complete, and every mistake is told by name."""
+"""Settings: the documented defaults are complete, and a message names each invalid key."""
 
 import pytest
 
@@ -48,8 +48,8 @@ def test_an_unknown_key_is_named_with_the_nearest():
 
 
 def test_every_problem_is_told_at_once():
-    told = problems(backend="tpu", keep_releases=-1, ram_reserve_mib=-5)
-    assert [line.split(":")[0] for line in told] == ["backend", "keep_releases", "ram_reserve_mib"]
+    messages = problems(backend="tpu", keep_releases=-1, ram_reserve_mib=-5)
+    assert [line.split(":")[0] for line in messages] == ["backend", "keep_releases", "ram_reserve_mib"]
 
 
 @pytest.mark.parametrize(
@@ -67,10 +67,10 @@ def test_every_problem_is_told_at_once():
     ],
 )
 def test_wrong_types_are_refused(key, value):
-    [told] = instance_problems(**{key: value})
+    [problem] = instance_problems(**{key: value})
     wrong = f"{key}[0]" if isinstance(value, list) else key
-    assert told.startswith(f"models[0].{wrong}: should be ")
-    assert told.endswith(f", is {value[0] if isinstance(value, list) else repr(value)}")
+    assert problem.startswith(f"models[0].{wrong}: should be ")
+    assert problem.endswith(f", is {value[0] if isinstance(value, list) else repr(value)}")
 
 
 @pytest.mark.parametrize(
@@ -95,14 +95,14 @@ def test_wrong_types_are_refused(key, value):
     ],
 )
 def test_implausible_values_are_refused(key, value):
-    [told] = instance_problems(**{key: value})
+    [problem] = instance_problems(**{key: value})
     wrong = f"{key}[0]" if isinstance(value, list) and value else key
-    assert told.startswith(f"models[0].{wrong}: should ")
+    assert problem.startswith(f"models[0].{wrong}: should ")
 
 
 def test_names_and_ports_are_used_once():
-    told = problems(models=[MODEL, {**MODEL, "source": "/x.gguf"}])
-    assert told == ["models[1].name: 'gpt' is used twice", "models[1].port: 9001 is already the port of 'gpt'"]
+    messages = problems(models=[MODEL, {**MODEL, "source": "/x.gguf"}])
+    assert messages == ["models[1].name: 'gpt' is used twice", "models[1].port: 9001 is already the port of 'gpt'"]
 
 
 def test_missing_keys_are_told():
@@ -123,8 +123,8 @@ def test_models_is_a_list(models):
     [("build_cache", "builds"), ("hub_endpoint", "huggingface.co"), ("model_defaults", ["slots"]), ("build_jobs", 0)],
 )
 def test_unusable_settings_of_a_host_are_named(key, value):
-    [told] = problems(**{key: value})
-    assert told.startswith(f"{key}: should ") and repr(value) in told
+    [problem] = problems(**{key: value})
+    assert problem.startswith(f"{key}: should ") and repr(value) in problem
 
 
 def test_an_entry_is_a_dictionary():
@@ -140,8 +140,8 @@ def test_unset_is_not_empty():
 
 def test_an_address_that_others_reach_needs_a_key_or_the_word():
     for address in ("0.0.0.0", "::", "10.0.0.7", "fd00::7"):
-        [told] = instance_problems(listen=address)
-        assert told.startswith("models[0].listen: ") and address in told and "allow_unauthenticated" in told
+        [problem] = instance_problems(listen=address)
+        assert problem.startswith("models[0].listen: ") and address in problem and "allow_unauthenticated" in problem
         for guard in ({"api_key_file": "/keys"}, {"allow_unauthenticated": True}):
             assert Settings.from_data({**default_data(), "models": [{**MODEL, "listen": address, **guard}]})
     for address in ("127.0.0.1", "127.0.1.9", "::1"):
@@ -154,10 +154,10 @@ def test_certificate_and_key_are_given_together():
 
 
 def test_flags_that_open_the_host_are_refused_unless_asked_by_name():
-    [told] = instance_problems(extra_flags=["--temp 0.2", "--tools all"])
-    assert told.startswith("models[0].extra_flags: --tools lets") and "dangerous_flags" in told
-    [told] = instance_problems(dangerous_flags=["--tools read_file"])
-    assert "give an api_key_file too" in told
+    [problem] = instance_problems(extra_flags=["--temp 0.2", "--tools all"])
+    assert problem.startswith("models[0].extra_flags: --tools lets") and "dangerous_flags" in problem
+    [problem] = instance_problems(dangerous_flags=["--tools read_file"])
+    assert "give an api_key_file too" in problem
     entry = {**MODEL, "dangerous_flags": ["--tools read_file"], "api_key_file": "/keys"}
     assert Settings.from_data({**default_data(), "models": [entry]})
 
@@ -170,5 +170,5 @@ def test_flags_that_open_the_host_are_refused_unless_asked_by_name():
 def test_odd_keys_are_named_in_one_line(key, path):
     with pytest.raises(SettingsError) as caught:
         Settings.from_data({**default_data(), key: 1})
-    [told] = caught.value.problems
-    assert told.startswith(path) and told.isprintable() and len(told) < 600
+    [problem] = caught.value.problems
+    assert problem.startswith(path) and problem.isprintable() and len(problem) < 600

@@ -1,4 +1,4 @@
-"""Secrets of the operator: refused by setting and place where they are unusable, never quoted."""
+"""Secrets of the operator: an invalid one is refused with its setting and place, and never quoted."""
 
 import os
 
@@ -24,9 +24,9 @@ def file(tmp_path):
 def refused(place, read=secret_files.api_keys):
     with pytest.raises(SecretError) as caught:
         read(place, "api_key_file")
-    told = str(caught.value)
-    assert told.startswith("api_key_file: ") and SECRET not in told
-    return told
+    message = str(caught.value)
+    assert message.startswith("api_key_file: ") and SECRET not in message
+    return message
 
 
 @pytest.mark.parametrize("text", ["", "\n", " \t\r\n \n"], ids=["empty", "a line", "blanks"])
@@ -50,7 +50,7 @@ def test_a_file_that_others_read_or_change_is_refused(file, mode):
 def test_the_owner_and_a_group_that_reads_are_fine(file, mode):
     assert (
         secret_files.api_keys(file(SECRET, mode), "api_key_file") == f"{SECRET}\n{SECRET}\n"
-    )  # a single one is partly logged
+    )  # a single key is partly logged
 
 
 def test_lines_become_keys_as_llama_server_takes_them(file):
@@ -59,7 +59,7 @@ def test_lines_become_keys_as_llama_server_takes_them(file):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "problem"),
     [
         (f"{SECRET} of bob\n", "line 1: a key should be printable ASCII without blanks"),
         (f"good-key-1\n{SECRET}\u00e9\n", "line 2: a key should be printable ASCII"),
@@ -68,11 +68,11 @@ def test_lines_become_keys_as_llama_server_takes_them(file):
         (b"\xff\xfe", "is not text"),
     ],
 )
-def test_unusable_keys_are_named_by_line(file, text, says):
-    assert says in refused(file(text))
+def test_invalid_keys_are_named_by_line(file, text, problem):
+    assert problem in refused(file(text))
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_a_place_without_a_regular_file_is_refused(tmp_path):
     assert "cannot read" in refused(str(tmp_path / "none"))
     assert "is not a file" in refused(str(tmp_path))
     os.mkfifo(tmp_path / "pipe", 0o600)
@@ -90,5 +90,5 @@ def test_a_variable_does_as_well(monkeypatch):
     monkeypatch.setenv("FLEET_KEYS", SECRET)
     assert (
         secret_files.api_keys("env:FLEET_KEYS", "api_key_file") == f"{SECRET}\n{SECRET}\n"
-    )  # a single one is partly logged
+    )  # a single key is partly logged
     assert "no such variable" in refused("env:FLEET_KEY")
