@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pyinfra.api.deploy import deploy
 
+from llamafleet.remote.common import unit_of
 from llamafleet.service.desired import Serving
-from llamafleet.settings.schema import unit_of
 from tasks.lib import memory_check, operations
 from tasks.lib.decision import decision
 

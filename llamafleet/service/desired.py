@@ -22,14 +22,13 @@ from llamafleet.memory.ledger import Correction
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Plan
 from llamafleet.planner.stability import Choice
+from llamafleet.remote.common import MODELS, unit_of
 from llamafleet.service import command, refusals
 from llamafleet.service.plan_inputs import PlanInputs
 from llamafleet.service.record import plan_record, record_text
 from llamafleet.service.refusals import Refused
 from llamafleet.service.unit import Renderer, liveness_texts, unit_text
-from llamafleet.settings.schema import Instance, Settings, unit_of
-
-MODELS = "/var/lib/llamafleet/models"
+from llamafleet.settings.schema import Instance, Settings
 
 
 @dataclass(frozen=True)

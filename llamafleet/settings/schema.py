@@ -16,6 +16,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, TypeAdapter, ValidationError, model_validator, with_config
 
 from llamafleet import validation
+from llamafleet.remote.common import unit_of
 from llamafleet.settings import extra_flags as extra
 from llamafleet.validation import Flag, Listed, Should, Text, Whole, one_of
 
@@ -33,11 +34,6 @@ class SettingsError(ValueError):
     def __init__(self, problems: list[str]) -> None:
         super().__init__("; ".join(problems))
         self.problems = problems
-
-
-def unit_of(name: str) -> str:
-    """The systemd unit of the instance of that name."""
-    return f"llama-server-{name}.service"
 
 
 # A range's reason is its description. llama.cpp's arguments are 32-bit integers (common_params).
