@@ -11,41 +11,58 @@ HOSTS ?= 2
 # a compiler for the oracle and the fake NVML.
 PACKAGES := mmdebstrap systemd-container openssh-client git curl cmake ninja-build g++ gcc libc6-dev libgomp1
 
-.PHONY: demo test test-offline test-long test-cuda check lock sandbox-up sandbox-down packages
+.PHONY: help demo test test-offline test-long test-cuda check check-style check-types check-imports lock
+.PHONY: sandbox-up sandbox-down packages
 
-demo: .venv/ready packages
+help: ## this list, which plain `make` prints too
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/ready packages ## two disposable hosts, the real deploy, a completion, a second run without change
 	$(BIN)/python -m sandbox.demo
 
-# `check` and all tests but the long ones and CUDA's, in lanes that run side by side (tests/lanes.py).
-test: .venv/ready packages
+# The lanes run side by side: tests/lanes.py.
+test: .venv/ready packages ## what a change must pass: `check`, and all tests but the long ones and the CUDA build
 	$(BIN)/python -m tests.lanes
 
-test-offline: .venv/ready
+test-offline: .venv/ready ## the tests that need neither root nor a compiler
 	$(PYTEST) -m "not cuda and not e2e and not oracle and not long"
 
-test-long: .venv/ready packages
+test-long: .venv/ready packages ## what `make test` does a few times, many times
 	$(PYTEST) -m "long and not cuda"
 
-test-cuda: .venv/ready packages
+test-cuda: .venv/ready packages ## compile llama.cpp with CUDA in a host without a GPU; 8 GB of disk
 	$(PYTEST) -m cuda
 
-check: .venv/ready
+check: .venv/ready ## ruff, its formatter, mypy in strict mode, import-linter
+	@$(MAKE) --no-print-directory check-style check-types check-imports
+
+# The hooks of .pre-commit-config.yaml run these from within .venv: they must never make it anew.
+check-style:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+check-types:
 	$(BIN)/mypy
 	cd llamafleet/remote && $(CURDIR)/$(BIN)/mypy --config-file= --cache-dir=$(CURDIR)/.mypy_cache/remote \
 	    --strict --explicit-package-bases --python-version 3.10 *.py
 
-sandbox-up: .venv/ready packages
+check-imports:
+	$(BIN)/lint-imports --no-logo --cache-dir .cache/import_linter
+
+sandbox-up: .venv/ready packages ## start HOSTS=2 disposable hosts to play with, and the stand-ins for GitHub and the Hub
 	mkdir -p .cache/builds
 	$(BIN)/python -m sandbox up --hosts $(HOSTS) --bind $(CURDIR)/.cache/builds:/var/cache/llamafleet-builds
 	$(BIN)/python -m sandbox.outside start
 
-sandbox-down: .venv/ready
+sandbox-down: .venv/ready ## remove these hosts and end the stand-ins
 	$(BIN)/python -m sandbox.outside stop
 	$(BIN)/python -m sandbox down
 
-lock: .venv/ready
+.PHONY: adopt
+adopt: .venv/ready packages ## what llama.cpp's release REF=bNNNNN would change here; compiles it
+	$(BIN)/python -m bench.adopt $(REF)
+
+lock: .venv/ready ## pin locks/dev.txt anew, after a change of dependencies
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
 	    --no-emit-index-url --no-header --output-file locks/dev.txt
 
@@ -58,6 +75,7 @@ packages:
 	fi
 
 .venv/ready: locks/dev.txt pyproject.toml
+	@[ ! -L .venv ] || { echo "error: .venv is a link, and making it anew would empty $$(readlink .venv)"; exit 1; }
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || { apt-get update -q && apt-get install -q -y python3-venv; }
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --require-hashes --no-deps -r locks/dev.txt

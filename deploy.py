@@ -4,6 +4,8 @@
     pyinfra inventory/fleet.py deploy.py        a fleet; --dry, --diff and --limit as ever
 
 Every stage can be run alone: pyinfra inventory/fleet.py tasks.build.build
+
+Decision 15: docs/decisions/0015-pyinfra-stays-visible.md.
 """
 
 from tasks.bootstrap import bootstrap

@@ -1,10 +1,10 @@
-"""What a context checkpoint takes: the planner's figure against checkpoints that llama-server made.
+"""Bytes of a context checkpoint: the planner's prediction compared with checkpoints that llama-server made.
 
     python -m bench.checkpoints > bench/results/checkpoints.csv
 
 Tiny models with attention windows, with recurrent state, and with state alone are served by the oracle's build for
-the CPU. Prompts shorter and longer than the window are read, on all slots at once; at -lv 4 the server tells the size
-of every checkpoint that it makes, in MiB with three decimals.
+the CPU. They read prompts shorter and longer than the window, on all slots at once; at -lv 4 the server logs the size
+of every checkpoint in MiB with three decimals.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from llamafleet.checkpoints import checkpoint_bytes
-from llamafleet.gguf import read_path
-from llamafleet.kv import Context
+from llamafleet.memory.checkpoints import checkpoint_bytes
+from llamafleet.memory.context import Context
+from llamafleet.model.gguf import read_path
+from llamafleet.model.shape import Shape
 from sandbox import models, oracle
 
 MIB = 2**20
@@ -52,14 +53,14 @@ class Made:
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of tiny model, and how it is served."""
+    """A kind of tiny model, and the context that it is served with."""
 
     kind: str
     context: Context
     checkpoints: int = 32
 
     def flags(self) -> list[str]:
-        """llama-server's, as a plan gives them."""
+        """llama-server's flags, as a plan gives them."""
         context = self.context
         return [
             "--fit", "off", "--ctx-size", str(context.cells * context.slots), "--parallel", str(context.slots),
@@ -71,16 +72,16 @@ class Case:
         ]  # fmt: skip
 
     def made(self, folder: Path, prompts: Sequence[int]) -> list[Made]:
-        """The checkpoints of these prompts."""
+        """The checkpoints that llama-server makes of these prompts."""
         return made(models.tiny(folder, self.kind), self.flags(), self.context.slots, prompts)
 
     def planned_mib(self, folder: Path) -> float:
-        """The planner's figure for one."""
-        return checkpoint_bytes(read_path(models.tiny(folder, self.kind)), self.context) / MIB
+        """The planner's prediction for one checkpoint."""
+        return checkpoint_bytes(Shape.of(read_path(models.tiny(folder, self.kind))), self.context) / MIB
 
 
 def cases() -> Iterator[Case]:
-    """Every kind with both cache types, one slot and several, shared or not; and without flash attention."""
+    """Every kind with both cache types, one slot and several, unified cache or not; and without flash attention."""
     for kind, kv_type, (slots, unified) in product(KINDS, ("f16", "q8_0"), ((1, False), (4, False), (4, True))):
         yield Case(kind, Context(SLOT_TOKENS, slots, kv_type, UBATCH_TOKENS, unified=unified))
     yield Case("windowed", Context(SLOT_TOKENS, 4, "f16", UBATCH_TOKENS, flash_attention=False))
@@ -88,7 +89,7 @@ def cases() -> Iterator[Case]:
 
 
 def made(model: Path, flags: Sequence[str], slots: int, prompts: Sequence[int]) -> list[Made]:
-    """Every checkpoint that is made of these prompts, one after another on each slot, all slots at once."""
+    """The checkpoints of these prompts, which each slot reads one after another, all slots at once."""
     log, port = model.with_suffix(".log"), oracle.free_port()
     command = [oracle.build().llama_server, "--model", model, *flags, "--port", str(port), "-lv", "4"]
     with oracle.serving(command, port, log) as url, ThreadPoolExecutor(slots) as pool:
@@ -97,7 +98,7 @@ def made(model: Path, flags: Sequence[str], slots: int, prompts: Sequence[int]) 
 
 
 def _read(url: str, slot: int, tokens: int) -> None:
-    """A slot reads a prompt, the first tokens of which are the same in each."""
+    """Let a slot read a prompt of `tokens` tokens; all prompts begin with the same tokens."""
     prompt = [100 + (7 * n + slot) % 300 for n in range(tokens)]
     body = {"prompt": prompt, "n_predict": 1, "id_slot": slot, "cache_prompt": True}
     request = urllib.request.Request(
@@ -108,9 +109,9 @@ def _read(url: str, slot: int, tokens: int) -> None:
 
 
 def _parsed(log: str) -> Iterator[Made]:
-    for found in _CREATED.finditer(log):
-        numbers = (int(found[name]) for name in ("slot", "number", "most", "tokens"))
-        yield Made(*numbers, mib=float(found["mib"]))
+    for match in _CREATED.finditer(log):
+        numbers = (int(match[name]) for name in ("slot", "number", "most", "tokens"))
+        yield Made(*numbers, mib=float(match["mib"]))
 
 
 def main() -> None:
@@ -121,9 +122,9 @@ def main() -> None:
         for case in cases():
             context, planned = case.context, case.planned_mib(Path(name))
             for tokens in sorted({min(tokens, context.cells - 8) for tokens in PROMPTS}):
-                found = case.made(Path(name), [tokens])
+                checkpoints = case.made(Path(name), [tokens])
                 out.writerow([case.kind, context.kv_type, context.slots, context.unified, context.flash_attention,
-                              context.cells, tokens, len(found), f"{max(one.mib for one in found):.3f}",
+                              context.cells, tokens, len(checkpoints), f"{max(made.mib for made in checkpoints):.3f}",
                               f"{planned:.4f}"])  # fmt: skip
                 sys.stdout.flush()
 

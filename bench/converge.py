@@ -1,9 +1,9 @@
-"""What does a run cost that changes nothing? Wall time and controller memory over 1, 10 and 30 hosts.
+"""The cost of a run without changes: wall time and memory of the controller for 1, 10 and 30 hosts.
 
     python -m bench.converge            as root; writes bench/results/converge.csv
 
-Real sandbox hosts with a real systemd, over real SSH, each serving a tiny model. They share one
-machine with the controller, which a real fleet does not: the hosts' own work is in these figures.
+The hosts are sandbox hosts with a real systemd, reached by SSH, and each serves a tiny model. Unlike a real fleet they
+share one machine with the controller, so the hosts' own work is included in the figures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "converge.csv"
 COUNTS = (1, 10, 30)
 RUNS = 5
-# What a release needs to run: in the hosts' root, so that thirty hosts do not fetch it thirty times.
+# Packages that a release needs at run time: installed once in the hosts' root instead of on each of thirty hosts.
 PACKAGES = ["ca-certificates", "curl", "libgomp1"]
 
 
@@ -57,15 +57,15 @@ def deploy(inventory: Path) -> tuple[float, int, str]:
 
 
 def measure(count: int, inventory: Path) -> dict[str, object]:
-    found = [deploy(inventory) for _ in range(RUNS)]
-    for _, _, text in found:
+    runs = [deploy(inventory) for _ in range(RUNS)]
+    for _, _, text in runs:
         if "] Success" in text:
             raise SystemExit(f"a run over {count} hosts changed something:\n{text[-4000:]}")
-    seconds = [one for one, _, _ in found]
+    seconds = [wall_seconds for wall_seconds, _, _ in runs]
     return {
         "hosts": count, "runs": RUNS, "wall_s_min": round(min(seconds), 2),
         "wall_s_median": round(statistics.median(seconds), 2), "wall_s_max": round(max(seconds), 2),
-        "controller_rss_mib": max(rss for _, rss, _ in found) >> 20, "cores": len(os.sched_getaffinity(0)),
+        "controller_rss_mib": max(rss for _, rss, _ in runs) >> 20, "cores": len(os.sched_getaffinity(0)),
     }  # fmt: skip
 
 

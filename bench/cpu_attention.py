@@ -1,9 +1,9 @@
-"""What attention costs a processor core: multiply-adds a second, one token at a time and a prompt at once.
+"""Speed of attention on a processor core: multiply-adds per second in decode (token by token) and in prefill.
 
     python -m bench.cpu_attention LLAMA_SERVER > bench/results/cpu_attention.csv
 
-A random model whose work is nearly all attention is served by one thread; processor time is counted, not the
-clock, so that what runs beside does not matter. The cost of a longer context is the difference to a short one.
+One thread serves a random model whose work is nearly all attention. Processor time is measured, not wall time, so that
+other processes do not matter. The cost of attention at a depth is the difference to a short context.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(server: str) -> None:
 
 
 def measure(pid: int, url: str) -> None:
-    """Processor seconds of reading and of writing at each depth, and what they mean per core."""
+    """Print processor seconds of prefill and decode at each depth, and the multiply-adds per second of a core."""
     wait_until_ready(url)
     print("depth_tokens,read_seconds,write_seconds_a_token,read_macs_per_s,write_macs_per_s")
     base: tuple[float, float] | None = None
@@ -67,7 +67,7 @@ def measure(pid: int, url: str) -> None:
 
 
 def spent(pid: int, url: str, body: dict[str, Any]) -> float:
-    """Processor seconds of the server for one completion."""
+    """Processor seconds that the server needs for one completion."""
     server = psutil.Process(pid)
     before = sum(server.cpu_times()[:2])
     request = urllib.request.Request(
@@ -79,7 +79,7 @@ def spent(pid: int, url: str, body: dict[str, Any]) -> float:
 
 
 def wait_until_ready(url: str) -> None:
-    """Until the model is loaded."""
+    """Wait until the model is loaded; RuntimeError after a minute."""
     for _ in range(600):
         try:
             with urllib.request.urlopen(f"{url}/health"):
@@ -90,7 +90,7 @@ def wait_until_ready(url: str) -> None:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on now."""
+    """A TCP port of 127.0.0.1 that no process listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

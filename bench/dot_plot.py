@@ -1,4 +1,4 @@
-"""A dot plot as SVG: a row for each name, a dot for each series."""
+"""Dot plots as SVG: a row for each name, with a dot for each series."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TICKS = 6
 
 
 def svg(title: str, axis: str, names: Sequence[str], series: Mapping[str, Sequence[object]]) -> str:
-    """The picture; values that are "" are left out."""
+    """The plot as SVG text; a value of "" gets no dot."""
     known = [float(str(value)) for values in series.values() for value in values if value != ""]
     low, high = min(0.0, *known), max(0.0, *known)
     step = _step(max(high - low, 1.0) / TICKS)
@@ -48,7 +48,7 @@ def svg(title: str, axis: str, names: Sequence[str], series: Mapping[str, Sequen
 
 
 def _step(about: float) -> float:
-    """1, 2 or 5 times a power of ten, not below `about`."""
+    """The smallest of 1, 2 or 5 times a power of ten that is at least `about`."""
     size = 1e-3
     while True:
         for times in (1, 2, 5):

@@ -1,4 +1,4 @@
-"""Questions to the oracle, each with the ledger's own answer beside it."""
+"""Cases for the oracle: llama-server's own memory breakdown compared with the ledger's."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from llamafleet.gguf import Header, read_path
-from llamafleet.kv import Context
-from llamafleet.ledger import MIB, Model, Placement, usage
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import usage
+from llamafleet.memory.placement import Placement
+from llamafleet.memory.weights import Model
+from llamafleet.model.gguf import Header, read_path
+from llamafleet.units import MIB
 from sandbox import models
 from sandbox.layouts import PUBLISHED
-from sandbox.oracle import Breakdown, ask
+from sandbox.oracle import Breakdown, Oracle, ask
 
 EXPERTS = r"ffn_(up|down|gate|gate_up)_(ch|)exps\."
 DENSE = r"ffn_(up|down|gate)\.weight"
@@ -24,17 +27,17 @@ PARTS = ("weights", "kv", "compute")
 
 @dataclass(frozen=True)
 class Case:
-    """A model with its context and placement: what is asked, and what the ledger says."""
+    """A model with its context and placement, which llama-server and the ledger both compute."""
 
     layout: str
     quant: str
     context: Context
-    counts: tuple[int, ...]  # layers of each device, the output among the last; what is left is the host's
-    spilled: tuple[int, ...] = ()  # layers on devices whose experts, or feed-forward matrices, are the host's
+    counts: tuple[int, ...]  # layers of each device, the output counted on the last; the other layers are on the host
+    spilled: tuple[int, ...] = ()  # layers on devices whose experts, or feed-forward matrices, are on the host
 
     @property
     def name(self) -> str:
-        """One line that says it all."""
+        """The case in one line."""
         c = self.context
         parts = [self.layout, self.quant, f"{c.tokens}x{c.slots}{'u' if c.unified else ''}", c.kv_type,
                  f"ub{c.ubatch_tokens}", "fa" if c.flash_attention else "nofa",
@@ -42,7 +45,7 @@ class Case:
         return " ".join([*parts, f"spill{len(self.spilled)}"] if self.spilled else parts)
 
     def flags(self, is_moe: bool) -> list[str]:
-        """llama-server's command line."""
+        """The flags of llama-server for this case."""
         c = self.context
         flags = ["-c", str(c.cells * c.slots), "-np", str(c.slots), "-kvu" if c.unified else "-no-kvu",
                  "-ctk", c.kv_type, "-ctv", c.kv_type, "-fa", "on" if c.flash_attention else "off",
@@ -56,37 +59,37 @@ class Case:
         return flags
 
     def placement(self, layers: int) -> Placement:
-        """The same as the ledger has it."""
+        """The ledger's placement for this case."""
         holders = [device for device, count in enumerate(self.counts) for _ in range(count)]
         front = [None] * (layers + 1 - len(holders))
-        return Placement((*front, *holders), frozenset(self.spilled))
+        return Placement.of((*front, *holders), frozenset(self.spilled))
 
-    def ask(self, folder: Path) -> Breakdown:
-        """llama-server's answer; the model's file is made in `folder` if it is not there."""
+    def ask(self, folder: Path, oracle: Oracle | None = None) -> Breakdown:
+        """llama-server's breakdown; the model's file is made in `folder` if it is missing."""
         return ask(file(folder, self.layout, self.quant), self.flags(model(folder, self.layout, self.quant).is_moe),
-                   len(self.counts))  # fmt: skip
+                   len(self.counts), oracle=oracle)  # fmt: skip
 
-    def compare(self, folder: Path) -> list[Comparison]:
-        """Both answers, part by part."""
+    def compare(self, folder: Path, oracle: Oracle | None = None) -> list[Comparison]:
+        """Every part of memory on every device, by the ledger and by llama-server (`oracle`: of another release)."""
         known = model(folder, self.layout, self.quant)
         # An RPC device has neither op-offload nor pinned memory, as the traits of the CPU say.
         devices, host = usage(known, self.context, self.placement(known.layers), "cpu")
-        told = self.ask(folder)
-        rows = [*((row.name, ours, row) for row, ours in zip(told.devices, devices.values(), strict=True)),
-                ("host", host, told.host)]  # fmt: skip
-        found = []
+        breakdown = self.ask(folder, oracle)
+        rows = [*((row.name, ours, row) for row, ours in zip(breakdown.devices, devices.values(), strict=True)),
+                ("host", host, breakdown.host)]  # fmt: skip
+        comparisons = []
         for name, ours, row in rows:
             repacked = ours.repacked_bytes if name == "host" else 0
             sizes = (ours.weights_bytes - repacked, ours.kv_bytes, ours.compute_bytes)
             for part, size, mib in zip(PARTS, sizes, (row.model, row.context, row.compute), strict=True):
-                found.append(Comparison(self, name, part, size, mib))
-        found.append(Comparison(self, "host", "repacked", host.repacked_bytes, told.repacked))
-        return found
+                comparisons.append(Comparison(self, name, part, size, mib))
+        comparisons.append(Comparison(self, "host", "repacked", host.repacked_bytes, breakdown.repacked))
+        return comparisons
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One part on one device."""
+    """One part of memory (such as "kv") on one device, by the ledger and by llama-server."""
 
     case: Case
     device: str
@@ -96,12 +99,12 @@ class Comparison:
 
     @property
     def off_mib(self) -> int:
-        """The ledger's figure, rounded down as llama-server does, less llama-server's."""
+        """The ledger's MiB, rounded down as llama-server does, less llama-server's MiB."""
         return self.ours_bytes // MIB - self.theirs_mib
 
     @property
     def is_good(self) -> bool:
-        """All to the MiB; compute buffers may differ by one, where layers that repeat are not laid out."""
+        """Is the difference 0 MiB? Compute buffers may differ by 1 MiB, since identical layers are laid out once."""
         return abs(self.off_mib) <= (1 if self.part == "compute" else 0)
 
 
@@ -109,8 +112,8 @@ _made = threading.Lock()
 
 
 def file(folder: Path, layout: str, quant: str) -> Path:
-    """The weightless model, made once."""
-    with _made:  # a cache alone would let two threads write one file
+    """The file of the weightless model, made at the first call."""
+    with _made:  # without the lock two threads could write the same file
         return _file(folder, layout, quant)
 
 
@@ -121,7 +124,7 @@ def _file(folder: Path, layout: str, quant: str) -> Path:
 
 @cache
 def model(folder: Path, layout: str, quant: str) -> Model:
-    """Its header as the ledger sees it."""
+    """The model of the file's header, as the ledger reads it."""
     return Model.of(_header(folder, layout, quant))
 
 
@@ -131,7 +134,7 @@ def _header(folder: Path, layout: str, quant: str) -> Header:
 
 
 def matrix(per_layout: int) -> Iterator[Case]:
-    """That many cases of each published layout, the same ones each time, over all dimensions."""
+    """`per_layout` cases of each published layout, over all dimensions; every call gives the same cases."""
     for layout in PUBLISHED.values():
         dice = random.Random(zlib.crc32(layout.name.encode()))
         quant = next(iter(layout.sizes), layout.quant)
@@ -152,7 +155,7 @@ def _context(dice: random.Random, full: int) -> Context:
 
 
 def _placed(dice: random.Random, layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Layers of the devices, and those whose experts or feed-forward matrices are the host's."""
+    """Numbers of layers by device, and the layers whose experts or feed-forward matrices are on the host."""
     devices = dice.choice((0, 1, 1, 1, 2, 3))
     if not devices:
         return (), ()

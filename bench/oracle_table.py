@@ -1,8 +1,8 @@
-"""The ledger against llama-server itself, over every published layout: all cases as CSV, the worst ones in words.
+"""The ledger compared with llama-server, over every published layout: all cases as CSV, and a summary of the worst.
 
     python -m bench.oracle_table [--cases 40] [--jobs 3] [--layout NAME]
 
-Each case is asked of a fresh llama-server with RPC devices (sandbox/oracle.py). The first run compiles it.
+Each case starts a new llama-server with RPC devices (sandbox/oracle.py). The first run compiles it.
 """
 
 from __future__ import annotations
@@ -26,19 +26,21 @@ FIELDS = ("layout", "quant", "tokens", "slots", "unified", "kv_type", "ubatch", 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Ask, compare, write, summarise."""
+    """Compare all cases, write the CSV file and print the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=40, help="of each layout")
     parser.add_argument("--jobs", type=int, default=3)
-    parser.add_argument("--layout", help="only this one; nothing is written")
+    parser.add_argument("--layout", help="compare only this layout; write no CSV file")
     given = parser.parse_args(argv)
     cases = [case for case in matrix(given.cases) if given.layout in (None, case.layout)]
     oracle.build()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
-        found = [one for many in pool.map(lambda case: _compare(case, Path(folder)), cases) for one in many]
+        comparisons = [
+            figure for of_case in pool.map(lambda case: _compare(case, Path(folder)), cases) for figure in of_case
+        ]
     if not given.layout:
-        _write(found)
-    _summarise(found)
+        _write(comparisons)
+    _summarise(comparisons)
     return 0
 
 
@@ -50,28 +52,30 @@ def _compare(case: Case, folder: Path) -> list[Comparison]:
         return []
 
 
-def _write(found: Sequence[Comparison]) -> None:
+def _write(comparisons: Sequence[Comparison]) -> None:
     with RESULTS.open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(FIELDS)
-        for one in found:
-            case, asked = one.case, one.case.context
-            table.writerow((case.layout, case.quant, asked.tokens, asked.slots, int(asked.unified), asked.kv_type,
-                            asked.ubatch_tokens, int(asked.flash_attention), "+".join(map(str, case.counts)),
-                            len(case.spilled), one.device, one.part, one.theirs_mib, round(one.ours_bytes / 2**20, 2),
-                            one.off_mib, int(one.is_good)))  # fmt: skip
+        for figure in comparisons:
+            case, context = figure.case, figure.case.context
+            table.writerow((
+                case.layout, case.quant, context.tokens, context.slots, int(context.unified), context.kv_type,
+                context.ubatch_tokens, int(context.flash_attention), "+".join(map(str, case.counts)),
+                len(case.spilled), figure.device, figure.part, figure.theirs_mib, round(figure.ours_bytes / 2**20, 2),
+                figure.off_mib, int(figure.is_good),
+            ))  # fmt: skip
 
 
-def _summarise(found: Sequence[Comparison]) -> None:
-    bad = [one for one in found if not one.is_good]
-    for one in sorted(bad, key=lambda one: abs(one.off_mib)):
-        print(f"{one.off_mib:+6} of {one.theirs_mib:6} MiB {one.part} on {one.device}: {one.case.name}")
-    cases = len({one.case for one in found})
-    print(f"{cases} cases, {len(found)} figures, {len(bad)} out of tolerance")
+def _summarise(comparisons: Sequence[Comparison]) -> None:
+    bad = [figure for figure in comparisons if not figure.is_good]
+    for figure in sorted(bad, key=lambda figure: abs(figure.off_mib)):
+        print(f"{figure.off_mib:+6} of {figure.theirs_mib:6} MiB {figure.part} on {figure.device}: {figure.case.name}")
+    cases = len({figure.case for figure in comparisons})
+    print(f"{cases} cases, {len(comparisons)} figures, {len(bad)} out of tolerance")
     for part in ("weights", "repacked", "kv", "compute"):
-        off = [one.off_mib for one in found if one.part == part]
+        off = [figure.off_mib for figure in comparisons if figure.part == part]
         print(f"{part:9} lowest {min(off):+5} MiB, highest {max(off):+5} MiB, exact {off.count(0) / len(off):6.1%},"
-              f" median {statistics.median(abs(one) for one in off):.0f} MiB")  # fmt: skip
+              f" median {statistics.median(abs(difference) for difference in off):.0f} MiB")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How long does a plan take, and how much is read for it? Every test layout, on boxes of none to eight GPUs.
+"""Time and bytes read of a plan: every test layout, on machines with none to eight GPUs.
 
     python -m bench.plan_speed          writes bench/results/plan_speed.csv and plan_reading.csv
 
-Headers are read over HTTP from a Hub on loopback, as `llamafleet plan --model hf:...` reads them; the whole
-command, a Python process with its imports, is timed beside that, and the machine's other work is in it. Planning
-alone is told in time of one core, each time of a header that is new.
+Headers are read over HTTP from a Hub on 127.0.0.1, as `llamafleet plan --model hf:...` reads them. The whole command,
+a Python process with its imports, is measured in wall time, which includes other work of the machine. Planning alone is
+measured in processor time of one core, each time for a header that was not planned before.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llamafleet import imagined, sources
-from llamafleet.answer import Plan, Refusal
-from llamafleet.cli import default_data, settings_for
-from llamafleet.gguf import Header
-from llamafleet.machine import Machine
-from llamafleet.plan import plan_host
-from llamafleet.settings import Settings
+from llamafleet.cli.arguments import default_data, settings_for
+from llamafleet.host import described
+from llamafleet.host.machine import Machine
+from llamafleet.hub import source as sources
+from llamafleet.model.gguf import Header
+from llamafleet.planner.plan import plan_host
+from llamafleet.planner.result import Plan, Refusal
+from llamafleet.settings.schema import Settings
 from sandbox import models
 from sandbox.hub import Hub
 
@@ -47,7 +48,7 @@ RUNS = 3
 
 
 def timed(action: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> tuple[list[float], Any]:
-    """Milliseconds of each run by the clock, and the last result."""
+    """Milliseconds of each run by `clock`, and the last result."""
     spent = []
     for _ in range(RUNS):
         began = clock()
@@ -57,15 +58,15 @@ def timed(action: Callable[[], Any], clock: Callable[[], float] = time.perf_coun
 
 
 def anew(host: Machine, header: Header, settings: Settings) -> tuple[Plan | Refusal, ...]:
-    """A plan of a header never seen before: of one that was, the ledger remembers what it laid out."""
+    """A plan for a copy of the header: for a header that was planned before, the ledger has cached layouts."""
     return plan_host(host, [(settings.models[0], replace(header))], settings)
 
 
 def planning(name: str, header: Header) -> Iterator[dict[str, object]]:
-    """Planning alone, of a header that has been read, at the whole context and at the default one."""
+    """Planning alone, with the header already read, at the whole trained context and at the default context."""
     trained = header.get("context_length")
     for words in MACHINES:
-        host = imagined.read(words).machine
+        host = described.read(words).machine
         for tokens in (None, trained):
             settings = settings_for("/model.gguf", default_data(), {"context_tokens": tokens})
             spent, [answer] = timed(partial(anew, host, header, settings), time.process_time)
@@ -76,20 +77,20 @@ def planning(name: str, header: Header) -> Iterator[dict[str, object]]:
 
 
 def reading(name: str, path: Path) -> tuple[dict[str, object], Header]:
-    """Reading alone, and the whole command."""
+    """Reading the header alone, and the whole command."""
     with Hub() as hub:
         hub.add("bench/model", path.name, path)
         source = f"hf:bench/model/{path.name}"
         spent, header = timed(lambda: sources.read_header(sources.resolve(source, endpoint=hub.url)))
-        asked = hub.settled()
+        requests = hub.settled()
         command = [sys.executable, "-m", "llamafleet.cli", "plan", "--model", source, "--machine", MACHINES[2]]
         command += ["--set", f"hub_endpoint={hub.url}", "--json"]
         whole, done = timed(lambda: subprocess.run(command, cwd=ROOT, capture_output=True))
         if done.returncode not in (0, 3):
             raise SystemExit(done.stderr.decode())
     row = {
-        "layout": name, "file_gib": round(path.stat().st_size / 2**30, 2), "requests": len(asked) // RUNS,
-        "read_mb": round(sum(one.bytes_sent for one in asked) / RUNS / 1e6, 2),
+        "layout": name, "file_gib": round(path.stat().st_size / 2**30, 2), "requests": len(requests) // RUNS,
+        "read_mb": round(sum(request.bytes_sent for request in requests) / RUNS / 1e6, 2),
         "read_ms_median": round(statistics.median(spent), 1), "command_ms_median": round(statistics.median(whole)),
         "command_ms_max": round(max(whole)), "cores": len(os.sched_getaffinity(0)),
     }  # fmt: skip
@@ -97,7 +98,7 @@ def reading(name: str, path: Path) -> tuple[dict[str, object], Header]:
 
 
 def write(name: str, rows: list[dict[str, object]]) -> None:
-    """A CSV file in bench/results."""
+    """Write a CSV file in bench/results."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     with (RESULTS / name).open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")

@@ -1,11 +1,10 @@
-"""Our ledger beside the buffers that others' llama.cpp printed on real GPUs, difference by difference.
+"""The ledger compared with buffer sizes in published llama.cpp logs from real GPUs.
 
     python -m bench.published_buffers       writes bench/results/published_buffers.csv
 
-The logs are in bench/data/published-buffers.json, each with its source and its flags as a placement (`ours`). The
-ledger's rules are those of b11434 and our own flags; `as_that_build_mib` is the ledger with the rules changed that
-are known to differ in the log (`that_build`, `RULES`), so that only what is really different is left. What is left
-has its reason in the log's `why`.
+The logs are in bench/data/published-buffers.json, each with its source and with its flags as a placement (`ours`). The
+ledger follows llama.cpp b11434 with llamafleet's flags. `as_that_build_mib` is the ledger with the rules of the log's
+build (`that_build`, `RULES`) where these are known to differ. The log's `why` explains each remaining difference.
 """
 
 from __future__ import annotations
@@ -18,17 +17,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llamafleet.caches import kv_bytes
-from llamafleet.gguf import Header, read_path
-from llamafleet.kv import Context, cache_cells, windows
-from llamafleet.ledger import Model, Placement, Usage, usage
+from llamafleet.memory.context import Context, cache_cells
+from llamafleet.memory.kv_cache import kv_bytes
+from llamafleet.memory.ledger import Usage, usage
+from llamafleet.memory.placement import Placement
+from llamafleet.memory.weights import Model
+from llamafleet.model.gguf import Header, read_path
+from llamafleet.model.shape import Shape
 from sandbox import models
 
 ROOT = Path(__file__).resolve().parent
 LOGS = ROOT / "data" / "published-buffers.json"
 RESULTS = ROOT / "results" / "published_buffers.csv"
 MIB = 2**20
-SAME_MIB = 0.03  # logs print two decimals; token ids and positions are some KiB more
+SAME_MIB = 0.03  # logs print two decimals; token ids and positions add some KiB
 HOST = "host"
 HOST_NAMES = ("CPU", "CPU_Mapped", "CPU + CUDA_Host", "CUDA_Host", "Vulkan_Host", "Host")
 
@@ -44,7 +46,7 @@ RULES = {
 
 
 class OlderContext(Context):
-    """As builds before mid 2025 reserve it: logits for every token of a ubatch."""
+    """A context of a build before mid 2025, which reserves logits for every token of a ubatch."""
 
     @property
     def outputs(self) -> int:
@@ -54,7 +56,7 @@ class OlderContext(Context):
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of a log and ours. Differences are theirs less ours."""
+    """One figure of a log beside the ledger's. Differences are the log's figure less the ledger's."""
 
     source_url: str
     build: str
@@ -72,12 +74,12 @@ class Row:
 
     @property
     def is_explained(self) -> bool:
-        """Is nothing left over, or is it said why?"""
+        """Is there no remaining difference, or does the log's `why` explain it?"""
         return abs(self.left_mib) <= SAME_MIB or bool(self.why)
 
 
 def rows() -> Iterator[Row]:
-    """Every figure of every log that names a model we have a layout for."""
+    """Every figure of every log whose model is a published layout."""
     for log in json.loads(LOGS.read_text())["logs"]:
         header = read_header(log["ours"]["layout"], log["ours"]["mix"])
         now = figures(header, log["ours"], Context)
@@ -103,28 +105,28 @@ def rows() -> Iterator[Row]:
 
 
 def that_build(header: Header, ours: Mapping[str, Any], now: Mapping[str, float]) -> dict[str, tuple[str, float]]:
-    """Figures where the log's build or flags are known to follow another rule: the rule and MiB, by row."""
-    found: dict[str, tuple[str, float]] = {}
+    """The rule and the MiB by row, for figures where the log's build or flags are known to follow another rule."""
+    by_row: dict[str, tuple[str, float]] = {}
     if ours.get("logits_of_batch"):
         older = figures(header, ours, OlderContext)
-        found |= {key: ("logits", mib) for key, mib in older.items() if key.endswith("compute") and mib != now[key]}
+        by_row |= {key: ("logits", mib) for key, mib in older.items() if key.endswith("compute") and mib != now[key]}
         if ours["layers"]:
-            found[f"{HOST} compute"] = ("inputs", inputs_mib(header, Context(**ours["context"])))
+            by_row[f"{HOST} compute"] = ("inputs", inputs_mib(header, Context(**ours["context"])))
     if first := ours.get("mapped_from"):  # the file's first tensor, on a GPU; the last is on the CPU
         rest = sum(tensor.bytes for tensor in header.tensors if tensor.name != first)
-        found["CPU_Mapped model"] = ("mapped", rest / MIB)
+        by_row["CPU_Mapped model"] = ("mapped", rest / MIB)
     if ours.get("ffn_whole"):
         spilled = tuple(f"blk.{layer}.ffn" for layer in range(*ours["spilled"]))
         whole = sum(t.bytes for t in header.tensors if t.name.startswith(spilled))
         more = (whole - sum(Model.of(header).spill_bytes[slice(*ours["spilled"])])) / MIB
-        found["CUDA0 model"] = ("ffn", now["CUDA0 model"] - more)
-        found[f"{HOST} model"] = ("ffn", now[f"{HOST} model"] + more)
-    return found
+        by_row["CUDA0 model"] = ("ffn", now["CUDA0 model"] - more)
+        by_row[f"{HOST} model"] = ("ffn", now[f"{HOST} model"] + more)
+    return by_row
 
 
 def inputs_mib(header: Header, context: Context) -> float:
-    """A mask for each kind of cache, in f32, and the tokens' embeddings."""
-    cells = {cache_cells(context, window) for window in windows(header)}
+    """MiB of the graph's inputs: an f32 mask for each kind of cache, and the tokens' embeddings."""
+    cells = {cache_cells(context, window) for window in Shape.of(header).windows}
     floats = context.ubatch_tokens * (sum(cells) + int(str(header.get("embedding_length"))))
     return floats * 4 / MIB
 
@@ -136,23 +138,26 @@ def published_figures(log: Mapping[str, Any]) -> Iterator[tuple[str, str, float]
 
 
 def figures(header: Header, ours: Mapping[str, Any], kind: type[Context]) -> dict[str, float]:
-    """MiB by "DEVICE part", with the log's own names for devices."""
+    """MiB by "DEVICE part", with the log's names of devices."""
     context, backend = kind(**ours["context"]), ours["backend"]
     devices, host = usage(Model.of(header), context, placement(header, ours), backend)
-    found = {f"{name(backend, number)} {part}": mib for number, use in devices.items() for part, mib in parts(use)}
-    windowed = sum(size for size, window in zip(kv_bytes(header, context), windows(header), strict=True) if window)
-    return found | {f"{HOST} {part}": mib for part, mib in parts(host)} | {"windows kv": windowed / MIB}
+    mib_by_part = {
+        f"{name(backend, number)} {part}": mib for number, use in devices.items() for part, mib in parts(use)
+    }
+    shape = Shape.of(header)
+    windowed = sum(size for size, window in zip(kv_bytes(shape, context), shape.windows, strict=True) if window)
+    return mib_by_part | {f"{HOST} {part}": mib for part, mib in parts(host)} | {"windows kv": windowed / MIB}
 
 
 def parts(use: Usage) -> Iterator[tuple[str, float]]:
-    """llama.cpp's compute buffer has what op-offload stages in it."""
+    """Parts of a device's memory with their MiB; as in llama.cpp's log, staging is counted in the compute buffer."""
     yield "model", use.weights_bytes / MIB
     yield "kv", use.kv_bytes / MIB
     yield "compute", (use.compute_bytes + use.staging_bytes) / MIB
 
 
 def name(backend: str, number: int) -> str:
-    """How logs call a device; Metal is planned as one device with host memory, as Vulkan's are."""
+    """A device's name in logs; Metal is planned as one device with host memory, as Vulkan devices are."""
     return {"cuda": "CUDA", "hip": "ROCm", "vulkan": "Vulkan", "metal": "Metal"}[backend] + str(number)
 
 
@@ -162,7 +167,7 @@ def placement(header: Header, ours: Mapping[str, Any]) -> Placement:
         holders += [device] * count
     holders += [None] * (int(str(header.get("block_count"))) - len(holders))
     last = None if ours.get("output_on_host") or not ours["layers"] else len(ours["layers"]) - 1
-    return Placement((*holders, last), frozenset(range(*ours.get("spilled", (0,)))))
+    return Placement.of((*holders, last), frozenset(range(*ours.get("spilled", (0,)))))
 
 
 def read_header(layout: str, mix: str) -> Header:
@@ -171,11 +176,11 @@ def read_header(layout: str, mix: str) -> Header:
 
 
 def main() -> None:
-    found = [asdict(row) for row in rows()]
+    table = [asdict(row) for row in rows()]
     with RESULTS.open("w", newline="") as out:
-        writer = csv.DictWriter(out, found[0], lineterminator="\n")
+        writer = csv.DictWriter(out, table[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(found)
+        writer.writerows(table)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Predicted beside measured: every published case that names its hardware, planned for that box.
+"""Predicted and measured speeds of every published case that names its hardware.
 
     python -m bench.published_cases > bench/results/published_cases.csv
 
-For each case the speed is predicted twice: for the flags that its author used, where they can be told, and for the
-plan made for that box. A plan must fit, but for the case that is too large for its box, which must be refused.
-Medians go to standard error, over all cases and without the unusual ones.
+For each case the speed is predicted twice: for the author's own flags, if they give the placement, and for the plan
+that llamafleet makes for that machine. Every plan must fit, except for models that are too large for their machine:
+these must be refused. The median errors, over all cases and without the unusual cases, go to standard error.
 """
 
 from __future__ import annotations
@@ -20,29 +20,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llamafleet.adjust import NO_ADJUSTMENT
-from llamafleet.answer import Plan
-from llamafleet.backend import resolve_backend
-from llamafleet.catalogue import find
-from llamafleet.choose import Candidate, Search
-from llamafleet.cli import default_data
-from llamafleet.gguf import Header, Tensor, read_path
-from llamafleet.kv import Context
-from llamafleet.ledger import MIB, TRAITS, Model
-from llamafleet.machine import Machine
-from llamafleet.place import Room
-from llamafleet.plan import plan_host
-from llamafleet.predict import Prediction, Roofline, Segment
-from llamafleet.rates import rates
-from llamafleet.settings import Settings
-from llamafleet.workload import Workload
+from llamafleet.cli.arguments import default_data
+from llamafleet.host.backends import TRAITS
+from llamafleet.host.gpus import find
+from llamafleet.host.machine import Machine
+from llamafleet.host.speeds import rates
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import NO_CORRECTION
+from llamafleet.memory.placement import Segment
+from llamafleet.memory.weights import Model
+from llamafleet.model.gguf import Header, Tensor, read_path
+from llamafleet.planner.backend import capacity_of, resolve_backend
+from llamafleet.planner.plan import plan_host
+from llamafleet.planner.result import Plan
+from llamafleet.planner.roofline import Prediction, Roofline
+from llamafleet.planner.search import Candidate, Search
+from llamafleet.settings.schema import Settings
+from llamafleet.settings.workload import Workload
+from llamafleet.units import MIB
 from sandbox.layouts import PUBLISHED
 from sandbox.models import weightless
 
 GIB = 1024**3
 DATA = Path(__file__).parent / "data/published-cases.json"
-CONTEXT, PROMPT, REPLY, CORES = 8192, 512, 128, 8  # where a case does not say
-# Host memory where a case does not say: what the model needs and this for the rest.
+CONTEXT, PROMPT, REPLY, CORES = 8192, 512, 128, 8  # defaults for cases without these values
+# RAM of a case that gives none: the size of the model's files and this for the rest.
 SPARE_GIB = 24
 
 Case = Mapping[str, Any]
@@ -54,65 +56,67 @@ COLUMNS = (
 
 
 def main() -> None:
-    """Print the table; the medians to standard error."""
+    """Print the table to standard output and the medians to standard error."""
     data = read()
     table = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
     table.writeheader()
     rows = [row(case, data["numbers"]) for case in data["cases"]]
-    wrong = [one["flags"] for one, case in zip(rows, data["cases"], strict=True) if not as_expected(one, case)]
-    assert not wrong, f"no plan, or one where there should be none: {wrong}"
-    table.writerows({key: one.get(key, "") for key in COLUMNS} for one in rows)
+    wrong = [line["flags"] for line, case in zip(rows, data["cases"], strict=True) if not as_expected(line, case)]
+    assert not wrong, f"refused although the model fits, or planned although it is too large: {wrong}"
+    table.writerows({key: line.get(key, "") for key in COLUMNS} for line in rows)
     for line in summary(rows, data["cases"]):
         print(line, file=sys.stderr)
 
 
 def read() -> dict[str, Any]:
-    """The cases and the numbers of models that are no test layouts."""
+    """The cases, and the main numbers of models that are not among the test layouts."""
     data: dict[str, Any] = json.loads(DATA.read_text())
     return data
 
 
 def median(rows: list[dict[str, Any]], cases: list[Case], speed: str, *, usual: bool) -> float:
-    """Median error of "decode" or "prefill"; usual: without the cases that no roofline can meet."""
+    """Median error of "decode" or "prefill"; `usual`: without the cases that are marked as unusual."""
     return statistics.median(errors(rows, cases, speed, usual=usual))
 
 
 def errors(rows: list[dict[str, Any]], cases: list[Case], speed: str, *, usual: bool) -> list[float]:
-    """Of every case where both speeds are known."""
+    """The error of every case whose predicted and measured speeds are known."""
     return [
-        error(one[f"{speed}_theirs"], one[f"{speed}_measured"])
-        for one, case in zip(rows, cases, strict=True)
-        if not (usual and "unusual" in case) and one.get(f"{speed}_theirs") and one.get(f"{speed}_measured")
+        error(line[f"{speed}_theirs"], line[f"{speed}_measured"])
+        for line, case in zip(rows, cases, strict=True)
+        if not (usual and "unusual" in case) and line.get(f"{speed}_theirs") and line.get(f"{speed}_measured")
     ]
 
 
 def as_expected(line: Mapping[str, Any], case: Case) -> bool:
-    """Fits, unless the model is larger than the whole box; not planned at all where its numbers are not known."""
+    """Does the plan fit, or is it refused for a model that is too large? Always true for a skipped case."""
     return "skipped" in case or (line["fits"] == "yes") is not case.get("too_large", False)
 
 
 def summary(rows: list[dict[str, Any]], cases: list[Case]) -> list[str]:
-    """Median errors, as a factor less one: twice as fast and half as fast are both 100 %."""
+    """The median errors as text. An error is a factor less one: twice as fast and half as fast are both 100 %."""
     lines = [f"{len(rows)} cases, {sum('skipped' in case for case in cases)} of models whose numbers are not known"]
     for usual, name in ((False, "all"), (True, "without the unusual")):
         for speed in ("decode", "prefill"):
-            found = errors(rows, cases, speed, usual=usual)
-            lines.append(f"{speed}, {name}: {len(found)} cases, median error {statistics.median(found):.0%}")
-    usual_rows = [one for one, case in zip(rows, cases, strict=True) if "unusual" not in case]
-    told = [one for one in usual_rows if one.get("decode_theirs") and one.get("decode_measured")]
-    inside = sum(one["decode_low"] <= one["decode_measured"] <= one["decode_high"] for one in told)
-    lines.append(f"decode, without the unusual: {inside} of {len(told)} measured speeds are between low and high")
-    lines.append(f"plans: {sum(one.get('fits') == 'yes' for one in rows)} fit")
+            case_errors = errors(rows, cases, speed, usual=usual)
+            lines.append(
+                f"{speed}, {name}: {len(case_errors)} cases, median error {statistics.median(case_errors):.0%}"
+            )
+    usual_rows = [line for line, case in zip(rows, cases, strict=True) if "unusual" not in case]
+    known = [line for line in usual_rows if line.get("decode_theirs") and line.get("decode_measured")]
+    inside = sum(line["decode_low"] <= line["decode_measured"] <= line["decode_high"] for line in known)
+    lines.append(f"decode, without the unusual: {inside} of {len(known)} measured speeds are between low and high")
+    lines.append(f"plans: {sum(line.get('fits') == 'yes' for line in rows)} fit")
     return lines
 
 
 def error(predicted: float, measured: float) -> float:
-    """By how much one is larger than the other."""
+    """The factor between the two speeds (at least 1) less one."""
     return math.exp(abs(math.log(predicted / measured))) - 1
 
 
 def row(case: Case, numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """One case as a line of the table."""
+    """The table's row for one case."""
     line: dict[str, Any] = {
         "model": case["model"],
         "quant": case["quant"],
@@ -142,13 +146,13 @@ def row(case: Case, numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_flagged(case: Case, header: Header, host: Machine, settings: Settings) -> Prediction | None:
-    """The speed predicted for the author's own flags; None where they do not tell the placement."""
+    """The speed predicted for the author's own flags; None if they do not give the placement."""
     if len(case["gpus"]) > 1:
         return None
     search, context = search_for(case, header, host, settings)
     if case.get("fit"):
-        found = fitted(search, context)
-        return search.roofline.predict(found.segments, context) if found else None
+        candidate = fitted(search, context)
+        return search.roofline.predict(candidate.order, candidate.segments, context) if candidate else None
     layers, moved = search.model.layers, search.movable
     if "gpu_layers" in case:
         front = max(0, layers + 1 - case["gpu_layers"])
@@ -159,30 +163,30 @@ def as_flagged(case: Case, header: Header, host: Machine, settings: Settings) ->
         segments = [Segment(0, 0, layers, moved[-away] if away else layers)]
     else:
         return None
-    return search.roofline.predict(segments, context)
+    return search.roofline.predict((0,), segments, context)
 
 
 def fitted(search: Search, context: Context) -> Candidate | None:
-    """What llama.cpp's --fit does: experts of the last layers, or whole front layers, to the CPU."""
+    """The placement of llama.cpp's --fit: experts of the last layers, or whole front layers, on the CPU."""
     wanted = ("none", "spill") if search.model.is_moe else ("none", "layers")
-    return next((one for one in search.candidates([(context, 1.0)]) if one.kind in wanted), None)
+    return next((candidate for candidate in search.candidates([(context, 1.0)]) if candidate.kind in wanted), None)
 
 
 def search_for(case: Case, header: Header, host: Machine, settings: Settings) -> tuple[Search, Context]:
-    """The planner's own parts, for a placement that is not its choice."""
+    """The planner's search and context, to predict a placement that the planner did not choose."""
     instance, backend = settings.models[0], resolve_backend(host, settings)
     assert isinstance(backend, str)
-    room = Room.of(host, host.usable_gpus, settings)
+    capacity = capacity_of(host, host.usable_gpus, settings)
     tokens = instance.context_tokens or CONTEXT
-    reached = rates(host.cpu, room.gpus, instance.threads or CORES)
+    reached = rates(host.cpu, capacity.gpus, instance.threads or CORES)
     model = Model.of(header)
     roofline = Roofline(model, Workload.of(instance, tokens), reached, op_offload=TRAITS[backend].op_offload)
     context = Context(tokens, case.get("slots", 1), case.get("kv_type", "f16"), case.get("ubatch_tokens", 512))
-    return Search(model, room, backend, 0, NO_ADJUSTMENT, roofline), context
+    return Search(model, capacity, backend, 0, NO_CORRECTION, roofline), context
 
 
 def settings_for(case: Case, header: Header) -> Settings:
-    """The case's context and use; ubatch and placement are the plan's choice."""
+    """Settings with the case's context and workload; ubatch and placement are left to the plan."""
     trained = header.get("context_length")
     most = trained if isinstance(trained, int) else 262144
     entry = {
@@ -195,7 +199,7 @@ def settings_for(case: Case, header: Header) -> Settings:
 
 
 def machine(case: Case, header: Header) -> Machine:
-    """The box of the case."""
+    """The case's machine."""
     needed = header.file_bytes_total / GIB + SPARE_GIB
     ram = int((case.get("ram_gib") or math.ceil(needed / 16) * 16) * GIB)
     budget = case.get("gpu_budget_gib")
@@ -205,26 +209,26 @@ def machine(case: Case, header: Header) -> Machine:
         "cpu": {"model": case.get("cpu", ""), "sockets": 1, "physical_cores": cores, "logical_cores": 2 * cores,
                 "performance_cores": cores, "numa_nodes": 1, "flags": ["avx2"]},
         "memory": {"total_bytes": ram, "available_bytes": ram, "swap_total_bytes": 0},
-        "gpus": [gpu(number, one, budget) for number, one in enumerate(case["gpus"])],
+        "gpus": [gpu(number, entry, budget) for number, entry in enumerate(case["gpus"])],
         "driver": {"nvidia": None, "cuda": None}, "disks": [],
     })  # fmt: skip
 
 
-def gpu(number: int, one: Mapping[str, Any], budget_gib: float | None) -> dict[str, Any]:
-    """One of its GPUs; what a budget leaves out is held by others, our reserve and overhead not counted in it."""
-    known = find(one["name"], int(one["gib"] * GIB))
-    size = known.memory_bytes if known else int(one["gib"] * GIB)
+def gpu(number: int, entry: Mapping[str, Any], budget_gib: float | None) -> dict[str, Any]:
+    """One of the machine's GPUs; memory beyond the case's budget, reserve and overhead counts as used by others."""
+    known = find(entry["name"], int(entry["gib"] * GIB))
+    size = known.memory_bytes if known else int(entry["gib"] * GIB)
     used = max(0, size - int(budget_gib * GIB) - 512 * MIB) if budget_gib else 0
     return {
-        "index": number, "uuid": f"GPU-{number}", "name": one["name"], "compute_capability": None,
+        "index": number, "uuid": f"GPU-{number}", "name": entry["name"], "compute_capability": None,
         "memory_total_bytes": size, "memory_used_by_others_bytes": used, "pci_bus_id": f"0000:{number + 1:02x}:00.0",
-        "pcie_generation": None, "pcie_width": one.get("pcie_width"), "unified_memory": False,
+        "pcie_generation": None, "pcie_width": entry.get("pcie_width"), "unified_memory": False,
         "vendor": known.vendor if known else "nvidia",
     }  # fmt: skip
 
 
 def header_of(case: Case, numbers: Mapping[str, Any]) -> Header:
-    """The model's header, its tensors' sizes in proportion to the file's."""
+    """The model's header; the tensors' sizes are scaled to the size of the published file."""
     name = case["layout"]
     header = published(name) if name in PUBLISHED and name not in numbers else built(name, numbers[name])
     if "model_gib" not in case:
@@ -235,13 +239,13 @@ def header_of(case: Case, numbers: Mapping[str, Any]) -> Header:
 
 
 def published(name: str) -> Header:
-    """A layout of the tests' models."""
+    """The header of a published test layout."""
     with tempfile.TemporaryDirectory() as folder:
         return read_path(weightless(Path(folder), name))
 
 
 def built(name: str, its: Mapping[str, Any]) -> Header:
-    """A header from a model's main numbers: a matrix for attention, three for the feed-forward part of each layer."""
+    """A header from a model's main numbers: for each layer one attention matrix and three feed-forward matrices."""
     arch, embd, heads, kv, size = (its[key] for key in ("architecture", "embd", "heads", "kv_heads", "head_dim"))
     given = {
         "block_count": its["blocks"], "embedding_length": embd, "attention.head_count": heads,

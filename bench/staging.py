@@ -1,9 +1,9 @@
-"""What op-offload stages on a device, by the binary and by the ledger: bench/results/staging.csv.
+"""Bytes that op-offload stages on a device, by llama-server and by the ledger: bench/results/staging.csv.
 
     python -m bench.staging HOST      a sandbox host on which the deploy has built Vulkan (tests/e2e/test_04_vulkan.py)
 
-The same model is asked for twice, wholly on the device and with a part of it on the host; what the compute
-buffer grows by is staging. The weightless models must lie in the host's /srv/oracle.
+llama-server reports the memory of each model twice, wholly on the device and with a part of it on the host; staging is
+the growth of the compute buffer. The weightless models must be in the host's /srv/oracle.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llamafleet.gguf import Header, read_path
-from llamafleet.kv import Context
-from llamafleet.ledger import MIB, Model, Placement, usage
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import usage
+from llamafleet.memory.placement import Placement
+from llamafleet.memory.weights import Model
+from llamafleet.model.gguf import Header, read_path
+from llamafleet.units import MIB
 from sandbox import hosts, models, oracle
 from sandbox.layouts import PUBLISHED
 
@@ -26,8 +29,8 @@ RESULTS = Path(__file__).parent / "results" / "staging.csv"
 ON_HOST = "/srv/oracle"
 RELEASE = "/opt/llamafleet/current/bin/llama-server"
 CONTEXT_TOKENS = 8192
-# llvmpipe takes no tensor above 128 MiB (its maxStorageBufferRange): those stay on the host, whatever the flags
-# say, and are never staged. So beside the published models each once with all tensors below: there the rule shows.
+# llvmpipe takes no tensor above 128 MiB (its maxStorageBufferRange): larger tensors stay on the host in spite of the
+# flags, and are never staged. So each published model is also made once with all tensors below that size.
 _QWEN, _LLAMA = PUBLISHED["Qwen3-30B-A3B"], PUBLISHED["Llama-3.1-8B"]
 MODELS = (
     _QWEN,
@@ -71,7 +74,7 @@ class Case:
         output = 1 if self.second else 0
         holders = (*(None,) * self.front, *(0,) * first, *(1,) * self.second, output)
         ends = (layers - self.second, layers) if self.second else (layers,)
-        return Placement(holders, frozenset(n for end in ends for n in range(end - self.spilled, end)))
+        return Placement.of(holders, frozenset(n for end in ends for n in range(end - self.spilled, end)))
 
     def flags(self, model: Model) -> list[str]:
         placement = self.placement(model.layers)
@@ -90,7 +93,7 @@ class Case:
         return words
 
     def whole(self) -> Case:
-        """The same devices with everything on them."""
+        """The same case with all weights on its devices."""
         return Case("", second=self.second)
 
 
@@ -118,7 +121,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One device of one case, MiB."""
+    """One device of one case; sizes in MiB."""
 
     model: str
     case: str
@@ -135,7 +138,7 @@ class Row:
 
 
 def measure(host: hosts.SandboxHost) -> Iterator[Row]:
-    """Ask for every case on a host whose current release has Vulkan."""
+    """Measure every case on a host whose current release has Vulkan."""
     with tempfile.TemporaryDirectory() as scratch:
         paths = [models.weightless(Path(scratch), layout) for layout in MODELS]
         send(host, Path(scratch))
@@ -143,7 +146,7 @@ def measure(host: hosts.SandboxHost) -> Iterator[Row]:
 
 
 def send(host: hosts.SandboxHost, folder: Path) -> None:
-    """Copy the models to the host; their holes stay holes."""
+    """Copy the models to the host as sparse files."""
     with subprocess.Popen(["tar", "-S", "-C", str(folder), "-cf", "-", "."], stdout=subprocess.PIPE) as tar:
         receive = f"mkdir -p {ON_HOST} && tar -S -C {ON_HOST} -xf -"
         subprocess.run([*host.ssh(), "--", receive], stdin=tar.stdout, check=True)
@@ -157,33 +160,33 @@ def _measured(paths: Sequence[Path], ask: Ask) -> Iterator[Row]:
             wholes: dict[Case, oracle.Breakdown] = {}
             for case in CASES[model.is_moe]:
                 if case.whole() not in wholes:
-                    wholes[case.whole()] = _asked(ask, path, ubatch, case.whole().flags(model))
-                told = _asked(ask, path, ubatch, case.flags(model))
-                yield from _rows(case, header, model, ubatch, wholes[case.whole()], told)
+                    wholes[case.whole()] = _breakdown(ask, path, ubatch, case.whole().flags(model))
+                partly = _breakdown(ask, path, ubatch, case.flags(model))
+                yield from _rows(case, header, model, ubatch, wholes[case.whole()], partly)
 
 
 def _rows(
-    case: Case, header: Header, model: Model, ubatch: int, whole: oracle.Breakdown, told: oracle.Breakdown
+    case: Case, header: Header, model: Model, ubatch: int, whole: oracle.Breakdown, partly: oracle.Breakdown
 ) -> Iterator[Row]:
     context = Context(CONTEXT_TOKENS, 1, "f16", ubatch)
     devices, host = usage(model, context, case.placement(model.layers), "vulkan")
     for device, used in devices.items():
-        before, compute = whole.devices[device].compute, told.devices[device].compute
+        before, compute = whole.devices[device].compute, partly.devices[device].compute
         yield Row(
             header.name, case.name, ubatch, device, before, compute, compute - before,
             used.compute_bytes // MIB, used.staging_bytes // MIB,
-            told.host.model, host.weights_bytes // MIB, told.repacked,
+            partly.host.model, host.weights_bytes // MIB, partly.repacked,
         )  # fmt: skip
 
 
-def _asked(ask: Ask, path: Path, ubatch: int, flags: Sequence[str]) -> oracle.Breakdown:
+def _breakdown(ask: Ask, path: Path, ubatch: int, flags: Sequence[str]) -> oracle.Breakdown:
     context = ["--ctx-size", str(CONTEXT_TOKENS), "--parallel", "1", "--no-kv-unified", "--flash-attn", "on"]
     batch = ["--batch-size", str(max(2048, ubatch)), "--ubatch-size", str(ubatch), "--load-mode", "none"]
     return ask(path, [*context, *batch, *flags])
 
 
 def on_host(host: hosts.SandboxHost, scratch: Path) -> Ask:
-    """Asks the release of a sandbox host; models lie there in ON_HOST under their names."""
+    """An `Ask` that runs the release of a sandbox host; the models are in ON_HOST there, under their names."""
     # A program of this machine in llama-server's place, which has the host run its own.
     program = scratch / "llama-server"
     program.write_text(
@@ -197,7 +200,7 @@ def on_host(host: hosts.SandboxHost, scratch: Path) -> Ask:
 
 
 def write(rows: Sequence[Row], path: Path = RESULTS) -> None:
-    """As CSV."""
+    """Write the rows as CSV."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(Row.__dataclass_fields__)
@@ -205,7 +208,7 @@ def write(rows: Sequence[Row], path: Path = RESULTS) -> None:
 
 
 def main(name: str) -> None:
-    """Measure on a host that is up."""
+    """Measure on the running sandbox host `name`."""
     write(list(measure(hosts.get(name))))
 
 

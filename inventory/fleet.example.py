@@ -5,7 +5,7 @@ A group's settings can also live in inventory/group_data/GROUP.py.
 
 big = [
     ("gpu1.example.net", {"ssh_user": "root"}),
-    # An ordinary user with passwordless sudo does as well.
+    # An ordinary user who may use sudo without a password works too.
     ("gpu2.example.net", {"ssh_user": "ops", "_sudo": True}),
 ]
 
@@ -22,8 +22,8 @@ _qwen3_4b = {
     "source": "hf:Qwen/Qwen3-4B-GGUF/Qwen3-4B-Q4_K_M.gguf",
     "port": 8080,
     "context_tokens": 16384,
-    # Reachable from other machines, hence with a key: the file stays on your machine.
-    "listen": "0.0.0.0",  # noqa: S104 -- meant so, and guarded by the key below
+    # Other machines can reach it, so it needs an API key. The file stays on your machine.
+    "listen": "0.0.0.0",  # noqa: S104 -- intended, and requests need the key below
     "api_key_file": "~/.config/llamafleet/api-keys",
 }
 

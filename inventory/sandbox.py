@@ -1,7 +1,7 @@
 """The disposable hosts that are up now (`make sandbox-up`), in the group `sandbox`.
 
-Each serves a tiny random model, from the stand-ins for GitHub and the Hugging Face Hub where those
-run (`python -m sandbox.outside start`, which `make sandbox-up` does).
+Each serves a tiny random model from the stand-in for the Hugging Face Hub, if the stand-ins run: `make sandbox-up`
+starts them by `python -m sandbox.outside start`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _outside = json.loads(outside.STATE.read_text()) if outside.STATE.exists() else 
 
 
 def _models(host: hosts.SandboxHost) -> list[dict[str, object]]:
-    """The dense model for the hosts of odd number, the one with experts, in three shards, for the others."""
+    """The dense model for hosts with odd numbers; for the others the model with experts, in three shards."""
     source = _outside["sources"].get("dense" if host.number % 2 else "moe")
     return [{"name": "tiny", "source": source, "port": 8080, "listen": host.address, "context_tokens": 4096}]
 
@@ -29,7 +29,7 @@ sandbox = [
             "ssh_key": str(host.ssh_key),
             "ssh_known_hosts_file": str(host.known_hosts),
             "ssh_strict_host_key_checking": "yes",
-            # A folder that the hosts share: one compiles, the others take the result.
+            # A folder that the hosts share: the first host compiles, the other hosts take its result.
             "build_cache": outside.BUILDS_ON_HOST,
             "models": _models(host) if _outside["sources"] else [],
             **_outside["settings"],

@@ -1,7 +1,9 @@
-"""How our programs travel to a host: pinned wheels and `llamafleet/remote/*.py` in one zip.
+"""Zips for the hosts: the programs in `llamafleet/remote/` with the pinned wheels that they need.
 
-Runs on the operator's machine. The wheels come from the operator's package index once, by pip and
-with the hashes of `locks/remote.txt`, and from the cache from then on; the hosts need no index.
+Runs on the operator's machine. pip downloads the wheels once from the operator's package index, by the hashes in
+`locks/remote.txt`; later they come from the cache. The hosts need no index.
+
+Decision 14: docs/decisions/0014-hosts-need-no-python-packages.md.
 """
 
 from __future__ import annotations
@@ -22,61 +24,62 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "locks" / "remote.txt"
 REMOTE = ROOT / "llamafleet" / "remote"
 
-# Oldest Python on a host that all the locked wheels run on; the probe with its two runs on 3.8 (`_SCRIPT`).
+# Oldest Python on a host for all locked wheels. The probe and its two wheels run on 3.8, which `_SCRIPT` checks.
 HELPERS_PYTHON = (3, 9)
 
-# Packages whose wheel is compiled, so that there is one for each architecture. Their stable-ABI wheel
-# runs on every CPython; of all the others the pure wheel is taken, though a faster one may exist.
+# Packages with a compiled wheel, one for each architecture; their stable-ABI wheel runs on every CPython. All other
+# packages use the pure Python wheel, even if a faster one exists.
 NATIVE = frozenset({"psutil"})
 PROBE_PACKAGES = frozenset({"psutil", "nvidia-ml-py"})
-# The survey reads what is installed and asks its siblings: the probe, the toolkits, the lock. What uninstalls
-# cannot be among the helpers that it removes.
+# The survey imports the probe, the toolkits, the lock and others. uninstall.py is here because it removes the
+# installed helpers and so cannot run from their folder.
 PROBE_PROGRAMS = (
     *("probe.py", "probe_cpu.py", "probe_files.py", "probe_vulkan.py"),
     *("probe_gpus.py", "probe_gpu_common.py", "probe_nvidia.py", "probe_amd.py"),
     *("survey.py", "ground.py", "lock.py", "releases.py", "toolkits.py", "uninstall.py"),
+    *("common.py", "packages.py"),  # imported by the programs above
 )
-# Not needed to run the probe on Linux.
+# Files of the wheels that the probe does not need on Linux.
 _PROBE_LEAVES_OUT = re.compile(r"\.dist-info/|^example\.py$|^psutil/(tests/|_ps(aix|bsd|osx|sunos|windows)\.py$)")
 
-# The C library a wheel may need, oldest first: Debian 11, Ubuntu 20.04 and RHEL 8 have 2.28 and later.
+# Versions of glibc that a wheel may need, oldest first: Debian 11, Ubuntu 20.04 and RHEL 8 have glibc 2.28 or later.
 _PLATFORMS = ("manylinux2010", "manylinux2014", "manylinux_2_28")
 ARCHITECTURES = ("x86_64", "aarch64")
 
-# Where the probe may unpack itself: psutil's library cannot be mapped from a noexec mount.
+# Folders in which the probe may be unpacked: psutil's library cannot be loaded from a noexec mount.
 UNPACK_PLACES = ("/tmp", "/var/tmp", "/run", "/dev/shm", "$HOME")  # noqa: S108 -- mktemp -d makes a private folder
 PYTHON_MISSING = "llamafleet: python3 not found"
 PYTHON_OLD = "llamafleet: python3 is older than 3.8:"
 
 
 class PayloadError(RuntimeError):
-    """Something to send cannot be had; the text names it and the next step."""
+    """A wheel is not available; the message names it and the next step."""
 
 
 def default_cache() -> Path:
-    """Where wheels are kept: `.cache/wheels` in a checkout, else the user's cache directory."""
+    """The folder of cached wheels: `.cache/wheels` in a checkout, else in the user's cache folder."""
     if (ROOT / ".git").exists():
         return ROOT / ".cache" / "wheels"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamafleet" / "wheels"
 
 
 def wheels(arch: str, lock: Path = LOCK, cache: Path | None = None) -> list[Path]:
-    """The locked wheels for a host's architecture, by package name; raises PayloadError.
+    """The locked wheels for a host's architecture, in the order of the packages' names. Raises `PayloadError`.
 
-    Every wheel's SHA-256 is compared with the lock on each use. Without network once cached.
+    Each call compares every wheel's SHA-256 with the lock. Wheels in the cache need no network.
     """
     if arch not in ARCHITECTURES:
         raise PayloadError(f"no wheels for architecture {arch!r}: only {' and '.join(ARCHITECTURES)} are supported")
     requirements = read_lock(lock)
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for name in sorted(requirements):
         folder = (cache or default_cache()) / (arch if name in NATIVE else "any")
-        found[name] = _cached(folder, requirements[name]) or _fetch(folder, arch, name, requirements[name])
-    return list(found.values())
+        paths[name] = _cached(folder, requirements[name]) or _fetch(folder, arch, name, requirements[name])
+    return list(paths.values())
 
 
 def read_lock(lock: Path) -> dict[str, str]:
-    """Requirement lines, `name==version --hash=...`, by package name."""
+    """The requirement of each package, `name==version --hash=...`, by package name."""
     text = re.sub(r"\\\n\s*", "", lock.read_text(encoding="utf-8"))
     lines = [line.strip() for line in text.splitlines()]
     requirements = [line for line in lines if line and not line.startswith("#")]
@@ -88,7 +91,7 @@ def _hashes(requirement: str) -> frozenset[str]:
 
 
 def _cached(folder: Path, requirement: str) -> Path | None:
-    """A cached wheel with one of the locked hashes. One of the right name with another is no match."""
+    """The cached wheel with the right name and one of the locked hashes; None if there is none."""
     name, version = re.split("==| ", requirement)[:2]
     for wheel in sorted(folder.glob(f"{name.replace('-', '_')}-{version}-*.whl")):
         if hashlib.sha256(wheel.read_bytes()).hexdigest() in _hashes(requirement):
@@ -97,13 +100,13 @@ def _cached(folder: Path, requirement: str) -> Path | None:
 
 
 def _fetch(folder: Path, arch: str, name: str, requirement: str) -> Path:
-    """Have pip download one wheel into the cache. It appears there whole or not at all."""
+    """Download a wheel into the cache with pip, complete or not at all. Raises `PayloadError`."""
     if importlib.util.find_spec("pip") is None:
-        raise PayloadError(f"{sys.executable} has no pip to fetch {name}: run it with -m ensurepip")
+        raise PayloadError(f"{sys.executable} has no pip to download {name}: run {sys.executable} -m ensurepip")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        wanted = Path(temporary, "requirement.txt")
-        wanted.write_text(requirement + "\n", encoding="utf-8")
+        requirement_file = Path(temporary, "requirement.txt")
+        requirement_file.write_text(requirement + "\n", encoding="utf-8")
         command = [
             sys.executable,
             "-m",
@@ -114,22 +117,22 @@ def _fetch(folder: Path, arch: str, name: str, requirement: str) -> Path:
             "--no-input",
         ]
         command += ["--require-hashes", "--no-deps", "--only-binary=:all:", *_tags(arch, name)]
-        command += ["--dest", temporary, "--requirement", str(wanted)]
+        command += ["--dest", temporary, "--requirement", str(requirement_file)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         for wheel in Path(temporary).glob("*.whl"):
             os.replace(wheel, folder / wheel.name)
-    found = _cached(folder, requirement)
-    if result.returncode or found is None:
+    wheel_path = _cached(folder, requirement)
+    if result.returncode or wheel_path is None:
         reason = (result.stderr.strip().splitlines() or ["pip downloaded nothing that matches the lock"])[-1]
         raise PayloadError(
             f"no wheel of {requirement.partition(' ')[0]} for {arch}: {reason}. Next: check that pip reaches "
             f"a package index from this machine (pip download {name}), or put the wheel into {folder}"
         )
-    return found
+    return wheel_path
 
 
 def _tags(arch: str, name: str) -> list[str]:
-    """pip's options for the kind of wheel we want, for a Python that is not ours."""
+    """pip's options for a wheel that runs on the hosts' Python, which may differ from this one."""
     python = ["--python-version", ".".join(map(str, HELPERS_PYTHON))]
     if name not in NATIVE:
         return [*python, "--implementation", "py", "--abi", "none", "--platform", "any"]
@@ -138,7 +141,7 @@ def _tags(arch: str, name: str) -> list[str]:
 
 
 def probe_zip(arch: str, lock: Path = LOCK, cache: Path | None = None) -> bytes:
-    """The probe with what it imports, to be unpacked and run by `probe_command`; the same bytes each time."""
+    """The probe and all that it imports, for `probe_command`. Equal inputs give equal bytes."""
     by_name = dict(zip(sorted(read_lock(lock)), wheels(arch, lock, cache), strict=True))
     files = _contents(by_name[name] for name in PROBE_PACKAGES)
     files = {name: data for name, data in files.items() if not _PROBE_LEAVES_OUT.search(name)}
@@ -146,9 +149,9 @@ def probe_zip(arch: str, lock: Path = LOCK, cache: Path | None = None) -> bytes:
 
 
 def helpers_zip(arch: str, lock: Path = LOCK, cache: Path | None = None) -> bytes:
-    """Everything that stays on a host, unpacked into /opt/llamafleet/helpers/KEY/ (`helpers_key`).
+    """All programs and wheels that stay on a host, in /opt/llamafleet/helpers/KEY/ (`helpers_key`).
 
-    The programs lie beside the packages, so that `python3 -s -E KEY/PROGRAM.py` finds them.
+    Programs and packages are in one folder, so that `python3 -s -E KEY/PROGRAM.py` can import them.
     """
     files = _contents(wheels(arch, lock, cache))
     programs = {path.name: path.read_bytes() for path in REMOTE.glob("*.py") if path.name != "__init__.py"}
@@ -156,7 +159,7 @@ def helpers_zip(arch: str, lock: Path = LOCK, cache: Path | None = None) -> byte
 
 
 def helpers_key(lock: Path = LOCK) -> str:
-    """Name of the installed helpers, the same for every architecture: a hash of the programs and the lock."""
+    """Name of the installed helpers: a hash of the programs and the lock, for all architectures."""
     digest = hashlib.sha256(lock.read_bytes())
     for path in sorted(REMOTE.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -164,7 +167,7 @@ def helpers_key(lock: Path = LOCK) -> str:
 
 
 def _contents(paths: Iterable[Path]) -> dict[str, bytes]:
-    """The files of all the wheels, as installing them would lay them out."""
+    """The files of the wheels by path, as pip would install them."""
     files: dict[str, bytes] = {}
     for path in paths:
         with zipfile.ZipFile(path) as wheel:
@@ -173,20 +176,19 @@ def _contents(paths: Iterable[Path]) -> dict[str, bytes]:
 
 
 def _zip(files: Mapping[str, bytes]) -> bytes:
-    """A zip that depends on names and contents alone: sorted, no times, mode 644."""
+    """A zip of these files. Its bytes depend only on names and contents: sorted, without times, mode 644."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name in sorted(files):
             entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             entry.external_attr = 0o100644 << 16
-            entry.create_system = 3  # Unix, also where this runs on another system
+            entry.create_system = 3  # Unix, on every system that this runs on
             archive.writestr(entry, files[name], zipfile.ZIP_DEFLATED, 9)
     return buffer.getvalue()
 
 
-# $1 is the zip, $2 the names of places, $3 the program in the zip, the rest its arguments. A place
-# serves if a program in it may be run. The probe runs in the background, so that a signal interrupts
-# `wait` and is passed on.
+# $1 is the zip, $2 the folders to try, $3 the program in the zip; its arguments follow. A folder is used if a program
+# in it can be run. The probe runs in the background, so that a signal interrupts `wait` and is passed on.
 _SCRIPT = """\
 zip=$1; places=$2; shift 2
 folder=; child=
@@ -220,10 +222,10 @@ exit "$code"
 
 
 def probe_command(zip_path: str, program: str, *arguments: str) -> list[str]:
-    """The command that unpacks an uploaded probe zip, runs one of its programs and removes every trace.
+    """The command that unpacks an uploaded probe zip, runs one of its programs, and removes zip and folder.
 
-    Exit codes: the program's; 127 with PYTHON_MISSING or PYTHON_OLD on stderr; 126 nowhere to unpack;
-    125 unpacking failed; 128 + N ended by signal N. For a shell: `shlex.join` of it.
+    Exit status: the program's; 127 with PYTHON_MISSING or PYTHON_OLD on stderr; 126 if no folder can be used; 125 if
+    unpacking failed; 128 + N after signal N. A shell needs `shlex.join` of the command.
     """
     if not zip_path.startswith("/"):
         raise ValueError(f"the zip's path on the host must be absolute, not {zip_path!r}")

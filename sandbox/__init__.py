@@ -1,4 +1,4 @@
-"""Disposable Debian hosts with a real systemd, and stand-ins for outside services: for demo and tests.
+"""Disposable Debian hosts with a real systemd, and stand-ins for outside services, for the demo and the tests.
 
-`python -m sandbox up --hosts 2` starts hosts, `sandbox.hosts` is the same for Python.
+`python -m sandbox up --hosts 2` starts hosts; `sandbox.hosts` does it from Python.
 """

@@ -1,6 +1,6 @@
-"""The machine's own apt settings, rewritten for the hosts' Debian release.
+"""This machine's apt settings, rewritten for the hosts' Debian release.
 
-No mirror is named in this project: hosts use the one that the machine uses. Signatures are always checked.
+The project names no mirror: hosts use the mirror of this machine. Signatures are always checked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 ONE_LINE = re.compile(r"^deb\s+(?:\[(?P<options>[^]]*)\]\s+)?(?P<uri>\S+)\s+(?P<suite>\S+)\s+(?P<components>.+)$")
-# What decides how the archive is reached; everything else of the machine's apt settings is its own business.
+# Settings that decide how the archive is reached. Other apt settings of the machine are not copied.
 CARRIED = re.compile(
     r"^Acquire::(?:(?:http|https|ftp)::(?!Proxy-Auto-Detect)[\w:.-]*|Check-Valid-Until|Check-Date|Retries"
     r"|ForceIPv[46]|By-Hash) \"[^\"]"
@@ -23,7 +23,7 @@ NAMED_FILE = re.compile(r"^Acquire::https::\S*(?:CAInfo|CAPath|CrlFile) \"(?P<fi
 
 @dataclass(frozen=True)
 class Source:
-    """One suite of one archive; `signed_by` is empty when the machine names no keyring file."""
+    """One suite of one archive; `signed_by` is empty if the machine gives no keyring file."""
 
     uri: str
     suite: str
@@ -32,19 +32,19 @@ class Source:
 
 
 def machine_sources(etc: Path = Path("/etc/apt")) -> list[Source]:
-    """All enabled binary sources, in both of apt's formats."""
+    """All enabled binary package sources, from files in both of apt's formats."""
     folder = etc / "sources.list.d"
-    found: list[Source] = []
+    sources: list[Source] = []
     for file in [etc / "sources.list", *sorted(folder.glob("*.list"))]:
         if file.exists():
-            found += one_line_sources(file.read_text())
+            sources += one_line_sources(file.read_text())
     for file in sorted(folder.glob("*.sources")):
-        found += deb822_sources(file.read_text())
-    return found
+        sources += deb822_sources(file.read_text())
+    return sources
 
 
 def one_line_sources(text: str) -> list[Source]:
-    """`deb [options] URI SUITE COMPONENT...`, see sources.list(5)."""
+    """The sources of lines `deb [options] URI SUITE COMPONENT...`, see sources.list(5)."""
     matches = (ONE_LINE.match(line.split("#")[0].strip()) for line in text.splitlines())
     return [
         Source(
@@ -59,7 +59,7 @@ def one_line_sources(text: str) -> list[Source]:
 
 
 def deb822_sources(text: str) -> list[Source]:
-    """Stanzas of `Field: value`, see sources.list(5); a key written inline counts as no keyring file."""
+    """The sources of stanzas `Field: value`, see sources.list(5); an inline key counts as no keyring file."""
     return [
         Source(uri, suite, tuple(fields.get("components", "").split()), _keyring(fields.get("signed-by", "")))
         for fields in _stanzas(text)
@@ -70,33 +70,33 @@ def deb822_sources(text: str) -> list[Source]:
 
 
 def debian_sources(sources: list[Source], codename: str, wanted: str) -> list[Source]:
-    """The Debian archive's own entries of a machine that runs `codename`, for the release `wanted`.
+    """The Debian archive's sources of a machine that runs release `codename`, changed to the release `wanted`.
 
-    Other vendors' archives drop out: they have other suite names, no `main`, or a keyring of their own.
+    Other vendors' sources are left out: they have other suite names, no `main`, or another keyring.
     """
     renamed = {f"{codename}{end}": f"{wanted}{end}" for end in ("", "-updates", "-security")}
-    found = [
+    entries = [
         Source(s.uri, renamed[s.suite], ("main",), s.signed_by or KEYRING)
         for s in sources
         if s.suite in renamed
         and "main" in s.components
         and (not s.signed_by or Path(s.signed_by).name.startswith("debian-archive"))
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(entries))
 
 
 def lines(sources: list[Source], keyring: str = "") -> list[str]:
-    """For a sources.list; `keyring` replaces the machine's, for a root that has its own."""
+    """Lines of a sources.list; `keyring`, if given, replaces the machine's keyring files."""
     return [f"deb [signed-by={keyring or s.signed_by}] {s.uri} {s.suite} {' '.join(s.components)}" for s in sources]
 
 
 def carried_settings(dump: str) -> list[str]:
-    """From `apt-config dump`: proxies, certificates, checks of dates, retries; each a line of apt.conf."""
+    """Lines for apt.conf from `apt-config dump`: proxies, certificates, date checks, retries."""
     return [line for line in dump.splitlines() if CARRIED.match(line)]
 
 
 def carried_files(settings: list[str]) -> list[Path]:
-    """The certificate files that those settings name."""
+    """The existing certificate files that these settings name."""
     named = [Path(m["file"]) for m in map(NAMED_FILE.match, settings) if m]
     return [file for file in named if file.is_file()]
 
@@ -106,7 +106,7 @@ def config_dump() -> str:
 
 
 def codename(os_release: Path = Path("/etc/os-release")) -> str:
-    """The machine's release name; empty when it has none (Debian unstable) or is not Debian."""
+    """The machine's release name; empty if it has none (Debian unstable) or is not Debian."""
     fields = dict(line.split("=", 1) for line in os_release.read_text().splitlines() if "=" in line)
     return fields.get("VERSION_CODENAME", "").strip('"') if fields.get("ID", "").strip('"') == "debian" else ""
 

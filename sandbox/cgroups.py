@@ -1,7 +1,7 @@
-"""One cgroup per host: what says that it runs, and what kills all of it at once.
+"""One cgroup for each host: it shows whether the host runs, and kills all of its processes at once.
 
-A host's processes cannot leave its cgroup, and `cgroup.kill` (Linux 5.14) ends every one of them in one step,
-so no process number is ever remembered, and none can be mistaken for another's.
+A host's processes cannot leave its cgroup, and `cgroup.kill` (Linux 5.14) ends all of them in one step. So no process
+id is stored, and a reused id can do no harm.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from pathlib import Path
 
 from sandbox.state import SandboxError, State
 
-KILL_SECONDS = 20  # a killed process that waits for a disk needs a moment
+KILL_SECONDS = 20  # a killed process may still wait for a disk
 
 
 @dataclass(frozen=True)
 class Cgroup:
-    """A cgroup v2 folder; it need not exist."""
+    """A cgroup v2 folder, which may not exist yet."""
 
     path: Path
 
     @property
     def populated(self) -> bool:
-        """Does any live process belong to it or to a cgroup below?"""
+        """Is there a live process in this cgroup or in a cgroup below it?"""
         try:
             return "populated 1" in (self.path / "cgroup.events").read_text()
         except OSError:
             return False
 
     def pids(self) -> list[int]:
-        """All processes, as numbers of this machine."""
-        found: list[int] = []
-        for folder, _, _ in os.walk(self.path):  # which, unlike rglob, passes over what goes away while we read
+        """The process ids of all processes, in this machine's numbering."""
+        pids: list[int] = []
+        for folder, _, _ in os.walk(self.path):  # unlike rglob, it ignores folders that vanish meanwhile
             with contextlib.suppress(OSError):
-                found += [int(line) for line in Path(folder, "cgroup.procs").read_text().split()]
-        return found
+                pids += [int(line) for line in Path(folder, "cgroup.procs").read_text().split()]
+        return pids
 
     def leader(self) -> int | None:
-        """The host's own process 1, as a number of this machine."""
+        """The process id, in this machine's numbering, of the host's process 1; None if it does not run."""
         return next((pid for pid in self.pids() if _number_inside(pid) == 1), None)
 
     def make(self) -> None:
-        """Raises SandboxError where the machine does not let us."""
+        """Create the cgroup. Raises SandboxError if the machine does not allow it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -59,9 +59,9 @@ class Cgroup:
             _delegate(folder)
 
     def kill(self) -> None:
-        """SIGKILL everything inside, wait until it is gone, and remove the cgroups.
+        """Send SIGKILL to all processes, wait until they have ended, and remove the cgroups.
 
-        Raises SandboxError when something survives.
+        Raises SandboxError if a process still lives after KILL_SECONDS.
         """
         if not self.path.exists():
             return
@@ -74,20 +74,20 @@ class Cgroup:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the folder and all below; empty ones only, the kernel sees to that."""
+        """Remove this cgroup and all below it; the kernel refuses to remove a cgroup that has processes."""
         for folder, _, _ in os.walk(self.path, topdown=False):
             with contextlib.suppress(FileNotFoundError):
                 os.rmdir(folder)
 
     def enter(self, argv: list[str]) -> list[str]:
-        """The command that runs `argv` inside; its children stay inside too."""
+        """The command that runs `argv` in this cgroup; child processes stay in it too."""
         return ["sh", "-c", 'echo 0 > "$1/cgroup.procs" && shift && exec "$@"', "sh", str(self.path), *argv]
 
 
 def top(state: State) -> Cgroup:
-    """The cgroup above all hosts of this state.
+    """The parent cgroup of all hosts of this state.
 
-    Raises SandboxError where cgroup v2 is not mounted.
+    Raises SandboxError if cgroup v2 is not mounted.
     """
     tag = hashlib.sha256(str(state.directory).encode()).hexdigest()[:10]
     return Cgroup(_mount() / f"disposable-hosts-{tag}")
@@ -98,7 +98,7 @@ def of_host(state: State, name: str) -> Cgroup:
 
 
 def of_build(state: State) -> Cgroup:
-    """Where roots and layers are made; the dot keeps it apart from host names."""
+    """The cgroup in which roots and layers are built; no host name begins with a dot."""
     return Cgroup(top(state).path / ".build")
 
 
@@ -108,14 +108,14 @@ def _mount() -> Path:
         if kind == "cgroup2":
             return Path(folder)
     raise SandboxError(
-        "no cgroup v2 is mounted on this machine, so hosts could not be kept apart; "
-        "mount one: mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified"
+        "cgroup v2 is not mounted on this machine, and hosts cannot be separated without it; "
+        "mount it: mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified"
     )
 
 
 def _number_inside(pid: int) -> int | None:
-    """The process's number in its innermost pid namespace, if it has more than one number."""
-    with contextlib.suppress(OSError):  # it ended
+    """The process's id in its innermost pid namespace; None if it is in no other pid namespace."""
+    with contextlib.suppress(OSError):  # the process has ended
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("NSpid:"):
                 numbers = line.split()[1:]
@@ -124,7 +124,7 @@ def _number_inside(pid: int) -> int | None:
 
 
 def _delegate(folder: Path) -> None:
-    """Hand down what controllers there are; without them limits are accepted but not enforced."""
+    """Enable all available controllers for child cgroups; without them limits are accepted but not enforced."""
     with contextlib.suppress(OSError):
         for controller in (folder / "cgroup.controllers").read_text().split():
             with contextlib.suppress(OSError):

@@ -29,23 +29,23 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m sandbox", description="disposable Debian hosts with a real systemd"
     )
     commands = parser.add_subparsers(required=True)
-    up = commands.add_parser("up", help="start hosts, beside those that run already")
+    up = commands.add_parser("up", help="start further hosts")
     up.add_argument("--hosts", type=int, default=1, metavar="N")
-    up.add_argument("--bind", action="append", default=[], metavar="SRC:DST[:ro]", help="show a path of this machine")
-    up.add_argument("--packages", default="", metavar="A,B", help="install these beforehand, once for all hosts")
+    up.add_argument("--bind", action="append", default=[], metavar="SRC:DST[:ro]", help="mount a path of this machine")
+    up.add_argument("--packages", default="", metavar="A,B", help="packages to install before, once for all hosts")
     up.add_argument("--name-prefix", default=hosts.PREFIX)
-    up.add_argument("--first-address", type=int, default=1, metavar="N", help="127.0.1.N for the first host")
+    up.add_argument("--first-address", type=int, default=1, metavar="N", help="address of the first host: 127.0.1.N")
     up.set_defaults(do=_up)
-    down = commands.add_parser("down", help="remove hosts (all, and what a crash left, if none is named)")
+    down = commands.add_parser("down", help="remove hosts (without names: all hosts, and leftovers of a crash)")
     down.add_argument("names", nargs="*", metavar="HOST")
     down.set_defaults(do=_down)
     listing = commands.add_parser("list", help="show hosts")
     listing.add_argument("--json", action="store_true")
     listing.set_defaults(do=_list)
     for name, text in (
-        ("start", "boot a host that is off"),
-        ("reboot", "restart its systemd"),
-        ("kill", "the power cut"),
+        ("start", "start a host that is off"),
+        ("reboot", "reboot a host"),
+        ("kill", "stop a host at once, as a power cut does"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("host")
@@ -55,14 +55,15 @@ def _parser() -> argparse.ArgumentParser:
     execute.add_argument("host")
     execute.add_argument("command", nargs="+")
     execute.set_defaults(do=_exec)
-    commands.add_parser("prepare", help="install what is missing here, make the root").set_defaults(do=_prepare)
+    prepare = commands.add_parser("prepare", help="install missing packages on this machine and build the hosts' root")
+    prepare.set_defaults(do=_prepare)
     return parser
 
 
 def _up(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     packages = [name for name in arguments.packages.split(",") if name]
-    found = hosts.up(
+    started_hosts = hosts.up(
         arguments.hosts,
         packages=packages,
         binds=arguments.bind,
@@ -70,8 +71,8 @@ def _up(arguments: argparse.Namespace) -> None:
         first_address=arguments.first_address,
     )
     say(
-        f"{len(found)} hosts are up after {time.monotonic() - started:.1f} s: "
-        + ", ".join(f"{host.name} {host.address}" for host in found)
+        f"{len(started_hosts)} hosts are up after {time.monotonic() - started:.1f} s: "
+        + ", ".join(f"{host.name} {host.address}" for host in started_hosts)
     )
 
 

@@ -17,10 +17,10 @@ ON_HOST = "/var/cache/compiler-cache"  # the folder as hosts and the oracle's bu
 OBJECTS = f"{ON_HOST}/objects"
 PACKAGE = "ccache"
 BUILDS = "/var/lib/llamafleet/build"  # of build folders; their names differ, and are no part of what is compared
-# The names of the backends are options of every file, and only ggml-backend-reg.cpp reads them: elsewhere they are left
-# out, or a build for the CPU and another one would share no object file. Of several -O the last counts. What parses
-# arguments, JSON and templates, and takes most of the time, is not optimised at all (json-schema-to-grammar.cpp: 7.3 s
-# with -O3, 5.1 with -O1, 3.7 with -O0).
+# The names of the backends are options of every file, and only ggml/src/ggml-backend-reg.cpp reads them. The launcher
+# removes them from all other files, or a build for the CPU and another build would share no object file. The last of
+# several -O counts. The files that parse arguments, JSON and templates take most of the time; they are not optimised
+# (common/json-schema-to-grammar.cpp: 7.3 s with -O3, 5.1 with -O1, 3.7 with -O0).
 LAUNCHER = f"""#!/bin/sh
 for source; do :; done
 for word; do

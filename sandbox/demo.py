@@ -1,7 +1,7 @@
-"""`make demo`: the main job on two disposable hosts, from bare Debian to a completion.
+"""`make demo`: deploy to two disposable hosts, from bare Debian to a completion.
 
-Nothing here is special to the demo but where llama.cpp and the models come from: the deploy, the
-checks and the second run are the commands of the README.
+Only the sources of llama.cpp and of the models are special to the demo: deploy, checks and second run are the commands
+of the README.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def step(text: str) -> None:
 
 
 def command(*words: str) -> None:
-    """Run one of the README's commands; the demo ends where it fails."""
+    """Run one of the README's commands; if it fails, the demo ends."""
     print("$ " + " ".join(words), flush=True)
     done = subprocess.run([str(BIN / words[0]), *words[1:]], cwd=ROOT, env={**os.environ, "PYINFRA_PROGRESS": "off"})
     if done.returncode:
@@ -35,7 +35,7 @@ def command(*words: str) -> None:
 
 
 def completion(address: str, port: int) -> str:
-    """What the model says after the prompt."""
+    """The model's completion of PROMPT."""
     body = json.dumps({"prompt": PROMPT, "max_tokens": 12, "temperature": 0}).encode()
     request = urllib.request.Request(
         f"http://{address}:{port}/v1/completions", body, {"Content-Type": "application/json"}
@@ -46,7 +46,7 @@ def completion(address: str, port: int) -> str:
 
 
 def no_change_run() -> None:
-    """A second run, as a machine would check for drift: it must find nothing to do."""
+    """Check with `pyinfra --dry --json` that a further run would change nothing."""
     words = ["pyinfra", "--dry", "--json", INVENTORY, "deploy.py"]
     print("$ " + " ".join(words), flush=True)
     done = subprocess.run(
@@ -56,7 +56,7 @@ def no_change_run() -> None:
     changing = [operation["name"] for operation in json.loads(done.stdout)["plan"] if operation["hosts_with_change"]]
     print(f"operations that would change something: {changing or 'none'}")
     if changing:
-        raise SystemExit("the second run would change something")
+        raise SystemExit(f"a further run would change: {', '.join(changing)}")
 
 
 def main() -> None:
@@ -69,9 +69,9 @@ def main() -> None:
         up = hosts.up(2, binds=[f"{outside.BUILDS}:{outside.BUILDS_ON_HOST}"])
         step("deploy: probe, plan, compile llama.cpp, fetch the models, serve")
         command("pyinfra", "-y", INVENTORY, "deploy.py")
-        step("the plans that they run")
+        step("the plans of the hosts")
         command("llamafleet", "plan", "--inventory", INVENTORY)
-        step(f"a completion of {PROMPT!r} from each (the models are random: do not expect sense)")
+        step(f"a completion of {PROMPT!r} from each host (the models are random: the text has no meaning)")
         for host in up:
             print(f"{host.name}: {completion(host.address, 8080)!r}")
         step("check the deployed hosts")

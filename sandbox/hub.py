@@ -1,10 +1,9 @@
 """A stand-in for the Hugging Face Hub's file service, with faults that a test switches on while it runs.
 
-Two servers on loopback: the hub answers `/OWNER/REPO/resolve/REVISION/PATH` with a 302 to a signed, expiring
-address on the CDN, which is another origin (another port), so that a forwarded token is seen: the CDN records
-it and answers 400, as object stores do. Headers and error codes are those that huggingface_hub reads (its
-`file_download.py` and `utils/_http.py`). `/plain/OWNER/REPO/PATH` gives the same file without redirect, as an
-ordinary web server would.
+Two servers listen on 127.0.0.1. The hub answers `/OWNER/REPO/resolve/REVISION/PATH` with a 302 to a signed, expiring
+address on the CDN. The CDN has another port and so is another origin: it records a token that a client forwards, and
+answers 400, as object stores do. Headers and error codes are those that huggingface_hub reads (`file_download.py` and
+`utils/_http.py`). `/plain/OWNER/REPO/PATH` serves the file without a redirect, as an ordinary web server does.
 
     with Hub() as hub:
         hub.add("acme/tiny-GGUF", "tiny.gguf", path_on_disk)
@@ -34,10 +33,10 @@ from sandbox.hub_wire import server
 
 @dataclass
 class Hub:
-    """The two servers. `root`, if given, holds OWNER/REPO/PATH and is served at revision `main`.
+    """The two servers. `root`, if given, has the files OWNER/REPO/PATH, which are served at revision `main`.
 
-    `token` opens gated and private repositories; `outsider_token` is a valid token without access to them;
-    every other token is refused, as an expired one is.
+    `token` gives access to gated and private repositories; `outsider_token` is valid but gives no access to them; every
+    other token is refused like an expired token.
     """
 
     root: Path | None = None
@@ -73,10 +72,10 @@ class Hub:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stopping.set()
-        for one, thread in zip(self._servers, self._threads, strict=True):
-            one.shutdown()
+        for each, thread in zip(self._servers, self._threads, strict=True):
+            each.shutdown()
             thread.join()
-            one.server_close()
+            each.server_close()
 
     def add(
         self,
@@ -88,7 +87,7 @@ class Hub:
         revision: str = "main",
         private: bool = False,
     ) -> Entry:
-        """Publish one file; a revision exists once it has a file, under its name and under its commit."""
+        """Publish one file. A revision exists when it has a file; it can be requested by its name and by its commit."""
         entry = Entry(repo, path, file, gated, revision)
         self._entries[repo, revision, path] = self._entries[repo, entry.commit, path] = entry
         if private:
@@ -96,24 +95,22 @@ class Hub:
         return entry
 
     def fault(self, path: str, *, on: str = "cdn", times: int | None = 1, **what: int | str) -> None:
-        """Make `path` ("OWNER/REPO/FILE", "api/models/OWNER/REPO" or "*") fail; `Fault` has the names in
-        `what`.
-        """
+        """Make `path` ("OWNER/REPO/FILE", "api/models/OWNER/REPO" or "*") fail; `what` has fields of `Fault`."""
         fault = Fault(on, times, **what)  # type: ignore[arg-type]  # a name that Fault lacks raises TypeError
         self._faults.append((path, fault))
 
     def heal(self) -> None:
-        """Forget every fault."""
+        """Remove all faults."""
         self._faults.clear()
 
     def settled(self, timeout_seconds: float = 10) -> list[Request]:
-        """All requests, once none is being served any more. Raises TimeoutError."""
+        """Wait until no request is being served, and return all requests. Raises TimeoutError."""
         with self._idle:
             if not self._idle.wait_for(lambda: self._in_flight == 0, timeout_seconds):
                 raise TimeoutError(f"{self._in_flight} requests still being served after {timeout_seconds} s")
             return list(self.requests)
 
-    # What the handlers ask.
+    # Called by the handlers.
 
     def begin(self, request: Request) -> None:
         with self._idle:
@@ -126,7 +123,7 @@ class Hub:
             self._idle.notify_all()
 
     def take_fault(self, key: str, on: str, wanted: Callable[[Fault], bool]) -> Fault | None:
-        """The first fault for this path that applies now; counts it as used."""
+        """The first fault that applies to this request, or None; the fault is counted as used."""
         with self._idle:
             for path, fault in self._faults:
                 if path in (key, "*") and fault.on == on and fault.times != 0 and wanted(fault):
@@ -135,7 +132,7 @@ class Hub:
         return None
 
     def find(self, repo: str, revision: str, path: str, token: str | None) -> Entry:
-        """The file, or the Hub's own refusal (Problem), in the order in which the Hub checks."""
+        """The file. Raises the Hub's refusal (Problem), with the checks in the Hub's order."""
         self.files(repo, revision, token)
         entry = self._entries.get((repo, revision, path))
         if entry is None:
@@ -151,7 +148,7 @@ class Hub:
         return entry
 
     def files(self, repo: str, revision: str, token: str | None) -> list[Entry]:
-        """All files of a revision; gated ones too, since the Hub lists them to everyone. Raises Problem."""
+        """All files of a revision; gated files too, since the Hub lists them for everyone. Raises Problem."""
         if token not in (None, self.token, self.outsider_token):
             raise Problem(401, "", "Invalid credentials in Authorization header")
         known = {r for r, _, _ in self._entries}
@@ -169,9 +166,7 @@ class Hub:
         return f"{self.cdn_url}{quote(path)}?Expires={expires}&Signature={self._signature(path, expires)}"
 
     def signed(self, path: str, query: dict[str, list[str]]) -> Entry:
-        """The file that a CDN address names. Raises Problem 403 if it was not signed here, or no longer is
-        valid.
-        """
+        """The file of a CDN address. Raises Problem 403 if its signature is wrong or has expired."""
         expires, signature = query.get("Expires", ["0"])[0], query.get("Signature", [""])[0]
         if not hmac.compare_digest(signature, self._signature(path, expires)):
             raise Problem(403, "", "<Error><Code>SignatureDoesNotMatch</Code></Error>")

@@ -1,12 +1,15 @@
-"""What the Hub stand-in knows and says: files, faults, the record of requests, refusals."""
+"""The data of the Hub stand-in: files, faults, recorded requests, refusals."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -33,37 +36,35 @@ class Entry:
 
     @cached_property
     def sha256(self) -> str:
-        """The file's; of a large hole (a weightless model, which nobody fetches) that of its length and name."""
-        told = self.file.stat()
-        if told.st_size > HOLE_BYTES and 512 * told.st_blocks < told.st_size // 2:
-            return hashlib.sha256(f"{told.st_size} {self.path}".encode()).hexdigest()
+        """The file's sum; of a large sparse file (a weightless model, never downloaded) a sum of length and name."""
+        stat = self.file.stat()
+        if stat.st_size > HOLE_BYTES and 512 * stat.st_blocks < stat.st_size // 2:
+            return hashlib.sha256(f"{stat.st_size} {self.path}".encode()).hexdigest()
         with self.file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-HOLE_BYTES = 1 << 30  # a second or two to hash
+HOLE_BYTES = 1 << 30  # takes a second or two to hash
 
 
 @dataclass
 class Fault:
-    """What goes wrong with one path. Offsets count from the file's first byte, also in a ranged request."""
+    """A fault of one path. Offsets count from the file's first byte, also in a range request."""
 
     on: str  # "hub" or "cdn"; /plain counts as cdn
-    times: int | None  # how often; None: always
+    times: int | None  # how many times; None: always
     status: int = 0  # answer this instead of the file
     retry_after: str = ""  # header beside `status`
     cut_at: int | None = None  # reset the connection before this byte
-    close_at: int | None = None  # close it in order before this byte: Content-Length lied
-    ends_at: int | None = None  # the file is this long, and Content-Length says so
-    corrupt_at: int | None = None  # this byte comes out inverted
+    close_at: int | None = None  # close it normally before this byte: Content-Length was too large
+    ends_at: int | None = None  # serve a file of this length, with a matching Content-Length
+    corrupt_at: int | None = None  # invert this byte
     bytes_per_second: int | None = None
 
 
 @dataclass
 class Request:
-    """One request as it was served; `bytes_sent` counts the body and is final once `Hub.settled()` returned
-    it.
-    """
+    """One request as it was served. `bytes_sent` counts the body; it is final after `Hub.settled()` has returned."""
 
     server: str
     method: str
@@ -76,7 +77,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Problem(Exception):
-    """An answer that is not a file, as the Hub words it."""
+    """A refusal in the Hub's words."""
 
     status: int
     code: str
@@ -84,12 +85,26 @@ class Problem(Exception):
     headers: tuple[tuple[str, str], ...] = ()
 
 
-def byte_range(header: str, size: int) -> tuple[int, int] | None:
-    """`[start, stop)` of a Range header with one range; empty if it cannot be met, None if there is none to
-    heed.
+class Files(Protocol):
+    """The methods of `Hub` that the servers use."""
 
-    RFC 9110 section 14: what is malformed, and what asks for several ranges, may be answered with the whole
-    file.
+    address: str
+    token: str
+    stopping: threading.Event
+
+    def begin(self, request: Request) -> None: ...
+    def end(self) -> None: ...
+    def take_fault(self, key: str, on: str, wanted: Callable[[Fault], bool]) -> Fault | None: ...
+    def find(self, repo: str, revision: str, path: str, token: str | None) -> Entry: ...
+    def files(self, repo: str, revision: str, token: str | None) -> list[Entry]: ...
+    def sign(self, entry: Entry) -> str: ...
+    def signed(self, path: str, query: dict[str, list[str]]) -> Entry: ...
+
+
+def byte_range(header: str, size: int) -> tuple[int, int] | None:
+    """`[start, stop)` of a Range header; empty if it cannot be satisfied, None if the header is to be ignored.
+
+    RFC 9110 section 14: a malformed header, or one with several ranges, may be answered with the whole file.
     """
     match = re.fullmatch(r"bytes=(\d*)-(\d*)", header.strip())
     if match is None or not (match[1] or match[2]):
@@ -103,17 +118,17 @@ def byte_range(header: str, size: int) -> tuple[int, int] | None:
 
 
 def commit_of(repo: str, revision: str) -> str:
-    """The commit that stands for a revision, 40 hex digits, the same in every run."""
+    """The commit of a revision, 40 hex digits; it is the same in every run."""
     return hashlib.sha1(f"{repo}@{revision}".encode(), usedforsecurity=False).hexdigest()
 
 
 def touches(fault: Fault, span: tuple[int, int]) -> bool:
-    """Does a response with these bytes meet the fault? A range that ends before it is served well."""
+    """Does the fault affect a response with these bytes? A range without the fault's offset is served normally."""
     offsets = [n for n in (fault.cut_at, fault.close_at, fault.corrupt_at) if n is not None]
     return not offsets or any(span[0] <= n < span[1] for n in offsets)
 
 
 def blob_id(entry: Entry) -> str:
-    """git's own id of the LFS pointer file, which is what the Hub's repository holds."""
+    """The git object id of the LFS pointer file, which is in the Hub's repository."""
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{entry.sha256}\nsize {entry.size}\n".encode()
     return hashlib.sha1(f"blob {len(pointer)}\0".encode() + pointer, usedforsecurity=False).hexdigest()

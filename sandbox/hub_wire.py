@@ -1,4 +1,4 @@
-"""How the Hub stand-in answers: one handler for both of its servers, told apart by `role`."""
+"""The HTTP handler of the Hub stand-in's two servers; `role` says which of them it answers for."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ import socket
 import struct
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from sandbox.hub_data import Entry, Fault, Problem, Request, blob_id, byte_range, touches
-
-if TYPE_CHECKING:
-    from sandbox.hub import Hub
+from sandbox.hub_data import Entry, Fault, Files, Problem, Request, blob_id, byte_range, touches
 
 CHUNK_BYTES = 1 << 20
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER on, with 0 s: socket(7)
@@ -25,7 +22,7 @@ PLAIN = re.compile(r"^/plain/(?P<repo>[^/]+/[^/]+)/(?P<path>.+)$")
 
 
 class _Handler(BaseHTTPRequestHandler):
-    hub: Hub
+    hub: Files
     role: str
     protocol_version = "HTTP/1.1"
     server_version = "sandbox-hub"
@@ -47,20 +44,20 @@ class _Handler(BaseHTTPRequestHandler):
         except Problem as problem:
             self._refuse(problem)
         except (BrokenPipeError, ConnectionResetError, TimeoutError):
-            self.close_connection = True  # the client went away, which is its right
+            self.close_connection = True  # the client closed the connection, which is allowed
         finally:
             self.hub.end()
 
     def _hub(self, path: str, token: str | None) -> None:
         if match := RESOLVE.match(path):
-            self._fail_if_told(f"{match['repo']}/{match['path']}")
+            self._raise_fault(f"{match['repo']}/{match['path']}")
             self._redirect(self.hub.find(match["repo"], match["revision"], match["path"], token))
         elif match := PLAIN.match(path):
             entry = self.hub.find(match["repo"], "main", match["path"], self.hub.token)
-            self._fail_if_told(entry.key, on="cdn")
+            self._raise_fault(entry.key, on="cdn")
             self._file(entry)
         elif match := API.match(path):
-            self._fail_if_told(f"api/models/{match['repo']}")
+            self._raise_fault(f"api/models/{match['repo']}")
             self._list(self.hub.files(match["repo"], match["revision"] or "main", token), match["kind"] or "revision")
         else:
             raise Problem(404, "", "Not found")
@@ -73,10 +70,10 @@ class _Handler(BaseHTTPRequestHandler):
                 "<Error><Code>InvalidArgument</Code><Message>Only one auth mechanism allowed</Message></Error>",
             )
         entry = self.hub.signed(path, parse_qs(urlsplit(self.path).query))
-        self._fail_if_told(entry.key)
+        self._raise_fault(entry.key)
         self._file(entry)
 
-    def _fail_if_told(self, key: str, on: str = "") -> None:
+    def _raise_fault(self, key: str, on: str = "") -> None:
         fault = self.hub.take_fault(key, on or self.role, lambda f: f.status != 0)
         if fault:
             headers = (("Retry-After", fault.retry_after),) if fault.retry_after else ()
@@ -131,8 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._text(200, json.dumps(body), [("Content-Type", "application/json"), ("X-Repo-Commit", commit)])
 
     def _file(self, entry: Entry) -> None:
-        touched = byte_range(self.headers.get("Range", ""), entry.size) or (0, entry.size)
-        fault = self.hub.take_fault(entry.key, "cdn", lambda f: not f.status and touches(f, touched))
+        requested = byte_range(self.headers.get("Range", ""), entry.size) or (0, entry.size)
+        fault = self.hub.take_fault(entry.key, "cdn", lambda f: not f.status and touches(f, requested))
         size = entry.size if fault is None or fault.ends_at is None else min(entry.size, fault.ends_at)
         etag = f'"{entry.sha256}"'
         headers = [("ETag", etag), ("Accept-Ranges", "bytes"), ("Content-Type", "application/octet-stream")]
@@ -192,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Silent: `Hub.requests` is the log."""
+        """Log nothing: `Hub.requests` is the log."""
 
 
 class Server(ThreadingHTTPServer):
@@ -200,7 +197,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 64
 
     def shutdown_request(self, request: socket.socket | tuple[bytes, socket.socket]) -> None:
-        """The standard one ends in order first, which would make an end of a reset."""
+        """Close without a normal end if the connection is to be reset; the standard method would end it normally."""
         assert isinstance(request, socket.socket)
         if request.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, len(RESET_ON_CLOSE)) == RESET_ON_CLOSE:
             self.close_request(request)
@@ -208,6 +205,6 @@ class Server(ThreadingHTTPServer):
             super().shutdown_request(request)
 
 
-def server(hub: Hub, role: str, port: int) -> Server:
+def server(hub: Files, role: str, port: int) -> Server:
     handler = type(f"_{role.capitalize()}Handler", (_Handler,), {"hub": hub, "role": role})
     return Server((hub.address, port), handler)

@@ -1,7 +1,7 @@
-"""The numbers of the test models as data: published models, as their publishers give them, and two tiny ones.
+"""The numbers of the test models as data: published models, and tiny models that can be served.
 
-Numbers of a published model: its config.json on the Hub. Its sizes and how many tensors it has: printed by
-llama.cpp for published files, as `sizes` says.
+The numbers of a published model are from its config.json on the Hub. Its file sizes and its number of tensors are from
+llama.cpp's logs for published files; `sizes` gives the source.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Value = int | float | str | bool | list[int]
 
 @dataclass(frozen=True)
 class Layout:
-    """The numbers of one model. Lengths are elements, `context` and `window` tokens."""
+    """The numbers of one model. Lengths are in elements, `context` and `window` in tokens."""
 
     name: str
     architecture: str
@@ -30,7 +30,7 @@ class Layout:
     experts: int = 0
     experts_used: int = 0
     expert_ff: int = 0  # of one expert, where it is not `ff`
-    shared_ff: int = 0  # of the experts that see every token
+    shared_ff: int = 0  # of the shared experts, which process every token
     dense_blocks: int = 0  # the first blocks, without experts
     nextn: int = 0  # of `blocks`, the last ones: for multi-token prediction
     window: int = 0
@@ -40,9 +40,9 @@ class Layout:
     rope_factors: bool = False  # has rope_freqs.weight
     extra: dict[str, Value] = field(default_factory=dict)  # metadata; keys without the architecture
     quant: str = "Q4_K_M"
-    # Tensors' size by mix as llama.cpp prints it, two decimals, and who published that figure.
+    # Size of all tensors by quantisation as llama.cpp prints it, two decimals, with the source of the figure.
     sizes: dict[str, tuple[float, str]] = field(default_factory=dict)
-    tensors: int = 0  # how many a published log counts
+    tensors: int = 0  # number of tensors in a published log
 
     def number(self, key: str) -> int:
         """A whole number of `extra`."""
@@ -52,11 +52,11 @@ class Layout:
 
     @property
     def is_70b(self) -> bool:
-        """What llama-quantize takes for LLM_TYPE_70B (src/models/llama.cpp): 80 layers, grouped queries."""
+        """Does llama-quantize treat the model as LLM_TYPE_70B (src/models/llama.cpp: 80 layers, grouped queries)?"""
         return self.architecture == "llama" and self.blocks == 80 and self.heads != self.kv_heads
 
 
-# What the models of one family share.
+# Metadata that the models of a family share.
 LLAMA3: dict[str, Any] = {
     "architecture": "llama", "vocab": 128256, "head_dim": 128, "kv_heads": 8, "rope_factors": True,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What this machine must have before hosts run on it; every refusal says what is missing and what to do."""
+"""Requirements of the machine on which hosts run; each error says what is missing and what to do."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ TOOLS = {
 }
 LISTENING = "0A"  # state column of /proc/net/tcp
 INOTIFY = Path("/proc/sys/fs/inotify/max_user_instances")
-INOTIFY_A_HOST = 12  # instances; a fresh host has 6, and to the kernel the root of all hosts is one user
+INOTIFY_A_HOST = 12  # instances; a new host uses 6, and the kernel counts root of all hosts as one user
 
 
 def check() -> None:
-    """Raises SandboxError when hosts cannot run here."""
+    """Check that hosts can run on this machine. Raises SandboxError."""
     check_root()
     if packages := missing():
         raise SandboxError(
@@ -43,28 +43,28 @@ def check() -> None:
     )
     if trial.returncode:
         raise SandboxError(
-            f"this machine lets root make no mounts and namespaces ({trial.stderr.strip()}), so "
+            f"root cannot create mounts and namespaces on this machine ({trial.stderr.strip()}), so "
             "systemd-nspawn cannot run; in a container this means --privileged"
         )
 
 
 def check_root() -> None:
     if os.geteuid() != 0:
-        raise SandboxError(f"hosts need root (mounts, namespaces), and this is user {os.geteuid()}: run it with sudo")
+        raise SandboxError(f"hosts need root (for mounts and namespaces), but this is user {os.geteuid()}: use sudo")
 
 
 def missing() -> list[str]:
-    """Debian packages that hold the tools not found here."""
+    """The Debian packages of the tools that are missing on this machine."""
     return sorted({package for tool, package in TOOLS.items() if not shutil.which(tool)})
 
 
 def install_missing() -> list[str]:
-    """Install them with apt-get. Raises SandboxError where that is not possible."""
+    """Install the missing packages with apt-get and return them. Raises SandboxError if there is no apt-get."""
     check_root()
     packages = missing()
     if packages:
         if not shutil.which("apt-get"):
-            raise SandboxError(f"{' '.join(packages)} must be installed, and this machine has no apt-get")
+            raise SandboxError(f"{' '.join(packages)} must be installed, but this machine has no apt-get")
         subprocess.run(["apt-get", "-qq", "update"], check=True)
         subprocess.run(
             ["apt-get", "-qqy", "install", "--no-install-recommends", *packages],
@@ -76,7 +76,7 @@ def install_missing() -> list[str]:
 
 
 def check_binds(binds: Iterable[str]) -> None:
-    """Raises SandboxError unless each is SRC:DST or SRC:DST:ro, with an existing SRC and an absolute DST."""
+    """Check that each is SRC:DST or SRC:DST:ro, with an existing SRC and an absolute DST. Raises SandboxError."""
     for bind in binds:
         parts = bind.removesuffix(":ro").split(":")
         if len(parts) != 2 or not parts[1].startswith("/"):
@@ -86,14 +86,14 @@ def check_binds(binds: Iterable[str]) -> None:
 
 
 def ssh_port() -> int:
-    """22, or 2222 where this machine's own sshd listens on port 22 of all addresses."""
+    """The hosts' SSH port: 22, or 2222 if this machine's sshd listens on port 22 of all addresses."""
     return SSH_PORT_BESIDE_THE_MACHINES_OWN if SSH_PORT in _listening_everywhere() else SSH_PORT
 
 
 def check_address(address: str, port: int) -> None:
-    """Raises SandboxError when somebody listens there already."""
+    """Check that no process listens on this address and port. Raises SandboxError."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections of a host before do not count
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore closed connections of an earlier host
         try:
             probe.bind((address, port))
             probe.listen(1)
@@ -106,7 +106,7 @@ def check_address(address: str, port: int) -> None:
 
 
 def allow_hosts(count: int, before: Path) -> None:
-    """Raise the limit on inotify instances: the usual 128 do for ten hosts. `before` keeps the old value."""
+    """Raise the limit on inotify instances (the usual 128 are enough for ten hosts); `before` stores the old value."""
     limit = int(INOTIFY.read_text())
     wanted = 128 + count * INOTIFY_A_HOST
     if limit < wanted:
@@ -123,9 +123,9 @@ def restore(before: Path) -> None:
 
 
 def unmount_below(folder: Path) -> None:
-    """Detach mounts under a folder before it is deleted, lest what is mounted there be deleted with it.
+    """Detach all mounts under a folder, so that deleting the folder deletes no mounted files.
 
-    Hosts keep their mounts to themselves, so there are none unless somebody made one by hand.
+    Hosts have private mount namespaces: a mount here was made by hand.
     """
     mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
     for place in reversed([m for m in mounted if Path(m.replace("\\040", " ")).is_relative_to(folder)]):
@@ -133,7 +133,7 @@ def unmount_below(folder: Path) -> None:
 
 
 def _listening_everywhere() -> set[int]:
-    """Ports with a listener on 0.0.0.0 or ::, see proc_net_tcp(5)."""
+    """TCP ports with a listener on 0.0.0.0 or ::, see proc_net_tcp(5)."""
     ports = set()
     for file in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
         for line in file.read_text().splitlines()[1:] if file.exists() else ():

@@ -1,9 +1,9 @@
-"""Test models, made on the spot: tiny ones that really answer, and weightless ones of any published size.
+"""Make test models: tiny models that can be served, and weightless models of any published size.
 
-A model is a `Layout` (`sandbox/layouts.py`): its numbers as data. `tensors()` derives every tensor with its
-type as llama-quantize would choose it. `make()` writes a GGUF whose weights are random (`TINY`, a few MB,
-served by a real llama-server) or a hole in the file (`PUBLISHED`: gpt-oss-120b takes 6 MB of disk; enough for
-whatever reads the header, llama-server's own memory breakdown included).
+A `Layout` (`sandbox/layouts.py`) has a model's numbers. `tensors()` derives every tensor, with the type that
+llama-quantize would choose. `make()` writes a GGUF file: with random weights (`TINY`, a few MB, served by a real
+llama-server), or with a hole in their place (`PUBLISHED`). gpt-oss-120b then takes 6 MB of disk, and every program that
+reads only the header works with it, llama-server's memory breakdown included.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CHAT_TEMPLATE = (
 
 
 class _Writer(GGUFWriter):  # type: ignore[misc]  # untyped, see pyproject.toml
-    """Packs the vocabulary's long arrays at once: item by item takes the reference writer a second a model."""
+    """Pack the vocabulary's long arrays in one call; item by item the base class needs a second for each model."""
 
     _FORMATS: ClassVar = {
         int: (GGUFValueType.INT32, "i"),
@@ -71,16 +71,16 @@ class Tensor:
 
 
 def tiny(folder: Path, kind: str = "dense", *, quant: str = "F16", seed: int = 0, shards: int = 1) -> Path:
-    """A servable model of random weights: "dense" (5 MB), "moe" (15 MB), or with attention windows ("windowed"),
-    recurrent state beside attention ("hybrid") or instead of it ("recurrent"); the same bytes for the same arguments.
+    """Make a model with random weights that can be served; equal arguments give equal bytes.
 
-    `quant` is F16 or Q8_0. Returns the (first) file, in `folder`.
+    `kind` is "dense" (5 MB), "moe" (15 MB), "windowed" (attention windows), "hybrid" (recurrent state beside attention)
+    or "recurrent" (recurrent state only); `quant` is F16 or Q8_0. Returns the (first) file, in `folder`.
     """
     return make(TINY[kind], folder, quant=quant, seed=seed, shards=shards)
 
 
 def weightless(folder: Path, layout: Layout | str, quant: str = "", *, shards: int = 1) -> Path:
-    """A published model without its weights: the full header, then a hole up to the full size. See `make`."""
+    """Make a published model without its weights: the whole header, then a hole up to the full size. See `make`."""
     return make(
         PUBLISHED[layout] if isinstance(layout, str) else layout,
         folder,
@@ -91,7 +91,7 @@ def weightless(folder: Path, layout: Layout | str, quant: str = "", *, shards: i
 
 
 def make(layout: Layout, folder: Path, *, quant: str = "", seed: int | None = None, shards: int = 1) -> Path:
-    """Write the model as GGUF into `folder`; with no `seed` the weights are a hole. Returns the (first) file.
+    """Write the model as GGUF into `folder`; without `seed` the weights are a hole. Returns the (first) file.
 
     Several shards are named and numbered as llama-gguf-split does: NAME-00001-of-0000N.gguf.
     """
@@ -112,7 +112,7 @@ def make(layout: Layout, folder: Path, *, quant: str = "", seed: int | None = No
 def write_header(
     file: Path, architecture: str, values: Mapping[str, object], table: Iterable[Tensor], per_shard: int = 0
 ) -> None:
-    """Everything of a GGUF but the tensors' data; in shards of so many tensors, 0 for one file."""
+    """Write a GGUF without the tensors' data, in shards of `per_shard` tensors (0: one file)."""
     writer = _Writer(file, architecture, split_max_tensors=per_shard)
     for key, value in values.items():
         _add(writer, key, value)
@@ -126,7 +126,7 @@ def write_header(
 
 
 def leave_hole(file: Path, table: Iterable[Tensor]) -> int:
-    """Make the file as long as the tensors' data would; gives where they would begin."""
+    """Extend the file by the size of the tensors' data; returns the offset at which the data would begin."""
     start = _padded(file.stat().st_size)
     with file.open("r+b") as stream:
         stream.truncate(start + sum(_padded(tensor.nbytes) for tensor in table))
@@ -134,14 +134,14 @@ def leave_hole(file: Path, table: Iterable[Tensor]) -> int:
 
 
 def tensors(layout: Layout, quant: str) -> Iterator[Tensor]:
-    """Every tensor of the model in file order, with the type that llama-quantize gives it."""
+    """All tensors of the model in file order, with the types that llama-quantize gives them."""
     table = list(shapes(layout))
     for (name, shape), kind in zip(table, tensor_types(layout, quant, table), strict=True):
         yield Tensor(name, shape, kind)
 
 
 def metadata(layout: Layout, quant: str) -> dict[str, Any]:
-    """The header's keys and values; the keys are those that llama.cpp reads (src/llama-arch.cpp)."""
+    """The header's metadata, with the keys that llama.cpp reads (src/llama-arch.cpp)."""
     own: dict[str, Any] = {
         "block_count": layout.blocks,
         "context_length": layout.context,
@@ -172,9 +172,7 @@ def metadata(layout: Layout, quant: str) -> dict[str, Any]:
 
 
 def tokenizer(size: int) -> dict[str, Any]:
-    """A SentencePiece vocabulary: three control tokens, all bytes, then printable ASCII, syllables and
-    filler.
-    """
+    """A SentencePiece vocabulary of `size` tokens: control tokens, all bytes, printable ASCII, syllables, filler."""
     control = ["<unk>", "<s>", "</s>"]
     syllables = [a + b for a in "bcdfghjklmnprstvwz" for b in "aeiou"]
     words = ["\u2581", *map(chr, range(0x21, 0x7F)), *syllables, *("\u2581" + s for s in syllables)]
@@ -198,7 +196,7 @@ def tokenizer(size: int) -> dict[str, Any]:
 
 
 def _add(writer: GGUFWriter, key: str, value: object) -> None:
-    """bool before int: a bool is an int to Python, but not to GGUF."""
+    """Add a value with its GGUF type; bool comes before int, since a Python bool is an int."""
     match value:
         case bool():
             writer.add_bool(key, value)
@@ -215,7 +213,7 @@ def _add(writer: GGUFWriter, key: str, value: object) -> None:
 
 
 def _fill(file: Path, table: list[Tensor], layout: Layout, seed: int | None) -> None:
-    """Append the tensor data: random with a seed, else nothing but length."""
+    """Append the tensors' data: random values with a seed, else a hole."""
     start = leave_hole(file, table)
     if seed is None:
         return
@@ -227,9 +225,7 @@ def _fill(file: Path, table: list[Tensor], layout: Layout, seed: int | None) -> 
 
 
 def _values(tensor: Tensor, layout: Layout, seed: int) -> np.ndarray[Any, Any]:
-    """Weights that keep activations near one; only printable tokens get a logit, so a reply is readable
-    text.
-    """
+    """Random weights that keep activations near 1; only printable tokens get logits, so a reply is readable text."""
     generator = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
     if "norm" in tensor.name:
         return np.ones(tensor.shape[::-1], np.float32)

@@ -5,9 +5,11 @@ afterwards only returns the paths (oracle_build.py).
 
 `ask()` tells what llama-server would allocate: a model (weightless is enough) and flags in, MiB by device
 out. With its default `--fit on` llama-server first makes the model and the context without memory, exactly as
-the flags say, and prints where the bytes would be (common/fit.cpp:149). Only then does fit change anything;
-it is ended before that. ggml-rpc-server's devices stand in for GPUs; they have no size of their own (each
-reports the machine's RAM), which does not matter because nothing is allocated.
+the flags say, and prints where the bytes would be (common/fit.cpp, common_memory_breakdown_print). Only then
+does fit change anything; it is ended before that. ggml-rpc-server's devices stand in for GPUs; they have no
+size of their own (each reports the machine's RAM), which does not matter because nothing is allocated.
+
+Decision 5: docs/decisions/0005-known-or-bound-never-guessed.md.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic, sleep
 
-from sandbox.oracle_build import Oracle, OracleError, build, end
+from sandbox.oracle_build import Oracle, OracleError, Source, build, end
 
-__all__ = ["Breakdown", "Oracle", "OracleError", "Row", "ask", "build", "free_port", "rpc_server", "serving"]
+__all__ = ["Breakdown", "Oracle", "OracleError", "Row", "Source", "ask", "build", "free_port", "rpc_server", "serving"]
 
 START_TIMEOUT_SECONDS = 60
 STOP_TIMEOUT_SECONDS = 10
@@ -103,24 +105,27 @@ def ask(
     *,
     server: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    oracle: Oracle | None = None,
 ) -> Breakdown:
     """What llama-server would allocate for these flags (no model, port or --fit among them).
 
     `devices` RPC devices are there for it, all by default unless the flags say --device. `server` is another
-    llama-server than the oracle's own. Raises OracleError with the end of its log.
+    llama-server than the oracle's own, `oracle` programs of another release than the pinned one. Raises OracleError
+    with the end of its log.
     """
     if given := [flag for flag in flags if flag in REFUSED_FLAGS]:
         raise OracleError(f"{given[0]} is not for the oracle: leave it out, its default prints the breakdown")
     with ExitStack() as stack:
-        rpc = ("--rpc", stack.enter_context(rpc_server(devices))) if devices else ()
-        command = [str(server or build().llama_server), "-m", str(model), *rpc, *flags, "-lv", "5", "--port", "0"]
+        rpc = ("--rpc", stack.enter_context(rpc_server(devices, oracle))) if devices else ()
+        program = server or (oracle or build()).llama_server
+        command = [str(program), "-m", str(model), *rpc, *flags, "-lv", "5", "--port", "0"]
         return _breakdown(command, {**os.environ, **(environment or {})})
 
 
 @contextmanager
-def rpc_server(devices: int) -> Iterator[str]:
+def rpc_server(devices: int, oracle: Oracle | None = None) -> Iterator[str]:
     """A fresh ggml-rpc-server with that many devices on a free port of the loopback; its endpoint."""
-    program = build().rpc_server
+    program = (oracle or build()).rpc_server
     for _ in range(START_ATTEMPTS):
         endpoint = ("127.0.0.1", free_port())
         command = [str(program), "-H", endpoint[0], "-p", str(endpoint[1]), "-d", ",".join(["CPU"] * devices)]

@@ -24,7 +24,7 @@ from sandbox.state import SandboxError, current
 FOLDER = upstream.CACHE / "llama.cpp-cpu"
 COMPILER = ("cmake", "g++", "git", "make", "ninja-build")  # Debian packages, all that a deploy installs to compile
 TARGETS = ("llama-server", "ggml-rpc-server")
-# Those of a deploy for the CPU (llamafleet/builds.py), or its object files would be others; and RPC.
+# Those of a deploy for the CPU (llamafleet/build/release.py), or its object files would be others; and RPC.
 FLAGS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=ON",
@@ -71,6 +71,15 @@ class OracleError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Source:
+    """A release of llama.cpp in a local git repository."""
+
+    repository: Path
+    commit: str
+    tag: str  # bNNNNN
+
+
+@dataclass(frozen=True)
 class Oracle:
     """The built programs."""
 
@@ -87,30 +96,33 @@ def compiling() -> Iterator[None]:
 
 
 @cache
-def build(jobs: int | None = None) -> Oracle:
-    """The programs, compiled if the cache has none for this commit and these flags. Raises OracleError."""
-    commit = upstream.ensure()
-    recipe = (commit, *FLAGS, compiler_cache.LAUNCHER, ENTER, COPY_LIBRARIES, RUN)
+def build(jobs: int | None = None, source: Source | None = None) -> Oracle:
+    """The programs, compiled if the cache has none for this commit and these flags. Raises OracleError.
+
+    `source` is another release than the pinned one (bench/adopt.py).
+    """
+    source = source or Source(upstream.REPOSITORY, upstream.ensure(), upstream.TAG)
+    recipe = (source.commit, *FLAGS, compiler_cache.LAUNCHER, ENTER, COPY_LIBRARIES, RUN)
     folder = FOLDER / hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:12]
     if not (folder / "done").exists():
         with compiling():
             if not (folder / "done").exists():
-                _compile(folder, commit, jobs or os.cpu_count() or 1)
+                _compile(folder, source, jobs or os.cpu_count() or 1)
                 (folder / "done").touch()
     return Oracle(folder / TARGETS[0], folder / TARGETS[1])
 
 
-def _compile(folder: Path, commit: str, jobs: int) -> None:
+def _compile(folder: Path, source: Source, jobs: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     disk = folder / "disk"
     tree = disk / "upper" / TREE
     tree.mkdir(parents=True)
     with (folder / "build.log").open("wb") as log:
-        _export(commit, disk / "upper" / SOURCE, log)
+        _export(source, disk / "upper" / SOURCE, log)
         within = _root(disk)
         at = Path("/") if within else disk / "upper"
-        number = upstream.TAG.removeprefix("b")
-        stamp = (f"-DLLAMA_BUILD_NUMBER={number}", f"-DLLAMA_BUILD_COMMIT={commit[:7]}")
+        number = source.tag.removeprefix("b")
+        stamp = (f"-DLLAMA_BUILD_NUMBER={number}", f"-DLLAMA_BUILD_COMMIT={source.commit[:7]}")
         configure = ["cmake", "-S", str(at / SOURCE), "-B", str(at / TREE), "-G", "Ninja", *FLAGS, *stamp]
         _run([*within, *configure], log)
         _run([*within, "cmake", "--build", str(at / TREE), "-j", str(jobs), "--target", *TARGETS], log)
@@ -123,12 +135,12 @@ def _compile(folder: Path, commit: str, jobs: int) -> None:
     shutil.rmtree(disk)
 
 
-def _export(commit: str, source: Path, log: IO[bytes]) -> None:
-    """The source of that commit, without git's folder."""
-    source.mkdir(parents=True)
-    archive = ["git", f"--git-dir={upstream.REPOSITORY}", "archive", commit]
+def _export(source: Source, folder: Path, log: IO[bytes]) -> None:
+    """The files of that commit, without git's folder."""
+    folder.mkdir(parents=True)
+    archive = ["git", f"--git-dir={source.repository}", "archive", source.commit]
     with subprocess.Popen(archive, stdout=subprocess.PIPE) as tree:
-        _run(["tar", "-x", "-C", str(source)], log, stdin=tree.stdout)
+        _run(["tar", "-x", "-C", str(folder)], log, stdin=tree.stdout)
 
 
 def _root(disk: Path) -> list[str]:

@@ -1,16 +1,16 @@
-"""Small weightless models of any architecture, from an outline in YAML: its metadata and its tensors' shapes.
+"""Make small weightless models of any architecture from an outline in YAML: metadata and the tensors' shapes.
 
     architecture: gemma2
     vocabulary: 4096
     metadata: {block_count: 6, embedding_length: 512, ...}      keys without the architecture
-    others: {xielu.beta: [0.5, ...]}                            keys that have none
-    tensors:                                                    of the whole model; "output.*": none if it is tied
+    others: {xielu.beta: [0.5, ...]}                            keys that never have it
+    tensors:                                                    of the whole model; no "output.*" if it is tied
       token_embd.weight: [512, 4096]
-    layers:                                                     of each layer, by the layers that have them
+    layers:                                                     of each layer, by layer numbers
       all: {attn_norm.weight: [512], attn_q.weight: [512, 1024]}
       0-2,5: {ffn_up.weight: [512, 2048]}
 
-Matrices are Q8_0 where their rows allow it, all the rest and what `f32` names (a regular expression) is F32.
+A matrix is Q8_0 if its rows allow it and its name does not match the regular expression `f32`; all else is F32.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from gguf import GGMLQuantizationType as Q
 
 from sandbox.models import Tensor, leave_hole, tokenizer, write_header
 
-BLOCK = 32  # elements of a row that Q8_0 takes together
-# llama-quantize leaves these as they are (src/llama-quant.cpp, tensor_allows_quantization).
+BLOCK = 32  # elements in a block of Q8_0
+# llama-quantize does not quantise these tensors (src/llama-quant.cpp, tensor_allows_quantization).
 KEPT = re.compile(
     r".*(_norm|ffn_gate_inp|ssm_conv1d|shortconv\.conv|time_mix_lerp|altup|laurel|per_layer_model_proj).*"
 )
@@ -34,30 +34,30 @@ KEPT = re.compile(
 
 def read(outline: Path) -> dict[str, Any]:
     """The outline as data."""
-    found = yaml.safe_load(outline.read_text())
-    assert isinstance(found, dict), outline
-    return found
+    content = yaml.safe_load(outline.read_text())
+    assert isinstance(content, dict), outline
+    return content
 
 
 def weightless(outline: Path, folder: Path) -> Path:
     """Write the model's header and a hole for its weights into `folder`."""
-    told = read(outline)
+    content = read(outline)
     file = folder / f"{outline.stem}.gguf"
-    values = {f"{told['architecture']}.{key}": value for key, value in told["metadata"].items()}
-    values |= {"general.name": outline.stem, **told.get("others", {}), **tokenizer(told["vocabulary"])}
-    table = list(_tensors(told))
-    write_header(file, told["architecture"], values, table)
+    values = {f"{content['architecture']}.{key}": value for key, value in content["metadata"].items()}
+    values |= {"general.name": outline.stem, **content.get("others", {}), **tokenizer(content["vocabulary"])}
+    table = list(_tensors(content))
+    write_header(file, content["architecture"], values, table)
     leave_hole(file, table)
     return file
 
 
-def _tensors(told: dict[str, Any]) -> Iterator[Tensor]:
-    f32 = re.compile(told.get("f32", "^$"))
-    for name, shape in told["tensors"].items():
+def _tensors(outline: dict[str, Any]) -> Iterator[Tensor]:
+    f32 = re.compile(outline.get("f32", "^$"))
+    for name, shape in outline["tensors"].items():
         yield Tensor(name, tuple(shape), _type(name, shape, f32))
-    count = told["metadata"]["block_count"]
+    count = outline["metadata"]["block_count"]
     for layer in range(count):
-        for which, parts in told["layers"].items():
+        for which, parts in outline["layers"].items():
             if layer in _numbers(str(which), count):
                 for part, shape in parts.items():
                     yield Tensor(f"blk.{layer}.{part}", tuple(shape), _type(part, shape, f32))
@@ -71,7 +71,7 @@ def _type(name: str, shape: list[int], f32: re.Pattern[str]) -> Q:
 
 
 def _numbers(text: str, count: int) -> set[int]:
-    """ "0-2,5" as numbers; "all" as every one."""
+    """Layer numbers of a text such as "0-2,5"; "all" gives every number below `count`."""
     if text == "all":
         return set(range(count))
     ends = (part.partition("-") for part in text.split(","))

@@ -1,9 +1,9 @@
-"""The outside world of the sandbox in one piece: GitHub's and the Hub's stand-ins with small models.
+"""The stand-ins for GitHub and the Hub together, with small models.
 
     python -m sandbox.outside start    serves in the background until `stop`
     python -m sandbox.outside stop
 
-While it runs, `.cache/sandbox/outside.json` says where; `inventory/sandbox.py` reads it.
+While the stand-ins run, `.cache/sandbox/outside.json` has their addresses; `inventory/sandbox.py` reads it.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from sandbox.hub import Hub
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 STATE = CACHE / "sandbox" / "outside.json"
-# The hosts' shared build cache, here and as they see it.
+# The hosts' shared build cache: the path on this machine and the path on the hosts.
 BUILDS = CACHE / "builds"
 BUILDS_ON_HOST = "/var/cache/llamafleet-builds"
 START_SECONDS = 180.0  # the first start downloads llama.cpp's source and imports it into git
 
-# Repository on the Hub: the tiny model that it holds, and in how many shards.
+# Tiny models by repository on the Hub: kind and number of shards.
 MODELS = {"llamafleet/tiny-dense-GGUF": ("dense", 1), "llamafleet/tiny-moe-GGUF": ("moe", 3)}
 
 
 @dataclass(frozen=True)
 class Outside:
-    """Where the stand-ins are: what settings need to use them instead of the real ones."""
+    """The addresses of the running stand-ins."""
 
     repository: str
     clone: Path  # the repository that is served, on this machine
@@ -45,13 +45,13 @@ class Outside:
     sources: dict[str, str]
 
     def settings(self) -> dict[str, object]:
-        """Settings that point a host at the stand-ins; hosts that share this machine's cores have no usual speed."""
+        """Settings with which a host uses the stand-ins; no speed floor, since hosts share this machine's cores."""
         return {"llama_cpp_repository": self.repository, "hub_endpoint": self.hub.url, "speed_floor_percent": 0}
 
 
 @contextlib.contextmanager
 def running(repository: Path = upstream.REPOSITORY) -> Iterator[Outside]:
-    """Serve until the block ends; `sources` maps "dense" and "moe" to what an instance names."""
+    """Serve until the block ends; `sources` has an instance's `source` for each kind of model ("dense", "moe")."""
     upstream.ensure()
     # A folder of its own: others, which may serve at the same time, write files of the same names.
     with upstream_wire.serve(repository) as url, Hub() as hub, tempfile.TemporaryDirectory() as made:
@@ -67,12 +67,12 @@ def running(repository: Path = upstream.REPOSITORY) -> Iterator[Outside]:
 
 
 def serve() -> None:
-    """Serve in the foreground until SIGTERM, and tell where in the state file."""
+    """Serve in the foreground until SIGTERM; the state file has the addresses meanwhile."""
     with running() as outside:
-        found = {"pid": os.getpid(), "settings": outside.settings(), "sources": outside.sources}
+        addresses = {"pid": os.getpid(), "settings": outside.settings(), "sources": outside.sources}
         STATE.parent.mkdir(parents=True, exist_ok=True)
         new = STATE.with_suffix(".new")
-        new.write_text(json.dumps(found))
+        new.write_text(json.dumps(addresses))
         new.replace(STATE)
         try:
             signal.sigwait({signal.SIGTERM, signal.SIGINT})
@@ -81,7 +81,7 @@ def serve() -> None:
 
 
 def start() -> None:
-    """Serve in the background, unless that is so already."""
+    """Serve in the background, if the stand-ins do not run yet."""
     if is_running():
         return
     STATE.unlink(missing_ok=True)
@@ -100,7 +100,7 @@ def start() -> None:
 
 
 def is_running() -> bool:
-    """Does the process that the state file names still serve?"""
+    """Does the process of the state file still run?"""
     try:
         pid = int(json.loads(STATE.read_text())["pid"])
         return b"sandbox.outside" in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # Before any thread: they inherit the mask, so that only sigwait sees these signals.
+    # Before any thread is started: threads inherit the mask, so that only sigwait receives these signals.
     if sys.argv[1:] == ["serve"]:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     main(sys.argv[1:])

@@ -1,6 +1,6 @@
-"""The type that llama-quantize gives a tensor: llama.cpp's src/llama-quant.cpp at b11434, for the mixes used here.
+"""The types that llama-quantize gives to tensors, for the quantisations used here (src/llama-quant.cpp at b11434).
 
-IQ4_XS is that of a quantisation with an importance matrix, as published ones are.
+IQ4_XS follows the rules for quantisation with an importance matrix, as in published files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType as Q
 
 from sandbox.layouts import Layout
 
-# What general.file_type says, and the type that most tensors have (llama_ftype_get_default_type).
+# By quantisation: general.file_type, and the type of most tensors (llama_ftype_get_default_type).
 MIXES: dict[str, tuple[LlamaFileType, Q]] = {
     "F16": (LlamaFileType.MOSTLY_F16, Q.F16),
     "Q8_0": (LlamaFileType.MOSTLY_Q8_0, Q.Q8_0),
@@ -24,7 +24,7 @@ MIXES: dict[str, tuple[LlamaFileType, Q]] = {
     "IQ4_XS": (LlamaFileType.MOSTLY_IQ4_XS, Q.IQ4_XS),
     "MXFP4": (LlamaFileType.MOSTLY_MXFP4_MOE, Q.MXFP4),
 }
-# tensor_type_fallback: where a row is no multiple of 256.
+# tensor_type_fallback: the types for rows that are no multiple of 256.
 FALLBACKS = {Q.Q3_K: Q.Q4_0, Q.Q4_K: Q.Q5_0, Q.Q5_K: Q.Q5_1, Q.Q6_K: Q.Q8_0, Q.IQ4_XS: Q.IQ4_NL}
 # Matrices that the converter keeps in F32 (conversion/base.py), and others that llama-quantize then leaves
 # in F16 (tensor_allows_quantization).
@@ -36,8 +36,8 @@ ATTENTION_V = re.compile(r"attn_(v|qkv)\.weight")
 
 
 def tensor_types(layout: Layout, quant: str, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> list[Q]:
-    """Each tensor's type in a file of that mix."""
-    values = [name for name, _ in shapes if ATTENTION_V.search(name)]  # llama-quantize counts them as they come
+    """Each tensor's type in a file of this quantisation."""
+    values = [name for name, _ in shapes if ATTENTION_V.search(name)]  # llama-quantize counts them in file order
     types = []
     for name, shape in shapes:
         wanted = _kept(name, shape, quant)
@@ -49,16 +49,16 @@ def tensor_types(layout: Layout, quant: str, shapes: Sequence[tuple[str, tuple[i
 
 
 def _kept(name: str, shape: tuple[int, ...], quant: str) -> Q | None:
-    """The type that llama-quantize leaves as the converter chose it; None where it chooses anew."""
+    """The converter's type if llama-quantize keeps it; None if llama-quantize chooses another."""
     if len(shape) == 1 or not name.endswith(".weight") or KEPT_F32.search(name):
         return Q.F32
     return Q.F16 if quant == "F16" or KEPT_F16.search(name) else None
 
 
 def _mixed(layout: Layout, quant: str, name: str, values: list[str]) -> Q:
-    """llama_tensor_get_type_impl (llama-quant.cpp:455-715)."""
+    """The type of one tensor (src/llama-quant.cpp, llama_tensor_get_type_impl)."""
     base = MIXES[quant][1]
-    if base in (Q.Q8_0, Q.MXFP4):  # llama-quant.cpp:512-524
+    if base in (Q.Q8_0, Q.MXFP4):  # there: LLAMA_FTYPE_MOSTLY_MXFP4_MOE
         return base if "_exps" in name else Q.Q8_0
     if name == "output.weight" or (layout.tied and name == "token_embd.weight"):
         return Q.Q6_K

@@ -1,4 +1,4 @@
-"""The tensors that each architecture has: names and shapes as llama.cpp's loader wants them.
+"""The tensors of each architecture: names and shapes as llama.cpp's loader requires them.
 
 The rules are load_arch_tensors() in llama.cpp's src/models/ARCHITECTURE.cpp. Shapes are in ggml's order, row
 length first.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from sandbox.layouts import Layout
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
-Part = Callable[[Layout, int], Shapes]  # of the layout and the block's number; names without "blk.N."
+Part = Callable[[Layout, int], Shapes]  # arguments: layout, block number; names are without "blk.N."
 
 # Extra per-block vectors: name, and the Layout attribute with its length.
 QK_NORMS = (("attn_q_norm.weight", "head_dim"), ("attn_k_norm.weight", "head_dim"))
@@ -84,7 +84,7 @@ def _fused_attention(layout: Layout, i: int) -> Shapes:
 
 
 def _latent_attention(layout: Layout, i: int) -> Shapes:
-    """MLA, in files since April 2025 with the key's and the value's half apart; before, `attn_kv_b`."""
+    """MLA: separate tensors for keys and values in files since April 2025, one `attn_kv_b` in earlier files."""
     q_rank, kv_rank = layout.number("attention.q_lora_rank"), layout.number("attention.kv_lora_rank")
     rope = layout.number("rope.dimension_count")
     latent = "attention.key_length_mla" in layout.extra
@@ -119,7 +119,7 @@ def _gated_attention(layout: Layout, i: int) -> Shapes:
 def _delta_net(layout: Layout) -> Shapes:
     state, value_heads = layout.number("ssm.state_size"), layout.number("ssm.time_step_rank")
     keys, values = state * layout.number("ssm.group_count"), state * value_heads
-    if layout.architecture == "qwen3next":  # as in its first files; newer converters part ssm_in
+    if layout.architecture == "qwen3next":  # as in the first files; newer converters split ssm_in
         yield "ssm_in.weight", (layout.embd, 2 * keys + 2 * values)
         yield "ssm_ba.weight", (layout.embd, 2 * value_heads)
     else:
@@ -163,7 +163,7 @@ def _experts(layout: Layout, i: int) -> Shapes:
 
 
 def _nextn(layout: Layout) -> Shapes:
-    """What a block for multi-token prediction has besides."""
+    """Further tensors of a block for multi-token prediction."""
     embd = layout.embd
     yield "nextn.eh_proj.weight", (2 * embd, embd)
     for name in ("enorm", "hnorm", "shared_head_norm"):
@@ -193,7 +193,7 @@ def _rwkv7(layout: Layout, i: int) -> Shapes:
     ranks = {
         "w": layout.number("attention.decay_lora_rank"),
         "a": layout.number("attention.iclr_lora_rank"),
-        # The first block's is not used, and filled with the one above.
+        # The first block does not use it; the converter copies the tensor above into it.
         "v": layout.number(f"attention.{'value_residual_mix' if i else 'iclr'}_lora_rank"),
     }
     for name in ("attn_norm", "attn_norm_2", "time_mix_ln"):

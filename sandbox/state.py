@@ -1,15 +1,15 @@
-"""Where the sandbox keeps its state, and what every part of it needs: errors, the lock, the paths.
+"""The sandbox's state folder, and common code of its modules: error, lock, paths, messages.
 
-Everything lies under the checkout's `.cache/sandbox/` (or $SANDBOX_DIR):
+Everything is under the checkout's `.cache/sandbox/` (or $SANDBOX_DIR):
 
-    root-KEY/tree      a Debian root; KEY is the hash of what went into it
+    root-KEY/tree      a Debian root; KEY is the hash of its inputs
     layer-KEY/upper    packages installed on top of a root
-    debs/              package files that hosts and layers downloaded, for the next ones
+    debs/              package files that hosts and layers downloaded, for later use
     ssh/               one key pair, and known_hosts
     hosts/NAME/        spec.json, upper/ (the host's disk), log, debs/ ...
-    lock               one command at a time changes something
+    lock               held by a command that changes the state
 
-What runs is read from the cgroups (see cgroups.py), never from a file: nothing is out of date after a crash.
+Running hosts are read from the cgroups (see cgroups.py), never from a file, so that nothing is wrong after a crash.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 class SandboxError(RuntimeError):
-    """A disposable host could not be made, started, found or removed; the message says why and what to do."""
+    """A disposable host cannot be made, started, found or removed; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class State:
-    """The folder of one sandbox; two checkouts have two, and never touch each other's hosts."""
+    """The folder of one sandbox. Each checkout has its own, and never changes hosts of another."""
 
     directory: Path
 
@@ -53,12 +53,12 @@ class State:
 
     @property
     def inotify_before(self) -> Path:
-        """The machine's limit before the first host raised it."""
+        """The file with the machine's inotify limit before it was raised for the first host."""
         return self.directory / "inotify_before"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock. The kernel frees it when the holder dies, however it dies."""
+        """Hold the lock, waiting for it if needed. The kernel releases it when the holder ends for any reason."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with (self.directory / "lock").open("w") as file:
             try:
@@ -72,7 +72,7 @@ class State:
 def current() -> State:
     """The state of this checkout.
 
-    Raises SandboxError for a path that cannot be given to the overlay file system's mount options.
+    Raises SandboxError if the path cannot be part of the overlay file system's mount options.
     """
     directory = Path(os.environ.get("SANDBOX_DIR") or CHECKOUT / ".cache" / "sandbox").resolve()
     if set(":,\\") & set(str(directory)):
@@ -84,7 +84,7 @@ def current() -> State:
 
 
 def say(message: str) -> None:
-    """Tell progress on stderr; stdout belongs to `list` and `exec`."""
+    """Print progress to stderr; stdout is for the output of `list` and `exec`."""
     print(f"sandbox: {message}", file=sys.stderr, flush=True)
 
 

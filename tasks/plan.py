@@ -1,28 +1,28 @@
-"""Stage: say what each host will run and why, before anything is compiled or downloaded."""
+"""Stage: print what each host will run and why, before anything is compiled or downloaded."""
 
 from __future__ import annotations
 
 from pyinfra import host
 from pyinfra.api.deploy import deploy
 
-from llamafleet import show
-from tasks.situation import situation
+from llamafleet.cli import tables
+from tasks.lib.decision import decision
 
 
 @deploy("Plan")
 def plan() -> None:
-    """The plan of every instance as a table, and what the run will do because of it. A host that
-    cannot hold its models has been refused by name; the others go on."""
-    now = situation()
+    """Print the plan of every instance as a table, and what the run will do. A host that cannot hold its models
+    was refused by name; the other hosts go on."""
+    now = decision()
     if now is None:
         return
-    for serving in now.servings:
-        host.log(show.table(serving.plan, f"{serving.instance.name} on {host.name}"))
-    if now.why:
-        host.log(now.why)
-    for name, reasons in now.work.services.items():
+    for serving in now.desired.servings:
+        host.log(tables.table(serving.plan, f"{serving.name} on {host.name}"))
+    if now.desired.why:
+        host.log(now.desired.why)
+    for name, reasons in now.changes.services.items():
         host.log(f"to do: serve {name}: {', '.join(reasons)}")
-    for serving in now.to_note():
-        host.log(f"to do: note the plan of {serving.instance.name}, whose inputs changed; it runs on as it is")
-    if not now.work.any and not now.to_note():
+    for name in now.changes.note:
+        host.log(f"to do: write the plan.json of {name} again, since its inputs changed; its service stays as it is")
+    if not now.changes.any and not now.changes.note:
         host.log("nothing to do: everything is as planned")

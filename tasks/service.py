@@ -1,30 +1,31 @@
-"""Stage: the services. Each is switched on the host, checked there, and put back where it fails."""
+"""Stage: switch the services on the host and check each there; where it fails, the old one comes back."""
 
 from __future__ import annotations
 
 from pyinfra.api.deploy import deploy
 
-from llamafleet.settings import unit_of
-from tasks import asking, operations
-from tasks.situation import Serving, situation
+from llamafleet.remote.common import unit_of
+from llamafleet.service.desired import Serving
+from tasks.lib import memory_check, operations
+from tasks.lib.decision import decision
 
 
 @deploy("Serve")
 def service() -> None:
     """Remove instances that the inventory no longer names, then install or restart what differs."""
-    now = situation()
+    now = decision()
     if now is None:
         return
-    for name in operations.each(now.work.removed, str):
+    for name in operations.each(now.changes.removed, str):
         operations.remove_instance(name=f"Remove llama-server-{name}, no longer in models", instance=name)
-    for serving in operations.each(now.servings, lambda one: one.instance.name):
-        serve(serving.instance.name)
-        watch(serving, needed=serving.instance.name in now.work.liveness)
+    for serving in operations.each(now.desired.servings, lambda serving: serving.name):
+        serve(serving.name)
+        watch(serving, needed=serving.name in now.changes.liveness)
     operations.make_current(
-        name=f"Make build {now.build.key} the current release", needed=now.work.current,
-        key=now.build.key, keep=now.settings.keep_releases,
+        name=f"Make build {now.desired.build.key} the current release", needed=now.changes.current,
+        key=now.desired.build.key, keep=now.desired.settings.keep_releases,
     )  # fmt: skip
-    operations.release_lock(name="Release the host's lock", needed=now.work.any)
+    operations.release_lock(name="Release the host's lock", needed=now.changes.any)
 
 
 def serve(name: str) -> None:
@@ -33,22 +34,25 @@ def serve(name: str) -> None:
     operations.stage_service(name=f"Prepare {unit}", staging=lambda: staging(name))
     operations.switch_service(
         name=f"Start and check {unit}", staging=lambda: staging(name),
-        again=lambda host, told: asking.agree_with(host, name, told),
+        again=lambda host, binary_bytes: memory_check.replan_after_switch(host, name, binary_bytes),
     )  # fmt: skip
 
 
 def staging(name: str) -> operations.Staging | None:
-    """The instance as it is to be installed; None where it is as planned. Asked anew when the operations
-    execute: until then llama-server may have asked for another plan."""
-    now = situation()
-    if now is None or name not in now.work.services:
+    """The instance's files as they are to be installed; None if it is as planned.
+
+    Operations call this when they execute: until then the memory check may have led to another plan.
+    """
+    now = decision()
+    if now is None or name not in now.changes.services:
         return None
-    serving = next(one for one in now.servings if one.instance.name == name)
-    return operations.Staging(name, serving.service.identity, asking.files(serving), serving.service.secrets)
+    serving = next(serving for serving in now.desired.servings if serving.name == name)
+    files = memory_check.staged_files(serving)
+    return operations.Staging(name, serving.service.identity, files, serving.service.secrets)
 
 
 def watch(serving: Serving, needed: bool) -> None:
-    """Install the liveness check alone, where it is all that differs: the server runs on."""
+    """Install the liveness check alone, if nothing else differs: the server runs on."""
     wanted = serving.service
     operations.stage_files(
         name=f"Prepare the liveness check of {wanted.unit}", needed=needed, folder=operations.staged(wanted.name),

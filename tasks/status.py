@@ -1,4 +1,4 @@
-"""How the hosts of an inventory are: what `llamafleet status --inventory` runs. Reads only.
+"""The state of the hosts of an inventory; `llamafleet status --inventory` runs this. Reads only.
 
     python -m tasks.status INVENTORY [--limit NAME] [--json]
 
@@ -16,42 +16,42 @@ from typing import Any
 from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.host import Host
 
-from llamafleet.found import Found
-from llamafleet.settings import Settings, SettingsError
-from llamafleet.status import HostStatus, Wanted, of_host, table
-from llamafleet.work import Work
-from tasks import facts, remote
-from tasks.fleet import over_hosts, parse
-from tasks.situation import EXPECTED, decide
+from llamafleet.cli.status import HostStatus, Wanted, of_host, table
+from llamafleet.host.installed import Installed
+from llamafleet.service.changes import Changes
+from llamafleet.service.refusals import Refused
+from llamafleet.settings.schema import Settings, SettingsError
+from tasks.lib import facts, remote
+from tasks.lib.decision import READ_ERRORS, decide
+from tasks.lib.over_hosts import over_hosts, parse
 
 
 def look(host: Host) -> HostStatus | str:
-    """The host as it is, also where the inventory asks of it what cannot be."""
-    try:
-        now = decide(host)
-    except EXPECTED as error:
-        return _without_plan(host, str(error))
-    live, said = _live(host, now.survey.found)
-    names = [one.instance.name for one in now.servings]
-    services = {name: now.work.services.get(name, ()) for name in names}
-    return of_host(now.survey.found, live, Wanted(services, tuple(to_do(now.work))), said)
+    """The host's state, also where it cannot be what the inventory asks for."""
+    now = decide(host)
+    if isinstance(now, Refused):
+        return _without_plan(host, str(now))
+    installed = now.desired.installed
+    live, problem = _live(host, installed)
+    services = {serving.name: now.changes.services.get(serving.name, ()) for serving in now.desired.servings}
+    return of_host(installed, live, Wanted(services, tuple(to_do(now.changes))), problem)
 
 
 def _without_plan(host: Host, problem: str) -> HostStatus | str:
-    """What runs there still counts where the inventory cannot be deployed; a text where nothing can be read."""
+    """The state of what runs on a host to which the inventory cannot be deployed; a sentence if nothing can be read."""
     try:
         survey = facts.survey(host, {}, Settings.from_data(host.data.dict()))
     except SettingsError:
         return problem
-    except EXPECTED as error:
+    except READ_ERRORS as error:
         return str(error)
-    live, _ = _live(host, survey.found)
-    return of_host(survey.found, live, None, f"cannot be compared with the inventory: {problem}")
+    live, _ = _live(host, survey.installed)
+    return of_host(survey.installed, live, None, f"cannot be compared with the inventory: {problem}")
 
 
-def _live(host: Host, found: Found) -> tuple[dict[str, Any], str]:
-    """What `status.py` prints, and why it does not."""
-    if found.helpers is None or not found.instances:
+def _live(host: Host, installed: Installed) -> tuple[dict[str, Any], str]:
+    """What `status.py` prints on the host, and the problem where it fails."""
+    if installed.helpers is None or not installed.instances:
         return {}, ""
     try:
         live: dict[str, Any] = remote.run_json(host, remote.program("status.py"))
@@ -60,23 +60,24 @@ def _live(host: Host, found: Found) -> tuple[dict[str, Any], str]:
     return live, ""
 
 
-def to_do(work: Work) -> list[str]:
-    """What a run would do on the host beside its services."""
+def to_do(changes: Changes) -> list[str]:
+    """What a run would change on the host beside its services."""
     parts = {
-        "helpers": work.helpers, "user": work.user, "packages": bool(work.packages), "toolkit": work.toolkit,
-        "build": work.build, "models": bool(work.models), "current release": work.current,
+        "helpers": changes.helpers, "user": changes.user, "packages": bool(changes.packages),
+        "toolkit": changes.toolkit, "build": changes.build,
+        "models": bool(changes.models), "current release": changes.current,
     }  # fmt: skip
     return [name for name, needed in parts.items() if needed]
 
 
 def main(arguments: list[str]) -> int:
-    options = parse("How the hosts of an inventory are.", arguments)
+    options = parse("Show the state of the hosts of an inventory.", arguments)
     try:
-        found = over_hosts(options.inventory, options.limit, look)
+        states = over_hosts(options.inventory, options.limit, look)
     except PyinfraError as error:
         print(f"llamafleet: {options.inventory}: {error}", file=sys.stderr)
         return 2
-    hosts = {name: HostStatus(problem=one) if isinstance(one, str) else one for name, one in found.items()}
+    hosts = {name: HostStatus(problem=state) if isinstance(state, str) else state for name, state in states.items()}
     if options.json:
         print(json.dumps({name: host.to_json() for name, host in hosts.items()}, indent=2))
     else:

@@ -1,4 +1,4 @@
-"""Stage: the CUDA toolkit that llama.cpp is compiled with, where the host has none that fits."""
+"""Stage: install the CUDA toolkit to compile llama.cpp with, where the host has none that fits."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from typing import Any
 
 from pyinfra.api.deploy import deploy
 
-from llamafleet.toolkit import Install
-from tasks import operations
-from tasks.situation import situation
+from llamafleet.build.cuda_toolkit import Install
+from tasks.lib import operations
+from tasks.lib.decision import decision
 
 
 @deploy("Install the CUDA toolkit")
 def toolkit() -> None:
-    """NVIDIA's or the distribution's packages, as `llamafleet/toolkit.py` decided; the driver is not touched."""
-    now = situation()
-    if now is None or now.install_toolkit is None:
+    """Install NVIDIA's or the distribution's packages, as chosen; the driver is not touched."""
+    now = decision()
+    if now is None or now.desired.install_toolkit is None:
         return
-    install = now.install_toolkit
+    install = now.desired.install_toolkit
     origin = "NVIDIA's repository" if install.repository else "the distribution"
     operations.run_job(
-        name=f"Install CUDA {install.version} from {origin}", needed=now.work.toolkit,
+        name=f"Install CUDA {install.version} from {origin}", needed=now.changes.toolkit,
         job=f"toolkit-{install.identity}", program="install_toolkit.py", spec=spec(install),
     )  # fmt: skip
 

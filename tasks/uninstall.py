@@ -1,4 +1,4 @@
-"""The way back: `pyinfra INVENTORY tasks.uninstall.uninstall` removes what was installed and nothing else.
+"""`pyinfra INVENTORY tasks.uninstall.uninstall` removes what llamafleet installed and nothing else.
 
 Packages and logs stay, and models unless the setting `uninstall_models` asks for them by name.
 """
@@ -17,44 +17,45 @@ from pyinfra.api.state import State
 from pyinfra.context import ctx_host
 
 from llamafleet import payload
-from llamafleet.settings import Settings, SettingsError
-from tasks import remote, sources
-from tasks.operations import Commands
+from llamafleet.service.refusals import held_by
+from llamafleet.settings.schema import Settings, SettingsError
+from tasks.lib import lookups, remote
+from tasks.lib.operations import Commands
 
 
 @deploy("Uninstall llamafleet")
 def uninstall() -> None:
-    """Everything, once the host is known not to be deployed to by another run."""
+    """Remove everything, unless another run is deploying to the host."""
     host = ctx_host.get()
     try:
         settings = Settings.from_data(host.data.dict())
         ok, lines = _program(host, "find", {})
         if not ok:
             raise remote.RemoteError(f"cannot read the host: {remote.explain(lines, [])}")
-        found = json.loads(lines[-1])
-        _check(found)
+        installed = json.loads(lines[-1])
+        _check(installed)
     except (SettingsError, remote.RemoteError, payload.PayloadError) as error:
         host.log_styled(f"refused: {error}", fg="red", log_func=logger.error)
         host.state.fail_hosts({host})
         return
-    models = settings.uninstall_models and bool(found["models"])
-    there = [*found["units"], *found["paths"], *(["the user llamafleet"] if found["user"] else [])]
+    models = settings.uninstall_models and bool(installed["models"])
+    there = [*installed["units"], *installed["paths"], *(["the user llamafleet"] if installed["user"] else [])]
     remove(
-        name="Remove llamafleet, models too" if models else "Remove llamafleet", found=tuple(there), models=models
+        name="Remove llamafleet, models too" if models else "Remove llamafleet", installed=tuple(there), models=models
     )  # fmt: skip
 
 
-def _check(found: dict[str, Any]) -> None:
-    if found["euid"] != 0:
+def _check(installed: dict[str, Any]) -> None:
+    if installed["euid"] != 0:
         raise remote.RemoteError("commands run there as an ordinary user: connect as root, or pass --sudo")
-    if found["lock"] and not remote.is_ours_or_dead(found["lock"]):
-        raise remote.RemoteError(remote.held_by(found["lock"]))
+    if installed["lock"] and not remote.is_ours_or_dead(installed["lock"]):
+        raise remote.RemoteError(held_by(installed["lock"]))
 
 
 @operation()
-def remove(found: tuple[str, ...], models: bool) -> Commands:
-    """Remove what was found, and the models where that is asked."""
-    if not found and not models:
+def remove(installed: tuple[str, ...], models: bool) -> Commands:
+    """Remove what is installed, and the models if `models`."""
+    if not installed and not models:
         ctx_host.get().noop("nothing of llamafleet is there")
         return
     yield FunctionCommand(_remove, (models,), {})
@@ -71,13 +72,13 @@ def _remove(state: State, host: Host, models: bool) -> bool:
         for line in lines:
             host.log(line)
         return True
-    text = remote.held_by(holder) if holder else "\n".join(lines[-15:])
+    text = held_by(holder) if holder else "\n".join(lines[-15:])
     host.log_styled(text, fg="red", log_func=logger.error)
     return False
 
 
 def _holder(lines: list[str]) -> dict[str, Any] | None:
-    """Who holds the host's lock, where that is what the program said."""
+    """Who holds the host's lock, if that is what the program printed."""
     if not lines or not lines[-1].startswith("{"):
         return None
     holder: dict[str, Any] = json.loads(lines[-1])
@@ -91,6 +92,6 @@ def _program(host: Host, verb: str, asked: dict[str, Any]) -> tuple[bool, list[s
         raise remote.RemoteError(f"cannot run commands on the host: {remote.explain(out, err)}")
     arch = out[-1].strip()
     path = remote.temporary(host, ".zip")
-    remote.upload(host, sources.once(("probe", arch), lambda: payload.probe_zip(arch)), path)
+    remote.upload(host, lookups.once(("probe", arch), lambda: payload.probe_zip(arch)), path)
     ok, out, err = remote.run(host, shlex.join(payload.probe_command(path, "uninstall.py", verb, json.dumps(asked))))
     return ok, out if ok or out else err

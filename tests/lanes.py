@@ -21,7 +21,7 @@ from sandbox import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / ".cache"
-PYTEST = [sys.executable, "-m", "pytest", "-q"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=15", "--durations-min=2"]
 # Files of the further lanes with sandbox hosts, in this order; all others are the first one's, where the first deploy
 # compiles for all.
 FURTHER = {

@@ -1,22 +1,22 @@
-"""What the planning tests share: machines, settings and models as a case file names them."""
+"""Machines, settings and models for the planning tests, in the terms of a case file."""
 
 import functools
 import tempfile
 from pathlib import Path
 
-from llamafleet.cli import default_data
-from llamafleet.gguf import read_path
-from llamafleet.machine import Machine
-from llamafleet.plan import plan_host
-from llamafleet.rates import NOT_MEASURED
-from llamafleet.settings import Settings
+from llamafleet.cli.arguments import default_data
+from llamafleet.host.machine import Machine
+from llamafleet.host.speeds import NOT_MEASURED
+from llamafleet.model.gguf import read_path
+from llamafleet.planner.plan import plan_host
+from llamafleet.settings.schema import Settings
 from sandbox import models
 
 MIB = 2**20
 
 
 def machine(gpus=(), *, ram_gib=64, available_gib=None, swap_gib=0, performance_cores=6, cpu=(), **more):
-    """A machine; each GPU is its MiB or a dictionary of what differs from an RTX 4090; `cpu` is what differs there."""
+    """A machine. Each GPU is its MiB or a dictionary of differences to an RTX 4090; `cpu` has differences to the default."""
     return Machine.from_json({
         "schema": 1,
         "hostname": "box1",
@@ -25,15 +25,15 @@ def machine(gpus=(), *, ram_gib=64, available_gib=None, swap_gib=0, performance_
                 "performance_cores": performance_cores, "numa_nodes": 1, "flags": ["avx2"], **dict(cpu)},
         "memory": {"total_bytes": ram_gib * 2**30, "swap_total_bytes": swap_gib * 2**30,
                    "available_bytes": (ram_gib - 2 if available_gib is None else available_gib) * 2**30},
-        "gpus": [gpu(index, one) for index, one in enumerate(gpus)],
+        "gpus": [gpu(index, changes) for index, changes in enumerate(gpus)],
         "driver": {"nvidia": "580.159.04", "cuda": "13.0"},
         "disks": [],
         **more,
     })  # fmt: skip
 
 
-def gpu(index, given):
-    changes = dict(given) if isinstance(given, dict) else {"total_mib": given}
+def gpu(index, changes):
+    changes = dict(changes) if isinstance(changes, dict) else {"total_mib": changes}
     total, used = changes.pop("total_mib", 24564), changes.pop("used_by_others_mib", 0)
     return {
         "index": index, "uuid": f"GPU-{index}", "name": "NVIDIA GeForce RTX 4090", "compute_capability": "8.9",
@@ -44,7 +44,9 @@ def gpu(index, given):
 
 
 def settings(*instances, **changes):
-    entries = [{"name": f"m{n}", "source": "/m.gguf", "port": 9000 + n, **one} for n, one in enumerate(instances)]
+    entries = [
+        {"name": f"m{n}", "source": "/m.gguf", "port": 9000 + n, **instance} for n, instance in enumerate(instances)
+    ]
     return Settings.from_data({**default_data(), **changes, "models": entries})
 
 
@@ -55,12 +57,12 @@ def header(layout, quant=""):
         return read_path(models.weightless(Path(folder), layout, quant))
 
 
-def plans(host, layouts, asked, adjustments=None, measurements=None):
-    requests = [(one, header(*name)) for one, name in zip(asked.models, layouts, strict=True)]
-    return plan_host(host, requests, asked, adjustments or {}, measurements or NOT_MEASURED)
+def plans(host, layouts, settings, corrections=None, measurements=None):
+    requests = [(instance, header(*name)) for instance, name in zip(settings.models, layouts, strict=True)]
+    return plan_host(host, requests, settings, corrections or {}, measurements or NOT_MEASURED)
 
 
 def argument(argv, flag):
-    """The value behind a flag; None if it is not there."""
+    """The value of a flag; None if the flag is missing."""
     argv = list(argv)
     return argv[argv.index(flag) + 1] if flag in argv else None

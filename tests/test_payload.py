@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import json
@@ -37,7 +38,7 @@ def names(data):
 @pytest.mark.parametrize("arch", payload.ARCHITECTURES)
 def test_one_wheel_for_each_locked_package(arch):
     found = payload.wheels(arch)
-    assert len(found) == len(payload.read_lock(payload.LOCK)) == 7
+    assert len(found) == len(payload.read_lock(payload.LOCK)) == 2
     for wheel in found:
         kind = "py3-none-any" if not wheel.name.startswith("psutil") else "abi3"
         assert kind in wheel.name
@@ -62,7 +63,7 @@ def without_network(monkeypatch):
 def test_cached_wheels_need_no_network(monkeypatch):
     payload.wheels("x86_64")
     without_network(monkeypatch)
-    assert len(payload.wheels("x86_64")) == 7
+    assert len(payload.wheels("x86_64")) == 2
 
 
 def fill(cache, *, spoil=None):
@@ -74,7 +75,7 @@ def fill(cache, *, spoil=None):
 
 
 def test_a_spoilt_wheel_is_fetched_again_and_not_used(tmp_path):
-    fill(tmp_path, spoil="idna")
+    fill(tmp_path, spoil="nvidia_ml_py")
     found = payload.wheels("x86_64", cache=tmp_path)
     assert [wheel.read_bytes() for wheel in found] == [wheel.read_bytes() for wheel in payload.wheels("x86_64")]
     assert all(wheel.is_relative_to(tmp_path) for wheel in found)
@@ -96,9 +97,9 @@ def test_unreachable_index_is_told_with_package_arch_and_next_step(tmp_path, mon
 
 def test_a_wheel_that_is_not_the_locked_one_is_refused(tmp_path):
     lock = tmp_path / "lock.txt"
-    version = payload.read_lock(payload.LOCK)["idna"].split()[0]
+    version = payload.read_lock(payload.LOCK)["nvidia-ml-py"].split()[0]
     lock.write_text(f"{version} --hash=sha256:{'0' * 64}\n")
-    with pytest.raises(PayloadError, match="no wheel of idna=="):
+    with pytest.raises(PayloadError, match="no wheel of nvidia-ml-py=="):
         payload.wheels("x86_64", lock=lock, cache=tmp_path / "cache")
     assert list((tmp_path / "cache").rglob("*.whl")) == []
 
@@ -115,6 +116,17 @@ def test_unknown_architecture():
 def test_zips_are_the_same_each_time(arch):
     assert payload.probe_zip(arch) == payload.probe_zip(arch)
     assert payload.helpers_zip(arch) == payload.helpers_zip(arch)
+
+
+def test_probe_zip_has_every_sibling_that_its_programs_import():
+    siblings = {path.stem for path in payload.REMOTE.glob("*.py")}
+    for program in payload.PROBE_PROGRAMS:
+        tree = ast.walk(ast.parse((payload.REMOTE / program).read_text()))
+        nodes = [node for node in tree if isinstance(node, ast.Import | ast.ImportFrom)]
+        imported = {name for node in nodes for name in ([node.module] if isinstance(node, ast.ImportFrom) else
+                                                        [alias.name for alias in node.names])}  # fmt: skip
+        missing = {f"{name}.py" for name in imported & siblings} - set(payload.PROBE_PROGRAMS)
+        assert not missing, (program, missing)
 
 
 def test_probe_zip_is_small_and_has_what_the_probe_needs(probe_zip):
@@ -141,15 +153,14 @@ def test_helpers_zip_has_every_program_and_package():
     found = set(names(payload.helpers_zip("x86_64")))
     programs = {path.name for path in payload.REMOTE.glob("*.py")} - {"__init__.py"}
     assert programs <= found
-    packages = {"psutil", "requests", "urllib3", "idna", "certifi", "charset_normalizer", "pynvml.py"}
+    packages = {"psutil", "pynvml.py"}
     assert packages <= {name.split("/")[0] for name in found}
 
 
 def test_helpers_import_under_another_python(tmp_path):
     """Unpacked, everything works together for a Python that has none of it."""
     zipfile.ZipFile(io.BytesIO(payload.helpers_zip(os.uname().machine))).extractall(tmp_path)
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import requests, psutil, pynvml"
-    code += "; print(requests.__file__)"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import psutil, pynvml; print(psutil.__file__)"
     result = subprocess.run([PYTHON, "-I", "-B", "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith(str(tmp_path))

@@ -5,17 +5,19 @@ Contract: `build.py SPEC.json`, where SPEC has key, commit, source (a checkout o
 Progress lines on stdout; the last one of a failure begins with `error: `. Exit 0: the release
 /opt/llamafleet/releases/KEY is complete. Killed at any point it goes on where it was: Ninja keeps
 what is compiled, and a release appears under its name only when it is whole. Standard library,
-CMake, Ninja.
+CMake, Ninja; common.py and releases.py lie beside it.
 
 With a build cache the first host that needs a key compiles it, others that ask meanwhile wait for
 that one (flock) and take its result, checked by sha256.
+
+Decision 8: docs/decisions/0008-source-pinned-known-by-a-build-key.md.
+Decision 9: docs/decisions/0009-nothing-half-done-has-its-final-name.md.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -25,9 +27,9 @@ import tarfile
 import time
 from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
 
+from common import RELEASES, sha256_of, write_json
 from releases import record_of
 
-RELEASES = "/opt/llamafleet/releases"
 ERROR_LINES = 12
 
 
@@ -60,7 +62,7 @@ def forget_other_trees(tree: str) -> None:
 
 @contextlib.contextmanager
 def turn(spec: dict[str, Any]) -> Iterator[None]:
-    """Hold this key in the shared build cache; wait while another host compiles it."""
+    """Hold this key's lock in the shared build cache; wait while another host compiles it."""
     if not spec["build_cache"]:
         yield
         return
@@ -92,7 +94,7 @@ def take_from_cache(spec: dict[str, Any]) -> bool:
         expected = file.read().split()[0]
     found = sha256_of(archive)
     if found != expected:
-        # The run counted on it: neither the source nor a compiler need be on this host.
+        # The run relies on the cache: this host may have neither the source nor a compiler.
         raise Failed(f"{archive} should have sha256 {expected}, has {found}: delete it and run again")
     say(f"taking release {spec['key']} from the build cache")
     partial = fresh(f"{RELEASES}/.{spec['key']}.partial")
@@ -113,14 +115,6 @@ def fresh(path: str) -> str:
     return path
 
 
-def sha256_of(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def compile_release(spec: dict[str, Any]) -> None:
     configure = ["cmake", "-S", spec["source"], "-B", spec["tree"], "-G", "Ninja", *spec["cmake_flags"]]
     say(f"configuring llama.cpp {spec['commit'][:12]}")
@@ -138,7 +132,7 @@ def compile_release(spec: dict[str, Any]) -> None:
 
 
 def run(command: list[str], problem: str) -> None:
-    """Run with the output in the log; on failure the lines that tell why become the error."""
+    """Run a command with its output in the log. Raises Failed with the lines that speak of an error."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     assert process.stdout is not None
     lines: list[str] = []
@@ -152,7 +146,7 @@ def run(command: list[str], problem: str) -> None:
 
 
 def version_of(folder: str) -> list[str]:
-    """What the llama-server of a release says of itself; raises Failed where it does not run here."""
+    """The version lines of a release's llama-server; raises Failed if it does not run here."""
     server = f"{folder}/bin/llama-server"
     done = subprocess.run([server, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
@@ -167,16 +161,15 @@ def describe(spec: dict[str, Any], partial: str) -> None:
     sizes = {name: os.path.getsize(f"{partial}/bin/{name}") for name in files}
     record = {**spec["record"], "key": spec["key"], "commit": spec["commit"],
               "version": version, "files": files, "sizes": sizes}  # fmt: skip
-    with open(f"{partial}/release.json", "w") as file:
-        json.dump(record, file, indent=1)
+    write_json(f"{partial}/release.json", record)
 
 
 def give_name(spec: dict[str, Any], partial: str) -> None:
-    """Only now, complete and on disk, does the release get its name."""
+    """Give the release its name, now that it is complete and on disk."""
     os.sync()
     os.makedirs(RELEASES, exist_ok=True)
     target = f"{RELEASES}/{spec['key']}"
-    shutil.rmtree(target, ignore_errors=True)  # there, and half deleted
+    shutil.rmtree(target, ignore_errors=True)  # a release of that name that was half deleted
     os.rename(partial, target)
     say(f"release {spec['key']} is complete")
 
@@ -188,7 +181,7 @@ def publish(spec: dict[str, Any]) -> None:
     with tarfile.open(archive + ".new", "w") as tar:
         tar.add(f"{RELEASES}/{spec['key']}", arcname=".")
     with open(archive + ".sha256", "w") as file:
-        file.write(sha256_of(archive + ".new") + "\n")
+        file.write(f"{sha256_of(archive + '.new')}\n")
     os.replace(archive + ".new", archive)
     say(f"kept as {archive}")
 

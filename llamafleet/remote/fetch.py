@@ -1,4 +1,4 @@
-"""Download a model's files on a host: whole and proven, or not there at all.
+"""Download a model's files on a host: each appears whole and checked, or not at all.
 
 Contract. Runs with Python 3.8 or later, the standard library and curl 7.76 or later. Argument: a JSON file,
 
@@ -18,9 +18,11 @@ Standard output is the log: one line of text each time, the last one `done ...` 
 A file grows as `.NAME.partial`, is checked, then gets its name; `NAME.verified` beside it records what was
 checked, so that the next run neither asks nor reads. Killed at any time, the next run goes on where it was.
 
-The rooms beside it, imported by their bare names as they lie on a host: fetch_spec (what is asked), fetch_log,
-fetch_folder (what is on the disk), fetch_curl (one request) and fetch_answer (what a server says). Here is the
-order of it all: one file after another, an address until it brings nothing new, then the next address.
+Its parts lie beside it on a host and are imported by their bare names: fetch_spec (what is asked), fetch_log,
+fetch_folder (what is on the disk), fetch_curl (one request) and fetch_answer (what an answer means). This file has the
+order: one file after another, from an address until it brings nothing new, then from the next address.
+
+Decision 9: docs/decisions/0009-nothing-half-done-has-its-final-name.md.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ LONGEST_DELAY_S = 60.0  # between attempts, where the server names no time
 
 
 class Stopped(BaseException):
-    """A signal ends us; not an Exception, so that nothing on the way takes it for a failed address."""
+    """A signal arrived. Not an Exception, so that no handler takes it for a failed address."""
 
 
 def main(argv: list[str]) -> int:
@@ -102,7 +104,7 @@ def fetch(spec: Spec) -> None:
 
 
 def find_missing(spec: Spec) -> Iterator[Wanted]:
-    """The files that are not there yet, with all that their servers tell of them."""
+    """The files that are not there yet, with size and checksum from their servers where the spec leaves them open."""
     for wanted in spec.files:
         if is_known(spec, wanted):
             continue

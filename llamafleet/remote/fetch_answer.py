@@ -1,4 +1,4 @@
-"""What a server's answer means: where to go on, what the file is, whether to try again.
+"""What a server's answer means: the next address, the file's size and checksum, whether to try again.
 
 Part of fetch.py and under its contract: Python 3.8, standard library, what lies beside it.
 

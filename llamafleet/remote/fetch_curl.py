@@ -1,4 +1,4 @@
-"""One request through curl: what it is told, what it left.
+"""One request through curl: its options, its output, its answer.
 
 Part of fetch.py and under its contract: Python 3.8, standard library, what lies beside it.
 

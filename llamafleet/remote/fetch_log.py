@@ -1,4 +1,4 @@
-"""The log on standard output, one line of text each time, and how far it is.
+"""The log on standard output, a line of text each time, and the progress of the download.
 
 Part of fetch.py and under its contract: Python 3.8, standard library, what lies beside it.
 """

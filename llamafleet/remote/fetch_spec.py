@@ -1,4 +1,4 @@
-"""What fetch.py is asked to do, checked, and the ways in which it can fail.
+"""The checked spec of fetch.py, and the errors with which it can fail.
 
 Part of fetch.py and under its contract: Python 3.8, standard library, what lies beside it.
 """

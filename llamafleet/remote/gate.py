@@ -1,49 +1,38 @@
-"""Is what runs what was planned? Asked before an instance is called good.
+"""Check that the running server is the planned one, before its instance counts as good.
 
 Contract: `gate.py check PLAN.json [--record] [--no-floor]` runs every check in order, stops at the first that
 fails, and prints {"ok": bool, "checks": [{"name", "ok", "expected", "found", "hint"}],
 "decode_tokens_per_s": float | null}; exit 0 good, 1 not. With --record it also writes
-/var/lib/llamafleet/gate/NAME.json: that, "time" (UTC), "identity" and "release" of the plan, what the next gate
-compares with, and "last_failure" {"time", "release", "check"}. With --no-floor any speed is good enough: what
-has served before is not turned away for being slow.
-`gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then asks whether the planned
-GPUs hold the process, so that a boot at which the driver was not ready yet ends in a restart and not in
-a server on the CPU.
+/var/lib/llamafleet/gate/NAME.json: that object, "time" (UTC), "identity" and "release" of the plan, what the next
+gate compares with, and "last_failure" {"time", "release", "check"}. With --no-floor any speed passes: a server that
+has served before is not rejected for its speed.
+`gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then checks that the process holds memory
+on the planned GPUs. If the driver was not ready at boot, systemd thus starts the unit again, and no server stays on
+the CPU.
 
 PLAN.json is plan.json, of which is read: identity, release, files, plan.predicted, and `gate`: unit, argv, url,
 api_keys and tls_certificate (path | null), health_seconds (the most that loading may take), context_tokens (of one
 slot), slots, kv_type, speed_floor_percent, backend, gpus [{"uuid", "name", "planned_bytes", and what gate_devices.py
-reads}]. Standard library, psutil and pynvml only; gate_*.py lie beside it.
+reads}]. Standard library, psutil and pynvml; common.py and gate_*.py lie beside it.
 
 `/health` alone proves little: llama-server answers 200 also after it silently fell back to the CPU.
+
+Decision 7: docs/decisions/0007-health-is-not-enough.md.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import time
 from typing import Any, Callable, Sequence  # the contract is Python 3.8, whose own are typing's
 
+from common import GATES, command_line, instance_of, invocation, journal_of_start, read_json, write_json
 from gate_devices import cause_of_end, check_devices
 from gate_load import deadline
 from gate_reply import REMEMBERED, check_completion, check_speed, speed_key
-from gate_server import (
-    GATES,
-    ask,
-    first_key,
-    instance_of,
-    is_alive,
-    main_pid,
-    read_json,
-    result,
-    trust,
-    unit_state,
-    value_of,
-    write_json,
-)  # fmt: skip
+from gate_server import ask, first_key, is_alive, main_pid, result, trust, unit_state
 
 # The share of a GPU's planned bytes that the process must really hold. The CUDA context comes on
 # top of the plan, so a healthy process holds more than planned; a fallback to the CPU holds none.
@@ -51,7 +40,7 @@ HELD_SHARE = 0.5
 
 
 def wait_for_health(url: str, seconds: float, alive: Callable[[], bool] = lambda: True) -> int:
-    """The last status of /health: 200 as soon as it is, else what it was when time or process ended."""
+    """Ask /health until it answers 200, the time is over or the process has ended; the last status."""
     deadline = time.monotonic() + seconds
     while True:
         status, _ = ask(url, "/health", seconds=5.0)
@@ -80,12 +69,8 @@ def check_health(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def arguments(unit: str) -> list[str]:
-    """What the unit's process really runs with; empty where there is none."""
-    try:
-        with open(f"/proc/{main_pid(unit)}/cmdline", "rb") as file:
-            return file.read().decode("utf-8", "surrogateescape").split("\0")[:-1]
-    except OSError:
-        return []
+    """The command line of the unit's process; empty if it has none."""
+    return command_line(main_pid(unit))
 
 
 def check_process(spec: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +80,7 @@ def check_process(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_key(spec: dict[str, Any]) -> dict[str, Any] | None:
-    """With a key, nobody gets in without it; llama-server lets everybody in when the file is empty."""
+    """Where keys are planned, a request without one must be refused; an empty key file would let everybody in."""
     if not spec["api_keys"]:
         return None
     status, _ = ask(spec["url"], "/v1/completions", body={"prompt": "a", "max_tokens": 1})
@@ -106,38 +91,34 @@ def check_key(spec: dict[str, Any]) -> dict[str, Any] | None:
 def check_context(spec: dict[str, Any]) -> dict[str, Any]:
     status, props = ask(spec["url"], "/props", first_key(spec))
     settings = props.get("default_generation_settings", {}) if isinstance(props, dict) else {}
-    found = {"context_tokens": settings.get("n_ctx"), "slots": props.get("total_slots") if settings else None,
-             "kv_types": kv_types(spec["unit"])}  # fmt: skip
-    expected = {"context_tokens": spec["context_tokens"], "slots": spec["slots"], "kv_types": [spec["kv_type"]]}
+    found = {"context_tokens": settings.get("n_ctx"), "slots": props.get("total_slots") if settings else None}
+    expected = {"context_tokens": spec["context_tokens"], "slots": spec["slots"]}
+    logged = kv_types(spec["unit"])
+    if logged and spec["kv_type"]:  # else the arguments decide, which check_process has compared
+        found["kv_types"], expected["kv_types"] = logged, [spec["kv_type"]]
     return result("context", found == expected, expected, found if settings else f"status {status}",
                   "the model was trained for less, or llama-server padded or cut the context")  # fmt: skip
 
 
 def kv_types(unit: str) -> list[str]:
-    """Types of the KV cache: of its arguments, and as it told them while it loaded.
+    """The types of the KV cache that the server logged while it loaded; empty where the journal has no such line.
 
-    No address tells them. The log does with --log-verbosity 4 or more, as far as the journal still has it
-    (llama-kv-cache.cpp:301); types that cannot be had end the start (llama-context.cpp:3838-3870).
+    No address of the server tells them. The constructor of llama_kv_cache logs them at the verbosity of a server with
+    GPUs. A type that the backend cannot hold ends the start (llama_init_from_model).
     """
-    words = arguments(unit)
-    given = filter(None, (value_of("--cache-type-k", words), value_of("--cache-type-v", words)))
-    told = re.findall(r"K \((\w+)\): .*V \((\w+)\):", log_of_start(unit))
-    return sorted({*given, *(kind for pair in told for kind in pair)})
+    pairs = re.findall(r"K \((\w+)\): .*V \((\w+)\):", log_of_start(unit))
+    return sorted({kind for pair in pairs for kind in pair})
 
 
 def log_of_start(unit: str) -> str:
     """What the unit logged since it was last started."""
-    shown = subprocess.run(["systemctl", "show", "--property=InvocationID", "--value", unit],
-                           stdout=subprocess.PIPE, text=True)  # fmt: skip
-    command = ["journalctl", "--quiet", "--output=cat", "--no-pager", "_SYSTEMD_INVOCATION_ID=" + shown.stdout.strip()]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    return done.stdout.decode("utf-8", "replace")
+    return journal_of_start(invocation(unit))
 
 
 def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
-    """Every planned GPU holds this process's memory: the silent fallback to the CPU is caught here."""
+    """Every planned GPU must hold memory of this process: a silent fallback to the CPU holds none."""
     if not spec["gpus"] or spec["backend"] != "cuda":
-        return None  # NVML knows no others; what the server says of them is asked in check_devices
+        return None  # NVML knows NVIDIA's GPUs alone; check_devices reads the server's log for all others
     held = held_by(main_pid(spec["unit"]))
     for gpu in spec["gpus"]:
         found = held.get(gpu["uuid"], 0) if isinstance(held, dict) else 0
@@ -148,15 +129,15 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
             return result(
                 "gpu memory", False, f"about {gpu['planned_bytes'] >> 20} MiB {where}",
                 held if isinstance(held, str) else f"{found >> 20} MiB {where}",
-                "llama-server runs on the CPU: no usable driver, or the sandbox hides the device",
+                "llama-server runs on the CPU: no usable driver, or the hardening hides the device",
             )  # fmt: skip
     names = ", ".join(gpu["name"] for gpu in spec["gpus"])
     return result("gpu memory", True, f"the planned memory on {names}", "held")
 
 
 def held_by(pid: int) -> dict[str, int | None] | str:
-    """Bytes that the process holds by UUID of the GPU or MIG instance (None: NVML does not tell); a text
-    where NVML fails. A GPU that does not answer is left out."""
+    """Bytes that the process holds, by UUID of the GPU or MIG instance; None where NVML does not report them. A text
+    with the error if NVML fails. A GPU that does not answer is left out."""
     import pynvml  # type: ignore[import-untyped]  # nvidia-ml-py ships no types
 
     held: dict[str, int | None] = {}
@@ -177,11 +158,11 @@ def held_by(pid: int) -> dict[str, int | None] | str:
 
 
 def devices(pynvml: Any, gpu: Any) -> list[Any]:
-    """The GPU itself, or its MIG instances where it is cut into some: CUDA knows only those then."""
+    """The GPU itself, or its MIG instances if MIG is enabled: CUDA then sees only the instances."""
     try:
         if pynvml.nvmlDeviceGetMigMode(gpu)[0] != pynvml.NVML_DEVICE_MIG_ENABLE:
             return [gpu]
-    except pynvml.NVMLError:  # a GPU that cannot be cut
+    except pynvml.NVMLError:  # a GPU without MIG
         return [gpu]
     found = []
     for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
@@ -220,7 +201,7 @@ def read_spec(path: str) -> dict[str, Any]:
     """The plan's `gate` object with what the checks need beside it. Plans of earlier versions lack some."""
     with open(path) as file:
         plan = json.load(file)
-    gate = {"kv_type": value_of("--cache-type-k", plan["gate"]["argv"]), "speed_floor_percent": 0, **plan["gate"]}
+    gate = {"kv_type": None, "speed_floor_percent": 0, **plan["gate"]}
     record = f"{GATES}/{instance_of(gate['unit'])}.json"
     predicted = plan.get("plan", {}).get("predicted") or {}
     return {
@@ -231,7 +212,7 @@ def read_spec(path: str) -> dict[str, Any]:
 
 
 def keep_record(spec: dict[str, Any], found: dict[str, Any]) -> None:
-    """Note the verdict, and of a good one what the next gate compares with."""
+    """Write the verdict and, if it is good, the values that the next gate compares with."""
     last, measured, now = spec["last"], spec["measured"], time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     record = {**last, **found, "time": now, "identity": spec["identity"], "release": spec["release"]}
     if found["ok"]:

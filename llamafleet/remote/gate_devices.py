@@ -1,41 +1,41 @@
-"""What llama-server itself says of its devices' memory, against what was planned for each.
+"""Compare the memory that llama-server reports for each of its devices with the plan.
 
 Contract: `check_devices(spec)` is one of gate.py's checks; SPEC is its `gate` object, of which this reads
 unit and gpus [{"name", "device", "weights_bytes", "kv_bytes", "compute_bytes", "staging_bytes"}], `device`
-being llama.cpp's name, such as CUDA0. `cause_of_end(unit)` says what a server that is gone had missed of them.
-Standard library; reads the journal, and keeps what it read in /run/llamafleet, because the journal forgets.
+being llama.cpp's name, such as CUDA0. `cause_of_end(unit)` says which device a server that has ended could not use.
+Standard library; reads the journal, and keeps what it read in /run/llamafleet, since the journal drops old lines.
 
-The load log is the one thing that all backends tell alike: NVML knows NVIDIA's alone, and neither /props nor
-/metrics has a word of devices (tools/server at b11434). It needs --log-verbosity 4 (llama's INFO, log.cpp:535).
-Of its lines "offloaded 5/5 layers to GPU" proves nothing: a build without any GPU backend prints it too.
+All backends report their buffers in the load log, in the same form. NVML knows NVIDIA's GPUs alone, and neither
+/props nor /metrics names a device (tools/server at b11434). The log has these lines from verbosity 4 on, which is
+llama.cpp's INFO (common_log_get_verbosity). Its line "offloaded 5/5 layers to GPU" proves nothing: a build without
+any GPU backend prints it too.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
 import time
 from typing import Any, Dict  # the contract is Python 3.8, whose own is typing's
 
+from common import RUN as KEPT
+from common import invocation, read_json, write_json
+from common import journal_of_start as journal
+
 Told = Dict[str, Dict[str, float]]
 
-KEPT = "/run/llamafleet"
 MIB = 1 << 20
-# llama-model.cpp:1932, llama-kv-cache.cpp:291, llama-memory-recurrent.cpp:124, llama-kv-cache-dsv4.cpp:995,
-# llama-context.cpp:742.
+# Printed by load_tensors, llama_kv_cache, llama_memory_recurrent, llama_dsv4_comp_state and sched_reserve.
 BUFFER = re.compile(r"(\S+) +(model|KV|RS|DSV4 .* state|compute) buffer size = +([\d.]+) MiB")
 PARTS = {"model": "weights", "compute": "compute"}  # all others hold the context
 LOADED = "model loaded"  # tools/server/server.cpp: after all of them
-# What gate.py, as the unit's ExecStartPost, has told the journal before systemd ended the server.
+# What gate.py, as the unit's ExecStartPost, wrote to the journal before systemd ended the server.
 REFUSED = re.compile(r"^(?:gpu memory|devices): expected .*$", re.M)
 INVALID_DEVICE = re.compile(r"invalid device: (\S+)")
 # Weights and cache are planned exactly, tensors that a backend cannot hold stay on the host; compute is an
 # estimate from above. A fallback to the CPU holds none of them.
 LEAST_SHARE = 0.9
 MOST_SHARE, MOST_SPARE = 1.1, 256 * MIB
-LOST = "the release has no such backend, the driver is not ready, or the sandbox hides the device"
+LOST = "the release has no such backend, the driver is not ready, or the hardening hides the device"
 # journald reads what a server writes a moment later.
 JOURNAL_SECONDS = 10.0
 
@@ -77,7 +77,7 @@ def reported(unit: str, seconds: float = JOURNAL_SECONDS) -> Told | None:
     """Bytes of weights, context and compute by device, of the unit's present start; None where no log tells."""
     start = invocation(unit)
     path = f"{KEPT}/devices-{unit}.json"
-    kept = _read(path)
+    kept = read_json(path)
     if kept and kept["start"] == start:
         told: Told = kept["devices"]
         return told
@@ -86,7 +86,7 @@ def reported(unit: str, seconds: float = JOURNAL_SECONDS) -> Told | None:
         lines = journal(start)
         if LOADED in lines:
             found = parse(lines)
-            _keep(path, {"start": start, "devices": found})
+            write_json(path, {"start": start, "devices": found})
             return found
         if time.monotonic() >= deadline:
             return None
@@ -105,41 +105,9 @@ def parse(lines: str) -> Told:
 
 
 def cause_of_end(unit: str) -> str:
-    """Of a server that did not come up: what it missed of its devices, in words; empty if it is not that."""
+    """Why a server did not start, if it could not use a device; empty if the reason is another."""
     lines = journal(invocation(unit))
     refused, missed = REFUSED.findall(lines), INVALID_DEVICE.findall(lines)
     if refused:
         return str(refused[-1])
     return f"llama-server has no device {missed[-1]}: {LOST}" if missed else ""
-
-
-def invocation(unit: str) -> str:
-    """systemd's name for this start of the unit."""
-    done = subprocess.run(["systemctl", "show", "--property=InvocationID", "--value", unit],
-                          stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
-    return done.stdout.strip()
-
-
-def journal(start: str) -> str:
-    """All that was logged in this start."""
-    done = subprocess.run(
-        ["journalctl", "--quiet", "--no-pager", "--output=cat", f"_SYSTEMD_INVOCATION_ID={start}"],
-        stdout=subprocess.PIPE,
-    )  # fmt: skip
-    return done.stdout.decode("utf-8", "replace")
-
-
-def _read(path: str) -> dict[str, Any] | None:
-    try:
-        with open(path) as file:
-            kept: dict[str, Any] = json.load(file)
-            return kept
-    except (OSError, ValueError):
-        return None
-
-
-def _keep(path: str, record: dict[str, Any]) -> None:
-    os.makedirs(KEPT, exist_ok=True)
-    with open(path + ".new", "w") as file:
-        json.dump(record, file)
-    os.replace(path + ".new", path)

@@ -1,4 +1,4 @@
-"""How long an instance may load before it is called hanging.
+"""How long an instance may load before the gate takes it for hanging.
 
 Part of gate.py and under its contract: Python 3.8, standard library.
 
@@ -18,14 +18,14 @@ MIB = 1 << 20
 START_SECONDS = 60.0
 # llama-server loads slower than the disk reads: it repacks, and copies to the GPU.
 LOAD_SHARE = 0.5
-# Faster than this it is not the disk that loading waits for, bytes a second.
+# Bytes a second. A faster disk does not make loading faster.
 FASTEST_LOAD = 1024 * MIB
 # A measurement reads this much in pieces spread over the files, and ends after so many seconds.
 PIECE_BYTES, PIECES, MEASURE_SECONDS = 4 * MIB, 16, 2.0
 
 
 def deadline(files: list[str], limit: float) -> tuple[float, str]:
-    """Seconds that loading may take, and how that was found."""
+    """Seconds that loading may take, and how they were calculated."""
     sizes = {path: os.stat(path).st_size for path in files if os.path.exists(path)}
     speed = read_speed(sizes)
     if speed is None:
@@ -64,7 +64,7 @@ def spread(sizes: dict[str, int]) -> list[tuple[str, int]]:
 
 
 def read_piece(path: str, offset: int) -> int:
-    """Bytes read without the page cache; through it, emptied of the piece, where the file system has no such way."""
+    """Read a piece with O_DIRECT; where unsupported, evict its range from the page cache first. Returns its bytes."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError:

@@ -1,7 +1,7 @@
 """Does the server answer as a healthy model does, and as fast as it should?
 
-Part of gate.py and under its contract: Python 3.8, standard library. What is asked holds for any model, also
-for one that was never trained: nothing here looks at the meaning of the words.
+Part of gate.py and under its contract: Python 3.8, standard library. The checks hold for any model, also for an
+untrained one: none looks at the meaning of the words.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gate_server import ask, first_key, result, slots
 PROMPT = "The capital of France is Paris. The capital of Italy is Rome. The capital of Japan is"
 OTHER_PROMPT = "One, two, three, four, five, six, seven,"
 TOKENS, SPEED_TOKENS = 12, 32
-TOP = 5  # candidates told for each token
+TOP = 5  # candidates in the answer for each token
 SECONDS = 300.0  # for one request
 # A busy server computes requests together, which may tip a close decision: two answers of so many must agree.
 TRIES = 4
@@ -36,11 +36,11 @@ SPEED_TRIES, SPEED_PAUSE, SPEED_SECONDS = 6, 1.0, 60.0
 
 
 class Bad(Exception):
-    """The answer is not a healthy model's: what was expected, what was found, what usually causes it."""
+    """No healthy model gives this answer. Arguments: expected, found, and the usual cause."""
 
 
 def complete(spec: dict[str, Any], prompt: str | list[int], tokens: int, top: int = TOP) -> dict[str, Any]:
-    """The server's answer, greedy and uncached. Raises Bad where it is none."""
+    """The server's answer with greedy sampling and without its prompt cache. Raises Bad if it has not all tokens."""
     body = {
         "prompt": prompt, "n_predict": tokens, "temperature": 0, "seed": 1, "ignore_eos": True, "n_probs": top,
         "cache_prompt": False, "return_tokens": True, "repeat_penalty": 1.0, "presence_penalty": 0.0,
@@ -65,7 +65,7 @@ def first_of(answer: dict[str, Any]) -> dict[int, float]:
 
 
 def check_numbers(answer: dict[str, Any]) -> None:
-    """Every token was likely, and the likelihoods are ones. Raises Bad."""
+    """Raise Bad unless every token is among its candidates, whose likelihoods are finite and add up to 1 at most."""
     places = answer.get("completion_probabilities") or []
     if len(places) != TOKENS:
         raise Bad(f"likelihoods of {TOKENS} tokens", len(places), "llama-server's API changed")
@@ -88,7 +88,7 @@ def first_ids(place: dict[str, Any]) -> list[int]:
 
 
 def check_prompt(spec: dict[str, Any], answer: dict[str, Any]) -> None:
-    """The prompt was read whole: as many tokens as the server's own tokenizer makes. Raises Bad."""
+    """Raise Bad unless the server has read as many prompt tokens as its own tokenizer makes."""
     body = {"content": PROMPT, "add_special": True, "parse_special": True}
     status, told = ask(spec["url"], "/tokenize", first_key(spec), body)
     expected = len(told["tokens"]) if status == 200 and isinstance(told, dict) else f"status {status} of /tokenize"
@@ -97,7 +97,7 @@ def check_prompt(spec: dict[str, Any], answer: dict[str, Any]) -> None:
 
 
 def same_twice(spec: dict[str, Any]) -> dict[str, Any]:
-    """An answer that the server gave twice. Raises Bad where no two of TRIES agree."""
+    """An answer that the server gave twice. Raises Bad if no two of TRIES answers agree."""
     seen: list[list[int]] = []
     for _ in range(TRIES):
         answer = complete(spec, PROMPT, TOKENS)
@@ -109,7 +109,7 @@ def same_twice(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_ways(spec: dict[str, Any], answer: dict[str, Any]) -> None:
-    """The same token is as likely when what came before it is read at once in place of one by one. Raises Bad."""
+    """Raise Bad if a token's likelihood depends on whether its prefix was read in one batch or token by token."""
     half = TOKENS // 2
     place = answer["completion_probabilities"][half]
     _, told = ask(spec["url"], "/tokenize", first_key(spec),
@@ -121,14 +121,15 @@ def check_ways(spec: dict[str, Any], answer: dict[str, Any]) -> None:
 
 
 def compare(expected: dict[int, float], found: dict[int, float], what: str, hint: str) -> None:
-    """Raises Bad where the likeliest token of one is not about as likely in the other."""
+    """Raise Bad unless the likeliest token of `expected` is about as likely in `found`."""
     best = max(expected, key=lambda token: expected[token])
     if abs(found.get(best, -math.inf) - expected[best]) > TOLERANCE_NATS:
         raise Bad(f"{what}: token {best} at {expected[best]:.2f} nats", f"{found}", hint)
 
 
 def check_completion(spec: dict[str, Any]) -> dict[str, Any]:
-    """A real completion: counted, sound, repeatable, dependent on its prompt, and as it was at the last gate."""
+    """Completions must have all their tokens, finite likelihoods and the same text twice, depend on the prompt, and
+    agree with the last gate."""
     try:
         answer = same_twice(spec)
         check_numbers(answer)
@@ -151,19 +152,19 @@ def check_completion(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def heard(spec: dict[str, Any], answer: dict[str, Any]) -> None:
-    """Remember the best speed at which a prompt was read: by it a slow batch is told from a hanging one."""
+    """Remember the best speed at which a prompt was read: the liveness check waits accordingly for a batch."""
     last = spec["last"].get("prompt_tokens_per_s", 0.0) if spec["last"].get("speed_key") == speed_key(spec) else 0.0
     best = max(last, spec["measured"].get("prompt_tokens_per_s", 0.0), answer["timings"]["prompt_per_second"])
     spec["measured"]["prompt_tokens_per_s"] = best
 
 
 def model_of(spec: dict[str, Any]) -> str:
-    """Names the model's content."""
+    """A hash of the model's content."""
     return hashed([[file["path"].rsplit("/", 1)[-1], file["size_bytes"], file["sha256"]] for file in spec["files"]])
 
 
 def speed_key(spec: dict[str, Any]) -> str:
-    """Names all that decides on the speed but the release: a new release is to be as fast as the old one."""
+    """A hash of all that decides the speed except the release: a new release must be as fast as the old one."""
     return hashed([model_of(spec), spec["argv"][1:], [gpu["uuid"] for gpu in spec["gpus"]]])
 
 
@@ -172,7 +173,7 @@ def hashed(value: Any) -> str:
 
 
 def floor(spec: dict[str, Any]) -> tuple[float, str]:
-    """The least acceptable speed, tokens a second, and what it was derived from."""
+    """The lowest acceptable speed in tokens a second, and how it was calculated."""
     percent = spec["speed_floor_percent"]
     before = spec["last"].get("speeds", []) if spec["last"].get("speed_key") == speed_key(spec) else []
     if percent == 0:
@@ -185,7 +186,8 @@ def floor(spec: dict[str, Any]) -> tuple[float, str]:
 
 
 def check_speed(spec: dict[str, Any]) -> dict[str, Any]:
-    """The best of several tries, so that a moment's load on the host does not count; a busy server is not measured."""
+    """Compare the best of several tries with the floor, so that short load on the host does not count. A server with
+    busy slots is not measured."""
     least, why = floor(spec)
     expected = f"at least {least:.1f} tokens/s ({why})"
     best, began = 0.0, time.monotonic()

@@ -6,14 +6,12 @@ Part of gate.py and liveness.py and under their contracts: Python 3.8, standard 
 from __future__ import annotations
 
 import json
-import os
 import ssl
-import subprocess
 import urllib.error
 import urllib.request
 from typing import Any
 
-GATES = "/var/lib/llamafleet/gate"
+from common import show
 
 
 def result(name: str, ok: bool, expected: object, found: object, hint: str = "") -> dict[str, Any]:
@@ -21,21 +19,17 @@ def result(name: str, ok: bool, expected: object, found: object, hint: str = "")
 
 
 def main_pid(unit: str) -> int:
-    done = subprocess.run(["systemctl", "show", "--property=MainPID", "--value", unit],
-                          stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
-    return int(done.stdout.strip() or 0)
+    return int(show(unit, "MainPID").get("MainPID") or 0)
 
 
 def unit_state(unit: str) -> str:
     """Such as "active/running", "activating/start-post" or "activating/auto-restart"."""
-    done = subprocess.run(["systemctl", "show", "--property=ActiveState,SubState", unit],
-                          stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
-    shown = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    shown = show(unit, "ActiveState", "SubState")
     return f"{shown.get('ActiveState')}/{shown.get('SubState')}"
 
 
 def is_alive(state: str) -> bool:
-    """May a unit in this state still come to serve? One that systemd starts again has failed once."""
+    """Can a unit in this state still begin to serve? A unit that systemd restarts has failed already."""
     return state.startswith(("active/", "activating/")) and state != "activating/auto-restart"
 
 
@@ -44,8 +38,8 @@ _trusted: dict[str, ssl.SSLContext] = {}
 
 
 def trust(spec: dict[str, Any]) -> None:
-    """From now on a server that speaks https is believed with the installed certificate alone, whoever signed
-    that; by any name, since the host asks by address."""
+    """Accept from now on the installed certificate and no other, whoever signed it. Its name is not compared, since
+    the host asks by address."""
     if not spec.get("tls_certificate"):
         return
     end = "-----END CERTIFICATE-----"
@@ -61,7 +55,7 @@ def trust(spec: dict[str, Any]) -> None:
 def ask(
     url: str, path: str, key: str | None = None, body: dict[str, Any] | None = None, seconds: float = 120.0
 ) -> tuple[int, Any]:
-    """(status, JSON or text); status 0 where nothing answered."""
+    """(HTTP status, JSON or text); status 0 if nothing answered."""
     headers = {"Content-Type": "application/json"}
     if key:
         headers["Authorization"] = "Bearer " + key
@@ -90,36 +84,9 @@ def first_key(spec: dict[str, Any]) -> str | None:
 
 
 def slots(spec: dict[str, Any], seconds: float = 5.0) -> list[dict[str, Any]] | None:
-    """What each slot is doing; None where the server does not say.
+    """What each slot is doing; None if the server does not answer.
 
     The server's own thread answers this also while a batch is computed (server_context, yield_to_queue).
     """
     status, told = ask(spec["url"], "/slots", first_key(spec), seconds=seconds)
     return told if status == 200 and isinstance(told, list) else None
-
-
-def value_of(flag: str, words: list[str]) -> str | None:
-    """The value of a flag on a command line; None where it is not given."""
-    return words[words.index(flag) + 1] if flag in words[:-1] else None
-
-
-def instance_of(unit: str) -> str:
-    return unit[len("llama-server-") : -len(".service")]
-
-
-def read_json(path: str) -> dict[str, Any]:
-    """The JSON object of a file; empty where there is none."""
-    try:
-        with open(path) as file:
-            found = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def write_json(path: str, value: dict[str, Any]) -> None:
-    """Replace the file as a whole."""
-    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-    with open(path + ".new", "w") as file:
-        json.dump(value, file, indent=1)
-    os.replace(path + ".new", path)

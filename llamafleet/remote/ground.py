@@ -1,14 +1,15 @@
-"""What a unit's sandbox stands on: what worked on one systemd, kernel and driver may not on another.
+"""The versions that a unit's hardening depends on: it may work with one systemd, kernel and driver and not with others.
 
 Contract: `ground()` returns {"systemd", "kernel", "driver"}, texts (driver: null without NVIDIA's). Changes
-nothing. Python 3.8, standard library.
+nothing. Python 3.8, standard library; common.py beside it.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
 from typing import Dict, Optional  # the contract is Python 3.8, whose own are typing's
+
+from common import output_of
 
 
 def ground() -> Dict[str, Optional[str]]:
@@ -17,11 +18,7 @@ def ground() -> Dict[str, Optional[str]]:
 
 def systemd() -> str:
     """Such as "257 (257.13-1~deb13u1)"; empty where it cannot be asked."""
-    try:
-        done = subprocess.run(["systemctl", "--version"], stdout=subprocess.PIPE, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.partition("\n")[0].replace("systemd ", "", 1)
+    return output_of(["systemctl", "--version"]).partition("\n")[0].replace("systemd ", "", 1)
 
 
 def driver() -> Optional[str]:

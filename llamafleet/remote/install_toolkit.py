@@ -1,16 +1,15 @@
 """Install a CUDA toolkit from packages.
 
-Contract: `install_toolkit.py SPEC.json [ROOT]`, where SPEC has manager ("apt" | "dnf"), packages,
-components (of the distribution's
-archive, such as "non-free"), repository (NVIDIA's name of it | null), url (its
-address | null), key_package and repo_file (addresses | null), and nvcc (where the compiler will be).
-Progress lines on stdout; the last one of a failure begins with `error: `. Exit 0: the toolkit at nvcc
-is complete, as its sibling toolkits.py tells. Root, curl, apt or dnf, standard library. ROOT stands
-before every path in tests.
+Contract: `install_toolkit.py SPEC.json [ROOT]`, where SPEC has manager (a name in packages.py), packages, components
+(of the distribution's archive, such as "non-free"), repository (NVIDIA's name of it | null), url (its address | null),
+key_package and repo_file (addresses | null), and nvcc (where the compiler will be). Progress lines on stdout; the last
+one of a failure begins with `error: `. Exit 0: the toolkit at nvcc is complete, as toolkits.py finds it. Root, curl,
+apt or dnf, standard library; common.py, packages.py and toolkits.py lie beside it. ROOT stands before every path in
+tests.
 
-No file of the owner's is changed: sources go into files of our own, whose names begin with
-`llamafleet-`. NVIDIA's repository also holds drivers; it is set up so that they are never taken from
-it by itself, and an installation that would change the host's driver is refused.
+No file of the owner's is changed: sources go into files of our own, whose names begin with `llamafleet-`. NVIDIA's
+repository also holds drivers; it is set up so that no driver is taken from it unasked, and an installation that would
+change the host's driver is refused.
 """
 
 from __future__ import annotations
@@ -21,11 +20,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
+from typing import Any, Iterator, Type  # the contract is Python 3.8, whose own are typing's
 
+import packages
 import toolkits
+from common import output_of, replace_file
 
-APT = ["apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=300", "-o", "Acquire::Retries=3"]
 SOURCES = "/etc/apt/sources.list.d"
 COMPONENTS = SOURCES + "/llamafleet-nonfree.sources"
 # Options of a one-line source whose names are others in a stanza (sources.list(5)).
@@ -50,24 +50,27 @@ def say(text: str) -> None:
 
 
 def install(spec: dict[str, Any], root: str = "/") -> None:
-    if spec["manager"] == "apt":
-        if spec["components"]:
-            enable_components(spec["components"], root)
-        if spec["url"]:
-            add_apt_repository(spec["url"], spec["key_package"], root)
-        run([*APT, "update"], "apt-get update failed")
-        refuse_driver_change(spec["packages"], root)
-        run([*APT, "--no-install-recommends", "install", *spec["packages"]], "the packages were not installed")
-    else:
-        if spec["url"]:
-            add_dnf_repository(spec["repository"], spec["url"], spec["repo_file"], root)
-        run(["dnf", "-y", "--setopt=install_weak_deps=False", "install", *spec["packages"]],
-            "the packages were not installed")  # fmt: skip
+    manager = packages.by_name(spec["manager"])
+    if manager is None:
+        raise Failed(f"the package manager {spec['manager']!r} is unknown to packages.py")
+    if spec["components"]:
+        enable_components(spec["components"], root)
+    if spec["url"]:
+        REPOSITORIES[manager.name](spec, root)
+    refresh(manager)
+    refuse_driver_change(manager, spec["packages"], root)
+    run(manager.install(spec["packages"]), "the packages were not installed")
     check(spec["nvcc"], root)
 
 
+def refresh(manager: Type[packages.Manager]) -> None:
+    command = manager.refresh()
+    if command:
+        run(command, f"{command[0]} update failed")
+
+
 def enable_components(components: list[str], root: str) -> None:
-    """A source of our own for more components of the distribution's archive, from the host's mirrors."""
+    """Enable more components of the distribution's archive, in a sources file of our own with the host's mirrors."""
     own = archive_suites()
     wanted = " ".join(one for one in components if not any(one in enabled for enabled in own.values()))
     if not wanted:
@@ -86,14 +89,14 @@ def archive_suites() -> dict[tuple[str, str], set[str]]:
     """The distribution's own sources that apt has lists of: (URI, suite) to the set of components."""
     found = listed_suites()
     if not found:
-        run([*APT, "update"], "apt-get update failed")
+        refresh(packages.Apt)
         found = listed_suites()
     return found
 
 
 def listed_suites() -> dict[tuple[str, str], set[str]]:
     wanted = ["$(ORIGIN)", "$(REPO_URI)", "$(RELEASE)", "$(COMPONENT)"]
-    lines = output_of(["apt-get", "indextargets", "--format", "\t".join(wanted), "Created-By: Packages"])
+    lines = output_of(["apt-get", "indextargets", "--format", "\t".join(wanted), "Created-By: Packages"], None)
     found: dict[tuple[str, str], set[str]] = {}
     for origin, uri, suite, component in (line.split("\t") for line in lines.splitlines() if line.count("\t") == 3):
         if origin in ("Debian", "Ubuntu"):
@@ -149,12 +152,13 @@ def stanza_for(entry: dict[str, Any], components: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def add_apt_repository(url: str, key_package: str, root: str) -> None:
+def add_apt_repository(spec: dict[str, Any], root: str) -> None:
     """NVIDIA's repository with its key, at a priority below the distribution's.
 
     Its own cuda-keyring package would put everything in it, drivers included, above the distribution's
     packages: the owner's next upgrade would change the driver.
     """
+    url, key_package = spec["url"], spec["key_package"]
     ours = f"{SOURCES}/llamafleet-nvidia-cuda.sources"
     address = url.rsplit("://", 1)[-1]
     if any(entry["uri"].rstrip("/").rsplit("://", 1)[-1] == address for entry in configured_sources(root)):
@@ -173,9 +177,10 @@ def add_apt_repository(url: str, key_package: str, root: str) -> None:
     say(f"added the repository {url} in {ours}")
 
 
-def add_dnf_repository(name: str, url: str, repo_file: str, root: str) -> None:
+def add_dnf_repository(spec: dict[str, Any], root: str) -> None:
     """NVIDIA's repository, its drivers left out."""
-    path = f"/etc/yum.repos.d/llamafleet-cuda-{name}.repo"
+    url, repo_file = spec["url"], spec["repo_file"]
+    path = f"/etc/yum.repos.d/llamafleet-cuda-{spec['repository']}.repo"
     folder = toolkits.inside(root, "/etc/yum.repos.d")
     if any(url in read(other) for other in listing(folder)):
         say(f"the repository {url} is already configured on this host")
@@ -190,16 +195,18 @@ def add_dnf_repository(name: str, url: str, repo_file: str, root: str) -> None:
     say(f"added the repository {url} in {path}")
 
 
-def refuse_driver_change(packages: list[str], root: str) -> None:
+# What adds NVIDIA's repository, by package manager.
+REPOSITORIES = {packages.Apt.name: add_apt_repository, packages.Dnf.name: add_dnf_repository}
+
+
+def refuse_driver_change(manager: Type[packages.Manager], names: list[str], root: str) -> None:
     """Raise where the packages would bring another driver to a host that has one."""
     if not os.path.exists(toolkits.inside(root, "/proc/driver/nvidia/version")):
         return
-    would = output_of([*APT, "--simulate", "--no-install-recommends", "install", *packages])
-    names = [line.split()[1] for line in would.splitlines() if line.startswith(("Inst ", "Remv "))]
-    driver = [name for name in names if DRIVER.match(name)]
+    driver = [name for name in manager.would_change(names) if DRIVER.match(name)]
     if driver:
         raise Failed(
-            f"installing {', '.join(packages)} would change the NVIDIA driver of this host ({', '.join(driver)}): "
+            f"installing {', '.join(names)} would change the NVIDIA driver of this host ({', '.join(driver)}): "
             'set cuda_toolkit = "nvidia", whose toolkit needs none of them, or name a toolkit\'s folder'
         )
 
@@ -232,12 +239,7 @@ def write(path: str, content: str | bytes, root: str) -> None:
     """The file, whole or not at all, readable by everyone, as apt's own user must."""
     path = toolkits.inside(root, path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    descriptor, new = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".llamafleet-")
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-    os.chmod(new, 0o644)
-    os.replace(new, path)
+    replace_file(path, content.encode() if isinstance(content, str) else content)
 
 
 def run(command: list[str], failure: str) -> None:
@@ -252,12 +254,6 @@ def run(command: list[str], failure: str) -> None:
             last = [*last[-4:], line.strip()]
     if process.returncode:
         raise Failed(f"{failure} (exit code {process.returncode}): {' | '.join(line for line in last if line)}")
-
-
-def output_of(command: list[str]) -> str:
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                          env={**os.environ, "LC_ALL": "C.UTF-8"}, text=True)  # fmt: skip
-    return done.stdout
 
 
 def main(argv: list[str]) -> int:

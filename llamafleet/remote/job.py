@@ -1,10 +1,12 @@
-"""Run long work on this host so that a lost connection loses nothing.
+"""Run long work on this host so that it goes on without the connection.
 
 Contract: `job.py start NAME -- COMMAND...` starts COMMAND as the transient unit
 `llamafleet-job-NAME.service`, or attaches to it where it still runs; `job.py follow NAME --seen LINE
 --seconds N` waits until the job ends, says something new, or N seconds pass. Both print one JSON
 object: {"state": "running" | "ended" | "absent", "exit_code": int | null, "line": last line of
-the log, "tail": [lines]}. Root, systemd and the standard library are all it needs.
+the log, "tail": [lines]}. Root, systemd, the standard library; common.py beside it.
+
+Decision 17: docs/decisions/0017-long-work-runs-detached-under-a-lease.md.
 """
 
 from __future__ import annotations
@@ -17,14 +19,11 @@ import sys
 import time
 from typing import Any
 
-JOBS = "/var/lib/llamafleet/jobs"
+from common import JOBS, show, transient_unit
+
 TAIL_LINES = 40
-# A line of progress is told at most this often, seconds: a build of minutes fills no screen.
+# Seconds between two lines of progress, so that a long build does not fill the screen.
 TELL_SECONDS = 10.0
-
-
-def unit_of(name: str) -> str:
-    return f"llamafleet-job-{name}.service"
 
 
 def log_of(name: str) -> str:
@@ -36,11 +35,8 @@ def exit_code_file(name: str) -> str:
 
 
 def is_running(name: str) -> bool:
-    shown = subprocess.run(
-        ["systemctl", "show", "--property=ActiveState", "--value", unit_of(name)],
-        stdout=subprocess.PIPE, check=True, text=True,
-    )  # fmt: skip
-    return shown.stdout.strip() in ("active", "activating", "deactivating", "reloading")
+    state = show(transient_unit("job", name), "ActiveState").get("ActiveState")
+    return state in ("active", "activating", "deactivating", "reloading")
 
 
 def start(name: str, command: list[str]) -> dict[str, Any]:
@@ -54,7 +50,7 @@ def start(name: str, command: list[str]) -> dict[str, Any]:
         script = f'"$@"; code=$?; echo $code > {exit_code_file(name)}.new; ' \
                  f"mv {exit_code_file(name)}.new {exit_code_file(name)}; exit $code"  # fmt: skip
         subprocess.run(
-            ["systemd-run", "--quiet", "--collect", f"--unit={unit_of(name)}",
+            ["systemd-run", "--quiet", "--collect", f"--unit={transient_unit('job', name)}",
              "--property=Type=exec", f"--property=StandardOutput=append:{log_of(name)}",
              f"--property=StandardError=append:{log_of(name)}",
              "/bin/sh", "-c", script, "sh", *command],
@@ -64,7 +60,7 @@ def start(name: str, command: list[str]) -> dict[str, Any]:
 
 
 def look(name: str) -> dict[str, Any]:
-    """The job as it is now."""
+    """The state of the job now."""
     running = is_running(name)
     code = None
     if not running and os.path.exists(exit_code_file(name)):
@@ -88,7 +84,7 @@ def tail_of(path: str) -> list[str]:
 
 
 def follow(name: str, seen: str, seconds: float) -> dict[str, Any]:
-    """Wait until there is something to tell."""
+    """Wait until the job has ended, has a new line, or the time is over."""
     deadline = time.monotonic() + seconds
     while True:
         found = look(name)

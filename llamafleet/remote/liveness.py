@@ -1,16 +1,18 @@
-"""Does a running instance still produce tokens? Restarts it where it does not.
+"""Check that a running instance still produces tokens, and restart it if not.
 
-Contract: `liveness.py PLAN.json SECONDS`, run by the instance's timer. PLAN.json is plan.json, of which the
-`gate` object is read: unit, argv, url, api_keys. A server that has worked since the last check is left
-alone; an idle one is asked for one token. It counts as wedged when for SECONDS it neither answers nor any of
-its slots gets on, and is then restarted by systemd: SIGTERM, after the unit's stop timeout SIGKILL, and no
-more often than the unit's start limit allows. Not looked at: a unit that does not run (systemd restarts
-what has ended), is loading, or is being switched. Exit 0 nothing to do, 1 restarted.
+Contract: `liveness.py PLAN.json SECONDS`, run by the instance's timer. PLAN.json is plan.json, of which is read: `gate`
+(unit, url, api_keys, context_tokens, slots) and `batch_tokens`, the most tokens that are computed in one piece. A
+server that has worked since the last check is left alone; an idle one is asked for one token. A server is wedged if
+for SECONDS it does not answer and none of its slots makes progress. systemd then restarts it: SIGTERM, after the
+unit's stop timeout SIGKILL, and no more often than the unit's start limit allows. A unit is not checked while it does
+not run (systemd restarts what has ended), loads, or is being switched. Exit 0 nothing to do, 1 restarted.
 Writes /run/llamafleet/liveness-NAME.json (what was seen) and, on a restart, /var/lib/llamafleet/gate/
-NAME.liveness.json {"restarts", "time", "why"}. Root, standard library; gate_server.py lies beside it.
+NAME.liveness.json {"restarts", "time", "why"}. Root, standard library; common.py and gate_server.py lie beside it.
 
-`/health` can answer 200 on a server whose GPU hangs; `/slots` too, also while a batch is computed. So only
-counters that move are proof of life, and a long queue is none of death.
+`/health` can answer 200 on a server whose GPU hangs; `/slots` too, also while a batch is computed. So only counters
+that move prove that a server works, and a long queue does not prove the contrary.
+
+Decision 7: docs/decisions/0007-health-is-not-enough.md.
 """
 
 from __future__ import annotations
@@ -18,30 +20,17 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
 from typing import Any, Dict, List  # the contract is Python 3.8, whose own are typing's
 
-from gate_server import (
-    GATES,
-    ask,
-    first_key,
-    instance_of,
-    main_pid,
-    read_json,
-    slots,
-    trust,
-    unit_state,
-    value_of,
-    write_json,
-)  # fmt: skip
+from common import GATES, RUN, instance_of, read_json, systemctl, write_json
+from gate_server import ask, first_key, main_pid, slots, trust, unit_state
 
-RUN = "/run/llamafleet"
 POLL_SECONDS = 1.0
-# A batch of a prompt is computed in one piece, in which no counter moves: so many times what it should take,
-# by the speed that the gate measured, are waited for even where SECONDS are less.
+# No counter moves while a batch of a prompt is computed. This many times the expected duration of a batch, by the
+# speed that the gate measured, is waited for even if SECONDS is less.
 BATCH_PATIENCE = 3
 
 Slots = Dict[str, List[Any]]
@@ -49,7 +38,8 @@ Slots = Dict[str, List[Any]]
 
 def main(argv: list[str]) -> int:
     with open(argv[0]) as file:
-        spec = json.load(file)["gate"]
+        plan = json.load(file)
+    spec = {**plan["gate"], "batch_tokens": plan.get("batch_tokens")}
     trust(spec)
     name = instance_of(spec["unit"])
     os.makedirs(RUN, exist_ok=True)
@@ -69,15 +59,15 @@ def main(argv: list[str]) -> int:
 
 
 def patience(spec: dict[str, Any], seconds: float) -> float:
-    """How long nothing may happen: SECONDS, or longer where this very host needs longer for a batch."""
+    """Seconds without progress before a restart: SECONDS, or more if this host needs more for a batch."""
     speed = read_json(f"{GATES}/{instance_of(spec['unit'])}.json").get("prompt_tokens_per_s")
-    # No prompt, and so no batch, is longer than the context.
-    batch = min(int(value_of(flag, spec["argv"]) or 0) for flag in ("--batch-size", "--ctx-size"))
+    # A record of an earlier version lacks the number. No batch is longer than the context of all slots.
+    batch = spec["batch_tokens"] or spec["context_tokens"] * spec["slots"]
     return max(seconds, BATCH_PATIENCE * batch / speed) if speed else seconds
 
 
 def counters(spec: dict[str, Any]) -> Slots | None:
-    """Of each slot: its task, whether that is under way, tokens read and written; None: it does not say."""
+    """By slot: [task, is it under way, tokens read, tokens written]; None if the server does not answer."""
     told = slots(spec)
     if told is None:
         return None
@@ -88,7 +78,7 @@ def counters(spec: dict[str, Any]) -> Slots | None:
 
 
 def moved(before: Slots, now: Slots) -> bool:
-    """Did any slot get on? A task that merely began, such as our own, is no sign of life."""
+    """Has any slot made progress? A task that only began, such as our own request, does not count."""
     for slot, (task, working, read, written) in now.items():
         old_task, old_working, old_read, old_written = before.get(slot, [None, False, 0, 0])
         if task == old_task:
@@ -100,31 +90,31 @@ def moved(before: Slots, now: Slots) -> bool:
 
 
 def wait_for_token(spec: dict[str, Any], seconds: float, seen: Slots | None) -> str | None:
-    """None where a token comes, or others' work goes on; else what was found in all that time."""
-    asked = Asked(spec, seconds)
+    """Wait for a token, or for progress of other requests: None if either comes, else what was seen instead."""
+    asked = TokenRequest(spec, seconds)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         asked.done.wait(POLL_SECONDS)
         if asked.done.is_set():
-            if 200 <= asked.status < 500:  # 4xx: it lives, though it does not like what we ask
+            if 200 <= asked.status < 500:  # 4xx: the server works, though it refuses our request
                 return None
             time.sleep(POLL_SECONDS)
-            asked = Asked(spec, max(POLL_SECONDS, deadline - time.monotonic()))
+            asked = TokenRequest(spec, max(POLL_SECONDS, deadline - time.monotonic()))
         now = counters(spec)
         if now is not None and seen is not None and moved(seen, now):
             return None
         seen = now if seen is None else seen
     said = f"its last answer was {asked.status}" if asked.done.is_set() and asked.status else "no answer"
-    return f"no token within {seconds:.0f} s, {said}, and no slot got on"
+    return f"no token within {seconds:.0f} s, {said}, and no slot made progress"
 
 
-class Asked:
-    """A request for one token, on its way."""
+class TokenRequest:
+    """A request for one token that a thread of its own waits for."""
 
     def __init__(self, spec: dict[str, Any], seconds: float) -> None:
         self.status = 0
         self.done = threading.Event()
-        # A daemon: it must not keep us when we give up.
+        # A daemon thread does not keep this program alive after it has given up.
         threading.Thread(target=self._ask, args=(spec, seconds), daemon=True).start()
 
     def _ask(self, spec: dict[str, Any], seconds: float) -> None:
@@ -134,7 +124,7 @@ class Asked:
 
 
 def restart(unit: str, pid: int, why: str) -> bool:
-    """Restart the unit, unless a deploy is at it or its process has changed meanwhile."""
+    """Restart the unit, unless a deploy holds its lock or its process has changed. True if restarted."""
     name = instance_of(unit)
     with open(f"{RUN}/switch-{name}.lock", "w") as lock:
         try:
@@ -147,8 +137,8 @@ def restart(unit: str, pid: int, why: str) -> bool:
         path = f"{GATES}/{name}.liveness.json"
         count = read_json(path).get("restarts", 0) + 1
         write_json(path, {"restarts": count, "why": why, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-        # Not waited for: a deploy that takes the lock next has the last word.
-        subprocess.run(["systemctl", "restart", "--no-block", unit], check=True)
+        # Do not wait: a deploy that takes the lock next decides what runs.
+        systemctl("restart", "--no-block", unit)
     return True
 
 

@@ -1,10 +1,12 @@
-"""The host's lock: two runs at once cannot meet.
+"""The host's lock: one run at a time changes a host.
 
 Contract: `lock.py take HOLDER [--over RUN]`, `lock.py refresh RUN`, `lock.py release RUN`.
 HOLDER is a JSON object with `run` (unique), `who`, `machine` and `pid` of the operator's side.
 Exit 0: done. Exit 1: somebody else holds it; stdout has that holder with `age_seconds` since it
 was last refreshed. A holder that has not refreshed for LEASE_SECONDS has lost the lock, and
-`--over RUN` takes it from a run that the operator's machine knows to be dead.
+`--over RUN` takes it from a run that the operator's machine knows to be dead. Standard library; common.py beside it.
+
+Decision 17: docs/decisions/0017-long-work-runs-detached-under-a-lease.md.
 """
 
 from __future__ import annotations
@@ -17,36 +19,32 @@ import sys
 import time
 from typing import Any
 
-PATH = "/run/llamafleet/lock.json"
+from common import LOCK as PATH
+from common import read_json, write_json
+
 LEASE_SECONDS = 900  # longer than the longest step that does not refresh: an apt-get install
 
 
 def read(path: str = PATH) -> dict[str, Any] | None:
     """The holder with its `age_seconds`, or None where nobody holds the lock."""
-    try:
-        with open(path) as file:
-            holder = json.load(file)
-    except (OSError, ValueError):
-        return None
-    if not isinstance(holder, dict) or "run" not in holder:
+    holder = read_json(path)
+    if "run" not in holder:
         return None
     holder["age_seconds"] = max(0.0, time.time() - os.stat(path).st_mtime)
     return holder if holder["age_seconds"] < LEASE_SECONDS else None
 
 
 def take(holder: dict[str, Any], over: str | None = None, path: str = PATH) -> dict[str, Any] | None:
-    """None, or the other holder."""
+    """Take the lock: None, or the other run that holds it."""
     other = read(path)
     if other and other["run"] not in (holder["run"], over):
         return other
-    with open(path + ".new", "w") as file:
-        json.dump(holder, file)
-    os.replace(path + ".new", path)
+    write_json(path, holder)
     return None
 
 
 def refresh(run: str, path: str = PATH) -> dict[str, Any] | None:
-    """None, or who holds the lock instead; nobody may, where it was lost."""
+    """None if the lock was refreshed; else its present holder, or an object that says that the lock was lost."""
     other = read(path)
     if other and other["run"] == run:
         os.utime(path)

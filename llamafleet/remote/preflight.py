@@ -1,12 +1,15 @@
-"""Does llama-server work in the unit's sandbox on this host? Tried before the switch, on the release itself.
+"""Try before the switch whether llama-server works with the unit's hardening on this host; drop what does not work.
 
 Contract: `prepare(staged, name, installed)` takes the folder with the staged unit and plan.json of the instance
-NAME and the path of the installed plan.json. It runs the release in a transient unit with the same directives:
-`--list-devices` must show every planned device, and a tiny model must answer a completion. Where that fails,
-directives are dropped by `SUSPECTS`' order, one by one and then together, and the tightest set that works is
-kept: the staged unit then has them as comments, and plan.json says which and why in its `preflight`. Raises
-`Unfit` where nothing works, also without a sandbox; nothing that is installed is touched. Root, systemd, the
-standard library, Python 3.8; its siblings ground.py, sandbox_trial.py and tiny_gguf.py lie in the same folder.
+NAME and the path of the installed plan.json. It runs the release in a transient unit with the same directives, by the
+commands in plan.json's `trial`: every planned device must be listed, and a tiny model must answer a completion. If that
+fails, directives are dropped in the order of `SUSPECTS`, one by one and then together, and the tightest set that works
+is kept: the staged unit then has the dropped ones as comments, and plan.json has them with the reason in its
+`preflight`. Raises `Unfit` where llama-server does not work even without hardening; nothing that is installed is
+touched. Root, systemd, the standard library, Python 3.8; common.py, ground.py, hardening_trial.py and tiny_gguf.py lie
+beside it.
+
+Decision 18: docs/decisions/0018-hardening-is-proven-on-the-host.md.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ import json
 from typing import Any, Callable, Dict, FrozenSet, List, NamedTuple, Optional, Sequence, Tuple
 
 import ground
-import sandbox_trial
-from sandbox_trial import Directive, Unfit
+import hardening_trial
+from common import read_json, unit_of, write_json
+from hardening_trial import Directive, Unfit
 
 __all__ = ["Unfit", "prepare"]
 
@@ -29,8 +33,8 @@ class Part(NamedTuple):
     names: Tuple[str, ...]
 
 
-# In the order in which they are dropped: first what costs speed and no safety, where a container has other CPUs or
-# lets nobody set a memory policy, then what GPU drivers are most likely to need.
+# In the order in which they are dropped. First placement, which costs speed and no safety: a container may have other
+# CPUs, or forbid a memory policy. Then the directives that GPU drivers are most likely to break.
 SUSPECTS = (
     Part("CPUAffinity", ("CPUAffinity",)),
     Part("NUMAPolicy", ("NUMAPolicy", "NUMAMask")),
@@ -58,49 +62,57 @@ OTHERS = (
 # Everything else stays in any case, above all User, NoNewPrivileges, the empty capability sets, ProtectSystem,
 # ProtectHome and PrivateTmp: a server that does not run with these is not run at all.
 
-# Why the sandbox without the parts of these labels does not work; None where it does.
+# Tries the hardening without the parts of these labels: why llama-server does not work, or None.
 Works = Callable[[FrozenSet[str]], Optional[str]]
 
 
 def prepare(staged: str, name: str, installed: str) -> None:
-    unit_path, plan_path = f"{staged}/llama-server-{name}.service", f"{staged}/plan.json"
+    """Find the directives that have to be dropped, and write the staged unit and plan.json accordingly."""
+    unit_path, plan_path = f"{staged}/{unit_of(name)}", f"{staged}/plan.json"
     unit, plan = read(unit_path), json.loads(read(plan_path))
     found = known(installed, unit)
     if found is None:
-        print("preflight: trying the sandbox", flush=True)
-        found = examine(name, unit, plan["gate"]["argv"])
+        print("preflight: trying the unit's hardening", flush=True)
+        found = examine(name, unit, trial_of(plan))
     loosened = without(unit, [line for one in found["dropped"] for line in one["directives"]])
     plan["preflight"] = {**found, "unit_sha256": sha256(loosened)}
     for one in found["dropped"]:
-        print(f"note: sandbox without {', '.join(one['directives'])}: {one['why']}", flush=True)
+        print(f"note: hardening without {', '.join(one['directives'])}: {one['why']}", flush=True)
     write(unit_path, loosened)
-    write(plan_path, json.dumps(plan, indent=1) + "\n")
+    write_json(plan_path, plan)
+
+
+def trial_of(plan: Dict[str, Any]) -> Dict[str, Any]:
+    """The commands of the trial; raises Unfit where an earlier version made the record, which has none."""
+    if "trial" not in plan:
+        raise Unfit("the staged plan.json has no trial, so it was made by another version of llamafleet: deploy again")
+    trial: Dict[str, Any] = plan["trial"]
+    return trial
 
 
 def known(installed: str, unit: str) -> Optional[Dict[str, Any]]:
-    """What the preflight of the installed instance found, if it was for this very unit on this very ground."""
-    try:
-        found = json.loads(read(installed))["preflight"]
-    except (OSError, ValueError, KeyError):
+    """What the installed instance's preflight found, if the unit, systemd, kernel and driver are still the same."""
+    found = read_json(installed).get("preflight")
+    if not found:
         return None
     same = found["rendered_sha256"] == sha256(unit) and found["ground"] == ground.ground()
     return {key: found[key] for key in found if key != "unit_sha256"} if same else None
 
 
-def examine(name: str, unit: str, argv: Sequence[str]) -> Dict[str, Any]:
+def examine(name: str, unit: str, trial: Dict[str, Any]) -> Dict[str, Any]:
     """The preflight's findings for a unit; raises Unfit."""
     directives = service_directives(unit)
-    with sandbox_trial.Trial(name, argv) as trial:
+    with hardening_trial.Trial(name, trial) as tried:
 
         def works(dropped: FrozenSet[str]) -> Optional[str]:
             gone = {line for label in dropped for line in lines_of(label, directives)}
-            why = trial.run([one for one in directives if one.line not in gone])
+            why = tried.run([one for one in directives if one.line not in gone])
             print(f"preflight: without {', '.join(sorted(dropped)) or 'nothing'}: {why or 'works'}", flush=True)
             return why
 
         dropped = tightest([part.label for part in SUSPECTS if lines_of(part.label, directives)],
                            [part.label for part in OTHERS if lines_of(part.label, directives)], works)  # fmt: skip
-        checked = trial.checked
+        checked = tried.checked
     return {
         "rendered_sha256": sha256(unit),
         "ground": ground.ground(),
@@ -110,14 +122,14 @@ def examine(name: str, unit: str, argv: Sequence[str]) -> Dict[str, Any]:
 
 
 def tightest(suspects: Sequence[str], others: Sequence[str], works: Works) -> Dict[str, str]:
-    """The labels that have to be dropped, each with what fails while it is kept; raises Unfit."""
+    """The labels that have to be dropped, each with the failure that keeping it causes; raises Unfit."""
     if works(frozenset()) is None:
         return {}
     everything = frozenset((*suspects, *others))
     bare = works(everything)
     if bare is not None:
-        raise Unfit(f"llama-server does not work on this host, also without a sandbox: {bare}")
-    # Once more: a moment's trouble must not open a sandbox.
+        raise Unfit(f"llama-server does not work on this host, even without hardening: {bare}")
+    # Once more, so that a passing disturbance does not loosen the unit.
     why = works(frozenset())
     if why is None:
         return {}
@@ -130,7 +142,7 @@ def tightest(suspects: Sequence[str], others: Sequence[str], works: Works) -> Di
 
 
 def put_back(dropped: FrozenSet[str], order: Sequence[str], works: Works) -> Dict[str, str]:
-    """Put back whatever can be, the least suspect first; what is left, with why it cannot."""
+    """Put back every part that can be, the least suspect first. Returns the others, each with what fails with it."""
     reasons = {}
     for label in [one for one in reversed(order) if one in dropped]:
         why = works(dropped - {label})

@@ -1,9 +1,9 @@
 """Look at this host and print what it is as one JSON object, the machine file (schema 1).
 
 Contract: runs on the host with any Python >= 3.8, as any user, with the standard library, psutil, and
-beside it `probe_files.py`, `probe_cpu.py`, `probe_gpus.py` and `probe_vulkan.py`; imports nothing else of
-ours. Reads only, leaves nothing behind. Prints exactly one JSON object on stdout and exits 0: what is odd
-about the host is text in `problems`, never a crash. Exit 2 is bad usage.
+beside it `common.py`, `packages.py`, `probe_files.py`, `probe_cpu.py`, `probe_gpus.py` and `probe_vulkan.py`;
+imports nothing else of ours. Reads only, leaves nothing behind. Prints exactly one JSON object on stdout and exits 0:
+what is odd about the host is text in `problems`, never a crash. Exit 2 is bad usage.
 
     probe.py [--paths PATH...] [--driver-seconds 20] [--vulkan] [--root DIR]
 """
@@ -17,13 +17,13 @@ import json
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import packages
 import probe_cpu
 import probe_files
 from probe_files import at, cgroup_folders, number, psutil, read
@@ -107,10 +107,8 @@ def libc_version() -> str:
 
 
 def package_manager() -> str | None:
-    for program, name in (("apt-get", "apt"), ("dnf", "dnf")):
-        if shutil.which(program, path="/usr/sbin:/usr/bin:/sbin:/bin"):
-            return name
-    return None
+    manager = packages.detect()
+    return manager.name if manager else None
 
 
 def disk(path: str) -> dict[str, Any]:
@@ -202,7 +200,7 @@ def name_lost_gpus(gpus: list[dict[str, Any]], pci: list[dict[str, Any]]) -> Non
 
 
 def has_gpu_driver(pci: list[dict[str, Any]]) -> bool:
-    """Is there anything to ask a driver about? Asking takes a process of its own, on every host and run."""
+    """Is there a GPU to ask a driver about? Asking takes a process of its own, on every host and run."""
     if any(gpu["vendor"] != "intel" for gpu in pci) or at("/proc/driver/nvidia").exists():
         return True
     try:
@@ -222,8 +220,8 @@ def driver_answers(seconds: float) -> dict[str, Any]:
 
 
 def answers_of(name: str, seconds: float, *arguments: str) -> dict[str, Any]:
-    """What a program beside us prints that asks a driver. Stuck in the kernel it is abandoned, since killing
-    may not end it."""
+    """Run a program that asks a driver, and return the JSON that it prints. A program that hangs in the kernel is
+    abandoned, since a kill may not end it."""
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
     command = [sys.executable, "-s", "-E", "-B", program, *arguments]
     child = subprocess.Popen(
@@ -248,7 +246,7 @@ def answers_of(name: str, seconds: float, *arguments: str) -> dict[str, Any]:
 
 
 def stop_child_on_signals(child: subprocess.Popen[bytes]) -> None:
-    """Ended ourselves, we end the child too: it is in its own session and would outlive us."""
+    """Kill the child when a signal ends us: it has a session of its own and would go on."""
 
     def stop(number: int, _frame: Any) -> None:
         child.kill()

@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from common import PREFIX
 from probe_files import at, read
 
 # Memory held by these units is our own and must not shrink the next plan.
-OUR_UNITS = re.compile(r"/(llama-server-[^/]+\.service|llamafleet-[^/]+\.(service|scope))(/|$)", re.M)
+OUR_UNITS = re.compile(rf"/({PREFIX}[^/]+\.service|llamafleet-[^/]+\.(service|scope))(/|$)", re.M)
 
 
 def is_ours(pid: int | str) -> bool:

@@ -7,7 +7,7 @@ own because a driver can hang or crash in its first call: the probe runs it with
                          "memory_total_bytes"}], "problems": [...]}
 
 with null where Vulkan is not installed. `index` counts as GGML_VK_VISIBLE_DEVICES does: every device that
-vkEnumeratePhysicalDevices lists (ggml-vulkan.cpp:5275). Structures, names and numbers are vulkan_core.h's.
+vkEnumeratePhysicalDevices lists (ggml_vk_instance_init). Structures, names and numbers are vulkan_core.h's.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def device(vulkan: Any, index: int, handle: c_void_p) -> Dict[str, Any]:
         "driver": driver.name.decode("utf-8", "replace"),
         "uuid": bytes(ids.device_uuid).hex(),
         "pci_bus_id": f"{bus.domain:04x}:{bus.bus:02x}:{bus.device:02x}.{bus.function}" if has_bus else None,
-        # As ggml-vulkan counts it (ggml-vulkan.cpp:15206).
+        # As ggml_backend_vk_get_device_memory counts it.
         "memory_total_bytes": sum(heap.size for heap in heaps if kind == "integrated" or heap.flags & DEVICE_LOCAL),
     }
 

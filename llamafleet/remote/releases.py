@@ -2,7 +2,9 @@
 
 Contract: `releases.py KEY KEEP` links /opt/llamafleet/current to releases/KEY and then removes all
 but the KEEP newest other releases; never one that a unit names or a process runs from. Prints what
-was removed. Standard library only.
+was removed. Standard library; common.py beside it.
+
+Decision 19: docs/decisions/0019-units-name-the-release-folder.md.
 """
 
 from __future__ import annotations
@@ -13,9 +15,7 @@ import shutil
 import sys
 from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
 
-OPT = "/opt/llamafleet"
-UNITS = "/etc/systemd/system"
-GOOD = "/var/lib/llamafleet/good"
+from common import GOOD, OPT, PREFIX, SUFFIX, UNITS
 
 
 def record_of(folder: str) -> dict[str, Any] | None:
@@ -55,14 +55,14 @@ def main(argv: list[str]) -> int:
 
 
 def is_used(key: str) -> bool:
-    """Does a unit, one kept to go back to, or a running process need this release?"""
+    """Does an installed unit, a last good unit or a running process use this release?"""
     return any(key in text for text in unit_texts()) or any(f"/releases/{key}/" in exe for exe in running())
 
 
 def unit_texts() -> Iterator[str]:
     for folder, _, names in [(UNITS, None, os.listdir(UNITS)), *os.walk(GOOD)]:
         for name in names:
-            if name.startswith("llama-server-") and name.endswith(".service"):
+            if name.startswith(PREFIX) and name.endswith(SUFFIX):
                 with open(f"{folder}/{name}") as file:
                     yield file.read()
 

@@ -1,9 +1,9 @@
-"""What the instances of this host use and how their last gate went.
+"""Report what the instances of this host use, and the result of their last gate.
 
 Contract: no arguments; prints one JSON object, by instance name {"rss_bytes", "cgroup_bytes": int | null,
 "gpu_bytes": {GPU's UUID: int | null} | text where NVML does not tell, "since": text, "gate": the last gate's record
-(`gate.py`) | null}. Changes nothing. Python 3.8, standard library, psutil and pynvml; its siblings gate.py and
-survey.py lie in the same folder.
+(`gate.py`) | null}. Changes nothing. Python 3.8, standard library, psutil and pynvml; its siblings common.py,
+gate.py and survey.py lie in the same folder.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-GATES = "/var/lib/llamafleet/gate"
+from common import GATES, instance_of, plan_path, read_json, unit_of
 
 
 def status() -> dict[str, dict[str, Any]]:
@@ -19,24 +19,22 @@ def status() -> dict[str, dict[str, Any]]:
     import survey
 
     units = [unit for unit in survey.units() if survey.is_ours(unit)]
-    names = [unit[len(survey.PREFIX) : -len(survey.SUFFIX)] for unit in units]
-    return {name: instance(name) for name in names}
+    return {name: instance(name) for name in map(instance_of, units)}
 
 
 def instance(name: str) -> dict[str, Any]:
     import survey
 
-    shown = survey.show(survey.PREFIX + name + survey.SUFFIX, "MainPID", "MemoryCurrent", "ActiveEnterTimestamp")
+    shown = survey.show(unit_of(name), "MainPID", "MemoryCurrent", "ActiveEnterTimestamp")
     pid = int(shown.get("MainPID") or 0)
-    record = survey.read_json(f"{survey.ETC}/instances/{name}/plan.json")
-    planned = isinstance(record, dict) and bool(record.get("gate", {}).get("gpus"))
+    planned = bool(read_json(plan_path(name)).get("gate", {}).get("gpus"))
     return {
         "rss_bytes": rss(pid) if pid else None,
         # Where the kernel does not count it, systemd says "[not set]" or the largest number there is.
         "cgroup_bytes": number(shown.get("MemoryCurrent")),
         "gpu_bytes": gpu_bytes(pid) if planned and pid else {},
         "since": shown.get("ActiveEnterTimestamp") or "",
-        "gate": survey.read_json(f"{GATES}/{name}.json"),
+        "gate": read_json(f"{GATES}/{name}.json") or None,
     }
 
 

@@ -1,15 +1,14 @@
-"""What is installed and running on this host, beside what the probe says of the machine.
+"""Report what is installed and running on this host, together with the probe's machine file.
 
-Contract: one argument, a JSON object {"packages": {"apt": [names], "dnf": [names]},
+Contract: one argument, a JSON object {"packages": {name of a package manager: [names]},
 "build_cache": path | null, "toolkits": [paths], "paths": [paths], "vulkan": bool}; prints one JSON object
 {"machine": the probe's output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and psutil;
-its siblings probe.py, toolkits.py, lock.py and ground.py lie in the same folder.
+its siblings common.py, probe.py, toolkits.py, lock.py, ground.py, packages.py and releases.py lie in the same folder.
 """
 
 from __future__ import annotations
 
 import grp
-import hashlib
 import json
 import os
 import pwd
@@ -17,21 +16,35 @@ import subprocess
 import sys
 from typing import Any
 
-OPT = "/opt/llamafleet"
-VAR = "/var/lib/llamafleet"
-ETC = "/etc/llamafleet"
-UNITS = "/etc/systemd/system"
+import common
+from common import (
+    CURRENT,
+    GOOD,
+    HELPERS,
+    INSTANCES,
+    LIVENESS,
+    MADE_BY,
+    MODELS,
+    PREFIX,
+    RELEASES,
+    SECRETS,
+    SUFFIX,
+    UNITS,
+    USER,
+    listing,
+    liveness_units,
+    plan_path,
+    read_json,
+    sha256_of,
+)  # fmt: skip
+
 DRIVER_SECONDS = 20.0  # a driver that does not answer in this time hangs
-MADE_BY = "# Made by llamafleet"
-SECRETS = ("api-keys", "tls-certificate", "tls-key")
-PREFIX, SUFFIX = "llama-server-", ".service"
-# Of the timer of an instance's liveness check, and of what it starts.
-LIVENESS = ("-liveness.service", "-liveness.timer")
 
 
 def main(argv: list[str]) -> None:
     import ground
     import lock
+    import packages
     import probe
     import toolkits
 
@@ -40,12 +53,12 @@ def main(argv: list[str]) -> None:
     manager = machine.get("package_manager")
     found = {
         "euid": os.geteuid(),
-        "user": has_user("llamafleet"),
-        "missing_packages": missing_packages(manager, asked["packages"].get(manager, [])),
-        "helpers": link_name(OPT + "/helpers/current"),
+        "user": has_user(USER),
+        "missing_packages": packages.missing(packages.by_name(manager), asked["packages"].get(manager, [])),
+        "helpers": link_name(HELPERS + "/current"),
         "lock": lock.read(),
         "releases": releases(),
-        "current": link_name(OPT + "/current"),
+        "current": link_name(CURRENT),
         "cached_builds": cached_builds(asked["build_cache"]),
         "models": verified_models(),
         "instances": instances(),
@@ -75,28 +88,8 @@ def has_group(name: str) -> bool:
     return True
 
 
-def missing_packages(manager: str | None, names: list[str]) -> list[str]:
-    """Those of the packages that are not fully installed."""
-    if not names:
-        return []
-    query = ["rpm", "-q", "--qf", "%{NAME} installed\n"] if manager == "dnf" else \
-        ["dpkg-query", "--show", "--showformat=${Package} ${db:Status-Status}\n"]  # fmt: skip
-    lines = output_of([*query, *names]).splitlines()
-    installed = {line.split()[0] for line in lines if line.endswith(" installed")}
-    return [name for name in names if name not in installed]
-
-
-def output_of(command: list[str]) -> str:
-    """The command's stdout, whatever its exit status; empty where it cannot run."""
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.decode("utf-8", "replace")
-
-
 def link_name(path: str) -> str | None:
-    """The last part of where a link leads, or None."""
+    """The last part of a link's target, or None."""
     try:
         return os.path.basename(os.readlink(path))
     except OSError:
@@ -107,22 +100,7 @@ def releases() -> dict[str, Any]:
     """Finished builds that are whole: key to their release.json."""
     from releases import record_of
 
-    return {key: record for key in listing(OPT + "/releases") if (record := record_of(f"{OPT}/releases/{key}"))}
-
-
-def listing(path: str) -> list[str]:
-    try:
-        return sorted(name for name in os.listdir(path) if not name.startswith("."))
-    except OSError:
-        return []
-
-
-def read_json(path: str) -> Any:
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except (OSError, ValueError):
-        return None
+    return {key: record for key in listing(RELEASES) if (record := record_of(f"{RELEASES}/{key}"))}
 
 
 def cached_builds(directory: str | None) -> list[str]:
@@ -134,11 +112,11 @@ def cached_builds(directory: str | None) -> list[str]:
 def verified_models() -> dict[str, dict[str, Any]]:
     """Model files whose checksum was verified and that have not changed since, by path."""
     found = {}
-    for folder in listing(VAR + "/models"):
-        for name in listing(f"{VAR}/models/{folder}"):
-            path = f"{VAR}/models/{folder}/{name}"
-            record = read_json(path + ".verified") if name.endswith(".gguf") else None
-            if not isinstance(record, dict) or not {"size_bytes", "mtime_ns", "sha256"} <= record.keys():
+    for folder in listing(MODELS):
+        for name in listing(f"{MODELS}/{folder}"):
+            path = f"{MODELS}/{folder}/{name}"
+            record = read_json(path + ".verified") if name.endswith(".gguf") else {}
+            if not {"size_bytes", "mtime_ns", "sha256"} <= record.keys():
                 continue  # of another program, or damaged: the file is verified again
             if (os.stat(path).st_size, os.stat(path).st_mtime_ns) == (record["size_bytes"], record["mtime_ns"]):
                 found[path] = {"size_bytes": record["size_bytes"], "sha256": record["sha256"]}
@@ -146,13 +124,13 @@ def verified_models() -> dict[str, dict[str, Any]]:
 
 
 def instances() -> dict[str, dict[str, Any]]:
-    """Every installed instance by name: its files' hashes and what runs of it."""
-    names = [unit[len(PREFIX) : -len(SUFFIX)] for unit in units() if is_ours(unit)]
+    """Every installed instance by name: its files' hashes, and its running process."""
+    names = [common.instance_of(unit) for unit in units() if is_ours(unit)]
     return {name: instance(name) for name in names}
 
 
 def units() -> list[str]:
-    """Instances' units; what belongs to one is looked at with it."""
+    """The units of instances. Those of their liveness checks are read together with them."""
     return [name for name in listing(UNITS)
             if name.startswith(PREFIX) and name.endswith(SUFFIX) and not name.endswith(LIVENESS)]  # fmt: skip
 
@@ -167,20 +145,18 @@ def is_ours(unit: str) -> bool:
 
 
 def instance(name: str) -> dict[str, Any]:
-    unit = PREFIX + name + SUFFIX
+    unit, record = common.unit_of(name), read_json(plan_path(name))
     shown = show(unit, "ActiveState", "SubState", "UnitFileState", "MainPID", "NRestarts", "DropInPaths",
                  "NeedDaemonReload")  # fmt: skip
     pid = int(shown.get("MainPID") or 0)
     return {
         "unit_sha256": sha256_of(f"{UNITS}/{unit}"),
-        "plan_sha256": sha256_of(f"{ETC}/instances/{name}/plan.json"),
-        "secrets": {one: hashed for one in SECRETS if (hashed := sha256_of(f"{ETC}/instances/{name}/{one}"))},
-        "preflight": (read_json(f"{ETC}/instances/{name}/plan.json") or {}).get("preflight"),
-        "good_sha256": sha256_of(f"{VAR}/good/{name}/{unit}"),
-        "liveness_sha256": {
-            PREFIX + name + end: found for end in LIVENESS if (found := sha256_of(f"{UNITS}/{PREFIX}{name}{end}"))
-        },
-        "liveness": show(f"{PREFIX}{name}-liveness.timer", "ActiveState").get("ActiveState"),
+        "plan_sha256": sha256_of(plan_path(name)),
+        "secrets": {one: hashed for one in SECRETS if (hashed := sha256_of(f"{INSTANCES}/{name}/{one}"))},
+        "preflight": record.get("preflight"),
+        "good_sha256": sha256_of(f"{GOOD}/{name}/{unit}"),
+        "liveness_sha256": {one: found for one in liveness_units(name) if (found := sha256_of(f"{UNITS}/{one}"))},
+        "liveness": show(liveness_units(name)[1], "ActiveState").get("ActiveState"),
         "active": shown.get("ActiveState"),
         "sub": shown.get("SubState"),
         "enabled": shown.get("UnitFileState"),
@@ -188,31 +164,18 @@ def instance(name: str) -> dict[str, Any]:
         "drop_ins": (shown.get("DropInPaths") or "").split(),
         "stale": shown.get("NeedDaemonReload") == "yes",
         "pid": pid,
-        "argv": argv_of(pid),
+        "argv": common.command_line(pid),
         "exe": exe_of(pid),
-        "record": read_json(f"{ETC}/instances/{name}/plan.json"),
+        "record": record or None,
     }
 
 
 def show(unit: str, *properties: str) -> dict[str, str]:
-    lines = output_of(["systemctl", "show", "--property=" + ",".join(properties), unit]).splitlines()
-    return dict(line.split("=", 1) for line in lines if "=" in line)
-
-
-def sha256_of(path: str) -> str | None:
+    """Properties of a unit; empty where systemd does not answer."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.sha256(file.read()).hexdigest()
-    except OSError:
-        return None
-
-
-def argv_of(pid: int) -> list[str]:
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read().decode("utf-8", "surrogateescape").split("\0")[:-1]
-    except OSError:
-        return []
+        return common.show(unit, *properties, seconds=30.0)
+    except (OSError, subprocess.SubprocessError):
+        return {}
 
 
 def exe_of(pid: int) -> str | None:

@@ -1,12 +1,16 @@
-"""Switch one instance to a new unit, or back where the new one does not serve.
+"""Switch one instance to its new unit, and restore the old one if the new one does not serve.
 
 Contract: `switch.py install NAME` takes the staged files of /var/lib/llamafleet/staged/NAME (the unit,
 plan.json, the secrets that it has, the units of its liveness check where there is one), keeps the
 installed ones aside, installs, starts, runs the gate and, where it fails, puts the old ones back and proves
-that they serve again. `switch.py watch NAME` installs the staged liveness check alone, and the server runs
+that they serve again. `switch.py watch NAME` installs the staged liveness check alone; the server runs
 on. `switch.py remove NAME` stops and removes an instance. Log lines on stdout; the last one of a failure begins
 with `error: `. Exit 0 done, 1 failed. Killed at any point it can simply be run again: what is kept
-aside is the last set of files that passed the gate. Root, standard library only.
+aside is the last set of files that passed the gate. Root, the standard library; common.py and what the gate and
+the preflight need lie beside it.
+
+Decision 7: docs/decisions/0007-health-is-not-enough.md.
+Decision 9: docs/decisions/0009-nothing-half-done-has-its-final-name.md.
 """
 
 from __future__ import annotations
@@ -19,12 +23,20 @@ import subprocess
 import sys
 import time
 
-UNITS = "/etc/systemd/system"
-INSTANCES = "/etc/llamafleet/instances"
-STAGED = "/var/lib/llamafleet/staged"
-GOOD = "/var/lib/llamafleet/good"
-SECRETS = ("api-keys", "tls-certificate", "tls-key")
-GATES = "/var/lib/llamafleet/gate"
+from common import (
+    GATES,
+    GOOD,
+    INSTANCES,
+    RUN,
+    SECRETS,
+    STAGED,
+    UNITS,
+    journal,
+    liveness_units,
+    systemctl,
+    unit_of,
+)  # fmt: skip
+
 GATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "gate.py")
 VERIFY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "verify.py")
 
@@ -33,30 +45,21 @@ class Failed(Exception):
     """The switch cannot go on; the text is for the operator."""
 
 
-def unit_of(name: str) -> str:
-    return f"llama-server-{name}.service"
-
-
 def timer_of(name: str) -> str:
-    return f"llama-server-{name}-liveness.timer"
-
-
-def watching(name: str) -> list[str]:
-    """The units of an instance's liveness check."""
-    return [f"llama-server-{name}-liveness.service", timer_of(name)]
+    return liveness_units(name)[1]
 
 
 def installed(name: str) -> dict[str, tuple[str, int]]:
     """Where the files of an instance are installed, with their modes."""
     return {
-        **{unit: (f"{UNITS}/{unit}", 0o644) for unit in (unit_of(name), *watching(name))},
+        **{unit: (f"{UNITS}/{unit}", 0o644) for unit in (unit_of(name), *liveness_units(name))},
         "plan.json": (f"{INSTANCES}/{name}/plan.json", 0o644),
         **{secret: (f"{INSTANCES}/{name}/{secret}", 0o600) for secret in SECRETS},
     }
 
 
 def put(name: str, source: str, only: list[str] | None = None) -> None:
-    """Install the files of a folder, all or `only` these: each replaced as a whole, absent ones removed."""
+    """Install all files of a folder, or `only` these. Each is replaced as a whole; a missing one is removed."""
     os.makedirs(f"{INSTANCES}/{name}", mode=0o755, exist_ok=True)
     unwatch(name)
     for file, (target, mode) in installed(name).items():
@@ -72,7 +75,7 @@ def put(name: str, source: str, only: list[str] | None = None) -> None:
 
 
 def unwatch(name: str) -> None:
-    """Let no liveness check come between; nothing where there is none."""
+    """Stop the liveness check, if there is one, so that it restarts nothing during the switch."""
     if os.path.exists(f"{UNITS}/{timer_of(name)}"):
         systemctl("disable", "--quiet", "--now", timer_of(name))
 
@@ -83,7 +86,7 @@ def start_watching(name: str) -> None:
 
 
 def keep(name: str) -> None:
-    """Note the installed files as the last good ones: they have passed the gate."""
+    """Copy the installed files, which have passed the gate, to the last good ones."""
     shutil.rmtree(f"{GOOD}/{name}.new", ignore_errors=True)
     os.makedirs(f"{GOOD}/{name}.new", mode=0o700)
     for file, (target, _) in installed(name).items():
@@ -93,13 +96,9 @@ def keep(name: str) -> None:
     os.rename(f"{GOOD}/{name}.new", f"{GOOD}/{name}")
 
 
-def systemctl(*words: str) -> None:
-    subprocess.run(["systemctl", *words], check=True)
-
-
 def verify(name: str) -> None:
-    """Raises Failed where systemd itself finds fault with the staged unit."""
-    # Units that ours only names are not ours to judge; systemd can leave them out from 250 on.
+    """Have systemd-analyze check the staged unit; raises Failed if it finds an error."""
+    # Errors in units that ours only mentions do not count; systemd 250 and later can leave them out.
     for options in (["--recursive-errors=no"], []):
         done = subprocess.run(
             ["systemd-analyze", "verify", *options, f"{STAGED}/{name}/{unit_of(name)}"],
@@ -111,8 +110,8 @@ def verify(name: str) -> None:
         raise Failed(f"systemd-analyze verify refuses the unit: {done.stdout.strip()}")
 
 
-def try_sandbox(name: str) -> None:
-    """The staged unit, as tight as this host allows. Raises Failed where llama-server works under none."""
+def try_hardening(name: str) -> None:
+    """Loosen the staged unit as far as this host needs. Raises Failed where llama-server does not work at all."""
     import preflight
 
     try:
@@ -122,9 +121,9 @@ def try_sandbox(name: str) -> None:
 
 
 def ask(name: str) -> None:
-    """Ask the new llama-server what it would allocate, where the GPU had no room for that beside the old one.
+    """Stop the old server and ask the new one what it would allocate, if the GPU had no room for both.
 
-    Raises Failed, with the old one back, where it is more than the plan gives.
+    Raises Failed, after the old server was restored, if it would allocate more than the plan gives.
     """
     question = f"{STAGED}/{name}/question.json"
     if not os.path.exists(question):
@@ -139,14 +138,13 @@ def ask(name: str) -> None:
 
 
 def start_and_check(name: str, *options: str) -> str | None:
-    """The gate's verdict after a restart: None, or what failed as text. `options` are for the gate."""
+    """Restart the unit and run the gate: None if it passes, else the failed check as text. `options` are the gate's."""
     systemctl("enable", "--quiet", unit_of(name))
-    # Fails where there is nothing to forget, which is as good.
-    subprocess.run(["systemctl", "reset-failed", unit_of(name)], stderr=subprocess.DEVNULL)
-    # Stopped first and waited for: an old server that takes its time must not be asked in the new one's place.
+    systemctl("reset-failed", unit_of(name), check=False)  # it fails where the unit has no failure to forget
+    # Stop and wait first, so that the gate cannot ask an old server that is slow to end.
     systemctl("stop", unit_of(name))
-    # Returns when ExecStartPost has heard it answer, or when the start has failed; which of the two, and
-    # why, is the gate's to say.
+    # Returns when ExecStartPost got an answer from the server, or when the start has failed; the gate tells which,
+    # and why.
     subprocess.run(["systemctl", "start", unit_of(name)])
     done = subprocess.run(
         [sys.executable, "-s", "-E", "-B", GATE, "check", f"{INSTANCES}/{name}/plan.json", "--record", *options],
@@ -164,20 +162,11 @@ def start_and_check(name: str, *options: str) -> str | None:
     return f"{bad[0]['name']}: expected {bad[0]['expected']}, found {bad[0]['found']} ({bad[0]['hint']})"
 
 
-def journal(name: str) -> str:
-    """The last lines that the unit logged, for the operator."""
-    done = subprocess.run(
-        ["journalctl", "--quiet", "--no-pager", "--output=cat", "--lines=15", "--unit", unit_of(name)],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    return done.stdout.rstrip()
-
-
 def install(name: str) -> None:
     try:
         print(f"checking the staged unit {unit_of(name)}", flush=True)
         verify(name)
-        try_sandbox(name)
+        try_hardening(name)
         ask(name)
         put(name, f"{STAGED}/{name}")
     finally:
@@ -188,17 +177,17 @@ def install(name: str) -> None:
         keep(name)
         start_watching(name)
         return
-    print(journal(name), flush=True)
+    print(journal("--lines=15", "--unit", unit_of(name)).rstrip(), flush=True)
     raise Failed(f"{unit_of(name)} did not pass the gate: {problem}; {go_back(name)}")
 
 
 def watch(name: str) -> None:
-    """Install the staged liveness check; the last good files get it too."""
+    """Install the staged liveness check, also among the last good files."""
     try:
-        put(name, f"{STAGED}/{name}", only=watching(name))
+        put(name, f"{STAGED}/{name}", only=liveness_units(name))
     finally:
         shutil.rmtree(f"{STAGED}/{name}", ignore_errors=True)
-    for unit in watching(name) if os.path.isdir(f"{GOOD}/{name}") else []:
+    for unit in liveness_units(name) if os.path.isdir(f"{GOOD}/{name}") else []:
         if os.path.exists(f"{UNITS}/{unit}"):
             shutil.copy2(f"{UNITS}/{unit}", f"{GOOD}/{name}/{unit}")
         elif os.path.exists(f"{GOOD}/{name}/{unit}"):
@@ -207,14 +196,14 @@ def watch(name: str) -> None:
 
 
 def go_back(name: str) -> str:
-    """Restore the last good files; says what came of it."""
+    """Restore the last good files and start them; a sentence with the result."""
     began = time.monotonic()
     if not os.path.isdir(f"{GOOD}/{name}"):
         systemctl("disable", "--quiet", "--now", unit_of(name))
         return f"there was no previous one, so it was stopped; its log: journalctl -u {unit_of(name)}"
     put(name, f"{GOOD}/{name}")
     problem = start_and_check(name, "--no-floor")
-    start_watching(name)  # also where it does not serve: then it is worth a look the more
+    start_watching(name)  # also if it does not serve: a later check may restart it
     if problem is None:
         return f"the previous one was put back and serves, {time.monotonic() - began:.0f} s after the failed gate"
     return f"the previous one was put back but does not serve either: {problem}"
@@ -223,8 +212,8 @@ def go_back(name: str) -> str:
 def remove(name: str) -> None:
     unwatch(name)
     systemctl("disable", "--quiet", "--now", unit_of(name))
-    for file in [*(f"{UNITS}/{unit}" for unit in watching(name)), f"{GATES}/{name}.json",
-                 f"{GATES}/{name}.liveness.json", f"/run/llamafleet/liveness-{name}.json"]:  # fmt: skip
+    for file in [*(f"{UNITS}/{unit}" for unit in liveness_units(name)), f"{GATES}/{name}.json",
+                 f"{GATES}/{name}.liveness.json", f"{RUN}/liveness-{name}.json"]:  # fmt: skip
         if os.path.exists(file):
             os.unlink(file)
     for folder in (f"{INSTANCES}/{name}", f"{GOOD}/{name}", f"{STAGED}/{name}"):
@@ -235,10 +224,10 @@ def remove(name: str) -> None:
 
 def main(argv: list[str]) -> int:
     verb, name = argv
-    os.makedirs("/run/llamafleet", exist_ok=True)
+    os.makedirs(RUN, exist_ok=True)
     try:
-        with open(f"/run/llamafleet/switch-{name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a job that a killed run left may still be at it
+        with open(f"{RUN}/switch-{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a job of a run that was killed may still be at work
             {"install": install, "watch": watch, "remove": remove}[verb](name)
     except (Failed, OSError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", flush=True)

@@ -1,4 +1,4 @@
-"""A tiny model of random weights, to see a llama-server answer: about 1 MB, made in a fraction of a second.
+"""Write a tiny model of random weights that llama-server can serve: about 1 MB, made in a fraction of a second.
 
 Contract: `write(path)` writes one GGUF file, the same bytes each time. Standard library only, Python 3.8. The
 keys are those that llama.cpp reads for its architecture "llama" (src/llama-arch.cpp); a head has 64 values, so
@@ -16,8 +16,8 @@ BLOCKS, EMBEDDING, FEED_FORWARD, CONTEXT = 4, 64, 128, 512
 CONTROL, BYTES = 3, 256
 VOCABULARY = CONTROL + BYTES + 64
 ALIGNMENT = 32  # general.alignment's default
-F32 = 0  # ggml.h, GGML_TYPE_F32
-# gguf.h, enum gguf_type
+F32 = 0  # ggml/include/ggml.h, GGML_TYPE_F32
+# ggml/include/gguf.h, gguf_type
 UINT32, FLOAT32, STRING, ARRAY, INT32 = 4, 6, 8, 9, 5
 
 
@@ -72,7 +72,7 @@ def metadata() -> List[Tuple[str, int, Any]]:
         ("tokenizer.ggml.model", STRING, "llama"),
         ("tokenizer.ggml.tokens", ARRAY, (STRING, tokens())),
         ("tokenizer.ggml.scores", ARRAY, (FLOAT32, [0.0] * VOCABULARY)),
-        # llama.h, llama_token_type: unknown, control, control; the bytes; normal ones
+        # include/llama.h, llama_token_type: unknown, control, control; the bytes; normal ones
         ("tokenizer.ggml.token_type", ARRAY, (INT32, [2, 3, 3] + [6] * BYTES + [1] * 64)),
         ("tokenizer.ggml.bos_token_id", UINT32, 1),
         ("tokenizer.ggml.eos_token_id", UINT32, 2),

@@ -11,7 +11,7 @@ Contract: `find(root="/", extra=())` gives a list of dictionaries, one for each 
 to link with is there; `accepted_compiler` is a g++ that this nvcc accepts where the default one is too
 new for it; `problems` says why it cannot compile on this very host. `root` stands before every path in
 tests; `extra` names further folders to look in. Run as a program with such folders as arguments it
-prints the list as JSON. Changes nothing. Python 3.8, standard library.
+prints the list as JSON. Changes nothing. Python 3.8, standard library; common.py beside it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from typing import Any, Iterable  # the contract is Python 3.8, whose own Iterable is typing's
+
+from common import output_of
 
 # Where Debian's and Ubuntu's nvidia-cuda-toolkit keep the compiler; headers and libraries are in /usr.
 # It brings a gcc of its own choice and headers that fit the distribution's glibc.
 DISTRO = "/usr/lib/nvidia-cuda-toolkit"
-SECONDS = 20  # for a compiler to tell its version
+SECONDS = 20  # that a compiler may take to print its version
 # From this glibc on the function clashes with its declaration in older toolkits' math_functions.h, which
-# has no exception specification ("exception specification is incompatible", llama.cpp docs/build.md:255).
+# has no exception specification ("exception specification is incompatible", llama.cpp's docs/build.md).
 CLASHES = (((2, 41), "cospi"), ((2, 42), "rsqrt"))
 
 
@@ -130,8 +131,8 @@ def has(folders: list[str], name: str) -> bool:
 
 
 def version(nvcc: str) -> str | None:
-    """ "12.8", as the compiler tells it; None where it does not run."""
-    match = re.search(r"release (\d+\.\d+)", output_of([nvcc, "--version"]))
+    """ "12.8", as the compiler prints it; None if it does not run."""
+    match = re.search(r"release (\d+\.\d+)", output_of([nvcc, "--version"], SECONDS, only_success=True))
     return match.group(1) if match else None
 
 
@@ -150,7 +151,7 @@ def host_compiler(include: list[str]) -> tuple[str | None, str | None, list[str]
 
 
 def gcc_version(name: str) -> str | None:
-    told = output_of([name, "-dumpfullversion"]).strip()
+    told = output_of([name, "-dumpfullversion"], SECONDS, only_success=True).strip()
     return told if re.match(r"\d+(\.\d+)*$", told) else None
 
 
@@ -183,15 +184,6 @@ def text_of(folders: list[str], name: str) -> str:
         except OSError:
             continue
     return ""
-
-
-def output_of(command: list[str]) -> str:
-    """The command's stdout; empty where it cannot run or fails."""
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.decode("utf-8", "replace") if done.returncode == 0 else ""
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ each, the last one of a failure beginning with `error: `; exit 0 done, 1 failed,
 with the holder as JSON. ASKED is a JSON object {"models": bool, "holder": as lock.py has it | null, "over": run |
 null}; models stay, owned by root, unless they are asked for. Packages and logs stay, and so does a build cache,
 which is a folder of the operator's. Killed at any point it can be run again. Root, systemd, the standard
-library; lock.py and survey.py lie beside it.
+library; common.py, lock.py and survey.py lie beside it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,13 @@ from typing import Any
 
 import lock
 import survey
+from common import ETC, MODELS, OPT, PREFIX, RUN, UNITS, USER, VAR, listing, output_of
 
-USER = "llamafleet"
-COMMENT = "llama-server instances"  # as `tasks/operations.py` makes the user
-UNITS = "/etc/systemd/system"
-VAR = "/var/lib/llamafleet"
-MODELS = VAR + "/models"
-RUN = "/run/llamafleet"
+COMMENT = "llama-server instances"  # as `tasks/lib/operations.py` makes the user
 STAMPS = "/var/lib/systemd/timers"
-# What has our name; repositories and their key: install_toolkit.py.
+# Paths with our name; install_toolkit.py makes the repositories and their key.
 OURS = (
-    "/opt/llamafleet", "/etc/llamafleet", RUN,
+    OPT, ETC, RUN,
     "/etc/apt/sources.list.d/llamafleet-*", "/etc/apt/preferences.d/llamafleet-*",
     "/usr/share/keyrings/llamafleet-*", "/etc/yum.repos.d/llamafleet-*",
 )  # fmt: skip
@@ -40,12 +36,12 @@ OURS = (
 
 def units() -> list[str]:
     """Unit files that we made, by their first line: services, timers, whatever there is."""
-    return [name for name in survey.listing(UNITS) if survey.is_ours(name)]
+    return [name for name in listing(UNITS) if survey.is_ours(name)]
 
 
 def jobs() -> list[str]:
-    """Our detached work that still runs, of which no file tells (job.py)."""
-    lines = survey.output_of(["systemctl", "list-units", "--all", "--plain", "--no-legend", "llamafleet-*"])
+    """Our detached jobs that still run; they have no unit file (job.py)."""
+    lines = output_of(["systemctl", "list-units", "--all", "--plain", "--no-legend", "llamafleet-*"])
     return [line.split()[0] for line in lines.splitlines() if line.split()]
 
 
@@ -65,20 +61,20 @@ def children(folder: str) -> list[str]:
 
 
 def caches() -> list[str]:
-    """CacheDirectory= of our units, those that were removed long ago too: they belong to our user."""
+    """The cache folders of our units, also of removed ones: they belong to our user."""
     number = user_id()
-    found = [path for path in glob.glob("/var/cache/llama-server-*") if os.lstat(path).st_uid == number]
+    found = [path for path in glob.glob(f"/var/cache/{PREFIX}*") if os.lstat(path).st_uid == number]
     return sorted(found) if number is not None else []
 
 
 def stamps() -> list[str]:
-    """systemd's memory of our persistent timers."""
+    """The files in which systemd keeps when our persistent timers last ran."""
     stamped = [f"{STAMPS}/stamp-{name}" for name in units() if name.endswith(".timer")]
     return [path for path in stamped if os.path.exists(path)]
 
 
 def user_id() -> int | None:
-    """Of the user that we made; None where there is none, or somebody else's of that name."""
+    """The number of the user that we made; None if there is none, or if somebody else made a user of that name."""
     try:
         user = pwd.getpwnam(USER)
     except KeyError:

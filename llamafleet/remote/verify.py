@@ -1,18 +1,20 @@
 """Ask the freshly built llama-server what it would allocate, without letting it load.
 
-Contract: `verify.py ask SPEC`, a JSON object {"name": of the instance, "command": [llama-server and its flags, with
-`-lv 4` and without `--fit`], "environment": {name: value}, "groups": [names], "gpus": [UUIDs of NVIDIA GPUs],
-"room_bytes": what must be free on each of them}; prints one JSON object {"told": {llama.cpp's name of a device or
-kind of host memory: bytes} | null, "why": text where nothing was told, "room": false where it was the GPU that had
-no room beside what runs there}. Exit 0 whatever was told.
+Contract: `verify.py ask SPEC`, a JSON object {"name": of the instance, "command": [llama-server and its arguments, made
+by `question` in llamafleet/planner/reconcile.py], "environment": {name: value}, "groups": [names], "gpus": [UUIDs of
+NVIDIA GPUs], "room_bytes": what must be free on each of them}; prints one JSON object {"told": {llama.cpp's name of a
+device or kind of host memory: bytes} | null, "why": text if nothing was reported, "room": false if the reason is that
+a GPU had no room beside what runs there}. Exit 0 whatever was reported.
 `verify.py settle QUESTION.json PLAN.json` is for the switch, once the old server is stopped: QUESTION has the same and
-"devices" {llama.cpp's name: the ledger's}, "limits" {the ledger's name: bytes}. What is told goes into PLAN's
-`verified`. Exit 0 within the limits or where nothing was told; 1 beyond them, with a line `told: ` and the JSON of it.
-Root, systemd, standard library and pynvml only.
+"devices" {llama.cpp's name: the ledger's}, "limits" {the ledger's name: bytes}. The sizes go into PLAN's `verified`.
+Exit 0 within the limits, or if nothing was reported; 1 beyond them, with a line `told: ` and their JSON.
+Root, systemd, standard library and pynvml; common.py lies beside it.
 
-With its default `--fit on` llama-server first makes the model and its context without memory and prints where
-the bytes would be (common/fit.cpp:149, common_memory_breakdown_print at b11434), 0.3 s after its start; it is
+llama-server first makes the model and its context without memory, if it is to fit its arguments to the memory (its
+default), and prints where the bytes would be (common_memory_breakdown_print at b11434), 0.3 s after its start. It is
 killed there, before it loads anything.
+
+Decision 4: docs/decisions/0004-the-binary-is-asked-before-it-is-trusted.md.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import subprocess
 import sys
 import threading
 from typing import Any, Iterable  # the contract is Python 3.8, whose own Iterable is typing's
+
+from common import systemctl, transient_unit, write_json
 
 MIB = 1024**2
 # Until the breakdown is there: reading a header of 10 MB from a cold disk and a CUDA context take seconds.
@@ -39,13 +43,8 @@ ROW = re.compile(
 NO_ROOM = re.compile(r"out of memory|cudaErrorMemoryAllocation|ErrorOutOfDeviceMemory|hipErrorOutOfMemory")
 
 
-def unit_of(name: str) -> str:
-    """Named like ours, so that the probe does not take its GPU memory for somebody else's."""
-    return f"llamafleet-verify-{name}.service"
-
-
 def properties(spec: dict[str, Any]) -> list[str]:
-    """It runs as the services do and cannot hurt them: little memory, low priority, gone after its time."""
+    """The process runs as the services' user with little memory, a low priority and a deadline: it cannot harm them."""
     return [
         "User=llamafleet", "Group=llamafleet", f"SupplementaryGroups={' '.join(spec['groups'])}",
         f"MemoryMax={MEMORY_BYTES}", "MemorySwapMax=0", "Nice=10", "LimitCORE=0",
@@ -57,7 +56,7 @@ def properties(spec: dict[str, Any]) -> list[str]:
 def command(spec: dict[str, Any]) -> list[str]:
     environment = {**spec["environment"], "HOME": "/tmp", "XDG_CACHE_HOME": "/tmp"}  # noqa: S108 -- a private one
     return [
-        "systemd-run", "--quiet", "--collect", "--pipe", "--wait", f"--unit={unit_of(spec['name'])}",
+        "systemd-run", "--quiet", "--collect", "--pipe", "--wait", f"--unit={transient_unit('verify', spec['name'])}",
         *(f"--property={one}" for one in properties(spec)),
         *(f"--setenv={name}={value}" for name, value in environment.items()),
         # systemd replaces variables in a unit's command, $$ is a dollar.
@@ -66,14 +65,14 @@ def command(spec: dict[str, Any]) -> list[str]:
 
 
 def ask(spec: dict[str, Any]) -> dict[str, Any]:
-    """What the server tells, as the contract has it."""
-    unit = unit_of(spec["name"])
+    """Ask the server; returns the object of the contract."""
+    unit = transient_unit("verify", spec["name"])
     full = too_full(spec["gpus"], spec["room_bytes"])
     if full:
         return {"told": None, "why": full, "room": False}
     if os.path.exists("/usr/bin/nvidia-modprobe") and spec["gpus"]:
         subprocess.run(["/usr/bin/nvidia-modprobe", "-c0", "-u"])  # device nodes exist only after the driver was used
-    subprocess.run(["systemctl", "stop", unit], stderr=subprocess.DEVNULL)  # one that a killed run left
+    systemctl("stop", unit, check=False)  # a run that was killed may have left one
     with subprocess.Popen(
         command(spec), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
@@ -83,14 +82,14 @@ def ask(spec: dict[str, Any]) -> dict[str, Any]:
             assert process.stdout is not None  # for mypy: a pipe was asked for
             told, tail = read(line.decode("utf-8", "replace").rstrip() for line in process.stdout)
         finally:
-            # Its work is done, and what follows would be loading.
-            subprocess.run(["systemctl", "kill", "--signal=KILL", unit], stderr=subprocess.DEVNULL)
+            # It has printed what was asked; next it would load the model.
+            systemctl("kill", "--signal=KILL", unit, check=False)
             late.cancel()
             process.kill()
     if told:
         return {"told": told, "why": "", "room": True}
     said = "\n".join(tail)
-    why = f"it ended without telling its memory: {said or 'it said nothing'}"
+    why = f"it ended without reporting its memory: {said or 'it printed nothing'}"
     return {"told": None, "why": why, "room": not NO_ROOM.search(said)}
 
 
@@ -126,7 +125,7 @@ def too_full(uuids: list[str], needed: int) -> str:
 
 
 def settle(question: str, plan: str) -> int:
-    """Ask with nothing beside it, note the answer in the plan; the exit status."""
+    """Ask while no other server runs, and write the answer into the plan; returns the exit status."""
     with open(question) as file:
         spec = json.load(file)
     with open(plan) as file:
@@ -137,8 +136,7 @@ def settle(question: str, plan: str) -> int:
         return 0
     sizes = by_device(found["told"], spec)
     record["verified"] = {**(record.get("verified") or {}), "binary_bytes": sizes, "why": "asked in the switch"}
-    with open(plan, "w") as file:
-        json.dump(record, file, indent=1)
+    write_json(plan, record)
     over = [f"{device}: {size // MIB} MiB, {spec['limits'][device] // MIB} MiB are left under the reserve"
             for device, size in sizes.items() if size > spec["limits"][device]]  # fmt: skip
     if over:

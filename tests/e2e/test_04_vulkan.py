@@ -168,7 +168,7 @@ def test_a_device_that_the_sandbox_hides_is_named(host, wanted):
         found = gate(host)["checks"][-1]
         assert found["ok"] is False
         assert found["hint"].startswith("llama-server has no device Vulkan0"), found
-        assert "the sandbox hides the device" in found["hint"]
+        assert "the hardening hides the device" in found["hint"]
     finally:
         on(host, "rm", "-r", os.path.dirname(DROP_IN))
         on(host, "systemctl", "daemon-reload")

@@ -1,7 +1,7 @@
 """A new commit that compiles and is no good: the gate turns it away, and the previous release serves again.
 
 Each fault shows itself only in the real service: llama-server's own answer to the planner, and the try-out
-of the sandbox before the switch, find nothing wrong.
+of the hardening before the switch, find nothing wrong.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The unit's sandbox is tried on the host before the switch. A library that every llama-server loads there stands
+"""The unit's hardening is tried on the host before the switch. A library that every llama-server loads there stands
 for a driver that does not work under this or that directive."""
 
 import json
@@ -67,7 +67,7 @@ def dropped(found):
     return [line for one in found["dropped"] for line in one["directives"]]
 
 
-def test_where_everything_works_the_whole_sandbox_is_kept(deploy, host):
+def test_where_everything_works_the_whole_hardening_is_kept(deploy, host):
     run, unit, found = deploy("nothing", 512)
     assert run.code == 0, run.text
     assert dropped(found) == [] and found["checked"] == ["list-devices", "completion"]
@@ -75,7 +75,7 @@ def test_where_everything_works_the_whole_sandbox_is_kept(deploy, host):
 
 
 def test_inside_there_is_no_shell_and_nothing_of_ours_to_read(host):
-    """Asked of the running process' own view of the file system, after the whole sandbox was kept."""
+    """Asked of the running process' own view of the file system, after the whole hardening was kept."""
     pid = main_pid(host, "tiny")
     said = host.run(["nsenter", f"--target={pid}", "--mount", "/bin/sh", "-c", "echo in"])
     assert said.returncode != 0 and "Permission denied" in said.stderr, said.stderr
@@ -91,7 +91,7 @@ def test_what_breaks_it_is_dropped_alone_and_told(deploy, host):
     run, unit, found = deploy("code", 768)
     assert run.code == 0, run.text
     assert dropped(found) == [CODE] and "no memory for generated code" in found["dropped"][0]["why"]
-    assert f"sandbox without {CODE}" in run.text and "no memory for generated code" in run.text
+    assert f"hardening without {CODE}" in run.text and "no memory for generated code" in run.text
     assert f"\n# Dropped by the preflight (see plan.json): {CODE}\n" in unit
     shown = on(host, "systemctl", "show", "--property=MemoryDenyWriteExecute,PrivateUsers", "llama-server-tiny")
     assert shown.split() == ["PrivateUsers=yes", "MemoryDenyWriteExecute=no"] and serves(host)
@@ -106,11 +106,11 @@ def test_two_that_break_it_are_dropped_together_and_no_more(deploy, host):
     assert "the priority cannot be set" in found["dropped"][1]["why"] and serves(host)
 
 
-def test_on_other_ground_the_whole_sandbox_is_tried_again(deploy, host):
+def test_on_other_ground_the_whole_hardening_is_tried_again(deploy, host):
     # As after an upgrade: what was found was found under another kernel.
     on(host, "sed", "-i", 's/"kernel": "[^"]*"/"kernel": "4.19.0-old"/', PLAN)
     run, _, _ = deploy("nothing", 1024, "--dry")
-    assert "its sandbox was loosened under another kernel" in run.text
+    assert "its hardening was loosened under another kernel" in run.text
     run, unit, found = deploy("nothing", 1024)
     assert run.code == 0, run.text
     assert dropped(found) == [] and f"\n{CODE}\n" in unit and serves(host)
@@ -120,5 +120,5 @@ def test_where_nothing_works_the_old_service_is_not_touched(deploy, host):
     before, unit = main_pid(host, "tiny"), on(host, "cat", UNIT)
     run, now, _ = deploy("luck", 2048)
     assert run.code != 0 and host.name in run.text
-    assert "llama-server does not work on this host, also without a sandbox" in run.text and "no luck" in run.text
+    assert "llama-server does not work on this host, even without hardening" in run.text and "no luck" in run.text
     assert (main_pid(host, "tiny"), now) == (before, unit) and serves(host)

@@ -60,7 +60,7 @@ def test_the_host_is_not_called_good_because_the_gpu_is_not_there(gpu_host, run)
     assert run.code != 0
     assert [name for name in run.failed(gpu_host.name) if "Start and check" in name]
     # Tried before the switch: a planned device that llama-server does not list is none.
-    for text in ("llama-server does not work on this host, also without a sandbox", "shows no CUDA0"):
+    for text in ("llama-server does not work on this host, even without hardening", "shows no CUDA0"):
         assert text in run.text, run.text
     state = on(gpu_host, "sh", "-c", "systemctl is-active llama-server-tiny.service; true")
     assert state in ("inactive", "failed")

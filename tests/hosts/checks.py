@@ -1,8 +1,8 @@
-"""Is a host as it was asked for? Pure functions over settings and what `collect.py` found.
+"""Checks of a host against the inventory's settings: pure functions over the facts that `collect.py` read.
 
-Each check yields a `Problem` for everything that is not as it should be, and nothing where all is well.
-What is expected comes from the inventory's settings and, for what was decided for this very host, from
-the plan.json that lies there; the latter is itself checked against the former.
+Each check yields a `Problem` for each difference, and nothing if there is none. Expected values come from the
+inventory's settings and, for what the plan decided, from the host's plan.json; `instance_checks.plan_file` checks that
+file against the settings.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llamafleet.settings import Instance, Settings
+from llamafleet.remote.common import CURRENT, ETC, INSTANCES, OPT, RUN, STAGED
+from llamafleet.settings.schema import Instance, Settings
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is not as it should be: where, what, and both values."""
+    """A difference: the host or instance, the thing that differs, the expected and the actual value, and a hint."""
 
     where: str
     what: str
@@ -31,7 +32,7 @@ class Problem:
 
 
 def say(value: Any) -> str:
-    """The value for a message."""
+    """The value as text for a message; "nothing" for an empty one."""
     return "nothing" if value is None or value in ("", [], {}) else str(value)
 
 
@@ -40,7 +41,7 @@ Problems = Iterator[Problem]
 
 @dataclass(frozen=True)
 class Box:
-    """A host: its name, what was asked for it, and what was found there."""
+    """A host: its name, its settings in the inventory, and its facts as `collect.py` prints them."""
 
     where: str
     settings: Settings
@@ -49,26 +50,24 @@ class Box:
 
 @dataclass(frozen=True)
 class Served:
-    """One instance of a host; `where` is HOST/INSTANCE."""
+    """An instance of a host: its settings and its facts; `where` is HOST/INSTANCE."""
 
     where: str
     instance: Instance
     facts: Mapping[str, Any]
-    # Key of the host's current release; None where there is none.
-    release: str | None
-    # Is a liveness check wanted?
-    watched: bool
+    release: str | None  # build key of the host's current release; None if there is none
+    watched: bool  # whether the settings ask for a liveness check
 
     @property
     def plan(self) -> Mapping[str, Any]:
-        """plan.json as it lies on the host; empty where there is none, which `plan_file` reports."""
+        """The host's plan.json; empty if there is none, which `plan_file` reports."""
         return self.facts["plan"] or {}
 
 
 def served(box: Box, instance: Instance) -> Served:
-    """The part of a host's facts that is about one instance."""
-    found = box.facts["release"]
-    key = found["target"].rsplit("/", 1)[-1] if found else None
+    """The instance with its part of the host's facts."""
+    current = box.facts["release"]
+    key = current["target"].rsplit("/", 1)[-1] if current else None
     facts, watched = box.facts["instances"][instance.name], box.settings.liveness_seconds > 0
     return Served(f"{box.where}/{instance.name}", instance, facts, key, watched)
 
@@ -77,20 +76,23 @@ def served(box: Box, instance: Instance) -> Served:
 
 
 def release(box: Box, resolve: Callable[[str, str], str | None]) -> Problems:
-    """`current` leads to a whole release of the wanted version. `resolve` asks a repository what commit a
-    ref names; it is called only where the ref's name alone does not settle it."""
-    found = box.facts["release"]
-    if found is None:
-        yield Problem(box.where, "/opt/llamafleet/current", "a link to a release", None, "run the deploy")
+    """The link `current` leads to a complete release of the wanted version.
+
+    `resolve` asks a repository for the commit of a ref. It is called only if the ref is neither the built ref nor the
+    built commit.
+    """
+    current = box.facts["release"]
+    if current is None:
+        yield Problem(box.where, CURRENT, "a link to a release", None, "run the deploy")
         return
-    if not re.fullmatch(r"releases/[0-9a-f]{16}", found["target"]):
-        yield Problem(box.where, "/opt/llamafleet/current", "a link to releases/KEY", found["target"])
-    record = found["record"]
+    if not re.fullmatch(r"releases/[0-9a-f]{16}", current["target"]):
+        yield Problem(box.where, CURRENT, "a link to releases/KEY", current["target"])
+    record = current["record"]
     if record is None:
-        yield Problem(box.where, f"{found['target']}/release.json", "the record of a whole build", None)
+        yield Problem(box.where, f"{current['target']}/release.json", "the record of a whole build", None)
         return
-    if found["target"] != f"releases/{record['key']}":
-        yield Problem(box.where, "key in release.json", found["target"], record["key"])
+    if current["target"] != f"releases/{record['key']}":
+        yield Problem(box.where, "key in release.json", current["target"], record["key"])
     ref = box.settings.llama_cpp_ref
     if ref not in (record["ref"], record["commit"]):
         commit = resolve(box.settings.llama_cpp_repository, ref)
@@ -101,53 +103,53 @@ def release(box: Box, resolve: Callable[[str, str], str | None]) -> Problems:
                 f"{ref} (commit {commit or 'unknown'})",
                 f"{record['ref']} (commit {record['commit']})",
             )
-    for name in sorted({*record["files"], *found["files"]}):
-        expected, there = record["files"].get(name), found["files"].get(name)
-        if expected != there:
+    for name in sorted({*record["files"], *current["files"]}):
+        expected, actual = record["files"].get(name), current["files"].get(name)
+        if expected != actual:
             yield Problem(
                 box.where,
-                f"{found['target']}/bin/{name}",
+                f"{current['target']}/bin/{name}",
                 say(expected and f"sha256 {expected}"),
-                there and f"sha256 {there}",
+                actual and f"sha256 {actual}",
                 "damaged, or built by hand",
             )
 
 
 def version(box: Box) -> Problems:
-    """The installed program itself names the commit it was made from."""
-    found = box.facts["release"]
-    commit = ((found or {}).get("record") or {}).get("commit", box.settings.llama_cpp_ref)
-    said = found and found["version"]
-    if not said or not re.search(rf"\b{commit[:7]}", said):
-        yield Problem(box.where, "llama-server --version", f"commit {commit[:7]}", said)
+    """The output of `llama-server --version` has the commit of release.json."""
+    current = box.facts["release"]
+    commit = ((current or {}).get("record") or {}).get("commit", box.settings.llama_cpp_ref)
+    output = current and current["version"]
+    if not output or not re.search(rf"\b{commit[:7]}", output):
+        yield Problem(box.where, "llama-server --version", f"commit {commit[:7]}", output)
 
 
 def folders(box: Box) -> Problems:
-    """Only root changes what the services run and are told."""
-    for path in ("/opt/llamafleet", "/etc/llamafleet", "/etc/llamafleet/instances"):
-        found = box.facts["folders"][path]
-        if found is None or (found["owner"], found["mode"]) != ("root", "0755"):
-            yield Problem(box.where, path, "root 0755", found and f"{found['owner']} {found['mode']}")
+    """Only root can change programs, plans and settings of the services."""
+    for path in (OPT, ETC, INSTANCES):
+        folder = box.facts["folders"][path]
+        if folder is None or (folder["owner"], folder["mode"]) != ("root", "0755"):
+            yield Problem(box.where, path, "root 0755", folder and f"{folder['owner']} {folder['mode']}")
 
 
 def leftovers(box: Box) -> Problems:
-    """A finished deploy leaves no token on the host and nothing half prepared."""
+    """No Hub token and no staged files are left on the host after a deploy."""
     tokens = [name for name in box.facts["run"] if "token" in name]
     if tokens:
-        yield Problem(box.where, "/run/llamafleet", "no Hub token", tokens, "a fetch was broken off: remove it")
+        yield Problem(box.where, RUN, "no Hub token", tokens, "a download was interrupted: remove the file")
     if box.facts["staged"]:
         yield Problem(
             box.where,
-            "/var/lib/llamafleet/staged",
+            STAGED,
             "an empty folder",
             box.facts["staged"],
-            "a switch was broken off: deploy again",
+            "a switch was interrupted: deploy again",
         )
-    staged = box.facts["folders"]["/var/lib/llamafleet/staged"]
+    staged = box.facts["folders"][STAGED]
     if staged and (staged["owner"], staged["mode"]) != ("root", "0700"):
         yield Problem(
             box.where,
-            "/var/lib/llamafleet/staged",
+            STAGED,
             "root 0700",
             f"{staged['owner']} {staged['mode']}",
             "API keys pass through it",
@@ -155,7 +157,7 @@ def leftovers(box: Box) -> Problems:
 
 
 def undeclared(box: Box) -> Problems:
-    """What the inventory does not name does not run."""
+    """The host has no llama-server units that the inventory does not name."""
     declared = {instance.unit for instance in box.settings.models}
     extra = sorted(set(box.facts["units"]) - declared)
     if extra:

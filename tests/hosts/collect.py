@@ -1,10 +1,9 @@
-"""What a deployed host is really like, as one JSON object.
+"""Read the state of a deployed host and print it as one JSON object.
 
-Contract: one argument, {"instances": [names], "quick": bool}; prints one line of JSON and changes
-nothing (some completions of a few tokens are asked of each instance, by gate.py). Runs as root on the
-host, sent over `python3 -c`: Python 3.8, standard library, imports nothing of ours. What is missing
-is null, never an error. API keys and tokens are looked at, never printed. `quick` does not read model
-files but takes the checksum that was noted when they were verified, where the file is unchanged since.
+Contract: one argument, {"instances": [names], "quick": bool}; prints one line of JSON and changes nothing (gate.py asks
+each instance for some completions of a few tokens). Runs as root on the host, by `python3 -c`: Python 3.8, standard
+library, imports nothing of ours. A missing file or value is null, never an error. API keys and tokens are read, never
+printed. `quick` does not read model files: it takes the checksum in FILE.verified, if the file did not change since.
 """
 
 import glob
@@ -25,12 +24,12 @@ ETC = "/etc/llamafleet"
 VAR = "/var/lib/llamafleet"
 RUN = "/run/llamafleet"
 UNITS = "/etc/systemd/system"
-# A gate waits as long as the plan lets a model load, and for an answer of a busy server, seconds.
+# Seconds that a gate may take beyond the time to load the model: a busy server answers late.
 GATE_SECONDS = 600
 LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp, include/net/tcp_states.h
 
 
-def collect(asked):
+def collect(request):
     return {
         "euid": os.geteuid(),
         "release": release(),
@@ -38,7 +37,7 @@ def collect(asked):
         "staged": listing(VAR + "/staged"),
         "run": listing(RUN),
         "units": units(),
-        "instances": {name: instance(name, asked["quick"]) for name in asked["instances"]},
+        "instances": {name: instance(name, request["quick"]) for name in request["instances"]},
     }
 
 
@@ -50,17 +49,17 @@ def listing(path):
 
 
 def stat_of(path):
-    """Owner, group and mode, without following a link at the end."""
+    """Owner, group, mode, size and time of change; a link is not followed. Null if there is no such file."""
     try:
-        found = os.lstat(path)
+        status = os.lstat(path)
     except OSError:
         return None
     return {
-        "owner": user_name(found.st_uid),
-        "gid": found.st_gid,
-        "mode": oct(found.st_mode & 0o7777)[2:].zfill(4),
-        "size_bytes": found.st_size,
-        "mtime_ns": found.st_mtime_ns,
+        "owner": user_name(status.st_uid),
+        "gid": status.st_gid,
+        "mode": oct(status.st_mode & 0o7777)[2:].zfill(4),
+        "size_bytes": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
     }
 
 
@@ -80,12 +79,12 @@ def read_text(path):
 
 
 def read_json(path):
-    """The JSON object of a file; null where there is none or it is something else."""
+    """The JSON object in a file; null if the file is missing or has no JSON object."""
     try:
-        found = json.loads(read_text(path) or "")
+        value = json.loads(read_text(path) or "")
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def sha256_of(path):
@@ -100,16 +99,16 @@ def sha256_of(path):
 
 
 def output_of(command, seconds=60):
-    """(exit status or None, output and errors together)."""
+    """(exit status, standard output and standard error together); the status is None if the command did not end."""
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds)
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds)
     except (OSError, subprocess.TimeoutExpired) as error:
         return None, str(error)
-    return done.returncode, done.stdout.decode("utf-8", "replace")
+    return result.returncode, result.stdout.decode("utf-8", "replace")
 
 
 def release():
-    """The release that `current` leads to, with its files' checksums; null where there is none."""
+    """The release that the link `current` leads to, with its files' checksums; null if there is no such link."""
     try:
         target = os.readlink(OPT + "/current")
     except OSError:
@@ -129,7 +128,7 @@ def units():
     for verb in ("list-units", "list-unit-files"):
         _, text = output_of(["systemctl", verb, "--all", "--plain", "--no-legend", "llama-server-*.service"])
         names |= set(re.findall(r"^(llama-server-\S+\.service)\s", text, re.MULTILINE))
-    # What asks whether an instance is alive is looked at with that instance.
+    # The units of a liveness check are read with their instance.
     return sorted(name for name in names if not name.endswith("-liveness.service"))
 
 
@@ -160,7 +159,7 @@ def instance(name, quick):
 
 
 def liveness(name):
-    """The timer's state, and for both units of the check whether they are what last passed the gate."""
+    """State of the timer, and whether both units of the liveness check are those that last passed the gate."""
     units = [f"llama-server-{name}-liveness.{kind}" for kind in ("service", "timer")]
     texts = {unit: read_text(f"{UNITS}/{unit}") for unit in units}
     return {
@@ -191,12 +190,12 @@ def unit_file(unit):
     text = read_text(path)
     if text is None:
         return None
-    named = re.search(r"plan ([0-9a-f]{16})\b", text)
-    return {**stat_of(path), "sha256": sha256_of(path), "identity": named.group(1) if named else None}
+    match = re.search(r"plan ([0-9a-f]{16})\b", text)
+    return {**stat_of(path), "sha256": sha256_of(path), "identity": match.group(1) if match else None}
 
 
 def process(pid):
-    """The main process as the kernel sees it; null where none runs."""
+    """The main process as /proc shows it; null if it does not run."""
     status = read_text(f"/proc/{pid}/status") if pid else None
     if status is None:
         return None
@@ -218,9 +217,9 @@ def process(pid):
 
 
 def core_limit(pid):
-    """Soft and hard limit of core files, as the kernel has them: "0 0" where it never writes one."""
-    found = re.search(r"^Max core file size\s+(\S+)\s+(\S+)", read_text(f"/proc/{pid}/limits") or "", re.MULTILINE)
-    return found and " ".join(found.groups())
+    """Soft and hard limit of core files; "0 0": the kernel writes no core file."""
+    match = re.search(r"^Max core file size\s+(\S+)\s+(\S+)", read_text(f"/proc/{pid}/limits") or "", re.MULTILINE)
+    return match and " ".join(match.groups())
 
 
 def age(pid):
@@ -240,27 +239,27 @@ def listening(pid):
             inodes.add(os.readlink(f"/proc/{pid}/fd/{number}"))
         except OSError:
             continue
-    found = []
+    sockets = []
     for table in ("tcp", "tcp6"):
         for line in (read_text(f"/proc/{pid}/net/{table}") or "").splitlines()[1:]:
             words = line.split()
             if words[3] == LISTEN and f"socket:[{words[9]}]" in inodes:
                 address, port = words[1].split(":")
-                found.append([ip_text(address), int(port, 16)])
-    return sorted(found)
+                sockets.append([ip_text(address), int(port, 16)])
+    return sorted(sockets)
 
 
 def ip_text(digits):
-    """An address of /proc/net/tcp: groups of four bytes, each in the byte order of the machine."""
+    """The IP address of a field of /proc/net/tcp: groups of four bytes, each in the byte order of the machine."""
     packed = b"".join(int(digits[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(digits), 8))
     return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
 
 
 def keys(path):
-    """Mode and number of keys, never the keys."""
-    found = stat_of(path)
-    return found and {
-        **found,
+    """Owner, mode and number of keys of the file; null if there is none. Never the keys."""
+    file = stat_of(path)
+    return file and {
+        **file,
         "count": len([line for line in (read_text(path) or "").splitlines() if line.strip()]),
     }
 
@@ -269,39 +268,39 @@ _hashed = {}
 
 
 def model(path, quick):
-    """Mode, size and checksum; instances that share a file have it read once."""
-    found = stat_of(path)
-    if found is None:
+    """Mode, size and checksum of a model file; a file that instances share is read once."""
+    file = stat_of(path)
+    if file is None:
         return None
-    noted = read_json(path + ".verified") or {}
+    note = read_json(path + ".verified") or {}
     if path not in _hashed and not quick:
         _hashed[path] = sha256_of(path)
-    unchanged = (noted.get("size_bytes"), noted.get("mtime_ns")) == (found["size_bytes"], found["mtime_ns"])
-    return {**found, "noted_sha256": noted.get("sha256") if unchanged else None, "sha256": _hashed.get(path)}
+    unchanged = (note.get("size_bytes"), note.get("mtime_ns")) == (file["size_bytes"], file["mtime_ns"])
+    return {**file, "noted_sha256": note.get("sha256") if unchanged else None, "sha256": _hashed.get(path)}
 
 
 def allowed_origin(url):
-    """What the server answers to a browser on another site's page; null where it does not answer."""
+    """The server's Access-Control-Allow-Origin for a web page of another site; null if the server does not answer."""
     if not url:
         return None
-    asked = urllib.request.Request(
+    request = urllib.request.Request(
         f"{url}/v1/completions", headers={"Origin": "http://other.example"}, method="OPTIONS"
     )
-    unverified = ssl.create_default_context()  # by its address, for which no certificate is made
+    unverified = ssl.create_default_context()  # the URL has the IP address, which no certificate names
     unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
     handlers = urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=unverified)
     try:
-        with urllib.request.build_opener(*handlers).open(asked, timeout=30) as answer:
+        with urllib.request.build_opener(*handlers).open(request, timeout=30) as answer:
             return answer.headers.get("Access-Control-Allow-Origin", "")
     except (OSError, ValueError):
         return None
 
 
 def gate(plan, spec):
-    """What gate.py says: {"checks": [...]}, or {"error": text} where it cannot be asked."""
+    """The result of gate.py: {"checks": [...]}, or {"error": text} if it cannot be run."""
     program = OPT + "/helpers/current/gate.py"
     if not os.path.exists(program) or not spec:
-        return {"error": f"there is no {program if spec else plan}"}
+        return {"error": f"{program if spec else plan} is missing"}
     code, text = output_of(
         ["python3", "-s", "-E", "-B", program, "check", plan],
         seconds=spec.get("health_seconds", 0) + GATE_SECONDS,

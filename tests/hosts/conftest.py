@@ -1,7 +1,7 @@
 """Checks of deployed hosts: `pytest tests/hosts --inventory inventory/fleet.py`.
 
-Not part of `pytest` over the whole project, which needs no deployed host: without --inventory this
-folder is left out there, and refused with a message where it was named.
+`pytest` over the whole project needs no deployed host: without --inventory it leaves this folder out. `pytest
+tests/hosts` without --inventory ends with a message.
 """
 
 from __future__ import annotations
@@ -20,37 +20,36 @@ from tests.hosts.inventory_bridge import BridgeError, Target, targets
 
 HERE = Path(__file__).resolve().parent
 COLLECTOR = HERE / "collect.py"
-# Hosts read at the same time.
-PARALLEL = 16
+PARALLEL = 16  # hosts that are read at the same time
 TARGETS = pytest.StashKey[list[Target]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("llamafleet", "checks of deployed hosts (tests/hosts)")
-    group.addoption("--inventory", help="the inventory that was deployed, e.g. inventory/fleet.py")
+    group.addoption("--inventory", help="the inventory of the deployed hosts, e.g. inventory/fleet.py")
     group.addoption(
         "--limit",
         action="append",
         default=[],
         metavar="NAME",
-        help="only this group or host (--limit=@local: pytest reads a word that begins with @ as a "
-        "file's name); may be repeated",
+        help="check only this group or host; may be repeated (write --limit=@local: pytest takes a word that begins "
+        "with @ for a file's name)",
     )
     group.addoption(
         "--quick",
         action="store_true",
         default=False,
-        help="do not read model files: trust the checksum noted when they were verified",
+        help="do not read model files: take the checksum in FILE.verified if the file did not change since",
     )
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Only called where this folder was named on the command line."""
+    """Read the inventory. pytest calls this only if the command line names this folder."""
     config = session.config
     if not config.getoption("--inventory"):
         raise pytest.UsageError(
-            "tests/hosts checks deployed hosts: say which, with --inventory inventory/fleet.py "
-            "(and --limit GROUP or HOST for some of them)"
+            "tests/hosts checks deployed hosts: add --inventory inventory/fleet.py "
+            "(and --limit GROUP or --limit HOST to check some of them)"
         )
     folder = config.stash.setdefault(FOLDER, _temporary(config))
     try:
@@ -63,48 +62,48 @@ FOLDER = pytest.StashKey[Path]()
 
 
 def _temporary(config: pytest.Config) -> Path:
-    """A folder of ours for this session, which pytest removes."""
+    """A temporary folder for this session's SSH configuration; pytest removes it."""
     factory: pytest.TempPathFactory = config._tmp_path_factory  # type: ignore[attr-defined]  # before fixtures
     return factory.mktemp("ssh")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Without an inventory there is nothing to check."""
+    """Leave this folder out if there is no inventory."""
     return None if TARGETS in config.stash else True
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    found = metafunc.config.stash.get(TARGETS, [])
+    hosts = metafunc.config.stash.get(TARGETS, [])
     if "box" in metafunc.fixturenames:
-        metafunc.parametrize("box", found, ids=[one.name for one in found], indirect=True)
+        metafunc.parametrize("box", hosts, ids=[host.name for host in hosts], indirect=True)
     if "served" in metafunc.fixturenames:
-        pairs = [(one, instance) for one in found for instance in one.settings.models]
-        ids = [f"{one.name}/{instance.name}" for one, instance in pairs]
+        pairs = [(host, instance) for host in hosts for instance in host.settings.models]
+        ids = [f"{host.name}/{instance.name}" for host, instance in pairs]
         metafunc.parametrize("served", pairs, ids=ids, indirect=True)
 
 
 @pytest.fixture(scope="session")
 def collected(pytestconfig: pytest.Config) -> dict[str, Any]:
-    """What was found on each host, all of them read at once; a text where one cannot be read."""
-    found = pytestconfig.stash[TARGETS]
+    """By host the facts of `collect.py`, or a text that says why the host cannot be read. Hosts are read concurrently."""
+    hosts = pytestconfig.stash[TARGETS]
     with ThreadPoolExecutor(max_workers=PARALLEL) as pool:
-        return dict(zip((one.name for one in found), pool.map(_reader(pytestconfig), found), strict=True))
+        return dict(zip((host.name for host in hosts), pool.map(_reader(pytestconfig), hosts), strict=True))
 
 
 def _reader(config: pytest.Config) -> Any:
-    asked_sudo, sudo_user = config.getoption("--sudo"), config.getoption("--sudo-user")
+    sudo, sudo_user = config.getoption("--sudo"), config.getoption("--sudo-user")
     quick = config.getoption("--quick")
 
     def read(target: Target) -> dict[str, Any] | str:
-        asked = json.dumps({"instances": [one.name for one in target.settings.models], "quick": quick})
-        host = testinfra.get_host(target.spec, sudo=asked_sudo, sudo_user=sudo_user)
+        request = json.dumps({"instances": [instance.name for instance in target.settings.models], "quick": quick})
+        host = testinfra.get_host(target.spec, sudo=sudo, sudo_user=sudo_user)
         try:
-            done = host.run("python3 -I -B -c %s %s", COLLECTOR.read_text(), asked)
+            result = host.run("python3 -I -B -c %s %s", COLLECTOR.read_text(), request)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-            return f"{target.name}: cannot be reached: {_said(error)}"
-        if done.rc:
-            return f"{target.name}: cannot be read, exit code {done.rc}: {done.stderr.strip()[-800:]}"
-        facts: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+            return f"{target.name}: cannot be reached: {_message(error)}"
+        if result.rc:
+            return f"{target.name}: cannot be read, exit code {result.rc}: {result.stderr.strip()[-800:]}"
+        facts: dict[str, Any] = json.loads(result.stdout.strip().splitlines()[-1])
         if facts["euid"] != 0:
             return f"{target.name}: read as user id {facts['euid']}, not as root: set `_sudo`, or use --sudo"
         return facts
@@ -112,21 +111,21 @@ def _reader(config: pytest.Config) -> Any:
     return read
 
 
-def _said(error: Exception) -> str:
-    """testinfra puts its whole result into the exception: what ssh itself said is enough."""
+def _message(error: Exception) -> str:
+    """The error output of ssh, if testinfra's exception has it, else the exception's text."""
     result = error.args[0] if error.args else error
     return str(getattr(result, "stderr", result)).strip()[-800:]
 
 
 @pytest.fixture
 def box(request: pytest.FixtureRequest, collected: dict[str, Any]) -> checks.Box:
-    """One host with what was found on it."""
+    """A host with its facts."""
     return _box(request.param, collected)
 
 
 @pytest.fixture
 def served(request: pytest.FixtureRequest, collected: dict[str, Any]) -> checks.Served:
-    """One instance of a host."""
+    """An instance with its facts."""
     target, instance = request.param
     return checks.served(_box(target, collected), instance)
 

@@ -1,6 +1,6 @@
-"""From the inventory that was deployed to the hosts that are checked: there is no second list.
+"""Read the hosts to check from the pyinfra inventory that was deployed.
 
-`make_inventory` is what pyinfra's own command uses, but no promised API: it is used here alone.
+`make_inventory` is what pyinfra's command line uses. It is not a public API, so only this module calls it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pyinfra.api.inventory import Inventory
 from pyinfra.api.state import State
 from pyinfra.context import ctx_state
 
-from llamafleet.settings import Settings, SettingsError
+from llamafleet.settings.schema import Settings, SettingsError
 
 
 class BridgeError(Exception):
-    """The inventory cannot be checked; the text names the file or host and the way out."""
+    """The inventory cannot be used; the message names the file or host and what to do."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One host of the inventory: how testinfra reaches it, and what was asked for it."""
+    """A host of the inventory: testinfra's name for it, `spec`, and its settings."""
 
     name: str
     spec: str
@@ -35,9 +35,9 @@ class Target:
 
 
 def targets(inventory: str, limit: Sequence[str], folder: Path) -> list[Target]:
-    """The hosts of an inventory file in its order, with `limit` only those of these groups or names.
+    """The hosts of an inventory file in its order; with `limit` only the hosts with these names or of these groups.
 
-    SSH configuration files for testinfra are written into `folder`. Raises BridgeError.
+    Writes SSH configuration files for testinfra into `folder`. Raises `BridgeError`.
     """
     if not Path(inventory).is_file():
         raise BridgeError(f"--inventory {inventory}: there is no such file (looked in {Path.cwd()})")
@@ -48,8 +48,8 @@ def targets(inventory: str, limit: Sequence[str], folder: Path) -> list[Target]:
 
 
 def _read(inventory: str) -> Inventory:
-    # Importing pyinfra's command line replaces sockets and threads of the whole process with gevent's,
-    # which other tests of this process have not asked for.
+    # Importing pyinfra's command line replaces sockets and threads of the whole process with gevent's: prevent it,
+    # because the process runs other tests too.
     patch_all = gevent.monkey.patch_all
     gevent.monkey.patch_all = lambda: None
     try:
@@ -61,7 +61,7 @@ def _read(inventory: str) -> Inventory:
 
 
 def _limited(inventory: Inventory, limit: Sequence[str]) -> Iterator[Host]:
-    """As pyinfra's --limit: a pattern is the name of a group, else a host's name, perhaps with `*`."""
+    """The hosts that pyinfra's --limit selects: a pattern is a group's name, else a host's name, which may have `*`."""
     groups = {group for host in inventory for group in host.groups}
     for pattern in limit:
         if pattern not in groups and not any(fnmatch(host.name, pattern) for host in inventory):
@@ -94,12 +94,12 @@ def spec(host: Host, folder: Path) -> str:
     if connector == "LocalConnector":
         return f"local://{_query(query)}"
     if connector != "SSHConnector":
-        raise BridgeError(f"{host.name}: {connector} has no service manager: only SSH and @local are checked")
+        raise BridgeError(f"{host.name}: {connector} has no systemd: only hosts by SSH and @local can be checked")
     if host.data.get("ssh_password"):
         raise BridgeError(
-            f"{host.name}: ssh_password would be seen in the process list: use a key (ssh_key) or an agent"
+            f"{host.name}: ssh_password would be visible in the process list: use a key (ssh_key) or an agent"
         )
-    # One SSH session a host: a master that stays behind in the background would serve nobody.
+    # One SSH session a host needs no master process, which would stay in the background.
     query |= {"controlpersist": "0", "ssh_config": str(_ssh_config(host, folder))}
     if host.data.get("ssh_key"):
         query["ssh_identity_file"] = str(Path(host.data.get("ssh_key")).expanduser())
@@ -120,7 +120,7 @@ def _address(host: Host) -> str:
 
 
 def _ssh_config(host: Host, folder: Path) -> Path:
-    """The host's SSH settings of the inventory as a file: first words win, so the user's own come last."""
+    """The inventory's SSH settings as a configuration file. ssh takes the first value, so the user's own file comes last."""
     data: Any = host.data
     lines = ["Host *", "BatchMode yes", f"StrictHostKeyChecking {_strict(host)}"]
     if data.get("ssh_known_hosts_file"):
@@ -135,7 +135,7 @@ def _ssh_config(host: Host, folder: Path) -> Path:
 
 
 def _strict(host: Host) -> str:
-    """pyinfra's default is accept-new; it takes True and False too."""
+    """The value of StrictHostKeyChecking: pyinfra also takes True and False, and its default is accept-new."""
     value = host.data.get("ssh_strict_host_key_checking")
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -1,4 +1,4 @@
-"""The oracle itself: does `ask` give llama-server's figures for the flags that were given?"""
+"""Does `sandbox.oracle.ask` return llama-server's figures for the given flags?"""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -44,7 +44,7 @@ def test_questions_do_not_disturb_each_other(model):
     assert [answer.devices[0].context for answer in answers] == [tokens // 8 for tokens in contexts]
 
 
-def test_what_goes_wrong_is_told_in_llama_server_s_words(tmp_path):
+def test_an_error_has_llama_server_s_own_message(tmp_path):
     (tmp_path / "broken.gguf").write_bytes(b"not a model")
     with pytest.raises(OracleError, match="invalid magic"):
         ask(tmp_path / "broken.gguf", flags("-c 4096"))

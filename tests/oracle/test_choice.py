@@ -1,8 +1,8 @@
-"""Flags of plans that split a layer, spill feed-forward parts or cut between GPUs: does llama-server do what they mean?"""
+"""Does llama-server place weights and caches as planned, for plans that split a layer or use two GPUs?"""
 
 import pytest
 
-from llamafleet.answer import Plan
+from llamafleet.planner.result import Plan
 from sandbox import models
 from sandbox.oracle import ask
 from tests import planning
@@ -11,7 +11,7 @@ from tests.planning import MIB, machine
 pytestmark = pytest.mark.oracle
 
 BESIDE = {"total_mib": 12288, "name": "NVIDIA GeForce RTX 3060", "pcie_width": 4}
-# Layout, what is asked, and GPUs of several sizes: the first is taken whose plan is of the kind.
+# Layout, settings, and machines by their GPUs: the first machine whose plan fulfils the condition is used.
 CASES = {
     "a layer of a mixture of experts in part": (
         "gpt-oss-120b", {"context_tokens": 131072}, [[mib] for mib in range(16000, 18000, 200)],
@@ -31,21 +31,21 @@ CASES = {
 }  # fmt: skip
 
 
-def plan_of(layout, asked, boxes, kind):
-    for gpus in boxes:
-        [answer] = planning.plans(machine(gpus, ram_gib=128), [(layout,)], planning.settings(asked))
-        if isinstance(answer, Plan) and kind(answer.placement):
-            return answer
-    raise AssertionError(f"no plan of that kind for {layout}")
+def plan_of(layout, instance, machines, condition):
+    for gpus in machines:
+        [result] = planning.plans(machine(gpus, ram_gib=128), [(layout,)], planning.settings(instance))
+        if isinstance(result, Plan) and condition(result.placement):
+            return result
+    raise AssertionError(f"{layout}: no machine leads to such a plan")
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_llama_server_puts_weights_and_cache_where_the_plan_says(case, tmp_path):
-    answer = plan_of(*CASES[case])
-    flags = [word.replace("CUDA", "RPC") for word in answer.argv]
+    plan = plan_of(*CASES[case])
+    flags = [word.replace("CUDA", "RPC") for word in plan.argv]
     at = flags.index("--fit")
-    told = ask(models.weightless(tmp_path, CASES[case][0]), [*flags[:at], *flags[at + 2 :]], len(answer.gpus))
-    for row, device in zip(told.devices, answer.ledger[:-1], strict=True):
+    answer = ask(models.weightless(tmp_path, CASES[case][0]), [*flags[:at], *flags[at + 2 :]], len(plan.gpus))
+    for row, device in zip(answer.devices, plan.ledger[:-1], strict=True):
         assert abs(device.weights_bytes / MIB - row.model) <= 2
         assert abs(device.kv_bytes / MIB - row.context) <= 1
         assert abs(row.compute * MIB - device.compute_bytes) <= 16 * MIB  # RPC devices have no op-offload

@@ -1,7 +1,7 @@
-"""The ledger against llama-server, live: every published layout in three situations, all dimensions among them.
+"""Compare the ledger with a running llama-server for every published layout, in three situations each.
 
-The situations are the first of those in bench/results/oracle_table.csv, drawn by lot but always the same: contexts,
-slots, unified or not, batches, cache types, flash attention, one to three devices or none, whole layers, experts
+The situations are the first ones of bench/results/oracle_table.csv, drawn at random from a fixed seed: contexts,
+slots, unified or not, batches, cache types, flash attention, zero to three devices, whole layers, experts
 and feed-forward matrices on the host.
 """
 
@@ -41,10 +41,10 @@ def test_the_situations_cover_all_dimensions():
 def test_llama_server_allocates_what_the_ledger_says(layout, situations, folder):
     cases = [case for case in matrix(situations) if case.layout == layout]
     with ThreadPoolExecutor(2) as pool:
-        found = [one for many in pool.map(lambda case: case.compare(folder), cases) for one in many]
-    assert len(found) >= 4 * len(cases)
-    assert [said(one) for one in found if not one.is_good] == []
+        comparisons = [row for rows in pool.map(lambda case: case.compare(folder), cases) for row in rows]
+    assert len(comparisons) >= 4 * len(cases)
+    assert [difference(row) for row in comparisons if not row.is_good] == []
 
 
-def said(one: Comparison) -> str:
-    return f"{one.off_mib:+} of {one.theirs_mib} MiB {one.part} on {one.device}: {one.case.name}"
+def difference(row: Comparison) -> str:
+    return f"{row.off_mib:+} of {row.theirs_mib} MiB {row.part} on {row.device}: {row.case.name}"

@@ -1,7 +1,7 @@
-"""Is a plan the most that the GPU holds? llama-server is asked for the plan and for its nearest neighbours.
+"""Does a plan put as much on the GPU as it can hold? Compare the plan and its nearest neighbours in llama-server.
 
-The plan must fit under the reserve by llama-server's own figures, and one more unit on the GPU (the experts or the
-feed-forward part of a layer, or a whole layer where some are on the CPU) must not.
+By llama-server's figures, the plan must fit beside the reserve. With one more unit on the GPU (the experts or the
+feed-forward part of a layer, or a whole layer if some are on the CPU) it must not fit.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +9,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from llamafleet.answer import Plan
-from llamafleet.kv import Context
-from llamafleet.ledger import Model, usage
+from llamafleet.memory.context import Context
+from llamafleet.memory.ledger import usage
+from llamafleet.memory.placement import Placement
+from llamafleet.memory.weights import Model
+from llamafleet.planner.flags import planned_flags
+from llamafleet.planner.result import Plan
 from sandbox import models
 from sandbox.oracle import ask
 from tests import planning
@@ -19,11 +22,11 @@ from tests import planning
 pytestmark = pytest.mark.oracle
 
 MIB = 2**20
-# What NVML says of cards sold with so many GB, MiB: RTX 4060, 3060, 4080, 4090, 5090, 6000 Ada, A100.
+# Card size in GB: MiB that NVML reports, for RTX 4060, 3060, 4080, 4090, 5090, 6000 Ada, A100.
 CARDS = {8: 8188, 12: 12288, 16: 16376, 24: 24564, 32: 32607, 48: 49140, 80: 81920}
 CONTEXT_TOKENS = 16384
-ROUNDING_MIB = 3  # llama-server cuts model, context and compute down to whole MiB each
-WORKERS = 2  # questions asked at once: the cores of a small machine
+ROUNDING_MIB = 3  # llama-server rounds model, context and compute down to whole MiB
+WORKERS = 2  # llama-servers that run at once: the cores of a small machine
 
 MOE = [name for name, layout in models.PUBLISHED.items() if layout.experts]
 DENSE = ["Llama-3.3-70B", "Qwen3-32B", "Gemma-3-27B"]
@@ -31,11 +34,11 @@ DENSE = ["Llama-3.3-70B", "Qwen3-32B", "Gemma-3-27B"]
 
 @dataclass(frozen=True)
 class Question:
-    """A plan or its neighbour, and how its oracle figure relates to the card."""
+    """A plan or a neighbour of it, and whether it must fit on a card of `gb` GB."""
 
     gb: int
     plan: Plan
-    what: str
+    description: str
     must_fit: bool
 
 
@@ -43,19 +46,19 @@ class Question:
 def test_one_more_unit_on_the_gpu_would_break_the_reserve(name, tmp_path_factory):
     path = models.weightless(tmp_path_factory.mktemp("models"), name)
     model = Model.of(planning.header(name))
-    asked = {}
+    to_ask = {}
     for gb in CARDS:
         for question in questions(name, model, gb):
-            # A plan that is wholly on the GPU is the same on every larger card: ask for it once.
-            asked.setdefault((question.plan.argv, question.must_fit), question)
+            # A plan that is wholly on the GPU does not change on larger cards: ask for it once.
+            to_ask.setdefault((question.plan.argv, question.must_fit), question)
     with ThreadPoolExecutor(WORKERS) as pool:
-        answers = list(pool.map(lambda question: needed_mib(path, model, question), asked.values()))
+        answers = list(pool.map(lambda question: needed_mib(path, model, question), to_ask.values()))
     wrong = []
-    for question, mib in zip(asked.values(), answers, strict=True):
+    for question, mib in zip(to_ask.values(), answers, strict=True):
         limit = CARDS[question.gb]
         fits = mib <= limit if question.must_fit else mib + ROUNDING_MIB <= limit
         if fits != question.must_fit:
-            wrong.append(f"{question.gb} GB, {question.what}: {mib:.0f} MiB needed with reserve, {limit} there")
+            wrong.append(f"{question.gb} GB, {question.description}: {mib:.0f} MiB needed with reserve, {limit} there")
     assert not wrong
 
 
@@ -67,34 +70,49 @@ def questions(name, model, gb):
     if not plan.gpus:
         return
     yield Question(gb, plan, "the plan", True)
-    for what, placement in neighbours(model, plan.placement):
-        yield Question(gb, replace(plan, placement=placement), what, False)
+    for description, placement in neighbours(model, plan.placement):
+        yield Question(gb, with_placement(plan, placement), description, False)
+
+
+def with_placement(plan, placement):
+    """The plan with another placement, and with the flags for it."""
+    context = Context(plan.context_tokens, plan.slots, plan.kv_type, plan.ubatch_tokens)
+    argv = tuple(planned_flags(
+        context, placement, backend=plan.backend, gpus=len(plan.gpus), threads=plan.threads,
+        prompt_cache_mib=plan.prompt_cache_mib, checkpoints=plan.checkpoints, is_moe=plan.is_moe,
+    ))  # fmt: skip
+    assert argv != plan.argv
+    return replace(plan, placement=placement, argv=argv)
 
 
 def neighbours(model, placement):
-    """With the cheapest of the spilled parts back on the GPU; with one more layer there."""
+    """Placements with the smallest spilled part back on the GPU, and with one more layer on the GPU."""
     back = [
-        (model.spill_bytes[layer], f"the spilled part of layer {layer} more", {"spilled": placement.spilled - {layer}})
+        (
+            model.spill_bytes[layer],
+            f"the spilled part of layer {layer} more",
+            (placement.spilled - {layer}, dict(placement.partly)),
+        )
         for layer in placement.spilled
         if model.spill_bytes[layer]  # a block for multi-token prediction is not loaded
     ]
     back += [
         (model.part_bytes(layer, part), f"{part} of layer {layer} more",
-         {"partly": tuple(one for one in placement.partly if one != (layer, part))})
-        for layer, part in getattr(placement, "partly", ())
+         (placement.spilled, {other: kept for other, kept in placement.partly if other != layer}))
+        for layer, part in placement.partly
     ]  # fmt: skip
     if back:
-        _, what, changes = min(back, key=lambda one: one[0])
-        yield what, replace(placement, **changes)
+        _, description, changes = min(back, key=lambda candidate: candidate[0])
+        yield description, Placement.of(placement.layer_devices, *changes)
     host = [layer for layer, device in enumerate(placement.layer_devices) if device is None]
     if host:
         holders = tuple(0 if layer == host[-1] else device for layer, device in enumerate(placement.layer_devices))
         spilled = placement.spilled | ({host[-1]} if placement.spilled and model.spill_bytes[host[-1]] else set())
-        yield f"layer {host[-1]} more", replace(placement, layer_devices=holders, spilled=frozenset(spilled))
+        yield f"layer {host[-1]} more", Placement.of(holders, spilled, dict(placement.partly))
 
 
 def needed_mib(path, model, question):
-    """llama-server's figure for the GPU, with what it does not count, and the reserve."""
+    """MiB needed on the GPU: llama-server's figure, the memory that it does not count, and the reserve."""
     flags = list(question.plan.argv)
     at = flags.index("--fit")
     del flags[at : at + 2]

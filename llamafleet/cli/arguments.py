@@ -1,0 +1,114 @@
+"""The arguments of `llamafleet plan`: the machine, the default settings, and the changes of `--set`."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llamafleet.host import described
+from llamafleet.host.machine import Machine, MachineError
+from llamafleet.settings import secrets
+from llamafleet.settings.schema import Instance, Settings
+
+DEFAULTS = Path("inventory/group_data/all.py")
+NAME, PORT = "model", 8080  # name and port of the planned instance; nothing is served under them
+
+
+class UsageError(Exception):
+    """The command line is invalid; the message says what it should be."""
+
+
+def read_machine(argument: str) -> described.Described:
+    """The machine of `--machine`: a machine file, "-" for standard input, or a description in words.
+
+    Raises `UsageError` or `MachineError`.
+    """
+    path = Path(argument)
+    looks_like_path = path.suffix == ".json" or os.sep in argument.partition("=")[0]
+    if argument != "-" and not looks_like_path and not path.is_file():
+        try:
+            return described.read(argument)
+        except described.DescriptionError as error:
+            raise UsageError(f"--machine: there is no file {argument!r}, and as a description: {error}") from error
+    text = sys.stdin.read() if argument == "-" else read_text(path)
+    try:
+        return described.Described(Machine.from_json(json.loads(text)))
+    except ValueError as error:
+        if isinstance(error, MachineError):
+            raise
+        raise UsageError(f"{argument}: should be JSON: {error}") from error
+
+
+def read_text(path: Path) -> str:
+    """The file's text. Raises `UsageError` if it cannot be read as UTF-8."""
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from error
+
+
+def default_data() -> dict[str, Any]:
+    """The default settings, from `inventory/group_data/all.py` in the current folder or beside the package.
+
+    Raises `UsageError` if there is no such file.
+    """
+    package = Path(__file__).resolve().parent.parent
+    for root in (Path.cwd(), package.parent, package):
+        if (root / DEFAULTS).is_file():
+            values: dict[str, Any] = {}
+            code = compile(read_text(root / DEFAULTS), str(root / DEFAULTS), "exec")
+            exec(code, values)  # noqa: S102 -- group data is Python, and the operator's own
+            return {key: value for key, value in values.items() if not key.startswith("_")}
+    raise UsageError(f"{DEFAULTS}: not found here or beside the package: run the command in a checkout of llamafleet")
+
+
+def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
+    """Values by key from KEY=VALUE texts; a value is a Python literal (131072, None, True, ["f16"]) or else a string.
+
+    Raises `UsageError`.
+    """
+    parsed = {}
+    for change in changes:
+        key, mark, text = change.partition("=")
+        if not mark or not key.isidentifier():
+            raise UsageError(f"--set {change}: should be KEY=VALUE")
+        try:
+            parsed[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # all that literal_eval raises
+            parsed[key] = text
+    return parsed
+
+
+def settings_for(model: str, data: Mapping[str, Any], changes: Mapping[str, Any]) -> Settings:
+    """Settings with one instance that serves `model`; each change is applied to the instance or to the host by its key.
+
+    Raises `UsageError` or `SettingsError`.
+    """
+    of_instance = {key: value for key, value in changes.items() if _is_of_instance(key)}
+    if "source" in of_instance:
+        raise UsageError("--set source: give the model with --model instead")
+    of_host = {key: value for key, value in changes.items() if key not in of_instance}
+    source = model if ":" in model else str(Path(model).absolute())
+    entry = {"name": NAME, "port": PORT, **of_instance, "source": source}
+    return Settings.from_data({**data, **of_host, "models": [entry]})
+
+
+def _is_of_instance(key: str) -> bool:
+    """Is the key, or for an unknown key the nearest known key, a setting of a model?"""
+    host, instance = set(Settings.__dataclass_fields__), set(Instance.__dataclass_fields__)
+    nearest = difflib.get_close_matches(key, host | instance, n=1)
+    return key in instance or (key not in host and bool(nearest) and nearest[0] in instance)
+
+
+def hub_token(settings: Settings) -> str | None:
+    """The token for gated models, from the file that the settings name or from the environment; None if there is none.
+
+    Raises `SecretError`.
+    """
+    return secrets.hub_token(settings.hub_token_file or None)

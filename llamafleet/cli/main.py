@@ -1,0 +1,238 @@
+"""The command `llamafleet`, for tasks that pyinfra does not have.
+
+`llamafleet plan` shows a plan before a machine is bought or a host is changed; `llamafleet status` shows the state of
+an inventory's hosts. Exit status: 0 a plan, or everything is fine; 1 something is not fine; 2 bad input; 3 a refusal.
+
+Decision 15: docs/decisions/0015-pyinfra-stays-visible.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llamafleet.cli import compare, tables
+from llamafleet.cli.arguments import UsageError, default_data, hub_token, parse_changes, read_machine, settings_for
+from llamafleet.cli.what_if import what_if
+from llamafleet.host.described import Described
+from llamafleet.host.machine import MachineError
+from llamafleet.host.speeds import Measurements
+from llamafleet.hub import source
+from llamafleet.model.gguf import Header
+from llamafleet.model.gguf_cursor import GgufError
+from llamafleet.planner.plan import plan_host
+from llamafleet.planner.result import Plan, Refusal
+from llamafleet.settings.schema import Instance, Settings, SettingsError
+from llamafleet.settings.secrets import SecretError
+
+__all__ = ["default_data", "main", "parse_changes", "settings_for"]
+
+PLANNED, BAD_INPUT, REFUSED = 0, 2, 3
+READERS = 8  # headers read at the same time; limited so as not to burden the server
+SIBLINGS_TRIED = 3  # quantisations of a refused model's repository that are planned, largest first
+BAD_INPUT_ERRORS = (UsageError, SettingsError, SecretError, MachineError, GgufError, source.SourceError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except BAD_INPUT_ERRORS as error:
+        print(f"llamafleet: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except BrokenPipeError:  # the reader closed the pipe, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PLANNED
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llamafleet", description="Plan how llama-server uses a machine.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    plan = commands.add_parser("plan", help="plan models for a machine or hosts", description=plan_command.__doc__)
+    target = plan.add_mutually_exclusive_group(required=True)
+    target.add_argument("--inventory", type=Path, help="probe the hosts of a pyinfra inventory and plan their models")
+    target.add_argument(
+        "--machine",
+        help="a machine file (JSON), - for standard input, or a description: rtx4090,ram=64GB,cores=10 or"
+        " 2xrtx3090,ram=128GB,cores=16 or cpu,ram=32GB,cores=8; it may add swap=8GB, cpu=i5-13400F, pcie=4x8,"
+        " memory-bandwidth=60GB/s",
+    )
+    plan.add_argument("--limit", help="with --inventory: plan only this host or group")
+    plan.add_argument(
+        "--model", action="append", default=[],
+        help="with --machine: a path, a URL or hf:OWNER/REPO/FILE.gguf[@REVISION]; several models are compared",
+    )  # fmt: skip
+    plan.add_argument(
+        "--compare", action="store_true",
+        help="compare all quantisations in the model's repository (hf:OWNER/REPO) and name the best that fits",
+    )  # fmt: skip
+    plan.add_argument(
+        "--min-speed", type=float, default=0.0, metavar="N",
+        help="in a comparison: only a model that is predicted to write at least N tokens/s can be the best",
+    )  # fmt: skip
+    plan.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
+        help="override a setting of the host or of the model, e.g. context_tokens=131072",
+    )  # fmt: skip
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON, schema 1")
+    plan.set_defaults(run=plan_command)
+    status = commands.add_parser("status", help="show the state of hosts", description=status_command.__doc__)
+    status.add_argument("--inventory", type=Path, required=True, help="a pyinfra inventory")
+    status.add_argument("--limit", help="show only this host or group")
+    status.add_argument("--json", action="store_true", help="print all data as JSON")
+    status.set_defaults(run=status_command)
+    return parser
+
+
+def status_command(options: argparse.Namespace) -> int:
+    """Show for every instance of every host: plan, memory, speed, restarts, last gate, drift. Nothing is changed. Exit
+    status 0 if every instance is fine, else 1."""
+    return _on_inventory("tasks.status", options)
+
+
+def plan_command(options: argparse.Namespace) -> int:
+    """Show the plan of a model on a machine, a comparison of several models, or the plans of an inventory's hosts."""
+    if options.inventory:
+        return plan_inventory(options)
+    if not options.model:
+        raise UsageError("--machine: give a model too, such as --model hf:OWNER/REPO/FILE.gguf")
+    host = read_machine(options.machine)
+    changes = parse_changes(options.changes)
+    if options.compare or len(options.model) > 1:
+        return _compare(options, host, changes)
+    if options.min_speed:
+        raise UsageError("--min-speed: needs a comparison: add --compare, or give several models")
+    settings = settings_for(options.model[0], default_data(), changes)
+    header = _header(settings)
+    result = _plan(host, settings, settings.models[0], header)
+    if isinstance(result, Refusal):
+        result = replace(result, suggestions=(*result.suggestions, *_siblings_that_fit(host, settings, result)))
+    if options.json:
+        print(json.dumps(result.to_json(), indent=2))
+    else:
+        planner = partial(_plan, host, settings)
+        alternatives: tuple[str, ...] = ()
+        if isinstance(result, Plan):
+            alternatives = tuple(what_if(planner, settings.models[0], header, result))
+        title = f"{settings.models[0].source} on {host.machine.hostname}"
+        print(tables.table(result, title, tables.Look.of(sys.stdout), alternatives))
+    return PLANNED if isinstance(result, Plan) else REFUSED
+
+
+def plan_inventory(options: argparse.Namespace) -> int:
+    """Show the plans of an inventory's hosts; returns the worst host's exit status."""
+    if options.model or options.changes or options.compare or options.min_speed:
+        raise UsageError(
+            "--inventory: has its own models and settings: leave out --model, --set, --compare and --min-speed"
+        )
+    return _on_inventory("tasks.lib.over_hosts", options)
+
+
+def _on_inventory(module: str, options: argparse.Namespace) -> int:
+    """Run a module of `tasks` in its own process and return its exit status: pyinfra patches the standard library's
+    sockets, and that must happen before they are used."""
+    if not options.inventory.is_file():
+        raise UsageError(f"--inventory: there is no such inventory file: {options.inventory}")
+    command = [sys.executable, "-m", module, str(options.inventory)]
+    command += ["--limit", options.limit] if options.limit else []
+    command += ["--json"] if options.json else []
+    root = str(Path(__file__).resolve().parent.parent.parent)  # `tasks` lies beside the package
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
+
+
+def _compare(options: argparse.Namespace, host: Described, changes: dict[str, Any]) -> int:
+    models = options.model
+    if options.compare:
+        settings = settings_for("hf:any/any/any", default_data(), changes)
+        models = [quantisation for model in options.model for quantisation in _quantisations(model, settings)]
+        if not models:
+            raise UsageError(f"--compare: there is no GGUF model in {', '.join(options.model)}")
+    compared = _options(host, list(dict.fromkeys(models)), changes, sys.stderr.isatty())
+    hostname, min_speed = host.machine.hostname, options.min_speed
+    if options.json:
+        print(json.dumps(compare.to_json(compared, hostname, min_speed), indent=2))
+    else:
+        print(tables.comparison_table(compared, hostname, min_speed, tables.Look.of(sys.stdout)))
+    return PLANNED if compare.best(compared, min_speed) else REFUSED
+
+
+def _options(host: Described, models: Sequence[str], changes: dict[str, Any], progress: bool) -> list[compare.Option]:
+    """All models with their plans: the headers are read concurrently, the plans are made one after another."""
+    data = default_data()
+    settings = [settings_for(model, data, changes) for model in models]
+    compared = []
+    with ThreadPoolExecutor(READERS) as pool:
+        for number, header in enumerate(pool.map(_header_or_problem, settings), 1):
+            compared.append(_option(host, settings[number - 1], models[number - 1], header))
+            if progress:
+                print(f"\r{number} of {len(models)} headers", end="" if number < len(models) else "\n", file=sys.stderr)
+    return compared
+
+
+def _option(host: Described, settings: Settings, model: str, header: Header | str) -> compare.Option:
+    if isinstance(header, str):  # the problem of reading it
+        return compare.Option(model, problem=header)
+    return compare.Option(model, header, _plan(host, settings, settings.models[0], header))
+
+
+def _header_or_problem(settings: Settings) -> Header | str:
+    try:
+        return _header(settings)
+    except (GgufError, source.SourceError) as error:
+        return str(error)
+
+
+def _header(settings: Settings) -> Header:
+    instance, token = settings.models[0], hub_token(settings)
+    files = source.resolve(
+        instance.source,
+        endpoint=settings.hub_endpoint,
+        token=token,
+        mirrors=instance.mirrors,
+        sha256=instance.sha256,
+    )
+    return source.read_header(files, token=token)
+
+
+def _plan(host: Described, settings: Settings, instance: Instance, header: Header) -> Plan | Refusal:
+    measured = Measurements(host_bytes_per_s=host.host_bytes_per_s)
+    return plan_host(host.machine, [(instance, header)], settings, measurements=measured)[0]
+
+
+def _quantisations(model: str, settings: Settings) -> dict[str, int]:
+    """Bytes by source of every quantisation in the model's repository."""
+    return source.quantisations(model, endpoint=settings.hub_endpoint, token=hub_token(settings))
+
+
+def _siblings_that_fit(host: Described, settings: Settings, refusal: Refusal) -> list[str]:
+    """Suggestions for a refused model of the Hub: its repository's next smaller quantisations that fit this machine."""
+    model = settings.models[0].source
+    rows = refusal.ledger
+    available = sum(row.used_bytes + row.free_bytes for row in rows)
+    weights = sum(row.weights_bytes for row in rows)
+    try:
+        sizes = _quantisations(model, settings) if model.startswith("hf:") and rows else {}
+    except source.SourceError:
+        return []  # without the repository's list the refusal has no such suggestions
+    smaller = [name for name in sorted(sizes, key=lambda name: -sizes[name]) if sizes[name] < min(available, weights)]
+    settings_by_name = {name: replace(settings, models=(replace(settings.models[0], source=name, sha256=None),))
+                        for name in smaller[:SIBLINGS_TRIED]}  # fmt: skip
+    siblings = [_option(host, changed, name, _header_or_problem(changed)) for name, changed in settings_by_name.items()]
+    return [
+        f"take {option.source}: {option.weights_bytes / tables.GIB:.1f} GiB of weights, at about"
+        f" {tables.rate(option.decode_tokens_per_s)} tokens/s"
+        for option in siblings
+        if isinstance(option.result, Plan)
+    ]

@@ -1,0 +1,178 @@
+"""The state of a fleet: for each host and instance the planned and the actual values, as a table and as JSON."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llamafleet.host.installed import Installed, InstalledInstance
+from llamafleet.units import MIB
+
+GIB = 1024 * MIB
+COLUMNS = ("host", "instance", "state", "plan", "RAM", "GPU", "tok/s", "restarts", "last gate", "drift")
+
+
+@dataclass(frozen=True)
+class InstanceStatus:
+    """The state of one instance: actual values beside planned ones."""
+
+    name: str
+    state: str  # systemd's: active, failed, ...; or "not installed"
+    plan: str  # the plan in short, see `plan_in_short`
+    release: str
+    rss_bytes: int | None
+    cgroup_bytes: int | None
+    gpu_bytes: Mapping[str, int | None] | str
+    planned_gpu_bytes: Mapping[str, int]
+    tokens_per_s: float | None  # measured by the last gate
+    predicted_tokens_per_s: float | None
+    restarts: int
+    since: str
+    gate: Mapping[str, Any] | None  # the last gate's verdict
+    verified: bool  # did llama-server report its memory before the plan was installed?
+    drift: tuple[str, ...]
+
+    @property
+    def is_fine(self) -> bool:
+        """Is it active, without drift, and did it pass its last gate?"""
+        return self.state == "active" and not self.drift and not (self.gate and not self.gate.get("ok"))
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {**self.__dict__, "drift": list(self.drift), "fine": self.is_fine}
+
+
+@dataclass(frozen=True)
+class HostStatus:
+    """The state of one host: its instances, the other changes that a run would make, and a problem in reading it."""
+
+    instances: tuple[InstanceStatus, ...] = ()
+    drift: tuple[str, ...] = ()
+    problem: str = ""
+
+    @property
+    def is_fine(self) -> bool:
+        """Is there no problem, no drift, and is every instance fine?"""
+        return not self.problem and not self.drift and all(instance.is_fine for instance in self.instances)
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        instances = {instance.name: instance.to_json() for instance in self.instances}
+        return {"fine": self.is_fine, "problem": self.problem, "drift": list(self.drift), "instances": instances}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The changes that a run with this inventory would make on a host."""
+
+    # Reasons to install or restart each instance; no reasons: it is as planned.
+    services: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    host: tuple[str, ...] = ()  # other changes, by name
+
+
+def of_host(
+    installed: Installed, live: Mapping[str, Mapping[str, Any]], wanted: Wanted | None, problem: str = ""
+) -> HostStatus:
+    """Combine the survey (`found`), the status program's output (`live`) and the comparison with the inventory.
+
+    `wanted` is None if the host could not be compared with the inventory; `problem` then says why.
+    """
+    there = installed.instances
+    names = [*there, *(name for name in (wanted.services if wanted else ()) if name not in there)]
+    instances = tuple(_instance(name, there.get(name), live.get(name, {}), wanted) for name in names)
+    return HostStatus(instances, wanted.host if wanted else (), problem)
+
+
+def _instance(
+    name: str, installed: InstalledInstance | None, live: Mapping[str, Any], wanted: Wanted | None
+) -> InstanceStatus:
+    record: Mapping[str, Any] = installed.record if installed and isinstance(installed.record, Mapping) else {}
+    gate = live.get("gate")
+    drift: tuple[str, ...] = ()
+    if wanted is not None:
+        drift = tuple(wanted.services[name]) if name in wanted.services else ("the inventory does not name it",)
+    return InstanceStatus(
+        name=name,
+        state=(installed.active or "unknown") if installed else "not installed",
+        plan=plan_in_short(record),
+        release=str(record.get("release", "")),
+        rss_bytes=live.get("rss_bytes"),
+        cgroup_bytes=live.get("cgroup_bytes"),
+        gpu_bytes=live.get("gpu_bytes", {}),
+        planned_gpu_bytes={gpu["uuid"]: gpu["planned_bytes"] for gpu in record.get("gate", {}).get("gpus", [])},
+        tokens_per_s=gate.get("decode_tokens_per_s") if gate else None,
+        predicted_tokens_per_s=record.get("plan", {}).get("predicted", {}).get("decode_tokens_per_s"),
+        restarts=installed.restarts if installed else 0,
+        since=live.get("since", ""),
+        gate=gate,
+        verified=bool((record.get("verified") or {}).get("binary_bytes")),
+        drift=drift,
+    )
+
+
+def plan_in_short(record: Mapping[str, Any]) -> str:
+    """The plan of a plan.json, such as "131072 x 1 f16, 37 layers on 1 GPU, cuda"; empty if the record is invalid."""
+    try:
+        argv, gate = record["plan"]["argv"], record["gate"]
+        value = dict(itertools.pairwise(argv))
+        gpus = len(gate["gpus"])
+        layers = f"{value['--n-gpu-layers']} layers on {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "CPU"
+        return f"{gate['context_tokens']} x {gate['slots']} {value['--cache-type-k']}, {layers}, {record['backend']}"
+    except (KeyError, TypeError):
+        return ""
+
+
+def table(hosts: Mapping[str, HostStatus]) -> str:
+    """A line for each instance of each host, and below them a line for each problem and change of a host."""
+    rows = [COLUMNS, *(row for name, host in hosts.items() for row in _rows(name, host))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, *(f"{name}: {remark}" for name, host in hosts.items() for remark in _remarks(host))])
+
+
+def _rows(name: str, host: HostStatus) -> Iterator[tuple[str, ...]]:
+    for instance in host.instances:
+        yield (
+            name, instance.name, instance.state, instance.plan, _ram(instance), _gpu(instance), _speed(instance),
+            str(instance.restarts), _gate(instance),
+            "; ".join(instance.drift) or "none",
+        )  # fmt: skip
+    if not host.instances:
+        yield (name, "-", "unknown" if host.problem else "no instances", *[""] * (len(COLUMNS) - 3))
+
+
+def _remarks(host: HostStatus) -> Iterator[str]:
+    if host.problem:
+        yield host.problem
+    if host.drift:
+        yield f"a run would change: {', '.join(host.drift)}"
+
+
+def _ram(instance: InstanceStatus) -> str:
+    size = instance.cgroup_bytes if instance.cgroup_bytes is not None else instance.rss_bytes
+    return "" if size is None else f"{size / GIB:.1f} GiB"
+
+
+def _gpu(instance: InstanceStatus) -> str:
+    if isinstance(instance.gpu_bytes, str):
+        return instance.gpu_bytes
+    parts = []
+    for uuid, planned in instance.planned_gpu_bytes.items():
+        used = instance.gpu_bytes.get(uuid, 0)
+        parts.append(f"{'?' if used is None else f'{used / GIB:.1f}'} of {planned / GIB:.1f}")
+    return f"{' + '.join(parts)} GiB" if parts else ""
+
+
+def _speed(instance: InstanceStatus) -> str:
+    return "" if instance.tokens_per_s is None else f"{instance.tokens_per_s:.1f}"
+
+
+def _gate(instance: InstanceStatus) -> str:
+    if not instance.gate:
+        return ""
+    if instance.gate.get("ok"):
+        return f"good {instance.gate.get('time', '')}".rstrip()
+    failed = next((check["name"] for check in instance.gate.get("checks", []) if not check["ok"]), "")
+    return f"FAILED {failed} {instance.gate.get('time', '')}".replace("  ", " ").rstrip()

@@ -1,0 +1,175 @@
+"""What is installed and running on a host, typed.
+
+`Installed.from_json` takes what `llamafleet/remote/survey.py` prints. The host is not trusted, as in machine.py: every
+text and list is bounded, and what goes into a unit or a command has the form that belongs there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from llamafleet import validation
+from llamafleet.host.machine import Label, Machine, MachineError, Message, Name, Names, Version, matching
+from llamafleet.validation import Flag, Listed, Text, Whole
+
+V = TypeVar("V")
+
+
+class InstalledError(MachineError):
+    """What a host says of its installation is unusable."""
+
+
+def _readable(value: object) -> object:
+    """Bytes that are no UTF-8 come from the host as lone surrogates; as "?" they can be shown and compared."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+# Names of files and programs, which may be any bytes on Linux.
+Path = Annotated[Label, BeforeValidator(_readable)]
+Argument = Annotated[Text, Field(max_length=2**17, description="MAX_ARG_STRLEN of Linux"), BeforeValidator(_readable)]
+# What goes into a unit: groups and device classes.
+Word = Annotated[Text, Field(max_length=128), matching("be a word of letters, digits and . _ -", r"[\w.-]+")]
+Sha256 = Annotated[Text, matching("be 64 lower-case hexadecimal digits", "[0-9a-f]{64}")]
+Pid = Annotated[Whole, Field(ge=0, le=2**31 - 1, description="pid_t")]
+UserId = Annotated[Whole, Field(ge=0, le=2**32 - 1, description="uid_t")]
+Seconds = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+# More than any host has: they keep a broken or lying one from filling memory here.
+Many = Annotated[Listed[V], Field(max_length=100_000)]
+Table = Annotated[Mapping[Path, V], Field(max_length=10_000)]
+# plan.json may have been edited by hand: what is no object there is no plan, and the service is planned anew.
+Record = Annotated[Mapping[str, Any] | None, BeforeValidator(lambda value: value if isinstance(value, dict) else None)]
+
+
+def _sha256_only(models: object) -> object:
+    """The survey prints a record for each file, of which the sha256 is used; anything else is refused afterwards."""
+    if not isinstance(models, dict):
+        return models
+    return {path: one["sha256"] if isinstance(one, dict) and "sha256" in one else one for path, one in models.items()}
+
+
+class Lock(TypedDict):
+    """The run that holds the host's lock, as `llamafleet/remote/lock.py` reads it."""
+
+    run: Label
+    who: Label
+    machine: Label
+    pid: Pid
+    pid_started: Seconds
+    began: Label
+    age_seconds: Seconds
+
+
+class Preflight(TypedDict, total=False):
+    """The part of the preflight's result that decides whether the unit is as wanted; without it the unit differs."""
+
+    rendered_sha256: Label | None
+    unit_sha256: Label | None
+    ground: Table[Name | None]
+
+
+class Toolkit(TypedDict):
+    """A CUDA toolkit, as `llamafleet/remote/toolkits.py` describes it."""
+
+    path: Label
+    nvcc: Label
+    version: Version | None
+    headers: Flag
+    cudart: Flag
+    cublas: Flag
+    driver_stub: Flag
+    host_compiler: Label | None
+    accepted_compiler: Label | None
+    problems: Annotated[Listed[Message], Field(max_length=1024)]
+    aliases: Annotated[Listed[Label], Field(max_length=1024)]
+    distro: Flag
+
+
+@dataclass(frozen=True)
+class InstalledInstance:
+    """An installed unit `llama-server-NAME.service`, its files' hashes and what runs of it."""
+
+    unit_sha256: Sha256 | None
+    plan_sha256: Sha256 | None
+    # Of the unit's credentials, by their names.
+    secrets: Table[Sha256]
+    # The preflight's result, as plan.json has it; None where the unit was not tried.
+    preflight: Preflight | None
+    # Of the unit that last passed the gate.
+    good_sha256: Sha256 | None
+    active: Name | None
+    enabled: Name | None
+    restarts: Annotated[Whole, Field(ge=0, le=2**32 - 1, description="systemd counts them in 32 bits")]
+    drop_ins: Many[Path]
+    stale: Flag
+    pid: Pid
+    argv: Many[Argument]
+    exe: Path | None
+    # Of its liveness check: hashes of the installed units by name, and the timer's state.
+    liveness_sha256: Table[Sha256]
+    liveness: Name | None
+    # plan.json, where it can be read.
+    record: Record = None
+
+
+@dataclass(frozen=True)
+class Listener:
+    """A TCP port in use; `process` and `unit` are None where another namespace holds it."""
+
+    address: Name
+    port: Annotated[Whole, Field(ge=0, le=65535)]
+    pid: Pid
+    process: Path | None
+    unit: Path | None
+
+
+@dataclass(frozen=True)
+class Installed:
+    """State of a host as `llamafleet/remote/survey.py` reports it."""
+
+    euid: UserId
+    user: Flag
+    missing_packages: Names
+    helpers: Path | None
+    lock: Lock | None
+    releases: Table[Mapping[str, Any]]
+    current: Path | None
+    cached_builds: Many[Path]
+    # Verified model files: path to sha256.
+    models: Annotated[Table[Sha256], BeforeValidator(_sha256_only)]
+    instances: Table[InstalledInstance]
+    listeners: Many[Listener]
+    device_classes: Annotated[Listed[Word], Field(max_length=256)]
+    # What the hardening depends on: versions of systemd, kernel and driver.
+    ground: Table[Name | None]
+    # Groups of this host that may open GPU devices other than NVIDIA's.
+    gpu_groups: Annotated[Listed[Word], Field(max_length=256)]
+    # Units named like ours that we did not make.
+    foreign_units: Many[Path]
+    toolkits: Annotated[Listed[Toolkit], Field(max_length=256)]
+
+    @classmethod
+    def from_json(cls, data: object) -> Installed:
+        """From the survey's `found` object; raises InstalledError."""
+        try:
+            return _adapter().validate_python(data)
+        except ValidationError as error:
+            raise InstalledError(list(validation.problems(error, cls, validation.JSON, "installed"))) from None
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Installed]:
+    return TypeAdapter(Installed)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """One reading of a host: what machine it is, and what is installed on it."""
+
+    machine: Machine
+    installed: Installed

@@ -1,0 +1,163 @@
+"""Bandwidth and arithmetic of a machine's GPUs and processor: estimated from data sheets, or measured.
+
+The `..._SHARE` constants are the part of a data sheet's figure that llama.cpp reaches, for every model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from llamafleet.host.gpus import find
+from llamafleet.host.machine import Cpu, Gpu
+
+GB, TERA = 1e9, 1e12
+
+# Share of a GPU's memory bandwidth while a token is written: 8B Q4_0 (4.65 GB) at 155 tokens/s on an RTX 3090
+# (github.com/ggml-org/llama.cpp/pull/15802) is 0.77 of 936 GB/s with launches, 0.85 without.
+GPU_BANDWIDTH_SHARE = 0.85
+# Share of its dense f16 arithmetic while a prompt is read: 8B Q6_K at 3500 tokens/s on an RTX 3090 is 0.79 of
+# 71 TFLOPS (pull/7860), 8B Q4_0 at 10359 tokens/s on an RTX 4090 1.0 of 165 (pull/7676).
+GPU_FLOPS_SHARE = 0.8
+# ROCm and Vulkan on AMD reach less: gpt-oss-20b at 94 tokens/s on an RX 7900 XT (discussion 15396), a single report.
+AMD_BANDWIDTH_SHARE = 0.55
+# Quantised matrices are multiplied by integer kernels that are not optimised for data-centre cards: no higher rate was
+# reported for them.
+GPU_FLOPS_LIMIT = 250 * TERA
+# Share of a PCIe link's bandwidth for weights that are copied from pinned memory.
+LINK_SHARE = 0.8
+LINK_BYTES_PER_LANE = {1: 0.25 * GB, 2: 0.5 * GB, 3: 0.985 * GB, 4: 1.969 * GB, 5: 3.938 * GB, 6: 7.56 * GB}  # PCI-SIG
+# Share of a processor's memory bandwidth while a token is written: experts of gpt-oss-120b cost 1.3 ms a layer on an
+# i5-13400F (42 of 76.8 GB/s), of gpt-oss-20b on a Ryzen 9 5900X 31 of 51.2 (llama.cpp discussion 15396).
+HOST_BANDWIDTH_SHARE = 0.55
+CORE_BYTES_PER_S = 9 * GB  # quantised weights that a core multiplies (AVX2): few cores cannot use all memory channels
+# Arithmetic of one core while a prompt is read: 8 GFLOP a token at 10 tokens/s, AVX2; AVX-512 about half more.
+CORE_FLOPS = {"amx_tile": 300e9, "avx512f": 120e9, "avx2": 80e9, "asimd": 60e9}
+CORE_FLOPS_ELSE = 30e9
+# Multiply-adds of attention by one core, for one token and for many at once (measured:
+# bench/results/cpu_attention.csv, b11434).
+CORE_ATTENTION_MACS, CORE_READ_ATTENTION_MACS = 6e9, 15e9
+# A long KV cache is read from memory again for every query head that shares it, in short pieces. That reaches this
+# share of the bandwidth for weights, and half of it at CACHE_MISS_TOKENS. Qwen3-32B and Llama-3.3-70B with 24 layers
+# on six cores: 13, 9 and 7.5e9 a second at 8039, 16202 and 29528 tokens (github.com/unslothai/unsloth/pull/9872).
+CACHE_BANDWIDTH_SHARE, CACHE_ELEMENT_BYTES = 0.4, 2
+CACHE_MISS_TOKENS = 8000
+
+# GB/s of a socket's memory at its rated speed with all channels filled (product pages: Intel ARK, AMD).
+HOST_BANDWIDTHS: tuple[tuple[str, float], ...] = (
+    (r"EPYC.* 9\d\d5", 576.0),
+    (r"EPYC.* 9\d\d4", 460.8),
+    (r"EPYC.* 8\d\d4", 230.4),
+    (r"EPYC.* 7\w\w[23]", 204.8),
+    (r"EPYC.* 7\w\w1", 170.6),
+    (r"Threadripper PRO 9\d", 409.6),
+    (r"Threadripper PRO 7\d", 332.8),
+    (r"Threadripper PRO", 204.8),
+    (r"Threadripper 9\d", 204.8),
+    (r"Threadripper 7\d", 166.4),
+    (r"Threadripper", 102.4),
+    (r"Ryzen AI Max", 256.0),
+    (r"Ryzen.* [89]\d\d\d", 89.6),
+    (r"Ryzen.* 7\d\d\d", 83.2),
+    (r"Ryzen.* [345]\d\d\d", 51.2),
+    (r"Xeon.* 69\d\dP", 614.4),
+    (r"Xeon.* 67\d\dP", 409.6),
+    (r"Xeon.*( w[79]-3[45]|Platinum 8[45]|Gold [56][45])", 307.2),
+    (r"Xeon.* w\d-2[45]", 153.6),
+    (r"Xeon.*(Platinum 83|Gold [56]3|Silver 43)", 204.8),
+    (r"Xeon.*(Platinum 8[12]|Gold [56][12]|Silver 4[12])", 128.0),
+    (r"Xeon.* E5-.* v[34]", 76.8),
+    (r"Xeon", 100.0),
+    (r"i9-(109|99|79)\d\dX", 93.9),
+    (r"Core.* Ultra", 96.0),
+    (r"i[3579]-14\d\d\d|i[79]-13\d\d\d|i5-136", 89.6),
+    (r"i[3579]-1[23]\d\d\d", 76.8),
+    (r"i[3579]-1[01]\d\d\d", 48.0),
+    (r"i[3579]-\d{4}\D?", 41.6),
+    (r"Neoverse-V2|Grace", 400.0),
+    (r"Neoverse|Altra", 204.8),
+)
+HOST_BANDWIDTH_ELSE = 64.0  # two channels, between DDR4-3200 and DDR5-4800
+
+
+@dataclass(frozen=True)
+class GpuRates:
+    """Estimated rates of a GPU. `known`: it is in the catalogue or was measured; False: typical values."""
+
+    bytes_per_s: float
+    flops: float
+    link_bytes_per_s: float
+    known: bool
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates of a machine; `gpus` in the order of the argument of `rates`. "macs" are multiply-adds per second."""
+
+    gpus: tuple[GpuRates, ...]
+    host_bytes_per_s: float
+    host_flops: float
+    host_attention_macs: float  # for a single token
+    host_cache_macs: float  # limit by the memory's bandwidth, if the processor's caches do not help
+    host_read_attention_macs: float  # for many tokens at once
+    host_known: bool  # the processor is in HOST_BANDWIDTHS, or its memory was measured
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Measurements of a host, by GPU UUID. Each replaces its estimate; values that are missing stay estimated.
+
+    `trials`: measured (decode, prefill) speed of a single request in tokens/s, by the planned argv.
+    """
+
+    host_bytes_per_s: float | None = None
+    gpu_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
+    gpu_flops: Mapping[str, float] = field(default_factory=dict)
+    link_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
+    trials: Mapping[tuple[str, ...], tuple[float, float]] = field(default_factory=dict)
+
+
+NOT_MEASURED = Measurements()
+
+
+def rates(cpu: Cpu, gpus: Sequence[Gpu], threads: int, measured: Measurements = NOT_MEASURED) -> Rates:
+    """The machine's rates with `threads` threads on the processor."""
+    bandwidth, known = host_bandwidth(cpu)
+    host = measured.host_bytes_per_s or min(bandwidth * HOST_BANDWIDTH_SHARE, threads * CORE_BYTES_PER_S)
+    flops = next((rate for flag, rate in CORE_FLOPS.items() if flag in cpu.flags), CORE_FLOPS_ELSE)
+    return Rates(
+        gpus=tuple(_gpu(gpu, measured) for gpu in gpus),
+        host_bytes_per_s=host,
+        host_flops=threads * flops,
+        host_attention_macs=threads * CORE_ATTENTION_MACS,
+        host_cache_macs=host * CACHE_BANDWIDTH_SHARE / CACHE_ELEMENT_BYTES,
+        host_read_attention_macs=threads * CORE_READ_ATTENTION_MACS,
+        host_known=known or measured.host_bytes_per_s is not None,
+    )
+
+
+def host_bandwidth(cpu: Cpu) -> tuple[float, bool]:
+    """Bytes per second of one socket's memory by its data sheet, and whether the processor is in HOST_BANDWIDTHS.
+
+    Other sockets are not added, because threads that read the memory of another socket are slower.
+    """
+    for pattern, rate in HOST_BANDWIDTHS:
+        if re.search(pattern, cpu.model):
+            return rate * GB, True
+    return HOST_BANDWIDTH_ELSE * GB, False
+
+
+def _gpu(gpu: Gpu, measured: Measurements) -> GpuRates:
+    model = find(gpu.name, gpu.memory_total_bytes)
+    memory, flops = (model.bandwidth_bytes_per_s, model.fp16_flops) if model else (400 * GB, 40 * TERA)
+    share = AMD_BANDWIDTH_SHARE if gpu.vendor == "amd" else GPU_BANDWIDTH_SHARE
+    generation = gpu.pcie_generation or (model.pcie_generation if model else None) or 3
+    width = gpu.pcie_width or (model.pcie_width if model else None) or 16
+    link = LINK_BYTES_PER_LANE.get(generation, LINK_BYTES_PER_LANE[3]) * width * LINK_SHARE
+    return GpuRates(
+        bytes_per_s=measured.gpu_bytes_per_s.get(gpu.uuid, memory * share),
+        flops=measured.gpu_flops.get(gpu.uuid, min(flops * GPU_FLOPS_SHARE, GPU_FLOPS_LIMIT)),
+        link_bytes_per_s=measured.link_bytes_per_s.get(gpu.uuid, link),
+        known=model is not None or gpu.uuid in measured.gpu_bytes_per_s,
+    )

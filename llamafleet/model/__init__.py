@@ -1,0 +1,1 @@
+"""A model's dimensions and tensors, read from its GGUF header."""

@@ -1,0 +1,1 @@
+"""The choice of a placement for each model of a host."""

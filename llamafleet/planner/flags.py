@@ -1,0 +1,71 @@
+"""The planned part of llama-server's command line: context, placement, threads.
+
+Every flag is in common/arg.cpp at b11434. Each value that llama.cpp would otherwise choose at its start is given.
+
+Decision 3: docs/decisions/0003-flags-are-static.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from llamafleet.host.backends import TRAITS
+from llamafleet.memory.context import Context
+from llamafleet.memory.placement import Placement
+
+DEFAULT_BATCH_TOKENS = 2048  # llama.cpp's --batch-size; never below the ubatch
+# Tensors of a layer that --override-tensor puts on the CPU, by (is a mixture of experts, part of the experts or FFN).
+PATTERNS = {
+    (True, "all"): r"ffn_(up|down|gate|gate_up)_(ch|)exps\.",
+    (True, "down"): r"ffn_down_(ch|)exps\.",
+    (True, "up"): r"ffn_(up|gate|gate_up)_(ch|)exps\.",
+    (False, "all"): r"ffn_(up|down|gate)\.weight",
+    (False, "down"): r"ffn_down\.weight",
+    (False, "up"): r"ffn_(up|gate)\.weight",
+}
+
+
+def planned_flags(
+    context: Context,
+    placement: Placement,
+    *,
+    backend: str,
+    gpus: int,
+    threads: int,
+    prompt_cache_mib: int,
+    checkpoints: int,
+    is_moe: bool,
+) -> Iterator[str]:
+    """The flags that a plan decides: context, placement, threads. `gpus` is the number of GPUs in use."""
+    yield from ("--ctx-size", str(context.tokens * context.slots), "--parallel", str(context.slots))
+    yield from ("--no-kv-unified", "--cache-type-k", context.kv_type, "--cache-type-v", context.kv_type)
+    yield from ("--flash-attn", "on", "--batch-size", str(max(DEFAULT_BATCH_TOKENS, context.ubatch_tokens)))
+    yield from ("--ubatch-size", str(context.ubatch_tokens))
+    yield from ("--threads", str(threads), "--threads-batch", str(threads))
+    yield from ("--cache-ram", str(prompt_cache_mib), "--fit", "off", "--load-mode", "none")
+    yield from ("--ctx-checkpoints", str(checkpoints))
+    yield from _placement_flags(placement, device_names(backend, gpus), is_moe)
+
+
+def device_names(backend: str, count: int) -> list[str]:
+    """llama.cpp's names of the first `count` GPUs, in order."""
+    return [f"{TRAITS[backend].device_prefix}{number}" for number in range(count)]
+
+
+def _placement_flags(placement: Placement, devices: Sequence[str], is_moe: bool) -> Iterator[str]:
+    if not devices:
+        yield from ("--device", "none", "--n-gpu-layers", "0")
+        return
+    yield from ("--device", ",".join(devices))
+    yield from ("--n-gpu-layers", str(placement.gpu_layers))
+    if len(devices) > 1:
+        yield from ("--split-mode", "layer")
+        yield from ("--tensor-split", ",".join(str(count) for count in placement.split()))
+    overrides = [_override(sorted(placement.spilled), PATTERNS[is_moe, "all"])]
+    overrides += [_override([layer], PATTERNS[is_moe, part]) for layer, part in placement.partly]
+    if any(overrides):
+        yield from ("--override-tensor", ",".join(override for override in overrides if override))
+
+
+def _override(layers: Sequence[int], pattern: str) -> str:
+    return rf"blk\.({'|'.join(map(str, layers))})\.{pattern}=CPU" if layers else ""

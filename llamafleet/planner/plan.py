@@ -1,0 +1,297 @@
+"""Make a plan, or a refusal, for each model of a host from the machine, the models' headers and the settings.
+
+Everything here is a pure function: the same inputs give the same plan. A GPU's capacity is its total memory less the
+memory of other processes. The RAM's capacity is the total, not the memory that is available now: otherwise the running
+llama-server would shrink its own next plan.
+
+Decision 1: docs/decisions/0001-one-decision-for-each-host-and-run.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+
+from llamafleet.host import vulkan
+from llamafleet.host.backends import TRAITS
+from llamafleet.host.machine import Machine
+from llamafleet.host.speeds import NOT_MEASURED, Measurements, rates
+from llamafleet.memory.capacity import Capacity
+from llamafleet.memory.checkpoints import checkpoint_bytes
+from llamafleet.memory.context import PAD_CELLS, Context
+from llamafleet.memory.kv_cache import takes_cache_of
+from llamafleet.memory.ledger import NO_CORRECTION, Correction
+from llamafleet.memory.placement import HOST
+from llamafleet.memory.weights import Model
+from llamafleet.model.architectures import ARCHITECTURES, PROJECTOR, RELEASE, nearest
+from llamafleet.model.gguf import Header
+from llamafleet.model.shape import Shape
+from llamafleet.planner import processors
+from llamafleet.planner.backend import capacity_of, environment, gpus_for, resolve_backend
+from llamafleet.planner.flags import planned_flags
+from llamafleet.planner.reasons import Decision, why
+from llamafleet.planner.refine import HOPELESS_BYTES, Refined, fits, refine
+from llamafleet.planner.result import Plan, Refusal
+from llamafleet.planner.roofline import Prediction, Roofline
+from llamafleet.planner.search import Candidate, Search, contexts
+from llamafleet.planner.suggestions import suggestions
+from llamafleet.settings.schema import Instance, Settings
+from llamafleet.settings.workload import Workload
+from llamafleet.units import MIB
+
+MOST_CHECKPOINTS = 32  # of a slot: llama.cpp's own limit (common/common.h, n_ctx_checkpoints)
+DEFAULT_CONTEXT_LIMIT = 32768  # tokens, if the settings give no context_tokens (inventory/group_data/all.py)
+ESTIMATE_ERROR_BYTES = 32 * MIB  # of RAM, by which the search's estimate may be too high
+NEARLY_FITTING = 2  # candidates within that error that are checked first
+REFINED_AT_MOST = 6  # further candidates that are checked with the ledger before a model is refused
+
+
+def plan_host(
+    machine: Machine,
+    requests: Sequence[tuple[Instance, Header]],
+    settings: Settings,
+    corrections: Mapping[str, Correction] = MappingProxyType({}),
+    measurements: Measurements = NOT_MEASURED,
+) -> tuple[Plan | Refusal, ...]:
+    """A plan or a refusal for each instance, in the order of `requests`.
+
+    Instances get memory by priority, then in the order of `requests`. `corrections`, by instance name, correct the
+    ledger by what the built llama-server reported for earlier plans. `measurements` are of this host.
+    """
+    backend = resolve_backend(machine, settings)
+    if isinstance(backend, Refusal):
+        return tuple(replace(backend, instance=instance.name) for instance, _ in requests)
+    gpus = gpus_for(machine, backend, settings)
+    if backend != "cpu" and not gpus:
+        refusal = Refusal(
+            f"backend is {backend!r} but {machine.hostname} has no GPU that this backend can use",
+            suggestions=(*vulkan.advice(machine), 'set backend = "auto" or "cpu"'),
+        )
+        return tuple(replace(refusal, instance=instance.name) for instance, _ in requests)
+    capacity = capacity_of(machine, gpus, settings)
+    results: dict[int, Plan | Refusal] = {}
+    for position, (instance, header) in sorted(enumerate(requests), key=lambda item: (-item[1][0].priority, item[0])):
+        correction = corrections.get(instance.name, NO_CORRECTION)
+        alone = len(requests) == 1
+        result = _plan_instance(machine, backend, capacity, instance, header, correction, measurements, alone)
+        if isinstance(result, Plan):
+            capacity = capacity.without(result.ledger)
+        results[position] = result
+    return tuple(results[position] for position in range(len(requests)))
+
+
+def _plan_instance(
+    machine: Machine,
+    backend: str,
+    capacity: Capacity,
+    instance: Instance,
+    header: Header,
+    correction: Correction,
+    measured: Measurements,
+    alone: bool,
+) -> Plan | Refusal:
+    if refusal := _not_a_model(header):
+        return replace(refusal, instance=instance.name)
+    shape = Shape.of(header)
+    trained = shape.context_tokens
+    tokens = instance.context_tokens or min(trained or DEFAULT_CONTEXT_LIMIT, DEFAULT_CONTEXT_LIMIT)
+    # llama-server rounds the context up to 256 cells (src/llama-context.cpp, n_ctx_seq): plan that size.
+    padded = -(-tokens // PAD_CELLS) * PAD_CELLS
+    tokens = min(padded, max(tokens, trained)) if trained else padded
+    if trained and tokens > trained:
+        return Refusal(
+            f"{instance.name}: context_tokens is {tokens}, but {header.name} was trained for {trained} tokens"
+            " and llama-server limits a slot to that",
+            instance=instance.name,
+            suggestions=(f"set context_tokens to {trained} or less",),
+        )
+    usable = tuple(kv_type for kv_type in instance.kv_types if takes_cache_of(shape, kv_type))
+    if not usable:
+        return Refusal(
+            f"{instance.name}: llama-server has no KV cache of {', '.join(instance.kv_types)} for {header.name}",
+            instance=instance.name,
+            suggestions=("allow kv_types f16: the head size must be a multiple of a quantised type's block size",),
+        )
+    instance = replace(instance, kv_types=usable)
+    case = _Case(machine, backend, capacity, instance, Model.of(header), tokens, correction, measured, alone)
+    return _best_plan(case)
+
+
+def _not_a_model(header: Header) -> Refusal | None:
+    """Why llama-server would not serve this file; None if it would."""
+    main_file = "name the model's main GGUF file"
+    if header.architecture == PROJECTOR:
+        reason = f"{header.name} is a projector ({PROJECTOR}): llama-server loads it only beside a model"
+        return Refusal(reason, suggestions=(main_file,))
+    if header.architecture not in ARCHITECTURES:
+        near = nearest(header.architecture)
+        return Refusal(
+            f"{header.name}: llama.cpp {RELEASE} does not know the architecture {header.architecture!r}"
+            f"{f' (the nearest name it knows is {near!r})' if near else ''}: the model would not load",
+            suggestions=("choose a GGUF of an architecture that llama.cpp supports, or use a newer llamafleet",),
+        )
+    shape = Shape.of(header)
+    if shape.layers < 1 or shape.embedding < 1:
+        reason = f"{header.name} ({header.architecture}) is no language model: its header has no layers"
+        return Refusal(reason, suggestions=(main_file,))
+    return None
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One instance, and everything that its plan depends on."""
+
+    machine: Machine
+    backend: str
+    capacity: Capacity
+    instance: Instance
+    model: Model
+    context_tokens: int
+    correction: Correction
+    measured: Measurements
+    alone: bool  # no other model is served by this host
+
+    @property
+    def work(self) -> Workload:
+        return Workload.of(self.instance, self.context_tokens)
+
+    @property
+    def threads(self) -> int:
+        return processors.threads(self.machine.cpu, self.instance)
+
+    def checkpoints(self, context: Context) -> int:
+        """Context checkpoints of each slot: as many as fit into `context_checkpoints_mib` for all slots together."""
+        each = checkpoint_bytes(self.model.shape, context) * context.slots
+        return min(MOST_CHECKPOINTS, self.instance.context_checkpoints_mib * MIB // each) if each else MOST_CHECKPOINTS
+
+    def checkpoints_bytes(self, contexts: Sequence[Context]) -> int:
+        """RAM of all slots' checkpoints together, the largest of these contexts; 0 if the model makes none."""
+        shape = self.model.shape
+        different = {(context.kv_type, context.slots): context for context in contexts}.values()
+        return max(self.checkpoints(each) * each.slots * checkpoint_bytes(shape, each) for each in different)
+
+    def search(self, contexts: Sequence[Context]) -> Search:
+        machine_rates = rates(self.machine.cpu, self.capacity.gpus, self.threads, self.measured)
+        roofline = Roofline(self.model, self.work, machine_rates, op_offload=TRAITS[self.backend].op_offload)
+        extra = self.instance.prompt_cache_mib * MIB + self.checkpoints_bytes(contexts)
+        return Search(self.model, self.capacity, self.backend, extra, self.correction, roofline)
+
+
+def _best_plan(case: _Case) -> Plan | Refusal:
+    weighted_contexts = contexts(case.instance, case.context_tokens, case.work)
+    handicaps = dict(weighted_contexts)
+    search = case.search(list(handicaps))
+    candidates = search.candidates(weighted_contexts)
+    plans: list[tuple[float, int, Plan]] = []
+    refused: Refined | None = None
+    for rank, candidate in enumerate(_worth_refining(candidates)):
+        refined = refine(search, candidate, handicaps[candidate.context])
+        if any(row.free_bytes < 0 for row in refined.rows):
+            refused = refused or refined
+            if candidate.host_short_bytes > HOPELESS_BYTES:
+                break
+            continue
+        plan = _plan(case, search, refined, candidates)
+        trial = case.measured.trials.get(plan.argv)
+        seconds = _measured_seconds(case.work, trial) if trial else refined.candidate.score
+        plans.append((seconds, rank, replace(plan, predicted=_measured(plan.predicted, trial))))
+        if not case.measured.trials:
+            break
+    if plans:
+        return min(plans, key=lambda item: item[:2])[2]
+    assert refused is not None, "the search returns at least one candidate, and each was refused"
+    return _refuse(case, search, refused)
+
+
+def _worth_refining(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates to check with the ledger, in order.
+
+    First those that are faster than the best, but lack so little RAM by the estimate that only the ledger can decide.
+    """
+    faster = [candidate for candidate in candidates if candidate.score < candidates[0].score]
+    near = [candidate for candidate in faster if 0 < candidate.host_short_bytes <= ESTIMATE_ERROR_BYTES]
+    near = sorted(near, key=lambda candidate: candidate.score)[:NEARLY_FITTING]
+    return [*near, *(candidate for candidate in candidates[:REFINED_AT_MOST] if candidate not in near)]
+
+
+def _measured(predicted: Prediction, trial: tuple[float, float] | None) -> Prediction:
+    return Prediction.of_trial(*trial) if trial else predicted
+
+
+def _measured_seconds(work: Workload, trial: tuple[float, float]) -> float:
+    decode, prefill = trial
+    return work.concurrency * (work.prompt_tokens / prefill + work.reply_tokens / decode)
+
+
+def _plan(case: _Case, search: Search, refined: Refined, candidates: Sequence[Candidate]) -> Plan:
+    candidate, placement, rows = refined.candidate, refined.candidate.placement, refined.ledger()
+    gpus = tuple(case.capacity.gpus[device] for device in candidate.order)
+    context, cpu = candidate.context, case.machine.cpu
+    cpus = processors.cpus(cpu, case.instance, placement, alone=case.alone)
+    nodes = processors.numa_nodes(cpu, placement)
+    decision = Decision(
+        case.machine, case.instance, case.model, case.capacity, case.work,
+        candidate, candidates, placement, rows, case.threads,
+        [gpu.link_bytes_per_s for gpu in search.roofline.rates.gpus], cpus, nodes,
+    )  # fmt: skip
+    argv = planned_flags(
+        context, placement, backend=case.backend, gpus=len(gpus), threads=case.threads,
+        prompt_cache_mib=case.instance.prompt_cache_mib, checkpoints=case.checkpoints(context),
+        is_moe=case.model.is_moe,
+    )  # fmt: skip
+    return Plan(
+        instance=case.instance.name,
+        backend=case.backend,
+        argv=tuple(argv),
+        gpus=gpus,
+        context_tokens=context.tokens,
+        slots=context.slots,
+        kv_type=context.kv_type,
+        ubatch_tokens=context.ubatch_tokens,
+        threads=case.threads,
+        prompt_cache_mib=case.instance.prompt_cache_mib,
+        checkpoints=case.checkpoints(context),
+        placement=placement,
+        is_moe=case.model.is_moe,
+        ledger=rows,
+        predicted=search.roofline.predict(candidate.order, candidate.segments, context),
+        why=tuple(why(decision)),
+        host_bytes=sum(row.used_bytes for row in (rows if case.capacity.unified else rows[-1:])),
+        environment=environment(case.backend, gpus),
+        cpus=cpus,
+        numa_nodes=nodes,
+    )
+
+
+def _refuse(case: _Case, search: Search, refined: Refined) -> Refusal:
+    capacity, rows, context = case.capacity, refined.ledger(), refined.candidate.context
+    worst = min(rows, key=lambda row: row.free_bytes)
+    needed, available = worst.used_bytes, max(0, worst.used_bytes + worst.free_bytes)
+    ram = "RAM and swap" if capacity.swap_bytes else "RAM"
+    where = ram if worst.device == HOST else worst.device
+    if capacity.unified:  # GPU and host use the same memory: add up the rows
+        needed, where = sum(row.used_bytes for row in rows), "the memory that GPU and CPU share"
+        available = max(0, needed + worst.free_bytes)
+    tokens, slots = context.tokens, context.slots
+    total = sum(row.used_bytes + row.free_bytes for row in rows)
+    name, host = case.model.header.name, case.machine.hostname
+    return Refusal(
+        f"{case.instance.name}: {name} with {tokens} tokens for each of {slots} slot(s) does not"
+        f" fit on {host}: {needed // MIB} MiB of {where} needed, {available // MIB} MiB available"
+        " besides the reserve",
+        device=worst.device,
+        needed_bytes=needed,
+        available_bytes=available,
+        suggestions=suggestions(
+            case.model,
+            context,
+            case.instance,
+            available=total,
+            fits=partial(fits, search, certain=True),
+            fits_by_estimate=partial(fits, search, certain=False),
+        ),
+        ledger=rows,
+        instance=case.instance.name,
+    )

@@ -1,0 +1,213 @@
+"""The reasons for a plan, as sentences for the operator with the numbers of the alternatives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from llamafleet.host.machine import Machine
+from llamafleet.memory.capacity import Capacity
+from llamafleet.memory.ledger import LedgerRow
+from llamafleet.memory.placement import Placement
+from llamafleet.memory.weights import Model
+from llamafleet.planner.search import LATER_KV_TYPE, Candidate
+from llamafleet.settings.schema import Instance
+from llamafleet.settings.workload import Workload
+from llamafleet.units import MIB
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The chosen candidate, all candidates, and the inputs that they were made from."""
+
+    machine: Machine
+    instance: Instance
+    model: Model
+    capacity: Capacity
+    work: Workload
+    chosen: Candidate
+    candidates: Sequence[Candidate]
+    placement: Placement
+    rows: Sequence[LedgerRow]
+    threads: int
+    links: Sequence[float]  # bytes per second to each GPU of the host
+    cpus: str  # CPUs that the server may run on; empty: all
+    numa_nodes: str  # NUMA nodes that its memory is spread over; empty: the kernel decides
+
+    def best(self, **values: object) -> Candidate | None:
+        """The best candidate that fits and has these attribute values; None if there is none."""
+        for candidate in self.candidates:
+            has_values = all(_value(candidate, key) == value for key, value in values.items())
+            if has_values and not candidate.host_short_bytes:
+                return candidate
+        return None
+
+
+def why(decision: Decision) -> Iterator[str]:
+    """Sentences, the most important first."""
+    yield _where(decision.model, decision.placement)
+    yield from _spill(decision)
+    yield from _gpus(decision)
+    yield from _context(decision)
+    yield from _ubatch(decision)
+    yield from _processors(decision)
+    yield _workload(decision)
+    yield from _warnings(decision)
+
+
+def _value(candidate: Candidate, key: str) -> object:
+    return getattr(candidate, key) if hasattr(candidate, key) else getattr(candidate.context, key)
+
+
+def _where(model: Model, placement: Placement) -> str:
+    count = placement.gpu_layers
+    if not count:
+        return f"no GPU is used: all {model.layers} layers run on the CPU"
+    if None in placement.layer_devices:
+        return f"{count} of {model.layers + 1} layers (output included) are on GPUs; the first layers are on the CPU"
+    return f"the attention and KV cache of all {model.layers} layers and the output are on GPUs"
+
+
+def _spill(decision: Decision) -> Iterator[str]:
+    model, placement, chosen = decision.model, decision.placement, decision.chosen
+    tensors = "experts" if model.is_moe else "feed-forward weights"
+    if placement.spilled:
+        kept = placement.gpu_layers - 1 - len(placement.spilled) - len(placement.partly)
+        yield (
+            f"{tensors} of {len(placement.spilled)} layers ({_ranges(placement.spilled)}) are on the CPU,"
+            f" {tensors} of {kept} of {model.layers} layers on GPUs: as many as fit without using the reserve"
+        )
+    for layer, part in placement.partly:
+        on_cpu, on_gpu = ("down", "up and gate") if part == "down" else ("up and gate", "down")
+        yield f"layer {layer} is divided: {on_gpu} on its GPU, {on_cpu} on the CPU, because only that part fits"
+    if model.is_moe or chosen.kind not in ("spill", "layers"):
+        return
+    other_kind = "layers" if chosen.kind == "spill" else "spill"
+    other = decision.best(kind=other_kind, order=chosen.order, context=chosen.context)
+    if other:
+        names = {"spill": "feed-forward weights alone", "layers": "whole layers"}
+        yield (
+            f"{names[chosen.kind]} go to the CPU: the workload takes {chosen.seconds:.1f} s; with"
+            f" {names[other_kind]} on the CPU it takes {other.seconds:.1f} s"
+            f" ({decision.work.live_tokens} tokens in the KV cache)"
+        )
+
+
+def _gpus(decision: Decision) -> Iterator[str]:
+    capacity, chosen = decision.capacity, decision.chosen
+    if len(capacity.gpus) < 2 or not chosen.order:
+        return
+    names = [f"GPU{gpu.index}" for gpu in capacity.gpus]
+    unused = [device for device in range(len(capacity.gpus)) if device not in chosen.order]
+    if unused:
+        unused_names = ", ".join(f"{names[device]} ({capacity.gpus[device].name})" for device in unused)
+        with_more = [
+            candidate
+            for candidate in decision.candidates
+            if set(chosen.order) < set(candidate.order)
+            and candidate.context == chosen.context
+            and not candidate.host_short_bytes
+        ]
+        best = min(with_more, key=lambda candidate: candidate.seconds, default=None)
+        yield (
+            f"not used: {unused_names}: the workload takes {chosen.seconds:.1f} s without"
+            + (f", {best.seconds:.1f} s with more GPUs" if best else "")
+        )
+    if list(chosen.order) != sorted(chosen.order):
+        first, last = chosen.order[0], chosen.order[-1]
+        links = [decision.links[device] for device in chosen.order]
+        if decision.links[first] == max(links) > min(links):
+            yield (
+                f"{names[first]} comes first: it has the fastest PCIe link, and weights in RAM are copied to the first"
+                " GPU while a prompt is read"
+            )
+        else:
+            yield f"{names[last]} comes last: it is the fastest GPU, and the output matrix is read for every token"
+
+
+def _context(decision: Decision) -> Iterator[str]:
+    context, instance, chosen = decision.chosen.context, decision.instance, decision.chosen
+    yield f"KV cache {context.kv_type}: {context.tokens} tokens for each of {context.slots} slot(s)"
+    for kv_type in instance.kv_types:
+        other = decision.best(kv_type=kv_type) if kv_type != context.kv_type else None
+        if other:
+            later = instance.kv_types.index(kv_type) > instance.kv_types.index(context.kv_type)
+            verdict = f"not {LATER_KV_TYPE - 1:.0%} faster" if later else f"at least {LATER_KV_TYPE - 1:.0%} slower"
+            yield f"with KV cache {kv_type} the workload takes {other.seconds:.1f} s: {verdict}"
+        elif kv_type != context.kv_type:
+            yield f"with KV cache {kv_type} the model does not fit"
+    if instance.slots is None and decision.work.concurrency > 1:
+        concurrency = decision.work.concurrency
+        others = [decision.best(slots=slots) for slots in range(1, concurrency + 1) if slots != context.slots]
+        seconds = ", ".join(f"{other.context.slots}: {other.seconds:.1f} s" for other in others if other)
+        yield (
+            f"{context.slots} slot(s) for {concurrency} concurrent requests: the requests take {chosen.seconds:.1f} s"
+            + (f" (with other numbers of slots: {seconds})" if seconds else "")
+        )
+
+
+def _ubatch(decision: Decision) -> Iterator[str]:
+    chosen, instance = decision.chosen, decision.instance
+    size = chosen.context.ubatch_tokens
+    if instance.ubatch_tokens is not None:
+        yield f"ubatch {size}: set by ubatch_tokens"
+        return
+    sizes = sorted({candidate.context.ubatch_tokens for candidate in decision.candidates} - {size})
+    others = [decision.best(ubatch_tokens=other_size) for other_size in sizes]
+    seconds = ", ".join(f"{other.context.ubatch_tokens}: {other.seconds:.1f} s" for other in others if other)
+    yield (
+        f"ubatch {size}: the workload takes {chosen.seconds:.1f} s"
+        + (f" (with other ubatches: {seconds})" if seconds else "")
+    )
+
+
+def _processors(decision: Decision) -> Iterator[str]:
+    yield f"{decision.threads} threads: " + (
+        "set by threads" if decision.instance.threads else "one for each physical (performance) core; more are slower"
+    )
+    if decision.cpus:
+        yield f"runs only on CPUs {decision.cpus}, the performance cores: every step waits for its slowest thread"
+    if decision.numa_nodes:
+        yield f"memory is spread over NUMA nodes {decision.numa_nodes}: threads on all nodes read the weights"
+
+
+def _workload(decision: Decision) -> str:
+    work = decision.work
+    concurrent = f", {work.concurrency} requests at once" if work.concurrency > 1 else ""
+    return (
+        f"the workload: each request reads {work.prompt_tokens} tokens and writes {work.reply_tokens}{concurrent},"
+        f" with {work.live_tokens} tokens in the KV cache"
+    )
+
+
+def _warnings(decision: Decision) -> Iterator[str]:
+    machine, model = decision.machine, decision.model
+    name = model.shape.architecture.name
+    if not model.shape.architecture.verified:
+        yield f"{name!r} was not compared with llama.cpp: its KV cache and compute buffers are upper bounds"
+    elif not model.shape.cache_is_exact:
+        yield f"the attention windows of {name!r} are not known: its KV cache is an upper bound"
+    elif not model.compute.is_exact:
+        yield f"the compute graph of this {name!r} is not known: its compute buffers are an upper bound"
+    for gpu in machine.gpus:
+        if gpu.problem:
+            yield f"GPU{gpu.index} ({gpu.name}) is not used: {gpu.problem}"
+    planned, available = decision.rows[-1].used_bytes, machine.memory.available_bytes
+    if planned > available:
+        yield (
+            f"warning: {planned // MIB} MiB of RAM are planned, {available // MIB} MiB are available now;"
+            " other processes, or the running llama-server, must free memory first"
+        )
+    if decision.capacity.unified:
+        yield "GPU and CPU share one memory: the GPU's bytes are subtracted from the host's capacity"
+
+
+def _ranges(layers: frozenset[int]) -> str:
+    """Layer numbers as text, consecutive numbers as a range: "3 to 7, 12"."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in runs)

@@ -1,0 +1,179 @@
+"""What the programs on a host and the operator's side share: paths, names of units and credentials, small readers.
+
+Contract: a module, no program. On a host it lies beside the programs (`import common`); on the operator's side it is
+`llamafleet.remote.common`. It imports nothing of ours. Readers change nothing; where nothing can be read, they return
+an empty value, unless their docstring names an error. `replace_file` and `write_json` replace one file as a whole.
+Python 3.8, standard library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from typing import Any, Dict, List, Optional, Sequence  # the contract is Python 3.8, whose own are typing's
+
+# --- paths ------------------------------------------------------------------------------------
+
+OPT = "/opt/llamafleet"  # programs
+HELPERS = OPT + "/helpers"  # a folder for each version of these programs, and the link `current`
+RELEASES = OPT + "/releases"  # a folder for each build of llama.cpp, by its key
+CURRENT = OPT + "/current"  # the link to the current release
+
+ETC = "/etc/llamafleet"
+INSTANCES = ETC + "/instances"  # a folder for each instance: plan.json and its secrets
+
+VAR = "/var/lib/llamafleet"
+MODELS = VAR + "/models"
+BUILD = VAR + "/build"  # build trees
+SOURCE = VAR + "/src"  # llama.cpp's checkout
+JOBS = VAR + "/jobs"  # what detached work is asked, its log and its exit code
+STAGED = VAR + "/staged"  # an instance's new files before the switch
+GOOD = VAR + "/good"  # an instance's last files that passed the gate
+GATES = VAR + "/gate"  # the records of the gate and of the liveness check
+
+RUN = "/run/llamafleet"
+LOCK = RUN + "/lock.json"
+
+UNITS = "/etc/systemd/system"
+
+
+def helper(program: str) -> str:
+    """Where an installed program of ours lies."""
+    return f"{HELPERS}/current/{program}"
+
+
+def plan_path(instance: str) -> str:
+    """Where the record of an installed instance lies."""
+    return f"{INSTANCES}/{instance}/plan.json"
+
+
+# --- names ------------------------------------------------------------------------------------
+
+USER = "llamafleet"
+MADE_BY = "# Made by llamafleet"  # the first line of every unit that we made begins so
+PREFIX, SUFFIX = "llama-server-", ".service"
+LIVENESS = ("-liveness.service", "-liveness.timer")  # ends of the names of an instance's liveness units
+# The credentials of a unit, and the files of an instance's folder that hold them.
+API_KEYS, TLS_CERTIFICATE, TLS_KEY = "api-keys", "tls-certificate", "tls-key"
+SECRETS = (API_KEYS, TLS_CERTIFICATE, TLS_KEY)
+
+
+def unit_of(instance: str) -> str:
+    return PREFIX + instance + SUFFIX
+
+
+def instance_of(unit: str) -> str:
+    return unit[len(PREFIX) : -len(SUFFIX)]
+
+
+def liveness_units(instance: str) -> List[str]:
+    """The service and the timer of an instance's liveness check."""
+    return [PREFIX + instance + end for end in LIVENESS]
+
+
+def transient_unit(purpose: str, name: str) -> str:
+    """A unit of ours that has no file: "job", "verify" or "preflight" for a job or an instance.
+
+    The probe knows these names, and so does not take their GPU memory for somebody else's.
+    """
+    return f"llamafleet-{purpose}-{name}.service"
+
+
+# --- systemd ----------------------------------------------------------------------------------
+
+
+def systemctl(*words: str, check: bool = True) -> None:
+    """Run systemctl. Raises CalledProcessError where it fails; without `check` a failure is silent."""
+    subprocess.run(["systemctl", *words], check=check, stderr=None if check else subprocess.DEVNULL)
+
+
+def show(unit: str, *properties: str, seconds: Optional[float] = None) -> Dict[str, str]:
+    """Properties of a unit as systemd writes them. Raises OSError or SubprocessError where it cannot be asked."""
+    done = subprocess.run(["systemctl", "show", "--property=" + ",".join(properties), unit],
+                          stdout=subprocess.PIPE, text=True, check=True, timeout=seconds)  # fmt: skip
+    return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+
+
+def invocation(unit: str) -> str:
+    """systemd's id of the unit's present start. Raises as `show` does."""
+    return show(unit, "InvocationID").get("InvocationID", "")
+
+
+def journal(*options: str) -> str:
+    """The text of the journal's messages that the options of journalctl select."""
+    done = subprocess.run(["journalctl", "--quiet", "--no-pager", "--output=cat", *options],
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+    return done.stdout.decode("utf-8", "replace")
+
+
+def journal_of_start(start: str) -> str:
+    """All that a unit logged in one start, which `invocation` names."""
+    return journal("_SYSTEMD_INVOCATION_ID=" + start)
+
+
+# --- programs and files -------------------------------------------------------------------------
+
+
+def output_of(command: Sequence[str], seconds: Optional[float] = 30.0, only_success: bool = False) -> str:
+    """The command's stdout; empty where it cannot run or takes longer, with `only_success` also where it fails."""
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              timeout=seconds, env={**os.environ, "LC_ALL": "C.UTF-8"})  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return "" if only_success and done.returncode else done.stdout.decode("utf-8", "replace")
+
+
+def command_line(pid: int | str) -> List[str]:
+    """The program and the arguments of a process; empty where there is no such process."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().decode("utf-8", "surrogateescape").split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def listing(folder: str) -> List[str]:
+    """The names in a folder in order, hidden ones left out."""
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError:
+        return []
+
+
+def read_json(path: str) -> Dict[str, Any]:
+    """The JSON object of a file; empty where there is none."""
+    try:
+        with open(path) as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_json(path: str, value: Dict[str, Any]) -> None:
+    """Replace the file by this JSON object; its folder is made where it is missing."""
+    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+    replace_file(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def replace_file(path: str, data: bytes, mode: int = 0o644) -> None:
+    """Give the file this content at once: a reader sees the old file or the new one, never a part."""
+    with open(path + ".new", "wb") as file:
+        file.write(data)
+    os.chmod(path + ".new", mode)
+    os.replace(path + ".new", path)
+
+
+def sha256_of(path: str) -> Optional[str]:
+    """The SHA-256 of a file in hexadecimal digits; None where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+    except OSError:
+        return None
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""What is installed on a host: command line, record, units, and what must change."""

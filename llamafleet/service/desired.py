@@ -1,0 +1,284 @@
+"""What one host should be: decided once, from what was read before, by a pure function.
+
+`desire` reads and changes nothing; the same inputs give the same result. `changes.changes_needed` compares it with
+what is installed, and the stages in `tasks/` act on the difference.
+
+Decision 1: docs/decisions/0001-one-decision-for-each-host-and-run.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from llamafleet.build import cuda_toolkit
+from llamafleet.build.packages import packages
+from llamafleet.build.release import Build
+from llamafleet.host.installed import Installed, Survey
+from llamafleet.host.machine import Machine
+from llamafleet.hub.source import ModelFiles
+from llamafleet.memory.ledger import Correction
+from llamafleet.planner.reconcile import Verified
+from llamafleet.planner.result import Plan
+from llamafleet.planner.stability import Choice
+from llamafleet.remote.common import MODELS, unit_of
+from llamafleet.service import command, refusals
+from llamafleet.service.plan_inputs import PlanInputs
+from llamafleet.service.record import plan_record, record_text
+from llamafleet.service.refusals import Refused
+from llamafleet.service.unit import Renderer, liveness_texts, unit_text
+from llamafleet.settings.schema import Instance, Settings
+
+
+@dataclass(frozen=True)
+class Run:
+    """What this run brings along and looked up, beside what the plans are made from."""
+
+    helpers: str  # key of the helper programs that it installs
+    oldest_python: tuple[int, ...]  # that those run with
+    commit: str  # of llama.cpp, 40 digits
+    # By instance name: the texts of the unit's credentials, by their names in `changes.SECRETS`.
+    secrets: Mapping[str, Mapping[str, str]] = field(repr=False)
+    # Another run that holds the host's lock, as the lock's file describes it; None where the lock may be taken.
+    holder: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Service:
+    """One instance as it should be installed: the whole unit, its plan, its secrets."""
+
+    name: str
+    unit_text: str
+    plan_json: str
+    # The secrets themselves, by their names in `changes.SECRETS`: never shown, hence no part of the representation.
+    secrets: Mapping[str, str] = field(repr=False)
+    argv: tuple[str, ...]
+    release: str
+    # Units of its liveness check by name; empty where none is wanted.
+    liveness: Mapping[str, str]
+    # Of the plan record: names one state of the service.
+    identity: str = ""
+
+    def __repr__(self) -> str:
+        return f"Service({self.name})"
+
+    @property
+    def unit(self) -> str:
+        """The systemd unit's name."""
+        return unit_of(self.name)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """One instance with everything that was decided about it."""
+
+    instance: Instance
+    model: ModelFiles
+    plan: Plan
+    service: Service
+    record: Mapping[str, Any]  # plan.json
+    verified: Verified | None  # llama-server's answer about the plan, where it was asked in this run
+
+    @property
+    def name(self) -> str:
+        """The instance's name."""
+        return self.instance.name
+
+    @property
+    def folder(self) -> str:
+        """The folder of the model on the host."""
+        return model_folder(self.model)
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether llama-server was asked about exactly this plan, by this build."""
+        return self.record["verified"] is not None
+
+
+@dataclass(frozen=True)
+class Desired:
+    """One host as it should be, and what that was decided from."""
+
+    inputs: PlanInputs
+    run: Run
+    build: Build
+    install_toolkit: cuda_toolkit.Install | None
+    packages: tuple[str, ...]  # distribution packages that are needed and missing
+    servings: tuple[Serving, ...] = ()
+    corrections: Mapping[str, Correction] = field(default_factory=dict)  # what llama-server said, by instance
+    why: str = ""  # why the installed plans are kept or changed; empty where there were none
+
+    @property
+    def settings(self) -> Settings:
+        """What was asked for."""
+        return self.inputs.settings
+
+    @property
+    def machine(self) -> Machine:
+        """The host's hardware and system."""
+        return self.inputs.survey.machine
+
+    @property
+    def installed(self) -> Installed:
+        """What is installed now."""
+        return self.inputs.survey.installed
+
+    def command(self, plan: Plan) -> list[str]:
+        """The command line of the service with that plan, without the arguments that name its credentials."""
+        instance = next(instance for instance in self.settings.models if instance.name == plan.instance)
+        path = model_path(self.inputs.models[plan.instance])
+        return [f"{self.build.release}/bin/llama-server", *command.argv(plan, instance, path)]
+
+    def remembered(self, plan: Plan) -> Mapping[str, Any] | None:
+        """llama-server's answer to the very command line of the plan, from the installed record; None without one.
+
+        It holds under other inputs too if the plan needed no correction: then it is the same without the answer.
+        """
+        installed = self.installed.instances.get(plan.instance)
+        record = installed.record if installed else None
+        if not isinstance(record, Mapping) or not record.get("verified"):
+            return None
+        answer: Mapping[str, Any] = record["verified"]
+        if answer["extra_bytes"] and plan.instance not in self.inputs.same_inputs():
+            return None
+        wanted = self.command(plan)
+        return answer if record["gate"]["argv"][: len(wanted)] == wanted else None
+
+
+def model_folder(model: ModelFiles) -> str:
+    """The model's folder on a host."""
+    return f"{MODELS}/{model.folder}"
+
+
+def model_path(model: ModelFiles) -> str:
+    """The model's first file on a host, which llama-server is given."""
+    return f"{model_folder(model)}/{model.files[0].name}"
+
+
+def desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
+    """What the host should be, or why it is left out of the run.
+
+    `render` makes a text from a template's name and values: reading a template is no part of deciding.
+    """
+    if refused := refusals.not_accessible(inputs.survey, run.holder, run.oldest_python):
+        return refused
+    corrections = inputs.corrections()
+    choice = inputs.keep_or_replan(corrections)
+    if refused := next(_unplanned(choice), None):
+        return refused
+    toolkit = _toolkit(inputs)
+    if isinstance(toolkit, cuda_toolkit.Unsuitable):
+        return refusals.no_toolkit(toolkit)
+    architectures = _architectures(inputs.backend, inputs.survey.machine)
+    if inputs.backend == "hip" and not architectures:
+        return refusals.no_hip_target()
+    build = _build(inputs, run.commit, toolkit, architectures)
+    install = toolkit if isinstance(toolkit, cuda_toolkit.Install) else None
+    bare = Desired(inputs, run, build, install, _missing_packages(inputs.survey, build))
+    return with_plans(bare, choice, corrections, {}, render)
+
+
+def with_plans(
+    desired: Desired, choice: Choice, corrections: Mapping[str, Correction], verified: Mapping[str, Verified],
+    render: Renderer,
+) -> Desired | Refused:  # fmt: skip
+    """The same host with these plans; `verified` has llama-server's answers of this run, by instance name."""
+    if refused := next(_unplanned(choice), None) or next(_in_the_way(desired.inputs), None):
+        return refused
+    plans = [plan for plan in choice.results if isinstance(plan, Plan)]
+    try:
+        servings = tuple(
+            _serving(desired, choice, instance, plan, verified.get(instance.name), render)
+            for instance, plan in zip(desired.settings.models, plans, strict=True)
+        )
+    except command.FlagError as error:
+        return Refused.because(str(error))
+    return replace(desired, servings=servings, corrections=corrections, why=choice.why)
+
+
+def _unplanned(choice: Choice) -> Iterator[Refused]:
+    return (refusals.no_plan(answer) for answer in choice.results if not isinstance(answer, Plan))
+
+
+def _in_the_way(inputs: PlanInputs) -> Iterator[Refused]:
+    """Units and programs of others that the host has where an instance should be."""
+    installed, instances = inputs.survey.installed, inputs.settings.models
+    leaving = {unit_of(name) for name in installed.instances} - {instance.unit for instance in instances}
+    for instance in instances:
+        refused = refusals.foreign_unit(instance, installed.foreign_units)
+        refused = refused or refusals.port_taken(instance, installed.listeners, leaving)
+        if refused:
+            yield refused
+
+
+def _toolkit(
+    inputs: PlanInputs,
+) -> cuda_toolkit.Toolkit | cuda_toolkit.Install | cuda_toolkit.Unsuitable | None:
+    """The CUDA toolkit to compile with; None for other backends."""
+    if inputs.backend != "cuda":
+        return None
+    toolkits = [cuda_toolkit.InstalledToolkit.from_json(data) for data in inputs.survey.installed.toolkits]
+    return cuda_toolkit.choose_toolkit(inputs.settings.cuda_toolkit, inputs.survey.machine, toolkits)
+
+
+def _architectures(backend: str, machine: Machine) -> tuple[str, ...]:
+    """GPU architectures to compile for: those of this host's GPUs, never a compiler's guess."""
+    if backend == "cuda":
+        return cuda_toolkit.architectures(machine)
+    if backend == "hip":
+        return tuple(sorted({gpu.gfx for gpu in machine.usable_gpus if gpu.gfx}))
+    return ()
+
+
+def _build(
+    inputs: PlanInputs, commit: str, toolkit: cuda_toolkit.Toolkit | cuda_toolkit.Install | None,
+    architectures: tuple[str, ...],
+) -> Build:  # fmt: skip
+    settings, machine = inputs.settings, inputs.survey.machine
+    return Build(
+        commit=commit,
+        backend=inputs.backend,
+        toolkit=toolkit.identity if toolkit else None,
+        architectures=architectures,
+        machine_arch=machine.os.arch,
+        libc=machine.os.libc,
+        cpu_flags=machine.cpu.flags,
+        kv_types=tuple(sorted({kv_type for instance in settings.models for kv_type in instance.kv_types})),
+        ui=settings.build_ui,
+        tls=any(instance.tls_certificate_file for instance in settings.models),
+        nvcc=toolkit.nvcc if toolkit else None,
+        host_compiler=toolkit.host_compiler if isinstance(toolkit, cuda_toolkit.Toolkit) else None,
+    )
+
+
+def _missing_packages(survey: Survey, build: Build) -> tuple[str, ...]:
+    """Packages that are needed and missing: those to compile with only where something is compiled."""
+    installed = survey.installed
+    compiling = build.key not in installed.releases and build.key not in installed.cached_builds
+    wanted = packages(survey.machine.package_manager or "apt", build.backend, compiling, build.tls)
+    return tuple(name for name in wanted if name in installed.missing_packages)
+
+
+def _serving(
+    desired: Desired, choice: Choice, instance: Instance, plan: Plan, verified: Verified | None, render: Renderer
+) -> Serving:  # fmt: skip
+    settings, inputs, build = desired.settings, desired.inputs, desired.build
+    model = inputs.models[instance.name]
+    argv = (*desired.command(plan), *command.credential_flags(instance))
+    record = {
+        **plan_record(
+            instance, plan, build, model, model_path(model), argv, speed_floor_percent=settings.speed_floor_percent
+        ),
+        "inputs": {"key": inputs.keys[instance.name], "memory": choice.memory.to_json()},
+        "verified": verified.to_json() if verified else desired.remembered(plan),
+    }
+    service = Service(
+        name=instance.name,
+        unit_text=unit_text(
+            render, instance, plan, build, desired.installed, record, allow_swap=settings.allow_swap
+        ),
+        plan_json=record_text(record), secrets=desired.run.secrets.get(instance.name, {}), argv=argv,
+        release=build.release, liveness=liveness_texts(render, instance, settings), identity=record["identity"],
+    )  # fmt: skip
+    return Serving(instance, model, plan, service, record, verified)

@@ -1,0 +1,98 @@
+"""plan.json: the record beside an installed unit of what was decided, what the gate checks, and what it was made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from llamafleet.build.release import MIB, Build
+from llamafleet.host.machine import Gpu
+from llamafleet.hub.source import ModelFiles
+from llamafleet.planner.flags import device_names
+from llamafleet.planner.result import Plan
+from llamafleet.remote.common import API_KEYS, INSTANCES, TLS_CERTIFICATE, TLS_KEY
+from llamafleet.service.trial import told_to_host
+from llamafleet.settings.schema import Instance
+
+# Nobody serves from a slower disk; bytes per second. The gate measures the disk, and waits less.
+SLOWEST_LOAD = 10 * MIB
+# Before a server answers: start, warm-up, GPU initialisation, seconds.
+START_SECONDS = 60
+
+
+def plan_record(
+    instance: Instance, plan: Plan, build: Build, model: ModelFiles, path: str, argv: tuple[str, ...],
+    *, speed_floor_percent: int,
+) -> dict[str, Any]:  # fmt: skip
+    """plan.json, without `inputs` and `verified`, which make no difference to the running service.
+
+    `path` is the model's first file on the host, `argv` the whole command line. `identity` is a hash of
+    everything that makes a difference to the running service; the free bytes of the ledger, which drift
+    from run to run, do not.
+    """
+    gate = {
+        "unit": instance.unit,
+        "argv": list(argv),
+        "url": f"{'https' if instance.tls_certificate_file else 'http'}://{url_host(instance.listen)}:{instance.port}",
+        "api_keys": credentials(instance).get(API_KEYS),
+        "tls_certificate": credentials(instance).get(TLS_CERTIFICATE),
+        "health_seconds": health_seconds(model),
+        "context_tokens": plan.context_tokens,
+        "slots": plan.slots,
+        "kv_type": plan.kv_type,
+        "speed_floor_percent": speed_floor_percent,
+        "backend": build.backend,
+        "gpus": [
+            {"uuid": gpu.uuid, "name": gpu.name, "device": device, **_planned(plan, gpu)}
+            for gpu, device in zip(plan.gpus, device_names(plan.backend, len(plan.gpus)), strict=True)
+        ],
+    }
+    files = [{"path": f"{path.rsplit('/', 1)[0]}/{file.name}", "size_bytes": file.size_bytes, "sha256": file.sha256}
+             for file in model.files]  # fmt: skip
+    record = {
+        "schema": 1,
+        "name": instance.name,
+        "source": instance.source,
+        "release": build.key,
+        "commit": build.commit,
+        "backend": build.backend,
+        "files": files,
+        "gate": gate,
+        "cpus": plan.cpus,
+        "numa_nodes": plan.numa_nodes,
+    }
+    identity = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+    return {**record, "identity": identity, **told_to_host(argv), "plan": plan.to_json()}
+
+
+def record_text(record: dict[str, Any]) -> str:
+    """The record as it is written on the host."""
+    return json.dumps(record, indent=1) + "\n"
+
+
+def health_seconds(model: ModelFiles) -> int:
+    """The longest that an instance may load, from the size of its model; gate_load.py has the real deadline."""
+    return START_SECONDS + model.header.file_bytes_total // SLOWEST_LOAD
+
+
+def credentials(instance: Instance) -> dict[str, str]:
+    """The unit's credentials by name: the file on the host that systemd loads each from, readable by root alone."""
+    names = [API_KEYS] if instance.api_key_file else []
+    names += [TLS_CERTIFICATE, TLS_KEY] if instance.tls_certificate_file else []
+    return {name: f"{INSTANCES}/{instance.name}/{name}" for name in names}
+
+
+def url_host(address: str) -> str:
+    """The address as part of a URL that reaches it from the host itself."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)  # noqa: S104 -- compared with, never bound
+    return f"[{reachable}]" if ":" in reachable else reachable
+
+
+def _planned(plan: Plan, gpu: Gpu) -> dict[str, int]:
+    """The bytes that llama.cpp itself allocates on a GPU, in total and by part. Its process must hold the total;
+    staging buffers may count less."""
+    row = next(row for row in plan.ledger if row.device == f"GPU{gpu.index}")
+    parts = {name: getattr(row, name) for name in ("weights_bytes", "kv_bytes", "compute_bytes")}
+    held = sum(parts.values()) + min(0, row.staging_bytes)
+    return {"planned_bytes": held, **parts, "staging_bytes": row.staging_bytes}

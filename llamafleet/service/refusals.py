@@ -1,0 +1,135 @@
+"""Why a host is left out of a run, as a value. Each text has the setting or place, the fact, and the way out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llamafleet.build.cuda_toolkit import Unsuitable
+from llamafleet.host.installed import Listener, Survey
+from llamafleet.planner.result import Refusal
+from llamafleet.remote.common import LOCK
+from llamafleet.settings.schema import Instance, Settings
+
+WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 -- compared with, never bound
+
+
+@dataclass(frozen=True)
+class Refused:
+    """This host is left out of the run, for these reasons."""
+
+    reasons: tuple[str, ...]
+
+    @classmethod
+    def because(cls, reason: str) -> Refused:
+        """For a single reason."""
+        return cls((reason,))
+
+    def __str__(self) -> str:
+        return "; ".join(self.reasons)
+
+
+def not_accessible(
+    survey: Survey, holder: Mapping[str, Any] | None, oldest_python: tuple[int, ...]
+) -> Refused | None:  # fmt: skip
+    """Whether our programs cannot work on the host at all.
+
+    `holder`: another run that holds the host's lock, see `held_by`; `oldest_python`: what our helpers run with.
+    """
+    machine = survey.machine
+    python = machine.python or ""
+    if survey.installed.euid != 0:
+        return Refused.because(
+            "commands run there as an ordinary user: connect as root (ssh_user), or set `_sudo = True` "
+            "for the host in the inventory, or pass --sudo"
+        )
+    if tuple(int(part) for part in re.findall(r"\d+", python)[:2]) < oldest_python:
+        needed = ".".join(map(str, oldest_python))
+        return Refused.because(
+            f"its python3 is {python or 'of unknown version'}, {needed} or later is needed: install a newer one"
+        )
+    if machine.package_manager is None:
+        return Refused.because(f"{machine.os.id} {machine.os.version} has neither apt nor dnf")
+    return Refused.because(held_by(holder)) if holder else None
+
+
+def held_by(holder: Mapping[str, Any]) -> str:
+    """The sentence for somebody who finds the host's lock held, from what the lock's file says of its holder."""
+    return (
+        f"{holder['who']} (pid {holder.get('pid')}) is deploying to this host since {holder.get('began')}, "
+        f"last seen {holder['age_seconds']:.0f} s ago: wait for it; a run that died elsewhere loses the lock "
+        f"after 15 minutes, or remove {LOCK}"
+    )
+
+
+def is_path(instance: Instance) -> bool:
+    """Whether the model is a file of the operator's machine, which no host can fetch."""
+    return instance.source.startswith("/")
+
+
+def path_as_source(settings: Settings) -> Refused | None:
+    """Whether a model's source is a path."""
+    for instance in settings.models:
+        if is_path(instance):
+            return Refused.because(
+                f"models: {instance.name}: source: {instance.source} is a path, which can be planned but not "
+                "deployed: give its http(s) address or hf:OWNER/REPO/FILE.gguf"
+            )
+    return None
+
+
+def no_backend(refusal: Refusal) -> Refused:
+    """No backend can be chosen for the host."""
+    return Refused.because("; ".join([f"the host: {refusal.reason}", *refusal.suggestions]))
+
+
+def no_plan(refusal: Refusal) -> Refused:
+    """A model cannot be served on the host."""
+    name = refusal.instance
+    reason = refusal.reason.removeprefix(f"{name}: ")
+    return Refused.because("; ".join([f"models: {name}: {reason}", *refusal.suggestions]))
+
+
+def no_toolkit(unsuitable: Unsuitable) -> Refused:
+    """The host has no CUDA toolkit that can compile llama.cpp for it, and none can be installed."""
+    return Refused.because("; ".join([f"cuda_toolkit: {unsuitable.reason}", *unsuitable.suggestions]))
+
+
+def no_hip_target() -> Refused:
+    """It is not known for which AMD GPU llama.cpp is to be compiled."""
+    return Refused.because(
+        "backend: hip: the driver does not report the GPU's LLVM target (gfx...): is amdgpu's KFD loaded?"
+    )
+
+
+def foreign_unit(instance: Instance, foreign_units: Collection[str]) -> Refused | None:
+    """Whether the host has a unit of the instance's name that llamafleet did not make."""
+    if instance.unit not in foreign_units:
+        return None
+    return Refused.because(
+        f"models: {instance.name}: {instance.unit} exists and llamafleet did not make it: "
+        "give the model another name, or remove the unit"
+    )
+
+
+def port_taken(instance: Instance, listeners: Sequence[Listener], leaving: Collection[str]) -> Refused | None:
+    """Whether another program listens where the instance should; `leaving` are the units that this run removes."""
+    listener = _listener(instance, listeners, leaving)
+    if listener is None:
+        return None
+    who = listener.unit or listener.process or "another program"
+    return Refused.because(
+        f"models: {instance.name}: port {instance.port} on {instance.listen} is taken by {who}"
+        f"{f' (pid {listener.pid})' if listener.pid else ''}: stop it, or give the model another port"
+    )
+
+
+def _listener(instance: Instance, listeners: Sequence[Listener], leaving: Collection[str]) -> Listener | None:
+    for listener in listeners:
+        addresses = {listener.address, instance.listen}
+        overlaps = len(addresses) == 1 or addresses & set(WILDCARDS)
+        if listener.port == instance.port and overlaps and listener.unit not in (instance.unit, *leaving):
+            return listener
+    return None

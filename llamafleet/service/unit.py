@@ -1,0 +1,132 @@
+"""The unit of an instance and those of its liveness check: what they may do and see, as values for their templates.
+
+The templates lie in `templates/`; they format these values and calculate nothing. Reading them is file access, so
+the functions here are given a `Renderer` (`tasks/lib/templates.py` has the real one).
+
+Decision 18: docs/decisions/0018-hardening-is-proven-on-the-host.md.
+Decision 19: docs/decisions/0019-units-name-the-release-folder.md.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from llamafleet.build.release import MIB, Build
+from llamafleet.host.installed import Installed
+from llamafleet.host.vulkan import SOFTWARE
+from llamafleet.planner.result import Plan
+from llamafleet.remote.common import (
+    BUILD,
+    ETC,
+    GOOD,
+    HELPERS,
+    JOBS,
+    RUN,
+    SOURCE,
+    STAGED,
+    helper,
+    liveness_units,
+    plan_path,
+)
+from llamafleet.service.command import unit_escape
+from llamafleet.service.record import credentials
+from llamafleet.settings.schema import Instance, Settings
+
+# From a template's name and its values to the text.
+Renderer = Callable[[str, Mapping[str, Any]], str]
+
+# Character device classes of NVIDIA's driver: 535 and older need nvidia-frontend, MIG nvidia-caps.
+NVIDIA_CLASSES = ("nvidia", "nvidia-caps", "nvidia-frontend", "nvidia-modeset", "nvidia-uvm")
+
+# Where programs may be loaded from beside the release: the loader and the libraries of the system ("-": not
+# every system has each), without its programs.
+LIBRARIES = ("-/usr/lib", "-/usr/lib64", "-/usr/lib32", "-/lib", "-/lib64", "-/lib32")
+BACKEND_LIBRARIES = {"cuda": ("-/usr/local",), "hip": ("-/opt/rocm",), "vulkan": ("-/usr/local/lib",)}
+
+# What a server has no business with, hidden although its user could mostly not read it either.
+_OURS = (ETC, HELPERS, RUN, BUILD, GOOD, JOBS, SOURCE, STAGED)
+_SYSTEM = ("/boot", "/etc/ssh", "/etc/ssl/private", "/srv", "/var/backups", "/var/log", "/var/spool")
+HIDDEN = tuple(f"-{path}" for path in sorted((*_OURS, *_SYSTEM)))
+
+GATE, LIVENESS = helper("gate.py"), helper("liveness.py")
+
+# Above the planned host memory, for what a process needs beside its model: share and bytes.
+MEMORY_MARGIN, MEMORY_SPARE = 1.1, 1024 * MIB
+
+
+def unit_text(
+    render: Renderer, instance: Instance, plan: Plan, build: Build, installed: Installed, record: Mapping[str, Any],
+    *, allow_swap: bool,
+) -> str:  # fmt: skip
+    """The whole unit file of an instance; `record` is its plan.json."""
+    return render(
+        "llama-server.service.j2", unit_values(instance, plan, build, installed, record, allow_swap=allow_swap)
+    )
+
+
+def unit_values(
+    instance: Instance, plan: Plan, build: Build, installed: Installed, record: Mapping[str, Any], *, allow_swap: bool
+) -> dict[str, Any]:
+    """What the template of the unit names."""
+    gate = record["gate"]
+    return {
+        "instance": instance,
+        "identity": record["identity"],
+        "command": [unit_escape(argument) for argument in gate["argv"]],
+        "started": [unit_escape(word) for word in (GATE, "start", plan_path(instance.name))],
+        "start_seconds": gate["health_seconds"] + 30,
+        "credentials": credentials(instance),
+        "environment": plan.environment,
+        "gpu": bool(plan.gpus),
+        "cuda": build.backend == "cuda",
+        # A software device compiles its shaders to code of this CPU while it runs.
+        "compiles_code": any(gpu.vendor == SOFTWARE for gpu in plan.gpus),
+        "device_classes": _device_classes(build.backend, installed),
+        "groups": installed.gpu_groups if build.backend in ("hip", "vulkan") else (),
+        "release": build.release,
+        "hidden": HIDDEN,
+        "libraries": _libraries(build),
+        "families": _families(instance.listen, bool(plan.gpus)),
+        "loopback": ipaddress.ip_address(instance.listen).is_loopback,
+        "cpus": plan.cpus,
+        "numa_nodes": plan.numa_nodes,
+        "memory_max_bytes": int(plan.host_bytes * MEMORY_MARGIN) + MEMORY_SPARE,
+        "memory_swap_max": "infinity" if allow_swap else "0",
+    }
+
+
+def _device_classes(backend: str, installed: Installed) -> tuple[str, ...]:
+    """For CUDA every class that NVIDIA's driver is known to make, whether it has made it yet or not: the unit must
+    not differ after the driver was first used. systemd passes over a class that does not exist."""
+    known = NVIDIA_CLASSES if backend == "cuda" else ()
+    return tuple(sorted({*known, *installed.device_classes}))
+
+
+def _libraries(build: Build) -> tuple[str, ...]:
+    """Folders of libraries: the system's, the backend's, and those of a CUDA toolkit that lies elsewhere."""
+    toolkit = (f"-{PurePosixPath(build.nvcc).parent.parent}",) if build.nvcc else ()
+    return tuple(dict.fromkeys((*LIBRARIES, *BACKEND_LIBRARIES.get(build.backend, ()), *toolkit)))
+
+
+def _families(listen: str, gpu: bool) -> tuple[str, ...]:
+    """Socket families: that of the address; AF_UNIX for daemons that GPU drivers speak with (MPS, persistenced)."""
+    own = "AF_INET6" if ":" in listen else "AF_INET"
+    return (own, "AF_UNIX") if gpu else (own,)
+
+
+def liveness_texts(render: Renderer, instance: Instance, settings: Settings) -> dict[str, str]:
+    """The units of the instance's liveness check by name; empty where the check is switched off."""
+    if settings.liveness_seconds == 0:
+        return {}
+    words = (LIVENESS, plan_path(instance.name), str(settings.liveness_seconds))
+    values = {
+        "instance": instance,
+        "command": [unit_escape(word) for word in words],
+        "interval_seconds": settings.liveness_interval_seconds,
+    }
+    templates = ("llama-server-liveness.service.j2", "llama-server-liveness.timer.j2")
+    names = liveness_units(instance.name)
+    return {name: render(template, values) for name, template in zip(names, templates, strict=True)}

@@ -1,0 +1,215 @@
+"""What the operator asked for: `host.data`, typed and checked.
+
+Defaults live in `inventory/group_data/all.py` alone; this module has names, types and ranges, and
+the reason where a range ends.
+"""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
+
+from pydantic import Field, TypeAdapter, ValidationError, model_validator, with_config
+
+from llamafleet import validation
+from llamafleet.remote.common import unit_of
+from llamafleet.settings import extra_flags as extra
+from llamafleet.validation import Flag, Listed, Should, Text, Whole, one_of
+
+BACKENDS = ("auto", "cuda", "hip", "vulkan", "cpu")
+# common/arg.cpp, kv_cache_types: the types llama-server accepts for --cache-type-k/-v.
+KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+
+# Names that belong to pyinfra and its connectors, not to us.
+_FOREIGN_PREFIXES = ("_", "ssh_", "dockerssh_", "docker_", "chroot_", "local_", "vagrant_", "winrm_")
+
+
+class SettingsError(ValueError):
+    """One or more settings are unusable; `problems` has a sentence for each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+# A range's reason is its description. llama.cpp's arguments are 32-bit integers (common_params).
+_INT32 = 2**31 - 1
+Tokens = Annotated[Whole, Field(ge=1, le=_INT32, description="llama.cpp counts tokens in 32 bits")]
+CacheMib = Annotated[Whole, Field(ge=0, le=_INT32, description="llama.cpp counts MiB in 32 bits; 0: no such cache")]
+Slots = Annotated[Whole, Field(ge=1, le=256, description="LLAMA_MAX_SEQ, the most sequences of a context")]
+Source = Annotated[
+    Text,
+    Should("begin with hf:, http://, https:// or /", lambda text: text.startswith(("hf:", "http://", "https://", "/"))),
+]
+# git takes what begins with a dash for an option.
+GitArgument = Annotated[Text, Should("not be empty or begin with a dash", lambda text: text and text[0] != "-")]
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    # Python takes anything behind "fe80::1%"; Linux' names of interfaces have 15 characters at most.
+    return re.fullmatch(r"[0-9A-Fa-f:.]+(%[\w.-]{1,15})?", text, re.ASCII) is not None
+
+
+# Part of the unit's name and of paths.
+Name = Annotated[
+    Text,
+    Should(
+        "be 1 to 63 of a-z 0-9 . _ -, letter or digit first",
+        functools.partial(re.fullmatch, r"[a-z0-9][a-z0-9._-]{0,62}"),
+    ),
+    Should("not end in -liveness, as liveness checks' units do", lambda text: not text.endswith("-liveness")),
+]
+Sha256 = Annotated[Text, Should("be 64 lower-case hexadecimal digits", functools.partial(re.fullmatch, "[0-9a-f]{64}"))]
+ContextTokens = Annotated[Whole, Field(ge=256, le=_INT32, description="llama.cpp rounds a context up to 256 tokens")]
+UbatchTokens = Annotated[
+    Whole, Field(ge=32, le=65536, description="well around the 256 to 8192 that a plan chooses from")
+]
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True)
+class Instance:
+    """One model served by one unit, `llama-server-NAME.service`."""
+
+    name: Name
+    source: Source
+    port: Annotated[Whole, Field(ge=1, le=65535, description="TCP's; with 0 the kernel would choose")]
+    priority: Annotated[Whole, Field(ge=-1000, le=1000, description="an order; more would be a slip of the keyboard")]
+    context_tokens: ContextTokens | None
+    prompt_tokens: Tokens
+    live_tokens: Tokens | None
+    reply_tokens: Tokens
+    concurrency: Slots
+    slots: Slots | None
+    kv_types: Annotated[Listed[Annotated[Text, one_of(KV_TYPES)]], Should("name at least one type", bool)]
+    ubatch_tokens: UbatchTokens | None
+    threads: Annotated[Whole, Field(ge=1, le=4096, description="more than any host has")] | None
+    prompt_cache_mib: CacheMib
+    context_checkpoints_mib: CacheMib
+    listen: Annotated[Text, Should("be an IP address, such as 127.0.0.1 or 0.0.0.0", _is_address)]
+    api_key_file: Text | None
+    allow_unauthenticated: Flag
+    tls_certificate_file: Text | None
+    tls_key_file: Text | None
+    extra_flags: Listed[Text]
+    dangerous_flags: Listed[Text]
+    sha256: Sha256 | None
+    mirrors: Listed[Text]
+
+    @property
+    def unit(self) -> str:
+        """The systemd unit's name."""
+        return unit_of(self.name)
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        flags = extra.problems(self.extra_flags, self.dangerous_flags, self.api_key_file is not None)
+        validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags])
+        return self
+
+    def _open_doors(self) -> Iterator[tuple[str, str]]:
+        """A server that other machines reach asks for a key, unless the operator says that it need not."""
+        guarded = self.api_key_file is not None or self.allow_unauthenticated
+        if not ipaddress.ip_address(self.listen).is_loopback and not guarded:
+            yield (
+                "listen",
+                f"other machines reach {self.listen}, and no key is asked: give an api_key_file, "
+                "or set allow_unauthenticated = True",
+            )
+
+    def _half_of_tls(self) -> Iterator[tuple[str, str]]:
+        """With one of the two files only, llama-server speaks plain http (server_http_context::init_listener)."""
+        if (self.tls_certificate_file is None) != (self.tls_key_file is None):
+            missing = "tls_certificate_file" if self.tls_certificate_file is None else "tls_key_file"
+            yield missing, "missing; certificate and key are given together"
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True)
+class Settings:
+    """All settings of one host; `inventory/group_data/all.py` explains each."""
+
+    models: Listed[Instance]
+    llama_cpp_repository: GitArgument
+    llama_cpp_ref: GitArgument
+    backend: Annotated[Text, one_of(BACKENDS)]
+    cuda_toolkit: Annotated[
+        Text,
+        Should(
+            "be auto, nvidia, distro or an absolute path",
+            lambda text: text in ("auto", "nvidia", "distro") or text.startswith("/"),
+        ),
+    ]
+    vulkan_devices: Listed[Whole] | None
+    build_ui: Flag
+    build_jobs: Annotated[Whole, Field(ge=1, description="a compiler job at least")] | None
+    build_cache: Annotated[Text, Should("be an absolute path on the host", lambda text: text.startswith("/"))] | None
+    keep_releases: Annotated[Whole, Field(ge=0)]
+    hub_endpoint: Annotated[
+        Text, Should("begin with http:// or https://", lambda text: text.startswith(("http://", "https://")))
+    ]
+    hub_token_file: Text | None
+    gpu_reserve_mib: Annotated[Whole, Field(ge=0)]
+    ram_reserve_mib: Annotated[Whole, Field(ge=0)]
+    allow_swap: Flag
+    speed_floor_percent: Annotated[Whole, Field(ge=0, le=100, description="of the median of earlier gates' speeds")]
+    # Within less than five seconds an ordinary pause looks like a server that is stuck.
+    liveness_seconds: Annotated[
+        Whole, Should("be 0 (no check) or 5 or more", lambda seconds: seconds == 0 or seconds >= 5)
+    ]
+    liveness_interval_seconds: Annotated[Whole, Field(ge=1, description="systemd's timer has no pause of 0")]
+    uninstall_models: Flag
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Settings:
+        """Check a host's data and make settings of it.
+
+        Raises `SettingsError` with every problem, each naming the key, the value and what it should be. Rules between
+        fields are checked where the fields themselves are right.
+        """
+        ours = {key: value for key, value in data.items() if not str(key).startswith(_FOREIGN_PREFIXES)}
+        defaults = ours.pop("model_defaults", {})
+        if not isinstance(defaults, Mapping):
+            raise SettingsError([f"model_defaults: should be a dictionary, is {validation.shown(defaults)}"])
+        if isinstance(ours.get("models"), list | tuple):
+            ours["models"] = [{**defaults, **one} if isinstance(one, Mapping) else one for one in ours["models"]]
+        try:
+            return _adapter().validate_python(ours)
+        except ValidationError as error:
+            found = validation.problems(error, cls, _WORDS)
+            raise SettingsError([str(one) if one.path else f"settings: {one.text}" for one in found]) from None
+
+    @model_validator(mode="after")
+    def _instances_differ(self) -> Self:
+        validation.refuse(_clashes(self.models))
+        return self
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Settings]:
+    return TypeAdapter(Settings)
+
+
+def _where_missing(depth: int) -> str:
+    return "the entry must give it" if depth > 1 else "inventory/group_data/all.py must give it"
+
+
+_WORDS = validation.Vocabulary("None", "True or False", "a string", "a dictionary", "dictionaries", _where_missing)
+
+
+def _clashes(instances: tuple[Instance, ...]) -> Iterator[tuple[str, str]]:
+    """Instances of a host share its unit names and its ports."""
+    for position, one in enumerate(instances):
+        for other in instances[:position]:
+            if one.name == other.name:
+                yield f"models[{position}].name", f"{one.name!r} is used twice"
+            if one.port == other.port:
+                yield f"models[{position}].port", f"{one.port} is already the port of {other.name!r}"

@@ -1,0 +1,126 @@
+"""What one host should be and what must change there, decided once per run and handed to the stages as values.
+
+pyinfra does not cache facts and runs operations again when they execute. So everything is read in its prepare phase,
+`llamafleet/service/desired.py` decides, and the decision is remembered here, one for each host, under its lock.
+
+Decision 1: docs/decisions/0001-one-decision-for-each-host-and-run.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gevent.lock import RLock
+from pyinfra import logger
+from pyinfra.api.host import Host
+from pyinfra.context import ctx_host
+
+from llamafleet import payload
+from llamafleet.build.packages import all_packages
+from llamafleet.host.machine import MachineError
+from llamafleet.hub.http import SourceError
+from llamafleet.memory.ledger import Correction
+from llamafleet.model.gguf_cursor import GgufError
+from llamafleet.planner.reconcile import Verified
+from llamafleet.planner.stability import Choice
+from llamafleet.service.changes import Changes, changes_needed
+from llamafleet.service.desired import Desired, Run, desire, with_plans
+from llamafleet.service.plan_inputs import PlanInputs, plan_inputs
+from llamafleet.service.refusals import Refused, is_path
+from llamafleet.settings.schema import Settings, SettingsError
+from llamafleet.settings.secrets import SecretError
+from tasks.lib import facts, lookups, remote, templates
+from tasks.lib.certificates import CertificateError
+
+# What reading may raise: each leaves the host out of the run, as a refusal does.
+READ_ERRORS = (SettingsError, MachineError, SourceError, GgufError, lookups.LookupFailed, SecretError,
+               CertificateError, remote.RemoteError, payload.PayloadError)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one host should be, and what must change for it."""
+
+    desired: Desired
+    changes: Changes
+
+
+_decisions: dict[Host, Decision | None] = {}
+_locks: dict[Host, RLock] = {}
+
+
+def decision() -> Decision | None:
+    """The current host's decision; None where the host was refused, which then has been logged."""
+    host = ctx_host.get()
+    assert host is not None, "stages run inside pyinfra, which sets the host"
+    with _locks.setdefault(host, RLock()):
+        if host not in _decisions:
+            decided = decide(host)
+            _decisions[host] = decided if isinstance(decided, Decision) else None
+            if isinstance(decided, Refused):
+                log_refused(host, decided)
+                host.state.fail_hosts({host})  # raises where no host is left
+    return _decisions[host]
+
+
+def replan(
+    choice: Choice, corrections: Mapping[str, Correction], verified: Mapping[str, Verified]
+) -> Decision | Refused:
+    """Go on with plans that llama-server itself was asked about."""
+    host, now = ctx_host.get(), decision()
+    assert host is not None and now is not None, "a host that was refused has nothing to verify"
+    with _locks[host]:
+        decided = _decided(with_plans(now.desired, choice, corrections, verified, templates.render))
+        if isinstance(decided, Decision):
+            _decisions[host] = decided
+    return decided
+
+
+def decide(host: Host) -> Decision | Refused:
+    """Read the host and all that its decision depends on, and decide; changes nothing."""
+    try:
+        inputs = read_inputs(host)
+        if isinstance(inputs, Refused):
+            return inputs
+        return _decided(desire(inputs, read_run(inputs), templates.render))
+    except READ_ERRORS as error:
+        return refused_by(error)
+
+
+def _decided(desired: Desired | Refused) -> Decision | Refused:
+    if isinstance(desired, Refused):
+        return desired
+    return Decision(desired, changes_needed(desired, desired.installed))
+
+
+def read_inputs(host: Host) -> PlanInputs | Refused:
+    """What the host's plans are made from. Raises one of `READ_ERRORS`."""
+    settings = Settings.from_data(host.data.dict())
+    lookups.take_secrets(settings)
+    survey = facts.survey(host, all_packages(), settings)
+    models = {instance.name: lookups.model(instance, settings) for instance in settings.models if not is_path(instance)}
+    return plan_inputs(settings, survey, models)
+
+
+def read_run(inputs: PlanInputs) -> Run:
+    """What only a deployment needs: the commit, the secrets, and who else is at work. Raises one of `READ_ERRORS`."""
+    holder = inputs.survey.installed.lock
+    return Run(
+        helpers=payload.helpers_key(),
+        oldest_python=payload.HELPERS_PYTHON,
+        commit=lookups.commit(inputs.settings),
+        secrets={instance.name: lookups.instance_secrets(instance) for instance in inputs.settings.models},
+        holder=None if holder is None or remote.is_ours_or_dead(holder) else holder,
+    )
+
+
+def refused_by(error: Exception) -> Refused:
+    """What could not be read, as a refusal."""
+    return Refused(tuple(error.problems) if isinstance(error, SettingsError) else (str(error),))
+
+
+def log_refused(host: Host, refused: Refused) -> None:
+    """A line for each reason."""
+    for reason in refused.reasons:
+        host.log_styled(f"refused: {reason}", fg="red", log_func=logger.error)

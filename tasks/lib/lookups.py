@@ -1,0 +1,111 @@
+"""What is looked up once a run on the operator's machine: the commit, the models' files and headers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+from gevent.lock import RLock
+
+from llamafleet.hub import source
+from llamafleet.remote.common import API_KEYS
+from llamafleet.settings import secrets
+from llamafleet.settings.schema import Instance, Settings
+from tasks.lib import certificates
+
+T = TypeVar("T")
+
+
+class LookupFailed(Exception):
+    """A commit or model cannot be looked up; the text names it, why, and the way out."""
+
+
+_known: dict[Hashable, Any] = {}
+_locks: dict[Hashable, RLock] = {}
+
+
+def once(key: Hashable, look_up: Callable[[], T]) -> T:
+    """The result of the first call with this key; hosts that ask meanwhile wait for it.
+
+    A failure is remembered too: fifty hosts do not ask fifty times for what is not there.
+    """
+    with _locks.setdefault(key, RLock()):
+        if key not in _known:
+            try:
+                _known[key] = look_up()
+            except Exception as error:
+                _known[key] = error
+    if isinstance(_known[key], Exception):
+        raise _known[key]
+    result: T = _known[key]
+    return result
+
+
+def commit(settings: Settings) -> str:
+    """The 40-digit commit that the settings' ref names, resolved once for all hosts."""
+    repository, ref = settings.llama_cpp_repository, settings.llama_cpp_ref
+    if re.fullmatch(r"[0-9a-f]{40}", ref):
+        return ref
+    return once(("commit", repository, ref), lambda: _ls_remote(repository, ref))
+
+
+def _ls_remote(repository: str, ref: str) -> str:
+    refs = [f"refs/tags/{ref}^{{}}", f"refs/tags/{ref}", f"refs/heads/{ref}"]
+    try:
+        done = subprocess.run(
+            ["git", "ls-remote", repository, *refs],
+            capture_output=True, text=True, timeout=60, check=True,
+            env={**os.environ, "GIT_TERMINAL_PROMPT": "0"},
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as error:
+        answer = getattr(error, "stderr", None) or error
+        raise LookupFailed(f"llama_cpp_repository: cannot ask {repository}: {str(answer).strip()}") from error
+    commits = {name: sha for sha, name in (line.split("\t") for line in done.stdout.splitlines())}
+    for name in refs:
+        if name in commits:
+            return commits[name]
+    raise LookupFailed(
+        f"llama_cpp_ref: {repository} has no tag or branch {ref!r}; "
+        "a commit must be given with all 40 hexadecimal digits"
+    )
+
+
+def model(instance: Instance, settings: Settings) -> source.ModelFiles:
+    """Files and header of an instance's model, read once for all hosts that serve it."""
+    key = ("model", instance.source, instance.mirrors, instance.sha256, settings.hub_endpoint)
+    return once(key, lambda: _read_model(instance, settings))
+
+
+def _read_model(instance: Instance, settings: Settings) -> source.ModelFiles:
+    token = secrets.hub_token(settings.hub_token_file)
+    files = source.resolve(
+        instance.source, endpoint=settings.hub_endpoint, token=token,
+        mirrors=instance.mirrors, sha256=instance.sha256,
+    )  # fmt: skip
+    return source.ModelFiles(files, source.read_header(files, token=token))
+
+
+def take_secrets(settings: Settings) -> None:
+    """Remove the secrets from the environment before a program is started that would inherit them: a command on
+    this machine, git, pip. They are kept in this process."""
+    places = [settings.hub_token_file or "env:HF_TOKEN", *(instance.api_key_file for instance in settings.models)]
+    for place in places:
+        if place and place.startswith(secrets.VARIABLE):
+            secrets.take(place.removeprefix(secrets.VARIABLE))
+
+
+def instance_secrets(instance: Instance) -> dict[str, str]:
+    """The texts of an instance's credentials by their names: API keys, TLS certificate and its key.
+
+    Raises `SecretError` and `CertificateError`.
+    """
+    texts = {}
+    if instance.api_key_file is not None:
+        place = f"models: {instance.name}: api_key_file"
+        texts[API_KEYS] = secrets.api_keys(instance.api_key_file, place)
+    if instance.tls_certificate_file is not None and instance.tls_key_file is not None:
+        texts |= certificates.pair(instance.tls_certificate_file, instance.tls_key_file, f"models: {instance.name}: ")
+    return texts

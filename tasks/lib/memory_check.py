@@ -1,0 +1,155 @@
+"""Ask the built llama-server on a host what it would allocate, and plan again where the ledger was wrong.
+
+Decision 4: docs/decisions/0004-the-binary-is-asked-before-it-is-trusted.md.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from pyinfra.api.host import Host
+
+from llamafleet.host.backends import TRAITS
+from llamafleet.memory.ledger import NO_CORRECTION
+from llamafleet.planner import reconcile
+from llamafleet.planner.result import Plan
+from llamafleet.service.desired import Serving
+from llamafleet.service.record import record_text
+from llamafleet.service.refusals import Refused
+from llamafleet.units import MIB
+from tasks.lib import remote
+from tasks.lib.decision import READ_ERRORS, Decision, decision, log_refused, refused_by, replan
+
+# What a GPU must have free beside the running server, over what a context takes: the server's pools may be growing.
+SPARE_BYTES = 256 * MIB
+
+
+def check_plans(host: Host) -> bool:
+    """Ask and plan again until plan and binary agree, and go on with that plan. False if they cannot agree."""
+    now = _now()
+    try:
+        reconciled = reconcile.reconcile(
+            lambda corrections: now.desired.inputs.keep_or_replan(corrections).results,
+            lambda plan: _ask(host, now, plan),
+            now.desired.corrections,
+            lambda plan: _is_known(now, plan),
+        )
+        decided = _go_on(host, now, reconciled)
+    except READ_ERRORS as error:
+        decided = refused_by(error)
+    return _is_decided(host, decided)
+
+
+def replan_after_switch(host: Host, name: str, binary_bytes: dict[str, int]) -> bool:
+    """Re-plan after the in-switch memory check failed; the new plan is checked in the next switch.
+
+    The check was made in the switch because the GPU had no room for it beside the old server; `binary_bytes`
+    are the sizes by llama.cpp's names of devices. False if no other plan is left.
+    """
+    now = _now()
+    plan = _by_name(now)[name].plan
+    try:
+        corrections = dict(now.desired.corrections)
+        extra = corrections.get(name, NO_CORRECTION)
+        corrections[name] = extra.plus(reconcile.compare(plan, reconcile.MemoryReport(binary_bytes), extra).differences)
+        choice = now.desired.inputs.keep_or_replan(corrections)
+        unasked = {
+            new.instance: reconcile.compare(
+                new, reconcile.MemoryReport(None, "asked in the switch", room=False), corrections[name], 2
+            )
+            for new in choice.results
+            if isinstance(new, Plan) and new.instance == name
+        }
+        decided = _go_on(host, now, reconcile.Reconciled(choice.results, corrections, unasked))
+    except READ_ERRORS as error:
+        decided = refused_by(error)
+    if isinstance(decided, Decision) and _by_name(decided)[name].plan.argv == plan.argv:
+        decided = Refused.because(
+            f"models: {name}: llama-server needs more memory than its plan has, and no other plan is left"
+        )
+    return _is_decided(host, decided)
+
+
+def _now() -> Decision:
+    now = decision()
+    assert now is not None, "a host that was refused has nothing to verify"
+    return now
+
+
+def _is_decided(host: Host, decided: Decision | Refused) -> bool:
+    if isinstance(decided, Refused):
+        log_refused(host, decided)
+    return isinstance(decided, Decision)
+
+
+def _is_known(now: Decision, plan: Plan) -> bool:
+    """Whether there is nothing to ask: the plan was asked about before, or it runs already."""
+    if now.desired.remembered(plan) is not None:
+        return True
+    return _by_name(now)[plan.instance].plan.argv == plan.argv and plan.instance not in now.changes.services
+
+
+def _ask(host: Host, now: Decision, plan: Plan) -> reconcile.MemoryReport:
+    """llama-server's answer about a plan, asked on the host beside what runs there."""
+    asked = json.dumps(spec(now, plan))
+    return reconcile.MemoryReport(**remote.run_json(host, remote.program("verify.py", "ask", asked)))
+
+
+def spec(now: Decision, plan: Plan) -> dict[str, Any]:
+    """What `llamafleet/remote/verify.py` needs to know."""
+    return {
+        "name": plan.instance,
+        "command": reconcile.question(now.desired.command(plan)),
+        "environment": dict(plan.environment),
+        "groups": now.desired.installed.gpu_groups if plan.backend in ("hip", "vulkan") else (),
+        "gpus": [gpu.uuid for gpu in plan.gpus] if plan.backend == "cuda" else [],
+        "room_bytes": TRAITS[plan.backend].overhead_bytes + SPARE_BYTES,
+    }
+
+
+def staged_files(serving: Serving) -> dict[str, str]:
+    """The files that are staged for an instance, by name; question.json among them where llama-server must be asked
+    in the switch, since it could not be asked beside the running server."""
+    staged = {serving.service.unit: serving.service.unit_text, "plan.json": serving.service.plan_json}
+    staged |= serving.service.liveness
+    now = _now()
+    verified, old = serving.verified, now.desired.installed.instances.get(serving.name)
+    if verified is not None and not verified.room and old is not None and old.active == "active":
+        staged["question.json"] = json.dumps({**spec(now, serving.plan), **reconcile.memory_limits(serving.plan)})
+    return staged
+
+
+def changed_records() -> dict[str, str]:
+    """By instance, the new plan.json of those whose service stays as it is. Keys that the host itself added stay."""
+    now = decision()
+    if now is None:
+        return {}
+    servings, installed = _by_name(now), now.desired.installed.instances
+    return {name: record_text({**(installed[name].record or {}), **servings[name].record}) for name in now.changes.note}
+
+
+def _by_name(now: Decision) -> dict[str, Serving]:
+    return {serving.name: serving for serving in now.desired.servings}
+
+
+def _go_on(host: Host, before: Decision, reconciled: reconcile.Reconciled) -> Decision | Refused:
+    """The decision with the plans that binary and ledger agree on; log what the binary said and what changes."""
+    for name, verified in reconciled.verified.items():
+        host.log(reconcile.summary(name, verified))
+    choice = replace(before.desired.inputs.keep_or_replan(reconciled.corrections), results=reconciled.results)
+    after = replan(choice, reconciled.corrections, reconciled.verified)
+    if isinstance(after, Decision):
+        for old, new in zip(before.desired.servings, after.desired.servings, strict=True):
+            if old.plan.argv != new.plan.argv:
+                host.log(f"{new.name}: planned again: {' '.join(_changed(old.plan, new.plan))}")
+    return after
+
+
+def _changed(old: Plan, new: Plan) -> list[str]:
+    """The new plan's flags with other values than the old plan's, as words."""
+    before = dict(zip(old.argv, old.argv[1:], strict=False))
+    pairs = zip(new.argv, new.argv[1:], strict=False)
+    return [word for flag, value in pairs if flag.startswith("--") and before.get(flag) != value
+            for word in (flag, value)]  # fmt: skip

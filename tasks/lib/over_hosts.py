@@ -1,0 +1,127 @@
+"""Run something on all hosts of an inventory, outside a deploy of pyinfra; `llamafleet plan --inventory` runs this.
+
+    python -m tasks.lib.over_hosts INVENTORY [--limit NAME] [--json]
+
+Exit status: 0 plans, 2 a host that could not be read, 3 a refusal.
+"""
+
+from __future__ import annotations
+
+import pyinfra_cli  # isort: skip  # first: it makes sockets cooperative before anything uses them  # noqa: F401
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import gevent
+from pyinfra.api.config import Config
+from pyinfra.api.connect import connect_all, disconnect_all
+from pyinfra.api.exceptions import PyinfraError
+from pyinfra.api.host import Host
+from pyinfra.api.state import State, StateStage
+from pyinfra.context import ctx_config, ctx_host, ctx_inventory, ctx_state
+from pyinfra_cli.inventory import make_inventory
+
+from llamafleet.cli import tables
+from llamafleet.planner.result import Plan, Refusal
+from llamafleet.service.refusals import Refused
+from tasks.lib.decision import READ_ERRORS, read_inputs
+
+T = TypeVar("T")
+
+
+def plans(inventory: Path, limit: str | None = None) -> dict[str, dict[str, Plan | Refusal] | str]:
+    """Read every host of the inventory and plan its models; changes nothing.
+
+    By host name: a plan or refusal for each instance, or a sentence that says why the host could not be read.
+    """
+    return over_hosts(inventory, limit, _plans_of)
+
+
+def _plans_of(host: Host) -> dict[str, Plan | Refusal] | str:
+    try:
+        inputs = read_inputs(host)
+    except READ_ERRORS as error:
+        return str(error)
+    if isinstance(inputs, Refused):
+        return str(inputs)
+    names = [instance.name for instance in inputs.settings.models]
+    return dict(zip(names, inputs.keep_or_replan(inputs.corrections()).results, strict=True))
+
+
+def over_hosts(inventory: Path, limit: str | None, action: Callable[[Host], T | str]) -> dict[str, T | str]:
+    """The action's result by host name, all hosts at once; a sentence for a host that cannot be reached."""
+    state = State(check_for_changes=False)
+    with ctx_state.use(state), ctx_config.use(Config()):
+        hosts = make_inventory(str(inventory), cwd=str(Path.cwd()))
+        with ctx_inventory.use(hosts):
+            state.init(hosts, ctx_config.get())
+            wanted = [host for host in hosts if limit is None or limit in (host.name, *host.groups)]
+            state.set_stage(StateStage.Connect)
+            # Raises where no host can be reached; the result names each of them.
+            with contextlib.suppress(PyinfraError):
+                connect_all(state)
+            state.set_stage(StateStage.Prepare)
+            try:
+                jobs = {host.name: gevent.spawn(_in_context, host, action) for host in wanted}
+                gevent.joinall(jobs.values(), raise_error=True)
+                return {name: job.value for name, job in jobs.items()}
+            finally:
+                disconnect_all(state)
+
+
+def _in_context(host: Host, action: Callable[[Host], T | str]) -> T | str:
+    if not host.connected:
+        return "cannot be reached: see the connection's error above"
+    with ctx_host.use(host):
+        return action(host)
+
+
+def parse(description: str, arguments: list[str]) -> argparse.Namespace:
+    """The options of a command over an inventory: inventory, limit, json."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("inventory", type=Path)
+    parser.add_argument("--limit")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse("Plan the models of an inventory on its hosts.", arguments)
+    try:
+        hosts = plans(options.inventory, options.limit)
+    except PyinfraError as error:
+        print(f"llamafleet: {options.inventory}: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps({name: _as_json(answers) for name, answers in hosts.items()}, indent=2))
+    else:
+        print("\n".join(_as_text(name, answers) for name, answers in hosts.items()))
+    return _status(hosts)
+
+
+def _status(hosts: Mapping[str, Mapping[str, Plan | Refusal] | str]) -> int:
+    if not hosts or any(isinstance(answers, str) for answers in hosts.values()):
+        return 2
+    all_answers = [answer for answers in hosts.values() if not isinstance(answers, str) for answer in answers.values()]
+    return 0 if all(isinstance(answer, Plan) for answer in all_answers) else 3
+
+
+def _as_json(answers: Mapping[str, Plan | Refusal] | str) -> dict[str, Any]:
+    if isinstance(answers, str):
+        return {"error": answers}
+    return {"models": {name: answer.to_json() for name, answer in answers.items()}}
+
+
+def _as_text(host: str, answers: Mapping[str, Plan | Refusal] | str) -> str:
+    if isinstance(answers, str):
+        return f"{host}: {answers}"
+    return "\n".join(tables.table(answer, f"{name} on {host}") for name, answer in answers.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,301 @@
+"""`llamafleet plan`: exit status, JSON on stdout, messages on stderr."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llamafleet.cli import main as cli
+from llamafleet.hub import http
+from llamafleet.settings.schema import SettingsError
+from sandbox import models
+from sandbox.hub import Hub
+from tests import planning
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(models.weightless(tmp_path_factory.mktemp("models"), "gpt-oss-120b"))
+
+
+@pytest.fixture
+def machine_file(tmp_path):
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(planning.machine([24564]).to_json()))
+    return str(path)
+
+
+def test_a_plan_exits_0_and_is_the_contract_s_json(model, machine_file, capsys):
+    arguments = ["plan", "--model", model, "--machine", machine_file, "--set", "context_tokens=131072", "--json"]
+    assert cli.main(arguments) == 0
+    output = json.loads(capsys.readouterr().out)
+    assert (output["schema"], output["fits"], output["refusal"]) == (1, True, None)
+    assert output["argv"][:2] == ["--ctx-size", "131072"]
+
+
+def test_a_refusal_exits_3_with_json(model, machine_file, capsys):
+    assert cli.main(["plan", "--model", model, "--machine", machine_file, "--set", "gpu_reserve_mib=1024",
+                     "--set", "ram_reserve_mib=60000", "--json"]) == 3  # fmt: skip
+    output = json.loads(capsys.readouterr().out)
+    assert output["fits"] is False
+    assert output["refusal"]["needed_bytes"] > output["refusal"]["available_bytes"]
+
+
+def test_the_table_shows_devices_and_reasons(model, machine_file, capsys):
+    assert cli.main(["plan", "--model", model, "--machine", machine_file]) == 0
+    out = capsys.readouterr().out
+    assert "GPU0" in out
+    assert "host" in out
+    assert "|WWWW" in out
+    assert "experts of" in out
+
+
+def test_the_refusal_s_table_says_what_would_help(model, machine_file, capsys):
+    assert cli.main(["plan", "--model", model, "--machine", machine_file, "--set", "ram_reserve_mib=60000"]) == 3
+    out = capsys.readouterr().out
+    assert "REFUSED: model:" in out
+    assert "try: " in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["contxt_tokens=1"], "did you mean"),
+        (["context_tokens=many"], "should be a whole number from 256 to 2147483647 or None, is 'many'"),
+        (["context_tokens"], "should be KEY=VALUE"),
+        (["=3"], "should be KEY=VALUE"),
+        (["source=/x"], "give the model with --model"),
+        (["slots=0"], "should be a whole number from 1 to 256 or None, is 0"),
+    ],
+)
+def test_bad_settings_exit_2(model, machine_file, changes, message, capsys):
+    sets = [word for change in changes for word in ("--set", change)]
+    assert cli.main(["plan", "--model", model, "--machine", machine_file, *sets]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "should be JSON"),
+        ("[]", "machine: should be an object, is []"),
+        ('{"schema": 9}', "schema"),
+        ('{"schema": 1}', "hostname"),
+    ],
+)
+def test_bad_machine_files_exit_2(model, tmp_path, text, message, capsys):
+    path = tmp_path / "m.json"
+    path.write_text(text)
+    assert cli.main(["plan", "--model", model, "--machine", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_files_exit_2(model, machine_file, tmp_path, capsys):
+    assert cli.main(["plan", "--model", str(tmp_path / "no.gguf"), "--machine", machine_file]) == 2
+    assert "there is no such file" in capsys.readouterr().err
+    assert cli.main(["plan", "--model", model, "--machine", str(tmp_path / "no.json")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    assert cli.main(["plan", "--model", model, "--machine", "no-such-box"]) == 2
+    assert "there is no file 'no-such-box', and as a description: 'no-such-box': no such GPU" in capsys.readouterr().err
+    (tmp_path / "page.gguf").write_text("<!DOCTYPE html>")
+    assert cli.main(["plan", "--model", str(tmp_path / "page.gguf"), "--machine", machine_file]) == 2
+    assert "is an HTML page" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_program_from_elsewhere_with_the_machine_on_standard_input(model, machine_file, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "llamafleet.cli", "plan", "--model", model, "--machine", "-", "--json"],
+        input=Path(machine_file).read_text(), capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["fits"]
+
+
+def test_values_are_python_literals_or_text():
+    changes = cli.parse_changes(["a=1", "b=None", "c=['f16']", "d=cuda", "e=x=y", "f=True"])
+    assert changes == {"a": 1, "b": None, "c": ["f16"], "d": "cuda", "e": "x=y", "f": True}
+
+
+def test_changes_go_where_they_belong():
+    settings = cli.settings_for("hf:a/b/c.gguf", cli.default_data(), {"slots": 3, "backend": "cpu"})
+    assert (settings.models[0].slots, settings.backend) == (3, "cpu")
+    assert settings.models[0].source == "hf:a/b/c.gguf"
+    with pytest.raises(SettingsError):
+        cli.settings_for("/m.gguf", cli.default_data(), {"backend": "tpu"})
+
+
+def test_a_machine_can_be_described_in_words(model, capsys):
+    words = "rtx4090,ram=64GB,cores=10"
+    assert cli.main(["plan", "--model", model, "--machine", words, "--set", "context_tokens=131072", "--json"]) == 0
+    output = json.loads(capsys.readouterr().out)
+    assert [row["device"] for row in output["ledger"]] == ["GPU0", "host"]
+    assert output["ledger"][0]["capacity_bytes"] == 24564 * 2**20
+    assert output["ledger"][1]["capacity_bytes"] == 64 * 2**30
+
+
+def test_a_described_memory_bandwidth_changes_the_prediction(model, capsys):
+    speeds = []
+    for rate in ("40GB/s", "200GB/s"):
+        machine = f"cpu,ram=96GB,cores=32,memory-bandwidth={rate}"
+        assert cli.main(["plan", "--model", model, "--machine", machine, "--json"]) == 0
+        speeds.append(json.loads(capsys.readouterr().out)["predicted"]["decode_tokens_per_s"])
+    assert speeds[1] > 2 * speeds[0]
+
+
+def test_the_table_says_what_would_change(tmp_path, capsys):
+    model = str(models.weightless(tmp_path, "Qwen3-8B"))
+    assert (
+        cli.main(["plan", "--model", model, "--machine", "rtx3060,ram=32GB,cores=8", "--set", "context_tokens=8192"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "the largest context that fits: 40960 tokens (the whole trained context)" in out
+    assert "the next larger quantisation, Q5_K with about 5.4 GiB, fits" in out  # published: 5.44 GiB
+
+
+# --- models of the Hub ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    with Hub() as hub:
+        for quant in ("Q4_K_M", "Q8_0", "F16"):
+            path = models.weightless(folder, "Qwen3-30B-A3B", quant)
+            hub.add("acme/Qwen3-GGUF", path.name, path)
+        (folder / "split").mkdir()
+        models.weightless(folder / "split", "Qwen3-30B-A3B", "Q8_0", shards=2)
+        for shard in sorted((folder / "split").iterdir()):
+            hub.add("acme/Qwen3-GGUF", f"split/{shard.name}", shard)
+        hub.add("acme/Qwen3-GGUF", "mmproj-F16.gguf", path)
+        hub.add("acme/Qwen3-GGUF", "lost-00001-of-00002.gguf", path)
+        (folder / "page.gguf").write_text("<!DOCTYPE html>")
+        hub.add("acme/Qwen3-GGUF", "broken.gguf", folder / "page.gguf")
+        yield hub
+
+
+def plan(hub, model, machine, *more):
+    arguments = ["plan", "--model", model, "--machine", machine, "--set", f"hub_endpoint={hub.url}"]
+    return cli.main([*arguments, "--set", "context_tokens=16384", *more])
+
+
+def test_quantisations_are_compared_and_the_best_is_named(hub, capsys):
+    assert plan(hub, "hf:acme/Qwen3-GGUF", "rtx4090,ram=64GB,cores=10", "--compare", "--json") == 0
+    output = json.loads(capsys.readouterr().out)
+    names = [option["model"].rpartition("/")[2] for option in output["compared"]]
+    assert names == [
+        "Qwen3-30B-A3B-F16.gguf",
+        "Qwen3-30B-A3B-Q8_0.gguf",
+        "Qwen3-30B-A3B-Q8_0-00001-of-00002.gguf",
+        "Qwen3-30B-A3B-Q4_K_M.gguf",
+        "broken.gguf",
+    ]
+    assert "is an HTML page" in output["compared"][-1]["problem"]
+    assert [option["plan"]["fits"] for option in output["compared"][:-1]] == [True] * 4
+    assert output["compared"][1]["weights_bytes"] == output["compared"][2]["weights_bytes"]
+    assert output["best"] == "hf:acme/Qwen3-GGUF/Qwen3-30B-A3B-F16.gguf"
+
+
+def test_the_best_is_fast_enough_and_fits(hub, capsys):
+    machine = "rtx4090,ram=36GB,cores=10"
+    assert plan(hub, "hf:acme/Qwen3-GGUF/Qwen3-30B-A3B-F16.gguf", machine, "--compare") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"  Qwen3-30B-A3B-F16 +56\.9 +16\.0 +does not fit: \d+ MiB missing on ", out)
+    assert re.search(r"\* Qwen3-30B-A3B-Q8_0 +30\.2 +8\.5 ", out)
+    assert out.endswith("that fits: hf:acme/Qwen3-GGUF/Qwen3-30B-A3B-Q8_0.gguf\n")
+    assert plan(hub, "hf:acme/Qwen3-GGUF", machine, "--compare", "--min-speed", "80") == 0
+    out = capsys.readouterr().out
+    assert "too slow" in out
+    assert "fits and writes 80 tokens/s: hf:acme/Qwen3-GGUF/Qwen3-30B-A3B-Q4_K_M.gguf" in out
+    assert plan(hub, "hf:acme/Qwen3-GGUF", machine, "--compare", "--min-speed", "9999") == 3
+    assert "REFUSED: none of these models fits and writes 9999 tokens/s" in capsys.readouterr().out
+
+
+def test_models_named_one_by_one_are_compared(hub, model, capsys):
+    files = ["hf:acme/Qwen3-GGUF/Qwen3-30B-A3B-Q8_0.gguf", "--model", model]
+    assert plan(hub, files[0], "cpu,ram=48GB,cores=8", *files[1:], "--json") == 0
+    output = json.loads(capsys.readouterr().out)
+    assert [option["model"] for option in output["compared"]] == [model, files[0]]
+    assert output["best"] == files[0]  # the other needs more than 48 GB
+    assert output["compared"][0]["plan"]["refusal"]["needed_bytes"] > 60 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("hf:acme/none", "cpu,ram=64GB,cores=8", "--compare"), "HTTP 401, RepoNotFound"),
+        (("hf:acme", "cpu,ram=64GB,cores=8", "--compare"), "should be hf:OWNER/REPO"),
+        (("/m.gguf", "cpu,ram=64GB,cores=8", "--compare"), "/m.gguf: should be hf:OWNER/REPO or a file of it"),
+        (("hf:acme/Qwen3-GGUF/x.gguf", "cpu,ram=64GB,cores=8", "--min-speed", "3"), "add --compare"),
+        (("hf:acme/Qwen3-GGUF", "cpu,ram=64GB,cores=8"), "should be hf:OWNER/REPO/FILE.gguf"),
+    ],
+)
+def test_comparing_what_cannot_be(hub, arguments, message, capsys):
+    assert plan(hub, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_refusal_names_siblings_that_fit(hub, capsys):
+    source = "hf:acme/Qwen3-GGUF/Qwen3-30B-A3B-F16.gguf"
+    assert plan(hub, source, "rtx3060,ram=32GB,cores=8", "--json") == 3
+    steps = json.loads(capsys.readouterr().out)["refusal"]["suggestions"]
+    assert any(step.startswith("take hf:acme/Qwen3-GGUF/Qwen3-30B-A3B-Q8_0.gguf: 30.2 GiB") for step in steps)
+    assert plan(hub, source, "cpu,ram=8GB,cores=8", "--json") == 3
+    assert "take hf:" not in capsys.readouterr().out
+
+
+def test_a_refusal_stands_where_the_repository_cannot_be_listed(hub, capsys):
+    hub.fault("api/models/acme/Qwen3-GGUF", on="hub", times=None, status=403)
+    try:
+        assert plan(hub, "hf:acme/Qwen3-GGUF/Qwen3-30B-A3B-F16.gguf", "rtx3060,ram=32GB,cores=8") == 3
+    finally:
+        hub.heal()
+    assert "REFUSED" in capsys.readouterr().out
+
+
+def test_a_60_gb_model_is_planned_from_few_bytes_in_little_time(model, capsys):
+    """The header of gpt-oss-120b over HTTP: less than 12 MB and, on an idle core, less than a second."""
+    with Hub() as hub:
+        hub.add("acme/oss", "oss.gguf", Path(model))
+        began = time.process_time()
+        assert plan(hub, "hf:acme/oss/oss.gguf", "rtx4090,ram=64GB,cores=10", "--json") == 0
+        assert time.process_time() - began < 1
+        requests = hub.settled()
+    assert json.loads(capsys.readouterr().out)["fits"]
+    assert Path(model).stat().st_size > 59 * 2**30
+    assert sum(request.bytes_sent for request in requests) < 12e6
+    assert len(requests) <= 8  # each request is a round trip to a distant server
+
+
+def test_a_signed_address_that_expires_while_it_is_read_is_asked_for_anew(model, capsys):
+    with Hub(link_seconds=3600) as hub:
+        hub.add("acme/oss", "oss.gguf", Path(model))
+        reader = http.Web()
+        url = f"{hub.url}/acme/oss/resolve/main/oss.gguf"
+        with Path(model).open("rb") as file:
+            whole = file.read(3000)
+        assert reader.read(url, 0, 1000)[0] == whole[:1000]
+        assert reader.read(url, 1000, 1000)[0] == whole[1000:2000]
+        hub.fault("acme/oss/oss.gguf", status=403)
+        assert reader.read(url, 2000, 1000)[0] == whole[2000:]
+        assert [request.server for request in hub.settled()] == ["hub", "cdn", "cdn", "cdn", "hub", "cdn"]
+
+
+def test_a_token_file_that_others_read_is_refused(tmp_path, machine_file, model, capsys):
+    token = tmp_path / "token"
+    token.write_text("hf_secret")
+    token.chmod(0o644)
+    arguments = ["plan", "--model", model, "--machine", machine_file, "--set", f"hub_token_file={token}"]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"hub_token_file: {token} has mode 0644" in error and "hf_secret" not in error

@@ -1,0 +1,189 @@
+"""The state of a fleet: one line for each instance, and every problem makes the state not fine."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from llamafleet.cli import main as cli
+from llamafleet.cli.status import HostStatus, Wanted, of_host, plan_in_short, table
+from llamafleet.remote import status as program
+from tests.service.test_changes import INSTALLED, INSTANCE
+
+MIB = 2**20
+ROOT = Path(__file__).parents[2]
+RECORD = {
+    "release": "k1", "backend": "cuda", "verified": {"binary_bytes": {"GPU0": 5}},
+    "gate": {"context_tokens": 131072, "slots": 2, "gpus": [{"uuid": "GPU-1", "name": "x", "planned_bytes": 20480 * MIB}]},
+    "plan": {"argv": ["--ctx-size", "262144", "--cache-type-k", "q8_0", "--n-gpu-layers", "37"],
+             "predicted": {"decode_tokens_per_s": 30.0}},
+}  # fmt: skip
+GOOD = {"ok": True, "time": "2026-11-21T15:00:00Z", "checks": [], "decode_tokens_per_s": 25.25}
+LIVE = {"rss_bytes": 900 * MIB, "cgroup_bytes": 3072 * MIB, "gpu_bytes": {"GPU-1": 20992 * MIB}, "since": "Sat",
+        "gate": GOOD}  # fmt: skip
+AS_WANTED = Wanted({"demo": ()})
+
+
+def found(**changes):
+    instance = dataclasses.replace(INSTANCE, **{"record": RECORD, **changes})
+    return dataclasses.replace(INSTALLED, instances={"demo": instance})
+
+
+def line(host):
+    """The instance's cells by column."""
+    head, first = (row for row in table({"box1": host}).splitlines()[:2])
+    starts = [head.index(name) for name in head.split("  ") if name.strip() for name in [name.strip()]]
+    cells = [first[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)]
+    return dict(zip([head[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)], cells, strict=True))
+
+
+def test_a_host_as_it_should_be():
+    host = of_host(found(), {"demo": LIVE}, AS_WANTED)
+    assert host.is_fine
+    assert line(host) == {
+        "host": "box1", "instance": "demo", "state": "active", "plan": "131072 x 2 q8_0, 37 layers on 1 GPU, cuda",
+        "RAM": "3.0 GiB", "GPU": "20.5 of 20.0 GiB", "tok/s": "25.2", "restarts": "0",
+        "last gate": "good 2026-11-21T15:00:00Z", "drift": "none",
+    }  # fmt: skip
+
+
+FAILED = {**GOOD, "ok": False, "checks": [{"name": "health", "ok": True}, {"name": "gpu memory", "ok": False}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "live", "wanted", "column", "cell"),
+    [
+        ({"active": "failed"}, LIVE, AS_WANTED, "state", "failed"),
+        ({}, LIVE, Wanted({"demo": ("its unit differs", "it is disabled")}), "drift", "its unit differs; it is disabled"),
+        ({}, {**LIVE, "gate": FAILED}, AS_WANTED, "last gate", "FAILED gpu memory 2026-11-21T15:00:00Z"),
+        ({}, LIVE, Wanted({}), "drift", "the inventory does not name it"),
+    ],
+    ids=["down", "drift", "gate", "left_over"],
+)  # fmt: skip
+def test_a_problem_is_shown_and_not_fine(changes, live, wanted, column, cell):
+    host = of_host(found(**changes), {"demo": live}, wanted)
+    assert not host.is_fine and line(host)[column] == cell
+
+
+def test_a_wanted_instance_that_is_not_installed_has_a_line():
+    host = of_host(dataclasses.replace(INSTALLED, instances={}), {}, Wanted({"demo": ("it is not installed",)}))
+    assert not host.is_fine
+    assert line(host)["state"] == "not installed" and line(host)["drift"] == "it is not installed"
+
+
+def test_changes_beside_the_services_are_shown():
+    host = of_host(found(), {"demo": LIVE}, Wanted({"demo": ()}, ("helpers", "build")))
+    assert not host.is_fine
+    assert "box1: a run would change: helpers, build" in table({"box1": host})
+
+
+def test_a_host_that_cannot_be_reached_is_named():
+    output = table(
+        {"box1": of_host(found(), {"demo": LIVE}, AS_WANTED), "box2": HostStatus(problem="cannot be reached")}
+    )
+    assert "box2: cannot be reached" in output.splitlines()
+    assert not HostStatus(problem="cannot be reached").is_fine
+
+
+def test_an_inventory_that_cannot_be_deployed_hides_no_instance():
+    host = of_host(found(), {"demo": LIVE}, None, "cannot be compared with the inventory: no such model")
+    assert not host.is_fine and line(host)["state"] == "active" and line(host)["drift"] == "none"
+
+
+def test_an_instance_of_an_earlier_version_shows_less():
+    host = of_host(found(record=None), {}, AS_WANTED)
+    assert host.is_fine
+    assert line(host)["plan"] == line(host)["RAM"] == line(host)["last gate"] == ""
+
+
+def test_memory_that_is_not_known():
+    host = of_host(found(), {"demo": {**LIVE, "cgroup_bytes": None, "gpu_bytes": {"GPU-1": None}}}, AS_WANTED)
+    assert line(host)["RAM"] == "0.9 GiB" and line(host)["GPU"] == "? of 20.0 GiB"
+    broken = of_host(found(), {"demo": {**LIVE, "gpu_bytes": "NVML: Driver Not Loaded"}}, AS_WANTED)
+    assert line(broken)["GPU"] == "NVML: Driver Not Loaded"
+
+
+def test_a_plan_for_the_cpu_in_short():
+    record = {**RECORD, "backend": "cpu", "gate": {**RECORD["gate"], "gpus": []}}
+    assert plan_in_short(record) == "131072 x 2 q8_0, CPU, cpu"
+
+
+def test_the_json_has_everything():
+    output = json.loads(json.dumps(of_host(found(), {"demo": LIVE}, AS_WANTED).to_json()))
+    assert set(output) == {"fine", "problem", "drift", "instances"} and output["fine"] is True
+    instance = output["instances"]["demo"]
+    assert instance["gate"] == GOOD and instance["verified"] is True and instance["predicted_tokens_per_s"] == 30.0
+    assert instance["gpu_bytes"] == {"GPU-1": 20992 * MIB} and instance["planned_gpu_bytes"] == {"GPU-1": 20480 * MIB}
+
+
+# --- on the host ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_host(monkeypatch):
+    """One installed instance whose process is this one, with systemd's answers as given."""
+    shown = {"MainPID": str(os.getpid()), "MemoryCurrent": "1048576", "ActiveEnterTimestamp": "Sat"}
+    files = {program.plan_path("demo"): {"gate": {"gpus": [{}]}}, f"{program.GATES}/demo.json": GOOD}
+    survey = types.SimpleNamespace(
+        units=lambda: ["llama-server-demo.service", "llama-server-other.service"],
+        is_ours=lambda unit: "demo" in unit, show=lambda unit, *names: shown,
+    )  # fmt: skip
+    monkeypatch.setattr(program, "read_json", lambda path: files.get(path, {}))
+    monkeypatch.setitem(sys.modules, "survey", survey)
+    held = {"GPU-1": 5, "GPU-2": 0, "GPU-3": None}
+    monkeypatch.setitem(sys.modules, "gate", types.SimpleNamespace(held_by=lambda pid: held))
+    return shown
+
+
+def test_the_program_tells_memory_gate_and_since(on_host):
+    states = json.loads(json.dumps(program.status()))
+    assert list(states) == ["demo"]
+    assert states["demo"].pop("rss_bytes") > MIB
+    assert states["demo"] == {
+        "cgroup_bytes": MIB,
+        "gpu_bytes": {"GPU-1": 5, "GPU-3": None},
+        "since": "Sat",
+        "gate": GOOD,
+    }
+
+
+@pytest.mark.parametrize("value", ["[not set]", "18446744073709551615", "", None])
+def test_memory_that_the_kernel_does_not_count(on_host, value):
+    on_host["MemoryCurrent"] = value
+    assert program.status()["demo"]["cgroup_bytes"] is None
+
+
+def test_an_instance_that_is_down(on_host):
+    on_host["MainPID"] = "0"
+    state = program.status()["demo"]
+    assert state["rss_bytes"] is None and state["gpu_bytes"] == {}
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_an_inventory_that_is_not_there_is_bad_input(tmp_path, capsys):
+    assert cli.main(["status", "--inventory", str(tmp_path / "none.py")]) == 2
+    assert "there is no such inventory file" in capsys.readouterr().err
+
+
+def test_a_host_that_does_not_answer_is_named_and_exits_1(tmp_path):
+    inventory = tmp_path / "fleet.py"
+    inventory.write_text('hosts = [("gone", {"ssh_hostname": "127.0.0.1", "ssh_port": 1, "ssh_connect_retries": 0})]\n')
+    words = [sys.executable, "-m", "llamafleet.cli", "status", "--inventory", str(inventory), "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
+    assert done.returncode == 1, done.stderr
+    state = json.loads(done.stdout)["gone"]
+    assert state["fine"] is False and state["problem"].startswith("cannot be reached")
+
+
+def test_a_limit_that_names_nobody_is_bad_input(tmp_path):
+    (tmp_path / "fleet.py").write_text('hosts = ["@local"]\n')
+    words = [sys.executable, "-m", "tasks.status", str(tmp_path / "fleet.py"), "--limit", "nobody"]
+    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
+    assert done.returncode == 2 and "nobody" in done.stderr

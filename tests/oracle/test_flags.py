@@ -1,0 +1,48 @@
+"""llama-server knows every flag that we pass, allow or refuse, under this name and with or without a value."""
+
+import re
+import subprocess
+
+import pytest
+
+from llamafleet.service.command import argv
+from llamafleet.service.record import credentials
+from llamafleet.settings import extra_flags as extra
+from sandbox import oracle
+from tests import planning
+
+pytestmark = pytest.mark.oracle
+
+# A flag's line of --help begins with its names; one blank and a value follow where it takes one, else a gap or nothing.
+NAMES = re.compile(r"(?P<names>-[\w-]+(?:,\s+-[\w-]+)*)(?P<value> \S)?")
+
+
+@pytest.fixture(scope="module")
+def takes_value():
+    """Every name of a flag in llama-server's own help, and whether a value follows it."""
+    command = [oracle.build().llama_server, "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    lines = [match for line in text.splitlines() if (match := NAMES.match(line))]
+    return {name: bool(line["value"]) for line in lines for name in re.split(r",\s+", line["names"])}
+
+
+@pytest.mark.parametrize("table", ["SAFE", "DANGEROUS", "OWN_PLACE", "PLANNED", "REFUSED"])
+def test_every_flag_that_a_setting_may_name_is_known(table, takes_value):
+    assert set(getattr(extra, table)) - set(takes_value) == set()
+
+
+def test_a_value_follows_where_it_should(takes_value):
+    ours = extra.SAFE | {name: has_value for name, (has_value, _) in extra.DANGEROUS.items()}
+    assert {name: takes_value[name] for name in ours} == ours
+
+
+@pytest.mark.parametrize("gpus", [(), (24564,), (24564, 12282)], ids=["no_gpu", "one_gpu", "two_gpus"])
+def test_every_flag_that_is_passed_is_known(gpus, takes_value):
+    asked = planning.settings({
+        "context_tokens": 65536, "slots": 2, "api_key_file": "/keys", "tls_certificate_file": "/c", "tls_key_file": "/k",
+    })  # fmt: skip
+    [plan] = planning.plans(planning.machine(gpus, ram_gib=128), [("gpt-oss-120b",)], asked)
+    command = [*argv(plan, asked.models[0], "/m.gguf"), *credentials(asked.models[0])]
+    used = {word for word in command if word.startswith("--")}
+    assert used - set(takes_value) == set()
+    assert len(used) > 20

@@ -1,0 +1,575 @@
+"""The download program against the Hub's stand-in and its faults, as its own process, as on a host.
+
+Why a real process and a real curl: resumption, redirects and secrecy are curl's behaviour as much as ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import http.server
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sandbox.hub import Hub
+from tests.serving import Server, serving
+
+PROGRAM = Path(__file__).parents[2] / "llamafleet" / "remote" / "fetch.py"
+TOKEN = "hf_thisIsASecretThatNobodyMaySee"
+BODY = b"GGUF" + random.Random(7).randbytes(3 * 2**20)
+SHA = hashlib.sha256(BODY).hexdigest()
+KEY = "org/model/x.gguf"
+
+
+class Store(Hub):
+    """The stand-in with files given as bytes, and a plain web server's address for mirrors."""
+
+    folder: Path
+
+    def publish(self, name: str, body: bytes, repo: str = "org/model", **how) -> str:
+        path = self.folder / repo / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(body)
+        self.add(repo, name, path, **how)
+        return f"{self.url}/{repo}/resolve/main/{name}"
+
+    def mirror(self, name: str, body: bytes) -> str:
+        self.publish(name, body, repo="mirror/model")
+        return f"{self.url}/plain/mirror/model/{name}"
+
+    def seen(self, server: str = "cdn", method: str = "GET") -> list:
+        return [r for r in self.settled() if r.server == server and r.method == method]
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with Store(token=TOKEN) as store:
+        store.folder = tmp_path / "published"
+        yield store
+
+
+@pytest.fixture
+def url(hub):
+    return hub.publish("x.gguf", BODY)
+
+
+@pytest.fixture
+def plain_server():
+    """A server without ranges or HEAD: always 200 with everything, or, with `cut_at`, up to that byte."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        cut_at = None
+        asked = 0
+
+        def log_message(self, *_) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            Handler.asked += 1
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(BODY)))
+            self.end_headers()
+            with contextlib.suppress(OSError):  # curl hangs up once it sees that the range is ignored
+                self.wfile.write(BODY[: self.cut_at])
+
+    with serving(Server(Handler)) as server:
+        Handler.url = f"{server.url}/x.gguf"
+        yield Handler
+
+
+@pytest.fixture
+def processes():
+    started = []
+    yield started
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+class Job:
+    """A spec in a folder, to be run as often as a test wants."""
+
+    def __init__(self, folder: Path, processes: list) -> None:
+        self.folder, self.processes = folder, processes
+        self.models = folder / "models" / "m-0123"
+        self.log = folder / "log"
+        self.spec = {
+            "directory": str(self.models), "owner": None, "curl_config": None, "reserve_bytes": 0,
+            "token_origin": "https://huggingface.co", "attempts": 3, "retry_delay_s": 0.02, "files": [],
+        }  # fmt: skip
+
+    def want(self, *urls: str, name: str = "x.gguf", size: int | None = len(BODY), sha: str | None = SHA) -> Job:
+        self.spec["files"].append({"name": name, "urls": list(urls), "size_bytes": size, "sha256": sha})
+        return self
+
+    def token(self, origin: str, token: str = TOKEN) -> None:
+        config = self.folder / "token.curl"
+        config.touch(mode=0o600)
+        config.write_text(f'header = "Authorization: Bearer {token}"\n')
+        self.spec |= {"curl_config": str(config), "token_origin": origin}
+
+    def start(self) -> subprocess.Popen:
+        path = self.folder / "spec.json"
+        path.write_text(json.dumps(self.spec))
+        with self.log.open("ab") as log:
+            argv = [sys.executable, str(PROGRAM), str(path)]
+            process = subprocess.Popen(argv, stdout=log, stderr=log, env={**os.environ, "no_proxy": "127.0.0.1"})
+        self.processes.append(process)
+        return process
+
+    def run(self) -> int:
+        return self.start().wait(timeout=60)
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def last(self) -> str:
+        return self.text().splitlines()[-1]
+
+    def file(self, name: str = "x.gguf") -> Path:
+        return self.models / name
+
+    def partial(self, name: str = "x.gguf") -> Path:
+        return self.models / f".{name}.partial"
+
+    def size(self) -> int:
+        return self.partial().stat().st_size if self.partial().exists() else 0
+
+    def visible(self) -> list[str]:
+        return sorted(p.name for p in self.models.iterdir() if not p.name.startswith(".") and p.suffix == ".gguf")
+
+
+@pytest.fixture
+def job(tmp_path, processes):
+    return Job(tmp_path, processes)
+
+
+def wait_until(happened, seconds: float = 15.0) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_fresh(hub, url, job):
+    assert job.want(url).run() == 0, job.text()
+    assert job.file().read_bytes() == BODY
+    assert job.file().stat().st_mode & 0o777 == 0o644 and job.models.stat().st_mode & 0o777 == 0o755
+    noted = json.loads((job.models / "x.gguf.verified").read_text())
+    assert noted == {"size_bytes": len(BODY), "sha256": SHA, "mtime_ns": job.file().stat().st_mtime_ns}
+    assert not job.partial().exists()
+    assert re.search(r"^progress \d+ % 0\.0 of \d+ bytes, \d+ MiB/s, .* left \(x\.gguf\)$", job.text(), re.M)
+    assert job.last().startswith("done 1 files")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_files_belong_to_the_owner(url, job):
+    job.spec["owner"] = "nobody"
+    assert job.want(url).run() == 0, job.text()
+    assert {p.owner() for p in (job.models, job.file(), job.models / "x.gguf.verified")} == {"nobody"}
+
+
+def test_second_run_asks_nothing(hub, url, job):
+    assert job.want(url, size=None, sha=None).run() == 0, job.text()
+    before, inode = len(hub.settled()), job.file().stat().st_ino
+    assert job.run() == 0
+    assert len(hub.settled()) == before and job.file().stat().st_ino == inode
+    assert job.text().count("verifying") == 1, "the second run hashed again"
+
+
+def test_resume_after_sigkill(hub, url, job):
+    hub.fault(KEY, bytes_per_second=2 * 2**20)
+    process = job.want(url).start()
+    wait_until(lambda: job.size() > 2**19)
+    assert job.visible() == []
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(0.3)
+    kept = job.size()
+    time.sleep(0.3)
+    assert job.size() == kept, "curl outlived its parent and went on writing"
+    assert job.run() == 0, job.text()
+    assert job.file().read_bytes() == BODY
+    assert [r.range for r in hub.seen()] == ["", f"bytes={kept}-"]
+    assert hub.seen()[-1].bytes_sent == len(BODY) - kept, "bytes came twice"
+
+
+def test_closed_connections_continue_to_the_byte(hub, url, job):
+    for offset in (10**6, 2 * 10**6, 25 * 10**5):
+        hub.fault(KEY, close_at=offset)
+    assert job.want(url).run() == 0, job.text()
+    assert job.file().read_bytes() == BODY
+    assert [r.range for r in hub.seen()] == ["", "bytes=1000000-", "bytes=2000000-", "bytes=2500000-"]
+    assert sum(r.bytes_sent for r in hub.seen()) == len(BODY)
+
+
+def test_reset_connection_continues(hub, url, job):
+    hub.fault(KEY, cut_at=2 * 10**6, bytes_per_second=10**7)
+    assert job.want(url).run() == 0, job.text()
+    assert job.file().read_bytes() == BODY and hub.seen()[-1].range.startswith("bytes=")
+
+
+def test_attempts_with_progress_do_not_count(hub, url, job):
+    for n in range(1, 9):
+        hub.fault(KEY, close_at=n * 10**5)
+    assert job.want(url).run() == 0, job.text()
+    assert len(hub.seen()) == 9
+
+
+def test_attempts_without_progress_are_bounded(hub, url, job):
+    hub.fault(KEY, close_at=10**5, times=None)
+    assert job.want(url).run() == 7
+    assert len(hub.seen()) == 4 and job.size() == 10**5
+    assert job.last().startswith("error: ") and "3 attempts without progress at byte 100000" in job.last()
+
+
+def test_a_name_that_cannot_be_resolved_is_given_up_soon_and_leaves_no_file(job):
+    job.spec["attempts"] = 10
+    assert job.want("http://hub.invalid/x.gguf").run() == 7
+    assert "Could not resolve host: hub.invalid" in job.last() and "check this host's DNS" in job.last()
+    assert "gave up after 3 attempts" in job.last() and job.text().count("retry in") == 2
+    assert not job.partial().exists()
+
+
+def test_a_name_that_is_lost_in_mid_download_gets_every_attempt(hub, url, job):
+    hub.fault(KEY, close_at=10**5, times=None)
+    assert job.want(url, "http://hub.invalid/x.gguf").run() == 7
+    job.spec["attempts"] = 5
+    hub.heal()
+    hub.fault(KEY, close_at=2 * 10**5, times=None)
+    assert job.run() == 7
+    assert "Could not resolve host: hub.invalid" in job.last() and job.last().count("gave up after 5 attempts") == 2
+    assert job.size() == 2 * 10**5
+
+
+def test_restarting_server_that_cuts_is_bounded(plain_server, job):
+    plain_server.cut_at = 10**5
+    assert job.want(plain_server.url).run() == 7
+    assert plain_server.asked < 10
+
+
+def test_stalled_server(hub, url, job):
+    hub.fault(KEY, bytes_per_second=2**14)
+    job.spec |= {"stall_bytes_per_s": 10**6, "stall_s": 1}
+    assert job.want(url).run() == 0, job.text()
+    assert "retry in" in job.text() and len(hub.seen()) == 2
+
+
+def test_truncated_at_the_source(hub, url, job):
+    hub.fault(KEY, ends_at=len(BODY) - 1000, times=None)
+    assert job.want(url).run() == 4
+    assert f"expected {len(BODY)} bytes, found {len(BODY) - 1000}" in job.last()
+    assert job.visible() == [] and not job.partial().exists()
+
+
+def test_corrupted_then_mirror(hub, url, job):
+    hub.fault(KEY, corrupt_at=1000, times=None)
+    assert job.want(url, hub.mirror("x.gguf", BODY)).run() == 0, job.text()
+    assert job.file().read_bytes() == BODY and f"expected sha256 {SHA}" in job.text()
+    assert hub.seen("hub")[-1].range == "", "the mirror was asked to continue bad bytes"
+
+
+def test_wrong_sha256(hub, url, job):
+    assert job.want(url, sha="0" * 64).run() == 4
+    assert f"expected sha256 {'0' * 64}, found {SHA}" in job.last()
+    assert job.visible() == [] and not job.partial().exists()
+    assert len(hub.seen()) == 1
+
+
+def test_bad_partial_of_an_earlier_run_is_healed(hub, url, job):
+    job.models.mkdir(parents=True)
+    job.partial().write_bytes(b"GGUF" + bytes(1000))  # what a power cut can leave: right length, no data
+    assert job.want(url).run() == 0, job.text()
+    assert job.file().read_bytes() == BODY
+    assert [r.range for r in hub.seen()] == ["bytes=1004-", ""]
+
+
+def test_partial_larger_than_expected(url, job):
+    job.models.mkdir(parents=True)
+    job.partial().write_bytes(BODY + b"more")
+    assert job.want(url).run() == 0, job.text()
+    assert job.file().read_bytes() == BODY
+
+
+def test_complete_partial_needs_no_request(hub, url, job):
+    job.models.mkdir(parents=True)
+    job.partial().write_bytes(BODY)
+    assert job.want(url).run() == 0, job.text()
+    assert hub.settled() == [] and job.file().read_bytes() == BODY
+
+
+def test_partial_past_the_end_of_the_source(hub, url, job):
+    hub.publish("x.gguf", BODY[:5000])  # replaced by a shorter file: 416
+    job.models.mkdir(parents=True)
+    job.partial().write_bytes(BODY[:6000])
+    assert job.want(url, size=None, sha=hashlib.sha256(BODY[:5000]).hexdigest()).run() == 0, job.text()
+    assert job.file().read_bytes() == BODY[:5000]
+
+
+def test_server_ignores_range(plain_server, job):
+    job.models.mkdir(parents=True)
+    job.partial().write_bytes(BODY[:5000])
+    assert job.want(plain_server.url).run() == 0, job.text()
+    assert job.file().read_bytes() == BODY and "does not continue at byte 5000" in job.text()
+
+
+def test_server_sends_too_much(hub, job):
+    assert job.want(hub.publish("x.gguf", BODY + bytes(10**6))).run() == 4
+    assert "sends more than the expected" in job.last() and job.visible() == []
+
+
+def test_gated_without_token(hub, job):
+    assert job.want(hub.publish("x.gguf", BODY, gated=True)).run() == 5
+    for part in ("401", "restricted", f"{hub.url}/org/model,", "accept the licence", "hub_token_file"):
+        assert part in job.last()
+    assert len(hub.settled()) == 1, "a refusal was repeated"
+
+
+def test_gated_with_a_token_without_access(hub, job):
+    job.token(hub.url, hub.outsider_token)
+    assert job.want(hub.publish("x.gguf", BODY, gated=True)).run() == 5
+    assert "403" in job.last() and "the token is not enough" in job.last()
+    assert hub.outsider_token not in job.text()
+
+
+def test_not_found(hub, url, job):
+    assert job.want(url.replace("x.gguf", "y.gguf")).run() == 6
+    assert job.last().startswith(f"error: {url.replace('x.gguf', 'y.gguf')} answered 404 (Entry not found)")
+
+
+def test_not_found_then_mirror(hub, url, job):
+    mirror = hub.mirror("x.gguf", BODY)
+    assert job.want(url.replace("x.gguf", "y.gguf"), mirror).run() == 0, job.text()
+
+
+def test_too_many_requests_waits_as_told(hub, url, job):
+    hub.fault(KEY, on="hub", status=429, retry_after="1")
+    hub.fault(KEY, on="hub", status=503)
+    began = time.monotonic()
+    assert job.want(url).run() == 0, job.text()
+    assert time.monotonic() - began > 1.0 and "retry in 1.0 s" in job.text() and "answered 503" in job.text()
+
+
+def test_no_space_counts_all_shards(hub, url, job):
+    free = os.statvfs(job.folder).f_bavail * os.statvfs(job.folder).f_frsize
+    job.spec["reserve_bytes"] = free * 2
+    job.want(url).want(hub.publish("y.gguf", BODY), name="y.gguf")
+    assert job.run() == 3
+    assert f"{2 * len(BODY)} bytes are needed" in job.last() and "are missing" in job.last()
+    assert str(job.models) in job.last() and hub.settled() == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_disk_fills_up_under_way(plain_server, job, small_disk):
+    job.models = small_disk / "m"
+    job.spec["directory"] = str(job.models)
+    assert job.want(plain_server.url, plain_server.url, size=None).run() == 3  # no size told: no check before
+    assert "No space left on device" in job.last() and str(job.models) in job.last()
+    assert plain_server.asked == 1 and job.visible() == [], "a mirror does not help against a full disk"
+
+
+def test_page_instead_of_model(hub, job):
+    page = hub.publish("x.gguf", b"<!DOCTYPE html><title>Sign in</title>" + bytes(5000))
+    assert job.want(page, size=None, sha=None).run() == 8
+    assert "not a GGUF file: it begins with b'<!DOCTYPE" in job.last() and not job.partial().exists()
+
+
+def test_split_model(hub, job):
+    bodies = {f"m-0000{n}-of-00003.gguf": BODY + bytes([n]) for n in (1, 2, 3)}
+    for name, body in bodies.items():
+        digest = hashlib.sha256(body).hexdigest()
+        job.want(hub.publish(name, body), name=name, size=len(body), sha=digest)
+    assert job.run() == 0, job.text()
+    assert {name: job.file(name).read_bytes() for name in bodies} == bodies
+    assert f"of {3 * len(BODY) + 3} bytes" in job.text() and job.last().startswith("done 3 files")
+
+
+def test_complete_file_without_record_is_adopted(hub, url, job):
+    job.models.mkdir(parents=True)
+    job.file().write_bytes(BODY)
+    assert job.want(url).run() == 0
+    assert hub.settled() == [] and (job.models / "x.gguf.verified").exists()
+
+
+def test_wrong_file_without_record_is_set_aside(hub, url, job):
+    job.models.mkdir(parents=True)
+    job.file().write_bytes(b"GGUF and nothing more")
+    assert job.want(url).run() == 0, job.text()
+    assert job.file().read_bytes() == BODY
+    assert (job.models / ".x.gguf.rejected").read_bytes() == b"GGUF and nothing more"
+
+
+def test_changed_file_is_noticed(hub, url, job):
+    job.want(url).run()
+    job.file().write_bytes(BODY[:-1] + b"!")
+    assert job.run() == 0, job.text()
+    assert job.file().read_bytes() == BODY
+
+
+def test_redirect_shows_the_cdn_no_token(hub, job):
+    hub.fault(KEY, bytes_per_second=2 * 2**20)  # the CDN is the same host, another port
+    job.token(hub.url)
+    gated = hub.publish("x.gguf", BODY, gated=True)
+    process = job.want(gated, size=None, sha=None).start()
+    wait_until(lambda: job.size() > 2**18)
+    ours = psutil.Process(process.pid)  # not every process: what else runs on this machine is none of ours
+    seen = [line for one in [ours, *ours.children(recursive=True)] for line in arguments_and_environment(one.pid)]
+    assert any(line.startswith(b"curl\0") for line in seen), "looked at the wrong moment"
+    assert not any(TOKEN.encode() in line or b"Signature=" in line for line in seen)
+    assert process.wait(30) == 0, job.text()
+    assert job.file().read_bytes() == BODY
+    assert all(r.had_authorization for r in hub.settled() if r.server == "hub")
+    assert hub.seen() and not any(r.had_authorization for r in hub.settled() if r.server == "cdn")
+    assert TOKEN not in job.text() and "Signature" not in job.text()
+    assert "no sha256 is known" not in job.text(), "the Hub's own checksum was not taken"
+
+
+def arguments_and_environment(pid: int) -> list[bytes]:
+    try:
+        return [Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ")]
+    except OSError:
+        return []  # ended meanwhile
+
+
+@pytest.mark.parametrize("location", ["http://[::1/x.gguf", "http://127.0.0.1:99999/x.gguf", "//[/x.gguf"])
+def test_a_hostile_redirect_is_an_error_and_no_traceback(job, redirecting, location):
+    redirecting.location = location
+    job.token(redirecting.url.rsplit("/", 1)[0])  # with a token redirects are read by us, not by curl
+    assert job.want(redirecting.url).run() == 7, job.text()
+    assert job.last().startswith("error: ") and "is not a safe address; not followed" in job.last()
+    assert "Traceback" not in job.text()
+
+
+@pytest.fixture
+def redirecting():
+    """A server that sends everybody to `location`."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        location = ""
+
+        def log_message(self, *_) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", Handler.location)
+            self.end_headers()
+
+    with serving(Server(Handler)) as server:
+        Handler.url = f"{server.url}/x.gguf"
+        yield Handler
+
+
+def test_token_is_not_shown_to_a_mirror(hub, url, job, tmp_path):
+    with Store() as other:
+        other.folder = tmp_path / "elsewhere"
+        job.token(hub.url)
+        job.want(url.replace("x.gguf", "y.gguf"), other.mirror("x.gguf", BODY))
+        assert job.run() == 0, job.text()
+        assert other.settled() and not any(r.had_authorization for r in other.settled())
+
+
+@pytest.mark.parametrize("with_token", [True, False])
+def test_expired_signature_is_renewed(hub, url, job, with_token):
+    hub.fault(KEY, close_at=10**6)
+    hub.link_seconds = 0.3
+    job.spec["retry_delay_s"] = 0.5  # by then the first address has expired
+    if with_token:
+        job.token(hub.url)
+    assert job.want(url).run() == 0, job.text()
+    assert [r.range for r in hub.seen()] == ["", "bytes=1000000-"]
+    assert len({r.path for r in hub.seen()}) == 2, "the old signature was used again"
+
+
+def test_storage_that_always_refuses_is_given_up(hub, url, job):
+    hub.link_seconds = -1
+    assert job.want(url).run() == 5
+    assert "3 attempts without progress" in job.last() and "Signature" not in job.text()
+
+
+def test_nobody_listens(job):
+    assert job.want("http://127.0.0.1:9/x.gguf").run() == 7
+    assert "run again to continue" in job.last()
+
+
+def test_an_address_that_curl_cannot_read_is_not_repeated(job):
+    assert job.want("http://a%20b/x.gguf").run() == 7
+    assert "retry in" not in job.text() and "http://a%20b/x.gguf" in job.last()
+
+
+def test_second_download_waits_and_names_the_first(hub, url, job):
+    job.models.mkdir(parents=True)
+    with (job.models / ".fetch.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        held.write(f"{os.getpid()}\n")
+        held.flush()
+        process = job.want(url).start()
+        wait_until(lambda: f"another download (pid {os.getpid()}) holds" in job.text())
+        assert hub.settled() == []
+    assert process.wait(30) == 0, job.text()
+
+
+def test_terminated_says_so_and_leaves_no_curl(hub, url, job):
+    hub.fault(KEY, bytes_per_second=2**18)
+    process = job.want(url, hub.mirror("x.gguf", BODY)).start()  # a mirror: stopping is no failed address
+    wait_until(lambda: job.size() > 0)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.terminate()
+    assert process.wait(10) == 143 and children
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert job.last().startswith("error: stopped by signal 15") and job.partial().exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"directory": "models"}, "directory"),
+        ({"filez": []}, "filez"),
+        ({"files": []}, "files"),
+        ({"files": [{"name": "../x.gguf", "urls": ["https://h/x"]}]}, "files[0].name"),
+        ({"files": [{"name": "-x.gguf", "urls": ["https://h/x"]}]}, "files[0].name"),
+        ({"files": [{"name": "x.gguf", "urls": ["file:///etc/passwd"]}]}, "files[0].urls"),
+        ({"files": [{"name": "x.gguf", "urls": ['https://h/"\nurl = "']}]}, "files[0].urls"),
+        ({"files": [{"name": "x.gguf", "urls": ["http://[::1/x"]}]}, "files[0].urls"),
+        ({"files": [{"name": "x.gguf", "urls": ["https://h:99999/x"]}]}, "files[0].urls"),
+        ({"token_origin": "https://h:99999"}, "token_origin"),
+        ({"token_origin": "https://[::1"}, "token_origin"),
+        ({"files": [{"name": "x.gguf", "urls": ["https://h/x"], "sha256": "12"}]}, "files[0].sha256"),
+        ({"owner": "nobody-of-that-name"}, "owner"),
+        ({"curl_config": "/nonexistent"}, "curl_config"),
+    ],
+)
+def test_bad_spec_names_the_key(job, change, named):
+    job.want("https://h.invalid/x.gguf")
+    job.spec |= change
+    assert job.run() == 2
+    assert job.last().startswith("error: spec") and named in job.last() and not job.models.exists()
+
+
+def test_token_file_open_to_others_is_refused(hub, url, job):
+    job.token(hub.url)
+    Path(job.spec["curl_config"]).chmod(0o644)
+    assert job.want(url).run() == 2
+    assert "0600" in job.last() and TOKEN not in job.text()

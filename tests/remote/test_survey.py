@@ -1,0 +1,80 @@
+"""What the survey says is ours, missing, or verified."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from llamafleet.remote import survey
+
+
+@pytest.mark.parametrize(
+    ("content", "ours"),
+    [
+        (b"# Made by llamafleet; changes are lost\n[Unit]\n", True),
+        (b"[Unit]\n# Made by llamafleet\n", False),  # quoted further down by somebody else's
+        (b"[Unit]\nDescription=llama-server\n", False),
+        (b"", False),
+        (b"\xff\xfe\n", False),
+    ],
+)
+def test_a_unit_is_ours_by_its_first_line(tmp_path, monkeypatch, content, ours):
+    monkeypatch.setattr(survey, "UNITS", str(tmp_path))
+    (tmp_path / "llama-server-chat.service").write_bytes(content)
+    assert survey.is_ours("llama-server-chat.service") is ours
+
+
+def test_a_dangling_link_is_not_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(survey, "UNITS", str(tmp_path))
+    (tmp_path / "llama-server-chat.service").symlink_to(tmp_path / "nowhere")
+    assert survey.is_ours("llama-server-chat.service") is False
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.setattr(survey, "MODELS", str(tmp_path / "models"))
+    path = tmp_path / "models" / "m-0123" / "x.gguf"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"GGUF")
+    record = {"size_bytes": 4, "mtime_ns": path.stat().st_mtime_ns, "sha256": "ab"}
+    (path.parent / "x.gguf.verified").write_text(json.dumps(record))
+    return path
+
+
+def test_a_verified_model_is_told_with_its_checksum(model):
+    assert survey.verified_models() == {str(model): {"size_bytes": 4, "sha256": "ab"}}
+
+
+def test_a_model_changed_since_is_not_verified(model):
+    os.utime(model, ns=(0, 0))
+    assert survey.verified_models() == {}
+
+
+def test_a_model_that_grew_is_not_verified(model):
+    before = model.stat().st_mtime_ns
+    model.write_bytes(b"GGUF!")
+    os.utime(model, ns=(before, before))
+    assert survey.verified_models() == {}
+
+
+def test_a_model_without_a_record_is_not_verified(model):
+    for damaged in ("{", "[]", '{"size_bytes": 4}'):
+        (model.parent / "x.gguf.verified").write_text(damaged)
+        assert survey.verified_models() == {}
+    (model.parent / "x.gguf.verified").unlink()
+    assert survey.verified_models() == {}
+
+
+def test_a_liveness_check_is_no_instance_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(survey, "UNITS", str(tmp_path))
+    monkeypatch.setattr(survey, "show", lambda unit, *_: {"ActiveState": "active"})
+    for name in ("llama-server-chat.service", "llama-server-chat-liveness.service", "llama-server-chat-liveness.timer"):
+        (tmp_path / name).write_text("# Made by llamafleet\n")
+    found = survey.instances()
+    assert list(found) == ["chat"] and found["chat"]["liveness"] == "active"
+    assert sorted(found["chat"]["liveness_sha256"]) == [
+        "llama-server-chat-liveness.service",
+        "llama-server-chat-liveness.timer",
+    ]

@@ -1,0 +1,188 @@
+"""What must change: what a host should be against what is installed. Nothing, where it is as it should be."""
+
+import dataclasses
+
+import pytest
+
+from llamafleet.build.release import Build
+from llamafleet.host.installed import Installed, InstalledInstance
+from llamafleet.hub.source import ModelFiles, RemoteFile
+from llamafleet.service.changes import changes_needed, differences, sha256
+from llamafleet.service.desired import Desired, Run, Service, Serving
+from tests import planning
+
+BUILD = Build(commit="c" * 40, backend="cpu", toolkit=None, architectures=(), machine_arch="x86_64", libc="2.41",
+              cpu_flags=(), kv_types=("f16",), ui=False, tls=False)  # fmt: skip
+SERVICE = Service(
+    name="demo", unit_text="[Unit]\n", plan_json="{}", secrets={"api-keys": "secret\n"},
+    argv=(f"{BUILD.release}/bin/llama-server", "--port", "8080"), release=BUILD.release,
+    liveness={"llama-server-demo-liveness.timer": "[Timer]\n"},
+)  # fmt: skip
+GROUND = {"systemd": "257", "kernel": "6.12", "driver": None}
+INSTANCE = InstalledInstance(
+    unit_sha256=sha256("[Unit]\n"), plan_sha256=sha256("{}"), secrets={"api-keys": sha256("secret\n")}, preflight=None,
+    active="active", enabled="enabled", restarts=0, drop_ins=(), stale=False, pid=7, argv=SERVICE.argv, exe=SERVICE.argv[0],
+    good_sha256=sha256("[Unit]\n"), liveness_sha256={"llama-server-demo-liveness.timer": sha256("[Timer]\n")}, liveness="active",
+)  # fmt: skip
+FILE = "/var/lib/llamafleet/models/a-aaaaaaaaaaaa/a.gguf"
+INSTALLED = Installed(
+    euid=0, user=True, missing_packages=(), helpers="h1", lock=None, releases={BUILD.key: {}}, current=BUILD.key,
+    cached_builds=(), models={FILE: "a" * 64}, instances={"demo": INSTANCE}, listeners=(), device_classes=(),
+    ground=GROUND, toolkits=(), gpu_groups=(), foreign_units=(),
+)  # fmt: skip
+
+
+class Inputs:
+    """Of the plans' inputs what the changes depend on: which records were planned from those of now."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def same_inputs(self):
+        return {name: {} for name in self.names}
+
+
+def serving(service=SERVICE, sha256="a" * 64, asked=True, verified=None):
+    """An instance of that service; `asked`: llama-server was asked about its plan; `verified`: in this run."""
+    (instance,) = planning.settings({"name": service.name}).models
+    model = ModelFiles((RemoteFile("a.gguf", "https://x/a", 5, sha256),), planning.header("Qwen3-8B"))
+    return Serving(
+        instance, model, plan=None, service=service, record={"verified": {} if asked else None}, verified=verified
+    )
+
+
+def changes(installed=INSTALLED, inputs=Inputs("demo"), servings=None, **wanted):
+    """What must change where `wanted` differs from a host as it should be."""
+    run = Run(helpers=wanted.pop("helpers", "h1"), oldest_python=(3, 9), commit="c" * 40, secrets={}, holder=None)
+    defaults = {"build": BUILD, "install_toolkit": None, "packages": (), "servings": servings or (serving(),)}
+    return changes_needed(Desired(inputs, run, **{**defaults, **wanted}), installed)
+
+
+def test_nothing_to_do():
+    needed = changes()
+    assert not needed.any and needed.verify == needed.note == ()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "part"),
+    [
+        ({"helpers": "h2"}, "helpers"),
+        ({"build": dataclasses.replace(BUILD, libc="2.36")}, "build"),
+        ({"build": dataclasses.replace(BUILD, libc="2.36")}, "current"),
+        ({"install_toolkit": "a toolkit"}, "toolkit"),
+        ({"packages": ("curl",)}, "packages"),
+        ({"servings": (serving(sha256="b" * 64),)}, "models"),
+        ({"servings": (serving(dataclasses.replace(SERVICE, name="other")),)}, "removed"),
+    ],
+)
+def test_each_difference_of_the_host_is_a_change(wanted, part):
+    needed = changes(**wanted)
+    assert getattr(needed, part) and needed.any
+
+
+def test_a_missing_user_is_a_change():
+    assert changes(dataclasses.replace(INSTALLED, user=False)).user
+
+
+def test_a_model_without_known_checksum_is_complete_when_the_host_verified_it():
+    unknown = serving(sha256=None)
+    assert changes(servings=(unknown,)).models == (unknown.folder,)
+    there = dataclasses.replace(INSTALLED, models={f"{unknown.folder}/a.gguf": "b" * 64})
+    assert changes(there, servings=(unknown,)).models == ()
+
+
+def test_a_plan_is_verified_before_it_is_installed_and_once():
+    stopped = dataclasses.replace(INSTALLED, instances={"demo": dataclasses.replace(INSTANCE, active="failed")})
+    assert changes(stopped, servings=(serving(asked=False),)).verify == ("demo",)
+    assert changes(stopped, servings=(serving(asked=True),)).verify == ()
+    assert changes(servings=(serving(asked=False),)).verify == ()  # it runs on as it is
+
+
+def test_the_record_of_a_service_that_stays_is_noted_for_other_inputs_or_a_new_answer():
+    assert changes(inputs=Inputs()).note == ("demo",)
+    assert changes(servings=(serving(verified="an answer"),)).note == ("demo",)
+    assert not changes(inputs=Inputs()).any
+    stopped = dataclasses.replace(INSTALLED, instances={"demo": dataclasses.replace(INSTANCE, active="failed")})
+    assert changes(stopped, inputs=Inputs()).note == ()  # the switch brings the new record
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"unit_sha256": "x"}, "its unit differs"),
+        ({"good_sha256": None}, "it has not passed the gate"),
+        ({"plan_sha256": None}, "its plan.json is missing"),
+        ({"secrets": {}}, "its API keys differ"),
+        ({"drop_ins": ("/etc/systemd/system/x.d/a.conf",)}, "drop-ins change its unit: /etc/systemd/system/x.d/a.conf"),
+        ({"enabled": "disabled"}, "it is disabled"),
+        ({"active": "failed"}, "it is failed"),
+        ({"argv": ("llama-server",)}, "it runs with other arguments"),
+        ({"exe": "/usr/bin/llama-server"}, "it runs /usr/bin/llama-server"),
+    ],
+)
+def test_each_difference_of_an_instance_is_named(change, reason):
+    assert differences(SERVICE, dataclasses.replace(INSTANCE, **change), GROUND) == (reason,)
+
+
+LOOSENED = {"rendered_sha256": sha256("[Unit]\n"), "unit_sha256": sha256("[Unit]\n#"), "ground": GROUND}
+
+
+@pytest.mark.parametrize(
+    ("installed", "preflight", "reasons"),
+    [
+        ("[Unit]\n#", LOOSENED, ()),
+        ("[Unit]\n# by hand", LOOSENED, ("its unit differs",)),
+        ("[Unit]\n#", {**LOOSENED, "rendered_sha256": sha256("[Old]\n")}, ("its unit differs",)),
+        ("[Unit]\n#", None, ("its unit differs",)),
+        (
+            "[Unit]\n#",
+            {**LOOSENED, "ground": {**GROUND, "kernel": "6.1"}},
+            ("its hardening was loosened under another kernel: the whole hardening is tried again",),
+        ),
+        # Nothing was dropped: systemd, kernel and driver may change.
+        ("[Unit]\n", {**LOOSENED, "ground": {}}, ()),
+    ],
+    ids=["as recorded", "edited", "of another unit", "not recorded", "new kernel", "nothing loosened"],
+)
+def test_a_unit_may_differ_by_what_its_preflight_dropped(installed, preflight, reasons):
+    instance = dataclasses.replace(
+        INSTANCE, unit_sha256=sha256(installed), good_sha256=sha256(installed), preflight=preflight
+    )
+    assert differences(SERVICE, instance, GROUND) == reasons
+
+
+def test_a_missing_instance_is_not_installed():
+    assert differences(SERVICE, None, GROUND) == ("it is not installed",)
+
+
+def test_drift_of_free_bytes_in_the_plan_is_no_difference():
+    # plan.json holds the ledger, which moves with every megabyte that others use.
+    assert not differences(SERVICE, dataclasses.replace(INSTANCE, plan_sha256="other"), GROUND)
+
+
+def test_keys_are_in_no_representation():
+    assert "secret" not in repr(SERVICE)
+
+
+@pytest.mark.parametrize(
+    "change", [{"liveness_sha256": {}}, {"liveness": "inactive"}, {"liveness_sha256": {"x.timer": "y"}}], ids=str
+)
+def test_a_liveness_check_is_mended_without_touching_the_server(change):
+    needed = changes(dataclasses.replace(INSTALLED, instances={"demo": dataclasses.replace(INSTANCE, **change)}))
+    assert (needed.liveness, dict(needed.services)) == (("demo",), {}) and needed.any
+
+
+def test_a_liveness_check_comes_with_a_server_that_is_installed_anyway():
+    failed = dataclasses.replace(INSTANCE, active="failed", liveness="inactive")
+    needed = changes(dataclasses.replace(INSTALLED, instances={"demo": failed}))
+    assert needed.liveness == () and needed.services
+    assert changes(dataclasses.replace(INSTALLED, instances={})).liveness == ()
+
+
+def test_no_liveness_check_is_wanted():
+    servings = (serving(dataclasses.replace(SERVICE, liveness={})),)
+    there = dataclasses.replace(INSTANCE, liveness="inactive")
+    needed = changes(dataclasses.replace(INSTALLED, instances={"demo": there}), servings=servings)
+    assert needed.liveness == ("demo",)
+    gone = dataclasses.replace(there, liveness_sha256={})
+    assert not changes(dataclasses.replace(INSTALLED, instances={"demo": gone}), servings=servings).any

@@ -1,0 +1,313 @@
+"""What a host should be, decided offline: each reason to leave it out with its whole message, and that deciding is pure."""
+
+import dataclasses
+import sys
+
+import pytest
+
+from llamafleet.build.cuda_toolkit import Install
+from llamafleet.host.installed import Listener, Survey
+from llamafleet.hub.source import ModelFiles, RemoteFile
+from llamafleet.planner.reconcile import Verified
+from llamafleet.planner.result import Refusal
+from llamafleet.service.changes import SECRETS
+from llamafleet.service.desired import Desired, Run, desire, with_plans
+from llamafleet.service.plan_inputs import plan_inputs
+from llamafleet.service.refusals import Refused, port_taken
+from tests import planning
+from tests.service.test_changes import INSTALLED
+
+RUN = Run(helpers="h1", oldest_python=(3, 9), commit="c" * 40, secrets={}, holder=None)
+SYSTEM = {"package_manager": "apt", "python": "3.13.5"}
+AMD = {"vendor": "amd", "compute_capability": None, "gfx": "gfx1100", "name": "Radeon RX 7900 XTX"}
+HOLDER = {"run": "1", "who": "ann@desk", "pid": 12, "began": "2026-11-29 10:00:00 UTC", "age_seconds": 3.2}
+
+
+def survey(gpus=(), machine=None, **installed):
+    """A host that may be deployed to, but for what is given; nothing of ours is installed there."""
+    bare = dataclasses.replace(INSTALLED, releases={}, current=None, models={}, instances={})
+    return Survey(planning.machine(gpus, **{**SYSTEM, **(machine or {})}), dataclasses.replace(bare, **installed))
+
+
+def reading(read=None, models=({},), header="Qwen3-8B", **asked):
+    """What was read: settings, host and models. `models` are entries of the setting."""
+    settings = planning.settings(
+        *({"source": "hf:a/b/m.gguf", "context_tokens": 4096, **one} for one in models), **asked
+    )
+    file = RemoteFile("m.gguf", "https://x/m.gguf", 5, "a" * 64)
+    files = {one.name: ModelFiles((file,), planning.header(header)) for one in settings.models if one.source[0] != "/"}
+    return settings, read or survey(), files
+
+
+def decide(settings, read, files, run=RUN):
+    inputs = plan_inputs(settings, read, files)
+    return inputs if isinstance(inputs, Refused) else desire(inputs, run, lambda template, values: template)
+
+
+def decided(read=None, run=RUN, **asked):
+    return decide(*reading(read, **asked), run)
+
+
+def refusal(*arguments, **asked):
+    """The whole message."""
+    outcome = decided(*arguments, **asked)
+    assert isinstance(outcome, Refused), outcome
+    return str(outcome)
+
+
+# --- refusals: whether our programs can work there ------------------------------------------------
+
+
+def test_an_ordinary_user():
+    assert refusal(survey(euid=1000)) == (
+        "commands run there as an ordinary user: connect as root (ssh_user), or set `_sudo = True` for the host in the "
+        "inventory, or pass --sudo"
+    )
+
+
+@pytest.mark.parametrize(("python", "shown"), [("3.8.10", "3.8.10"), (None, "of unknown version")])
+def test_a_python_that_is_too_old(python, shown):
+    assert refusal(survey(machine={"python": python})) == (
+        f"its python3 is {shown}, 3.9 or later is needed: install a newer one"
+    )
+
+
+def test_neither_apt_nor_dnf():
+    assert refusal(survey(machine={"package_manager": None})) == "debian 13 has neither apt nor dnf"
+
+
+def test_another_run_holds_the_lock():
+    assert refusal(run=dataclasses.replace(RUN, holder=HOLDER)) == (
+        "ann@desk (pid 12) is deploying to this host since 2026-11-29 10:00:00 UTC, last seen 3 s ago: wait for it; "
+        "a run that died elsewhere loses the lock after 15 minutes, or remove /run/llamafleet/lock.json"
+    )
+
+
+# --- refusals: what was asked for -----------------------------------------------------------------
+
+
+def test_a_source_that_is_a_path():
+    assert refusal(models=({}, {"source": "/srv/m.gguf"})) == (
+        "models: m1: source: /srv/m.gguf is a path, which can be planned but not deployed: give its http(s) address "
+        "or hf:OWNER/REPO/FILE.gguf"
+    )
+
+
+def test_a_plan_that_does_not_fit_names_the_model_once():
+    text = refusal(survey(machine={"ram_gib": 4}))
+    assert text == (
+        "models: m0: Qwen3-8B with 4096 tokens for each of 1 slot(s) does not fit on box1: 6703 MiB of RAM needed, "
+        "2048 MiB available besides the reserve; the weights alone need 4789 MiB, all devices together have 2048 MiB"
+    )
+
+
+def test_of_several_models_the_refused_one_is_named():
+    assert refusal(survey(machine={"ram_gib": 10}), models=({}, {})).startswith("models: m1: Qwen3-8B with 4096 tokens")
+
+
+def test_a_backend_without_a_gpu():
+    assert refusal(backend="cuda") == (
+        'models: m0: backend is \'cuda\' but box1 has no GPU that this backend can use; set backend = "auto" or "cpu"'
+    )
+
+
+def test_a_gpu_that_cannot_be_used_is_not_passed_over():
+    assert refusal(survey([{"problem": "fallen off the bus"}])) == (
+        "the host: box1 has a GPU that cannot be used: GPU0 (NVIDIA GeForce RTX 4090): fallen off the bus; repair the "
+        'driver (the probe\'s output lists the problems); or set backend = "cpu" to use no GPU'
+    )
+
+
+def test_gpus_of_several_vendors():
+    assert refusal(survey([{}, AMD])) == (
+        'the host: box1 has usable GPUs of several vendors (amd, nvidia); set backend to "cuda", "hip" or "vulkan"'
+    )
+
+
+def test_no_driver_for_cuda():
+    assert refusal(survey([{}], {"driver": {"nvidia": None, "cuda": None}})) == (
+        "cuda_toolkit: no NVIDIA driver answers on this host; install NVIDIA's driver and restart the host; or set "
+        'backend = "vulkan" or "cpu"'
+    )
+
+
+def test_no_cuda_toolkit_that_fits():
+    exotic = {"os": {"id": "exotic", "version": "1", "arch": "x86_64", "libc": "2.41"}}
+    assert refusal(survey([{}], exotic)) == (
+        "cuda_toolkit: no CUDA toolkit fits this host: NVIDIA has no package repository for exotic 1 x86_64; exotic 1 "
+        "x86_64 has no CUDA toolkit of its own; install a toolkit that fits and name its folder: cuda_toolkit = "
+        '"/usr/local/cuda-X.Y"; or update the driver (it is 580.159.04, for CUDA 13.0); or set backend = "vulkan"'
+    )
+
+
+def test_hip_without_the_gpus_target():
+    assert refusal(survey([{**AMD, "gfx": None}])) == (
+        "backend: hip: the driver does not report the GPU's LLVM target (gfx...): is amdgpu's KFD loaded?"
+    )
+
+
+def test_a_value_that_cannot_be_an_argument():
+    model = ModelFiles((RemoteFile("a\nb.gguf", "https://x/m.gguf", 5, "a" * 64),), planning.header("Qwen3-8B"))
+    inputs = plan_inputs(planning.settings({"source": "hf:a/b/c.gguf"}), survey(), {"m0": model})
+    outcome = desire(inputs, RUN, lambda template, values: template)
+    assert str(outcome) == (
+        "--model: should have no control characters, is '/var/lib/llamafleet/models/a\\nb-aaaaaaaaaaaa/a\\nb.gguf'"
+    )
+
+
+# --- refusals: what is in the way there -----------------------------------------------------------
+
+
+def test_a_unit_of_our_name_that_we_did_not_make():
+    assert refusal(survey(foreign_units=("llama-server-m0.service",))) == (
+        "models: m0: llama-server-m0.service exists and llamafleet did not make it: give the model another name, or "
+        "remove the unit"
+    )
+
+
+@pytest.mark.parametrize(
+    ("process", "unit", "pid", "who"),
+    [
+        ("nginx", "nginx.service", 9, "nginx.service (pid 9)"),
+        ("nginx", None, 9, "nginx (pid 9)"),
+        (None, None, 0, "another program"),
+    ],
+)
+def test_a_port_that_another_program_has(process, unit, pid, who):
+    taken = Listener(address="0.0.0.0", port=9001, pid=pid, process=process, unit=unit)
+    assert refusal(survey(listeners=(taken,)), models=({}, {})) == (
+        f"models: m1: port 9001 on 127.0.0.1 is taken by {who}: stop it, or give the model another port"
+    )
+
+
+@pytest.mark.parametrize(
+    ("address", "unit", "conflict"),
+    [
+        ("127.0.0.1", None, True),
+        ("0.0.0.0", "nginx.service", True),
+        ("::", None, True),
+        ("127.0.1.2", None, False),
+        ("127.0.0.1", "llama-server-m0.service", False),
+        ("127.0.0.1", "llama-server-old.service", False),
+        ("127.0.0.1", "llama-server-other.service", True),
+    ],
+)
+def test_who_is_in_the_way_of_a_port(address, unit, conflict):
+    (instance,) = planning.settings({"port": 8080}).models
+    listener = Listener(address=address, port=8080, pid=9, process="nginx", unit=unit)
+    other = Listener(address=address, port=8081, pid=9, process="nginx", unit=None)
+    assert bool(port_taken(instance, [other, listener], {"llama-server-old.service"})) is conflict
+    assert port_taken(instance, [other], ()) is None
+
+
+def test_the_port_of_an_instance_that_this_run_removes_is_free():
+    from tests.service.test_changes import INSTANCE
+
+    old = Listener(address="127.0.0.1", port=9000, pid=9, process="llama-server", unit="llama-server-old.service")
+    host = survey(listeners=(old,), instances={"old": INSTANCE})
+    assert isinstance(decided(host), Desired)
+    assert "is taken by llama-server-old.service" in refusal(survey(listeners=(old,)))
+
+
+# --- what is refused first ------------------------------------------------------------------------
+
+
+def test_access_comes_before_plans_and_plans_before_the_toolkit():
+    assert "ordinary user" in refusal(survey(machine={"ram_gib": 4}, euid=1000))
+    no_driver = {"driver": {"nvidia": None, "cuda": None}, "ram_gib": 2}
+    assert "does not fit" in refusal(survey([{"total_mib": 2048}], no_driver))
+
+
+# --- decided ----------------------------------------------------------------------------------------
+
+
+def test_a_bare_host_gets_a_service_a_build_and_what_is_missing():
+    host = survey([{}], missing_packages=("cmake", "curl", "glslc"))
+    desired = decided(
+        host, run=dataclasses.replace(RUN, secrets={"m0": {"api-keys": "key\n"}}), models=({"api_key_file": "/k"},)
+    )
+    (serving,) = desired.servings
+    assert desired.packages == ("cmake", "curl")  # what its backend needs, of what is missing
+    assert isinstance(desired.install_toolkit, Install) and desired.build.architectures == ("89",)
+    assert desired.build.toolkit == desired.install_toolkit.identity and desired.build.commit == RUN.commit
+    assert serving.folder == "/var/lib/llamafleet/models/m-aaaaaaaaaaaa"
+    assert serving.service.argv[:3] == (
+        f"{desired.build.release}/bin/llama-server",
+        "--model",
+        f"{serving.folder}/m.gguf",
+    )
+    assert serving.service.argv[-2:] == ("--api-key-file", "/run/credentials/llama-server-m0.service/api-keys")
+    assert serving.service.secrets.keys() <= SECRETS.keys() and not serving.is_verified
+
+
+def test_nothing_is_compiled_with_where_the_build_is_there():
+    bare = decided(survey(missing_packages=("cmake", "curl")))
+    there = survey(missing_packages=("cmake", "curl"), releases={bare.build.key: {}})
+    assert (bare.packages, decided(there).packages) == (("cmake", "curl"), ("curl",))
+    cached = survey(missing_packages=("cmake", "curl"), cached_builds=(bare.build.key,))
+    assert decided(cached).packages == ("curl",)
+
+
+def test_secrets_are_in_no_representation():
+    desired = decided(
+        run=dataclasses.replace(RUN, secrets={"m0": {"api-keys": "hush-hush"}}), models=({"api_key_file": "/k"},)
+    )
+    assert desired.servings[0].service.secrets == {"api-keys": "hush-hush"}
+    assert "hush-hush" not in repr(desired)
+
+
+def test_plans_that_the_binary_refused_are_no_desired_state():
+    desired = decided()
+    choice = desired.inputs.keep_or_replan({})
+    none = dataclasses.replace(
+        choice, results=(Refusal("m0: too little RAM", instance="m0", suggestions=("buy some",)),)
+    )
+    outcome = with_plans(desired, none, {}, {}, lambda template, values: template)
+    assert str(outcome) == "models: m0: too little RAM; buy some"
+
+
+def test_an_answer_of_the_binary_is_recorded():
+    desired = decided()
+    choice, answer = desired.inputs.keep_or_replan({}), Verified({"host": 1}, {"host": 1})
+    after = with_plans(desired, choice, {}, {"m0": answer}, lambda template, values: template)
+    assert after.servings[0].record["verified"] == answer.to_json() and after.servings[0].is_verified
+    assert after.servings[0].record["identity"] == desired.servings[0].record["identity"]
+
+
+# --- pure -------------------------------------------------------------------------------------------
+
+# What deciding must not do: how the names of Python's audit events begin.
+EFFECTS = ("open", "os.", "socket.", "subprocess.", "shutil.", "urllib.")
+
+
+class Watch:
+    """Notes effects while it is on; an audit hook stays for the life of the process."""
+
+    def __init__(self):
+        self.on, self.effects = False, []
+        sys.addaudithook(self.hook)
+
+    def hook(self, event, arguments):
+        if self.on and event.startswith(EFFECTS):
+            self.effects.append((event, arguments[:1]))
+
+
+@pytest.fixture(scope="module")
+def watch():
+    return Watch()
+
+
+@pytest.mark.parametrize("gpus", [[], [{}], [AMD]], ids=["cpu", "cuda", "hip"])
+def test_deciding_touches_no_file_no_program_and_no_network(watch, gpus):
+    read = reading(survey(gpus))
+    decide(*read)  # imports what is imported late
+    watch.on = True
+    try:
+        outcome = decide(*read)
+    finally:
+        watch.on = False
+    assert isinstance(outcome, Desired) and watch.effects == []
+
+
+def test_the_same_inputs_give_the_same_host():
+    assert decided(survey([{}])) == decided(survey([{}]))

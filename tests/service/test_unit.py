@@ -1,0 +1,242 @@
+"""The unit and plan.json as text: what is decided once must be exactly what systemd starts."""
+
+import dataclasses
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+
+from llamafleet.build.release import Build
+from llamafleet.hub.source import ModelFiles, RemoteFile
+from llamafleet.planner.result import Plan
+from llamafleet.service import command
+from llamafleet.service.record import START_SECONDS, health_seconds, plan_record, url_host
+from llamafleet.service.unit import liveness_texts, unit_text
+from tasks.lib.templates import render
+from tests import planning
+from tests.service.test_changes import INSTALLED
+
+PATH = "/var/lib/llamafleet/models/m-123/Qwen3-8B.gguf"
+
+
+HOST = dataclasses.replace(INSTALLED, device_classes=("drm",), gpu_groups=("render", "video"))
+
+
+def made(gpus, installed=HOST, layout="Qwen3-8B", cpu=(), **asked):
+    """(unit text, record, argv) of a plan for a published model on a host with these GPUs' MiB."""
+    wanted = planning.settings({"context_tokens": 4096, **asked})
+    (instance,) = wanted.models
+    [plan] = planning.plans(planning.machine(gpus, cpu=cpu), [(layout,)], wanted)
+    build = Build(
+        commit="c" * 40, backend=plan.backend, toolkit=None, architectures=(), machine_arch="x86_64", libc="2.41",
+        cpu_flags=(), kv_types=("f16",), ui=False, tls=False,
+    )  # fmt: skip
+    model = ModelFiles((RemoteFile("Qwen3-8B.gguf", "https://x/y", 5, "a" * 64),), planning.header(layout))
+    argv = (f"{build.release}/bin/llama-server", *command.argv(plan, instance, PATH))
+    record = plan_record(instance, plan, build, model, PATH, argv, speed_floor_percent=40)
+    return unit_text(render, instance, plan, build, installed, record, allow_swap=False), record, argv
+
+
+def directive(unit, name):
+    """All values of a directive, continued lines joined."""
+    joined = unit.replace("\\\n", " ")
+    return [line.split("=", 1)[1] for line in joined.splitlines() if line.startswith(name + "=")]
+
+
+def test_the_command_line_is_the_plan_s():
+    unit, record, argv = made([24564])
+    (line,) = directive(unit, "ExecStart")
+    # Of systemd's quoting this command uses what a shell reads alike, and $$ and %% for themselves.
+    assert shlex.split(line.replace("$$", "$").replace("%%", "%")) == list(argv) == record["gate"]["argv"]
+
+
+def test_backslashes_reach_llama_server():
+    unit, _, argv = made([24564], layout="gpt-oss-120b")
+    pattern = argv[argv.index("--override-tensor") + 1]
+    assert "\\." in pattern
+    (line,) = directive(unit, "ExecStart")
+    # systemd.service: in double quotes two backslashes are one.
+    assert f'"{pattern}"'.replace("\\", "\\\\") in line
+
+
+def test_a_gpu_is_not_hidden_and_no_other_is_seen():
+    unit, record, _ = made([24564])
+    assert not directive(unit, "PrivateDevices") and directive(unit, "DevicePolicy") == ["closed"]
+    assert {"char-nvidia rwm", "char-nvidia-uvm rwm", "char-drm rwm"} <= set(directive(unit, "DeviceAllow"))
+    assert "CUDA_DEVICE_ORDER=PCI_BUS_ID" in directive(unit, "Environment")
+    (gpu,) = record["gate"]["gpus"]
+    assert f"CUDA_VISIBLE_DEVICES={gpu['uuid']}" in directive(unit, "Environment")
+    assert gpu["planned_bytes"] > 4 << 30
+
+
+def test_a_driver_that_was_used_once_more_does_not_change_the_unit():
+    later = dataclasses.replace(HOST, device_classes=("drm", "nvidia-uvm", "nvidia-caps"))
+    assert made([24564], later)[0] == made([24564])[0]
+
+
+def test_without_a_gpu_there_are_no_devices():
+    unit, record, _ = made([])
+    assert directive(unit, "PrivateDevices") == ["yes"] and not directive(unit, "DeviceAllow")
+    assert record["gate"]["gpus"] == []
+
+
+def test_keys_come_as_a_credential_and_only_where_there_are_keys():
+    assert not directive(made([])[0], "LoadCredential")
+    (credential,) = directive(made([], api_key_file="/home/me/keys")[0], "LoadCredential")
+    assert credential.endswith("/api-keys")
+    assert "/home/me" not in made([], api_key_file="/home/me/keys")[0]
+
+
+def test_memory_is_bounded_by_the_plan():
+    unit, record, _ = made([])
+    (limit,) = directive(unit, "MemoryMax")
+    host = next(row for row in record["plan"]["ledger"] if row["device"] == "host")
+    assert int(limit) > sum(host[part] for part in ("weights_bytes", "kv_bytes", "compute_bytes"))
+    assert directive(unit, "MemorySwapMax") == ["0"]
+
+
+def test_free_bytes_drift_without_changing_the_identity(monkeypatch):
+    _, record, _ = made([24564])
+    plan = record["plan"]
+    assert plan["ledger"][0]["free_bytes"] > 0
+    monkeypatch.setattr(Plan, "to_json", lambda self: {**plan, "ledger": []})
+    assert made([24564])[1]["identity"] == record["identity"]
+
+
+def test_another_context_is_another_identity():
+    assert made([], context_tokens=8192)[1]["identity"] != made([])[1]["identity"]
+
+
+@pytest.mark.parametrize(("address", "host"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("10.0.0.7", "10.0.0.7")])
+def test_the_gate_asks_where_the_host_reaches_it(address, host):
+    assert url_host(address) == host
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not here to ask")
+@pytest.mark.parametrize("gpus", [[], [24564]], ids=["cpu", "gpu"])
+def test_systemd_understands_every_line(gpus, tmp_path):
+    unit, _, _ = made(gpus, cpu=HYBRID | TWO_NODES, api_key_file="/home/me/keys")
+    file = tmp_path / "llama-server-model.service"
+    # Programs and users of a host are not on this machine.
+    unit = unit.replace(directive(unit, "ExecStart")[0].split(" ")[0], '"/bin/true"').replace("llamafleet\n", "root\n")
+    file.write_text(unit)
+    done = subprocess.run(["systemd-analyze", "verify", str(file)], capture_output=True, text=True)
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if file.name in line]
+    assert not [line for line in lines if "Unknown" in line or "Failed to parse" in line or "ignoring" in line], lines
+
+
+def test_planned_bytes_are_what_llama_cpp_allocates():
+    _, record, _ = made([24564])
+    row = next(row for row in record["plan"]["ledger"] if row["device"] == "GPU0")
+    (gpu,) = record["gate"]["gpus"]
+    assert gpu["planned_bytes"] == row["weights_bytes"] + row["kv_bytes"] + row["compute_bytes"]
+
+
+def test_loading_time_grows_with_the_model():
+    header = planning.header("Qwen3-8B")
+    large = dataclasses.replace(header, file_bytes=tuple(10 * size for size in header.file_bytes))
+    assert health_seconds(ModelFiles((), large)) > health_seconds(ModelFiles((), header)) > START_SECONDS
+
+
+def exposure(unit, tmp_path):
+    """What `systemd-analyze security` makes of a unit, 0 best and 10 worst; skips where it cannot be asked."""
+    file = tmp_path / "llama-server-model.service"
+    file.write_text(unit)
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(file)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no systemd-analyze here")
+    if "unrecognized option" in done.stderr:
+        pytest.skip("this systemd-analyze (before 250) has no --offline")
+    return float(re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)[1])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "listen", "most"),
+    [([], "127.0.0.1", 1.0), ([], "0.0.0.0", 1.2), ([24564], "127.0.0.1", 1.3), ([24564], "0.0.0.0", 1.5)],
+)
+def test_exposure_is_what_the_documents_say(gpus, listen, most, tmp_path):
+    unit, _, _ = made(gpus, listen=listen, allow_unauthenticated=True)
+    score = exposure(unit, tmp_path)
+    assert score <= most
+
+
+def test_a_liveness_check_is_two_units_or_none():
+    wanted = planning.settings({"context_tokens": 4096})
+    (instance,) = wanted.models
+    units = liveness_texts(
+        render, instance, dataclasses.replace(wanted, liveness_seconds=90, liveness_interval_seconds=7)
+    )
+    check, timer = (units[f"llama-server-{instance.name}-liveness.{kind}"] for kind in ("service", "timer"))
+    assert all(text.startswith("# Made by llamafleet") for text in units.values()) and len(units) == 2
+    (line,) = directive(check, "ExecStart")
+    assert shlex.split(line)[-2:] == [f"/etc/llamafleet/instances/{instance.name}/plan.json", "90"]
+    assert directive(timer, "OnUnitInactiveSec") == ["7"] and directive(timer, "PartOf") == [instance.unit]
+    assert liveness_texts(render, instance, dataclasses.replace(wanted, liveness_seconds=0)) == {}
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not here to ask")
+def test_systemd_understands_the_liveness_check(tmp_path):
+    wanted = planning.settings({"context_tokens": 4096})
+    for name, text in liveness_texts(render, wanted.models[0], wanted).items():
+        (tmp_path / name).write_text(text)
+    done = subprocess.run(["systemd-analyze", "verify", *map(str, tmp_path.iterdir())], capture_output=True, text=True)
+    lines = [
+        line for line in (done.stdout + done.stderr).splitlines() if "-liveness" in line and "not found" not in line
+    ]
+    assert not lines, lines
+
+
+@pytest.mark.parametrize(
+    ("listen", "family", "denied"),
+    [
+        ("127.0.0.1", "AF_INET", True),
+        ("::1", "AF_INET6", True),
+        ("0.0.0.0", "AF_INET", False),
+        ("::", "AF_INET6", False),
+    ],
+)
+def test_it_speaks_with_those_it_serves_only(listen, family, denied):
+    unit, _, _ = made([], listen=listen, allow_unauthenticated=True, port=8123)
+    assert directive(unit, "RestrictAddressFamilies") == [family]
+    assert directive(unit, "SocketBindDeny") == ["any"] and directive(unit, "SocketBindAllow") == ["tcp:8123"]
+    assert (directive(unit, "IPAddressDeny"), directive(unit, "IPAddressAllow")) == (
+        (["any"], ["localhost"]) if denied else ([], [])
+    )
+
+
+def test_programs_come_from_the_release_alone():
+    unit, _, argv = made([])
+    release = argv[0].removesuffix("/bin/llama-server")
+    (allowed,) = directive(unit, "ExecPaths")
+    assert directive(unit, "NoExecPaths") == ["/"]
+    assert allowed.split()[0] == release and not {"/usr", "/usr/bin", "-/usr/bin", "/"} & set(allowed.split())
+
+
+HYBRID = {"performance_cpus": "0-5,8"}
+TWO_NODES = {"numa_nodes": 2, "numa_node_list": "0-1"}
+
+
+def test_a_plans_cpus_and_nodes_are_the_units():
+    unit = made([], cpu=HYBRID | TWO_NODES)[0]
+    values = {name: directive(unit, name) for name in ("CPUAffinity", "NUMAPolicy", "NUMAMask")}
+    assert values == {"CPUAffinity": ["0-5,8"], "NUMAPolicy": ["interleave"], "NUMAMask": ["0-1"]}
+    unit = made([])[0]
+    assert not [name for name in values if directive(unit, name)]
+
+
+@pytest.mark.parametrize("cpu", [HYBRID, TWO_NODES], ids=["cpus", "nodes"])
+def test_other_cpus_or_nodes_are_another_identity(cpu):
+    assert made([], cpu=cpu)[1]["identity"] != made([])[1]["identity"]
+
+
+def test_a_certificate_is_a_credential_and_the_gate_speaks_https():
+    unit, record, _ = made([], tls_certificate_file="/home/me/c", tls_key_file="/home/me/k")
+    names = [line.split(":")[0] for line in directive(unit, "LoadCredential")]
+    assert names == ["tls-certificate", "tls-key"] and "/home/me" not in unit
+    assert record["gate"]["url"].startswith("https://") and record["gate"]["tls_certificate"].endswith(
+        "/tls-certificate"
+    )

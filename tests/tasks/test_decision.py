@@ -1,0 +1,128 @@
+"""Reading a host and remembering the decision about it, offline: what is read, once, and what happens where it fails."""
+
+import types
+
+import gevent
+import pytest
+from pyinfra.context import ctx_host
+
+from llamafleet import payload
+from llamafleet.hub.source import ModelFiles, RemoteFile
+from llamafleet.service.refusals import Refused
+from llamafleet.validation import Problem
+from tasks.lib import decision, facts, lookups, remote
+from tasks.lib.decision import READ_ERRORS, Decision
+from tests import planning
+from tests.service.test_desired import survey
+
+MODEL = {"name": "m0", "source": "hf:a/b/m.gguf", "port": 9000, "context_tokens": 4096}
+
+
+class Host:
+    """What a decision needs of pyinfra's host: its data, a place to log, a state in which it can fail."""
+
+    def __init__(self, **data):
+        values = {**planning.default_data(), "models": [MODEL], **data}
+        self.data = types.SimpleNamespace(dict=lambda: values)
+        self.lines, self.failed = [], set()
+        self.state = types.SimpleNamespace(fail_hosts=self.failed.update)
+
+    def log_styled(self, text, **_):
+        self.lines.append(text)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Replaces what reads; counts by name, and `read.survey` may be another."""
+    count = types.SimpleNamespace(survey=survey(), surveys=0, models=[], environment=0)
+
+    def survey_(host, packages, settings):
+        count.surveys += 1
+        gevent.sleep(0)  # as a connection does: other hosts' greenlets run meanwhile
+        return count.survey
+
+    def model(instance, settings):
+        count.models.append(instance.name)
+        return ModelFiles((RemoteFile("m.gguf", "https://x/m.gguf", 5, "a" * 64),), planning.header("Qwen3-8B"))
+
+    monkeypatch.setattr(facts, "survey", survey_)
+    monkeypatch.setattr(lookups, "model", model)
+    monkeypatch.setattr(lookups, "commit", lambda settings: "c" * 40)
+    monkeypatch.setattr(lookups, "take_secrets", lambda settings: None)
+    monkeypatch.setattr(decision, "_decisions", {})
+    monkeypatch.setattr(decision, "_locks", {})
+    return count
+
+
+def test_a_host_is_read_once_however_many_stages_ask(read):
+    host = Host()
+    with ctx_host.use(host):
+        first = decision.decision()
+        assert isinstance(first, Decision) and first.changes.services == {"m0": ("it is not installed",)}
+        assert decision.decision() is first
+    assert (read.surveys, read.models, host.lines) == (1, ["m0"], [])
+
+
+def test_of_two_that_ask_at_once_one_reads_and_the_other_waits(read):
+    host, answers = Host(), []
+
+    def ask():
+        with ctx_host.use(host):
+            answers.append(decision.decision())
+
+    gevent.joinall([gevent.spawn(ask), gevent.spawn(ask)], raise_error=True)
+    assert read.surveys == 1 and answers[0] is answers[1] is not None
+
+
+def test_a_refused_host_fails_with_a_line_for_each_reason_and_is_not_read_again(read):
+    host = Host(keep_release=1, build_ui="yes")
+    with ctx_host.use(host):
+        assert decision.decision() is None and decision.decision() is None
+    assert host.lines == [
+        "refused: build_ui: should be True or False, is 'yes'",
+        "refused: keep_release: unknown setting; did you mean `keep_releases`?",
+    ]
+    assert host.failed == {host}
+
+
+def test_a_refusal_of_what_was_read_fails_the_host_too(read):
+    read.survey = survey(euid=1000)
+    host = Host()
+    with ctx_host.use(host):
+        assert decision.decision() is None
+    assert host.failed == {host} and host.lines[0].startswith("refused: commands run there as an ordinary user")
+
+
+@pytest.mark.parametrize("kind", READ_ERRORS[1:], ids=lambda kind: kind.__name__)
+def test_whatever_cannot_be_read_is_a_refusal_with_its_text(read, monkeypatch, kind):
+    def fails(settings):
+        raise kind([Problem("machine", "the fact")]) if kind is decision.MachineError else kind("the fact")
+
+    monkeypatch.setattr(lookups, "commit", fails)
+    refused = decision.decide(Host())
+    assert isinstance(refused, Refused) and "the fact" in str(refused)
+
+
+def test_a_path_is_not_looked_up(read):
+    refused = decision.decide(Host(models=[{**MODEL, "source": "/srv/m.gguf"}]))
+    assert "is a path, which can be planned but not deployed" in str(refused) and read.models == []
+
+
+@pytest.mark.parametrize("who", ["this run", "another run"])
+def test_a_lock_of_this_run_is_none_of_another_s(read, who):
+    ours = {**remote.this_run(), "age_seconds": 1.0}
+    read.survey = survey(lock=ours if who == "this run" else {**ours, "run": "another", "machine": "elsewhere"})
+    decided = decision.decide(Host())
+    if who == "this run":
+        assert decided.desired.run.holder is None
+    else:
+        assert "is deploying to this host since" in str(decided)
+
+
+def test_a_run_brings_its_helpers_and_each_model_s_secrets(read, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("key-number-one\nkey-number-two\n")
+    keys.chmod(0o600)
+    run = decision.decide(Host(models=[{**MODEL, "api_key_file": str(keys)}])).desired.run
+    assert run.secrets == {"m0": {"api-keys": "key-number-one\nkey-number-two\n"}}
+    assert (run.helpers, run.oldest_python, run.commit) == (payload.helpers_key(), payload.HELPERS_PYTHON, "c" * 40)

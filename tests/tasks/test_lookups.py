@@ -1,0 +1,166 @@
+"""What a run looks up on the operator's machine: once for all hosts, and with a way out where it fails."""
+
+import os
+import subprocess
+
+import psutil
+import pytest
+
+from llamafleet.service.refusals import held_by
+from llamafleet.settings import secrets
+from llamafleet.settings.schema import Settings
+from tasks.lib import lookups, remote
+from tests import planning
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    lookups._known.clear()
+    lookups._locks.clear()
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A git repository with one commit, an annotated tag and a branch."""
+    folder = tmp_path / "upstream"
+    git = ["git", "-C", str(folder), "-c", "user.name=t", "-c", "user.email=t@example.net"]
+    subprocess.run(["git", "init", "--quiet", "--initial-branch=master", str(folder)], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "one"], check=True)
+    subprocess.run([*git, "tag", "--annotate", "b1", "--message", "b1"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    return folder, head.stdout.strip()
+
+
+def wanted(repository, ref) -> Settings:
+    return planning.settings({}, llama_cpp_repository=str(repository), llama_cpp_ref=ref)
+
+
+@pytest.mark.parametrize("ref", ["b1", "master"])
+def test_a_tag_or_branch_is_the_commit_that_it_names(repository, ref):
+    folder, head = repository
+    assert lookups.commit(wanted(folder, ref)) == head
+
+
+def test_a_commit_needs_no_asking():
+    assert lookups.commit(wanted("/nowhere", "ab" * 20)) == "ab" * 20
+
+
+def test_it_is_resolved_once(repository):
+    folder, head = repository
+    lookups.commit(wanted(folder, "b1"))
+    subprocess.run(["git", "-C", str(folder), "tag", "--delete", "b1"], check=True, capture_output=True)
+    assert lookups.commit(wanted(folder, "b1")) == head
+
+
+@pytest.mark.parametrize(
+    ("place", "ref", "says"),
+    [("", "b2", "has no tag or branch 'b2'"), ("/missing", "b1", "cannot ask")],
+    ids=["unknown ref", "no repository"],
+)
+def test_what_cannot_be_resolved_says_why(repository, place, ref, says):
+    with pytest.raises(lookups.LookupFailed, match=says):
+        lookups.commit(wanted(f"{repository[0]}{place}", ref))
+
+
+def test_a_failure_is_remembered():
+    asked = []
+
+    def look_up():
+        asked.append(1)
+        raise lookups.LookupFailed("no")
+
+    for _ in range(3):
+        with pytest.raises(lookups.LookupFailed):
+            lookups.once("key", look_up)
+    assert asked == [1]
+
+
+def test_the_hub_token_comes_from_the_file_before_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setattr("llamafleet.settings.secrets._taken", {})
+    monkeypatch.setenv("HF_TOKEN", "hf_environment")
+    assert secrets.hub_token(planning.settings({}).hub_token_file) == "hf_environment"
+    (tmp_path / "token").write_text("hf_file\n")
+    (tmp_path / "token").chmod(0o600)
+    assert secrets.hub_token(planning.settings({}, hub_token_file=str(tmp_path / "token")).hub_token_file) == "hf_file"
+
+
+def test_secrets_are_taken_out_of_the_environment_that_programs_inherit(monkeypatch):
+    monkeypatch.setattr("llamafleet.settings.secrets._taken", {})
+    monkeypatch.setenv("HF_TOKEN", "hf_environment")
+    monkeypatch.setenv("FLEET_KEYS", "key-in-a-variable")
+    wanted = planning.settings({"api_key_file": "env:FLEET_KEYS"})
+    lookups.take_secrets(wanted)
+    inherited = subprocess.run(["env"], capture_output=True, text=True).stdout
+    assert "hf_environment" not in inherited and "key-in-a-variable" not in inherited
+    # Taken, not lost; also when asked again for the next host.
+    for _ in range(2):
+        assert secrets.hub_token(wanted.hub_token_file) == "hf_environment"
+        assert lookups.instance_secrets(wanted.models[0]) == {"api-keys": "key-in-a-variable\n" * 2}
+
+
+def test_whose_lock_may_be_taken():
+    ours = remote.this_run()
+    assert remote.is_ours_or_dead(ours)
+    other = {**ours, "run": "another"}  # this very process as somebody else's run: it lives
+    assert not remote.is_ours_or_dead(other)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert remote.is_ours_or_dead({**other, "pid": ended.pid})
+    # The process number was given to another process since.
+    assert remote.is_ours_or_dead({**other, "pid_started": psutil.Process(os.getpid()).create_time() - 60})
+    # Of another machine's processes we know nothing.
+    assert not remote.is_ours_or_dead({**other, "machine": "elsewhere", "pid": ended.pid})
+
+
+def test_the_message_for_the_second_run_names_the_first():
+    text = held_by({**remote.this_run(), "who": "ann@desk", "age_seconds": 3.2})
+    assert "ann@desk" in text and "3 s ago" in text
+
+
+@pytest.mark.parametrize(
+    ("said", "way_out"),
+    [
+        ("sh: 1: python3: not found", "apt-get install python3"),
+        ("sudo: a password is required", "connect as root"),
+        ("nosudo is not in the sudoers file.  sudo", "connect as root"),
+        ("disk on fire", "disk on fire"),
+    ],
+)
+def test_known_failures_say_the_way_out(said, way_out):
+    assert way_out in remote.explain([], [said])
+
+
+class Flaky:
+    """A host whose connection breaks a number of times."""
+
+    print_prefix = "[box1] "
+
+    def __init__(self, breaks):
+        self.breaks, self.connected, self.connections = breaks, True, 0
+
+    def act(self):
+        if self.breaks:
+            self.breaks -= 1
+            raise OSError("Socket is closed")
+        return "done"
+
+    def disconnect(self):
+        raise EOFError  # closing what is broken may fail too
+
+    def connect(self, **_):
+        self.connections += 1
+
+
+def test_a_broken_connection_is_made_again(monkeypatch):
+    monkeypatch.setattr(remote, "RECONNECT_SECONDS", 0.0)
+    host = Flaky(breaks=3)
+    assert remote.reconnecting(host, host.act) == "done"
+    assert host.connections == 3
+
+
+def test_a_connection_that_stays_away_ends_with_a_sentence(monkeypatch):
+    monkeypatch.setattr(remote, "RECONNECT_SECONDS", 0.0)
+    host = Flaky(breaks=10**6)
+    with pytest.raises(remote.RemoteError, match="does not come back: Socket is closed"):
+        remote.reconnecting(host, host.act)
+    assert host.connections == remote.RECONNECTS - 1
