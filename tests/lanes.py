@@ -27,9 +27,10 @@ FURTHER = {
     "second": ("test_sandbox", "test_06_verify", "test_08_rollback", "test_05_uninstall"),
     "third": ("test_07_faults", "test_09_secrets", "test_10_preflight"),
 }
-LAST = "test_04_vulkan"  # after what needs no hosts
+VULKAN = "test_04_vulkan"  # takes object files of the CPU's compilation, which must have begun before it
 ADDRESSES = 10  # of a lane's hosts
 HOSTS = 20  # of all lanes at a time, and some
+POLL_SECONDS = 0.5
 
 
 @dataclass
@@ -44,12 +45,15 @@ class Lane:
     cpu_seconds: float = 0  # of the commands and what they waited for; what runs in hosts is not among it
     process: subprocess.Popen[bytes] | None = None
     stopped: bool = False
+    after: tuple[Lane, int] | None = None  # starts when so many commands of that lane have ended
 
     @property
     def log(self) -> Path:
         return LOGS / f"test-{self.name}.log"
 
     def run(self) -> None:
+        while self.after and not self.stopped and len(self.after[0].codes) < self.after[1]:
+            time.sleep(POLL_SECONDS)
         began = time.monotonic()
         with self.log.open("wb") as log:
             for command in self.commands:
@@ -79,23 +83,23 @@ def lanes() -> list[Lane]:
     """What runs side by side. Every test but those of CUDA and the long ones is in exactly one lane."""
     ours = "not cuda and not long"
     hosts = [*PYTEST, "-m", f"e2e and {ours}"]
-    elsewhere = [file(name) for names in (*FURTHER.values(), (LAST,)) for name in names]
+    elsewhere = [file(name) for names in (*FURTHER.values(), (VULKAN,)) for name in names]
+    computing = Lane(
+        "computing",
+        [
+            ["make", "--no-print-directory", "check"],
+            [*PYTEST, "-m", f"not e2e and not oracle and {ours}"],
+            [*PYTEST, "-m", f"oracle and not e2e and {ours}"],
+        ],
+    )
     return [
         Lane("first", [[*hosts, "tests/e2e", *(f"--ignore={one}" for one in elsewhere)]]),
         *(
             Lane(name, [[*hosts, *map(file, FURTHER[name])]], own_hosts(number, name))
             for number, name in enumerate(FURTHER)
         ),
-        Lane(
-            "computing",
-            [
-                ["make", "--no-print-directory", "check"],
-                [*PYTEST, "-m", f"not e2e and not oracle and {ours}"],
-                [*PYTEST, "-m", f"oracle and not e2e and {ours}"],
-                [*hosts, file(LAST)],
-            ],
-            own_hosts(len(FURTHER), "last"),
-        ),
+        computing,
+        Lane("vulkan", [[*hosts, file(VULKAN)]], own_hosts(len(FURTHER), "vulkan"), after=(computing, 2)),
     ]
 
 
