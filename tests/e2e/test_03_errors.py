@@ -54,7 +54,7 @@ def test_unknown_setting(run_with):
 
 
 def test_wrong_type(run_with):
-    run_with("models[0].port: should be a whole number, is '8080'", model={"port": "8080"})
+    run_with("models[0].port: should be a whole number from 1 to 65535, is '8080'", model={"port": "8080"})
 
 
 def test_port_taken(run_with, bad):
