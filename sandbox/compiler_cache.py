@@ -7,6 +7,7 @@ launcher also lowers llama.cpp's own -O3, half of the time of a compilation: the
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from sandbox import upstream
@@ -44,9 +45,9 @@ MANAGER = "/etc/systemd/system.conf.d/compiler-cache.conf"
 
 
 def ensure() -> Path:
-    """The folder, with the launcher in it."""
+    """The folder, with the launcher in it. Lanes of tests may write it at the same time, each its own file first."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    new = FOLDER / "launcher.new"
+    new = FOLDER / f"launcher.{os.getpid()}"
     new.write_text(LAUNCHER)
     new.chmod(0o755)
     new.rename(FOLDER / "launcher")
