@@ -26,9 +26,8 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=15", "--durations-m
 # compiles for all.
 FURTHER = {
     "second": ("test_sandbox", "test_06_verify", "test_08_rollback", "test_05_uninstall"),
-    "third": ("test_07_faults",),
-    "fourth": ("test_04_vulkan",),
-    "fifth": ("test_09_secrets", "test_10_preflight"),
+    "third": ("test_07_faults", "test_10_preflight"),
+    "fourth": ("test_04_vulkan", "test_09_secrets"),
 }
 ADDRESSES = 10  # of a lane's hosts
 HOSTS = 20  # of all lanes at a time, and some
