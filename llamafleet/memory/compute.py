@@ -90,14 +90,9 @@ class Compute:
     @property
     def is_exact(self) -> bool:
         """Can this model's graph be built? Otherwise its sizes are an upper bound."""
-        if not self.shape.architecture.verified:
-            return False
-        try:
-            order = tuple(sorted({kind: n for n, kind in enumerate(self.kinds)}.values()))
-            self._allocated(Context(256, 1, "f16", 32), Placement.of((None,) * (len(self.kinds) + 1)), Rules(), order)
-        except _UNKNOWN:
-            return False
-        return True
+        order = tuple(sorted({kind: n for n, kind in enumerate(self.kinds)}.values()))
+        on_host = Placement.of((None,) * (len(self.kinds) + 1))
+        return self._exact(Context(256, 1, "f16", 32), on_host, Rules(), order) is not None
 
     def bytes(self, context: Context, placement: Placement, rules: Rules, *, roughly: bool = False) -> tuple[int, ...]:
         """Bytes of each device's compute buffer and, last, of the host's. `roughly`: estimated in less time."""

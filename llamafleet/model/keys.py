@@ -10,7 +10,7 @@ class Keys:
     """A header's values by their keys, without the architecture's prefix."""
 
     def __init__(self, header: Header) -> None:
-        self.header, self.known = header, dict[str, Value | None]()
+        self.header = header
         self.layers = self.number("block_count")
 
     def get(self, key: str) -> Value | None:

@@ -179,7 +179,7 @@ class Shape:
             caps_attention=keys.has("attn_logit_softcapping"),
             caps_logits=keys.has("final_logit_softcapping"),
             experts=_experts(keys),
-            latent=_latent(row, keys),
+            latent=_latent(keys),
             indexer=_indexer(row, keys, layers, trunk),
             state=_state(row, keys, layers, trunk),
             compress_ratios=keys.per_layer("attention.compress_ratios"),
@@ -223,7 +223,7 @@ def _experts(keys: Keys) -> Experts:
     )
 
 
-def _latent(row: Architecture, keys: Keys) -> LatentAttention:
+def _latent(keys: Keys) -> LatentAttention:
     is_absorbed = keys.number("attention.key_length_mla") > 0 and keys.number("attention.value_length_mla") > 0
     suffix = "_mla" if is_absorbed else ""
     return LatentAttention(

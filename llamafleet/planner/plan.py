@@ -92,9 +92,9 @@ def _plan_instance(
     measured: Measurements,
     alone: bool,
 ) -> Plan | Refusal:
-    if refusal := _not_a_model(header):
-        return replace(refusal, instance=instance.name)
     shape = Shape.of(header)
+    if refusal := _not_a_model(header, shape):
+        return replace(refusal, instance=instance.name)
     trained = shape.context_tokens
     tokens = instance.context_tokens or min(trained or DEFAULT_CONTEXT_LIMIT, DEFAULT_CONTEXT_LIMIT)
     # llama-server rounds the context up to 256 cells (src/llama-context.cpp, n_ctx_seq): plan that size.
@@ -119,7 +119,7 @@ def _plan_instance(
     return _best_plan(case)
 
 
-def _not_a_model(header: Header) -> Refusal | None:
+def _not_a_model(header: Header, shape: Shape) -> Refusal | None:
     """Why llama-server would not serve this file; None if it would."""
     main_file = "name the model's main GGUF file"
     if header.architecture == PROJECTOR:
@@ -132,7 +132,6 @@ def _not_a_model(header: Header) -> Refusal | None:
             f"{f' (the nearest name it knows is {near!r})' if near else ''}: the model would not load",
             suggestions=("choose a GGUF of an architecture that llama.cpp supports, or use a newer llamafleet",),
         )
-    shape = Shape.of(header)
     if shape.layers < 1 or shape.embedding < 1:
         reason = f"{header.name} ({header.architecture}) is no language model: its header has no layers"
         return Refusal(reason, suggestions=(main_file,))
