@@ -13,6 +13,8 @@ from typing import Any
 
 from common import show
 
+TEXT_CHARACTERS = 2**14  # of an answer that is no JSON; /metrics has 4 kB
+
 
 def result(name: str, ok: bool, expected: object, found: object, hint: str = "") -> dict[str, Any]:
     return {"name": name, "ok": ok, "expected": expected, "found": found, "hint": hint}
@@ -73,7 +75,7 @@ def ask(
     try:
         return status, json.loads(text)
     except ValueError:
-        return status, text.decode("utf-8", "replace")[:500]
+        return status, text.decode("utf-8", "replace")[:TEXT_CHARACTERS]
 
 
 def first_key(spec: dict[str, Any]) -> str | None:
