@@ -11,6 +11,8 @@ None of these requests takes a slot that holds cached tokens, wakes a server tha
   that may sleep is asked for its slots only while one of them is at work.
 - `/metrics` begins a new window for its gauges of tokens per second (metrics_reset_bucket), so another server is asked
   for it only if no slot has worked since the last look.
+
+Decision 13: docs/decisions/0013-a-check-costs-no-user-anything.md.
 """
 
 from __future__ import annotations
@@ -35,7 +37,11 @@ class NoAnswer(Exception):
 
 
 class Refused(Exception):
-    """The server answers, but not this check; the text says to what, with the status."""
+    """The server answers, but not this check; the text has the address and the status."""
+
+    def __init__(self, address: str, status: int) -> None:
+        super().__init__(f"{address} answers {status}")
+        self.status = status
 
 
 class Queue(NamedTuple):
@@ -60,7 +66,7 @@ def queue(spec: dict[str, Any]) -> Queue:
     try:
         told = get(spec, "/metrics", str)
     except Refused as refused:
-        if refused.args[1] in NOT_OFFERED:
+        if refused.status in NOT_OFFERED:
             return Queue(0, 0)
         raise
     found = dict(re.findall(r"^llamacpp:requests_(processing|deferred) (\d{1,9})$", told, re.MULTILINE))
@@ -111,7 +117,7 @@ def get(spec: dict[str, Any], path: str, kind: Type[Kind]) -> Kind:
     """The server's answer to a GET, of that type. Raises NoAnswer or Refused."""
     status, told = ask(spec["url"], path, first_key(spec), seconds=ANSWER_SECONDS)
     if 400 <= status < 500 or status in NOT_OFFERED:
-        raise Refused(f"{spec['url']}{path} answers {status}", status)
+        raise Refused(spec["url"] + path, status)
     if status != 200:
         raise NoAnswer(f"{path}: " + (f"status {status}" if status else f"no answer ({told!s:.80})"))
     if not isinstance(told, kind):
