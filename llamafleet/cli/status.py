@@ -10,6 +10,7 @@ from typing import Any
 from llamafleet.host.answers import Gate, LiveInstance
 from llamafleet.host.installed import Installed, InstalledInstance
 from llamafleet.host.recorded import PlanRecord
+from llamafleet.printable import one_line
 from llamafleet.units import MIB
 
 GIB = 1024 * MIB
@@ -128,7 +129,7 @@ def plan_in_short(record: PlanRecord) -> str:
 
 def table(hosts: Mapping[str, HostStatus]) -> str:
     """A line for each instance of each host, and below them a line for each problem and change of a host."""
-    rows = [COLUMNS, *(row for name, host in hosts.items() for row in _rows(name, host))]
+    rows = [COLUMNS, *(tuple(map(one_line, row)) for name, host in hosts.items() for row in _rows(name, host))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, *(f"{name}: {remark}" for name, host in hosts.items() for remark in _remarks(host))])
