@@ -91,7 +91,7 @@ packages:
 	$(PIP) --require-hashes --no-deps -r .venv/uv.txt
 	index=$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}; \
 	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
-	UV_SYSTEM_CERTS=1 $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no-deps -r locks/dev.txt \
+	UV_CACHE_DIR=.cache/uv UV_SYSTEM_CERTS=1 $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --no-deps -r locks/dev.txt \
 	    || $(PIP) --require-hashes --no-deps -r locks/dev.txt
 	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
