@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from typing import Any, Iterator, Optional, Tuple  # the contract is Python 3.8,
 
 from common import GATES, RUN, command_line, instance_of, read_json, systemctl, write_json
 from gate_server import main_pid, trust, unit_state
-from liveness_server import NoAnswer, Refused, Slots, gives_token, is_asleep, may_sleep, queue, read_slots
+from liveness_server import LARGEST, NoAnswer, Refused, Slots, gives_token, is_asleep, may_sleep, queue, read_slots
 
 FINE, FAILED, RESTARTED = 0, 1, 10
 POLL_SECONDS = 1.0
@@ -103,9 +102,9 @@ def unanswered_patience(spec: dict[str, Any], seconds: float) -> float:
 
 
 def positive(value: Any) -> float:
-    """The number, or 0.0 if it is none above 0."""
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable and value > 0 else 0.0
+    """The number, or 0.0 if it is none above 0 that counts anything."""
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if usable and 0 < value < LARGEST else 0.0
 
 
 # --- does it get on? ----------------------------------------------------------------------------

@@ -261,7 +261,7 @@ ODD_SLOTS = {
     "a truth that is text": [slot(1, working="yes")], "a truth that is a number": [slot(1, working=1)],
     "a count that is a truth": [slot(True)], "a number without end": [slot(10**400)],
     "tokens that are text": [{**slot(1), "next_token": "abc"}], "tokens that are numbers": [{**slot(1), "next_token": [1]}],
-    "infinity": '[{"id": 0, "id_task": Infinity}]', "digits": '[{"id": ' + "9" * 5000 + "}]",
+    "infinity": '[{"id": 0, "id_task": Infinity}]', "too many slots": [slot(None)] * 257, "digits": '[{"id": ' + "9" * 5000 + "}]",
 }  # fmt: skip
 
 
@@ -400,7 +400,7 @@ def test_a_slow_host_is_given_the_time_of_its_batches(tmp_path, monkeypatch):
     assert liveness.patience(spec, 120.0) == 3 * 8192 / 16.0
 
 
-@pytest.mark.parametrize("speed", ['"x"', "[16]", "null", "true", "0", "-16", "NaN", "Infinity"])
+@pytest.mark.parametrize("speed", ['"x"', "[16]", "null", "true", "0", "-16", "NaN", "Infinity", "1" + "0" * 400])
 def test_a_speed_that_is_none_counts_as_unknown(tmp_path, monkeypatch, speed):
     monkeypatch.setattr(liveness, "GATES", str(tmp_path))
     (tmp_path / "chat.json").write_text(f'{{"prompt_tokens_per_s": {speed}}}')
