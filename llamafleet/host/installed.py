@@ -115,6 +115,9 @@ class InstalledInstance:
     liveness: Name | None
     # plan.json, where it can be read.
     record: Record = None
+    # Of the installed unit and of the one that last passed the gate: the directives that a running server depends on.
+    unit_core_sha256: Sha256 | None = None
+    good_core_sha256: Sha256 | None = None
 
 
 @dataclass(frozen=True)
