@@ -88,19 +88,21 @@ def begin(name: str, old: Optional[Files], invocation: str, recover: str) -> Non
 def _enable_recovery(name: str, text: str) -> None:
     """Have systemd lead back at the next boot. The link is what `systemctl enable` makes; systemd need not know now."""
     unit, wants = common.transient_unit("recover", name), f"{common.UNITS}/{WANTED_BY}"
-    common.replace_file(f"{common.UNITS}/{unit}", text.encode())
+    path = f"{common.UNITS}/{unit}"
+    common.write_file(beside(path, "new"), text.encode())
+    os.replace(beside(path, "new"), path)
     common.make_folder(wants)
     if not os.path.lexists(f"{wants}/{unit}"):
         os.symlink(f"../{unit}", f"{wants}/{unit}")
     common.sync_folder(wants)
+    common.sync_folder(common.UNITS)
 
 
 def _disable_recovery(name: str) -> None:
     unit = common.transient_unit("recover", name)
-    gone = [f"{common.UNITS}/{WANTED_BY}/{unit}", f"{common.UNITS}/{unit}"]
-    if remove_files(gone):
-        common.sync_folder(f"{common.UNITS}/{WANTED_BY}")
-        common.sync_folder(common.UNITS)
+    path = f"{common.UNITS}/{unit}"
+    if remove_files([f"{common.UNITS}/{WANTED_BY}/{unit}", path, beside(path, "new")]):
+        sync_enabled(name)
 
 
 def write(name: str, new: Files, good: Optional[Files]) -> None:
