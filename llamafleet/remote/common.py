@@ -219,7 +219,7 @@ def read_json(path: str) -> Dict[str, Any]:
     try:
         with open(path) as file:
             found = json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

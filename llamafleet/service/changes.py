@@ -131,7 +131,7 @@ def _unit_differs(
     """Why the installed unit is wrong: nothing where it has the directives of the wanted unit, but for quiet ones and
     for those that the preflight dropped on this ground."""
     dropped = _dropped(installed)
-    if installed.unit_core_sha256 == sha256(core_of_unit(wanted)):
+    if installed.unit_sha256 == sha256(wanted) or installed.unit_core_sha256 == sha256(core_of_unit(wanted)):
         return
     if not dropped or installed.unit_core_sha256 != sha256(core_of_unit(wanted, dropped)):
         yield "its unit differs"
@@ -162,7 +162,8 @@ def _dropped(installed: InstalledInstance) -> tuple[str, ...]:
 
 def quiet_differences(service: Service, installed: InstalledInstance) -> tuple[str, ...]:
     """Why the unit is to be replaced while its server runs on; empty where it is as it should be."""
-    if installed.unit_sha256 == sha256(without_directives(service.unit_text, _dropped(installed))):
+    wanted = (service.unit_text, without_directives(service.unit_text, _dropped(installed)))
+    if installed.unit_sha256 in map(sha256, wanted):
         return ()
     return ("its unit differs in lines that need no restart",)
 

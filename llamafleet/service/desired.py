@@ -163,6 +163,8 @@ def desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
     """
     if refused := refusals.not_accessible(inputs.survey, run.holder, run.oldest_python):
         return refused
+    if refused := refusals.later_records(inputs.survey):
+        return refused
     corrections = inputs.corrections()
     choice = inputs.keep_or_replan(corrections)
     if refused := next(_unplanned(choice), None):
@@ -268,8 +270,14 @@ def _serving(
     argv = (*desired.command(plan), *command.credential_flags(instance))
     record = {
         **plan_record(
-            instance, plan, build, model, model_path(model), argv,
-            speed_floor_percent=settings.speed_floor_percent, alone=len(settings.models) == 1,
+            instance,
+            plan,
+            build,
+            model,
+            model_path(model),
+            argv,
+            speed_floor_percent=settings.speed_floor_percent,
+            alone=len(settings.models) == 1,
         ),
         "inputs": {"key": inputs.keys[instance.name], "memory": choice.memory.to_json()},
         "verified": verified.to_json() if verified else desired.remembered(plan),

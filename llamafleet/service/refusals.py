@@ -10,7 +10,7 @@ from typing import Any
 from llamafleet.build.cuda_toolkit import Unsuitable
 from llamafleet.host.installed import Listener, Survey
 from llamafleet.planner.result import Refusal
-from llamafleet.remote.common import LOCK
+from llamafleet.remote.common import LOCK, PLAN_SCHEMA, later_schema, plan_path
 from llamafleet.settings.schema import Instance, Settings
 
 WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 -- compared with, never bound
@@ -62,6 +62,14 @@ def held_by(holder: Mapping[str, Any]) -> str:
         f"last seen {holder['age_seconds']:.0f} s ago: wait for it; a run that died elsewhere loses the lock "
         f"after 15 minutes, or remove {LOCK}"
     )
+
+
+def later_records(survey: Survey) -> Refused | None:
+    """Whether a later version of llamafleet deployed to the host: it may have written what this one cannot keep."""
+    for name, instance in survey.installed.instances.items():
+        if later := later_schema(instance.record or {}, PLAN_SCHEMA):
+            return Refused.because(f"{plan_path(name)}: {later}")
+    return None
 
 
 def is_path(instance: Instance) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 
+import common
 import pytest
 
 from llamafleet.remote import survey
@@ -21,13 +22,13 @@ from llamafleet.remote import survey
     ],
 )
 def test_a_unit_is_ours_by_its_first_line(tmp_path, monkeypatch, content, ours):
-    monkeypatch.setattr(survey, "UNITS", str(tmp_path))
+    monkeypatch.setattr(common, "UNITS", str(tmp_path))
     (tmp_path / "llama-server-chat.service").write_bytes(content)
     assert survey.is_ours("llama-server-chat.service") is ours
 
 
 def test_a_dangling_link_is_not_ours(tmp_path, monkeypatch):
-    monkeypatch.setattr(survey, "UNITS", str(tmp_path))
+    monkeypatch.setattr(common, "UNITS", str(tmp_path))
     (tmp_path / "llama-server-chat.service").symlink_to(tmp_path / "nowhere")
     assert survey.is_ours("llama-server-chat.service") is False
 
@@ -68,7 +69,8 @@ def test_a_model_without_a_record_is_not_verified(model):
 
 
 def test_a_liveness_check_is_no_instance_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(survey, "UNITS", str(tmp_path))
+    for module in (common, survey):
+        monkeypatch.setattr(module, "UNITS", str(tmp_path))
     monkeypatch.setattr(survey, "show", lambda unit, *_: {"ActiveState": "active"})
     for name in ("llama-server-chat.service", "llama-server-chat-liveness.service", "llama-server-chat-liveness.timer"):
         (tmp_path / name).write_text("# Made by llamafleet\n")

@@ -75,7 +75,10 @@ class Host:
     def hidden(self):
         """What a switch keeps of itself: nothing, once it is over."""
         places = [*self.folder.rglob(".*.new"), *self.folder.rglob(".*.old"), *self.folder.rglob("*recover*")]
-        return [*places, *(one for state in (".switching", ".passed", ".preparing") for one in self.folder.glob(f"good/{state}/*"))]
+        return [
+            *places,
+            *(one for state in (".switching", ".passed", ".preparing") for one in self.folder.glob(f"good/{state}/*")),
+        ]
 
 
 def unit(version, keys=None):
