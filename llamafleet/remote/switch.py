@@ -4,8 +4,8 @@ Contract: `switch.py install NAME` takes the staged files of /var/lib/llamafleet
 secrets that it has, the units of its liveness check where there is one), installs them together, starts, runs the gate
 and, where anything fails, puts the old ones back and proves that they serve again. `switch.py refresh NAME` installs a
 staged unit, plan.json and liveness check while the server runs on; `switch.py watch NAME` so the staged liveness check
-alone, `switch.py note NAME` the staged plan.json alone. `switch.py recover NAME` ends a switch that was killed: it
-finishes it if the gate had passed, else it puts the old files back and starts them, and does not wait for them.
+alone. `switch.py recover NAME` ends a switch that was killed: it finishes it if the gate had passed, else it puts the
+old files back and starts them, and does not wait for them.
 `switch.py remove NAME` stops and removes an instance. Log lines on stdout; the last one of a failure begins with
 `error: `. Exit 0 done, 1 failed. Killed at any point it can be run again, and `recover` runs before the instance starts
 at the next boot. Root, the standard library; common.py, transaction.py, instance_files.py and what the gate and the
@@ -312,8 +312,7 @@ def replace_quietly(name: str, only: Sequence[str]) -> None:
             if timer_of(name) in only:
                 unwatch(name)
             transaction.replace(name, new)
-            if list(only) != [PLAN]:
-                systemctl("daemon-reload")
+            systemctl("daemon-reload")
             transaction.pass_gate(name)
         finish(name)
     finally:
@@ -342,10 +341,6 @@ def watch(name: str) -> None:
     replace_quietly(name, liveness_units(name))
 
 
-def note(name: str) -> None:
-    replace_quietly(name, [PLAN])
-
-
 def remove(name: str) -> None:
     unwatch(name)
     unit = f"{common.UNITS}/{unit_of(name)}"
@@ -362,7 +357,7 @@ def remove(name: str) -> None:
     systemctl("daemon-reload")
 
 
-VERBS = {"install": install, "refresh": refresh, "watch": watch, "note": note, "remove": remove, "recover": recover}
+VERBS = {"install": install, "refresh": refresh, "watch": watch, "remove": remove, "recover": recover}
 
 
 def stop(*_: object) -> None:

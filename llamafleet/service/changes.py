@@ -154,8 +154,8 @@ def _has_passed(installed: InstalledInstance) -> bool:
 def _dropped(installed: InstalledInstance) -> tuple[str, ...]:
     """The directives that the preflight dropped, as plan.json has them; none where it has another form."""
     try:
-        lines = [line for one in (installed.record or {})["preflight"]["dropped"] for line in one["directives"]]
-    except (KeyError, TypeError):
+        lines = [line for one in installed.record.raw["preflight"]["dropped"] for line in one["directives"]]
+    except (AttributeError, KeyError, TypeError):  # no record, or another form of it
         return ()
     return tuple(line for line in lines if isinstance(line, str))
 

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from io import BytesIO, StringIO
 from typing import Any, TypeVar
 
+from pyinfra import logger
 from pyinfra.api import FileUploadCommand, FunctionCommand, StringCommand, operation
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 from pyinfra.context import ctx_host
 
 from llamafleet import payload
+from llamafleet.host import answers
 from llamafleet.planner.reconcile import ROUNDS
 from llamafleet.remote.common import (
     ETC,
@@ -229,6 +231,16 @@ def switch_service(staging: Callable[[], Staging | None], again: Callable[[Host,
         yield FunctionCommand(lambda state, host, sizes=binary_bytes: again(host, sizes), (), {})
 
 
+@operation()
+def refresh_service(staging: Callable[[], Staging | None]) -> Commands:
+    """Replace unit, plan.json and liveness check of an instance whose running server depends on none of the changes."""
+    now = staging()
+    if now is None:
+        return _as_wanted("the unit is as planned")
+    yield from stage_files._inner(True, now.folder, now.files, now.secrets)
+    yield FunctionCommand(jobs.follow, (f"refresh-{now.name}", remote.words("switch.py", "refresh", now.name)), {})
+
+
 def _switch(state: State, host: Host, now: Staging, binary_bytes: dict[str, int], last: bool) -> bool:
     """Run the switch as a job. Where it failed because llama-server wants more memory, put the sizes that it printed
     into `binary_bytes`, unless this was the last try."""
@@ -238,7 +250,11 @@ def _switch(state: State, host: Host, now: Staging, binary_bytes: dict[str, int]
     _, lines, _ = remote.run(host, f"grep '^told: ' {JOBS}/{shlex.quote(job)}.log")
     if not lines or last:
         return False
-    binary_bytes.update(json.loads(lines[-1].removeprefix("told: ")))
+    try:
+        binary_bytes.update(remote.last(lines, answers.sizes))
+    except remote.RemoteError as error:
+        host.log_styled(str(error), fg="red", log_func=logger.error)
+        return False
     return True
 
 
