@@ -3,12 +3,12 @@
 Contract: `gate.py check PLAN.json [--record] [--no-floor]` runs every check in order, stops at the first that
 fails, and prints {"ok": bool, "checks": [{"name", "ok", "expected", "found", "hint"}],
 "decode_tokens_per_s": float | null}; exit 0 good, 1 not. With --record it also writes
-/var/lib/llamafleet/gate/NAME.json: that object, "schema" 1, "time" (UTC), "identity" and "release" of the plan, what the next
-gate compares with, and "last_failure" {"time", "release", "check"}. With --no-floor any speed passes: a server that
-has served before is not rejected for its speed.
-`gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then checks that a planned key is asked for and
-that the process holds memory on the planned GPUs. If the key file is empty, or the driver was not ready at boot, the
-start thus fails: no server serves everybody, or stays on the CPU.
+/var/lib/llamafleet/gate/NAME.json: that object, "schema" 1, "time" (UTC), "identity" and "release" of the plan, what
+the next gate compares with, and "last_failure" {"time", "release", "check"}. With --no-floor any speed passes: a server
+that has served before is not rejected for its speed.
+`gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then checks that a planned key is asked for
+and that the process holds memory on the planned GPUs. If the key file is empty, or the driver was not ready at boot,
+the start thus fails: no server serves everybody, or stays on the CPU.
 
 PLAN.json is plan.json, of which is read: identity, release, files, plan.predicted, and `gate`: unit, argv, url,
 api_keys and tls_certificate (path | null), health_seconds (the most that loading may take), context_tokens (of one
@@ -233,8 +233,9 @@ def verdict(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         spec = read_spec(argv[1])
     except Unreadable as error:
-        return {}, {"ok": False, "checks": [result("plan", False, "a plan.json that this gate knows", str(error),
-                                                   "deploy again, with the llamafleet that made it or a later one")]}  # fmt: skip
+        way_out = "deploy again, with the llamafleet that made it or a later one"
+        bad = result("plan", False, "a plan.json that this gate knows", str(error), way_out)
+        return {}, {"ok": False, "checks": [bad]}
     if "--no-floor" in argv:
         spec["speed_floor_percent"] = 0
     try:

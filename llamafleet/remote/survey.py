@@ -18,6 +18,7 @@ import sys
 from typing import Any
 
 import common
+import instance_files
 from common import (
     CURRENT,
     GOOD,
@@ -37,8 +38,8 @@ from common import (
     read_json,
     sha256_of,
 )  # fmt: skip
-from instance_files import is_ours
 
+is_ours = instance_files.is_ours
 DRIVER_SECONDS = 20.0  # a driver that does not answer in this time hangs
 
 

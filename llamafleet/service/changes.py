@@ -153,9 +153,10 @@ def _has_passed(installed: InstalledInstance) -> bool:
 
 def _dropped(installed: InstalledInstance) -> tuple[str, ...]:
     """The directives that the preflight dropped, as plan.json has them; none where it has another form."""
+    record = installed.record.raw if installed.record else {}
     try:
-        lines = [line for one in installed.record.raw["preflight"]["dropped"] for line in one["directives"]]
-    except (AttributeError, KeyError, TypeError):  # no record, or another form of it
+        lines = [line for one in record["preflight"]["dropped"] for line in one["directives"]]
+    except (KeyError, TypeError):
         return ()
     return tuple(line for line in lines if isinstance(line, str))
 
@@ -163,7 +164,7 @@ def _dropped(installed: InstalledInstance) -> tuple[str, ...]:
 def quiet_differences(service: Service, installed: InstalledInstance) -> tuple[str, ...]:
     """Why the unit is to be replaced while its server runs on; empty where it is as it should be."""
     wanted = (service.unit_text, without_directives(service.unit_text, _dropped(installed)))
-    if installed.unit_sha256 in map(sha256, wanted):
+    if installed.unit_sha256 in [sha256(text) for text in wanted]:
         return ()
     return ("its unit differs in lines that need no restart",)
 

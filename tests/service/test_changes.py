@@ -6,6 +6,7 @@ import pytest
 
 from llamafleet.build.release import Build
 from llamafleet.host.installed import Installed, InstalledInstance
+from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.remote.common import core_of_unit, without_directives
 from llamafleet.service.changes import changes_needed, differences, sha256
@@ -145,7 +146,7 @@ def with_unit(text, dropped=(), ground=GROUND, good=None):
     found = {"dropped": [{"directives": list(dropped), "why": "it breaks"}], "ground": ground}
     good = text if good is None else good
     return dataclasses.replace(
-        INSTANCE, preflight={"ground": ground}, record={"preflight": found},
+        INSTANCE, preflight={"ground": ground}, record=PlanRecord(raw={"preflight": found}),
         unit_sha256=sha256(text), unit_core_sha256=sha256(core_of_unit(text)),
         good_sha256=sha256(good), good_core_sha256=sha256(core_of_unit(good)),
     )  # fmt: skip
@@ -174,8 +175,8 @@ OTHER_GROUND = {**GROUND, "kernel": "6.1"}
         (with_unit(loosened(USERS), [USERS]), True, ()),
         (with_unit(loosened(USERS), [USERS]), False,
          ("its hardening lacks PrivateUsers, which keeps it apart from the host's other instances",)),
-        (dataclasses.replace(with_unit(loosened(CODE)), record={"preflight": [5]}), True, ("its unit differs",)),
-        (dataclasses.replace(with_unit(loosened(CODE)), record={"preflight": {"dropped": 7}}), True, ("its unit differs",)),
+        (dataclasses.replace(with_unit(loosened(CODE)), record=PlanRecord(raw={"preflight": [5]})), True, ("its unit differs",)),
+        (dataclasses.replace(with_unit(loosened(CODE)), record=PlanRecord(raw={"preflight": {"dropped": 7}})), True, ("its unit differs",)),
     ],
     ids=["as wanted", "as recorded", "not recorded", "another one recorded", "loosened by hand", "edited", "new kernel",
          "nothing loosened", "alone", "not alone", "a list", "a number"],
