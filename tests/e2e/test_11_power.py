@@ -14,6 +14,8 @@ import os
 import struct
 import subprocess
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import common
@@ -21,6 +23,7 @@ import instance_files
 import pytest
 import switch
 
+from tests.e2e import deploying
 from tests.remote import switching
 from tests.remote.switching import NAME, TIMER, UNIT, PowerCut
 
@@ -225,3 +228,65 @@ def test_power_cuts_in_a_refresh_never_leave_an_unproven_unit(disk, host):
         if not came_so_far:
             break
     assert number > 50
+
+
+# --- on a host --------------------------------------------------------------------------------------
+
+UNIT_FILE = "/etc/systemd/system/llama-server-tiny.service"
+GOOD = "/var/lib/llamafleet/good"
+# Until the new server is active and the gate asks it.
+IN_MID_GATE = (
+    f"until test -d {GOOD}/.switching/tiny && ! cmp -s {UNIT_FILE} {GOOD}/tiny/llama-server-tiny.service "
+    "&& systemctl is-active --quiet llama-server-tiny; do sleep 0.02; done"
+)
+KILL = "systemctl kill --signal=KILL 'llamafleet-job-switch-tiny-*'"
+LIVENESS = {"liveness_seconds": 30, "liveness_interval_seconds": 10}
+
+
+@contextlib.contextmanager
+def switching_to(asked, context_tokens, host, inventory):
+    """A run that switches to another context; in the block the gate is asking. The run has ended after it."""
+    runs = []
+    model = {**asked["models"][0], "context_tokens": context_tokens}
+    written = inventory((host, {**asked, "models": [model]}))
+    running = threading.Thread(target=lambda: runs.append(deploying.pyinfra(written)))
+    running.start()
+    try:
+        deploying.on(host, "timeout", "120", "sh", "-c", IN_MID_GATE)
+        yield runs
+    finally:
+        running.join()
+
+
+def until(true, seconds):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("how", ["killed", "power cut"])
+def test_a_switch_that_ends_in_mid_gate_leaves_the_old_service_without_another_run(settings, inventory, builder, how):
+    host, on = builder, deploying.on
+    asked = settings(host, **LIVENESS)
+    done = deploying.pyinfra(inventory((host, asked)))
+    assert done.code == 0, done.text
+    before = on(host, "cat", UNIT_FILE)
+    with switching_to(asked, 768, host, inventory) as runs:
+        if how == "killed":
+            on(host, "sh", "-c", KILL)
+        else:
+            host.kill()
+            host.start()
+    assert runs[0].code != 0
+    until(lambda: deploying.serves(host), 60)
+    assert on(host, "cat", UNIT_FILE) == before == on(host, "cat", f"{GOOD}/tiny/llama-server-tiny.service")
+    assert deploying.ask(host, "/props")[1]["default_generation_settings"]["n_ctx"] == 1024
+    timer = ["llama-server-tiny-liveness.timer"]
+    until(lambda: on(host, "systemctl", "show", "--property=ActiveState", "--value", *timer) == "active", 20)
+    assert on(host, "systemctl", "is-enabled", *timer, "llama-server-tiny") == "enabled\nenabled"
+    left = on(
+        host, "sh", "-c", f"ls -A {GOOD}/.switching {GOOD}/.passed; find /etc -name '.*.old' -o -name '*recover-tiny*'"
+    )
+    assert left.split() == [f"{GOOD}/.passed:", f"{GOOD}/.switching:"]
+    assert deploying.pyinfra(inventory((host, asked)), "--dry").changed() == []
