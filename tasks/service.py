@@ -36,7 +36,9 @@ def serve(name: str) -> None:
         name=f"Start and check {unit}", staging=lambda: staging(name),
         again=lambda host, binary_bytes: memory_check.replan_after_switch(host, name, binary_bytes),
     )  # fmt: skip
-    operations.refresh_service(name=f"Replace the unit of {name} while its server runs on", staging=lambda: to_refresh(name))
+    operations.refresh_service(
+        name=f"Replace the unit of {name} while its server runs on", staging=lambda: to_refresh(name)
+    )
 
 
 def staging(name: str) -> operations.Staging | None:

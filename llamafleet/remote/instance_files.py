@@ -117,12 +117,12 @@ def units() -> List[str]:
             and is_ours(name)]  # fmt: skip
 
 
-def is_ours(unit: str) -> bool:
-    """Did we make this unit? Its first line says so; what others made is never touched.
+def is_ours(unit: str, folder: Optional[str] = None) -> bool:
+    """Did we make this unit in systemd's folder? Its first line says so; what others made is never touched.
 
     A power cut can empty a file. An emptied unit is ours where the instance's folder or its last good files are there.
     """
-    path = f"{common.UNITS}/{unit}"
+    path = f"{folder or common.UNITS}/{unit}"
     data = common.read_file(path) if os.path.isfile(path) else None
     if data is None or data.startswith(common.MADE_BY.encode()):
         return data is not None

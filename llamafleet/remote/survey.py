@@ -39,7 +39,6 @@ from common import (
     sha256_of,
 )  # fmt: skip
 
-is_ours = instance_files.is_ours
 DRIVER_SECONDS = 20.0  # a driver that does not answer in this time hangs
 
 
@@ -135,6 +134,10 @@ def units() -> list[str]:
     """The units of instances. Those of their liveness checks are read together with them."""
     return [name for name in listing(UNITS)
             if name.startswith(PREFIX) and name.endswith(SUFFIX) and not name.endswith(LIVENESS)]  # fmt: skip
+
+
+def is_ours(unit: str) -> bool:
+    return instance_files.is_ours(unit, UNITS)
 
 
 def instance(name: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from llamafleet.remote import survey
     ],
 )
 def test_a_unit_is_ours_by_its_first_line(tmp_path, monkeypatch, content, ours):
-    monkeypatch.setattr(common, "UNITS", str(tmp_path))
+    monkeypatch.setattr(survey, "UNITS", str(tmp_path))
     (tmp_path / "llama-server-chat.service").write_bytes(content)
     assert survey.is_ours("llama-server-chat.service") is ours
 
@@ -34,7 +34,7 @@ def test_a_unit_is_ours_by_its_first_line(tmp_path, monkeypatch, content, ours):
 @pytest.mark.parametrize("unit", ["llama-server-chat.service", "llama-server-chat-liveness.timer"])
 def test_a_unit_that_a_power_cut_emptied_is_ours_where_its_folder_is(tmp_path, monkeypatch, content, folder, unit):
     for name in ("units", "instances", "good"):
-        monkeypatch.setattr(common, name.upper(), str(tmp_path / name))
+        monkeypatch.setattr(survey if name == "units" else common, name.upper(), str(tmp_path / name))
         (tmp_path / name).mkdir()
     if folder:
         (tmp_path / folder).mkdir()
@@ -45,7 +45,7 @@ def test_a_unit_that_a_power_cut_emptied_is_ours_where_its_folder_is(tmp_path, m
 
 
 def test_a_dangling_link_is_not_ours(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "UNITS", str(tmp_path))
+    monkeypatch.setattr(survey, "UNITS", str(tmp_path))
     (tmp_path / "llama-server-chat.service").symlink_to(tmp_path / "nowhere")
     assert survey.is_ours("llama-server-chat.service") is False
 
@@ -86,8 +86,7 @@ def test_a_model_without_a_record_is_not_verified(model):
 
 
 def test_a_liveness_check_is_no_instance_of_its_own(tmp_path, monkeypatch):
-    for module in (common, survey):
-        monkeypatch.setattr(module, "UNITS", str(tmp_path))
+    monkeypatch.setattr(survey, "UNITS", str(tmp_path))
     monkeypatch.setattr(survey, "show", lambda unit, *_: {"ActiveState": "active"})
     for name in ("llama-server-chat.service", "llama-server-chat-liveness.service", "llama-server-chat-liveness.timer"):
         (tmp_path / name).write_text("# Made by llamafleet\n")
