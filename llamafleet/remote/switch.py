@@ -4,8 +4,9 @@ Contract: `switch.py install NAME` takes the staged files of /var/lib/llamafleet
 secrets that it has, the units of its liveness check where there is one), installs them together, starts, runs the gate
 and, where anything fails, puts the old ones back and proves that they serve again. `switch.py refresh NAME` installs a
 staged unit, plan.json and liveness check while the server runs on; `switch.py watch NAME` so the staged liveness check
-alone. `switch.py recover NAME` ends a switch that was killed: it finishes it if the gate had passed, else it puts the
-old files back and starts them, and does not wait for them.
+alone. `switch.py recover NAME [--wait]` ends a switch that was cut off: it finishes it if the gate had passed, else it
+puts the old files back and starts them, and does not wait for them; while a switch is at work it does nothing, or, with
+--wait, waits for its end.
 `switch.py remove NAME` stops and removes an instance. Log lines on stdout; the last one of a failure begins with
 `error: `. Exit 0 done, 1 failed. Killed at any point it can be run again, and `recover` runs before the instance starts
 at the next boot. Root, the standard library; common.py, transaction.py, instance_files.py and what the gate and the
@@ -193,7 +194,18 @@ def staged_files(name: str) -> Files:
     return instance_files.in_folder(name, f"{common.STAGED}/{name}")
 
 
+def guard(name: str) -> None:
+    """Have a process outside this job wait for its end and, if that was no orderly one, lead back."""
+    unit = common.transient_unit("guard", f"{name}-{os.getpid()}")
+    subprocess.run(
+        ["systemd-run", "--quiet", "--collect", f"--unit={unit}", "--property=Type=exec", "--property=MemoryMax=256M",
+         sys.executable, "-s", "-E", "-B", f"{FOLDER}/switch.py", "recover", name, "--wait"],
+        check=True,
+    )  # fmt: skip
+
+
 def begin(name: str, old: Optional[Files]) -> None:
+    guard(name)
     unit = RECOVER.format(name=name, unit=unit_of(name), folder=FOLDER, etc=common.ETC, var=common.VAR,
                           units=common.UNITS)  # fmt: skip
     transaction.begin(name, old, serving_since(name), unit)
@@ -366,14 +378,14 @@ def stop(*_: object) -> None:
 
 
 def main(argv: List[str]) -> int:
-    verb, name = argv
+    verb, name, *options = argv
     signal.signal(signal.SIGTERM, stop)
     os.makedirs(common.RUN, exist_ok=True)
     try:
         with open(f"{common.RUN}/switch-{name}.lock", "w") as lock:
             try:
                 # A job of a run that was killed may still be at work. Whoever holds the lock ends its own switch.
-                fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if verb == "recover" else 0))
+                fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if verb == "recover" and not options else 0))
             except BlockingIOError:
                 return 0
             VERBS[verb](name)

@@ -61,6 +61,7 @@ class Systemd:
         self.boot()
         monkeypatch.setattr(switch, "systemctl", self.systemctl)
         monkeypatch.setattr(common, "show", self.show)
+        monkeypatch.setattr(switch, "guard", lambda name: None)
         monkeypatch.setattr(switch, "verify", lambda name: None)
         monkeypatch.setattr(switch, "try_hardening", lambda name: None)
         monkeypatch.setattr(switch, "gate", self.gate)

@@ -33,7 +33,7 @@ class Host:
         for name in ("units", "instances", "staged", "good", "gate", "bin"):
             (folder / name).mkdir()
         (folder / "gate.py").write_text(GATE)
-        for name in ("systemctl", "systemd-analyze", "journalctl"):
+        for name in ("systemctl", "systemd-analyze", "systemd-run", "journalctl"):
             self.program(name, "exit 0")
 
     def program(self, name, then):
@@ -70,7 +70,7 @@ class Host:
     def calls(self):
         """What was asked of systemd's programs, but for questions."""
         calls = (self.folder / "calls").read_text().splitlines() if (self.folder / "calls").exists() else []
-        return [call for call in calls if not call.startswith("systemctl show")]
+        return [call for call in calls if not call.startswith(("systemctl show", "systemd-run"))]
 
     def hidden(self):
         """What a switch keeps of itself: nothing, once it is over."""
