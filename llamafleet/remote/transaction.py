@@ -200,6 +200,8 @@ def forget(name: str) -> None:
     remove_folder(f"{common.GOOD}/{name}")
     unit, timer = common.unit_of(name), common.liveness_units(name)[1]
     remove_files([f"{common.UNITS}/{WANTED_BY}/{unit}", f"{common.UNITS}/{unit}.wants/{timer}"])
+    with contextlib.suppress(OSError):
+        os.rmdir(f"{common.UNITS}/{unit}.wants")  # if nobody else has a link there
 
 
 def sync(name: str) -> None:
