@@ -9,7 +9,7 @@ timeout SIGKILL, and no more often than the unit's start limit allows. A unit is
 (systemd restarts what has ended), loads, or is being switched.
 Exit 0 nothing to do, 10 restarted; anything else is a check that failed, of which the last line on stderr says why.
 Writes /run/llamafleet/liveness-NAME.json (the counters that it saw) and, on a restart, /var/lib/llamafleet/gate/
-NAME.liveness.json {"restarts", "time", "why"}. Root, standard library; common.py, gate_server.py and
+liveness/NAME.json {"restarts", "time", "why"}. Root, standard library; common.py, gate_server.py and
 liveness_server.py lie beside it.
 
 `/health` can answer 200 on a server whose GPU hangs; `/slots` too, also while a batch is computed. So only counters
@@ -31,7 +31,18 @@ import sys
 import time
 from typing import Any, Iterator, Optional, Tuple  # the contract is Python 3.8, whose own are typing's
 
-from common import GATES, RUN, command_line, instance_of, read_json, systemctl, write_json
+from common import (
+    PLAN_SCHEMA,
+    RUN,
+    command_line,
+    gate_record,
+    instance_of,
+    later_schema,
+    liveness_record,
+    read_json,
+    systemctl,
+    write_json,
+)  # fmt: skip
 from gate_server import main_pid, trust, unit_state
 from liveness_server import LARGEST, NoAnswer, Refused, Slots, gives_token, is_asleep, may_sleep, queue, read_slots
 
@@ -81,6 +92,8 @@ def read_spec(path: str) -> dict[str, Any]:
     gate = plan.get("gate") if isinstance(plan, dict) else None
     if not isinstance(gate, dict) or not all(isinstance(gate.get(key), str) for key in ("unit", "url")):
         raise ValueError(f"{path} has no gate with a unit and a url: run the deploy again")
+    if later := later_schema(plan, PLAN_SCHEMA):
+        raise ValueError(f"{path}: {later}")
     return {"api_keys": None, "tls_certificate": None, "argv": [], **gate, "batch_tokens": plan.get("batch_tokens")}
 
 
@@ -89,7 +102,7 @@ def read_spec(path: str) -> dict[str, Any]:
 
 def patience(spec: dict[str, Any], seconds: float) -> float:
     """Seconds without progress before a restart: SECONDS, or more if this host needs more for a batch."""
-    speed = positive(read_json(f"{GATES}/{instance_of(spec['unit'])}.json").get("prompt_tokens_per_s"))
+    speed = positive(read_json(gate_record(instance_of(spec["unit"]))).get("prompt_tokens_per_s"))
     # A record of an earlier version lacks the number. No batch is longer than the context of all slots.
     whole = positive(spec.get("context_tokens")) * positive(spec.get("slots"))
     batch = positive(spec["batch_tokens"]) or whole
@@ -216,7 +229,7 @@ def restart(unit: str, pid: int, why: str) -> bool:
 
 def count(name: str, why: str) -> None:
     """Record the restart. A full disk must not keep a wedged server from being restarted, so this comes after it."""
-    path = f"{GATES}/{name}.liveness.json"
+    path = liveness_record(name)
     restarts = int(positive(read_json(path).get("restarts"))) + 1
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     try:

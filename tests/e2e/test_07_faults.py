@@ -89,7 +89,7 @@ def test_a_stopped_server_is_restarted_by_the_liveness_check(host):
     # Two pauses at most before it is asked, then the deadline, the last look, and a restart.
     took = until(lambda: main_pid(host, "tiny") not in (0, before) and serves(host), 2 * 1 + deadline + 6 + 20)
     print(f"served again {took:.1f} s after SIGSTOP, with a deadline of {deadline:.1f} s")
-    noted = json.loads(on(host, "cat", "/var/lib/llamafleet/gate/tiny.liveness.json"))
+    noted = json.loads(on(host, "cat", "/var/lib/llamafleet/gate/liveness/tiny.json"))
     assert noted["restarts"] >= 1 and f"no sign of life within {deadline:.0f} s: /props: no answer" in noted["why"]
     assert "is wedged" in on(host, "journalctl", "--no-pager", "-u", CHECK)
     # Its exit status says so, and systemd counts no failure.
@@ -115,7 +115,7 @@ def test_a_conversation_is_untouched_by_looks(host):
 
 
 def test_a_busy_server_is_left_alone(host):
-    before, restarts = main_pid(host, "tiny"), on(host, "cat", "/var/lib/llamafleet/gate/tiny.liveness.json")
+    before, restarts = main_pid(host, "tiny"), on(host, "cat", "/var/lib/llamafleet/gate/liveness/tiny.json")
     stop = threading.Event()
 
     def talk():
@@ -132,7 +132,7 @@ def test_a_busy_server_is_left_alone(host):
         for one in talkers:
             one.join()
     assert main_pid(host, "tiny") == before
-    assert on(host, "cat", "/var/lib/llamafleet/gate/tiny.liveness.json") == restarts
+    assert on(host, "cat", "/var/lib/llamafleet/gate/liveness/tiny.json") == restarts
 
 
 def test_a_stopped_liveness_check_is_drift_and_is_mended_without_a_restart(host, deploy):

@@ -8,6 +8,7 @@ import json
 import subprocess
 import threading
 
+import common
 import pytest
 
 from llamafleet.remote import liveness
@@ -96,7 +97,7 @@ def gate(server):
 def check(gate, systemd, tmp_path, monkeypatch):
     """One run of the liveness check; its exit code."""
     monkeypatch.setattr(liveness, "RUN", str(tmp_path / "run"))
-    monkeypatch.setattr(liveness, "GATES", str(tmp_path / "gate"))
+    monkeypatch.setattr(common, "GATES", str(tmp_path / "gate"))
     monkeypatch.setattr(liveness, "POLL_SECONDS", 0.02)
 
     def run(seconds=30.0, plan=None):
@@ -187,11 +188,11 @@ def test_a_server_that_does_not_answer_is_restarted(check, server, systemd, tmp_
     server.props = None
     assert check(SHORT) == 10
     assert restarts(systemd) == [["systemctl", "restart", "--no-block", UNIT]]
-    noted = json.loads((tmp_path / "gate/chat.liveness.json").read_text())
+    noted = json.loads((tmp_path / "gate/liveness/chat.json").read_text())
     assert noted["restarts"] == 1 and "no sign of life within 0 s: /props: no answer" in noted["why"]
     assert f"{UNIT} is wedged" in capsys.readouterr().out
     check(SHORT)
-    assert json.loads((tmp_path / "gate/chat.liveness.json").read_text())["restarts"] == 2
+    assert json.loads((tmp_path / "gate/liveness/chat.json").read_text())["restarts"] == 2
 
 
 def test_a_main_loop_that_does_not_answer_is_wedged_although_http_does(check, server, systemd, capsys):
@@ -336,6 +337,11 @@ def test_a_plan_that_is_none_fails_the_check(check, systemd, capsys, plan):
     assert "plan.json has no gate with a unit and a url" in capsys.readouterr().err
 
 
+def test_a_plan_of_a_later_version_fails_the_check_by_its_number(check, server, gate, capsys):
+    assert check(plan={"schema": 2, "gate": gate}) == 1 and server.asked == []
+    assert "plan.json: it has schema 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "{", None], ids=["empty", "cut off", "missing"])
 def test_a_plan_that_cannot_be_read_fails_the_check(tmp_path, capsys, text):
     path = tmp_path / "plan.json"
@@ -376,22 +382,22 @@ def test_a_note_that_cannot_be_written_fails_nothing(check, server, tmp_path, ca
     "text", ["[1]", '{"restarts": "x"}', '{"restarts": null}', '{"restarts": -3}', '{"restarts": NaN}']
 )
 def test_a_count_of_another_form_begins_anew(check, server, systemd, tmp_path, text):
-    (tmp_path / "gate").mkdir()
-    (tmp_path / "gate/chat.liveness.json").write_text(text)
+    (tmp_path / "gate/liveness").mkdir(parents=True)
+    (tmp_path / "gate/liveness/chat.json").write_text(text)
     server.props = None
     assert check(SHORT) == 10 and restarts(systemd)
-    assert json.loads((tmp_path / "gate/chat.liveness.json").read_text())["restarts"] == 1
+    assert json.loads((tmp_path / "gate/liveness/chat.json").read_text())["restarts"] == 1
 
 
 def test_a_count_that_cannot_be_written_keeps_no_server_from_its_restart(check, server, systemd, tmp_path, capsys):
-    (tmp_path / "gate/chat.liveness.json").mkdir(parents=True)
+    (tmp_path / "gate/liveness/chat.json").mkdir(parents=True)
     server.props = None
     assert check(SHORT) == 10 and restarts(systemd)
     assert "the restart could not be recorded" in capsys.readouterr().err
 
 
 def test_a_slow_host_is_given_the_time_of_its_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(liveness, "GATES", str(tmp_path))
+    monkeypatch.setattr(common, "GATES", str(tmp_path))
     spec = {"unit": UNIT, "batch_tokens": 2048, "context_tokens": 4096, "slots": 2}
     assert liveness.patience(spec, 120.0) == 120.0
     (tmp_path / "chat.json").write_text('{"prompt_tokens_per_s": 16.0}')
@@ -402,7 +408,7 @@ def test_a_slow_host_is_given_the_time_of_its_batches(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("speed", ['"x"', "[16]", "null", "true", "0", "-16", "NaN", "Infinity", "1" + "0" * 400])
 def test_a_speed_that_is_none_counts_as_unknown(tmp_path, monkeypatch, speed):
-    monkeypatch.setattr(liveness, "GATES", str(tmp_path))
+    monkeypatch.setattr(common, "GATES", str(tmp_path))
     (tmp_path / "chat.json").write_text(f'{{"prompt_tokens_per_s": {speed}}}')
     assert liveness.patience({"unit": UNIT, "batch_tokens": 2048}, 120.0) == 120.0
 
