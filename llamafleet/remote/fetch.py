@@ -20,9 +20,10 @@ Standard output is the log: one line of text each time, the last one `done ...` 
 A file grows as `.NAME.partial`, is checked, then gets its name; `NAME.verified` beside it records what was
 checked, so that the next run neither asks nor reads. Killed at any time, the next run goes on where it was.
 
-Its parts lie beside it on a host and are imported by their bare names: common (rules for names and addresses), fetch_spec (what is asked), fetch_log,
-fetch_folder (what is on the disk), fetch_curl (one request) and fetch_answer (what an answer means). This file has the
-order: one file after another, from an address until it brings nothing new, then from the next address.
+Its parts lie beside it on a host and are imported by their bare names: common (rules for names and addresses),
+fetch_spec (what is asked), fetch_log, fetch_folder (what is on the disk), fetch_curl (one request) and fetch_answer
+(what an answer means). This file has the order: one file after another, from an address until it brings nothing new,
+then from the next address.
 
 Decision 9: docs/decisions/0009-nothing-half-done-has-its-final-name.md.
 """

@@ -150,11 +150,8 @@ def read_secret(path: object, origin: str) -> str:
 
 def check_scalars(data: dict[str, Any]) -> None:
     directory = data.get("directory")
-    if (
-        not isinstance(directory, str)
-        or not directory.startswith("/")
-        or {"..", "\0"} & {*directory.split("/"), *directory}
-    ):
+    odd = not isinstance(directory, str) or "\0" in directory or ".." in directory.split("/")
+    if odd or not directory.startswith("/"):
         refuse("directory", "an absolute path without '..'", directory)
     for key in ("reserve_bytes", "attempts", "stall_bytes_per_s", "stall_s", "retry_delay_s", "seconds"):
         value = data.get(key, 1)

@@ -111,7 +111,8 @@ class Job:
         }  # fmt: skip
 
     def want(self, *urls: str, name: str = "x.gguf", size: int | None = len(BODY), sha: str | None = SHA) -> Job:
-        self.spec["files"].append({"name": name, "urls": list(urls), "size_bytes": size, "sha256": sha})
+        entry = {"name": name, "urls": list(urls), "size_bytes": size, "sha256": sha}
+        self.spec["files"].append(entry if sha else {**entry, "unverified": True})
         return self
 
     def token(self, origin: str, token: str = TOKEN) -> None:
