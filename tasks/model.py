@@ -22,7 +22,7 @@ def model() -> None:
     now = decision()
     if now is None:
         return
-    token = secrets.hub_token(now.desired.settings.hub_token_file)
+    token = secrets.hub_token(now.desired.settings.hub_token_file, now.desired.settings.hub_endpoint)
     models = {serving.folder: serving for serving in now.desired.servings}
     for folder, serving in operations.each(models.items(), lambda pair: pair[0]):
         needed = folder in now.changes.models

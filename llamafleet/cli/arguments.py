@@ -39,7 +39,7 @@ def read_machine(argument: str) -> described.Described:
     text = sys.stdin.read() if argument == "-" else read_text(path)
     try:
         return described.Described(Machine.from_json(json.loads(text)))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, MachineError):
             raise
         raise UsageError(f"{argument}: should be JSON: {error}") from error
@@ -111,4 +111,4 @@ def hub_token(settings: Settings) -> str | None:
 
     Raises `SecretError`.
     """
-    return secrets.hub_token(settings.hub_token_file or None)
+    return secrets.hub_token(settings.hub_token_file or None, settings.hub_endpoint)

@@ -106,6 +106,20 @@ def is_model_file(name: object) -> bool:
     return isinstance(name, str) and MODEL_FILE.fullmatch(name) is not None
 
 
+def file_name(source: str) -> str:
+    """The name of the file that a model's source names: the last part of a path, of an address or behind hf:."""
+    from urllib.parse import unquote, urlsplit
+
+    if source.startswith("hf:"):
+        return source.partition("@")[0].rpartition("/")[2]
+    if not source.startswith(("http://", "https://")):
+        return source.rpartition("/")[2]
+    try:
+        return unquote(urlsplit(source).path.rpartition("/")[2])
+    except ValueError:
+        return ""
+
+
 def is_address(text: object) -> bool:
     """Whether every program of ours can read this address; see ADDRESS_RULE. Port and host name are checked too."""
     from urllib.parse import urlsplit
@@ -113,6 +127,7 @@ def is_address(text: object) -> bool:
     if not isinstance(text, str) or len(text) > 4096 or not _ADDRESS.fullmatch(text):
         return False
     try:
+        text.encode()  # not a surrogate
         parts = urlsplit(text)
         host = parts.hostname or ""
         # `port` raises ValueError unless it is from 0 to 65535, `encode` where a label is empty or has over 63 bytes.

@@ -150,8 +150,8 @@ def read_secret(path: object, origin: str) -> str:
 
 def check_scalars(data: dict[str, Any]) -> None:
     directory = data.get("directory")
-    odd = not isinstance(directory, str) or "\0" in directory or ".." in directory.split("/")
-    if odd or not directory.startswith("/"):
+    parts = directory.split("/") if isinstance(directory, str) and "\0" not in directory else [".."]
+    if parts[0] or ".." in parts:
         refuse("directory", "an absolute path without '..'", directory)
     for key in ("reserve_bytes", "attempts", "stall_bytes_per_s", "stall_s", "retry_delay_s", "seconds"):
         value = data.get(key, 1)

@@ -74,7 +74,11 @@ def changes_needed(desired: Desired, installed: Installed) -> Changes:
             serving.name
             for serving in desired.servings
             if serving.name in stay
-            and (serving.verified is not None or serving.name not in desired.inputs.same_inputs())
+            and (
+                serving.verified is not None
+                or serving.name not in desired.inputs.same_inputs()
+                or (stay[serving.name].record or {}).get("source") != serving.record.get("source")
+            )
         ),
     )
 

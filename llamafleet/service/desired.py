@@ -266,9 +266,17 @@ def _serving(
     settings, inputs, build = desired.settings, desired.inputs, desired.build
     model = inputs.models[instance.name]
     argv = (*desired.command(plan), *command.credential_flags(instance))
+    installed = desired.installed.instances.get(instance.name)
     record = {
         **plan_record(
-            instance, plan, build, model, model_path(model), argv, speed_floor_percent=settings.speed_floor_percent
+            instance,
+            plan,
+            build,
+            model,
+            model_path(model),
+            argv,
+            speed_floor_percent=settings.speed_floor_percent,
+            installed=installed.record if installed else None,
         ),
         "inputs": {"key": inputs.keys[instance.name], "memory": choice.memory.to_json()},
         "verified": verified.to_json() if verified else desired.remembered(plan),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from llamafleet.build.release import MIB, Build
@@ -23,13 +24,13 @@ START_SECONDS = 60
 
 def plan_record(
     instance: Instance, plan: Plan, build: Build, model: ModelFiles, path: str, argv: tuple[str, ...],
-    *, speed_floor_percent: int,
+    *, speed_floor_percent: int, installed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """plan.json, without `inputs` and `verified`, which make no difference to the running service.
 
-    `path` is the model's first file on the host, `argv` the whole command line. `identity` is a hash of
-    everything that makes a difference to the running service; the free bytes of the ledger, which drift
-    from run to run, do not.
+    `path` is the model's first file on the host, `argv` the whole command line, `installed` the record of the installed
+    instance. `identity` is a hash of everything that makes a difference to the running service. The free bytes of the
+    ledger, which drift from run to run, do not; nor does a sha256 that became known of a file that is served already.
     """
     gate = {
         "unit": instance.unit,
@@ -57,13 +58,37 @@ def plan_record(
         "release": build.key,
         "commit": build.commit,
         "backend": build.backend,
-        "files": files,
+        "files": _as_installed(files, installed),
         "gate": gate,
         "cpus": plan.cpus,
         "numa_nodes": plan.numa_nodes,
     }
-    identity = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+    identity = _hash(record)
+    public = without_query(instance.source)
+    if public != instance.source:
+        record["source"] = public
+        record["public_identity"] = _hash({**record})
     return {**record, "identity": identity, **told_to_host(argv), "plan": plan.to_json()}
+
+
+def _hash(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def without_query(source: str) -> str:
+    """A model's source as plan.json has it: a query may be a signature, and everybody on the host may read that file.
+
+    `public_identity` is then the hash of what the file has."""
+    return source.partition("?")[0] if source.startswith(("http://", "https://")) else source
+
+
+def _as_installed(files: list[dict[str, Any]], installed: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The files, without a sha256 where the installed record has the same file without one."""
+    before = (installed or {}).get("files")
+    unknown = [{**file, "sha256": None} for file in files]
+    return [
+        bare if isinstance(before, list) and bare in before else file for file, bare in zip(files, unknown, strict=True)
+    ]
 
 
 def record_text(record: dict[str, Any]) -> str:

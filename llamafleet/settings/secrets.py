@@ -12,6 +12,8 @@ import stat
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
+from llamafleet.remote.common import keeps_secrets
+
 VARIABLE = "env:"  # begins a place that is an environment variable: "env:NAME"
 SHORTEST_KEY = 8  # characters: clients can try keys without limit
 
@@ -72,9 +74,19 @@ def token(place: str, setting: str) -> str:
     return text
 
 
-def hub_token(place: str | None) -> str | None:
-    """The Hub token from `place` (the setting `hub_token_file`), else from HF_TOKEN; None if there is none."""
-    return take("HF_TOKEN") if place is None else token(place, "hub_token_file")
+def hub_token(place: str | None, endpoint: str) -> str | None:
+    """The Hub token from `place` (the setting `hub_token_file`), else from HF_TOKEN; None if there is none.
+
+    Raises `SecretError`, also where others could read it on its way to `endpoint` (the setting `hub_endpoint`).
+    """
+    value = take("HF_TOKEN") if place is None else token(place, "hub_token_file")
+    if value is not None and not keeps_secrets(endpoint):
+        name = "HF_TOKEN" if place is None else "hub_token_file"
+        raise SecretError(
+            f"{name}: hub_endpoint {endpoint[:250]} is neither https nor this machine, so others could read the token "
+            "on its way: use https, or take the token away"
+        )
+    return value
 
 
 def api_keys(place: str, setting: str) -> str:

@@ -80,10 +80,10 @@ def model(instance: Instance, settings: Settings) -> source.ModelFiles:
 
 
 def _read_model(instance: Instance, settings: Settings) -> source.ModelFiles:
-    token = secrets.hub_token(settings.hub_token_file)
+    token = secrets.hub_token(settings.hub_token_file, settings.hub_endpoint)
     files = source.resolve(
         instance.source, endpoint=settings.hub_endpoint, token=token,
-        mirrors=instance.mirrors, sha256=instance.sha256,
+        mirrors=instance.mirrors, sha256=instance.sha256 or (),
     )  # fmt: skip
     return source.ModelFiles(files, source.read_header(files, token=token))
 

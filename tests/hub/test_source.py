@@ -153,8 +153,8 @@ def test_mirrors_are_asked_where_the_source_fails(hub, files):
 
 def test_another_sha256_than_the_hub_s_is_refused(hub):
     with pytest.raises(SourceError, match="the settings say"):
-        resolve(f"hf:{REPO}/tiny.gguf", endpoint=hub.url, sha256="0" * 64)
-    [file] = resolve(f"{hub.url}/plain/{REPO}/tiny.gguf", endpoint="http://h", sha256="0" * 64)
+        resolve(f"hf:{REPO}/tiny.gguf", endpoint=hub.url, sha256=["0" * 64])
+    [file] = resolve(f"{hub.url}/plain/{REPO}/tiny.gguf", endpoint="http://h", sha256=["0" * 64])
     assert file.sha256 == "0" * 64
 
 

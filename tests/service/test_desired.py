@@ -146,12 +146,15 @@ def test_hip_without_the_gpus_target():
     )
 
 
-def test_a_value_that_cannot_be_an_argument():
-    model = ModelFiles((RemoteFile("a\nb.gguf", "https://x/m.gguf", 5, "a" * 64),), planning.header("Qwen3-8B"))
-    inputs = plan_inputs(planning.settings({"source": "hf:a/b/c.gguf"}), survey(), {"m0": model})
-    outcome = desire(inputs, RUN, lambda template, values: template)
+@pytest.mark.parametrize(
+    "name", ["a\nb.gguf", "m;touch${IFS}x;.gguf", "../m.gguf", "-m.gguf", "m", "m" * 250 + ".gguf"]
+)
+def test_a_file_name_that_no_host_may_store(name):
+    model = ModelFiles((RemoteFile(name, "https://x/m.gguf", 5, "a" * 64),), planning.header("Qwen3-8B"))
+    outcome = plan_inputs(planning.settings({"source": "hf:a/b/c.gguf"}), survey(), {"m0": model})
     assert str(outcome) == (
-        "--model: should have no control characters, is '/var/lib/llamafleet/models/a\\nb-aaaaaaaaaaaa/a\\nb.gguf'"
+        f"models: m0: source: the file name {name[:250]!r} should have letters, digits and . _ + = - only, a letter, "
+        "digit or _ first, .gguf last, 206 characters at most"
     )
 
 
