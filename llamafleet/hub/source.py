@@ -212,9 +212,13 @@ def _shards(file: str) -> tuple[str, ...]:
 
 
 def _local(path: Path) -> RemoteFile:
-    if not path.is_file():
-        raise SourceError(f"{path}: there is no such file")
-    return RemoteFile(path.name, path.absolute().as_uri(), path.stat().st_size)
+    try:
+        if path.is_file():
+            return RemoteFile(path.name, path.absolute().as_uri(), path.stat().st_size)
+    except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SourceError(f"{_short(str(path))!r}: cannot be read: {reason}") from error
+    raise SourceError(f"{path}: there is no such file")
 
 
 def _plain(web: Web, url: str) -> RemoteFile:

@@ -39,6 +39,7 @@ LOCK = RUN + "/lock.json"
 
 UNITS = "/etc/systemd/system"
 
+JOURNAL_PART_BYTES = 4 * 2**20  # a server logs its devices and sizes in the first 100 kB of a start
 JSON_LIMIT_BYTES = 16 * 2**20  # of a file of ours: plan.json, the largest, has some ten thousand bytes
 
 
@@ -170,10 +171,19 @@ def invocation(unit: str) -> str:
 
 
 def journal(*options: str) -> str:
-    """The text of the journal's messages that the options of journalctl select."""
-    done = subprocess.run(["journalctl", "--quiet", "--no-pager", "--output=cat", *options],
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
-    return done.stdout.decode("utf-8", "replace")
+    """The text of the journal's messages that the options of journalctl select.
+
+    Of a long text, such as that of a server that ran for months, JOURNAL_PART_BYTES of its beginning and of its end.
+    """
+    reading = subprocess.Popen(["journalctl", "--quiet", "--no-pager", "--output=cat", *options],
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+    out = reading.stdout
+    assert out is not None
+    with reading:
+        first, last = out.read(JOURNAL_PART_BYTES), b""
+        for block in iter(lambda: out.read(JOURNAL_PART_BYTES), b""):
+            last = (last + block)[-JOURNAL_PART_BYTES:]
+    return (first + last).decode("utf-8", "replace")
 
 
 def journal_of_start(start: str) -> str:

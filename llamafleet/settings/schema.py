@@ -63,6 +63,10 @@ Source = Annotated[
     Text,
     Should("begin with hf:, http://, https:// or /", lambda text: text.startswith(("hf:", "/")) or _is_web(text)),
     _BE_ADDRESS,
+    Should(
+        "be hf:OWNER/REPO/FILE.gguf or hf:OWNER/REPO/FILE.gguf@REVISION",
+        lambda text: not text.startswith("hf:") or re.fullmatch(r"hf:[^/@]+/[^/@]+/[^@]+(@[^@]+)?", text),
+    ),
     # The rule by which a host gives the file its name. A path goes to no host: it is planned only.
     Should(
         f"end in a file name of {MODEL_FILE_RULE} (else serve a copy under such a name)",
