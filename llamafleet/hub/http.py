@@ -165,9 +165,11 @@ class Web:
         if self.token and origin(url) == self.token_origin and keeps_secrets(url):
             sent_headers["Authorization"] = f"Bearer {self.token}"
         connect, silence = (max(0.01, min(seconds, self.deadline.left())) for seconds in TIMEOUT_SECONDS)
-        return self._session.request(
+        response = self._session.request(
             method, url, headers=sent_headers, stream=True, allow_redirects=False, timeout=(connect, silence)
         )
+        self.deadline.check(url)  # at the deadline an answer looks as if the server had ended it
+        return response
 
     @staticmethod
     def _checked(response: requests.Response, url: str) -> requests.Response:
@@ -202,7 +204,9 @@ class Web:
             response = self._get(url, {"Range": f"bytes={offset}-{offset + length - 1}"})
             try:
                 with response:
-                    return _part(response, url, offset, length)
+                    part = _part(response, url, offset, length)
+                self.deadline.check(url)
+                return part
             except FAILURES as error:
                 self.deadline.check(url)
                 problem = f"{shown(url)}: the transfer ended too early, after byte {offset}: {_kind(error)}"
@@ -222,6 +226,7 @@ class Web:
             except FAILURES as error:
                 self.deadline.check(url)
                 raise SourceError(f"{shown(url)}: the transfer ended too early: {_kind(error)}") from error
+            self.deadline.check(url)
             if len(body) > limit_bytes:
                 raise SourceError(f"{shown(url)}: sends a list of more than {limit_bytes} bytes, which is not read")
             return body, _next_page(url, response.headers.get("Link", ""))
