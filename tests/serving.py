@@ -77,7 +77,7 @@ class _RawHandler(socketserver.StreamRequestHandler):
         lines = list(iter(lambda: self.rfile.readline().strip(), b""))
         self.server.asked.append(lines[0].decode("latin-1") if lines else "")
         with contextlib.suppress(OSError):  # the client has had enough
-            for piece in self.server.script(self.server.asked[-1]):
+            for piece in self.server.script(b"\n".join(lines).decode("latin-1")):
                 if isinstance(piece, bytes):
                     self.wfile.write(piece)
                 elif self.server.stopping.wait(piece):
@@ -85,7 +85,7 @@ class _RawHandler(socketserver.StreamRequestHandler):
 
 
 def raw(script):
-    """A server whose answer to each connection's first request are the pieces of `script(its first line)`: bytes, or
+    """A server whose answer to each connection's first request are the pieces of `script(its lines)`: bytes, or
     pauses in seconds. For what no server sends that knows HTTP. To be used as `with serving(raw(script)) as server:`."""
     return _Raw(script)
 

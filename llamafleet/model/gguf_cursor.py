@@ -127,7 +127,8 @@ class Cursor:
         return self._base + self._at
 
     def close(self) -> None:
-        """Count what was read, for the next shard."""
+        """Count what was read, for the next shard. Raises GgufError if it was too much."""
+        self._check_end(self.position)
         self._read.header_bytes += self.position
 
     def check(self, is_valid: bool, problem: str) -> None:
