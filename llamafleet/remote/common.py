@@ -97,7 +97,7 @@ _LARGEST = 2**63 - 1  # of a signed file offset
 
 def whole_number(text: Optional[str], most: int = _LARGEST) -> Optional[int]:
     """The number that ASCII digits say; None for any other text and for a number above `most`."""
-    found = re.fullmatch(r"\s*([0-9]{1,19})\s*", text or "")
+    found = re.fullmatch(r"\s*([0-9]{1,20})\s*", text or "")
     number = int(found.group(1)) if found else most + 1
     return number if number <= most else None
 

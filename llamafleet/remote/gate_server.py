@@ -19,6 +19,7 @@ from common import show, whole_number
 
 # Of an answer. The largest is that of /props with the chat template, which has below 100 kB in real models.
 ANSWER_LIMIT_BYTES = 8 * 2**20
+TEXT_CHARACTERS = 2**14  # of an answer that is no JSON; /metrics has 4 kB
 SLOTS_LIMIT = 256  # LLAMA_MAX_SEQ
 KEY_LIMIT_BYTES = 64 * 2**10
 CERTIFICATE_LIMIT_BYTES = 2**20
@@ -90,7 +91,7 @@ def ask(
     try:
         return answer.status, json.loads(text, parse_int=bounded)
     except (ValueError, RecursionError):
-        return answer.status, text.decode("utf-8", "replace")[:500]
+        return answer.status, text[: 4 * TEXT_CHARACTERS].decode("utf-8", "replace")[:TEXT_CHARACTERS]
 
 
 def bounded(digits: str) -> int:

@@ -92,3 +92,27 @@ def test_a_variable_does_as_well(monkeypatch):
         secret_files.api_keys("env:FLEET_KEYS", "api_key_file") == f"{SECRET}\n{SECRET}\n"
     )  # a single key is partly logged
     assert "no such variable" in refused("env:FLEET_KEY")
+
+
+@pytest.mark.parametrize("place", [None, "env:OTHER"])
+def test_a_token_is_not_sent_where_others_can_read_it(monkeypatch, place):
+    monkeypatch.setattr(secret_files, "_taken", {})
+    monkeypatch.setenv("HF_TOKEN", "hf_environment")
+    monkeypatch.setenv("OTHER", "hf_other")
+    name = "hub_token_file" if place else "HF_TOKEN"
+    with pytest.raises(
+        SecretError, match=f"^{name}: hub_endpoint http://hub.example is neither https nor this machine"
+    ) as caught:
+        secret_files.hub_token(place, "http://hub.example")
+    assert "hf_" not in str(caught.value)
+    assert (
+        secret_files.hub_token(place, "http://127.0.0.1:9")
+        == secret_files.hub_token(place, "https://hub.example")
+        is not None
+    )
+
+
+def test_without_a_token_any_endpoint_will_do(monkeypatch):
+    monkeypatch.setattr(secret_files, "_taken", {})
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert secret_files.hub_token(None, "http://hub.example") is None
