@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from llamafleet.host.installed import Installed, InstalledInstance
-from llamafleet.service.desired import Desired, Service
+from llamafleet.service.desired import Desired, Service, Serving
 
 # The credentials of a unit by their names, and what they are in words.
 SECRETS = {"api-keys": "API keys", "tls-certificate": "TLS certificate", "tls-key": "TLS key"}
@@ -77,10 +77,15 @@ def changes_needed(desired: Desired, installed: Installed) -> Changes:
             and (
                 serving.verified is not None
                 or serving.name not in desired.inputs.same_inputs()
-                or (stay[serving.name].record or {}).get("source") != serving.record.get("source")
+                or _has_another_source(stay[serving.name], serving)
             )
         ),
     )
+
+
+def _has_another_source(installed: InstalledInstance, serving: Serving) -> bool:
+    """Whether plan.json names the model's source otherwise: an earlier version wrote the query of an address, too."""
+    return installed.record is not None and installed.record.raw.get("source") != serving.record.get("source")
 
 
 def _complete(files: Mapping[str, str | None], installed: Installed) -> bool:

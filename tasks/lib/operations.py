@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from io import BytesIO, StringIO
 from typing import Any, TypeVar
 
+from pyinfra import logger
 from pyinfra.api import FileUploadCommand, FunctionCommand, StringCommand, operation
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 from pyinfra.context import ctx_host
 
 from llamafleet import payload
+from llamafleet.host import answers
 from llamafleet.planner.reconcile import ROUNDS
 from llamafleet.remote.common import (
     ETC,
@@ -238,7 +240,11 @@ def _switch(state: State, host: Host, now: Staging, binary_bytes: dict[str, int]
     _, lines, _ = remote.run(host, f"grep '^told: ' {JOBS}/{shlex.quote(job)}.log")
     if not lines or last:
         return False
-    binary_bytes.update(json.loads(lines[-1].removeprefix("told: ")))
+    try:
+        binary_bytes.update(remote.last(lines, answers.sizes))
+    except remote.RemoteError as error:
+        host.log_styled(str(error), fg="red", log_func=logger.error)
+        return False
     return True
 
 

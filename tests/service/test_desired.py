@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from llamafleet.build.cuda_toolkit import Install
-from llamafleet.host.installed import Listener, Survey
+from llamafleet.host.installed import Holder, Listener, Survey
+from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Refusal
@@ -23,7 +24,7 @@ from tests.service.test_changes import INSTALLED, INSTANCE
 RUN = Run(helpers="h1", oldest_python=(3, 9), commit="c" * 40, secrets={}, holder=None)
 SYSTEM = {"package_manager": "apt", "python": "3.13.5"}
 AMD = {"vendor": "amd", "compute_capability": None, "gfx": "gfx1100", "name": "Radeon RX 7900 XTX"}
-HOLDER = {"run": "1", "who": "ann@desk", "pid": 12, "began": "2026-11-29 10:00:00 UTC", "age_seconds": 3.2}
+HOLDER = Holder(run="1", who="ann@desk", pid=12, began="2026-11-29 10:00:00 UTC", age_seconds=3.2)
 
 
 def survey(gpus=(), machine=None, **installed):
@@ -83,6 +84,15 @@ def test_another_run_holds_the_lock():
     assert refusal(run=dataclasses.replace(RUN, holder=HOLDER)) == (
         "ann@desk (pid 12) is deploying to this host since 2026-11-29 10:00:00 UTC, last seen 3 s ago: wait for it; "
         "a run that died elsewhere loses the lock after 15 minutes, or remove /run/llamafleet/lock.json"
+    )
+
+
+def test_a_later_version_deployed_the_host():
+    """Also where the inventory no longer names the instance."""
+    later = dataclasses.replace(INSTANCE, record=PlanRecord.of({"schema": 2}))
+    assert refusal(survey(instances={"old": later})) == (
+        "/etc/llamafleet/instances/old/plan.json on the host has schema 2, this version of llamafleet knows 1: deploy "
+        "with the later version that wrote it, or remove the file to have old planned anew"
     )
 
 
@@ -222,7 +232,10 @@ def test_sums_that_become_known_start_no_server_again():
     old = f"{MODELS}/{ModelFiles(shards(None, None), header).folder}"
     there = {f"{old}/m-0000{n}-of-00002.gguf": one for n, one in ((1, B), (2, C))}
     before = of_shards(shards(None, None), there).servings[0].service
-    read = survey(models=there, instances={"m0": dataclasses.replace(INSTANCE, record=json.loads(before.plan_json))})
+    read = survey(
+        models=there,
+        instances={"m0": dataclasses.replace(INSTANCE, record=PlanRecord.of(json.loads(before.plan_json)))},
+    )
     settings = planning.settings({"source": URL, "context_tokens": 4096})
     after = decide(settings, read, {"m0": ModelFiles(shards(B, C), header)}).servings[0].service
     assert (after.identity, after.argv, after.unit_text) == (before.identity, before.argv, before.unit_text)
