@@ -3,6 +3,8 @@
 This module follows redirects itself: the Hub redirects to a signed URL of another origin, which must not get the token.
 It waits for a busy server, for a limited time. All that servers send is limited, in time and in bytes. Messages never
 show the query of a URL, because a signature is a secret.
+
+Decision 20: docs/decisions/0020-what-comes-from-outside-is-bounded.md.
 """
 
 from __future__ import annotations

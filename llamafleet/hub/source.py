@@ -2,6 +2,8 @@
 
 `resolve` lists all files of a model with size, sha256 and commit, without a download. `read_header` then reads the GGUF
 header by range requests.
+
+Decision 20: docs/decisions/0020-what-comes-from-outside-is-bounded.md.
 """
 
 from __future__ import annotations

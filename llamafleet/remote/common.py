@@ -4,6 +4,8 @@ Contract: a module, no program. On a host it lies beside the programs (`import c
 `llamafleet.remote.common`. It imports nothing of ours. Readers change nothing; where nothing can be read, they return
 an empty value, unless their docstring names an error. `replace_file` and `write_json` replace one file as a whole.
 Python 3.8, standard library.
+
+Decision 20: docs/decisions/0020-what-comes-from-outside-is-bounded.md.
 """
 
 from __future__ import annotations

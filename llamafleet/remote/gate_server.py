@@ -1,6 +1,8 @@
 """How the gate and the liveness check talk to a unit and its server.
 
 Part of gate.py and liveness.py and under their contracts: Python 3.8, standard library.
+
+Decision 20: docs/decisions/0020-what-comes-from-outside-is-bounded.md.
 """
 
 from __future__ import annotations
