@@ -26,7 +26,7 @@ from llamafleet.remote.common import (
     unit_of,
 )
 from llamafleet.settings import extra_flags as extra
-from llamafleet.validation import Flag, Listed, Should, Text, Whole, one_of
+from llamafleet.validation import Flag, Listed, Should, Whole, one_of
 
 BACKENDS = ("auto", "cuda", "hip", "vulkan", "cpu")
 # common/arg.cpp, kv_cache_types: the types llama-server accepts for --cache-type-k/-v.
@@ -44,6 +44,12 @@ class SettingsError(ValueError):
         self.problems = problems
 
 
+# It goes into paths, commands and units, none of which can hold a control character.
+Text = Annotated[
+    validation.Text,
+    Field(max_length=2**17, description="MAX_ARG_STRLEN of Linux"),
+    Should("have no control characters", functools.partial(re.fullmatch, r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]*")),
+]
 # A range's reason is its description. llama.cpp's arguments are 32-bit integers (common_params).
 _INT32 = 2**31 - 1
 Tokens = Annotated[Whole, Field(ge=1, le=_INT32, description="llama.cpp counts tokens in 32 bits")]

@@ -15,6 +15,7 @@ from pathlib import Path
 from llamafleet.remote.common import keeps_secrets
 
 VARIABLE = "env:"  # begins a place that is an environment variable: "env:NAME"
+LIMIT = 2**20  # characters of a file: ten thousand keys
 SHORTEST_KEY = 8  # characters: clients can try keys without limit
 
 
@@ -49,8 +50,8 @@ def _variable(place: str, setting: str) -> str:
 
 
 def _file(place: str, setting: str) -> str:
-    path = Path(place).expanduser()
     try:
+        path = Path(place).expanduser()
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             raise SecretError(f"{setting}: {place} is not a file")
@@ -59,9 +60,15 @@ def _file(place: str, setting: str) -> str:
             raise SecretError(
                 f"{setting}: {place} has mode {stat.S_IMODE(mode):04o}, others may read or change it: chmod 600 {place}"
             )
-        return path.read_text()
+        with path.open() as file:
+            text = file.read(LIMIT + 1)
+        if len(text) > LIMIT:
+            raise SecretError(f"{setting}: {place} has more than {LIMIT} characters, which no secret has")
+        return text
     except OSError as error:
         raise SecretError(f"{setting}: cannot read {place}: {error.strerror}") from error
+    except RuntimeError as error:  # "~name" of no user
+        raise SecretError(f"{setting}: cannot read {place}: {error}") from error
     except UnicodeDecodeError as error:
         raise SecretError(f"{setting}: {place} is not text") from error
 

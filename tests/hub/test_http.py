@@ -70,6 +70,12 @@ def test_a_byte_now_and_then_ends_at_the_deadline(served, start):
     assert not any("/y" in line for line in server.asked)
 
 
+def test_headers_that_the_deadline_cut_are_no_answer(served):
+    server = served(dripping(OK + b"X-Linked-Size: 5\r\nX: "))
+    with web() as client:
+        assert "took longer" in problem(lambda: client.ask("HEAD", f"{server.url}/x", follow=False), server)
+
+
 def test_silence_ends_at_the_deadline(served):
     server = served(sends(30.0))
     with web() as client:

@@ -736,6 +736,9 @@ def test_the_first_error_is_said_not_the_last():
                      b"docs/sslcerts.html\n\ncurl failed to verify the legitimacy of the server?sig=SECRET\n")  # fmt: skip
         answer = read_answer(60, headers, errors)
     assert answer.curl_text == "curl: (60) SSL certificate problem: expired"
+    with tempfile.TemporaryFile() as headers, tempfile.TemporaryFile() as errors:
+        errors.write(b"curl: (6) Could not resolve host: a\ncurl: (23) Failed writing body\n")
+        assert read_answer(23, headers, errors).curl_text == "curl: (6) Could not resolve host: a"
 
 
 def test_a_certificate_that_nobody_trusts_is_said_first(job, tls_server):

@@ -265,3 +265,18 @@ def test_numbers_of_any_length_are_refused_by_key(key, value):
 def test_a_vulkan_device_is_a_small_number(value):
     [problem] = problems(vulkan_devices=[0, value])
     assert problem.startswith("vulkan_devices[1]: should be a whole number from 0 to 1023")
+
+
+@pytest.mark.parametrize("text", ["/a\0b", "/a\nb", "/\x1b[2J", "/\x9b", "/\udcff"], ids=repr)
+@pytest.mark.parametrize(
+    "key", ["api_key_file", "tls_key_file", "source", "llama_cpp_ref", "build_cache", "hub_token_file"]
+)
+def test_no_text_has_control_characters(key, text):
+    found = problems(**{key: text}) if key in Settings.__dataclass_fields__ else instance_problems(**{key: text})
+    where = key if key in Settings.__dataclass_fields__ else f"models[0].{key}"
+    assert any(line.startswith(f"{where}: should ") and line.isprintable() for line in found), found
+
+
+def test_no_text_is_longer_than_an_argument():
+    [problem] = instance_problems(api_key_file="k" * (2**17 + 1))
+    assert problem == "models[0].api_key_file: should have at most 131072 characters, has 131073"

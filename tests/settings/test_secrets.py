@@ -116,3 +116,16 @@ def test_without_a_token_any_endpoint_will_do(monkeypatch):
     monkeypatch.setattr(secret_files, "_taken", {})
     monkeypatch.delenv("HF_TOKEN", raising=False)
     assert secret_files.hub_token(None, "http://hub.example") is None
+
+
+@pytest.mark.parametrize("place", ["~no-such-user-here/keys", "/" + "k" * 5000, "/nowhere"])
+def test_a_place_that_cannot_be_read_is_named(place):
+    with pytest.raises(SecretError, match=r"^api_key_file: cannot read "):
+        secret_files.read(place, "api_key_file")
+
+
+def test_a_file_of_any_length_is_no_secret(file, monkeypatch):
+    monkeypatch.setattr(secret_files, "LIMIT", 100)
+    assert secret_files.read(file("k" * 100), "api_key_file") == "k" * 100
+    with pytest.raises(SecretError, match="has more than 100 characters"):
+        secret_files.read(file("k" * 101), "api_key_file")
