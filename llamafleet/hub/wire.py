@@ -90,9 +90,9 @@ class _Adapter(HTTPAdapter):
         super().init_poolmanager(*args, **options)
         self.poolmanager.pool_classes_by_scheme = self._pools
 
-    def proxy_manager_for(self, *args: Any, **options: Any) -> Any:
-        manager = super().proxy_manager_for(*args, **options)
-        if not str(manager.proxy.scheme).startswith("socks"):  # its connections are of another kind
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        manager = super().proxy_manager_for(proxy, **options)
+        if not proxy.lower().startswith("socks"):  # its connections are of another kind
             manager.pool_classes_by_scheme = self._pools
         return manager
 

@@ -95,6 +95,26 @@ def test_a_tls_handshake_that_drips_ends_at_the_deadline(served):
         client.ask("GET", f"{url}/x")
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_drips_ends_at_the_deadline(served, monkeypatch, scheme):
+    server = served(dripping(b"HTTP/1.1 200 "))
+    monkeypatch.setenv(f"{scheme}_proxy", server.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with web() as client, pytest.raises(SourceError, match=f"{scheme}://h.example/x: reading took longer"):
+        client.ask("GET", f"{scheme}://h.example/x")
+    assert server.asked == [
+        f"{'CONNECT h.example:443' if scheme == 'https' else 'GET http://h.example/x'} HTTP/1.{'01'[scheme == 'http']}"
+    ]
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "http://[::1", "ftp://h", "http://h:99999", "x"])
+def test_an_odd_proxy_is_an_error_that_names_the_address(monkeypatch, proxy):
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with web(5) as client, pytest.raises(SourceError, match=r"http://h\.example/x: cannot be reached"):
+        client.ask("GET", "http://h.example/x")
+
+
 def test_waiting_for_a_busy_server_counts_too(served):
     server = served(sends(b"HTTP/1.1 503 Busy\r\nRetry-After: 2\r\nContent-Length: 0\r\n\r\n"))
     with web() as client:
