@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
@@ -388,19 +387,16 @@ def read_header(
     deadline = deadline or Deadline()
     for address in range(1 + max(len(file.mirrors) for file in files)):
         try:
-            with ExitStack() as open_webs:
-                return gguf.read_header([_source(file, address, token, deadline, open_webs) for file in files])
+            with Web(token, files[0].token_origin, deadline=deadline) as web:
+                return gguf.read_header([_source(file, address, web) for file in files])
         except SourceError as error:
             problems.append(str(error))
     raise SourceError("; ".join(problems))
 
 
-def _source(
-    file: RemoteFile, address: int, token: str | None, deadline: Deadline, open_webs: ExitStack
-) -> gguf.ByteSource:
+def _source(file: RemoteFile, address: int, web: Web) -> gguf.ByteSource:
     """The file at its URL (`address` 0) or at mirror `address`, the last one if it has fewer."""
     url = (file.url, *file.mirrors)[min(address, len(file.mirrors))]
     if url.startswith("file:"):
         return gguf.FileSource(Path(unquote(urlsplit(url).path)))
-    web = open_webs.enter_context(Web(token, file.token_origin, deadline=deadline))
     return HttpSource(url, file.size_bytes, web)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,8 @@ class Session(requests.Session):
     def __init__(self, seconds_left: Callable[[], float]) -> None:
         super().__init__()
         self._seconds_left = seconds_left
-        self._sockets: list[Any] = []
+        self._connecting: dict[object, Any] = {}  # by connection, a socket that is not connected by TLS yet
+        self._connected: weakref.WeakSet[Any] = weakref.WeakSet()  # sockets that somebody may read from
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
         self.auth = _no_password
@@ -46,30 +48,33 @@ class Session(requests.Session):
         """None: requests would read the whole body of a redirect, of any length, even where it follows none."""
         return None
 
-    def watch(self, sock: Any) -> None:
-        """End this connection at the deadline."""
+    def connecting(self, connection: object, sock: Any) -> None:
+        """End this connection at the deadline. TLS takes the socket's descriptor over: until then we have a second."""
         with self._lock:
-            # TLS takes the socket's descriptor over; a second one of the same connection stays ours.
-            self._sockets.append(sock.dup())
-            if self._timer is None:
-                self._timer = threading.Timer(self._seconds_left(), self._end)
-                self._timer.daemon = True
-                self._timer.start()
+            self._connecting[connection] = sock.dup()
+        if self._timer is None:
+            self._timer = threading.Timer(self._seconds_left(), self._end)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def connected(self, connection: object, sock: Any) -> None:
+        """From now on it is this socket that is to be ended; None where the connection failed."""
+        with self._lock:
+            if (second := self._connecting.pop(connection, None)) is not None:
+                second.close()
+            if sock is not None:
+                self._connected.add(sock)
 
     def close(self) -> None:
         """End all connections and the timer."""
-        with self._lock:
-            if self._timer is not None:
-                self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
             self._timer = None
-            for sock in self._sockets:
-                sock.close()
-            self._sockets.clear()
         super().close()
 
     def _end(self) -> None:
         with self._lock:
-            for sock in self._sockets:
+            for sock in [*self._connecting.values(), *self._connected]:
                 with contextlib.suppress(OSError):  # it has ended already
                     sock.shutdown(2)  # SHUT_RDWR: whoever reads or writes there wakes up
 
@@ -98,17 +103,27 @@ class _Adapter(HTTPAdapter):
 
 
 def _pools(session: Session) -> dict[str, type[HTTPConnectionPool]]:
-    class Plain(HTTPConnection):
+    class Watched:
+        """A connection of urllib3, which the session ends at its deadline."""
+
+        sock: Any
+
         def _new_conn(self) -> Any:
-            sock = super()._new_conn()
-            session.watch(sock)
+            sock = super()._new_conn()  # type: ignore[misc]
+            session.connecting(self, sock)
             return sock
 
-    class Encrypted(HTTPSConnection):
-        def _new_conn(self) -> Any:
-            sock = super()._new_conn()
-            session.watch(sock)
-            return sock
+        def connect(self) -> None:
+            try:
+                super().connect()  # type: ignore[misc]
+            finally:
+                session.connected(self, self.sock)
+
+    class Plain(Watched, HTTPConnection):
+        pass
+
+    class Encrypted(Watched, HTTPSConnection):
+        pass
 
     class PlainPool(HTTPConnectionPool):
         ConnectionCls = Plain

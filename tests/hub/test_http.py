@@ -3,6 +3,7 @@ the address, and without much memory."""
 
 import gzip
 import resource
+import threading
 import time
 
 import pytest
@@ -154,6 +155,22 @@ def test_no_more_is_read_of_a_body_than_was_asked_for(served, framing):
         assert grown(lambda: read.update(part=client.read(f"{server.url}/x", 0, MIB)[0])) < 32
         assert len(read["part"]) == MIB
         assert "more than 1000 bytes" in problem(lambda: client.page(f"{server.url}/list", 1000), server)
+
+
+def test_a_connection_that_is_read_no_further_is_closed(served):
+    """Not only at the deadline: a model may have a thousand shards, and each takes a connection."""
+    ended = threading.Event()
+
+    def script(lines):
+        try:
+            yield from flood(OK + b"\r\n")(lines)
+        finally:
+            ended.set()
+
+    server = served(script)
+    with web(20) as client:
+        client.read(f"{server.url}/x", 0, 1000)
+        assert ended.wait(5)
 
 
 def test_a_chunk_size_without_end_is_an_error(served):
