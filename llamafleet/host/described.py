@@ -24,7 +24,7 @@ KEYS = {
 }
 LONGEST = 500  # characters; one with all keys has about 150
 GPU_LIMIT = 16  # ggml/include/ggml-cuda.h, GGML_CUDA_MAX_DEVICES
-_CARDS = re.compile(r"(?:(?P<count>[0-9]{1,6}) ?[x*] ?(?=[a-z]))?(?P<name>.+)")
+_CARDS = re.compile(r"(?:(?P<count>[0-9]+) ?[x*] ?(?=[a-z]))?(?P<name>.+)")
 _SIZE = re.compile(r"(?P<number>[0-9]{1,15}(?:\.[0-9]{1,15})?) ?(?P<unit>[kmgt]?)(?:i?b)?(?:/s)?")
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
