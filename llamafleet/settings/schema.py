@@ -149,8 +149,8 @@ class Instance:
     allow_unauthenticated: Flag
     tls_certificate_file: Text | None
     tls_key_file: Text | None
-    extra_flags: Listed[Text]
-    dangerous_flags: Listed[Text]
+    extra_flags: Listed[validation.Text]  # words between blanks of any kind
+    dangerous_flags: Listed[validation.Text]
     sha256: Sha256 | None
     allow_unverified: Flag
     mirrors: Annotated[Listed[Mirror], Field(max_length=100, description="tried one after another")]
