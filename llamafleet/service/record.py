@@ -12,7 +12,7 @@ from llamafleet.host.machine import Gpu
 from llamafleet.hub.source import ModelFiles
 from llamafleet.planner.flags import device_names
 from llamafleet.planner.result import Plan
-from llamafleet.remote.common import API_KEYS, INSTANCES, TLS_CERTIFICATE, TLS_KEY
+from llamafleet.remote.common import API_KEYS, INSTANCES, PLAN_SCHEMA, TLS_CERTIFICATE, TLS_KEY
 from llamafleet.service.trial import told_to_host
 from llamafleet.settings.schema import Instance
 
@@ -24,13 +24,14 @@ START_SECONDS = 60
 
 def plan_record(
     instance: Instance, plan: Plan, build: Build, model: ModelFiles, path: str, argv: tuple[str, ...],
-    *, speed_floor_percent: int, installed: Mapping[str, Any] | None = None,
+    *, speed_floor_percent: int, alone: bool, installed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """plan.json, without `inputs` and `verified`, which make no difference to the running service.
 
     `path` is the model's first file on the host, `argv` the whole command line, `installed` the record of the installed
     instance. `identity` is a hash of everything that makes a difference to the running service. The free bytes of the
     ledger, which drift from run to run, do not; nor does a sha256 that became known of a file that is served already.
+    `alone`: the host is to have this instance and no other.
     """
     gate = {
         "unit": instance.unit,
@@ -52,7 +53,7 @@ def plan_record(
     files = [{"path": f"{path.rsplit('/', 1)[0]}/{file.name}", "size_bytes": file.size_bytes, "sha256": file.sha256}
              for file in model.files]  # fmt: skip
     record = {
-        "schema": 1,
+        "schema": PLAN_SCHEMA,
         "name": instance.name,
         "source": instance.source,
         "release": build.key,
@@ -68,7 +69,7 @@ def plan_record(
     if public != instance.source:
         record["source"] = public
         record["public_identity"] = _hash({**record})
-    return {**record, "identity": identity, **told_to_host(argv), "plan": plan.to_json()}
+    return {**record, "identity": identity, **told_to_host(argv, alone), "plan": plan.to_json()}
 
 
 def _hash(record: Mapping[str, Any]) -> str:

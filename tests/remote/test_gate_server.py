@@ -7,6 +7,7 @@ import time
 
 import gate
 import gate_server
+import gate_spec
 import pytest
 from gate_server import ask
 
@@ -144,3 +145,15 @@ def test_a_check_says_what_was_wrong_with_the_answer(served, monkeypatch, check)
         spec["api_keys"] = "/dev/null"
     found = check(spec)
     assert not found["ok"] and "more than 8388608 bytes" in str(found["found"])
+
+
+def test_a_plan_of_a_size_that_no_server_told_is_read_and_one_of_any_length_is_not(tmp_path, monkeypatch):
+    path, gate_of = tmp_path / "plan.json", {key: None for key in gate_spec.GATE}
+    gate_of |= {"unit": "llama-server-x.service", "argv": [], "url": "u", "health_seconds": 1, "context_tokens": 1, "slots": 1,
+                "speed_floor_percent": 0, "backend": "cpu", "gpus": []}  # fmt: skip
+    plan = {"schema": 1, "gate": gate_of, "files": [{"path": "/m/x.gguf", "size_bytes": None, "sha256": "ab"}]}
+    path.write_text(json.dumps(plan))
+    assert gate_spec.read_spec(str(path))["files"] == plan["files"]
+    monkeypatch.setattr(gate_spec, "JSON_LIMIT_BYTES", 100)
+    with pytest.raises(gate_spec.Unreadable, match=r"plan\.json: it has more than 100 characters"):
+        gate_spec.read_spec(str(path))
