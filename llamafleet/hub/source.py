@@ -89,6 +89,8 @@ class ModelFiles:
     header: gguf.Header
     # On a host that has the files already, from when no sha256 was known of them: their folder there.
     kept_folder: str | None = None
+    # Names of files that the host serves, and whose sha256 became known only after it noted them in plan.json.
+    noted_without_sum: frozenset[str] = frozenset()
 
     @property
     def folder(self) -> str:
@@ -100,6 +102,14 @@ class ModelFiles:
     def folder_without_sum(self) -> str:
         """The name that the folder gets where no sha256 is known of the first file: by its address and size."""
         return self._folder(self._address_hash)
+
+    @property
+    def recorded(self) -> list[tuple[str, int | None, str | None]]:
+        """Name, size and sha256 of each file, as plan.json has them."""
+        return [
+            (file.name, file.size_bytes, None if file.name in self.noted_without_sum else file.sha256)
+            for file in self.files
+        ]
 
     @property
     def without_sum(self) -> tuple[RemoteFile, ...]:

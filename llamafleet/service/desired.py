@@ -266,7 +266,6 @@ def _serving(
     settings, inputs, build = desired.settings, desired.inputs, desired.build
     model = inputs.models[instance.name]
     argv = (*desired.command(plan), *command.credential_flags(instance))
-    installed = desired.installed.instances.get(instance.name)
     record = {
         **plan_record(
             instance,
@@ -276,7 +275,6 @@ def _serving(
             model_path(model),
             argv,
             speed_floor_percent=settings.speed_floor_percent,
-            installed=installed.record.raw if installed and installed.record else None,
             alone=len(settings.models) == 1,
         ),
         "inputs": {"key": inputs.keys[instance.name], "memory": choice.memory.to_json()},

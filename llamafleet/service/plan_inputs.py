@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from llamafleet.host.installed import Installed, Survey
@@ -75,7 +75,7 @@ def plan_inputs(settings: Settings, survey: Survey, models: Mapping[str, ModelFi
     keys = {
         instance.name: stability.inputs_key(survey.machine, settings, instance, {
             "backend": backend,
-            "files": [[file.name, file.size_bytes, file.sha256] for file in models[instance.name].files],
+            "files": [list(file) for file in models[instance.name].recorded],
         })
         for instance in settings.models
     }  # fmt: skip
@@ -92,7 +92,8 @@ def _verifiable(instance: Instance, model: ModelFiles, installed: Installed) -> 
     unknown = model.without_sum
     if not unknown:
         earlier = replace(model, kept_folder=model.folder_without_sum)
-        return (earlier if _has(installed, earlier) and not _has(installed, model) else model), ""
+        model = earlier if _has(installed, earlier) and not _has(installed, model) else model
+        return replace(model, noted_without_sum=frozenset(_noted_without_sum(instance, model, installed))), ""
     if instance.allow_unverified:
         return model, ""
     sums = [installed.models.get(f"{MODELS}/{model.folder}/{file.name}") for file in unknown]
@@ -108,3 +109,14 @@ def _verifiable(instance: Instance, model: ModelFiles, installed: Installed) -> 
 def _has(installed: Installed, model: ModelFiles) -> bool:
     """Whether the host has every file of the model in its folder, with the known sha256."""
     return all(installed.models.get(f"{MODELS}/{model.folder}/{file.name}") == file.sha256 for file in model.files)
+
+
+def _noted_without_sum(instance: Instance, model: ModelFiles, installed: Installed) -> Iterator[str]:
+    """Names of the files that the installed instance's plan.json has without their sha256, and that have this one."""
+    there = installed.instances.get(instance.name)
+    noted = there.record.raw.get("files") if there and there.record else None
+    for file in model.files:
+        path = f"{MODELS}/{model.folder}/{file.name}"
+        bare = {"path": path, "size_bytes": file.size_bytes, "sha256": None}
+        if isinstance(noted, list) and bare in noted and installed.models.get(path) == file.sha256:
+            yield file.name

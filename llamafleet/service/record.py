@@ -24,14 +24,14 @@ START_SECONDS = 60
 
 def plan_record(
     instance: Instance, plan: Plan, build: Build, model: ModelFiles, path: str, argv: tuple[str, ...],
-    *, speed_floor_percent: int, alone: bool, installed: Mapping[str, Any] | None = None,
+    *, speed_floor_percent: int, alone: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """plan.json, without `inputs` and `verified`, which make no difference to the running service.
 
-    `path` is the model's first file on the host, `argv` the whole command line, `installed` the record of the installed
-    instance. `identity` is a hash of everything that makes a difference to the running service. The free bytes of the
-    ledger, which drift from run to run, do not; nor does a sha256 that became known of a file that is served already.
-    `alone`: the host is to have this instance and no other.
+    `path` is the model's first file on the host, `argv` the whole command line. `identity` is a hash of everything that
+    makes a difference to the running service. The free bytes of the ledger, which drift from run to run, do not; nor
+    does a sha256 that became known of a file that is served already. `alone`: the host is to have this instance and no
+    other.
     """
     gate = {
         "unit": instance.unit,
@@ -50,8 +50,8 @@ def plan_record(
             for gpu, device in zip(plan.gpus, device_names(plan.backend, len(plan.gpus)), strict=True)
         ],
     }
-    files = [{"path": f"{path.rsplit('/', 1)[0]}/{file.name}", "size_bytes": file.size_bytes, "sha256": file.sha256}
-             for file in model.files]  # fmt: skip
+    files = [{"path": f"{path.rsplit('/', 1)[0]}/{name}", "size_bytes": size, "sha256": sha256}
+             for name, size, sha256 in model.recorded]  # fmt: skip
     record = {
         "schema": PLAN_SCHEMA,
         "name": instance.name,
@@ -59,7 +59,7 @@ def plan_record(
         "release": build.key,
         "commit": build.commit,
         "backend": build.backend,
-        "files": _as_installed(files, installed),
+        "files": files,
         "gate": gate,
         "cpus": plan.cpus,
         "numa_nodes": plan.numa_nodes,
@@ -81,15 +81,6 @@ def without_query(source: str) -> str:
 
     `public_identity` is then the hash of what the file has."""
     return source.partition("?")[0] if source.startswith(("http://", "https://")) else source
-
-
-def _as_installed(files: list[dict[str, Any]], installed: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The files, without a sha256 where the installed record has the same file without one."""
-    before = (installed or {}).get("files")
-    unknown = [{**file, "sha256": None} for file in files]
-    return [
-        bare if isinstance(before, list) and bare in before else file for file, bare in zip(files, unknown, strict=True)
-    ]
 
 
 def record_text(record: dict[str, Any]) -> str:

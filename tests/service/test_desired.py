@@ -237,8 +237,28 @@ def test_sums_that_become_known_start_no_server_again():
         instances={"m0": dataclasses.replace(INSTANCE, record=PlanRecord.of(json.loads(before.plan_json)))},
     )
     settings = planning.settings({"source": URL, "context_tokens": 4096})
-    after = decide(settings, read, {"m0": ModelFiles(shards(B, C), header)}).servings[0].service
+    outcome = decide(settings, read, {"m0": ModelFiles(shards(B, C), header)})
+    after = outcome.servings[0].service
     assert (after.identity, after.argv, after.unit_text) == (before.identity, before.argv, before.unit_text)
+    assert list(outcome.inputs.same_inputs()) == ["m0"], "it would be planned anew"
+
+
+def test_a_sum_that_does_not_fit_is_another_model():
+    """Shard 2 had no sum, and the settings now name another file: it is downloaded, and the service starts with it."""
+    header = planning.header("Qwen3-8B")
+    folder = f"{MODELS}/{ModelFiles(shards(B, None), header).folder}"
+    there = {f"{folder}/m-0000{n}-of-00002.gguf": one for n, one in ((1, B), (2, C))}
+    before = of_shards(shards(B, None), there).servings[0].service
+    read = survey(
+        models=there,
+        instances={"m0": dataclasses.replace(INSTANCE, record=PlanRecord.of(json.loads(before.plan_json)))},
+    )
+    settings = planning.settings({"source": URL, "context_tokens": 4096})
+    same, other = (decide(settings, read, {"m0": ModelFiles(shards(B, sum_), header)}) for sum_ in (C, A))
+    assert same.servings[0].service.identity == before.identity != other.servings[0].service.identity
+    assert (
+        changes_needed(other, other.installed).models == (folder,) and not changes_needed(same, same.installed).models
+    )
 
 
 # --- plan.json ----------------------------------------------------------------------------------------
