@@ -20,13 +20,12 @@ from __future__ import annotations
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Type, TypeVar  # Python 3.8 has no list[int] at run time
 
-from gate_server import ask, first_key
+from gate_server import SLOTS_LIMIT, ask, first_key
 
 ANSWER_SECONDS = 5.0
 # Statuses of a server that works but does not answer this: wrong key, unknown address, not switched on.
 NOT_OFFERED = (404, 501)
 LARGEST = 2**63  # above what any counter has
-MOST_SLOTS = 256  # LLAMA_MAX_SEQ
 
 # By slot: [task, is it under way, tokens read, tokens written].
 Slots = Dict[str, List[Any]]
@@ -77,8 +76,8 @@ def queue(spec: dict[str, Any]) -> Queue:
 def read_slots(spec: dict[str, Any]) -> tuple[Slots, bool]:
     """The counters of every slot, and whether no slot holds a cached token."""
     told = get(spec, "/slots", list)
-    if len(told) > MOST_SLOTS:
-        raise NoAnswer(f"/slots: {len(told)} slots, where llama-server has {MOST_SLOTS} at most")
+    if len(told) > SLOTS_LIMIT:
+        raise NoAnswer(f"/slots: {len(told)} slots, where llama-server has {SLOTS_LIMIT} at most")
     counters: Slots = {}
     bare = True
     for slot in told:

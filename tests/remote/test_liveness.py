@@ -262,7 +262,7 @@ ODD_SLOTS = {
     "a truth that is text": [slot(1, working="yes")], "a truth that is a number": [slot(1, working=1)],
     "a count that is a truth": [slot(True)], "a number without end": [slot(10**400)],
     "tokens that are text": [{**slot(1), "next_token": "abc"}], "tokens that are numbers": [{**slot(1), "next_token": [1]}],
-    "infinity": '[{"id": 0, "id_task": Infinity}]', "too many slots": [slot(None)] * 257, "digits": '[{"id": ' + "9" * 5000 + "}]",
+    "brackets without end": "[" * 100_000, "infinity": '[{"id": 0, "id_task": Infinity}]', "too many slots": [slot(None)] * 257, "digits": '[{"id": ' + "9" * 5000 + "}]",
 }  # fmt: skip
 
 
