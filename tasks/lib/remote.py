@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import getpass
 import hashlib
 import json
 import platform
@@ -254,7 +255,7 @@ def _in_time(
             raise
         raise NoAnswerError(f"{ended}: the host does not answer") from error
     except EOFError as error:
-        if any(frame.name == "getpass" for frame in traceback.extract_tb(error.__traceback__)):
+        if any(frame.filename == getpass.__file__ for frame in traceback.extract_tb(error.__traceback__)):
             raise RemoteError(explain([], ["sudo: a password is required"])) from error
         raise
     if not ok and time.monotonic() - began >= command.seconds:
