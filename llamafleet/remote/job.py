@@ -141,9 +141,12 @@ def how_it_ended(path: str) -> Tuple[Optional[int], str]:
     if not noted:  # llamafleet 0.1.0 wrote the number alone
         try:
             with open(path) as file:
-                noted = {"code": int(file.read(16))}
+                text = file.read(16).strip()
         except (OSError, ValueError):
+            text = ""
+        if not re.fullmatch(r"[0-9]{1,3}", text):
             return None, f"its exit code is lost: {path} is empty or damaged"
+        noted = {"code": int(text)}
     code, result, signal = noted.get("code"), noted.get("result"), noted.get("signal")
     if isinstance(result, str) and result in RESULTS:
         return (None, RESULTS[result])

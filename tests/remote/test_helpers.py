@@ -127,4 +127,3 @@ def test_a_full_disk_is_said_and_the_old_ones_stay(root, monkeypatch, capsys):
     assert helpers.main(["install", "k2"]) == 1
     assert "error: the helpers cannot be installed: [Errno 28] No space left on device" in capsys.readouterr().err
     assert os.readlink(root / "helpers/current") == "k1"
-
