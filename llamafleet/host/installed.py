@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from llamafleet import validation
 from llamafleet.host.machine import Label, Machine, MachineError, Message, Name, Names, Version, matching
@@ -63,6 +63,9 @@ class Lock(TypedDict):
     pid_started: Seconds
     began: Label
     age_seconds: Seconds
+    # What tells containers of one host name apart; llamafleet 0.1.0 does not say it.
+    pid_namespace: NotRequired[Label]
+    pid_began: NotRequired[Seconds | None]
 
 
 class Preflight(TypedDict, total=False):

@@ -17,6 +17,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import gevent
+from gevent.hub import Hub
 from gevent.lock import RLock
 from paramiko import SSHException
 from pyinfra import logger
@@ -39,6 +40,10 @@ COMMAND_SECONDS = 120.0
 SURVEY_SECONDS = 600.0
 # After the deadline: for the host to end the command, first by SIGTERM, and to say so. Then it counts as silent.
 KILL_SECONDS, SILENT_SECONDS = 5.0, 15.0
+
+# pyinfra reads a command's output in greenlets of its own. One that is no UTF-8 ends its reader, and the answer is
+# unusable, which is said; gevent need not print a traceback as well.
+Hub.NOT_ERROR = (*Hub.NOT_ERROR, UnicodeDecodeError)
 
 T = TypeVar("T")
 
@@ -71,8 +76,8 @@ class HostCommand(StringCommand):
 
     def execute(self, state: State, host: Host, connector_arguments: Any) -> tuple[bool, CommandOutput]:
         try:
-            return _sent(host, self, {**connector_arguments}, print_output=state.print_output,
-                         print_input=state.print_input)  # fmt: skip
+            printing = {"print_output": state.print_output, "print_input": state.print_input}
+            return reconnecting(host, lambda: _sent(host, self, {**connector_arguments}, **printing))
         except Exception as error:  # whatever it is, the other hosts' run must go on
             logger.debug(traceback.format_exc())
             return False, CommandOutput([OutputLine("stderr", line) for line in said(error).splitlines()])

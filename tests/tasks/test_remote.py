@@ -142,6 +142,12 @@ def test_an_unusable_answer_is_a_remote_error(host, answer, tmp_path):
         remote.run_json(host, HostCommand(["cat", str(tmp_path / "answer")], purpose="cat"))
 
 
+def test_bytes_that_are_no_text_are_an_unusable_answer_without_a_traceback(host, capfd):
+    with pytest.raises(remote.RemoteError):
+        remote.run_json(host, sh("printf '{\\377\\n'"))
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("said", "way_out"),
     [
