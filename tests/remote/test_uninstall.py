@@ -94,7 +94,7 @@ def test_everything_is_stopped_before_anything_is_removed(host):
 
 def test_the_lock_is_refreshed_while_models_of_hundreds_of_gigabytes_go(host, monkeypatch):
     refreshed = []
-    monkeypatch.setattr(lock, "refresh", lambda run: refreshed.append(run))
+    monkeypatch.setattr(lock, "refresh", refreshed.append)
     uninstall.main(["remove", json.dumps({**ASKED, "models": True})])
     assert len(refreshed) >= 6 and set(refreshed) == {"me"}
 
