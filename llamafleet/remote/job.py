@@ -47,10 +47,15 @@ RESULTS = {
 }  # fmt: skip
 
 
+# Seconds that a job may take, by its kind. A checkout of one commit is some 30 MB, packages are some 100 MB, a CUDA
+# toolkit 8 GB; a liveness check is installed in a moment.
+LONGEST = {"checkout": 3600, "packages": 3600, "toolkit": 4 * 3600, "watch": 600}
+
+
 def limits(kind: str) -> List[str]:
     """Properties of systemd for a job of this kind, which is its name up to the first `-`: what it may take of the
-    host, and for how long."""
-    return []
+    host, and for how long. The kinds are build, checkout, fetch, packages, switch, toolkit and watch."""
+    return [f"RuntimeMaxSec={LONGEST[kind]}"] if kind in LONGEST else []
 
 
 def log_of(name: str) -> str:

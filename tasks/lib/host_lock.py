@@ -110,7 +110,7 @@ def release(host: Host) -> None:
 
 def _release_quietly(host: Host) -> None:
     try:
-        if host in _held and _held[host].job:
+        if host in _held and _held[host].job and not _held[host].lost:
             host.log(f"{_held[host].job} goes on there, under the host's lock", logger.warning)
             _held.pop(host).ended.set()
         elif host.connected:

@@ -9,6 +9,7 @@ import getpass
 import hashlib
 import json
 import platform
+import re
 import shlex
 import time
 import traceback
@@ -182,8 +183,10 @@ def architecture(host: Host) -> str:
 def explain(out: list[str], err: list[str]) -> str:
     """What a failed command printed; for known failures the way out."""
     text = "\n".join(line for line in [*err, *out] if line.strip()) or "it printed nothing"
-    if "python3" in text and "not found" in text:
+    if re.search("python3: not found|failed to run command .python3", text) or payload.PYTHON_MISSING in text:
         return "python3 is missing on the host: install it (apt-get install python3, dnf install python3)"
+    if re.search(rf"can't open file '{HELPERS}/", text):
+        return "the host has no helpers of llamafleet: run the whole deploy, or tasks.bootstrap.bootstrap first"
     if "sudo" in text and ("password is required" in text or "not in the sudoers" in text):
         return f"sudo does not work for this user ({text}): allow it, or connect as root (ssh_user)"
     return text

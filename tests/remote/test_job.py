@@ -163,10 +163,10 @@ def test_programs_for_afterwards_come_after_the_note(host):
     assert len(after) == 2 and after[1] == "ExecStopPost=-/usr/bin/env python3 /opt/x.py settle tiny"
 
 
-def test_a_job_s_limits_are_those_of_its_kind(host, monkeypatch):
-    monkeypatch.setattr(job, "limits", lambda kind: [f"Nice={len(kind)}"])
-    assert start(host) == 0
-    assert f"Nice={len('build')}" in properties(host)[0]
+@pytest.mark.parametrize(("kind", "seconds"), job.LONGEST.items())
+def test_a_job_s_limits_are_those_of_its_kind(host, kind, seconds):
+    assert job.main(["start", f"{kind}-1", "--", "true"], io.BytesIO()) == 0
+    assert f"RuntimeMaxSec={seconds}" in properties(host)[0]
 
 
 @pytest.mark.parametrize("name", ["m;touch${IFS}x;.gguf", "a b", "../x", "-rf", "", "a\nb", "a%i"])
