@@ -152,7 +152,7 @@ def test_bytes_that_are_no_text_are_an_unusable_answer_without_a_traceback(host,
     ("said", "way_out"),
     [
         ("sh: 1: python3: not found", "apt-get install python3"),
-        ("timeout: failed to run command ‘python3’: No such file or directory", "apt-get install python3"),
+        ("timeout: failed to run command ‘python3’: No such file or directory", "apt-get install python3"),  # noqa: RUF001 -- as coreutils writes it
         ("llamafleet: python3 not found", "apt-get install python3"),
         (
             "python3: can't open file '/opt/llamafleet/helpers/current/job.py': [Errno 2] No such file or directory",
