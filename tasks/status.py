@@ -11,12 +11,14 @@ import pyinfra_cli  # isort: skip  # first: it makes sockets cooperative before 
 
 import json
 import sys
-from typing import Any
+from collections.abc import Mapping
 
 from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.host import Host
 
 from llamafleet.cli.status import HostStatus, Wanted, of_host, table
+from llamafleet.host import answers
+from llamafleet.host.answers import LiveInstance
 from llamafleet.host.installed import Installed
 from llamafleet.service.changes import Changes
 from llamafleet.service.refusals import Refused
@@ -49,15 +51,14 @@ def _without_plan(host: Host, problem: str) -> HostStatus | str:
     return of_host(survey.installed, live, None, f"cannot be compared with the inventory: {problem}")
 
 
-def _live(host: Host, installed: Installed) -> tuple[dict[str, Any], str]:
+def _live(host: Host, installed: Installed) -> tuple[Mapping[str, LiveInstance], str]:
     """What `status.py` prints on the host, and the problem where it fails."""
     if installed.helpers is None or not installed.instances:
         return {}, ""
     try:
-        live: dict[str, Any] = remote.run_json(host, remote.program("status.py"))
+        return remote.run_json(host, remote.program("status.py"), answers.status), ""
     except remote.RemoteError as error:
         return {}, f"memory and gate are not known: {error}"
-    return live, ""
 
 
 def to_do(changes: Changes) -> list[str]:

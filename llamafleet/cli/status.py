@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llamafleet.host.answers import Gate, LiveInstance
 from llamafleet.host.installed import Installed, InstalledInstance
 from llamafleet.units import MIB
 
 GIB = 1024 * MIB
 COLUMNS = ("host", "instance", "state", "plan", "RAM", "GPU", "tok/s", "restarts", "last gate", "drift")
+NOT_KNOWN = LiveInstance(rss_bytes=None, cgroup_bytes=None, gpu_bytes={}, since="", gate=None)
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,19 @@ class InstanceStatus:
     predicted_tokens_per_s: float | None
     restarts: int
     since: str
-    gate: Mapping[str, Any] | None  # the last gate's verdict
+    gate: Gate | None  # the record of the last gate
     verified: bool  # did llama-server report its memory before the plan was installed?
     drift: tuple[str, ...]
 
     @property
     def is_fine(self) -> bool:
         """Is it active, without drift, and did it pass its last gate?"""
-        return self.state == "active" and not self.drift and not (self.gate and not self.gate.get("ok"))
+        return self.state == "active" and not self.drift and (self.gate is None or self.gate.ok)
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
-        return {**self.__dict__, "drift": list(self.drift), "fine": self.is_fine}
+        gate = self.gate and (dict(self.gate.record) or {"ok": False, "problem": self.gate.problem})
+        return {**self.__dict__, "gate": gate, "drift": list(self.drift), "fine": self.is_fine}
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Wanted:
 
 
 def of_host(
-    installed: Installed, live: Mapping[str, Mapping[str, Any]], wanted: Wanted | None, problem: str = ""
+    installed: Installed, live: Mapping[str, LiveInstance], wanted: Wanted | None, problem: str = ""
 ) -> HostStatus:
     """Combine the survey (`found`), the status program's output (`live`) and the comparison with the inventory.
 
@@ -81,15 +84,14 @@ def of_host(
     """
     there = installed.instances
     names = [*there, *(name for name in (wanted.services if wanted else ()) if name not in there)]
-    instances = tuple(_instance(name, there.get(name), live.get(name, {}), wanted) for name in names)
+    instances = tuple(_instance(name, there.get(name), live.get(name, NOT_KNOWN), wanted) for name in names)
     return HostStatus(instances, wanted.host if wanted else (), problem)
 
 
 def _instance(
-    name: str, installed: InstalledInstance | None, live: Mapping[str, Any], wanted: Wanted | None
+    name: str, installed: InstalledInstance | None, live: LiveInstance, wanted: Wanted | None
 ) -> InstanceStatus:
     record: Mapping[str, Any] = installed.record if installed and isinstance(installed.record, Mapping) else {}
-    gate = live.get("gate")
     drift: tuple[str, ...] = ()
     if wanted is not None:
         drift = tuple(wanted.services[name]) if name in wanted.services else ("the inventory does not name it",)
@@ -98,15 +100,15 @@ def _instance(
         state=(installed.active or "unknown") if installed else "not installed",
         plan=plan_in_short(record),
         release=str(record.get("release", "")),
-        rss_bytes=live.get("rss_bytes"),
-        cgroup_bytes=live.get("cgroup_bytes"),
-        gpu_bytes=live.get("gpu_bytes", {}),
+        rss_bytes=live.rss_bytes,
+        cgroup_bytes=live.cgroup_bytes,
+        gpu_bytes=live.gpu_problem or live.gpu_bytes,
         planned_gpu_bytes={gpu["uuid"]: gpu["planned_bytes"] for gpu in record.get("gate", {}).get("gpus", [])},
-        tokens_per_s=gate.get("decode_tokens_per_s") if gate else None,
+        tokens_per_s=live.gate.decode_tokens_per_s if live.gate else None,
         predicted_tokens_per_s=record.get("plan", {}).get("predicted", {}).get("decode_tokens_per_s"),
         restarts=installed.restarts if installed else 0,
-        since=live.get("since", ""),
-        gate=gate,
+        since=live.since,
+        gate=live.gate,
         verified=bool((record.get("verified") or {}).get("binary_bytes")),
         drift=drift,
     )
@@ -146,6 +148,9 @@ def _rows(name: str, host: HostStatus) -> Iterator[tuple[str, ...]]:
 def _remarks(host: HostStatus) -> Iterator[str]:
     if host.problem:
         yield host.problem
+    for instance in host.instances:
+        if instance.gate is not None and instance.gate.problem:
+            yield f"{instance.name}: the last gate is not known: {instance.gate.problem}"
     if host.drift:
         yield f"a run would change: {', '.join(host.drift)}"
 
@@ -170,9 +175,10 @@ def _speed(instance: InstanceStatus) -> str:
 
 
 def _gate(instance: InstanceStatus) -> str:
-    if not instance.gate:
-        return ""
-    if instance.gate.get("ok"):
-        return f"good {instance.gate.get('time', '')}".rstrip()
-    failed = next((check["name"] for check in instance.gate.get("checks", []) if not check["ok"]), "")
-    return f"FAILED {failed} {instance.gate.get('time', '')}".replace("  ", " ").rstrip()
+    gate = instance.gate
+    if gate is None or gate.problem:
+        return "" if gate is None else "unusable record"
+    if gate.ok:
+        return f"good {gate.time}".rstrip()
+    failed = next((check.name for check in gate.checks if not check.ok), "")
+    return f"FAILED {failed} {gate.time}".replace("  ", " ").rstrip()

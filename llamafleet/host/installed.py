@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, NotRequired, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -25,14 +25,14 @@ class InstalledError(MachineError):
     """What a host says of its installation is unusable."""
 
 
-def _readable(value: object) -> object:
+def readable(value: object) -> object:
     """Bytes that are no UTF-8 come from the host as lone surrogates; as "?" they can be shown and compared."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 # Names of files and programs, which may be any bytes on Linux.
-Path = Annotated[Label, BeforeValidator(_readable)]
-Argument = Annotated[Text, Field(max_length=2**17, description="MAX_ARG_STRLEN of Linux"), BeforeValidator(_readable)]
+Path = Annotated[Label, BeforeValidator(readable)]
+Argument = Annotated[Text, Field(max_length=2**17, description="MAX_ARG_STRLEN of Linux"), BeforeValidator(readable)]
 # What goes into a unit: groups and device classes.
 Word = Annotated[Text, Field(max_length=128), matching("be a word of letters, digits and . _ -", r"[\w.-]+")]
 Sha256 = Annotated[Text, matching("be 64 lower-case hexadecimal digits", "[0-9a-f]{64}")]
@@ -53,19 +53,21 @@ def _sha256_only(models: object) -> object:
     return {path: one["sha256"] if isinstance(one, dict) and "sha256" in one else one for path, one in models.items()}
 
 
-class Lock(TypedDict):
-    """The run that holds the host's lock, as `llamafleet/remote/lock.py` reads it."""
+@dataclass(frozen=True)
+class Holder:
+    """The run that holds the host's lock, as `llamafleet/remote/lock.py` reads it. Only `run` is in every version's."""
 
     run: Label
-    who: Label
-    machine: Label
-    pid: Pid
-    pid_started: Seconds
-    began: Label
-    age_seconds: Seconds
-    # What tells containers of one host name apart; llamafleet 0.1.0 does not say it.
-    pid_namespace: NotRequired[Label]
-    pid_began: NotRequired[Seconds | None]
+    who: Label = "another run"
+    machine: Label = ""
+    pid: Pid = 0
+    pid_started: Seconds = 0.0
+    began: Label = "an unknown time"
+    age_seconds: Seconds = 0.0
+    # What tells containers of one host name apart, and the process's start on a clock that nobody sets; llamafleet
+    # 0.1.0 says neither.
+    pid_namespace: Label | None = None
+    pid_began: Seconds | None = None
 
 
 class Preflight(TypedDict, total=False):
@@ -139,7 +141,7 @@ class Installed:
     user: Flag
     missing_packages: Names
     helpers: Path | None
-    lock: Lock | None
+    lock: Holder | None
     releases: Table[Mapping[str, Any]]
     current: Path | None
     cached_builds: Many[Path]

@@ -15,7 +15,7 @@ from typing import Any
 from llamafleet.build import cuda_toolkit
 from llamafleet.build.packages import packages
 from llamafleet.build.release import Build
-from llamafleet.host.installed import Installed, Survey
+from llamafleet.host.installed import Holder, Installed, Survey
 from llamafleet.host.machine import Machine
 from llamafleet.hub.source import ModelFiles
 from llamafleet.memory.ledger import Correction
@@ -40,8 +40,8 @@ class Run:
     commit: str  # of llama.cpp, 40 digits
     # By instance name: the texts of the unit's credentials, by their names in `changes.SECRETS`.
     secrets: Mapping[str, Mapping[str, str]] = field(repr=False)
-    # Another run that holds the host's lock, as the lock's file describes it; None where the lock may be taken.
-    holder: Mapping[str, Any] | None
+    # Another run that holds the host's lock; None where the lock may be taken.
+    holder: Holder | None
 
 
 @dataclass(frozen=True)

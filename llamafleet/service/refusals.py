@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from llamafleet.build.cuda_toolkit import Unsuitable
-from llamafleet.host.installed import Listener, Survey
+from llamafleet.host.installed import Holder, Listener, Survey
 from llamafleet.planner.result import Refusal
 from llamafleet.remote.common import LOCK
 from llamafleet.settings.schema import Instance, Settings
@@ -32,7 +31,7 @@ class Refused:
 
 
 def not_accessible(
-    survey: Survey, holder: Mapping[str, Any] | None, oldest_python: tuple[int, ...]
+    survey: Survey, holder: Holder | None, oldest_python: tuple[int, ...]
 ) -> Refused | None:  # fmt: skip
     """Whether our programs cannot work on the host at all.
 
@@ -55,11 +54,11 @@ def not_accessible(
     return Refused.because(held_by(holder)) if holder else None
 
 
-def held_by(holder: Mapping[str, Any]) -> str:
-    """The sentence for somebody who finds the host's lock held, from what the lock's file says of its holder."""
+def held_by(holder: Holder) -> str:
+    """The sentence for somebody who finds the host's lock held, from what the lock's file says."""
     return (
-        f"{holder['who']} (pid {holder.get('pid')}) is deploying to this host since {holder.get('began')}, "
-        f"last seen {holder['age_seconds']:.0f} s ago: wait for it; a run that died elsewhere loses the lock "
+        f"{holder.who} (pid {holder.pid}) is deploying to this host since {holder.began}, "
+        f"last seen {holder.age_seconds:.0f} s ago: wait for it; a run that died elsewhere loses the lock "
         f"after 15 minutes, or remove {LOCK}"
     )
 

@@ -21,6 +21,7 @@ from pyinfra.context import ctx_host
 
 from llamafleet import payload
 from llamafleet.build.packages import all_packages
+from llamafleet.host.installed import Holder
 from llamafleet.host.machine import MachineError
 from llamafleet.hub.http import SourceError
 from llamafleet.memory.ledger import Correction
@@ -96,7 +97,7 @@ def decide(host: Host) -> Decision | Refused:
         return Refused.because(f"what the host needs cannot be decided: {remote.said(error)}")
 
 
-def check_unchanged(host: Host, last: Mapping[str, Any] | None) -> None:
+def check_unchanged(host: Host, last: Holder | None) -> None:
     """Read the host again, now under its lock: it still needs what was decided before. Raises `RemoteError` with what
     differs, and who may have done it: `last` is the run that had the lock before, with `age_seconds` since then."""
     now = _decisions.get(host)
@@ -109,7 +110,7 @@ def check_unchanged(host: Host, last: Mapping[str, Any] | None) -> None:
     differing = list(_differences(now.changes, changes_needed(now.desired, survey.installed)))
     if differing:
         since = time.monotonic() - now.made
-        who = f"{last.get('who')} deployed to it" if last and last["age_seconds"] < since else "somebody changed it"
+        who = f"{last.who} deployed to it" if last and last.age_seconds < since else "somebody changed it"
         raise remote.RemoteError(
             f"{who} after this run had read it {since:.0f} s ago ({'; '.join(differing)}): run again, "
             "and it is planned as it is now"

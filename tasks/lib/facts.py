@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from pyinfra.api.host import Host
 
-from llamafleet.host.installed import Installed, Survey
-from llamafleet.host.machine import Machine
+from llamafleet.host import answers
+from llamafleet.host.installed import Survey
 from llamafleet.remote.common import VAR
 from llamafleet.settings.schema import Settings
 from tasks.lib import remote
@@ -19,7 +18,7 @@ def survey(host: Host, packages: dict[str, tuple[str, ...]], settings: Settings)
     folder, which is removed afterwards: so a bare host can be read too.
 
     `packages` are the wanted distribution packages by package manager. Raises
-    `remote.RemoteError` with what the host said, and `payload.PayloadError`.
+    `remote.RemoteError` with what the host said, `MachineError` for an unusable answer, and `payload.PayloadError`.
     """
     asked = json.dumps(
         {
@@ -34,5 +33,4 @@ def survey(host: Host, packages: dict[str, tuple[str, ...]], settings: Settings)
     ok, out, err = remote.run_helper(host, "survey.py", asked, purpose="the survey", seconds=remote.SURVEY_SECONDS)
     if not ok or not out:
         raise remote.RemoteError(f"cannot read the host: {remote.explain(out, err)}")
-    read: dict[str, Any] = remote.last(out)
-    return Survey(Machine.from_json(read["machine"]), Installed.from_json(read["found"]))
+    return answers.survey(out[-1])

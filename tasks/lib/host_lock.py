@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import gevent
 from gevent.event import Event
@@ -19,6 +18,8 @@ from pyinfra import logger
 from pyinfra.api.host import Host
 from pyinfra.api.state import BaseStateCallback, State
 
+from llamafleet.host import answers
+from llamafleet.host.installed import Holder
 from llamafleet.service.refusals import held_by
 from tasks.lib import remote
 from tasks.lib.this_run import is_ours_or_dead, this_run
@@ -60,7 +61,7 @@ def is_held(host: Host) -> bool:
     return host in _held
 
 
-def take(state: State, host: Host) -> dict[str, Any] | None:
+def take(state: State, host: Host) -> Holder | None:
     """Take the host's lock, and keep it until it is released. The run that held it last, if that is known, with the
     seconds since as `age_seconds`. Raises `RemoteError` where another run holds it, with that run's name, and as
     `remote.run_helper` does."""
@@ -73,13 +74,13 @@ def take(state: State, host: Host) -> dict[str, Any] | None:
         if ok:
             _held[host] = _Held(now())
             gevent.spawn(_keep, host, _held[host])
-            return remote.last(out) if out else None
+            return remote.last(out, answers.holder) if out else None
         if not out:
             raise remote.RemoteError(f"the host's lock cannot be taken: {remote.explain(out, err)}")
-        other: dict[str, Any] = remote.last(out)
+        other = remote.last(out, answers.holder)
         if not is_ours_or_dead(other):
             raise remote.RemoteError(held_by(other))
-        over = ["--over", other["run"]]
+        over = ["--over", other.run]
     raise remote.RemoteError("the host's lock was taken by another run in the same moment: try again")
 
 
@@ -140,7 +141,7 @@ def _refresh(host: Host, held: _Held) -> None:
     elif not out:
         raise remote.RemoteError(f"the host's lock cannot be refreshed: {remote.explain(out, err)}")
     elif not held.ended.is_set():
-        held.lost = f"this run lost the host's lock to {remote.last(out).get('who')}: run again"
+        held.lost = f"this run lost the host's lock to {remote.last(out, answers.holder).who}: run again"
 
 
 def now() -> float:

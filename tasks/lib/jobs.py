@@ -11,11 +11,11 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 
+from llamafleet.host import answers
 from llamafleet.remote.common import JOBS
 from tasks.lib import decision, host_lock, remote
 
@@ -77,25 +77,24 @@ def follow(
 
 def _until_ended(
     host: Host, job: str, command: Sequence[str], secret: Secret | None, after: Sequence[str]
-) -> dict[str, Any]:
+) -> answers.Job:
     """What the host says of the job once that has ended."""
     options = [word for program in after for word in ("--after", program)]
     options += ["--secret", secret.path] if secret else []
     sent = remote.packed([(0o600, secret.text.encode())]) if secret else None
-    seen: dict[str, Any] = remote.run_json(
-        host, remote.program("job.py", "start", job, *options, "--", *command, stdin=sent)
-    )
+    start = remote.program("job.py", "start", job, *options, "--", *command, stdin=sent)
+    seen = remote.run_json(host, start, answers.job)
     host_lock.working(host, job)  # from here on it does not end with us
     logged, silent = "", 0
-    while seen["state"] == "running":
-        if seen["line"] != logged and seen["line"]:
-            logged = seen["line"]
+    while seen.state == "running":
+        if seen.line != logged and seen.line:
+            logged = seen.line
             host.log(logged[:200])
         host_lock.check(host)
         look = remote.program("job.py", "follow", job, f"--seen={logged}", "--seconds", f"{LOOK_SECONDS:.0f}",
                               seconds=LOOK_SECONDS + LATE_SECONDS)  # fmt: skip
         try:
-            seen, silent = remote.run_json(host, look), 0
+            seen, silent = remote.run_json(host, look, answers.job), 0
         except remote.NoAnswerError:
             silent += 1
             if silent == SILENT_LOOKS:
@@ -104,14 +103,15 @@ def _until_ended(
     return seen
 
 
-def _told(host: Host, job: str, seen: dict[str, Any]) -> bool:
+def _told(host: Host, job: str, seen: answers.Job) -> bool:
     """Whether the job did its work; what it noted, or why it failed, is logged."""
-    tail: list[str] = seen["tail"]
-    if seen["state"] == "ended" and seen["exit_code"] == 0:
+    tail = seen.tail
+    if seen.state == "ended" and seen.exit_code == 0:
         for line in tail:
             if line.startswith("note: "):  # what the operator should know although all went well
                 host.log(line.removeprefix("note: "))
         return True
     errors = [number for number, line in enumerate(tail) if line.startswith("error: ")]
     text = "\n".join(tail[max(0, errors[-1] - 15) :] if errors else tail[-15:])
-    return remote.fail(host, f"{job} failed ({seen['how']}): {text}\nwhole log: {JOBS}/{job}.log")
+    how = seen.how or (f"exit code {seen.exit_code}" if seen.state == "ended" else "it was killed")
+    return remote.fail(host, f"{job} failed ({how}): {text}\nwhole log: {JOBS}/{job}.log")

@@ -11,6 +11,7 @@ from typing import Any
 
 from pyinfra.api.host import Host
 
+from llamafleet.host import answers
 from llamafleet.host.backends import TRAITS
 from llamafleet.memory.ledger import NO_CORRECTION
 from llamafleet.planner import reconcile
@@ -97,7 +98,8 @@ def _ask(host: Host, now: Decision, plan: Plan) -> reconcile.MemoryReport:
     """llama-server's answer about a plan, asked on the host beside what runs there."""
     asked = json.dumps(spec(now, plan))
     command = remote.program("verify.py", "ask", asked, seconds=VERIFY_SECONDS)
-    return reconcile.MemoryReport(**remote.run_json(host, command))
+    told = remote.run_json(host, command, answers.memory)
+    return reconcile.MemoryReport(told.told, told.why, told.room)
 
 
 def spec(now: Decision, plan: Plan) -> dict[str, Any]:

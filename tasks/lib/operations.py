@@ -25,6 +25,7 @@ from pyinfra.api.state import State
 from pyinfra.context import ctx_host
 
 from llamafleet import payload
+from llamafleet.host import answers
 from llamafleet.planner.reconcile import ROUNDS
 from llamafleet.remote.common import GOOD, JOBS, SECRETS, STAGED, plan_path
 from tasks.lib import host_lock, jobs, lookups, remote
@@ -243,7 +244,7 @@ def _switch(state: State, host: Host, now: Staging, binary_bytes: dict[str, int]
     lines = [line for line in lines if line]
     if not lines or last:
         return False
-    binary_bytes.update(json.loads(lines[-1].removeprefix("told: ")))
+    binary_bytes.update(remote.last(lines, answers.sizes))
     return True
 
 

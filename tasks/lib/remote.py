@@ -30,6 +30,7 @@ from pyinfra.api.state import State
 from pyinfra.connectors.util import CommandOutput, OutputLine, remove_any_sudo_askpass_file
 
 from llamafleet import payload
+from llamafleet.host.answers import AnswerError
 from llamafleet.remote.common import HELPERS, helper
 from tasks.lib import lookups
 
@@ -110,20 +111,22 @@ def run(host: Host, command: HostCommand) -> tuple[bool, list[str], list[str]]:
     return ok, output.stdout_lines, output.stderr_lines
 
 
-def run_json(host: Host, command: HostCommand, read: Callable[[str], T] = json.loads) -> T:
-    """What `read` makes of the last line that a command prints; `RemoteError` where that fails or is unusable."""
+def run_json(host: Host, command: HostCommand, read: Callable[[str], T]) -> T:
+    """The value that a program prints as its last line, by a function of `llamafleet/host/answers.py`; `RemoteError`
+    where the program fails, or the line is unusable."""
     ok, out, err = run(host, command)
     if not ok or not out:
         raise RemoteError(explain(out, err))
     return last(out, read)
 
 
-def last(lines: list[str], read: Callable[[str], T] = json.loads) -> T:
-    """What `read` makes of the last line; `RemoteError` where that is unusable."""
+def last(lines: Sequence[str], read: Callable[[str], T]) -> T:
+    """The value of the last line that a program printed, by a function of `llamafleet/host/answers.py`; `RemoteError`
+    where the line is unusable."""
     try:
         return read(lines[-1] if lines else "")
-    except (ValueError, RecursionError) as error:
-        raise RemoteError(f"the host's answer is unusable: {error}") from error
+    except AnswerError as error:
+        raise RemoteError(str(error)) from error
 
 
 def run_helper(

@@ -10,11 +10,12 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from llamafleet.host.installed import Holder
 
 
 def _read(path: str) -> str:
@@ -73,15 +74,14 @@ def this_run() -> dict[str, Any]:
     return _THIS_RUN
 
 
-def is_ours_or_dead(holder: Mapping[str, Any]) -> bool:
+def is_ours_or_dead(holder: Holder) -> bool:
     """Whether we may take the lock from this holder: it is this run, or a process that we see to have ended.
 
     Of the processes of another machine, boot or container we see nothing, and of a holder that does not name its
     namespace (llamafleet 0.1.0) we do not know where it is: these lose the lock by silence alone.
     """
-    if holder["run"] == _THIS_RUN["run"]:
+    if holder.run == _THIS_RUN["run"]:
         return True
-    if any(holder.get(key) != _THIS_RUN[key] for key in ("machine", "pid_namespace")):
+    if (holder.machine, holder.pid_namespace) != (_THIS_RUN["machine"], _THIS_RUN["pid_namespace"]):
         return False
-    pid = holder.get("pid")
-    return isinstance(pid, int) and started(pid) != holder.get("pid_began")
+    return started(holder.pid) != holder.pid_began

@@ -45,7 +45,7 @@ def answer():
 
 def test_the_answer_becomes_values(answer):
     installed = Installed.from_json(answer)
-    assert (installed.euid, installed.user, installed.lock["who"]) == (0, True, "me@box")
+    assert (installed.euid, installed.user, installed.lock.who) == (0, True, "me@box")
     assert installed.models == {"/var/lib/llamafleet/models/f/a.gguf": SHA}
     instance = installed.instances["demo"]
     assert (instance.argv, instance.drop_ins) == (("llama-server", "--port", "8080"), ("/etc/a.conf",))

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from llamafleet.build.cuda_toolkit import Install
-from llamafleet.host.installed import Listener, Survey
+from llamafleet.host.installed import Holder, Listener, Survey
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Refusal
@@ -20,7 +20,7 @@ from tests.service.test_changes import INSTALLED
 RUN = Run(helpers="h1", oldest_python=(3, 9), commit="c" * 40, secrets={}, holder=None)
 SYSTEM = {"package_manager": "apt", "python": "3.13.5"}
 AMD = {"vendor": "amd", "compute_capability": None, "gfx": "gfx1100", "name": "Radeon RX 7900 XTX"}
-HOLDER = {"run": "1", "who": "ann@desk", "pid": 12, "began": "2026-11-29 10:00:00 UTC", "age_seconds": 3.2}
+HOLDER = Holder(run="1", who="ann@desk", pid=12, began="2026-11-29 10:00:00 UTC", age_seconds=3.2)
 
 
 def survey(gpus=(), machine=None, **installed):

@@ -1,12 +1,14 @@
 """Reading a host and remembering the decision about it, offline: what is read, once, and what happens where it fails."""
 
 import types
+from dataclasses import replace
 
 import gevent
 import pytest
 from pyinfra.context import ctx_host
 
 from llamafleet import payload
+from llamafleet.host.installed import Holder
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.service.refusals import Refused
 from llamafleet.validation import Problem
@@ -124,7 +126,7 @@ def test_whatever_else_goes_wrong_is_a_refusal_too(read, monkeypatch, error):
 class TestLookedAtAgain:
     """Between the decision and the lock another run may have been there."""
 
-    LAST = {"run": "another", "who": "bob@desk", "age_seconds": 0.0}  # noqa: RUF012
+    LAST = Holder("another", "bob@desk")
 
     @pytest.fixture
     def decided(self, read):
@@ -147,12 +149,12 @@ class TestLookedAtAgain:
     def test_it_says_which_run_was_there_since(self, read, decided):
         read.survey = survey(user=False)
         with pytest.raises(remote.RemoteError, match="bob@desk deployed to it after this run had read it"):
-            decision.check_unchanged(decided, {**self.LAST, "age_seconds": -1.0})
+            decision.check_unchanged(decided, replace(self.LAST, age_seconds=-1.0))
 
     def test_a_run_of_before_the_decision_is_not_blamed(self, read, decided):
         read.survey = survey(user=False)
         with pytest.raises(remote.RemoteError, match="somebody changed it"):
-            decision.check_unchanged(decided, {**self.LAST, "age_seconds": 3600.0})
+            decision.check_unchanged(decided, replace(self.LAST, age_seconds=3600.0))
 
     def test_a_host_that_cannot_be_read_again_fails(self, decided, monkeypatch):
         def fails(*_):
@@ -165,8 +167,8 @@ class TestLookedAtAgain:
 
 @pytest.mark.parametrize("who", ["this run", "another run"])
 def test_a_lock_of_this_run_is_none_of_another_s(read, who):
-    ours = {**this_run(), "age_seconds": 1.0}
-    read.survey = survey(lock=ours if who == "this run" else {**ours, "run": "another", "machine": "elsewhere"})
+    ours = Holder(**this_run(), age_seconds=1.0)
+    read.survey = survey(lock=ours if who == "this run" else replace(ours, run="another", machine="elsewhere"))
     decided = decision.decide(Host())
     if who == "this run":
         assert decided.desired.run.holder is None

@@ -102,7 +102,7 @@ def test_a_dead_run_of_this_machine_is_taken_over(host, state):
 def test_who_had_the_lock_before_is_known(host, state):
     assert host_lock.take(state, host) is None
     host_lock.release(host)
-    assert host_lock.take(state, host)["who"] == this_run()["who"]
+    assert host_lock.take(state, host).who == this_run()["who"]
 
 
 def test_a_host_that_is_away_for_less_than_a_lease_keeps_its_lock(host, state):

@@ -3,13 +3,15 @@
 import json
 import re
 import types
+from dataclasses import replace
 
 import pytest
 
+from llamafleet.host.answers import Job
 from tasks.lib import host_lock, jobs, remote
 
-RUNNING = {"state": "running", "exit_code": None, "how": "", "line": "1/9", "tail": ["1/9"]}
-DONE = {"state": "ended", "exit_code": 0, "how": "exit code 0", "line": "done", "tail": ["note: it was slow", "done"]}
+RUNNING = Job("running", None, "1/9", ["1/9"])
+DONE = Job("ended", 0, "done", ["note: it was slow", "done"], "exit code 0")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_a_job_is_followed_to_its_end(host):
 
 def test_a_failed_job_says_how_it_ended_and_its_errors(host):
     tail = [*(f"line {number}" for number in range(20)), "error: the disk is full"]
-    assert not follow(host, {"state": "ended", "exit_code": 1, "how": "exit code 1", "line": tail[-1], "tail": tail})
+    assert not follow(host, Job("ended", 1, tail[-1], tail, "exit code 1"))
     [text] = host.lines
     assert text.startswith("build-1 failed (exit code 1): line 5\n") and "error: the disk is full" in text
     assert "whole log: /var/lib/llamafleet/jobs/build-1.log" in text
@@ -81,7 +83,7 @@ def test_a_failed_job_says_how_it_ended_and_its_errors(host):
 
 @pytest.mark.parametrize("code", [None, 1])
 def test_a_job_whose_exit_code_is_lost_is_no_success(host, code):
-    assert not follow(host, {**DONE, "exit_code": code, "how": "its exit code is lost"})
+    assert not follow(host, replace(DONE, exit_code=code, how="its exit code is lost"))
     assert "its exit code is lost" in host.lines[-1]
 
 

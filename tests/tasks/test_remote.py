@@ -13,6 +13,7 @@ import gevent
 import pytest
 from pyinfra.api import Config, Inventory, State
 
+from llamafleet.host import answers
 from llamafleet.remote import receive
 from tasks.lib import remote
 from tasks.lib.remote import HostCommand
@@ -138,13 +139,13 @@ def test_in_a_function_whatever_is_raised_fails_the_host_with_one_line(host):
 @pytest.mark.parametrize("answer", ["", "not JSON", "{", "[" * 100_000])
 def test_an_unusable_answer_is_a_remote_error(host, answer, tmp_path):
     (tmp_path / "answer").write_text(answer + "\n")
-    with pytest.raises(remote.RemoteError):
-        remote.run_json(host, HostCommand(["cat", str(tmp_path / "answer")], purpose="cat"))
+    with pytest.raises(remote.RemoteError, match=r"on the host: answer|it printed nothing"):
+        remote.run_json(host, HostCommand(["cat", str(tmp_path / "answer")], purpose="cat"), answers.job)
 
 
 def test_bytes_that_are_no_text_are_an_unusable_answer_without_a_traceback(host, capfd):
     with pytest.raises(remote.RemoteError):
-        remote.run_json(host, sh("printf '{\\377\\n'"))
+        remote.run_json(host, sh("printf '{\\377\\n'"), answers.job)
     assert "Traceback" not in capfd.readouterr().err
 
 
