@@ -27,6 +27,7 @@ from tasks.lib.this_run import is_ours_or_dead, this_run
 # As lock.py on the host has it, which lets a holder ask for less. Refreshed every fifth of it.
 LEASE_SECONDS = 900.0
 PURPOSE = "the host's lock"
+RELEASE_SECONDS = 30.0  # at the end of a run, which waits no longer for a host that is gone
 
 
 @dataclass
@@ -115,7 +116,8 @@ def _release_quietly(host: Host) -> None:
             host.log(f"{_held[host].job} goes on there, under the host's lock", logger.warning)
             _held.pop(host).ended.set()
         elif host.connected:
-            release(host)
+            with gevent.Timeout(RELEASE_SECONDS, remote.NoAnswerError("the host does not answer")):
+                release(host)
     except Exception as error:  # whatever it is, the other hosts' run must go on
         host.log(f"the host's lock could not be released ({remote.said(error)}); it expires by itself", logger.warning)
 

@@ -11,6 +11,7 @@ import pytest
 from tests.e2e.deploying import PORT, ask, on, pyinfra, serves
 
 QUICK = "tests/e2e/quick_deploy.py"
+LEASE = 5.0  # of quick_deploy.py
 LOCK = "/run/llamafleet/lock.json"
 
 
@@ -48,14 +49,14 @@ def holder(host):
 
 @pytest.fixture
 def slow_download(outside):
-    """The model of the hosts that fetch the one with experts comes slowly: for five leases."""
+    """The model with experts comes slowly: for four leases."""
     path = outside.sources["moe"].removeprefix("hf:")
-    outside.hub.fault(path, times=None, bytes_per_second=1_000_000)
+    outside.hub.fault(path, times=None, bytes_per_second=700_000)
     yield
     outside.hub.heal()
 
 
-def test_one_host_works_through_five_leases_while_the_others_wait(
+def test_one_host_works_through_three_leases_while_the_others_wait(
     settings, inventory, hosts, deployed, outside, slow_download, tmp_path
 ):
     """All end green; and a second operator, in another container of the same machine, is told who is at work."""
@@ -80,10 +81,12 @@ def test_one_host_works_through_five_leases_while_the_others_wait(
                 second = pyinfra(asked, deploy=QUICK, before=container)
             time.sleep(0.3)
         took = time.monotonic() - began
-    assert took > 3 * 3.0, f"the download took {took:.0f} s: no three leases"
+    assert took > 3 * LEASE, f"the download took {took:.0f} s: no three leases"
     [(_, who)] = names
     assert second.code != 0 and second.text.count(f"{who} (pid ") == 3, second.text
-    assert all(len(times) >= took / 3.0 for times in seen.values()), {name: len(times) for name, times in seen.items()}
+    assert all(len(times) >= took / LEASE for times in seen.values()), {
+        name: len(times) for name, times in seen.items()
+    }
     assert first.run.code == 0, first.run.text
     assert all(serves(host) for host in hosts)
     assert [holder(host) for host in hosts] == [None] * 3
@@ -103,7 +106,7 @@ def test_a_host_that_never_answers_fails_by_name_at_its_deadline(settings, inven
     finally:
         on(silent, "sh", "-c", "mv /usr/bin/python3.away /usr/bin/python3")
     assert run.code != 0 and f"[{silent.name}]" in run.text
-    assert "refused: the survey: it did not end within 4 s" in run.text
+    assert "refused: the survey: it did not end within 15 s" in run.text
     assert [name for name in run.changed(good.name) if "Start and check" in name], run.text
     assert serves(good) and serves(silent)
     assert "Traceback" not in run.text

@@ -161,6 +161,14 @@ def test_a_lock_that_cannot_be_released_ends_no_run(host, state):
     assert "could not be released (ValueError: odd); it expires by itself" in host.lines[0]
 
 
+def test_a_host_that_is_gone_does_not_keep_a_run_from_ending(host, state, monkeypatch):
+    monkeypatch.setattr(host_lock, "RELEASE_SECONDS", 0.2)
+    host_lock.take(state, host)
+    monkeypatch.setattr(remote, "run_helper", lambda *_, **__: gevent.sleep(60))
+    state.callback_handlers[0].host_disconnect(state, host)
+    assert "the host does not answer); it expires by itself" in host.lines[0]
+
+
 def test_before_a_change_the_lock_is_taken_and_what_was_decided_looked_at(host, state, monkeypatch):
     looked = []
     monkeypatch.setattr(jobs.decision, "check_unchanged", lambda host, last: looked.append(host.holder["run"]))
