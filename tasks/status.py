@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pyinfra_cli  # isort: skip  # first: it makes sockets cooperative before anything uses them  # noqa: F401
 
-import json
 import sys
 from collections.abc import Mapping
 
@@ -20,6 +19,7 @@ from llamafleet.cli.status import HostStatus, Wanted, of_host, table
 from llamafleet.host import answers
 from llamafleet.host.answers import LiveInstance
 from llamafleet.host.installed import Installed
+from llamafleet.printable import err, json_text, out
 from llamafleet.service.changes import Changes
 from llamafleet.service.refusals import Refused
 from llamafleet.settings.schema import Settings, SettingsError
@@ -76,15 +76,15 @@ def main(arguments: list[str]) -> int:
     try:
         states = over_hosts(options.inventory, options.limit, look)
     except PyinfraError as error:
-        print(f"llamafleet: {options.inventory}: {error}", file=sys.stderr)
+        err(f"llamafleet: {options.inventory}: {error}")
         return 2
     hosts = {name: HostStatus(problem=state) if isinstance(state, str) else state for name, state in states.items()}
     if options.json:
-        print(json.dumps({name: host.to_json() for name, host in hosts.items()}, indent=2))
+        out(json_text({name: host.to_json() for name, host in hosts.items()}))
     else:
-        print(table(hosts))
+        out(table(hosts))
     if not hosts:
-        print(f"llamafleet: {options.inventory}: no such host or group: {options.limit}", file=sys.stderr)
+        err(f"llamafleet: {options.inventory}: no such host or group: {options.limit}")
         return 2
     return 0 if all(host.is_fine for host in hosts.values()) else 1
 

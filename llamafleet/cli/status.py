@@ -9,6 +9,8 @@ from typing import Any
 
 from llamafleet.host.answers import Gate, LiveInstance
 from llamafleet.host.installed import Installed, InstalledInstance
+from llamafleet.host.recorded import PlanRecord
+from llamafleet.printable import one_line
 from llamafleet.units import MIB
 
 GIB = 1024 * MIB
@@ -91,7 +93,7 @@ def of_host(
 def _instance(
     name: str, installed: InstalledInstance | None, live: LiveInstance, wanted: Wanted | None
 ) -> InstanceStatus:
-    record: Mapping[str, Any] = installed.record if installed and isinstance(installed.record, Mapping) else {}
+    record = (installed and installed.record) or PlanRecord({})
     drift: tuple[str, ...] = ()
     if wanted is not None:
         drift = tuple(wanted.services[name]) if name in wanted.services else ("the inventory does not name it",)
@@ -99,36 +101,35 @@ def _instance(
         name=name,
         state=(installed.active or "unknown") if installed else "not installed",
         plan=plan_in_short(record),
-        release=str(record.get("release", "")),
+        release=record.release,
         rss_bytes=live.rss_bytes,
         cgroup_bytes=live.cgroup_bytes,
         gpu_bytes=live.gpu_problem or live.gpu_bytes,
-        planned_gpu_bytes={gpu["uuid"]: gpu["planned_bytes"] for gpu in record.get("gate", {}).get("gpus", [])},
+        planned_gpu_bytes={gpu.uuid: gpu.planned_bytes for gpu in record.gate.gpus} if record.gate else {},
         tokens_per_s=live.gate.decode_tokens_per_s if live.gate else None,
-        predicted_tokens_per_s=record.get("plan", {}).get("predicted", {}).get("decode_tokens_per_s"),
+        predicted_tokens_per_s=record.plan.predicted.decode_tokens_per_s if record.plan else None,
         restarts=installed.restarts if installed else 0,
         since=live.since,
         gate=live.gate,
-        verified=bool((record.get("verified") or {}).get("binary_bytes")),
+        verified=bool(record.verified and record.verified.binary_bytes),
         drift=drift,
     )
 
 
-def plan_in_short(record: Mapping[str, Any]) -> str:
-    """The plan of a plan.json, such as "131072 x 1 f16, 37 layers on 1 GPU, cuda"; empty if the record is invalid."""
-    try:
-        argv, gate = record["plan"]["argv"], record["gate"]
-        value = dict(itertools.pairwise(argv))
-        gpus = len(gate["gpus"])
-        layers = f"{value['--n-gpu-layers']} layers on {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "CPU"
-        return f"{gate['context_tokens']} x {gate['slots']} {value['--cache-type-k']}, {layers}, {record['backend']}"
-    except (KeyError, TypeError):
+def plan_in_short(record: PlanRecord) -> str:
+    """The plan of a plan.json, such as "131072 x 1 f16, 37 layers on 1 GPU, cuda"; empty if the record has none."""
+    plan, gate = record.plan, record.gate
+    if plan is None or gate is None:
         return ""
+    value = dict(itertools.pairwise(plan.argv))
+    gpus = len(gate.gpus)
+    layers = f"{value.get('--n-gpu-layers', '?')} layers on {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "CPU"
+    return f"{gate.context_tokens} x {gate.slots} {value.get('--cache-type-k', '?')}, {layers}, {record.backend}"
 
 
 def table(hosts: Mapping[str, HostStatus]) -> str:
     """A line for each instance of each host, and below them a line for each problem and change of a host."""
-    rows = [COLUMNS, *(row for name, host in hosts.items() for row in _rows(name, host))]
+    rows = [COLUMNS, *(tuple(map(one_line, row)) for name, host in hosts.items() for row in _rows(name, host))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, *(f"{name}: {remark}" for name, host in hosts.items() for remark in _remarks(host))])

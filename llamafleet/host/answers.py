@@ -17,8 +17,9 @@ from typing import Annotated, Any, cast
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from llamafleet import validation
-from llamafleet.host.installed import Holder, Installed, Many, Path, Survey, Table, UserId, readable
+from llamafleet.host.installed import Holder, Installed, Many, Path, Survey, Table, UserId
 from llamafleet.host.machine import Bytes, Label, Machine, MachineError, Message
+from llamafleet.host.recorded import Speed, readable
 from llamafleet.validation import Flag, Listed, Problem, Text, Whole, one_of, shown
 
 # The survey of a host with many models has some 100 KB; the log of a job has 16 KiB.
@@ -27,7 +28,6 @@ MAX_CHARACTERS = 16 * 2**20
 MAX_DEPTH = 60
 
 Lines = Annotated[Listed[Annotated[Text, Field(max_length=65536), BeforeValidator(readable)]], Field(max_length=1000)]
-Speed = Annotated[float, Field(strict=True, ge=0, le=1e9, allow_inf_nan=False, description="tokens a second")]
 
 
 class AnswerError(MachineError):

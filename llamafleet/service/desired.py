@@ -137,13 +137,13 @@ class Desired:
         """
         installed = self.installed.instances.get(plan.instance)
         record = installed.record if installed else None
-        if not isinstance(record, Mapping) or not record.get("verified"):
+        if record is None or record.verified is None or record.gate is None:
             return None
-        answer: Mapping[str, Any] = record["verified"]
-        if answer["extra_bytes"] and plan.instance not in self.inputs.same_inputs():
+        if record.verified.extra_bytes and plan.instance not in self.inputs.same_inputs():
             return None
-        wanted = self.command(plan)
-        return answer if record["gate"]["argv"][: len(wanted)] == wanted else None
+        wanted = tuple(self.command(plan))
+        answer: Mapping[str, Any] = record.raw["verified"]
+        return answer if record.gate.argv[: len(wanted)] == wanted else None
 
 
 def model_folder(model: ModelFiles) -> str:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from llamafleet.build.cuda_toolkit import Unsuitable
 from llamafleet.host.installed import Holder, Listener, Survey
+from llamafleet.host.recorded import SCHEMA
 from llamafleet.planner.result import Refusal
-from llamafleet.remote.common import LOCK
+from llamafleet.remote.common import LOCK, plan_path
 from llamafleet.settings.schema import Instance, Settings
 
 WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 -- compared with, never bound
@@ -51,7 +52,20 @@ def not_accessible(
         )
     if machine.package_manager is None:
         return Refused.because(f"{machine.os.id} {machine.os.version} has neither apt nor dnf")
+    if later := _later_record(survey):
+        return later
     return Refused.because(held_by(holder)) if holder else None
+
+
+def _later_record(survey: Survey) -> Refused | None:
+    """Whether a later version of llamafleet deployed an instance: what it wrote is not known here."""
+    for name, instance in survey.installed.instances.items():
+        if instance.record is not None and instance.record.is_later:
+            return Refused.because(
+                f"{plan_path(name)} on the host has schema {instance.record.schema}, this version of llamafleet knows "
+                f"{SCHEMA}: deploy with the later version that wrote it, or remove the file to have {name} planned anew"
+            )
+    return None
 
 
 def held_by(holder: Holder) -> str:

@@ -13,6 +13,7 @@ import pytest
 from llamafleet.cli import main as cli
 from llamafleet.cli.status import HostStatus, Wanted, of_host, plan_in_short, table
 from llamafleet.host import answers
+from llamafleet.host.recorded import PlanRecord
 from llamafleet.remote import status as program
 from tests.service.test_changes import INSTALLED, INSTANCE
 
@@ -36,7 +37,7 @@ def live(**changes):
 
 
 def found(**changes):
-    instance = dataclasses.replace(INSTANCE, **{"record": RECORD, **changes})
+    instance = dataclasses.replace(INSTANCE, **{"record": PlanRecord.of(RECORD), **changes})
     return dataclasses.replace(INSTALLED, instances={"demo": instance})
 
 
@@ -121,7 +122,7 @@ def test_memory_that_is_not_known():
 
 def test_a_plan_for_the_cpu_in_short():
     record = {**RECORD, "backend": "cpu", "gate": {**RECORD["gate"], "gpus": []}}
-    assert plan_in_short(record) == "131072 x 2 q8_0, CPU, cpu"
+    assert plan_in_short(PlanRecord.of(record)) == "131072 x 2 q8_0, CPU, cpu"
 
 
 def test_the_json_has_everything():
