@@ -18,7 +18,6 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import gevent
-from gevent.hub import Hub
 from gevent.lock import RLock
 from paramiko import SSHException
 from pyinfra import logger
@@ -42,10 +41,6 @@ COMMAND_SECONDS = 120.0
 SURVEY_SECONDS = 600.0
 # After the deadline: for the host to end the command, first by SIGTERM, and to say so. Then it counts as silent.
 KILL_SECONDS, SILENT_SECONDS = 5.0, 15.0
-
-# pyinfra reads a command's output in greenlets of its own. One that is no UTF-8 ends its reader, and the answer is
-# unusable, which is said; gevent need not print a traceback as well.
-Hub.NOT_ERROR = (*Hub.NOT_ERROR, UnicodeDecodeError)
 
 T = TypeVar("T")
 
