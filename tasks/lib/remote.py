@@ -91,11 +91,6 @@ def program(name: str, *arguments: str, seconds: float = COMMAND_SECONDS, stdin:
     return HostCommand(words(name, *arguments), purpose=purpose, seconds=seconds, stdin=stdin)
 
 
-def shell(script: str, *arguments: str, purpose: str, seconds: float = COMMAND_SECONDS) -> HostCommand:
-    """A shell script that never changes; what differs goes in as arguments, $1 and so on."""
-    return HostCommand(["sh", "-c", script, "sh", *arguments], purpose=purpose, seconds=seconds)
-
-
 def run(host: Host, command: HostCommand) -> tuple[bool, list[str], list[str]]:
     """Run a command with the host's own sudo settings: success, stdout lines, stderr lines.
 
