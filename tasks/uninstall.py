@@ -21,7 +21,7 @@ from llamafleet.host import answers
 from llamafleet.host.installed import Holder
 from llamafleet.service.refusals import held_by
 from llamafleet.settings.schema import Settings, SettingsError
-from tasks.lib import remote
+from tasks.lib import remote, sending
 from tasks.lib.operations import Commands, call
 from tasks.lib.this_run import is_ours_or_dead, this_run
 
@@ -97,7 +97,7 @@ def _holder(lines: list[str]) -> Holder | None:
 def _program(host: Host, verb: str, asked: dict[str, Any]) -> tuple[bool, list[str]]:
     """Run uninstall.py from a copy that leaves nothing behind: the installed one removes itself."""
     seconds = REMOVE_SECONDS if verb == "remove" else remote.COMMAND_SECONDS
-    ok, out, err = remote.run_copy(
+    ok, out, err = sending.run_copy(
         host, "uninstall.py", verb, json.dumps(asked), purpose=f"uninstall.py {verb}", seconds=seconds
     )
     return ok, out if ok or out else err

@@ -10,7 +10,7 @@ from llamafleet.host import answers
 from llamafleet.host.installed import Survey
 from llamafleet.remote.common import VAR
 from llamafleet.settings.schema import Settings
-from tasks.lib import remote
+from tasks.lib import remote, sending
 
 
 def survey(host: Host, packages: dict[str, tuple[str, ...]], settings: Settings) -> Survey:
@@ -30,7 +30,7 @@ def survey(host: Host, packages: dict[str, tuple[str, ...]], settings: Settings)
             "paths": ["/opt", VAR],
         }
     )
-    ok, out, err = remote.run_helper(host, "survey.py", asked, purpose="the survey", seconds=remote.SURVEY_SECONDS)
+    ok, out, err = sending.run_helper(host, "survey.py", asked, purpose="the survey", seconds=remote.SURVEY_SECONDS)
     if not ok or not out:
         raise remote.RemoteError(f"cannot read the host: {remote.explain(out, err)}")
     return answers.survey(out[-1])

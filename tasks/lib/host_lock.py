@@ -21,7 +21,7 @@ from pyinfra.api.state import BaseStateCallback, State
 from llamafleet.host import answers
 from llamafleet.host.installed import Holder
 from llamafleet.service.refusals import held_by
-from tasks.lib import remote
+from tasks.lib import remote, sending
 from tasks.lib.this_run import is_ours_or_dead, this_run
 
 # As lock.py on the host has it, which lets a holder ask for less. Refreshed every fifth of it.
@@ -65,13 +65,13 @@ def is_held(host: Host) -> bool:
 def take(state: State, host: Host) -> Holder | None:
     """Take the host's lock, and keep it until it is released. The run that held it last, if that is known, with the
     seconds since as `age_seconds`. Raises `RemoteError` where another run holds it, with that run's name, and as
-    `remote.run_helper` does."""
+    `sending.run_helper` does."""
     if not any(isinstance(handler, _Release) for handler in state.callback_handlers):
         state.add_callback_handler(_Release())
     asked = json.dumps({**this_run(), "lease_seconds": LEASE_SECONDS})
     over: list[str] = []
     for _ in range(2):
-        ok, out, err = remote.run_helper(host, "lock.py", "take", asked, *over, purpose=PURPOSE)
+        ok, out, err = sending.run_helper(host, "lock.py", "take", asked, *over, purpose=PURPOSE)
         if ok:
             _held[host] = _Held(now())
             gevent.spawn(_keep, host, _held[host])
@@ -101,13 +101,13 @@ def working(host: Host, job: str) -> None:
 
 
 def release(host: Host) -> None:
-    """Release the host's lock, if this run holds it. Raises as `remote.run_helper` does."""
+    """Release the host's lock, if this run holds it. Raises as `sending.run_helper` does."""
     held = _held.pop(host, None)
     if held is None:
         return
     held.ended.set()
     if not held.lost:
-        remote.run_helper(host, "lock.py", "release", this_run()["run"], purpose=PURPOSE, seconds=30)
+        sending.run_helper(host, "lock.py", "release", this_run()["run"], purpose=PURPOSE, seconds=30)
 
 
 def _release_quietly(host: Host) -> None:
@@ -134,7 +134,7 @@ def _keep(host: Host, held: _Held) -> None:
 def _refresh(host: Host, held: _Held) -> None:
     began = now()
     try:
-        ok, out, err = remote.run_helper(host, "lock.py", "refresh", this_run()["run"], purpose=PURPOSE, seconds=30)
+        ok, out, err = sending.run_helper(host, "lock.py", "refresh", this_run()["run"], purpose=PURPOSE, seconds=30)
     except remote.NoAnswerError:
         remote.connect_again(host)
         raise

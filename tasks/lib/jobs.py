@@ -17,7 +17,7 @@ from pyinfra.api.state import State
 
 from llamafleet.host import answers
 from llamafleet.remote.common import JOBS
-from tasks.lib import decision, host_lock, remote
+from tasks.lib import decision, host_lock, remote, sending
 
 # One look at a job: the time that the host waits for news, and that it may take besides.
 LOOK_SECONDS, LATE_SECONDS = 15.0, 60.0
@@ -81,7 +81,7 @@ def _until_ended(
     """What the host says of the job once that has ended."""
     options = [word for program in after for word in ("--after", program)]
     options += ["--secret", secret.path] if secret else []
-    sent = remote.packed([(0o600, secret.text.encode())]) if secret else None
+    sent = sending.packed([(0o600, secret.text.encode())]) if secret else None
     start = remote.program("job.py", "start", job, *options, "--", *command, stdin=sent)
     seen = remote.run_json(host, start, answers.job)
     host_lock.working(host, job)  # from here on it does not end with us

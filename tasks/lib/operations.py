@@ -28,7 +28,7 @@ from llamafleet import payload
 from llamafleet.host import answers
 from llamafleet.planner.reconcile import ROUNDS
 from llamafleet.remote.common import GOOD, JOBS, SECRETS, STAGED, plan_path
-from tasks.lib import host_lock, jobs, lookups, remote
+from tasks.lib import host_lock, jobs, lookups, remote, sending
 
 Commands = Generator[remote.HostCommand | FunctionCommand, None, None]
 
@@ -140,7 +140,7 @@ def install_helpers(needed: bool, arch: str) -> Commands:
     if not needed:
         return _as_wanted("the helpers are of this version")
     helpers = lookups.once(("helpers", arch), lambda: payload.helpers_zip(arch))
-    yield remote.copied(helpers, "helpers.py", "install", payload.helpers_key(), purpose="helpers.py", seconds=300)
+    yield sending.copied(helpers, "helpers.py", "install", payload.helpers_key(), purpose="helpers.py", seconds=300)
 
 
 @change
@@ -182,7 +182,7 @@ def run_job(
     name = jobs.name_of(*job.split("-", 1))
     if spec is not None:
         path = f"{JOBS}/{name}.json"
-        yield remote.received({path: (0o644, json.dumps(spec).encode())})
+        yield sending.received({path: (0o644, json.dumps(spec).encode())})
         arguments = (path, *arguments)
     yield call(jobs.follow, name, remote.words(program, *arguments), secret)
 
@@ -200,7 +200,7 @@ def note_plans(records: Callable[[], Mapping[str, str]]) -> Commands:
     """Write the plan.json of instances whose service stays as it is; `records` gives the texts by instance."""
     texts = records()
     for name, text in texts.items():
-        yield remote.received({plan_path(name): (0o644, text.encode())}, "--too", f"{GOOD}/{name}/plan.json")
+        yield sending.received({plan_path(name): (0o644, text.encode())}, "--too", f"{GOOD}/{name}/plan.json")
     if not texts:
         _as_wanted("every plan.json is as it should be")
 
@@ -261,7 +261,7 @@ def _staged(folder: str, files: Mapping[str, str], secrets: Mapping[str, str]) -
     modes = {name: 0o600 if name in SECRETS else 0o644 for name in (*files, *secrets)}
     texts = {**files, **secrets}
     sent = {f"{folder}/{name}": (mode, texts[name].encode()) for name, mode in modes.items()}
-    return remote.received(sent, "--fresh", folder)
+    return sending.received(sent, "--fresh", folder)
 
 
 @change

@@ -3,17 +3,13 @@ could end another host's run."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import getpass
-import hashlib
-import json
-import platform
 import re
 import shlex
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -31,7 +27,6 @@ from pyinfra.connectors.util import CommandOutput, OutputLine, remove_any_sudo_a
 from llamafleet import payload
 from llamafleet.host.answers import AnswerError
 from llamafleet.remote.common import HELPERS, helper
-from tasks.lib import lookups
 
 # How often a broken connection is made again before we give up, and the seconds between.
 RECONNECTS, RECONNECT_SECONDS = 20, 3.0
@@ -117,60 +112,6 @@ def last(lines: Sequence[str], read: Callable[[str], T]) -> T:
         return read(lines[-1] if lines else "")
     except AnswerError as error:
         raise RemoteError(str(error)) from error
-
-
-def run_helper(
-    host: Host, name: str, *arguments: str, purpose: str, seconds: float = COMMAND_SECONDS
-) -> tuple[bool, list[str], list[str]]:
-    """Run a program of this very version: the installed one, or, where the host has another version or none, one from
-    a copy that leaves nothing behind. So a bare host can be read and locked too. Raises as `run` does, and
-    `payload.PayloadError`."""
-    installed = f"{HELPERS}/{payload.helpers_key()}/{name}"
-    script = 'test -f "$1" || { echo "$0"; exit 0; }; exec python3 -s -E -B "$@"'
-    command = HostCommand(["sh", "-c", script, _NO_HELPERS, installed, *arguments], purpose=purpose, seconds=seconds)
-    ok, out, err = run(host, command)
-    if out[-1:] != [_NO_HELPERS]:
-        return ok, out, err
-    return run_copy(host, name, *arguments, purpose=purpose, seconds=seconds)
-
-
-# Printed where the host does not have our helpers of this version.
-_NO_HELPERS = "llamafleet-no-helpers"
-
-
-def run_copy(
-    host: Host, name: str, *arguments: str, purpose: str, seconds: float = COMMAND_SECONDS
-) -> tuple[bool, list[str], list[str]]:
-    """Run a program from a copy that is sent along and leaves nothing behind. Raises as `run_helper` does."""
-    arch = architecture(host)
-    return run(host, copied(lookups.once(("probe", arch), lambda: payload.probe_zip(arch)), name, *arguments,
-                            purpose=purpose, seconds=seconds))  # fmt: skip
-
-
-def copied(archive: bytes, name: str, *arguments: str, purpose: str, seconds: float) -> HostCommand:
-    """The command that runs a program of an archive of programs, which goes to its standard input."""
-    asked = payload.probe_command(hashlib.sha256(archive).hexdigest(), name, *arguments)
-    # Beside its own time, the time to send a few hundred kB over a slow line.
-    return HostCommand(asked, purpose=purpose, seconds=seconds + 60, stdin=base64.b64encode(archive).decode())
-
-
-def packed(files: Sequence[tuple[int, bytes]]) -> str:
-    """Modes and contents of files for standard input, as `llamafleet/remote/receive.py` reads them."""
-    text = json.dumps([[mode, base64.b64encode(data).decode()] for mode, data in files])
-    return f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
-
-
-def received(files: Mapping[str, tuple[int, bytes]], *options: str) -> HostCommand:
-    """The command that writes files on the host, by path: mode and content."""
-    return program("receive.py", *options, *files, seconds=COMMAND_SECONDS, stdin=packed(list(files.values())))
-
-
-def architecture(host: Host) -> str:
-    """The host's processor architecture, as the kernel names it."""
-    ok, out, err = run(host, HostCommand(["uname", "-m"], purpose="uname"))
-    if not ok:
-        raise RemoteError(f"cannot run commands on the host: {explain(out, err)}")
-    return out[-1].strip() if out else platform.machine()
 
 
 def explain(out: list[str], err: list[str]) -> str:

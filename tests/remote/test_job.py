@@ -10,7 +10,7 @@ import types
 import pytest
 
 from llamafleet.remote import job
-from tasks.lib.remote import packed
+from tasks.lib.sending import packed
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from llamafleet.remote import receive
-from tasks.lib.remote import packed  # what is sent
+from tasks.lib.sending import packed  # what is sent
 
 
 def run(tmp_path, *arguments, sent):

@@ -8,7 +8,7 @@ import gevent
 import pytest
 
 from llamafleet.remote import lock
-from tasks.lib import host_lock, jobs, remote
+from tasks.lib import host_lock, jobs, remote, sending
 from tasks.lib.this_run import this_run
 
 LEASE = 1.0
@@ -55,7 +55,7 @@ def host(tmp_path, monkeypatch):
             other, last = lock.release(what, host.path), None
         return not other, [json.dumps(other or last)] if other or last else [], []
 
-    monkeypatch.setattr(remote, "run_helper", run_helper)
+    monkeypatch.setattr(sending, "run_helper", run_helper)
     monkeypatch.setattr(remote, "connect_again", lambda host: None)
     yield Host(tmp_path, "box1")
     for held in host_lock._held.values():
@@ -164,7 +164,7 @@ def test_a_lock_that_cannot_be_released_ends_no_run(host, state):
 def test_a_host_that_is_gone_does_not_keep_a_run_from_ending(host, state, monkeypatch):
     monkeypatch.setattr(host_lock, "RELEASE_SECONDS", 0.2)
     host_lock.take(state, host)
-    monkeypatch.setattr(remote, "run_helper", lambda *_, **__: gevent.sleep(60))
+    monkeypatch.setattr(sending, "run_helper", lambda *_, **__: gevent.sleep(60))
     state.callback_handlers[0].host_disconnect(state, host)
     assert "the host does not answer); it expires by itself" in host.lines[0]
 

@@ -15,7 +15,7 @@ from pyinfra.api import Config, Inventory, State
 
 from llamafleet.host import answers
 from llamafleet.remote import receive
-from tasks.lib import remote
+from tasks.lib import remote, sending
 from tasks.lib.remote import HostCommand
 
 
@@ -174,7 +174,7 @@ def test_known_failures_say_the_way_out(said, way_out):
 def test_files_arrive_byte_for_byte_through_standard_input(host, tmp_path):
     files = {str(tmp_path / "a"): (0o600, bytes(range(256)) * 4000), str(tmp_path / "b"): (0o644, b"")}
     command = HostCommand([sys.executable, receive.__file__, *files], purpose="receive.py",
-                          stdin=remote.packed(list(files.values())))  # fmt: skip
+                          stdin=sending.packed(list(files.values())))  # fmt: skip
     assert remote.run(host, command) == (True, [], [])
     for path, (mode, data) in files.items():
         with open(path, "rb") as file:
@@ -182,7 +182,7 @@ def test_files_arrive_byte_for_byte_through_standard_input(host, tmp_path):
 
 
 def test_what_is_sent_is_in_no_word_of_the_command():
-    command = remote.received({"/staged/a/api-keys": (0o600, b"secret-key")}, "--fresh", "/staged/a")
+    command = sending.received({"/staged/a/api-keys": (0o600, b"secret-key")}, "--fresh", "/staged/a")
     assert "secret" not in str(command) and hashlib.sha256(b"secret-key").hexdigest() not in str(command)
     assert "/staged/a/api-keys" in str(command)
 
