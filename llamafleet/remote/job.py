@@ -1,6 +1,6 @@
 """Run long work on this host so that it goes on without the connection.
 
-Contract: `job.py start NAME [--secret PATH] [--after PROGRAM]... -- COMMAND...` starts COMMAND as the transient unit
+Contract: `job.py start NAME [--secret PATH] -- COMMAND...` starts COMMAND as the transient unit
 `llamafleet-job-NAME.service`, or attaches to it where it still runs; `job.py follow NAME --seen LINE --seconds N` waits
 until the job ends, says something new, or N seconds pass. Both print one JSON object: {"state": "running" | "ended" |
 "absent", "exit_code": int | null, "how": how it ended, in words, "line": last line of the log, "tail": [lines]}.
@@ -8,10 +8,9 @@ until the job ends, says something new, or N seconds pass. Both print one JSON o
 with exit status 1. NAME has letters, digits and . _ - only.
 
 `--secret PATH`: the file comes by standard input, in the form of receive.py, is there before COMMAND starts, and is
-removed when that has ended, however it ends. `--after PROGRAM` is run then too, with words that are separated by
-blanks; it finds systemd's SERVICE_RESULT, EXIT_CODE and EXIT_STATUS. systemd itself runs `job.py ended NAME [PATH]`,
-which notes how the job ended: `--collect` forgets a unit as soon as it has ended. Root, systemd, the standard library;
-common.py and receive.py beside it.
+removed when that has ended, however it ends. systemd itself runs `job.py ended NAME [PATH]`, which notes how the job
+ended: `--collect` forgets a unit as soon as it has ended. Root, systemd, the standard library; common.py and receive.py
+beside it.
 
 Decision 17: docs/decisions/0017-long-work-runs-detached-under-a-lease.md.
 """
@@ -49,12 +48,13 @@ RESULTS = {
 
 # Seconds that a job may take, by its kind. A checkout of one commit is some 30 MB, packages are some 100 MB, a CUDA
 # toolkit 8 GB; a liveness check is installed in a moment.
-LONGEST = {"checkout": 3600, "packages": 3600, "toolkit": 4 * 3600, "watch": 600}
+LONGEST = {"checkout": 3600, "packages": 3600, "toolkit": 4 * 3600, "refresh": 600, "watch": 600}
 
 
 def limits(kind: str) -> List[str]:
     """Properties of systemd for a job of this kind, which is its name up to the first `-`: what it may take of the
-    host, and for how long. The kinds are build, checkout, fetch, packages, switch, toolkit and watch."""
+    host, and for how long. The kinds are build, checkout, fetch, packages, refresh, switch,
+    toolkit and watch."""
     return [f"RuntimeMaxSec={LONGEST[kind]}"] if kind in LONGEST else []
 
 
@@ -73,7 +73,7 @@ def is_running(name: str) -> bool:
     return state in ("active", "activating", "deactivating", "reloading")
 
 
-def start(name: str, command: List[str], secret: Optional[str], after: List[str], stream: BinaryIO) -> dict[str, Any]:
+def start(name: str, command: List[str], secret: Optional[str], stream: BinaryIO) -> dict[str, Any]:
     """Start the job, or attach to the one that runs; returns what `look` says."""
     if not NAME.fullmatch(name):
         raise ValueError(f"a job's name has letters, digits and . _ - only, not {name!r}")
@@ -87,7 +87,7 @@ def start(name: str, command: List[str], secret: Optional[str], after: List[str]
         [(mode, data)] = receive.contents(stream)
         replace_file(secret, data, mode)
     try:
-        subprocess.run([*systemd_run(name, secret, after), *command], check=True)
+        subprocess.run([*systemd_run(name, secret), *command], check=True)
     except BaseException:
         if secret:
             os.unlink(secret)
@@ -95,19 +95,18 @@ def start(name: str, command: List[str], secret: Optional[str], after: List[str]
     return look(name)
 
 
-def systemd_run(name: str, secret: Optional[str], after: List[str]) -> List[str]:
+def systemd_run(name: str, secret: Optional[str]) -> List[str]:
     """The words before a command that make it the job of that name."""
     ended = ["/usr/bin/env", "python3", "-s", "-E", "-B", os.path.abspath(__file__), "ended", name]
-    lines = [" ".join([*ended, *([secret] if secret else [])]), *after]
-    for word in " ".join(lines).split():
+    ended += [secret] if secret else []
+    for word in ended:
         if not PLAIN.fullmatch(word):
             raise ValueError(f"{word!r} cannot stand in a unit's ExecStopPost=")
     return [
         "systemd-run", "--quiet", "--collect", f"--unit={transient_unit('job', name)}", "--property=Type=exec",
         f"--property=StandardOutput=append:{log_of(name)}", f"--property=StandardError=append:{log_of(name)}",
         *(f"--property={one}" for one in limits(name.split("-", 1)[0])),
-        # With `-` one that fails does not keep the next one from running.
-        *(f"--property=ExecStopPost=-{line}" for line in lines),
+        f"--property=ExecStopPost={' '.join(ended)}",
     ]  # fmt: skip
 
 
@@ -206,7 +205,6 @@ def parsed(argv: List[str]) -> argparse.Namespace:
     starting = verbs.add_parser("start")
     starting.add_argument("name")
     starting.add_argument("--secret")
-    starting.add_argument("--after", action="append", default=[])
     starting.add_argument("command", nargs="+")
     following = verbs.add_parser("follow")
     following.add_argument("name")
@@ -224,7 +222,7 @@ def main(argv: List[str], stream: BinaryIO) -> int:
     asked = parsed(argv)
     try:
         if asked.verb == "start":
-            print(json.dumps(start(asked.name, asked.command, asked.secret, asked.after, stream)))
+            print(json.dumps(start(asked.name, asked.command, asked.secret, stream)))
         elif asked.verb == "follow":
             print(json.dumps(follow(asked.name, asked.seen, asked.seconds)))
         elif asked.verb == "told":

@@ -57,16 +57,11 @@ def hold(state: State, host: Host) -> bool:
     return True
 
 
-def follow(
-    state: State, host: Host, job: str, command: Sequence[str], secret: Secret | None = None, after: Sequence[str] = ()
-) -> bool:
-    """Start the job, or join it where it runs already; log its progress; where it fails, log the end of its log.
-
-    `after` are programs that systemd runs when it has ended, however it ended: see `llamafleet/remote/job.py`.
-    """
+def follow(state: State, host: Host, job: str, command: Sequence[str], secret: Secret | None = None) -> bool:
+    """Start the job, or join it where it runs already; log its progress; where it fails, log the end of its log."""
     hold(state, host)
     try:
-        seen = _until_ended(host, job, command, secret, after)
+        seen = _until_ended(host, job, command, secret)
     except remote.LostError as error:
         return remote.fail(host, f"{job}: {error}; what was started goes on there, run again to follow it")
     except remote.RemoteError as error:
@@ -75,12 +70,9 @@ def follow(
     return _told(host, job, seen)
 
 
-def _until_ended(
-    host: Host, job: str, command: Sequence[str], secret: Secret | None, after: Sequence[str]
-) -> answers.Job:
+def _until_ended(host: Host, job: str, command: Sequence[str], secret: Secret | None) -> answers.Job:
     """What the host says of the job once that has ended."""
-    options = [word for program in after for word in ("--after", program)]
-    options += ["--secret", secret.path] if secret else []
+    options = ["--secret", secret.path] if secret else []
     sent = sending.packed([(0o600, secret.text.encode())]) if secret else None
     start = remote.program("job.py", "start", job, *options, "--", *command, stdin=sent)
     seen = remote.run_json(host, start, answers.job)

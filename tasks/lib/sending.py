@@ -20,17 +20,22 @@ from tasks.lib import lookups, remote
 
 # Printed where the host does not have our helpers of this version.
 _NO_HELPERS = "llamafleet-no-helpers"
+# $0 is that, $1 the folder of the helpers, $2 the program; its arguments follow. Helpers that are not what their sums
+# say, as after a power cut, are not run.
+_INSTALLED = """\
+cd "$1" 2>/dev/null && [ -s "$2" ] &&
+    { [ ! -e helpers.sha256 ] || sha256sum --status -c helpers.sha256 2>/dev/null; } || { echo "$0"; exit 0; }
+program=$1/$2; shift 2; cd /; exec python3 -s -E -B "$program" "$@"
+"""
 
 
 def run_helper(
     host: Host, name: str, *arguments: str, purpose: str, seconds: float = remote.COMMAND_SECONDS
 ) -> tuple[bool, list[str], list[str]]:
-    """Run a program of this very version: the installed one, or, where the host has another version or none, one from
-    a copy that leaves nothing behind. So a bare host can be read and locked too. Raises as `remote.run` does, and
-    `payload.PayloadError`."""
-    installed = f"{HELPERS}/{payload.helpers_key()}/{name}"
-    script = 'test -f "$1" || { echo "$0"; exit 0; }; exec python3 -s -E -B "$@"'
-    words = ["sh", "-c", script, _NO_HELPERS, installed, *arguments]
+    """Run a program of this very version: the installed one, or, where the host has another version, a damaged one or
+    none, one from a copy that leaves nothing behind. So a bare host can be read and locked, too. Raises as
+    `remote.run` does, and `payload.PayloadError`."""
+    words = ["sh", "-c", _INSTALLED, _NO_HELPERS, f"{HELPERS}/{payload.helpers_key()}", name, *arguments]
     command = remote.HostCommand(words, purpose=purpose, seconds=seconds)
     ok, out, err = remote.run(host, command)
     if out[-1:] != [_NO_HELPERS]:

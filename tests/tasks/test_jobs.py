@@ -60,9 +60,9 @@ def host(monkeypatch):
     return one
 
 
-def follow(host, *answers, secret=None, after=()):
+def follow(host, *answers, secret=None):
     host.answers = list(answers)
-    return jobs.follow(None, host, "build-1", ["python3", "build.py"], secret, after)
+    return jobs.follow(None, host, "build-1", ["python3", "build.py"], secret)
 
 
 def test_a_job_is_followed_to_its_end(host):
@@ -112,12 +112,12 @@ def test_a_lost_lock_ends_the_following(host, monkeypatch):
     assert "lost the host's lock to bob@desk" in host.lines[-1]
 
 
-def test_a_secret_goes_by_standard_input_and_programs_afterwards_by_option(host):
+def test_a_secret_goes_by_standard_input(host):
     secret = jobs.Secret("/run/llamafleet/token", "secret-token\n")
-    assert follow(host, DONE, secret=secret, after=("/usr/bin/env python3 x.py",))
+    assert follow(host, DONE, secret=secret)
     [start] = host.asked
-    assert start.words[5:] == ["start", "build-1", "--after", "/usr/bin/env python3 x.py",
-                               "--secret", "/run/llamafleet/token", "--", "python3", "build.py"]  # fmt: skip
+    secretly = ["--secret", "/run/llamafleet/token"]
+    assert start.words[5:] == ["start", "build-1", *secretly, "--", "python3", "build.py"]
     assert "secret-token" not in str(start) and "secret" not in repr(secret)
     digest, text = start.stdin.split("\n")
     assert len(digest) == 64 and json.loads(text)[0][0] == 0o600
