@@ -211,3 +211,22 @@ def test_nothing_of_an_ordinary_user_s_is_installed_or_run_as_root(settings, inv
     unit = on(host, "cat", "/etc/systemd/system/llama-server-tiny.service")
     plan = on(host, "cat", "/etc/llamafleet/instances/tiny/plan.json")
     assert unit.startswith("# Made by llamafleet") and json.loads(plan)["schema"]
+
+
+@pytest.mark.parametrize(
+    ("script", "how"),
+    [
+        ("exit 3", "exit code 3"),
+        ("kill -KILL $$", "it was killed by SIGKILL"),
+        ("sleep 300", "it was killed by SIGTERM"),
+    ],
+)
+def test_how_a_job_ended_is_what_systemd_says(deployed, script, how):
+    """Also if the job itself could write nothing any more."""
+    program = ["python3", "-s", "-E", "-B", "/opt/llamafleet/helpers/current/job.py"]
+    on(deployed[0], *program, "start", "trial-1", "--", "sh", "-c", script)
+    if script.startswith("sleep"):
+        on(deployed[0], "systemctl", "stop", "llamafleet-job-trial-1.service")
+    seen = json.loads(on(deployed[0], *program, "follow", "trial-1", "--seconds", "30"))
+    assert (seen["state"], seen["how"]) == ("ended", how)
+    on(deployed[0], "sh", "-c", "rm /var/lib/llamafleet/jobs/trial-1.*")
