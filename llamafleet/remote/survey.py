@@ -116,7 +116,7 @@ def verified_models() -> dict[str, dict[str, Any]]:
     for folder in listing(MODELS):
         for name in listing(f"{MODELS}/{folder}"):
             path = f"{MODELS}/{folder}/{name}"
-            record = read_json(path + ".verified") if name.endswith(".gguf") else {}
+            record = read_json(path + ".verified") if common.is_model_file(name) else {}
             if not {"size_bytes", "mtime_ns", "sha256"} <= record.keys():
                 continue  # of another program, or damaged: the file is verified again
             if (os.stat(path).st_size, os.stat(path).st_mtime_ns) == (record["size_bytes"], record["mtime_ns"]):

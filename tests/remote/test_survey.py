@@ -65,6 +65,15 @@ def test_a_verified_model_is_told_with_its_checksum(model):
     assert survey.verified_models() == {str(model): {"size_bytes": 4, "sha256": "ab"}}
 
 
+def test_every_name_that_a_model_may_have_is_found(model):
+    """Downloaded it would be at every run, if it were not."""
+    for name in ("X.GGUF", "a+b=c.Gguf"):
+        model.with_name(name).hardlink_to(model)
+        model.with_name(name + ".verified").hardlink_to(f"{model}.verified")
+    model.with_name("x.gguf.partial").hardlink_to(model)
+    assert [os.path.basename(path) for path in survey.verified_models()] == ["X.GGUF", "a+b=c.Gguf", "x.gguf"]
+
+
 def test_a_model_changed_since_is_not_verified(model):
     os.utime(model, ns=(0, 0))
     assert survey.verified_models() == {}
