@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         "euid": os.geteuid(),
         "user": has_user(USER),
         "missing_packages": packages.missing(packages.by_name(manager), asked["packages"].get(manager, [])),
-        "helpers": link_name(HELPERS + "/current"),
+        "helpers": current_helpers(),
         "lock": lock.read(),
         "releases": releases(),
         "current": link_name(CURRENT),
@@ -95,6 +95,12 @@ def link_name(path: str) -> str | None:
         return os.path.basename(os.readlink(path))
     except OSError:
         return None
+
+
+def current_helpers() -> str | None:
+    """The version of the helpers that are current; None where there are none, or where a file of them is damaged."""
+    key = link_name(HELPERS + "/current")
+    return key if key and common.helpers_damage(f"{HELPERS}/{key}") is None else None
 
 
 def releases() -> dict[str, Any]:

@@ -44,6 +44,19 @@ def test_a_unit_that_a_power_cut_emptied_is_ours_where_its_folder_is(tmp_path, m
     assert survey.is_ours(unit) is False
 
 
+def test_damaged_helpers_count_as_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(survey, "HELPERS", str(tmp_path))
+    assert survey.current_helpers() is None
+    (tmp_path / "k1").mkdir()
+    (tmp_path / "current").symlink_to("k1")
+    assert survey.current_helpers() is None
+    (tmp_path / "k1/common.py").write_text("x = 1")
+    (tmp_path / "k1" / common.SUMS).write_text(f"{common.sha256(b'x = 1')}  common.py\n")
+    assert survey.current_helpers() == "k1"
+    (tmp_path / "k1/common.py").write_text("")
+    assert survey.current_helpers() is None
+
+
 def test_a_dangling_link_is_not_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(survey, "UNITS", str(tmp_path))
     (tmp_path / "llama-server-chat.service").symlink_to(tmp_path / "nowhere")
