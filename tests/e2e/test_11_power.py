@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import random
 import struct
 import subprocess
 import tempfile
@@ -263,11 +264,9 @@ LIVENESS = {"liveness_seconds": 30, "liveness_interval_seconds": 10}
 
 
 @contextlib.contextmanager
-def switching_to(asked, context_tokens, host, inventory):
-    """A run that switches to another context; in the block the gate is asking. The run has ended after it."""
-    runs = []
-    model = {**asked["models"][0], "context_tokens": context_tokens}
-    written = inventory((host, {**asked, "models": [model]}))
+def switching_to(asked, host, inventory):
+    """A run that switches to these settings; in the block the gate is asking. The run has ended after it."""
+    runs, written = [], inventory((host, asked))
     running = threading.Thread(target=lambda: runs.append(deploying.pyinfra(written)))
     running.start()
     try:
@@ -284,6 +283,24 @@ def until(true, seconds):
         time.sleep(0.1)
 
 
+def with_context(asked, context_tokens):
+    return {**asked, "models": [{**asked["models"][0], "context_tokens": context_tokens}]}
+
+
+def check_whole(host, *contexts):
+    """Without another run: one of the two services serves, with its liveness check, and is the good one."""
+    on, timer = deploying.on, "llama-server-tiny-liveness.timer"
+    until(lambda: deploying.serves(host), 60)
+    assert deploying.ask(host, "/props")[1]["default_generation_settings"]["n_ctx"] in contexts
+    assert on(host, "cat", UNIT_FILE) == on(host, "cat", f"{GOOD}/tiny/llama-server-tiny.service")
+    until(lambda: on(host, "systemctl", "show", "--property=ActiveState", "--value", timer) == "active", 20)
+    assert on(host, "systemctl", "is-enabled", timer, "llama-server-tiny") == "enabled\nenabled"
+    left = on(
+        host, "sh", "-c", f"ls -A {GOOD}/.switching {GOOD}/.passed; find /etc -name '.*.old' -o -name '*recover-tiny*'"
+    )
+    assert left.split() == [f"{GOOD}/.passed:", f"{GOOD}/.switching:"]
+
+
 @pytest.mark.parametrize("how", ["killed", "power cut"])
 def test_a_switch_that_ends_in_mid_gate_leaves_the_old_service_without_another_run(settings, inventory, builder, how):
     host, on = builder, deploying.on
@@ -291,21 +308,39 @@ def test_a_switch_that_ends_in_mid_gate_leaves_the_old_service_without_another_r
     done = deploying.pyinfra(inventory((host, asked)))
     assert done.code == 0, done.text
     before = on(host, "cat", UNIT_FILE)
-    with switching_to(asked, 768, host, inventory) as runs:
+    with switching_to(with_context(asked, 768), host, inventory) as runs:
         if how == "killed":
             on(host, "sh", "-c", KILL)
         else:
             host.kill()
             host.start()
     assert runs[0].code != 0
-    until(lambda: deploying.serves(host), 60)
-    assert on(host, "cat", UNIT_FILE) == before == on(host, "cat", f"{GOOD}/tiny/llama-server-tiny.service")
-    assert deploying.ask(host, "/props")[1]["default_generation_settings"]["n_ctx"] == 1024
-    timer = ["llama-server-tiny-liveness.timer"]
-    until(lambda: on(host, "systemctl", "show", "--property=ActiveState", "--value", *timer) == "active", 20)
-    assert on(host, "systemctl", "is-enabled", *timer, "llama-server-tiny") == "enabled\nenabled"
-    left = on(
-        host, "sh", "-c", f"ls -A {GOOD}/.switching {GOOD}/.passed; find /etc -name '.*.old' -o -name '*recover-tiny*'"
-    )
-    assert left.split() == [f"{GOOD}/.passed:", f"{GOOD}/.switching:"]
+    check_whole(host, 1024)
+    assert on(host, "cat", UNIT_FILE) == before
     assert deploying.pyinfra(inventory((host, asked)), "--dry").changed() == []
+
+
+@pytest.mark.long
+def test_power_cuts_at_random_points_of_deploys_that_change_a_service(settings, inventory, builder):
+    host, seed = builder, int(os.environ.get("E2E_SEED") or time.time())
+    chance, contexts = random.Random(seed), (1024, 768)
+    print(f"E2E_SEED={seed}")
+    asked = settings(host, **LIVENESS)
+    assert deploying.pyinfra(inventory((host, asked))).code == 0
+    began = time.monotonic()
+    assert deploying.pyinfra(inventory((host, with_context(asked, contexts[1])))).code == 0
+    usual = time.monotonic() - began
+    for number in range(10):
+        written = inventory((host, with_context(asked, contexts[number % 2])))
+        after = chance.uniform(0.1, 1.0) * usual
+        cut = threading.Timer(after, lambda: (host.kill(), host.start()))
+        cut.start()
+        broken = deploying.pyinfra(written)
+        cut.join()
+        print(
+            f"round {number} of E2E_SEED={seed}: cut after {after:.1f} s of {usual:.1f} s; the run ended with {broken.code}"
+        )
+        check_whole(host, *contexts)
+        run = deploying.pyinfra(written)
+        assert run.code == 0, run.text
+        check_whole(host, contexts[number % 2])
