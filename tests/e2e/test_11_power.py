@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import common
+import helpers
 import instance_files
 import pytest
 import switch
@@ -248,6 +249,65 @@ def test_power_cuts_in_a_refresh_never_leave_an_unproven_unit(disk, host):
         if not came_so_far:
             break
     assert number > 50
+
+
+@pytest.fixture
+def sent(tmp_path):
+    """Makes copies of helpers, as they were sent; of one version they have the same content."""
+
+    def make(version):
+        folder = tmp_path / version
+        if not folder.exists():
+            (folder / "psutil").mkdir(parents=True)
+            files = {name: f"version = {version!r}\n" * 300 for name in ("common.py", "gate.py", "psutil/__init__.py")}
+            for name, text in files.items():
+                (folder / name).write_text(text)
+            sums = [f"{common.sha256(text.encode())}  {name}\n" for name, text in files.items()]
+            (folder / common.SUMS).write_text("".join(sums))
+        return str(folder)
+
+    return make
+
+
+@pytest.mark.parametrize("before", ["another version", "damaged"])
+def test_power_cuts_in_an_installation_of_helpers_leave_whole_ones(disk, host, sent, monkeypatch, before):
+    for module in (helpers, helpers.survey):
+        for name in ("HELPERS", "UNITS", "GOOD"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, getattr(common, name))
+
+    def install(version):
+        helpers.install(version, sent(version))
+        helpers.prune(version)
+
+    def damage():
+        for name in ("gate.py", common.SUMS):
+            with open(f"{common.HELPERS}/new{number}/{name}", "w"):
+                pass
+
+    install("first")
+    # A unit calls them, whatever is installed later.
+    with open(f"{common.UNITS}/{UNIT}", "w") as file:
+        file.write(f"{common.MADE_BY}\nExecStartPost={common.HELPERS}/first/gate.py\n")
+    number = 0
+    while True:
+        number += 1
+        new = f"new{number}"
+        sent(new)
+        if before == "damaged":
+            install(new)
+            damage()
+        os.sync()
+        came_so_far = cut_at(host, disk, number, lambda new=new: install(new))
+        assert helpers.survey.current_helpers() in (new, "first", f"new{number - 1}", None)
+        assert before == "damaged" or helpers.survey.current_helpers() is not None
+        assert common.helpers_damage(f"{common.HELPERS}/first") is None
+        install(new)  # the next run, which sees either that they are not of its version or that they are damaged
+        assert helpers.survey.current_helpers() == new
+        assert sorted(os.listdir(common.HELPERS)) == sorted(["current", "first", new])
+        if not came_so_far:
+            break
+    assert number > 15
 
 
 # --- on a host --------------------------------------------------------------------------------------
