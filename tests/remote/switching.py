@@ -41,9 +41,8 @@ class Steps:
 
         def call(*arguments, **options):
             reading = name == "open" and not arguments[1] & (os.O_CREAT | os.O_WRONLY | os.O_RDWR)
-            elsewhere = (
-                isinstance(arguments[0], str) and not arguments[0].startswith(self.below) and "dir_fd" not in options
-            )
+            path = os.fspath(arguments[0]) if isinstance(arguments[0], (str, os.PathLike)) else self.below
+            elsewhere = not path.startswith(self.below) and "dir_fd" not in options
             if not reading and not elsewhere:
                 self.count += 1
                 if self.at:
