@@ -362,8 +362,8 @@ def check_whole(host, *contexts):
 
 
 @pytest.mark.parametrize("how", ["killed", "power cut"])
-def test_a_switch_that_ends_in_mid_gate_leaves_the_old_service_without_another_run(settings, inventory, builder, how):
-    host, on = builder, deploying.on
+def test_a_switch_that_ends_in_mid_gate_leaves_the_old_service_without_another_run(settings, inventory, deployed, how):
+    host, on = deployed[0], deploying.on
     asked = settings(host, **LIVENESS)
     done = deploying.pyinfra(inventory((host, asked)))
     assert done.code == 0, done.text
@@ -381,8 +381,8 @@ def test_a_switch_that_ends_in_mid_gate_leaves_the_old_service_without_another_r
 
 
 @pytest.mark.long
-def test_power_cuts_at_random_points_of_deploys_that_change_a_service(settings, inventory, builder):
-    host, seed = builder, int(os.environ.get("E2E_SEED") or time.time())
+def test_power_cuts_at_random_points_of_deploys_that_change_a_service(settings, inventory, deployed):
+    host, seed = deployed[0], int(os.environ.get("E2E_SEED") or time.time())
     chance, contexts = random.Random(seed), (1024, 768)
     print(f"E2E_SEED={seed}")
     asked = settings(host, **LIVENESS)
