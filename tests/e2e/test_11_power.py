@@ -380,6 +380,32 @@ def test_a_switch_that_ends_in_mid_gate_leaves_the_old_service_without_another_r
     assert deploying.pyinfra(inventory((host, asked)), "--dry").changed() == []
 
 
+EMPTY = (
+    f"for file in {UNIT_FILE} /etc/systemd/system/llama-server-tiny-liveness.* /etc/llamafleet/instances/tiny/* "
+    f"{GOOD}/tiny/* /opt/llamafleet/helpers/current/gate*.py /opt/llamafleet/helpers/current/survey.py; do : > $file; done"
+)
+
+
+def test_files_that_a_power_cut_emptied_are_made_anew(settings, inventory, deployed):
+    """As on XFS, when nobody had synced them: all of an instance's files, the last good ones too, and helpers."""
+    host, on = deployed[0], deploying.on
+    written = inventory((host, settings(host, **LIVENESS)))
+    done = deploying.pyinfra(written)
+    assert done.code == 0, done.text
+    on(host, "sh", "-c", EMPTY)
+    host.kill()
+    host.start()
+    assert not deploying.serves(host)
+    run = deploying.pyinfra(written)
+    assert run.code == 0, run.text
+    check_whole(host, 1024)
+    assert (
+        on(host, "sh", "-c", "cd /opt/llamafleet/helpers/current && sha256sum --status -c helpers.sha256 && echo whole")
+        == "whole"
+    )
+    assert deploying.pyinfra(written, "--dry").changed() == []
+
+
 @pytest.mark.long
 def test_power_cuts_at_random_points_of_deploys_that_change_a_service(settings, inventory, deployed):
     host, seed = deployed[0], int(os.environ.get("E2E_SEED") or time.time())
