@@ -10,7 +10,7 @@ from pyinfra.api.deploy import deploy
 from llamafleet.build import release
 from llamafleet.remote.common import SOURCE
 from llamafleet.service.desired import Desired
-from tasks.lib import operations
+from tasks.lib import builds, operations
 from tasks.lib.decision import decision
 
 
@@ -21,14 +21,13 @@ def build() -> None:
     if now is None:
         return
     settings, wanted = now.desired.settings, now.desired.build
-    cached = wanted.key in now.desired.installed.cached_builds
     operations.checkout(
-        name=f"Check out llama.cpp {settings.llama_cpp_ref}", needed=now.changes.build and not cached,
+        name=f"Check out llama.cpp {settings.llama_cpp_ref}", needed=now.changes.build and not now.desired.is_cached,
         repository=settings.llama_cpp_repository, commit=wanted.commit, folder=SOURCE,
     )  # fmt: skip
-    operations.run_job(
+    builds.build_release(
         name=f"Build llama.cpp {settings.llama_cpp_ref} for {wanted.backend}", needed=now.changes.build,
-        job=f"build-{wanted.key}", program="build.py", spec=spec(now.desired),
+        job=f"build-{wanted.key}", spec=spec(now.desired),
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ import sys
 import time
 from typing import Any
 
+import job_limits
 from common import JOBS, show, transient_unit
 
 TAIL_LINES = 40
@@ -53,6 +54,7 @@ def start(name: str, command: list[str]) -> dict[str, Any]:
             ["systemd-run", "--quiet", "--collect", f"--unit={transient_unit('job', name)}",
              "--property=Type=exec", f"--property=StandardOutput=append:{log_of(name)}",
              f"--property=StandardError=append:{log_of(name)}",
+             *(f"--property={one}" for one in job_limits.for_job(name)),
              "/bin/sh", "-c", script, "sh", *command],
             check=True,
         )  # fmt: skip

@@ -1,0 +1,96 @@
+"""What a job on this host may use and write: the directives of its transient unit.
+
+Contract: a module, no program. `for_job(name)` gives them for systemd-run's --property; the kind of a job is the first
+word of its name: "build", "fetch", "toolkit" (packages), "switch" and "watch" (units of instances). An unknown kind has
+the limits of a switch. All are known to systemd 247. Python 3.8, standard library; common.py beside it.
+
+A service that runs beside a job comes first: work gives way to it at the CPU and the disk, ends before it when memory
+runs out, and has no more memory than was free when it began. Services keep their models in files that are mapped into
+memory, which the kernel counts as free; here they are not.
+
+docs/hardening.md has the reasons and the exposure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import List, Optional, Sequence
+
+from common import BUILD, ETC, JOBS, MODELS, RELEASES, RUN, SOURCE, UNITS, VAR, read_json
+
+GIB = 1 << 30
+# A compiler needs as much at the least, or nothing can be built on a full host.
+LEAST_BYTES = GIB
+# Left free for the system.
+SPARE_BYTES = 512 << 20
+
+# Work that can wait: below every service of the host.
+BEHIND = ("Nice=10", "CPUWeight=20", "IOWeight=20", "OOMScoreAdjust=500")
+ALWAYS = ("PrivateTmp=yes", "LimitCORE=0", "UMask=0022", "TimeoutStopSec=30")
+# Of jobs that run other people's programs or read from the network. They are root's, since what they write is; the
+# capabilities are those to write files of any owner, to give files to the services' user, and to run a program as
+# nobody.
+CONFINED = (
+    "NoNewPrivileges=yes",
+    "CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER CAP_SETUID CAP_SETGID CAP_SETPCAP",
+    "PrivateDevices=yes", "PrivateMounts=yes", "ProtectSystem=strict", "ProtectHostname=yes", "ProtectClock=yes",
+    "ProtectKernelTunables=yes", "ProtectKernelModules=yes", "ProtectKernelLogs=yes", "ProtectControlGroups=yes",
+    "RestrictNamespaces=yes", "RestrictRealtime=yes", "RestrictSUIDSGID=yes", "LockPersonality=yes",
+    "SystemCallArchitectures=native", "KeyringMode=private",
+)  # fmt: skip
+# A compiler cache of the host may lie there.
+CACHES = "/var/cache"
+
+
+def limits(kind: str, build_cache: Optional[str] = None) -> List[str]:
+    """The directives of a job of this kind; `build_cache` is the folder that a build shares with other hosts."""
+    if kind == "build":
+        paths = [BUILD, SOURCE, RELEASES, JOBS, CACHES, *([build_cache] if build_cache else [])]
+        return [*ALWAYS, *BEHIND, *CONFINED, *writable(paths), *bounds(12, 8192, free_bytes()),
+                # A CUDA toolkit may lie in somebody's home.
+                "ProtectHome=read-only", "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"]  # fmt: skip
+    if kind == "fetch":
+        return [*ALWAYS, *BEHIND, *CONFINED, *writable([MODELS, JOBS, RUN]), *bounds(72, 256, 2 * GIB),
+                "ProtectHome=yes",
+                # AF_NETLINK: how names are resolved asks which addresses the host has.
+                "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK"]  # fmt: skip
+    if kind == "toolkit":  # packages write anywhere, and run scripts of their own
+        return [*ALWAYS, *BEHIND, *bounds(6, 4096, free_bytes())]
+    # It asks systemd, and makes device nodes of a GPU: a sandbox as tight would have to be opened for both.
+    return [*ALWAYS, "NoNewPrivileges=yes", "ProtectSystem=strict", "ProtectHome=yes", "RestrictRealtime=yes",
+            "LockPersonality=yes", "SystemCallArchitectures=native", *writable([UNITS, ETC, VAR, RUN]),
+            *bounds(24, 1024, 4 * GIB)]  # fmt: skip
+
+
+def writable(paths: Sequence[str]) -> List[str]:
+    """All else is read-only; a folder that is missing is no error."""
+    return ["ReadWritePaths=" + " ".join(f'"-{path}"' for path in paths)]
+
+
+def bounds(hours: int, tasks: int, memory_bytes: int) -> List[str]:
+    """An end, and the most processes and memory."""
+    return [f"RuntimeMaxSec={hours}h", f"TasksMax={tasks}", f"MemoryMax={memory_bytes}"]
+
+
+def free_bytes(meminfo: str = "/proc/meminfo") -> int:
+    """Memory that no process uses, nor a file that is mapped; LEAST_BYTES at least."""
+    sizes = {}
+    with open(meminfo) as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            sizes[name] = int(value.split()[0]) * 1024
+    return max(LEAST_BYTES, sizes["MemAvailable"] - sizes["Mapped"] - SPARE_BYTES)
+
+
+def for_job(name: str) -> List[str]:
+    """The directives of the job of that name, whose specification, if it has one, lies in the folder of jobs. Makes the
+    folders that it may write to, which it could not."""
+    kind = name.partition("-")[0]
+    cache = read_json(f"{JOBS}/{name}.json").get("build_cache") if kind == "build" else None
+    for path in (BUILD, SOURCE, RELEASES) if kind == "build" else ():
+        os.makedirs(path, mode=0o755, exist_ok=True)
+    if cache:
+        with contextlib.suppress(OSError):  # the job says what is wrong with it
+            os.makedirs(cache, mode=0o755, exist_ok=True)
+    return limits(kind, cache)
