@@ -10,7 +10,7 @@ from pyinfra.api.deploy import deploy
 from llamafleet.build import release
 from llamafleet.remote.common import SOURCE
 from llamafleet.service.desired import Desired
-from tasks.lib import builds, operations
+from tasks.lib import operations
 from tasks.lib.decision import decision
 
 
@@ -25,7 +25,7 @@ def build() -> None:
         name=f"Check out llama.cpp {settings.llama_cpp_ref}", needed=now.changes.build and not now.desired.is_cached,
         repository=settings.llama_cpp_repository, commit=wanted.commit, folder=SOURCE,
     )  # fmt: skip
-    builds.build_release(
+    operations.build_release(
         name=f"Build llama.cpp {settings.llama_cpp_ref} for {wanted.backend}", needed=now.changes.build,
         job=f"build-{wanted.key}", spec=spec(now.desired),
     )  # fmt: skip

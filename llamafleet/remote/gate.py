@@ -8,7 +8,7 @@ gate compares with, and "last_failure" {"time", "release", "check"}. With --no-f
 has served before is not rejected for its speed.
 `gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then checks that the process holds memory
 on the planned GPUs. If the driver was not ready at boot, systemd thus starts the unit again, and no server stays on
-the CPU.
+the CPU. The checks run in a transient unit without root's rights (gate_unit.py); what they find is written here.
 
 PLAN.json is plan.json, of which is read: identity, release, files, plan.predicted, and `gate`: unit, argv, url,
 api_keys and tls_certificate (path | null), health_seconds (the most that loading may take), context_tokens (of one
@@ -28,11 +28,14 @@ import sys
 import time
 from typing import Any, Callable, Sequence  # the contract is Python 3.8, whose own are typing's
 
+import gate_devices
+import gate_unit
 from common import GATES, command_line, instance_of, invocation, journal_of_start, read_json, write_json
 from gate_devices import cause_of_end, check_devices
 from gate_load import deadline
 from gate_reply import REMEMBERED, check_completion, check_speed, speed_key
 from gate_server import ask, first_key, is_alive, main_pid, result, trust, unit_state
+from gate_unit import CONFINED, with_credentials
 
 # The share of a GPU's planned bytes that the process must really hold. The CUDA context comes on
 # top of the plan, so a healthy process holds more than planned; a fallback to the CPU holds none.
@@ -211,8 +214,8 @@ def read_spec(path: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def keep_record(spec: dict[str, Any], found: dict[str, Any]) -> None:
-    """Write the verdict and, if it is good, the values that the next gate compares with."""
+def record_of(spec: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The record: the verdict and, if it is good, the values that the next gate compares with."""
     last, measured, now = spec["last"], spec["measured"], time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     record = {**last, **found, "time": now, "identity": spec["identity"], "release": spec["release"]}
     if found["ok"]:
@@ -222,25 +225,49 @@ def keep_record(spec: dict[str, Any], found: dict[str, Any]) -> None:
         record.update(measured, speed_key=key, speeds=speeds[-REMEMBERED:])
     else:
         record["last_failure"] = {"time": now, "release": spec["release"], "check": found["checks"][-1]}
-    write_json(spec["record"], record)
+    return record
 
 
-def main(argv: list[str]) -> int:
+def examine(argv: list[str]) -> dict[str, Any]:
+    """Run the checks; {"found": the verdict, "record": what to remember of it | null, "devices": what the log told}."""
     spec = read_spec(argv[1])
+    if CONFINED in argv:
+        spec = with_credentials(spec)
     trust(spec)
     if "--no-floor" in argv:
         spec["speed_floor_percent"] = 0
     found = check(spec, CHECKS if argv[0] == "check" else START_CHECKS)
     if argv[0] == "check":
         found["decode_tokens_per_s"] = spec["measured"].get("decode_tokens_per_s")
-        if "--record" in argv:
-            keep_record(spec, found)
+    record = record_of(spec, found) if argv[0] == "check" and "--record" in argv else None
+    return {"found": found, "record": record, "devices": gate_devices.unwritten}
+
+
+def conclude(argv: list[str], examined: dict[str, Any]) -> int:
+    """Write and print what the checks found; the exit status."""
+    found, spec = examined["found"], read_spec(argv[1])
+    if examined["devices"]:
+        gate_devices.keep(spec["unit"], examined["devices"])
+    if argv[0] == "check":
+        if examined["record"] is not None:
+            write_json(spec["record"], examined["record"])
         print(json.dumps(found))
         return 0 if found["ok"] else 1
     for bad in found["checks"]:
         if not bad["ok"]:  # for the journal
             print(f"{bad['name']}: expected {bad['expected']}, found {bad['found']} ({bad['hint']})", file=sys.stderr)
     return 0 if found["ok"] else 1
+
+
+def main(argv: list[str]) -> int:
+    if CONFINED in argv:
+        print(json.dumps(examine(argv)))
+        return 0
+    try:
+        return conclude(argv, gate_unit.examine(argv))
+    except gate_unit.GateFailed as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -18,22 +18,16 @@ import json
 import os
 import re
 import stat
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from gevent.event import Event
 from pyinfra import logger
-from pyinfra.api import FileUploadCommand, FunctionCommand, operation
 from pyinfra.api.host import Host
-from pyinfra.api.state import State
-from pyinfra.context import ctx_host
 
 from llamafleet.payload import ROOT
-from llamafleet.remote.common import JOBS
-from tasks.lib import jobs, remote
 
 # Digests of one build that are remembered, the newest last; builds that are remembered; digests that a host is told.
 MOST_DIGESTS, MOST_BUILDS, MOST_TOLD = 8, 2000, 64
@@ -145,13 +139,12 @@ def known(key: str) -> list[str]:
     return list(dict.fromkeys(every))[:MOST_TOLD]
 
 
-class _Failed(Exception):
-    """A host has not made the build; why has been logged."""
-
-
 @contextlib.contextmanager
-def _turn(host: Host, key: str, cache: str | None) -> Iterator[None]:
-    """Of the hosts that need a build from one cache let one go first, until one of them has it; then all others."""
+def turn(host: Host, key: str, cache: str | None) -> Iterator[None]:
+    """Of the hosts that need a build from one cache let one go first, until one of them has it; then all others.
+
+    A host that fails lets an exception out of the block: then the next one goes first.
+    """
     if cache is None:
         yield
         return
@@ -170,30 +163,3 @@ def _turn(host: Host, key: str, cache: str | None) -> Iterator[None]:
         raise
     finally:
         mine.done.set()
-
-
-@operation()
-def build_release(needed: bool, job: str, spec: dict[str, Any]) -> Generator[FileUploadCommand | FunctionCommand]:
-    """Make a release on the host: compiled there, or taken from the build cache with a digest that this run knows."""
-    if not needed:
-        ctx_host.get().noop("the host has the release")
-        return
-    path = f"{JOBS}/{job}.json"
-    yield FileUploadCommand(StringIO(json.dumps(spec)), path)
-    yield FunctionCommand(_build, (job, path, spec["key"], spec["build_cache"]), {})
-
-
-def _build(state: State, host: Host, job: str, path: str, key: str, cache: str | None) -> bool:
-    try:
-        with _turn(host, key, cache):
-            if not jobs.follow(state, host, job, remote.words("build.py", path, *known(key))):
-                raise _Failed
-            if cache is not None:
-                told = remote.run_json(host, remote.program("build.py", "digest", key))
-                made(key, str(told.get("digest")) if isinstance(told, dict) else "")
-    except _Failed:
-        return False
-    except (remote.RemoteError, ValueError) as error:
-        host.log_styled(f"the host does not give the digest of build {key}: {error}", fg="red", log_func=logger.error)
-        return False
-    return True

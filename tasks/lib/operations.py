@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from io import BytesIO, StringIO
 from typing import Any, TypeVar
 
+from pyinfra import logger
 from pyinfra.api import FileUploadCommand, FunctionCommand, StringCommand, operation
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
@@ -35,7 +36,7 @@ from llamafleet.remote.common import (
     VAR,
     plan_path,
 )  # fmt: skip
-from tasks.lib import jobs, lookups, remote
+from tasks.lib import builds, jobs, lookups, remote
 
 Commands = Generator[StringCommand | FileUploadCommand | FunctionCommand, None, None]
 
@@ -175,6 +176,36 @@ def run_job(
     if remove_after:
         command = ["sh", "-c", '"$@"; code=$?; rm -f "$0"; exit $code', remove_after, *command]
     yield FunctionCommand(jobs.follow, (job, command), {})
+
+
+@operation()
+def build_release(needed: bool, job: str, spec: dict[str, Any]) -> Commands:
+    """Make a release on the host: compiled there, or taken from the build cache with a digest that this run knows."""
+    if not needed:
+        return _as_wanted("the host has the release")
+    path = f"{JOBS}/{job}.json"
+    yield FileUploadCommand(StringIO(json.dumps(spec)), path)
+    yield FunctionCommand(_build, (job, path, spec["key"], spec["build_cache"]), {})
+
+
+class _NotBuiltError(Exception):
+    """A host has not made the build; why has been logged."""
+
+
+def _build(state: State, host: Host, job: str, path: str, key: str, cache: str | None) -> bool:
+    try:
+        with builds.turn(host, key, cache):
+            if not jobs.follow(state, host, job, remote.words("build.py", path, *builds.known(key))):
+                raise _NotBuiltError
+            if cache is not None:
+                told = remote.run_json(host, remote.program("build.py", "digest", key))
+                builds.made(key, str(told.get("digest")) if isinstance(told, dict) else "")
+    except _NotBuiltError:
+        return False
+    except (remote.RemoteError, ValueError) as error:
+        host.log_styled(f"the host does not give the digest of build {key}: {error}", fg="red", log_func=logger.error)
+        return False
+    return True
 
 
 @operation()

@@ -290,6 +290,11 @@ def test_no_props_is_told_by_status(spec, server, monkeypatch, answer):
 # --- all of it ----------------------------------------------------------------------------------
 
 
+def run(argv):
+    """gate.py, but for its unit, which test_gate_unit.py is about."""
+    return gate.conclude(argv, gate.examine(argv))
+
+
 def test_checks_stop_at_the_first_that_fails(spec):
     good, bad = gate.result("one", True, 1, 1), gate.result("two", False, 1, 2)
     never = pytest.fail
@@ -304,7 +309,7 @@ def test_start_post_asks_health_and_gpus_and_tells_the_journal(spec, server, tmp
     monkeypatch.setattr(gate, "held_by", lambda pid: held)
     (tmp_path / "plan.json").write_text(json.dumps({"gate": spec}))
     monkeypatch.setattr(gate, "GATES", str(tmp_path / "gate"))
-    assert gate.main(["start", str(tmp_path / "plan.json")]) == code
+    assert run(["start", str(tmp_path / "plan.json")]) == code
     told = capsys.readouterr()
     assert told.out == "" and ("gpu memory" in told.err) is bool(code)
     assert server.paths == ["/health"]
@@ -315,18 +320,18 @@ def recorded(spec, tmp_path, monkeypatch):
     """Runs `gate.py check PLAN --record` with one check that gives this verdict and measures this speed."""
     monkeypatch.setattr(gate, "GATES", str(tmp_path / "gate"))
 
-    def run(ok, speed=None, record=True, **plan):
+    def recorded(ok, speed=None, record=True, **plan):
         def verdict(spec):
             spec["measured"].update({"decode_tokens_per_s": speed} if speed else {})
             return gate.result("speed", ok, "a lot", "something", "the hint")
 
         monkeypatch.setattr(gate, "CHECKS", (verdict,))
         (tmp_path / "plan.json").write_text(json.dumps({"gate": spec, "identity": "i", "release": "r1", **plan}))
-        code = gate.main(["check", str(tmp_path / "plan.json"), *(["--record"] if record else [])])
+        code = run(["check", str(tmp_path / "plan.json"), *(["--record"] if record else [])])
         file = tmp_path / "gate/chat.json"
         return code, json.loads(file.read_text()) if file.exists() else None
 
-    return run
+    return recorded
 
 
 def test_a_verdict_is_recorded_for_people_and_for_the_next_gate(recorded, capsys):
@@ -365,5 +370,5 @@ def test_without_a_floor_any_speed_is_good(spec, tmp_path, monkeypatch):
     monkeypatch.setattr(gate, "CHECKS", (lambda spec: seen.append(spec["speed_floor_percent"]),))
     (tmp_path / "plan.json").write_text(json.dumps({"gate": {**spec, "speed_floor_percent": 40}}))
     for options in ([], ["--no-floor"]):
-        assert gate.main(["check", str(tmp_path / "plan.json"), *options]) == 0
+        assert run(["check", str(tmp_path / "plan.json"), *options]) == 0
     assert seen == [40, 0]
