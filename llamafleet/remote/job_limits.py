@@ -1,8 +1,9 @@
 """What a job on this host may use and write: the directives of its transient unit.
 
 Contract: a module, no program. `for_job(name)` gives them for systemd-run's --property; the kind of a job is the first
-word of its name: "build", "fetch", "toolkit" (packages), "switch" and "watch" (units of instances). An unknown kind has
-the limits of a switch. All are known to systemd 247. Python 3.8, standard library; common.py beside it.
+word of its name: "build", "checkout", "fetch", "packages", "toolkit", "switch" and "watch" (units of instances). An
+unknown kind has the limits of a switch. All are known to systemd 247. Python 3.8, standard library; common.py lies
+beside it.
 
 A service that runs beside a job comes first: work gives way to it at the CPU and the disk, ends before it when memory
 runs out, and has no more memory than was free when it began. Services keep their models in files that are mapped into
@@ -39,6 +40,8 @@ CONFINED = (
     "RestrictNamespaces=yes", "RestrictRealtime=yes", "RestrictSUIDSGID=yes", "LockPersonality=yes",
     "SystemCallArchitectures=native", "KeyringMode=private",
 )  # fmt: skip
+# How names are resolved asks which addresses the host has.
+RESOLVING = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK"
 # A compiler cache of the host may lie there.
 CACHES = "/var/cache"
 
@@ -46,26 +49,27 @@ CACHES = "/var/cache"
 def limits(kind: str, build_cache: Optional[str] = None) -> List[str]:
     """The directives of a job of this kind; `build_cache` is the folder that a build shares with other hosts."""
     if kind == "build":
-        paths = [BUILD, SOURCE, RELEASES, JOBS, CACHES, *([build_cache] if build_cache else [])]
+        paths = [BUILD, SOURCE, RELEASES, CACHES, *([build_cache] if build_cache else [])]
         return [*ALWAYS, *BEHIND, *CONFINED, *writable(paths), *bounds(12, 8192, free_bytes()),
                 # A CUDA toolkit may lie in somebody's home.
                 "ProtectHome=read-only", "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"]  # fmt: skip
+    if kind == "checkout":  # by ssh too, whose keys are root's
+        return [*ALWAYS, *BEHIND, *CONFINED, *writable([SOURCE]), *bounds(6, 256, 4 * GIB), "ProtectHome=read-only",
+                RESOLVING]  # fmt: skip
     if kind == "fetch":
-        return [*ALWAYS, *BEHIND, *CONFINED, *writable([MODELS, JOBS, RUN]), *bounds(72, 256, 2 * GIB),
-                "ProtectHome=yes",
-                # AF_NETLINK: how names are resolved asks which addresses the host has.
-                "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK"]  # fmt: skip
-    if kind == "toolkit":  # packages write anywhere, and run scripts of their own
+        return [*ALWAYS, *BEHIND, *CONFINED, *writable([MODELS]), *bounds(72, 256, 2 * GIB), "ProtectHome=yes",
+                RESOLVING]  # fmt: skip
+    if kind in ("packages", "toolkit"):  # packages write anywhere, and run scripts of their own
         return [*ALWAYS, *BEHIND, *bounds(6, 4096, free_bytes())]
     # It asks systemd, and makes device nodes of a GPU: a sandbox as tight would have to be opened for both.
     return [*ALWAYS, "NoNewPrivileges=yes", "ProtectSystem=strict", "ProtectHome=yes", "RestrictRealtime=yes",
-            "LockPersonality=yes", "SystemCallArchitectures=native", *writable([UNITS, ETC, VAR, RUN]),
+            "LockPersonality=yes", "SystemCallArchitectures=native", *writable([UNITS, ETC, VAR]),
             *bounds(24, 1024, 4 * GIB)]  # fmt: skip
 
 
 def writable(paths: Sequence[str]) -> List[str]:
-    """All else is read-only; a folder that is missing is no error."""
-    return ["ReadWritePaths=" + " ".join(f'"-{path}"' for path in paths)]
+    """Beside these and the folders for logs, ends and locks of jobs all is read-only; a missing folder is no error."""
+    return ["ReadWritePaths=" + " ".join(f'"-{path}"' for path in (*paths, JOBS, RUN))]
 
 
 def bounds(hours: int, tasks: int, memory_bytes: int) -> List[str]:
@@ -88,7 +92,7 @@ def for_job(name: str) -> List[str]:
     folders that it may write to, which it could not."""
     kind = name.partition("-")[0]
     cache = read_json(f"{JOBS}/{name}.json").get("build_cache") if kind == "build" else None
-    for path in (BUILD, SOURCE, RELEASES) if kind == "build" else ():
+    for path in {"build": (BUILD, SOURCE, RELEASES), "checkout": (SOURCE,)}.get(kind, ()):
         os.makedirs(path, mode=0o755, exist_ok=True)
     if cache:
         with contextlib.suppress(OSError):  # the job says what is wrong with it

@@ -53,6 +53,9 @@ HIDDEN = tuple(f"-{path}" for path in sorted((*_OURS, *_SYSTEM)))
 
 GATE, LIVENESS = helper("gate.py"), helper("liveness.py")
 
+# What a liveness check may take at most beside its own patience, which is longer on a slow host.
+LIVENESS_END_SECONDS = 24 * 3600
+
 # Above the planned host memory, for what a process needs beside its model: share and bytes.
 MEMORY_MARGIN, MEMORY_SPARE = 1.1, 1024 * MIB
 
@@ -117,6 +120,12 @@ def _families(listen: str, gpu: bool) -> tuple[str, ...]:
     return (own, "AF_UNIX") if gpu else (own,)
 
 
+def address_from_host(listen: str) -> str:
+    """The address by which the host itself reaches a server, as IPAddressAllow= takes it."""
+    address = ipaddress.ip_address(listen.partition("%")[0])
+    return "localhost" if address.is_loopback or address.is_unspecified else str(address)
+
+
 def liveness_texts(render: Renderer, instance: Instance, settings: Settings) -> dict[str, str]:
     """The units of the instance's liveness check by name; empty where the check is switched off."""
     if settings.liveness_seconds == 0:
@@ -126,6 +135,9 @@ def liveness_texts(render: Renderer, instance: Instance, settings: Settings) -> 
         "instance": instance,
         "command": [unit_escape(word) for word in words],
         "interval_seconds": settings.liveness_interval_seconds,
+        "end_seconds": settings.liveness_seconds + LIVENESS_END_SECONDS,
+        "family": _families(instance.listen, gpu=False)[0],
+        "address": address_from_host(instance.listen),
     }
     templates = ("llama-server-liveness.service.j2", "llama-server-liveness.timer.j2")
     names = liveness_units(instance.name)

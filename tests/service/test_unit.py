@@ -1,7 +1,6 @@
 """The unit and plan.json as text: what is decided once must be exactly what systemd starts."""
 
 import dataclasses
-import re
 import shlex
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from llamafleet.service.record import START_SECONDS, health_seconds, plan_record
 from llamafleet.service.unit import liveness_texts, unit_text
 from tasks.lib.templates import render
 from tests import planning
+from tests.exposure import exposure
 from tests.service.test_changes import INSTALLED
 
 PATH = "/var/lib/llamafleet/models/m-123/Qwen3-8B.gguf"
@@ -138,20 +138,6 @@ def test_loading_time_grows_with_the_model():
     header = planning.header("Qwen3-8B")
     large = dataclasses.replace(header, file_bytes=tuple(10 * size for size in header.file_bytes))
     assert health_seconds(ModelFiles((), large)) > health_seconds(ModelFiles((), header)) > START_SECONDS
-
-
-def exposure(unit, tmp_path):
-    """What `systemd-analyze security` makes of a unit, 0 best and 10 worst; skips where it cannot be asked."""
-    file = tmp_path / "llama-server-model.service"
-    file.write_text(unit)
-    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(file)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("no systemd-analyze here")
-    if "unrecognized option" in done.stderr:
-        pytest.skip("this systemd-analyze (before 250) has no --offline")
-    return float(re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)[1])
 
 
 @pytest.mark.parametrize(
