@@ -69,7 +69,7 @@ def is_sound(found: Any) -> bool:
 def directives(spec: Dict[str, Any]) -> List[str]:
     """The directives of the unit for a plan's `gate` object."""
     return confined.properties(
-        f"PartOf={spec['unit']}", f"MemoryMax={MOST_MEMORY}", "MemorySwapMax=0",
+        confined.user(), f"PartOf={spec['unit']}", f"MemoryMax={MOST_MEMORY}", "MemorySwapMax=0",
         *credentials(spec), *network(spec["url"]), *devices(spec), *journal(),
     )  # fmt: skip
 

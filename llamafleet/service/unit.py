@@ -93,7 +93,7 @@ def unit_values(
         "hidden": HIDDEN,
         "libraries": _libraries(build),
         "families": _families(instance.listen, bool(plan.gpus)),
-        "loopback": ipaddress.ip_address(instance.listen).is_loopback,
+        "clients": _clients(instance),
         "cpus": plan.cpus,
         "numa_nodes": plan.numa_nodes,
         "memory_max_bytes": int(plan.host_bytes * MEMORY_MARGIN) + MEMORY_SPARE,
@@ -124,6 +124,16 @@ def address_from_host(listen: str) -> str:
     """The address by which the host itself reaches a server, as IPAddressAllow= takes it."""
     address = ipaddress.ip_address(listen.partition("%")[0])
     return "localhost" if address.is_loopback or address.is_unspecified else str(address)
+
+
+def _clients(instance: Instance) -> tuple[str, ...]:
+    """Who may speak with the server, as IPAddressAllow= takes it; empty where everybody may."""
+    if ipaddress.ip_address(instance.listen).is_loopback:
+        return ("localhost",)
+    if not instance.allowed_clients:
+        return ()
+    # The host itself asks from the address that it asks.
+    return tuple(dict.fromkeys(("localhost", address_from_host(instance.listen), *instance.allowed_clients)))
 
 
 def liveness_texts(render: Renderer, instance: Instance, settings: Settings) -> dict[str, str]:

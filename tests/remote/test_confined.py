@@ -29,7 +29,7 @@ def host(tmp_path, monkeypatch):
             lines = (tmp_path / "calls").read_text().splitlines()
             return [line for line in lines if line.startswith(name + " ")]
 
-    Host.program("systemctl", "exit 0")
+    Host.program("systemctl", "echo ActiveEnterTimestampMonotonic=5")
     Host.program("systemd-run", RUN_IT)
     return Host
 
@@ -50,26 +50,35 @@ def test_a_dollar_stays_one_in_a_units_command(host):
 
 def test_a_leftover_of_that_name_is_stopped_first_and_every_run_has_an_end(host):
     run("true", directives=["PrivateTmp=yes"], seconds=7)
-    assert host.calls("systemctl") == ["systemctl stop llamafleet-test-x.service"]
+    ended = [
+        "systemctl --quiet stop llamafleet-test-x.service",
+        "systemctl --quiet reset-failed llamafleet-test-x.service",
+    ]
+    assert host.calls("systemctl") == [*ended, *ended]
     [called] = host.calls("systemd-run")
-    assert "--property=RuntimeMaxSec=7" in called and "--property=PrivateTmp=yes" in called and "--collect" in called
+    assert "--property=RuntimeMaxSec=7" in called and "--property=PrivateTmp=yes" in called
 
 
 def test_a_directive_that_this_systemd_does_not_know_is_left_out(host, tmp_path):
+    host.program("systemctl", "echo ActiveEnterTimestampMonotonic=0")
     refuse = 'case "$*" in *PrivateIPC*) echo "Unknown assignment: PrivateIPC=yes" >&2; exit 1;; esac\n'
     host.program("systemd-run", refuse + RUN_IT)
     assert run("echo", "fine", directives=["PrivateIPC=yes", "PrivateTmp=yes"]).stdout == b"fine\n"
     assert "PrivateIPC" not in host.calls("systemd-run")[-1] and "PrivateTmp" in host.calls("systemd-run")[-1]
 
 
-@pytest.mark.parametrize(
-    "script", ["exit 226", "echo 'Failed to connect to bus: No such file' >&2; exit 1", "exec sleep 60"]
-)
-def test_a_unit_that_systemd_cannot_start_is_told(host, script, monkeypatch):
-    monkeypatch.setattr(confined, "STOP_SECONDS", 0)
+@pytest.mark.parametrize("script", ["exit 226", "echo 'Failed to connect to bus: No such file' >&2; exit 1"])
+def test_a_unit_that_systemd_cannot_start_is_told(host, script):
+    host.program("systemctl", "echo ActiveEnterTimestampMonotonic=0")
     host.program("systemd-run", script)
     with pytest.raises(confined.NotStarted):
-        run("true", seconds=1)
+        run("true")
+
+
+def test_where_systemd_hangs_the_command_counts_as_failed(host, monkeypatch):
+    monkeypatch.setattr(confined, "STOP_SECONDS", 0)
+    host.program("systemd-run", "exec sleep 60")
+    assert run("true", seconds=0.3).code == confined.TIMED_OUT
 
 
 def test_without_systemd_run_it_is_told_too(host, tmp_path, monkeypatch):
@@ -81,7 +90,10 @@ def test_without_systemd_run_it_is_told_too(host, tmp_path, monkeypatch):
 
 def test_a_commands_own_failure_is_none_of_the_unit(host):
     """Else what a server makes a program of ours say could take its hardening away."""
-    assert run("sh", "-c", "echo '{}'; echo 'Failed to think' >&2; exit 1").code == 1
+    for code in (1, 226):
+        script = f"echo 'Failed to start transient service unit' >&2; echo 'Unknown assignment: PrivateTmp=yes' >&2; exit {code}"
+        assert run("sh", "-c", script).code == code
+    assert len(host.calls("systemd-run")) == 2
 
 
 def test_output_is_read_within_a_bound(host, monkeypatch):
@@ -102,7 +114,19 @@ def test_the_version_is_asked_as_a_user_of_its_own(host, tmp_path):
 
 def test_where_there_is_no_unit_the_version_is_asked_as_nobody(host, tmp_path, capsys):
     host.program("systemd-run", "exit 226")
+    host.program("systemctl", "echo ActiveEnterTimestampMonotonic=0")
     host.program("setpriv", "exit 0")
     assert confined.version_of("/opt/x/llama-server") == (0, "")
     assert host.calls("setpriv")[0].startswith("setpriv --reuid=65534 --regid=65534 --clear-groups --no-new-privs")
     assert "note: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("nsswitch", "user"),
+    [("passwd: files systemd\n", "DynamicUser=yes"), ("passwd:         files\ngroup: files systemd\n", "User=nobody"),
+     ("", "User=nobody"), (None, "User=nobody")],
+)  # fmt: skip
+def test_a_user_without_a_name_cannot_ask_the_bus(tmp_path, nsswitch, user):
+    if nsswitch is not None:
+        (tmp_path / "nsswitch.conf").write_text(nsswitch)
+    assert confined.user(str(tmp_path / "nsswitch.conf")) == user

@@ -49,7 +49,8 @@ def test_the_checks_run_in_a_unit_that_ends_with_the_server(unit, plan, verb, na
     assert gate_unit.examine([verb, plan, "--record"]) == GOOD
     [(called, command, directives)] = unit.ran
     assert called == name and command[0] == sys.executable and command[-3:] == [plan, "--record", "--confined"]
-    assert {"DynamicUser=yes", "CapabilityBoundingSet=", "ProtectSystem=strict", f"PartOf={UNIT}"} <= set(directives)
+    assert {"DynamicUser=yes", "User=nobody"} & set(directives)
+    assert {"CapabilityBoundingSet=", "ProtectSystem=strict", f"PartOf={UNIT}"} <= set(directives)
     assert not [one for one in directives if one.startswith("ReadWritePaths")]
 
 

@@ -194,6 +194,22 @@ def test_it_speaks_with_those_it_serves_only(listen, family, denied):
     )
 
 
+@pytest.mark.parametrize(
+    ("listen", "clients", "allowed"),
+    [
+        ("10.0.0.7", ["10.1.0.0/16", "fd00::/8"], ["localhost 10.0.0.7 10.1.0.0/16 fd00::/8"]),
+        ("0.0.0.0", ["10.1.0.0/16", "10.2.0.3"], ["localhost 10.1.0.0/16 10.2.0.3"]),
+        ("fe80::1%eth0", ["fe80::/10"], ["localhost fe80::1 fe80::/10"]),
+        ("127.0.0.1", ["10.1.0.0/16"], ["localhost"]),  # nobody else reaches it anyway
+        ("10.0.0.7", [], []),
+    ],
+)
+def test_clients_that_may_reach_it_are_told_to_systemd(listen, clients, allowed):
+    unit, _, _ = made([], listen=listen, allowed_clients=clients, allow_unauthenticated=True)
+    assert directive(unit, "IPAddressAllow") == allowed
+    assert directive(unit, "IPAddressDeny") == ["any"] * len(allowed)
+
+
 def test_programs_come_from_the_release_alone():
     unit, _, argv = made([])
     release = argv[0].removesuffix("/bin/llama-server")
