@@ -50,6 +50,7 @@ def spec(desired: Desired) -> dict[str, Any]:
         "jobs": release.jobs(
             wanted.backend, machine.cpu.logical_cores, machine.memory.available_bytes, settings.build_jobs
         ),
+        "bytes_for_job": None if settings.build_jobs else release.JOB_BYTES[wanted.backend],
         "build_cache": settings.build_cache,
         "record": {
             "backend": wanted.backend, "toolkit": wanted.toolkit, "architectures": list(wanted.architectures),

@@ -1,14 +1,14 @@
 """Compile llama.cpp on this host into a release folder, or take a finished build of the key.
 
 Contract: `build.py SPEC.json [DIGEST...]`, where SPEC has key, commit, source (a checkout of that commit), tree
-(build folder), cmake_flags, jobs, build_cache (folder | null) and record (what release.json says), and each DIGEST is
-one of a build of the key that may be taken from that folder. Progress lines on stdout; those at the end that begin with
-`note: ` are for the operator, the last one of a failure begins with `error: `. Exit 0: the release
-/opt/llamafleet/releases/KEY is complete. Killed at any point it goes on where it was: Ninja keeps what is compiled, and
-a release appears under its name only when it is whole.
+(build folder), cmake_flags, jobs, bytes_for_job (of memory that each compiler may need | null), build_cache (folder |
+null) and record (what release.json says), and each DIGEST is one of a build of the key that may be taken from that
+folder. Progress lines on stdout; those at the end that begin with `note: ` are for the operator, the last one of a
+failure begins with `error: `. Exit 0: the release /opt/llamafleet/releases/KEY is complete. Killed at any point it goes
+on where it was: Ninja keeps what is compiled, and a release appears under its name only when it is whole.
 `build.py digest KEY` prints {"digest": the SHA-256 of the release's release.json}, after its files were compared with
 it; exit 1 and a line `error: ` where one differs. Root, systemd, CMake, Ninja, the standard library; common.py,
-build_cache.py, confined.py and releases.py lie beside it.
+build_cache.py, confined.py, job_limits.py and releases.py lie beside it.
 
 With a build cache one host of several compiles a key, under a lock there; build_cache.py has what the others may take.
 
@@ -28,6 +28,7 @@ from typing import Any
 
 import build_cache
 import confined
+import job_limits
 from common import RELEASES, output_of, sha256_of, write_json
 from releases import record_of
 
@@ -89,8 +90,9 @@ def compile_release(spec: dict[str, Any]) -> None:
     configure = ["cmake", "-S", spec["source"], "-B", spec["tree"], "-G", "Ninja", *spec["cmake_flags"]]
     say(f"configuring llama.cpp {spec['commit'][:12]}")
     run(configure, "cmake cannot configure the build")
-    say(f"compiling with {spec['jobs']} jobs")
-    run(["cmake", "--build", spec["tree"], "--target", "llama-server", "-j", str(spec["jobs"])],
+    jobs = parallel_jobs(spec)
+    say(f"compiling with {jobs} jobs")
+    run(["cmake", "--build", spec["tree"], "--target", "llama-server", "-j", str(jobs)],
         "llama.cpp does not compile")  # fmt: skip
     partial = fresh(f"{RELEASES}/.{spec['key']}.partial")
     os.mkdir(f"{partial}/bin")
@@ -99,6 +101,12 @@ def compile_release(spec: dict[str, Any]) -> None:
             shutil.copy2(f"{spec['tree']}/bin/{name}", f"{partial}/bin/{name}", follow_symlinks=False)
     describe(spec, partial)
     give_name(spec, partial)
+
+
+def parallel_jobs(spec: dict[str, Any]) -> int:
+    """As many compilers as were planned, or as fit into the memory that this job may use."""
+    each: int | None = spec.get("bytes_for_job")
+    return max(1, min(spec["jobs"], job_limits.free_bytes() // each)) if each else int(spec["jobs"])
 
 
 def run(command: list[str], problem: str) -> None:

@@ -29,19 +29,20 @@ SPARE_BYTES = 512 << 20
 # Work that can wait: below every service of the host.
 BEHIND = ("Nice=10", "CPUWeight=20", "IOWeight=20", "OOMScoreAdjust=500")
 ALWAYS = ("PrivateTmp=yes", "LimitCORE=0", "UMask=0022", "TimeoutStopSec=30")
-# Of jobs that run other people's programs or read from the network. They are root's, since what they write is; the
-# capabilities are those to write files of any owner, to give files to the services' user, and to run a program as
-# nobody.
+# Of jobs that run other people's programs or read from the network. They are root's, since what they write is.
 CONFINED = (
-    "NoNewPrivileges=yes",
-    "CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER CAP_SETUID CAP_SETGID CAP_SETPCAP",
-    "PrivateDevices=yes", "PrivateMounts=yes", "ProtectSystem=strict", "ProtectHostname=yes", "ProtectClock=yes",
+    "NoNewPrivileges=yes", "PrivateDevices=yes", "PrivateMounts=yes", "ProtectSystem=strict", "ProtectHostname=yes",
+    "ProtectClock=yes",
     "ProtectKernelTunables=yes", "ProtectKernelModules=yes", "ProtectKernelLogs=yes", "ProtectControlGroups=yes",
     "RestrictNamespaces=yes", "RestrictRealtime=yes", "RestrictSUIDSGID=yes", "LockPersonality=yes",
     "SystemCallArchitectures=native", "KeyringMode=private",
 )  # fmt: skip
-# How names are resolved asks which addresses the host has.
-RESOLVING = "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK"
+# To write files of any owner, and to give files to the services' user; a build also runs a program as nobody.
+FILES = "CapabilityBoundingSet=CAP_CHOWN CAP_DAC_OVERRIDE CAP_FOWNER"
+FILES_AND_USERS = FILES + " CAP_SETUID CAP_SETGID CAP_SETPCAP"
+# Of a client on the network. How names are resolved asks which addresses the host has (AF_NETLINK).
+CLIENT = (FILES, "SystemCallFilter=@system-service", "SystemCallErrorNumber=EPERM", "ProtectProc=invisible",
+          "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK")  # fmt: skip
 # A compiler cache of the host may lie there.
 CACHES = "/var/cache"
 
@@ -52,13 +53,14 @@ def limits(kind: str, build_cache: Optional[str] = None) -> List[str]:
         paths = [BUILD, SOURCE, RELEASES, CACHES, *([build_cache] if build_cache else [])]
         return [*ALWAYS, *BEHIND, *CONFINED, *writable(paths), *bounds(12, 8192, free_bytes()),
                 # A CUDA toolkit may lie in somebody's home.
-                "ProtectHome=read-only", "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"]  # fmt: skip
+                "ProtectHome=read-only", FILES_AND_USERS,
+                "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"]  # fmt: skip
     if kind == "checkout":  # by ssh too, whose keys are root's
-        return [*ALWAYS, *BEHIND, *CONFINED, *writable([SOURCE]), *bounds(6, 256, 4 * GIB), "ProtectHome=read-only",
-                RESOLVING]  # fmt: skip
+        return [*ALWAYS, *BEHIND, *CONFINED, *CLIENT, *writable([SOURCE]), *bounds(6, 256, 4 * GIB),
+                "ProtectHome=read-only"]  # fmt: skip
     if kind == "fetch":
-        return [*ALWAYS, *BEHIND, *CONFINED, *writable([MODELS]), *bounds(72, 256, 2 * GIB), "ProtectHome=yes",
-                RESOLVING]  # fmt: skip
+        return [*ALWAYS, *BEHIND, *CONFINED, *CLIENT, *writable([MODELS]), *bounds(72, 256, 2 * GIB),
+                "ProtectHome=yes"]  # fmt: skip
     if kind in ("packages", "toolkit"):  # packages write anywhere, and run scripts of their own
         return [*ALWAYS, *BEHIND, *bounds(6, 4096, free_bytes())]
     # It asks systemd, and makes device nodes of a GPU: a sandbox as tight would have to be opened for both.
@@ -69,7 +71,8 @@ def limits(kind: str, build_cache: Optional[str] = None) -> List[str]:
 
 def writable(paths: Sequence[str]) -> List[str]:
     """Beside these and the folders for logs, ends and locks of jobs all is read-only; a missing folder is no error."""
-    return ["ReadWritePaths=" + " ".join(f'"-{path}"' for path in (*paths, JOBS, RUN))]
+    quoted = (path.replace("\\", "\\\\").replace('"', '\\"') for path in (*paths, JOBS, RUN))
+    return ["ReadWritePaths=" + " ".join(f'"-{path}"' for path in quoted)]
 
 
 def bounds(hours: int, tasks: int, memory_bytes: int) -> List[str]:

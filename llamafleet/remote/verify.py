@@ -42,7 +42,7 @@ HARDENING = (
     "ProtectControlGroups=yes", "ProtectHostname=yes", "ProtectProc=invisible", "RestrictNamespaces=yes",
     "RestrictRealtime=yes", "RestrictSUIDSGID=yes", "LockPersonality=yes", "SystemCallArchitectures=native",
     "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6", "IPAddressDeny=any", "KeyringMode=private", "UMask=0077",
-    "TasksMax=2048",
+    "SystemCallFilter=@system-service", "SystemCallFilter=~@privileged", "SystemCallErrorNumber=EPERM", "TasksMax=2048",
 )  # fmt: skip
 # With the device's total and free memory before the figures, or, on the host, without; in MiB.
 ROW = re.compile(

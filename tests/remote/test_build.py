@@ -155,3 +155,9 @@ def test_a_failed_command_is_told_by_the_lines_that_say_why(capsys):
         build.run(["sh", "-c", script], "it does not compile")
     assert str(failed.value) == "it does not compile (exit code 3):\nb.cpp:1: error: no such thing"
     assert capsys.readouterr().out.splitlines()[0] == "compiling a"
+
+
+@pytest.mark.parametrize(("each", "jobs"), [(None, 8), (1 << 30, 5), (4 << 30, 1), (64 << 30, 1)])
+def test_no_more_compilers_run_than_the_jobs_memory_holds(monkeypatch, each, jobs):
+    monkeypatch.setattr(build.job_limits, "free_bytes", lambda: 5 << 30)
+    assert build.parallel_jobs({"jobs": 8, "bytes_for_job": each}) == jobs

@@ -82,3 +82,7 @@ def test_a_build_without_a_cache(jobs, text):
         (jobs / "JOBS/build-k1.json").write_text(text)
     assert len(value(job_limits.for_job("build-k1"), "ReadWritePaths").split()) == 6
     assert not (jobs / "cache").exists()
+
+
+def test_a_folder_of_any_name_is_one_word():
+    assert '"-/mnt/a b\\\\c\\"d"' in value(job_limits.limits("build", '/mnt/a b\\c"d'), "ReadWritePaths")

@@ -35,8 +35,9 @@ def liveness(listen, folder):
     return exposure(text, folder)
 
 
-def gate(folder, monkeypatch, gpus=()):
+def gate(folder, monkeypatch, gpus=(), user="DynamicUser=yes"):
     (folder / UNIT).write_text(GPU_UNIT)
+    monkeypatch.setattr(gate_unit.confined, "user", lambda: user)
     monkeypatch.setattr(gate_unit, "UNITS", str(folder))
     return of_directives(gate_unit.directives({**GATE, "gpus": list(gpus)}), folder)
 
@@ -46,6 +47,10 @@ UNITS = {
     "liveness check, server on another address": lambda folder, _: liveness("10.0.0.7", folder),
     "gate and start check, without a GPU": gate,
     "gate and start check, with an NVIDIA GPU": lambda folder, patch: gate(folder, patch, [{}]),
+    "gate and start check, as nobody, without a GPU": lambda folder, patch: gate(folder, patch, user="User=nobody"),
+    "gate and start check, as nobody, with an NVIDIA GPU": lambda folder, patch: gate(
+        folder, patch, [{}], "User=nobody"
+    ),
     "`llama-server --version` of a new release": lambda folder, _: of_directives(
         confined.properties(*confined.ALONE), folder
     ),
