@@ -137,6 +137,7 @@ def test_a_build_that_somebody_changed_in_the_cache_is_not_used(settings, invent
     digest = on(other, "sha256sum", f"{release}/release.json").split()[0]
     assert digest not in archive.name and (builds / archive.name.replace(archive.name[17:81], digest)).exists()
     assert on(other, "find", release, "-perm", "/7022", "!", "-type", "l") == "" and serves(other)
+    assert pyinfra(inventory((other, settings(other, "moe")))).code == 0
 
 
 def test_killed_in_mid_download_the_next_run_ends_green(outside, settings, inventory, hosts):
