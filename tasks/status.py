@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import pyinfra_cli  # isort: skip  # first: it makes sockets cooperative before anything uses them  # noqa: F401
 
-import json
 import sys
-from typing import Any
+from collections.abc import Mapping
 
 from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.host import Host
 
 from llamafleet.cli.status import HostStatus, Wanted, of_host, table
+from llamafleet.host import answers
+from llamafleet.host.answers import LiveInstance
 from llamafleet.host.installed import Installed
+from llamafleet.printable import err, json_text, out
 from llamafleet.service.changes import Changes
 from llamafleet.service.refusals import Refused
 from llamafleet.settings.schema import Settings, SettingsError
@@ -49,15 +51,14 @@ def _without_plan(host: Host, problem: str) -> HostStatus | str:
     return of_host(survey.installed, live, None, f"cannot be compared with the inventory: {problem}")
 
 
-def _live(host: Host, installed: Installed) -> tuple[dict[str, Any], str]:
+def _live(host: Host, installed: Installed) -> tuple[Mapping[str, LiveInstance], str]:
     """What `status.py` prints on the host, and the problem where it fails."""
     if installed.helpers is None or not installed.instances:
         return {}, ""
     try:
-        live: dict[str, Any] = remote.run_json(host, remote.program("status.py"))
+        return remote.run_json(host, remote.program("status.py"), answers.status), ""
     except remote.RemoteError as error:
         return {}, f"memory and gate are not known: {error}"
-    return live, ""
 
 
 def to_do(changes: Changes) -> list[str]:
@@ -75,15 +76,15 @@ def main(arguments: list[str]) -> int:
     try:
         states = over_hosts(options.inventory, options.limit, look)
     except PyinfraError as error:
-        print(f"llamafleet: {options.inventory}: {error}", file=sys.stderr)
+        err(f"llamafleet: {options.inventory}: {error}")
         return 2
     hosts = {name: HostStatus(problem=state) if isinstance(state, str) else state for name, state in states.items()}
     if options.json:
-        print(json.dumps({name: host.to_json() for name, host in hosts.items()}, indent=2))
+        out(json_text({name: host.to_json() for name, host in hosts.items()}))
     else:
-        print(table(hosts))
+        out(table(hosts))
     if not hosts:
-        print(f"llamafleet: {options.inventory}: no such host or group: {options.limit}", file=sys.stderr)
+        err(f"llamafleet: {options.inventory}: no such host or group: {options.limit}")
         return 2
     return 0 if all(host.is_fine for host in hosts.values()) else 1
 

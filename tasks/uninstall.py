@@ -17,6 +17,8 @@ from pyinfra.api.state import State
 from pyinfra.context import ctx_host
 
 from llamafleet import payload
+from llamafleet.host import answers
+from llamafleet.host.installed import Holder
 from llamafleet.service.refusals import held_by
 from llamafleet.settings.schema import Settings, SettingsError
 from tasks.lib import lookups, remote
@@ -32,24 +34,24 @@ def uninstall() -> None:
         ok, lines = _program(host, "find", {})
         if not ok:
             raise remote.RemoteError(f"cannot read the host: {remote.explain(lines, [])}")
-        installed = json.loads(lines[-1])
+        installed = remote.last(lines, answers.removable)
         _check(installed)
     except (SettingsError, remote.RemoteError, payload.PayloadError) as error:
         host.log_styled(f"refused: {error}", fg="red", log_func=logger.error)
         host.state.fail_hosts({host})
         return
-    models = settings.uninstall_models and bool(installed["models"])
-    there = [*installed["units"], *installed["paths"], *(["the user llamafleet"] if installed["user"] else [])]
+    models = settings.uninstall_models and bool(installed.models)
+    there = [*installed.units, *installed.paths, *(["the user llamafleet"] if installed.user else [])]
     remove(
         name="Remove llamafleet, models too" if models else "Remove llamafleet", installed=tuple(there), models=models
     )  # fmt: skip
 
 
-def _check(installed: dict[str, Any]) -> None:
-    if installed["euid"] != 0:
+def _check(installed: answers.Removable) -> None:
+    if installed.euid != 0:
         raise remote.RemoteError("commands run there as an ordinary user: connect as root, or pass --sudo")
-    if installed["lock"] and not remote.is_ours_or_dead(installed["lock"]):
-        raise remote.RemoteError(held_by(installed["lock"]))
+    if installed.lock and not remote.is_ours_or_dead(installed.lock):
+        raise remote.RemoteError(held_by(installed.lock))
 
 
 @operation()
@@ -62,27 +64,35 @@ def remove(installed: tuple[str, ...], models: bool) -> Commands:
 
 
 def _remove(state: State, host: Host, models: bool) -> bool:
+    try:
+        ok, text = _remove_unless_held(host, models)
+    except remote.RemoteError as error:
+        ok, text = False, str(error)
+    if not ok:
+        host.log_styled(text, fg="red", log_func=logger.error)
+    return ok
+
+
+def _remove_unless_held(host: Host, models: bool) -> tuple[bool, str]:
+    """Whether it is removed, and what the operator is told where it is not."""
     asked = {"models": models, "holder": remote.this_run(), "over": None}
     ok, lines = _program(host, "remove", asked)
     holder = _holder(lines) if not ok else None
     if holder and remote.is_ours_or_dead(holder):
-        ok, lines = _program(host, "remove", {**asked, "over": holder["run"]})
+        ok, lines = _program(host, "remove", {**asked, "over": holder.run})
         holder = _holder(lines) if not ok else None
     if ok:
         for line in lines:
             host.log(line)
-        return True
-    text = held_by(holder) if holder else "\n".join(lines[-15:])
-    host.log_styled(text, fg="red", log_func=logger.error)
-    return False
+        return True, ""
+    return False, held_by(holder) if holder else "\n".join(lines[-15:])
 
 
-def _holder(lines: list[str]) -> dict[str, Any] | None:
+def _holder(lines: list[str]) -> Holder | None:
     """Who holds the host's lock, if that is what the program printed."""
     if not lines or not lines[-1].startswith("{"):
         return None
-    holder: dict[str, Any] = json.loads(lines[-1])
-    return holder
+    return remote.last(lines, answers.holder)
 
 
 def _program(host: Host, verb: str, asked: dict[str, Any]) -> tuple[bool, list[str]]:

@@ -54,18 +54,19 @@ def read_text(path: Path) -> str:
 
 
 def default_data() -> dict[str, Any]:
-    """The default settings, from `inventory/group_data/all.py` in the current folder or beside the package.
+    """The default settings, from `inventory/group_data/all.py` of the checkout that this package is part of.
 
-    Raises `UsageError` if there is no such file.
+    The file is Python and is run, so that of the current folder, which may be a stranger's, does not count. Raises
+    `UsageError` if there is no such file.
     """
-    package = Path(__file__).resolve().parent.parent
-    for root in (Path.cwd(), package.parent, package):
-        if (root / DEFAULTS).is_file():
-            values: dict[str, Any] = {}
-            code = compile(read_text(root / DEFAULTS), str(root / DEFAULTS), "exec")
-            exec(code, values)  # noqa: S102 -- group data is Python, and the operator's own
-            return {key: value for key, value in values.items() if not key.startswith("_")}
-    raise UsageError(f"{DEFAULTS}: not found here or beside the package: run the command in a checkout of llamafleet")
+    path = Path(__file__).resolve().parents[2] / DEFAULTS
+    if not path.is_file():
+        raise UsageError(
+            f"{path}: there is no such file: install llamafleet from a checkout (pip install --editable .)"
+        )
+    values: dict[str, Any] = {}
+    exec(compile(read_text(path), str(path), "exec"), values)  # noqa: S102 -- our own file
+    return {key: value for key, value in values.items() if not key.startswith("_")}
 
 
 def parse_changes(changes: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ Decision 15: docs/decisions/0015-pyinfra-stays-visible.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from llamafleet.model.gguf import Header
 from llamafleet.model.gguf_cursor import GgufError
 from llamafleet.planner.plan import plan_host
 from llamafleet.planner.result import Plan, Refusal
+from llamafleet.printable import err, json_text, out
 from llamafleet.settings.schema import Instance, Settings, SettingsError
 from llamafleet.settings.secrets import SecretError
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
     except BAD_INPUT_ERRORS as error:
-        print(f"llamafleet: {error}", file=sys.stderr)
+        err(f"llamafleet: {error}")
         return BAD_INPUT
     except BrokenPipeError:  # the reader closed the pipe, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -119,14 +119,14 @@ def plan_command(options: argparse.Namespace) -> int:
     if isinstance(result, Refusal):
         result = replace(result, suggestions=(*result.suggestions, *_siblings_that_fit(host, settings, result)))
     if options.json:
-        print(json.dumps(result.to_json(), indent=2))
+        out(json_text(result.to_json()))
     else:
         planner = partial(_plan, host, settings)
         alternatives: tuple[str, ...] = ()
         if isinstance(result, Plan):
             alternatives = tuple(what_if(planner, settings.models[0], header, result))
         title = f"{settings.models[0].source} on {host.machine.hostname}"
-        print(tables.table(result, title, tables.Look.of(sys.stdout), alternatives))
+        out(tables.table(result, title, tables.Look.of(sys.stdout), alternatives))
     return PLANNED if isinstance(result, Plan) else REFUSED
 
 
@@ -144,7 +144,8 @@ def _on_inventory(module: str, options: argparse.Namespace) -> int:
     sockets, and that must happen before they are used."""
     if not options.inventory.is_file():
         raise UsageError(f"--inventory: there is no such inventory file: {options.inventory}")
-    command = [sys.executable, "-m", module, str(options.inventory)]
+    # -P: a module of the current folder, which may be a stranger's, is not taken for one of ours or of Python.
+    command = [sys.executable, "-P", "-m", module, str(options.inventory)]
     command += ["--limit", options.limit] if options.limit else []
     command += ["--json"] if options.json else []
     root = str(Path(__file__).resolve().parent.parent.parent)  # `tasks` lies beside the package
@@ -162,9 +163,9 @@ def _compare(options: argparse.Namespace, host: Described, changes: dict[str, An
     compared = _options(host, list(dict.fromkeys(models)), changes, sys.stderr.isatty())
     hostname, min_speed = host.machine.hostname, options.min_speed
     if options.json:
-        print(json.dumps(compare.to_json(compared, hostname, min_speed), indent=2))
+        out(json_text(compare.to_json(compared, hostname, min_speed)))
     else:
-        print(tables.comparison_table(compared, hostname, min_speed, tables.Look.of(sys.stdout)))
+        out(tables.comparison_table(compared, hostname, min_speed, tables.Look.of(sys.stdout)))
     return PLANNED if compare.best(compared, min_speed) else REFUSED
 
 
@@ -177,7 +178,8 @@ def _options(host: Described, models: Sequence[str], changes: dict[str, Any], pr
         for number, header in enumerate(pool.map(_header_or_problem, settings), 1):
             compared.append(_option(host, settings[number - 1], models[number - 1], header))
             if progress:
-                print(f"\r{number} of {len(models)} headers", end="" if number < len(models) else "\n", file=sys.stderr)
+                sys.stderr.write(f"\r{number} of {len(models)} headers{'' if number < len(models) else chr(10)}")
+                sys.stderr.flush()
     return compared
 
 

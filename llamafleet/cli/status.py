@@ -7,11 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llamafleet.host.answers import Gate, LiveInstance
 from llamafleet.host.installed import Installed, InstalledInstance
+from llamafleet.host.recorded import PlanRecord
+from llamafleet.printable import one_line
 from llamafleet.units import MIB
 
 GIB = 1024 * MIB
 COLUMNS = ("host", "instance", "state", "plan", "RAM", "GPU", "tok/s", "restarts", "last gate", "drift")
+NOT_KNOWN = LiveInstance(rss_bytes=None, cgroup_bytes=None, gpu_bytes={}, since="", gate=None)
 
 
 @dataclass(frozen=True)
@@ -30,18 +34,19 @@ class InstanceStatus:
     predicted_tokens_per_s: float | None
     restarts: int
     since: str
-    gate: Mapping[str, Any] | None  # the last gate's verdict
+    gate: Gate | None  # the record of the last gate
     verified: bool  # did llama-server report its memory before the plan was installed?
     drift: tuple[str, ...]
 
     @property
     def is_fine(self) -> bool:
         """Is it active, without drift, and did it pass its last gate?"""
-        return self.state == "active" and not self.drift and not (self.gate and not self.gate.get("ok"))
+        return self.state == "active" and not self.drift and (self.gate is None or self.gate.ok)
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
-        return {**self.__dict__, "drift": list(self.drift), "fine": self.is_fine}
+        gate = self.gate and (dict(self.gate.record) or {"ok": False, "problem": self.gate.problem})
+        return {**self.__dict__, "gate": gate, "drift": list(self.drift), "fine": self.is_fine}
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Wanted:
 
 
 def of_host(
-    installed: Installed, live: Mapping[str, Mapping[str, Any]], wanted: Wanted | None, problem: str = ""
+    installed: Installed, live: Mapping[str, LiveInstance], wanted: Wanted | None, problem: str = ""
 ) -> HostStatus:
     """Combine the survey (`found`), the status program's output (`live`) and the comparison with the inventory.
 
@@ -81,15 +86,14 @@ def of_host(
     """
     there = installed.instances
     names = [*there, *(name for name in (wanted.services if wanted else ()) if name not in there)]
-    instances = tuple(_instance(name, there.get(name), live.get(name, {}), wanted) for name in names)
+    instances = tuple(_instance(name, there.get(name), live.get(name, NOT_KNOWN), wanted) for name in names)
     return HostStatus(instances, wanted.host if wanted else (), problem)
 
 
 def _instance(
-    name: str, installed: InstalledInstance | None, live: Mapping[str, Any], wanted: Wanted | None
+    name: str, installed: InstalledInstance | None, live: LiveInstance, wanted: Wanted | None
 ) -> InstanceStatus:
-    record: Mapping[str, Any] = installed.record if installed and isinstance(installed.record, Mapping) else {}
-    gate = live.get("gate")
+    record = (installed and installed.record) or PlanRecord({})
     drift: tuple[str, ...] = ()
     if wanted is not None:
         drift = tuple(wanted.services[name]) if name in wanted.services else ("the inventory does not name it",)
@@ -97,36 +101,35 @@ def _instance(
         name=name,
         state=(installed.active or "unknown") if installed else "not installed",
         plan=plan_in_short(record),
-        release=str(record.get("release", "")),
-        rss_bytes=live.get("rss_bytes"),
-        cgroup_bytes=live.get("cgroup_bytes"),
-        gpu_bytes=live.get("gpu_bytes", {}),
-        planned_gpu_bytes={gpu["uuid"]: gpu["planned_bytes"] for gpu in record.get("gate", {}).get("gpus", [])},
-        tokens_per_s=gate.get("decode_tokens_per_s") if gate else None,
-        predicted_tokens_per_s=record.get("plan", {}).get("predicted", {}).get("decode_tokens_per_s"),
+        release=record.release,
+        rss_bytes=live.rss_bytes,
+        cgroup_bytes=live.cgroup_bytes,
+        gpu_bytes=live.gpu_problem or live.gpu_bytes,
+        planned_gpu_bytes={gpu.uuid: gpu.planned_bytes for gpu in record.gate.gpus} if record.gate else {},
+        tokens_per_s=live.gate.decode_tokens_per_s if live.gate else None,
+        predicted_tokens_per_s=record.plan.predicted.decode_tokens_per_s if record.plan else None,
         restarts=installed.restarts if installed else 0,
-        since=live.get("since", ""),
-        gate=gate,
-        verified=bool((record.get("verified") or {}).get("binary_bytes")),
+        since=live.since,
+        gate=live.gate,
+        verified=bool(record.verified and record.verified.binary_bytes),
         drift=drift,
     )
 
 
-def plan_in_short(record: Mapping[str, Any]) -> str:
-    """The plan of a plan.json, such as "131072 x 1 f16, 37 layers on 1 GPU, cuda"; empty if the record is invalid."""
-    try:
-        argv, gate = record["plan"]["argv"], record["gate"]
-        value = dict(itertools.pairwise(argv))
-        gpus = len(gate["gpus"])
-        layers = f"{value['--n-gpu-layers']} layers on {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "CPU"
-        return f"{gate['context_tokens']} x {gate['slots']} {value['--cache-type-k']}, {layers}, {record['backend']}"
-    except (KeyError, TypeError):
+def plan_in_short(record: PlanRecord) -> str:
+    """The plan of a plan.json, such as "131072 x 1 f16, 37 layers on 1 GPU, cuda"; empty if the record has none."""
+    plan, gate = record.plan, record.gate
+    if plan is None or gate is None:
         return ""
+    value = dict(itertools.pairwise(plan.argv))
+    gpus = len(gate.gpus)
+    layers = f"{value.get('--n-gpu-layers', '?')} layers on {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "CPU"
+    return f"{gate.context_tokens} x {gate.slots} {value.get('--cache-type-k', '?')}, {layers}, {record.backend}"
 
 
 def table(hosts: Mapping[str, HostStatus]) -> str:
     """A line for each instance of each host, and below them a line for each problem and change of a host."""
-    rows = [COLUMNS, *(row for name, host in hosts.items() for row in _rows(name, host))]
+    rows = [COLUMNS, *(tuple(map(one_line, row)) for name, host in hosts.items() for row in _rows(name, host))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, *(f"{name}: {remark}" for name, host in hosts.items() for remark in _remarks(host))])
@@ -146,6 +149,9 @@ def _rows(name: str, host: HostStatus) -> Iterator[tuple[str, ...]]:
 def _remarks(host: HostStatus) -> Iterator[str]:
     if host.problem:
         yield host.problem
+    for instance in host.instances:
+        if instance.gate is not None and instance.gate.problem:
+            yield f"{instance.name}: the last gate is not known: {instance.gate.problem}"
     if host.drift:
         yield f"a run would change: {', '.join(host.drift)}"
 
@@ -170,9 +176,10 @@ def _speed(instance: InstanceStatus) -> str:
 
 
 def _gate(instance: InstanceStatus) -> str:
-    if not instance.gate:
-        return ""
-    if instance.gate.get("ok"):
-        return f"good {instance.gate.get('time', '')}".rstrip()
-    failed = next((check["name"] for check in instance.gate.get("checks", []) if not check["ok"]), "")
-    return f"FAILED {failed} {instance.gate.get('time', '')}".replace("  ", " ").rstrip()
+    gate = instance.gate
+    if gate is None or gate.problem:
+        return "" if gate is None else "unusable record"
+    if gate.ok:
+        return f"good {gate.time}".rstrip()
+    failed = next((check.name for check in gate.checks if not check.ok), "")
+    return f"FAILED {failed} {gate.time}".replace("  ", " ").rstrip()

@@ -13,6 +13,7 @@ from llamafleet.cli.compare import Option, best, ordered, short_names
 from llamafleet.memory.ledger import LedgerRow
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.planner.roofline import Prediction
+from llamafleet.printable import coloured
 from llamafleet.units import MIB
 
 GIB = 1024**3
@@ -58,7 +59,7 @@ class Look:
 
     def painted(self, text: str, colour: str) -> str:
         """The text in this colour, if colours are used."""
-        return f"\x1b[{colour}m{text}\x1b[0m" if self.colours and text else text
+        return coloured(text, colour) if self.colours and text else text
 
     def wrapped(self, text: str, indent: str = "    ") -> str:
         """The text, broken at words into lines that fit the terminal."""
@@ -89,7 +90,8 @@ def _lines(result: Plan | Refusal, look: Look, alternatives: Sequence[str]) -> I
     for row in result.ledger:
         yield from _device(row, look)
     if isinstance(result, Refusal):
-        yield look.wrapped(f"  {look.painted('REFUSED', '31;1')}: {result.reason}")
+        # Painted after it was wrapped, which counts the characters.
+        yield look.wrapped(f"  REFUSED: {result.reason}").replace("REFUSED", look.painted("REFUSED", "31;1"), 1)
         yield from (look.wrapped(f"  try: {suggestion}") for suggestion in result.suggestions)
     else:
         yield look.wrapped(f"  {_speeds(result.predicted)}")

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from llamafleet import validation
 from llamafleet.host.machine import Label, Machine, MachineError, Message, Name, Names, Version, matching
+from llamafleet.host.recorded import Arguments, PlanRecord, readable
 from llamafleet.validation import Flag, Listed, Text, Whole
 
 V = TypeVar("V")
@@ -25,14 +26,8 @@ class InstalledError(MachineError):
     """What a host says of its installation is unusable."""
 
 
-def _readable(value: object) -> object:
-    """Bytes that are no UTF-8 come from the host as lone surrogates; as "?" they can be shown and compared."""
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
-
-
 # Names of files and programs, which may be any bytes on Linux.
-Path = Annotated[Label, BeforeValidator(_readable)]
-Argument = Annotated[Text, Field(max_length=2**17, description="MAX_ARG_STRLEN of Linux"), BeforeValidator(_readable)]
+Path = Annotated[Label, BeforeValidator(readable)]
 # What goes into a unit: groups and device classes.
 Word = Annotated[Text, Field(max_length=128), matching("be a word of letters, digits and . _ -", r"[\w.-]+")]
 Sha256 = Annotated[Text, matching("be 64 lower-case hexadecimal digits", "[0-9a-f]{64}")]
@@ -42,8 +37,6 @@ Seconds = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 # More than any host has: they keep a broken or lying one from filling memory here.
 Many = Annotated[Listed[V], Field(max_length=100_000)]
 Table = Annotated[Mapping[Path, V], Field(max_length=10_000)]
-# plan.json may have been edited by hand: what is no object there is no plan, and the service is planned anew.
-Record = Annotated[Mapping[str, Any] | None, BeforeValidator(lambda value: value if isinstance(value, dict) else None)]
 
 
 def _sha256_only(models: object) -> object:
@@ -53,24 +46,41 @@ def _sha256_only(models: object) -> object:
     return {path: one["sha256"] if isinstance(one, dict) and "sha256" in one else one for path, one in models.items()}
 
 
-class Lock(TypedDict):
-    """The run that holds the host's lock, as `llamafleet/remote/lock.py` reads it."""
+@dataclass(frozen=True)
+class Holder:
+    """The run that holds the host's lock, as `llamafleet/remote/lock.py` reads it. Only `run` is in every version's."""
 
     run: Label
-    who: Label
-    machine: Label
-    pid: Pid
-    pid_started: Seconds
-    began: Label
-    age_seconds: Seconds
+    who: Label = "another run"
+    machine: Label = ""
+    pid: Pid = 0
+    pid_started: Seconds = 0.0
+    began: Label = "an unknown time"
+    age_seconds: Seconds = 0.0
 
 
 class Preflight(TypedDict, total=False):
     """The part of the preflight's result that decides whether the unit is as wanted; without it the unit differs."""
 
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]  # the host reads more of it
+
     rendered_sha256: Label | None
     unit_sha256: Label | None
     ground: Table[Name | None]
+
+
+def _preflight(value: object) -> object:
+    """The preflight's result, whole; None where it cannot be used: it stands in plan.json, which may be damaged."""
+    try:
+        _preflight_adapter().validate_python(value)
+    except ValidationError:
+        return None
+    return value
+
+
+@functools.cache
+def _preflight_adapter() -> TypeAdapter[Preflight]:
+    return TypeAdapter(Preflight)
 
 
 class Toolkit(TypedDict):
@@ -99,7 +109,7 @@ class InstalledInstance:
     # Of the unit's credentials, by their names.
     secrets: Table[Sha256]
     # The preflight's result, as plan.json has it; None where the unit was not tried.
-    preflight: Preflight | None
+    preflight: Annotated[Preflight | None, BeforeValidator(_preflight)]
     # Of the unit that last passed the gate.
     good_sha256: Sha256 | None
     active: Name | None
@@ -108,13 +118,13 @@ class InstalledInstance:
     drop_ins: Many[Path]
     stale: Flag
     pid: Pid
-    argv: Many[Argument]
+    argv: Arguments
     exe: Path | None
     # Of its liveness check: hashes of the installed units by name, and the timer's state.
     liveness_sha256: Table[Sha256]
     liveness: Name | None
-    # plan.json, where it can be read.
-    record: Record = None
+    # plan.json; None where it cannot be used.
+    record: Annotated[PlanRecord | None, BeforeValidator(PlanRecord.of)] = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,7 @@ class Installed:
     user: Flag
     missing_packages: Names
     helpers: Path | None
-    lock: Lock | None
+    lock: Holder | None
     releases: Table[Mapping[str, Any]]
     current: Path | None
     # Digests of the builds in the cache, by key, as the names of its archives say.

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llamafleet.host.machine import Machine
+from llamafleet.host.recorded import PlanRecord
 from llamafleet.memory.ledger import LedgerRow
 from llamafleet.memory.placement import HOST
 from llamafleet.planner.result import Plan, Refusal
@@ -71,11 +72,6 @@ class RecordedMemory:
             {gpu.uuid: gpu.memory_used_by_others_bytes for gpu in machine.gpus},
         )
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> RecordedMemory:
-        """From plan.json."""
-        return cls(**data)
-
     def to_json(self) -> dict[str, Any]:
         """For plan.json."""
         return asdict(self)
@@ -119,18 +115,15 @@ class InstalledPlan:
     memory: RecordedMemory
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> InstalledPlan:
-        """From plan.json. Check `has_inputs` first: an invalid record raises KeyError or TypeError."""
-        return cls(tuple(record["plan"]["argv"]), RecordedMemory.from_json(record["inputs"]["memory"]))
-
-
-def has_inputs(record: Any, key: str) -> bool:
-    """Is `record` a valid plan.json of a plan with this `inputs_key`? False for another version's or an edited file."""
-    try:
-        InstalledPlan.of(record)
-        return bool(record["inputs"]["key"] == key and isinstance(record["verified"], dict | None))
-    except (KeyError, TypeError):
-        return False
+    def of(cls, record: PlanRecord | None, key: str) -> InstalledPlan | None:
+        """From plan.json, if it is of a plan with this `inputs_key`; None for another version's or an edited file."""
+        if record is None or record.plan is None or record.inputs is None or record.inputs.key != key:
+            return None
+        memory = record.inputs.memory
+        return cls(
+            record.plan.argv,
+            RecordedMemory(memory.host_bytes, memory.swap_bytes, memory.gpu_total_bytes, memory.gpu_others_bytes),
+        )
 
 
 @dataclass(frozen=True)

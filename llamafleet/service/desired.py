@@ -15,7 +15,7 @@ from typing import Any
 from llamafleet.build import cuda_toolkit
 from llamafleet.build.packages import packages
 from llamafleet.build.release import Build
-from llamafleet.host.installed import Installed, Survey
+from llamafleet.host.installed import Holder, Installed, Survey
 from llamafleet.host.machine import Machine
 from llamafleet.hub.source import ModelFiles
 from llamafleet.memory.ledger import Correction
@@ -40,8 +40,8 @@ class Run:
     commit: str  # of llama.cpp, 40 digits
     # By instance name: the texts of the unit's credentials, by their names in `changes.SECRETS`.
     secrets: Mapping[str, Mapping[str, str]] = field(repr=False)
-    # Another run that holds the host's lock, as the lock's file describes it; None where the lock may be taken.
-    holder: Mapping[str, Any] | None
+    # Another run that holds the host's lock; None where the lock may be taken.
+    holder: Holder | None
     # Of finished builds that a host may take from a cache, by key.
     digests: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
@@ -144,13 +144,13 @@ class Desired:
         """
         installed = self.installed.instances.get(plan.instance)
         record = installed.record if installed else None
-        if not isinstance(record, Mapping) or not record.get("verified"):
+        if record is None or record.verified is None or record.gate is None:
             return None
-        answer: Mapping[str, Any] = record["verified"]
-        if answer["extra_bytes"] and plan.instance not in self.inputs.same_inputs():
+        if record.verified.extra_bytes and plan.instance not in self.inputs.same_inputs():
             return None
-        wanted = self.command(plan)
-        return answer if record["gate"]["argv"][: len(wanted)] == wanted else None
+        wanted = tuple(self.command(plan))
+        answer: Mapping[str, Any] = record.raw["verified"]
+        return answer if record.gate.argv[: len(wanted)] == wanted else None
 
 
 def model_folder(model: ModelFiles) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from llamafleet.host.installed import Survey
+from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles
 from llamafleet.memory.ledger import Correction
 from llamafleet.planner import stability
@@ -33,24 +33,27 @@ class PlanInputs:
         `corrections`: by instance name, what llama-server allocates beyond the ledger.
         """
         requests = [(instance, self.models[instance.name].header) for instance in self.settings.models]
-        installed = {name: stability.InstalledPlan.of(record) for name, record in self.same_inputs().items()}
         return stability.keep_or_replan(
             self.survey.machine, self.settings,
-            lambda machine: plan_host(machine, requests, self.settings, corrections), installed,
+            lambda machine: plan_host(machine, requests, self.settings, corrections), self._installed_plans(),
         )  # fmt: skip
 
     def corrections(self) -> dict[str, Correction]:
         """What llama-server allocates beyond the ledger, as it said about the installed plans."""
-        answers = {name: record["verified"] for name, record in self.same_inputs().items()}
-        return {name: Correction(answer["extra_bytes"]) for name, answer in answers.items() if answer}
+        answers = {name: record.verified for name, record in self.same_inputs().items()}
+        return {name: Correction(answer.extra_bytes) for name, answer in answers.items() if answer}
 
-    def same_inputs(self) -> dict[str, Mapping[str, Any]]:
+    def same_inputs(self) -> dict[str, PlanRecord]:
         """The records of installed instances that were planned from the inputs of now."""
         records = {name: instance.record for name, instance in self.survey.installed.instances.items()}
-        return {
-            name: record for name, key in self.keys.items()
-            if (record := records.get(name)) is not None and stability.has_inputs(record, key)
-        }  # fmt: skip
+        return {name: record for name in self._installed_plans() if (record := records[name]) is not None}
+
+    def _installed_plans(self) -> dict[str, stability.InstalledPlan]:
+        """Of the installed instances that were planned from the inputs of now."""
+        instances = self.survey.installed.instances
+        plans = {name: stability.InstalledPlan.of(instances[name].record, key) for name, key in self.keys.items()
+                 if name in instances}  # fmt: skip
+        return {name: plan for name, plan in plans.items() if plan is not None}
 
 
 def plan_inputs(settings: Settings, survey: Survey, models: Mapping[str, ModelFiles]) -> PlanInputs | Refused:

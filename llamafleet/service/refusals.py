@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from llamafleet.build.cuda_toolkit import Unsuitable
-from llamafleet.host.installed import Listener, Survey
+from llamafleet.host.installed import Holder, Listener, Survey
+from llamafleet.host.recorded import SCHEMA
 from llamafleet.planner.result import Refusal
-from llamafleet.remote.common import LOCK
+from llamafleet.remote.common import LOCK, plan_path
 from llamafleet.settings.schema import Instance, Settings
 
 WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 -- compared with, never bound
@@ -32,7 +32,7 @@ class Refused:
 
 
 def not_accessible(
-    survey: Survey, holder: Mapping[str, Any] | None, oldest_python: tuple[int, ...]
+    survey: Survey, holder: Holder | None, oldest_python: tuple[int, ...]
 ) -> Refused | None:  # fmt: skip
     """Whether our programs cannot work on the host at all.
 
@@ -52,14 +52,27 @@ def not_accessible(
         )
     if machine.package_manager is None:
         return Refused.because(f"{machine.os.id} {machine.os.version} has neither apt nor dnf")
+    if later := _later_record(survey):
+        return later
     return Refused.because(held_by(holder)) if holder else None
 
 
-def held_by(holder: Mapping[str, Any]) -> str:
-    """The sentence for somebody who finds the host's lock held, from what the lock's file says of its holder."""
+def _later_record(survey: Survey) -> Refused | None:
+    """Whether a later version of llamafleet deployed an instance: what it wrote is not known here."""
+    for name, instance in survey.installed.instances.items():
+        if instance.record is not None and instance.record.is_later:
+            return Refused.because(
+                f"{plan_path(name)} on the host has schema {instance.record.schema}, this version of llamafleet knows "
+                f"{SCHEMA}: deploy with the later version that wrote it, or remove the file to have {name} planned anew"
+            )
+    return None
+
+
+def held_by(holder: Holder) -> str:
+    """The sentence for somebody who finds the host's lock held, from what the lock's file says."""
     return (
-        f"{holder['who']} (pid {holder.get('pid')}) is deploying to this host since {holder.get('began')}, "
-        f"last seen {holder['age_seconds']:.0f} s ago: wait for it; a run that died elsewhere loses the lock "
+        f"{holder.who} (pid {holder.pid}) is deploying to this host since {holder.began}, "
+        f"last seen {holder.age_seconds:.0f} s ago: wait for it; a run that died elsewhere loses the lock "
         f"after 15 minutes, or remove {LOCK}"
     )
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import platform
 import shlex
-from typing import Any
 
 from pyinfra.api.host import Host
 
 from llamafleet import payload
-from llamafleet.host.installed import Installed, Survey
-from llamafleet.host.machine import Machine
+from llamafleet.host import answers
+from llamafleet.host.installed import Survey
 from llamafleet.remote.common import HELPERS, VAR
 from llamafleet.settings.schema import Settings
 from tasks.lib import lookups, remote
@@ -25,7 +24,7 @@ def survey(host: Host, packages: dict[str, tuple[str, ...]], settings: Settings)
     folder, which is removed afterwards: so a bare host can be read too.
 
     `packages` are the wanted distribution packages by package manager. Raises
-    `remote.RemoteError` with what the host said, and `payload.PayloadError`.
+    `remote.RemoteError` with what the host said, `MachineError` for an unusable answer, and `payload.PayloadError`.
     """
     asked = json.dumps(
         {
@@ -37,11 +36,10 @@ def survey(host: Host, packages: dict[str, tuple[str, ...]], settings: Settings)
             "paths": ["/opt", VAR],
         }
     )
-    read = _by_helpers(host, asked) or _by_copy(host, asked)
-    return Survey(Machine.from_json(read["machine"]), Installed.from_json(read["found"]))
+    return _by_helpers(host, asked) or _by_copy(host, asked)
 
 
-def _by_helpers(host: Host, asked: str) -> Any | None:
+def _by_helpers(host: Host, asked: str) -> Survey | None:
     folder = f"{HELPERS}/{payload.helpers_key()}"
     survey = f"python3 -s -E -B {folder}/survey.py {shlex.quote(asked)}"
     ok, out, err = remote.run(host, f"test -f {folder}/survey.py || {{ echo {NO_HELPERS}; exit 0; }}; {survey}")
@@ -49,14 +47,14 @@ def _by_helpers(host: Host, asked: str) -> Any | None:
         return None
     if not ok or not out:
         raise remote.RemoteError(f"cannot read the host: {remote.explain(out, err)}")
-    return json.loads(out[-1])
+    return answers.survey(out[-1])
 
 
-def _by_copy(host: Host, asked: str) -> Any:
+def _by_copy(host: Host, asked: str) -> Survey:
     ok, out, err = remote.run(host, "uname -m")
     arch = out[-1].strip() if ok and out else platform.machine()
     if not ok:
         raise remote.RemoteError(f"cannot run commands on the host: {remote.explain(out, err)}")
     path = remote.temporary(host, ".zip")
     remote.upload(host, lookups.once(("probe", arch), lambda: payload.probe_zip(arch)), path)
-    return remote.run_json(host, shlex.join(payload.probe_command(path, "survey.py", asked)))
+    return remote.run_json(host, shlex.join(payload.probe_command(path, "survey.py", asked)), answers.survey)

@@ -15,6 +15,7 @@ from pyinfra.api import StringCommand
 from pyinfra.api.host import Host
 from pyinfra.api.state import BaseStateCallback, State
 
+from llamafleet.host import answers
 from llamafleet.remote.common import JOBS
 from llamafleet.service.refusals import held_by
 from tasks.lib import remote
@@ -47,6 +48,13 @@ def take_lock(state: State, host: Host) -> bool:
     """Take the host's lock; where another run holds it, fail with a line that names that run."""
     if not any(isinstance(handler, _ReleaseLockOnFailure) for handler in state.callback_handlers):
         state.add_callback_handler(_ReleaseLockOnFailure())
+    try:
+        return _take_lock(host)
+    except remote.RemoteError as error:
+        return _fail(host, f"the host's lock cannot be taken: {error}")
+
+
+def _take_lock(host: Host) -> bool:
     holder = remote.this_run()
     over: list[str] = []
     for _ in range(2):
@@ -56,10 +64,10 @@ def take_lock(state: State, host: Host) -> bool:
             return True
         if not out:
             return _fail(host, f"the host's lock cannot be taken: {remote.explain(out, err)}")
-        other = json.loads(out[-1])
+        other = remote.last(out, answers.holder)
         if not remote.is_ours_or_dead(other):
             return _fail(host, held_by(other))
-        over = ["--over", other["run"]]
+        over = ["--over", other.run]
     return _fail(host, "the host's lock was taken by another run in the same moment: try again")
 
 
@@ -88,24 +96,24 @@ def follow(state: State, host: Host, job: str, command: list[str]) -> bool:
 
 
 def _follow_locked(host: Host, job: str, command: list[str]) -> bool:
-    seen = remote.run_json(host, remote.program("job.py", "start", job, "--", *command))
+    seen = remote.run_json(host, remote.program("job.py", "start", job, "--", *command), answers.job)
     logged = ""
-    while seen["state"] == "running":
-        if seen["line"] != logged and seen["line"]:
-            logged = seen["line"]
+    while seen.state == "running":
+        if seen.line != logged and seen.line:
+            logged = seen.line
             host.log(logged[:200])
         kept, out, err = remote.run(host, remote.program("lock.py", "refresh", remote.this_run()["run"]))
         if not kept:
             return _fail(host, f"this run lost the host's lock, the job goes on: {remote.explain(out, err)}")
         look = remote.program("job.py", "follow", job, f"--seen={logged}", "--seconds", "15")
-        seen = remote.run_json(host, look)
-    if seen["state"] == "ended" and seen["exit_code"] == 0:
-        for line in seen["tail"]:
+        seen = remote.run_json(host, look, answers.job)
+    if seen.state == "ended" and seen.exit_code == 0:
+        for line in seen.tail:
             if line.startswith("note: "):  # what the operator should know although all went well
                 host.log(line.removeprefix("note: "))
         return True
-    how = f"exit code {seen['exit_code']}" if seen["state"] == "ended" else "it was killed"
-    tail = seen["tail"]
+    how = f"exit code {seen.exit_code}" if seen.state == "ended" else "it was killed"
+    tail = seen.tail
     errors = [number for number, line in enumerate(tail) if line.startswith("error: ")]
     text = "\n".join(tail[max(0, errors[-1] - 15) :] if errors else tail[-15:])
     return _fail(host, f"{job} failed ({how}): {text}\nwhole log: {JOBS}/{job}.log")

@@ -11,7 +11,9 @@ from typing import Any
 
 from pyinfra.api.host import Host
 
+from llamafleet.host import answers
 from llamafleet.host.backends import TRAITS
+from llamafleet.host.installed import InstalledInstance
 from llamafleet.memory.ledger import NO_CORRECTION
 from llamafleet.planner import reconcile
 from llamafleet.planner.result import Plan
@@ -94,7 +96,8 @@ def _is_known(now: Decision, plan: Plan) -> bool:
 def _ask(host: Host, now: Decision, plan: Plan) -> reconcile.MemoryReport:
     """llama-server's answer about a plan, asked on the host beside what runs there."""
     asked = json.dumps(spec(now, plan))
-    return reconcile.MemoryReport(**remote.run_json(host, remote.program("verify.py", "ask", asked)))
+    told = remote.run_json(host, remote.program("verify.py", "ask", asked), answers.memory)
+    return reconcile.MemoryReport(told.told, told.why, told.room)
 
 
 def spec(now: Decision, plan: Plan) -> dict[str, Any]:
@@ -127,7 +130,14 @@ def changed_records() -> dict[str, str]:
     if now is None:
         return {}
     servings, installed = _by_name(now), now.desired.installed.instances
-    return {name: record_text({**(installed[name].record or {}), **servings[name].record}) for name in now.changes.note}
+    return {name: record_text({**_of_the_host(installed[name]), **servings[name].record}) for name in now.changes.note}
+
+
+def _of_the_host(instance: InstalledInstance) -> dict[str, Any]:
+    """The keys of the installed plan.json; of a file that cannot be used, the preflight's result alone."""
+    if instance.record is not None:
+        return dict(instance.record.raw)
+    return {"preflight": dict(instance.preflight)} if instance.preflight is not None else {}
 
 
 def _by_name(now: Decision) -> dict[str, Serving]:

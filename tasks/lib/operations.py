@@ -21,6 +21,7 @@ from pyinfra.api.state import State
 from pyinfra.context import ctx_host
 
 from llamafleet import payload
+from llamafleet.host import answers
 from llamafleet.planner.reconcile import ROUNDS
 from llamafleet.remote.common import (
     ETC,
@@ -198,11 +199,11 @@ def _build(state: State, host: Host, job: str, path: str, key: str, cache: str |
             if not jobs.follow(state, host, job, remote.words("build.py", path, *builds.known(key))):
                 raise _NotBuiltError
             if cache is not None:
-                told = remote.run_json(host, remote.program("build.py", "digest", key))
-                builds.made(key, str(told.get("digest")) if isinstance(told, dict) else "")
+                told = remote.run_json(host, remote.program("build.py", "digest", key), answers.built)
+                builds.made(key, told.digest)
     except _NotBuiltError:
         return False
-    except (remote.RemoteError, ValueError) as error:
+    except remote.RemoteError as error:
         host.log_styled(f"the host does not give the digest of build {key}: {error}", fg="red", log_func=logger.error)
         return False
     return True
@@ -269,7 +270,11 @@ def _switch(state: State, host: Host, now: Staging, binary_bytes: dict[str, int]
     _, lines, _ = remote.run(host, f"grep '^told: ' {JOBS}/{shlex.quote(job)}.log")
     if not lines or last:
         return False
-    binary_bytes.update(json.loads(lines[-1].removeprefix("told: ")))
+    try:
+        binary_bytes.update(remote.last(lines, answers.sizes))
+    except remote.RemoteError as error:
+        host.log_styled(str(error), fg="red", log_func=logger.error)
+        return False
     return True
 
 

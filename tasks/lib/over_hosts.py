@@ -11,7 +11,6 @@ import pyinfra_cli  # isort: skip  # first: it makes sockets cooperative before 
 
 import argparse
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from pyinfra_cli.inventory import make_inventory
 
 from llamafleet.cli import tables
 from llamafleet.planner.result import Plan, Refusal
+from llamafleet.printable import err, json_text, out
 from llamafleet.service.refusals import Refused
 from tasks.lib.decision import READ_ERRORS, read_inputs
 
@@ -57,7 +57,7 @@ def over_hosts(inventory: Path, limit: str | None, action: Callable[[Host], T | 
     """The action's result by host name, all hosts at once; a sentence for a host that cannot be reached."""
     state = State(check_for_changes=False)
     with ctx_state.use(state), ctx_config.use(Config()):
-        hosts = make_inventory(str(inventory), cwd=str(Path.cwd()))
+        hosts = make_inventory(str(inventory), cwd=str(project_of(inventory)))
         with ctx_inventory.use(hosts):
             state.init(hosts, ctx_config.get())
             wanted = [host for host in hosts if limit is None or limit in (host.name, *host.groups)]
@@ -72,6 +72,13 @@ def over_hosts(inventory: Path, limit: str | None, action: Callable[[Host], T | 
                 return {name: job.value for name, job in jobs.items()}
             finally:
                 disconnect_all(state)
+
+
+def project_of(inventory: Path) -> Path:
+    """Where pyinfra looks for `group_data`, which it runs, beside the inventory's own folder: the current folder if the
+    inventory lies in it. Another folder may be a stranger's."""
+    folder = inventory.resolve().parent
+    return Path.cwd() if folder.is_relative_to(Path.cwd()) else folder
 
 
 def _in_context(host: Host, action: Callable[[Host], T | str]) -> T | str:
@@ -95,12 +102,12 @@ def main(arguments: list[str]) -> int:
     try:
         hosts = plans(options.inventory, options.limit)
     except PyinfraError as error:
-        print(f"llamafleet: {options.inventory}: {error}", file=sys.stderr)
+        err(f"llamafleet: {options.inventory}: {error}")
         return 2
     if options.json:
-        print(json.dumps({name: _as_json(answers) for name, answers in hosts.items()}, indent=2))
+        out(json_text({name: _as_json(answers) for name, answers in hosts.items()}))
     else:
-        print("\n".join(_as_text(name, answers) for name, answers in hosts.items()))
+        out("\n".join(_as_text(name, answers) for name, answers in hosts.items()))
     return _status(hosts)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import json
 import os
 import shlex
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +22,8 @@ from pyinfra.api.command import StringCommand
 from pyinfra.api.exceptions import ConnectError
 from pyinfra.api.host import Host
 
+from llamafleet.host.answers import AnswerError
+from llamafleet.host.installed import Holder
 from llamafleet.remote.common import helper
 
 # How often a broken connection is made again before we give up, and the seconds between.
@@ -53,12 +54,24 @@ def run(host: Host, command: StringCommand | str) -> tuple[bool, list[str], list
     return ok, output.stdout_lines, output.stderr_lines
 
 
-def run_json(host: Host, command: StringCommand | str) -> Any:
-    """The JSON that a command prints as its last line; `RemoteError` where it fails."""
+def run_json(host: Host, command: StringCommand | str, read: Callable[[str], T]) -> T:
+    """The value that a command prints as JSON on its last line; `RemoteError` where it fails or prints something else.
+
+    `read` is the function of `llamafleet/host/answers.py` for the program.
+    """
     ok, out, err = run(host, command)
-    if not ok or not out:
+    if not ok:
         raise RemoteError(explain(out, err))
-    return json.loads(out[-1])
+    return last(out, read)
+
+
+def last(lines: Sequence[str], read: Callable[[str], T]) -> T:
+    """The value of the last line that a program printed, by a function of `llamafleet/host/answers.py`; `RemoteError`
+    where the line is unusable."""
+    try:
+        return read(lines[-1] if lines else "")
+    except AnswerError as error:
+        raise RemoteError(str(error)) from error
 
 
 def explain(out: list[str], err: list[str]) -> str:
@@ -133,13 +146,13 @@ _THIS_RUN: dict[str, Any] = {
 }
 
 
-def is_ours_or_dead(holder: Mapping[str, Any]) -> bool:
+def is_ours_or_dead(holder: Holder) -> bool:
     """Whether we may take the lock from this holder: it is this run, or a process of this machine that has ended."""
-    if holder["run"] == _THIS_RUN["run"]:
+    if holder.run == _THIS_RUN["run"]:
         return True
-    if holder.get("machine") != _THIS_RUN["machine"]:
+    if holder.machine != _THIS_RUN["machine"]:
         return False
     try:
-        return abs(psutil.Process(holder["pid"]).create_time() - holder["pid_started"]) > 1.0
+        return abs(psutil.Process(holder.pid).create_time() - holder.pid_started) > 1.0
     except psutil.NoSuchProcess:
         return True

@@ -121,6 +121,24 @@ def test_it_runs_as_a_program_from_elsewhere_with_the_machine_on_standard_input(
     assert json.loads(done.stdout)["fits"]
 
 
+def test_no_file_of_the_current_folder_is_run(model, machine_file, tmp_path):
+    """Neither for a machine nor for an inventory that lies elsewhere: the folder may be a stranger's."""
+    stranger, own = tmp_path / "stranger", tmp_path / "own"
+    for file in ("inventory/group_data/all.py", "group_data/all.py", "tasks/__init__.py", "json.py"):
+        (stranger / file).parent.mkdir(parents=True, exist_ok=True)
+        (stranger / file).write_text(f"raise SystemExit('a stranger at {file}')\n")
+    own.mkdir()
+    (own / "inventory.py").write_text("hosts = ['@local']\n")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for words in (
+        ["--model", model, "--machine", machine_file],
+        ["--inventory", str(own / "inventory.py"), "--limit", "x"],
+    ):
+        done = subprocess.run([sys.executable, "-P", "-m", "llamafleet.cli", "plan", *words], env=environment,
+                              capture_output=True, text=True, cwd=stranger)  # fmt: skip
+        assert "a stranger" not in done.stderr and done.returncode == (0 if "--model" in words else 2), done.stderr
+
+
 def test_values_are_python_literals_or_text():
     changes = cli.parse_changes(["a=1", "b=None", "c=['f16']", "d=cuda", "e=x=y", "f=True"])
     assert changes == {"a": 1, "b": None, "c": ["f16"], "d": "cuda", "e": "x=y", "f": True}

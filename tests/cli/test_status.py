@@ -12,6 +12,8 @@ import pytest
 
 from llamafleet.cli import main as cli
 from llamafleet.cli.status import HostStatus, Wanted, of_host, plan_in_short, table
+from llamafleet.host import answers
+from llamafleet.host.recorded import PlanRecord
 from llamafleet.remote import status as program
 from tests.service.test_changes import INSTALLED, INSTANCE
 
@@ -29,8 +31,13 @@ LIVE = {"rss_bytes": 900 * MIB, "cgroup_bytes": 3072 * MIB, "gpu_bytes": {"GPU-1
 AS_WANTED = Wanted({"demo": ()})
 
 
+def live(**changes):
+    """What the host answers, with other values."""
+    return answers.status(json.dumps({"demo": {**LIVE, **changes}}))
+
+
 def found(**changes):
-    instance = dataclasses.replace(INSTANCE, **{"record": RECORD, **changes})
+    instance = dataclasses.replace(INSTANCE, **{"record": PlanRecord.of(RECORD), **changes})
     return dataclasses.replace(INSTALLED, instances={"demo": instance})
 
 
@@ -43,7 +50,7 @@ def line(host):
 
 
 def test_a_host_as_it_should_be():
-    host = of_host(found(), {"demo": LIVE}, AS_WANTED)
+    host = of_host(found(), live(), AS_WANTED)
     assert host.is_fine
     assert line(host) == {
         "host": "box1", "instance": "demo", "state": "active", "plan": "131072 x 2 q8_0, 37 layers on 1 GPU, cuda",
@@ -56,18 +63,25 @@ FAILED = {**GOOD, "ok": False, "checks": [{"name": "health", "ok": True}, {"name
 
 
 @pytest.mark.parametrize(
-    ("changes", "live", "wanted", "column", "cell"),
+    ("changes", "gate", "wanted", "column", "cell"),
     [
-        ({"active": "failed"}, LIVE, AS_WANTED, "state", "failed"),
-        ({}, LIVE, Wanted({"demo": ("its unit differs", "it is disabled")}), "drift", "its unit differs; it is disabled"),
-        ({}, {**LIVE, "gate": FAILED}, AS_WANTED, "last gate", "FAILED gpu memory 2026-11-21T15:00:00Z"),
-        ({}, LIVE, Wanted({}), "drift", "the inventory does not name it"),
+        ({"active": "failed"}, GOOD, AS_WANTED, "state", "failed"),
+        ({}, GOOD, Wanted({"demo": ("its unit differs", "it is disabled")}), "drift", "its unit differs; it is disabled"),
+        ({}, FAILED, AS_WANTED, "last gate", "FAILED gpu memory 2026-11-21T15:00:00Z"),
+        ({}, GOOD, Wanted({}), "drift", "the inventory does not name it"),
     ],
     ids=["down", "drift", "gate", "left_over"],
 )  # fmt: skip
-def test_a_problem_is_shown_and_not_fine(changes, live, wanted, column, cell):
-    host = of_host(found(**changes), {"demo": live}, wanted)
+def test_a_problem_is_shown_and_not_fine(changes, gate, wanted, column, cell):
+    host = of_host(found(**changes), live(gate=gate), wanted)
     assert not host.is_fine and line(host)[column] == cell
+
+
+def test_a_damaged_record_of_the_gate_is_named_and_hides_nothing_else():
+    host = of_host(found(), live(gate={"ok": 7}), AS_WANTED)
+    assert not host.is_fine and line(host)["last gate"] == "unusable record" and line(host)["RAM"] == "3.0 GiB"
+    assert "box1: demo: the last gate is not known: record.ok: should be true or false, is 7" in table({"box1": host})
+    assert json.loads(json.dumps(host.to_json()))["instances"]["demo"]["gate"] == {"ok": 7}
 
 
 def test_a_wanted_instance_that_is_not_installed_has_a_line():
@@ -77,21 +91,19 @@ def test_a_wanted_instance_that_is_not_installed_has_a_line():
 
 
 def test_changes_beside_the_services_are_shown():
-    host = of_host(found(), {"demo": LIVE}, Wanted({"demo": ()}, ("helpers", "build")))
+    host = of_host(found(), live(), Wanted({"demo": ()}, ("helpers", "build")))
     assert not host.is_fine
     assert "box1: a run would change: helpers, build" in table({"box1": host})
 
 
 def test_a_host_that_cannot_be_reached_is_named():
-    output = table(
-        {"box1": of_host(found(), {"demo": LIVE}, AS_WANTED), "box2": HostStatus(problem="cannot be reached")}
-    )
+    output = table({"box1": of_host(found(), live(), AS_WANTED), "box2": HostStatus(problem="cannot be reached")})
     assert "box2: cannot be reached" in output.splitlines()
     assert not HostStatus(problem="cannot be reached").is_fine
 
 
 def test_an_inventory_that_cannot_be_deployed_hides_no_instance():
-    host = of_host(found(), {"demo": LIVE}, None, "cannot be compared with the inventory: no such model")
+    host = of_host(found(), live(), None, "cannot be compared with the inventory: no such model")
     assert not host.is_fine and line(host)["state"] == "active" and line(host)["drift"] == "none"
 
 
@@ -102,19 +114,19 @@ def test_an_instance_of_an_earlier_version_shows_less():
 
 
 def test_memory_that_is_not_known():
-    host = of_host(found(), {"demo": {**LIVE, "cgroup_bytes": None, "gpu_bytes": {"GPU-1": None}}}, AS_WANTED)
+    host = of_host(found(), live(cgroup_bytes=None, gpu_bytes={"GPU-1": None}), AS_WANTED)
     assert line(host)["RAM"] == "0.9 GiB" and line(host)["GPU"] == "? of 20.0 GiB"
-    broken = of_host(found(), {"demo": {**LIVE, "gpu_bytes": "NVML: Driver Not Loaded"}}, AS_WANTED)
+    broken = of_host(found(), live(gpu_bytes="NVML: Driver Not Loaded"), AS_WANTED)
     assert line(broken)["GPU"] == "NVML: Driver Not Loaded"
 
 
 def test_a_plan_for_the_cpu_in_short():
     record = {**RECORD, "backend": "cpu", "gate": {**RECORD["gate"], "gpus": []}}
-    assert plan_in_short(record) == "131072 x 2 q8_0, CPU, cpu"
+    assert plan_in_short(PlanRecord.of(record)) == "131072 x 2 q8_0, CPU, cpu"
 
 
 def test_the_json_has_everything():
-    output = json.loads(json.dumps(of_host(found(), {"demo": LIVE}, AS_WANTED).to_json()))
+    output = json.loads(json.dumps(of_host(found(), live(), AS_WANTED).to_json()))
     assert set(output) == {"fine", "problem", "drift", "instances"} and output["fine"] is True
     instance = output["instances"]["demo"]
     assert instance["gate"] == GOOD and instance["verified"] is True and instance["predicted_tokens_per_s"] == 30.0

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from llamafleet.host.recorded import PlanRecord
 from llamafleet.planner import stability
 from llamafleet.planner.result import Plan, Refusal
 from tests import planning
@@ -191,13 +192,8 @@ def test_a_second_instance_beside_a_kept_one():
     assert isinstance(choice.results[1], Plan)
 
 
-def test_memory_survives_the_record():
-    memory = stability.RecordedMemory.of(machine(EDGE))
-    assert stability.RecordedMemory.from_json(memory.to_json()) == memory
-
-
-RECORD = {"plan": {"argv": ["--fit", "off"]}, "inputs": {"key": "k", "memory": stability.RecordedMemory.of(machine()).to_json()},
-          "verified": None}  # fmt: skip
+MEMORY = stability.RecordedMemory.of(machine(EDGE))
+RECORD = {"plan": {"argv": ["--fit", "off"]}, "inputs": {"key": "k", "memory": MEMORY.to_json()}, "verified": None}
 
 
 @pytest.mark.parametrize(
@@ -206,8 +202,12 @@ RECORD = {"plan": {"argv": ["--fit", "off"]}, "inputs": {"key": "k", "memory": s
      {**RECORD, "inputs": {**RECORD["inputs"], "key": "other"}}, {**RECORD, "plan": None}, {**RECORD, "verified": 1}],
 )  # fmt: skip
 def test_a_record_that_cannot_be_used_is_none(record):
-    assert stability.has_inputs(RECORD, "k") is True
-    assert stability.has_inputs(record, "k") is False
+    assert stability.InstalledPlan.of(PlanRecord.of(record), "k") is None
+
+
+def test_a_plan_survives_its_record():
+    plan = stability.InstalledPlan.of(PlanRecord.of(RECORD), "k")
+    assert plan == stability.InstalledPlan(("--fit", "off"), MEMORY)
 
 
 # --- what a plan is made of -----------------------------------------------------------------------

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from llamafleet.build.cuda_toolkit import Install
-from llamafleet.host.installed import Listener, Survey
+from llamafleet.host.installed import Holder, Listener, Survey
+from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Refusal
@@ -15,12 +16,12 @@ from llamafleet.service.desired import Desired, Run, desire, with_plans
 from llamafleet.service.plan_inputs import plan_inputs
 from llamafleet.service.refusals import Refused, port_taken
 from tests import planning
-from tests.service.test_changes import INSTALLED
+from tests.service.test_changes import INSTALLED, INSTANCE
 
 RUN = Run(helpers="h1", oldest_python=(3, 9), commit="c" * 40, secrets={}, holder=None)
 SYSTEM = {"package_manager": "apt", "python": "3.13.5"}
 AMD = {"vendor": "amd", "compute_capability": None, "gfx": "gfx1100", "name": "Radeon RX 7900 XTX"}
-HOLDER = {"run": "1", "who": "ann@desk", "pid": 12, "began": "2026-11-29 10:00:00 UTC", "age_seconds": 3.2}
+HOLDER = Holder(run="1", who="ann@desk", pid=12, began="2026-11-29 10:00:00 UTC", age_seconds=3.2)
 
 
 def survey(gpus=(), machine=None, **installed):
@@ -80,6 +81,15 @@ def test_another_run_holds_the_lock():
     assert refusal(run=dataclasses.replace(RUN, holder=HOLDER)) == (
         "ann@desk (pid 12) is deploying to this host since 2026-11-29 10:00:00 UTC, last seen 3 s ago: wait for it; "
         "a run that died elsewhere loses the lock after 15 minutes, or remove /run/llamafleet/lock.json"
+    )
+
+
+def test_a_later_version_deployed_the_host():
+    """Also where the inventory no longer names the instance."""
+    later = dataclasses.replace(INSTANCE, record=PlanRecord.of({"schema": 2}))
+    assert refusal(survey(instances={"old": later})) == (
+        "/etc/llamafleet/instances/old/plan.json on the host has schema 2, this version of llamafleet knows 1: deploy "
+        "with the later version that wrote it, or remove the file to have old planned anew"
     )
 
 
@@ -244,8 +254,13 @@ def test_nothing_is_compiled_with_where_the_build_is_there():
     bare = decided(survey(missing_packages=("cmake", "curl")))
     there = survey(missing_packages=("cmake", "curl"), releases={bare.build.key: {}})
     assert (bare.packages, decided(there).packages) == (("cmake", "curl"), ("curl",))
-    cached = survey(missing_packages=("cmake", "curl"), cached_builds=(bare.build.key,))
-    assert decided(cached).packages == ("curl",)
+    digest, other = "a" * 64, "b" * 64
+    cached = survey(missing_packages=("cmake", "curl"), cached_builds={bare.build.key: (other, digest)})
+    known = dataclasses.replace(RUN, digests={bare.build.key: [digest]})
+    assert decided(cached, known).packages == ("curl",) and decided(cached, known).is_cached
+    # A build that nobody knows the digest of is not taken, so this host compiles.
+    for run in (RUN, dataclasses.replace(RUN, digests={bare.build.key: ["c" * 64], "f" * 16: [digest]})):
+        assert decided(cached, run).packages == ("cmake", "curl") and not decided(cached, run).is_cached
 
 
 def test_secrets_are_in_no_representation():

@@ -1,12 +1,14 @@
 """Reading a host and remembering the decision about it, offline: what is read, once, and what happens where it fails."""
 
 import types
+from dataclasses import replace
 
 import gevent
 import pytest
 from pyinfra.context import ctx_host
 
 from llamafleet import payload
+from llamafleet.host.installed import Holder
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.service.refusals import Refused
 from llamafleet.validation import Problem
@@ -110,8 +112,8 @@ def test_a_path_is_not_looked_up(read):
 
 @pytest.mark.parametrize("who", ["this run", "another run"])
 def test_a_lock_of_this_run_is_none_of_another_s(read, who):
-    ours = {**remote.this_run(), "age_seconds": 1.0}
-    read.survey = survey(lock=ours if who == "this run" else {**ours, "run": "another", "machine": "elsewhere"})
+    ours = Holder(**remote.this_run(), age_seconds=1.0)
+    read.survey = survey(lock=ours if who == "this run" else replace(ours, run="another", machine="elsewhere"))
     decided = decision.decide(Host())
     if who == "this run":
         assert decided.desired.run.holder is None

@@ -2,10 +2,12 @@
 
 import os
 import subprocess
+from dataclasses import replace
 
 import psutil
 import pytest
 
+from llamafleet.host.installed import Holder
 from llamafleet.service.refusals import held_by
 from llamafleet.settings import secrets
 from llamafleet.settings.schema import Settings
@@ -99,21 +101,21 @@ def test_secrets_are_taken_out_of_the_environment_that_programs_inherit(monkeypa
 
 
 def test_whose_lock_may_be_taken():
-    ours = remote.this_run()
+    ours = Holder(**remote.this_run())
     assert remote.is_ours_or_dead(ours)
-    other = {**ours, "run": "another"}  # this very process as somebody else's run: it lives
+    other = replace(ours, run="another")  # this very process as somebody else's run: it lives
     assert not remote.is_ours_or_dead(other)
     ended = subprocess.Popen(["true"])
     ended.wait()
-    assert remote.is_ours_or_dead({**other, "pid": ended.pid})
+    assert remote.is_ours_or_dead(replace(other, pid=ended.pid))
     # The process number was given to another process since.
-    assert remote.is_ours_or_dead({**other, "pid_started": psutil.Process(os.getpid()).create_time() - 60})
+    assert remote.is_ours_or_dead(replace(other, pid_started=psutil.Process(os.getpid()).create_time() - 60))
     # Of another machine's processes we know nothing.
-    assert not remote.is_ours_or_dead({**other, "machine": "elsewhere", "pid": ended.pid})
+    assert not remote.is_ours_or_dead(replace(other, machine="elsewhere", pid=ended.pid))
 
 
 def test_the_message_for_the_second_run_names_the_first():
-    text = held_by({**remote.this_run(), "who": "ann@desk", "age_seconds": 3.2})
+    text = held_by(Holder(**{**remote.this_run(), "who": "ann@desk", "age_seconds": 3.2}))
     assert "ann@desk" in text and "3 s ago" in text
 
 

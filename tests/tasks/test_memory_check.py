@@ -6,6 +6,7 @@ import json
 import pytest
 from pyinfra.context import ctx_host
 
+from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.planner.reconcile import MemoryReport
 from llamafleet.remote import verify
@@ -130,7 +131,7 @@ def test_what_does_not_fit_after_all_is_refused_by_name(host, monkeypatch):
 def installed(decided, **more):
     """The instance as that decision installs it."""
     record = decided.desired.servings[0].record
-    return {"m0": dataclasses.replace(INSTANCE, record={**record, **more})}
+    return {"m0": dataclasses.replace(INSTANCE, record=PlanRecord.of({**record, **more}))}
 
 
 def test_the_next_run_remembers_and_does_not_ask(host, monkeypatch):
@@ -165,19 +166,20 @@ def test_drift_of_others_memory_changes_no_unit(host, monkeypatch):
 # --- the same service for another reason ----------------------------------------------------------
 
 
-def running(decided, **more):
-    """The host on which exactly that runs; `more` is in its record."""
+def running(decided, key=None, **more):
+    """The host on which exactly that runs; `more` is in its record, and `key` is that of other inputs."""
     service, record = decided.desired.servings[0].service, decided.desired.servings[0].record
+    more = {"inputs": {**record["inputs"], "key": key}, **more} if key else more
     return {"m0": dataclasses.replace(
         INSTANCE, unit_sha256=sha256(service.unit_text), good_sha256=sha256(service.unit_text), secrets={}, argv=service.argv, exe=service.argv[0],
-        record=json.loads(json.dumps({**record, **more})),
+        record=PlanRecord.of(json.loads(json.dumps({**record, **more}))),
     )}  # fmt: skip
 
 
 def test_a_plan_that_the_binary_makes_the_running_one_is_noted_and_not_restarted(host, monkeypatch):
     begin(host, monkeypatch, ram=2 * GIB)
     memory_check.check_plans(host)
-    instances = running(decision.decision(), inputs={"key": "of other settings"}, preflight={"dropped": []})
+    instances = running(decision.decision(), key="of other settings", preflight={"dropped": []})
     decision._decisions[host] = first = now(instances)
     assert first.changes.services["m0"] == ("its unit differs",)  # by the header alone MemoryMax is another
     assert memory_check.check_plans(host) is True
@@ -193,7 +195,7 @@ def test_a_plan_that_the_binary_makes_the_running_one_is_noted_and_not_restarted
 def test_an_answer_that_corrected_nothing_holds_under_other_inputs_too(host, monkeypatch):
     begin(host, monkeypatch)
     memory_check.check_plans(host)
-    again = now(running(decision.decision(), inputs={"key": "old"}))
+    again = now(running(decision.decision(), key="old"))
     assert again.changes.services == {} and again.desired.servings[0].is_verified
     assert again.desired.servings[0].record["inputs"]["key"] == again.desired.inputs.keys["m0"]
 
