@@ -20,6 +20,7 @@ import time
 from typing import Any
 
 import job_limits
+import prune
 from common import JOBS, show, transient_unit
 
 TAIL_LINES = 40
@@ -44,6 +45,7 @@ def start(name: str, command: list[str]) -> dict[str, Any]:
     """Start the job, or attach to the one that runs; returns what `look` says."""
     os.makedirs(JOBS, mode=0o750, exist_ok=True)
     if not is_running(name):
+        prune.prune()
         for stale in (exit_code_file(name), log_of(name)):
             if os.path.exists(stale):
                 os.unlink(stale)

@@ -10,6 +10,7 @@ What cannot be removed stays. Python 3.8, standard library; common.py beside it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import time
@@ -25,7 +26,7 @@ JOB_FILES = (".log", ".exit", ".json")
 def prune(now: Optional[float] = None) -> None:
     """Remove all of it; `now` is seconds since the epoch."""
     now = time.time() if now is None else now
-    for path in [*jobs(now), *rejected(now), *gates(now), *half_done(now)]:
+    for path in itertools.chain(jobs(now), rejected(now), gates(now), half_done(now)):
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path, ignore_errors=True)
         else:
