@@ -9,7 +9,7 @@ import gevent
 import pytest
 from gevent.event import Event
 
-from tasks.lib import builds
+from tasks.lib import builds, operations
 
 KEY, OTHER = "0123456789abcdef", "f" * 16
 A, B, C = "a" * 64, "b" * 64, "c" * 64
@@ -98,6 +98,9 @@ class Host:
     def log(self, line):
         self.lines.append(line)
 
+    def log_styled(self, line, **_):
+        self.lines.append(line)
+
 
 def settle():
     """Let every host go on until it waits."""
@@ -172,3 +175,50 @@ def test_other_builds_and_other_caches_wait_for_nobody(fleet):
     fleet.start("carl", cache="/mnt/other")
     fleet.start("dora", cache=None)
     assert fleet.began == ["anna", "bert", "carl", "dora"]
+
+
+@pytest.fixture
+def made_on(path, monkeypatch):
+    """Makes the build on a host whose job ends well or not, and whose release has this digest; `told` has what each
+    host was told to do, without the words that start Python."""
+    told = {}
+
+    def make(name, digest=A, well=True, cache="/mnt/b"):
+        def follow(state, host, job, command, *_):
+            told[host.name] = command[command.index("/jobs/build-k.json") :]
+            return well
+
+        def run_json(host, command, read):
+            if digest is None:
+                raise operations.remote.RemoteError("/opt/llamafleet/releases/k is damaged")
+            return read(json.dumps({"digest": digest}))
+
+        monkeypatch.setattr(operations.jobs, "follow", follow)
+        monkeypatch.setattr(operations.remote, "run_json", run_json)
+        host = Host(name)
+        return operations._build(None, host, "build-k", "/jobs/build-k.json", KEY, cache), host.lines
+
+    make.told = told
+    return make
+
+
+def test_the_second_host_is_given_the_digest_of_the_first(made_on):
+    assert made_on("anna")[0] and made_on("bert", B)[0]
+    assert made_on.told == {"anna": ["/jobs/build-k.json"], "bert": ["/jobs/build-k.json", A]}
+    assert builds.recorded() == {KEY: [A, B]}
+
+
+def test_a_host_that_failed_gives_no_digest(made_on):
+    assert not made_on("anna", well=False)[0]
+    assert made_on("bert")[0] and made_on.told["bert"] == ["/jobs/build-k.json"]
+
+
+def test_a_host_whose_release_is_damaged_has_failed_and_gives_no_digest(made_on):
+    done, lines = made_on("anna", None)
+    assert not done and "the host does not give the digest of build" in lines[0] and "is damaged" in lines[0]
+    made_on("bert")
+    assert made_on.told["bert"] == ["/jobs/build-k.json"]
+
+
+def test_without_a_cache_no_digest_is_asked(made_on):
+    assert made_on("anna", None, cache=None)[0] and builds.recorded() == {}
