@@ -151,7 +151,10 @@ def version_of(server: str) -> Tuple[int, str]:
         )
     except NotStarted as error:
         print(f"note: {error}; {server} runs as nobody, but without further hardening", flush=True)
-        plain = subprocess.run([*AS_NOBODY, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, timeout=VERSION_SECONDS)  # fmt: skip
+        try:
+            plain = subprocess.run([*AS_NOBODY, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, timeout=VERSION_SECONDS)  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired) as failed:
+            return 1, str(failed)
         return plain.returncode, plain.stdout[:MOST_OUTPUT].decode("utf-8", "replace")
     return done.code, done.stdout.decode("utf-8", "replace") + done.stderr

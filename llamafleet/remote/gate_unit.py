@@ -70,7 +70,7 @@ def directives(spec: Dict[str, Any]) -> List[str]:
     """The directives of the unit for a plan's `gate` object."""
     return confined.properties(
         confined.user(), f"PartOf={spec['unit']}", f"MemoryMax={MOST_MEMORY}", "MemorySwapMax=0",
-        *credentials(spec), *network(spec["url"]), *devices(spec), *journal(),
+        *credentials(spec), *network(spec["url"]), *devices(spec), *journal(), *processes(),
     )  # fmt: skip
 
 
@@ -113,3 +113,16 @@ def journal() -> List[str]:
         return [f"SupplementaryGroups={grp.getgrnam('systemd-journal').gr_name}"]
     except KeyError:
         return []
+
+
+def processes(mounts: str = "/proc/self/mounts") -> List[str]:
+    """What it takes to read the server's command line where the host hides processes from other users: the group that
+    sees them, or, where there is none, the capability."""
+    with open(mounts) as file:
+        options = [line.split()[3].split(",") for line in file if line.split()[1:3] == ["/proc", "proc"]]
+    values = dict(one.partition("=")[::2] for one in (options[-1] if options else []))
+    if values.get("hidepid", "0") in ("0", "off"):
+        return []
+    if values.get("gid", "0") != "0":
+        return [f"SupplementaryGroups={values['gid']}"]
+    return ["CapabilityBoundingSet=CAP_SYS_PTRACE", "AmbientCapabilities=CAP_SYS_PTRACE"]

@@ -4,7 +4,7 @@ Contract: `job.py start NAME -- COMMAND...` starts COMMAND as the transient unit
 `llamafleet-job-NAME.service`, or attaches to it where it still runs; `job.py follow NAME --seen LINE
 --seconds N` waits until the job ends, says something new, or N seconds pass. Both print one JSON
 object: {"state": "running" | "ended" | "absent", "exit_code": int | null, "line": last line of
-the log, "tail": [lines]}. Root, systemd, the standard library; common.py beside it.
+the log, "tail": [lines]}. Root, systemd, the standard library; common.py, job_limits.py and prune.py beside it.
 
 Decision 17: docs/decisions/0017-long-work-runs-detached-under-a-lease.md.
 """

@@ -138,3 +138,17 @@ def test_where_there_is_no_unit_the_checks_run_without_capabilities(unit, plan, 
     assert (
         "--bounding-set=-all" in called and "--no-new-privs" in called and "exit status 226" in capsys.readouterr().err
     )
+
+
+PROC = "proc /proc proc rw,nosuid,nodev,noexec,relatime{} 0 0\nproc /srv/proc proc rw,hidepid=2 0 0\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [("", []), (",hidepid=0", []), (",hidepid=off", []), (",hidepid=2,gid=104", ["SupplementaryGroups=104"]),
+     (",gid=104,hidepid=invisible", ["SupplementaryGroups=104"]),
+     (",hidepid=2", ["CapabilityBoundingSet=CAP_SYS_PTRACE", "AmbientCapabilities=CAP_SYS_PTRACE"])],
+)  # fmt: skip
+def test_where_processes_are_hidden_it_sees_the_servers(tmp_path, options, needed):
+    (tmp_path / "mounts").write_text(PROC.format(options))
+    assert gate_unit.processes(str(tmp_path / "mounts")) == needed
