@@ -34,10 +34,8 @@ class GateFailed(Exception):
     """The checks themselves ended with an error; the text is what they printed."""
 
 
-def examine(argv: List[str]) -> Dict[str, Any]:
+def examine(argv: List[str], spec: Dict[str, Any]) -> Dict[str, Any]:
     """What `gate.examine` returns, from a process in the unit. Raises GateFailed."""
-    with open(argv[1]) as file:
-        spec = json.load(file)["gate"]
     command = [sys.executable, "-s", "-E", "-B", GATE, *argv, CONFINED]
     unit = transient_unit("start-check" if argv[0] == "start" else "gate", instance_of(spec["unit"]))
     try:

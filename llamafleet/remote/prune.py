@@ -76,13 +76,15 @@ def rejected(now: float) -> Iterator[str]:
 
 
 def gates(now: float) -> Iterator[str]:
-    """Records of instances that are neither installed nor kept."""
-    for name in listing(GATES):
-        instance = name[: -len(".json")]
-        instance = instance[: -len(".liveness")] if instance.endswith(".liveness") else instance
-        there = os.path.exists(f"{UNITS}/{unit_of(instance)}") or os.path.exists(f"{GOOD}/{instance}")
-        if name.endswith(".json") and not there and age_days(f"{GATES}/{name}", now) > KEPT_DAYS:
-            yield f"{GATES}/{name}"
+    """Records of the gate and of liveness checks, of instances that are neither installed nor kept."""
+    paths = [f"{folder}/{name}" for folder in (GATES, f"{GATES}/liveness") for name in listing(folder)]
+    for path in paths:
+        # llamafleet 0.1.0 had NAME.liveness.json beside NAME.json. An instance may be called so, too.
+        name = os.path.basename(path)[: -len(".json")]
+        owners = {name, name[: -len(".liveness")] if name.endswith(".liveness") else name}
+        there = any(os.path.exists(f"{UNITS}/{unit_of(one)}") or os.path.exists(f"{GOOD}/{one}") for one in owners)
+        if path.endswith(".json") and not there and age_days(path, now) > KEPT_DAYS:
+            yield path
 
 
 def half_done(now: float) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import common
 import confined
 import pytest
 
@@ -12,7 +13,7 @@ from llamafleet.remote import gate, gate_unit
 
 UNIT = "llama-server-chat.service"
 SPEC = {"unit": UNIT, "url": "http://127.0.0.1:8080", "api_keys": None, "tls_certificate": None, "health_seconds": 60,
-        "gpus": []}  # fmt: skip
+        "gpus": [], "argv": [], "context_tokens": 512, "slots": 1, "backend": "cpu"}  # fmt: skip
 CHECK = {"name": "health", "ok": True, "expected": 200, "found": 200, "hint": ""}
 GOOD = {"found": {"ok": True, "checks": [CHECK]}, "record": None, "devices": {}}
 
@@ -46,7 +47,7 @@ def unit(monkeypatch):
     ("verb", "name"), [("start", "llamafleet-start-check-chat.service"), ("check", "llamafleet-gate-chat.service")]
 )
 def test_the_checks_run_in_a_unit_that_ends_with_the_server(unit, plan, verb, name):
-    assert gate_unit.examine([verb, plan, "--record"]) == GOOD
+    assert gate_unit.examine([verb, plan, "--record"], SPEC) == GOOD
     [(called, command, directives)] = unit.ran
     assert called == name and command[0] == sys.executable and command[-3:] == [plan, "--record", "--confined"]
     assert {"DynamicUser=yes", "User=nobody"} & set(directives)
@@ -105,11 +106,11 @@ def test_what_is_no_verdict_fails(unit, plan, said, capsys):
 def test_checks_that_die_fail_whatever_they_printed(unit, plan):
     unit.code = 1
     with pytest.raises(gate_unit.GateFailed, match="exit status 1"):
-        gate_unit.examine(["start", plan])
+        gate_unit.examine(["start", plan], SPEC)
 
 
 def test_root_writes_the_record_and_what_the_log_told(unit, plan, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gate, "GATES", str(tmp_path / "gate"))
+    monkeypatch.setattr(common, "GATES", str(tmp_path / "gate"))
     monkeypatch.setattr(gate.gate_devices, "KEPT", str(tmp_path / "run"))
     unit.said = json.dumps({**GOOD, "record": {"ok": True, "speeds": [1.0]}, "devices": {"start": "i"}}).encode()
     assert gate.main(["check", plan, "--record"]) == 0
@@ -119,7 +120,7 @@ def test_root_writes_the_record_and_what_the_log_told(unit, plan, tmp_path, monk
 
 
 def test_in_the_unit_it_writes_nothing_and_prints_all(plan, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gate, "GATES", str(tmp_path / "gate"))
+    monkeypatch.setattr(common, "GATES", str(tmp_path / "gate"))
     monkeypatch.setattr(gate, "CHECKS", (lambda spec: CHECK,))
     monkeypatch.setattr(gate.gate_devices, "unwritten", {})
     monkeypatch.setattr(gate, "speed_key", lambda spec: "k")
@@ -133,7 +134,7 @@ def test_where_there_is_no_unit_the_checks_run_without_capabilities(unit, plan, 
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     (tmp_path / "setpriv").write_text(f"#!/bin/sh\necho \"$*\" >{tmp_path}/called\necho '{json.dumps(GOOD)}'\n")
     (tmp_path / "setpriv").chmod(0o755)
-    assert gate_unit.examine(["start", plan]) == GOOD
+    assert gate_unit.examine(["start", plan], SPEC) == GOOD
     called = (tmp_path / "called").read_text()
     assert (
         "--bounding-set=-all" in called and "--no-new-privs" in called and "exit status 226" in capsys.readouterr().err

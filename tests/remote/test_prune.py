@@ -71,11 +71,13 @@ def test_records_of_instances_that_are_gone_go(host):
     for name in ("gone", "installed", "good"):
         host.put(f"GATES/{name}.json", 31)
         host.put(f"GATES/{name}.liveness.json", 31)
+        host.put(f"GATES/liveness/{name}.json", 31)
     host.put("GATES/lately.json", 29)
     host.put("UNITS/llama-server-installed.service")
     host.put("GOOD/good/plan.json")
     assert host.left("GATES") == ["good.json", "good.liveness.json", "installed.json", "installed.liveness.json",
-                                  "lately.json"]  # fmt: skip
+                                  "lately.json", "liveness"]  # fmt: skip
+    assert host.left("GATES/liveness") == ["good.json", "installed.json"]
 
 
 def test_what_a_killed_run_staged_goes_with_its_keys(host):

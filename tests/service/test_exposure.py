@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llamafleet.remote import confined, gate_unit, job_limits, verify
+from llamafleet.remote import confined, gate_unit, job_limits, switch, verify
 from llamafleet.service.unit import liveness_texts
 from tasks.lib.templates import render
 from tests import planning
@@ -30,7 +30,7 @@ def documented():
 def liveness(listen, folder):
     wanted = planning.settings({"context_tokens": 4096, "listen": listen, "allow_unauthenticated": True})
     (text,) = [
-        text for name, text in liveness_texts(render, wanted.models[0], wanted).items() if name.endswith("service")
+        text for name, text in liveness_texts(render, wanted.models[0], wanted, "k").items() if name.endswith("service")
     ]
     return exposure(text, folder)
 
@@ -57,6 +57,10 @@ UNITS = {
     "the question what a plan allocates": lambda folder, _: of_directives(
         verify.properties({"groups": []}), folder
     ),
+    "recovery of a switch, at a boot": lambda folder, _: exposure(
+        switch.RECOVER.format(name="m", unit=UNIT, folder="/f", etc="/e", var="/v", units="/u"), folder
+    ),
+    "guard of a switch": lambda folder, _: of_directives(["MemoryMax=256M"], folder),
     "job: build": lambda folder, _: of_directives(job_limits.limits("build", "/mnt/builds"), folder),
     "job: checkout": lambda folder, _: of_directives(job_limits.limits("checkout"), folder),
     "job: fetch": lambda folder, _: of_directives(job_limits.limits("fetch"), folder),
