@@ -1,9 +1,9 @@
 """What a job on this host may use and write: the directives of its transient unit.
 
 Contract: a module, no program. `for_job(name)` gives them for systemd-run's --property; the kind of a job is the first
-word of its name: "build", "checkout", "fetch", "packages", "toolkit", "switch" and "watch" (units of instances). An
-unknown kind has the limits of a switch. All are known to systemd 247. Python 3.8, standard library; common.py lies
-beside it.
+word of its name: "build", "checkout", "fetch", "packages", "toolkit", and "switch", "refresh" and "watch" (units of
+instances). An unknown kind has the limits of a switch. All are known to systemd 247. Python 3.8, standard library;
+common.py lies beside it.
 
 A service that runs beside a job comes first: work gives way to it at the CPU and the disk, ends before it when memory
 runs out, and has no more memory than was free when it began. Services keep their models in files that are mapped into
@@ -21,6 +21,10 @@ from typing import List, Optional, Sequence
 from common import BUILD, ETC, JOBS, MODELS, RELEASES, RUN, SOURCE, UNITS, VAR, read_json
 
 GIB = 1 << 30
+# Seconds that a job may take, by its kind. A checkout of one commit is some 30 MB, packages are some 100 MB, a CUDA
+# toolkit 8 GB; a download ends itself after seven days; a liveness check is installed in a moment.
+LONGEST = {"build": 12 * 3600, "checkout": 3600, "fetch": 170 * 3600, "packages": 3600, "toolkit": 4 * 3600,
+           "switch": 24 * 3600, "refresh": 600, "watch": 600}  # fmt: skip
 # A compiler needs as much at the least, or nothing can be built on a full host.
 LEAST_BYTES = GIB
 # Left free for the system.
@@ -51,22 +55,22 @@ def limits(kind: str, build_cache: Optional[str] = None) -> List[str]:
     """The directives of a job of this kind; `build_cache` is the folder that a build shares with other hosts."""
     if kind == "build":
         paths = [BUILD, SOURCE, RELEASES, CACHES, *([build_cache] if build_cache else [])]
-        return [*ALWAYS, *BEHIND, *CONFINED, *writable(paths), *bounds(12, 8192, free_bytes()),
+        return [*ALWAYS, *BEHIND, *CONFINED, *writable(paths), *bounds(kind, 8192, free_bytes()),
                 # A CUDA toolkit may lie in somebody's home.
                 "ProtectHome=read-only", FILES_AND_USERS,
                 "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6"]  # fmt: skip
     if kind == "checkout":  # by ssh too, whose keys are root's
-        return [*ALWAYS, *BEHIND, *CONFINED, *CLIENT, *writable([SOURCE]), *bounds(6, 256, 4 * GIB),
+        return [*ALWAYS, *BEHIND, *CONFINED, *CLIENT, *writable([SOURCE]), *bounds(kind, 256, 4 * GIB),
                 "ProtectHome=read-only"]  # fmt: skip
     if kind == "fetch":
-        return [*ALWAYS, *BEHIND, *CONFINED, *CLIENT, *writable([MODELS]), *bounds(72, 256, 2 * GIB),
+        return [*ALWAYS, *BEHIND, *CONFINED, *CLIENT, *writable([MODELS]), *bounds(kind, 256, 2 * GIB),
                 "ProtectHome=yes"]  # fmt: skip
     if kind in ("packages", "toolkit"):  # packages write anywhere, and run scripts of their own
-        return [*ALWAYS, *BEHIND, *bounds(6, 4096, free_bytes())]
+        return [*ALWAYS, *BEHIND, *bounds(kind, 4096, free_bytes())]
     # It asks systemd, and makes device nodes of a GPU: a sandbox as tight would have to be opened for both.
     return [*ALWAYS, "NoNewPrivileges=yes", "ProtectSystem=strict", "ProtectHome=yes", "RestrictRealtime=yes",
             "LockPersonality=yes", "SystemCallArchitectures=native", *writable([UNITS, ETC, VAR]),
-            *bounds(24, 1024, 4 * GIB)]  # fmt: skip
+            *bounds(kind, 1024, 4 * GIB)]  # fmt: skip
 
 
 def writable(paths: Sequence[str]) -> List[str]:
@@ -75,9 +79,9 @@ def writable(paths: Sequence[str]) -> List[str]:
     return ["ReadWritePaths=" + " ".join(f'"-{path}"' for path in quoted)]
 
 
-def bounds(hours: int, tasks: int, memory_bytes: int) -> List[str]:
+def bounds(kind: str, tasks: int, memory_bytes: int) -> List[str]:
     """An end, and the most processes and memory."""
-    return [f"RuntimeMaxSec={hours}h", f"TasksMax={tasks}", f"MemoryMax={memory_bytes}"]
+    return [f"RuntimeMaxSec={LONGEST.get(kind, LONGEST['switch'])}", f"TasksMax={tasks}", f"MemoryMax={memory_bytes}"]
 
 
 def free_bytes(meminfo: str = "/proc/meminfo") -> int:

@@ -64,7 +64,7 @@ UNITS = {
     "job: build": lambda folder, _: of_directives(job_limits.limits("build", "/mnt/builds"), folder),
     "job: checkout": lambda folder, _: of_directives(job_limits.limits("checkout"), folder),
     "job: fetch": lambda folder, _: of_directives(job_limits.limits("fetch"), folder),
-    "job: switch, watch": lambda folder, _: of_directives(job_limits.limits("switch"), folder),
+    "job: switch, refresh, watch": lambda folder, _: of_directives(job_limits.limits("switch"), folder),
     "job: packages, toolkit": lambda folder, _: of_directives(job_limits.limits("toolkit"), folder),
 }  # fmt: skip
 
