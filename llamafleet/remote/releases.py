@@ -27,7 +27,7 @@ def record_of(folder: str) -> dict[str, Any] | None:
         for name in record["files"]:
             if os.stat(f"{folder}/bin/{name}").st_size != sizes.get(name, os.stat(f"{folder}/bin/{name}").st_size):
                 return None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # damaged is not whole
         return None
     return record
 
