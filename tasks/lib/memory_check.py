@@ -130,10 +130,10 @@ def changed_records() -> dict[str, str]:
     if now is None:
         return {}
     servings, installed = _by_name(now), now.desired.installed.instances
-    return {name: record_text({**_of_the_host(installed[name]), **servings[name].record}) for name in now.changes.note}
+    return {name: record_text({**kept_keys(installed[name]), **servings[name].record}) for name in now.changes.note}
 
 
-def _of_the_host(instance: InstalledInstance) -> dict[str, Any]:
+def kept_keys(instance: InstalledInstance) -> dict[str, Any]:
     """The keys of the installed plan.json; of a file that cannot be used, the preflight's result alone."""
     if instance.record is not None:
         return dict(instance.record.raw)
