@@ -130,7 +130,7 @@ class Removable:
 
 def survey(line: str) -> Survey:
     """What `survey.py` prints. Raises `AnswerError`, and `MachineError` with the path of an unusable value."""
-    found = _parsed(line, "survey.py")
+    found = json_value(line, "survey.py")
     if not isinstance(found, dict) or not {"machine", "found"} <= found.keys():
         raise AnswerError("survey.py", [Problem("answer", f"should have machine and found, is {shown(found)}")])
     return Survey(Machine.from_json(found["machine"]), Installed.from_json(found["found"]))
@@ -172,7 +172,7 @@ def gate(line: str) -> Gate:
 
 
 def _read(line: str, program: str, schema: Any) -> Any:
-    value = _parsed(line, program)
+    value = json_value(line, program)
     try:
         return _adapter(schema).validate_python(value)
     except ValidationError as error:
@@ -184,7 +184,7 @@ def _adapter(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)
 
 
-def _parsed(line: str, program: str) -> Any:
+def json_value(line: str, program: str) -> Any:
     """The JSON value of a line; raises `AnswerError` where it is none, or one that no program of ours prints."""
 
     def refused(what: str) -> AnswerError:
