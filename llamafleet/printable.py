@@ -12,6 +12,8 @@ import json
 import re
 import secrets
 import sys
+import traceback
+from types import TracebackType
 from typing import Any, TextIO
 
 # In the colours that we ask for ourselves. Nobody else can know it, so no other sequence passes as ours.
@@ -80,6 +82,11 @@ def out(text: str) -> None:
 def err(text: str, end: str = "\n") -> None:
     """Print a message on standard error, cleaned."""
     _write(sys.stderr, finished(text) + end)
+
+
+def print_exception(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
+    """For `sys.excepthook`: what nobody expected may have a text of a host in it."""
+    err("".join(traceback.format_exception(kind, error, place)), end="")
 
 
 def _write(stream: TextIO, text: str) -> None:

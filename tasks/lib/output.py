@@ -11,7 +11,6 @@ import logging
 import re
 import sys
 import traceback
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,7 +21,7 @@ from pyinfra import logger
 from pyinfra.api import output as pyinfra_output
 from pyinfra.connectors import util
 
-from llamafleet.printable import cleaned, err, finished, marked, printable
+from llamafleet.printable import cleaned, err, finished, marked, print_exception, printable
 
 # A message of more characters is cut. JSON, which pyinfra prints without logging it, is never cut.
 LOGGED_CHARACTERS = 100_000
@@ -47,7 +46,7 @@ def install() -> None:
     for one in (logger, logging.lastResort, *logging.getLogger().handlers):
         if one is not None:
             one.addFilter(_clean_record)
-    sys.excepthook = _print_exception
+    sys.excepthook = print_exception
     gevent.get_hub().exception_stream = _Cleaning()
     util.read_buffer = read_buffer
 
@@ -74,12 +73,6 @@ def _clean_record(record: logging.LogRecord) -> bool:
     if record.exc_info:  # a formatter would print it as it is
         record.exc_text = printable("".join(traceback.format_exception(*record.exc_info)))
     return True
-
-
-def _print_exception(
-    kind: type[BaseException], error: BaseException, place: types.TracebackType | None
-) -> None:  # fmt: skip
-    err("".join(traceback.format_exception(kind, error, place)), end="")
 
 
 class _Cleaning:
