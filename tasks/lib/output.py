@@ -26,7 +26,7 @@ from llamafleet.printable import cleaned, err, finished, marked, print_exception
 # A message of more characters is cut. JSON, which pyinfra prints without logging it, is never cut.
 LOGGED_CHARACTERS = 100_000
 # Of a command's standard output or error, read or not: a survey has some 100 KB, an installation of packages some MB.
-READ_BYTES = 64 * 2**20
+READ_BYTES = 32 * 2**20
 CHUNK_BYTES = 65536
 # Where a message has several lines, those after the first stand further in than a message: no host can forge one.
 CONTINUED = " " * 8
@@ -46,6 +46,8 @@ def install() -> None:
     for one in (logger, logging.lastResort, *logging.getLogger().handlers):
         if one is not None:
             one.addFilter(_clean_record)
+    # paramiko tells every broken greeting with a traceback, where nobody listens; pyinfra says it in a line.
+    logging.getLogger("paramiko").addHandler(logging.NullHandler())
     sys.excepthook = print_exception
     gevent.get_hub().exception_stream = _Cleaning()
     util.read_buffer = read_buffer
@@ -104,18 +106,18 @@ def _lines(io: Any) -> Iterator[str]:
     the command can end, and left out."""
     if hasattr(io, "FLAG_BINARY"):  # of paramiko, which else decodes strictly
         io._flags |= io.FLAG_BINARY
-    left, line = READ_BYTES, b""
+    left, line = READ_BYTES, bytearray()
     while chunk := io.readline(CHUNK_BYTES):
         line += chunk[:left]
         left -= min(left, len(chunk))
         if chunk.endswith(b"\n") and line:
             yield _text(line)
-            line = b""
+            line = bytearray()
     if line:
         yield _text(line)
     if not left:
         yield f"it printed more than {READ_BYTES >> 20} MiB, which is not read"
 
 
-def _text(line: bytes) -> str:
+def _text(line: bytearray) -> str:
     return line.decode("utf-8", "surrogateescape").rstrip("\n")

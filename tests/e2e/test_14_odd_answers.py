@@ -17,7 +17,7 @@ ODD = r"\x1b[2J\x1b]0;owned\x07 \u202egpj.exe"  # escape sequences and a mark of
 # What is printed in place of the survey's answer, by the survey with one line before its last, and what is said of it.
 ANSWERS = {
     "bytes": (f"line = '\\udcff\\udcc3 {ODD}'", "survey.py on the host: answer: is no JSON"),
-    "endless": ("line = 'x' * 100_000_000", "survey.py on the host: answer: is no JSON"),
+    "endless": ("line = 'x' * 40_000_000", "survey.py on the host: answer: is no JSON"),
     "types": (f"found['found']['instances'] = '{ODD}'; line = json.dumps(found)",
               "installed.instances: should be an object, is "),
 }  # fmt: skip

@@ -5,9 +5,11 @@ import json
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import gevent.queue
@@ -32,9 +34,9 @@ server.shell(name="Name " + ODD, commands=["printf '\\\\033[2J\\\\377\\\\302\\\\
 """
 
 
-def run(folder, text, *options):
+def run(folder, text, *options, hosts=("@local",)):
     (folder / "deploy.py").write_text(text)
-    (folder / "inventory.py").write_text("hosts = ['@local']\n")
+    (folder / "inventory.py").write_text(f"hosts = {list(hosts)!r}\n")
     words = [PYINFRA, *options, "-y", folder / "inventory.py", folder / "deploy.py"]
     return subprocess.run(
         words, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True,
@@ -57,6 +59,26 @@ def test_json_has_the_same_text_in_characters_that_print(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["plan"][0]["name"] == "Name " + ODD
     assert all(one.isprintable() or one == "\n" for one in done.stdout.decode())
+
+
+def test_what_a_server_says_before_any_stage_is_loaded_is_clean(tmp_path):
+    """A host that is to be connected to may say anything in place of SSH's greeting; config.py is read before."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        greeting = threading.Thread(target=_greet, args=(server,), daemon=True)
+        greeting.start()
+        data = {"ssh_hostname": "127.0.0.1", "ssh_port": server.getsockname()[1], "ssh_connect_retries": 0}
+        done = run(tmp_path, LOCAL, hosts=[("odd", data)])
+        greeting.join(10)
+    printed = (done.stdout + done.stderr).decode()
+    assert done.returncode != 0 and r"\x1b[2J\x9b31m\u202e" in printed and "Traceback" not in printed, printed
+    assert all(one.isprintable() or one == "\n" for one in printed), ascii(printed)
+
+
+def _greet(server):
+    connection, _ = server.accept()
+    with connection:
+        connection.sendall("SSH-\x1b[2J\x9b31m\u202e-odd\r\n".encode())
+        connection.recv(1000)
 
 
 @pytest.fixture
