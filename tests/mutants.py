@@ -98,7 +98,22 @@ def boxes():
     return {
         "cuda": box([24564, {"used_by_others_mib": 512}]),
         "cpu": box([], "cpu", ram_gib=32),
-        "hip": box([{**AMD, "vulkan_index": 0}]),
+        "hip": box([AMD]),
+        "vulkan": box(
+            [{**AMD, "vulkan_index": 0}],
+            "vulkan",
+            vulkan=[
+                {
+                    "index": 0,
+                    "name": "AMD Radeon RX 7900 XTX (RADV NAVI31)",
+                    "kind": "discrete",
+                    "driver": "radv Mesa 25.0.7",
+                    "uuid": "00000000-0300-0000-0000-000000000000",
+                    "pci_bus_id": "0000:01:00.0",
+                    "memory_total_bytes": 24564 * 2**20,
+                },
+            ],
+        ),
     }
 
 

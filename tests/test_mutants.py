@@ -22,7 +22,7 @@ def test_a_faithful_answer_is_used(seeds, name):
         assert mutants.use(name, host, json.dumps(value))
 
 
-@pytest.mark.parametrize("kind", ["cuda", "cpu", "hip"])
+@pytest.mark.parametrize("kind", ["cuda", "cpu", "hip", "vulkan"])
 def test_the_faithful_hosts_are_as_they_should_be(kind):
     host = mutants.boxes()[kind]
     read = mutants.inputs(host, json.dumps(host.survey))
