@@ -69,6 +69,8 @@ def base_root(state: State) -> Path:
     home = state.directory / f"root-{_key(recipe)}"
     options = [
         f"--include={','.join(PACKAGES)}",
+        "--skip=cleanup/apt/lists",  # a host's `apt-get update` then fetches what has changed: nothing, as a rule
+        '--aptopt=Acquire::Languages "none"',
         *(f"--aptopt={line.rstrip(';')}" for line in settings),
         *(f'--customize-hook=mkdir -p "$1{f.parent}" && cp "{f}" "$1{f}"' for f in files),
         *(f"--customize-hook={hook}" for hook in _hooks()),
@@ -96,10 +98,7 @@ def layer(state: State, base: Path, packages: list[str]) -> Path:
 
     def make(part: Path) -> None:
         offer_debs(state, part / "debs")
-        install = (
-            'apt-get -q update && apt-get -qy --no-install-recommends install "$@"'
-            " && find /var/lib/apt/lists -type f -delete"
-        )
+        install = 'apt-get -q update && apt-get -qy --no-install-recommends install "$@"'
         job = Job(
             lower=[str(part / "debs"), str(base)],
             disk=str(part),
