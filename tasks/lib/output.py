@@ -19,7 +19,9 @@ import gevent
 from gevent.queue import Queue
 from pyinfra import logger
 from pyinfra.api import output as pyinfra_output
+from pyinfra.api.exceptions import ConnectError
 from pyinfra.connectors import util
+from pyinfra.connectors.ssh import SSHConnector
 
 from llamafleet.printable import cleaned, err, finished, marked, print_exception, printable
 
@@ -31,7 +33,7 @@ CHUNK_BYTES = 65536
 # Where a message has several lines, those after the first stand further in than a message: no host can forge one.
 CONTINUED = " " * 8
 
-_style, _echo = click.style, click.echo
+_style, _echo, _connect = click.style, click.echo, SSHConnector.connect
 
 
 def install() -> None:
@@ -51,6 +53,7 @@ def install() -> None:
     sys.excepthook = print_exception
     gevent.get_hub().exception_stream = _Cleaning()
     util.read_buffer = read_buffer
+    SSHConnector.connect = connect
 
 
 def style(text: object, *arguments: Any, **named: Any) -> str:
@@ -64,6 +67,18 @@ def echo(message: Any = None, *arguments: Any, **named: Any) -> None:
     if isinstance(message, bytes):
         message = message.decode("utf-8", "replace")
     _echo(finished(message) if isinstance(message, str) else message, *arguments, **named)
+
+
+def connect(self: SSHConnector) -> None:
+    """In place of pyinfra's method of this name, of which an error that it does not know ends the run for all hosts: a
+    server may answer what paramiko cannot decode."""
+    try:
+        _connect(self)
+    except ConnectError:
+        raise
+    except Exception as error:
+        logger.debug(traceback.format_exc())
+        raise ConnectError(f"SSH error ({type(error).__name__}: {error})") from error
 
 
 def _clean_record(record: logging.LogRecord) -> bool:

@@ -6,10 +6,12 @@ import logging
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import gevent.queue
@@ -63,22 +65,43 @@ def test_json_has_the_same_text_in_characters_that_print(tmp_path):
 
 def test_what_a_server_says_before_any_stage_is_loaded_is_clean(tmp_path):
     """A host that is to be connected to may say anything in place of SSH's greeting; config.py is read before."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        greeting = threading.Thread(target=_greet, args=(server,), daemon=True)
-        greeting.start()
-        data = {"ssh_hostname": "127.0.0.1", "ssh_port": server.getsockname()[1], "ssh_connect_retries": 0}
+    with greeting("SSH-\x1b[2J\x9b31m\u202e-odd\r\n".encode()) as data:
         done = run(tmp_path, LOCAL, hosts=[("odd", data)])
-        greeting.join(10)
     printed = (done.stdout + done.stderr).decode()
     assert done.returncode != 0 and r"\x1b[2J\x9b31m\u202e" in printed and "Traceback" not in printed, printed
     assert all(one.isprintable() or one == "\n" for one in printed), ascii(printed)
 
 
-def _greet(server):
-    connection, _ = server.accept()
-    with connection:
-        connection.sendall("SSH-\x1b[2J\x9b31m\u202e-odd\r\n".encode())
-        connection.recv(1000)
+def test_a_server_that_cannot_be_understood_leaves_the_other_hosts_alone(tmp_path):
+    """The lists of SSH's first message are no UTF-8, which paramiko raises as it is."""
+    lists = b"".join(struct.pack(">I", 2) + b"\xff\xfe" for _ in range(10))
+    message = b"\x14" + b"c" * 16 + lists + b"\0" * 5
+    padding = 16 - (len(message) + 5) % 8
+    packet = struct.pack(">IB", len(message) + padding + 1, padding) + message + b"p" * padding
+    text = "from pyinfra.operations import server\nserver.shell(name='Greet', commands=['true'])\n"
+    with greeting(b"SSH-2.0-odd\r\n" + packet) as data:
+        done = run(tmp_path, text, hosts=[("odd", data), "@local"])
+    printed = (done.stdout + done.stderr).decode()
+    assert "[odd]    SSH error (UnicodeDecodeError: " in printed and "[@local] Success" in printed, printed
+    assert "Traceback" not in printed
+
+
+@contextmanager
+def greeting(data):
+    """A server that answers with these bytes; how to reach it, as an inventory says it."""
+
+    def greet():
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(data)
+            while connection.recv(1000):
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=greet, daemon=True)
+        thread.start()
+        yield {"ssh_hostname": "127.0.0.1", "ssh_port": server.getsockname()[1], "ssh_connect_retries": 0}
+        thread.join(10)
 
 
 @pytest.fixture
