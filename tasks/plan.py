@@ -22,6 +22,8 @@ def plan() -> None:
         host.log(now.desired.why)
     for name, reasons in now.changes.services.items():
         host.log(f"to do: serve {name}: {', '.join(reasons)}")
+    for name, reasons in now.changes.refreshed.items():
+        host.log(f"to do: replace the unit of {name} while its server runs on: {', '.join(reasons)}")
     for name in now.changes.note:
         host.log(f"to do: write the plan.json of {name} again, since its inputs changed; its service stays as it is")
     if not now.changes.any and not now.changes.note:

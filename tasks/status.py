@@ -67,6 +67,7 @@ def to_do(changes: Changes) -> list[str]:
         "helpers": changes.helpers, "user": changes.user, "packages": bool(changes.packages),
         "toolkit": changes.toolkit, "build": changes.build,
         "models": bool(changes.models), "current release": changes.current,
+        "units, without a restart": bool(changes.refreshed),
     }  # fmt: skip
     return [name for name, needed in parts.items() if needed]
 

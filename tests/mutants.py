@@ -21,6 +21,7 @@ from llamafleet.planner import reconcile
 from llamafleet.planner.plan import plan_host
 from llamafleet.planner.result import Plan
 from llamafleet.printable import finished, json_text
+from llamafleet.remote.common import core_of_unit
 from llamafleet.service import plan_inputs
 from llamafleet.service.changes import changes_needed, sha256
 from llamafleet.service.desired import Run, desire, model_path
@@ -70,6 +71,7 @@ def box(gpus, backend="auto", **machine):
     desired = desire(inputs(bare, json.dumps(found)), RUN, render)
     [serving] = desired.servings
     unit, hashed = serving.service.unit, sha256(serving.service.unit_text)
+    core = sha256(core_of_unit(serving.service.unit_text))
     found["found"] |= {
         "releases": {desired.build.key: {"files": {"llama-server": "5e" * 32}, "sizes": {"llama-server": 7}}},
         "current": desired.build.key, "missing_packages": [],
@@ -81,6 +83,7 @@ def box(gpus, backend="auto", **machine):
             "sub": "running", "enabled": "enabled", "restarts": 0, "drop_ins": [], "stale": False, "pid": 7,
             "argv": list(serving.service.argv), "exe": serving.service.argv[0], "liveness": "active",
             "liveness_sha256": {name: sha256(text) for name, text in serving.service.liveness.items()},
+            "unit_core_sha256": core, "good_core_sha256": core,
             "preflight": {"rendered_sha256": hashed, "unit_sha256": hashed, "ground": GROUND, "dropped": []},
             "record": json.loads(serving.service.plan_json),
         }},

@@ -20,6 +20,7 @@ from llamafleet import validation
 from llamafleet.host.installed import Holder, Installed, Many, Path, Survey, Table, UserId
 from llamafleet.host.machine import Bytes, Label, Machine, MachineError, Message
 from llamafleet.host.recorded import Speed, readable
+from llamafleet.remote.common import GATE_SCHEMA
 from llamafleet.validation import Flag, Listed, Problem, Text, Whole, one_of, shown
 
 # The survey of a host with many models has some 100 KB; the log of a job has 16 KiB.
@@ -77,7 +78,7 @@ class Gate:
     checks: Annotated[Listed[Verdict], Field(max_length=1000)] = ()
     time: Label = ""
     decode_tokens_per_s: Speed | None = None
-    schema: Annotated[Whole, Field(ge=1, le=1)] = 1
+    schema: Annotated[Whole, Field(ge=1, le=GATE_SCHEMA)] = GATE_SCHEMA
     problem: str = ""
     record: Mapping[str, Any] = field(default_factory=dict)  # all of it, as the host has it
 

@@ -125,6 +125,9 @@ class InstalledInstance:
     liveness: Name | None
     # plan.json; None where it cannot be used.
     record: Annotated[PlanRecord | None, BeforeValidator(PlanRecord.of)] = None
+    # Of the installed unit and of the one that last passed the gate: the directives that a running server depends on.
+    unit_core_sha256: Sha256 | None = None
+    good_core_sha256: Sha256 | None = None
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model
 
 from llamafleet import validation
 from llamafleet.host.machine import Bytes, Count, Label, Message, Name
+from llamafleet.remote.common import PLAN_SCHEMA
 from llamafleet.validation import Listed, Text, Whole
 
-SCHEMA = 1
+SCHEMA = PLAN_SCHEMA
 
 
 def readable(value: object) -> object:

@@ -27,7 +27,7 @@ import tarfile
 import time
 from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
 
-from common import RELEASES, sha256_of, write_json
+from common import RELEASE_SCHEMA, RELEASES, sha256_of, write_json
 from releases import record_of
 
 ERROR_LINES = 12
@@ -159,7 +159,7 @@ def describe(spec: dict[str, Any], partial: str) -> None:
     version = version_of(partial)
     files = {name: sha256_of(f"{partial}/bin/{name}") for name in sorted(os.listdir(f"{partial}/bin"))}
     sizes = {name: os.path.getsize(f"{partial}/bin/{name}") for name in files}
-    record = {**spec["record"], "key": spec["key"], "commit": spec["commit"],
+    record = {"schema": RELEASE_SCHEMA, **spec["record"], "key": spec["key"], "commit": spec["commit"],
               "version": version, "files": files, "sizes": sizes}  # fmt: skip
     write_json(f"{partial}/release.json", record)
 

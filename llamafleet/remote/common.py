@@ -2,17 +2,19 @@
 
 Contract: a module, no program. On a host it lies beside the programs (`import common`); on the operator's side it is
 `llamafleet.remote.common`. It imports nothing of ours. Readers change nothing; where nothing can be read, they return
-an empty value, unless their docstring names an error. `replace_file` and `write_json` replace one file as a whole.
-Python 3.8, standard library.
+an empty value, unless their docstring names an error. `replace_file` and `write_json` replace one file as a whole, and
+what they have written survives a power cut. Python 3.8, standard library.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import subprocess
-from typing import Any, Dict, List, Optional, Sequence  # the contract is Python 3.8, whose own are typing's
+import tempfile
+from typing import Any, Dict, Iterator, List, Optional, Sequence  # the contract is Python 3.8, whose own are typing's
 
 # --- paths ------------------------------------------------------------------------------------
 
@@ -39,14 +41,24 @@ LOCK = RUN + "/lock.json"
 UNITS = "/etc/systemd/system"
 
 
-def helper(program: str) -> str:
-    """Where an installed program of ours lies."""
-    return f"{HELPERS}/current/{program}"
+def helper(program: str, key: str = "current") -> str:
+    """Where an installed program of ours lies: of the helpers of this version, or of the newest."""
+    return f"{HELPERS}/{key}/{program}"
 
 
 def plan_path(instance: str) -> str:
     """Where the record of an installed instance lies."""
     return f"{INSTANCES}/{instance}/plan.json"
+
+
+def gate_record(instance: str) -> str:
+    """Where the gate keeps what it measured of an instance."""
+    return f"{GATES}/{instance}.json"
+
+
+def liveness_record(instance: str) -> str:
+    """Where the liveness check counts its restarts. In a folder: `m.liveness` is the name of another instance."""
+    return f"{GATES}/liveness/{instance}.json"
 
 
 # --- names ------------------------------------------------------------------------------------
@@ -79,6 +91,65 @@ def transient_unit(purpose: str, name: str) -> str:
     The probe knows these names, and so does not take their GPU memory for somebody else's.
     """
     return f"llamafleet-{purpose}-{name}.service"
+
+
+# --- what is written in files ---------------------------------------------------------------------
+
+# Numbers of the forms of our records. A record without a number was made before it was read.
+PLAN_SCHEMA, GATE_SCHEMA, RELEASE_SCHEMA = 1, 1, 1
+
+
+def later_schema(record: Dict[str, Any], known: int) -> Optional[str]:
+    """Why a record cannot be read: a later version of llamafleet made it. None where its form is known."""
+    number = record.get("schema", 1)
+    if isinstance(number, int) and number <= known:
+        return None
+    return f"it has schema {number!r}, and this llamafleet knows up to {known}: use the llamafleet that made it"
+
+
+# Directives that systemd takes over from a unit file by daemon-reload, or that count at the next start alone. A unit
+# that differs from the wanted one in these alone is replaced while its server runs on.
+QUIET = frozenset((
+    "Description", "Documentation", "Wants", "After", "StartLimitIntervalSec", "StartLimitBurst", "AssertFileNotEmpty",
+    "AssertPathExists", "ExecStartPre", "ExecStartPost", "TimeoutStartSec", "TimeoutStopSec", "Restart", "RestartSec",
+    "LogRateLimitIntervalSec", "LogRateLimitBurst",
+))  # fmt: skip
+
+# Directives that keep an instance from reading the keys of another one, which runs as the same user: from its memory
+# and its files in /proc, and from our folders. The preflight may drop them only where the host has no other instance.
+APART = frozenset(("PrivateUsers", "ProtectProc", "InaccessiblePaths"))
+
+
+def core_of_unit(text: str, dropped: Sequence[str] = ()) -> str:
+    """The lines of a unit that a running server depends on: without comments, `QUIET` directives, and the directives
+    of [Service] in `dropped`. Continued lines are joined."""
+    section, lines = "", []
+    for line in _whole_lines(text):
+        section = line if line.startswith("[") else section
+        quiet = line.partition("=")[0].rstrip() in QUIET
+        if line and not quiet and not (section == "[Service]" and line in dropped):
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """As systemd reads them: comments left out, also between the parts of a continued line."""
+    begun = ""
+    for line in text.split("\n"):
+        if line.lstrip().startswith(("#", ";")):
+            continue
+        if line.endswith("\\"):
+            begun += line[:-1] + " "
+            continue
+        yield (begun + line).strip()
+        begun = ""
+
+
+def without_directives(unit: str, lines: Sequence[str]) -> str:
+    """The unit with these lines as comments, as the preflight drops directives."""
+    gone = set(lines)
+    note = "# Dropped by the preflight (see plan.json): "
+    return "\n".join(note + line if line in gone else line for line in unit.split("\n"))
 
 
 # --- systemd ----------------------------------------------------------------------------------
@@ -148,23 +219,81 @@ def read_json(path: str) -> Dict[str, Any]:
     try:
         with open(path) as file:
             found = json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def write_json(path: str, value: Dict[str, Any]) -> None:
     """Replace the file by this JSON object; its folder is made where it is missing."""
-    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+    make_folder(os.path.dirname(path))
     replace_file(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def replace_file(path: str, data: bytes, mode: int = 0o644) -> None:
-    """Give the file this content at once: a reader sees the old file or the new one, never a part."""
-    with open(path + ".new", "wb") as file:
-        file.write(data)
-    os.chmod(path + ".new", mode)
-    os.replace(path + ".new", path)
+    """Give the file this content at once and durably: a reader sees the old file or the new one, never a part, also
+    after a power cut. Raises OSError, and then the old file is as it was."""
+    folder = os.path.dirname(path) or "."
+    # A name that nobody else has; hidden, so that systemd and `listing` pass it over.
+    file, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)[:200]}.", dir=folder)
+    try:
+        _fill(file, data, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_folder(folder)
+
+
+def write_file(path: str, data: bytes, mode: int = 0o644) -> None:
+    """Write a file that nobody reads yet, and sync it. Its name survives a power cut after `sync_folder`."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    _fill(os.open(path, flags, 0o600), data, mode)
+
+
+def _fill(file: int, data: bytes, mode: int) -> None:
+    try:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(file, left) :]
+        os.fchmod(file, mode)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def sync_folder(path: str) -> None:
+    """Let the names in a folder survive a power cut. Raises OSError."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def make_folder(path: str, mode: int = 0o755) -> None:
+    """Make a folder with those above it, where they are missing, so that they survive a power cut. Raises OSError."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path)
+    make_folder(parent)
+    os.mkdir(path, mode)
+    sync_folder(parent)
+
+
+def sha256(data: bytes) -> str:
+    """In hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_file(path: str) -> Optional[bytes]:
+    """The content of a file; None where there is none, or where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return None
 
 
 def sha256_of(path: str) -> Optional[str]:

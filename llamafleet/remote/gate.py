@@ -3,12 +3,12 @@
 Contract: `gate.py check PLAN.json [--record] [--no-floor]` runs every check in order, stops at the first that
 fails, and prints {"ok": bool, "checks": [{"name", "ok", "expected", "found", "hint"}],
 "decode_tokens_per_s": float | null}; exit 0 good, 1 not. With --record it also writes
-/var/lib/llamafleet/gate/NAME.json: that object, "time" (UTC), "identity" and "release" of the plan, what the next
-gate compares with, and "last_failure" {"time", "release", "check"}. With --no-floor any speed passes: a server that
-has served before is not rejected for its speed.
-`gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then checks that the process holds memory
-on the planned GPUs. If the driver was not ready at boot, systemd thus starts the unit again, and no server stays on
-the CPU.
+/var/lib/llamafleet/gate/NAME.json: that object, "schema" 1, "time" (UTC), "identity" and "release" of the plan, what
+the next gate compares with, and "last_failure" {"time", "release", "check"}. With --no-floor any speed passes: a server
+that has served before is not rejected for its speed.
+`gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then checks that a planned key is asked for
+and that the process holds memory on the planned GPUs. If the key file is empty, or the driver was not ready at boot,
+the start thus fails: no server serves everybody, or stays on the CPU.
 
 PLAN.json is plan.json, of which is read: identity, release, files, plan.predicted, and `gate`: unit, argv, url,
 api_keys and tls_certificate (path | null), health_seconds (the most that loading may take), context_tokens (of one
@@ -28,11 +28,12 @@ import sys
 import time
 from typing import Any, Callable, Sequence  # the contract is Python 3.8, whose own are typing's
 
-from common import GATES, command_line, instance_of, invocation, journal_of_start, read_json, write_json
+from common import GATE_SCHEMA, command_line, invocation, journal_of_start, write_json
 from gate_devices import cause_of_end, check_devices
 from gate_load import deadline
 from gate_reply import REMEMBERED, check_completion, check_speed, speed_key
 from gate_server import ask, first_key, is_alive, main_pid, result, trust, unit_state
+from gate_spec import Unreadable, read_spec
 
 # The share of a GPU's planned bytes that the process must really hold. The CUDA context comes on
 # top of the plan, so a healthy process holds more than planned; a fallback to the CPU holds none.
@@ -180,7 +181,13 @@ def text(value: bytes | str) -> str:
 CHECKS = (
     check_health, check_process, check_gpus, check_devices, check_key, check_context, check_completion, check_speed,
 )  # fmt: skip
-START_CHECKS = (check_health, check_gpus, check_devices)
+# The key first: until then a server without keys would serve everybody.
+START_CHECKS = (check_health, check_key, check_gpus, check_devices)
+
+
+def unreadable(name: str, error: Exception) -> dict[str, Any]:
+    return result(name, False, "the instance's files, and systemd's answer", str(error),
+                  "a file is missing or damaged: deploy again")  # fmt: skip
 
 
 def check(
@@ -189,7 +196,10 @@ def check(
     """The checks in order, up to the first that fails."""
     checks = []
     for one in every:
-        found = one(spec)
+        try:
+            found = one(spec)
+        except OSError as error:
+            found = unreadable(one.__name__.replace("check_", "").replace("_", " "), error)
         if found is not None:
             checks.append(found)
             if not found["ok"]:
@@ -197,24 +207,17 @@ def check(
     return {"ok": all(found["ok"] for found in checks), "checks": checks}
 
 
-def read_spec(path: str) -> dict[str, Any]:
-    """The plan's `gate` object with what the checks need beside it. Plans of earlier versions lack some."""
-    with open(path) as file:
-        plan = json.load(file)
-    gate = {"kv_type": None, "speed_floor_percent": 0, **plan["gate"]}
-    record = f"{GATES}/{instance_of(gate['unit'])}.json"
-    predicted = plan.get("plan", {}).get("predicted") or {}
-    return {
-        **gate, "files": plan.get("files", []), "identity": plan.get("identity"), "release": plan.get("release"),
-        "predicted_tokens_per_s": predicted.get("decode_tokens_per_s", 0.0),
-        "record": record, "last": read_json(record), "measured": {},
-    }  # fmt: skip
-
-
 def keep_record(spec: dict[str, Any], found: dict[str, Any]) -> None:
     """Write the verdict and, if it is good, the values that the next gate compares with."""
     last, measured, now = spec["last"], spec["measured"], time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    record = {**last, **found, "time": now, "identity": spec["identity"], "release": spec["release"]}
+    record = {
+        **last,
+        **found,
+        "schema": GATE_SCHEMA,
+        "time": now,
+        "identity": spec["identity"],
+        "release": spec["release"],
+    }
     if found["ok"]:
         key = speed_key(spec)
         speeds = last.get("speeds", []) if last.get("speed_key") == key else []
@@ -225,15 +228,28 @@ def keep_record(spec: dict[str, Any], found: dict[str, Any]) -> None:
     write_json(spec["record"], record)
 
 
-def main(argv: list[str]) -> int:
-    spec = read_spec(argv[1])
-    trust(spec)
+def verdict(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was asked for and what was found, by the arguments of `main`."""
+    try:
+        spec = read_spec(argv[1])
+    except Unreadable as error:
+        way_out = "deploy again, with the llamafleet that made it or a later one"
+        bad = result("plan", False, "a plan.json that this gate knows", str(error), way_out)
+        return {}, {"ok": False, "checks": [bad]}
     if "--no-floor" in argv:
         spec["speed_floor_percent"] = 0
-    found = check(spec, CHECKS if argv[0] == "check" else START_CHECKS)
+    try:
+        trust(spec)
+    except (OSError, ValueError) as error:
+        return spec, {"ok": False, "checks": [unreadable("certificate", error)]}
+    return spec, check(spec, CHECKS if argv[0] == "check" else START_CHECKS)
+
+
+def main(argv: list[str]) -> int:
+    spec, found = verdict(argv)
     if argv[0] == "check":
-        found["decode_tokens_per_s"] = spec["measured"].get("decode_tokens_per_s")
-        if "--record" in argv:
+        found["decode_tokens_per_s"] = spec.get("measured", {}).get("decode_tokens_per_s")
+        if spec and "--record" in argv:
             keep_record(spec, found)
         print(json.dumps(found))
         return 0 if found["ok"] else 1

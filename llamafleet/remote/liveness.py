@@ -6,8 +6,8 @@ server that has worked since the last check is left alone; an idle one is asked 
 for SECONDS it does not answer and none of its slots makes progress. systemd then restarts it: SIGTERM, after the
 unit's stop timeout SIGKILL, and no more often than the unit's start limit allows. A unit is not checked while it does
 not run (systemd restarts what has ended), loads, or is being switched. Exit 0 nothing to do, 1 restarted.
-Writes /run/llamafleet/liveness-NAME.json (what was seen) and, on a restart, /var/lib/llamafleet/gate/
-NAME.liveness.json {"restarts", "time", "why"}. Root, standard library; common.py and gate_server.py lie beside it.
+Writes /run/llamafleet/liveness-NAME.json (what was seen) and, on a restart, /var/lib/llamafleet/gate/liveness/
+NAME.json {"restarts", "time", "why"}. Root, standard library; common.py and gate_server.py lie beside it.
 
 `/health` can answer 200 on a server whose GPU hangs; `/slots` too, also while a batch is computed. So only counters
 that move prove that a server works, and a long queue does not prove the contrary.
@@ -25,7 +25,7 @@ import threading
 import time
 from typing import Any, Dict, List  # the contract is Python 3.8, whose own are typing's
 
-from common import GATES, RUN, instance_of, read_json, systemctl, write_json
+from common import RUN, gate_record, instance_of, liveness_record, read_json, systemctl, write_json
 from gate_server import ask, first_key, main_pid, slots, trust, unit_state
 
 POLL_SECONDS = 1.0
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
 
 def patience(spec: dict[str, Any], seconds: float) -> float:
     """Seconds without progress before a restart: SECONDS, or more if this host needs more for a batch."""
-    speed = read_json(f"{GATES}/{instance_of(spec['unit'])}.json").get("prompt_tokens_per_s")
+    speed = read_json(gate_record(instance_of(spec["unit"]))).get("prompt_tokens_per_s")
     # A record of an earlier version lacks the number. No batch is longer than the context of all slots.
     batch = spec["batch_tokens"] or spec["context_tokens"] * spec["slots"]
     return max(seconds, BATCH_PATIENCE * batch / speed) if speed else seconds
@@ -134,7 +134,7 @@ def restart(unit: str, pid: int, why: str) -> bool:
         if unit_state(unit) != "active/running" or main_pid(unit) != pid:
             return False
         print(f"{unit} is wedged: {why}; restarting it", flush=True)
-        path = f"{GATES}/{name}.liveness.json"
+        path = liveness_record(name)
         count = read_json(path).get("restarts", 0) + 1
         write_json(path, {"restarts": count, "why": why, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
         # Do not wait: a deploy that takes the lock next decides what runs.

@@ -5,9 +5,10 @@ NAME and the path of the installed plan.json. It runs the release in a transient
 commands in plan.json's `trial`: every planned device must be listed, and a tiny model must answer a completion. If that
 fails, directives are dropped in the order of `SUSPECTS`, one by one and then together, and the tightest set that works
 is kept: the staged unit then has the dropped ones as comments, and plan.json has them with the reason in its
-`preflight`. Raises `Unfit` where llama-server does not work even without hardening; nothing that is installed is
-touched. Root, systemd, the standard library, Python 3.8; common.py, ground.py, hardening_trial.py and tiny_gguf.py lie
-beside it.
+`preflight`. Raises `Unfit` where llama-server does not work even without hardening, or only without a directive that
+keeps instances apart; nothing that is installed is touched. `keep(staged, name, plan, unit)` loosens the staged unit
+as the installed one is, whose plan.json and text are given, and tries nothing. Root, systemd, the standard library,
+Python 3.8; common.py, ground.py, instance_files.py, hardening_trial.py and tiny_gguf.py lie beside it.
 
 Decision 18: docs/decisions/0018-hardening-is-proven-on-the-host.md.
 """
@@ -20,7 +21,8 @@ from typing import Any, Callable, Dict, FrozenSet, List, NamedTuple, Optional, S
 
 import ground
 import hardening_trial
-from common import read_json, unit_of, write_json
+import instance_files
+from common import APART, read_json, unit_of, without_directives, write_json
 from hardening_trial import Directive, Unfit
 
 __all__ = ["Unfit", "prepare"]
@@ -59,6 +61,7 @@ OTHERS = (
         "ProtectHostname", "PrivateIPC", "PrivateMounts", "KeyringMode",
     )),
 )  # fmt: skip
+# Of these, what `APART` in common.py names is dropped only where the host has no other instance.
 # Everything else stays in any case, above all User, NoNewPrivileges, the empty capability sets, ProtectSystem,
 # ProtectHome and PrivateTmp: a server that does not run with these is not run at all.
 
@@ -70,16 +73,33 @@ def prepare(staged: str, name: str, installed: str) -> None:
     """Find the directives that have to be dropped, and write the staged unit and plan.json accordingly."""
     unit_path, plan_path = f"{staged}/{unit_of(name)}", f"{staged}/plan.json"
     unit, plan = read(unit_path), json.loads(read(plan_path))
-    found = known(installed, unit)
+    trial = trial_of(plan)
+    alone = is_alone(name, trial)
+    found = known(installed, unit, alone)
     if found is None:
         print("preflight: trying the unit's hardening", flush=True)
-        found = examine(name, unit, trial_of(plan))
-    loosened = without(unit, [line for one in found["dropped"] for line in one["directives"]])
-    plan["preflight"] = {**found, "unit_sha256": sha256(loosened)}
+        found = examine(name, unit, trial, alone)
     for one in found["dropped"]:
         print(f"note: hardening without {', '.join(one['directives'])}: {one['why']}", flush=True)
+    loosen(unit_path, plan_path, found)
+
+
+def keep(staged: str, name: str, plan: Dict[str, Any], unit: str) -> None:
+    """Loosen the staged unit as the installed one is, and as its plan.json says."""
+    found = findings(plan)
+    if found is None:
+        return
+    unit_path, there = f"{staged}/{unit_of(name)}", {one.line for one in service_directives(unit)}
+    dropped = [one for one in found["dropped"] if there.isdisjoint(one["directives"])]
+    rendered = sha256(read(unit_path))
+    loosen(unit_path, f"{staged}/plan.json", {**found, "dropped": dropped, "rendered_sha256": rendered})
+
+
+def loosen(unit_path: str, plan_path: str, found: Dict[str, Any]) -> None:
+    """Drop the directives that were found, and write down what was."""
+    loosened = without_directives(read(unit_path), [line for one in found["dropped"] for line in one["directives"]])
     write(unit_path, loosened)
-    write_json(plan_path, plan)
+    write_json(plan_path, {**read_json(plan_path), "preflight": {**found, "unit_sha256": sha256(loosened)}})
 
 
 def trial_of(plan: Dict[str, Any]) -> Dict[str, Any]:
@@ -90,16 +110,43 @@ def trial_of(plan: Dict[str, Any]) -> Dict[str, Any]:
     return trial
 
 
-def known(installed: str, unit: str) -> Optional[Dict[str, Any]]:
-    """What the installed instance's preflight found, if the unit, systemd, kernel and driver are still the same."""
-    found = read_json(installed).get("preflight")
-    if not found:
+def known(installed: str, unit: str, alone: bool) -> Optional[Dict[str, Any]]:
+    """What the installed instance's preflight found, if the unit, systemd, kernel and driver are still the same, and
+    what was dropped because the instance was alone may still be."""
+    found = findings(read_json(installed))
+    if found is None or (needs_to_be_alone(found) and not alone):
         return None
-    same = found["rendered_sha256"] == sha256(unit) and found["ground"] == ground.ground()
+    same = found.get("rendered_sha256") == sha256(unit) and found.get("ground") == ground.ground()
     return {key: found[key] for key in found if key != "unit_sha256"} if same else None
 
 
-def examine(name: str, unit: str, trial: Dict[str, Any]) -> Dict[str, Any]:
+def findings(plan: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+    """The preflight's findings in a plan.json; None where there are none of the form that it writes."""
+    found = plan.get("preflight")
+    dropped = found.get("dropped") if isinstance(found, dict) else None
+    whole = isinstance(dropped, list) and all(
+        isinstance(one, dict) and isinstance(one.get("why"), str) and is_words(one.get("directives")) for one in dropped
+    )
+    return found if whole else None
+
+
+def needs_to_be_alone(found: Dict[str, Any]) -> bool:
+    """Whether a directive was dropped that keeps instances apart."""
+    lines = [line for one in found["dropped"] for line in one["directives"]]
+    return any(line.partition("=")[0] in APART for line in lines)
+
+
+def is_words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def is_alone(name: str, trial: Dict[str, Any]) -> bool:
+    """Whether the host has no other instance, neither planned nor installed."""
+    others = [unit for unit in instance_files.units() if unit != unit_of(name)]
+    return trial.get("alone") is True and not others
+
+
+def examine(name: str, unit: str, trial: Dict[str, Any], alone: bool) -> Dict[str, Any]:
     """The preflight's findings for a unit; raises Unfit."""
     directives = service_directives(unit)
     with hardening_trial.Trial(name, trial) as tried:
@@ -110,8 +157,10 @@ def examine(name: str, unit: str, trial: Dict[str, Any]) -> Dict[str, Any]:
             print(f"preflight: without {', '.join(sorted(dropped)) or 'nothing'}: {why or 'works'}", flush=True)
             return why
 
-        dropped = tightest([part.label for part in SUSPECTS if lines_of(part.label, directives)],
-                           [part.label for part in OTHERS if lines_of(part.label, directives)], works)  # fmt: skip
+        suspects, others = (
+            [part.label for part in parts if lines_of(part.label, directives)] for parts in (SUSPECTS, OTHERS)
+        )
+        dropped = tightest(suspects, others, works, frozenset() if alone else APART)
         checked = tried.checked
     return {
         "rendered_sha256": sha256(unit),
@@ -121,24 +170,40 @@ def examine(name: str, unit: str, trial: Dict[str, Any]) -> Dict[str, Any]:
     }
 
 
-def tightest(suspects: Sequence[str], others: Sequence[str], works: Works) -> Dict[str, str]:
-    """The labels that have to be dropped, each with the failure that keeping it causes; raises Unfit."""
+def tightest(
+    suspects: Sequence[str], others: Sequence[str], works: Works, apart: FrozenSet[str] = frozenset()
+) -> Dict[str, str]:
+    """The labels that have to be dropped, each with the failure that keeping it causes; none of `apart` is. Raises
+    Unfit."""
     if works(frozenset()) is None:
         return {}
-    everything = frozenset((*suspects, *others))
+    everything = frozenset((*suspects, *others)) - apart
     bare = works(everything)
     if bare is not None:
-        raise Unfit(f"llama-server does not work on this host, even without hardening: {bare}")
+        raise unfit(bare, everything, apart.intersection((*suspects, *others)), works)
     # Once more, so that a passing disturbance does not loosen the unit.
     why = works(frozenset())
     if why is None:
         return {}
+    suspects = [label for label in suspects if label not in apart]
     for label in suspects:
         if works(frozenset([label])) is None:
             return {label: why}
     order = [*suspects, *others]
     together = works(frozenset(suspects)) is None
     return put_back(frozenset(suspects) if together else everything, order, works)
+
+
+def unfit(bare: str, everything: FrozenSet[str], apart: FrozenSet[str], works: Works) -> Unfit:
+    """Why llama-server does not work with nothing but the directives that keep instances apart."""
+    if apart and works(everything | apart) is None:
+        needed = put_back(everything | apart, sorted(apart), works)
+        names = ", ".join(label for label in needed if label in apart)
+        return Unfit(
+            f"llama-server does not work on this host with {names}, which keeps instances of one host from reading "
+            f"each other's keys: {bare}. Serve a single model on this host, or mend its driver"
+        )
+    return Unfit(f"llama-server does not work on this host, even without hardening: {bare}")
 
 
 def put_back(dropped: FrozenSet[str], order: Sequence[str], works: Works) -> Dict[str, str]:
@@ -168,13 +233,6 @@ def service_directives(unit: str) -> List[Directive]:
         elif section == "[Service]" and "=" in line and not line.startswith(("#", ";")):
             found.append(Directive(*line.split("=", 1)))
     return found
-
-
-def without(unit: str, lines: Sequence[str]) -> str:
-    """The unit with these lines as comments."""
-    gone = set(lines)
-    note = "# Dropped by the preflight (see plan.json): "
-    return "\n".join(note + line if line in gone else line for line in unit.split("\n"))
 
 
 def read(path: str) -> str:

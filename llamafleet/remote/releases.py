@@ -9,25 +9,26 @@ Decision 19: docs/decisions/0019-units-name-the-release-folder.md.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
 from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
 
-from common import GOOD, OPT, PREFIX, SUFFIX, UNITS
+from common import GOOD, OPT, PREFIX, RELEASE_SCHEMA, SUFFIX, UNITS, later_schema, read_file, read_json, sync_folder
 
 
 def record_of(folder: str) -> dict[str, Any] | None:
-    """The record of a release that is whole: every file that it names is there, in its size."""
+    """The record of a release that is whole: its form is known, and every file that it names is there, in its size."""
+    record = read_json(f"{folder}/release.json")
+    files, sizes = record.get("files"), record.get("sizes", {})
+    if later_schema(record, RELEASE_SCHEMA) or not isinstance(files, dict) or not isinstance(sizes, dict):
+        return None
     try:
-        with open(f"{folder}/release.json") as file:
-            record: dict[str, Any] = json.load(file)
-        sizes = record.get("sizes", {})
-        for name in record["files"]:
-            if os.stat(f"{folder}/bin/{name}").st_size != sizes.get(name, os.stat(f"{folder}/bin/{name}").st_size):
+        for name in files:
+            size = os.stat(f"{folder}/bin/{name}").st_size
+            if size != sizes.get(name, size):
                 return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # damaged is not whole
+    except (OSError, ValueError):
         return None
     return record
 
@@ -35,13 +36,16 @@ def record_of(folder: str) -> dict[str, Any] | None:
 def main(argv: list[str]) -> int:
     key, keep = argv[0], int(argv[1])
     if record_of(f"{OPT}/releases/{key}") is None:
-        print(f"error: {OPT}/releases/{key} is not a complete release", file=sys.stderr)
+        why = later_schema(read_json(f"{OPT}/releases/{key}/release.json"), RELEASE_SCHEMA)
+        why = f"release.json: {why}" if why else "is not a complete release"
+        print(f"error: {OPT}/releases/{key} {why}", file=sys.stderr)
         return 1
     link = f"{OPT}/.current"
     if os.path.lexists(link):
         os.unlink(link)
     os.symlink(f"releases/{key}", link)
     os.replace(link, f"{OPT}/current")
+    sync_folder(OPT)
     for name in os.listdir(f"{OPT}/releases"):
         if name.endswith(".partial") and name != f".{key}.partial":
             shutil.rmtree(f"{OPT}/releases/{name}")
@@ -63,8 +67,7 @@ def unit_texts() -> Iterator[str]:
     for folder, _, names in [(UNITS, None, os.listdir(UNITS)), *os.walk(GOOD)]:
         for name in names:
             if name.startswith(PREFIX) and name.endswith(SUFFIX):
-                with open(f"{folder}/{name}") as file:
-                    yield file.read()
+                yield (read_file(f"{folder}/{name}") or b"").decode("utf-8", "replace")
 
 
 def running() -> Iterator[str]:

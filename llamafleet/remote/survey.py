@@ -3,7 +3,8 @@
 Contract: one argument, a JSON object {"packages": {name of a package manager: [names]},
 "build_cache": path | null, "toolkits": [paths], "paths": [paths], "vulkan": bool}; prints one JSON object
 {"machine": the probe's output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and psutil;
-its siblings common.py, probe.py, toolkits.py, lock.py, ground.py, packages.py and releases.py lie in the same folder.
+its siblings common.py, instance_files.py, probe.py, toolkits.py, lock.py, ground.py, packages.py and releases.py lie
+in the same folder.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import sys
 from typing import Any
 
 import common
+import instance_files
 from common import (
     CURRENT,
     GOOD,
     HELPERS,
     INSTANCES,
     LIVENESS,
-    MADE_BY,
     MODELS,
     PREFIX,
     RELEASES,
@@ -141,12 +142,7 @@ def units() -> list[str]:
 
 
 def is_ours(unit: str) -> bool:
-    """Did we make this unit? Its first line says so; what others made is never touched."""
-    try:
-        with open(f"{UNITS}/{unit}") as file:
-            return file.readline().startswith(MADE_BY)
-    except (OSError, UnicodeDecodeError):
-        return False
+    return instance_files.is_ours(unit, UNITS)
 
 
 def instance(name: str) -> dict[str, Any]:
@@ -172,7 +168,15 @@ def instance(name: str) -> dict[str, Any]:
         "argv": common.command_line(pid),
         "exe": exe_of(pid),
         "record": record or None,
+        "unit_core_sha256": core_sha256(f"{UNITS}/{unit}"),
+        "good_core_sha256": core_sha256(f"{GOOD}/{name}/{unit}"),
     }
+
+
+def core_sha256(unit: str) -> str | None:
+    """Of a unit file the hash of what a running server depends on; None where it cannot be read."""
+    data = common.read_file(unit)
+    return None if data is None else common.sha256(common.core_of_unit(data.decode("utf-8", "replace")).encode())
 
 
 def show(unit: str, *properties: str) -> dict[str, str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from llamafleet.host.installed import Installed, InstalledInstance
+from llamafleet.remote.common import APART, core_of_unit, without_directives
 from llamafleet.service.desired import Desired, Service
 
 # The credentials of a unit by their names, and what they are in words.
@@ -26,6 +28,8 @@ class Changes:
     models: tuple[str, ...]
     # Instances to install or restart, with the reasons.
     services: Mapping[str, tuple[str, ...]]
+    # Instances whose servers run on while their unit, plan.json and liveness check are replaced, with the reasons.
+    refreshed: Mapping[str, tuple[str, ...]]
     # Instances that stay as they are, but for their liveness check.
     liveness: tuple[str, ...]
     removed: tuple[str, ...]
@@ -39,19 +43,23 @@ class Changes:
     def any(self) -> bool:
         """Whether anything is to be done to what runs or is installed: a plan.json alone does not count."""
         parts = (self.helpers, self.user, self.packages, self.toolkit, self.build, self.models, self.services,
-                 self.liveness, self.removed, self.current)  # fmt: skip
+                 self.refreshed, self.liveness, self.removed, self.current)  # fmt: skip
         return any(bool(part) for part in parts)
 
 
 def changes_needed(desired: Desired, installed: Installed) -> Changes:
     """What makes the host what it should be."""
     services = {serving.name: serving.service for serving in desired.servings}
+    alone = len(services) == 1
     reasons = {
-        name: differences(service, installed.instances.get(name), installed.ground)
+        name: differences(service, installed.instances.get(name), installed.ground, alone)
         for name, service in services.items()
     }
     to_install = {name: why for name, why in reasons.items() if why}
-    stay = {name: installed.instances[name] for name, why in reasons.items() if not why}
+    run_on = {name: installed.instances[name] for name, why in reasons.items() if not why}
+    quiet = {name: quiet_differences(services[name], instance) for name, instance in run_on.items()}
+    refreshed = {name: why for name, why in quiet.items() if why}
+    stay = {name: instance for name, instance in run_on.items() if name not in refreshed}
     files = {
         serving.folder: {f"{serving.folder}/{file.name}": file.sha256 for file in serving.model.files}
         for serving in desired.servings
@@ -64,6 +72,7 @@ def changes_needed(desired: Desired, installed: Installed) -> Changes:
         build=desired.build.key not in installed.releases,
         models=tuple(folder for folder, sums in files.items() if not _complete(sums, installed)),
         services=to_install,
+        refreshed=refreshed,
         liveness=tuple(name for name, instance in stay.items() if liveness_differs(services[name], instance)),
         removed=tuple(name for name in installed.instances if name not in services),
         current=installed.current != desired.build.key,
@@ -85,16 +94,18 @@ def _complete(files: Mapping[str, str | None], installed: Installed) -> bool:
 
 
 def differences(
-    service: Service, installed: InstalledInstance | None, ground: Mapping[str, str | None]
+    service: Service, installed: InstalledInstance | None, ground: Mapping[str, str | None], alone: bool = True
 ) -> tuple[str, ...]:
-    """Why this instance must be installed or started again; empty where it is as it should be.
+    """Why this instance must be installed or started again; empty where it is as it should be, or where it differs in
+    what its server runs on with.
 
-    `ground` is what the unit's hardening depends on, as the host has it now: systemd, kernel and driver.
+    `ground` is what the unit's hardening depends on, as the host has it now: systemd, kernel and driver. `alone`: the
+    host is to have no other instance.
     """
     if installed is None:
         return ("it is not installed",)
-    reasons = list(_unit_differs(sha256(service.unit_text), installed, ground))
-    if not reasons and installed.good_sha256 != installed.unit_sha256:
+    reasons = list(_unit_differs(service.unit_text, installed, ground, alone))
+    if not reasons and not _has_passed(installed):
         reasons.append("it has not passed the gate")
     if installed.plan_sha256 is None:
         reasons.append("its plan.json is missing")
@@ -115,17 +126,48 @@ def differences(
     return tuple(reasons)
 
 
-def _unit_differs(wanted: str, installed: InstalledInstance, ground: Mapping[str, str | None]) -> Iterator[str]:
-    """Why the installed unit is wrong: nothing where it is the wanted unit, or the wanted unit without the lines that
-    the preflight dropped on this ground."""
-    if installed.unit_sha256 == wanted:
+def _unit_differs(
+    wanted: str, installed: InstalledInstance, ground: Mapping[str, str | None], alone: bool
+) -> Iterator[str]:
+    """Why the installed unit is wrong: nothing where it has the directives of the wanted unit, but for quiet ones and
+    for those that the preflight dropped on this ground."""
+    dropped = _dropped(installed)
+    if installed.unit_sha256 == sha256(wanted) or installed.unit_core_sha256 == sha256(core_of_unit(wanted)):
         return
-    tried = installed.preflight or {}
-    if (tried.get("rendered_sha256"), tried.get("unit_sha256")) != (wanted, installed.unit_sha256):
+    if not dropped or installed.unit_core_sha256 != sha256(core_of_unit(wanted, dropped)):
         yield "its unit differs"
-    elif tried.get("ground") != ground:
-        changed = ", ".join(name for name in ground if tried.get("ground", {}).get(name) != ground[name])
+        return
+    found = (installed.preflight or {}).get("ground") or {}
+    if found != ground:
+        changed = ", ".join(name for name in ground if found.get(name) != ground[name])
         yield f"its hardening was loosened under another {changed}: the whole hardening is tried again"
+    elif not alone and (open_ := sorted({line.partition("=")[0] for line in dropped} & APART)):
+        yield f"its hardening lacks {', '.join(open_)}, which keeps it apart from the host's other instances"
+
+
+def _has_passed(installed: InstalledInstance) -> bool:
+    """Whether the installed unit is the one that last passed the gate, but for quiet directives."""
+    if installed.good_sha256 is not None and installed.good_sha256 == installed.unit_sha256:
+        return True
+    return installed.good_core_sha256 is not None and installed.good_core_sha256 == installed.unit_core_sha256
+
+
+def _dropped(installed: InstalledInstance) -> tuple[str, ...]:
+    """The directives that the preflight dropped, as plan.json has them; none where it has another form."""
+    found: Mapping[str, Any] = installed.preflight or {}
+    try:
+        lines = [line for one in found["dropped"] for line in one["directives"]]
+    except (KeyError, TypeError):
+        return ()
+    return tuple(line for line in lines if isinstance(line, str))
+
+
+def quiet_differences(service: Service, installed: InstalledInstance) -> tuple[str, ...]:
+    """Why the unit is to be replaced while its server runs on; empty where it is as it should be."""
+    wanted = (service.unit_text, without_directives(service.unit_text, _dropped(installed)))
+    if installed.unit_sha256 in [sha256(text) for text in wanted]:
+        return ()
+    return ("its unit differs in lines that need no restart",)
 
 
 def liveness_differs(service: Service, installed: InstalledInstance) -> bool:

@@ -268,7 +268,14 @@ def _serving(
     argv = (*desired.command(plan), *command.credential_flags(instance))
     record = {
         **plan_record(
-            instance, plan, build, model, model_path(model), argv, speed_floor_percent=settings.speed_floor_percent
+            instance,
+            plan,
+            build,
+            model,
+            model_path(model),
+            argv,
+            speed_floor_percent=settings.speed_floor_percent,
+            alone=len(settings.models) == 1,
         ),
         "inputs": {"key": inputs.keys[instance.name], "memory": choice.memory.to_json()},
         "verified": verified.to_json() if verified else desired.remembered(plan),
@@ -276,9 +283,11 @@ def _serving(
     service = Service(
         name=instance.name,
         unit_text=unit_text(
-            render, instance, plan, build, desired.installed, record, allow_swap=settings.allow_swap
+            render, instance, plan, build, desired.installed, record, desired.run.helpers,
+            allow_swap=settings.allow_swap,
         ),
         plan_json=record_text(record), secrets=desired.run.secrets.get(instance.name, {}), argv=argv,
-        release=build.release, liveness=liveness_texts(render, instance, settings), identity=record["identity"],
+        release=build.release, liveness=liveness_texts(render, instance, settings, desired.run.helpers),
+        identity=record["identity"],
     )  # fmt: skip
     return Serving(instance, model, plan, service, record, verified)

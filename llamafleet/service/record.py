@@ -11,7 +11,7 @@ from llamafleet.host.machine import Gpu
 from llamafleet.hub.source import ModelFiles
 from llamafleet.planner.flags import device_names
 from llamafleet.planner.result import Plan
-from llamafleet.remote.common import API_KEYS, INSTANCES, TLS_CERTIFICATE, TLS_KEY
+from llamafleet.remote.common import API_KEYS, INSTANCES, PLAN_SCHEMA, TLS_CERTIFICATE, TLS_KEY
 from llamafleet.service.trial import told_to_host
 from llamafleet.settings.schema import Instance
 
@@ -23,13 +23,13 @@ START_SECONDS = 60
 
 def plan_record(
     instance: Instance, plan: Plan, build: Build, model: ModelFiles, path: str, argv: tuple[str, ...],
-    *, speed_floor_percent: int,
+    *, speed_floor_percent: int, alone: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """plan.json, without `inputs` and `verified`, which make no difference to the running service.
 
     `path` is the model's first file on the host, `argv` the whole command line. `identity` is a hash of
     everything that makes a difference to the running service; the free bytes of the ledger, which drift
-    from run to run, do not.
+    from run to run, do not. `alone`: the host is to have this instance and no other.
     """
     gate = {
         "unit": instance.unit,
@@ -51,7 +51,7 @@ def plan_record(
     files = [{"path": f"{path.rsplit('/', 1)[0]}/{file.name}", "size_bytes": file.size_bytes, "sha256": file.sha256}
              for file in model.files]  # fmt: skip
     record = {
-        "schema": 1,
+        "schema": PLAN_SCHEMA,
         "name": instance.name,
         "source": instance.source,
         "release": build.key,
@@ -63,7 +63,7 @@ def plan_record(
         "numa_nodes": plan.numa_nodes,
     }
     identity = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
-    return {**record, "identity": identity, **told_to_host(argv), "plan": plan.to_json()}
+    return {**record, "identity": identity, **told_to_host(argv, alone), "plan": plan.to_json()}
 
 
 def record_text(record: dict[str, Any]) -> str:

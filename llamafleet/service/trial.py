@@ -15,10 +15,10 @@ MODEL, PORT = "{model}", "{port}"
 CARRIED = ("--device", "--split-mode", "--cache-type-k", "--cache-type-v", "--flash-attn", "--load-mode", "--fit")
 
 
-def told_to_host(argv: Sequence[str]) -> dict[str, Any]:
-    """Keys of plan.json, from the service's whole command line: `trial` for hardening_trial.py, and `batch_tokens` for
-    liveness.py."""
-    return {"trial": trial(argv), "batch_tokens": batch_tokens(argv)}
+def told_to_host(argv: Sequence[str], alone: bool) -> dict[str, Any]:
+    """Keys of plan.json, from the service's whole command line: `trial` for hardening_trial.py and preflight.py, and
+    `batch_tokens` for liveness.py. `alone`: the host is to have this instance and no other."""
+    return {"trial": {**trial(argv), "alone": alone}, "batch_tokens": batch_tokens(argv)}
 
 
 def trial(argv: Sequence[str]) -> dict[str, Any]:

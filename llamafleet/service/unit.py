@@ -19,6 +19,7 @@ from llamafleet.host.installed import Installed
 from llamafleet.host.vulkan import SOFTWARE
 from llamafleet.planner.result import Plan
 from llamafleet.remote.common import (
+    API_KEYS,
     BUILD,
     ETC,
     GOOD,
@@ -51,34 +52,35 @@ _OURS = (ETC, HELPERS, RUN, BUILD, GOOD, JOBS, SOURCE, STAGED)
 _SYSTEM = ("/boot", "/etc/ssh", "/etc/ssl/private", "/srv", "/var/backups", "/var/log", "/var/spool")
 HIDDEN = tuple(f"-{path}" for path in sorted((*_OURS, *_SYSTEM)))
 
-GATE, LIVENESS = helper("gate.py"), helper("liveness.py")
-
 # Above the planned host memory, for what a process needs beside its model: share and bytes.
 MEMORY_MARGIN, MEMORY_SPARE = 1.1, 1024 * MIB
 
 
 def unit_text(
     render: Renderer, instance: Instance, plan: Plan, build: Build, installed: Installed, record: Mapping[str, Any],
-    *, allow_swap: bool,
+    helpers: str, *, allow_swap: bool,
 ) -> str:  # fmt: skip
-    """The whole unit file of an instance; `record` is its plan.json."""
-    return render(
-        "llama-server.service.j2", unit_values(instance, plan, build, installed, record, allow_swap=allow_swap)
-    )
+    """The whole unit file of an instance; `record` is its plan.json, `helpers` the version of our programs that it
+    calls: those that it was made with, whatever version is installed later."""
+    values = unit_values(instance, plan, build, installed, record, helpers, allow_swap=allow_swap)
+    return render("llama-server.service.j2", values)
 
 
 def unit_values(
-    instance: Instance, plan: Plan, build: Build, installed: Installed, record: Mapping[str, Any], *, allow_swap: bool
-) -> dict[str, Any]:
+    instance: Instance, plan: Plan, build: Build, installed: Installed, record: Mapping[str, Any], helpers: str,
+    *, allow_swap: bool,
+) -> dict[str, Any]:  # fmt: skip
     """What the template of the unit names."""
     gate = record["gate"]
+    start_check = (helper("gate.py", helpers), "start", plan_path(instance.name))
     return {
         "instance": instance,
         "identity": record["identity"],
         "command": [unit_escape(argument) for argument in gate["argv"]],
-        "started": [unit_escape(word) for word in (GATE, "start", plan_path(instance.name))],
+        "started": [unit_escape(word) for word in start_check],
         "start_seconds": gate["health_seconds"] + 30,
         "credentials": credentials(instance),
+        "api_keys": credentials(instance).get(API_KEYS),
         "environment": plan.environment,
         "gpu": bool(plan.gpus),
         "cuda": build.backend == "cuda",
@@ -117,11 +119,12 @@ def _families(listen: str, gpu: bool) -> tuple[str, ...]:
     return (own, "AF_UNIX") if gpu else (own,)
 
 
-def liveness_texts(render: Renderer, instance: Instance, settings: Settings) -> dict[str, str]:
-    """The units of the instance's liveness check by name; empty where the check is switched off."""
+def liveness_texts(render: Renderer, instance: Instance, settings: Settings, helpers: str) -> dict[str, str]:
+    """The units of the instance's liveness check by name; empty where the check is switched off. `helpers` is the
+    version of our programs that they call."""
     if settings.liveness_seconds == 0:
         return {}
-    words = (LIVENESS, plan_path(instance.name), str(settings.liveness_seconds))
+    words = (helper("liveness.py", helpers), plan_path(instance.name), str(settings.liveness_seconds))
     values = {
         "instance": instance,
         "command": [unit_escape(word) for word in words],

@@ -124,6 +124,13 @@ def staged_files(serving: Serving) -> dict[str, str]:
     return staged
 
 
+def refreshed_files(serving: Serving) -> dict[str, str]:
+    """The files that replace those of an instance whose server runs on, by name."""
+    service = serving.service
+    record = {**kept_keys(_now().desired.installed.instances[serving.name]), **serving.record}
+    return {service.unit: service.unit_text, "plan.json": record_text(record), **service.liveness}
+
+
 def changed_records() -> dict[str, str]:
     """By instance, the new plan.json of those whose service stays as it is. Keys that the host itself added stay."""
     now = decision()

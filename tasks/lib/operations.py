@@ -231,6 +231,16 @@ def switch_service(staging: Callable[[], Staging | None], again: Callable[[Host,
         yield FunctionCommand(lambda state, host, sizes=binary_bytes: again(host, sizes), (), {})
 
 
+@operation()
+def refresh_service(staging: Callable[[], Staging | None]) -> Commands:
+    """Replace unit, plan.json and liveness check of an instance whose running server depends on none of the changes."""
+    now = staging()
+    if now is None:
+        return _as_wanted("the unit is as planned")
+    yield from stage_files._inner(True, now.folder, now.files, now.secrets)
+    yield FunctionCommand(jobs.follow, (f"refresh-{now.name}", remote.words("switch.py", "refresh", now.name)), {})
+
+
 def _switch(state: State, host: Host, now: Staging, binary_bytes: dict[str, int], last: bool) -> bool:
     """Run the switch as a job. Where it failed because llama-server wants more memory, put the sizes that it printed
     into `binary_bytes`, unless this was the last try."""

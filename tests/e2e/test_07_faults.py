@@ -72,13 +72,13 @@ def test_a_stopped_server_is_restarted_by_the_liveness_check(host):
     # Two pauses at most before it is asked, then the deadline, the poll of /slots, and a restart.
     took = until(lambda: main_pid(host, "tiny") not in (0, before) and serves(host), 2 * 2 + deadline + 5 + 20)
     print(f"served again {took:.1f} s after SIGSTOP, with a deadline of {deadline:.1f} s")
-    noted = json.loads(on(host, "cat", "/var/lib/llamafleet/gate/tiny.liveness.json"))
+    noted = json.loads(on(host, "cat", "/var/lib/llamafleet/gate/liveness/tiny.json"))
     assert noted["restarts"] >= 1 and f"no token within {deadline:.0f} s" in noted["why"]
     assert "is wedged" in on(host, "journalctl", "--no-pager", "-u", "llama-server-tiny-liveness.service")
 
 
 def test_a_busy_server_is_left_alone(host):
-    before, restarts = main_pid(host, "tiny"), on(host, "cat", "/var/lib/llamafleet/gate/tiny.liveness.json")
+    before, restarts = main_pid(host, "tiny"), on(host, "cat", "/var/lib/llamafleet/gate/liveness/tiny.json")
     checks = int(
         on(host, "sh", "-c", "journalctl -q --no-pager -u llama-server-tiny-liveness.service | grep -c Finished")
     )
@@ -99,7 +99,7 @@ def test_a_busy_server_is_left_alone(host):
         for one in talkers:
             one.join()
     assert main_pid(host, "tiny") == before
-    assert on(host, "cat", "/var/lib/llamafleet/gate/tiny.liveness.json") == restarts
+    assert on(host, "cat", "/var/lib/llamafleet/gate/liveness/tiny.json") == restarts
 
 
 def test_a_stopped_liveness_check_is_drift_and_is_mended_without_a_restart(host, deploy):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common
 import gate_devices
 import pytest
 
@@ -303,17 +304,112 @@ def test_start_post_asks_health_and_gpus_and_tells_the_journal(spec, server, tmp
     server.answer("/health", (200, {}))
     monkeypatch.setattr(gate, "held_by", lambda pid: held)
     (tmp_path / "plan.json").write_text(json.dumps({"gate": spec}))
-    monkeypatch.setattr(gate, "GATES", str(tmp_path / "gate"))
+    monkeypatch.setattr(common, "GATES", str(tmp_path / "gate"))
     assert gate.main(["start", str(tmp_path / "plan.json")]) == code
     told = capsys.readouterr()
     assert told.out == "" and ("gpu memory" in told.err) is bool(code)
     assert server.paths == ["/health"]
 
 
+@pytest.mark.parametrize("keys", ["asked for", "not asked for"])
+def test_a_start_without_the_planned_keys_fails(keyed, server, tmp_path, monkeypatch, capsys, keys):
+    """As with an empty key file, which switches llama-server's authentication off."""
+    server.answer("/health", (200, {}))
+    server.answer("/v1/completions", (200, {"choices": []}))
+    server.key = KEY if keys == "asked for" else None
+    monkeypatch.setattr(gate, "wait_for_health", lambda *_: 200)
+    monkeypatch.setattr(common, "GATES", str(tmp_path / "gate"))
+    (tmp_path / "plan.json").write_text(json.dumps({"gate": {**keyed, "gpus": []}}))
+    assert gate.main(["start", str(tmp_path / "plan.json")]) == (0 if server.key else 1)
+    said = capsys.readouterr().err
+    assert said == "" if server.key else "api key: expected 401 without a key, found 200 (an empty key file" in said
+
+
+def test_a_key_file_that_is_gone_is_named(keyed, server, tmp_path, monkeypatch):
+    server.answer("/v1/completions", (200, {}))
+    os.unlink(keyed["api_keys"])
+    found = gate.check(keyed, [gate.check_key, gate.check_context])
+    assert [one["ok"] for one in found["checks"]] == [True, False]
+    assert found["checks"][1]["name"] == "context" and "No such file" in found["checks"][1]["found"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda plan: [plan], "it is no JSON object"),
+        (lambda plan: {**plan, "schema": 2}, "it has schema 2, and this llamafleet knows up to 1"),
+        (lambda plan: {**plan, "schema": "1"}, "it has schema '1'"),
+        (lambda plan: {"schema": 1}, "gate: should be an object"),
+        (lambda plan: {**plan, "gate": [1]}, "gate: should be an object"),
+        (
+            lambda plan: {"gate": {key: plan["gate"][key] for key in plan["gate"] if key != "url"}},
+            "gate.url is missing",
+        ),
+        (lambda plan: {"gate": {**plan["gate"], "argv": "llama-server"}}, "gate.argv: should be a list of texts"),
+        (
+            lambda plan: {"gate": {**plan["gate"], "unit": "sshd.service"}},
+            "gate.unit: should be the name of a unit of ours",
+        ),
+        (lambda plan: {"gate": {**plan["gate"], "gpus": {}}}, "gate.gpus: should be a list of objects"),
+        (lambda plan: {"gate": {**plan["gate"], "gpus": [1]}}, "gate.gpus[0]: should be an object"),
+        (lambda plan: {"gate": {**plan["gate"], "gpus": [{"uuid": "x"}]}}, "gate.gpus[0].name is missing"),
+        (lambda plan: {**plan, "files": [{"path": 1}]}, "files[0].path: should be a text"),
+        (lambda plan: {**plan, "files": 5}, "files[0]: should be an object"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["start", "check"])
+def test_a_plan_of_another_form_is_refused_by_name(spec, tmp_path, capsys, verb, change, problem):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(change({"gate": spec})))
+    assert gate.main([verb, str(path), "--record"]) == 1
+    said = capsys.readouterr()
+    text = said.err if verb == "start" else json.loads(said.out)["checks"][0]["found"]
+    assert f"{path}: {problem}" in text
+    assert said.err == "" if verb == "check" else said.out == ""
+
+
+@pytest.mark.parametrize("text", ["", "{", "\0" * 9, "[" * 100_000])
+def test_a_plan_that_is_damaged_is_refused_by_name(tmp_path, capsys, text):
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    for where in (path, tmp_path / "none.json"):
+        assert gate.main(["start", str(where)]) == 1
+        assert f"plan: expected a plan.json that this gate knows, found {where}: " in capsys.readouterr().err
+
+
+def test_a_plan_of_39f1a14_is_read(spec, tmp_path, monkeypatch):
+    """It had no tls_certificate at first, no kv_type and no floor."""
+    (tmp_path / "plan.json").write_text(
+        json.dumps({"gate": {key: value for key, value in spec.items() if key != "kv_type"}})
+    )
+    found = gate.read_spec(str(tmp_path / "plan.json"))
+    assert (found["kv_type"], found["tls_certificate"], found["speed_floor_percent"]) == (None, None, 0)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"speeds": 5}, {"speeds": ["fast"]}, {"speeds": [True]}, {"prompt_tokens_per_s": "x"}, {"prompt_tokens_per_s": 0},
+        {"first": []}, {"first": {"model": "m"}}, {"first": {"model": "m", "top": {"a": 1}}}, {"first": {"top": {"1": None}}},
+        {"schema": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_record_of_another_form_counts_as_never_measured(spec, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(common, "GATES", str(tmp_path))
+    (tmp_path / "plan.json").write_text(json.dumps({"gate": spec}))
+    good = {"speeds": [1.0, 2], "prompt_tokens_per_s": 3.5, "first": {"model": "m", "top": {"1": -0.5}}}
+    (tmp_path / "chat.json").write_text(json.dumps(good))
+    assert gate.read_spec(str(tmp_path / "plan.json"))["last"] == good
+    (tmp_path / "chat.json").write_text(json.dumps({**good, **damage}))
+    last = gate.read_spec(str(tmp_path / "plan.json"))["last"]
+    assert set(good) - set(last) == (set(good) if "schema" in damage else set(damage))
+
+
 @pytest.fixture
 def recorded(spec, tmp_path, monkeypatch):
     """Runs `gate.py check PLAN --record` with one check that gives this verdict and measures this speed."""
-    monkeypatch.setattr(gate, "GATES", str(tmp_path / "gate"))
+    monkeypatch.setattr(common, "GATES", str(tmp_path / "gate"))
 
     def run(ok, speed=None, record=True, **plan):
         def verdict(spec):
@@ -361,7 +457,7 @@ def test_the_last_speeds_are_remembered_for_one_plan_only(recorded, spec):
 
 def test_without_a_floor_any_speed_is_good(spec, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(gate, "GATES", str(tmp_path / "gate"))
+    monkeypatch.setattr(common, "GATES", str(tmp_path / "gate"))
     monkeypatch.setattr(gate, "CHECKS", (lambda spec: seen.append(spec["speed_floor_percent"]),))
     (tmp_path / "plan.json").write_text(json.dumps({"gate": {**spec, "speed_floor_percent": 40}}))
     for options in ([], ["--no-floor"]):

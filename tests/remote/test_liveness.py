@@ -6,6 +6,7 @@ import fcntl
 import json
 import threading
 
+import common
 import pytest
 
 from llamafleet.remote import liveness
@@ -66,7 +67,7 @@ def systemd(monkeypatch):
 def check(server, systemd, tmp_path, monkeypatch):
     """One run of the liveness check; its exit code."""
     monkeypatch.setattr(liveness, "RUN", str(tmp_path / "run"))
-    monkeypatch.setattr(liveness, "GATES", str(tmp_path / "gate"))
+    monkeypatch.setattr(common, "GATES", str(tmp_path / "gate"))
     monkeypatch.setattr(liveness, "POLL_SECONDS", 0.02)
     gate = {"unit": UNIT, "url": server.url, "api_keys": None, "context_tokens": 4096, "slots": 2}
     (tmp_path / "plan.json").write_text(json.dumps({"gate": gate, "batch_tokens": 2048}))
@@ -95,11 +96,11 @@ def test_a_server_without_a_token_is_restarted(check, server, systemd, tmp_path,
     server.status, server.slots = None, [slots]
     assert check() == 1
     assert restarts(systemd) == [["systemctl", "restart", "--no-block", UNIT]]
-    noted = json.loads((tmp_path / "gate/chat.liveness.json").read_text())
+    noted = json.loads((tmp_path / "gate/liveness/chat.json").read_text())
     assert noted["restarts"] == 1 and "no token within 0 s" in noted["why"]
     assert f"{UNIT} is wedged" in capsys.readouterr().out
     check()
-    assert json.loads((tmp_path / "gate/chat.liveness.json").read_text())["restarts"] == 2
+    assert json.loads((tmp_path / "gate/liveness/chat.json").read_text())["restarts"] == 2
 
 
 def test_our_own_request_that_hangs_is_no_sign_of_life(check, server, systemd):
@@ -161,7 +162,7 @@ def test_a_deploy_that_is_at_it_is_not_disturbed(check, server, systemd, tmp_pat
 
 
 def test_a_slow_host_is_given_the_time_of_its_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(liveness, "GATES", str(tmp_path))
+    monkeypatch.setattr(common, "GATES", str(tmp_path))
     spec = {"unit": UNIT, "batch_tokens": 2048, "context_tokens": 4096, "slots": 2}
     assert liveness.patience(spec, 120.0) == 120.0
     (tmp_path / "chat.json").write_text('{"prompt_tokens_per_s": 16.0}')

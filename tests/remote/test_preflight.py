@@ -4,6 +4,7 @@ systemd-run that refuses what the test says."""
 import json
 import sys
 
+import common
 import hardening_trial
 import preflight
 import pytest
@@ -66,6 +67,18 @@ def test_what_is_left_is_the_tightest(needed, suspects):
     assert set(found) == needed
 
 
+def test_what_keeps_instances_apart_is_never_dropped():
+    apart = frozenset(["b", "c"])
+    assert preflight.tightest(["a", "b"], ["c"], failing_with("a"), apart) == {"a": "needs a"}
+    for needed in (["b"], ["a", "b"]):
+        with pytest.raises(
+            preflight.Unfit, match=r"on this host with b, which keeps instances .* needs b.*single model"
+        ):
+            preflight.tightest(["a", "b"], ["c", "d"], failing_with(*needed), apart)
+    with pytest.raises(preflight.Unfit, match="even without hardening: needs"):
+        preflight.tightest(["a", "b"], ["c"], failing_with("b", "z"), apart)
+
+
 # --- the unit -------------------------------------------------------------------------------------
 
 UNIT = """\
@@ -110,13 +123,13 @@ def test_a_part_has_its_lines_and_no_other():
 
 
 def test_dropped_lines_stay_as_comments():
-    loosened = preflight.without(UNIT, ["MemoryDenyWriteExecute=yes"])
+    loosened = common.without_directives(UNIT, ["MemoryDenyWriteExecute=yes"])
     assert loosened.splitlines()[0] == UNIT.splitlines()[0]
     assert "\n# Dropped by the preflight (see plan.json): MemoryDenyWriteExecute=yes\n" in loosened
     assert preflight.service_directives(loosened) == [
         one for one in preflight.service_directives(UNIT) if one.name != "MemoryDenyWriteExecute"
     ]
-    assert preflight.without(UNIT, []) == UNIT
+    assert common.without_directives(UNIT, []) == UNIT
 
 
 def test_every_directive_of_a_rendered_unit_is_known():
@@ -124,7 +137,7 @@ def test_every_directive_of_a_rendered_unit_is_known():
     from tests.service.test_unit import HYBRID, TWO_NODES, made
 
     kept = {"User", "Group", "Environment", "CacheDirectory", "CacheDirectoryMode", "SyslogIdentifier",
-            "LogExtraFields", "MemoryMax", "MemorySwapMax", "OOMPolicy", "LimitMEMLOCK", "LimitCORE", "TasksMax",
+            "LogExtraFields", "LogRateLimitIntervalSec", "LogRateLimitBurst", "MemoryMax", "MemorySwapMax", "OOMPolicy", "LimitMEMLOCK", "LimitCORE", "TasksMax",
             "NoNewPrivileges", "CapabilityBoundingSet", "AmbientCapabilities",
             "RestrictSUIDSGID", "SystemCallErrorNumber", "RemoveIPC", "UMask", "ProtectSystem", "ProtectHome",
             "PrivateTmp", "SupplementaryGroups"}  # fmt: skip
@@ -206,11 +219,11 @@ class Host:
     def how(self, **how):
         (self.folder / "how.json").write_text(json.dumps(how))
 
-    def stage(self, unit=UNIT, devices="none"):
+    def stage(self, unit=UNIT, devices="none", alone=True):
         argv = [self.server, "--model", "/m.gguf", "--device", devices, "--cache-type-k", "q8_0", "--port", "8080"]
         (self.folder / f"staged/llama-server-{NAME}.service").write_text(unit)
         (self.folder / "staged/plan.json").write_text(
-            json.dumps({"gate": {"argv": argv}, **told_to_host([*argv, "--batch-size", "1", "--ctx-size", "1"])})
+            json.dumps({"gate": {"argv": argv}, **told_to_host([*argv, "--batch-size", "1", "--ctx-size", "1"], alone)})
         )
 
     def staged(self):
@@ -227,6 +240,7 @@ def host(tmp_path, monkeypatch):
     one = Host(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
     monkeypatch.setattr(hardening_trial, "MODELS", str(tmp_path / "models"))
+    monkeypatch.setattr(common, "UNITS", str(tmp_path / "units"))
     one.prepare = lambda installed=tmp_path / "none": preflight.prepare(str(tmp_path / "staged"), NAME, str(installed))
     return one
 
@@ -334,6 +348,63 @@ def test_what_was_found_holds_as_long_as_unit_and_ground_are_the_same(host, chan
     assert (len(host.calls()) == before) is (change is None)
     if change is None:
         assert host.staged() == (unit, found)
+
+
+APART = UNIT.replace("MemoryDeny", "PrivateUsers=yes\nMemoryDeny")
+
+
+@pytest.mark.parametrize("installed", [(), (NAME,), ("other",)], ids=["nothing", "itself", "another one"])
+@pytest.mark.parametrize("planned_alone", [True, False])
+def test_private_users_is_dropped_only_for_a_single_instance(host, installed, planned_alone):
+    (host.folder / "units").mkdir()
+    for name in installed:
+        (host.folder / f"units/llama-server-{name}.service").write_text(f"{common.MADE_BY}\n")
+    host.stage(APART, alone=planned_alone)
+    host.how(breaks=["PrivateUsers=yes"])
+    if planned_alone and "other" not in installed:
+        host.prepare()
+        assert [one["directives"] for one in host.staged()[1]["dropped"]] == [["PrivateUsers=yes"]]
+    else:
+        with pytest.raises(preflight.Unfit, match="with PrivateUsers, which keeps instances of one host"):
+            host.prepare()
+        assert (host.folder / f"staged/llama-server-{NAME}.service").read_text() == APART
+
+
+def test_what_was_dropped_while_alone_is_tried_again_beside_another_one(host):
+    host.stage(APART)
+    host.how(breaks=["PrivateUsers=yes"])
+    host.prepare()
+    installed = host.folder / "installed.json"
+    installed.write_text(json.dumps({"preflight": host.staged()[1]}))
+    host.how()
+    host.stage(APART, alone=False)
+    host.prepare(installed)
+    assert host.staged()[0] == APART and host.staged()[1]["dropped"] == []
+
+
+@pytest.mark.parametrize(
+    "found", [[1], {"dropped": 5}, {"dropped": [{"directives": "x", "why": ""}]}, {"dropped": [[]]}, "x"]
+)
+def test_findings_of_another_form_are_worth_nothing(host, found):
+    installed = host.folder / "installed.json"
+    installed.write_text(json.dumps({"preflight": found}))
+    host.stage()
+    host.prepare(installed)
+    assert host.staged()[0] == UNIT and host.calls()
+
+
+def test_a_unit_that_is_refreshed_stays_loosened(host):
+    host.stage()
+    host.how(breaks=["MemoryDenyWriteExecute=yes"])
+    host.prepare()
+    unit, found = host.staged()
+    host.stage(UNIT.replace("[Service]\n", "[Service]\nExecStartPost=new\n"))
+    before = len(host.calls())
+    preflight.keep(str(host.folder / "staged"), NAME, {"preflight": found}, unit)
+    again, kept = host.staged()
+    assert len(host.calls()) == before and kept["dropped"] == found["dropped"] and "ExecStartPost=new\n" in again
+    assert "(see plan.json): MemoryDenyWriteExecute=yes" in again
+    assert kept["unit_sha256"] == common.sha256(again.encode()) and kept["rendered_sha256"] != found["rendered_sha256"]
 
 
 def test_the_trial_is_the_operator_s_with_model_and_port_filled_in():

@@ -90,6 +90,12 @@ def test_an_incomplete_release_is_not_linked(host, capsys):
     assert not os.path.lexists(host / "opt/current") and left(host) == list("abcd")
 
 
+def test_a_release_of_a_later_version_is_named(host, capsys):
+    (host / "opt/releases/key-a/release.json").write_text('{"files": {}, "schema": 7}')
+    assert releases.main(["key-a", "0"]) == 1
+    assert "key-a release.json: it has schema 7, and this llamafleet knows up to 1" in capsys.readouterr().err
+
+
 @pytest.fixture
 def whole(tmp_path):
     (tmp_path / "bin").mkdir()
@@ -114,6 +120,11 @@ def test_a_whole_release_is_told_by_its_record(whole):
         lambda folder: (folder / "release.json").unlink(),
         lambda folder: (folder / "release.json").write_text("{"),
         lambda folder: (folder / "release.json").write_text("{}"),
+        lambda folder: (folder / "release.json").write_text("[1]"),
+        lambda folder: (folder / "release.json").write_text('{"files": 5}'),
+        lambda folder: (folder / "release.json").write_text('{"files": {}, "sizes": 5}'),
+        lambda folder: (folder / "release.json").write_text('{"files": {}, "schema": 2}'),
+        lambda folder: (folder / "release.json").write_bytes(b"\0" * 99),
     ],
 )
 def test_half_a_release_is_none(whole, harm):

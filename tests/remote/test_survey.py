@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import common
 import pytest
 
 from llamafleet.remote import survey
@@ -28,6 +29,23 @@ def test_a_unit_is_ours_by_its_first_line(tmp_path, monkeypatch, content, ours):
     monkeypatch.setattr(survey, "UNITS", str(tmp_path))
     (tmp_path / "llama-server-chat.service").write_bytes(content)
     assert survey.is_ours("llama-server-chat.service") is ours
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 4096, b"# Made by ll", b"\x7fELF\0\1"], ids=["empty", "zeros", "cut", "bytes"]
+)
+@pytest.mark.parametrize("folder", ["instances/chat", "good/chat", None])
+@pytest.mark.parametrize("unit", ["llama-server-chat.service", "llama-server-chat-liveness.timer"])
+def test_a_unit_that_a_power_cut_emptied_is_ours_where_its_folder_is(tmp_path, monkeypatch, content, folder, unit):
+    for name in ("units", "instances", "good"):
+        monkeypatch.setattr(survey if name == "units" else common, name.upper(), str(tmp_path / name))
+        (tmp_path / name).mkdir()
+    if folder:
+        (tmp_path / folder).mkdir()
+    (tmp_path / "units" / unit).write_bytes(content)
+    assert survey.is_ours(unit) is bool(folder)
+    (tmp_path / "units" / unit).write_text("[Unit]\nDescription=of somebody else\n")
+    assert survey.is_ours(unit) is False
 
 
 def test_a_dangling_link_is_not_ours(tmp_path, monkeypatch):

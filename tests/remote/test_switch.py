@@ -10,9 +10,10 @@ import os
 import sys
 import types
 
+import common
 import pytest
-
-from llamafleet.remote import switch
+import switch
+from instance_files import places
 
 UNIT = "llama-server-chat.service"
 TIMER, CHECK = "llama-server-chat-liveness.timer", "llama-server-chat-liveness.service"
@@ -32,7 +33,7 @@ class Host:
         for name in ("units", "instances", "staged", "good", "gate", "bin"):
             (folder / name).mkdir()
         (folder / "gate.py").write_text(GATE)
-        for name in ("systemctl", "systemd-analyze", "journalctl"):
+        for name in ("systemctl", "systemd-analyze", "systemd-run", "journalctl"):
             self.program(name, "exit 0")
 
     def program(self, name, then):
@@ -43,7 +44,7 @@ class Host:
     def stage(self, version, serves=True, keys=None, watched=False):
         staged = self.folder / "staged/chat"
         staged.mkdir(mode=0o700)
-        (staged / UNIT).write_text(f"[Unit]\n# {version}\n")
+        (staged / UNIT).write_text(unit(version, keys))
         (staged / "plan.json").write_text(json.dumps({"version": version, "serves": serves}))
         if keys:
             (staged / "api-keys").write_text(keys)
@@ -53,7 +54,7 @@ class Host:
     def stage_check(self, version):
         for name in (TIMER, CHECK):
             (self.folder / "staged/chat").mkdir(exist_ok=True)
-            (self.folder / "staged/chat" / name).write_text(version)
+            (self.folder / "staged/chat" / name).write_text(f"{common.MADE_BY}\n# {version}\n")
 
     def installed(self):
         """The texts of what is installed, by name."""
@@ -63,18 +64,34 @@ class Host:
 
     def kept(self):
         good = self.folder / "good/chat"
-        return {path.name: path.read_text() for path in good.iterdir()} if good.exists() else {}
+        names = sorted(os.listdir(good)) if good.exists() else []
+        return {name: (good / name).read_text() for name in names if name != "manifest.json"}
 
     def calls(self):
-        return (self.folder / "calls").read_text().splitlines() if (self.folder / "calls").exists() else []
+        """What was asked of systemd's programs, but for questions."""
+        calls = (self.folder / "calls").read_text().splitlines() if (self.folder / "calls").exists() else []
+        return [call for call in calls if not call.startswith(("systemctl show", "systemd-run"))]
+
+    def hidden(self):
+        """What a switch keeps of itself: nothing, once it is over."""
+        places = [*self.folder.rglob(".*.new"), *self.folder.rglob(".*.old"), *self.folder.rglob("*recover*")]
+        return [
+            *places,
+            *(one for state in (".switching", ".passed", ".preparing") for one in self.folder.glob(f"good/{state}/*")),
+        ]
+
+
+def unit(version, keys=None):
+    loads = f"LoadCredential=api-keys:{common.INSTANCES}/chat/api-keys\n" if keys else ""
+    return f"{common.MADE_BY}\n[Unit]\n# {version}\n[Service]\n{loads}"
 
 
 @pytest.fixture
 def host(tmp_path, monkeypatch):
     one = Host(tmp_path)
-    for name in ("units", "instances", "staged", "good"):
-        monkeypatch.setattr(switch, name.upper(), str(tmp_path / name))
-    monkeypatch.setattr(switch, "GATES", str(tmp_path / "gate"))
+    for name in ("units", "instances", "staged", "good", "run"):
+        monkeypatch.setattr(common, name.upper(), str(tmp_path / name))
+    monkeypatch.setattr(common, "GATES", str(tmp_path / "gate"))
     monkeypatch.setattr(switch, "GATE", str(tmp_path / "gate.py"))
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
     # Which has tests of its own; a sibling on a host.
@@ -85,16 +102,11 @@ def host(tmp_path, monkeypatch):
 
 def test_files_are_put_with_their_modes(host):
     host.stage("one", keys="k", watched=True)
-    switch.put("chat", str(host.folder / "staged/chat"))
-    assert host.installed() == {"unit": "[Unit]\n# one\n", "plan": '{"version": "one", "serves": true}', "keys": "k"}
-    modes = {
-        name: os.stat(path).st_mode & 0o777
-        for name, (path, _) in switch.installed("chat").items()
-        if os.path.exists(path)
-    }
+    switch.install("chat")
+    assert host.installed() == {"unit": unit("one", "k"), "plan": '{"version": "one", "serves": true}', "keys": "k"}
+    modes = {name: os.stat(path).st_mode & 0o777 for name, (path, _) in places("chat").items() if os.path.exists(path)}
     assert modes == {UNIT: 0o644, TIMER: 0o644, CHECK: 0o644, "plan.json": 0o644, "api-keys": 0o600}
-    assert host.calls() == ["systemctl daemon-reload"]
-    assert not list(host.folder.rglob("*.new"))
+    assert host.hidden() == []
 
 
 def test_keys_that_are_staged_no_longer_are_removed(host):
@@ -108,12 +120,12 @@ def test_keys_that_are_staged_no_longer_are_removed(host):
 def test_an_instance_that_serves_is_kept_as_the_good_one(host):
     host.stage("one", keys="k")
     switch.install("chat")
-    assert host.kept() == {UNIT: "[Unit]\n# one\n", "plan.json": '{"version": "one", "serves": true}', "api-keys": "k"}
+    assert host.kept() == {UNIT: unit("one", "k"), "plan.json": '{"version": "one", "serves": true}', "api-keys": "k"}
     assert os.stat(host.folder / "good/chat").st_mode & 0o777 == 0o700
     host.stage("two")
     switch.install("chat")
-    assert host.kept()[UNIT] == "[Unit]\n# two\n"
-    assert sorted(os.listdir(host.folder / "good")) == ["chat"]
+    assert host.kept()[UNIT] == unit("two")
+    assert common.listing(common.GOOD) == ["chat"] and host.hidden() == []
 
 
 def test_the_old_server_has_stopped_before_the_new_one_is_asked(host):
@@ -186,7 +198,7 @@ def test_an_older_systemd_is_asked_without_the_option_it_does_not_know(host):
     host.program("systemd-analyze", refuse)
     host.stage("one")
     switch.install("chat")
-    assert host.kept()[UNIT] == "[Unit]\n# one\n"
+    assert host.kept()[UNIT] == unit("one")
     asked = [call for call in host.calls() if call.startswith("systemd-analyze")]
     assert [("recursive" in call) for call in asked] == [True, False]
 
@@ -210,12 +222,14 @@ def test_removed_is_removed_everywhere(host):
     host.stage("one", keys="k")
     switch.install("chat")
     host.stage("two", watched=True)
-    for name in ("chat.json", "chat.liveness.json"):
+    (host.folder / "gate/liveness").mkdir()
+    for name in ("chat.json", "liveness/chat.json"):
         (host.folder / "gate" / name).write_text("{}")
     switch.remove("chat")
     assert host.installed() == {}
-    for name in ("units", "instances", "staged", "good", "gate"):
-        assert os.listdir(host.folder / name) == []
+    for name in ("units", "instances", "staged", "good", "gate/liveness"):
+        assert common.listing(str(host.folder / name)) in ([], ["multi-user.target.wants"]), name
+    assert common.listing(common.GATES) == ["liveness"]
     assert [call.split(" ", 1)[1] for call in host.calls()[-2:]] == [
         f"disable --quiet --now {UNIT}",
         "daemon-reload",
@@ -298,7 +312,7 @@ def test_a_liveness_check_comes_with_the_instance_and_only_after_the_gate(host):
     host.stage("one", watched=True)
     switch.install("chat")
     assert verbs(host.calls())[-2:] == [f"start {UNIT}", f"enable --now {TIMER}"]
-    assert (host.folder / "units" / TIMER).read_text() == "one" == host.kept()[CHECK]
+    assert "# one" in (host.folder / "units" / TIMER).read_text() == host.kept()[CHECK]
 
 
 def test_the_check_does_not_come_between_a_switch_and_back(host):
@@ -311,7 +325,7 @@ def test_the_check_does_not_come_between_a_switch_and_back(host):
     told = verbs(host.calls()[calls:])
     assert told[0] == f"disable --now {TIMER}" and told[-1] == f"enable --now {TIMER}"
     assert told.count(f"enable --now {TIMER}") == 1
-    assert (host.folder / "units" / TIMER).read_text() == "one"
+    assert "# one" in (host.folder / "units" / TIMER).read_text()
 
 
 def test_a_check_that_is_wanted_no_longer_is_switched_off(host):
@@ -320,7 +334,7 @@ def test_a_check_that_is_wanted_no_longer_is_switched_off(host):
     host.stage("two")
     switch.install("chat")
     assert f"disable --now {TIMER}" in verbs(host.calls())
-    assert sorted(os.listdir(host.folder / "units")) == [UNIT] and TIMER not in host.kept()
+    assert [*(host.folder / "units").glob("llama*")] == [host.folder / "units" / UNIT] and TIMER not in host.kept()
 
 
 def test_a_check_alone_leaves_the_server_alone(host):
@@ -331,10 +345,10 @@ def test_a_check_alone_leaves_the_server_alone(host):
     switch.watch("chat")
     assert verbs(host.calls()[calls:]) == [f"disable --now {TIMER}", "daemon-reload", f"enable --now {TIMER}"]
     assert host.installed() == before and os.listdir(host.folder / "staged") == []
-    assert (host.folder / "units" / CHECK).read_text() == "two" == host.kept()[CHECK]
+    assert "# two" in (host.folder / "units" / CHECK).read_text() == host.kept()[CHECK]
     (host.folder / "staged/chat").mkdir()
     switch.watch("chat")  # none is wanted any more
-    assert sorted(os.listdir(host.folder / "units")) == [UNIT]
+    assert [*(host.folder / "units").glob("llama*")] == [host.folder / "units" / UNIT]
     assert set(host.kept()) == {UNIT, "plan.json", "api-keys"}
 
 

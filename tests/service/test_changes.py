@@ -6,7 +6,9 @@ import pytest
 
 from llamafleet.build.release import Build
 from llamafleet.host.installed import Installed, InstalledInstance
+from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles, RemoteFile
+from llamafleet.remote.common import core_of_unit, without_directives
 from llamafleet.service.changes import changes_needed, differences, sha256
 from llamafleet.service.desired import Desired, Run, Service, Serving
 from tests import planning
@@ -124,31 +126,108 @@ def test_each_difference_of_an_instance_is_named(change, reason):
     assert differences(SERVICE, dataclasses.replace(INSTANCE, **change), GROUND) == (reason,)
 
 
-LOOSENED = {"rendered_sha256": sha256("[Unit]\n"), "unit_sha256": sha256("[Unit]\n#"), "ground": GROUND}
+UNIT = """\
+# Made by llamafleet, plan 1
+[Unit]
+Description=a server
+[Service]
+ExecStart=/r/bin/llama-server \\
+    --port 8080
+ExecStartPost=+/usr/bin/python3 /opt/llamafleet/helpers/k2/gate.py start
+PrivateUsers=yes
+MemoryDenyWriteExecute=yes
+"""
+CODE, USERS = "MemoryDenyWriteExecute=yes", "PrivateUsers=yes"
+WANTED = dataclasses.replace(SERVICE, unit_text=UNIT)
+
+
+def with_unit(text, dropped=(), ground=GROUND, good=None):
+    """The instance with this unit; its preflight dropped these directives on that ground."""
+    found = {"dropped": [{"directives": list(dropped), "why": "it breaks"}], "ground": ground}
+    good = text if good is None else good
+    return dataclasses.replace(
+        INSTANCE, preflight=found,
+        unit_sha256=sha256(text), unit_core_sha256=sha256(core_of_unit(text)),
+        good_sha256=sha256(good), good_core_sha256=sha256(core_of_unit(good)),
+    )  # fmt: skip
+
+
+def loosened(*dropped):
+    return without_directives(UNIT, dropped)
+
+
+NEW_KERNEL = "its hardening was loosened under another kernel: the whole hardening is tried again"
+OTHER_GROUND = {**GROUND, "kernel": "6.1"}
 
 
 @pytest.mark.parametrize(
-    ("installed", "preflight", "reasons"),
+    ("installed", "alone", "reasons"),
     [
-        ("[Unit]\n#", LOOSENED, ()),
-        ("[Unit]\n# by hand", LOOSENED, ("its unit differs",)),
-        ("[Unit]\n#", {**LOOSENED, "rendered_sha256": sha256("[Old]\n")}, ("its unit differs",)),
-        ("[Unit]\n#", None, ("its unit differs",)),
-        (
-            "[Unit]\n#",
-            {**LOOSENED, "ground": {**GROUND, "kernel": "6.1"}},
-            ("its hardening was loosened under another kernel: the whole hardening is tried again",),
-        ),
+        (with_unit(UNIT), True, ()),
+        (with_unit(loosened(CODE), [CODE]), True, ()),
+        (with_unit(loosened(CODE)), True, ("its unit differs",)),
+        (with_unit(loosened(CODE), [USERS]), True, ("its unit differs",)),
+        (with_unit(UNIT.replace("yes\n", "no\n", 1)), True, ("its unit differs",)),
+        (with_unit(UNIT.replace("8080", "8081")), True, ("its unit differs",)),
+        (with_unit(loosened(CODE), [CODE], OTHER_GROUND), True, (NEW_KERNEL,)),
         # Nothing was dropped: systemd, kernel and driver may change.
-        ("[Unit]\n", {**LOOSENED, "ground": {}}, ()),
+        (with_unit(UNIT, ground={}), True, ()),
+        (with_unit(loosened(USERS), [USERS]), True, ()),
+        (with_unit(loosened(USERS), [USERS]), False,
+         ("its hardening lacks PrivateUsers, which keeps it apart from the host's other instances",)),
+        (dataclasses.replace(with_unit(loosened(CODE)), record=PlanRecord(raw={"preflight": [5]})), True, ("its unit differs",)),
+        (dataclasses.replace(with_unit(loosened(CODE)), preflight={"dropped": 7}), True, ("its unit differs",)),
     ],
-    ids=["as recorded", "edited", "of another unit", "not recorded", "new kernel", "nothing loosened"],
+    ids=["as wanted", "as recorded", "not recorded", "another one recorded", "loosened by hand", "edited", "new kernel",
+         "nothing loosened", "alone", "not alone", "a list", "a number"],
+)  # fmt: skip
+def test_a_unit_may_differ_by_what_its_preflight_dropped(installed, alone, reasons):
+    assert differences(WANTED, installed, GROUND, alone) == reasons
+
+
+# As 39f1a14 made it: by the helpers' link, without what came later.
+OLDER = UNIT.replace("helpers/k2", "helpers/current")
+QUIET = ("its unit differs in lines that need no restart",)
+
+
+@pytest.mark.parametrize(
+    ("installed", "quiet"),
+    [
+        (with_unit(UNIT), ()),
+        (with_unit(OLDER), QUIET),
+        (with_unit(without_directives(OLDER, [CODE]), [CODE]), QUIET),
+        (with_unit(loosened(CODE), [CODE]), ()),
+        (with_unit(UNIT.replace("a server", "my server")), QUIET),
+        (with_unit(UNIT + "# a remark\n"), QUIET),
+        (
+            with_unit(UNIT.replace("ExecStartPost=+/usr/bin/python3 /opt/llamafleet/helpers/k2/gate.py start\n", "")),
+            QUIET,
+        ),
+    ],
+    ids=["as wanted", "earlier helpers", "and loosened", "loosened", "description", "comment", "no start check"],
 )
-def test_a_unit_may_differ_by_what_its_preflight_dropped(installed, preflight, reasons):
-    instance = dataclasses.replace(
-        INSTANCE, unit_sha256=sha256(installed), good_sha256=sha256(installed), preflight=preflight
+def test_a_unit_that_differs_in_quiet_lines_is_refreshed_while_its_server_runs_on(installed, quiet):
+    assert differences(WANTED, installed, GROUND) == () == differences(WANTED, installed, GROUND, alone=False)
+    needed = changes(dataclasses.replace(INSTALLED, instances={"demo": installed}), servings=(serving(WANTED),))
+    assert dict(needed.refreshed) == ({"demo": quiet} if quiet else {})
+    assert not needed.services and needed.any is bool(quiet)
+    # The refresh brings its liveness check and its record too.
+    stopped = dataclasses.replace(installed, liveness="inactive")
+    needed = changes(
+        dataclasses.replace(INSTALLED, instances={"demo": stopped}), servings=(serving(WANTED),), inputs=Inputs()
     )
-    assert differences(SERVICE, instance, GROUND) == reasons
+    assert (needed.liveness, needed.note) == (((), ()) if quiet else (("demo",), ("demo",)))
+
+
+def test_a_refresh_that_was_cut_off_does_not_make_the_unit_an_unproven_one():
+    assert differences(WANTED, with_unit(UNIT, good=OLDER), GROUND) == ()
+    other = UNIT.replace("8080", "8081")
+    assert differences(WANTED, with_unit(UNIT, good=other), GROUND) == ("it has not passed the gate",)
+
+
+def test_a_comment_that_ends_in_a_backslash_hides_no_directive():
+    edited = UNIT + "# remark \\\nUser=root\n"
+    assert differences(WANTED, with_unit(edited), GROUND) == ("its unit differs",)
 
 
 def test_a_missing_instance_is_not_installed():

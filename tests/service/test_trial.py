@@ -47,7 +47,7 @@ def test_what_the_host_is_told_does_not_change_the_identity(monkeypatch):
     from llamafleet.service import record
 
     before = made([24564])
-    monkeypatch.setattr(record, "told_to_host", lambda argv: {})
+    monkeypatch.setattr(record, "told_to_host", lambda argv, alone: {})
     after = made([24564])
     assert after[1]["identity"] == before[1]["identity"] and after[0] == before[0]
     assert "trial" in before[1] and "trial" not in after[1]
@@ -60,4 +60,4 @@ def test_no_program_on_a_host_names_a_flag_that_the_plan_decides():
     flags = {*PLANNED, *OWN_PLACE, "--tensor-split"} - {"--source"}
     found = {(path.name, flag) for path in REMOTE.glob("*.py") for flag in flags if f'"{flag}"' in path.read_text()}
     assert found == set()
-    assert told_to_host(["x", "--ctx-size", "1", "--batch-size", "1"])["trial"]["serve"][0] == "x"
+    assert told_to_host(["x", "--ctx-size", "1", "--batch-size", "1"], True)["trial"]["serve"][0] == "x"

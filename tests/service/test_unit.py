@@ -35,8 +35,12 @@ def made(gpus, installed=HOST, layout="Qwen3-8B", cpu=(), **asked):
     )  # fmt: skip
     model = ModelFiles((RemoteFile("Qwen3-8B.gguf", "https://x/y", 5, "a" * 64),), planning.header(layout))
     argv = (f"{build.release}/bin/llama-server", *command.argv(plan, instance, PATH))
-    record = plan_record(instance, plan, build, model, PATH, argv, speed_floor_percent=40)
-    return unit_text(render, instance, plan, build, installed, record, allow_swap=False), record, argv
+    record = plan_record(instance, plan, build, model, PATH, argv, speed_floor_percent=40, alone=True)
+    return (
+        unit_text(render, instance, plan, build, installed, record, "feedfacefeedface", allow_swap=False),
+        record,
+        argv,
+    )
 
 
 def directive(unit, name):
@@ -80,6 +84,24 @@ def test_without_a_gpu_there_are_no_devices():
     unit, record, _ = made([])
     assert directive(unit, "PrivateDevices") == ["yes"] and not directive(unit, "DeviceAllow")
     assert record["gate"]["gpus"] == []
+
+
+def test_a_unit_calls_the_helpers_that_it_was_made_with():
+    (line,) = directive(made([])[0], "ExecStartPost")
+    assert "/opt/llamafleet/helpers/feedfacefeedface/gate.py" in line and "current" not in line
+
+
+def test_a_server_with_keys_does_not_start_with_an_empty_key_file():
+    unit = made([], api_key_file="/home/me/keys")[0]
+    (path,) = [value.split(":")[1] for value in directive(unit, "LoadCredential")]
+    assert directive(unit, "AssertFileNotEmpty") == [f"|{path}"] and directive(unit, "AssertPathExists") == [
+        f"|!{path}"
+    ]
+    assert not directive(made([])[0], "AssertFileNotEmpty")
+
+
+def test_the_log_of_a_server_with_a_gpu_is_bounded():
+    assert directive(made([24564])[0], "LogRateLimitBurst") == ["3000"]
 
 
 def test_keys_come_as_a_credential_and_only_where_there_are_keys():
@@ -168,20 +190,21 @@ def test_a_liveness_check_is_two_units_or_none():
     wanted = planning.settings({"context_tokens": 4096})
     (instance,) = wanted.models
     units = liveness_texts(
-        render, instance, dataclasses.replace(wanted, liveness_seconds=90, liveness_interval_seconds=7)
+        render, instance, dataclasses.replace(wanted, liveness_seconds=90, liveness_interval_seconds=7), "k1"
     )
     check, timer = (units[f"llama-server-{instance.name}-liveness.{kind}"] for kind in ("service", "timer"))
     assert all(text.startswith("# Made by llamafleet") for text in units.values()) and len(units) == 2
     (line,) = directive(check, "ExecStart")
+    assert shlex.split(line)[-3] == "/opt/llamafleet/helpers/k1/liveness.py"
     assert shlex.split(line)[-2:] == [f"/etc/llamafleet/instances/{instance.name}/plan.json", "90"]
     assert directive(timer, "OnUnitInactiveSec") == ["7"] and directive(timer, "PartOf") == [instance.unit]
-    assert liveness_texts(render, instance, dataclasses.replace(wanted, liveness_seconds=0)) == {}
+    assert liveness_texts(render, instance, dataclasses.replace(wanted, liveness_seconds=0), "k1") == {}
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not here to ask")
 def test_systemd_understands_the_liveness_check(tmp_path):
     wanted = planning.settings({"context_tokens": 4096})
-    for name, text in liveness_texts(render, wanted.models[0], wanted).items():
+    for name, text in liveness_texts(render, wanted.models[0], wanted, "k1").items():
         (tmp_path / name).write_text(text)
     done = subprocess.run(["systemd-analyze", "verify", *map(str, tmp_path.iterdir())], capture_output=True, text=True)
     lines = [

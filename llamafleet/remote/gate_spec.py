@@ -1,0 +1,130 @@
+"""What the gate reads: plan.json, and its own record of the last gate.
+
+Part of gate.py and under its contract: Python 3.8, standard library; common.py beside it. Both files may be damaged,
+edited by hand, or of another version of llamafleet. A plan.json that cannot be used is named with what is wrong with
+it; what cannot be used of a record counts as never measured, and the next record replaces it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Callable, Dict, Iterator, Tuple
+
+from common import GATE_SCHEMA, PLAN_SCHEMA, PREFIX, SUFFIX, gate_record, instance_of, later_schema, read_json
+
+Form = Tuple[str, Callable[[Any], bool]]
+
+
+class Unreadable(Exception):
+    """A plan.json that the gate cannot use; the text has its path and what is wrong with it."""
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def is_unit(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(PREFIX) and value.endswith(SUFFIX) and "/" not in value
+
+
+def is_path(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+TEXT: Form = ("a text", lambda value: isinstance(value, str))
+NUMBER: Form = ("a number", is_number)
+PATH: Form = ("a path or null", is_path)
+# Of plan.json's `gate`, of each of its GPUs, and of each of the model's files.
+GATE: Dict[str, Form] = {
+    "unit": ("the name of a unit of ours", is_unit), "argv": ("a list of texts", is_texts), "url": TEXT,
+    "api_keys": PATH, "tls_certificate": PATH, "health_seconds": NUMBER, "context_tokens": NUMBER, "slots": NUMBER,
+    "kv_type": PATH, "speed_floor_percent": NUMBER, "backend": TEXT,
+    "gpus": ("a list of objects", lambda value: isinstance(value, list)),
+}  # fmt: skip
+GPU = {"uuid": TEXT, "name": TEXT, "device": TEXT, **dict.fromkeys(
+    ("planned_bytes", "weights_bytes", "kv_bytes", "compute_bytes", "staging_bytes"), NUMBER)}  # fmt: skip
+FILE = {"path": TEXT, "size_bytes": NUMBER, "sha256": PATH}
+# What plans of earlier versions lack.
+ABSENT = {"tls_certificate": None, "kv_type": None, "speed_floor_percent": 0}
+
+
+def read_spec(path: str) -> Dict[str, Any]:
+    """The plan's `gate` object with what the checks need beside it. Raises Unreadable."""
+    try:
+        with open(path) as file:
+            plan = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise Unreadable(f"{path}: {error}") from error
+    problem = next(problems(plan), None)
+    if problem:
+        raise Unreadable(f"{path}: {problem}")
+    gate = {**ABSENT, **plan["gate"]}
+    instance = instance_of(gate["unit"])
+    return {
+        **gate, "files": plan.get("files", []), "identity": plan.get("identity"), "release": plan.get("release"),
+        "predicted_tokens_per_s": predicted_speed(plan), "record": gate_record(instance),
+        "last": usable(read_json(gate_record(instance))), "measured": {},
+    }  # fmt: skip
+
+
+def problems(plan: Any) -> Iterator[str]:
+    """What keeps the gate from using a plan.json."""
+    if not isinstance(plan, dict):
+        yield "it is no JSON object"
+        return
+    later = later_schema(plan, PLAN_SCHEMA)
+    if later:
+        yield later
+        return
+    gate = plan.get("gate")
+    yield from wrong("gate", {**ABSENT, **gate} if isinstance(gate, dict) else gate, GATE)
+    gpus = gate.get("gpus") if isinstance(gate, dict) else None
+    for place, values, forms in (("gate.gpus", gpus, GPU), ("files", plan.get("files", []), FILE)):
+        for number, value in enumerate(values if isinstance(values, list) else [values]):
+            yield from wrong(f"{place}[{number}]", value, forms)
+
+
+def wrong(place: str, value: Any, forms: Dict[str, Form]) -> Iterator[str]:
+    if not isinstance(value, dict):
+        yield f"{place}: should be an object"
+        return
+    for key, (what, is_so) in forms.items():
+        if key not in value:
+            yield f"{place}.{key} is missing: another version of llamafleet made it"
+        elif not is_so(value[key]):
+            yield f"{place}.{key}: should be {what}"
+
+
+def predicted_speed(plan: Dict[str, Any]) -> float:
+    """Tokens a second; 0 where the plan does not say."""
+    found: Any = plan
+    for key in ("plan", "predicted", "decode_tokens_per_s"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return float(found) if is_number(found) else 0.0
+
+
+def is_first(value: Any) -> bool:
+    """The likelihoods of a first token, as gate_reply.py keeps them."""
+    top = value.get("top") if isinstance(value, dict) else None
+    return isinstance(top, dict) and bool(top) and all(
+        token.isascii() and token.isdigit() and len(token) < 10 and is_number(one) for token, one in top.items()
+    )  # fmt: skip
+
+
+# What later gates compare with.
+COMPARED: Dict[str, Callable[[Any], bool]] = {
+    "speeds": lambda value: isinstance(value, list) and all(map(is_number, value)),
+    "prompt_tokens_per_s": lambda value: is_number(value) and value > 0,
+    "first": is_first,
+}
+
+
+def usable(record: Dict[str, Any]) -> Dict[str, Any]:
+    """What a later gate can use of the last gate's record."""
+    if later_schema(record, GATE_SCHEMA):
+        return {}
+    return {key: value for key, value in record.items() if key not in COMPARED or COMPARED[key](value)}

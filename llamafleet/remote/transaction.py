@@ -1,0 +1,233 @@
+"""Replace the files of an instance together: after a power cut, a kill or an error they are all old, or all new.
+
+Contract: a module of switch.py, which calls, under the instance's lock, `begin`, `write`, `replace`, then `pass_gate`
+and `keep`, or `put_back`; at last `close`. Each raises OSError where it fails, `put_back` also Lost; `put_back`, `keep`
+and `close` can be repeated. Root, the standard library, Python 3.8; common.py and instance_files.py beside it.
+
+State on the disk, in /var/lib/llamafleet/good, where NAME is the instance:
+
+    .switching/NAME/   a switch is under way; whoever finds it without a living switch puts the old files back.
+                       note.json {"schema": 1, "old": {file: SHA-256} | null, "had": [files], "invocation": text},
+                       files/: the new files, to become the last good ones
+    .passed/NAME/      the same folder, renamed: the gate has passed; whoever finds it finishes the switch
+    NAME/              the last good files
+
+Beside each installed file lie, while .switching/NAME is there, `.FILE.old`, to go back by renaming alone, and
+`.FILE.new`. For that time llamafleet-recover-NAME.service is enabled: at a boot it leads back before the instance
+starts.
+
+Decision 9: docs/decisions/0009-nothing-half-done-has-its-final-name.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from typing import Any, Dict, Iterable, List, Optional
+
+import common
+import instance_files
+from instance_files import MANIFEST, PASSED, Files, places
+
+PREPARING, SWITCHING = "/.preparing", "/.switching"
+WANTED_BY = "multi-user.target.wants"
+
+
+class Lost(Exception):
+    """A file cannot be put back; the text names it."""
+
+
+def folder_of(state: str, name: str) -> str:
+    return f"{common.GOOD}{state}/{name}"
+
+
+def beside(path: str, end: str) -> str:
+    """A hidden name in the file's own folder, which is not the name of any instance's file."""
+    return f"{os.path.dirname(path)}/.{os.path.basename(path)}.{end}"
+
+
+def under_way(name: str) -> Optional[Dict[str, Any]]:
+    """The note of a switch that has not passed the gate; None where there is none."""
+    if not os.path.isdir(folder_of(SWITCHING, name)):
+        return None
+    return common.read_json(folder_of(SWITCHING, name) + "/note.json")
+
+
+def has_passed(name: str) -> bool:
+    return os.path.isdir(folder_of(PASSED, name))
+
+
+def begin(name: str, old: Optional[Files], invocation: str, recover: str) -> None:
+    """Prepare the way back, then note that a switch is under way. `old` are the files to go back to, None where there
+    is no whole set of them; `invocation` is the start of the server that runs; `recover` is the text of the unit that
+    leads back at a boot."""
+    common.make_folder(f"{common.INSTANCES}/{name}")
+    for folder in (common.GOOD, *(common.GOOD + state for state in (PREPARING, SWITCHING, PASSED))):
+        common.make_folder(folder, 0o700)
+    for file, data in (old or {}).items():
+        path, mode = places(name)[file]
+        common.write_file(beside(path, "old"), data, mode)
+    sync(name)
+    prepared = folder_of(PREPARING, name)
+    remove_folder(prepared)
+    os.mkdir(prepared, 0o700)
+    note = {
+        "schema": 1,
+        "old": None if old is None else {file: common.sha256(data) for file, data in old.items()},
+        "had": sorted(instance_files.installed(name)),
+        "invocation": invocation,
+    }
+    common.replace_file(f"{prepared}/note.json", json.dumps(note).encode(), 0o600)
+    os.rename(prepared, folder_of(SWITCHING, name))
+    common.sync_folder(common.GOOD + SWITCHING)
+    _enable_recovery(name, recover)
+
+
+def _enable_recovery(name: str, text: str) -> None:
+    """Have systemd lead back at the next boot. The link is what `systemctl enable` makes; systemd need not know now."""
+    unit, wants = common.transient_unit("recover", name), f"{common.UNITS}/{WANTED_BY}"
+    path = f"{common.UNITS}/{unit}"
+    common.write_file(beside(path, "new"), text.encode())
+    os.replace(beside(path, "new"), path)
+    common.make_folder(wants)
+    if not os.path.lexists(f"{wants}/{unit}"):
+        os.symlink(f"../{unit}", f"{wants}/{unit}")
+    common.sync_folder(wants)
+    common.sync_folder(common.UNITS)
+
+
+def _disable_recovery(name: str) -> None:
+    unit = common.transient_unit("recover", name)
+    path = f"{common.UNITS}/{unit}"
+    if remove_files([f"{common.UNITS}/{WANTED_BY}/{unit}", path, beside(path, "new")]):
+        sync_enabled(name)
+
+
+def write(name: str, new: Files, good: Optional[Files]) -> None:
+    """Write the new files beside the installed ones, and `good`, which become the last good ones if the gate passes;
+    None: those stay. A full disk fails here, where nothing is replaced."""
+    for file, data in new.items():
+        path, mode = places(name)[file]
+        common.write_file(beside(path, "new"), data, mode)
+    sync(name)
+    files = folder_of(SWITCHING, name) + "/files"
+    remove_folder(files)
+    if good is not None:
+        os.mkdir(files, 0o700)
+        for file, data in (*good.items(), (MANIFEST, instance_files.manifest(good))):
+            common.write_file(f"{files}/{file}", data, 0o600)
+        common.sync_folder(files)
+    common.sync_folder(folder_of(SWITCHING, name))
+
+
+def replace(name: str, new: Iterable[str]) -> None:
+    """Give the new files their names; remove installed ones that are not among them."""
+    wanted = set(new)
+    for file, (path, _) in places(name).items():
+        if file in wanted:
+            os.replace(beside(path, "new"), path)
+    remove_files(path for file, (path, _) in places(name).items() if file not in wanted)
+    sync(name)
+
+
+def put_back(name: str, note: Dict[str, Any]) -> None:
+    """Give the old files their names again; remove installed ones that are not among them. Raises Lost where a file
+    is neither installed nor beside it; nothing is removed then."""
+    if "old" not in note:
+        raise Lost(f"{folder_of(SWITCHING, name)}/note.json cannot be read")
+    old = note["old"]
+    if old is None:
+        return _remove_what_was_not_there(name, note)
+    for file, (path, mode) in places(name).items():
+        if file in old and os.path.exists(beside(path, "old")):
+            os.replace(beside(path, "old"), path)
+        elif file in old and common.sha256_of(path) != old[file]:
+            kept = (instance_files.last_good(name) or {}).get(file)
+            if kept is None or common.sha256(kept) != old[file]:
+                raise Lost(f"{path} cannot be put back: no whole copy of it is left")
+            common.replace_file(path, kept, mode)
+    remove_files(path for file, (path, _) in places(name).items() if file not in old)
+    return sync(name)
+
+
+def _remove_what_was_not_there(name: str, note: Dict[str, Any]) -> None:
+    """Of a first switch that did not get as far as its unit nothing stays; with its unit it stays, for its log."""
+    unit = places(name)[common.unit_of(name)][0]
+    if not os.path.exists(unit):
+        remove_files(path for file, (path, _) in places(name).items() if file not in note["had"])
+        sync(name)
+
+
+def pass_gate(name: str) -> None:
+    """From here on the new files are the good ones: a single rename decides it."""
+    os.rename(folder_of(SWITCHING, name), folder_of(PASSED, name))
+    for state in (PASSED, SWITCHING):
+        common.sync_folder(common.GOOD + state)
+
+
+def keep(name: str) -> None:
+    """After the gate has passed: let the new files be the last good ones."""
+    passed, good = folder_of(PASSED, name), f"{common.GOOD}/{name}"
+    if os.path.isdir(passed + "/files"):
+        remove_folder(passed + "/before")
+        if os.path.lexists(good):
+            os.rename(good, passed + "/before")
+        os.rename(passed + "/files", good)
+        common.sync_folder(common.GOOD)
+        common.sync_folder(passed)
+
+
+def close(name: str) -> None:
+    """Remove what a switch needed, now that nothing is left to do. The folder that says what is under way goes last."""
+    remove_files(beside(path, end) for path, _ in places(name).values() for end in ("old", "new"))
+    sync(name)
+    _disable_recovery(name)
+    prepared = folder_of(PREPARING, name)
+    remove_folder(prepared)
+    for state in (SWITCHING, PASSED):
+        if os.path.isdir(folder_of(state, name)):
+            # Renamed first: what is left of a folder that is being removed must not be taken for a switch.
+            os.rename(folder_of(state, name), prepared)
+            common.sync_folder(common.GOOD + state)
+            remove_folder(prepared)
+
+
+def forget(name: str) -> None:
+    """Remove all that is kept of an instance that is removed, and the links of a unit that systemd cannot disable."""
+    close(name)
+    remove_folder(f"{common.GOOD}/{name}")
+    unit, timer = common.unit_of(name), common.liveness_units(name)[1]
+    remove_files([f"{common.UNITS}/{WANTED_BY}/{unit}", f"{common.UNITS}/{unit}.wants/{timer}"])
+    with contextlib.suppress(OSError):
+        os.rmdir(f"{common.UNITS}/{unit}.wants")  # if nobody else has a link there
+
+
+def sync(name: str) -> None:
+    """Let the names of the instance's files survive a power cut."""
+    for folder in (f"{common.INSTANCES}/{name}", common.UNITS):
+        if os.path.isdir(folder):
+            common.sync_folder(folder)
+
+
+def sync_enabled(name: str) -> None:
+    """Let the links that `systemctl enable` makes survive a power cut."""
+    for folder in (f"{common.UNITS}/{WANTED_BY}", f"{common.UNITS}/{common.unit_of(name)}.wants", common.UNITS):
+        if os.path.isdir(folder):
+            common.sync_folder(folder)
+
+
+def remove_files(paths: Iterable[str]) -> List[str]:
+    """Remove these files, where they are there; the paths of those that were."""
+    gone = []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+            gone.append(path)
+    return gone
+
+
+def remove_folder(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)

@@ -1,0 +1,225 @@
+"""A switch in which a call of the file system, or systemctl, fails: each call once, and from each call on.
+
+Before the gate's yes the old service serves, whole, and the first cause is named; afterwards the new one does.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import tempfile
+
+import instance_files
+import pytest
+import switch
+from switch import Failed
+
+from tests.remote import switching
+from tests.remote.switching import NAME, TIMER, UNIT
+
+
+@pytest.fixture
+def folder():
+    """In memory where there is such a place: some thousand switches write and sync there."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as path:
+        yield path
+
+
+@pytest.fixture
+def host(folder, monkeypatch):
+    """A host that serves version 1, with its liveness check; the steps are counted from here on."""
+    switching.place(monkeypatch, folder)
+    systemd = switching.Systemd(monkeypatch)
+    switching.stage("one")
+    switch.install(NAME)
+    systemd.steps = switching.Steps(monkeypatch, folder)
+    return systemd
+
+
+def steps_of(host, act):
+    """How many steps and calls of systemctl something takes."""
+    host.steps.count, host.calls = 0, []
+    act()
+    return host.steps.count, len(host.calls)
+
+
+def fails_at(host, number, code, onwards=False, changing=()):
+    """Let this step fail, and with `onwards` all later ones; of `changing` calls alone, where some are named."""
+    host.steps.count = 0
+
+    def at(count, name):
+        if (count >= number if onwards else count == number) and (not changing or name in changing):
+            raise switching.error(code)
+
+    host.steps.at = at
+
+
+def heal(host):
+    host.steps.at = host.at = None
+
+
+def check_old(host, old):
+    assert instance_files.installed(NAME) == old == host.serving
+    assert instance_files.last_good(NAME) == old
+    assert switching.is_enabled(UNIT) and switching.is_enabled(TIMER) and host.watching
+
+
+def check_new(host, new):
+    """Whole, at the latest after `recover`, which the job's unit runs at its end."""
+    assert instance_files.installed(NAME) == new == host.serving
+    switch.recover(NAME)
+    assert instance_files.last_good(NAME) == new
+    assert switching.is_enabled(UNIT) and switching.is_enabled(TIMER) and host.watching
+
+
+def install(host, new):
+    """The error of an installation, None where it succeeded."""
+    try:
+        switch.install(NAME)
+    except (Failed, OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    finally:
+        heal(host)
+    assert instance_files.installed(NAME) == new
+    return None
+
+
+def next_run(host, version):
+    """Whatever was before, it ends with the wanted service and nothing else."""
+    new = switching.stage(version)
+    switch.install(NAME)
+    check_new(host, new)
+    assert switching.leftovers() == []
+
+
+@pytest.mark.parametrize("code", switching.ERRORS, ids=errno.errorcode.get)
+def test_a_call_that_fails_leaves_the_old_service_or_the_new_one(host, code):
+    switching.stage("two")
+    steps, _ = steps_of(host, lambda: switch.install(NAME))
+    assert steps > 60
+    seen = {"old": 0, "new": 0}
+    for number in range(1, steps + 1):
+        old = instance_files.installed(NAME)
+        new = switching.stage(f"{code}-{number}")
+        fails_at(host, number, code)
+        said = install(host, new)
+        if instance_files.installed(NAME) == old:
+            assert said is not None and os.strerror(code) in said
+            check_old(host, old)
+            seen["old"] += 1
+        else:
+            check_new(host, new)
+            seen["new"] += 1
+        next_run(host, f"{code}-{number}-again")
+    assert seen["old"] > 30 and seen["new"] > 5
+
+
+def test_a_disk_that_is_full_from_any_call_on_leaves_the_old_service(host):
+    """Renaming and removing still work on it."""
+    switching.stage("two")
+    steps, _ = steps_of(host, lambda: switch.install(NAME))
+    refused = 0
+    for number in range(1, steps + 1):
+        old = instance_files.installed(NAME)
+        new = switching.stage(f"full-{number}")
+        fails_at(host, number, errno.ENOSPC, onwards=True, changing=("open", "write", "mkdir", "symlink"))
+        said = install(host, new)
+        if said is not None:
+            refused += 1
+            assert "No space left on device" in said
+            check_old(host, old)
+        else:
+            check_new(host, new)
+        next_run(host, f"full-{number}-again")
+    assert refused > 20
+
+
+def test_a_disk_that_is_read_only_from_any_call_on_is_mended_once_it_can_be_written(host):
+    switching.stage("two")
+    steps, _ = steps_of(host, lambda: switch.install(NAME))
+    refused = 0
+    for number in range(1, steps + 1):
+        old = instance_files.installed(NAME)
+        new = switching.stage(f"ro-{number}")
+        fails_at(host, number, errno.EROFS, onwards=True)
+        said = install(host, new)
+        switch.recover(NAME)
+        if instance_files.installed(NAME) == old:
+            refused += 1
+            assert said is not None and "Read-only file system" in said
+            check_old(host, old)
+        else:
+            check_new(host, new)
+        next_run(host, f"ro-{number}-again")
+    assert refused > 20
+
+
+@pytest.mark.parametrize("onwards", [False, True], ids=["once", "from then on"])
+def test_a_systemctl_that_fails_leads_back(host, onwards):
+    switching.stage("two")
+    _, calls = steps_of(host, lambda: switch.install(NAME))
+    assert calls >= 6
+    named = 0
+    for number in range(1, calls + 1):
+        old = instance_files.installed(NAME)
+        new = switching.stage(f"systemctl-{number}")
+        host.calls = []
+        host.at = lambda count, verb, number=number: count >= number if onwards else count == number
+        said = install(host, new)
+        if instance_files.installed(NAME) == old:
+            assert said is not None
+            named += "returned non-zero exit status 1" in said
+            switch.recover(NAME)
+            if not onwards:
+                check_old(host, old)
+        else:
+            host.start(UNIT) if host.serving is None else None
+            check_new(host, new)
+        next_run(host, f"systemctl-{number}-again")
+    assert named >= 4
+
+
+def test_a_first_installation_that_fails_leaves_nothing_that_serves(host):
+    switch.remove(NAME)
+    switching.stage("first")
+    steps, _ = steps_of(host, lambda: switch.install(NAME))
+    for number in range(1, steps + 1):
+        switch.remove(NAME)
+        assert instance_files.installed(NAME) == {}
+        new = switching.stage("first")
+        fails_at(host, number, errno.EIO)
+        said = install(host, new)
+        if said is not None and instance_files.last_good(NAME) is None:
+            assert os.strerror(errno.EIO) in said
+            assert host.serving is None and not switching.is_enabled(UNIT)
+            left = instance_files.installed(NAME)
+            assert left == {} or UNIT in left  # without its unit nothing stays, above all no keys
+        next_run(host, "first")
+
+
+@pytest.mark.parametrize("code", switching.ERRORS, ids=errno.errorcode.get)
+def test_a_refresh_that_fails_never_touches_the_server(host, code):
+    def refresh(version):
+        new = switching.stage(version, serves=False)  # which nobody asks
+        os.unlink(f"{switch.common.STAGED}/{NAME}/api-keys")
+        return new
+
+    refresh("two")
+    steps, _ = steps_of(host, lambda: switch.refresh(NAME))
+    starts, keys = host.starts, instance_files.installed(NAME)["api-keys"]
+    for number in range(1, steps + 1):
+        old = instance_files.installed(NAME)
+        new = {**refresh(f"{code}-{number}"), "api-keys": keys}
+        fails_at(host, number, code)
+        try:
+            switch.refresh(NAME)
+        except (Failed, OSError) as error:
+            assert os.strerror(code) in str(error)
+        finally:
+            heal(host)
+        switch.recover(NAME)
+        assert instance_files.installed(NAME) in (old, new)
+        assert instance_files.last_good(NAME) == instance_files.installed(NAME)
+        assert host.starts == starts and host.watching and switching.is_enabled(TIMER)
+        assert switching.leftovers() == []
