@@ -4,6 +4,8 @@ Names of processes and files, values of a model's header, log lines, messages of
 network says may hold escape sequences that move the cursor, hide text or turn its direction. Nobody cleans where a
 message is made; every exit does: `tasks/lib/output.py` for pyinfra, `out` and `err` for our commands. Imports nothing
 of ours.
+
+Decision 10: docs/decisions/0010-a-host-is-not-trusted.md.
 """
 
 from __future__ import annotations

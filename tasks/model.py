@@ -6,6 +6,7 @@ from typing import Any
 
 from pyinfra.api.deploy import deploy
 
+from llamafleet.hub.source import RemoteFile
 from llamafleet.remote.common import RUN
 from llamafleet.service.desired import Desired, Serving
 from llamafleet.settings import secrets
@@ -22,7 +23,7 @@ def model() -> None:
     now = decision()
     if now is None:
         return
-    token = secrets.hub_token(now.desired.settings.hub_token_file)
+    token = secrets.hub_token(now.desired.settings.hub_token_file, now.desired.settings.hub_endpoint)
     models = {serving.folder: serving for serving in now.desired.servings}
     for folder, serving in operations.each(models.items(), lambda pair: pair[0]):
         needed = folder in now.changes.models
@@ -42,11 +43,16 @@ def spec(desired: Desired, serving: Serving, with_token: bool) -> dict[str, Any]
     return {
         "directory": serving.folder,
         "owner": None,
-        "files": [
-            {"name": file.name, "urls": [file.url, *file.mirrors], "size_bytes": file.size_bytes, "sha256": file.sha256}
-            for file in serving.model.files
-        ],
+        "files": [_file(desired, serving, file) for file in serving.model.files],
         "curl_config": TOKEN if with_token else None,
         "token_origin": desired.settings.hub_endpoint,
         "reserve_bytes": 1024**3,
     }
+
+
+def _file(desired: Desired, serving: Serving, file: RemoteFile) -> dict[str, Any]:
+    """One file of the spec. Where its sha256 is not known, it is the one that the host verified earlier, or the model
+    may do without."""
+    sha256 = file.sha256 or desired.installed.models.get(f"{serving.folder}/{file.name}")
+    entry = {"name": file.name, "urls": [file.url, *file.mirrors], "size_bytes": file.size_bytes, "sha256": sha256}
+    return entry if sha256 else {**entry, "unverified": serving.instance.allow_unverified}

@@ -18,6 +18,8 @@ def plan() -> None:
         return
     for serving in now.desired.servings:
         host.log(tables.table(serving.plan, f"{serving.name} on {host.name}"))
+    for note in now.desired.inputs.notes:
+        host.log(note)
     if now.desired.why:
         host.log(now.desired.why)
     for name, reasons in now.changes.services.items():

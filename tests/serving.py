@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import json
+import socketserver
 import threading
 
 
@@ -52,3 +53,61 @@ def serving(server):
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+class _Raw(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+
+    def __init__(self, script):
+        super().__init__(("127.0.0.1", 0), _RawHandler)
+        self.script, self.stopping = script, threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.asked = []  # the first line of each request
+
+    def shutdown(self):
+        self.stopping.set()
+        super().shutdown()
+
+
+class _RawHandler(socketserver.StreamRequestHandler):
+    timeout = 30
+
+    def handle(self):
+        lines = list(iter(lambda: self.rfile.readline().strip(), b""))
+        self.server.asked.append(lines[0].decode("latin-1") if lines else "")
+        with contextlib.suppress(OSError):  # the client has had enough
+            for piece in self.server.script(b"\n".join(lines).decode("latin-1")):
+                if isinstance(piece, bytes):
+                    self.wfile.write(piece)
+                elif self.server.stopping.wait(piece):
+                    return
+
+
+def raw(script):
+    """A server whose answer to each connection's first request are the pieces of `script(its lines)`: bytes, or
+    pauses in seconds. For what no server sends that knows HTTP. To be used as `with serving(raw(script)) as server:`."""
+    return _Raw(script)
+
+
+def dripping(start=b"", pause=0.05):
+    """A script: these bytes, then one byte after another, for ever."""
+
+    def script(_):
+        yield start
+        while True:
+            yield b"a"
+            yield pause
+
+    return script
+
+
+def flood(start=b"", block=b"a" * 65536, limit=2**31):
+    """A script: these bytes, then blocks of bytes, as many as the client takes."""
+
+    def script(_):
+        yield start
+        for _ in range(limit // len(block)):
+            yield block
+
+    return script

@@ -73,10 +73,14 @@ model_defaults = {
     # Further flags that open the host, such as "--props" or "--tools read_file". They need `api_key_file`;
     # docs/hardening.md says what each of them opens.
     "dangerous_flags": [],
-    # Expected sha256 of the file (of a split model's first shard). The Hugging Face Hub gives it; set it
-    # for other URLs.
+    # Expected sha256 of the file; of a split model a list with one for each shard, in order. The Hugging Face
+    # Hub gives it. Set it for other URLs, and for the time when the Hub cannot be reached and a mirror is asked:
+    # a file whose sha256 is not known is not downloaded.
     "sha256": None,
-    # Further addresses of the same file, tried in order when the source fails.
+    # Download this model although no sha256 of it is known: whoever serves the address, or is between, can give
+    # you another file. Give it in the entry of the model; as a default it is refused.
+    "allow_unverified": False,
+    # Further http(s) or hf: addresses of the same file, tried in order when the source fails.
     "mirrors": [],
 }
 

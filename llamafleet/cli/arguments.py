@@ -15,6 +15,7 @@ from llamafleet.host import described
 from llamafleet.host.machine import Machine, MachineError
 from llamafleet.settings import secrets
 from llamafleet.settings.schema import Instance, Settings
+from llamafleet.validation import shown
 
 DEFAULTS = Path("inventory/group_data/all.py")
 NAME, PORT = "model", 8080  # name and port of the planned instance; nothing is served under them
@@ -31,26 +32,35 @@ def read_machine(argument: str) -> described.Described:
     """
     path = Path(argument)
     looks_like_path = path.suffix == ".json" or os.sep in argument.partition("=")[0]
-    if argument != "-" and not looks_like_path and not path.is_file():
+    if argument != "-" and not looks_like_path and not _is_file(path):
         try:
             return described.read(argument)
         except described.DescriptionError as error:
-            raise UsageError(f"--machine: there is no file {argument!r}, and as a description: {error}") from error
+            raise UsageError(f"--machine: there is no file {shown(argument)}, and as a description: {error}") from error
     text = sys.stdin.read() if argument == "-" else read_text(path)
     try:
         return described.Described(Machine.from_json(json.loads(text)))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, MachineError):
             raise
         raise UsageError(f"{argument}: should be JSON: {error}") from error
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or has a zero byte
+        return False
 
 
 def read_text(path: Path) -> str:
     """The file's text. Raises `UsageError` if it cannot be read as UTF-8."""
     try:
         return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise UsageError(f"{shown(str(path))}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # no UTF-8, or a zero byte in the path
+        raise UsageError(f"{shown(str(path))}: cannot be read: {error}") from error
 
 
 def default_data() -> dict[str, Any]:
@@ -112,4 +122,4 @@ def hub_token(settings: Settings) -> str | None:
 
     Raises `SecretError`.
     """
-    return secrets.hub_token(settings.hub_token_file or None)
+    return secrets.hub_token(settings.hub_token_file or None, settings.hub_endpoint)

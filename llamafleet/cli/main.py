@@ -157,7 +157,7 @@ def _on_inventory(module: str, options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace, host: Described, changes: dict[str, Any]) -> int:
     models = options.model
     if options.compare:
-        settings = settings_for("hf:any/any/any", default_data(), changes)
+        settings = settings_for("hf:any/any/any.gguf", default_data(), changes)
         models = [quantisation for model in options.model for quantisation in _quantisations(model, settings)]
         if not models:
             raise UsageError(f"--compare: there is no GGUF model in {', '.join(options.model)}")
@@ -203,7 +203,7 @@ def _header(settings: Settings) -> Header:
         endpoint=settings.hub_endpoint,
         token=token,
         mirrors=instance.mirrors,
-        sha256=instance.sha256,
+        sha256=instance.sha256 or (),
     )
     return source.read_header(files, token=token)
 

@@ -3,6 +3,8 @@
 Each function here takes that line and gives a checked value; `installed.py` and `machine.py` have the schema of the
 survey's. A host is not trusted: whatever else the line is, `AnswerError` says in one sentence which program answered
 what. Keys that a schema does not know are ignored, so that a newer program can say more.
+
+Decision 10: docs/decisions/0010-a-host-is-not-trusted.md.
 """
 
 from __future__ import annotations

@@ -22,9 +22,10 @@ KEYS = {
     "memory-bandwidth": "memory-bandwidth=80GB/s, the measured bandwidth of the RAM",
     "pcie": "pcie=4x8, PCIe generation and lanes of every card",
 }
+LONGEST = 500  # characters; one with all keys has about 150
 GPU_LIMIT = 16  # ggml/include/ggml-cuda.h, GGML_CUDA_MAX_DEVICES
-_CARDS = re.compile(r"(?:(?P<count>\d+) ?[x*] ?(?=[a-z]))?(?P<name>.+)")
-_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?) ?(?P<unit>[kmgt]?)(?:i?b)?(?:/s)?")
+_CARDS = re.compile(r"(?:(?P<count>[0-9]+) ?[x*] ?(?=[a-z]))?(?P<name>.+)")
+_SIZE = re.compile(r"(?P<number>[0-9]{1,15}(?:\.[0-9]{1,15})?) ?(?P<unit>[kmgt]?)(?:i?b)?(?:/s)?")
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -42,6 +43,8 @@ class Described:
 
 def read(description: str) -> Described:
     """The machine with this description. Raises `DescriptionError`."""
+    if len(description) > LONGEST:
+        raise DescriptionError(f"it has {len(description)} characters, {LONGEST} at most are read; {FORM}")
     words = [word.strip() for word in description.split(",")]
     values = dict(_pair(word) for word in words if "=" in word)
     cards = [card for word in words if "=" not in word for card in _cards(word)]
@@ -120,7 +123,7 @@ def _gpu(index: int, model: GpuModel, ram: int, values: Mapping[str, str]) -> Gp
 
 
 def _cpu(values: Mapping[str, str]) -> Cpu:
-    match = re.fullmatch(r"([1-9]\d{0,3})(?:\+(\d{1,3}))?", values["cores"])
+    match = re.fullmatch(r"([1-9][0-9]{0,3})(?:\+([0-9]{1,3}))?", values["cores"])
     if not match:
         raise DescriptionError(f"'cores={values['cores']}': should be {KEYS['cores']}")
     performance, physical = int(match[1]), int(match[1]) + int(match[2] or 0)

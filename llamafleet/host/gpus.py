@@ -45,7 +45,7 @@ def find(name: str, memory_bytes: int | None = None) -> GpuModel | None:
         matches = [(length, model) for length, model in matches if _MOBILE & set(_words(model.name))]
     longest = max((length for length, _ in matches), default=0)
     best = [model for length, model in matches if length == longest]
-    size = re.search(r"(\d+) ?gb?\b", name.lower())
+    size = re.search(r"\b([0-9]{1,6}) ?gb?\b", name.lower())
     if memory_bytes is None and size:
         memory_bytes = int(size[1]) * 1024 * MIB
     if memory_bytes is None:

@@ -1,26 +1,38 @@
 """Read parts of a file over HTTP.
 
 This module follows redirects itself: the Hub redirects to a signed URL of another origin, which must not get the token.
-It waits for a busy server, for a limited time. Messages never show the query of a URL, because a signature is a secret.
+It waits for a busy server, for a limited time. All that servers send is limited, in time and in bytes. Messages never
+show the query of a URL, because a signature is a secret.
+
+Decision 20: docs/decisions/0020-what-comes-from-outside-is-bounded.md.
 """
 
 from __future__ import annotations
 
+import email.utils
 import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 from urllib.parse import urljoin, urlsplit
+
+from llamafleet.remote.common import ADDRESS_RULE, is_address, keeps_secrets, whole_number
 
 if TYPE_CHECKING:  # importing it takes a quarter of the start of `llamafleet plan`; a model on disk does not need it
     import requests
 
-TIMEOUT_SECONDS = (10, 60)  # to connect; between two parts of a body
+    from llamafleet.hub.wire import Session
+
+TIMEOUT_SECONDS = (10.0, 60.0)  # to connect; between two parts of a body
+# For all that is asked about one model. The largest header that is read has 64 MiB: ten minutes are enough for it at
+# 1 Mbit/s, or for the 1024 shards of a model one after another.
+TOTAL_SECONDS = 600.0
 REDIRECTS = 8
 ATTEMPTS = 4
 WAIT_LIMIT_SECONDS = 60.0  # longest Retry-After that is waited for; a longer one is an error
 RANGELESS_LIMIT_BYTES = 64 * 1024**2  # most that is read from a server without Range requests
+SHOWN_CHARACTERS = 250  # of an address in a message
 _BUSY = (429, 500, 502, 503, 504)
 _REDIRECT = (301, 302, 303, 307, 308)
 _SERVED = (200, 206, 416)
@@ -37,38 +49,64 @@ class SourceError(Exception):
     """A source cannot be read; the message has the URL (without its query), the HTTP status and the next step."""
 
 
+class Deadline:
+    """The time for everything that one reading asks of servers: `seconds` from now."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.seconds = TOTAL_SECONDS if seconds is None else seconds
+        self._end = time.monotonic() + self.seconds
+
+    def left(self) -> float:
+        """Seconds until it is over, not below 0."""
+        return max(0.0, self._end - time.monotonic())
+
+    def check(self, url: str) -> None:
+        """Raise `SourceError` if it is over."""
+        if not self.left():
+            raise SourceError(
+                f"{shown(url)}: reading took longer than {self.seconds:.0f} s: check the network, or set mirrors"
+            )
+
+
 def origin(url: str) -> str:
-    """Scheme, host and port of a URL: a token is sent to one origin only."""
+    """Scheme, host and port of an address that `is_address` accepts: a token is sent to one origin only."""
     parts = urlsplit(url)
     port = parts.port or {"https": 443, "http": 80}.get(parts.scheme, 0)
     return f"{parts.scheme}://{parts.hostname}:{port}"
 
 
 def shown(url: str) -> str:
-    """The URL for messages, without query and user: a signature and a password are secrets."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return f"{parts.scheme}://{host}{parts.path}"
-
-
-def _session() -> requests.Session:
-    import requests
-
-    session = requests.Session()
-    session.auth = lambda request: request  # otherwise requests reads passwords from ~/.netrc
-    session.headers["Accept-Encoding"] = "identity"  # a compressed body would not be the file's bytes
-    return session
+    """The URL for messages, without query and user: a signature and a password are secrets. It may be no URL at all."""
+    plain = re.split(r"[?#]", url, maxsplit=1)[0]
+    plain = re.sub(r"^([a-z]+://)[^/]*@", r"\1", plain)
+    return plain if len(plain) <= SHOWN_CHARACTERS else plain[: SHOWN_CHARACTERS - 3] + "..."
 
 
 @dataclass
 class Web:
-    """An HTTP client that sends `token` to `token_origin` only."""
+    """An HTTP client that sends `token` to `token_origin` only, by https or to this machine.
+
+    To be closed. All that it does ends at the deadline, with `SourceError`.
+    """
 
     token: str | None = None
     token_origin: str | None = None
     sleep: Callable[[float], None] = time.sleep
-    session: requests.Session = field(default_factory=_session)
+    deadline: Deadline = field(default_factory=Deadline)
+    _session: Session | None = None
     _redirected: dict[str, str] = field(default_factory=dict)  # by URL, its redirects' last URL, signed for some time
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
 
     def ask(
         self, method: str, url: str, headers: Mapping[str, str] | None = None, *, follow: bool = True
@@ -77,12 +115,17 @@ class Web:
 
         Without `follow`, a redirect to another origin is not followed but returned.
         """
+        from llamafleet.hub.wire import FAILURES
+
         problem = ""
         for attempt in range(ATTEMPTS):
             try:
                 response = self._follow(method, url, dict(headers or {}), follow)
-            except OSError as error:  # requests' errors are OSErrors too
-                problem = f"{shown(url)}: cannot be reached ({type(error).__name__}); check address and network"
+            except FAILURES as error:
+                self.deadline.check(url)
+                problem = f"{shown(url)}: cannot be reached ({_kind(error)}); check address and network"
+                if isinstance(error, ValueError):  # of what no repetition changes
+                    break
                 wait = 2.0**attempt
             else:
                 if response.status_code not in _BUSY:
@@ -90,31 +133,45 @@ class Web:
                 problem = _problem(response, url)
                 wait = _retry_after(response, 2.0**attempt)
                 response.close()
-            if attempt + 1 == ATTEMPTS or wait > WAIT_LIMIT_SECONDS:
+            if attempt + 1 == ATTEMPTS or wait > min(WAIT_LIMIT_SECONDS, self.deadline.left()):
                 break
             self.sleep(wait)
         raise SourceError(problem)
 
     def _follow(self, method: str, url: str, headers: dict[str, str], follow: bool) -> requests.Response:
+        if not is_address(url):
+            raise SourceError(f"{shown(url)}: should be {ADDRESS_RULE}")
         for _ in range(REDIRECTS):
-            sent_headers = dict(headers)
-            if self.token and origin(url) == self.token_origin:
-                sent_headers["Authorization"] = f"Bearer {self.token}"
-            response = self.session.request(
-                method, url, headers=sent_headers, stream=True, allow_redirects=False, timeout=TIMEOUT_SECONDS
-            )
-            target = urljoin(url, response.headers.get("Location", ""))
-            if response.status_code not in _REDIRECT or (not follow and origin(target) != origin(url)):
+            response = self._request(method, url, headers)
+            if response.status_code not in _REDIRECT:
+                return response
+            target = _target(url, response)
+            if not follow and origin(target) != origin(url):
                 return response
             response.close()
-            if urlsplit(target).scheme not in ("http", "https"):
-                raise SourceError(f"{shown(url)}: redirects to {shown(target)}, which is not an http(s) address")
             if urlsplit(url).scheme == "https" and urlsplit(target).scheme == "http":
                 raise SourceError(
                     f"{shown(url)}: redirects from https to http, which is refused because others could change the file"
                 )
             url = target
         raise SourceError(f"{shown(url)}: more than {REDIRECTS} redirects")
+
+    def _request(self, method: str, url: str, headers: Mapping[str, str]) -> requests.Response:
+        """One request; raises what the wire's `FAILURES` are."""
+        self.deadline.check(url)
+        if self._session is None:
+            from llamafleet.hub.wire import Session
+
+            self._session = Session(self.deadline.left)
+        sent_headers = dict(headers)
+        if self.token and origin(url) == self.token_origin and keeps_secrets(url):
+            sent_headers["Authorization"] = f"Bearer {self.token}"
+        connect, silence = (max(0.01, min(seconds, self.deadline.left())) for seconds in TIMEOUT_SECONDS)
+        response = self._session.request(
+            method, url, headers=sent_headers, stream=True, allow_redirects=False, timeout=(connect, silence)
+        )
+        self.deadline.check(url)  # at the deadline an answer looks as if the server had ended it
+        return response
 
     @staticmethod
     def _checked(response: requests.Response, url: str) -> requests.Response:
@@ -142,59 +199,135 @@ class Web:
 
         Raises `SourceError`.
         """
+        from llamafleet.hub.wire import FAILURES
+
         problem = ""
         for attempt in range(ATTEMPTS):
             response = self._get(url, {"Range": f"bytes={offset}-{offset + length - 1}"})
             try:
                 with response:
-                    return _part(response, url, offset, length)
-            except OSError as error:  # requests' errors are OSErrors too
-                problem = f"{shown(url)}: the transfer ended too early, after byte {offset}: {type(error).__name__}"
-                self.sleep(2.0**attempt)
+                    part = _part(response, url, offset, length)
+                self.deadline.check(url)
+                return part
+            except FAILURES as error:
+                self.deadline.check(url)
+                problem = f"{shown(url)}: the transfer ended too early, after byte {offset}: {_kind(error)}"
+                self.sleep(min(2.0**attempt, self.deadline.left()))
         raise SourceError(f"{problem}, {ATTEMPTS} times; try again later or set mirrors")
+
+    def page(self, url: str, limit_bytes: int) -> tuple[bytes, str | None]:
+        """A whole body of at most `limit_bytes`, and the address of the next page of a list, of the same origin.
+
+        Raises `SourceError`.
+        """
+        from llamafleet.hub.wire import FAILURES
+
+        with self.ask("GET", url) as response:
+            try:
+                body = _take(response, url, limit_bytes + 1)
+            except FAILURES as error:
+                self.deadline.check(url)
+                raise SourceError(f"{shown(url)}: the transfer ended too early: {_kind(error)}") from error
+            self.deadline.check(url)
+            if len(body) > limit_bytes:
+                raise SourceError(f"{shown(url)}: sends a list of more than {limit_bytes} bytes, which is not read")
+            return body, _next_page(url, response.headers.get("Link", ""))
+
+
+def _target(url: str, response: requests.Response) -> str:
+    """The address that a redirect names. Raises `SourceError` for one that no program of ours can read."""
+    location = response.headers.get("Location", "")
+    try:
+        target = urljoin(url, location)
+    except ValueError:  # such as a bracket that is not closed
+        target = location
+    if not location or not is_address(target):
+        response.close()
+        raise SourceError(f"{shown(url)}: redirects to {shown(target)!r}, which is not {ADDRESS_RULE}")
+    return target
+
+
+def _next_page(url: str, link: str) -> str | None:
+    """The next page by a Link header (RFC 8288). Raises `SourceError` for one elsewhere."""
+    found = re.search(r'<([^<>]*)>;[ ]*rel="?next"?', link)
+    if not found:
+        return None
+    try:
+        target = urljoin(url, found[1])
+    except ValueError:
+        target = found[1]
+    if not is_address(target) or origin(target) != origin(url):
+        raise SourceError(f"{shown(url)}: its list goes on at {shown(target)!r}, which is no address of this server")
+    return str(target)
+
+
+def _kind(error: BaseException) -> str:
+    """The name of the error that others were made of; texts may have the query of a URL."""
+    inner: object = error
+    while isinstance(inner, BaseException):
+        error, inner = inner, getattr(inner, "reason", None) or (inner.args[-1] if inner.args else None)
+    return type(error).__name__
 
 
 def _part(response: requests.Response, url: str, offset: int, length: int) -> tuple[bytes, int | None]:
-    content_range = response.headers.get("Content-Range", "")
-    total = re.search(r"/(\d+)$", content_range)
-    size = int(total[1]) if total else None
+    first, size = _content_range(response)
     if response.status_code == 416:  # Range Not Satisfiable: the file ends before the offset
         return b"", size
     if response.status_code == 206:  # Partial Content
-        if not content_range.startswith(f"bytes {offset}-"):
-            raise SourceError(
-                f"{shown(url)}: requested bytes from {offset}, the server sent {content_range or 'no range'!r}"
-            )
-        return _take(response, length), size
-    content_length = response.headers.get("Content-Length", "")
+        if first != offset:
+            found = response.headers.get("Content-Range", "")[:100] or "no range"
+            raise SourceError(f"{shown(url)}: requested bytes from {offset}, the server sent {found!r}")
+        return _take(response, url, length), size
     if offset + length > RANGELESS_LIMIT_BYTES:
         raise SourceError(
             f"{shown(url)}: the server does not support Range requests and the header is longer than"
             f" {RANGELESS_LIMIT_BYTES} bytes; use another server, or download the file and give its path"
         )
-    return _take(response, offset + length)[offset:], int(content_length) if content_length.isdigit() else None
+    return _take(response, url, offset + length)[offset:], whole_number(response.headers.get("Content-Length"))
 
 
-def _take(response: requests.Response, length: int) -> bytes:
-    """The first `length` bytes of the body at most, even if the server sends more."""
+def _content_range(response: requests.Response) -> tuple[int | None, int | None]:
+    """The first byte of a part and the size of the whole file, as far as the server gives them (RFC 9110, 14.4)."""
+    value = response.headers.get("Content-Range", "")
+    found = re.fullmatch(r"bytes (?:([0-9]{1,19})-[0-9]{1,19}|\*)/([0-9]{1,19}|\*)", value.strip())
+    return (whole_number(found[1]), whole_number(found[2])) if found else (None, None)
+
+
+def _take(response: requests.Response, url: str, length: int) -> bytes:
+    """The first `length` bytes of the body at most, even if the server sends more. Raises `SourceError`."""
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise SourceError(
+            f"{shown(url)}: the server sends a compressed body ({encoding[:20]}), although a plain one was asked for;"
+            " use another server"
+        )
     body = bytearray()
-    for chunk in response.iter_content(1 << 20):
-        body += chunk
-        if len(body) >= length:
+    while len(body) < length:
+        chunk = response.raw.read(min(1 << 20, length - len(body)), decode_content=False)
+        if not chunk:
             break
-    return bytes(body[:length])
+        body += chunk
+    return bytes(body)
 
 
 def _retry_after(response: requests.Response, default: float) -> float:
-    seconds = response.headers.get("Retry-After", "").strip()
-    return float(seconds) if seconds.isdigit() else default
+    """Seconds to wait by the header Retry-After, a number or a date (RFC 9110, 10.2.3); `default` without one."""
+    text = response.headers.get("Retry-After", "").strip()[:64]
+    seconds = whole_number(text)
+    if seconds is not None:
+        return float(seconds)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError, IndexError, OverflowError, OSError):  # no date, or one that no calendar has
+        return default
 
 
 def _problem(response: requests.Response, url: str) -> str:
     """The message for a response with an error status."""
-    code = response.headers.get("X-Error-Code", "")
+    code = response.headers.get("X-Error-Code", "")[:100]
     code = f", {code}" if code else ""
     next_step = _NEXT_STEP.get(response.status_code, "try again later or set mirrors")
-    wait = response.headers.get("Retry-After", "")
-    wait = f" (asks to wait {wait} s)" if wait else ""
+    wait = response.headers.get("Retry-After", "").strip()[:64]
+    unit = " s" if wait.isdigit() else ""
+    wait = f" (asks to wait {'until ' if wait and not unit else ''}{wait}{unit})" if wait else ""
     return f"{shown(url)}: HTTP {response.status_code}{code}{wait}: {next_step}"

@@ -2,19 +2,30 @@
 
 `resolve` lists all files of a model with size, sha256 and commit, without a download. `read_header` then reads the GGUF
 header by range requests.
+
+Decision 20: docs/decisions/0020-what-comes-from-outside-is-bounded.md.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from llamafleet.hub.http import SourceError, Web, origin, shown
+from llamafleet.hub.http import Deadline, SourceError, Web, origin, shown
 from llamafleet.model import gguf
+from llamafleet.remote.common import (
+    ADDRESS_RULE,
+    MODEL_FILE_RULE,
+    file_name,
+    is_address,
+    is_model_file,
+    whole_number,
+)
 
 __all__ = [
     "HttpSource",
@@ -30,11 +41,19 @@ __all__ = [
 ]
 
 DEFAULT_REVISION = "main"
-_HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^@]+?)(?:@(?P<revision>[^@]+))?")
-_REPOSITORY = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^@]+))?")
+# A list of a repository's files, all pages together. A file takes some 300 bytes; large repositories have 2000 files.
+LISTING_LIMIT_BYTES = 16 * 1024**2
+LISTING_PAGES = 50
+LISTED_FILES = 5000  # GGUF files of a repository
+_LARGEST_FILE = 2**63 - 1
+_REPO = r"hf:(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)"
+_REVISION = r"(?:@(?P<revision>[^@]+))?"
+_HUB = re.compile(rf"{_REPO}/(?P<file>[^@]+?){_REVISION}", re.ASCII)
+_REPOSITORY = re.compile(rf"{_REPO}{_REVISION}", re.ASCII)
+_COMMIT = re.compile(r"[0-9A-Za-z._-]{1,64}")
 # GGUF files that are not language models: image encoders, importance matrices, vocabularies.
 _NO_MODEL = re.compile(r"(?:^|[/._-])(?:mmproj|imatrix|vocab)(?:[/._-]|$)", re.IGNORECASE)
-_RESOLVE = re.compile(r"/(?P<repo>[\w.-]+/[\w.-]+)/(?:resolve|blob)/(?P<revision>[^/]+)/(?P<file>.+)")
+_RESOLVE = re.compile(r"/(?P<repo>[\w.-]+/[\w.-]+)/(?:resolve|blob)/(?P<revision>[^/]+)/(?P<file>.+)", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -59,6 +78,7 @@ class RemoteFile:
     commit: str | None = None
     mirrors: tuple[str, ...] = ()
     token_origin: str | None = None
+    failed: str = ""  # of a mirror's file: why it is not the source's
 
 
 @dataclass(frozen=True)
@@ -67,14 +87,41 @@ class ModelFiles:
 
     files: tuple[RemoteFile, ...]
     header: gguf.Header
+    # On a host that has the files already, from when no sha256 was known of them: their folder there.
+    kept_folder: str | None = None
+    # Names of files that the host serves, and whose sha256 became known only after it noted them in plan.json.
+    noted_without_sum: frozenset[str] = frozenset()
 
     @property
     def folder(self) -> str:
         """Name of the model's folder on a host. It depends on the content: a model that changes at its source gets
         another folder, and the files of a running server stay."""
-        first = self.files[0]
-        identity = first.sha256 or hashlib.sha256(f"{first.url} {first.size_bytes}".encode()).hexdigest()
-        return f"{first.name.removesuffix('.gguf')}-{identity[:12]}"
+        return self.kept_folder or self._folder(self.files[0].sha256 or self._address_hash)
+
+    @property
+    def folder_without_sum(self) -> str:
+        """The name that the folder gets where no sha256 is known of the first file: by its address and size."""
+        return self._folder(self._address_hash)
+
+    @property
+    def recorded(self) -> list[tuple[str, int | None, str | None]]:
+        """Name, size and sha256 of each file, as plan.json has them."""
+        return [
+            (file.name, file.size_bytes, None if file.name in self.noted_without_sum else file.sha256)
+            for file in self.files
+        ]
+
+    @property
+    def without_sum(self) -> tuple[RemoteFile, ...]:
+        """The files whose sha256 neither the settings nor the Hub tells."""
+        return tuple(file for file in self.files if file.sha256 is None)
+
+    @property
+    def _address_hash(self) -> str:
+        return hashlib.sha256(f"{self.files[0].url} {self.files[0].size_bytes}".encode()).hexdigest()
+
+    def _folder(self, identity: str) -> str:
+        return f"{self.files[0].name[: -len('.gguf')]}-{identity[:12]}"
 
 
 def parse(source: str, endpoint: str = "") -> Source:
@@ -82,19 +129,24 @@ def parse(source: str, endpoint: str = "") -> Source:
     if source.startswith("hf:"):
         match = _HUB.fullmatch(source)
         if not match or any(part in ("", ".", "..") for part in match["file"].split("/")):
-            raise SourceError(f"{source}: should be hf:OWNER/REPO/FILE.gguf or hf:OWNER/REPO/FILE.gguf@REVISION")
+            raise SourceError(
+                f"{_short(source)}: should be hf:OWNER/REPO/FILE.gguf or hf:OWNER/REPO/FILE.gguf@REVISION"
+            )
         return Source("hub", match["file"], match["repo"], match["revision"] or DEFAULT_REVISION)
     if source.startswith(("http://", "https://")):
-        parts = urlsplit(source)
-        if not parts.hostname:
-            raise SourceError(f"{source}: should have a host name")
-        match = _RESOLVE.fullmatch(unquote(parts.path))
+        if not is_address(source):
+            raise SourceError(f"{shown(source)}: should be {ADDRESS_RULE}")
+        match = _RESOLVE.fullmatch(unquote(urlsplit(source).path))
         if endpoint and match and origin(source) == origin(endpoint):
             return Source("hub", match["file"], match["repo"], unquote(match["revision"]))
         return Source("url", source)
     if re.match(r"[a-z]+:", source):
-        raise SourceError(f"{source}: should be a path, an http(s) URL or hf:OWNER/REPO/FILE.gguf")
+        raise SourceError(f"{_short(source)}: should be a path, an http(s) URL or hf:OWNER/REPO/FILE.gguf")
     return Source("path", source)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 250 else text[:247] + "..."
 
 
 def resolve(
@@ -103,29 +155,54 @@ def resolve(
     endpoint: str,
     token: str | None = None,
     mirrors: Sequence[str] = (),
-    sha256: str | None = None,
+    sha256: Sequence[str] = (),
+    deadline: Deadline | None = None,
 ) -> tuple[RemoteFile, ...]:
-    """All files of the model, in order. If the source fails, the mirrors are tried. Raises `SourceError`."""
-    addresses = [source, *mirrors]
-    problems = []
+    """All files of the model, in order. If the source fails, the mirrors are tried. Raises `SourceError`.
+
+    `sha256`: what the settings say, of the first file or of every file in order.
+    """
+    named = parse(source, endpoint)
+    _check_name(named, source)
+    addresses, problems = [source, *mirrors], []
+    deadline = deadline or Deadline()
     for position, address in enumerate(addresses):
         others = [other for n, other in enumerate(addresses) if n != position]
         try:
-            files = _files(parse(address, endpoint), endpoint, token)
+            with Web(token, origin(endpoint), deadline=deadline) as web:
+                files = _files(parse(address, endpoint), endpoint, web)
         except SourceError as error:
             problems.append(str(error))
             continue
+        if position:  # a mirror may give its file any name; on the host it has the source's
+            files = _renamed(files, named, address, "; ".join(problems))
         return _with_sha256(_with_mirrors(files, others, endpoint), sha256)
     raise SourceError("; ".join(problems))
 
 
-def _files(source: Source, endpoint: str, token: str | None) -> tuple[RemoteFile, ...]:
+def _check_name(named: Source, source: str) -> None:
+    """Raise `SourceError` unless a host may give the model's file its name. A path is planned, and goes to no host."""
+    if named.kind != "path" and not is_model_file(name := file_name(named.file)):
+        raise SourceError(
+            f"{shown(source)}: its file name {_short(name)!r} should have {MODEL_FILE_RULE};"
+            " name another file, or serve a copy under such a name"
+        )
+
+
+def _renamed(files: tuple[RemoteFile, ...], named: Source, mirror: str, failed: str) -> tuple[RemoteFile, ...]:
+    names = _shards(named.file)
+    if len(names) != len(files):
+        raise SourceError(f"{shown(mirror)}: a mirror of {len(files)} files, but the model has {len(names)}")
+    return tuple(replace(file, name=file_name(name), failed=failed) for file, name in zip(files, names, strict=True))
+
+
+def _files(source: Source, endpoint: str, web: Web) -> tuple[RemoteFile, ...]:
     names = _shards(source.file)
     if source.kind == "path":
         return tuple(_local(Path(name)) for name in names)
     if source.kind == "url":
-        return tuple(_plain(url) for url in names)
-    web = Web(token, origin(endpoint))
+        with Web(deadline=web.deadline) as anonymous:
+            return tuple(_plain(anonymous, url) for url in names)
     first = _hub_file(web, endpoint, source, source.revision, names[0])
     commit = first.commit or source.revision  # otherwise a branch could change between two shards
     return (first, *(_hub_file(web, endpoint, source, commit, name) for name in names[1:]))
@@ -146,17 +223,18 @@ def _shards(file: str) -> tuple[str, ...]:
 
 
 def _local(path: Path) -> RemoteFile:
-    if not path.is_file():
-        raise SourceError(f"{path}: there is no such file")
-    return RemoteFile(path.name, path.absolute().as_uri(), path.stat().st_size)
+    try:
+        if path.is_file():
+            return RemoteFile(path.name, path.absolute().as_uri(), path.stat().st_size)
+    except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SourceError(f"{_short(str(path))!r}: cannot be read: {reason}") from error
+    raise SourceError(f"{path}: there is no such file")
 
 
-def _plain(url: str) -> RemoteFile:
-    _, size = Web().read(url, 0, 1)
-    name = unquote(urlsplit(url).path).rpartition("/")[2]
-    if not name or name.startswith("-"):
-        raise SourceError(f"{shown(url)}: its last part should be a file name")
-    return RemoteFile(name, url, size)
+def _plain(web: Web, url: str) -> RemoteFile:
+    _, size = web.read(url, 0, 1)
+    return RemoteFile(file_name(url), url, size or None)
 
 
 def _hub_url(endpoint: str, source: Source, revision: str, name: str) -> str:
@@ -168,13 +246,13 @@ def _hub_file(web: Web, endpoint: str, source: Source, revision: str, name: str)
     response = web.ask("HEAD", _hub_url(endpoint, source, revision, name), follow=False)
     response.close()
     headers = response.headers
-    commit = headers.get("X-Repo-Commit") or None
-    size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
+    commit = found[0] if (found := _COMMIT.fullmatch(headers.get("X-Repo-Commit", ""))) else None
+    size = whole_number(headers.get("X-Linked-Size")) or whole_number(headers.get("Content-Length"))
     etag = (headers.get("X-Linked-Etag") or headers.get("ETag") or "").removeprefix("W/").strip('"')
     return RemoteFile(
         name=name.rpartition("/")[2],
         url=_hub_url(endpoint, source, commit or revision, name),
-        size_bytes=int(size) if size.isdigit() else None,
+        size_bytes=size or None,
         sha256=etag if _SHA256.fullmatch(etag) else None,
         commit=commit,
         token_origin=origin(endpoint),
@@ -196,51 +274,91 @@ def _with_mirrors(files: tuple[RemoteFile, ...], others: Sequence[str], endpoint
     return tuple(replace(file, mirrors=tuple(urls)) for file, urls in zip(files, mirrors, strict=True))
 
 
-def _with_sha256(files: tuple[RemoteFile, ...], sha256: str | None) -> tuple[RemoteFile, ...]:
-    first = files[0]
-    if sha256 and first.sha256 and sha256 != first.sha256:
+def _with_sha256(files: tuple[RemoteFile, ...], sums: Sequence[str]) -> tuple[RemoteFile, ...]:
+    """The files with the sums of the settings, of the first file or of all. Raises `SourceError` where they differ from
+    the Hub's."""
+    if len(sums) not in (0, 1, len(files)):
         raise SourceError(
-            f"{shown(first.url)}: the Hub's sha256 is {first.sha256}, the settings say {sha256};"
+            f"{shown(files[0].url)}: sha256: {len(sums)} are given, the model has {len(files)} files: give one for each"
+        )
+    return (*map(_checked_sum, files, sums), *files[len(sums) :])
+
+
+def _checked_sum(file: RemoteFile, sha256: str) -> RemoteFile:
+    if file.sha256 and sha256 != file.sha256:
+        raise SourceError(
+            f"{shown(file.url)}: the Hub's sha256 is {file.sha256}, the settings say {sha256};"
             " correct `sha256`, or name the @REVISION that you mean"
         )
-    return (replace(first, sha256=first.sha256 or sha256), *files[1:])
+    return replace(file, sha256=sha256)
 
 
-def siblings(source: str, *, endpoint: str, token: str | None = None) -> dict[str, int]:
-    """Sizes in bytes, by name, of all GGUF files in the source's Hub repository; empty for other sources."""
+def siblings(
+    source: str, *, endpoint: str, token: str | None = None, deadline: Deadline | None = None
+) -> dict[str, int]:
+    """Sizes in bytes, by name, of all GGUF files in the source's Hub repository; empty for other sources.
+
+    Raises `SourceError`.
+    """
     parsed = parse(source, endpoint)
-    if parsed.kind != "hub":
-        return {}
-    url = f"{endpoint.rstrip('/')}/api/models/{parsed.repo}/tree/{quote(parsed.revision, safe='')}?recursive=1"
-    with Web(token, origin(endpoint)).ask("GET", url) as response:
-        try:
-            entries = response.json()
-        except ValueError as error:
-            raise SourceError(f"{shown(url)}: should be a JSON list of files: {error}") from error
-    return {
-        entry["path"]: entry["size"]
-        for entry in entries
-        if isinstance(entry, dict)
-        and str(entry.get("path", "")).endswith(".gguf")
-        and isinstance(entry.get("size"), int)
-    }
+    return _listed(parsed, endpoint, token, deadline) if parsed.kind == "hub" else {}
+
+
+def _listed(repository: Source, endpoint: str, token: str | None, deadline: Deadline | None) -> dict[str, int]:
+    revision = quote(repository.revision, safe="")
+    url = f"{endpoint.rstrip('/')}/api/models/{repository.repo}/tree/{revision}?recursive=1"
+    sizes: dict[str, int] = {}
+    left = LISTING_LIMIT_BYTES
+    with Web(token, origin(endpoint), deadline=deadline or Deadline()) as web:
+        for _ in range(LISTING_PAGES):
+            body, following = web.page(url, left)
+            left -= len(body)
+            for name, size in _sizes(body, url):
+                if name in sizes or len(sizes) == LISTED_FILES:
+                    why = "twice" if name in sizes else f"after {LISTED_FILES} others, which are not read"
+                    raise SourceError(f"{shown(url)}: lists {_short(name)!r} {why}")
+                sizes[name] = size
+            if following is None:
+                return sizes
+            url = following
+    raise SourceError(f"{shown(url)}: lists files on more than {LISTING_PAGES} pages, which are not read")
+
+
+def _sizes(body: bytes, url: str) -> Iterator[tuple[str, int]]:
+    """Names and sizes of a page's GGUF files; entries of another form are left out."""
+    try:
+        entries = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{shown(url)}: should be a JSON list of files: {str(error)[:100]}") from error
+    if not isinstance(entries, list):
+        raise SourceError(f"{shown(url)}: should be a JSON list of files, is of type {type(entries).__name__}")
+    for entry in entries:
+        name, size = (entry.get("path"), entry.get("size")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(size, int) or isinstance(size, bool):
+            continue
+        if name.lower().endswith(".gguf") and 0 <= size <= _LARGEST_FILE:
+            yield name, size
 
 
 def quantisations(source: str, *, endpoint: str, token: str | None = None) -> dict[str, int]:
     """Sizes in bytes, by source, of all models in a Hub repository. `source` is the repository or one of its files.
 
-    A split model is listed once, by its first shard; it is left out if a shard is missing. Raises `SourceError`.
+    A split model is listed once, by its first shard; it is left out if a shard is missing. So is what no host may store
+    under its name. Raises `SourceError`.
     """
     repository = _REPOSITORY.fullmatch(source)
-    parsed = parse(
-        f"{source.partition('@')[0]}/*@{repository['revision'] or DEFAULT_REVISION}" if repository else source,
-        endpoint,
+    parsed = (
+        Source("hub", "", repository["repo"], repository["revision"] or DEFAULT_REVISION)
+        if repository
+        else parse(source, endpoint)
     )
     if parsed.kind != "hub":
-        raise SourceError(f"{source}: should be hf:OWNER/REPO or a file of it, to list its models")
-    sizes = siblings(f"hf:{parsed.repo}/{parsed.file}@{parsed.revision}", endpoint=endpoint, token=token)
+        raise SourceError(f"{shown(source)}: should be hf:OWNER/REPO or a file of it, to list its models")
+    sizes = _listed(parsed, endpoint, token, None)
     models = {}
     for name in sizes:
+        if not is_model_file(file_name(name)) or "@" in name:
+            continue
         try:
             shards = gguf.shard_names(name)
         except gguf.GgufError:
@@ -271,20 +389,24 @@ class HttpSource:
         return part
 
 
-def read_header(files: Sequence[RemoteFile], *, token: str | None = None) -> gguf.Header:
+def read_header(
+    files: Sequence[RemoteFile], *, token: str | None = None, deadline: Deadline | None = None
+) -> gguf.Header:
     """The model's header. If an address fails, the mirrors are read. Raises `SourceError` or `GgufError`."""
     problems: list[str] = []
+    deadline = deadline or Deadline()
     for address in range(1 + max(len(file.mirrors) for file in files)):
         try:
-            return gguf.read_header([_source(file, address, token) for file in files])
+            with Web(token, files[0].token_origin, deadline=deadline) as web:
+                return gguf.read_header([_source(file, address, web) for file in files])
         except SourceError as error:
             problems.append(str(error))
     raise SourceError("; ".join(problems))
 
 
-def _source(file: RemoteFile, address: int, token: str | None) -> gguf.ByteSource:
+def _source(file: RemoteFile, address: int, web: Web) -> gguf.ByteSource:
     """The file at its URL (`address` 0) or at mirror `address`, the last one if it has fewer."""
     url = (file.url, *file.mirrors)[min(address, len(file.mirrors))]
     if url.startswith("file:"):
         return gguf.FileSource(Path(unquote(urlsplit(url).path)))
-    return HttpSource(url, file.size_bytes, Web(token, file.token_origin))
+    return HttpSource(url, file.size_bytes, web)

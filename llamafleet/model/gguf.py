@@ -15,7 +15,16 @@ from pathlib import Path
 
 from llamafleet.model import header_checks as hyperparameters
 from llamafleet.model.ggml_types import GGML_TYPES
-from llamafleet.model.gguf_cursor import KEY_LIMIT_BYTES, ByteSource, Cursor, FileSource, GgufError, LongArray, Value
+from llamafleet.model.gguf_cursor import (
+    KEY_LIMIT_BYTES,
+    ByteSource,
+    Cursor,
+    FileSource,
+    GgufError,
+    LongArray,
+    Read,
+    Value,
+)
 
 __all__ = [
     "GGML_TYPES",
@@ -40,7 +49,7 @@ NAME_LIMIT = 100  # characters of a model's name that are shown
 DIMENSIONS = 4  # GGML_MAX_DIMS
 
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9_.-]{1,63}")  # src/llama-arch.cpp, LLM_ARCH_NAMES
-_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
 _HTML = "is an HTML page, not a GGUF: a login, error or preview page was saved instead of the file"
 _BEFORE_GGUF = "has the GGML format that GGUF replaced: convert the original model to GGUF"
 # Other kinds of files by their first bytes (lower case), and the message about each.
@@ -132,8 +141,12 @@ def read_path(path: Path) -> Header:
 
 
 def read_header(sources: Sequence[ByteSource]) -> Header:
-    """The header of a model, from its shards in order. Raises GgufError."""
-    parts = [_read_one(source, shard) for shard, source in enumerate(sources)]
+    """The header of a model, from its shards in order; the limits are for all of them together. Raises GgufError."""
+    parts: list[Header] = []
+    read = Read()
+    for shard, source in enumerate(sources):
+        tensors_left = TENSOR_LIMIT - sum(len(part.tensors) for part in parts)
+        parts.append(_read_one(source, shard, tensors_left, read))
     first = parts[0]
     _check_split(sources, parts)
     tensors = tuple(tensor for part in parts for tensor in part.tensors)
@@ -173,12 +186,12 @@ def _check_split(sources: Sequence[ByteSource], parts: Sequence[Header]) -> None
         )
 
 
-def _read_one(source: ByteSource, shard: int) -> Header:
-    cursor = Cursor(source)
+def _read_one(source: ByteSource, shard: int, tensors_left: int, read: Read) -> Header:
+    cursor = Cursor(source, read)
     version = _version(cursor)
     tensor_count, metadata_count = cursor.u64(), cursor.u64()
     cursor.check(
-        tensor_count <= TENSOR_LIMIT, f"has {tensor_count} tensors by its header, {TENSOR_LIMIT} at most are supported"
+        tensor_count <= tensors_left, f"has {tensor_count} tensors by its header, {tensors_left} at most are supported"
     )
     cursor.check(
         metadata_count <= METADATA_LIMIT,
@@ -204,6 +217,7 @@ def _read_one(source: ByteSource, shard: int) -> Header:
         match = _ARCHITECTURE.fullmatch(str(architecture))
         cursor.check(match is not None, f"has the invalid general.architecture {str(architecture)[:NAME_LIMIT]!r}")
     size = source.size if source.size is not None else end
+    cursor.close()
     return Header(version, str(architecture), metadata, tuple(table), (size,))
 
 

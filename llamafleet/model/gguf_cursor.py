@@ -15,12 +15,13 @@ from llamafleet.units import MIB
 
 KIB = 1024
 
-# Limits against hostile files. The largest headers of real models (262144 tokens with merges) take 16 MB.
+# Limits against hostile files; those of headers and of kept values are for all shards of a model together. The largest
+# headers of real models (262144 tokens with merges) take 16 MB.
 HEADER_LIMIT_BYTES = 64 * MIB
 STRING_LIMIT_BYTES = 8 * MIB  # the longest strings kept are chat templates, below 100 kB
 KEY_LIMIT_BYTES = 64 * KIB  # GGUF keys are at most 65535 bytes
 ARRAY_LIMIT = 4 * 1024**2  # the longest arrays of real models have half a million merges
-KEPT_LIMIT_BYTES = 16 * MIB  # all values and names of one file; those of a large mixture of experts take 0.5 MB
+KEPT_LIMIT_BYTES = 16 * MIB  # all values and names; those of a large mixture of experts take 0.5 MB
 KEPT_EACH_BYTES = 64  # memory of a short value in Python
 WINDOW_BYTES = 1 * MIB  # smallest read
 LARGEST_WINDOW_BYTES = 8 * MIB
@@ -100,22 +101,35 @@ Scalar = int | float | bool | str
 Value = Scalar | tuple[Scalar, ...] | LongArray
 
 
-class Cursor:
-    """Reads a source from front to end, with one window of it in memory."""
+@dataclass
+class Read:
+    """What was read of a model so far: bytes of headers, and bytes of the values that were kept."""
 
-    def __init__(self, source: ByteSource) -> None:
+    header_bytes: int = 0
+    kept_bytes: int = 0
+
+
+class Cursor:
+    """Reads a source from front to end, with one window of it in memory. `before` counts what other shards took."""
+
+    def __init__(self, source: ByteSource, before: Read | None = None) -> None:
         self._source = source
+        self._read = before or Read()
         self._size = source.size
         self._base = 0  # file offset of the window
         self._window = b""
         self._at = 0  # position in the window; past its end after a skip
         self._fetch = 0  # estimated bytes that will be read next
-        self._kept = 0
 
     @property
     def position(self) -> int:
         """File offset of the next byte."""
         return self._base + self._at
+
+    def close(self) -> None:
+        """Count what was read, for the next shard. Raises GgufError if it was too much."""
+        self._check_end(self.position)
+        self._read.header_bytes += self.position
 
     def check(self, is_valid: bool, problem: str) -> None:
         """Raise GgufError with the file's name and `problem` unless `is_valid`."""
@@ -124,7 +138,7 @@ class Cursor:
 
     def _check_end(self, offset: int) -> None:
         self.check(
-            offset <= HEADER_LIMIT_BYTES,
+            offset <= HEADER_LIMIT_BYTES - self._read.header_bytes,
             f"has a header of more than {HEADER_LIMIT_BYTES} bytes, which is not supported",
         )
 
@@ -188,9 +202,9 @@ class Cursor:
         return self.take(length).decode("utf-8", errors="replace")
 
     def _keep(self, size: int) -> None:
-        self._kept += size
+        self._read.kept_bytes += size
         self.check(
-            self._kept <= KEPT_LIMIT_BYTES,
+            self._read.kept_bytes <= KEPT_LIMIT_BYTES,
             f"has more than {KEPT_LIMIT_BYTES} bytes of names and values, which is not supported",
         )
 

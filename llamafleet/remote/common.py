@@ -4,6 +4,8 @@ Contract: a module, no program. On a host it lies beside the programs (`import c
 `llamafleet.remote.common`. It imports nothing of ours. Readers change nothing; where nothing can be read, they return
 an empty value, unless their docstring names an error. `replace_file` and `write_json` replace one file as a whole, and
 what they have written survives a power cut. Python 3.8, standard library.
+
+Decision 20: docs/decisions/0020-what-comes-from-outside-is-bounded.md.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import subprocess
 import tempfile
 from typing import Any, Dict, Iterator, List, Optional, Sequence  # the contract is Python 3.8, whose own are typing's
@@ -39,6 +42,9 @@ RUN = "/run/llamafleet"
 LOCK = RUN + "/lock.json"
 
 UNITS = "/etc/systemd/system"
+
+JOURNAL_PART_BYTES = 4 * 2**20  # a server logs its devices and sizes in the first 100 kB of a start
+JSON_LIMIT_BYTES = 16 * 2**20  # of a file of ours: plan.json, the largest, has some ten thousand bytes
 
 
 def helper(program: str, key: str = "current") -> str:
@@ -91,6 +97,71 @@ def transient_unit(purpose: str, name: str) -> str:
     The probe knows these names, and so does not take their GPU memory for somebody else's.
     """
     return f"llamafleet-{purpose}-{name}.service"
+
+
+# --- what comes from outside --------------------------------------------------------------------
+
+# A model's file: part of paths, of a unit's command line and of a job's name. No blank, quote, bracket or slash.
+MODEL_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,200}\.[Gg][Gg][Uu][Ff]")
+MODEL_FILE_RULE = "letters, digits and . _ + = - only, a letter, digit or _ first, .gguf last, 206 characters at most"
+ADDRESS_RULE = "an http(s) address without blanks, quotes, backslashes or @, 4096 characters at most"
+_ADDRESS = re.compile(r"https?://[^\s\"\\\x00-\x20\x7f@]+")
+_LARGEST = 2**63 - 1  # of a signed file offset
+
+
+def whole_number(text: Optional[str], most: int = _LARGEST) -> Optional[int]:
+    """The number that ASCII digits say; None for any other text and for a number above `most`."""
+    found = re.fullmatch(r"\s*([0-9]{1,20})\s*", text or "")
+    number = int(found.group(1)) if found else most + 1
+    return number if number <= most else None
+
+
+def is_model_file(name: object) -> bool:
+    """Whether a model's file may have this name, without a folder; see MODEL_FILE_RULE."""
+    return isinstance(name, str) and MODEL_FILE.fullmatch(name) is not None
+
+
+def file_name(source: str) -> str:
+    """The name of the file that a model's source names: the last part of a path, of an address or behind hf:."""
+    from urllib.parse import unquote, urlsplit
+
+    if source.startswith("hf:"):
+        return source.partition("@")[0].rpartition("/")[2]
+    if not source.startswith(("http://", "https://")):
+        return source.rpartition("/")[2]
+    try:
+        return unquote(urlsplit(source).path.rpartition("/")[2])
+    except ValueError:
+        return ""
+
+
+def is_address(text: object) -> bool:
+    """Whether every program of ours can read this address; see ADDRESS_RULE. Port and host name are checked too."""
+    from urllib.parse import urlsplit
+
+    if not isinstance(text, str) or len(text) > 4096 or not _ADDRESS.fullmatch(text):
+        return False
+    try:
+        text.encode()  # not a surrogate
+        parts = urlsplit(text)
+        host = parts.hostname or ""
+        # `port` raises ValueError unless it is from 0 to 65535, `encode` where a label is empty or has over 63 bytes.
+        return parts.port != 0 and 0 < len(host) <= 253 and bool(host.encode("idna"))
+    except ValueError:  # UnicodeError is one
+        return False
+
+
+def keeps_secrets(address: str) -> bool:
+    """Whether nobody between can read what is sent there: it is https, or an address of this machine itself."""
+    import ipaddress
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(address)
+        host = parts.hostname or ""
+        return parts.scheme == "https" or host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 # --- what is written in files ---------------------------------------------------------------------
@@ -173,10 +244,19 @@ def invocation(unit: str) -> str:
 
 
 def journal(*options: str) -> str:
-    """The text of the journal's messages that the options of journalctl select."""
-    done = subprocess.run(["journalctl", "--quiet", "--no-pager", "--output=cat", *options],
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
-    return done.stdout.decode("utf-8", "replace")
+    """The text of the journal's messages that the options of journalctl select.
+
+    Of a long text, such as that of a server that ran for months, JOURNAL_PART_BYTES of its beginning and of its end.
+    """
+    reading = subprocess.Popen(["journalctl", "--quiet", "--no-pager", "--output=cat", *options],
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+    out = reading.stdout
+    assert out is not None
+    with reading:
+        first, last = out.read(JOURNAL_PART_BYTES), b""
+        for block in iter(lambda: out.read(JOURNAL_PART_BYTES), b""):
+            last = (last + block)[-JOURNAL_PART_BYTES:]
+    return (first + last).decode("utf-8", "replace")
 
 
 def journal_of_start(start: str) -> str:
@@ -215,10 +295,11 @@ def listing(folder: str) -> List[str]:
 
 
 def read_json(path: str) -> Dict[str, Any]:
-    """The JSON object of a file; empty where there is none."""
+    """The JSON object of a file; empty where there is none, or more than JSON_LIMIT_BYTES."""
     try:
-        with open(path) as file:
-            found = json.load(file)
+        with open(path, "rb") as file:
+            text = file.read(JSON_LIMIT_BYTES + 1)
+        found = json.loads(text) if len(text) <= JSON_LIMIT_BYTES else None
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

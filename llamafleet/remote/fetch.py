@@ -5,11 +5,13 @@ Contract. Runs with Python 3.8 or later, the standard library and curl 7.76 or l
     {"directory": "/var/lib/llamafleet/models/NAME-SHA12",  where the files end up
      "owner": "llamafleet" | null,                          who owns them; null: whoever runs this
      "files": [{"name": "x.gguf", "urls": ["https://...", mirrors...],
-                "size_bytes": int | null, "sha256": hex | null}, ...],
-     "curl_config": path | null,     a curl config file (0600) with the Authorization header
-     "token_origin": "https://huggingface.co",              the only origin that is shown that header
+                "size_bytes": int | null, "sha256": hex | null,
+                "unverified": bool}, ...],                  true: no sha256 is needed
+     "curl_config": path | null,     a curl config file (0600) with the Authorization header, /dev/stdin too
+     "token_origin": "https://huggingface.co",              the only origin that is shown that header: https or loopback
      "reserve_bytes": int}                                  stays free on the file system
-    and optional: "attempts" (in a row without a new byte), "retry_delay_s", "stall_bytes_per_s", "stall_s"
+    and optional: "attempts" (in a row without progress), "retry_delay_s", "stall_bytes_per_s", "stall_s", "seconds"
+    (all files together)
 
 Standard output is the log: one line of text each time, the last one `done ...` or `error: ...`. Exit codes:
 0 done, 2 bad spec, 3 no space, 4 size or checksum, 5 not allowed, 6 not found, 7 network, 8 not a GGUF file,
@@ -18,9 +20,10 @@ Standard output is the log: one line of text each time, the last one `done ...` 
 A file grows as `.NAME.partial`, is checked, then gets its name; `NAME.verified` beside it records what was
 checked, so that the next run neither asks nor reads. Killed at any time, the next run goes on where it was.
 
-Its parts lie beside it on a host and are imported by their bare names: fetch_spec (what is asked), fetch_log,
-fetch_folder (what is on the disk), fetch_curl (one request) and fetch_answer (what an answer means). This file has the
-order: one file after another, from an address until it brings nothing new, then from the next address.
+Its parts lie beside it on a host and are imported by their bare names: common (rules for names and addresses),
+fetch_spec (what is asked), fetch_log, fetch_folder (what is on the disk), fetch_curl (one request) and fetch_answer
+(what an answer means). This file has the order: one file after another, from an address until it brings nothing new,
+then from the next address.
 
 Decision 9: docs/decisions/0009-nothing-half-done-has-its-final-name.md.
 """
@@ -34,7 +37,7 @@ import time
 from typing import Iterator  # the contract is Python 3.8, whose own Iterator is typing's
 
 from fetch_answer import judge, learn, resolve
-from fetch_curl import FULL, transfer
+from fetch_curl import FULL, check_time, transfer
 from fetch_folder import adopt, check_space, discard, hand_over, is_known, put_in_place, size_of, take_lock, verify
 from fetch_log import Progress, gib, say
 from fetch_spec import (
@@ -156,9 +159,12 @@ def fetch_from(spec: Spec, wanted: Wanted, url: str, progress: Progress) -> None
 
 
 def download(spec: Spec, wanted: Wanted, url: str, progress: Progress) -> None:
-    """Attempts until the partial file is all there, or `attempts` in a row brought nothing new."""
+    """Attempts until the partial file is all there, or `attempts` in a row brought no progress.
+
+    Progress is what a connection must bring that is not ended as stalled: a byte now and then is none."""
     partial = spec.partial(wanted)
     best, idle = size_of(partial), 0  # the furthest byte seen: a server that restarts and cuts makes no progress
+    least = max(1, spec.stall_bytes_per_s * spec.stall_s)
     while wanted.size_bytes is None or size_of(partial) != wanted.size_bytes:
         if wanted.size_bytes is not None and size_of(partial) > wanted.size_bytes:
             say(f"{partial} has {size_of(partial)} bytes, not {wanted.size_bytes}: starting again")
@@ -167,7 +173,7 @@ def download(spec: Spec, wanted: Wanted, url: str, progress: Progress) -> None:
             return attempt(spec, wanted, url, progress)
         except Again as again:
             size = size_of(partial)
-            idle, best = (0, size) if size > best else (idle + 1, best)
+            idle, best = (0, size) if size >= best + least else (idle + 1, best)
             at_start = isinstance(again, Nameless) and not progress.moved
             attempts = min(NAMELESS_ATTEMPTS, spec.attempts) if at_start else spec.attempts
             if idle >= attempts:
@@ -177,6 +183,7 @@ def download(spec: Spec, wanted: Wanted, url: str, progress: Progress) -> None:
             wait = doubling if again.wait_s is None else again.wait_s
             left = f"attempt {idle + 1} of {attempts} without progress"
             say(f"retry in {wait:.1f} s from byte {size}: {again} ({left})")
+            check_time(spec, url, progress)
             time.sleep(wait)
 
 

@@ -11,17 +11,30 @@ from __future__ import annotations
 
 import email.utils
 import re
+import signal
 import time
 from dataclasses import replace
 from urllib.parse import urljoin
 
+from common import is_address, whole_number
 from fetch_curl import MAX_HOPS, Answer, ask_head, has_token
 from fetch_log import say
-from fetch_spec import NETWORK, NOT_ALLOWED, NOT_FOUND, Again, Failed, Nameless, Spec, Wanted, is_address, shown
+from fetch_spec import (
+    NETWORK,
+    NOT_ALLOWED,
+    NOT_FOUND,
+    Again,
+    Failed,
+    Nameless,
+    Spec,
+    Wanted,
+    shown,
+    without_queries,
+)  # fmt: skip
 
 MAX_WAIT_S = 300.0  # longest wait for a server's Retry-After, before the attempt is made (and counted) anyway
-# curl's exit codes that no repetition cures: bad address or option, TLS refused (curl(1), EXIT CODES).
-HOPELESS_CURL = {1, 3, 51, 53, 54, 58, 59, 60, 66, 77, 83, 90}
+# curl's exit codes that no repetition cures: bad address or option, TLS refused (curl(1), EXIT CODES), endless headers.
+HOPELESS_CURL = {1, 3, 51, 53, 54, 58, 59, 60, 66, 77, 83, 90, -signal.SIGXFSZ}
 NAMELESS_CURL = {5, 6}  # the proxy's name, the server's
 
 
@@ -55,11 +68,11 @@ def learn(spec: Spec, wanted: Wanted) -> Wanted:
         )
         if digest is None and re.fullmatch(r"[0-9a-f]{64}", etag):
             digest = etag
-        if size is None and length and length.isdigit() and int(length) > 0:
-            size = int(length)
+        size = size or whole_number(length) or None
         url = next_hop(url, answer)
     if digest is None:
-        say(f"note: no sha256 is known for {wanted.name}: only its size and its first bytes can be checked")
+        say(f"note: no sha256 is known for {wanted.name}, as the settings allow: only its size and its first bytes are "
+            "checked")  # fmt: skip
     return replace(wanted, size_bytes=size, sha256=digest)
 
 
@@ -101,19 +114,20 @@ def judge(spec: Spec, url: str, answer: Answer, redirected: bool = False) -> Non
 
 def retry_after_s(answer: Answer) -> float | None:
     """Seconds that the server asks for: a number or a date (RFC 9110, 10.2.3)."""
-    text = answer.headers.get("Retry-After", "").strip()
-    if text.isdigit():
-        return min(float(text), MAX_WAIT_S)
+    text = answer.headers.get("Retry-After", "").strip()[:64]
+    seconds = whole_number(text)
+    if seconds is not None:
+        return min(float(seconds), MAX_WAIT_S)
     try:
         return min(max(email.utils.parsedate_to_datetime(text).timestamp() - time.time(), 0.0), MAX_WAIT_S)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, IndexError, OverflowError, OSError):  # dates that no calendar has
         return None
 
 
 def said(answer: Answer) -> str:
     """The Hub's own reason, from its X-Error-Message header."""
     text = answer.headers.get("X-Error-Message") or answer.headers.get("X-Error-Code")
-    return f" ({text[:200]})" if text else ""
+    return f" ({without_queries(text)[:200]})" if text else ""
 
 
 def way_in(spec: Spec, url: str) -> str:

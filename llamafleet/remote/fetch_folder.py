@@ -11,9 +11,11 @@ import json
 import os
 import pwd
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Dict  # the contract is Python 3.8, whose own Dict is typing's
 
+from common import read_json
 from fetch_log import MIB, PROGRESS_S, Progress, gib, say
 from fetch_spec import MISMATCH, NO_SPACE, NOT_GGUF, Failed, Spec, Wanted
 
@@ -41,21 +43,30 @@ def take_lock(spec: Spec) -> IO[str]:
 
 def is_known(spec: Spec, wanted: Wanted) -> bool:
     """Whether the sidecar vouches for the file as it is, and for what is wanted now."""
+    noted = notes(spec, wanted)
     try:
-        noted = json.loads(spec.sidecar(wanted).read_text(encoding="utf-8"))
         found = spec.final(wanted).stat()
-        same = (noted["size_bytes"], noted["mtime_ns"]) == (found.st_size, found.st_mtime_ns)
-        size, digest = wanted.size_bytes or found.st_size, wanted.sha256 or noted["sha256"]
-        return bool(same and size == found.st_size and digest == noted["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError:
         return False
+    same = (noted.get("size_bytes"), noted.get("mtime_ns")) == (found.st_size, found.st_mtime_ns)
+    size, digest = wanted.size_bytes or found.st_size, wanted.sha256 or noted.get("sha256")
+    return bool(same and digest and size == found.st_size and digest == noted.get("sha256"))
+
+
+def notes(spec: Spec, wanted: Wanted) -> Dict[str, Any]:
+    """What the sidecar says, empty where there is none."""
+    return read_json(str(spec.sidecar(wanted)))
 
 
 def adopt(spec: Spec, wanted: Wanted) -> bool:
-    """Whether a file of that name, put there by someone else, is the one; another one is set aside."""
+    """Whether a file of that name, without a record that fits, is the one; another one is set aside.
+
+    Where no sha256 is told, it must be the one that was recorded: what changed since is not taken for the model."""
     final = spec.final(wanted)
     if not final.exists():
         return False
+    noted = notes(spec, wanted).get("sha256")
+    wanted = replace(wanted, sha256=wanted.sha256 or (noted if isinstance(noted, str) else None))
     say(f"verifying {gib(size_of(final))} ({wanted.name}), found without a matching record")
     try:
         digest = verify(final, wanted, str(final))

@@ -6,16 +6,20 @@ Part of fetch.py and under its contract: Python 3.8, standard library, what lies
 from __future__ import annotations
 
 import json
+import os
 import pwd
 import re
-from dataclasses import dataclass
+import stat
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
+
+from common import ADDRESS_RULE, MODEL_FILE_RULE, is_address, is_model_file, keeps_secrets
 
 BAD_SPEC, NO_SPACE, MISMATCH, NOT_ALLOWED, NOT_FOUND, NETWORK, NOT_GGUF = 2, 3, 4, 5, 6, 7, 8
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,200}\.gguf")
-ADDRESS = re.compile(r"https?://[^\s\"\\\x00-\x20\x7f@]+")
+SPEC_LIMIT_BYTES = 16 * 2**20  # 1024 shards with ten addresses each have less
+SECRET_LIMIT_BYTES = 64 * 2**10
+LARGEST = 2**63 - 1  # of a signed file offset
 
 
 class Failed(Exception):
@@ -46,6 +50,7 @@ class Wanted:
     urls: tuple[str, ...]
     size_bytes: int | None = None
     sha256: str | None = None
+    unverified: bool = False  # the operator said that it may do without a known sha256
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class Spec:
     retry_delay_s: float = 2.0
     stall_bytes_per_s: int = 1024
     stall_s: int = 60
+    seconds: float = 7 * 86400.0
+    secret: str = field(default="", repr=False)  # what `curl_config` says
 
     def partial(self, wanted: Wanted) -> Path:
         return self.directory / f".{wanted.name}.partial"
@@ -73,87 +80,111 @@ class Spec:
         return self.directory / f"{wanted.name}.verified"
 
 
-def is_address(text: object) -> bool:
-    """May curl and `urlsplit` have it? The latter raises on a bad port or a bracket that is not closed."""
-    if not isinstance(text, str) or not ADDRESS.fullmatch(text):
-        return False
-    try:
-        urlsplit(text).port  # noqa: B018 -- reading it is the check: from 0 to 65535, or ValueError
-    except ValueError:
-        return False
-    return True
-
-
 def shown(url: str) -> str:
-    """The address without its query, which may be a signature."""
-    return url.split("?", 1)[0].split("#", 1)[0]
+    """The address for messages: without its query, which may be a signature, and not longer than a line or two."""
+    plain = url.split("?", 1)[0].split("#", 1)[0]
+    return plain if len(plain) <= 250 else plain[:247] + "..."
+
+
+def without_queries(text: str) -> str:
+    """A text of others for messages: what may be the query of an address is cut off."""
+    return re.sub(r"\?\S*", "", text)
 
 
 def refuse(path: str, want: str, got: object) -> NoReturn:
-    raise Failed(BAD_SPEC, f"spec: {path} should be {want}, but is {got!r}")
+    """Say what a key should be; of its value only what is short and has no query."""
+    text = repr(got) if isinstance(got, (str, int, float, type(None))) and not is_huge(got) else type(got).__name__
+    raise Failed(BAD_SPEC, f"spec: {path} should be {want}, but is {without_queries(text)[:200]}")
+
+
+def is_huge(value: object) -> bool:
+    """Whether it is a number of more digits than Python prints."""
+    return isinstance(value, int) and abs(value) > LARGEST
 
 
 def read_spec(path: str) -> Spec:
     """The checked spec. Raises Failed with BAD_SPEC, naming the key at fault."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Failed(BAD_SPEC, f"spec {path} cannot be read: {error}") from None
+        with open(path, encoding="utf-8") as file:
+            text = file.read(SPEC_LIMIT_BYTES + 1)
+        if len(text) > SPEC_LIMIT_BYTES:
+            raise ValueError(f"it has more than {SPEC_LIMIT_BYTES} bytes")
+        data = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise Failed(BAD_SPEC, f"spec {path} cannot be read: {str(error)[:200]}") from None
     if not isinstance(data, dict):
-        refuse("the whole", "a JSON object", type(data).__name__)
-    known = set(Spec.__dataclass_fields__)
+        refuse("the whole", "a JSON object", data)
+    known = set(Spec.__dataclass_fields__) - {"secret"}
     for key in sorted(set(data) - known):
-        raise Failed(BAD_SPEC, f"spec: unknown key {key!r}; known are {', '.join(sorted(known))}")
+        raise Failed(BAD_SPEC, f"spec: unknown key {key[:80]!r}; known are {', '.join(sorted(known))}")
     check_scalars(data)
     if not isinstance(data.get("files"), list) or not data["files"]:
         refuse("files", "a list of at least one file", data.get("files"))
     files = tuple(read_file_entry(entry, f"files[{index}]") for index, entry in enumerate(data["files"]))
     names = [wanted.name for wanted in files]
     if len(set(names)) != len(names):
-        refuse("files", "files of different names", names)
-    return Spec(**{**data, "directory": Path(data["directory"]), "files": files})
+        refuse("files", "files of different names", max(names, key=names.count))
+    secret = read_secret(data.get("curl_config"), data.get("token_origin", Spec.token_origin))
+    return Spec(**{**data, "directory": Path(data["directory"]), "files": files, "secret": secret})
+
+
+def read_secret(path: object, origin: str) -> str:
+    """The curl config with the token, from a file that its owner alone may read; empty where there is none."""
+    if path is None:
+        return ""
+    if not keeps_secrets(origin):
+        refuse("token_origin", "an https address, since others could read the token on its way", origin)
+    if not isinstance(path, str):
+        refuse("curl_config", "the path of a file, or null", path)
+    try:
+        with open(path, encoding="utf-8") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                refuse("curl_config", "the path of a file, or null", path)
+            if mode & 0o077:
+                refuse("curl_config", f"readable by its owner only ({path}: chmod 0600)", oct(mode))
+            return file.read(SECRET_LIMIT_BYTES)
+    except (OSError, ValueError):
+        refuse("curl_config", "the path of a readable file, or null", path)
 
 
 def check_scalars(data: dict[str, Any]) -> None:
     directory = data.get("directory")
-    if not isinstance(directory, str) or not directory.startswith("/") or ".." in directory.split("/"):
+    parts = directory.split("/") if isinstance(directory, str) and "\0" not in directory else [".."]
+    if parts[0] or ".." in parts:
         refuse("directory", "an absolute path without '..'", directory)
-    for key in ("reserve_bytes", "attempts", "stall_bytes_per_s", "stall_s", "retry_delay_s"):
+    for key in ("reserve_bytes", "attempts", "stall_bytes_per_s", "stall_s", "retry_delay_s", "seconds"):
         value = data.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < (key == "attempts"):
-            refuse(key, "a number, not negative (attempts: at least 1)", value)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not (key == "attempts") <= value <= LARGEST:  # not a number (NaN) fails both
+            refuse(key, f"a number from 0 (attempts: 1) to {LARGEST}", value)
     origin = data.get("token_origin", Spec.token_origin)
     if not is_address(origin):
         refuse("token_origin", "an origin such as https://huggingface.co", origin)
-    owner, config = data.get("owner"), data.get("curl_config")
+    owner = data.get("owner")
     try:
         if owner is not None:
             pwd.getpwnam(owner)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         refuse("owner", "a user of this host, or null", owner)
-    if config is not None and (not isinstance(config, str) or not Path(config).is_file()):
-        refuse("curl_config", "the path of a file, or null", config)
-    if config is not None and Path(config).stat().st_mode & 0o077:
-        refuse(
-            "curl_config",
-            f"readable by its owner only ({config}: chmod 0600)",
-            oct(Path(config).stat().st_mode),
-        )
 
 
 def read_file_entry(entry: object, path: str) -> Wanted:
-    if not isinstance(entry, dict) or set(entry) - {"name", "urls", "size_bytes", "sha256"}:
-        refuse(path, "an object of name, urls, size_bytes and sha256", entry)
+    if not isinstance(entry, dict) or set(entry) - {"name", "urls", "size_bytes", "sha256", "unverified"}:
+        refuse(path, "an object of name, urls, size_bytes, sha256 and unverified", entry)
     name, urls, size, digest = (entry.get(key) for key in ("name", "urls", "size_bytes", "sha256"))
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        refuse(f"{path}.name", "a plain file name that ends in .gguf", name)
+    if not isinstance(name, str) or not is_model_file(name):
+        refuse(f"{path}.name", f"a file name of {MODEL_FILE_RULE}", name)
     if not isinstance(urls, list) or not urls:
         refuse(f"{path}.urls", "a list of at least one address", urls)
     for url in urls:
         if not is_address(url):
-            refuse(f"{path}.urls", "http(s) addresses without blanks, quotes or passwords", shown(str(url)))
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            refuse(f"{path}.urls", ADDRESS_RULE, shown(url) if isinstance(url, str) else url)
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= LARGEST):
         refuse(f"{path}.size_bytes", "a count of bytes, or null", size)
     if digest is not None and (not isinstance(digest, str) or not re.fullmatch(r"[0-9a-fA-F]{64}", digest)):
         refuse(f"{path}.sha256", "64 hex digits, or null", digest)
-    return Wanted(name, tuple(urls), size, digest.lower() if digest else None)
+    unverified = entry.get("unverified", False)
+    if digest is None and unverified is not True:
+        refuse(f"{path}.sha256", "64 hex digits; or say that the file is `unverified`: true", digest)
+    return Wanted(name, tuple(urls), size, digest.lower() if digest else None, unverified is True)

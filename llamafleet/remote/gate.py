@@ -32,7 +32,7 @@ from common import GATE_SCHEMA, command_line, invocation, journal_of_start, writ
 from gate_devices import cause_of_end, check_devices
 from gate_load import deadline
 from gate_reply import REMEMBERED, check_completion, check_speed, speed_key
-from gate_server import ask, first_key, is_alive, main_pid, result, trust, unit_state
+from gate_server import ask, first_key, found_status, is_alive, main_pid, result, trust, unit_state
 from gate_spec import Unreadable, read_spec
 
 # The share of a GPU's planned bytes that the process must really hold. The CUDA context comes on
@@ -84,20 +84,21 @@ def check_key(spec: dict[str, Any]) -> dict[str, Any] | None:
     """Where keys are planned, a request without one must be refused; an empty key file would let everybody in."""
     if not spec["api_keys"]:
         return None
-    status, _ = ask(spec["url"], "/v1/completions", body={"prompt": "a", "max_tokens": 1})
-    return result("api key", status == 401, "401 without a key", status,
+    status, told = ask(spec["url"], "/v1/completions", body={"prompt": "a", "max_tokens": 1})
+    return result("api key", status == 401, "401 without a key", status or found_status(status, told),
                   "an empty key file switches llama-server's authentication off")  # fmt: skip
 
 
 def check_context(spec: dict[str, Any]) -> dict[str, Any]:
     status, props = ask(spec["url"], "/props", first_key(spec))
-    settings = props.get("default_generation_settings", {}) if isinstance(props, dict) else {}
+    settings = props.get("default_generation_settings") if isinstance(props, dict) else None
+    settings = settings if isinstance(settings, dict) else {}
     found = {"context_tokens": settings.get("n_ctx"), "slots": props.get("total_slots") if settings else None}
     expected = {"context_tokens": spec["context_tokens"], "slots": spec["slots"]}
     logged = kv_types(spec["unit"])
     if logged and spec["kv_type"]:  # else the arguments decide, which check_process has compared
         found["kv_types"], expected["kv_types"] = logged, [spec["kv_type"]]
-    return result("context", found == expected, expected, found if settings else f"status {status}",
+    return result("context", found == expected, expected, found if settings else found_status(status, props),
                   "the model was trained for less, or llama-server padded or cut the context")  # fmt: skip
 
 

@@ -10,7 +10,17 @@ from __future__ import annotations
 import json
 from typing import Any, Callable, Dict, Iterator, Tuple
 
-from common import GATE_SCHEMA, PLAN_SCHEMA, PREFIX, SUFFIX, gate_record, instance_of, later_schema, read_json
+from common import (
+    GATE_SCHEMA,
+    JSON_LIMIT_BYTES,
+    PLAN_SCHEMA,
+    PREFIX,
+    SUFFIX,
+    gate_record,
+    instance_of,
+    later_schema,
+    read_json,
+)  # fmt: skip
 
 Form = Tuple[str, Callable[[Any], bool]]
 
@@ -47,7 +57,8 @@ GATE: Dict[str, Form] = {
 }  # fmt: skip
 GPU = {"uuid": TEXT, "name": TEXT, "device": TEXT, **dict.fromkeys(
     ("planned_bytes", "weights_bytes", "kv_bytes", "compute_bytes", "staging_bytes"), NUMBER)}  # fmt: skip
-FILE = {"path": TEXT, "size_bytes": NUMBER, "sha256": PATH}
+SIZE: Form = ("a number or null", lambda value: value is None or is_number(value))  # null: the server did not tell it
+FILE = {"path": TEXT, "size_bytes": SIZE, "sha256": PATH}
 # What plans of earlier versions lack.
 ABSENT = {"tls_certificate": None, "kv_type": None, "speed_floor_percent": 0}
 
@@ -56,7 +67,10 @@ def read_spec(path: str) -> Dict[str, Any]:
     """The plan's `gate` object with what the checks need beside it. Raises Unreadable."""
     try:
         with open(path) as file:
-            plan = json.load(file)
+            text = file.read(JSON_LIMIT_BYTES + 1)
+        if len(text) > JSON_LIMIT_BYTES:
+            raise ValueError(f"it has more than {JSON_LIMIT_BYTES} characters")
+        plan = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise Unreadable(f"{path}: {error}") from error
     problem = next(problems(plan), None)

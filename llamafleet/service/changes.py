@@ -9,7 +9,7 @@ from typing import Any
 
 from llamafleet.host.installed import Installed, InstalledInstance
 from llamafleet.remote.common import APART, core_of_unit, without_directives
-from llamafleet.service.desired import Desired, Service
+from llamafleet.service.desired import Desired, Service, Serving
 
 # The credentials of a unit by their names, and what they are in words.
 SECRETS = {"api-keys": "API keys", "tls-certificate": "TLS certificate", "tls-key": "TLS key"}
@@ -83,9 +83,18 @@ def changes_needed(desired: Desired, installed: Installed) -> Changes:
             serving.name
             for serving in desired.servings
             if serving.name in stay
-            and (serving.verified is not None or serving.name not in desired.inputs.same_inputs())
+            and (
+                serving.verified is not None
+                or serving.name not in desired.inputs.same_inputs()
+                or _has_another_source(stay[serving.name], serving)
+            )
         ),
     )
+
+
+def _has_another_source(installed: InstalledInstance, serving: Serving) -> bool:
+    """Whether plan.json names the model's source otherwise: an earlier version wrote the query of an address, too."""
+    return installed.record is not None and installed.record.raw.get("source") != serving.record.get("source")
 
 
 def _complete(files: Mapping[str, str | None], installed: Installed) -> bool:

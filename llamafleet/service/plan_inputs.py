@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
-from llamafleet.host.installed import Survey
+from llamafleet.host.installed import Installed, Survey
 from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles
 from llamafleet.memory.ledger import Correction
@@ -13,8 +13,9 @@ from llamafleet.planner import stability
 from llamafleet.planner.backend import resolve_backend
 from llamafleet.planner.plan import plan_host
 from llamafleet.planner.result import Refusal
-from llamafleet.service.refusals import Refused, no_backend, path_as_source
-from llamafleet.settings.schema import Settings
+from llamafleet.remote.common import MODELS
+from llamafleet.service.refusals import Refused, no_backend, path_as_source, unusable_file, unverified
+from llamafleet.settings.schema import Instance, Settings
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class PlanInputs:
     backend: str
     models: Mapping[str, ModelFiles]  # by instance name
     keys: Mapping[str, str]  # by instance name: a hash of what its plan is made from, see stability.inputs_key
+    notes: tuple[str, ...] = field(default=())  # what the operator should know of the models, a sentence each
 
     def keep_or_replan(self, corrections: Mapping[str, Correction]) -> stability.Choice:
         """A plan or refusal for each instance; installed plans are kept where they still hold.
@@ -63,11 +65,58 @@ def plan_inputs(settings: Settings, survey: Survey, models: Mapping[str, ModelFi
         return no_backend(backend)
     if refused := path_as_source(settings):
         return refused
+    models, notes = dict(models), []
+    for instance in settings.models:
+        outcome = _verifiable(instance, models[instance.name], survey.installed)
+        if isinstance(outcome, Refused):
+            return outcome
+        models[instance.name], note = outcome
+        notes += [note] if note else []
     keys = {
         instance.name: stability.inputs_key(survey.machine, settings, instance, {
             "backend": backend,
-            "files": [[file.name, file.size_bytes, file.sha256] for file in models[instance.name].files],
+            "files": [list(file) for file in models[instance.name].recorded],
         })
         for instance in settings.models
     }  # fmt: skip
-    return PlanInputs(settings, survey, backend, models, keys)
+    return PlanInputs(settings, survey, backend, models, keys, tuple(notes))
+
+
+def _verifiable(instance: Instance, model: ModelFiles, installed: Installed) -> tuple[ModelFiles, str] | Refused:
+    """The model with a note, where each of its files has a known sha256, or may or need not have one.
+
+    What a host has need not be downloaded: files that were verified before sums were asked for are served on.
+    """
+    if refused := unusable_file(instance, model):
+        return refused
+    unknown = model.without_sum
+    if not unknown:
+        earlier = replace(model, kept_folder=model.folder_without_sum)
+        model = earlier if _has(installed, earlier) and not _has(installed, model) else model
+        return replace(model, noted_without_sum=frozenset(_noted_without_sum(instance, model, installed))), ""
+    if instance.allow_unverified:
+        return model, ""
+    sums = [installed.models.get(f"{MODELS}/{model.folder}/{file.name}") for file in unknown]
+    if None in sums:
+        return unverified(instance, model)
+    return model, (
+        f"models: {instance.name}: sha256 is not known of {', '.join(file.name for file in unknown[:3])}"
+        f"{', ...' if len(unknown) > 3 else ''}: served on as the host verified it earlier, and not to be downloaded "
+        f"again; set sha256 ({sums[0]} by the host itself{', ...' if len(sums) > 1 else ''})"
+    )
+
+
+def _has(installed: Installed, model: ModelFiles) -> bool:
+    """Whether the host has every file of the model in its folder, with the known sha256."""
+    return all(installed.models.get(f"{MODELS}/{model.folder}/{file.name}") == file.sha256 for file in model.files)
+
+
+def _noted_without_sum(instance: Instance, model: ModelFiles, installed: Installed) -> Iterator[str]:
+    """Names of the files that the installed instance's plan.json has without their sha256, and that have this one."""
+    there = installed.instances.get(instance.name)
+    noted = there.record.raw.get("files") if there and there.record else None
+    for file in model.files:
+        path = f"{MODELS}/{model.folder}/{file.name}"
+        bare = {"path": path, "size_bytes": file.size_bytes, "sha256": None}
+        if isinstance(noted, list) and bare in noted and installed.models.get(path) == file.sha256:
+            yield file.name

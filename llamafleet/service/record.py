@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from llamafleet.build.release import MIB, Build
@@ -27,9 +28,10 @@ def plan_record(
 ) -> dict[str, Any]:  # fmt: skip
     """plan.json, without `inputs` and `verified`, which make no difference to the running service.
 
-    `path` is the model's first file on the host, `argv` the whole command line. `identity` is a hash of
-    everything that makes a difference to the running service; the free bytes of the ledger, which drift
-    from run to run, do not. `alone`: the host is to have this instance and no other.
+    `path` is the model's first file on the host, `argv` the whole command line. `identity` is a hash of everything that
+    makes a difference to the running service. The free bytes of the ledger, which drift from run to run, do not; nor
+    does a sha256 that became known of a file that is served already. `alone`: the host is to have this instance and no
+    other.
     """
     gate = {
         "unit": instance.unit,
@@ -48,8 +50,8 @@ def plan_record(
             for gpu, device in zip(plan.gpus, device_names(plan.backend, len(plan.gpus)), strict=True)
         ],
     }
-    files = [{"path": f"{path.rsplit('/', 1)[0]}/{file.name}", "size_bytes": file.size_bytes, "sha256": file.sha256}
-             for file in model.files]  # fmt: skip
+    files = [{"path": f"{path.rsplit('/', 1)[0]}/{name}", "size_bytes": size, "sha256": sha256}
+             for name, size, sha256 in model.recorded]  # fmt: skip
     record = {
         "schema": PLAN_SCHEMA,
         "name": instance.name,
@@ -62,8 +64,23 @@ def plan_record(
         "cpus": plan.cpus,
         "numa_nodes": plan.numa_nodes,
     }
-    identity = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+    identity = _hash(record)
+    public = without_query(instance.source)
+    if public != instance.source:
+        record["source"] = public
+        record["public_identity"] = _hash({**record})
     return {**record, "identity": identity, **told_to_host(argv, alone), "plan": plan.to_json()}
+
+
+def _hash(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def without_query(source: str) -> str:
+    """A model's source as plan.json has it: a query may be a signature, and everybody on the host may read that file.
+
+    `public_identity` is then the hash of what the file has."""
+    return source.partition("?")[0] if source.startswith(("http://", "https://")) else source
 
 
 def record_text(record: dict[str, Any]) -> str:

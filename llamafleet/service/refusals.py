@@ -10,8 +10,10 @@ from llamafleet.build.cuda_toolkit import Unsuitable
 from llamafleet.build.packages import RUN_PACKAGES
 from llamafleet.host.installed import Holder, Listener, Survey
 from llamafleet.host.recorded import SCHEMA
+from llamafleet.hub.http import shown
+from llamafleet.hub.source import ModelFiles
 from llamafleet.planner.result import Refusal
-from llamafleet.remote.common import LOCK, plan_path
+from llamafleet.remote.common import LOCK, MODEL_FILE_RULE, is_model_file, plan_path
 from llamafleet.settings.schema import Instance, Settings
 
 WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 -- compared with, never bound
@@ -92,6 +94,28 @@ def path_as_source(settings: Settings) -> Refused | None:
                 "deployed: give its http(s) address or hf:OWNER/REPO/FILE.gguf"
             )
     return None
+
+
+def unusable_file(instance: Instance, model: ModelFiles) -> Refused | None:
+    """Whether a host cannot store a file of the model under its name."""
+    for file in model.files:
+        if not is_model_file(file.name):
+            return Refused.because(
+                f"models: {instance.name}: source: the file name {file.name[:250]!r} should have {MODEL_FILE_RULE}"
+            )
+    return None
+
+
+def unverified(instance: Instance, model: ModelFiles) -> Refused:
+    """No sha256 is known of a file of the model, which the host does not have."""
+    unknown = model.without_sum
+    more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+    one = "it" if len(model.files) == 1 else f"a list with one for each of the {len(model.files)} files"
+    return Refused.because(
+        f"models: {instance.name}: sha256: it is not known of {unknown[0].name}{more} from {shown(unknown[0].url)}, so "
+        f"anybody between could give another file: give {one}, or set `allow_unverified` = True in this model's entry"
+        f"{f'. The source was not read: {unknown[0].failed}' if unknown[0].failed else ''}"
+    )
 
 
 def no_backend(refusal: Refusal) -> Refused:

@@ -13,12 +13,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator, with_config
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator, with_config
 
 from llamafleet import validation
-from llamafleet.remote.common import unit_of
+from llamafleet.remote.common import (
+    ADDRESS_RULE,
+    MODEL_FILE_RULE,
+    file_name,
+    is_address,
+    is_model_file,
+    keeps_secrets,
+    unit_of,
+)
 from llamafleet.settings import extra_flags as extra
-from llamafleet.validation import Flag, Listed, Should, Text, Whole, one_of
+from llamafleet.validation import Flag, Listed, Should, Whole, one_of
 
 BACKENDS = ("auto", "cuda", "hip", "vulkan", "cpu")
 # common/arg.cpp, kv_cache_types: the types llama-server accepts for --cache-type-k/-v.
@@ -36,14 +44,46 @@ class SettingsError(ValueError):
         self.problems = problems
 
 
+# It goes into paths, commands and units, none of which can hold a control character.
+Text = Annotated[
+    validation.Text,
+    Field(max_length=2**17, description="MAX_ARG_STRLEN of Linux"),
+    Should("have no control characters", functools.partial(re.fullmatch, r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]*")),
+]
 # A range's reason is its description. llama.cpp's arguments are 32-bit integers (common_params).
 _INT32 = 2**31 - 1
 Tokens = Annotated[Whole, Field(ge=1, le=_INT32, description="llama.cpp counts tokens in 32 bits")]
 CacheMib = Annotated[Whole, Field(ge=0, le=_INT32, description="llama.cpp counts MiB in 32 bits; 0: no such cache")]
 Slots = Annotated[Whole, Field(ge=1, le=256, description="LLAMA_MAX_SEQ, the most sequences of a context")]
+# More than any host or workload has; numbers of any length would overflow what is calculated from them.
+Mib = Annotated[Whole, Field(ge=0, le=_INT32, description="2 PiB")]
+_SECONDS = 10**9  # some thirty years
+
+
+def _is_web(text: str) -> bool:
+    return text.startswith(("http://", "https://"))
+
+
+_BE_ADDRESS = Should(f"be {ADDRESS_RULE}", lambda text: not _is_web(text) or is_address(text))
 Source = Annotated[
     Text,
-    Should("begin with hf:, http://, https:// or /", lambda text: text.startswith(("hf:", "http://", "https://", "/"))),
+    Should("begin with hf:, http://, https:// or /", lambda text: text.startswith(("hf:", "/")) or _is_web(text)),
+    _BE_ADDRESS,
+    Should(
+        "be hf:OWNER/REPO/FILE.gguf or hf:OWNER/REPO/FILE.gguf@REVISION",
+        lambda text: not text.startswith("hf:") or re.fullmatch(r"hf:[^/@]+/[^/@]+/[^@]+(@[^@]+)?", text),
+    ),
+    # The rule by which a host gives the file its name. A path goes to no host: it is planned only.
+    Should(
+        f"end in a file name of {MODEL_FILE_RULE} (else serve a copy under such a name)",
+        lambda text: text.startswith("/") or is_model_file(file_name(text)),
+    ),
+]
+# Its file may have any name: a host gives it the source's.
+Mirror = Annotated[
+    Text,
+    Should("begin with hf:, http:// or https://", lambda text: text.startswith("hf:") or _is_web(text)),
+    _BE_ADDRESS,
 ]
 # git takes what begins with a dash for an option.
 GitArgument = Annotated[Text, Should("not be empty or begin with a dash", lambda text: text and text[0] != "-")]
@@ -67,7 +107,17 @@ Name = Annotated[
     ),
     Should("not end in -liveness, as liveness checks' units do", lambda text: not text.endswith("-liveness")),
 ]
-Sha256 = Annotated[Text, Should("be 64 lower-case hexadecimal digits", functools.partial(re.fullmatch, "[0-9a-f]{64}"))]
+
+
+def _sums(value: object) -> tuple[str, ...]:
+    """The sums of a text, or of a list of texts."""
+    sums = [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else []
+    if sums and all(isinstance(one, str) and re.fullmatch(r"[0-9a-f]{64}", one) for one in sums):
+        return tuple(sums)
+    raise ValueError("be 64 lower-case hexadecimal digits, or a list of such, one for each file of a split model")
+
+
+Sha256 = Annotated[Listed[Text], BeforeValidator(_sums)]
 ContextTokens = Annotated[Whole, Field(ge=256, le=_INT32, description="llama.cpp rounds a context up to 256 tokens")]
 UbatchTokens = Annotated[
     Whole, Field(ge=32, le=65536, description="well around the 256 to 8192 that a plan chooses from")
@@ -99,10 +149,11 @@ class Instance:
     allow_unauthenticated: Flag
     tls_certificate_file: Text | None
     tls_key_file: Text | None
-    extra_flags: Listed[Text]
-    dangerous_flags: Listed[Text]
+    extra_flags: Listed[validation.Text]  # words between blanks of any kind
+    dangerous_flags: Listed[validation.Text]
     sha256: Sha256 | None
-    mirrors: Listed[Text]
+    allow_unverified: Flag
+    mirrors: Annotated[Listed[Mirror], Field(max_length=100, description="tried one after another")]
 
     @property
     def unit(self) -> str:
@@ -148,24 +199,25 @@ class Settings:
             lambda text: text in ("auto", "nvidia", "distro") or text.startswith("/"),
         ),
     ]
-    vulkan_devices: Listed[Whole] | None
+    vulkan_devices: Listed[Annotated[Whole, Field(ge=0, le=1023, description="a number of vulkaninfo")]] | None
     build_ui: Flag
-    build_jobs: Annotated[Whole, Field(ge=1, description="a compiler job at least")] | None
+    build_jobs: Annotated[Whole, Field(ge=1, le=4096, description="a compiler job at least")] | None
     build_cache: Annotated[Text, Should("be an absolute path on the host", lambda text: text.startswith("/"))] | None
-    keep_releases: Annotated[Whole, Field(ge=0)]
-    hub_endpoint: Annotated[
-        Text, Should("begin with http:// or https://", lambda text: text.startswith(("http://", "https://")))
-    ]
+    keep_releases: Annotated[Whole, Field(ge=0, le=10_000, description="each takes some hundred MB")]
+    hub_endpoint: Annotated[Text, Should(f"be {ADDRESS_RULE}", is_address)]
     hub_token_file: Text | None
-    gpu_reserve_mib: Annotated[Whole, Field(ge=0)]
-    ram_reserve_mib: Annotated[Whole, Field(ge=0)]
+    gpu_reserve_mib: Mib
+    ram_reserve_mib: Mib
     allow_swap: Flag
     speed_floor_percent: Annotated[Whole, Field(ge=0, le=100, description="of the median of earlier gates' speeds")]
     # Within less than five seconds an ordinary pause looks like a server that is stuck.
     liveness_seconds: Annotated[
-        Whole, Should("be 0 (no check) or 5 or more", lambda seconds: seconds == 0 or seconds >= 5)
+        Whole,
+        Should(f"be 0 (no check), or from 5 to {_SECONDS}", lambda number: number == 0 or 5 <= number <= _SECONDS),
     ]
-    liveness_interval_seconds: Annotated[Whole, Field(ge=1, description="systemd's timer has no pause of 0")]
+    liveness_interval_seconds: Annotated[
+        Whole, Field(ge=1, le=_SECONDS, description="systemd's timer has no pause of 0")
+    ]
     uninstall_models: Flag
 
     @classmethod
@@ -179,6 +231,9 @@ class Settings:
         defaults = ours.pop("model_defaults", {})
         if not isinstance(defaults, Mapping):
             raise SettingsError([f"model_defaults: should be a dictionary, is {validation.shown(defaults)}"])
+        if defaults.get("allow_unverified"):
+            why = "cannot be a default: give it in the entry of each model that may do without a known sha256"
+            raise SettingsError([f"model_defaults.allow_unverified: {why}"])
         if isinstance(ours.get("models"), list | tuple):
             ours["models"] = [{**defaults, **one} if isinstance(one, Mapping) else one for one in ours["models"]]
         try:
@@ -188,9 +243,17 @@ class Settings:
             raise SettingsError([str(one) if one.path else f"settings: {one.text}" for one in found]) from None
 
     @model_validator(mode="after")
-    def _instances_differ(self) -> Self:
-        validation.refuse(_clashes(self.models))
+    def _fields_agree(self) -> Self:
+        validation.refuse([*_clashes(self.models), *self._token_in_the_open()])
         return self
+
+    def _token_in_the_open(self) -> Iterator[tuple[str, str]]:
+        if self.hub_token_file is not None and not keeps_secrets(self.hub_endpoint):
+            yield (
+                "hub_endpoint",
+                f"{validation.shown(self.hub_endpoint)} is neither https nor this machine, so others could read the "
+                "token on its way: use https, or set hub_token_file to None",
+            )
 
 
 @functools.cache

@@ -12,7 +12,10 @@ import stat
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
+from llamafleet.remote.common import keeps_secrets
+
 VARIABLE = "env:"  # begins a place that is an environment variable: "env:NAME"
+LIMIT = 2**20  # characters of a file: ten thousand keys
 SHORTEST_KEY = 8  # characters: clients can try keys without limit
 
 
@@ -47,8 +50,8 @@ def _variable(place: str, setting: str) -> str:
 
 
 def _file(place: str, setting: str) -> str:
-    path = Path(place).expanduser()
     try:
+        path = Path(place).expanduser()
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             raise SecretError(f"{setting}: {place} is not a file")
@@ -57,9 +60,15 @@ def _file(place: str, setting: str) -> str:
             raise SecretError(
                 f"{setting}: {place} has mode {stat.S_IMODE(mode):04o}, others may read or change it: chmod 600 {place}"
             )
-        return path.read_text()
+        with path.open() as file:
+            text = file.read(LIMIT + 1)
+        if len(text) > LIMIT:
+            raise SecretError(f"{setting}: {place} has more than {LIMIT} characters, which no secret has")
+        return text
     except OSError as error:
         raise SecretError(f"{setting}: cannot read {place}: {error.strerror}") from error
+    except RuntimeError as error:  # "~name" of no user
+        raise SecretError(f"{setting}: cannot read {place}: {error}") from error
     except UnicodeDecodeError as error:
         raise SecretError(f"{setting}: {place} is not text") from error
 
@@ -72,9 +81,19 @@ def token(place: str, setting: str) -> str:
     return text
 
 
-def hub_token(place: str | None) -> str | None:
-    """The Hub token from `place` (the setting `hub_token_file`), else from HF_TOKEN; None if there is none."""
-    return take("HF_TOKEN") if place is None else token(place, "hub_token_file")
+def hub_token(place: str | None, endpoint: str) -> str | None:
+    """The Hub token from `place` (the setting `hub_token_file`), else from HF_TOKEN; None if there is none.
+
+    Raises `SecretError`, also where others could read it on its way to `endpoint` (the setting `hub_endpoint`).
+    """
+    value = take("HF_TOKEN") if place is None else token(place, "hub_token_file")
+    if value is not None and not keeps_secrets(endpoint):
+        name = "HF_TOKEN" if place is None else "hub_token_file"
+        raise SecretError(
+            f"{name}: hub_endpoint {endpoint[:250]} is neither https nor this machine, so others could read the token "
+            "on its way: use https, or take the token away"
+        )
+    return value
 
 
 def api_keys(place: str, setting: str) -> str:

@@ -43,7 +43,7 @@ def _leaf(path: str, setting: str) -> tuple[str, x509.Certificate]:
     """The file's text and its first certificate, which is the server's own."""
     try:
         text = Path(path).expanduser().read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: "~name" of no user
         raise CertificateError(f"{setting}: cannot read {path}: {error}") from error
     if "PRIVATE KEY-----" in text:
         raise CertificateError(

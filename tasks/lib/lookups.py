@@ -63,7 +63,7 @@ def _ls_remote(repository: str, ref: str) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         answer = getattr(error, "stderr", None) or error
         raise LookupFailed(f"llama_cpp_repository: cannot ask {repository}: {str(answer).strip()}") from error
-    commits = {name: sha for sha, name in (line.split("\t") for line in done.stdout.splitlines())}
+    commits = {name: sha for sha, name in re.findall(r"^([0-9a-f]{40})\t(\S+)$", done.stdout, re.MULTILINE)}
     for name in refs:
         if name in commits:
             return commits[name]
@@ -80,10 +80,10 @@ def model(instance: Instance, settings: Settings) -> source.ModelFiles:
 
 
 def _read_model(instance: Instance, settings: Settings) -> source.ModelFiles:
-    token = secrets.hub_token(settings.hub_token_file)
+    token = secrets.hub_token(settings.hub_token_file, settings.hub_endpoint)
     files = source.resolve(
         instance.source, endpoint=settings.hub_endpoint, token=token,
-        mirrors=instance.mirrors, sha256=instance.sha256,
+        mirrors=instance.mirrors, sha256=instance.sha256 or (),
     )  # fmt: skip
     return source.ModelFiles(files, source.read_header(files, token=token))
 

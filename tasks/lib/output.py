@@ -3,6 +3,8 @@
 What pyinfra prints is cleaned: its log, what a failed command printed, names of operations, JSON. Colours that pyinfra
 asks for are marked, so that no host's text can pass for one. What a host's command prints is read up to a limit, and
 whatever bytes it is. `install` is called where `tasks.lib` is imported, and so by every stage, alone or not.
+
+Decision 10: docs/decisions/0010-a-host-is-not-trusted.md.
 """
 
 from __future__ import annotations

@@ -90,6 +90,9 @@ def test_bad_settings_exit_2(model, machine_file, changes, message, capsys):
         ("[]", "machine: should be an object, is []"),
         ('{"schema": 9}', "schema"),
         ('{"schema": 1}', "hostname"),
+        ("[" * 100_000, "should be JSON"),
+        ('{"schema": ' + "9" * 5000 + "}", "should be JSON"),
+        ('{"schema": 1, "hostname": "h", "memory": {"total_bytes": ' + "9" * 400 + "}}", "machine."),
     ],
 )
 def test_bad_machine_files_exit_2(model, tmp_path, text, message, capsys):
@@ -97,6 +100,40 @@ def test_bad_machine_files_exit_2(model, tmp_path, text, message, capsys):
     path.write_text(text)
     assert cli.main(["plan", "--model", model, "--machine", str(path)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--machine", "9" * 5000 + "xrtx3090,ram=1GB,cores=2"], "it has 5024 characters, 500 at most are read"),
+        (["--machine", "/" + "m" * 5000 + ".json"], "cannot be read: File name too long"),
+        (["--machine", "a\0b.json"], "cannot be read"),
+        (
+            ["--machine", "cpu,ram=4GB,cores=4", "--model", "/" + "m" * 5000 + ".gguf"],
+            "cannot be read: File name too long",
+        ),
+        (
+            ["--set", f"gpu_reserve_mib={'9' * 400}"],
+            "gpu_reserve_mib: should be a whole number from 0 to 2147483647, is 999",
+        ),
+        (["--set", f"slots={'9' * 5000}"], "slots: should be a whole number from 1 to 256"),
+        (
+            ["--set", "hub_endpoint=http://h.example", "--set", "hub_token_file=/t"],
+            "hub_endpoint: 'http://h.example' is neither",
+        ),
+        (["--model", "hf:o/r/m;touch${IFS}x;.gguf"], "source: should end in a file name of letters, digits"),
+        (["--model", f"http://{'a' * 70}/m.gguf"], "source: should be an http(s) address"),
+    ],
+)
+def test_names_numbers_and_addresses_of_any_length_exit_2(model, machine_file, arguments, message, capsys):
+    for option, value in (("--machine", machine_file), ("--model", model)):
+        if option not in arguments:
+            arguments = [*arguments, option, value]
+    assert cli.main(["plan", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert (
+        message in captured.err and captured.out == "" and "Traceback" not in captured.err and len(captured.err) < 1000
+    )
 
 
 def test_missing_files_exit_2(model, machine_file, tmp_path, capsys):

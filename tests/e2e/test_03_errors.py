@@ -91,6 +91,14 @@ def test_checksum_mismatch(run_with, outside, bad):
         outside.hub.heal()
 
 
+def test_a_plain_address_needs_a_sum_and_a_name_that_hosts_can_store(run_with, outside):
+    plain = outside.sources["moe"].replace("hf:", f"{outside.hub.url}/plain/")
+    done = run_with("refused: models: tiny: sha256: it is not known of", "and 2 more from", model={"source": plain})
+    assert not [name for name in done.changed() if "Fetch" in name or "Build" in name]
+    odd = plain.rpartition("/")[0] + "/m;touch${IFS}x;.gguf"
+    run_with("refused: models[0].source: should end in a file name of", model={"source": odd})
+
+
 def test_connection_cut_in_mid_download_is_resumed(settings, inventory, outside, bad):
     path = outside.sources["moe"].removeprefix("hf:")
     on(bad, "sh", "-c", "rm -rf /var/lib/llamafleet/models/tiny-moe-*")

@@ -72,3 +72,18 @@ def test_an_invalid_description_is_refused(words, message):
     with pytest.raises(described.DescriptionError) as caught:
         described.read(words)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "digits", ["9" * 400, "9" * 17, "\u00b2", "\u0663", "-1", "1e99", "nan", "inf", "0"], ids=lambda text: text[:5]
+)
+@pytest.mark.parametrize("form", ["rtx3090,ram={}GB,cores=2", "rtx3090,ram=64GB,cores={}", "{}xrtx3090,ram=64GB,cores=2",
+                                  "rtx3090 {}gb,ram=64GB,cores={}", "cpu,ram=64GB,cores=2,memory-bandwidth={}GB/s",
+                                  "rtx3090,ram=64GB,cores=2,pcie={}x16"])  # fmt: skip
+def test_numbers_of_any_form_are_refused_or_read(form, digits):
+    try:
+        machine = described.read(form.replace("{}", digits)).machine
+    except described.DescriptionError as error:
+        assert len(str(error)) < 1200
+    else:
+        assert len(machine.gpus) <= 16 and machine.memory.total_bytes < 2**60

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llamafleet.remote.common import API_KEYS, INSTANCES, RELEASES, UNITS, plan_path
+from llamafleet.service.record import without_query
 from tests.hosts import facts
 from tests.hosts.checks import Problem, Problems, Served, say
 
@@ -34,8 +35,9 @@ def plan_file(served: Served) -> Problems:
         return
     if (file["owner"], file["mode"]) != ("root", "0644"):
         yield Problem(served.where, path, "root 0644", f"{file['owner']} {file['mode']}")
-    if identity_of(plan) != plan.get("identity"):
-        yield Problem(served.where, f"identity in {path}", identity_of(plan), plan.get("identity"), "it was edited")
+    identity = plan.get("public_identity", plan.get("identity"))
+    if identity_of(plan) != identity:
+        yield Problem(served.where, f"identity in {path}", identity_of(plan), identity, "it was edited")
     if served.facts["plan_sha256"] != served.facts["good"]["plan_sha256"]:
         yield Problem(
             served.where,
@@ -51,7 +53,7 @@ def plan_file(served: Served) -> Problems:
 def _as_asked(served: Served, plan: Mapping[str, Any]) -> Problems:
     requested, gate = served.instance, plan["gate"]
     pairs = [
-        ("model", requested.source, plan["source"]),
+        ("model", without_query(requested.source), without_query(plan["source"])),
         ("port", requested.port, int(gate["url"].rsplit(":", 1)[-1])),
         ("slots", requested.slots or gate["slots"], gate["slots"]),  # unset: the plan's choice
         ("an API key is required", requested.api_key_file is not None, gate["api_keys"] is not None),
@@ -70,7 +72,7 @@ def _as_asked(served: Served, plan: Mapping[str, Any]) -> Problems:
 
 def identity_of(plan: Mapping[str, Any]) -> str:
     """The hash that plan.json must have as its `identity`: of all keys that make a difference to the running service."""
-    left_out = ("identity", "plan", "preflight", "inputs", "verified", "trial", "batch_tokens")
+    left_out = (*("identity", "public_identity", "plan", "preflight", "inputs", "verified", "trial", "batch_tokens"),)
     record = {key: value for key, value in plan.items() if key not in left_out}
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 

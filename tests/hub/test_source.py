@@ -1,13 +1,28 @@
 """Sources of models, against a stand-in for the Hub: the requests, who gets the token, the messages."""
 
+import json
+
 import pytest
 
 from llamafleet.hub import http as web
-from llamafleet.hub.http import SourceError
-from llamafleet.hub.source import HttpSource, RemoteFile, Source, parse, read_header, resolve, siblings
-from llamafleet.model.gguf import read_path
+from llamafleet.hub import source as sources
+from llamafleet.hub.http import Deadline, SourceError
+from llamafleet.hub.source import (
+    HttpSource,
+    ModelFiles,
+    RemoteFile,
+    Source,
+    parse,
+    quantisations,
+    read_header,
+    resolve,
+    siblings,
+)
+from llamafleet.model.gguf import GgufError, read_path
+from llamafleet.model.gguf_cursor import Read
 from sandbox import hub as stand_in
 from sandbox import models
+from tests.serving import dripping, raw, serving
 
 REPO = "acme/tiny-GGUF"
 
@@ -153,8 +168,8 @@ def test_mirrors_are_asked_where_the_source_fails(hub, files):
 
 def test_another_sha256_than_the_hub_s_is_refused(hub):
     with pytest.raises(SourceError, match="the settings say"):
-        resolve(f"hf:{REPO}/tiny.gguf", endpoint=hub.url, sha256="0" * 64)
-    [file] = resolve(f"{hub.url}/plain/{REPO}/tiny.gguf", endpoint="http://h", sha256="0" * 64)
+        resolve(f"hf:{REPO}/tiny.gguf", endpoint=hub.url, sha256=["0" * 64])
+    [file] = resolve(f"{hub.url}/plain/{REPO}/tiny.gguf", endpoint="http://h", sha256=["0" * 64])
     assert file.sha256 == "0" * 64
 
 
@@ -176,3 +191,216 @@ def test_a_local_path(files, tmp_path):
 def test_a_server_that_cannot_be_reached():
     with pytest.raises(SourceError, match=r"127\.0\.0\.1:9/.*cannot be reached"):
         web.Web(sleep=lambda seconds: None).ask("GET", "http://127.0.0.1:9/x")
+
+
+# --- names of files ------------------------------------------------------------------------------
+
+BAD_NAMES = [
+    *(
+        "m;touch${IFS}x;.gguf",
+        "a b.gguf",
+        "m(1).gguf",
+        "m[1].gguf",
+        "-m.gguf",
+        ".gguf",
+        "..gguf",
+        "m.gguf.txt",
+        "download",
+    ),
+    *("m\n.gguf", "m'.gguf", "$(x).gguf", "m".ljust(250, "m") + ".gguf", "m\u0301.gguf", "m%00.gguf", "\u0661.gguf"),
+]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=lambda name: name[:20])
+def test_a_name_that_no_host_may_store_is_refused_before_anything_is_asked(hub, name):
+    with pytest.raises(SourceError, match=r"should have letters, digits|should be"):
+        resolve(f"hf:{REPO}/{name}", endpoint=hub.url)
+    address = stand_in.quote(name, safe="%") if name.isascii() else name
+    with pytest.raises(SourceError, match=r"should have letters, digits|should be"):
+        resolve(f"{hub.url}/plain/{REPO}/{address}?download=true", endpoint="http://h")
+    assert hub.settled() == []
+
+
+@pytest.mark.parametrize("name", ["tiny.GGUF", "T.gGuF", "a+b=c_d-e.f.gguf", "0.gguf", "_.gguf"])
+def test_names_that_people_have_are_accepted(hub, files, name):
+    hub.add(REPO, name, files[0])
+    [file] = resolve(f"hf:{REPO}/{name}", endpoint=hub.url)
+    [plain] = resolve(f"{hub.url}/plain/{REPO}/{stand_in.quote(name)}?a=b", endpoint="http://h", sha256=[file.sha256])
+    assert file.name == plain.name == name
+    assert ModelFiles((file,), read_path(files[0])).folder == f"{name[:-5]}-{file.sha256[:12]}"
+
+
+def test_an_encoded_slash_is_no_folder(hub):
+    with pytest.raises(SourceError, match="should have letters"):
+        resolve(f"{hub.url}/plain/{REPO}/a%2Ftiny.gguf", endpoint="http://h")
+
+
+def test_a_mirror_may_name_its_file_as_it_likes(hub, files):
+    hub.add(REPO, "download", files[0])
+    [file] = resolve(f"hf:{REPO}/none.gguf", endpoint=hub.url, mirrors=[f"{hub.url}/plain/{REPO}/download?id=7"])
+    assert file.name == "none.gguf" and file.sha256 is None
+    assert "HTTP 404" in file.failed
+
+
+# --- checksums ---------------------------------------------------------------------------------------
+
+
+def test_sums_of_a_split_model_are_given_in_order(hub, files):
+    url = f"{hub.url}/plain/{REPO}/split/{files[1].name}"
+    sums = [hub.find(REPO, "main", f"split/{file.name}", None).sha256 for file in files[1:]]
+    assert [file.sha256 for file in resolve(url, endpoint="http://h", sha256=sums)] == sums
+    assert [file.sha256 for file in resolve(url, endpoint="http://h", sha256=sums[:1])] == [sums[0], None, None]
+    with pytest.raises(SourceError, match=r"sha256: 2 are given, the model has 3 files: give one for each"):
+        resolve(url, endpoint="http://h", sha256=sums[:2])
+    with pytest.raises(SourceError, match=f"the Hub's sha256 is {sums[2]}, the settings say {'0' * 64}"):
+        resolve(f"hf:{REPO}/split/{files[1].name}", endpoint=hub.url, sha256=[*sums[:2], "0" * 64])
+
+
+# --- lists of a repository -----------------------------------------------------------------------------
+
+
+def listed(answer, monkeypatch=None, path="hf:o/r/x.gguf", headers=""):
+    """What `siblings` makes of a list, which is an object or bytes."""
+    body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+    head = f"HTTP/1.1 200 OK\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode()
+    with serving(raw(lambda _: iter([head, body]))) as server:
+        return siblings(path, endpoint=server.url)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [5, None, "x", {}, {"error": "no"}, True, b"", b"[", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000,
+     b"[" + b"9" * 5000 + b"]", b'[{"path": "a.gguf", "size": ' + b"9" * 5000 + b"}]"],
+    ids=lambda answer: repr(answer)[:12],
+)  # fmt: skip
+def test_what_is_no_list_is_an_error_that_names_the_address(answer):
+    with pytest.raises(SourceError, match=r"http://127\.0\.0\.1:\d+/api/models/o/r/tree/main: should be a JSON list"):
+        listed(answer)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [5, None, [], "x.gguf", {}, {"path": 5, "size": 1}, {"path": "x.gguf"}, {"path": "x.gguf", "size": "12"},
+     {"path": "x.gguf", "size": -1}, {"path": "x.gguf", "size": True}, {"path": "x.gguf", "size": 1.5},
+     {"path": "x.gguf", "size": 10**30}, {"path": ["x.gguf"], "size": 1}, {"path": "README.md", "size": 1}],
+    ids=repr,
+)  # fmt: skip
+def test_entries_of_another_form_are_left_out(entry):
+    assert listed([entry, {"path": "y.gguf", "size": 7}, {"path": "z.GGUF", "size": 0}]) == {"y.gguf": 7, "z.GGUF": 0}
+
+
+def test_a_name_that_is_listed_twice_is_an_error():
+    with pytest.raises(SourceError, match=r"lists 'y\.gguf' twice"):
+        listed([{"path": "y.gguf", "size": 7}, {"path": "y.gguf", "size": 8}])
+
+
+def test_only_so_many_files_and_bytes_are_read(monkeypatch):
+    monkeypatch.setattr(sources, "LISTED_FILES", 10)
+    with pytest.raises(SourceError, match="after 10 others"):
+        listed([{"path": f"{n}.gguf", "size": 7} for n in range(11)])
+    monkeypatch.setattr(sources, "LISTING_LIMIT_BYTES", 100)
+    with pytest.raises(SourceError, match="a list of more than 100 bytes"):
+        listed(b"[" + b" " * 100)
+
+
+def pages(*bodies):
+    """A server of pages: each is a list and what the header Link has of the next one."""
+
+    def script(line):
+        number = int(line.split()[1][len("/page") :]) if "/page" in line else 0
+        entries, link = bodies[min(number, len(bodies) - 1)]
+        body = json.dumps(entries).encode()
+        follow = f"Link: {link.replace('HERE', server.url)}\r\n" if link else ""
+        yield f"HTTP/1.1 200 OK\r\n{follow}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+    server = raw(script)
+    return server
+
+
+def test_a_list_of_several_pages_is_read_to_its_end():
+    first, last = {"path": "a.gguf", "size": 1}, {"path": "b.gguf", "size": 2}
+    asked = pages(([first], '<HERE/page1>; rel="next"'), ([], "</page2>;rel=next"), ([last], ""))
+    with serving(asked) as server:
+        assert siblings("hf:o/r/x.gguf", endpoint=server.url) == {"a.gguf": 1, "b.gguf": 2}
+
+
+@pytest.mark.parametrize("link", ['<HERE/page1>; rel="next"', "<>; rel=next", "</>;rel=next"])
+def test_pages_without_end_are_an_error(link):
+    with serving(pages(([], link))) as server:
+        with pytest.raises(SourceError, match=f"{server.url}.*on more than {sources.LISTING_PAGES} pages"):
+            siblings("hf:o/r/x.gguf", endpoint=server.url)
+        assert len(server.asked) == sources.LISTING_PAGES
+
+
+@pytest.mark.parametrize(
+    "target", ["http://127.0.0.1:1/x", "https://evil.example/x", "http://[::1", "file:///etc/passwd", "http://h:99999/"]
+)
+def test_a_list_does_not_go_on_elsewhere(target):
+    with serving(pages(([], f"<{target}>; rel=next"))) as server:
+        with pytest.raises(SourceError, match="its list goes on at"):
+            siblings("hf:o/r/x.gguf", endpoint=server.url)
+        assert len(server.asked) == 1
+
+
+def test_of_odd_names_in_a_list_none_is_a_model():
+    names = [*BAD_NAMES, "a/../b.gguf", "@.gguf", "x@y.gguf", "good.gguf"]
+    body = json.dumps([{"path": name, "size": 5} for name in names]).encode()
+    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with serving(raw(lambda _: iter([head, body]))) as server:
+        found = quantisations("hf:o/r", endpoint=server.url)
+    assert found == {"hf:o/r/good.gguf": 5, "hf:o/r/a/../b.gguf": 5}
+
+
+# --- what a server says of a file ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ("X-Linked-Size: 12\r\n", (12, None, None)),
+        ("X-Linked-Size: \u00b2\r\n", (None, None, None)),
+        (f"X-Linked-Size: {'9' * 5000}\r\n", (None, None, None)),
+        ("X-Linked-Size: -5\r\n", (None, None, None)),
+        ("X-Linked-Size: 0\r\n", (None, None, None)),
+        (f'X-Linked-Etag: "{"a" * 64}"\r\n', (None, "a" * 64, None)),
+        (f'X-Linked-Etag: "{"a" * 65}"\r\n', (None, None, None)),
+        (f"X-Repo-Commit: {'c' * 40}\r\n", (None, None, "c" * 40)),
+        ("X-Repo-Commit: ../../../other/repo\r\n", (None, None, None)),
+        (f"X-Repo-Commit: {'c' * 5000}\r\n", (None, None, None)),
+    ],
+    ids=lambda one: one[:24] if isinstance(one, str) else "",
+)
+def test_headers_of_a_file_of_any_form(headers, expected):
+    with serving(raw(lambda _: iter([f"HTTP/1.1 200 OK\r\n{headers}\r\n".encode("latin-1")]))) as server:
+        [file] = resolve("hf:o/r/x.gguf", endpoint=server.url)
+    assert (file.size_bytes, file.sha256, file.commit) == expected
+
+
+def test_all_shards_of_a_model_share_one_deadline(files):
+    shards = [RemoteFile(f"m-{n:05d}-of-00300.gguf", "", 10**6) for n in range(1, 301)]
+    head = b"HTTP/1.1 206 P\r\nContent-Range: bytes 0-999999/1000000\r\nContent-Length: 1000000\r\n\r\nGGUF"
+    with serving(raw(dripping(head))) as server:
+        urls = [RemoteFile(file.name, f"{server.url}/{file.name}", file.size_bytes) for file in shards]
+        with pytest.raises(SourceError, match="took longer"):
+            read_header(urls, deadline=Deadline(0.4))
+    assert len(server.asked) == 1
+
+
+def test_limits_of_a_header_are_for_all_shards_together(files, monkeypatch):
+    counts = []
+    monkeypatch.setattr("llamafleet.model.gguf.Read", lambda: counts.append(Read()) or counts[-1])
+    read_path(files[1])
+    for limit, needed in (("HEADER_LIMIT_BYTES", counts[0].header_bytes), ("KEPT_LIMIT_BYTES", counts[0].kept_bytes)):
+        monkeypatch.setattr(f"llamafleet.model.gguf_cursor.{limit}", needed)
+        read_path(files[1])
+        monkeypatch.setattr(f"llamafleet.model.gguf_cursor.{limit}", needed - 1)
+        with pytest.raises(GgufError, match=f"00003-of-00003.gguf: has .*more than {needed - 1} bytes"):
+            read_path(files[1])
+        monkeypatch.undo()
+
+
+def test_tensors_of_all_shards_are_counted_together(files, monkeypatch):
+    tensors = len(read_path(files[1]).tensors)
+    monkeypatch.setattr("llamafleet.model.gguf.TENSOR_LIMIT", tensors - 1)
+    with pytest.raises(GgufError, match=r"00003-of-00003\.gguf: has \d+ tensors by its header, \d+ at most"):
+        read_path(files[1])

@@ -6,6 +6,7 @@ Why a real process and a real curl: resumption, redirects and secrecy are curl's
 from __future__ import annotations
 
 import contextlib
+import email.message
 import fcntl
 import hashlib
 import http.server
@@ -13,17 +14,27 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import fetch
+import fetch_answer
+import fetch_spec
 import psutil
 import pytest
+from fetch_curl import Answer, read_answer
+from fetch_spec import Failed
+from hypothesis import given
 
 from sandbox.hub import Hub
-from tests.serving import Server, serving
+from tests.mutations import FUZZ, broken
+from tests.serving import Server, dripping, flood, raw, serving
 
 PROGRAM = Path(__file__).parents[2] / "llamafleet" / "remote" / "fetch.py"
 TOKEN = "hf_thisIsASecretThatNobodyMaySee"
@@ -111,7 +122,8 @@ class Job:
         }  # fmt: skip
 
     def want(self, *urls: str, name: str = "x.gguf", size: int | None = len(BODY), sha: str | None = SHA) -> Job:
-        self.spec["files"].append({"name": name, "urls": list(urls), "size_bytes": size, "sha256": sha})
+        entry = {"name": name, "urls": list(urls), "size_bytes": size, "sha256": sha}
+        self.spec["files"].append(entry if sha else {**entry, "unverified": True})
         return self
 
     def token(self, origin: str, token: str = TOKEN) -> None:
@@ -573,3 +585,241 @@ def test_token_file_open_to_others_is_refused(hub, url, job):
     Path(job.spec["curl_config"]).chmod(0o644)
     assert job.want(url).run() == 2
     assert "0600" in job.last() and TOKEN not in job.text()
+
+
+def test_a_token_goes_over_https_or_to_this_machine(job):
+    for origin in ("http://hub.example", "http://10.0.0.7:80", "http://127.0.0.1.example", "http://localhost.example"):
+        job.spec["files"] = []
+        job.token(origin)
+        assert job.want("https://h.invalid/x.gguf").run() == 2
+        assert "token_origin should be an https address" in job.last() and origin in job.last()
+    assert TOKEN not in job.text()
+
+
+def test_a_token_may_come_by_standard_input(hub, job):
+    job.token(hub.url)
+    with open(job.spec["curl_config"]) as secret:
+        job.spec["curl_config"] = "/dev/stdin"
+        (job.folder / "spec.json").write_text(json.dumps(job.want(hub.publish("x.gguf", BODY, gated=True)).spec))
+        done = subprocess.run([sys.executable, str(PROGRAM), str(job.folder / "spec.json")], stdin=secret,
+                              capture_output=True, text=True, env={**os.environ, "no_proxy": "127.0.0.1"})  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert job.file().read_bytes() == BODY and TOKEN not in done.stdout
+
+
+# --- checksums -------------------------------------------------------------------------------------
+
+
+def test_without_a_sum_nothing_is_asked(hub, url, job):
+    job.want(url)
+    del job.spec["files"][0]["sha256"]
+    assert job.run() == 2
+    assert "files[0].sha256 should be 64 hex digits; or say that the file is `unverified`" in job.last()
+    job.spec["files"][0] |= {"sha256": None, "unverified": "yes"}
+    assert job.run() == 2
+    assert hub.settled() == [] and not job.models.exists()
+
+
+def test_an_unverified_file_that_changed_on_the_host_is_not_taken_for_the_model(plain_server, job):
+    assert job.want(plain_server.url, sha=None).run() == 0, job.text()
+    assert "note: no sha256 is known for x.gguf, as the settings allow" in job.text()
+    job.file().write_bytes(BODY[:-1] + b"!")
+    assert job.run() == 0, job.text()
+    assert job.file().read_bytes() == BODY and (job.models / ".x.gguf.rejected").exists()
+
+
+# --- hostile servers -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served():
+    running = []
+
+    def start(script):
+        running.append(serving(raw(script)))
+        return running[-1].__enter__()
+
+    yield start
+    for server in running:
+        server.__exit__(None, None, None)
+
+
+SENDS = b"HTTP/1.1 200 OK\r\nContent-Length: 3145732\r\n\r\n"
+
+
+def test_a_byte_now_and_then_is_no_progress(served, job):
+    """Every connection ends as stalled, with some new bytes: that does not go on for ever."""
+
+    def script(lines):
+        start = re.search(r"Range: bytes=(\d+)-", lines)
+        yield f"HTTP/1.1 206 P\r\nContent-Range: bytes {start[1]}-9/9\r\n\r\n".encode() if start else SENDS + b"GGUF"
+        yield from dripping()(lines)
+
+    server = served(script)
+    job.spec |= {"stall_bytes_per_s": 1000, "stall_s": 1}
+    assert job.want(f"{server.url}/x.gguf").run() == 7
+    assert "gave up after 3 attempts without progress" in job.last() and 4 < job.size() < 1000
+
+
+def test_a_download_has_an_end_in_time(hub, url, job):
+    hub.fault(KEY, bytes_per_second=2**17, times=None)
+    job.spec["seconds"] = 1.0
+    began = time.monotonic()
+    assert job.want(url).run() == 7
+    assert time.monotonic() - began < 6
+    assert "the download took longer than 1 s" in job.last() and job.size() > 0
+    job.spec["seconds"] = 600
+    hub.heal()
+    assert job.run() == 0, job.text()
+
+
+@pytest.mark.parametrize("with_token", [True, False], ids=["asked", "downloaded"])
+@pytest.mark.parametrize("block", [b"X-Fill: " + b"a" * 6000 + b"\r\n", b"A: b\r\n" * 1000], ids=["long", "many"])
+def test_headers_without_end_are_given_up(served, job, with_token, block):
+    server = served(flood(b"HTTP/1.1 200 OK\r\n", block))
+    if with_token:
+        job.token(server.url)
+    began = time.monotonic()
+    assert job.want(f"{server.url}/x.gguf").run() == 7
+    assert time.monotonic() - began < 15
+    assert f"{server.url}/x.gguf" in job.last() and "header" in job.last().lower()
+    assert len(server.asked) == 1, "it was asked for again"
+
+
+ODD = [
+    *("Content-Length: \u00b2", f"Content-Length: {'9' * 5000}", "Content-Length: -1", f"X-Linked-Size: {'9' * 400}"),
+    *(
+        "X-Linked-Size: \u00b3",
+        f"X-Linked-ETag: {'a' * 9000}",
+        "Location: http://[::1",
+        "Content-Range: bytes */\u00b2",
+    ),
+]
+
+
+@pytest.mark.parametrize("status", [200, 206, 302, 416, 429, 503], ids=str)
+def test_headers_of_any_form_are_an_error_or_none_of_our_business(served, job, status):
+    """In this process: an exception other than Failed would be a traceback on a host."""
+    odd = iter([*ODD, f"Retry-After: {'9' * 5000}" if status < 429 else "Retry-After: 0"])
+    lines = []
+    server = served(lambda _: iter([f"HTTP/1.1 {status} X\r\n{lines[-1]}\r\n\r\n".encode("latin-1"), b"GGUF"]))
+    job.token(server.url)  # then redirects and headers are read by us
+    job.want(f"{server.url}/x.gguf", size=None, sha=None).spec["attempts"] = 1
+    (job.folder / "spec.json").write_text(json.dumps(job.spec))
+    for line in odd:
+        lines.append(line)
+        with contextlib.suppress(Failed):
+            fetch.fetch(fetch_spec.read_spec(str(job.folder / "spec.json")))
+        if job.models.exists():
+            shutil.rmtree(job.models)
+    assert len(server.asked) >= len(lines) == len(ODD) + 1
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("7", 7.0), ("99999", 300.0), ("\u00b2", None), ("9" * 5000, None), ("-5", None), ("", None), ("soon", None),
+     ("Mon, 99 Foo 9999 99:99:99 GMT", None), ("Sun, 06 Nov 1994 08:49:37 GMT", 0.0),
+     ("Sun, 06 Nov 0001 08:49:37 +9999", None)],
+    ids=lambda value: repr(value)[:12],
+)  # fmt: skip
+def test_a_time_to_wait_of_any_form(value, expected):
+    headers = email.message.Message()
+    headers["Retry-After"] = value
+    assert fetch_answer.retry_after_s(Answer(0, "", 503, headers)) in (expected, 0.0)
+    if expected:
+        assert fetch_answer.retry_after_s(Answer(0, "", 503, headers)) == expected
+
+
+def test_the_first_error_is_said_not_the_last():
+    with tempfile.TemporaryFile() as headers, tempfile.TemporaryFile() as errors:
+        errors.write(b"Warning: some option\ncurl: (60) SSL certificate problem: expired\nMore details here: https://curl.se/"
+                     b"docs/sslcerts.html\n\ncurl failed to verify the legitimacy of the server?sig=SECRET\n")  # fmt: skip
+        answer = read_answer(60, headers, errors)
+    assert answer.curl_text == "curl: (60) SSL certificate problem: expired"
+    with tempfile.TemporaryFile() as headers, tempfile.TemporaryFile() as errors:
+        errors.write(b"curl: (6) Could not resolve host: a\ncurl: (23) Failed writing body\n")
+        assert read_answer(23, headers, errors).curl_text == "curl: (6) Could not resolve host: a"
+
+
+def test_a_certificate_that_nobody_trusts_is_said_first(job, tls_server):
+    assert job.want(f"{tls_server}/x.gguf").run() == 7
+    assert "SSL certificate problem" in job.last() and "sslcerts.html" not in job.last()
+
+
+@pytest.fixture
+def tls_server(tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-days", "2", "-subj", "/CN=127.0.0.1", "-keyout", key, "-out", certificate],
+                   check=True, capture_output=True)  # fmt: skip
+    server = Server()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    with serving(server):
+        yield server.url.replace("http:", "https:")
+
+
+def test_the_reserve_holds_where_no_size_was_told(served, job, small_disk):
+    """Of the 1 MiB of the disk a quarter stays free, and the run says so."""
+    server = served(flood(b"HTTP/1.1 200 OK\r\n\r\nGGUF", b"a" * 16384))
+    job.models = small_disk / "m"
+    job.spec |= {"directory": str(job.models), "reserve_bytes": 2**18}
+    assert job.want(f"{server.url}/x.gguf", size=None).run() == 3
+    assert "262144 bytes stay free" in job.last() and str(job.partial()) in job.last()
+    left = os.statvfs(small_disk)
+    assert 2**18 <= left.f_bavail * left.f_frsize < 2**18 + 2**17
+    assert job.size() > 2**18
+
+
+def test_the_reserve_holds_where_others_fill_the_disk(hub, job, small_disk):
+    job.models = small_disk / "m"
+    job.spec |= {"directory": str(job.models), "reserve_bytes": 2**17}
+    body = BODY[: 2**19]
+    hub.fault(KEY, bytes_per_second=2**18)
+    process = job.want(hub.publish("x.gguf", body), size=len(body), sha=hashlib.sha256(body).hexdigest()).start()
+    wait_until(lambda: job.size() > 2**16)
+    (small_disk / "others").write_bytes(bytes(2**18 + 2**17))
+    assert process.wait(30) == 3
+    assert "131072 bytes stay free" in job.last() and job.visible() == []
+    (small_disk / "others").unlink()
+    assert job.run() == 0, job.text()
+
+
+# --- specs -----------------------------------------------------------------------------------------
+
+SPEC = {
+    "directory": "/nonexistent/models/m", "owner": None, "curl_config": None, "reserve_bytes": 0, "attempts": 3,
+    "token_origin": "https://huggingface.co", "retry_delay_s": 0.02, "stall_s": 1, "seconds": 9.5,
+    "files": [{"name": "x.gguf", "urls": ["https://h/x?Signature=SECRET"], "size_bytes": 5, "sha256": SHA}],
+}  # fmt: skip
+
+
+@FUZZ
+@given(broken(SPEC))
+def test_a_broken_spec_is_refused_by_key_without_a_query(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "broken.json"
+    try:
+        text = json.dumps(data)
+    except (ValueError, TypeError, RecursionError):
+        return  # nothing that JSON can say
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    try:
+        fetch_spec.read_spec(str(path))
+    except Failed as failure:
+        assert failure.code == 2 and str(failure).startswith("spec")
+        assert "SECRET" not in str(failure) and len(str(failure)) < 700
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, '{"attempts": ' + "9" * 5000 + "}", "", "\ud800", "null"])
+def test_a_text_that_is_no_spec(tmp_path, text):
+    (tmp_path / "spec.json").write_text(text, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(Failed, match=r"^spec"):
+        fetch_spec.read_spec(str(tmp_path / "spec.json"))
+
+
+def test_a_spec_of_any_length_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch_spec, "SPEC_LIMIT_BYTES", 1000)
+    (tmp_path / "spec.json").write_text(" " * 2000)
+    with pytest.raises(Failed, match="it has more than 1000 bytes"):
+        fetch_spec.read_spec(str(tmp_path / "spec.json"))

@@ -108,6 +108,15 @@ def test_the_record_of_a_service_that_stays_is_noted_for_other_inputs_or_a_new_a
     assert changes(stopped, inputs=Inputs()).note == ()  # the switch brings the new record
 
 
+def test_a_record_that_has_the_query_of_an_address_is_written_again():
+    """Everybody on the host may read it, and a query may be a signature."""
+    wanted = dataclasses.replace(serving(), record={"verified": {}, "source": "https://x/a.gguf"})
+    for source, note in (("https://x/a.gguf?Signature=1", ("demo",)), ("https://x/a.gguf", ())):
+        record = PlanRecord.of({"schema": 1, "source": source})
+        there = dataclasses.replace(INSTALLED, instances={"demo": dataclasses.replace(INSTANCE, record=record)})
+        assert changes(there, servings=(wanted,)).note == note and not changes(there, servings=(wanted,)).services
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

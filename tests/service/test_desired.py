@@ -1,6 +1,7 @@
 """What a host should be, decided offline: each reason to leave it out with its whole message, and that deciding is pure."""
 
 import dataclasses
+import json
 import sys
 
 import pytest
@@ -11,11 +12,13 @@ from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Refusal
-from llamafleet.service.changes import SECRETS
+from llamafleet.remote.common import MODELS
+from llamafleet.service.changes import SECRETS, changes_needed
 from llamafleet.service.desired import Desired, Run, desire, with_plans
 from llamafleet.service.plan_inputs import plan_inputs
 from llamafleet.service.refusals import Refused, port_taken
 from tests import planning
+from tests.hosts import instance_checks
 from tests.service.test_changes import INSTALLED, INSTANCE
 
 RUN = Run(helpers="h1", oldest_python=(3, 9), commit="c" * 40, secrets={}, holder=None)
@@ -156,12 +159,134 @@ def test_hip_without_the_gpus_target():
     )
 
 
-def test_a_value_that_cannot_be_an_argument():
-    model = ModelFiles((RemoteFile("a\nb.gguf", "https://x/m.gguf", 5, "a" * 64),), planning.header("Qwen3-8B"))
-    inputs = plan_inputs(planning.settings({"source": "hf:a/b/c.gguf"}), survey(), {"m0": model})
-    outcome = desire(inputs, RUN, lambda template, values: template)
+# --- refusals: checksums ----------------------------------------------------------------------------
+
+URL = "https://x/m-00001-of-00002.gguf"
+FOLDER = f"{MODELS}/m-00001-of-00002"
+A, B, C = ("a" * 64, "b" * 64, "c" * 64)
+
+
+def shards(*sums, failed=""):
+    names = ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf")
+    return tuple(
+        RemoteFile(name, f"https://x/{name}?Signature=SECRET", 5, one, failed=failed)
+        for name, one in zip(names, sums, strict=True)
+    )
+
+
+def of_shards(files, installed=None, **entry):
+    """What comes of a model of these files on a host that has verified these, by path."""
+    settings = planning.settings({"source": URL, "context_tokens": 4096, **entry})
+    model = ModelFiles(files, planning.header("Qwen3-8B"))
+    return decide(settings, survey(models=installed or {}), {"m0": model})
+
+
+def test_a_file_without_a_known_sum_is_not_downloaded():
+    """Shards 2 to N of a plain URL were unchecked even where `sha256` was set."""
+    assert str(of_shards(shards(A, None))) == (
+        "models: m0: sha256: it is not known of m-00002-of-00002.gguf from https://x/m-00002-of-00002.gguf, so anybody "
+        "between could give another file: give a list with one for each of the 2 files, or set `allow_unverified` = True in "
+        "this model's entry"
+    )
+    assert "m-00001-of-00002.gguf and 1 more from" in str(of_shards(shards(None, None)))
+
+
+def test_a_mirror_without_a_sum_is_refused_with_the_cause():
+    text = str(of_shards(shards(None, None, failed="https://hub/x: HTTP 503")))
+    assert text.endswith("this model's entry. The source was not read: https://hub/x: HTTP 503")
+
+
+def test_the_operator_may_say_that_a_model_may_do_without():
+    outcome = of_shards(shards(None, None), allow_unverified=True)
+    assert isinstance(outcome, Desired) and outcome.inputs.notes == ()
+
+
+def test_what_a_host_verified_earlier_is_served_on_and_said():
+    """Deployed by a version that asked for no sums: neither refused nor downloaded, nor started again."""
+    folder = f"{MODELS}/{ModelFiles(shards(None, None), planning.header('Qwen3-8B')).folder}"
+    there = {f"{folder}/m-0000{n}-of-00002.gguf": one for n, one in ((1, B), (2, C))}
+    outcome = of_shards(shards(None, None), there)
+    assert changes_needed(outcome, outcome.installed).models == ()
+    assert outcome.inputs.notes == (
+        "models: m0: sha256 is not known of m-00001-of-00002.gguf, m-00002-of-00002.gguf: served on as the host verified it "
+        f"earlier, and not to be downloaded again; set sha256 ({B} by the host itself, ...)",
+    )
+    for path in there:  # one is gone, or has changed
+        assert "it is not known of" in str(of_shards(shards(None, None), {**there, path: None}))
+    assert "it is not known of" in str(of_shards(shards(None, None), {f"{MODELS}/other/{name}": B for name in there}))
+
+
+def test_sums_that_become_known_move_no_file():
+    """The folder is named by address and size where no sum was known; by the first sum where one is."""
+    header = planning.header("Qwen3-8B")
+    old, new = (f"{MODELS}/{ModelFiles(files, header).folder}" for files in (shards(None, None), shards(B, C)))
+    there = {f"{folder}/m-0000{n}-of-00002.gguf": one for folder in (old, new) for n, one in ((1, B), (2, C))}
+    only_old = {path: one for path, one in there.items() if path.startswith(old)}
+    assert old != new and of_shards(shards(B, C), only_old).servings[0].folder == old
+    assert of_shards(shards(B, C), there).servings[0].folder == new
+    assert of_shards(shards(B, A), only_old).servings[0].folder == new, "another file than the settings name"
+
+
+def test_sums_that_become_known_start_no_server_again():
+    header = planning.header("Qwen3-8B")
+    old = f"{MODELS}/{ModelFiles(shards(None, None), header).folder}"
+    there = {f"{old}/m-0000{n}-of-00002.gguf": one for n, one in ((1, B), (2, C))}
+    before = of_shards(shards(None, None), there).servings[0].service
+    read = survey(
+        models=there,
+        instances={"m0": dataclasses.replace(INSTANCE, record=PlanRecord.of(json.loads(before.plan_json)))},
+    )
+    settings = planning.settings({"source": URL, "context_tokens": 4096})
+    outcome = decide(settings, read, {"m0": ModelFiles(shards(B, C), header)})
+    after = outcome.servings[0].service
+    assert (after.identity, after.argv, after.unit_text) == (before.identity, before.argv, before.unit_text)
+    assert list(outcome.inputs.same_inputs()) == ["m0"], "it would be planned anew"
+
+
+def test_a_sum_that_does_not_fit_is_another_model():
+    """Shard 2 had no sum, and the settings now name another file: it is downloaded, and the service starts with it."""
+    header = planning.header("Qwen3-8B")
+    folder = f"{MODELS}/{ModelFiles(shards(B, None), header).folder}"
+    there = {f"{folder}/m-0000{n}-of-00002.gguf": one for n, one in ((1, B), (2, C))}
+    before = of_shards(shards(B, None), there).servings[0].service
+    read = survey(
+        models=there,
+        instances={"m0": dataclasses.replace(INSTANCE, record=PlanRecord.of(json.loads(before.plan_json)))},
+    )
+    settings = planning.settings({"source": URL, "context_tokens": 4096})
+    same, other = (decide(settings, read, {"m0": ModelFiles(shards(B, sum_), header)}) for sum_ in (C, A))
+    assert same.servings[0].service.identity == before.identity != other.servings[0].service.identity
+    assert (
+        changes_needed(other, other.installed).models == (folder,) and not changes_needed(same, same.installed).models
+    )
+
+
+# --- plan.json ----------------------------------------------------------------------------------------
+
+
+def test_a_query_is_not_in_plan_json_and_the_service_is_the_same():
+    """The query of a signed address is a secret, and everybody on the host may read plan.json."""
+    signed = "https://x/m.gguf?Signature=SECRET"
+    settings = planning.settings({"source": signed, "context_tokens": 4096})
+    files = {"m0": ModelFiles((RemoteFile("m.gguf", signed, 5, A),), planning.header("Qwen3-8B"))}
+    outcome = decide(settings, survey(), files)
+    record = outcome.servings[0].record
+    assert "SECRET" not in outcome.servings[0].service.plan_json and record["source"] == "https://x/m.gguf"
+    assert instance_checks.identity_of(record) == record["public_identity"] != record["identity"]
+    # One that an earlier version wrote has the query: it is written again, and the service stays as it is.
+    earlier = {key: value for key, value in record.items() if key != "public_identity"} | {"source": signed}
+    assert instance_checks.identity_of(earlier) == record["identity"]
+
+
+@pytest.mark.parametrize(
+    "name", ["a\nb.gguf", "m;touch${IFS}x;.gguf", "../m.gguf", "-m.gguf", "m", "m" * 250 + ".gguf"]
+)
+def test_a_file_name_that_no_host_may_store(name):
+    model = ModelFiles((RemoteFile(name, "https://x/m.gguf", 5, "a" * 64),), planning.header("Qwen3-8B"))
+    outcome = plan_inputs(planning.settings({"source": "hf:a/b/c.gguf"}), survey(), {"m0": model})
     assert str(outcome) == (
-        "--model: should have no control characters, is '/var/lib/llamafleet/models/a\\nb-aaaaaaaaaaaa/a\\nb.gguf'"
+        f"models: m0: source: the file name {name[:250]!r} should have letters, digits and . _ + = - only, a letter, "
+        "digit or _ first, .gguf last, 206 characters at most"
     )
 
 

@@ -92,6 +92,21 @@ def test_wrong_types_are_refused(key, value):
         ("kv_types", ["q3_k"]),
         ("kv_types", []),
         ("sha256", "abc"),
+        ("sha256", {"a": "b"}),
+        ("sha256", "A" * 64),
+        ("source", "hf:o/r"),
+        ("source", "hf:o/r/f.gguf@"),
+        ("source", "hf:o/r/m;touch${IFS}x;.gguf"),
+        ("source", "hf:o/r/a b.gguf@main"),
+        ("source", "hf:o/r/f.gguf.zip"),
+        ("source", "https://h/download"),
+        ("source", "https://h/f(1).gguf?x=/y.gguf"),
+        ("source", "https://h/a%20b.gguf"),
+        ("source", "https://user:word@h/f.gguf"),
+        ("source", "https://h:99999/f.gguf"),
+        ("source", "http://[::1/f.gguf"),
+        ("source", f"http://{'a' * 70}/f.gguf"),
+        ("source", "https://h/" + "f" * 300 + ".gguf"),
     ],
 )
 def test_implausible_values_are_refused(key, value):
@@ -172,3 +187,96 @@ def test_odd_keys_are_named_in_one_line(key, path):
         Settings.from_data({**default_data(), key: 1})
     [problem] = caught.value.problems
     assert problem.startswith(path) and problem.isprintable() and len(problem) < 600
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "hf:o/r/f.gguf",
+        "hf:o/r/Q4/F.GGUF@v1",
+        "https://h/f.gguf?Signature=a%2Fb",
+        "http://h:8080/a%20b/f.gguf",
+        "/srv/my model",
+    ],
+)
+def test_sources_that_people_have(source):
+    assert Settings.from_data({**default_data(), "models": [{**MODEL, "source": source}]}).models[0].source == source
+
+
+@pytest.mark.parametrize(
+    "mirror", ["/srv/m.gguf", "ftp://h/m.gguf", "https://h:0/m.gguf", "https://a..b/m.gguf", "", "m.gguf"]
+)
+def test_a_mirror_is_an_address_that_hosts_can_ask(mirror):
+    [problem] = instance_problems(mirrors=["hf:o/r/f.gguf", "https://h/download?id=7", mirror])
+    assert problem.startswith("models[0].mirrors[2]: should be") and repr(mirror) in problem
+
+
+def test_sums_are_one_or_a_list():
+    one, two = "a" * 64, "b" * 64
+    for given, kept in ((one, (one,)), ([one], (one,)), ([one, two], (one, two)), (None, None)):
+        assert Settings.from_data({**default_data(), "models": [{**MODEL, "sha256": given}]}).models[0].sha256 == kept
+    for given in ([], [one, "c"], [one, None], [[one]], 5):
+        [problem] = instance_problems(sha256=given)
+        assert problem.startswith("models[0].sha256: should be 64 lower-case hexadecimal digits, or a list of such")
+
+
+def test_a_model_may_do_without_a_sum_by_its_own_entry_only():
+    assert (
+        Settings.from_data({**default_data(), "models": [{**MODEL, "allow_unverified": True}]})
+        .models[0]
+        .allow_unverified
+    )
+    defaults = {**default_data()["model_defaults"], "allow_unverified": True}
+    assert problems(model_defaults=defaults) == [
+        "model_defaults.allow_unverified: cannot be a default: give it in the entry of each model that may do without a "
+        "known sha256"
+    ]
+
+
+@pytest.mark.parametrize("endpoint", ["http://hub.example", "http://10.0.0.7:8080", "http://127.0.0.1.example"])
+def test_a_token_goes_over_https_or_to_this_machine(endpoint):
+    [problem] = problems(hub_endpoint=endpoint, hub_token_file="/token")
+    assert problem.startswith(
+        f"hub_endpoint: '{endpoint}' is neither https nor this machine, so others could read the token"
+    )
+    assert Settings.from_data({**default_data(), "hub_endpoint": endpoint}).hub_token_file is None
+    for safe in ("https://hub.example", "http://127.0.0.1:8080", "http://[::1]:80", "http://localhost"):
+        assert Settings.from_data({**default_data(), "hub_endpoint": safe, "hub_token_file": "/token"})
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "build_jobs",
+        "keep_releases",
+        "gpu_reserve_mib",
+        "ram_reserve_mib",
+        "liveness_seconds",
+        "liveness_interval_seconds",
+    ],
+)
+@pytest.mark.parametrize("value", [10**400, 10**5000, -1], ids=["400 digits", "5000 digits", "negative"])
+def test_numbers_of_any_length_are_refused_by_key(key, value):
+    [problem] = problems(**{key: value})
+    assert problem.startswith(f"{key}: should be ") and len(problem) < 250
+
+
+@pytest.mark.parametrize("value", [10**400, -1, 1024])
+def test_a_vulkan_device_is_a_small_number(value):
+    [problem] = problems(vulkan_devices=[0, value])
+    assert problem.startswith("vulkan_devices[1]: should be a whole number from 0 to 1023")
+
+
+@pytest.mark.parametrize("text", ["/a\0b", "/a\nb", "/\x1b[2J", "/\x9b", "/\udcff"], ids=repr)
+@pytest.mark.parametrize(
+    "key", ["api_key_file", "tls_key_file", "source", "llama_cpp_ref", "build_cache", "hub_token_file"]
+)
+def test_no_text_has_control_characters(key, text):
+    found = problems(**{key: text}) if key in Settings.__dataclass_fields__ else instance_problems(**{key: text})
+    where = key if key in Settings.__dataclass_fields__ else f"models[0].{key}"
+    assert any(line.startswith(f"{where}: should ") and line.isprintable() for line in found), found
+
+
+def test_no_text_is_longer_than_an_argument():
+    [problem] = instance_problems(api_key_file="k" * (2**17 + 1))
+    assert problem == "models[0].api_key_file: should have at most 131072 characters, has 131073"

@@ -92,3 +92,40 @@ def test_a_variable_does_as_well(monkeypatch):
         secret_files.api_keys("env:FLEET_KEYS", "api_key_file") == f"{SECRET}\n{SECRET}\n"
     )  # a single key is partly logged
     assert "no such variable" in refused("env:FLEET_KEY")
+
+
+@pytest.mark.parametrize("place", [None, "env:OTHER"])
+def test_a_token_is_not_sent_where_others_can_read_it(monkeypatch, place):
+    monkeypatch.setattr(secret_files, "_taken", {})
+    monkeypatch.setenv("HF_TOKEN", "hf_environment")
+    monkeypatch.setenv("OTHER", "hf_other")
+    name = "hub_token_file" if place else "HF_TOKEN"
+    with pytest.raises(
+        SecretError, match=f"^{name}: hub_endpoint http://hub.example is neither https nor this machine"
+    ) as caught:
+        secret_files.hub_token(place, "http://hub.example")
+    assert "hf_" not in str(caught.value)
+    assert (
+        secret_files.hub_token(place, "http://127.0.0.1:9")
+        == secret_files.hub_token(place, "https://hub.example")
+        is not None
+    )
+
+
+def test_without_a_token_any_endpoint_will_do(monkeypatch):
+    monkeypatch.setattr(secret_files, "_taken", {})
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert secret_files.hub_token(None, "http://hub.example") is None
+
+
+@pytest.mark.parametrize("place", ["~no-such-user-here/keys", "/" + "k" * 5000, "/nowhere"])
+def test_a_place_that_cannot_be_read_is_named(place):
+    with pytest.raises(SecretError, match=r"^api_key_file: cannot read "):
+        secret_files.read(place, "api_key_file")
+
+
+def test_a_file_of_any_length_is_no_secret(file, monkeypatch):
+    monkeypatch.setattr(secret_files, "LIMIT", 100)
+    assert secret_files.read(file("k" * 100), "api_key_file") == "k" * 100
+    with pytest.raises(SecretError, match="has more than 100 characters"):
+        secret_files.read(file("k" * 101), "api_key_file")

@@ -80,10 +80,11 @@ def test_a_failure_is_remembered():
 def test_the_hub_token_comes_from_the_file_before_the_environment(tmp_path, monkeypatch):
     monkeypatch.setattr("llamafleet.settings.secrets._taken", {})
     monkeypatch.setenv("HF_TOKEN", "hf_environment")
-    assert secrets.hub_token(planning.settings({}).hub_token_file) == "hf_environment"
+    assert secrets.hub_token(None, "https://h") == "hf_environment"
     (tmp_path / "token").write_text("hf_file\n")
     (tmp_path / "token").chmod(0o600)
-    assert secrets.hub_token(planning.settings({}, hub_token_file=str(tmp_path / "token")).hub_token_file) == "hf_file"
+    asked = planning.settings({}, hub_token_file=str(tmp_path / "token"))
+    assert secrets.hub_token(asked.hub_token_file, asked.hub_endpoint) == "hf_file"
 
 
 def test_secrets_are_taken_out_of_the_environment_that_programs_inherit(monkeypatch):
@@ -96,7 +97,7 @@ def test_secrets_are_taken_out_of_the_environment_that_programs_inherit(monkeypa
     assert "hf_environment" not in inherited and "key-in-a-variable" not in inherited
     # Taken, not lost; also when asked again for the next host.
     for _ in range(2):
-        assert secrets.hub_token(wanted.hub_token_file) == "hf_environment"
+        assert secrets.hub_token(None, "https://h") == "hf_environment"
         assert lookups.instance_secrets(wanted.models[0]) == {"api-keys": "key-in-a-variable\n" * 2}
 
 
