@@ -10,11 +10,11 @@ import pytest
 
 from tests.e2e.deploying import ROOT, environment, main_pid, on, pyinfra, serves
 
-# Of helpers of any version: what runs is the one in the folder of the link `current`.
-SURVEY = "/opt/llamafleet/helpers/current/survey.py"
+# Before /usr/bin in the path of commands over SSH.
+PYTHON = "/usr/local/bin/python3"
 PLAN = "/etc/llamafleet/instances/tiny/plan.json"
 ODD = r"\x1b[2J\x1b]0;owned\x07 \u202egpj.exe"  # escape sequences and a mark of direction, as Python writes them
-# What is printed in place of the survey's answer, by the survey with one line before its last, and what is said of it.
+# How the survey's line is changed, and what is said of it.
 ANSWERS = {
     "bytes": (f"line = '\\udcff\\udcc3 {ODD}'", "survey.py on the host: answer: is no JSON"),
     "endless": ("line = 'x' * 40_000_000", "survey.py on the host: answer: is no JSON"),
@@ -40,20 +40,23 @@ def inventory_of_both(pair, outside, tmp_path_factory):
 
 @contextmanager
 def odd_survey(host, change):
-    """The installed survey.py prints another answer; the old one comes back."""
-    on(host, "cp", "-p", SURVEY, f"{SURVEY}.kept")
-    program = (
-        "import json, runpy, subprocess, sys\n"
-        "done = subprocess.run([sys.executable, '-s', '-E', '-B', __file__ + '.kept', *sys.argv[1:]], stdout=-1, check=True)\n"
-        f"line = done.stdout.decode(); found = json.loads(line)\n{change}\n"
-        "sys.stdout.buffer.write(line.encode('utf-8', 'surrogateescape') + b'\\n')\n"
-    )
-    done = host.run(["sh", "-c", f"cat > {SURVEY}"], input=program)
+    """The host's Python runs our programs, but what the survey prints is changed."""
+    program = f"""#!/usr/bin/python3
+import json, os, subprocess, sys
+words = ["/usr/bin/python3", *sys.argv[1:]]
+if not any(word.endswith("/survey.py") for word in words):
+    os.execv(words[0], words)
+done = subprocess.run(words, stdout=subprocess.PIPE, check=True)
+line = done.stdout.decode(); found = json.loads(line)
+{change}
+sys.stdout.buffer.write(line.encode("utf-8", "surrogateescape") + bytes([10]))
+"""
+    done = host.run(["sh", "-c", f"cat > {PYTHON} && chmod 755 {PYTHON}"], input=program)
     assert done.returncode == 0, done.stderr
     try:
         yield
     finally:
-        on(host, "mv", f"{SURVEY}.kept", SURVEY)
+        on(host, "rm", PYTHON)
 
 
 def llamafleet(*words):
