@@ -187,21 +187,24 @@ def _zip(files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-# $1 is the zip, $2 the folders to try, $3 the program in the zip; its arguments follow. A folder is used if a program
-# in it can be run. The probe runs in the background, so that a signal interrupts `wait` and is passed on.
+# $1 is the SHA-256 of the zip that comes by standard input in base64, $2 the folders to try, $3 the program in the
+# zip; its arguments follow. A folder is used if a program in it can be run; nobody else can enter it. The program runs
+# in the background, so that a signal interrupts `wait` and is passed on. What came is read also where it is not used:
+# the operator's side would take a pipe that is closed too early for a broken connection.
 _SCRIPT = """\
-zip=$1; places=$2; shift 2
+sum=$1; places=$2; shift 2
 folder=; child=
-clean() { [ -z "$folder" ] || rm -rf -- "$folder"; rm -f -- "$zip"; }
+clean() { [ -z "$folder" ] || rm -rf -- "$folder"; }
 stop() { trap '' HUP INT TERM; [ -z "$child" ] || { kill "$child"; wait "$child"; } 2>/dev/null; exit "$1"; }
+refuse() { while read -r line; do :; done; echo "$2" >&2; exit "$1"; }
 trap clean EXIT
 trap 'stop 129' HUP
 trap 'stop 130' INT
 trap 'stop 143' TERM
 umask 077
-command -v python3 >/dev/null 2>&1 || { echo "$PYTHON_MISSING" >&2; exit 127; }
-python3 -I -c 'import sys; sys.exit(sys.version_info < (3, 8))' ||
-    { echo "$PYTHON_OLD $(python3 -V 2>&1)" >&2; exit 127; }
+command -v python3 >/dev/null 2>&1 || refuse 127 "$PYTHON_MISSING"
+python3 -I -c 'import sys; sys.exit(sys.version_info < (3, 8))' </dev/null ||
+    refuse 127 "$PYTHON_OLD $(python3 -V 2>&1)"
 for place in $places; do
     [ "$place" != '$HOME' ] || place=$HOME
     [ -n "$place" ] || continue
@@ -209,25 +212,31 @@ for place in $places; do
     printf '#!/bin/sh\\n' >"$folder/try" && chmod 700 "$folder/try" && "$folder/try" 2>/dev/null && break
     rm -rf -- "$folder"; folder=
 done
-[ -n "$folder" ] || { echo "llamafleet: nowhere to unpack: none of $places is writable and not noexec" >&2
-    exit 126; }
-python3 -I -c 'import sys, zipfile; zipfile.ZipFile(sys.argv[1]).extractall(sys.argv[2])' \\
-    "$zip" "$folder" || exit 125
+[ -n "$folder" ] || refuse 126 "llamafleet: nowhere to unpack: none of $places is writable and not noexec"
+python3 -I -c '$UNPACK' "$sum" "$folder" || exit 125
 program=$1; shift
 python3 -s -E -B "$folder/$program" "$@" </dev/null &
 child=$!
 wait "$child"; code=$?; child=
 exit "$code"
 """
+_UNPACK = """
+import base64, hashlib, io, sys, zipfile
+data = base64.b64decode(sys.stdin.buffer.read())
+if hashlib.sha256(data).hexdigest() != sys.argv[1]:
+    sys.exit("llamafleet: what arrived has another SHA-256 than what was sent: the transfer was cut or damaged, or "
+             "standard input does not reach the program (su with a password takes it)")
+zipfile.ZipFile(io.BytesIO(data)).extractall(sys.argv[2])
+"""
 
 
-def probe_command(zip_path: str, program: str, *arguments: str) -> list[str]:
-    """The command that unpacks an uploaded probe zip, runs one of its programs, and removes zip and folder.
+def probe_command(sha256: str, program: str, *arguments: str) -> list[str]:
+    """The command that unpacks a zip of programs, runs one of them, and leaves nothing behind.
 
-    Exit status: the program's; 127 with PYTHON_MISSING or PYTHON_OLD on stderr; 126 if no folder can be used; 125 if
-    unpacking failed; 128 + N after signal N. A shell needs `shlex.join` of the command.
+    The zip goes to its standard input in base64, and is used only if it has this SHA-256. Exit status: the program's;
+    127 with PYTHON_MISSING or PYTHON_OLD on stderr; 126 if no folder can be used; 125 if unpacking failed, or the sum
+    differs; 128 + N after signal N. A shell needs `shlex.join` of the command.
     """
-    if not zip_path.startswith("/"):
-        raise ValueError(f"the zip's path on the host must be absolute, not {zip_path!r}")
     script = _SCRIPT.replace("$PYTHON_MISSING", PYTHON_MISSING).replace("$PYTHON_OLD", PYTHON_OLD)
-    return ["sh", "-c", script, "llamafleet-probe", zip_path, " ".join(UNPACK_PLACES), program, *arguments]
+    script = script.replace("$UNPACK", _UNPACK)
+    return ["sh", "-c", script, "llamafleet-probe", sha256, " ".join(UNPACK_PLACES), program, *arguments]

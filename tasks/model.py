@@ -10,7 +10,7 @@ from llamafleet.hub.source import RemoteFile
 from llamafleet.remote.common import RUN
 from llamafleet.service.desired import Desired, Serving
 from llamafleet.settings import secrets
-from tasks.lib import operations
+from tasks.lib import jobs, operations
 from tasks.lib.decision import decision
 
 # A tmpfs: the token is on the host only while it downloads.
@@ -28,14 +28,15 @@ def model() -> None:
     for folder, serving in operations.each(models.items(), lambda pair: pair[0]):
         needed = folder in now.changes.models
         first = serving.model.files[0].name
-        operations.stage_secret(
-            name=f"Lend the Hub token for {first}", needed=needed and token is not None, path=TOKEN,
-            text=f'header = "Authorization: Bearer {token}"\n',
-        )  # fmt: skip
         operations.run_job(
             name=f"Fetch {first}", needed=needed, job=f"fetch-{serving.model.folder}", program="fetch.py",
-            spec=spec(now.desired, serving, token is not None), remove_after=TOKEN if token is not None else None,
+            spec=spec(now.desired, serving, token is not None), secret=_curl_config(token),
         )  # fmt: skip
+
+
+def _curl_config(token: str | None) -> jobs.Secret | None:
+    """The Hub token as curl reads it, on the host only while it downloads."""
+    return jobs.Secret(TOKEN, f'header = "Authorization: Bearer {token}"\n') if token is not None else None
 
 
 def spec(desired: Desired, serving: Serving, with_token: bool) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def service() -> None:
         name=f"Make build {now.desired.build.key} the current release", needed=now.changes.current,
         key=now.desired.build.key, keep=now.desired.settings.keep_releases,
     )  # fmt: skip
-    operations.release_lock(name="Release the host's lock", needed=now.changes.any)
+    operations.release_lock(name="Release the host's lock", needed=now.changes.any or bool(now.changes.note))
 
 
 def serve(name: str) -> None:

@@ -6,11 +6,11 @@ Packages and logs stay, and models unless the setting `uninstall_models` asks fo
 from __future__ import annotations
 
 import json
-import shlex
+import traceback
 from typing import Any
 
 from pyinfra import logger
-from pyinfra.api import FunctionCommand, operation
+from pyinfra.api import operation
 from pyinfra.api.deploy import deploy
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
@@ -21,8 +21,12 @@ from llamafleet.host import answers
 from llamafleet.host.installed import Holder
 from llamafleet.service.refusals import held_by
 from llamafleet.settings.schema import Settings, SettingsError
-from tasks.lib import lookups, remote
-from tasks.lib.operations import Commands
+from tasks.lib import remote, sending
+from tasks.lib.operations import Commands, call
+from tasks.lib.this_run import is_ours_or_dead, this_run
+
+# Stopping every service, each for up to 30 s, and removing releases and models of hundreds of gigabytes.
+REMOVE_SECONDS = 1800.0
 
 
 @deploy("Uninstall llamafleet")
@@ -37,9 +41,10 @@ def uninstall() -> None:
         installed = remote.last(lines, answers.removable)
         _check(installed)
     except (SettingsError, remote.RemoteError, payload.PayloadError) as error:
-        host.log_styled(f"refused: {error}", fg="red", log_func=logger.error)
-        host.state.fail_hosts({host})
-        return
+        return _refuse(host, str(error))
+    except Exception as error:  # whatever it is, the other hosts' run must go on
+        logger.debug(traceback.format_exc())
+        return _refuse(host, f"the host cannot be read: {remote.said(error)}")
     models = settings.uninstall_models and bool(installed.models)
     there = [*installed.units, *installed.paths, *(["the user llamafleet"] if installed.user else [])]
     remove(
@@ -47,10 +52,15 @@ def uninstall() -> None:
     )  # fmt: skip
 
 
+def _refuse(host: Host, reason: str) -> None:
+    remote.fail(host, f"refused: {reason}")
+    host.state.fail_hosts({host})
+
+
 def _check(installed: answers.Removable) -> None:
     if installed.euid != 0:
         raise remote.RemoteError("commands run there as an ordinary user: connect as root, or pass --sudo")
-    if installed.lock and not remote.is_ours_or_dead(installed.lock):
+    if installed.lock and not is_ours_or_dead(installed.lock):
         raise remote.RemoteError(held_by(installed.lock))
 
 
@@ -60,32 +70,21 @@ def remove(installed: tuple[str, ...], models: bool) -> Commands:
     if not installed and not models:
         ctx_host.get().noop("nothing of llamafleet is there")
         return
-    yield FunctionCommand(_remove, (models,), {})
+    yield call(_remove, models)
 
 
 def _remove(state: State, host: Host, models: bool) -> bool:
-    try:
-        ok, text = _remove_unless_held(host, models)
-    except remote.RemoteError as error:
-        ok, text = False, str(error)
-    if not ok:
-        host.log_styled(text, fg="red", log_func=logger.error)
-    return ok
-
-
-def _remove_unless_held(host: Host, models: bool) -> tuple[bool, str]:
-    """Whether it is removed, and what the operator is told where it is not."""
-    asked = {"models": models, "holder": remote.this_run(), "over": None}
+    asked = {"models": models, "holder": this_run(), "over": None}
     ok, lines = _program(host, "remove", asked)
     holder = _holder(lines) if not ok else None
-    if holder and remote.is_ours_or_dead(holder):
+    if holder and is_ours_or_dead(holder):
         ok, lines = _program(host, "remove", {**asked, "over": holder.run})
         holder = _holder(lines) if not ok else None
     if ok:
         for line in lines:
             host.log(line)
-        return True, ""
-    return False, held_by(holder) if holder else "\n".join(lines[-15:])
+        return True
+    return remote.fail(host, held_by(holder) if holder else "\n".join(lines[-15:]))
 
 
 def _holder(lines: list[str]) -> Holder | None:
@@ -97,11 +96,8 @@ def _holder(lines: list[str]) -> Holder | None:
 
 def _program(host: Host, verb: str, asked: dict[str, Any]) -> tuple[bool, list[str]]:
     """Run uninstall.py from a copy that leaves nothing behind: the installed one removes itself."""
-    ok, out, err = remote.run(host, "uname -m")
-    if not ok:
-        raise remote.RemoteError(f"cannot run commands on the host: {remote.explain(out, err)}")
-    arch = out[-1].strip()
-    path = remote.temporary(host, ".zip")
-    remote.upload(host, lookups.once(("probe", arch), lambda: payload.probe_zip(arch)), path)
-    ok, out, err = remote.run(host, shlex.join(payload.probe_command(path, "uninstall.py", verb, json.dumps(asked))))
+    seconds = REMOVE_SECONDS if verb == "remove" else remote.COMMAND_SECONDS
+    ok, out, err = sending.run_copy(
+        host, "uninstall.py", verb, json.dumps(asked), purpose=f"uninstall.py {verb}", seconds=seconds
+    )
     return ok, out if ok or out else err

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import base64
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -170,29 +172,32 @@ def test_helpers_import_under_another_python(tmp_path):
 
 
 class Host:
-    """A host's file system as far as the command sees it: places to unpack, and the uploaded zip."""
+    """A host's file system as far as the command sees it: places to unpack; and the zip that it is sent."""
 
     def __init__(self, folder, data, monkeypatch):
-        self.folder, self.zip, self.places = folder, folder / "probe upload.zip", folder / "places"
+        self.folder, self.data, self.sent, self.places = folder, data, data, folder / "places"
         self.places.mkdir()
-        self.zip.write_bytes(data)
         monkeypatch.setattr(payload, "UNPACK_PLACES", (str(self.places),))
         self.environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder)}
 
     def start(self, *arguments, **more):
-        command = payload.probe_command(str(self.zip), "probe.py", *arguments)
+        command = payload.probe_command(hashlib.sha256(self.data).hexdigest(), "probe.py", *arguments)
         return subprocess.Popen(
-            command, env=self.environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            preexec_fn=heed_signals,  # noqa: PLW1509 -- it takes no lock
+            command, env=self.environment | more, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, preexec_fn=heed_signals,  # noqa: PLW1509 -- it takes no lock
         )  # fmt: skip
 
     def run(self, *arguments, **more):
         process = self.start(*arguments, **more)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(self.line, timeout=60)
         return process.returncode, output, errors
 
+    @property
+    def line(self):
+        return base64.b64encode(self.sent).decode() + "\n"
+
     def traces(self):
-        return sorted(str(path) for path in [*self.places.rglob("*"), self.zip] if path.exists())
+        return sorted(str(path) for path in self.places.rglob("*"))
 
 
 @pytest.fixture
@@ -238,10 +243,19 @@ def test_python_too_old(host, tmp_path):
 
 
 def test_spoilt_zip(host):
-    host.zip.write_bytes(b"not a zip")
+    host.data = host.sent = b"not a zip"
     code, output, errors = host.run()
     assert (code, output) == (125, "")
     assert "BadZipFile" in errors
+    assert host.traces() == []
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:-1], lambda data: b"", lambda data: data + b"x"])
+def test_what_is_not_what_was_sent_is_not_unpacked(host, spoil):
+    host.sent = spoil(host.data)
+    code, output, errors = host.run()
+    assert (code, output) == (125, "")
+    assert "another SHA-256 than what was sent" in errors
     assert host.traces() == []
 
 
@@ -277,7 +291,6 @@ def test_noexec_place_is_passed_over(host, tmp_path, monkeypatch):
     try:
         monkeypatch.setattr(payload, "UNPACK_PLACES", (str(noexec),))
         assert host.run()[0] == 126
-        host.zip.write_bytes(payload.probe_zip(os.uname().machine))
         monkeypatch.setattr(payload, "UNPACK_PLACES", (str(noexec), str(host.places)))
         assert host.run()[0] == 0
         assert list(noexec.iterdir()) == []
@@ -293,6 +306,9 @@ def test_ended_in_the_middle_it_still_leaves_nothing(host, tmp_path, number):
     state = tmp_path / "state"
     state.write_text("hang=init\n")
     process = host.start(LD_LIBRARY_PATH=str(library.parent), FAKE_NVML_STATE=str(state))
+    process.stdin.write(host.line)
+    process.stdin.close()
+    process.stdin = None  # for `communicate`
     readers = wait_for(lambda: processes_with(f"{host.places}/", "probe_gpus.py"))
     assert oct(next(host.places.iterdir()).stat().st_mode & 0o777) == "0o700"
     wait_for(lambda: loaded(readers[0], library))
@@ -301,11 +317,6 @@ def test_ended_in_the_middle_it_still_leaves_nothing(host, tmp_path, number):
     assert process.returncode == 128 + number
     assert host.traces() == []
     assert wait_for(lambda: not processes_with(f"{host.places}/"))
-
-
-def test_path_that_is_not_absolute_is_refused():
-    with pytest.raises(ValueError, match="must be absolute"):
-        payload.probe_command("-rf", "probe.py")
 
 
 def heed_signals():

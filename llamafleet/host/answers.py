@@ -43,12 +43,13 @@ class AnswerError(MachineError):
 
 @dataclass(frozen=True)
 class Job:
-    """What `job.py` says of a job: its state, its exit code once it has ended, and the end of its log."""
+    """What `job.py` says of a job: its state, its exit code and how it ended once it has, and the end of its log."""
 
     state: Annotated[Text, one_of(("running", "ended", "absent"))]
     exit_code: Annotated[Whole, Field(ge=-255, le=255)] | None
     line: Annotated[Text, Field(max_length=65536), BeforeValidator(readable)]
     tail: Lines
+    how: Message = ""  # llamafleet 0.1.0 does not say it
 
 
 @dataclass(frozen=True)

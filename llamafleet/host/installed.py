@@ -57,6 +57,10 @@ class Holder:
     pid_started: Seconds = 0.0
     began: Label = "an unknown time"
     age_seconds: Seconds = 0.0
+    # What tells containers of one host name apart, and the process's start on a clock that nobody sets; llamafleet
+    # 0.1.0 says neither.
+    pid_namespace: Label | None = None
+    pid_began: Seconds | None = None
 
 
 class Preflight(TypedDict, total=False):

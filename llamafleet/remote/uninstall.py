@@ -91,11 +91,11 @@ def find() -> dict[str, Any]:
             "user": user_id() is not None}  # fmt: skip
 
 
-def remove(with_models: bool) -> None:
-    for job in jobs():
-        stop(job)
-    for name in units():
+def remove(with_models: bool, run_id: str) -> None:
+    """Remove everything; `run_id` holds the host's lock. Raises OSError and CalledProcessError."""
+    for name in [*jobs(), *units()]:
         stop(name)
+        lock.refresh(run_id)
     gone = [path for path in paths() if path != RUN]
     for name in units():
         run("systemctl", "disable", "--quiet", name)
@@ -105,6 +105,7 @@ def remove(with_models: bool) -> None:
     run("systemctl", "daemon-reload")
     for path in [*gone, *([VAR] if with_models else [])]:
         delete(path)
+        lock.refresh(run_id)
     keep_models()
     if user_id() is not None:
         run("userdel", USER)
@@ -151,7 +152,7 @@ def main(argv: list[str]) -> int:
     if lock.main(["take", json.dumps(asked["holder"]), *over]):
         return 3
     try:
-        remove(asked["models"])
+        remove(asked["models"], asked["holder"]["run"])
     except (OSError, subprocess.CalledProcessError) as error:
         lock.release(asked["holder"]["run"])
         print(f"error: {error}", flush=True)

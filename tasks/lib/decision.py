@@ -8,8 +8,11 @@ Decision 1: docs/decisions/0001-one-decision-for-each-host-and-run.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from gevent.lock import RLock
 from pyinfra import logger
@@ -18,6 +21,7 @@ from pyinfra.context import ctx_host
 
 from llamafleet import payload
 from llamafleet.build.packages import all_packages
+from llamafleet.host.installed import Holder
 from llamafleet.host.machine import MachineError
 from llamafleet.hub.http import SourceError
 from llamafleet.memory.ledger import Correction
@@ -32,6 +36,7 @@ from llamafleet.settings.schema import Settings, SettingsError
 from llamafleet.settings.secrets import SecretError
 from tasks.lib import facts, lookups, remote, templates
 from tasks.lib.certificates import CertificateError
+from tasks.lib.this_run import is_ours_or_dead
 
 # What reading may raise: each leaves the host out of the run, as a refusal does.
 READ_ERRORS = (SettingsError, MachineError, SourceError, GgufError, lookups.LookupFailed, SecretError,
@@ -44,6 +49,7 @@ class Decision:
 
     desired: Desired
     changes: Changes
+    made: float = field(default_factory=time.monotonic, compare=False)
 
 
 _decisions: dict[Host, Decision | None] = {}
@@ -86,6 +92,43 @@ def decide(host: Host) -> Decision | Refused:
         return _decided(desire(inputs, read_run(inputs), templates.render))
     except READ_ERRORS as error:
         return refused_by(error)
+    except Exception as error:  # whatever it is, the other hosts' run must go on
+        logger.debug(traceback.format_exc())
+        return Refused.because(f"what the host needs cannot be decided: {remote.said(error)}")
+
+
+def check_unchanged(host: Host, last: Holder | None) -> None:
+    """Read the host again, now under its lock: it still needs what was decided before. Raises `RemoteError` with what
+    differs, and who may have done it: `last` is the run that had the lock before, with `age_seconds` since then."""
+    now = _decisions.get(host)
+    if now is None:  # a command without a decision
+        return
+    try:
+        survey = facts.survey(host, all_packages(), now.desired.settings)
+    except READ_ERRORS as error:
+        raise remote.RemoteError(str(error)) from error
+    differing = list(_differences(now.changes, changes_needed(now.desired, survey.installed)))
+    if differing:
+        since = time.monotonic() - now.made
+        who = f"{last.who} deployed to it" if last and last.age_seconds < since else "somebody changed it"
+        raise remote.RemoteError(
+            f"{who} after this run had read it {since:.0f} s ago ({'; '.join(differing)}): run again, "
+            "and it is planned as it is now"
+        )
+
+
+def _differences(before: Changes, after: Changes) -> Iterator[str]:
+    """What is to be done on the host and was not, or the other way round, whatever the reasons."""
+    for part in fields(Changes):
+        old, new = _names(getattr(before, part.name)), _names(getattr(after, part.name))
+        if new - old:
+            yield f"{part.name}: now needed for {', '.join(sorted(new - old))}"
+        if old - new:
+            yield f"{part.name}: no longer needed for {', '.join(sorted(old - new))}"
+
+
+def _names(part: Any) -> set[str]:
+    return ({"the host"} if part else set()) if isinstance(part, bool) else set(part)
 
 
 def _decided(desired: Desired | Refused) -> Decision | Refused:
@@ -111,7 +154,7 @@ def read_run(inputs: PlanInputs) -> Run:
         oldest_python=payload.HELPERS_PYTHON,
         commit=lookups.commit(inputs.settings),
         secrets={instance.name: lookups.instance_secrets(instance) for instance in inputs.settings.models},
-        holder=None if holder is None or remote.is_ours_or_dead(holder) else holder,
+        holder=None if holder is None or is_ours_or_dead(holder) else holder,
     )
 
 

@@ -1,119 +1,109 @@
 """Jobs on a host, under this run's lock there.
 
-A job is one of our helper programs, detached: the connection only follows it. The host's lock is taken before and
-refreshed meanwhile; where the host fails, the lock is released at once.
+A job is one of our helper programs, detached: the connection only follows it.
 
 Decision 17: docs/decisions/0017-long-work-runs-detached-under-a-lease.md.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from pyinfra import logger
-from pyinfra.api import StringCommand
 from pyinfra.api.host import Host
-from pyinfra.api.state import BaseStateCallback, State
+from pyinfra.api.state import State
 
 from llamafleet.host import answers
 from llamafleet.remote.common import JOBS
-from llamafleet.service.refusals import held_by
-from tasks.lib import remote
+from tasks.lib import decision, host_lock, remote, sending
 
-# Hosts whose lock this run holds.
-_holding: set[Host] = set()
-
-
-class _ReleaseLockOnFailure(BaseStateCallback):
-    """A host that failed is out of the run: release its lock at once."""
-
-    @staticmethod
-    def operation_host_error(
-        state: State, host: Host, op_hash: str, retry_count: int = 0, max_retries: int = 0
-    ) -> None:
-        try:
-            if host.connected and host in _holding:
-                remote.run(host, release())
-        except Exception as error:  # whatever it is, the other hosts' run must go on
-            host.log(f"the host's lock could not be released ({error}); it expires by itself", logger.warning)
-        _holding.discard(host)
+# One look at a job: the time that the host waits for news, and that it may take besides.
+LOOK_SECONDS, LATE_SECONDS = 15.0, 60.0
+# Looks in a row without an answer, each followed by a new connection, until the host counts as lost.
+SILENT_LOOKS = 5
+LONGEST_NAME = 120  # of a unit: 255 with what systemd and we add
 
 
-def release() -> StringCommand:
-    """The command that releases the host's lock."""
-    return remote.program("lock.py", "release", remote.this_run()["run"])
+@dataclass(frozen=True)
+class Secret:
+    """A file that is on the host only while a job runs there."""
+
+    path: str
+    text: str = field(repr=False)
 
 
-def take_lock(state: State, host: Host) -> bool:
-    """Take the host's lock; where another run holds it, fail with a line that names that run."""
-    if not any(isinstance(handler, _ReleaseLockOnFailure) for handler in state.callback_handlers):
-        state.add_callback_handler(_ReleaseLockOnFailure())
+def name_of(kind: str, what: str) -> str:
+    """The name of a job, for a unit, a file and a shell alike: what it does and to what. Where a character has no place
+    in it, or it is too long, a hash keeps names of different things apart."""
+    name = f"{kind}-{what}"
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:LONGEST_NAME]
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def hold(state: State, host: Host) -> bool:
+    """Take the host's lock, unless this run holds it, and look again at what was decided before. Raises `RemoteError`
+    where another run holds it, where this run lost it, and where the host is not what was decided about."""
+    if host_lock.is_held(host):
+        host_lock.check(host)
+        return True
+    last = host_lock.take(state, host)
     try:
-        return _take_lock(host)
-    except remote.RemoteError as error:
-        return _fail(host, f"the host's lock cannot be taken: {error}")
+        decision.check_unchanged(host, last)
+    except Exception:
+        host_lock.release(host)
+        raise
+    return True
 
 
-def _take_lock(host: Host) -> bool:
-    holder = remote.this_run()
-    over: list[str] = []
-    for _ in range(2):
-        ok, out, err = remote.run(host, remote.program("lock.py", "take", json.dumps(holder), *over))
-        if ok:
-            _holding.add(host)
-            return True
-        if not out:
-            return _fail(host, f"the host's lock cannot be taken: {remote.explain(out, err)}")
-        other = remote.last(out, answers.holder)
-        if not remote.is_ours_or_dead(other):
-            return _fail(host, held_by(other))
-        over = ["--over", other.run]
-    return _fail(host, "the host's lock was taken by another run in the same moment: try again")
-
-
-def _fail(host: Host, text: str) -> bool:
-    host.log_styled(text, fg="red", log_func=logger.error)
-    return False
-
-
-def follow(state: State, host: Host, job: str, command: list[str]) -> bool:
-    """Start the job, or join it where it runs already; log its progress; where it fails, log the end of its log.
-
-    A stage that is run alone holds the host's lock for its job only.
-    """
+def follow(state: State, host: Host, job: str, command: Sequence[str], secret: Secret | None = None) -> bool:
+    """Start the job, or join it where it runs already; log its progress; where it fails, log the end of its log."""
+    hold(state, host)
     try:
-        if host in _holding:
-            return _follow_locked(host, job, command)
-        if not take_lock(state, host):
-            return False
-        try:
-            return _follow_locked(host, job, command)
-        finally:
-            remote.run(host, release())
-            _holding.discard(host)
+        seen = _until_ended(host, job, command, secret)
+    except remote.LostError as error:
+        return remote.fail(host, f"{job}: {error}; what was started goes on there, run again to follow it")
     except remote.RemoteError as error:
-        return _fail(host, f"{job}: {error}; what was started goes on there, run again to follow it")
+        return remote.fail(host, f"{job}: {error}")
+    host_lock.working(host, "")
+    return _told(host, job, seen)
 
 
-def _follow_locked(host: Host, job: str, command: list[str]) -> bool:
-    seen = remote.run_json(host, remote.program("job.py", "start", job, "--", *command), answers.job)
-    logged = ""
+def _until_ended(host: Host, job: str, command: Sequence[str], secret: Secret | None) -> answers.Job:
+    """What the host says of the job once that has ended."""
+    options = ["--secret", secret.path] if secret else []
+    sent = sending.packed([(0o600, secret.text.encode())]) if secret else None
+    start = remote.program("job.py", "start", job, *options, "--", *command, stdin=sent)
+    seen = remote.run_json(host, start, answers.job)
+    host_lock.working(host, job)  # from here on it does not end with us
+    logged, silent = "", 0
     while seen.state == "running":
         if seen.line != logged and seen.line:
             logged = seen.line
             host.log(logged[:200])
-        kept, out, err = remote.run(host, remote.program("lock.py", "refresh", remote.this_run()["run"]))
-        if not kept:
-            return _fail(host, f"this run lost the host's lock, the job goes on: {remote.explain(out, err)}")
-        look = remote.program("job.py", "follow", job, f"--seen={logged}", "--seconds", "15")
-        seen = remote.run_json(host, look, answers.job)
+        host_lock.check(host)
+        look = remote.program("job.py", "follow", job, f"--seen={logged}", "--seconds", f"{LOOK_SECONDS:.0f}",
+                              seconds=LOOK_SECONDS + LATE_SECONDS)  # fmt: skip
+        try:
+            seen, silent = remote.run_json(host, look, answers.job), 0
+        except remote.NoAnswerError:
+            silent += 1
+            if silent == SILENT_LOOKS:
+                raise
+            remote.connect_again(host)
+    return seen
+
+
+def _told(host: Host, job: str, seen: answers.Job) -> bool:
+    """Whether the job did its work; what it noted, or why it failed, is logged."""
+    tail = seen.tail
     if seen.state == "ended" and seen.exit_code == 0:
-        for line in seen.tail:
+        for line in tail:
             if line.startswith("note: "):  # what the operator should know although all went well
                 host.log(line.removeprefix("note: "))
         return True
-    how = f"exit code {seen.exit_code}" if seen.state == "ended" else "it was killed"
-    tail = seen.tail
     errors = [number for number, line in enumerate(tail) if line.startswith("error: ")]
     text = "\n".join(tail[max(0, errors[-1] - 15) :] if errors else tail[-15:])
-    return _fail(host, f"{job} failed ({how}): {text}\nwhole log: {JOBS}/{job}.log")
+    how = seen.how or (f"exit code {seen.exit_code}" if seen.state == "ended" else "it was killed")
+    return remote.fail(host, f"{job} failed ({how}): {text}\nwhole log: {JOBS}/{job}.log")

@@ -26,6 +26,8 @@ from tasks.lib.decision import READ_ERRORS, Decision, decision, log_refused, ref
 
 # What a GPU must have free beside the running server, over what a context takes: the server's pools may be growing.
 SPARE_BYTES = 256 * MIB
+# verify.py gives llama-server 120 s, and systemd some more to start and stop it.
+VERIFY_SECONDS = 240.0
 
 
 def check_plans(host: Host) -> bool:
@@ -96,7 +98,8 @@ def _is_known(now: Decision, plan: Plan) -> bool:
 def _ask(host: Host, now: Decision, plan: Plan) -> reconcile.MemoryReport:
     """llama-server's answer about a plan, asked on the host beside what runs there."""
     asked = json.dumps(spec(now, plan))
-    told = remote.run_json(host, remote.program("verify.py", "ask", asked), answers.memory)
+    command = remote.program("verify.py", "ask", asked, seconds=VERIFY_SECONDS)
+    told = remote.run_json(host, command, answers.memory)
     return reconcile.MemoryReport(told.told, told.why, told.room)
 
 

@@ -1,33 +1,41 @@
-"""Running our helper programs on a host, over whatever connector pyinfra has for it."""
+"""Running commands on a host, over whatever connector pyinfra has for it: each with a deadline, none in a way that
+could end another host's run."""
 
 from __future__ import annotations
 
 import contextlib
 import getpass
-import os
+import re
 import shlex
-import socket
 import time
-import uuid
+import traceback
 from collections.abc import Callable, Sequence
-from io import BytesIO
-from pathlib import Path
+from functools import wraps
 from typing import Any, TypeVar
 
-import psutil
+import gevent
+from gevent.lock import RLock
 from paramiko import SSHException
 from pyinfra import logger
 from pyinfra.api.arguments import CONNECTOR_ARGUMENT_KEYS, pop_global_arguments
 from pyinfra.api.command import StringCommand
 from pyinfra.api.exceptions import ConnectError
 from pyinfra.api.host import Host
+from pyinfra.api.state import State
+from pyinfra.connectors.util import CommandOutput, OutputLine, remove_any_sudo_askpass_file
 
+from llamafleet import payload
 from llamafleet.host.answers import AnswerError
-from llamafleet.host.installed import Holder
-from llamafleet.remote.common import helper
+from llamafleet.remote.common import HELPERS, helper
 
 # How often a broken connection is made again before we give up, and the seconds between.
 RECONNECTS, RECONNECT_SECONDS = 20, 3.0
+# What a command may take that names no deadline of its own: a look at the host, an answer of systemd.
+COMMAND_SECONDS = 120.0
+# The survey asks GPU drivers, up to 20 s each, and systemd about every instance, up to 30 s each.
+SURVEY_SECONDS = 600.0
+# After the deadline: for the host to end the command, first by SIGTERM, and to say so. Then it counts as silent.
+KILL_SECONDS, SILENT_SECONDS = 5.0, 15.0
 
 T = TypeVar("T")
 
@@ -36,31 +44,63 @@ class RemoteError(Exception):
     """A program on the host failed; the text has what it printed, and for known failures the way out."""
 
 
+class LostError(RemoteError):
+    """The host cannot be reached any more; what runs there may go on."""
+
+
+class NoAnswerError(LostError):
+    """Nothing came from the host within the deadline, not even that the command was ended there."""
+
+
+class HostCommand(StringCommand):
+    """A program with its arguments, run on a host without a shell of ours, and with a deadline there and here.
+
+    `purpose` is named where it fails, `seconds` is the deadline, and `stdin` goes to its standard input as one line.
+    In an operation, whatever goes wrong is output of a failed command: the host fails, the others go on.
+    """
+
+    def __init__(
+        self, words: Sequence[str], *, purpose: str, seconds: float = COMMAND_SECONDS, stdin: str | None = None
+    ) -> None:  # fmt: skip
+        # No terminal where something is sent: it would not end.
+        super().__init__(shlex.join(words), **({} if stdin is None else {"_stdin": stdin, "_get_pty": False}))
+        self.words, self.purpose, self.seconds, self.stdin = list(words), purpose, seconds, stdin
+
+    def execute(self, state: State, host: Host, connector_arguments: Any) -> tuple[bool, CommandOutput]:
+        try:
+            printing = {"print_output": state.print_output, "print_input": state.print_input}
+            return reconnecting(host, lambda: _sent(host, self, {**connector_arguments}, **printing))
+        except Exception as error:  # whatever it is, the other hosts' run must go on
+            logger.debug(traceback.format_exc())
+            return False, CommandOutput([OutputLine("stderr", line) for line in said(error).splitlines()])
+
+
 def words(name: str, *arguments: str) -> list[str]:
     """The command, as a list, that runs one of our installed helpers with the host's own Python."""
     return ["python3", "-s", "-E", "-B", helper(name), *arguments]
 
 
-def program(name: str, *arguments: str) -> StringCommand:
-    """The command that runs one of our installed helpers, for a shell."""
-    return StringCommand(shlex.join(words(name, *arguments)))
+def program(name: str, *arguments: str, seconds: float = COMMAND_SECONDS, stdin: str | None = None) -> HostCommand:
+    """The command that runs one of our installed helpers."""
+    purpose = " ".join([name, *(one[:60] for one in arguments[:2] if not one.startswith(("{", "--")))])
+    return HostCommand(words(name, *arguments), purpose=purpose, seconds=seconds, stdin=stdin)
 
 
-def run(host: Host, command: StringCommand | str) -> tuple[bool, list[str], list[str]]:
-    """Run a command with the host's own sudo settings: success, stdout lines, stderr lines."""
-    if isinstance(command, str):
-        command = StringCommand(command)
-    ok, output = reconnecting(host, lambda: host.run_shell_command(command, **_arguments(host)))
+def run(host: Host, command: HostCommand) -> tuple[bool, list[str], list[str]]:
+    """Run a command with the host's own sudo settings: success, stdout lines, stderr lines.
+
+    Where the connection breaks, it is made again and the command repeated. Raises `RemoteError` where it stays
+    broken, and where the command did not end within its deadline.
+    """
+    ok, output = reconnecting(host, lambda: _sent(host, command, _arguments(host)))
     return ok, output.stdout_lines, output.stderr_lines
 
 
-def run_json(host: Host, command: StringCommand | str, read: Callable[[str], T]) -> T:
-    """The value that a command prints as JSON on its last line; `RemoteError` where it fails or prints something else.
-
-    `read` is the function of `llamafleet/host/answers.py` for the program.
-    """
+def run_json(host: Host, command: HostCommand, read: Callable[[str], T]) -> T:
+    """The value that a program prints as its last line, by a function of `llamafleet/host/answers.py`; `RemoteError`
+    where the program fails, or the line is unusable."""
     ok, out, err = run(host, command)
-    if not ok:
+    if not ok or not out:
         raise RemoteError(explain(out, err))
     return last(out, read)
 
@@ -77,82 +117,131 @@ def last(lines: Sequence[str], read: Callable[[str], T]) -> T:
 def explain(out: list[str], err: list[str]) -> str:
     """What a failed command printed; for known failures the way out."""
     text = "\n".join(line for line in [*err, *out] if line.strip()) or "it printed nothing"
-    if "python3" in text and "not found" in text:
+    if re.search("python3: not found|failed to run command .python3", text) or payload.PYTHON_MISSING in text:
         return "python3 is missing on the host: install it (apt-get install python3, dnf install python3)"
+    if re.search(rf"can't open file '{HELPERS}/", text):
+        return "the host has no helpers of llamafleet: run the whole deploy, or tasks.bootstrap.bootstrap first"
     if "sudo" in text and ("password is required" in text or "not in the sudoers" in text):
         return f"sudo does not work for this user ({text}): allow it, or connect as root (ssh_user)"
     return text
 
 
-def upload(host: Host, content: bytes, path: str) -> None:
-    """Put bytes into a file of the host, as the connecting user; nothing is logged."""
-    if not reconnecting(host, lambda: host.put_file(BytesIO(content), path)):
-        raise RemoteError(f"cannot write {path} on the host: is its disk full or read-only?")
+def said(error: Exception) -> str:
+    """An error as one line for the operator; with its kind where it is none that we expect."""
+    text = str(error) or "no more is known"
+    return text if isinstance(error, RemoteError) else f"{type(error).__name__}: {text}"
 
 
-def temporary(host: Host, suffix: str) -> str:
-    """A fresh path in the host's temporary folder."""
-    return host.get_temp_filename(f"llamafleet-{uuid.uuid4()}") + suffix
+def guarded(action: Callable[..., bool]) -> Callable[..., bool]:
+    """A function of pyinfra's, by state and host, in which whatever goes wrong fails the host with a line."""
+
+    @wraps(action)
+    def guard(state: State, host: Host, *args: Any, **kwargs: Any) -> bool:
+        try:
+            return action(state, host, *args, **kwargs)
+        except Exception as error:  # whatever it is, the other hosts' run must go on
+            logger.debug(traceback.format_exc())
+            return fail(host, said(error))
+
+    return guard
+
+
+def fail(host: Host, text: str) -> bool:
+    """Log why the host fails; False, for pyinfra."""
+    host.log_styled(text, fg="red", log_func=logger.error)
+    return False
+
+
+# --- connections and deadlines ----------------------------------------------------------------
+
+
+def _sent(host: Host, command: HostCommand, arguments: dict[str, Any], **printing: bool) -> tuple[bool, CommandOutput]:
+    """Run the command with what goes to its standard input; else as `_in_time`."""
+    if command.stdin is None or not arguments.get("_su_password"):
+        return _in_time(host, command, arguments, **printing)
+    # su reads its password from there. So what is sent lies in a file of the connecting user meanwhile, which nobody
+    # else can read or replace: /tmp is sticky, and the file is made by mktemp.
+    plain = {key: value for key, value in arguments.items() if not key.startswith(("_su", "_use_su", "_preserve_su"))}
+    park = ["sh", "-c", 'umask 077; file=$(mktemp) && cat >"$file" && echo "$file"']
+    ok, output = _in_time(host, HostCommand(park, purpose=command.purpose, stdin=command.stdin), plain)
+    if not ok or not output.stdout_lines:
+        raise RemoteError(explain(output.stdout_lines, output.stderr_lines))
+    path = output.stdout_lines[-1]
+    try:
+        words = ["sh", "-c", 'exec "$@" <"$0"', path, *command.words]
+        return _in_time(
+            host, HostCommand(words, purpose=command.purpose, seconds=command.seconds), arguments, **printing
+        )
+    finally:
+        _in_time(host, HostCommand(["rm", "-f", path], purpose="rm"), plain)
+
+
+def _in_time(
+    host: Host, command: HostCommand, arguments: dict[str, Any], **printing: bool
+) -> tuple[bool, CommandOutput]:
+    """The command's success and output. Raises `RemoteError` where it did not end in time.
+
+    The host ends it at its deadline, by `timeout` of coreutils, which also ends a stopped program. Where nothing comes
+    of that either, pyinfra's own limit ends our waiting, and, where pyinfra waits without one, ours.
+    """
+    began = time.monotonic()
+    limit = command.seconds + KILL_SECONDS + SILENT_SECONDS
+    ended = f"{command.purpose}: it did not end within {command.seconds:g} s"
+    arguments = {**arguments, **command.connector_arguments, "_timeout": limit}
+    timed = StringCommand("timeout", "-k", f"{KILL_SECONDS:g}", f"{command.seconds:g}", command)
+    try:
+        with gevent.Timeout(limit + KILL_SECONDS, NoAnswerError(f"{ended}: the host does not answer")):
+            ok, output = host.run_shell_command(timed, **printing, **arguments)
+    except TimeoutError as error:
+        if time.monotonic() - began < limit:  # not pyinfra's limit: the connection's
+            raise
+        raise NoAnswerError(f"{ended}: the host does not answer") from error
+    except EOFError as error:
+        if any(frame.filename == getpass.__file__ for frame in traceback.extract_tb(error.__traceback__)):
+            raise RemoteError(explain([], ["sudo: a password is required"])) from error
+        raise
+    if not ok and time.monotonic() - began >= command.seconds:
+        raise RemoteError(f"{ended}, and was stopped; {explain(output.stdout_lines[-5:], output.stderr_lines[-5:])}")
+    return ok, output
 
 
 def reconnecting(host: Host, action: Callable[[], T]) -> T:
     """The action's result. Where the connection breaks, connect again and repeat the action."""
     for attempt in range(RECONNECTS):
+        connection = _connections.get(host, 0)
         try:
             return action()
         except (OSError, EOFError, SSHException, ConnectError) as error:
             if attempt == RECONNECTS - 1:
-                raise RemoteError(f"the connection is lost and does not come back: {error}") from error
-            logger.warning(f"{host.print_prefix}the connection broke ({error}); connecting again")
+                raise LostError(f"the connection is lost and does not come back: {said(error)}") from error
+            logger.warning(f"{host.print_prefix}the connection broke ({said(error)}); connecting again")
             time.sleep(RECONNECT_SECONDS)
-            _connect_again(host)
+            connect_again(host, connection)
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _connect_again(host: Host) -> None:
-    # Closing a broken connection may fail; what counts is the new one.
-    with contextlib.suppress(OSError, EOFError, SSHException):
-        host.disconnect()
-    host.connected = False
-    host.connect(reason="again", show_errors=False)
+# How often each host was connected to again: of two commands on one broken connection, the first one makes it again.
+_connections: dict[Host, int] = {}
+_connecting: dict[Host, RLock] = {}
+
+
+def connect_again(host: Host, connection: int | None = None) -> None:
+    """Connect to the host again, unless that was done since the connection of this number."""
+    with _connecting.setdefault(host, RLock()):
+        if connection is not None and _connections.get(host, 0) != connection and host.connected:
+            return
+        # Closing a broken connection may fail or hang; what counts is the new one.
+        with contextlib.suppress(OSError, EOFError, SSHException), gevent.Timeout(SILENT_SECONDS, False):
+            host.connector.disconnect()
+        host.connected = False
+        host.connect(reason="again", show_errors=False)
+        _connections[host] = _connections.get(host, 0) + 1
+        if host.connected:  # the host may have restarted, and lost the program that gives sudo its password
+            with contextlib.suppress(OSError, EOFError, SSHException), gevent.Timeout(SILENT_SECONDS, False):
+                remove_any_sudo_askpass_file(host)
 
 
 def _arguments(host: Host) -> dict[str, Any]:
     """sudo, su and the like for this host, as pyinfra resolves them for an operation."""
     arguments, _ = pop_global_arguments(host.state, host, {})
     return {key: value for key, value in arguments.items() if key in CONNECTOR_ARGUMENT_KEYS}
-
-
-def this_run() -> dict[str, Any]:
-    """Who this run is, for the host's lock: others that find it held are shown this."""
-    return _THIS_RUN
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-_THIS_RUN: dict[str, Any] = {
-    "run": str(uuid.uuid4()),
-    "who": f"{getpass.getuser()}@{socket.gethostname()}",
-    # The same machine and boot: then we can see whether the holder's process is still there.
-    "machine": f"{socket.gethostname()} {_boot_id()}",
-    "pid": os.getpid(),
-    "pid_started": psutil.Process().create_time(),
-    "began": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-}
-
-
-def is_ours_or_dead(holder: Holder) -> bool:
-    """Whether we may take the lock from this holder: it is this run, or a process of this machine that has ended."""
-    if holder.run == _THIS_RUN["run"]:
-        return True
-    if holder.machine != _THIS_RUN["machine"]:
-        return False
-    try:
-        return abs(psutil.Process(holder.pid).create_time() - holder.pid_started) > 1.0
-    except psutil.NoSuchProcess:
-        return True

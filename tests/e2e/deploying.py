@@ -61,8 +61,8 @@ def settings(outside, host, kind="dense", **overrides):
     return {**outside.settings(), "build_cache": BUILDS_ON_HOST, "models": [model], **overrides}
 
 
-def command(inventory, *options):
-    return [str(PYINFRA), *options, str(inventory), "deploy.py"]
+def command(inventory, *options, deploy="deploy.py"):
+    return [str(PYINFRA), *options, str(inventory), deploy]
 
 
 def with_names(names, folder):
@@ -72,10 +72,11 @@ def with_names(names, folder):
     return ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', str(file)]
 
 
-def pyinfra(inventory, *options, timeout=1500, before=()):
-    """Run the deploy: without options for real, with `--dry` to see only. `before`: words before the command."""
+def pyinfra(inventory, *options, timeout=1500, before=(), deploy="deploy.py"):
+    """Run the deploy: without options for real, with `--dry` to see only. `before`: words before the command; `deploy`:
+    another file than the story itself."""
     dry = "--dry" in options
-    words = [*before, *command(inventory, *(options if dry else ("-y", *options)), "--json")]
+    words = [*before, *command(inventory, *(options if dry else ("-y", *options)), "--json", deploy=deploy)]
     done = subprocess.run(
         words, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
     )

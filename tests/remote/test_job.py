@@ -1,10 +1,16 @@
-"""What the operator is shown of a job's log."""
+"""Jobs: how they start, what is said of their end, and what the operator is shown of a job's log."""
 
 from __future__ import annotations
+
+import io
+import json
+import subprocess
+import types
 
 import pytest
 
 from llamafleet.remote import job
+from tasks.lib.sending import packed
 
 
 @pytest.mark.parametrize(
@@ -35,13 +41,181 @@ def test_no_log_has_no_tail(tmp_path):
     assert job.tail_of(str(tmp_path / "build.log")) == []
 
 
+@pytest.fixture
+def host(tmp_path, monkeypatch):
+    """Folders of jobs, a systemd that notes what it is asked; `running` says whether the job still runs."""
+
+    class Host:
+        jobs, run, running, calls, fails = tmp_path / "jobs", tmp_path / "run", False, [], None
+
+        def look(self):
+            return job.look("build-1")
+
+    def run(words, check):
+        one.calls.append(words)
+        if one.fails:
+            raise one.fails
+
+    one = Host()
+    for name in ("jobs", "run"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(job, "JOBS", str(tmp_path / "jobs"))
+    monkeypatch.setattr(job, "RUN", str(tmp_path / "run"))
+    monkeypatch.setattr(job, "is_running", lambda name: one.running)
+    monkeypatch.setattr(job.subprocess, "run", run)
+    one.calls = []
+    return one
+
+
+def end(monkeypatch, result, code="exited", status="0", secret=None):
+    """As systemd runs the unit's ExecStopPost=."""
+    for name, value in {"SERVICE_RESULT": result, "EXIT_CODE": code, "EXIT_STATUS": status}.items():
+        monkeypatch.setenv(name, value)
+    assert job.main(["ended", "build-1", *([secret] if secret else [])], io.BytesIO()) == 0
+
+
+def test_a_job_that_runs(host):
+    host.running = True
+    (host.jobs / "build-1.log").write_text("one\ntwo\n")
+    assert host.look() == {"state": "running", "exit_code": None, "how": "", "line": "two", "tail": ["one", "two"]}
+
+
 @pytest.mark.parametrize(
-    ("running", "code", "state"), [(True, None, "running"), (False, 3, "ended"), (False, None, "absent")]
+    ("result", "code", "status", "exit_code", "how"),
+    [
+        ("success", "exited", "0", 0, "exit code 0"),
+        ("exit-code", "exited", "3", 3, "exit code 3"),
+        ("signal", "killed", "KILL", None, "it was killed by SIGKILL"),
+        ("core-dump", "dumped", "SEGV", None, "it was killed by SIGSEGV"),
+        ("oom-kill", "killed", "KILL", None, "it was killed, because memory ran out"),
+        ("timeout", "killed", "TERM", None, "it was ended at its time limit"),
+        ("resources", "", "", None, "systemd could not start it"),
+        ("", "", "", None, "it was killed"),
+    ],
 )
-def test_look_tells_what_became_of_it(tmp_path, monkeypatch, running, code, state):
-    monkeypatch.setattr(job, "JOBS", str(tmp_path))
-    monkeypatch.setattr(job, "is_running", lambda name: running)
-    if code is not None:
-        (tmp_path / "build.exit").write_text(f"{code}\n")
-    (tmp_path / "build.log").write_text("one\ntwo\n")
-    assert job.look("build") == {"state": state, "exit_code": code, "line": "two", "tail": ["one", "two"]}
+def test_how_a_job_ended_is_noted_by_systemd_s_own_words(host, monkeypatch, result, code, status, exit_code, how):
+    end(monkeypatch, result, code, status)
+    assert {**host.look(), "tail": 0} == {"state": "ended", "exit_code": exit_code, "how": how, "line": "", "tail": 0}
+
+
+def test_a_job_that_left_nothing_was_killed_with_its_host(host):
+    assert {**host.look(), "tail": 0} == {
+        "state": "absent", "exit_code": None, "how": "it was killed, or the host restarted", "line": "", "tail": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["", "x", "[1]", "{", "12345678901234567890123", "\x00" * 40])
+def test_a_damaged_note_is_said_and_is_no_success(host, text):
+    (host.jobs / "build-1.exit").write_text(text)
+    found = host.look()
+    assert (found["state"], found["exit_code"]) == ("ended", None)
+    assert f"its exit code is lost: {host.jobs}/build-1.exit is empty or damaged" in found["how"]
+
+
+@pytest.mark.parametrize(("text", "code"), [("0\n", 0), ("3\n", 3)])
+def test_the_note_of_llamafleet_0_1_0(host, text, code):
+    (host.jobs / "build-1.exit").write_text(text)
+    assert (host.look()["exit_code"], host.look()["how"]) == (code, f"exit code {code}")
+
+
+def test_on_a_full_disk_the_first_cause_is_kept_and_said(host, monkeypatch):
+    """The note goes into memory, and the disk is named."""
+
+    def full(path, value):
+        if path.startswith(str(host.jobs)):
+            raise OSError(28, "No space left on device", path)
+        (host.run / "build-1.exit").write_text(json.dumps(value))
+
+    monkeypatch.setattr(job, "write_json", full)
+    monkeypatch.setattr(job.os, "statvfs", lambda folder: types.SimpleNamespace(f_bavail=3, f_frsize=4096))
+    end(monkeypatch, "exit-code", status="1")
+    found = host.look()
+    assert (found["state"], found["exit_code"]) == ("ended", 1)
+    assert found["how"] == f"exit code 1; the disk of {host.jobs} has no space left"
+
+
+def start(host, *options, stream=b""):
+    return job.main(["start", "build-1", *options, "--", "python3", "build.py", "a b"], io.BytesIO(stream))
+
+
+def properties(host):
+    [words] = host.calls
+    return [word.removeprefix("--property=") for word in words if word.startswith("--property=")], words
+
+
+def test_a_job_is_a_transient_unit_that_notes_its_end(host, capsys):
+    for name in ("exit", "log"):
+        (host.jobs / f"build-1.{name}").write_text("of an earlier one")
+    assert start(host) == 0
+    set_, words = properties(host)
+    assert "--unit=llamafleet-job-build-1.service" in words and words[-3:] == ["python3", "build.py", "a b"]
+    assert f"StandardOutput=append:{host.jobs}/build-1.log" in set_
+    [after] = [one for one in set_ if one.startswith("ExecStopPost=")]
+    assert after == f"ExecStopPost=/usr/bin/env python3 -s -E -B {job.__file__} ended build-1"
+    assert sorted(host.jobs.iterdir()) == []
+    assert json.loads(capsys.readouterr().out)["state"] == "absent"
+
+
+@pytest.mark.parametrize(("kind", "seconds"), job.LONGEST.items())
+def test_a_job_s_limits_are_those_of_its_kind(host, kind, seconds):
+    assert job.main(["start", f"{kind}-1", "--", "true"], io.BytesIO()) == 0
+    assert f"RuntimeMaxSec={seconds}" in properties(host)[0]
+
+
+@pytest.mark.parametrize("name", ["m;touch${IFS}x;.gguf", "a b", "../x", "-rf", "", "a\nb", "a%i"])
+def test_a_name_that_is_no_plain_one_starts_nothing(host, capsys, name):
+    assert job.main(["start", "--", name, "true"], io.BytesIO()) == 1
+    assert host.calls == [] and "a job's name has letters, digits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["/run/a b", "/run/%n", "/run/$X", "/run/'x"])
+def test_a_path_that_systemd_would_read_otherwise_starts_nothing(host, capsys, path, monkeypatch):
+    monkeypatch.setattr(job, "replace_file", lambda *_: None)
+    monkeypatch.setattr(job.os, "unlink", lambda *_: None)
+    assert start(host, "--secret", path, stream=packed([(0o600, b"x")]).encode()) == 1
+    assert host.calls == [] and "cannot stand in a unit's ExecStopPost=" in capsys.readouterr().err
+
+
+def test_a_job_that_runs_already_is_joined(host, capsys):
+    host.running = True
+    (host.jobs / "build-1.log").write_text("3/9\n")
+    assert start(host) == 0
+    assert host.calls == [] and json.loads(capsys.readouterr().out)["line"] == "3/9"
+
+
+def test_a_secret_is_there_while_the_job_runs(host, monkeypatch):
+    secret = host.run / "token"
+    assert start(host, "--secret", str(secret), stream=packed([(0o600, b"secret\n")]).encode()) == 0
+    assert secret.read_bytes() == b"secret\n" and oct(secret.stat().st_mode & 0o777) == "0o600"
+    set_, words = properties(host)
+    assert [one for one in set_ if one.endswith(f" ended build-1 {secret}")] and "secret\n" not in " ".join(words)
+    end(monkeypatch, "signal", "killed", "KILL", secret=str(secret))
+    assert not secret.exists()
+
+
+def test_a_job_that_systemd_does_not_start_leaves_no_secret_and_says_why(host, capsys):
+    host.fails = subprocess.CalledProcessError(1, ["systemd-run"])
+    secret = host.run / "token"
+    assert start(host, "--secret", str(secret), stream=packed([(0o600, b"secret\n")]).encode()) == 1
+    assert not secret.exists() and "error: the job build-1: " in capsys.readouterr().err
+
+
+def test_a_secret_that_did_not_arrive_whole_starts_nothing(host, capsys):
+    assert start(host, "--secret", str(host.run / "token"), stream=packed([(0o600, b"secret\n")]).encode()[:-3]) == 1
+    assert host.calls == [] and "another SHA-256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError("systemd is away"), subprocess.TimeoutExpired("systemctl", 60)])
+def test_a_systemd_that_cannot_be_asked_is_one_line(host, monkeypatch, capsys, error):
+    def fails(name):
+        raise error
+
+    monkeypatch.setattr(job, "is_running", fails)
+    assert job.main(["follow", "build-1"], io.BytesIO()) == 1
+    assert capsys.readouterr().err.startswith("error: the job build-1: ")
+
+
+def test_lines_for_the_operator_s_program(host, capsys):
+    (host.jobs / "build-1.log").write_text('one\ntold: {"CUDA0": 5}\ntwo\n')
+    assert job.main(["told", "build-1"], io.BytesIO()) == 0
+    assert capsys.readouterr().out == 'told: {"CUDA0": 5}\n'

@@ -45,7 +45,7 @@ def host(tmp_path, monkeypatch):
     monkeypatch.setattr(uninstall, "run", lambda *command, check=True: calls.append(" ".join(command)))
     monkeypatch.setattr(os, "chown", lambda path, *owner, follow_symlinks: calls.append(f"chown {path} {owner}"))
     monkeypatch.setattr(lock, "PATH", str(tmp_path / "run/lock.json"))
-    for function in (lock.read, lock.take, lock.release):
+    for function in (lock.read, lock.take, lock.refresh, lock.release, lock.last_run):
         defaults = [str(tmp_path / "run/lock.json") if d == "/run/llamafleet/lock.json" else d
                     for d in function.__defaults__]  # fmt: skip
         monkeypatch.setattr(function, "__defaults__", tuple(defaults))
@@ -90,6 +90,13 @@ def test_everything_is_stopped_before_anything_is_removed(host):
     ]  # fmt: skip
     assert stops[-1] < min(at for at, call in enumerate(host.calls) if "disable" in call)
     assert not [call for call in host.calls if "llama-server-mine" in call]
+
+
+def test_the_lock_is_refreshed_while_models_of_hundreds_of_gigabytes_go(host, monkeypatch):
+    refreshed = []
+    monkeypatch.setattr(lock, "refresh", refreshed.append)
+    uninstall.main(["remove", json.dumps({**ASKED, "models": True})])
+    assert len(refreshed) >= 6 and set(refreshed) == {"me"}
 
 
 def test_models_go_where_they_are_asked_for(host):

@@ -14,6 +14,7 @@ from llamafleet.service.refusals import Refused
 from llamafleet.validation import Problem
 from tasks.lib import decision, facts, lookups, remote
 from tasks.lib.decision import READ_ERRORS, Decision
+from tasks.lib.this_run import this_run
 from tests import planning
 from tests.service.test_desired import survey
 
@@ -110,9 +111,63 @@ def test_a_path_is_not_looked_up(read):
     assert "is a path, which can be planned but not deployed" in str(refused) and read.models == []
 
 
+@pytest.mark.parametrize("error", [KeyError("found"), RecursionError("too deep"), TypeError("no list")])
+def test_whatever_else_goes_wrong_is_a_refusal_too(read, monkeypatch, error):
+    """An answer of a host that nobody thought of: the other hosts go on."""
+
+    def fails(settings):
+        raise error
+
+    monkeypatch.setattr(lookups, "commit", fails)
+    refused = decision.decide(Host())
+    assert f"what the host needs cannot be decided: {type(error).__name__}" in str(refused)
+
+
+class TestLookedAtAgain:
+    """Between the decision and the lock another run may have been there."""
+
+    LAST = Holder("another", "bob@desk")
+
+    @pytest.fixture
+    def decided(self, read):
+        host = Host()
+        with ctx_host.use(host):
+            assert decision.decision().changes.user is False
+        return host
+
+    def test_a_host_that_is_as_it_was_needs_what_it_needed(self, read, decided):
+        decision.check_unchanged(decided, None)
+        assert read.surveys == 2
+
+    def test_a_host_that_is_not_fails_with_what_differs(self, read, decided):
+        read.survey = survey(user=False)
+        with pytest.raises(
+            remote.RemoteError, match=r"somebody changed it .*\(user: now needed for the host\): run again"
+        ):
+            decision.check_unchanged(decided, None)
+
+    def test_it_says_which_run_was_there_since(self, read, decided):
+        read.survey = survey(user=False)
+        with pytest.raises(remote.RemoteError, match="bob@desk deployed to it after this run had read it"):
+            decision.check_unchanged(decided, replace(self.LAST, age_seconds=-1.0))
+
+    def test_a_run_of_before_the_decision_is_not_blamed(self, read, decided):
+        read.survey = survey(user=False)
+        with pytest.raises(remote.RemoteError, match="somebody changed it"):
+            decision.check_unchanged(decided, replace(self.LAST, age_seconds=3600.0))
+
+    def test_a_host_that_cannot_be_read_again_fails(self, decided, monkeypatch):
+        def fails(*_):
+            raise decision.MachineError([Problem("machine", "the fact")])
+
+        monkeypatch.setattr(facts, "survey", fails)
+        with pytest.raises(remote.RemoteError, match="the fact"):
+            decision.check_unchanged(decided, None)
+
+
 @pytest.mark.parametrize("who", ["this run", "another run"])
 def test_a_lock_of_this_run_is_none_of_another_s(read, who):
-    ours = Holder(**remote.this_run(), age_seconds=1.0)
+    ours = Holder(**this_run(), age_seconds=1.0)
     read.survey = survey(lock=ours if who == "this run" else replace(ours, run="another", machine="elsewhere"))
     decided = decision.decide(Host())
     if who == "this run":

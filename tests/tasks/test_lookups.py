@@ -1,17 +1,12 @@
 """What a run looks up on the operator's machine: once for all hosts, and with a way out where it fails."""
 
-import os
 import subprocess
-from dataclasses import replace
 
-import psutil
 import pytest
 
-from llamafleet.host.installed import Holder
-from llamafleet.service.refusals import held_by
 from llamafleet.settings import secrets
 from llamafleet.settings.schema import Settings
-from tasks.lib import lookups, remote
+from tasks.lib import lookups
 from tests import planning
 
 
@@ -99,71 +94,3 @@ def test_secrets_are_taken_out_of_the_environment_that_programs_inherit(monkeypa
     for _ in range(2):
         assert secrets.hub_token(None, "https://h") == "hf_environment"
         assert lookups.instance_secrets(wanted.models[0]) == {"api-keys": "key-in-a-variable\n" * 2}
-
-
-def test_whose_lock_may_be_taken():
-    ours = Holder(**remote.this_run())
-    assert remote.is_ours_or_dead(ours)
-    other = replace(ours, run="another")  # this very process as somebody else's run: it lives
-    assert not remote.is_ours_or_dead(other)
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    assert remote.is_ours_or_dead(replace(other, pid=ended.pid))
-    # The process number was given to another process since.
-    assert remote.is_ours_or_dead(replace(other, pid_started=psutil.Process(os.getpid()).create_time() - 60))
-    # Of another machine's processes we know nothing.
-    assert not remote.is_ours_or_dead(replace(other, machine="elsewhere", pid=ended.pid))
-
-
-def test_the_message_for_the_second_run_names_the_first():
-    text = held_by(Holder(**{**remote.this_run(), "who": "ann@desk", "age_seconds": 3.2}))
-    assert "ann@desk" in text and "3 s ago" in text
-
-
-@pytest.mark.parametrize(
-    ("said", "way_out"),
-    [
-        ("sh: 1: python3: not found", "apt-get install python3"),
-        ("sudo: a password is required", "connect as root"),
-        ("nosudo is not in the sudoers file.  sudo", "connect as root"),
-        ("disk on fire", "disk on fire"),
-    ],
-)
-def test_known_failures_say_the_way_out(said, way_out):
-    assert way_out in remote.explain([], [said])
-
-
-class Flaky:
-    """A host whose connection breaks a number of times."""
-
-    print_prefix = "[box1] "
-
-    def __init__(self, breaks):
-        self.breaks, self.connected, self.connections = breaks, True, 0
-
-    def act(self):
-        if self.breaks:
-            self.breaks -= 1
-            raise OSError("Socket is closed")
-        return "done"
-
-    def disconnect(self):
-        raise EOFError  # closing what is broken may fail too
-
-    def connect(self, **_):
-        self.connections += 1
-
-
-def test_a_broken_connection_is_made_again(monkeypatch):
-    monkeypatch.setattr(remote, "RECONNECT_SECONDS", 0.0)
-    host = Flaky(breaks=3)
-    assert remote.reconnecting(host, host.act) == "done"
-    assert host.connections == 3
-
-
-def test_a_connection_that_stays_away_ends_with_a_sentence(monkeypatch):
-    monkeypatch.setattr(remote, "RECONNECT_SECONDS", 0.0)
-    host = Flaky(breaks=10**6)
-    with pytest.raises(remote.RemoteError, match="does not come back: Socket is closed"):
-        remote.reconnecting(host, host.act)
-    assert host.connections == remote.RECONNECTS - 1
