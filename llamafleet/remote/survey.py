@@ -129,10 +129,14 @@ def verified_models() -> dict[str, dict[str, Any]]:
         for name in listing(f"{MODELS}/{folder}"):
             path = f"{MODELS}/{folder}/{name}"
             record = read_json(path + ".verified") if name.endswith(".gguf") else {}
-            if not {"size_bytes", "mtime_ns", "sha256"} <= record.keys():
+            if not re.fullmatch("[0-9a-f]{64}", str(record.get("sha256"))):
                 continue  # of another program, or damaged: the file is verified again
-            if (os.stat(path).st_size, os.stat(path).st_mtime_ns) == (record["size_bytes"], record["mtime_ns"]):
-                found[path] = {"size_bytes": record["size_bytes"], "sha256": record["sha256"]}
+            try:
+                file = os.stat(path)
+            except OSError:
+                continue
+            if (file.st_size, file.st_mtime_ns) == (record.get("size_bytes"), record.get("mtime_ns")):
+                found[path] = {"size_bytes": file.st_size, "sha256": record["sha256"]}
     return found
 
 
@@ -215,8 +219,9 @@ def listeners() -> list[dict[str, Any]]:
 
 
 def process_name(pid: int) -> str | None:
+    """Its owner gives it any bytes, and the kernel cuts them in mid-character."""
     try:
-        with open(f"/proc/{pid}/comm") as file:
+        with open(f"/proc/{pid}/comm", errors="replace") as file:
             return file.read().strip()
     except OSError:
         return None
@@ -225,12 +230,22 @@ def process_name(pid: int) -> str | None:
 def unit_of(pid: int) -> str | None:
     """The systemd unit a process belongs to, from its cgroup; None outside any."""
     try:
-        with open(f"/proc/{pid}/cgroup") as file:
-            parts = [part for line in file for part in line.strip().split("/")]
+        with open(f"/proc/{pid}/cgroup", errors="replace") as file:
+            return service_in(file.read())
     except OSError:
         return None
-    services = [part for part in parts if part.endswith(SUFFIX)]
-    return services[-1] if services else None
+
+
+def service_in(cgroups: str) -> str | None:
+    """The innermost service of the system in a process's cgroups. Below a user's own manager the user names services,
+    also like ours."""
+    found = None
+    for line in cgroups.splitlines():
+        for part in line.split(":", 2)[-1].split("/"):
+            found = part if part.endswith(SUFFIX) else found
+            if part.startswith("user@"):
+                break
+    return found
 
 
 def device_classes() -> list[str]:
