@@ -27,9 +27,10 @@ from llamafleet.service.changes import changes_needed, sha256
 from llamafleet.service.desired import Run, desire, model_path
 from llamafleet.service.record import record_text
 from llamafleet.service.refusals import Refused, held_by
-from tasks import status
-from tasks.lib import memory_check
+from tasks import status, uninstall
+from tasks.lib import jobs, memory_check, remote
 from tasks.lib.templates import render
+from tasks.lib.this_run import is_ours_or_dead
 from tests import planning
 from tests.host.test_answers import ANSWERS, GATE
 
@@ -157,17 +158,37 @@ def use_status(host, line):
 
 
 def use_holder(host, line):
-    return held_by(answers.holder(line))
+    holder = answers.holder(line)
+    return f"{is_ours_or_dead(holder)} {held_by(holder)}"
 
 
 def use_removable(host, line):
     found = answers.removable(line)
-    return "\n".join([*found.units, *found.paths, *found.models, held_by(found.lock) if found.lock else ""])
+    try:
+        uninstall._check(found)
+    except remote.RemoteError as error:
+        return str(error)
+    return "\n".join([*found.units, *found.paths, *found.models])
+
+
+class Log:
+    """What a stage needs of pyinfra's host, to log."""
+
+    def __init__(self):
+        self.lines = []
+
+    def log(self, text, *_):
+        self.lines.append(text)
+
+    def log_styled(self, text, **_):
+        self.lines.append(text)
 
 
 def use_job(host, line):
-    seen = answers.job(line)
-    return "\n".join([seen.line[:200], *seen.tail[-15:]])
+    """What is logged of a job that has ended, or was seen in this state last."""
+    log = Log()
+    jobs._told(log, "build-key", answers.job(line))
+    return "\n".join(["", *log.lines])
 
 
 def use_gate(host, line):
