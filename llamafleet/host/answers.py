@@ -19,7 +19,7 @@ from typing import Annotated, Any, cast
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from llamafleet import validation
-from llamafleet.host.installed import Holder, Installed, Many, Path, Survey, Table, UserId
+from llamafleet.host.installed import Holder, Installed, Many, Path, Sha256, Survey, Table, UserId
 from llamafleet.host.machine import Bytes, Label, Machine, MachineError, Message
 from llamafleet.host.recorded import Speed, readable
 from llamafleet.remote.common import GATE_SCHEMA
@@ -132,6 +132,13 @@ class Removable:
     user: Flag
 
 
+@dataclass(frozen=True)
+class Built:
+    """What `build.py digest` says of a release: the SHA-256 of its release.json."""
+
+    digest: Sha256
+
+
 def survey(line: str) -> Survey:
     """What `survey.py` prints. Raises `AnswerError`, and `MachineError` with the path of an unusable value."""
     found = json_value(line, "survey.py")
@@ -168,6 +175,11 @@ def status(line: str) -> Mapping[str, LiveInstance]:
 def removable(line: str) -> Removable:
     """What `uninstall.py find` prints."""
     return cast(Removable, _read(line, "uninstall.py", Removable))
+
+
+def built(line: str) -> Built:
+    """The digest of a release, as `build.py digest` prints it."""
+    return cast(Built, _read(line, "build.py", Built))
 
 
 def gate(line: str) -> Gate:

@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
         "lock": lock.read(),
         "releases": releases(),
         "current": link_name(CURRENT),
+        "release_digests": release_digests(),
         "cached_builds": cached_builds(asked["build_cache"]),
         "models": verified_models(),
         "instances": instances(),
@@ -105,10 +106,20 @@ def releases() -> dict[str, Any]:
     return {key: record for key in listing(RELEASES) if (record := record_of(f"{RELEASES}/{key}"))}
 
 
-def cached_builds(directory: str | None) -> list[str]:
-    if not directory:
-        return []
-    return [name[: -len(".tar")] for name in listing(directory) if name.endswith(".tar")]
+def release_digests() -> dict[str, str]:
+    """The SHA-256 of each release.json: by it other hosts may take the release from a build cache."""
+    found = {key: sha256_of(f"{RELEASES}/{key}/release.json") for key in listing(RELEASES)}
+    return {key: digest for key, digest in found.items() if digest}
+
+
+def cached_builds(directory: str | None) -> dict[str, list[str]]:
+    """The digests of the builds in a cache, by key, as the names of the archives say."""
+    found: dict[str, list[str]] = {}
+    for name in listing(directory) if directory else []:
+        match = re.fullmatch(r"([0-9a-f]{16})-([0-9a-f]{64})\.tar", name)
+        if match:
+            found.setdefault(match[1], []).append(match[2])
+    return found
 
 
 def verified_models() -> dict[str, dict[str, Any]]:

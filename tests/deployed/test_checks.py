@@ -497,6 +497,7 @@ def test_a_model_is_read_unless_quick(collector, tmp_path):
 
 def test_a_release_is_read_as_it_lies_there(collector, tmp_path, monkeypatch):
     monkeypatch.setattr(collector, "OPT", str(tmp_path))
+    monkeypatch.setattr(collector, "AS_NOBODY", ())  # who may not enter this folder
     folder = tmp_path / "releases" / KEY
     (folder / "bin").mkdir(parents=True)
     server = folder / "bin/llama-server"

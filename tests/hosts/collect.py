@@ -27,6 +27,8 @@ RUN = "/run/llamafleet"
 UNITS = "/etc/systemd/system"
 # Seconds that a gate may take beyond the time to load the model: a busy server answers late.
 GATE_SECONDS = 600
+# Before a command that must not run as root.
+AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--bounding-set=-all")
 LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp, include/net/tcp_states.h
 
 
@@ -119,7 +121,7 @@ def release():
         "target": target,
         "record": read_json(folder + "/release.json"),
         "files": {name: sha256_of(f"{folder}/bin/{name}") for name in listing(folder + "/bin")},
-        "version": output_of([folder + "/bin/llama-server", "--version"])[1].strip()[:2000],
+        "version": output_of([*AS_NOBODY, folder + "/bin/llama-server", "--version"])[1].strip()[:2000],
     }
 
 

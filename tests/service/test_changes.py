@@ -29,7 +29,7 @@ INSTANCE = InstalledInstance(
 FILE = "/var/lib/llamafleet/models/a-aaaaaaaaaaaa/a.gguf"
 INSTALLED = Installed(
     euid=0, user=True, missing_packages=(), helpers="h1", lock=None, releases={BUILD.key: {}}, current=BUILD.key,
-    cached_builds=(), models={FILE: "a" * 64}, instances={"demo": INSTANCE}, listeners=(), device_classes=(),
+    cached_builds={}, models={FILE: "a" * 64}, instances={"demo": INSTANCE}, listeners=(), device_classes=(),
     ground=GROUND, toolkits=(), gpu_groups=(), foreign_units=(),
 )  # fmt: skip
 
