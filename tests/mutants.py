@@ -43,8 +43,8 @@ TOOLKIT = {
 }  # fmt: skip
 BARE = {
     "euid": 0, "user": True, "missing_packages": ["cmake", "git"], "helpers": "h1", "lock": None, "releases": {},
-    "current": None, "cached_builds": [], "models": {}, "instances": {}, "listeners": [], "device_classes": ["nvidia"],
-    "ground": GROUND, "gpu_groups": ["render", "video"], "foreign_units": [], "toolkits": [TOOLKIT],
+    "current": None, "cached_builds": {"0123456789abcdef": ["5e" * 32]}, "models": {}, "instances": {}, "listeners": [], "device_classes": ["nvidia"],
+    "ground": GROUND, "gpu_groups": ["render", "video"], "foreign_units": [], "toolkits": [TOOLKIT], "release_digests": {},
 }  # fmt: skip
 SYSTEM = {"package_manager": "apt", "python": "3.13.5", "disks": [{"path": "/opt", "free_bytes": 2**40}]}
 AMD = {"vendor": "amd", "compute_capability": None, "gfx": "gfx1100", "name": "Radeon RX 7900 XTX"}
@@ -75,7 +75,7 @@ def box(gpus, backend="auto", **machine):
     core = sha256(core_of_unit(serving.service.unit_text))
     found["found"] |= {
         "releases": {desired.build.key: {"files": {"llama-server": "5e" * 32}, "sizes": {"llama-server": 7}}},
-        "current": desired.build.key, "missing_packages": [],
+        "current": desired.build.key, "missing_packages": [], "release_digests": {desired.build.key: "5e" * 32},
         "models": {model_path(models["m0"]): {"size_bytes": 5, "sha256": "a" * 64}},
         "listeners": [{"address": "127.0.0.1", "port": 9000, "pid": 7, "process": "llama-server", "unit": unit}],
         "instances": {"m0": {
