@@ -27,9 +27,10 @@ from llamafleet.service.changes import changes_needed, sha256
 from llamafleet.service.desired import Run, desire, model_path
 from llamafleet.service.record import record_text
 from llamafleet.service.refusals import Refused, held_by
-from tasks import status
-from tasks.lib import memory_check
+from tasks import status, uninstall
+from tasks.lib import jobs, memory_check, remote
 from tasks.lib.templates import render
+from tasks.lib.this_run import is_ours_or_dead
 from tests import planning
 from tests.host.test_answers import ANSWERS, GATE
 
@@ -42,8 +43,8 @@ TOOLKIT = {
 }  # fmt: skip
 BARE = {
     "euid": 0, "user": True, "missing_packages": ["cmake", "git"], "helpers": "h1", "lock": None, "releases": {},
-    "current": None, "cached_builds": [], "models": {}, "instances": {}, "listeners": [], "device_classes": ["nvidia"],
-    "ground": GROUND, "gpu_groups": ["render", "video"], "foreign_units": [], "toolkits": [TOOLKIT],
+    "current": None, "cached_builds": {"0123456789abcdef": ["5e" * 32]}, "models": {}, "instances": {}, "listeners": [], "device_classes": ["nvidia"],
+    "ground": GROUND, "gpu_groups": ["render", "video"], "foreign_units": [], "toolkits": [TOOLKIT], "release_digests": {},
 }  # fmt: skip
 SYSTEM = {"package_manager": "apt", "python": "3.13.5", "disks": [{"path": "/opt", "free_bytes": 2**40}]}
 AMD = {"vendor": "amd", "compute_capability": None, "gfx": "gfx1100", "name": "Radeon RX 7900 XTX"}
@@ -74,7 +75,7 @@ def box(gpus, backend="auto", **machine):
     core = sha256(core_of_unit(serving.service.unit_text))
     found["found"] |= {
         "releases": {desired.build.key: {"files": {"llama-server": "5e" * 32}, "sizes": {"llama-server": 7}}},
-        "current": desired.build.key, "missing_packages": [],
+        "current": desired.build.key, "missing_packages": [], "release_digests": {desired.build.key: "5e" * 32},
         "models": {model_path(models["m0"]): {"size_bytes": 5, "sha256": "a" * 64}},
         "listeners": [{"address": "127.0.0.1", "port": 9000, "pid": 7, "process": "llama-server", "unit": unit}],
         "instances": {"m0": {
@@ -157,17 +158,37 @@ def use_status(host, line):
 
 
 def use_holder(host, line):
-    return held_by(answers.holder(line))
+    holder = answers.holder(line)
+    return f"{is_ours_or_dead(holder)} {held_by(holder)}"
 
 
 def use_removable(host, line):
     found = answers.removable(line)
-    return "\n".join([*found.units, *found.paths, *found.models, held_by(found.lock) if found.lock else ""])
+    try:
+        uninstall._check(found)
+    except remote.RemoteError as error:
+        return str(error)
+    return "\n".join([*found.units, *found.paths, *found.models])
+
+
+class Log:
+    """What a stage needs of pyinfra's host, to log."""
+
+    def __init__(self):
+        self.lines = []
+
+    def log(self, text, *_):
+        self.lines.append(text)
+
+    def log_styled(self, text, **_):
+        self.lines.append(text)
 
 
 def use_job(host, line):
-    seen = answers.job(line)
-    return "\n".join([seen.line[:200], *seen.tail[-15:]])
+    """What is logged of a job that has ended, or was seen in this state last."""
+    log = Log()
+    jobs._told(log, "build-key", answers.job(line))
+    return "\n".join(["", *log.lines])
 
 
 def use_gate(host, line):
