@@ -1,4 +1,7 @@
-"""What must change on a host: what it should be, against what is installed."""
+"""What must change on a host: what it should be, against what is installed.
+
+Decision 16: docs/decisions/0016-records-are-versioned.md.
+"""
 
 from __future__ import annotations
 
