@@ -58,6 +58,10 @@ model_defaults = {
     # Address to listen on. Loopback by default: a model server without a key is an open door. Another
     # address is refused without `api_key_file`, unless you set `allow_unauthenticated`.
     "listen": "127.0.0.1",
+    # Addresses and networks that may reach a server which listens on another address than loopback, such as
+    # ["10.1.0.0/16", "fd00:1::/64"]; the host itself always may. systemd drops all other packets (IPAddressDeny),
+    # on a host with cgroup v2. []: everybody who can reach the address.
+    "allowed_clients": [],
     # File on *your* machine with the API keys, one a line, readable by nobody but you (and your group):
     # chmod 600. Or "env:NAME": a variable of your environment. None: requests need no key.
     "api_key_file": None,
@@ -133,11 +137,11 @@ allow_swap = False
 # halve the best of six tries, and regressions of llama.cpp were 25 % to 3x (ggml-org/llama.cpp #20835, #24514).
 # Without earlier gates the floor is a twentieth of the predicted speed. 0: no floor.
 speed_floor_percent = 40
-# Seconds after which a server that gives no token and makes no progress with a request is restarted. A host on
+# Seconds after which a server that does not answer, or makes no progress with its requests, is restarted. A host on
 # which a batch of the prompt takes long, by the measured speed, gets more. 0: no check. 120: far above any pause of
 # a healthy server, and less than clients wait for.
 liveness_seconds = 120
-# Pause between two such checks, seconds. A busy server is not asked; an idle server is asked for one token.
+# Pause between two such checks, seconds. A check costs users nothing: see docs/operations.md, "The liveness check".
 liveness_interval_seconds = 60
 
 # --- leaving ---------------------------------------------------------------------------------

@@ -1,84 +1,174 @@
-"""Check that a running instance still produces tokens, and restart it if not.
+"""Check that a running instance answers and makes progress, and restart it if not.
 
 Contract: `liveness.py PLAN.json SECONDS`, run by the instance's timer. PLAN.json is plan.json, of which is read: `gate`
-(unit, url, api_keys, context_tokens, slots) and `batch_tokens`, the most tokens that are computed in one piece. A
-server that has worked since the last check is left alone; an idle one is asked for one token. A server is wedged if
-for SECONDS it does not answer and none of its slots makes progress. systemd then restarts it: SIGTERM, after the
-unit's stop timeout SIGKILL, and no more often than the unit's start limit allows. A unit is not checked while it does
-not run (systemd restarts what has ended), loads, or is being switched. Exit 0 nothing to do, 1 restarted.
-Writes /run/llamafleet/liveness-NAME.json (what was seen) and, on a restart, /var/lib/llamafleet/gate/liveness/
-NAME.json {"restarts", "time", "why"}. Root, standard library; common.py and gate_server.py lie beside it.
+(unit, url, api_keys, tls_certificate, argv, health_seconds, context_tokens, slots) and `batch_tokens`, the most tokens
+that are computed in one piece; only unit and url must be there. A server is fine if it sleeps, if a counter of a slot
+has moved since the last look, or if no slot works and no request waits; one that has no cached token to lose must also
+give a token. A server that is not fine for SECONDS is wedged. systemd then restarts it: SIGTERM, after the unit's stop
+timeout SIGKILL, and no more often than the unit's start limit allows. A unit is not checked while it does not run
+(systemd restarts what has ended), loads, or is being switched.
+Exit 0 nothing to do, 10 restarted; anything else is a check that failed, of which the last line on stderr says why.
+Writes /run/llamafleet/liveness-NAME.json (the counters that it saw) and, on a restart, /var/lib/llamafleet/gate/
+liveness/NAME.json {"restarts", "time", "why"}. Root, standard library; common.py, gate_server.py and
+liveness_server.py lie beside it.
 
 `/health` can answer 200 on a server whose GPU hangs; `/slots` too, also while a batch is computed. So only counters
-that move prove that a server works, and a long queue does not prove the contrary.
+that move prove that a server at work gets on, and a long queue does not prove the contrary. Whether the GPU of a
+server without work would answer is not asked: the next request shows it, whose counters then stand still.
 
 Decision 7: docs/decisions/0007-health-is-not-enough.md.
+Decision 13: docs/decisions/0013-a-check-costs-no-user-anything.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import subprocess
 import sys
-import threading
 import time
-from typing import Any, Dict, List  # the contract is Python 3.8, whose own are typing's
+from typing import Any, Iterator, Optional, Tuple  # the contract is Python 3.8, whose own are typing's
 
-from common import RUN, gate_record, instance_of, liveness_record, read_json, systemctl, write_json
-from gate_server import ask, first_key, main_pid, slots, trust, unit_state
+from common import (
+    PLAN_SCHEMA,
+    RUN,
+    command_line,
+    gate_record,
+    instance_of,
+    later_schema,
+    liveness_record,
+    read_json,
+    systemctl,
+    write_json,
+)  # fmt: skip
+from gate_server import main_pid, trust, unit_state
+from liveness_server import LARGEST, NoAnswer, Refused, Slots, gives_token, is_asleep, may_sleep, queue, read_slots
 
+FINE, FAILED, RESTARTED = 0, 1, 10
 POLL_SECONDS = 1.0
 # No counter moves while a batch of a prompt is computed. This many times the expected duration of a batch, by the
 # speed that the gate measured, is waited for even if SECONDS is less.
 BATCH_PATIENCE = 3
 
-Slots = Dict[str, List[Any]]
-
 
 def main(argv: list[str]) -> int:
-    with open(argv[0]) as file:
-        plan = json.load(file)
-    spec = {**plan["gate"], "batch_tokens": plan.get("batch_tokens")}
+    try:
+        return check(read_spec(argv[0]), float(argv[1]))
+    except (Refused, OSError, ValueError, subprocess.SubprocessError) as error:
+        print(f"error: the liveness check could not look: {error}", file=sys.stderr)
+        return FAILED
+
+
+def check(spec: dict[str, Any], seconds: float) -> int:
+    """One check; the exit code. Raises Refused if the server answers but not us, OSError or ValueError if a file of
+    ours cannot be read, SubprocessError if systemd does not answer."""
     trust(spec)
-    name = instance_of(spec["unit"])
     os.makedirs(RUN, exist_ok=True)
     if unit_state(spec["unit"]) != "active/running":
-        return 0
+        return FINE
     pid = main_pid(spec["unit"])
-    before = read_json(f"{RUN}/liveness-{name}.json")
-    now = counters(spec)
-    if now is not None and before.get("pid") == pid and moved(before["slots"], now):
-        write_json(f"{RUN}/liveness-{name}.json", {"pid": pid, "slots": now})
-        return 0
-    why = wait_for_token(spec, patience(spec, float(argv[1])), now)
-    if why is None:
-        write_json(f"{RUN}/liveness-{name}.json", {"pid": pid, "slots": counters(spec) or {}})
-        return 0
-    return 1 if restart(spec["unit"], pid, why) else 0
+    # The process's own command line may not be readable here; then the plan's counts.
+    spec["may_sleep"] = may_sleep(command_line(pid) or spec["argv"])
+    before = noted(spec, pid)
+    try:
+        trouble, now = wait_for_life(spec, before, patience(spec, seconds))
+    except Refused:
+        with instance_lock(instance_of(spec["unit"])) as held:
+            if held:
+                raise
+        return FINE  # a deploy is at work, and the keys are already the new ones
+    if trouble is None:
+        note(spec, pid, now)
+        return FINE
+    return RESTARTED if restart(spec["unit"], pid, trouble) else FINE
+
+
+def read_spec(path: str) -> dict[str, Any]:
+    """What is needed of a plan.json. Earlier versions lack some of it. Raises ValueError if it is none."""
+    with open(path) as file:
+        plan = json.load(file)
+    gate = plan.get("gate") if isinstance(plan, dict) else None
+    if not isinstance(gate, dict) or not all(isinstance(gate.get(key), str) for key in ("unit", "url")):
+        raise ValueError(f"{path} has no gate with a unit and a url: run the deploy again")
+    if later := later_schema(plan, PLAN_SCHEMA):
+        raise ValueError(f"{path}: {later}")
+    return {"api_keys": None, "tls_certificate": None, "argv": [], **gate, "batch_tokens": plan.get("batch_tokens")}
+
+
+# --- how long is too long -----------------------------------------------------------------------
 
 
 def patience(spec: dict[str, Any], seconds: float) -> float:
     """Seconds without progress before a restart: SECONDS, or more if this host needs more for a batch."""
-    speed = read_json(gate_record(instance_of(spec["unit"]))).get("prompt_tokens_per_s")
+    speed = positive(read_json(gate_record(instance_of(spec["unit"]))).get("prompt_tokens_per_s"))
     # A record of an earlier version lacks the number. No batch is longer than the context of all slots.
-    batch = spec["batch_tokens"] or spec["context_tokens"] * spec["slots"]
+    whole = positive(spec.get("context_tokens")) * positive(spec.get("slots"))
+    batch = positive(spec["batch_tokens"]) or whole
     return max(seconds, BATCH_PATIENCE * batch / speed) if speed else seconds
 
 
-def counters(spec: dict[str, Any]) -> Slots | None:
-    """By slot: [task, is it under way, tokens read, tokens written]; None if the server does not answer."""
-    told = slots(spec)
-    if told is None:
-        return None
-    return {str(slot["id"]): [slot.get("id_task"), bool(slot.get("is_processing")),
-                              slot.get("n_prompt_tokens_processed", 0),
-                              sum(one.get("n_decoded", 0) for one in slot.get("next_token", []))]
-            for slot in told}  # fmt: skip
+def unanswered_patience(spec: dict[str, Any], seconds: float) -> float:
+    """The same while nothing is answered: a server that wakes up answers nothing until its model is loaded."""
+    return max(seconds, positive(spec.get("health_seconds"))) if spec["may_sleep"] else seconds
+
+
+def positive(value: Any) -> float:
+    """The number, or 0.0 if it is none above 0 that counts anything."""
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if usable and 0 < value < LARGEST else 0.0
+
+
+# --- does it get on? ----------------------------------------------------------------------------
+
+
+def wait_for_life(spec: dict[str, Any], before: Slots, seconds: float) -> Tuple[Optional[str], Slots]:
+    """Look until the server is fine, for SECONDS at most: (None or what is wrong, the counters seen last)."""
+    began = time.monotonic()
+    now: Slots = {}
+    while True:
+        try:
+            limit, (trouble, now) = seconds, look(spec, before, seconds)
+        except NoAnswer as error:
+            limit, trouble = unanswered_patience(spec, seconds), str(error)
+        if trouble is None:
+            return None, now
+        if time.monotonic() - began >= limit:
+            return f"no sign of life within {limit:.0f} s: {trouble}", now
+        before = before or now
+        time.sleep(POLL_SECONDS)
+
+
+def look(spec: dict[str, Any], before: Slots, seconds: float) -> Tuple[Optional[str], Slots]:
+    """(what speaks against the server, None if nothing does; its counters if they were asked for)
+
+    SECONDS is waited for a token where one is asked for. Raises NoAnswer, Refused.
+    """
+    if is_asleep(spec):
+        return None, {}
+    if spec["may_sleep"]:
+        told = queue(spec)
+        if not told.working:
+            return waits(told.waiting), {}
+    now, bare = read_slots(spec)
+    if before and moved(before, now):
+        return None, now
+    working = [slot for slot, (_, at_work, _, _) in now.items() if at_work]
+    if working:
+        return f"slots at work whose counters stand still: {', '.join(working)}", now
+    trouble = waits(queue(spec).waiting)
+    if trouble is None and bare and not spec["may_sleep"] and not gives_token(spec, seconds):
+        return "no slot holds a token, and it gives none", now
+    return trouble, now
+
+
+def waits(waiting: int) -> str | None:
+    return f"requests that wait although no slot works: {waiting}" if waiting else None
 
 
 def moved(before: Slots, now: Slots) -> bool:
-    """Has any slot made progress? A task that only began, such as our own request, does not count."""
+    """Has any slot made progress? A task that only began does not count."""
     for slot, (task, working, read, written) in now.items():
         old_task, old_working, old_read, old_written = before.get(slot, [None, False, 0, 0])
         if task == old_task:
@@ -89,57 +179,63 @@ def moved(before: Slots, now: Slots) -> bool:
     return False
 
 
-def wait_for_token(spec: dict[str, Any], seconds: float, seen: Slots | None) -> str | None:
-    """Wait for a token, or for progress of other requests: None if either comes, else what was seen instead."""
-    asked = TokenRequest(spec, seconds)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        asked.done.wait(POLL_SECONDS)
-        if asked.done.is_set():
-            if 200 <= asked.status < 500:  # 4xx: the server works, though it refuses our request
-                return None
-            time.sleep(POLL_SECONDS)
-            asked = TokenRequest(spec, max(POLL_SECONDS, deadline - time.monotonic()))
-        now = counters(spec)
-        if now is not None and seen is not None and moved(seen, now):
-            return None
-        seen = now if seen is None else seen
-    said = f"its last answer was {asked.status}" if asked.done.is_set() and asked.status else "no answer"
-    return f"no token within {seconds:.0f} s, {said}, and no slot made progress"
+# --- what is remembered from one check to the next ------------------------------------------------
 
 
-class TokenRequest:
-    """A request for one token that a thread of its own waits for."""
+def noted(spec: dict[str, Any], pid: int) -> Slots:
+    """The counters that the last check saw; empty if there is no usable note, or it is of another process."""
+    found = read_json(f"{RUN}/liveness-{instance_of(spec['unit'])}.json")
+    slots = found.get("slots")
+    if found.get("pid") != pid or not isinstance(slots, dict):
+        return {}
+    return {slot: seen for slot, seen in slots.items() if isinstance(seen, list) and len(seen) == 4}
 
-    def __init__(self, spec: dict[str, Any], seconds: float) -> None:
-        self.status = 0
-        self.done = threading.Event()
-        # A daemon thread does not keep this program alive after it has given up.
-        threading.Thread(target=self._ask, args=(spec, seconds), daemon=True).start()
 
-    def _ask(self, spec: dict[str, Any], seconds: float) -> None:
-        body = {"prompt": "a", "n_predict": 1, "temperature": 0}
-        self.status, _ = ask(spec["url"], "/completion", first_key(spec), body, seconds)
-        self.done.set()
+def note(spec: dict[str, Any], pid: int, slots: Slots) -> None:
+    """Remember the counters. A full /run is no reason to fail: the next check then looks twice."""
+    try:
+        write_json(f"{RUN}/liveness-{instance_of(spec['unit'])}.json", {"pid": pid, "slots": slots})
+    except OSError as error:
+        print(f"the counters could not be noted: {error}", file=sys.stderr)
+
+
+# --- the restart ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def instance_lock(name: str) -> Iterator[bool]:
+    """Hold the instance's lock for the block; False, without it, where a deploy has it."""
+    with open(f"{RUN}/switch-{name}.lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def restart(unit: str, pid: int, why: str) -> bool:
     """Restart the unit, unless a deploy holds its lock or its process has changed. True if restarted."""
     name = instance_of(unit)
-    with open(f"{RUN}/switch-{name}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        if unit_state(unit) != "active/running" or main_pid(unit) != pid:
+    with instance_lock(name) as held:
+        if not held or unit_state(unit) != "active/running" or main_pid(unit) != pid:
             return False
         print(f"{unit} is wedged: {why}; restarting it", flush=True)
-        path = liveness_record(name)
-        count = read_json(path).get("restarts", 0) + 1
-        write_json(path, {"restarts": count, "why": why, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
         # Do not wait: a deploy that takes the lock next decides what runs.
         systemctl("restart", "--no-block", unit)
+        count(name, why)
     return True
+
+
+def count(name: str, why: str) -> None:
+    """Record the restart. A full disk must not keep a wedged server from being restarted, so this comes after it."""
+    path = liveness_record(name)
+    restarts = int(positive(read_json(path).get("restarts"))) + 1
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    try:
+        write_json(path, {"restarts": restarts, "why": why, "time": now})
+    except OSError as error:
+        print(f"the restart could not be recorded: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

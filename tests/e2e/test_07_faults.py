@@ -16,8 +16,8 @@ import pytest
 from sandbox import upstream
 from tests.e2e.deploying import ask, main_pid, on, pyinfra, serves, with_names
 
-UNIT = "llama-server-tiny.service"
-LIVENESS = {"liveness_seconds": 5, "liveness_interval_seconds": 2}
+UNIT, CHECK = "llama-server-tiny.service", "llama-server-tiny-liveness.service"
+LIVENESS = {"liveness_seconds": 5, "liveness_interval_seconds": 1}
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,27 @@ def deploy(settings, inventory, host):
     return run
 
 
+# Every file that a run installs, by its content, and what runs.
+INSTALLED = """
+find /etc/llamafleet /etc/systemd/system/llama-server-* /opt/llamafleet /var/lib/llamafleet/models -type f -print0 |
+    sort -z | xargs -0 sha256sum
+readlink /opt/llamafleet/current
+systemctl is-active llama-server-tiny.service llama-server-tiny-liveness.timer || true
+"""
+
+
+@pytest.fixture(scope="module")
+def left():
+    """What the last run of `serving` installed."""
+    return {}
+
+
 @pytest.fixture(autouse=True)
-def serving(deploy):
-    """It does before anything goes wrong."""
-    deploy()
+def serving(deploy, host, left):
+    """It does before anything goes wrong; where the test before left all as it was, without another run."""
+    if left.get("installed") != on(host, "sh", "-c", INSTALLED) or not serves(host):
+        deploy()
+        left["installed"] = on(host, "sh", "-c", INSTALLED)
 
 
 def until(true, seconds):
@@ -69,19 +86,36 @@ def test_a_stopped_server_is_restarted_by_the_liveness_check(host):
     # Its deadline, longer where this machine has so much else to do that it read prompts slowly: see liveness.py.
     speed = json.loads(on(host, "cat", "/var/lib/llamafleet/gate/tiny.json"))["prompt_tokens_per_s"]
     deadline = max(5, 3 * 1024 / speed)
-    # Two pauses at most before it is asked, then the deadline, the poll of /slots, and a restart.
-    took = until(lambda: main_pid(host, "tiny") not in (0, before) and serves(host), 2 * 2 + deadline + 5 + 20)
+    # Two pauses at most before it is asked, then the deadline, the last look, and a restart.
+    took = until(lambda: main_pid(host, "tiny") not in (0, before) and serves(host), 2 * 1 + deadline + 6 + 20)
     print(f"served again {took:.1f} s after SIGSTOP, with a deadline of {deadline:.1f} s")
     noted = json.loads(on(host, "cat", "/var/lib/llamafleet/gate/liveness/tiny.json"))
-    assert noted["restarts"] >= 1 and f"no token within {deadline:.0f} s" in noted["why"]
-    assert "is wedged" in on(host, "journalctl", "--no-pager", "-u", "llama-server-tiny-liveness.service")
+    assert noted["restarts"] >= 1 and f"no sign of life within {deadline:.0f} s: /props: no answer" in noted["why"]
+    assert "is wedged" in on(host, "journalctl", "--no-pager", "-u", CHECK)
+    # Its exit status says so, and systemd counts no failure.
+    assert on(host, "systemctl", "show", "--property=Result", "--value", CHECK) == "success"
+
+
+def checked(host, times):
+    """Wait for so many more liveness checks."""
+    count = ["sh", "-c", f"journalctl -q --no-pager -u {CHECK} | grep -c Finished"]
+    before = int(on(host, *count))
+    until(lambda: int(on(host, *count)) >= before + times, 60)
+
+
+def test_a_conversation_is_untouched_by_looks(host):
+    prompt = [1, *range(5, 405), *range(5, 405)]
+    assert ask(host, "/completion", {"prompt": prompt, "n_predict": 1})[0] == 200
+    [before] = json.loads(ask(host, "/slots")[1])
+    checked(host, 3)
+    [after] = json.loads(ask(host, "/slots")[1])
+    assert after == before and after["n_prompt_tokens"] >= len(prompt)
+    timings = ask(host, "/completion", {"prompt": [*prompt, 7, 7], "n_predict": 1})[1]["timings"]
+    assert (timings["cache_n"], timings["prompt_n"]) == (len(prompt), 2)
 
 
 def test_a_busy_server_is_left_alone(host):
     before, restarts = main_pid(host, "tiny"), on(host, "cat", "/var/lib/llamafleet/gate/liveness/tiny.json")
-    checks = int(
-        on(host, "sh", "-c", "journalctl -q --no-pager -u llama-server-tiny-liveness.service | grep -c Finished")
-    )
     stop = threading.Event()
 
     def talk():
@@ -92,8 +126,7 @@ def test_a_busy_server_is_left_alone(host):
     for one in talkers:
         one.start()
     try:
-        count = "journalctl -q --no-pager -u llama-server-tiny-liveness.service | grep -c Finished"
-        until(lambda: int(on(host, "sh", "-c", count)) >= checks + 3, 60)
+        checked(host, 3)
     finally:
         stop.set()
         for one in talkers:
