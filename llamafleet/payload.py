@@ -20,6 +20,8 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from llamafleet.remote.common import SUMS
+
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "locks" / "remote.txt"
 REMOTE = ROOT / "llamafleet" / "remote"
@@ -151,11 +153,18 @@ def probe_zip(arch: str, lock: Path = LOCK, cache: Path | None = None) -> bytes:
 def helpers_zip(arch: str, lock: Path = LOCK, cache: Path | None = None) -> bytes:
     """All programs and wheels that stay on a host, in /opt/llamafleet/helpers/KEY/ (`helpers_key`).
 
-    Programs and packages are in one folder, so that `python3 -s -E KEY/PROGRAM.py` can import them.
+    Programs and packages are in one folder, so that `python3 -s -E KEY/PROGRAM.py` can import them. Their sums lie
+    beside them: a power cut can empty files that were not written by this version.
     """
     files = _contents(wheels(arch, lock, cache))
-    programs = {path.name: path.read_bytes() for path in REMOTE.glob("*.py") if path.name != "__init__.py"}
-    return _zip(files | programs)
+    files |= {path.name: path.read_bytes() for path in REMOTE.glob("*.py") if path.name != "__init__.py"}
+    return _zip(files | {SUMS: _sums(files)})
+
+
+def _sums(files: Mapping[str, bytes]) -> bytes:
+    """The SHA-256 of each file, as `sha256sum` writes and checks them."""
+    lines = [f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in sorted(files)]
+    return "".join(lines).encode()
 
 
 def helpers_key(lock: Path = LOCK) -> str:

@@ -4,6 +4,8 @@ Names of processes and files, values of a model's header, log lines, messages of
 network says may hold escape sequences that move the cursor, hide text or turn its direction. Nobody cleans where a
 message is made; every exit does: `tasks/lib/output.py` for pyinfra, `out` and `err` for our commands. Imports nothing
 of ours.
+
+Decision 10: docs/decisions/0010-a-host-is-not-trusted.md.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import json
 import re
 import secrets
 import sys
+import traceback
+from types import TracebackType
 from typing import Any, TextIO
 
 # In the colours that we ask for ourselves. Nobody else can know it, so no other sequence passes as ours.
@@ -80,6 +84,11 @@ def out(text: str) -> None:
 def err(text: str, end: str = "\n") -> None:
     """Print a message on standard error, cleaned."""
     _write(sys.stderr, finished(text) + end)
+
+
+def print_exception(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
+    """For `sys.excepthook`: what nobody expected may have a text of a host in it."""
+    err("".join(traceback.format_exception(kind, error, place)), end="")
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -21,14 +21,13 @@ def build() -> None:
     if now is None:
         return
     settings, wanted = now.desired.settings, now.desired.build
-    cached = wanted.key in now.desired.installed.cached_builds
     operations.checkout(
-        name=f"Check out llama.cpp {settings.llama_cpp_ref}", needed=now.changes.build and not cached,
+        name=f"Check out llama.cpp {settings.llama_cpp_ref}", needed=now.changes.build and not now.desired.is_cached,
         repository=settings.llama_cpp_repository, commit=wanted.commit, folder=SOURCE,
     )  # fmt: skip
-    operations.run_job(
+    operations.build_release(
         name=f"Build llama.cpp {settings.llama_cpp_ref} for {wanted.backend}", needed=now.changes.build,
-        job=f"build-{wanted.key}", program="build.py", spec=spec(now.desired),
+        job=f"build-{wanted.key}", spec=spec(now.desired),
     )  # fmt: skip
 
 
@@ -51,6 +50,7 @@ def spec(desired: Desired) -> dict[str, Any]:
         "jobs": release.jobs(
             wanted.backend, machine.cpu.logical_cores, machine.memory.available_bytes, settings.build_jobs
         ),
+        "bytes_for_job": None if settings.build_jobs else release.JOB_BYTES[wanted.backend],
         "build_cache": settings.build_cache,
         "record": {
             "backend": wanted.backend, "toolkit": wanted.toolkit, "architectures": list(wanted.architectures),

@@ -16,6 +16,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import common
 import pytest
 
 from llamafleet import payload
@@ -149,6 +150,24 @@ def test_helpers_key_names_programs_and_lock(tmp_path, monkeypatch):
     assert payload.helpers_key() == before
     (programs / "probe.py").write_text("print('another')")
     assert payload.helpers_key() != before
+
+
+def test_helpers_bring_the_sums_of_their_files(tmp_path):
+    zipfile.ZipFile(io.BytesIO(payload.helpers_zip("x86_64"))).extractall(tmp_path)
+    assert common.helpers_damage(str(tmp_path)) is None
+    assert subprocess.run(["sha256sum", "--status", "-c", common.SUMS], cwd=tmp_path).returncode == 0
+    listed = {line.split("  ")[1] for line in (tmp_path / common.SUMS).read_text().splitlines()}
+    there = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert there == {*listed, common.SUMS}
+    for name in ("gate.py", "psutil/__init__.py", common.SUMS):
+        path = tmp_path / name
+        content = path.read_bytes()
+        for harm in (b"", b"\0" * len(content), None):
+            path.unlink() if harm is None else path.write_bytes(harm)
+            assert common.helpers_damage(str(tmp_path)) == str(path)
+        path.write_bytes(content)
+    assert common.helpers_damage(str(tmp_path)) is None
+    assert common.helpers_damage(str(tmp_path / "none")) == str(tmp_path / "none" / common.SUMS)
 
 
 def test_helpers_zip_has_every_program_and_package():

@@ -58,6 +58,10 @@ model_defaults = {
     # Address to listen on. Loopback by default: a model server without a key is an open door. Another
     # address is refused without `api_key_file`, unless you set `allow_unauthenticated`.
     "listen": "127.0.0.1",
+    # Addresses and networks that may reach a server which listens on another address than loopback, such as
+    # ["10.1.0.0/16", "fd00:1::/64"]; the host itself always may. systemd drops all other packets (IPAddressDeny),
+    # on a host with cgroup v2. []: everybody who can reach the address.
+    "allowed_clients": [],
     # File on *your* machine with the API keys, one a line, readable by nobody but you (and your group):
     # chmod 600. Or "env:NAME": a variable of your environment. None: requests need no key.
     "api_key_file": None,

@@ -30,7 +30,7 @@ from llamafleet.model.gguf import Header
 from llamafleet.model.gguf_cursor import GgufError
 from llamafleet.planner.plan import plan_host
 from llamafleet.planner.result import Plan, Refusal
-from llamafleet.printable import err, json_text, out
+from llamafleet.printable import err, json_text, out, print_exception
 from llamafleet.settings.schema import Instance, Settings, SettingsError
 from llamafleet.settings.secrets import SecretError
 
@@ -44,6 +44,7 @@ BAD_INPUT_ERRORS = (UsageError, SettingsError, SecretError, MachineError, GgufEr
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    sys.excepthook = print_exception
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
@@ -178,8 +179,7 @@ def _options(host: Described, models: Sequence[str], changes: dict[str, Any], pr
         for number, header in enumerate(pool.map(_header_or_problem, settings), 1):
             compared.append(_option(host, settings[number - 1], models[number - 1], header))
             if progress:
-                sys.stderr.write(f"\r{number} of {len(models)} headers{'' if number < len(models) else chr(10)}")
-                sys.stderr.flush()
+                err(f"{number} of {len(models)} headers", end="\r" if number < len(models) else "\n")
     return compared
 
 

@@ -132,7 +132,8 @@ def table(hosts: Mapping[str, HostStatus]) -> str:
     rows = [COLUMNS, *(tuple(map(one_line, row)) for name, host in hosts.items() for row in _rows(name, host))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, *(f"{name}: {remark}" for name, host in hosts.items() for remark in _remarks(host))])
+    remarks = (one_line(f"{name}: {remark}") for name, host in hosts.items() for remark in _remarks(host))
+    return "\n".join([*lines, *remarks])
 
 
 def _rows(name: str, host: HostStatus) -> Iterator[tuple[str, ...]]:

@@ -13,7 +13,7 @@ from llamafleet.cli.compare import Option, best, ordered, short_names
 from llamafleet.memory.ledger import LedgerRow
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.planner.roofline import Prediction
-from llamafleet.printable import coloured
+from llamafleet.printable import coloured, one_line
 from llamafleet.units import MIB
 
 GIB = 1024**3
@@ -62,7 +62,8 @@ class Look:
         return coloured(text, colour) if self.colours and text else text
 
     def wrapped(self, text: str, indent: str = "    ") -> str:
-        """The text, broken at words into lines that fit the terminal."""
+        """The text as one line, cleaned, broken at words into lines that fit the terminal."""
+        text = one_line(text)
         if self.columns is None:
             return text
         return "\n".join(
@@ -183,7 +184,7 @@ def _comparison_lines(options: Sequence[Option], machine: str, min_speed: float,
     yield f"  {'':{width}}  weights  bits  on GPU  written     read"
     for option in ordered(options):
         mark = "*" if option is chosen else " "
-        row = f"{mark} {names[option.source][-NAME_LIMIT:]:{width}}  {_outcome(option, min_speed)}"
+        row = one_line(f"{mark} {names[option.source][-NAME_LIMIT:]:{width}}  {_outcome(option, min_speed)}")
         yield look.painted(row, "1") if option is chosen else row
     if chosen is None:
         yield look.wrapped(f"REFUSED: none of these models {_condition(min_speed)}")

@@ -3,6 +3,8 @@
 Each function here takes that line and gives a checked value; `installed.py` and `machine.py` have the schema of the
 survey's. A host is not trusted: whatever else the line is, `AnswerError` says in one sentence which program answered
 what. Keys that a schema does not know are ignored, so that a newer program can say more.
+
+Decision 10: docs/decisions/0010-a-host-is-not-trusted.md.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from typing import Annotated, Any, cast
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from llamafleet import validation
-from llamafleet.host.installed import Holder, Installed, Many, Path, Survey, Table, UserId
+from llamafleet.host.installed import Holder, Installed, Many, Path, Sha256, Survey, Table, UserId
 from llamafleet.host.machine import Bytes, Label, Machine, MachineError, Message
 from llamafleet.host.recorded import Speed, readable
+from llamafleet.remote.common import GATE_SCHEMA
 from llamafleet.validation import Flag, Listed, Problem, Text, Whole, one_of, shown
 
 # The survey of a host with many models has some 100 KB; the log of a job has 16 KiB.
@@ -78,7 +81,7 @@ class Gate:
     checks: Annotated[Listed[Verdict], Field(max_length=1000)] = ()
     time: Label = ""
     decode_tokens_per_s: Speed | None = None
-    schema: Annotated[Whole, Field(ge=1, le=1)] = 1
+    schema: Annotated[Whole, Field(ge=1, le=GATE_SCHEMA)] = GATE_SCHEMA
     problem: str = ""
     record: Mapping[str, Any] = field(default_factory=dict)  # all of it, as the host has it
 
@@ -129,9 +132,16 @@ class Removable:
     user: Flag
 
 
+@dataclass(frozen=True)
+class Built:
+    """What `build.py digest` says of a release: the SHA-256 of its release.json."""
+
+    digest: Sha256
+
+
 def survey(line: str) -> Survey:
     """What `survey.py` prints. Raises `AnswerError`, and `MachineError` with the path of an unusable value."""
-    found = _parsed(line, "survey.py")
+    found = json_value(line, "survey.py")
     if not isinstance(found, dict) or not {"machine", "found"} <= found.keys():
         raise AnswerError("survey.py", [Problem("answer", f"should have machine and found, is {shown(found)}")])
     return Survey(Machine.from_json(found["machine"]), Installed.from_json(found["found"]))
@@ -167,13 +177,18 @@ def removable(line: str) -> Removable:
     return cast(Removable, _read(line, "uninstall.py", Removable))
 
 
+def built(line: str) -> Built:
+    """The digest of a release, as `build.py digest` prints it."""
+    return cast(Built, _read(line, "build.py", Built))
+
+
 def gate(line: str) -> Gate:
     """The verdict that `gate.py check` prints."""
     return cast(Gate, _read(line, "gate.py", Gate))
 
 
 def _read(line: str, program: str, schema: Any) -> Any:
-    value = _parsed(line, program)
+    value = json_value(line, program)
     try:
         return _adapter(schema).validate_python(value)
     except ValidationError as error:
@@ -185,7 +200,7 @@ def _adapter(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)
 
 
-def _parsed(line: str, program: str) -> Any:
+def json_value(line: str, program: str) -> Any:
     """The JSON value of a line; raises `AnswerError` where it is none, or one that no program of ours prints."""
 
     def refused(what: str) -> AnswerError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -156,7 +156,8 @@ class Installed:
     lock: Holder | None
     releases: Table[Mapping[str, Any]]
     current: Path | None
-    cached_builds: Many[Path]
+    # Digests of the builds in the cache, by key, as the names of its archives say.
+    cached_builds: Table[Annotated[Listed[Sha256], Field(max_length=1024)]]
     # Verified model files: path to sha256.
     models: Annotated[Table[Sha256], BeforeValidator(_sha256_only)]
     instances: Table[InstalledInstance]
@@ -169,6 +170,8 @@ class Installed:
     # Units named like ours that we did not make.
     foreign_units: Many[Path]
     toolkits: Annotated[Listed[Toolkit], Field(max_length=256)]
+    # SHA-256 of each release's release.json, by key.
+    release_digests: Table[Sha256] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, data: object) -> Installed:

@@ -2,6 +2,8 @@
 
 The file lies on a host, which is not trusted, and may be of another version. What cannot be used is worth nothing: the
 instance is planned anew and the file replaced. A schema of a later version is kept, so that it can be refused by name.
+
+Decision 10: docs/decisions/0010-a-host-is-not-trusted.md.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
-"""Compile llama.cpp on this host into a release folder.
+"""Compile llama.cpp on this host into a release folder, or take a finished build of the key.
 
-Contract: `build.py SPEC.json`, where SPEC has key, commit, source (a checkout of that commit), tree
-(build folder), cmake_flags, jobs, build_cache (folder | null) and record (what release.json says).
-Progress lines on stdout; the last one of a failure begins with `error: `. Exit 0: the release
-/opt/llamafleet/releases/KEY is complete. Killed at any point it goes on where it was: Ninja keeps
-what is compiled, and a release appears under its name only when it is whole. Standard library,
-CMake, Ninja; common.py and releases.py lie beside it.
+Contract: `build.py SPEC.json [DIGEST...]`, where SPEC has key, commit, source (a checkout of that commit), tree
+(build folder), cmake_flags, jobs, bytes_for_job (of memory that each compiler may need | null), build_cache (folder |
+null) and record (what release.json says), and each DIGEST is one of a build of the key that may be taken from that
+folder. Progress lines on stdout; those at the end that begin with `note: ` are for the operator, the last one of a
+failure begins with `error: `. Exit 0: the release /opt/llamafleet/releases/KEY is complete. Killed at any point it goes
+on where it was: Ninja keeps what is compiled, and a release appears under its name only when it is whole.
+`build.py digest KEY` prints {"digest": the SHA-256 of the release's release.json}, after its files were compared with
+it; exit 1 and a line `error: ` where one differs. Root, systemd, CMake, Ninja, the standard library; common.py,
+build_cache.py, confined.py, job_limits.py and releases.py lie beside it.
 
-With a build cache the first host that needs a key compiles it, others that ask meanwhile wait for
-that one (flock) and take its result, checked by sha256.
+With a build cache one host of several compiles a key, under a lock there; build_cache.py has what the others may take.
 
 Decision 8: docs/decisions/0008-source-pinned-known-by-a-build-key.md.
 Decision 9: docs/decisions/0009-nothing-half-done-has-its-final-name.md.
@@ -16,18 +18,18 @@ Decision 9: docs/decisions/0009-nothing-half-done-has-its-final-name.md.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
-import time
-from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
+from typing import Any
 
-from common import RELEASE_SCHEMA, RELEASES, sha256_of, write_json
+import build_cache
+import confined
+import job_limits
+from common import RELEASE_SCHEMA, RELEASES, output_of, sha256_of, write_json
 from releases import record_of
 
 ERROR_LINES = 12
@@ -41,15 +43,19 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def build(spec: dict[str, Any]) -> None:
+def build(spec: dict[str, Any], digests: list[str]) -> None:
     if record_of(f"{RELEASES}/{spec['key']}"):
         say(f"release {spec['key']} is already complete")
         return
-    with turn(spec):
-        if not take_from_cache(spec):
+    cache = spec["build_cache"]
+    with build_cache.turn(cache, spec["key"]):
+        if not (cache and take_from_cache(spec, digests)):
             compile_release(spec)
-            publish(spec)
+            if cache:
+                build_cache.publish(cache, spec["key"])
     forget_other_trees(spec["tree"])
+    for text in build_cache.notes:
+        say(f"note: {text}")
 
 
 def forget_other_trees(tree: str) -> None:
@@ -60,50 +66,11 @@ def forget_other_trees(tree: str) -> None:
             shutil.rmtree(os.path.join(folder, name))
 
 
-@contextlib.contextmanager
-def turn(spec: dict[str, Any]) -> Iterator[None]:
-    """Hold this key's lock in the shared build cache; wait while another host compiles it."""
-    if not spec["build_cache"]:
-        yield
-        return
-    os.makedirs(spec["build_cache"], exist_ok=True)
-    with open(f"{spec['build_cache']}/{spec['key']}.lock", "a+") as lock:
-        began = time.monotonic()
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                lock.seek(0)
-                holder = lock.read().strip() or "another host"
-                say(f"waiting for {holder}, which compiles the same build, {time.monotonic() - began:.0f} s")
-                time.sleep(3)
-        lock.seek(0)
-        lock.truncate()
-        lock.write(os.uname().nodename)
-        lock.flush()
-        yield
-
-
-def take_from_cache(spec: dict[str, Any]) -> bool:
-    """True where the cache had the release, whole."""
-    archive = f"{spec['build_cache']}/{spec['key']}.tar" if spec["build_cache"] else None
-    if not archive or not os.path.exists(archive) or not os.path.exists(archive + ".sha256"):
-        return False
-    with open(archive + ".sha256") as file:
-        expected = file.read().split()[0]
-    found = sha256_of(archive)
-    if found != expected:
-        # The run relies on the cache: this host may have neither the source nor a compiler.
-        raise Failed(f"{archive} should have sha256 {expected}, has {found}: delete it and run again")
-    say(f"taking release {spec['key']} from the build cache")
+def take_from_cache(spec: dict[str, Any], digests: list[str]) -> bool:
+    """True where the cache had a build of the key whose digest the operator carries."""
     partial = fresh(f"{RELEASES}/.{spec['key']}.partial")
-    with tarfile.open(archive) as tar:
-        # The filter exists from 3.8.17/3.11.4 on; the archive is one of our own, checked above.
-        if hasattr(tarfile, "tar_filter"):
-            tar.extractall(partial, filter="tar")
-        else:
-            tar.extractall(partial)
+    if not build_cache.take(spec["build_cache"], spec["key"], digests, partial):
+        return False
     version_of(partial)
     give_name(spec, partial)
     return True
@@ -116,11 +83,16 @@ def fresh(path: str) -> str:
 
 
 def compile_release(spec: dict[str, Any]) -> None:
+    at = output_of(["git", "-C", spec["source"], "rev-parse", "HEAD"]).strip()
+    if at != spec["commit"] or shutil.which("cmake") is None:
+        raise Failed("this host has not what it takes to compile, because the build cache had the build when the run "
+                     "began: run again, and it compiles")  # fmt: skip
     configure = ["cmake", "-S", spec["source"], "-B", spec["tree"], "-G", "Ninja", *spec["cmake_flags"]]
     say(f"configuring llama.cpp {spec['commit'][:12]}")
     run(configure, "cmake cannot configure the build")
-    say(f"compiling with {spec['jobs']} jobs")
-    run(["cmake", "--build", spec["tree"], "--target", "llama-server", "-j", str(spec["jobs"])],
+    jobs = parallel_jobs(spec)
+    say(f"compiling with {jobs} jobs")
+    run(["cmake", "--build", spec["tree"], "--target", "llama-server", "-j", str(jobs)],
         "llama.cpp does not compile")  # fmt: skip
     partial = fresh(f"{RELEASES}/.{spec['key']}.partial")
     os.mkdir(f"{partial}/bin")
@@ -129,6 +101,12 @@ def compile_release(spec: dict[str, Any]) -> None:
             shutil.copy2(f"{spec['tree']}/bin/{name}", f"{partial}/bin/{name}", follow_symlinks=False)
     describe(spec, partial)
     give_name(spec, partial)
+
+
+def parallel_jobs(spec: dict[str, Any]) -> int:
+    """As many compilers as were planned, or as fit into the memory that this job may use."""
+    each: int | None = spec.get("bytes_for_job")
+    return max(1, min(spec["jobs"], job_limits.free_bytes() // each)) if each else int(spec["jobs"])
 
 
 def run(command: list[str], problem: str) -> None:
@@ -147,11 +125,10 @@ def run(command: list[str], problem: str) -> None:
 
 def version_of(folder: str) -> list[str]:
     """The version lines of a release's llama-server; raises Failed if it does not run here."""
-    server = f"{folder}/bin/llama-server"
-    done = subprocess.run([server, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise Failed(f"the new llama-server does not run on this host: {done.stdout.strip()[:500]}")
-    return done.stdout.strip().splitlines()[:2]
+    code, said = confined.version_of(f"{folder}/bin/llama-server")
+    if code:
+        raise Failed(f"the new llama-server does not run on this host: {said.strip()[:500]}")
+    return said.strip().splitlines()[:2]
 
 
 def describe(spec: dict[str, Any], partial: str) -> None:
@@ -174,23 +151,26 @@ def give_name(spec: dict[str, Any], partial: str) -> None:
     say(f"release {spec['key']} is complete")
 
 
-def publish(spec: dict[str, Any]) -> None:
-    if not spec["build_cache"]:
-        return
-    archive = f"{spec['build_cache']}/{spec['key']}.tar"
-    with tarfile.open(archive + ".new", "w") as tar:
-        tar.add(f"{RELEASES}/{spec['key']}", arcname=".")
-    with open(archive + ".sha256", "w") as file:
-        file.write(f"{sha256_of(archive + '.new')}\n")
-    os.replace(archive + ".new", archive)
-    say(f"kept as {archive}")
+def digest_of(key: str) -> str:
+    """The digest by which other hosts may take this host's release. Raises Failed where it is not whole."""
+    record = record_of(f"{RELEASES}/{key}")
+    if record is None:
+        raise Failed(f"{RELEASES}/{key} is not a complete release")
+    try:
+        build_cache.check(record, f"{RELEASES}/{key}")
+    except build_cache.Refused as error:
+        raise Failed(f"{RELEASES}/{key} is damaged: {error}") from error
+    return str(sha256_of(f"{RELEASES}/{key}/{build_cache.RECORD}"))
 
 
 def main(argv: list[str]) -> int:
-    with open(argv[0]) as file:
-        spec = json.load(file)
     try:
-        build(spec)
+        if argv[0] == "digest":
+            print(json.dumps({"digest": digest_of(argv[1])}))
+            return 0
+        with open(argv[0]) as file:
+            spec = json.load(file)
+        build(spec, argv[1:])
     except (Failed, OSError, tarfile.TarError) as error:
         say(f"error: {error}")
         return 1

@@ -47,6 +47,19 @@ JOURNAL_PART_BYTES = 4 * 2**20  # a server logs its devices and sizes in the fir
 JSON_LIMIT_BYTES = 16 * 2**20  # of a file of ours: plan.json, the largest, has some ten thousand bytes
 
 
+SUMS = "helpers.sha256"  # in a folder of helpers: the sums of its files, as sha256sum writes them
+
+
+def helpers_damage(folder: str) -> Optional[str]:
+    """The first file of a folder of helpers that is missing or not what was installed; None where all are."""
+    lines = (read_file(f"{folder}/{SUMS}") or b"").decode("utf-8", "replace").splitlines()
+    wanted = [line.split("  ", 1) for line in lines if "  " in line]
+    if not any(name == "common.py" for _, name in wanted):
+        return f"{folder}/{SUMS}"
+    bad = (f"{folder}/{name}" for digest, name in wanted if sha256_of(f"{folder}/{name}") != digest)
+    return next(bad, None)
+
+
 def helper(program: str, key: str = "current") -> str:
     """Where an installed program of ours lies: of the helpers of this version, or of the newest."""
     return f"{HELPERS}/{key}/{program}"

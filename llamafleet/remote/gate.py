@@ -8,7 +8,8 @@ the next gate compares with, and "last_failure" {"time", "release", "check"}. Wi
 that has served before is not rejected for its speed.
 `gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then checks that a planned key is asked for
 and that the process holds memory on the planned GPUs. If the key file is empty, or the driver was not ready at boot,
-the start thus fails: no server serves everybody, or stays on the CPU.
+the start thus fails: no server serves everybody, or stays on the CPU. The checks run in a transient unit without
+root's rights (gate_unit.py); what they find is written here.
 
 PLAN.json is plan.json, of which is read: identity, release, files, plan.predicted, and `gate`: unit, argv, url,
 api_keys and tls_certificate (path | null), health_seconds (the most that loading may take), context_tokens (of one
@@ -28,12 +29,15 @@ import sys
 import time
 from typing import Any, Callable, Sequence  # the contract is Python 3.8, whose own are typing's
 
+import gate_devices
+import gate_unit
 from common import GATE_SCHEMA, command_line, invocation, journal_of_start, write_json
 from gate_devices import cause_of_end, check_devices
 from gate_load import deadline
 from gate_reply import REMEMBERED, check_completion, check_speed, speed_key
 from gate_server import ask, first_key, found_status, is_alive, main_pid, result, trust, unit_state
 from gate_spec import Unreadable, read_spec
+from gate_unit import CONFINED, with_credentials
 
 # The share of a GPU's planned bytes that the process must really hold. The CUDA context comes on
 # top of the plan, so a healthy process holds more than planned; a fallback to the CPU holds none.
@@ -208,8 +212,8 @@ def check(
     return {"ok": all(found["ok"] for found in checks), "checks": checks}
 
 
-def keep_record(spec: dict[str, Any], found: dict[str, Any]) -> None:
-    """Write the verdict and, if it is good, the values that the next gate compares with."""
+def record_of(spec: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The record: the verdict and, if it is good, the values that the next gate compares with."""
     last, measured, now = spec["last"], spec["measured"], time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     record = {
         **last,
@@ -226,13 +230,15 @@ def keep_record(spec: dict[str, Any], found: dict[str, Any]) -> None:
         record.update(measured, speed_key=key, speeds=speeds[-REMEMBERED:])
     else:
         record["last_failure"] = {"time": now, "release": spec["release"], "check": found["checks"][-1]}
-    write_json(spec["record"], record)
+    return record
 
 
 def verdict(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was asked for and what was found, by the arguments of `main`."""
+    """What was asked for and what was found, by the arguments of `main`; nothing was asked for by an unusable plan."""
     try:
         spec = read_spec(argv[1])
+        if CONFINED in argv:
+            spec = with_credentials(spec)
     except Unreadable as error:
         way_out = "deploy again, with the llamafleet that made it or a later one"
         bad = result("plan", False, "a plan.json that this gate knows", str(error), way_out)
@@ -246,18 +252,44 @@ def verdict(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     return spec, check(spec, CHECKS if argv[0] == "check" else START_CHECKS)
 
 
-def main(argv: list[str]) -> int:
+def examine(argv: list[str]) -> dict[str, Any]:
+    """Run the checks; {"found": the verdict, "record": what to remember of it | null, "devices": what the log told}."""
     spec, found = verdict(argv)
     if argv[0] == "check":
         found["decode_tokens_per_s"] = spec.get("measured", {}).get("decode_tokens_per_s")
-        if spec and "--record" in argv:
-            keep_record(spec, found)
+    record = record_of(spec, found) if spec and argv[0] == "check" and "--record" in argv else None
+    return {"found": found, "record": record, "devices": gate_devices.unwritten}
+
+
+def conclude(argv: list[str], examined: dict[str, Any]) -> int:
+    """Write and print what the checks found; the exit status."""
+    found = examined["found"]
+    if examined["devices"]:
+        gate_devices.keep(read_spec(argv[1])["unit"], examined["devices"])
+    if argv[0] == "check":
+        if examined["record"] is not None:
+            write_json(read_spec(argv[1])["record"], examined["record"])
         print(json.dumps(found))
         return 0 if found["ok"] else 1
     for bad in found["checks"]:
         if not bad["ok"]:  # for the journal
             print(f"{bad['name']}: expected {bad['expected']}, found {bad['found']} ({bad['hint']})", file=sys.stderr)
     return 0 if found["ok"] else 1
+
+
+def main(argv: list[str]) -> int:
+    if CONFINED in argv:
+        print(json.dumps(examine(argv)))
+        return 0
+    try:
+        spec = read_spec(argv[1])
+    except Unreadable:
+        return conclude(argv, examine(argv))  # which says so, and asks nobody
+    try:
+        return conclude(argv, gate_unit.examine(argv, spec))
+    except gate_unit.GateFailed as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

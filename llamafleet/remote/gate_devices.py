@@ -36,6 +36,8 @@ INVALID_DEVICE = re.compile(r"invalid device: (\S+)")
 LEAST_SHARE = 0.9
 MOST_SHARE, MOST_SPARE = 1.1, 256 * MIB
 LOST = "the release has no such backend, the driver is not ready, or the hardening hides the device"
+# What could not be written.
+unwritten: Dict[str, Any] = {}
 # journald reads what a server writes a moment later.
 JOURNAL_SECONDS = 10.0
 
@@ -86,11 +88,19 @@ def reported(unit: str, seconds: float = JOURNAL_SECONDS) -> Told | None:
         lines = journal(start)
         if LOADED in lines:
             found = parse(lines)
-            write_json(path, {"start": start, "devices": found})
+            keep(unit, {"start": start, "devices": found})
             return found
         if time.monotonic() >= deadline:
             return None
         time.sleep(0.2)
+
+
+def keep(unit: str, told: Dict[str, Any]) -> None:
+    """Keep what the log told; in `unwritten`, where this process may not write."""
+    try:
+        write_json(f"{KEPT}/devices-{unit}.json", told)
+    except OSError:
+        unwritten.update(told)
 
 
 def parse(lines: str) -> Told:

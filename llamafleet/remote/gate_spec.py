@@ -3,6 +3,8 @@
 Part of gate.py and under its contract: Python 3.8, standard library; common.py beside it. Both files may be damaged,
 edited by hand, or of another version of llamafleet. A plan.json that cannot be used is named with what is wrong with
 it; what cannot be used of a record counts as never measured, and the next record replaces it.
+
+Decision 16: docs/decisions/0016-records-are-versioned.md.
 """
 
 from __future__ import annotations

@@ -31,10 +31,13 @@ from common import (
     RELEASES,
     RUN,
     STAGED,
+    SUMS,
     UNITS,
     VAR,
     command_line,
+    helpers_damage,
     listing,
+    make_folder,
 )  # fmt: skip
 
 FOLDERS = {
@@ -51,19 +54,34 @@ def make_folders() -> None:
 
 
 def install(key: str, source: str) -> None:
-    """Copy the folder `source`, and link it as the current helpers. Raises OSError."""
-    folder, new, old = f"{HELPERS}/{key}", f"{HELPERS}/{key}.new", f"{HELPERS}/{key}.old"
-    for left in (new, old):
-        shutil.rmtree(left, ignore_errors=True)
-    shutil.copytree(source, new, ignore=shutil.ignore_patterns("__pycache__", "try"))
-    # Compiled once: every survey and gate would otherwise compile the libraries again.
-    compileall.compile_dir(new, ddir=folder, quiet=2)
-    publish(new)
-    if os.path.isdir(folder):  # a damaged one
-        os.rename(folder, old)
-    os.rename(new, folder)
+    """Copy the folder `source`, unless it is there and whole, and link it as the current helpers. Raises OSError."""
+    folder, new = f"{HELPERS}/{key}", f"{HELPERS}/{key}.new"
+    if helpers_damage(folder) is not None:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(source, new, ignore=shutil.ignore_patterns("__pycache__", "try"))
+        # Compiled once: every survey and gate would otherwise compile the libraries again.
+        compileall.compile_dir(new, ddir=folder, quiet=2)
+        publish(new)
+        if os.path.isdir(folder):
+            mend(folder, new)
+        else:
+            os.rename(new, folder)
     link(key)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def mend(folder: str, new: str) -> None:
+    """Replace the files of a damaged folder one by one, since units call its programs meanwhile; remove others."""
+    wanted = {os.path.relpath(f"{path}/{name}", new) for path, _, names in os.walk(new) for name in names}
+    # The sums last: they say that the folder is whole.
+    for name in sorted(wanted, key=lambda name: name == SUMS):
+        make_folder(os.path.dirname(f"{folder}/{name}"))
+        os.replace(f"{new}/{name}", f"{folder}/{name}")
+    for path, _, names in os.walk(folder):
+        for name in names:
+            if os.path.relpath(f"{path}/{name}", folder) not in wanted:
+                os.unlink(f"{path}/{name}")
+        sync(path)
+    shutil.rmtree(new)
 
 
 def publish(folder: str) -> None:
@@ -102,7 +120,8 @@ def used() -> Set[str]:
 
 def texts() -> Iterator[str]:
     units = [f"{UNITS}/{name}" for name in listing(UNITS) if survey.is_ours(name)]
-    good = [f"{GOOD}/{name}/{file}" for name in listing(GOOD) for file in listing(f"{GOOD}/{name}")]
+    # Those of a switch under way too.
+    good = [f"{folder}/{name}" for folder, _, names in os.walk(GOOD) for name in names]
     for path in [*units, *(path for path in good if path.endswith((".service", ".timer")))]:
         try:
             with open(path, errors="replace") as file:

@@ -9,8 +9,8 @@ with exit status 1. NAME has letters, digits and . _ - only.
 
 `--secret PATH`: the file comes by standard input, in the form of receive.py, is there before COMMAND starts, and is
 removed when that has ended, however it ends. systemd itself runs `job.py ended NAME [PATH]`, which notes how the job
-ended: `--collect` forgets a unit as soon as it has ended. Root, systemd, the standard library; common.py and receive.py
-beside it.
+ended: `--collect` forgets a unit as soon as it has ended. Root, systemd, the standard library; common.py,
+job_limits.py, prune.py and receive.py beside it.
 
 Decision 17: docs/decisions/0017-long-work-runs-detached-under-a-lease.md.
 """
@@ -27,6 +27,8 @@ import sys
 import time
 from typing import Any, BinaryIO, List, Optional, Tuple
 
+import job_limits
+import prune
 import receive
 from common import JOBS, RUN, read_json, replace_file, show, transient_unit, write_json
 
@@ -44,18 +46,6 @@ RESULTS = {
     "watchdog": "it was ended by the watchdog", "resources": "systemd could not start it",
     "exec-condition": "systemd could not start it", "start-limit-hit": "systemd could not start it",
 }  # fmt: skip
-
-
-# Seconds that a job may take, by its kind. A checkout of one commit is some 30 MB, packages are some 100 MB, a CUDA
-# toolkit 8 GB; a liveness check is installed in a moment.
-LONGEST = {"checkout": 3600, "packages": 3600, "toolkit": 4 * 3600, "refresh": 600, "watch": 600}
-
-
-def limits(kind: str) -> List[str]:
-    """Properties of systemd for a job of this kind, which is its name up to the first `-`: what it may take of the
-    host, and for how long. The kinds are build, checkout, fetch, packages, refresh, switch,
-    toolkit and watch."""
-    return [f"RuntimeMaxSec={LONGEST[kind]}"] if kind in LONGEST else []
 
 
 def log_of(name: str) -> str:
@@ -80,6 +70,7 @@ def start(name: str, command: List[str], secret: Optional[str], stream: BinaryIO
     os.makedirs(JOBS, mode=0o750, exist_ok=True)
     if is_running(name):
         return look(name)
+    prune.prune()
     for stale in (*exit_files(name), log_of(name)):
         if os.path.exists(stale):
             os.unlink(stale)
@@ -105,7 +96,7 @@ def systemd_run(name: str, secret: Optional[str]) -> List[str]:
     return [
         "systemd-run", "--quiet", "--collect", f"--unit={transient_unit('job', name)}", "--property=Type=exec",
         f"--property=StandardOutput=append:{log_of(name)}", f"--property=StandardError=append:{log_of(name)}",
-        *(f"--property={one}" for one in limits(name.split("-", 1)[0])),
+        *(f"--property={one}" for one in job_limits.for_job(name)),
         f"--property=ExecStopPost={' '.join(ended)}",
     ]  # fmt: skip
 

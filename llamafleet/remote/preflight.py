@@ -61,7 +61,8 @@ OTHERS = (
         "ProtectHostname", "PrivateIPC", "PrivateMounts", "KeyringMode",
     )),
 )  # fmt: skip
-# Of these, what `APART` in common.py names is dropped only where the host has no other instance.
+# Of these, what `APART` in common.py names is dropped only where the host has no other instance, and addresses of
+# clients that the operator allowed are not dropped at all.
 # Everything else stays in any case, above all User, NoNewPrivileges, the empty capability sets, ProtectSystem,
 # ProtectHome and PrivateTmp: a server that does not run with these is not run at all.
 
@@ -157,9 +158,7 @@ def examine(name: str, unit: str, trial: Dict[str, Any], alone: bool) -> Dict[st
             print(f"preflight: without {', '.join(sorted(dropped)) or 'nothing'}: {why or 'works'}", flush=True)
             return why
 
-        suspects, others = (
-            [part.label for part in parts if lines_of(part.label, directives)] for parts in (SUSPECTS, OTHERS)
-        )
+        suspects, others = (droppable(parts, directives) for parts in (SUSPECTS, OTHERS))
         dropped = tightest(suspects, others, works, frozenset() if alone else APART)
         checked = tried.checked
     return {
@@ -216,6 +215,14 @@ def put_back(dropped: FrozenSet[str], order: Sequence[str], works: Works) -> Dic
         else:
             reasons[label] = why
     return {label: reasons[label] for label in order if label in reasons}
+
+
+def droppable(parts: Sequence[Part], directives: Sequence[Directive]) -> List[str]:
+    """The labels of the parts that the unit has. The clients that the operator allowed are not dropped: without them
+    everybody would reach the server."""
+    clients = any(one.name == "IPAddressAllow" and one.value != "localhost" for one in directives)
+    return [part.label for part in parts
+            if lines_of(part.label, directives) and not (clients and "IPAddressAllow" in part.names)]  # fmt: skip
 
 
 def lines_of(label: str, directives: Sequence[Directive]) -> List[str]:

@@ -27,7 +27,8 @@ def instance(name: str) -> dict[str, Any]:
 
     shown = survey.show(unit_of(name), "MainPID", "MemoryCurrent", "ActiveEnterTimestamp")
     pid = int(shown.get("MainPID") or 0)
-    planned = bool(read_json(plan_path(name)).get("gate", {}).get("gpus"))
+    gate = read_json(plan_path(name)).get("gate")
+    planned = isinstance(gate, dict) and bool(gate.get("gpus"))
     return {
         "rss_bytes": rss(pid) if pid else None,
         # Where the kernel does not count it, systemd says "[not set]" or the largest number there is.

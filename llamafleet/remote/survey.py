@@ -13,6 +13,7 @@ import grp
 import json
 import os
 import pwd
+import re
 import subprocess
 import sys
 from typing import Any
@@ -56,10 +57,11 @@ def main(argv: list[str]) -> None:
         "euid": os.geteuid(),
         "user": has_user(USER),
         "missing_packages": packages.missing(packages.by_name(manager), asked["packages"].get(manager, [])),
-        "helpers": link_name(HELPERS + "/current"),
+        "helpers": current_helpers(),
         "lock": lock.read(),
         "releases": releases(),
         "current": link_name(CURRENT),
+        "release_digests": release_digests(),
         "cached_builds": cached_builds(asked["build_cache"]),
         "models": verified_models(),
         "instances": instances(),
@@ -97,6 +99,12 @@ def link_name(path: str) -> str | None:
         return None
 
 
+def current_helpers() -> str | None:
+    """The version of the helpers that are current; None where there are none, or where a file of them is damaged."""
+    key = link_name(HELPERS + "/current")
+    return key if key and common.helpers_damage(f"{HELPERS}/{key}") is None else None
+
+
 def releases() -> dict[str, Any]:
     """Finished builds that are whole: key to their release.json."""
     from releases import record_of
@@ -104,10 +112,20 @@ def releases() -> dict[str, Any]:
     return {key: record for key in listing(RELEASES) if (record := record_of(f"{RELEASES}/{key}"))}
 
 
-def cached_builds(directory: str | None) -> list[str]:
-    if not directory:
-        return []
-    return [name[: -len(".tar")] for name in listing(directory) if name.endswith(".tar")]
+def release_digests() -> dict[str, str]:
+    """The SHA-256 of each release.json: by it other hosts may take the release from a build cache."""
+    found = {key: sha256_of(f"{RELEASES}/{key}/release.json") for key in listing(RELEASES)}
+    return {key: digest for key, digest in found.items() if digest}
+
+
+def cached_builds(directory: str | None) -> dict[str, list[str]]:
+    """The digests of the builds in a cache, by key, as the names of the archives say."""
+    found: dict[str, list[str]] = {}
+    for name in listing(directory) if directory else []:
+        match = re.fullmatch(r"([0-9a-f]{16})-([0-9a-f]{64})\.tar", name)
+        if match:
+            found.setdefault(match[1], []).append(match[2])
+    return found
 
 
 def verified_models() -> dict[str, dict[str, Any]]:
@@ -116,11 +134,15 @@ def verified_models() -> dict[str, dict[str, Any]]:
     for folder in listing(MODELS):
         for name in listing(f"{MODELS}/{folder}"):
             path = f"{MODELS}/{folder}/{name}"
-            record = read_json(path + ".verified") if name.endswith(".gguf") else {}
-            if not {"size_bytes", "mtime_ns", "sha256"} <= record.keys():
+            record = read_json(path + ".verified") if common.is_model_file(name) else {}
+            if not re.fullmatch("[0-9a-f]{64}", str(record.get("sha256"))):
                 continue  # of another program, or damaged: the file is verified again
-            if (os.stat(path).st_size, os.stat(path).st_mtime_ns) == (record["size_bytes"], record["mtime_ns"]):
-                found[path] = {"size_bytes": record["size_bytes"], "sha256": record["sha256"]}
+            try:
+                file = os.stat(path)
+            except OSError:
+                continue
+            if (file.st_size, file.st_mtime_ns) == (record.get("size_bytes"), record.get("mtime_ns")):
+                found[path] = {"size_bytes": file.st_size, "sha256": record["sha256"]}
     return found
 
 
@@ -203,8 +225,9 @@ def listeners() -> list[dict[str, Any]]:
 
 
 def process_name(pid: int) -> str | None:
+    """Its owner gives it any bytes, and the kernel cuts them in mid-character."""
     try:
-        with open(f"/proc/{pid}/comm") as file:
+        with open(f"/proc/{pid}/comm", errors="replace") as file:
             return file.read().strip()
     except OSError:
         return None
@@ -213,12 +236,22 @@ def process_name(pid: int) -> str | None:
 def unit_of(pid: int) -> str | None:
     """The systemd unit a process belongs to, from its cgroup; None outside any."""
     try:
-        with open(f"/proc/{pid}/cgroup") as file:
-            parts = [part for line in file for part in line.strip().split("/")]
+        with open(f"/proc/{pid}/cgroup", errors="replace") as file:
+            return service_in(file.read())
     except OSError:
         return None
-    services = [part for part in parts if part.endswith(SUFFIX)]
-    return services[-1] if services else None
+
+
+def service_in(cgroups: str) -> str | None:
+    """The innermost service of the system in a process's cgroups. Below a user's own manager the user names services,
+    also like ours."""
+    found = None
+    for line in cgroups.splitlines():
+        for part in line.split(":", 2)[-1].split("/"):
+            found = part if part.endswith(SUFFIX) else found
+            if part.startswith("user@"):
+                break
+    return found
 
 
 def device_classes() -> list[str]:

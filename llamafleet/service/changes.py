@@ -1,10 +1,14 @@
-"""What must change on a host: what it should be, against what is installed."""
+"""What must change on a host: what it should be, against what is installed.
+
+Decision 16: docs/decisions/0016-records-are-versioned.md.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from llamafleet.host.installed import Installed, InstalledInstance
 from llamafleet.remote.common import APART, core_of_unit, without_directives
@@ -162,9 +166,9 @@ def _has_passed(installed: InstalledInstance) -> bool:
 
 def _dropped(installed: InstalledInstance) -> tuple[str, ...]:
     """The directives that the preflight dropped, as plan.json has them; none where it has another form."""
-    record = installed.record.raw if installed.record else {}
+    found: Mapping[str, Any] = installed.preflight or {}
     try:
-        lines = [line for one in record["preflight"]["dropped"] for line in one["directives"]]
+        lines = [line for one in found["dropped"] for line in one["directives"]]
     except (KeyError, TypeError):
         return ()
     return tuple(line for line in lines if isinstance(line, str))

@@ -8,7 +8,7 @@ Decision 1: docs/decisions/0001-one-decision-for-each-host-and-run.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,6 +42,8 @@ class Run:
     secrets: Mapping[str, Mapping[str, str]] = field(repr=False)
     # Another run that holds the host's lock; None where the lock may be taken.
     holder: Holder | None
+    # Of finished builds that a host may take from a cache, by key.
+    digests: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,11 @@ class Desired:
         """What is installed now."""
         return self.inputs.survey.installed
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether the build cache seems to have the build, so that nothing is compiled."""
+        return _is_cached(self.installed, self.build, self.run)
+
     def command(self, plan: Plan) -> list[str]:
         """The command line of the service with that plan, without the arguments that name its credentials."""
         instance = next(instance for instance in self.settings.models if instance.name == plan.instance)
@@ -175,7 +182,7 @@ def desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
         return refusals.no_hip_target()
     build = _build(inputs, run.commit, toolkit, architectures)
     install = toolkit if isinstance(toolkit, cuda_toolkit.Install) else None
-    bare = Desired(inputs, run, build, install, _missing_packages(inputs.survey, build))
+    bare = Desired(inputs, run, build, install, _missing_packages(inputs.survey, build, run))
     return with_plans(bare, choice, corrections, {}, render)
 
 
@@ -252,10 +259,14 @@ def _build(
     )
 
 
-def _missing_packages(survey: Survey, build: Build) -> tuple[str, ...]:
+def _is_cached(installed: Installed, build: Build, run: Run) -> bool:
+    return not set(run.digests.get(build.key, ())).isdisjoint(installed.cached_builds.get(build.key, ()))
+
+
+def _missing_packages(survey: Survey, build: Build, run: Run) -> tuple[str, ...]:
     """Packages that are needed and missing: those to compile with only where something is compiled."""
     installed = survey.installed
-    compiling = build.key not in installed.releases and build.key not in installed.cached_builds
+    compiling = build.key not in installed.releases and not _is_cached(installed, build, run)
     wanted = packages(survey.machine.package_manager or "apt", build.backend, compiling, build.tls)
     return tuple(name for name in wanted if name in installed.missing_packages)
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from llamafleet.build.cuda_toolkit import Unsuitable
+from llamafleet.build.packages import RUN_PACKAGES
 from llamafleet.host.installed import Holder, Listener, Survey
 from llamafleet.host.recorded import SCHEMA
 from llamafleet.hub.http import shown
@@ -52,7 +53,7 @@ def not_accessible(
         return Refused.because(
             f"its python3 is {python or 'of unknown version'}, {needed} or later is needed: install a newer one"
         )
-    if machine.package_manager is None:
+    if machine.package_manager not in RUN_PACKAGES:
         return Refused.because(f"{machine.os.id} {machine.os.version} has neither apt nor dnf")
     if later := _later_record(survey):
         return later

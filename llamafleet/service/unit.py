@@ -52,6 +52,9 @@ _OURS = (ETC, HELPERS, RUN, BUILD, GOOD, JOBS, SOURCE, STAGED)
 _SYSTEM = ("/boot", "/etc/ssh", "/etc/ssl/private", "/srv", "/var/backups", "/var/log", "/var/spool")
 HIDDEN = tuple(f"-{path}" for path in sorted((*_OURS, *_SYSTEM)))
 
+# What a liveness check may take at most beside its own patience, which is longer on a slow host.
+LIVENESS_END_SECONDS = 24 * 3600
+
 # Above the planned host memory, for what a process needs beside its model: share and bytes.
 MEMORY_MARGIN, MEMORY_SPARE = 1.1, 1024 * MIB
 
@@ -92,7 +95,7 @@ def unit_values(
         "hidden": HIDDEN,
         "libraries": _libraries(build),
         "families": _families(instance.listen, bool(plan.gpus)),
-        "loopback": ipaddress.ip_address(instance.listen).is_loopback,
+        "clients": _clients(instance),
         "cpus": plan.cpus,
         "numa_nodes": plan.numa_nodes,
         "memory_max_bytes": int(plan.host_bytes * MEMORY_MARGIN) + MEMORY_SPARE,
@@ -119,6 +122,22 @@ def _families(listen: str, gpu: bool) -> tuple[str, ...]:
     return (own, "AF_UNIX") if gpu else (own,)
 
 
+def address_from_host(listen: str) -> str:
+    """The address by which the host itself reaches a server, as IPAddressAllow= takes it."""
+    address = ipaddress.ip_address(listen.partition("%")[0])
+    return "localhost" if address.is_loopback or address.is_unspecified else str(address)
+
+
+def _clients(instance: Instance) -> tuple[str, ...]:
+    """Who may speak with the server, as IPAddressAllow= takes it; empty where everybody may."""
+    if ipaddress.ip_address(instance.listen).is_loopback:
+        return ("localhost",)
+    if not instance.allowed_clients:
+        return ()
+    # The host itself asks from the address that it asks.
+    return tuple(dict.fromkeys(("localhost", address_from_host(instance.listen), *instance.allowed_clients)))
+
+
 def liveness_texts(render: Renderer, instance: Instance, settings: Settings, helpers: str) -> dict[str, str]:
     """The units of the instance's liveness check by name; empty where the check is switched off. `helpers` is the
     version of our programs that they call."""
@@ -129,6 +148,9 @@ def liveness_texts(render: Renderer, instance: Instance, settings: Settings, hel
         "instance": instance,
         "command": [unit_escape(word) for word in words],
         "interval_seconds": settings.liveness_interval_seconds,
+        "end_seconds": settings.liveness_seconds + LIVENESS_END_SECONDS,
+        "family": _families(instance.listen, gpu=False)[0],
+        "address": address_from_host(instance.listen),
     }
     templates = ("llama-server-liveness.service.j2", "llama-server-liveness.timer.j2")
     names = liveness_units(instance.name)

@@ -98,6 +98,14 @@ def _is_address(text: str) -> bool:
     return re.fullmatch(r"[0-9A-Fa-f:.]+(%[\w.-]{1,15})?", text, re.ASCII) is not None
 
 
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return False
+    return "%" not in text and text.isascii()
+
+
 # Part of the unit's name and of paths.
 Name = Annotated[
     Text,
@@ -145,6 +153,9 @@ class Instance:
     prompt_cache_mib: CacheMib
     context_checkpoints_mib: CacheMib
     listen: Annotated[Text, Should("be an IP address, such as 127.0.0.1 or 0.0.0.0", _is_address)]
+    allowed_clients: Listed[
+        Annotated[Text, Should("be an IP address or network, such as 10.0.0.7 or 10.0.0.0/8", _is_network)]
+    ]
     api_key_file: Text | None
     allow_unauthenticated: Flag
     tls_certificate_file: Text | None

@@ -34,7 +34,7 @@ from llamafleet.service.plan_inputs import PlanInputs, plan_inputs
 from llamafleet.service.refusals import Refused, is_path
 from llamafleet.settings.schema import Settings, SettingsError
 from llamafleet.settings.secrets import SecretError
-from tasks.lib import facts, lookups, remote, templates
+from tasks.lib import builds, facts, lookups, remote, templates
 from tasks.lib.certificates import CertificateError
 from tasks.lib.this_run import is_ours_or_dead
 
@@ -142,6 +142,8 @@ def read_inputs(host: Host) -> PlanInputs | Refused:
     settings = Settings.from_data(host.data.dict())
     lookups.take_secrets(settings)
     survey = facts.survey(host, all_packages(), settings)
+    for key, digest in survey.installed.release_digests.items():
+        builds.tell(key, digest)
     models = {instance.name: lookups.model(instance, settings) for instance in settings.models if not is_path(instance)}
     return plan_inputs(settings, survey, models)
 
@@ -155,6 +157,7 @@ def read_run(inputs: PlanInputs) -> Run:
         commit=lookups.commit(inputs.settings),
         secrets={instance.name: lookups.instance_secrets(instance) for instance in inputs.settings.models},
         holder=None if holder is None or is_ours_or_dead(holder) else holder,
+        digests={key: builds.known(key) for key in inputs.survey.installed.cached_builds},
     )
 
 

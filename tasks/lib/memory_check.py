@@ -130,7 +130,7 @@ def staged_files(serving: Serving) -> dict[str, str]:
 def refreshed_files(serving: Serving) -> dict[str, str]:
     """The files that replace those of an instance whose server runs on, by name."""
     service = serving.service
-    record = {**_of_the_host(_now().desired.installed.instances[serving.name]), **serving.record}
+    record = {**kept_keys(_now().desired.installed.instances[serving.name]), **serving.record}
     return {service.unit: service.unit_text, "plan.json": record_text(record), **service.liveness}
 
 
@@ -140,10 +140,10 @@ def changed_records() -> dict[str, str]:
     if now is None:
         return {}
     servings, installed = _by_name(now), now.desired.installed.instances
-    return {name: record_text({**_of_the_host(installed[name]), **servings[name].record}) for name in now.changes.note}
+    return {name: record_text({**kept_keys(installed[name]), **servings[name].record}) for name in now.changes.note}
 
 
-def _of_the_host(instance: InstalledInstance) -> dict[str, Any]:
+def kept_keys(instance: InstalledInstance) -> dict[str, Any]:
     """The keys of the installed plan.json; of a file that cannot be used, the preflight's result alone."""
     if instance.record is not None:
         return dict(instance.record.raw)

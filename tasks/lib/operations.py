@@ -28,11 +28,14 @@ from llamafleet import payload
 from llamafleet.host import answers
 from llamafleet.planner.reconcile import ROUNDS
 from llamafleet.remote.common import GOOD, JOBS, SECRETS, STAGED, plan_path
-from tasks.lib import host_lock, jobs, lookups, remote, sending
+from tasks.lib import builds, host_lock, jobs, lookups, remote, sending
 
 Commands = Generator[remote.HostCommand | FunctionCommand, None, None]
 
 Item = TypeVar("Item")
+
+# A release is read once for its digest: 3 GB from a slow disk.
+DIGEST_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,36 @@ def run_job(
         yield sending.received({path: (0o644, json.dumps(spec).encode())})
         arguments = (path, *arguments)
     yield call(jobs.follow, name, remote.words(program, *arguments), secret)
+
+
+@change
+def build_release(needed: bool, job: str, spec: dict[str, Any]) -> Commands:
+    """Make a release on the host: compiled there, or taken from the build cache with a digest that this run knows."""
+    if not needed:
+        return _as_wanted("the host has the release")
+    name = jobs.name_of(*job.split("-", 1))
+    path = f"{JOBS}/{name}.json"
+    yield sending.received({path: (0o644, json.dumps(spec).encode())})
+    yield call(_build, name, path, spec["key"], spec["build_cache"])
+
+
+class _NotBuiltError(Exception):
+    """A host has not made the build; why has been logged."""
+
+
+def _build(state: State, host: Host, job: str, path: str, key: str, cache: str | None) -> bool:
+    """Make the build in its turn, and note its digest for the other hosts. Raises `remote.RemoteError` where the host
+    does not give it."""
+    try:
+        with builds.turn(host, key, cache):
+            if not jobs.follow(state, host, job, remote.words("build.py", path, *builds.known(key))):
+                raise _NotBuiltError
+            if cache is not None:
+                asked = remote.program("build.py", "digest", key, seconds=DIGEST_SECONDS)
+                builds.made(key, remote.run_json(host, asked, answers.built).digest)
+    except _NotBuiltError:
+        return False
+    return True
 
 
 @change

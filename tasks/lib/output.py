@@ -3,6 +3,8 @@
 What pyinfra prints is cleaned: its log, what a failed command printed, names of operations, JSON. Colours that pyinfra
 asks for are marked, so that no host's text can pass for one. What a host's command prints is read up to a limit, and
 whatever bytes it is. `install` is called where `tasks.lib` is imported, and so by every stage, alone or not.
+
+Decision 10: docs/decisions/0010-a-host-is-not-trusted.md.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import logging
 import re
 import sys
 import traceback
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,19 +21,21 @@ import gevent
 from gevent.queue import Queue
 from pyinfra import logger
 from pyinfra.api import output as pyinfra_output
+from pyinfra.api.exceptions import ConnectError
 from pyinfra.connectors import util
+from pyinfra.connectors.ssh import SSHConnector
 
-from llamafleet.printable import cleaned, err, finished, marked, printable
+from llamafleet.printable import cleaned, err, finished, marked, print_exception, printable
 
 # A message of more characters is cut. JSON, which pyinfra prints without logging it, is never cut.
 LOGGED_CHARACTERS = 100_000
 # Of a command's standard output or error, read or not: a survey has some 100 KB, an installation of packages some MB.
-READ_BYTES = 64 * 2**20
+READ_BYTES = 32 * 2**20
 CHUNK_BYTES = 65536
 # Where a message has several lines, those after the first stand further in than a message: no host can forge one.
 CONTINUED = " " * 8
 
-_style, _echo = click.style, click.echo
+_style, _echo, _connect = click.style, click.echo, SSHConnector.connect
 
 
 def install() -> None:
@@ -47,9 +50,12 @@ def install() -> None:
     for one in (logger, logging.lastResort, *logging.getLogger().handlers):
         if one is not None:
             one.addFilter(_clean_record)
-    sys.excepthook = _print_exception
+    # paramiko tells every broken greeting with a traceback, where nobody listens; pyinfra says it in a line.
+    logging.getLogger("paramiko").addHandler(logging.NullHandler())
+    sys.excepthook = print_exception
     gevent.get_hub().exception_stream = _Cleaning()
     util.read_buffer = read_buffer
+    SSHConnector.connect = connect
 
 
 def style(text: object, *arguments: Any, **named: Any) -> str:
@@ -65,6 +71,18 @@ def echo(message: Any = None, *arguments: Any, **named: Any) -> None:
     _echo(finished(message) if isinstance(message, str) else message, *arguments, **named)
 
 
+def connect(self: SSHConnector) -> None:
+    """In place of pyinfra's method of this name, of which an error that it does not know ends the run for all hosts: a
+    server may answer what paramiko cannot decode."""
+    try:
+        _connect(self)
+    except ConnectError:
+        raise
+    except Exception as error:
+        logger.debug(traceback.format_exc())
+        raise ConnectError(f"SSH error ({type(error).__name__}: {error})") from error
+
+
 def _clean_record(record: logging.LogRecord) -> bool:
     """A filter of a logger, which changes the record and lets every one pass."""
     if getattr(record, "is_clean", False):
@@ -74,12 +92,6 @@ def _clean_record(record: logging.LogRecord) -> bool:
     if record.exc_info:  # a formatter would print it as it is
         record.exc_text = printable("".join(traceback.format_exception(*record.exc_info)))
     return True
-
-
-def _print_exception(
-    kind: type[BaseException], error: BaseException, place: types.TracebackType | None
-) -> None:  # fmt: skip
-    err("".join(traceback.format_exception(kind, error, place)), end="")
 
 
 class _Cleaning:
@@ -111,18 +123,18 @@ def _lines(io: Any) -> Iterator[str]:
     the command can end, and left out."""
     if hasattr(io, "FLAG_BINARY"):  # of paramiko, which else decodes strictly
         io._flags |= io.FLAG_BINARY
-    left, line = READ_BYTES, b""
+    left, line = READ_BYTES, bytearray()
     while chunk := io.readline(CHUNK_BYTES):
         line += chunk[:left]
         left -= min(left, len(chunk))
         if chunk.endswith(b"\n") and line:
             yield _text(line)
-            line = b""
+            line = bytearray()
     if line:
         yield _text(line)
     if not left:
         yield f"it printed more than {READ_BYTES >> 20} MiB, which is not read"
 
 
-def _text(line: bytes) -> str:
+def _text(line: bytearray) -> str:
     return line.decode("utf-8", "surrogateescape").rstrip("\n")

@@ -12,11 +12,13 @@ import pyinfra_cli  # isort: skip  # first: it makes sockets cooperative before 
 import argparse
 import contextlib
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import gevent
+from pyinfra import logger
 from pyinfra.api.config import Config
 from pyinfra.api.connect import connect_all, disconnect_all
 from pyinfra.api.exceptions import PyinfraError
@@ -27,7 +29,7 @@ from pyinfra_cli.inventory import make_inventory
 
 from llamafleet.cli import tables
 from llamafleet.planner.result import Plan, Refusal
-from llamafleet.printable import err, json_text, out
+from llamafleet.printable import err, json_text, one_line, out
 from llamafleet.service.refusals import Refused
 from tasks.lib.decision import READ_ERRORS, read_inputs
 
@@ -85,7 +87,11 @@ def _in_context(host: Host, action: Callable[[Host], T | str]) -> T | str:
     if not host.connected:
         return "cannot be reached: see the connection's error above"
     with ctx_host.use(host):
-        return action(host)
+        try:
+            return action(host)
+        except Exception as error:  # whatever it is, the other hosts are shown
+            logger.debug(traceback.format_exc())
+            return f"cannot be read: {type(error).__name__}: {error}"
 
 
 def parse(description: str, arguments: list[str]) -> argparse.Namespace:
@@ -126,7 +132,7 @@ def _as_json(answers: Mapping[str, Plan | Refusal] | str) -> dict[str, Any]:
 
 def _as_text(host: str, answers: Mapping[str, Plan | Refusal] | str) -> str:
     if isinstance(answers, str):
-        return f"{host}: {answers}"
+        return one_line(f"{host}: {answers}")
     return "\n".join(tables.table(answer, f"{name} on {host}") for name, answer in answers.items())
 
 

@@ -164,6 +164,12 @@ def test_the_program_tells_memory_gate_and_since(on_host):
     }
 
 
+@pytest.mark.parametrize("gate", [5, [], "text", {"gpus": 0}, None])
+def test_a_damaged_plan_json_hides_nothing_but_the_gpus(on_host, monkeypatch, gate):
+    monkeypatch.setattr(program, "read_json", lambda path: {"gate": gate} if path == program.plan_path("demo") else {})
+    assert program.status()["demo"]["gpu_bytes"] == {} and program.status()["demo"]["cgroup_bytes"] == MIB
+
+
 @pytest.mark.parametrize("value", ["[not set]", "18446744073709551615", "", None])
 def test_memory_that_the_kernel_does_not_count(on_host, value):
     on_host["MemoryCurrent"] = value

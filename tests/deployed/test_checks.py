@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
 
 from llamafleet.settings.schema import Settings
-from tests.hosts import checks, instance_checks
+from tests.hosts import checks, facts, instance_checks
+from tests.mutations import FUZZ, broken
 
 ROOT = Path(__file__).resolve().parents[2]
 COLLECTOR = ROOT / "tests/hosts/collect.py"
@@ -326,6 +328,89 @@ def test_addresses_are_compared_not_texts(listen):
     assert not problems_by_check(facts, settings(listen=listen))["listening"]
 
 
+# --- answers and records that are no good -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ([1], "expected a readable record, found : should be an object"),
+        ({"gate": 5}, "expected a readable record, found gate: should be an object, is 5 (deploy again)"),
+        ({**plan(), "schema": 2}, "expected a readable record, found schema: should be 1, is 2 (deploy again)"),
+        ({**plan(), "files": [5]}, "found files[0]: should be an object, is 5"),
+        ({**plan(), "release": "\x1b[2J", "commit": 5, "source": 5}, "found source: should be text, is 5"),
+    ],
+    ids=["list", "gate", "later", "files", "source"],
+)
+def test_a_damaged_plan_json_is_named_and_no_check_raises(plan, message):
+    known = healthy()
+    known["instances"]["tiny"]["plan"] = plan if isinstance(plan, dict) else None
+    found = problems_by_check(known)
+    if isinstance(plan, dict):
+        assert any(message in text for text in found["plan_file"]), found["plan_file"]
+        assert all(
+            text.startswith("web1/tiny: /etc/llamafleet/instances/tiny/plan.json: ") for text in found["plan_file"]
+        )
+    assert found["plan_file"] and found["models"] and found["process"]
+    assert not found["listening"] and not found["keys"]
+
+
+@pytest.mark.parametrize("record", [{}, {"key": KEY, "ref": "b1", "commit": "c", "files": [1]}, {"key": 5}])
+def test_a_damaged_release_json_is_named(record):
+    known = healthy()
+    known["release"]["record"] = record
+    found = problems_by_check(known)
+    assert "releases/feedfacefeedface/release.json: expected a readable record" in found["release"][0]
+
+
+@pytest.mark.parametrize("answer", [5, [], {}, {"checks": 5}, {"checks": [{"name": "health"}]}])
+def test_an_unusable_result_of_the_gate_is_named(answer):
+    known = healthy()
+    known["instances"]["tiny"]["gate"] = answer
+    assert "web1/tiny: gate: health: expected a result, found " in problems_by_check(known)["gate health"][0]
+
+
+def test_texts_of_a_host_are_printed_clean():
+    known = healthy()
+    known["instances"]["tiny"]["process"]["exe"] = "/tmp/\x1b[2J\u202e"
+    [text] = problems_by_check(known)["process"]
+    assert text.endswith(r"found /tmp/\x1b[2J\u202e")
+
+
+@pytest.mark.parametrize(
+    ("printed", "message"),
+    [
+        ("", "collect.py on the host: answer: is no JSON"),
+        ("Welcome!\nTraceback", "answer: is no JSON"),
+        ("[1]", "answer: should be an object, is [1]"),
+        (json.dumps({**healthy(), "euid": "0"}), "answer.euid: should be a whole number, is '0'"),
+        (json.dumps({**healthy(), "instances": {}}), "answer.instances: tiny is missing"),
+    ],
+)
+def test_an_unusable_answer_is_refused_in_one_line(printed, message):
+    with pytest.raises(facts.FactsError) as error:
+        facts.read(printed, ["tiny"])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_banner_may_stand_before_the_answer():
+    assert facts.read(f"Welcome!\n{json.dumps(healthy())}\n", ["tiny"]) == healthy()
+
+
+@FUZZ
+@given(broken(healthy()))
+def test_a_broken_answer_is_refused_or_every_check_says_what_it_finds(data):
+    try:
+        found = facts.read(json.dumps(data), ["tiny"])
+    except (ValueError, RecursionError):  # no JSON can be made of it
+        return
+    except facts.FactsError as error:
+        assert len(str(error)) < 500
+        return
+    for texts in problems_by_check(found, resolve=lambda repository, ref: COMMIT).values():
+        assert all(one.isprintable() or one == "\n" for text in texts for one in text)
+
+
 # --- the collector ---------------------------------------------------------------------------
 
 
@@ -412,6 +497,7 @@ def test_a_model_is_read_unless_quick(collector, tmp_path):
 
 def test_a_release_is_read_as_it_lies_there(collector, tmp_path, monkeypatch):
     monkeypatch.setattr(collector, "OPT", str(tmp_path))
+    monkeypatch.setattr(collector, "AS_NOBODY", ())  # who may not enter this folder
     folder = tmp_path / "releases" / KEY
     (folder / "bin").mkdir(parents=True)
     server = folder / "bin/llama-server"
@@ -424,6 +510,20 @@ def test_a_release_is_read_as_it_lies_there(collector, tmp_path, monkeypatch):
         f"releases/{KEY}", {"key": KEY}, "version: 1 (0123456)"
     )  # fmt: skip
     assert found["files"] == {"llama-server": collector.sha256_of(str(server))}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"files": 5, "gate": 5}, {"files": [5, {}, {"path": 5}, {"path": "a\0b"}], "gate": {"url": 5, "health_seconds": "x"}},
+     {"gate": {"url": "http://127.0.0.1:1\x00"}}, [1]],
+    ids=["numbers", "nested", "address", "list"],
+)  # fmt: skip
+def test_a_damaged_plan_json_does_not_end_the_collector(collector, tmp_path, monkeypatch, record):
+    monkeypatch.setattr(collector, "ETC", str(tmp_path))
+    (tmp_path / "instances/tiny").mkdir(parents=True)
+    (tmp_path / "instances/tiny/plan.json").write_text(json.dumps(record))
+    found = json.loads(json.dumps(collector.instance("tiny", True)))
+    assert found["plan"] == (record if isinstance(record, dict) else None) and found["models"] == {}
 
 
 def test_healthy_facts_are_not_shared():

@@ -1,8 +1,11 @@
 """Changing what is deployed: only what differs is touched, and the old one is kept until the new one serves."""
 
+import contextlib
 import json
 import signal
 import subprocess
+import tarfile
+import threading
 import time
 
 import pytest
@@ -19,6 +22,31 @@ def host(builder):
 def model(outside, host, name, port, **other):
     return {"name": name, "source": outside.sources["dense"], "port": port, "listen": host.address,
             "context_tokens": 1024, **other}  # fmt: skip
+
+
+# Of a build's unit, as systemd shows them.
+LIMITS = {"Nice": "10", "CPUWeight": "20", "IOWeight": "20", "OOMScoreAdjust": "500", "RuntimeMaxUSec": "12h",
+          "ProtectSystem": "strict", "NoNewPrivileges": "yes"}  # fmt: skip
+
+
+@contextlib.contextmanager
+def watching(host, units):
+    """What systemd shows of the first unit of that pattern which runs meanwhile; empty until there is one."""
+    seen, ended = {}, threading.Event()
+
+    def look():
+        while not seen and not ended.wait(0.2):
+            names = ",".join([*LIMITS, "MemoryMax"])
+            shown = host.run(["systemctl", "show", f"--property={names}", units]).stdout
+            seen.update(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_two_instances_and_a_change_of_context_restarts_only_one(outside, settings, inventory, host):
@@ -69,8 +97,11 @@ def test_a_new_commit_is_built_and_the_old_release_is_kept(outside, settings, in
     old = json.loads(on(host, "cat", "/opt/llamafleet/current/release.json"))
     path = "tools/server/README-dev.md"
     commit = upstream.add_commit(outside.clone, {path: "changed\n"}, "changed")
-    run = pyinfra(inventory((host, settings(host, llama_cpp_ref="changed"))))
+    with watching(host, "llamafleet-job-build-*.service") as seen:
+        run = pyinfra(inventory((host, settings(host, llama_cpp_ref="changed"))))
     assert run.code == 0, run.text
+    # The server beside it has its time, its disk and its memory.
+    assert LIMITS.items() <= seen.items() and int(seen["MemoryMax"]) < 2**40, seen
     new = json.loads(on(host, "cat", "/opt/llamafleet/current/release.json"))
     assert new["commit"] == commit != old["commit"]
     releases = on(host, "ls", "/opt/llamafleet/releases").split()
@@ -81,6 +112,32 @@ def test_a_new_commit_is_built_and_the_old_release_is_kept(outside, settings, in
     back = pyinfra(inventory((host, settings(host))))
     assert back.code == 0 and not [name for name in back.changed() if "Build" in name], back.text
     assert serves(host)
+
+
+def test_a_build_that_somebody_changed_in_the_cache_is_not_used(settings, inventory, deployed, host, builds):
+    [other] = [one for one in deployed if one is not host]
+    written = inventory((other, settings(other, "moe", llama_cpp_ref="changed")))
+    dry = pyinfra(written, "--dry")
+    [name] = [name for name in dry.changed() if "the current release" in name]
+    # This checkout saw the build made, and the cache seems to have it: nothing is checked out.
+    assert not [name for name in dry.changed() if "Check out" in name]
+    [archive] = builds.glob(f"{name.split('Make build ')[1].split()[0]}-*.tar")
+    with tarfile.open(archive) as tar, archive.open("r+b") as file:
+        library = next(member for member in tar if member.isreg() and "libllama.so" in member.name)
+        file.seek(library.offset_data + library.size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+    run = pyinfra(written)
+    assert run.code != 0 and f"{archive.name} is not used: bin/libllama.so" in run.text, run.text
+    assert "run again, and it compiles" in run.text and serves(other)
+    again = pyinfra(written)
+    assert again.code == 0 and [name for name in again.changed() if "Check out" in name], again.text
+    release = f"/opt/llamafleet/releases/{json.loads(on(other, 'cat', '/opt/llamafleet/current/release.json'))['key']}"
+    digest = on(other, "sha256sum", f"{release}/release.json").split()[0]
+    assert digest not in archive.name and (builds / archive.name.replace(archive.name[17:81], digest)).exists()
+    assert on(other, "find", release, "-perm", "/7022", "!", "-type", "l") == "" and serves(other)
+    assert pyinfra(inventory((other, settings(other, "moe")))).code == 0
 
 
 def test_killed_in_mid_download_the_next_run_ends_green(outside, settings, inventory, hosts):

@@ -5,6 +5,7 @@ its device the gate reads in the server's own log, here as on any other backend.
 """
 
 import copy
+import hashlib
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 
 from bench import staging
 from sandbox import oracle_build, upstream
+from tasks.lib import builds as known_builds
 from tests import fake_nvml
 from tests.e2e.deploying import ROOT, environment, main_pid, on, pyinfra, serves
 
@@ -99,25 +101,40 @@ def key_of(run):
 
 
 def publish(builds, old, key, commit, library=None):
-    """Put a copy of a cached release into the build cache under another key, with `library` before Vulkan's."""
-    archive = builds / f"{key}.tar"
-    with tarfile.open(builds / f"{old}.tar") as source, tarfile.open(archive, "w") as target:
+    """Put a copy of a cached release into the build cache under another key, with `library` before Vulkan's, as if this
+    operator had seen it made."""
+    archive = max(builds.glob(f"{old}-*.tar"), key=os.path.getmtime)
+    members = []
+    with tarfile.open(archive) as source:
         for member in source:
             data = source.extractfile(member).read() if member.isreg() else None
-            if member.name == "./release.json":
-                data = json.dumps({**json.loads(data), "key": key, "commit": commit}).encode()
             if library and data and "libggml-vulkan.so" in member.name:
-                add(target, member, data, "./bin/real.so")
+                members.append((copied(member, "bin/real.so"), data))
                 data = library.read_bytes()
-            add(target, member, data, member.name)
-    digest = subprocess.run(["sha256sum", str(archive)], capture_output=True, text=True, check=True).stdout
-    (builds / f"{key}.tar.sha256").write_text(digest)
+            members.append((copied(member, member.name), data))
+    contents = {member.name.removeprefix("bin/"): data for member, data in members}
+    for member, _ in members:  # a link has the content of what it leads to
+        target = member
+        while target.issym():
+            target = next(other for other, _ in members if other.name == f"bin/{target.linkname}")
+        contents[member.name.removeprefix("bin/")] = contents[target.name.removeprefix("bin/")]
+    record = {**json.loads(contents.pop("release.json")), "key": key, "commit": commit,
+              "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+              "sizes": {name: len(data) for name, data in contents.items()}}  # fmt: skip
+    text = json.dumps(record).encode()
+    digest = hashlib.sha256(text).hexdigest()
+    with tarfile.open(builds / f"{key}-{digest}.tar", "w") as target:
+        for member, data in members:
+            content = text if member.name == "release.json" else data
+            member.size = len(content or b"")
+            target.addfile(member, io.BytesIO(content) if content is not None else None)
+    known_builds.record(key, digest)
 
 
-def add(target, member, data, name):
+def copied(member, name):
     member = copy.copy(member)
-    member.name, member.size = name, len(data or b"")
-    target.addfile(member, io.BytesIO(data) if data is not None else None)
+    member.name = name
+    return member
 
 
 def gate(host):

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import random
 import struct
 import subprocess
 import tempfile
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 import common
+import helpers
 import instance_files
 import pytest
 import switch
@@ -34,19 +36,36 @@ CLONE_NEWNS = 0x00020000
 KINDS = {"ext4": (32, ["mkfs.ext4", "-q", "-F"]), "xfs": (300, ["mkfs.xfs", "-q", "-f"])}
 
 
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def done(result):
+    """Of a function of libc's."""
+    if result:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
 class Disk:
     """A file system in a file, mounted in a folder."""
 
     def __init__(self, kind, image, folder):
         mebibytes, make = KINDS[kind]
-        self.image, self.folder = image, folder
+        self.kind, self.folder = kind, folder
         with open(image, "wb") as file:
             file.truncate(mebibytes << 20)
         subprocess.run([*make, image], check=True)
+        self.device = subprocess.check_output(["losetup", "--find", "--show", image], text=True).strip()
         self.mount()
 
     def mount(self):
-        subprocess.run(["mount", "-o", "loop", self.image, self.folder], check=True)
+        done(libc.mount(self.device.encode(), self.folder.encode(), self.kind.encode(), 0, None))
+
+    def unmount(self):
+        done(libc.umount2(self.folder.encode(), 0))
+
+    def close(self):
+        self.unmount()
+        subprocess.run(["losetup", "--detach", self.device], check=True)
 
     def cut(self):
         """Everything that is not on the disk is lost."""
@@ -57,21 +76,21 @@ class Disk:
             os.close(folder)
 
     def again(self):
-        subprocess.run(["umount", self.folder], check=True)
+        self.unmount()
         self.mount()
 
 
 @contextlib.contextmanager
 def own_mounts():
     """A mount namespace of our own: one that is made beside us would keep what we unmount, and its damage."""
-    libc, folder = ctypes.CDLL(None, use_errno=True), os.getcwd()
+    folder = os.getcwd()
     before = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY)
     try:
-        assert libc.unshare(CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
+        done(libc.unshare(CLONE_NEWNS))
         subprocess.run(["mount", "--make-rprivate", "/"], check=True)
         yield
     finally:
-        assert libc.setns(before, CLONE_NEWNS) == 0, os.strerror(ctypes.get_errno())
+        done(libc.setns(before, CLONE_NEWNS))
         os.close(before)
         os.chdir(folder)
 
@@ -85,8 +104,10 @@ def disk(request):
         Path(folder, "mnt").mkdir()
         with own_mounts():
             one = Disk(request.param, f"{folder}/image", f"{folder}/mnt")
-            yield one
-            subprocess.run(["umount", one.folder], check=True)
+            try:
+                yield one
+            finally:
+                one.close()
 
 
 @pytest.fixture
@@ -175,7 +196,7 @@ def test_power_cuts_in_a_switch_end_with_the_old_service_or_the_new_one(disk, ho
 def test_power_cuts_in_a_first_installation(disk, host):
     number, passed = 0, 0
     while True:
-        number += 3
+        number += 4
         new = switching.stage("first")
         os.sync()
         came_so_far = cut_at(host, disk, number, lambda: switch.install(NAME))
@@ -195,7 +216,7 @@ def test_power_cuts_in_a_first_installation(disk, host):
 def test_power_cuts_in_a_switch_that_goes_back(disk, host):
     old, number = deploy(host, "0"), 0
     while True:
-        number += 3
+        number += 4
         switching.stage("bad", serves=False)
         os.sync()
 
@@ -216,7 +237,7 @@ def test_power_cuts_in_a_refresh_never_leave_an_unproven_unit(disk, host):
     deploy(host, "0")
     keys, number = instance_files.installed(NAME)["api-keys"], 0
     while True:
-        number += 3
+        number += 4
         old = instance_files.installed(NAME)
         new = {**switching.stage(f"{number}"), "api-keys": keys}
         os.unlink(f"{common.STAGED}/{NAME}/api-keys")
@@ -228,6 +249,65 @@ def test_power_cuts_in_a_refresh_never_leave_an_unproven_unit(disk, host):
         if not came_so_far:
             break
     assert number > 50
+
+
+@pytest.fixture
+def sent(tmp_path):
+    """Makes copies of helpers, as they were sent; of one version they have the same content."""
+
+    def make(version):
+        folder = tmp_path / version
+        if not folder.exists():
+            (folder / "psutil").mkdir(parents=True)
+            files = {name: f"version = {version!r}\n" * 300 for name in ("common.py", "gate.py", "psutil/__init__.py")}
+            for name, text in files.items():
+                (folder / name).write_text(text)
+            sums = [f"{common.sha256(text.encode())}  {name}\n" for name, text in files.items()]
+            (folder / common.SUMS).write_text("".join(sums))
+        return str(folder)
+
+    return make
+
+
+@pytest.mark.parametrize("before", ["another version", "damaged"])
+def test_power_cuts_in_an_installation_of_helpers_leave_whole_ones(disk, host, sent, monkeypatch, before):
+    for module in (helpers, helpers.survey):
+        for name in ("HELPERS", "UNITS", "GOOD"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, getattr(common, name))
+
+    def install(version):
+        helpers.install(version, sent(version))
+        helpers.prune(version)
+
+    def damage():
+        for name in ("gate.py", common.SUMS):
+            with open(f"{common.HELPERS}/new{number}/{name}", "w"):
+                pass
+
+    install("first")
+    # A unit calls them, whatever is installed later.
+    with open(f"{common.UNITS}/{UNIT}", "w") as file:
+        file.write(f"{common.MADE_BY}\nExecStartPost={common.HELPERS}/first/gate.py\n")
+    number = 0
+    while True:
+        number += 1
+        new = f"new{number}"
+        sent(new)
+        if before == "damaged":
+            install(new)
+            damage()
+        os.sync()
+        came_so_far = cut_at(host, disk, number, lambda new=new: install(new))
+        assert helpers.survey.current_helpers() in (new, "first", f"new{number - 1}", None)
+        assert before == "damaged" or helpers.survey.current_helpers() is not None
+        assert common.helpers_damage(f"{common.HELPERS}/first") is None
+        install(new)  # the next run, which sees either that they are not of its version or that they are damaged
+        assert helpers.survey.current_helpers() == new
+        assert sorted(os.listdir(common.HELPERS)) == sorted(["current", "first", new])
+        if not came_so_far:
+            break
+    assert number > 15
 
 
 # --- on a host --------------------------------------------------------------------------------------
@@ -244,11 +324,9 @@ LIVENESS = {"liveness_seconds": 30, "liveness_interval_seconds": 10}
 
 
 @contextlib.contextmanager
-def switching_to(asked, context_tokens, host, inventory):
-    """A run that switches to another context; in the block the gate is asking. The run has ended after it."""
-    runs = []
-    model = {**asked["models"][0], "context_tokens": context_tokens}
-    written = inventory((host, {**asked, "models": [model]}))
+def switching_to(asked, host, inventory):
+    """A run that switches to these settings; in the block the gate is asking. The run has ended after it."""
+    runs, written = [], inventory((host, asked))
     running = threading.Thread(target=lambda: runs.append(deploying.pyinfra(written)))
     running.start()
     try:
@@ -265,28 +343,90 @@ def until(true, seconds):
         time.sleep(0.1)
 
 
+def with_context(asked, context_tokens):
+    return {**asked, "models": [{**asked["models"][0], "context_tokens": context_tokens}]}
+
+
+def check_whole(host, *contexts):
+    """Without another run: one of the two services serves, with its liveness check, and is the good one."""
+    on, timer = deploying.on, "llama-server-tiny-liveness.timer"
+    until(lambda: deploying.serves(host), 60)
+    assert deploying.ask(host, "/props")[1]["default_generation_settings"]["n_ctx"] in contexts
+    assert on(host, "cat", UNIT_FILE) == on(host, "cat", f"{GOOD}/tiny/llama-server-tiny.service")
+    until(lambda: on(host, "systemctl", "show", "--property=ActiveState", "--value", timer) == "active", 20)
+    assert on(host, "systemctl", "is-enabled", timer, "llama-server-tiny") == "enabled\nenabled"
+    left = on(
+        host, "sh", "-c", f"ls -A {GOOD}/.switching {GOOD}/.passed; find /etc -name '.*.old' -o -name '*recover-tiny*'"
+    )
+    assert left.split() == [f"{GOOD}/.passed:", f"{GOOD}/.switching:"]
+
+
 @pytest.mark.parametrize("how", ["killed", "power cut"])
-def test_a_switch_that_ends_in_mid_gate_leaves_the_old_service_without_another_run(settings, inventory, builder, how):
-    host, on = builder, deploying.on
+def test_a_switch_that_ends_in_mid_gate_leaves_the_old_service_without_another_run(settings, inventory, deployed, how):
+    host, on = deployed[0], deploying.on
     asked = settings(host, **LIVENESS)
     done = deploying.pyinfra(inventory((host, asked)))
     assert done.code == 0, done.text
     before = on(host, "cat", UNIT_FILE)
-    with switching_to(asked, 768, host, inventory) as runs:
+    with switching_to(with_context(asked, 768), host, inventory) as runs:
         if how == "killed":
             on(host, "sh", "-c", KILL)
         else:
             host.kill()
             host.start()
     assert runs[0].code != 0
-    until(lambda: deploying.serves(host), 60)
-    assert on(host, "cat", UNIT_FILE) == before == on(host, "cat", f"{GOOD}/tiny/llama-server-tiny.service")
-    assert deploying.ask(host, "/props")[1]["default_generation_settings"]["n_ctx"] == 1024
-    timer = ["llama-server-tiny-liveness.timer"]
-    until(lambda: on(host, "systemctl", "show", "--property=ActiveState", "--value", *timer) == "active", 20)
-    assert on(host, "systemctl", "is-enabled", *timer, "llama-server-tiny") == "enabled\nenabled"
-    left = on(
-        host, "sh", "-c", f"ls -A {GOOD}/.switching {GOOD}/.passed; find /etc -name '.*.old' -o -name '*recover-tiny*'"
-    )
-    assert left.split() == [f"{GOOD}/.passed:", f"{GOOD}/.switching:"]
+    check_whole(host, 1024)
+    assert on(host, "cat", UNIT_FILE) == before
     assert deploying.pyinfra(inventory((host, asked)), "--dry").changed() == []
+
+
+EMPTY = (
+    f"for file in {UNIT_FILE} /etc/systemd/system/llama-server-tiny-liveness.* /etc/llamafleet/instances/tiny/* "
+    f"{GOOD}/tiny/* /opt/llamafleet/helpers/current/gate*.py /opt/llamafleet/helpers/current/survey.py; do : > $file; done"
+)
+
+
+def test_files_that_a_power_cut_emptied_are_made_anew(settings, inventory, deployed):
+    """As on XFS, when nobody had synced them: all of an instance's files, the last good ones too, and helpers."""
+    host, on = deployed[0], deploying.on
+    written = inventory((host, settings(host, **LIVENESS)))
+    done = deploying.pyinfra(written)
+    assert done.code == 0, done.text
+    on(host, "sh", "-c", EMPTY)
+    host.kill()
+    host.start()
+    assert not deploying.serves(host)
+    run = deploying.pyinfra(written)
+    assert run.code == 0, run.text
+    check_whole(host, 1024)
+    assert (
+        on(host, "sh", "-c", "cd /opt/llamafleet/helpers/current && sha256sum --status -c helpers.sha256 && echo whole")
+        == "whole"
+    )
+    assert deploying.pyinfra(written, "--dry").changed() == []
+
+
+@pytest.mark.long
+def test_power_cuts_at_random_points_of_deploys_that_change_a_service(settings, inventory, deployed):
+    host, seed = deployed[0], int(os.environ.get("E2E_SEED") or time.time())
+    chance, contexts = random.Random(seed), (1024, 768)
+    print(f"E2E_SEED={seed}")
+    asked = settings(host, **LIVENESS)
+    assert deploying.pyinfra(inventory((host, asked))).code == 0
+    began = time.monotonic()
+    assert deploying.pyinfra(inventory((host, with_context(asked, contexts[1])))).code == 0
+    usual = time.monotonic() - began
+    for number in range(10):
+        written = inventory((host, with_context(asked, contexts[number % 2])))
+        after = chance.uniform(0.1, 1.0) * usual
+        cut = threading.Timer(after, lambda: (host.kill(), host.start()))
+        cut.start()
+        broken = deploying.pyinfra(written)
+        cut.join()
+        print(
+            f"round {number} of E2E_SEED={seed}: cut after {after:.1f} s of {usual:.1f} s; the run ended with {broken.code}"
+        )
+        check_whole(host, *contexts)
+        run = deploying.pyinfra(written)
+        assert run.code == 0, run.text
+        check_whole(host, contexts[number % 2])

@@ -1,6 +1,8 @@
 """A host that an earlier release deployed meets this one: the server runs on, and a second run changes nothing.
 
 The earlier code is taken from this repository's history and run as it was, with this environment's libraries.
+
+Decision 16: docs/decisions/0016-records-are-versioned.md.
 """
 
 import os

@@ -33,6 +33,7 @@ ANSWERS = {
                                       "since": "Sat", "gate": GATE}}),
     "removable": ("uninstall.py", {"euid": 0, "lock": HOLDER, "units": ["a.service"], "paths": ["/opt/llamafleet"],
                                    "models": ["/m"], "user": True}),
+    "built": ("build.py", {"digest": "5e" * 32}),
     "gate": ("gate.py", {"ok": True, "checks": [], "decode_tokens_per_s": None}),
 }  # fmt: skip
 
@@ -56,6 +57,7 @@ def test_every_answer_becomes_values():
     assert [check.name for check in found["status"]["demo"].gate.checks if not check.ok] == ["speed"]
     assert found["status"]["demo"].gate.record == GATE
     assert (found["removable"].units, found["gate"].ok) == (("a.service",), True)
+    assert found["built"].digest == "5e" * 32
 
 
 def test_the_sizes_stand_behind_a_word_in_the_log():

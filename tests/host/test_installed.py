@@ -17,7 +17,8 @@ REMOTE = Path(__file__).parents[2] / "llamafleet" / "remote"
 SHA = "5e" * 32
 TIMER = "llama-server-demo-liveness.timer"
 ANSWER = {
-    "euid": 0, "user": True, "missing_packages": ["cmake"], "helpers": "h1", "current": "k1", "cached_builds": ["k1"],
+    "euid": 0, "user": True, "missing_packages": ["cmake"], "helpers": "h1", "current": "k1",
+    "cached_builds": {"k1": ["a" * 64]}, "release_digests": {"k1": SHA},
     "lock": {"run": "r", "who": "me@box", "machine": "box b", "pid": 7, "pid_started": 1.5, "began": "noon",
              "age_seconds": 3.0},
     "releases": {"k1": {"files": ["llama-server"]}},

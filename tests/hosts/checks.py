@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llamafleet.printable import printable
 from llamafleet.remote.common import CURRENT, ETC, INSTANCES, OPT, RUN, STAGED
 from llamafleet.settings.schema import Instance, Settings
+from tests.hosts import facts
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Problem:
 
     def __str__(self) -> str:
         hint = f" ({self.hint})" if self.hint else ""
-        return f"{self.where}: {self.what}: expected {self.expected}, found {say(self.found)}{hint}"
+        return printable(f"{self.where}: {self.what}: expected {self.expected}, found {say(self.found)}{hint}")
 
 
 def say(value: Any) -> str:
@@ -60,16 +62,17 @@ class Served:
 
     @property
     def plan(self) -> Mapping[str, Any]:
-        """The host's plan.json; empty if there is none, which `plan_file` reports."""
-        return self.facts["plan"] or {}
+        """The host's plan.json; empty if there is none, or none that can be read, which `plan_file` reports."""
+        plan: Mapping[str, Any] = self.facts["plan"] or {}
+        return {} if facts.plan_problems(plan) else plan
 
 
 def served(box: Box, instance: Instance) -> Served:
     """The instance with its part of the host's facts."""
     current = box.facts["release"]
     key = current["target"].rsplit("/", 1)[-1] if current else None
-    facts, watched = box.facts["instances"][instance.name], box.settings.liveness_seconds > 0
-    return Served(f"{box.where}/{instance.name}", instance, facts, key, watched)
+    watched = box.settings.liveness_seconds > 0
+    return Served(f"{box.where}/{instance.name}", instance, box.facts["instances"][instance.name], key, watched)
 
 
 # --- a host; instances are checked in `instance_checks.py` ---
@@ -90,6 +93,10 @@ def release(box: Box, resolve: Callable[[str, str], str | None]) -> Problems:
     record = current["record"]
     if record is None:
         yield Problem(box.where, f"{current['target']}/release.json", "the record of a whole build", None)
+        return
+    if problems := facts.release_problems(record):
+        for problem in problems:
+            yield Problem(box.where, f"{current['target']}/release.json", "a readable record", problem, "deploy again")
         return
     if current["target"] != f"releases/{record['key']}":
         yield Problem(box.where, "key in release.json", current["target"], record["key"])
@@ -118,16 +125,17 @@ def release(box: Box, resolve: Callable[[str, str], str | None]) -> Problems:
 def version(box: Box) -> Problems:
     """The output of `llama-server --version` has the commit of release.json."""
     current = box.facts["release"]
-    commit = ((current or {}).get("record") or {}).get("commit", box.settings.llama_cpp_ref)
+    record = (current or {}).get("record") or {}
+    commit = box.settings.llama_cpp_ref if facts.release_problems(record) else record["commit"]
     output = current and current["version"]
-    if not output or not re.search(rf"\b{commit[:7]}", output):
+    if not output or not re.search(rf"\b{re.escape(commit[:7])}", output):
         yield Problem(box.where, "llama-server --version", f"commit {commit[:7]}", output)
 
 
 def folders(box: Box) -> Problems:
     """Only root can change programs, plans and settings of the services."""
     for path in (OPT, ETC, INSTANCES):
-        folder = box.facts["folders"][path]
+        folder = box.facts["folders"].get(path)
         if folder is None or (folder["owner"], folder["mode"]) != ("root", "0755"):
             yield Problem(box.where, path, "root 0755", folder and f"{folder['owner']} {folder['mode']}")
 
@@ -145,7 +153,7 @@ def leftovers(box: Box) -> Problems:
             box.facts["staged"],
             "a switch was interrupted: deploy again",
         )
-    staged = box.facts["folders"][STAGED]
+    staged = box.facts["folders"].get(STAGED)
     if staged and (staged["owner"], staged["mode"]) != ("root", "0700"):
         yield Problem(
             box.where,

@@ -8,6 +8,7 @@ printed. `quick` does not read model files: it takes the checksum in FILE.verifi
 
 import glob
 import hashlib
+import http.client
 import json
 import os
 import pwd
@@ -26,6 +27,8 @@ RUN = "/run/llamafleet"
 UNITS = "/etc/systemd/system"
 # Seconds that a gate may take beyond the time to load the model: a busy server answers late.
 GATE_SECONDS = 600
+# Before a command that must not run as root.
+AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--bounding-set=-all")
 LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp, include/net/tcp_states.h
 
 
@@ -82,7 +85,7 @@ def read_json(path):
     """The JSON object in a file; null if the file is missing or has no JSON object."""
     try:
         value = json.loads(read_text(path) or "")
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -118,7 +121,7 @@ def release():
         "target": target,
         "record": read_json(folder + "/release.json"),
         "files": {name: sha256_of(f"{folder}/bin/{name}") for name in listing(folder + "/bin")},
-        "version": output_of([folder + "/bin/llama-server", "--version"])[1].strip()[:2000],
+        "version": output_of([*AS_NOBODY, folder + "/bin/llama-server", "--version"])[1].strip()[:2000],
     }
 
 
@@ -151,11 +154,23 @@ def instance(name, quick):
         "process": process(pid),
         "listening": listening(pid),
         "keys": keys(folder + "/api-keys"),
-        "models": {file["path"]: model(file["path"], quick) for file in (plan or {}).get("files", [])},
+        "models": {path: model(path, quick) for path in paths(plan)},
         "liveness": liveness(name),
-        "gate": gate(folder + "/plan.json", (plan or {}).get("gate", {})),
-        "allowed_origin": allowed_origin((plan or {}).get("gate", {}).get("url")),
+        "gate": gate(folder + "/plan.json", gate_of(plan)),
+        "allowed_origin": allowed_origin(gate_of(plan).get("url")),
     }
+
+
+def paths(plan):
+    """The model's files of a plan.json; none where it is damaged."""
+    files = (plan or {}).get("files")
+    named = [file.get("path") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
+    return [path for path in named if isinstance(path, str) and path.startswith("/") and "\0" not in path]
+
+
+def gate_of(plan):
+    gate = (plan or {}).get("gate")
+    return gate if isinstance(gate, dict) else {}
 
 
 def liveness(name):
@@ -281,7 +296,7 @@ def model(path, quick):
 
 def allowed_origin(url):
     """The server's Access-Control-Allow-Origin for a web page of another site; null if the server does not answer."""
-    if not url:
+    if not isinstance(url, str) or not url:
         return None
     request = urllib.request.Request(
         f"{url}/v1/completions", headers={"Origin": "http://other.example"}, method="OPTIONS"
@@ -292,7 +307,7 @@ def allowed_origin(url):
     try:
         with urllib.request.build_opener(*handlers).open(request, timeout=30) as answer:
             return answer.headers.get("Access-Control-Allow-Origin", "")
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return None
 
 
@@ -301,13 +316,14 @@ def gate(plan, spec):
     program = OPT + "/helpers/current/gate.py"
     if not os.path.exists(program) or not spec:
         return {"error": f"{program if spec else plan} is missing"}
+    loading = spec.get("health_seconds")
     code, text = output_of(
         ["python3", "-s", "-E", "-B", program, "check", plan],
-        seconds=spec.get("health_seconds", 0) + GATE_SECONDS,
+        seconds=(loading if isinstance(loading, int) else 0) + GATE_SECONDS,
     )
     try:
         return json.loads(text.strip().splitlines()[-1])
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, RecursionError):
         return {"error": f"gate.py ended with exit code {code}: {text.strip()[-500:]}"}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ from typing import Any
 import pytest
 import testinfra  # type: ignore[import-untyped]  # it ships no types
 
-from tests.hosts import checks
+from llamafleet.printable import printable
+from tests.hosts import checks, facts
 from tests.hosts.inventory_bridge import BridgeError, Target, targets
 
 HERE = Path(__file__).resolve().parent
 COLLECTOR = HERE / "collect.py"
 PARALLEL = 16  # hosts that are read at the same time
+# Of each host: to hash model files of some 500 GB from a slow disk, and else to ask every instance's gate.
+READ_SECONDS, QUICK_SECONDS = 7200, 1800
+TIMED_OUT = 124  # exit status of coreutils' timeout
 TARGETS = pytest.StashKey[list[Target]]()
 
 
@@ -93,20 +98,28 @@ def collected(pytestconfig: pytest.Config) -> dict[str, Any]:
 def _reader(config: pytest.Config) -> Any:
     sudo, sudo_user = config.getoption("--sudo"), config.getoption("--sudo-user")
     quick = config.getoption("--quick")
+    seconds = QUICK_SECONDS if quick else READ_SECONDS
 
-    def read(target: Target) -> dict[str, Any] | str:
-        request = json.dumps({"instances": [instance.name for instance in target.settings.models], "quick": quick})
+    def read(target: Target) -> Mapping[str, Any] | str:
+        names = [instance.name for instance in target.settings.models]
+        request = json.dumps({"instances": names, "quick": quick})
         host = testinfra.get_host(target.spec, sudo=sudo, sudo_user=sudo_user)
         try:
-            result = host.run("python3 -I -B -c %s %s", COLLECTOR.read_text(), request)
+            result = host.run("timeout -k 10 %s python3 -I -B -c %s %s", str(seconds), COLLECTOR.read_text(), request)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             return f"{target.name}: cannot be reached: {_message(error)}"
+        if result.rc == TIMED_OUT:
+            return f"{target.name}: cannot be read: it did not answer within {seconds} s"
         if result.rc:
-            return f"{target.name}: cannot be read, exit code {result.rc}: {result.stderr.strip()[-800:]}"
-        facts: dict[str, Any] = json.loads(result.stdout.strip().splitlines()[-1])
-        if facts["euid"] != 0:
-            return f"{target.name}: read as user id {facts['euid']}, not as root: set `_sudo`, or use --sudo"
-        return facts
+            said = result.stderr_bytes.decode("utf-8", "replace").strip()[-800:]
+            return f"{target.name}: cannot be read, exit code {result.rc}: {said}"
+        try:
+            found = facts.read(result.stdout_bytes.decode("utf-8", "replace"), names)
+        except facts.FactsError as error:
+            return f"{target.name}: {error}"
+        if found["euid"] != 0:
+            return f"{target.name}: read as user id {found['euid']}, not as root: set `_sudo`, or use --sudo"
+        return found
 
     return read
 
@@ -131,7 +144,7 @@ def served(request: pytest.FixtureRequest, collected: dict[str, Any]) -> checks.
 
 
 def _box(target: Target, collected: dict[str, Any]) -> checks.Box:
-    facts = collected[target.name]
-    if isinstance(facts, str):
-        pytest.fail(facts, pytrace=False)
-    return checks.Box(target.name, target.settings, facts)
+    found = collected[target.name]
+    if isinstance(found, str):
+        pytest.fail(printable(found), pytrace=False)
+    return checks.Box(target.name, target.settings, found)

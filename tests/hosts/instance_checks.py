@@ -10,6 +10,7 @@ from typing import Any
 
 from llamafleet.remote.common import API_KEYS, INSTANCES, RELEASES, UNITS, plan_path
 from llamafleet.service.record import without_query
+from tests.hosts import facts
 from tests.hosts.checks import Problem, Problems, Served, say
 
 # Seconds, the unit's StartLimitIntervalSec: a process that systemd restarted within them may be in a loop.
@@ -27,6 +28,10 @@ def plan_file(served: Served) -> Problems:
         yield Problem(
             served.where, path, "the record of what was deployed", file and "no JSON object", "run the deploy"
         )
+        return
+    if problems := facts.plan_problems(plan):
+        for problem in problems:
+            yield Problem(served.where, path, "a readable record", problem, "deploy again")
         return
     if (file["owner"], file["mode"]) != ("root", "0644"):
         yield Problem(served.where, path, "root 0644", f"{file['owner']} {file['mode']}")
@@ -140,8 +145,8 @@ def running(served: Served) -> Problems:
                 state.get(name),
                 f"its log: journalctl -u {served.instance.unit}",
             )
-    restarts, age = int(state.get("NRestarts") or 0), process["age_seconds"] if process else 0
-    if restarts and age < LOOP_SECONDS:
+    restarts, age = state.get("NRestarts") or "0", (process["age_seconds"] if process else 0) or 0
+    if restarts != "0" and age < LOOP_SECONDS:
         yield Problem(
             served.where,
             "restarts",
@@ -252,8 +257,11 @@ def planned_gate_checks(served: Served) -> tuple[str, ...]:
 def gate(served: Served, name: str) -> Problems:
     """The result of one check of gate.py, which was run on the host against the running server."""
     answer = served.facts["gate"]
-    if "error" in answer:
+    if isinstance(answer, dict) and "error" in answer:
         yield Problem(served.where, f"gate: {name}", "a result", answer["error"])
+        return
+    if problems := facts.gate_problems(answer):
+        yield Problem(served.where, f"gate: {name}", "a result", problems[0], "deploy again")
         return
     verdicts = {check["name"]: check for check in answer["checks"]}
     verdict = verdicts.get(name)

@@ -56,8 +56,10 @@ def _read(inventory: str) -> Inventory:
         from pyinfra_cli.inventory import make_inventory
     finally:
         gevent.monkey.patch_all = patch_all
+    # `group_data` of the current folder, which is run, counts only if the inventory lies in that folder.
+    folder = Path(inventory).resolve().parent
     with ctx_state.use(State()):
-        return make_inventory(inventory, cwd=".")
+        return make_inventory(inventory, cwd="." if folder.is_relative_to(Path.cwd()) else str(folder))
 
 
 def _limited(inventory: Inventory, limit: Sequence[str]) -> Iterator[Host]:
@@ -123,6 +125,8 @@ def _ssh_config(host: Host, folder: Path) -> Path:
     """The inventory's SSH settings as a configuration file. ssh takes the first value, so the user's own file comes last."""
     data: Any = host.data
     lines = ["Host *", "BatchMode yes", f"StrictHostKeyChecking {_strict(host)}"]
+    # A host that is silent for a minute has failed.
+    lines += ["ConnectTimeout 30", "ServerAliveInterval 15", "ServerAliveCountMax 4"]
     if data.get("ssh_known_hosts_file"):
         lines.append(f'UserKnownHostsFile "{Path(data.get("ssh_known_hosts_file")).expanduser()}"')
     if data.get("ssh_key"):

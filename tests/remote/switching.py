@@ -19,7 +19,7 @@ import switch
 NAME = "chat"
 UNIT = common.unit_of(NAME)
 CHECK, TIMER = common.liveness_units(NAME)
-CHANGING = ("open", "write", "fsync", "fchmod", "replace", "rename", "unlink", "mkdir", "rmdir", "symlink")
+CHANGING = ("open", "write", "fsync", "fchmod", "chmod", "replace", "rename", "unlink", "mkdir", "rmdir", "symlink")
 REAL = {name: getattr(os, name) for name in CHANGING}
 PATHS = ("UNITS", "INSTANCES", "STAGED", "GOOD", "GATES", "RUN", "HELPERS", "OPT", "ETC", "VAR")
 
@@ -41,9 +41,8 @@ class Steps:
 
         def call(*arguments, **options):
             reading = name == "open" and not arguments[1] & (os.O_CREAT | os.O_WRONLY | os.O_RDWR)
-            elsewhere = (
-                isinstance(arguments[0], str) and not arguments[0].startswith(self.below) and "dir_fd" not in options
-            )
+            path = os.fspath(arguments[0]) if isinstance(arguments[0], (str, os.PathLike)) else self.below
+            elsewhere = not path.startswith(self.below) and "dir_fd" not in options
             if not reading and not elsewhere:
                 self.count += 1
                 if self.at:

@@ -1,22 +1,34 @@
-"""The host's build program: the shared cache, its lock, and what is left behind."""
+"""The host's build program: what it makes, what it takes from the cache, and what is left behind."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import shutil
+import subprocess
 
 import pytest
 
 from llamafleet.remote import build
 
+build_cache = build.build_cache  # as build.py has it, by its bare name
 RECORD = {"cmake": "3.31", "compiled_on": "anna"}
+KEY = "0123456789abcdef"
+
+
+def run_directly(server):
+    """As `confined.version_of`, without systemd."""
+    done = subprocess.run([server, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout
 
 
 @pytest.fixture
 def spec(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "RELEASES", str(tmp_path / "releases"))
-    return {"key": "k1", "commit": "c" * 40, "source": "/nonexistent", "tree": str(tmp_path / "trees" / "one"),
+    monkeypatch.setattr(build_cache, "RELEASES", str(tmp_path / "releases"))
+    monkeypatch.setattr(build_cache, "notes", [])
+    monkeypatch.setattr(build.confined, "version_of", run_directly)
+    return {"key": KEY, "commit": "c" * 40, "source": "/nonexistent", "tree": str(tmp_path / "trees" / "one"),
             "cmake_flags": [], "jobs": 1, "build_cache": str(tmp_path / "cache"), "record": RECORD}  # fmt: skip
 
 
@@ -28,93 +40,104 @@ def server(folder, code=0):
 
 
 @pytest.fixture
-def cached(spec, tmp_path):
-    """The cache as another host left it; this one has no release yet."""
+def digest(spec, tmp_path):
+    """The cache as another host left it, which told this digest; this host has no release yet."""
     partial = tmp_path / "partial"
     server(partial)
+    (partial / "bin/libllama.so.1").write_bytes(b"library")
+    (partial / "bin/libllama.so").symlink_to("libllama.so.1")
     build.describe(spec, str(partial))
     build.give_name(spec, str(partial))
     (tmp_path / "cache").mkdir()
-    build.publish(spec)
+    build_cache.publish(spec["build_cache"], KEY)
+    told = build.digest_of(KEY)
     os.rename(tmp_path / "releases", tmp_path / "the other host's")
-    return tmp_path / "cache" / "k1.tar"
+    return told
 
 
-def test_a_cached_release_is_taken_whole_with_its_record(spec, cached, tmp_path):
-    before = json.loads((tmp_path / "the other host's/k1/release.json").read_text())
-    build.build({**spec, "record": {"compiled_on": "bert"}})
-    release = tmp_path / "releases" / "k1"
-    assert json.loads((release / "release.json").read_text()) == before
-    assert before["compiled_on"] == "anna" and before["files"].keys() == {"llama-server"}
-    assert build.sha256_of(str(release / "bin/llama-server")) == before["files"]["llama-server"]
+def test_a_cached_release_is_taken_whole_with_its_record(spec, digest, tmp_path):
+    before = (tmp_path / "the other host's" / KEY / "release.json").read_bytes()
+    build.build({**spec, "record": {"compiled_on": "bert"}}, [digest])
+    release = tmp_path / "releases" / KEY
+    assert (release / "release.json").read_bytes() == before and build.digest_of(KEY) == digest
+    files = json.loads(before)["files"]
+    assert json.loads(before)["compiled_on"] == "anna" and sorted(files) == sorted(os.listdir(release / "bin"))
+    assert build.sha256_of(str(release / "bin/llama-server")) == files["llama-server"]
     assert os.access(release / "bin/llama-server", os.X_OK)
-    assert sorted(os.listdir(tmp_path / "releases")) == ["k1"]
+    assert os.readlink(release / "bin/libllama.so") == "libllama.so.1"
+    assert sorted(os.listdir(tmp_path / "releases")) == [KEY] and build_cache.notes == []
 
 
-def test_a_damaged_archive_fails_by_name(spec, cached, tmp_path):
-    with cached.open("ab") as file:
-        file.write(b"x")
-    with pytest.raises(build.Failed, match="should have sha256") as failed:
-        build.build(spec)
-    assert str(cached) in str(failed.value) and "delete it and run again" in str(failed.value)
-    assert not (tmp_path / "releases").exists()
+def test_a_build_that_is_in_the_cache_but_not_known_is_not_taken(spec, digest, tmp_path):
+    with pytest.raises(build.Failed, match="run again, and it compiles"):
+        build.build(spec, [])
+    assert "does not know the digest of that build" in build_cache.notes[0]
+    assert not (tmp_path / "releases" / KEY).exists()
 
 
-@pytest.mark.parametrize("lost", ["k1.tar", "k1.tar.sha256"])
-def test_half_a_cache_entry_is_none(spec, cached, lost):
-    (cached.parent / lost).unlink()
-    assert build.take_from_cache(spec) is False
+def test_without_a_compiler_a_refused_archive_is_compiled_by_the_next_run(spec, digest, tmp_path):
+    """The survey named it, so nothing to compile with was installed; its name goes, so that the next survey does not."""
+    archive = tmp_path / "cache" / f"{KEY}-{digest}.tar"
+    archive.write_bytes(archive.read_bytes().replace(b"library", b"Library"))
+    with pytest.raises(build.Failed, match="run again, and it compiles"):
+        build.build(spec, [digest])
+    assert not archive.exists() and (tmp_path / "cache" / f"{KEY}.rejected").exists()
 
 
-def test_without_a_cache_nothing_is_taken_or_kept(spec, tmp_path):
-    spec["build_cache"] = None
-    assert build.take_from_cache(spec) is False
-    build.publish(spec)
-    with build.turn(spec):
-        assert os.listdir(tmp_path) == []
+def test_a_refused_archive_is_compiled_at_once_where_that_is_possible(spec, digest, tmp_path, monkeypatch):
+    archive = tmp_path / "cache" / f"{KEY}-{digest}.tar"
+    archive.write_bytes(archive.read_bytes().replace(b"library", b"Library"))
+    compiled = []
+
+    def compile_release(spec):
+        compiled.append(spec["key"])
+        shutil.copytree(tmp_path / "the other host's", tmp_path / "releases", symlinks=True, dirs_exist_ok=True)
+
+    monkeypatch.setattr(build, "compile_release", compile_release)
+    build.build(spec, [digest])
+    assert compiled == [KEY] and archive.exists()  # the compiled one's, which is published
+    assert "bin/libllama.so" in build_cache.notes[0]
 
 
-def test_a_cached_release_that_does_not_run_here_is_not_given_its_name(spec, tmp_path, cached):
-    other = tmp_path / "other"
+def test_a_cached_release_that_does_not_run_here_is_not_given_its_name(spec, tmp_path, digest):
+    shutil.rmtree(tmp_path / "the other host's")
+    other = tmp_path / "releases" / KEY
     server(other, code=127)
-    (other / "release.json").write_text('{"files": {}}')
-    os.makedirs(tmp_path / "releases")
-    os.rename(other, tmp_path / "releases/k1")
-    build.publish(spec)
-    os.rename(tmp_path / "releases", tmp_path / "away")
+    (other / "release.json").write_text(
+        json.dumps({"key": KEY, "files": {"llama-server": build.sha256_of(str(other / "bin/llama-server"))}})
+    )
+    build_cache.publish(spec["build_cache"], KEY)
+    told = build.digest_of(KEY)
+    shutil.rmtree(tmp_path / "releases")
     with pytest.raises(build.Failed, match="does not run on this host"):
-        build.build(spec)
-    assert not (tmp_path / "releases/k1").exists()
+        build.build(spec, [told])
+    assert not other.exists()
 
 
 def test_a_complete_release_is_not_made_again(spec, tmp_path, capsys):
-    (tmp_path / "releases/k1").mkdir(parents=True)
-    (tmp_path / "releases/k1/release.json").write_text('{"files": {}}')
-    build.build(spec)
+    (tmp_path / "releases" / KEY).mkdir(parents=True)
+    (tmp_path / "releases" / KEY / "release.json").write_text('{"files": {}}')
+    build.build(spec, [])
     assert "already complete" in capsys.readouterr().out
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_second_host_waits_for_the_first_and_says_for_whom(spec, tmp_path, monkeypatch, capsys):
-    (tmp_path / "cache").mkdir()
-    with open(tmp_path / "cache/k1.lock", "w") as held:
-        held.write("anna")
-        held.flush()
-        fcntl.flock(held, fcntl.LOCK_EX)
-        slept = []
+def test_the_digest_of_a_damaged_release_is_not_told(spec, digest, tmp_path, capsys):
+    os.rename(tmp_path / "the other host's", tmp_path / "releases")
+    assert build.main(["digest", KEY]) == 0
+    assert json.loads(capsys.readouterr().out) == {"digest": digest}
+    (tmp_path / "releases" / KEY / "bin/libllama.so.1").write_bytes(b"Library")  # of the same size
+    assert build.main(["digest", KEY]) == 1
+    assert "is damaged: bin/libllama.so" in capsys.readouterr().out
+    assert build.main(["digest", "f" * 16]) == 1
+    assert "is not a complete release" in capsys.readouterr().out
 
-        def sleep(seconds):
-            slept.append(seconds)
-            if len(slept) == 2:
-                fcntl.flock(held, fcntl.LOCK_UN)  # anna is done
 
-        monkeypatch.setattr(build.time, "sleep", sleep)
-        with build.turn(spec):
-            assert len(slept) == 2
-            assert (tmp_path / "cache/k1.lock").read_text() == os.uname().nodename
-            with pytest.raises(BlockingIOError):
-                fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    assert capsys.readouterr().out.count("waiting for anna, which compiles the same build") == 2
+def test_notes_are_the_last_lines_for_the_operator(spec, digest, tmp_path, capsys):
+    (tmp_path / "cache").chmod(0o777)
+    build.build(spec, [digest])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("note: build_cache: others than root can write to") and "chmod 755" in last
 
 
 def test_only_this_build_folder_is_kept(tmp_path):
@@ -132,3 +155,9 @@ def test_a_failed_command_is_told_by_the_lines_that_say_why(capsys):
         build.run(["sh", "-c", script], "it does not compile")
     assert str(failed.value) == "it does not compile (exit code 3):\nb.cpp:1: error: no such thing"
     assert capsys.readouterr().out.splitlines()[0] == "compiling a"
+
+
+@pytest.mark.parametrize(("each", "jobs"), [(None, 8), (1 << 30, 5), (4 << 30, 1), (64 << 30, 1)])
+def test_no_more_compilers_run_than_the_jobs_memory_holds(monkeypatch, each, jobs):
+    monkeypatch.setattr(build.job_limits, "free_bytes", lambda: 5 << 30)
+    assert build.parallel_jobs({"jobs": 8, "bytes_for_job": each}) == jobs

@@ -291,6 +291,11 @@ def test_no_props_is_told_by_status(spec, server, monkeypatch, answer):
 # --- all of it ----------------------------------------------------------------------------------
 
 
+def run(argv):
+    """gate.py, but for its unit, which test_gate_unit.py is about."""
+    return gate.conclude(argv, gate.examine(argv))
+
+
 def test_checks_stop_at_the_first_that_fails(spec):
     good, bad = gate.result("one", True, 1, 1), gate.result("two", False, 1, 2)
     never = pytest.fail
@@ -305,7 +310,7 @@ def test_start_post_asks_health_and_gpus_and_tells_the_journal(spec, server, tmp
     monkeypatch.setattr(gate, "held_by", lambda pid: held)
     (tmp_path / "plan.json").write_text(json.dumps({"gate": spec}))
     monkeypatch.setattr(common, "GATES", str(tmp_path / "gate"))
-    assert gate.main(["start", str(tmp_path / "plan.json")]) == code
+    assert run(["start", str(tmp_path / "plan.json")]) == code
     told = capsys.readouterr()
     assert told.out == "" and ("gpu memory" in told.err) is bool(code)
     assert server.paths == ["/health"]
@@ -320,7 +325,7 @@ def test_a_start_without_the_planned_keys_fails(keyed, server, tmp_path, monkeyp
     monkeypatch.setattr(gate, "wait_for_health", lambda *_: 200)
     monkeypatch.setattr(common, "GATES", str(tmp_path / "gate"))
     (tmp_path / "plan.json").write_text(json.dumps({"gate": {**keyed, "gpus": []}}))
-    assert gate.main(["start", str(tmp_path / "plan.json")]) == (0 if server.key else 1)
+    assert run(["start", str(tmp_path / "plan.json")]) == (0 if server.key else 1)
     said = capsys.readouterr().err
     assert said == "" if server.key else "api key: expected 401 without a key, found 200 (an empty key file" in said
 
@@ -361,7 +366,7 @@ def test_a_key_file_that_is_gone_is_named(keyed, server, tmp_path, monkeypatch):
 def test_a_plan_of_another_form_is_refused_by_name(spec, tmp_path, capsys, verb, change, problem):
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(change({"gate": spec})))
-    assert gate.main([verb, str(path), "--record"]) == 1
+    assert run([verb, str(path), "--record"]) == 1
     said = capsys.readouterr()
     text = said.err if verb == "start" else json.loads(said.out)["checks"][0]["found"]
     assert f"{path}: {problem}" in text
@@ -373,7 +378,7 @@ def test_a_plan_that_is_damaged_is_refused_by_name(tmp_path, capsys, text):
     path = tmp_path / "plan.json"
     path.write_text(text)
     for where in (path, tmp_path / "none.json"):
-        assert gate.main(["start", str(where)]) == 1
+        assert run(["start", str(where)]) == 1
         assert f"plan: expected a plan.json that this gate knows, found {where}: " in capsys.readouterr().err
 
 
@@ -411,18 +416,18 @@ def recorded(spec, tmp_path, monkeypatch):
     """Runs `gate.py check PLAN --record` with one check that gives this verdict and measures this speed."""
     monkeypatch.setattr(common, "GATES", str(tmp_path / "gate"))
 
-    def run(ok, speed=None, record=True, **plan):
+    def recorded(ok, speed=None, record=True, **plan):
         def verdict(spec):
             spec["measured"].update({"decode_tokens_per_s": speed} if speed else {})
             return gate.result("speed", ok, "a lot", "something", "the hint")
 
         monkeypatch.setattr(gate, "CHECKS", (verdict,))
         (tmp_path / "plan.json").write_text(json.dumps({"gate": spec, "identity": "i", "release": "r1", **plan}))
-        code = gate.main(["check", str(tmp_path / "plan.json"), *(["--record"] if record else [])])
+        code = run(["check", str(tmp_path / "plan.json"), *(["--record"] if record else [])])
         file = tmp_path / "gate/chat.json"
         return code, json.loads(file.read_text()) if file.exists() else None
 
-    return run
+    return recorded
 
 
 def test_a_verdict_is_recorded_for_people_and_for_the_next_gate(recorded, capsys):
@@ -461,5 +466,5 @@ def test_without_a_floor_any_speed_is_good(spec, tmp_path, monkeypatch):
     monkeypatch.setattr(gate, "CHECKS", (lambda spec: seen.append(spec["speed_floor_percent"]),))
     (tmp_path / "plan.json").write_text(json.dumps({"gate": {**spec, "speed_floor_percent": 40}}))
     for options in ([], ["--no-floor"]):
-        assert gate.main(["check", str(tmp_path / "plan.json"), *options]) == 0
+        assert run(["check", str(tmp_path / "plan.json"), *options]) == 0
     assert seen == [40, 0]

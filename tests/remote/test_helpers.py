@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import common
 import pytest
 
 from llamafleet.remote import helpers
@@ -101,6 +102,31 @@ def test_damaged_helpers_of_this_version_are_replaced(root):
     assert helpers.main(["install", "k1"]) == 0
     assert (root / "helpers/k1/gate.py").read_text() == "print('gate')\n"
     assert not (root / "helpers/k1/odd.py").exists() and folders(root) == ["current", "k1"]
+
+
+def test_whole_helpers_are_linked_and_not_written_again(root, monkeypatch):
+    gate = (root / "sent/gate.py").read_bytes()
+    (root / "sent/common.py").write_text("")
+    sums = {"gate.py": common.sha256(gate), "common.py": common.sha256(b"")}
+    (root / "sent" / common.SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    assert helpers.main(["install", "k1"]) == 0 and helpers.main(["install", "k2"]) == 0
+    unit(root, "units/llama-server-a.service", "k1")
+    assert helpers.main(["install", "k1"]) == 0
+    before = os.stat(root / "helpers/k1/gate.py").st_ino
+    assert helpers.main(["install", "k1"]) == 0
+    assert os.stat(root / "helpers/k1/gate.py").st_ino == before
+    (root / "helpers/k1/gate.py").write_text("")
+    assert helpers.main(["install", "k1"]) == 0
+    assert (root / "helpers/k1/gate.py").read_bytes() == gate and common.helpers_damage(
+        str(root / "helpers/k1")
+    ) is None
+
+
+def test_a_switch_under_way_keeps_its_helpers(root):
+    assert helpers.main(["install", "k1"]) == 0
+    unit(root, "good/.switching/a/files/llama-server-a.service", "k1")
+    assert helpers.main(["install", "k2"]) == 0
+    assert folders(root) == ["current", "k1", "k2"]
 
 
 def test_a_folder_has_its_name_only_after_its_files_are_on_the_disk(root, monkeypatch):

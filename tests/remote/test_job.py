@@ -63,7 +63,9 @@ def host(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "RUN", str(tmp_path / "run"))
     monkeypatch.setattr(job, "is_running", lambda name: one.running)
     monkeypatch.setattr(job.subprocess, "run", run)
-    one.calls = []
+    monkeypatch.setattr(job.job_limits, "for_job", lambda name: job.job_limits.limits(name.split("-")[0]))
+    monkeypatch.setattr(job.prune, "prune", lambda *now: one.pruned.append(now))
+    one.calls, one.pruned = [], []
     return one
 
 
@@ -156,10 +158,10 @@ def test_a_job_is_a_transient_unit_that_notes_its_end(host, capsys):
     assert json.loads(capsys.readouterr().out)["state"] == "absent"
 
 
-@pytest.mark.parametrize(("kind", "seconds"), job.LONGEST.items())
+@pytest.mark.parametrize(("kind", "seconds"), job.job_limits.LONGEST.items())
 def test_a_job_s_limits_are_those_of_its_kind(host, kind, seconds):
     assert job.main(["start", f"{kind}-1", "--", "true"], io.BytesIO()) == 0
-    assert f"RuntimeMaxSec={seconds}" in properties(host)[0]
+    assert f"RuntimeMaxSec={seconds}" in properties(host)[0] and host.pruned == [()]
 
 
 @pytest.mark.parametrize("name", ["m;touch${IFS}x;.gguf", "a b", "../x", "-rf", "", "a\nb", "a%i"])

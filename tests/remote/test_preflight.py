@@ -122,6 +122,13 @@ def test_a_part_has_its_lines_and_no_other():
     assert preflight.lines_of("DeviceAllow", directives) == []
 
 
+@pytest.mark.parametrize(("allowed", "may_go"), [("localhost", True), ("localhost 10.0.0.7 10.1.0.0/16", False)])
+def test_clients_that_the_operator_allowed_are_not_dropped(allowed, may_go):
+    unit = f"[Service]\nIPAddressDeny=any\nIPAddressAllow={allowed}\nPrivateDevices=yes\n"
+    labels = preflight.droppable(preflight.SUSPECTS, preflight.service_directives(unit))
+    assert labels == (["IPAddressDeny", "PrivateDevices"] if may_go else ["PrivateDevices"])
+
+
 def test_dropped_lines_stay_as_comments():
     loosened = common.without_directives(UNIT, ["MemoryDenyWriteExecute=yes"])
     assert loosened.splitlines()[0] == UNIT.splitlines()[0]

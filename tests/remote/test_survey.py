@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import common
 import pytest
 
 from llamafleet.remote import survey
+
+SHA = "5e" * 32
 
 
 @pytest.mark.parametrize(
@@ -44,6 +48,19 @@ def test_a_unit_that_a_power_cut_emptied_is_ours_where_its_folder_is(tmp_path, m
     assert survey.is_ours(unit) is False
 
 
+def test_damaged_helpers_count_as_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(survey, "HELPERS", str(tmp_path))
+    assert survey.current_helpers() is None
+    (tmp_path / "k1").mkdir()
+    (tmp_path / "current").symlink_to("k1")
+    assert survey.current_helpers() is None
+    (tmp_path / "k1/common.py").write_text("x = 1")
+    (tmp_path / "k1" / common.SUMS).write_text(f"{common.sha256(b'x = 1')}  common.py\n")
+    assert survey.current_helpers() == "k1"
+    (tmp_path / "k1/common.py").write_text("")
+    assert survey.current_helpers() is None
+
+
 def test_a_dangling_link_is_not_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(survey, "UNITS", str(tmp_path))
     (tmp_path / "llama-server-chat.service").symlink_to(tmp_path / "nowhere")
@@ -56,13 +73,22 @@ def model(tmp_path, monkeypatch):
     path = tmp_path / "models" / "m-0123" / "x.gguf"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"GGUF")
-    record = {"size_bytes": 4, "mtime_ns": path.stat().st_mtime_ns, "sha256": "ab"}
+    record = {"size_bytes": 4, "mtime_ns": path.stat().st_mtime_ns, "sha256": SHA}
     (path.parent / "x.gguf.verified").write_text(json.dumps(record))
     return path
 
 
 def test_a_verified_model_is_told_with_its_checksum(model):
-    assert survey.verified_models() == {str(model): {"size_bytes": 4, "sha256": "ab"}}
+    assert survey.verified_models() == {str(model): {"size_bytes": 4, "sha256": SHA}}
+
+
+def test_every_name_that_a_model_may_have_is_found(model):
+    """Downloaded it would be at every run, if it were not."""
+    for name in ("X.GGUF", "a+b=c.Gguf"):
+        model.with_name(name).hardlink_to(model)
+        model.with_name(name + ".verified").hardlink_to(f"{model}.verified")
+    model.with_name("x.gguf.partial").hardlink_to(model)
+    assert [os.path.basename(path) for path in survey.verified_models()] == ["X.GGUF", "a+b=c.Gguf", "x.gguf"]
 
 
 def test_a_model_changed_since_is_not_verified(model):
@@ -96,3 +122,62 @@ def test_a_liveness_check_is_no_instance_of_its_own(tmp_path, monkeypatch):
         "llama-server-chat-liveness.service",
         "llama-server-chat-liveness.timer",
     ]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        [1],
+        {},
+        {"sha256": SHA},
+        {"size_bytes": 4, "sha256": 5},
+        {"size_bytes": [], "mtime_ns": {}, "sha256": SHA},
+        "{",
+        "\xff",
+    ],
+)
+def test_a_damaged_note_of_a_model_is_worth_nothing(model, record):
+    text = record if isinstance(record, str) else json.dumps(record)
+    (model.parent / "x.gguf.verified").write_text(text, encoding="latin-1")
+    assert survey.verified_models() == {}
+
+
+@pytest.mark.parametrize(
+    "record", [[1], 5, {"files": 5}, {"files": {"a": 1}, "sizes": []}, {"files": [[]]}, "text", None]
+)
+def test_a_damaged_record_of_a_release_is_worth_nothing(tmp_path, monkeypatch, record):
+    monkeypatch.setattr(survey, "RELEASES", str(tmp_path))
+    (tmp_path / "0123456789abcdef").mkdir()
+    (tmp_path / "0123456789abcdef/release.json").write_text(json.dumps(record))
+    assert survey.releases() == {}
+
+
+def test_a_listener_may_have_any_name():
+    """An ordinary user names his process, and the kernel cuts the name in mid-character."""
+    code = (
+        "import socket, sys; open('/proc/self/comm', 'wb').write(b'\\x1b[2J\\xff\\n' + 'é'.encode() * 9)\n"
+        "s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        port = int(process.stdout.readline())
+        [found] = [one for one in survey.listeners() if one["port"] == port]
+        process.stdin.close()
+    assert found["pid"] == process.pid and found["process"] == "\x1b[2J\ufffd\n" + "é" * 4 + "\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("cgroups", "service"),
+    [
+        ("0::/system.slice/llama-server-a.service\n", "llama-server-a.service"),
+        ("0::/user.slice/user-1000.slice/session-3.scope\n", None),
+        # A user's own manager has services of any name.
+        ("0::/user.slice/user-1000.slice/user@1000.service/app.slice/llama-server-a.service\n", "user@1000.service"),
+        ("0::/machine.slice/systemd-nspawn@b.service/payload/system.slice/ssh.service\n", "ssh.service"),
+        ("1:name=systemd:/system.slice/x.service\n0::/\n", "x.service"),
+        ("", None),
+    ],
+)
+def test_whose_service_a_process_is(cgroups, service):
+    assert survey.service_in(cgroups) == service

@@ -29,7 +29,7 @@ INSTANCE = InstalledInstance(
 FILE = "/var/lib/llamafleet/models/a-aaaaaaaaaaaa/a.gguf"
 INSTALLED = Installed(
     euid=0, user=True, missing_packages=(), helpers="h1", lock=None, releases={BUILD.key: {}}, current=BUILD.key,
-    cached_builds=(), models={FILE: "a" * 64}, instances={"demo": INSTANCE}, listeners=(), device_classes=(),
+    cached_builds={}, models={FILE: "a" * 64}, instances={"demo": INSTANCE}, listeners=(), device_classes=(),
     ground=GROUND, toolkits=(), gpu_groups=(), foreign_units=(),
 )  # fmt: skip
 
@@ -155,7 +155,7 @@ def with_unit(text, dropped=(), ground=GROUND, good=None):
     found = {"dropped": [{"directives": list(dropped), "why": "it breaks"}], "ground": ground}
     good = text if good is None else good
     return dataclasses.replace(
-        INSTANCE, preflight={"ground": ground}, record=PlanRecord(raw={"preflight": found}),
+        INSTANCE, preflight=found,
         unit_sha256=sha256(text), unit_core_sha256=sha256(core_of_unit(text)),
         good_sha256=sha256(good), good_core_sha256=sha256(core_of_unit(good)),
     )  # fmt: skip
@@ -185,7 +185,7 @@ OTHER_GROUND = {**GROUND, "kernel": "6.1"}
         (with_unit(loosened(USERS), [USERS]), False,
          ("its hardening lacks PrivateUsers, which keeps it apart from the host's other instances",)),
         (dataclasses.replace(with_unit(loosened(CODE)), record=PlanRecord(raw={"preflight": [5]})), True, ("its unit differs",)),
-        (dataclasses.replace(with_unit(loosened(CODE)), record=PlanRecord(raw={"preflight": {"dropped": 7}})), True, ("its unit differs",)),
+        (dataclasses.replace(with_unit(loosened(CODE)), preflight={"dropped": 7}), True, ("its unit differs",)),
     ],
     ids=["as wanted", "as recorded", "not recorded", "another one recorded", "loosened by hand", "edited", "new kernel",
          "nothing loosened", "alone", "not alone", "a list", "a number"],

@@ -379,8 +379,13 @@ def test_nothing_is_compiled_with_where_the_build_is_there():
     bare = decided(survey(missing_packages=("cmake", "curl")))
     there = survey(missing_packages=("cmake", "curl"), releases={bare.build.key: {}})
     assert (bare.packages, decided(there).packages) == (("cmake", "curl"), ("curl",))
-    cached = survey(missing_packages=("cmake", "curl"), cached_builds=(bare.build.key,))
-    assert decided(cached).packages == ("curl",)
+    digest, other = "a" * 64, "b" * 64
+    cached = survey(missing_packages=("cmake", "curl"), cached_builds={bare.build.key: (other, digest)})
+    known = dataclasses.replace(RUN, digests={bare.build.key: [digest]})
+    assert decided(cached, known).packages == ("curl",) and decided(cached, known).is_cached
+    # A build that nobody knows the digest of is not taken, so this host compiles.
+    for run in (RUN, dataclasses.replace(RUN, digests={bare.build.key: ["c" * 64], "f" * 16: [digest]})):
+        assert decided(cached, run).packages == ("cmake", "curl") and not decided(cached, run).is_cached
 
 
 def test_secrets_are_in_no_representation():

@@ -1,7 +1,6 @@
 """The unit and plan.json as text: what is decided once must be exactly what systemd starts."""
 
 import dataclasses
-import re
 import shlex
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from llamafleet.service.record import START_SECONDS, health_seconds, plan_record
 from llamafleet.service.unit import liveness_texts, unit_text
 from tasks.lib.templates import render
 from tests import planning
+from tests.exposure import exposure
 from tests.service.test_changes import INSTALLED
 
 PATH = "/var/lib/llamafleet/models/m-123/Qwen3-8B.gguf"
@@ -162,20 +162,6 @@ def test_loading_time_grows_with_the_model():
     assert health_seconds(ModelFiles((), large)) > health_seconds(ModelFiles((), header)) > START_SECONDS
 
 
-def exposure(unit, tmp_path):
-    """What `systemd-analyze security` makes of a unit, 0 best and 10 worst; skips where it cannot be asked."""
-    file = tmp_path / "llama-server-model.service"
-    file.write_text(unit)
-    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(file)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("no systemd-analyze here")
-    if "unrecognized option" in done.stderr:
-        pytest.skip("this systemd-analyze (before 250) has no --offline")
-    return float(re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)[1])
-
-
 @pytest.mark.parametrize(
     ("gpus", "listen", "most"),
     [([], "127.0.0.1", 1.0), ([], "0.0.0.0", 1.2), ([24564], "127.0.0.1", 1.3), ([24564], "0.0.0.0", 1.5)],
@@ -229,6 +215,22 @@ def test_it_speaks_with_those_it_serves_only(listen, family, denied):
     assert (directive(unit, "IPAddressDeny"), directive(unit, "IPAddressAllow")) == (
         (["any"], ["localhost"]) if denied else ([], [])
     )
+
+
+@pytest.mark.parametrize(
+    ("listen", "clients", "allowed"),
+    [
+        ("10.0.0.7", ["10.1.0.0/16", "fd00::/8"], ["localhost 10.0.0.7 10.1.0.0/16 fd00::/8"]),
+        ("0.0.0.0", ["10.1.0.0/16", "10.2.0.3"], ["localhost 10.1.0.0/16 10.2.0.3"]),
+        ("fe80::1%eth0", ["fe80::/10"], ["localhost fe80::1 fe80::/10"]),
+        ("127.0.0.1", ["10.1.0.0/16"], ["localhost"]),  # nobody else reaches it anyway
+        ("10.0.0.7", [], []),
+    ],
+)
+def test_clients_that_may_reach_it_are_told_to_systemd(listen, clients, allowed):
+    unit, _, _ = made([], listen=listen, allowed_clients=clients, allow_unauthenticated=True)
+    assert directive(unit, "IPAddressAllow") == allowed
+    assert directive(unit, "IPAddressDeny") == ["any"] * len(allowed)
 
 
 def test_programs_come_from_the_release_alone():

@@ -190,6 +190,23 @@ def test_odd_keys_are_named_in_one_line(key, path):
 
 
 @pytest.mark.parametrize(
+    "client", ["10.0.0.0/33", "10.0.0.7/8", "example.com", "", "10.0.0.1 any", "fe80::1%eth0", "any", 5]
+)
+def test_clients_are_addresses_and_networks(client):
+    [problem] = problems(models=[{**MODEL, "allowed_clients": [client]}])
+    assert problem.startswith("models[0].allowed_clients[0]: should be ")
+
+
+def test_clients_may_be_of_both_families():
+    clients = ["10.0.0.7", "10.0.0.0/8", "fd00:1::/64", "0.0.0.0/0"]
+    assert (
+        Settings.from_data({**default_data(), "models": [{**MODEL, "allowed_clients": clients}]})
+        .models[0]
+        .allowed_clients
+    )
+
+
+@pytest.mark.parametrize(
     "source",
     [
         "hf:o/r/f.gguf",

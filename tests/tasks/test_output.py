@@ -5,9 +5,13 @@ import json
 import logging
 import os
 import re
+import socket
+import struct
 import subprocess
 import sys
 import textwrap
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import gevent.queue
@@ -32,9 +36,9 @@ server.shell(name="Name " + ODD, commands=["printf '\\\\033[2J\\\\377\\\\302\\\\
 """
 
 
-def run(folder, text, *options):
+def run(folder, text, *options, hosts=("@local",)):
     (folder / "deploy.py").write_text(text)
-    (folder / "inventory.py").write_text("hosts = ['@local']\n")
+    (folder / "inventory.py").write_text(f"hosts = {list(hosts)!r}\n")
     words = [PYINFRA, *options, "-y", folder / "inventory.py", folder / "deploy.py"]
     return subprocess.run(
         words, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True,
@@ -57,6 +61,47 @@ def test_json_has_the_same_text_in_characters_that_print(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["plan"][0]["name"] == "Name " + ODD
     assert all(one.isprintable() or one == "\n" for one in done.stdout.decode())
+
+
+def test_what_a_server_says_before_any_stage_is_loaded_is_clean(tmp_path):
+    """A host that is to be connected to may say anything in place of SSH's greeting; config.py is read before."""
+    with greeting("SSH-\x1b[2J\x9b31m\u202e-odd\r\n".encode()) as data:
+        done = run(tmp_path, LOCAL, hosts=[("odd", data)])
+    printed = (done.stdout + done.stderr).decode()
+    assert done.returncode != 0 and r"\x1b[2J\x9b31m\u202e" in printed and "Traceback" not in printed, printed
+    assert all(one.isprintable() or one == "\n" for one in printed), ascii(printed)
+
+
+def test_a_server_that_cannot_be_understood_leaves_the_other_hosts_alone(tmp_path):
+    """The lists of SSH's first message are no UTF-8, which paramiko raises as it is."""
+    lists = b"".join(struct.pack(">I", 2) + b"\xff\xfe" for _ in range(10))
+    message = b"\x14" + b"c" * 16 + lists + b"\0" * 5
+    padding = 16 - (len(message) + 5) % 8
+    packet = struct.pack(">IB", len(message) + padding + 1, padding) + message + b"p" * padding
+    text = "from pyinfra.operations import server\nserver.shell(name='Greet', commands=['true'])\n"
+    with greeting(b"SSH-2.0-odd\r\n" + packet) as data:
+        done = run(tmp_path, text, hosts=[("odd", data), "@local"])
+    printed = (done.stdout + done.stderr).decode()
+    assert "[odd]    SSH error (UnicodeDecodeError: " in printed and "[@local] Success" in printed, printed
+    assert "Traceback" not in printed
+
+
+@contextmanager
+def greeting(data):
+    """A server that answers with these bytes; how to reach it, as an inventory says it."""
+
+    def greet():
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(data)
+            while connection.recv(1000):
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=greet, daemon=True)
+        thread.start()
+        yield {"ssh_hostname": "127.0.0.1", "ssh_port": server.getsockname()[1], "ssh_connect_retries": 0}
+        thread.join(10)
 
 
 @pytest.fixture
@@ -104,10 +149,10 @@ def test_a_command_s_output_is_read_whatever_bytes_it_is():
 
 @pytest.mark.parametrize("line", [b"x\n" * 40, b"x" * 80, b"x" * 79 + b"\n"], ids=["lines", "one_line", "to_the_byte"])
 def test_a_command_s_output_is_read_up_to_a_limit(monkeypatch, line):
-    monkeypatch.setattr(output, "READ_BYTES", 2**20)
-    lines = read(io.BytesIO(line * 2**16))
-    assert lines.pop() == "it printed more than 1 MiB, which is not read"
-    assert 0.4 * 2**20 < sum(map(len, lines)) <= 2**20
+    monkeypatch.setattr(output, "READ_BYTES", 2**17)
+    lines = read(io.BytesIO(line * 2**13))
+    assert lines.pop() == "it printed more than 0 MiB, which is not read"
+    assert 0.4 * 2**17 < sum(map(len, lines)) <= 2**17
 
 
 def test_paramiko_s_streams_are_read_as_bytes():

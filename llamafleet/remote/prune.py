@@ -1,0 +1,95 @@
+"""Remove what earlier work has left and nobody needs any more.
+
+Contract: a module, no program. `prune()` is called when a job starts. It removes logs, specifications and exit codes of
+jobs that are older than KEPT_DAYS or not among the KEPT_JOBS newest of their kind, running jobs excepted; files that
+were set aside as `.rejected`, older than KEPT_DAYS; records of the gate for instances that are gone, likewise; and what
+a killed run has left half done (staged files, which may hold keys, and a preflight's model), older than HALF_DONE_DAYS.
+What cannot be removed stays. Python 3.8, standard library; common.py beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import time
+from typing import Dict, Iterator, List, Optional, Set
+
+from common import GATES, GOOD, JOBS, MODELS, STAGED, UNITS, listing, output_of, transient_unit, unit_of
+
+KEPT_DAYS, KEPT_JOBS, HALF_DONE_DAYS = 30, 20, 1
+DAY = 86400.0
+JOB_FILES = (".log", ".exit", ".json")
+
+
+def prune(now: Optional[float] = None) -> None:
+    """Remove all of it; `now` is seconds since the epoch."""
+    now = time.time() if now is None else now
+    for path in itertools.chain(jobs(now), rejected(now), gates(now), half_done(now)):
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def age_days(path: str, now: float) -> float:
+    """Since its last change; 0 for what is gone."""
+    try:
+        return (now - os.lstat(path).st_mtime) / DAY
+    except OSError:
+        return 0.0
+
+
+def jobs(now: float) -> Iterator[str]:
+    """Files of jobs that ended long ago, or before many others of their kind."""
+    running = running_jobs()
+    by_kind: Dict[str, Dict[str, List[str]]] = {}
+    for name in listing(JOBS):
+        job, end = os.path.splitext(name)
+        if end in JOB_FILES and job not in running:
+            by_kind.setdefault(job.partition("-")[0], {}).setdefault(job, []).append(f"{JOBS}/{name}")
+    for names in by_kind.values():
+        ages = sorted((min(age_days(path, now) for path in paths), job) for job, paths in names.items())
+        for place, (age, job) in enumerate(ages):
+            if age > KEPT_DAYS or place >= KEPT_JOBS:
+                yield from names[job]
+
+
+def running_jobs() -> Set[str]:
+    """The names of jobs whose unit systemd has."""
+    begin, end = transient_unit("job", "*").split("*")
+    lines = output_of(["systemctl", "list-units", "--all", "--plain", "--no-legend", f"{begin}*{end}"]).splitlines()
+    units = [line.split()[0] for line in lines if line.strip()]
+    return {unit[len(begin) : -len(end)] for unit in units if unit.startswith(begin) and unit.endswith(end)}
+
+
+def rejected(now: float) -> Iterator[str]:
+    """Model files that were set aside because they were not the expected ones."""
+    for folder in listing(MODELS):
+        with contextlib.suppress(OSError):
+            for name in os.listdir(f"{MODELS}/{folder}"):
+                path = f"{MODELS}/{folder}/{name}"
+                if name.endswith(".rejected") and age_days(path, now) > KEPT_DAYS:
+                    yield path
+
+
+def gates(now: float) -> Iterator[str]:
+    """Records of the gate and of liveness checks, of instances that are neither installed nor kept."""
+    paths = [f"{folder}/{name}" for folder in (GATES, f"{GATES}/liveness") for name in listing(folder)]
+    for path in paths:
+        # llamafleet 0.1.0 had NAME.liveness.json beside NAME.json. An instance may be called so, too.
+        name = os.path.basename(path)[: -len(".json")]
+        owners = {name, name[: -len(".liveness")] if name.endswith(".liveness") else name}
+        there = any(os.path.exists(f"{UNITS}/{unit_of(one)}") or os.path.exists(f"{GOOD}/{one}") for one in owners)
+        if path.endswith(".json") and not there and age_days(path, now) > KEPT_DAYS:
+            yield path
+
+
+def half_done(now: float) -> Iterator[str]:
+    """What switches of runs that were killed would have used."""
+    paths = [f"{STAGED}/{name}" for name in listing(STAGED)]
+    with contextlib.suppress(OSError):
+        paths += [f"{MODELS}/{name}" for name in os.listdir(MODELS) if name.startswith(".preflight-")]
+    return (path for path in paths if age_days(path, now) > HALF_DONE_DAYS)
