@@ -78,7 +78,8 @@ def start(name: str, command: List[str], secret: Optional[str], stream: BinaryIO
         [(mode, data)] = receive.contents(stream)
         replace_file(secret, data, mode)
     try:
-        subprocess.run([*systemd_run(name, secret), *command], check=True)
+        # systemd would put variables of its own in place of $WORD and ${WORD}.
+        subprocess.run([*systemd_run(name, secret), *(word.replace("$", "$$") for word in command)], check=True)
     except BaseException:
         if secret:
             os.unlink(secret)

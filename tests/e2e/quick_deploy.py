@@ -1,10 +1,10 @@
-"""deploy.py with its times scaled down: a lease of five seconds, fifteen for the survey. No test itself."""
+"""deploy.py with its times scaled down: a lease of four seconds, fifteen for the survey. No test itself."""
 
 from pyinfra import local
 
 from tasks.lib import host_lock, remote
 
-host_lock.LEASE_SECONDS = 5.0
+host_lock.LEASE_SECONDS = 4.0
 remote.SURVEY_SECONDS = 15.0
 remote.KILL_SECONDS, remote.SILENT_SECONDS = 1.0, 5.0
 

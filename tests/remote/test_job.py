@@ -178,6 +178,11 @@ def test_a_path_that_systemd_would_read_otherwise_starts_nothing(host, capsys, p
     assert host.calls == [] and "cannot stand in a unit's ExecStopPost=" in capsys.readouterr().err
 
 
+def test_systemd_puts_no_variables_into_a_job_s_words(host):
+    assert job.main(["start", "build-1", "--", "printf", "m;${IFS}x", "$$", "100%"], io.BytesIO()) == 0
+    assert properties(host)[1][-3:] == ["m;$${IFS}x", "$$$$", "100%"]
+
+
 def test_a_job_that_runs_already_is_joined(host, capsys):
     host.running = True
     (host.jobs / "build-1.log").write_text("3/9\n")
