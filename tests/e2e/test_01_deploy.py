@@ -85,7 +85,8 @@ def test_killed_in_mid_build_the_build_goes_on_and_the_next_run_ends_green(inven
     process.send_signal(signal.SIGKILL)
     process.wait()
     states = [on(host, "sh", "-c", "systemctl list-units --no-legend 'llamafleet-job-build-*'") for host in pair]
-    assert all("running" in state for state in states), states
+    # One of them; the other one waits for its build.
+    assert [state for state in states if "running" in state], states
 
     began = time.monotonic()
     run = pyinfra(written)
