@@ -35,7 +35,8 @@ def look(host: Host) -> HostStatus | str:
         return _without_plan(host, str(now))
     installed = now.desired.installed
     live, problem = _live(host, installed)
-    services = {serving.name: now.changes.services.get(serving.name, ()) for serving in now.desired.servings}
+    differs = {**now.changes.services, **now.changes.refreshed}
+    services = {serving.name: differs.get(serving.name, ()) for serving in now.desired.servings}
     return of_host(installed, live, Wanted(services, tuple(to_do(now.changes))), problem)
 
 
@@ -67,7 +68,6 @@ def to_do(changes: Changes) -> list[str]:
         "helpers": changes.helpers, "user": changes.user, "packages": bool(changes.packages),
         "toolkit": changes.toolkit, "build": changes.build,
         "models": bool(changes.models), "current release": changes.current,
-        "units, without a restart": bool(changes.refreshed),
     }  # fmt: skip
     return [name for name, needed in parts.items() if needed]
 
