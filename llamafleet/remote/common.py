@@ -177,6 +177,11 @@ def keeps_secrets(address: str) -> bool:
         return False
 
 
+def unit_words(command: Sequence[str]) -> List[str]:
+    """The words of a command for systemd-run: systemd replaces variables in them, and $$ is a dollar."""
+    return [word.replace("$", "$$") for word in command]
+
+
 # --- what is written in files ---------------------------------------------------------------------
 
 # Numbers of the forms of our records. A record without a number was made before it was read.

@@ -16,7 +16,7 @@ import re
 import subprocess
 from typing import IO, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
-from common import show, systemctl, transient_unit
+from common import show, systemctl, transient_unit, unit_words
 
 # What no program of ours and no llama-server needs to tell its version or to talk to a server. PrivateUsers is not
 # among it: where user namespaces are forbidden, as in many containers, a unit with it does not start.
@@ -81,8 +81,7 @@ def words(unit: str, command: Sequence[str], directives: Sequence[str], environm
         "systemd-run", "--quiet", "--pipe", "--wait", f"--unit={unit}", "--property=Type=exec",
         *(f"--property={one}" for one in known),
         *(f"--setenv={name}={value}" for name, value in environment.items()),
-        # systemd replaces variables in a unit's command, $$ is a dollar.
-        "--", *(word.replace("$", "$$") for word in command),
+        "--", *unit_words(command),
     ]  # fmt: skip
 
 

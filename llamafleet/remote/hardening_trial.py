@@ -23,7 +23,7 @@ import urllib.request
 from typing import IO, Any, Dict, List, NamedTuple, Optional, Sequence, Set
 
 import tiny_gguf
-from common import MODELS, systemctl, transient_unit
+from common import MODELS, systemctl, transient_unit, unit_words
 
 MODPROBE = "/usr/bin/nvidia-modprobe"
 # Deadlines, seconds: a device list comes at once, a CUDA context can take ten seconds on a cold driver.
@@ -127,7 +127,7 @@ class Trial:
         return Started(self.unit, [
             "systemd-run", "--collect", "--pipe", "--wait", f"--unit={self.unit}", "--property=Type=exec",
             f"--property=TimeoutStopSec={STOP_SECONDS}", f"--property=RuntimeMaxSec={ANSWER_SECONDS + 30}",
-            *(f"--property={one.line}" for one in tried), "--", *command,
+            *(f"--property={one.line}" for one in tried), "--", *unit_words(command),
         ])  # fmt: skip
 
     def stop(self) -> None:

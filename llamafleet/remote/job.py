@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, List, Optional, Tuple
 import job_limits
 import prune
 import receive
-from common import JOBS, RUN, read_json, replace_file, show, transient_unit, write_json
+from common import JOBS, RUN, read_json, replace_file, show, transient_unit, unit_words, write_json
 
 TAIL_LINES = 40
 # Seconds between two lines of progress, so that a long build does not fill the screen.
@@ -78,8 +78,7 @@ def start(name: str, command: List[str], secret: Optional[str], stream: BinaryIO
         [(mode, data)] = receive.contents(stream)
         replace_file(secret, data, mode)
     try:
-        # systemd would put variables of its own in place of $WORD and ${WORD}.
-        subprocess.run([*systemd_run(name, secret), *(word.replace("$", "$$") for word in command)], check=True)
+        subprocess.run([*systemd_run(name, secret), *unit_words(command)], check=True)
     except BaseException:
         if secret:
             os.unlink(secret)

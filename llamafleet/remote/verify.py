@@ -27,7 +27,7 @@ import sys
 import threading
 from typing import Any, Iterable  # the contract is Python 3.8, whose own Iterable is typing's
 
-from common import systemctl, transient_unit, write_json
+from common import systemctl, transient_unit, unit_words, write_json
 
 MIB = 1024**2
 # Until the breakdown is there: reading a header of 10 MB from a cold disk and a CUDA context take seconds.
@@ -69,8 +69,7 @@ def command(spec: dict[str, Any]) -> list[str]:
         "systemd-run", "--quiet", "--collect", "--pipe", "--wait", f"--unit={transient_unit('verify', spec['name'])}",
         *(f"--property={one}" for one in properties(spec)),
         *(f"--setenv={name}={value}" for name, value in environment.items()),
-        # systemd replaces variables in a unit's command, $$ is a dollar.
-        "--", *(word.replace("$", "$$") for word in spec["command"]),
+        "--", *unit_words(spec["command"]),
     ]  # fmt: skip
 
 
