@@ -35,7 +35,10 @@ def inventory_of_both(pair, outside, tmp_path_factory):
     entries = [
         (host, deploying.settings(outside, host, kind)) for host, kind in zip(pair, ("dense", "moe"), strict=True)
     ]
-    return deploying.write_inventory(tmp_path_factory.mktemp("odd") / "inventory.py", entries)
+    written = deploying.write_inventory(tmp_path_factory.mktemp("odd") / "inventory.py", entries)
+    run = pyinfra(written)  # other tests may have left another state
+    assert run.code == 0, run.text
+    return written
 
 
 @contextmanager
