@@ -38,6 +38,8 @@ USERS = {ADMIN: 1000, NOSUDO: 1001}
 # apt's own timers would hold apt's lock in the middle of a test; nobody sits at the console.
 MASKED = ("apt-daily.timer", "apt-daily-upgrade.timer", "console-getty.service")
 OWN_CERTIFICATES = Path("/usr/local/share/ca-certificates")
+# A host's `apt-get update` then fetches what has changed: nothing, as a rule.
+LISTS = ("--skip=cleanup/apt/lists", '--aptopt=Acquire::Languages "none"')
 ARCHIVES = Path("var/cache/apt/archives")
 UNSHARE = ["unshare", "--mount", "--propagation", "slave", "--"]
 
@@ -63,14 +65,14 @@ def base_root(state: State) -> Path:
         USERS,
         aptconf.lines(found),
         settings,
+        LISTS,
         [[str(f), f.read_bytes().hex()] for f in files],
         _hooks(),
     ]
     home = state.directory / f"root-{_key(recipe)}"
     options = [
         f"--include={','.join(PACKAGES)}",
-        "--skip=cleanup/apt/lists",  # a host's `apt-get update` then fetches what has changed: nothing, as a rule
-        '--aptopt=Acquire::Languages "none"',
+        *LISTS,
         *(f"--aptopt={line.rstrip(';')}" for line in settings),
         *(f'--customize-hook=mkdir -p "$1{f.parent}" && cp "{f}" "$1{f}"' for f in files),
         *(f"--customize-hook={hook}" for hook in _hooks()),

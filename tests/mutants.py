@@ -33,6 +33,7 @@ from tasks.lib.templates import render
 from tasks.lib.this_run import is_ours_or_dead
 from tests import planning
 from tests.host.test_answers import ANSWERS, GATE
+from tests.tasks.test_memory_check import Host
 
 RUN = Run(helpers="h1", oldest_python=(3, 9), commit="c" * 40, secrets={"m0": {"api-keys": "secret\n"}}, holder=None)
 GROUND = {"systemd": "257", "kernel": "6.12", "driver": "580.159.04"}
@@ -171,22 +172,9 @@ def use_removable(host, line):
     return "\n".join([*found.units, *found.paths, *found.models])
 
 
-class Log:
-    """What a stage needs of pyinfra's host, to log."""
-
-    def __init__(self):
-        self.lines = []
-
-    def log(self, text, *_):
-        self.lines.append(text)
-
-    def log_styled(self, text, **_):
-        self.lines.append(text)
-
-
 def use_job(host, line):
     """What is logged of a job that has ended, or was seen in this state last."""
-    log = Log()
+    log = Host()
     jobs._told(log, "build-key", answers.job(line))
     return "\n".join(["", *log.lines])
 

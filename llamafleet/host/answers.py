@@ -30,7 +30,8 @@ MAX_CHARACTERS = 16 * 2**20
 # Of lists and objects within each other. Ours have six; Python's own JSON writer ends at about 300.
 MAX_DEPTH = 60
 
-Lines = Annotated[Listed[Annotated[Text, Field(max_length=65536), BeforeValidator(readable)]], Field(max_length=1000)]
+Line = Annotated[Text, Field(max_length=65536), BeforeValidator(readable)]
+Lines = Annotated[Listed[Line], Field(max_length=1000)]
 
 
 class AnswerError(MachineError):
@@ -47,7 +48,7 @@ class Job:
 
     state: Annotated[Text, one_of(("running", "ended", "absent"))]
     exit_code: Annotated[Whole, Field(ge=-255, le=255)] | None
-    line: Annotated[Text, Field(max_length=65536), BeforeValidator(readable)]
+    line: Line
     tail: Lines
     how: Message = ""  # llamafleet 0.1.0 does not say it
 

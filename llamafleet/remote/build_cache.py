@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -24,7 +23,7 @@ import tempfile
 import time
 from typing import IO, Any, Dict, Iterator, List, Optional  # the contract is Python 3.8, whose own are typing's
 
-from common import RELEASES, listing, sha256_of
+from common import RELEASES, listing, sha256, sha256_of
 
 RECORD = "release.json"
 # Of an archive: entries, bytes of release.json, bytes of one file. A CUDA build for all GPUs has 30 files, the largest
@@ -206,7 +205,7 @@ def unpack(archive: str, key: str, digests: List[str], partial: str) -> None:
         with tarfile.open(fileobj=Bounded(file), mode="r:") as tar:
             members = entries(tar)
             text = content(tar, members.get(RECORD))
-            digest = hashlib.sha256(text).hexdigest()
+            digest = sha256(text)
             if digest not in digests:
                 raise Refused(f"its release.json has sha256 {digest}, which this run does not know")
             record = json.loads(text)

@@ -316,11 +316,19 @@ def read_json(path: str) -> Dict[str, Any]:
     """The JSON object of a file; empty where there is none, or more than JSON_LIMIT_BYTES."""
     try:
         with open(path, "rb") as file:
-            text = file.read(JSON_LIMIT_BYTES + 1)
-        found = json.loads(text) if len(text) <= JSON_LIMIT_BYTES else None
-    except (OSError, ValueError, RecursionError):
+            found = json_object(file.read(JSON_LIMIT_BYTES + 1))
+    except OSError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return found or {}
+
+
+def json_object(text: bytes) -> Optional[Dict[str, Any]]:
+    """The JSON object that a text is; None for any other text, and for one of more than JSON_LIMIT_BYTES."""
+    try:
+        found = json.loads(text) if len(text) <= JSON_LIMIT_BYTES else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def write_json(path: str, value: Dict[str, Any]) -> None:
@@ -342,11 +350,11 @@ def replace_file(path: str, data: bytes, mode: int = 0o644) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    sync_folder(folder)
+    sync(folder)
 
 
 def write_file(path: str, data: bytes, mode: int = 0o644) -> None:
-    """Write a file that nobody reads yet, and sync it. Its name survives a power cut after `sync_folder`."""
+    """Write a file that nobody reads yet, and sync it. Its name survives a power cut after `sync`."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     _fill(os.open(path, flags, 0o600), data, mode)
 
@@ -362,13 +370,24 @@ def _fill(file: int, data: bytes, mode: int) -> None:
         os.close(file)
 
 
-def sync_folder(path: str) -> None:
-    """Let the names in a folder survive a power cut. Raises OSError."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def replace_link(path: str, target: str) -> None:
+    """Let the link point there at once and durably. Raises OSError, and then it points where it did."""
+    folder, name = os.path.split(path)
+    part = f"{folder}/.{name}"
+    if os.path.lexists(part):
+        os.unlink(part)
+    os.symlink(target, part)
+    os.replace(part, path)
+    sync(folder)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Let what is in a file, or the names in a folder, survive a power cut. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def make_folder(path: str, mode: int = 0o755) -> None:
@@ -378,7 +397,7 @@ def make_folder(path: str, mode: int = 0o755) -> None:
     parent = os.path.dirname(path)
     make_folder(parent)
     os.mkdir(path, mode)
-    sync_folder(parent)
+    sync(parent)
 
 
 def sha256(data: bytes) -> str:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Dict  # the contract is Python 3.8, whose own Dict is typing's
 
-from common import read_json
+from common import read_json, sync
 from fetch_log import MIB, PROGRESS_S, Progress, gib, say
 from fetch_spec import MISMATCH, NO_SPACE, NOT_GGUF, Failed, Spec, Wanted
 
@@ -129,14 +129,6 @@ def hand_over(spec: Spec, path: Path, mode: int) -> None:
     if spec.owner is not None:
         user = pwd.getpwnam(spec.owner)
         os.chown(path, user.pw_uid, user.pw_gid)
-
-
-def sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def discard(spec: Spec, wanted: Wanted, progress: Progress) -> None:

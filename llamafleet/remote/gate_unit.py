@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import grp
 import ipaddress
-import json
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import urllib.parse
 from typing import Any, Dict, List
 
 import confined
-from common import API_KEYS, TLS_CERTIFICATE, UNITS, instance_of, transient_unit
+from common import API_KEYS, TLS_CERTIFICATE, UNITS, instance_of, json_object, transient_unit
 
 GATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "gate.py")
 # The argument by which gate.py knows that it runs in the unit.
@@ -44,20 +43,17 @@ def examine(argv: List[str], spec: Dict[str, Any]) -> Dict[str, Any]:
         print(f"the gate runs without its hardening, but without capabilities: {error}", file=sys.stderr)
         plain = subprocess.run([*WITHOUT_CAPABILITIES, *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         done = confined.Result(plain.returncode, plain.stdout[: confined.MOST_OUTPUT], "")
-    try:
-        found = json.loads(done.stdout)
-    except ValueError:
-        found = None
-    if done.code == 0 and is_sound(found):
-        return dict(found)
+    found = json_object(done.stdout)
+    if done.code == 0 and found and is_sound(found):
+        return found
     raise GateFailed(done.stderr.strip()[-2000:] or f"the gate's checks ended with exit status {done.code}")
 
 
-def is_sound(found: Any) -> bool:
+def is_sound(found: Dict[str, Any]) -> bool:
     """Whether this is what `gate.examine` returns: it comes from a process that read a server's answers."""
-    if not isinstance(found, dict) or not isinstance(found.get("found"), dict):
+    verdict, record = found.get("found"), found.get("record")
+    if not isinstance(verdict, dict):
         return False
-    verdict, record = found["found"], found.get("record")
     return (isinstance(verdict.get("ok"), bool) and isinstance(verdict.get("checks"), list)
             and all(isinstance(one, dict) and {"name", "ok", "expected", "found", "hint"} <= one.keys()
                     for one in verdict["checks"])

@@ -5,7 +5,7 @@ plan.json: {"list_devices": the command that lists devices, "devices": the names
 that serves a tiny model, in which {model} stands for the model's path and {port} for a free port of "host"}.
 `run(directives)` returns None where every device is listed and the tiny model answers, else the reason. The model and
 the unit are gone after the block. Raises `Unfit` where systemd-run itself cannot be used. Root, systemd, standard
-library; common.py and tiny_gguf.py lie beside it.
+library; common.py, confined.py and tiny_gguf.py lie beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import urllib.request
 from typing import IO, Any, Dict, List, NamedTuple, Optional, Sequence, Set
 
 import tiny_gguf
-from common import MODELS, systemctl, transient_unit, unit_words
+from common import MODELS, transient_unit, unit_words
+from confined import UNKNOWN, forget
 
 MODPROBE = "/usr/bin/nvidia-modprobe"
 # Deadlines, seconds: a device list comes at once, a CUDA context can take ten seconds on a cold driver.
@@ -33,8 +34,6 @@ NOT_TRIED = ("Type", "ExecStart", "ExecStartPre", "ExecStartPost", "TimeoutStart
              "RestartSec", "RestartSteps", "RestartMaxDelaySec", "LoadCredential", "WatchdogSec")  # fmt: skip
 # Messages of llama.cpp's backends when a device has no memory left.
 NO_MEMORY = re.compile(r"out of memory|cudaMalloc failed|failed to allocate|ErrorOutOfDeviceMemory", re.IGNORECASE)
-# Messages of systemd-run and of the manager about a directive that this systemd does not know. Units ignore it too.
-UNKNOWN = re.compile(r"(?:Unknown assignment: |Cannot set property )(\w+)")
 # Lines that systemd-run itself prints at the end of a unit.
 OF_SYSTEMD_RUN = (r"Running as unit|Press \^\]|Finished with result|Main processes|Service runtime|CPU time|Memory|IO |"
                   r"IP traffic")  # fmt: skip
@@ -131,12 +130,7 @@ class Trial:
         ])  # fmt: skip
 
     def stop(self) -> None:
-        stop(self.unit)
-
-
-def stop(unit: str) -> None:
-    for verb in ("stop", "reset-failed"):
-        systemctl("--quiet", verb, unit, check=False)
+        forget(self.unit)
 
 
 class Started:
@@ -152,7 +146,7 @@ class Started:
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
-            stop(self.unit)
+            forget(self.unit)
             self.process.kill()
             self.process.wait()
         self.output.close()

@@ -38,6 +38,8 @@ from common import (
     helpers_damage,
     listing,
     make_folder,
+    replace_link,
+    sync,
 )  # fmt: skip
 
 FOLDERS = {
@@ -66,7 +68,7 @@ def install(key: str, source: str) -> None:
             mend(folder, new)
         else:
             os.rename(new, folder)
-    link(key)
+    replace_link(f"{HELPERS}/current", key)
 
 
 def mend(folder: str, new: str) -> None:
@@ -92,25 +94,6 @@ def publish(folder: str) -> None:
             sync(f"{path}/{name}")
         os.chmod(path, 0o755)  # noqa: S103 -- as every program's folder
         sync(path)
-
-
-def sync(path: str) -> None:
-    """Wait until the disk has a file, or the names in a folder."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def link(key: str) -> None:
-    """Make these helpers the current ones, at once."""
-    part = f"{HELPERS}/.current"
-    if os.path.lexists(part):
-        os.unlink(part)
-    os.symlink(key, part)
-    os.replace(part, f"{HELPERS}/current")
-    sync(HELPERS)
 
 
 def used() -> Set[str]:

@@ -96,11 +96,7 @@ def damage(name: str, files: Files) -> Optional[str]:
 
 
 def plan(files: Files) -> Optional[Dict[str, Any]]:
-    try:
-        found = json.loads(files.get(PLAN, b""))
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
+    return common.json_object(files.get(PLAN, b""))
 
 
 def credentials(name: str, unit: bytes) -> List[str]:

@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import argparse
 import base64
-import hashlib
 import json
 import os
 import shutil
 import sys
 from typing import BinaryIO, List, Optional, Tuple
 
-from common import replace_file
+from common import replace_file, sha256
 
 Content = Tuple[int, bytes]  # a file's mode and bytes
 
@@ -37,7 +36,7 @@ def contents(stream: BinaryIO) -> List[Content]:
     """What was sent, compared with its sum."""
     wanted, _, text = stream.read().partition(b"\n")
     text = text.rstrip(b"\n")
-    if hashlib.sha256(text).hexdigest().encode() != wanted.strip():
+    if sha256(text).encode() != wanted.strip():
         raise Failed("what arrived has another SHA-256 than what was sent: the transfer was cut or damaged, or "
                      "standard input does not reach the program (su with a password takes it)")  # fmt: skip
     return [(mode, base64.b64decode(data)) for mode, data in json.loads(text)]

@@ -14,7 +14,7 @@ import shutil
 import sys
 from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
 
-from common import GOOD, OPT, PREFIX, RELEASE_SCHEMA, SUFFIX, UNITS, later_schema, read_file, read_json, sync_folder
+from common import GOOD, OPT, PREFIX, RELEASE_SCHEMA, SUFFIX, UNITS, later_schema, read_file, read_json, replace_link
 
 
 def record_of(folder: str) -> dict[str, Any] | None:
@@ -40,12 +40,7 @@ def main(argv: list[str]) -> int:
         why = f"release.json: {why}" if why else "is not a complete release"
         print(f"error: {OPT}/releases/{key} {why}", file=sys.stderr)
         return 1
-    link = f"{OPT}/.current"
-    if os.path.lexists(link):
-        os.unlink(link)
-    os.symlink(f"releases/{key}", link)
-    os.replace(link, f"{OPT}/current")
-    sync_folder(OPT)
+    replace_link(f"{OPT}/current", f"releases/{key}")
     for name in os.listdir(f"{OPT}/releases"):
         if name.endswith(".partial") and name != f".{key}.partial":
             shutil.rmtree(f"{OPT}/releases/{name}")

@@ -391,7 +391,7 @@ def remove(name: str) -> None:
     for folder in (f"{common.INSTANCES}/{name}", f"{common.STAGED}/{name}"):
         transaction.remove_folder(folder)
     os.unlink(unit)  # last: while it is there, the next run sees what is left to do
-    common.sync_folder(common.UNITS)
+    common.sync(common.UNITS)
     systemctl("daemon-reload")
 
 

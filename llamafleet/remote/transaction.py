@@ -81,7 +81,7 @@ def begin(name: str, old: Optional[Files], invocation: str, recover: str) -> Non
     }
     common.replace_file(f"{prepared}/note.json", json.dumps(note).encode(), 0o600)
     os.rename(prepared, folder_of(SWITCHING, name))
-    common.sync_folder(common.GOOD + SWITCHING)
+    common.sync(common.GOOD + SWITCHING)
     _enable_recovery(name, recover)
 
 
@@ -94,8 +94,8 @@ def _enable_recovery(name: str, text: str) -> None:
     common.make_folder(wants)
     if not os.path.lexists(f"{wants}/{unit}"):
         os.symlink(f"../{unit}", f"{wants}/{unit}")
-    common.sync_folder(wants)
-    common.sync_folder(common.UNITS)
+    common.sync(wants)
+    common.sync(common.UNITS)
 
 
 def _disable_recovery(name: str) -> None:
@@ -118,8 +118,8 @@ def write(name: str, new: Files, good: Optional[Files]) -> None:
         os.mkdir(files, 0o700)
         for file, data in (*good.items(), (MANIFEST, instance_files.manifest(good))):
             common.write_file(f"{files}/{file}", data, 0o600)
-        common.sync_folder(files)
-    common.sync_folder(folder_of(SWITCHING, name))
+        common.sync(files)
+    common.sync(folder_of(SWITCHING, name))
 
 
 def replace(name: str, new: Iterable[str]) -> None:
@@ -164,7 +164,7 @@ def pass_gate(name: str) -> None:
     """From here on the new files are the good ones: a single rename decides it."""
     os.rename(folder_of(SWITCHING, name), folder_of(PASSED, name))
     for state in (PASSED, SWITCHING):
-        common.sync_folder(common.GOOD + state)
+        common.sync(common.GOOD + state)
 
 
 def keep(name: str) -> None:
@@ -175,8 +175,8 @@ def keep(name: str) -> None:
         if os.path.lexists(good):
             os.rename(good, passed + "/before")
         os.rename(passed + "/files", good)
-        common.sync_folder(common.GOOD)
-        common.sync_folder(passed)
+        common.sync(common.GOOD)
+        common.sync(passed)
 
 
 def close(name: str) -> None:
@@ -190,7 +190,7 @@ def close(name: str) -> None:
         if os.path.isdir(folder_of(state, name)):
             # Renamed first: what is left of a folder that is being removed must not be taken for a switch.
             os.rename(folder_of(state, name), prepared)
-            common.sync_folder(common.GOOD + state)
+            common.sync(common.GOOD + state)
             remove_folder(prepared)
 
 
@@ -208,14 +208,14 @@ def sync(name: str) -> None:
     """Let the names of the instance's files survive a power cut."""
     for folder in (f"{common.INSTANCES}/{name}", common.UNITS):
         if os.path.isdir(folder):
-            common.sync_folder(folder)
+            common.sync(folder)
 
 
 def sync_enabled(name: str) -> None:
     """Let the links that `systemctl enable` makes survive a power cut."""
     for folder in (f"{common.UNITS}/{WANTED_BY}", f"{common.UNITS}/{common.unit_of(name)}.wants", common.UNITS):
         if os.path.isdir(folder):
-            common.sync_folder(folder)
+            common.sync(folder)
 
 
 def remove_files(paths: Iterable[str]) -> List[str]:

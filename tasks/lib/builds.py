@@ -28,6 +28,7 @@ from pyinfra import logger
 from pyinfra.api.host import Host
 
 from llamafleet.payload import ROOT
+from llamafleet.remote.common import replace_file
 
 # Digests of one build that are remembered, the newest last; builds that are remembered; digests that a host is told.
 MOST_DIGESTS, MOST_BUILDS, MOST_TOLD = 8, 2000, 64
@@ -102,14 +103,7 @@ def record(key: str, digest: str, path: Path | None = None) -> None:
         digests = [*(one for one in builds.pop(key, []) if one != digest), digest]
         builds[key] = digests[-MOST_DIGESTS:]
         text = json.dumps({"schema": 1, "builds": dict(list(builds.items())[-MOST_BUILDS:])}, indent=1) + "\n"
-        draft = path.with_name(f"{path.name}.{os.getpid()}.new")
-        with contextlib.suppress(FileNotFoundError):
-            draft.unlink()
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
+        replace_file(str(path), text.encode(), 0o600)
 
 
 @contextlib.contextmanager

@@ -184,9 +184,8 @@ def run_job(
         return _as_wanted(f"{job} is not needed")
     name = jobs.name_of(*job.split("-", 1))
     if spec is not None:
-        path = f"{JOBS}/{name}.json"
-        yield sending.received({path: (0o644, json.dumps(spec).encode())})
-        arguments = (path, *arguments)
+        yield _sent_spec(name, spec)
+        arguments = (_spec_path(name), *arguments)
     yield call(jobs.follow, name, remote.words(program, *arguments), secret)
 
 
@@ -196,21 +195,29 @@ def build_release(needed: bool, job: str, spec: dict[str, Any]) -> Commands:
     if not needed:
         return _as_wanted("the host has the release")
     name = jobs.name_of(*job.split("-", 1))
-    path = f"{JOBS}/{name}.json"
-    yield sending.received({path: (0o644, json.dumps(spec).encode())})
-    yield call(_build, name, path, spec["key"], spec["build_cache"])
+    yield _sent_spec(name, spec)
+    yield call(_build, name, spec["key"], spec["build_cache"])
+
+
+def _spec_path(job: str) -> str:
+    """Where a host has what a job is asked for; the job's name is as `jobs.name_of` gives it."""
+    return f"{JOBS}/{job}.json"
+
+
+def _sent_spec(job: str, spec: dict[str, Any]) -> remote.HostCommand:
+    return sending.received({_spec_path(job): (0o644, json.dumps(spec).encode())})
 
 
 class _NotBuiltError(Exception):
     """A host has not made the build; why has been logged."""
 
 
-def _build(state: State, host: Host, job: str, path: str, key: str, cache: str | None) -> bool:
+def _build(state: State, host: Host, job: str, key: str, cache: str | None) -> bool:
     """Make the build in its turn, and note its digest for the other hosts. Raises `remote.RemoteError` where the host
     does not give it."""
     try:
         with builds.turn(host, key, cache):
-            if not jobs.follow(state, host, job, remote.words("build.py", path, *builds.known(key))):
+            if not jobs.follow(state, host, job, remote.words("build.py", _spec_path(job), *builds.known(key))):
                 raise _NotBuiltError
             if cache is not None:
                 asked = remote.program("build.py", "digest", key, seconds=DIGEST_SECONDS)

@@ -134,7 +134,8 @@ def test_a_folder_has_its_name_only_after_its_files_are_on_the_disk(root, monkey
     steps = []
     rename, sync = os.rename, helpers.sync
     monkeypatch.setattr(os, "rename", lambda a, b: (steps.append(f"rename {b}"), rename(a, b)))
-    monkeypatch.setattr(helpers, "sync", lambda path: (steps.append(f"sync {path}"), sync(path)))
+    for module in (helpers, common):
+        monkeypatch.setattr(module, "sync", lambda path: (steps.append(f"sync {path}"), sync(path)))
     assert helpers.main(["install", "k1"]) == 0
     named = steps.index(f"rename {root}/helpers/k1")
     synced = {step.split()[1].replace("k1.new", "k1") for step in steps[:named]}

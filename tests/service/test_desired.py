@@ -227,17 +227,22 @@ def test_sums_that_become_known_move_no_file():
     assert of_shards(shards(B, A), only_old).servings[0].folder == new, "another file than the settings name"
 
 
-def test_sums_that_become_known_start_no_server_again():
+def deployed(files):
+    """A host that serves these files, of which it verified both shards: the model's folder, the service, and what is
+    decided there for other files."""
     header = planning.header("Qwen3-8B")
-    old = f"{MODELS}/{ModelFiles(shards(None, None), header).folder}"
-    there = {f"{old}/m-0000{n}-of-00002.gguf": one for n, one in ((1, B), (2, C))}
-    before = of_shards(shards(None, None), there).servings[0].service
-    read = survey(
-        models=there,
-        instances={"m0": dataclasses.replace(INSTANCE, record=PlanRecord.of(json.loads(before.plan_json)))},
-    )
+    folder = f"{MODELS}/{ModelFiles(files, header).folder}"
+    there = {f"{folder}/m-0000{n}-of-00002.gguf": one for n, one in ((1, B), (2, C))}
+    before = of_shards(files, there).servings[0].service
+    record = PlanRecord.of(json.loads(before.plan_json))
+    read = survey(models=there, instances={"m0": dataclasses.replace(INSTANCE, record=record)})
     settings = planning.settings({"source": URL, "context_tokens": 4096})
-    outcome = decide(settings, read, {"m0": ModelFiles(shards(B, C), header)})
+    return folder, before, lambda files: decide(settings, read, {"m0": ModelFiles(files, header)})
+
+
+def test_sums_that_become_known_start_no_server_again():
+    _, before, now = deployed(shards(None, None))
+    outcome = now(shards(B, C))
     after = outcome.servings[0].service
     assert (after.identity, after.argv, after.unit_text) == (before.identity, before.argv, before.unit_text)
     assert list(outcome.inputs.same_inputs()) == ["m0"], "it would be planned anew"
@@ -245,16 +250,8 @@ def test_sums_that_become_known_start_no_server_again():
 
 def test_a_sum_that_does_not_fit_is_another_model():
     """Shard 2 had no sum, and the settings now name another file: it is downloaded, and the service starts with it."""
-    header = planning.header("Qwen3-8B")
-    folder = f"{MODELS}/{ModelFiles(shards(B, None), header).folder}"
-    there = {f"{folder}/m-0000{n}-of-00002.gguf": one for n, one in ((1, B), (2, C))}
-    before = of_shards(shards(B, None), there).servings[0].service
-    read = survey(
-        models=there,
-        instances={"m0": dataclasses.replace(INSTANCE, record=PlanRecord.of(json.loads(before.plan_json)))},
-    )
-    settings = planning.settings({"source": URL, "context_tokens": 4096})
-    same, other = (decide(settings, read, {"m0": ModelFiles(shards(B, sum_), header)}) for sum_ in (C, A))
+    folder, before, now = deployed(shards(B, None))
+    same, other = (now(shards(B, sum_)) for sum_ in (C, A))
     assert same.servings[0].service.identity == before.identity != other.servings[0].service.identity
     assert (
         changes_needed(other, other.installed).models == (folder,) and not changes_needed(same, same.installed).models

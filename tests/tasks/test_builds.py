@@ -182,7 +182,7 @@ def made_on(path, monkeypatch):
 
     def make(name, digest=A, well=True, cache="/mnt/b"):
         def follow(state, host, job, command, *_):
-            told[host.name] = command[command.index("/jobs/build-k.json") :]
+            told[host.name] = command[command.index("/var/lib/llamafleet/jobs/build-k.json") :]
             return well
 
         def run_json(host, command, read):
@@ -193,7 +193,7 @@ def made_on(path, monkeypatch):
         monkeypatch.setattr(operations.jobs, "follow", follow)
         monkeypatch.setattr(operations.remote, "run_json", run_json)
         host = Host(name)
-        return operations._build(None, host, "build-k", "/jobs/build-k.json", KEY, cache)
+        return operations._build(None, host, "build-k", KEY, cache)
 
     make.told = told
     return make
@@ -201,20 +201,23 @@ def made_on(path, monkeypatch):
 
 def test_the_second_host_is_given_the_digest_of_the_first(made_on):
     assert made_on("anna") and made_on("bert", B)
-    assert made_on.told == {"anna": ["/jobs/build-k.json"], "bert": ["/jobs/build-k.json", A]}
+    assert made_on.told == {
+        "anna": ["/var/lib/llamafleet/jobs/build-k.json"],
+        "bert": ["/var/lib/llamafleet/jobs/build-k.json", A],
+    }
     assert builds.recorded() == {KEY: [A, B]}
 
 
 def test_a_host_that_failed_gives_no_digest(made_on):
     assert not made_on("anna", well=False)
-    assert made_on("bert") and made_on.told["bert"] == ["/jobs/build-k.json"]
+    assert made_on("bert") and made_on.told["bert"] == ["/var/lib/llamafleet/jobs/build-k.json"]
 
 
 def test_a_host_whose_release_is_damaged_has_failed_and_gives_no_digest(made_on):
     with pytest.raises(operations.remote.RemoteError, match="is damaged"):
         made_on("anna", None)
     made_on("bert")
-    assert made_on.told["bert"] == ["/jobs/build-k.json"]
+    assert made_on.told["bert"] == ["/var/lib/llamafleet/jobs/build-k.json"]
 
 
 def test_without_a_cache_no_digest_is_asked(made_on):
