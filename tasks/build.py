@@ -11,7 +11,7 @@ from llamafleet.build import release
 from llamafleet.remote.common import SOURCE
 from llamafleet.service.desired import Desired
 from tasks.lib import operations
-from tasks.lib.decision import decision
+from tasks.lib.decision import build_job, decision
 
 
 @deploy("Build llama.cpp")
@@ -27,7 +27,7 @@ def build() -> None:
     )  # fmt: skip
     operations.build_release(
         name=f"Build llama.cpp {settings.llama_cpp_ref} for {wanted.backend}", needed=now.changes.build,
-        job=f"build-{wanted.key}", spec=spec(now.desired),
+        job=build_job(now.desired), spec=spec(now.desired),
     )  # fmt: skip
 
 

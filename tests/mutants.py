@@ -43,7 +43,7 @@ TOOLKIT = {
     "problems": [], "aliases": ["/usr/local/cuda"], "distro": False,
 }  # fmt: skip
 BARE = {
-    "euid": 0, "user": True, "missing_packages": ["cmake", "git"], "helpers": "h1", "lock": None, "releases": {},
+    "euid": 0, "user": True, "missing_packages": ["cmake", "git"], "helpers": "h1", "lock": None, "jobs": ["build-0123456789abcdef"], "releases": {},
     "current": None, "cached_builds": {"0123456789abcdef": ["5e" * 32]}, "models": {}, "instances": {}, "listeners": [], "device_classes": ["nvidia"],
     "ground": GROUND, "gpu_groups": ["render", "video"], "foreign_units": [], "toolkits": [TOOLKIT], "release_digests": {},
 }  # fmt: skip

@@ -170,6 +170,8 @@ class Installed:
     # Units named like ours that we did not make.
     foreign_units: Many[Path]
     toolkits: Annotated[Listed[Toolkit], Field(max_length=256)]
+    # Names of running jobs, as `job.py start` was given them.
+    jobs: Annotated[Listed[Label], Field(max_length=1024)] = ()
     # SHA-256 of each release's release.json, by key.
     release_digests: Table[Sha256] = field(default_factory=dict)
 

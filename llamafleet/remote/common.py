@@ -17,7 +17,7 @@ import os
 import re
 import subprocess
 import tempfile
-from typing import Any, Dict, Iterator, List, Optional, Sequence  # the contract is Python 3.8, whose own are typing's
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set  # Python 3.8's own are not generic
 
 # --- paths ------------------------------------------------------------------------------------
 
@@ -254,6 +254,14 @@ def show(unit: str, *properties: str, seconds: Optional[float] = None) -> Dict[s
     done = subprocess.run(["systemctl", "show", "--property=" + ",".join(properties), unit],
                           stdout=subprocess.PIPE, text=True, check=True, timeout=seconds)  # fmt: skip
     return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+
+
+def running_jobs() -> Set[str]:
+    """The names of jobs whose unit systemd has."""
+    begin, end = transient_unit("job", "*").split("*")
+    lines = output_of(["systemctl", "list-units", "--all", "--plain", "--no-legend", f"{begin}*{end}"]).splitlines()
+    units = [line.split()[0] for line in lines if line.strip()]
+    return {unit[len(begin) : -len(end)] for unit in units if unit.startswith(begin) and unit.endswith(end)}
 
 
 def invocation(unit: str) -> str:

@@ -14,9 +14,9 @@ import itertools
 import os
 import shutil
 import time
-from typing import Dict, Iterator, List, Optional, Set
+from typing import Dict, Iterator, List, Optional
 
-from common import GATES, GOOD, JOBS, MODELS, STAGED, UNITS, listing, output_of, transient_unit, unit_of
+from common import GATES, GOOD, JOBS, MODELS, STAGED, UNITS, listing, running_jobs, unit_of
 
 KEPT_DAYS, KEPT_JOBS, HALF_DONE_DAYS = 30, 20, 1
 DAY = 86400.0
@@ -55,14 +55,6 @@ def jobs(now: float) -> Iterator[str]:
         for place, (age, job) in enumerate(ages):
             if age > KEPT_DAYS or place >= KEPT_JOBS:
                 yield from names[job]
-
-
-def running_jobs() -> Set[str]:
-    """The names of jobs whose unit systemd has."""
-    begin, end = transient_unit("job", "*").split("*")
-    lines = output_of(["systemctl", "list-units", "--all", "--plain", "--no-legend", f"{begin}*{end}"]).splitlines()
-    units = [line.split()[0] for line in lines if line.strip()]
-    return {unit[len(begin) : -len(end)] for unit in units if unit.startswith(begin) and unit.endswith(end)}
 
 
 def rejected(now: float) -> Iterator[str]:

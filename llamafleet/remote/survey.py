@@ -59,6 +59,7 @@ def main(argv: list[str]) -> None:
         "missing_packages": packages.missing(packages.by_name(manager), asked["packages"].get(manager, [])),
         "helpers": current_helpers(),
         "lock": lock.read(),
+        "jobs": sorted(common.running_jobs()),
         "releases": releases(),
         "current": link_name(CURRENT),
         "release_digests": release_digests(),

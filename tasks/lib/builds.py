@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gevent
 from gevent.event import Event
 from pyinfra import logger
 from pyinfra.api.host import Host
@@ -49,6 +50,8 @@ _made: dict[str, dict[str, None]] = {}
 _surveyed: dict[str, dict[str, None]] = {}
 # By build key and cache.
 _first: dict[tuple[str, str], _First] = {}
+# Hosts on which a job makes the build already, of a run that ended before it.
+_making: dict[tuple[str, str], list[Host]] = {}
 
 
 def record_path() -> Path:
@@ -128,16 +131,23 @@ def known(key: str) -> list[str]:
     return list(dict.fromkeys(every))[:MOST_TOLD]
 
 
+def makes(host: Host, key: str, cache: str) -> None:
+    """Note that a job on the host makes this build already, as its survey says: the host goes before others."""
+    _making.setdefault((key, cache), []).append(host)
+
+
 @contextlib.contextmanager
 def turn(host: Host, key: str, cache: str | None) -> Iterator[None]:
     """Of the hosts that need a build from one cache let one go first, until one of them has it; then all others.
 
-    A host that fails lets an exception out of the block: then the next one goes first.
+    A host that makes it already goes before those that have not begun. One that fails lets an exception out of the
+    block: then the next one goes first.
     """
     if cache is None:
         yield
         return
     place = (key, cache)
+    _let_makers_begin(host, place)
     while (first := _first.get(place)) is not None and not first.done.is_set():
         host.log(f"waiting for {first.host}, which makes the same build")
         first.done.wait()
@@ -152,3 +162,12 @@ def turn(host: Host, key: str, cache: str | None) -> Iterator[None]:
         raise
     finally:
         mine.done.set()
+
+
+def _let_makers_begin(host: Host, place: tuple[str, str]) -> None:
+    """Wait until a host that makes the build already has its turn, or cannot come: all hosts begin at once."""
+    makers = _making.get(place, [])
+    while place not in _first and host not in makers and any(one in one.state.active_hosts for one in makers):
+        gevent.sleep(0.1)
+    if host in makers:
+        makers.remove(host)  # where it fails nobody waits for it

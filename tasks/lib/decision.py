@@ -89,12 +89,27 @@ def decide(host: Host) -> Decision | Refused:
         inputs = read_inputs(host)
         if isinstance(inputs, Refused):
             return inputs
-        return _decided(desire(inputs, read_run(inputs), templates.render))
+        decided = _decided(desire(inputs, read_run(inputs), templates.render))
+        if isinstance(decided, Decision):
+            _note_build(host, decided)
+        return decided
     except READ_ERRORS as error:
         return refused_by(error)
     except Exception as error:  # whatever it is, the other hosts' run must go on
         logger.debug(traceback.format_exc())
         return Refused.because(f"what the host needs cannot be decided: {remote.said(error)}")
+
+
+def _note_build(host: Host, decided: Decision) -> None:
+    """Let the host go first where its job, of a run that ended before it, makes the build."""
+    desired, cache = decided.desired, decided.desired.settings.build_cache
+    if decided.changes.build and cache and build_job(desired) in desired.installed.jobs:
+        builds.makes(host, desired.build.key, cache)
+
+
+def build_job(desired: Desired) -> str:
+    """The name of the job that makes the wanted release."""
+    return f"build-{desired.build.key}"
 
 
 def check_unchanged(host: Host, last: Holder | None) -> None:

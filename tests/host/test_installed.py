@@ -21,7 +21,7 @@ ANSWER = {
     "cached_builds": {"k1": ["a" * 64]}, "release_digests": {"k1": SHA},
     "lock": {"run": "r", "who": "me@box", "machine": "box b", "pid": 7, "pid_started": 1.5, "began": "noon",
              "age_seconds": 3.0},
-    "releases": {"k1": {"files": ["llama-server"]}},
+    "jobs": ["build-k1"], "releases": {"k1": {"files": ["llama-server"]}},
     "models": {"/var/lib/llamafleet/models/f/a.gguf": {"size_bytes": 5, "sha256": SHA}},
     "instances": {"demo": {
         "unit_sha256": SHA, "plan_sha256": SHA, "secrets": {"api-keys": SHA}, "good_sha256": None,

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from llamafleet.remote import prune
+from llamafleet.remote import common, prune
 
 NOW = 1_800_000_000.0
 
@@ -106,5 +106,5 @@ def test_running_jobs_are_those_that_systemd_lists(monkeypatch):
     lines = (
         "llamafleet-job-build-1.service loaded active running x\nllamafleet-gate-a.service loaded active running x\n\n"
     )
-    monkeypatch.setattr(prune, "output_of", lambda command: lines)
-    assert prune.running_jobs() == {"build-1"}
+    monkeypatch.setattr(common, "output_of", lambda command: lines)
+    assert common.running_jobs() == {"build-1"}

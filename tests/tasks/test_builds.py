@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from types import SimpleNamespace
 
 import gevent
 import pytest
@@ -20,7 +21,7 @@ def path(tmp_path, monkeypatch):
     """This operator's record, in an empty folder; nothing is known from hosts."""
     path = tmp_path / "state" / "known-builds.json"
     monkeypatch.setattr(builds, "record_path", lambda: path)
-    for name in ("_made", "_surveyed", "_first"):
+    for name in ("_made", "_surveyed", "_first", "_making"):
         monkeypatch.setattr(builds, name, {})
     return path
 
@@ -94,6 +95,7 @@ def test_a_record_that_cannot_be_written_ends_no_run(path, caplog):
 class Host:
     def __init__(self, name):
         self.name, self.lines = name, []
+        self.state = SimpleNamespace(active_hosts={self})
 
     def log(self, line):
         self.lines.append(line)
@@ -114,7 +116,8 @@ def fleet(path):
             self.began, self.hosts, self.ends, self.failing, self.greenlets = [], {}, {}, set(), []
 
         def start(self, name, key=KEY, cache="/mnt/b"):
-            self.hosts[name], self.ends[name] = Host(name), Event()
+            self.hosts.setdefault(name, Host(name))
+            self.ends[name] = Event()
 
             def make():
                 with builds.turn(self.hosts[name], key, cache):
@@ -164,6 +167,28 @@ def test_where_the_first_hosts_work_is_killed_nobody_waits_for_ever(fleet):
     first.kill()
     settle()
     assert fleet.began == ["anna", "bert"]
+
+
+def test_a_host_whose_job_makes_the_build_already_goes_first_wherever_it_stands(fleet, monkeypatch):
+    monkeypatch.setattr(builds.gevent, "sleep", lambda _, sleep=gevent.sleep: sleep(0))
+    fleet.hosts["carl"] = Host("carl")
+    builds.makes(fleet.hosts["carl"], KEY, "/mnt/b")
+    for name in ("anna", "bert", "carl"):
+        fleet.start(name)
+    assert fleet.began == ["carl"] and "waiting for carl" in fleet.hosts["anna"].lines[-1]
+    fleet.end("carl", well=False)  # it has had its turn
+    assert fleet.began == ["carl", "anna"]
+
+
+def test_nobody_waits_for_a_host_that_failed_before_its_turn(fleet, monkeypatch):
+    monkeypatch.setattr(builds.gevent, "sleep", lambda _, sleep=gevent.sleep: sleep(0))
+    carl = Host("carl")
+    builds.makes(carl, KEY, "/mnt/b")
+    fleet.start("anna")
+    assert fleet.began == []
+    carl.state.active_hosts.clear()
+    settle()
+    assert fleet.began == ["anna"]
 
 
 def test_other_builds_and_other_caches_wait_for_nobody(fleet):
