@@ -7,13 +7,13 @@ from pyinfra.api.deploy import deploy
 from llamafleet.remote.common import unit_of
 from llamafleet.service.desired import Serving
 from tasks.lib import memory_check, operations
-from tasks.lib.decision import decision
+from tasks.lib.decision import decision, for_stage
 
 
 @deploy("Serve")
 def service() -> None:
     """Remove instances that the inventory no longer names, then install or restart what differs."""
-    now = decision()
+    now = for_stage("service")
     if now is None:
         return
     for name in operations.each(now.changes.removed, str):

@@ -2,7 +2,8 @@
 
     python -m tasks.status INVENTORY [--limit NAME] [--json]
 
-Exit status: 0 everything is as it should be, 1 something is not, 2 the inventory cannot be used.
+Exit status: 0 everything is as it should be, 1 something is not, 2 the inventory cannot be used or leaves no host,
+130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from llamafleet.printable import err, json_text, out
 from llamafleet.service.changes import Changes
 from llamafleet.service.refusals import Refused
 from llamafleet.settings.schema import Settings, SettingsError
-from tasks.lib import facts, remote
+from tasks.lib import ends, facts, remote
 from tasks.lib.decision import READ_ERRORS, decide
 from tasks.lib.over_hosts import over_hosts, parse
 
@@ -74,6 +75,7 @@ def to_do(changes: Changes) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     options = parse("Show the state of the hosts of an inventory.", arguments)
+    ends.take_interrupts()
     try:
         states = over_hosts(options.inventory, options.limit, look)
     except PyinfraError as error:
@@ -84,9 +86,6 @@ def main(arguments: list[str]) -> int:
         out(json_text({name: host.to_json() for name, host in hosts.items()}))
     else:
         out(table(hosts))
-    if not hosts:
-        err(f"llamafleet: {options.inventory}: no such host or group: {options.limit}")
-        return 2
     return 0 if all(host.is_fine for host in hosts.values()) else 1
 
 
