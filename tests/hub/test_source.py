@@ -109,7 +109,7 @@ def test_a_plain_url_never_gets_the_token(hub, files):
     [
         ("gated/tiny.gguf", None, "HTTP 401, GatedRepo: accept the model's terms"),
         ("gated/tiny.gguf", "hf_outsider", "HTTP 403, GatedRepo: the token's account has no access"),
-        ("tiny.gguf", "hf_wrong", "HTTP 401: accept"),
+        ("tiny.gguf", "hf_wrong", "HTTP 401: the token (hub_token_file or HF_TOKEN) is not accepted"),
         ("Tiny.gguf", None, "HTTP 404, EntryNotFound: check owner, repository"),
         ("tiny.gguf@v9", None, "HTTP 404, RevisionNotFound"),
     ],

@@ -182,7 +182,7 @@ def test_fresh(hub, url, job):
     noted = json.loads((job.models / "x.gguf.verified").read_text())
     assert noted == {"size_bytes": len(BODY), "sha256": SHA, "mtime_ns": job.file().stat().st_mtime_ns}
     assert not job.partial().exists()
-    assert re.search(r"^progress \d+ % 0\.0 of \d+ bytes, \d+ MiB/s, .* left \(x\.gguf\)$", job.text(), re.M)
+    assert re.search(r"^progress \d+ % of \d+ bytes, \d+ MiB/s, .* left \(x\.gguf\)$", job.text(), re.M)
     assert job.last().startswith("done 1 files")
 
 

@@ -110,7 +110,7 @@ def test_a_plan_that_does_not_fit_names_the_model_once():
     text = refusal(survey(machine={"ram_gib": 4}))
     assert text == (
         "models: m0: Qwen3-8B with 4096 tokens for each of 1 slot(s) does not fit on box1: 6703 MiB of RAM needed, "
-        "2048 MiB available besides the reserve; the weights alone need 4789 MiB, all devices together have 2048 MiB"
+        "2048 MiB available besides the reserve, 4656 MiB missing; the weights alone need 4789 MiB, all devices together have 2048 MiB"
     )
 
 
