@@ -12,6 +12,7 @@ import pyinfra_cli  # isort: skip  # first: it makes sockets cooperative before 
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 
 from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.host import Host
@@ -20,6 +21,7 @@ from llamafleet.cli.status import HostStatus, Wanted, of_host, table
 from llamafleet.host import answers
 from llamafleet.host.answers import LiveInstance
 from llamafleet.host.installed import Installed
+from llamafleet.host.machine import Machine
 from llamafleet.printable import err, json_text, out
 from llamafleet.service.changes import Changes
 from llamafleet.service.refusals import Refused
@@ -38,7 +40,8 @@ def look(host: Host) -> HostStatus | str:
     live, problem = _live(host, installed)
     differs = {**now.changes.services, **now.changes.refreshed}
     services = {serving.name: differs.get(serving.name, ()) for serving in now.desired.servings}
-    return of_host(installed, live, Wanted(services, tuple(to_do(now.changes))), problem)
+    status = of_host(installed, live, Wanted(services, tuple(to_do(now.changes))), problem)
+    return replace(status, free_bytes=free_bytes(now.desired.machine))
 
 
 def _without_plan(host: Host, problem: str) -> HostStatus | str:
@@ -50,7 +53,13 @@ def _without_plan(host: Host, problem: str) -> HostStatus | str:
     except READ_ERRORS as error:
         return str(error)
     live, _ = _live(host, survey.installed)
-    return of_host(survey.installed, live, None, f"cannot be compared with the inventory: {problem}")
+    status = of_host(survey.installed, live, None, f"cannot be compared with the inventory: {problem}")
+    return replace(status, free_bytes=free_bytes(survey.machine))
+
+
+def free_bytes(machine: Machine) -> dict[str, int]:
+    """The free space of the disks of our folders, by path."""
+    return {disk.path: disk.free_bytes for disk in machine.disks}
 
 
 def _live(host: Host, installed: Installed) -> tuple[Mapping[str, LiveInstance], str]:

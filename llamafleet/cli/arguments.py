@@ -42,7 +42,7 @@ def read_machine(argument: str) -> described.Described:
     text = sys.stdin.read(MOST_CHARACTERS + 1) if argument == "-" else _read_machine_file(path)
     if len(text) > MOST_CHARACTERS:
         raise UsageError(
-            f"--machine: {shown(argument)} has more than {MOST_CHARACTERS} characters: no machine file has"
+            f"--machine: {shown(argument)} has more than {MOST_CHARACTERS} characters, and no machine file is so long"
         )
     try:
         return described.Described(Machine.from_json(json.loads(text)))

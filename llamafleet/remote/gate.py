@@ -69,7 +69,8 @@ def check_health(spec: dict[str, Any]) -> dict[str, Any]:
     return result(
         "health", status == 200, f"200 from {spec['url']}/health within {seconds:.0f} s ({how})",
         f"{status or 'no answer'}, unit {state}{ended}",
-        why_silent(spec["unit"], main_pid(spec["unit"]), status) if running else cause_of_end(spec["unit"]) or "its journal says why",
+        why_silent(spec["unit"], main_pid(spec["unit"]), status) if running
+        else cause_of_end(spec["unit"]) or "its journal says why",
     )  # fmt: skip
 
 

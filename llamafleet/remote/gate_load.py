@@ -1,4 +1,4 @@
-"""How long an instance may load before the gate takes it for hanging.
+"""How long an instance may load before the gate takes it for hanging, and why one may not be ready then.
 
 Part of gate.py and under its contract: Python 3.8, standard library.
 

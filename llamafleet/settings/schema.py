@@ -233,6 +233,7 @@ class Settings:
     liveness_interval_seconds: Annotated[
         Whole, Field(ge=1, le=_SECONDS, description="systemd's timer has no pause of 0")
     ]
+    allow_empty_models: Flag
     uninstall_models: Flag
 
     @classmethod

@@ -232,17 +232,20 @@ def test_ctrl_c_ends_the_run_within_seconds_while_a_job_goes_on(settings, invent
     """It says which job goes on where; the next run joins it, at once, since it sees that the first one is dead."""
     path = outside.sources["moe"].removeprefix("hf:")
     on(bad, "sh", "-c", "rm -rf /var/lib/llamafleet/models/tiny-moe-*")
-    outside.hub.fault(path, times=None, bytes_per_second=2000)
     where = inventory((bad, settings(bad, "moe")))
     run = subprocess.Popen(
         deploying.command(where, "-y"), cwd=deploying.ROOT, env=deploying.environment(), stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        until(lambda: "fetch-tiny-moe" in on(bad, "systemctl", "list-units", "--plain", "llamafleet-job-*"), 120)
+        for _ in iter(run.stderr.readline, "--> Beginning operation run...\n"):
+            assert run.poll() is None
+        outside.hub.fault(path, times=None, bytes_per_second=2000)  # not before: this machine has read the header
+        until(lambda: "fetch-tiny-moe" in on(bad, "systemctl", "list-units", "--plain", "llamafleet-job-*"), 60)
         began = time.monotonic()
         run.send_signal(signal.SIGINT)
-        text = run.communicate(timeout=60)[1]
+        text = run.stderr.read()
+        run.wait(timeout=60)
         assert time.monotonic() - began < 3
     finally:
         run.kill()

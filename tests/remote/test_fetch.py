@@ -431,6 +431,9 @@ def test_wrong_file_without_record_is_set_aside(hub, url, job):
     assert job.want(url).run() == 0, job.text()
     assert job.file().read_bytes() == BODY
     assert (job.models / ".x.gguf.rejected").read_bytes() == b"GGUF and nothing more"
+    assert re.search(
+        r"^note: .* set aside as \S*/\.x\.gguf\.rejected \(\d+ bytes\), removed after 30 days", job.text(), re.M
+    )
 
 
 def test_changed_file_is_noticed(hub, url, job):
