@@ -1,10 +1,11 @@
 """Report what is installed and running on this host, together with the probe's machine file.
 
 Contract: one argument, a JSON object {"packages": {name of a package manager: [names]},
-"build_cache": path | null, "toolkits": [paths], "paths": [paths], "vulkan": bool}; prints one JSON object
+"build_cache": path | null, "toolkits": [paths], "paths": [paths], "vulkan": bool,
+"bandwidth": bool (measure the memory, unless a plan.json has it)}; prints one JSON object
 {"machine": the probe's output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and psutil;
-its siblings common.py, instance_files.py, probe.py, toolkits.py, lock.py, ground.py, packages.py and releases.py lie
-in the same folder.
+its siblings common.py, instance_files.py, learned.py, probe.py, probe_bandwidth.py, toolkits.py, lock.py, ground.py,
+packages.py and releases.py lie in the same folder.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ DRIVER_SECONDS = 20.0  # a driver that does not answer in this time hangs
 
 def main(argv: list[str]) -> None:
     import ground
+    import learned
     import lock
     import packages
     import probe
@@ -72,6 +74,8 @@ def main(argv: list[str]) -> None:
         "gpu_groups": [name for name in ("render", "video") if has_group(name)],
         "foreign_units": [unit for unit in units() if not is_ours(unit)],
         "toolkits": toolkits.find(extra=asked["toolkits"]),
+        "bandwidth": learned.bandwidth(machine) if asked.get("bandwidth") else None,
+        "gate_speeds": learned.gate_speeds(),
     }
     print(json.dumps({"machine": machine, "found": found}))
 

@@ -90,6 +90,7 @@ def changes_needed(desired: Desired, installed: Installed) -> Changes:
                 serving.verified is not None
                 or serving.name not in desired.inputs.same_inputs()
                 or _has_another_source(stay[serving.name], serving)
+                or _has_other_rates(stay[serving.name], serving)
             )
         ),
     )
@@ -98,6 +99,13 @@ def changes_needed(desired: Desired, installed: Installed) -> Changes:
 def _has_another_source(installed: InstalledInstance, serving: Serving) -> bool:
     """Whether plan.json names the model's source otherwise: an earlier version wrote the query of an address, too."""
     return installed.record is not None and installed.record.raw.get("source") != serving.record.get("source")
+
+
+def _has_other_rates(installed: InstalledInstance, serving: Serving) -> bool:
+    """Whether plan.json lacks the rates that its plan was chosen with, or the probe's figure, which is kept there."""
+    recorded = installed.record.raw.get("inputs") if installed.record else None
+    wanted = serving.record.get("inputs")
+    return wanted is not None and (not isinstance(recorded, dict) or recorded.get("rates") != wanted["rates"])
 
 
 def _complete(files: Mapping[str, str | None], installed: Installed) -> bool:

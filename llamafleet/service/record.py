@@ -69,7 +69,14 @@ def plan_record(
     if public != instance.source:
         record["source"] = public
         record["public_identity"] = _hash({**record})
-    return {**record, "identity": identity, **told_to_host(argv, alone), "plan": plan.to_json()}
+    return {**record, "identity": identity, **told_to_host(argv, alone), "plan": chosen_plan(plan)}
+
+
+def chosen_plan(plan: Plan) -> dict[str, Any]:
+    """The plan as plan.json keeps it: with the speed that it was chosen for, which later gates do not change, and the
+    speed that its own gate is expected to measure."""
+    expected = plan.at_gate.to_json() if plan.at_gate else None
+    return {**plan.to_json(), "predicted": plan.chosen_for.to_json(), "expected": expected}
 
 
 def _hash(record: Mapping[str, Any]) -> str:
