@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -214,3 +217,25 @@ def test_a_limit_that_names_nobody_is_bad_input(tmp_path):
     words = [sys.executable, "-m", "tasks.status", str(tmp_path / "fleet.py"), "--limit", "nobody"]
     done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
     assert done.returncode == 2 and "nobody" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "plan"])
+def test_ctrl_c_while_a_host_is_silent_ends_within_seconds_with_130(tmp_path, command):
+    """A host that accepts the connection and says nothing: as a terminal does, all processes get the signal."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        inventory = tmp_path / "fleet.py"
+        inventory.write_text(f'hosts = [("silent", {{"ssh_hostname": "127.0.0.1", "ssh_port": {port}}})]\n')
+        words = [sys.executable, "-m", "llamafleet.cli", command, "--inventory", str(inventory)]
+        run = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               cwd=ROOT, process_group=0)  # fmt: skip
+        try:
+            silent.settimeout(30)
+            silent.accept()
+            began = time.monotonic()
+            os.killpg(run.pid, signal.SIGINT)
+            _, err = run.communicate(timeout=20)
+            assert time.monotonic() - began < 3
+        finally:
+            run.kill()
+    assert run.returncode == 130 and "interrupted" in err and "Traceback" not in err
