@@ -212,6 +212,27 @@ def test_a_host_that_does_not_answer_is_named_and_exits_1(tmp_path):
     assert state["fine"] is False and state["problem"].startswith("cannot be reached")
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            'hosts = [("@local", {\n"allow_swap": true})]',
+            "fleet.py: line 2: NameError: name 'true' is not defined: write True",
+        ),
+        ("hosts = [\n\n1 2]", "fleet.py: line 3: SyntaxError: "),
+        ("import nothing_of_that_name", "fleet.py: line 1: ModuleNotFoundError: "),
+        ('hosts = [("box1", 5)]', "fleet.py: TypeError: "),
+        ("hosts = []", "fleet.py: the inventory has no host"),
+    ],
+)
+@pytest.mark.parametrize("module", ["tasks.status", "tasks.lib.over_hosts"])
+def test_an_inventory_that_cannot_be_used_is_bad_input_with_a_line(tmp_path, module, text, says):
+    (tmp_path / "fleet.py").write_text(text)
+    words = [sys.executable, "-m", module, str(tmp_path / "fleet.py")]
+    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
 def test_a_limit_that_names_nobody_is_bad_input(tmp_path):
     (tmp_path / "fleet.py").write_text('hosts = ["@local"]\n')
     words = [sys.executable, "-m", "tasks.status", str(tmp_path / "fleet.py"), "--limit", "nobody"]
