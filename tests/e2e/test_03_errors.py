@@ -279,15 +279,15 @@ def test_ctrl_c_ends_the_run_within_seconds_while_a_job_goes_on(settings, invent
         text = run.stderr.read()
         run.wait(timeout=60)
         assert time.monotonic() - began < 3
+        assert run.returncode == 130 and "goes on there" in text, text
+        [said] = [line for line in text.splitlines() if "goes on there" in line]
+        job = said.rpartition("systemctl stop ")[2].strip()
+        assert bad.name in said and job.startswith("llamafleet-job-fetch-tiny-moe") and "Traceback" not in text
+        assert on(bad, "systemctl", "is-active", job) == "active"
+        on(bad, "systemctl", "stop", job)  # what was said to stop it
     finally:
         run.kill()
         outside.hub.heal()
-    assert run.returncode == 130 and "goes on there" in text, text
-    [said] = [line for line in text.splitlines() if "goes on there" in line]
-    job = said.rpartition("systemctl stop ")[2].strip()
-    assert bad.name in said and job.startswith("llamafleet-job-fetch-tiny-moe") and "Traceback" not in text
-    assert on(bad, "systemctl", "is-active", job) == "active"
-    on(bad, "systemctl", "stop", job)  # what was said to stop it
     done = pyinfra(inventory((bad, settings(bad))))
     assert done.code == 0, done.text
 
