@@ -20,7 +20,7 @@ def root(tmp_path, monkeypatch):
     for name in ("HELPERS", "UNITS", "GOOD"):
         monkeypatch.setattr(helpers, name, str(tmp_path / name.lower()))
     monkeypatch.setattr(helpers.survey, "UNITS", str(tmp_path / "units"))
-    monkeypatch.setattr(helpers, "FOLDERS", {str(tmp_path / "helpers"): 0o755, str(tmp_path / "staged"): 0o700})
+    monkeypatch.setattr(common, "FOLDERS", {str(tmp_path / "helpers"): 0o755, str(tmp_path / "staged"): 0o700})
     for path, text in {
         "sent/gate.py": "print('gate')\n",
         "sent/psutil/__init__.py": "",

@@ -3,8 +3,10 @@ llama-server's place. tests/oracle/test_liveness.py has a real one."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 import subprocess
 import threading
 
@@ -373,8 +375,12 @@ def test_a_note_of_another_form_is_worth_nothing(check, server, systemd, tmp_pat
     assert json.loads((tmp_path / "run/liveness-chat.json").read_text()) == {"pid": 7, "slots": {"0": [1, False, 0, 0]}}
 
 
-def test_a_note_that_cannot_be_written_fails_nothing(check, server, tmp_path, capsys):
-    (tmp_path / "run/liveness-chat.json").mkdir(parents=True)
+def full(path, value):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+
+def test_a_note_that_cannot_be_written_fails_nothing(check, server, monkeypatch, capsys):
+    monkeypatch.setattr(liveness, "write_json", full)
     assert check() == 0 and "could not be noted" in capsys.readouterr().err
 
 
@@ -389,8 +395,8 @@ def test_a_count_of_another_form_begins_anew(check, server, systemd, tmp_path, t
     assert json.loads((tmp_path / "gate/liveness/chat.json").read_text())["restarts"] == 1
 
 
-def test_a_count_that_cannot_be_written_keeps_no_server_from_its_restart(check, server, systemd, tmp_path, capsys):
-    (tmp_path / "gate/liveness/chat.json").mkdir(parents=True)
+def test_a_count_that_cannot_be_written_keeps_no_server_from_its_restart(check, server, systemd, monkeypatch, capsys):
+    monkeypatch.setattr(liveness, "write_json", full)
     server.props = None
     assert check(SHORT) == 10 and restarts(systemd)
     assert "the restart could not be recorded" in capsys.readouterr().err

@@ -113,6 +113,7 @@ def test_a_model_without_a_record_is_not_verified(model):
 
 def test_a_liveness_check_is_no_instance_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(survey, "UNITS", str(tmp_path))
+    monkeypatch.setattr(common, "UNITS", str(tmp_path))
     monkeypatch.setattr(survey, "show", lambda unit, *_: {"ActiveState": "active"})
     for name in ("llama-server-chat.service", "llama-server-chat-liveness.service", "llama-server-chat-liveness.timer"):
         (tmp_path / name).write_text("# Made by llamafleet\n")
