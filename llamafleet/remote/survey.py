@@ -202,10 +202,16 @@ def instance(name: str) -> dict[str, Any]:
         "unit_core_sha256": core_sha256(f"{UNITS}/{unit}"),
         "good_core_sha256": core_sha256(f"{GOOD}/{name}/{unit}"),
         "good_plan_sha256": sha256_of(f"{GOOD}/{name}/plan.json"),
-        "good_is_whole": instance_files.last_good(name) is not None,
+        "good_is_whole": has_good_files(name),
         "loaded": {one: hashed for one in SECRETS if (hashed := sha256_of(f"{CREDENTIALS}/{unit}/{one}"))},
         "deleted": deleted_files(pid),
     }
+
+
+def has_good_files(name: str) -> bool:
+    """Whether the files that last passed the gate are whole, with the list that says so."""
+    listed = read_json(f"{GOOD}/{name}/{instance_files.MANIFEST}").get("files")
+    return instance_files.last_good(name) is not None and isinstance(listed, dict)
 
 
 def deleted_files(pid: int) -> list[str]:

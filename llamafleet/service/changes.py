@@ -205,7 +205,7 @@ def differences(
     if installed is None:
         return ("it is not installed",)
     reasons = list(_unit_differs(service.unit_text, installed, ground, alone))
-    if not reasons and not _has_passed(installed) and installed.good_sha256 is not None:
+    if not reasons and not _has_passed(installed) and not _good_is_damaged(installed):
         reasons.append("it has not passed the gate")
     reasons += _secrets_differ(service, installed, loaded=False)
     if drop_ins := _not_allowed(service, installed.drop_ins):
@@ -268,6 +268,11 @@ def _has_passed(installed: InstalledInstance) -> bool:
     return installed.good_core_sha256 is not None and installed.good_core_sha256 == installed.unit_core_sha256
 
 
+def _good_is_damaged(installed: InstalledInstance) -> bool:
+    """Whether the files that last passed the gate say nothing of the installed ones."""
+    return installed.good_sha256 is None or not installed.good_is_whole
+
+
 def _dropped(installed: InstalledInstance) -> tuple[str, ...]:
     """The directives that the preflight dropped, as plan.json has them; none where it has another form."""
     found: Mapping[str, Any] = installed.preflight or {}
@@ -297,7 +302,7 @@ def _quiet_differences(service: Service, installed: InstalledInstance) -> Iterat
         yield "systemd has not read its unit again since a file of it changed"
     if installed.enabled != "enabled":
         yield f"it is {installed.enabled or 'not enabled'}"
-    if installed.good_sha256 is None or not installed.good_is_whole:
+    if _good_is_damaged(installed):
         yield "the files to go back to are damaged or missing"
 
 

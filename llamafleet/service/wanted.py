@@ -30,6 +30,8 @@ from llamafleet.remote.common import (
 
 # Bits of a mode that say who reads and who writes.
 READ_WRITE = 0o666
+# That root reads and writes, also without capabilities, and that nobody else writes; in folders that others cannot enter.
+NOT_BY_OTHERS = 0o622
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,9 @@ def _instance(one: Instance) -> Iterator[Place]:
         yield Place(f"{INSTANCES}/{name}/{secret}", "file", 0o600, instance=name, needed=False)
     yield Place(plan_path(name), "file", 0o644, instance=name, needed=False)
     yield from (Place(f"{UNITS}/{unit}", "file", 0o644, instance=name, needed=False) for unit in units)
-    yield Place(good, "folder", 0o755, 0o022, instance=name, needed=False)
-    yield from (Place(f"{good}/{file}", "file", 0o600, 0o022, instance=name, needed=False)
-                for file in (*sorted(one.secrets), "plan.json", *units))  # fmt: skip
+    yield Place(good, "folder", 0o755, NOT_BY_OTHERS, instance=name, needed=False)
+    yield from (Place(f"{good}/{file}", "file", 0o600, NOT_BY_OTHERS, instance=name, needed=False)
+                for file in (*sorted(one.secrets), "plan.json", "manifest.json", *units))  # fmt: skip
 
 
 def differences(wanted: Iterable[Place], found: Mapping[str, Found]) -> Iterator[tuple[Place, str]]:
