@@ -1,8 +1,9 @@
 """Every setting of llamafleet: its default, its unit, and the reason for the value.
 
-This is the only place of defaults. An inventory overrides any of them for a group
-(`inventory/group_data/GROUP.py`) or a host (its data dictionary). A key that is not
-listed here is refused, and the message names the nearest known key.
+This is the only place of defaults; they hold for inventories in other folders too. An
+inventory overrides any of them for a group (`group_data/GROUP.py` beside it) or a host (its
+data dictionary). A key that is not listed here is refused, and the message names the
+nearest known key.
 """
 
 # --- what to serve ---------------------------------------------------------------------------

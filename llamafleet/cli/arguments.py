@@ -13,11 +13,10 @@ from typing import Any
 
 from llamafleet.host import described
 from llamafleet.host.machine import Machine, MachineError
-from llamafleet.settings import secrets
+from llamafleet.settings import defaults, secrets
 from llamafleet.settings.schema import Instance, Settings
 from llamafleet.validation import shown
 
-DEFAULTS = Path("inventory/group_data/all.py")
 NAME, PORT = "model", 8080  # name and port of the planned instance; nothing is served under them
 
 
@@ -64,19 +63,12 @@ def read_text(path: Path) -> str:
 
 
 def default_data() -> dict[str, Any]:
-    """The default settings, from `inventory/group_data/all.py` of the checkout that this package is part of.
-
-    The file is Python and is run, so that of the current folder, which may be a stranger's, does not count. Raises
-    `UsageError` if there is no such file.
-    """
-    path = Path(__file__).resolve().parents[2] / DEFAULTS
-    if not path.is_file():
-        raise UsageError(
-            f"{path}: there is no such file: install llamafleet from a checkout (pip install --editable .)"
-        )
-    values: dict[str, Any] = {}
-    exec(compile(read_text(path), str(path), "exec"), values)  # noqa: S102 -- our own file
-    return {key: value for key, value in values.items() if not key.startswith("_")}
+    """The default settings, those that this package brings: a file of the current folder, which may be a stranger's,
+    does not count. Raises `UsageError` where they are missing."""
+    try:
+        return defaults.defaults()
+    except defaults.DefaultsError as error:
+        raise UsageError(str(error)) from error
 
 
 def parse_changes(changes: Sequence[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llamafleet import stages
 from llamafleet.cli import compare, tables
 from llamafleet.cli.arguments import UsageError, default_data, hub_token, parse_changes, read_machine, settings_for
 from llamafleet.cli.what_if import what_if
@@ -144,13 +145,12 @@ def _on_inventory(module: str, options: argparse.Namespace) -> int:
     """Run a module of `tasks` in its own process and return its exit status: pyinfra patches the standard library's
     sockets, and that must happen before they are used."""
     if not options.inventory.is_file():
-        raise UsageError(f"--inventory: there is no such inventory file: {options.inventory}")
+        raise UsageError(f"--inventory: there is no such inventory file: {options.inventory} (looked in {Path.cwd()})")
     # -P: a module of the current folder, which may be a stranger's, is not taken for one of ours or of Python.
     command = [sys.executable, "-P", "-m", module, str(options.inventory)]
     command += ["--limit", options.limit] if options.limit else []
     command += ["--json"] if options.json else []
-    root = str(Path(__file__).resolve().parent.parent.parent)  # `tasks` lies beside the package
-    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    path = os.pathsep.join([str(stages.FOLDER), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
 
 

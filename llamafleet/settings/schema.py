@@ -1,6 +1,6 @@
 """What the operator asked for: `host.data`, typed and checked.
 
-Defaults live in `inventory/group_data/all.py` alone; this module has names, types and ranges, and
+Defaults live in `inventory/group_data/all.py` alone (see `defaults.py`); this module has names, types and ranges, and
 the reason where a range ends.
 """
 
@@ -26,6 +26,7 @@ from llamafleet.remote.common import (
     unit_of,
 )
 from llamafleet.settings import extra_flags as extra
+from llamafleet.settings.defaults import MODEL_DEFAULTS, DefaultsError, with_defaults
 from llamafleet.validation import Flag, Listed, Should, Whole, one_of
 
 BACKENDS = ("auto", "cuda", "hip", "vulkan", "cpu")
@@ -239,13 +240,17 @@ class Settings:
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Settings:
-        """Check a host's data and make settings of it.
+        """Check a host's data and make settings of it; keys that it lacks have their defaults.
 
         Raises `SettingsError` with every problem, each naming the key, the value and what it should be. Rules between
         fields are checked where the fields themselves are right.
         """
         ours = {key: value for key, value in data.items() if not str(key).startswith(_FOREIGN_PREFIXES)}
-        defaults = ours.pop("model_defaults", {})
+        try:
+            ours = with_defaults(ours)
+        except DefaultsError as error:
+            raise SettingsError([str(error)]) from error
+        defaults = ours.pop(MODEL_DEFAULTS)
         if not isinstance(defaults, Mapping):
             raise SettingsError([f"model_defaults: should be a dictionary, is {validation.shown(defaults)}"])
         if defaults.get("allow_unverified"):
