@@ -109,9 +109,15 @@ def credentials(name: str, unit: bytes) -> List[str]:
 def names() -> List[str]:
     """The installed instances: those whose unit we made, and those whose unit is gone while their files are there."""
     ours = [common.instance_of(unit) for unit in units()]
-    folders = [name for name in common.listing(common.INSTANCES) if os.path.isdir(f"{common.INSTANCES}/{name}")]
+    folders = [name for name in common.listing(common.INSTANCES) if _is_of_instance(name)]
     left = [name for name in folders if not os.path.lexists(f"{common.UNITS}/{common.unit_of(name)}")]
     return sorted({*ours, *left})
+
+
+def _is_of_instance(name: str) -> bool:
+    """Whether a folder in that of the instances is one's, and not somebody's copy of it."""
+    kept = os.path.isfile(f"{common.GOOD}/{name}/{common.unit_of(name)}")
+    return kept or common.read_json(common.plan_path(name)).get("name") == name
 
 
 def record(name: str) -> Dict[str, Any]:

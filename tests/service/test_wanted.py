@@ -58,11 +58,13 @@ def emptied(path):
 
 
 def edited(path):
-    """Longer, or, where its size counts, with another byte."""
+    """Another byte in its middle."""
     with open(path, "r+b") as file:
-        first = file.read(1)
-        file.seek(0)
-        file.write(b"#" if first != b"#" else b";")
+        middle = os.path.getsize(path) // 2
+        file.seek(middle)
+        byte = file.read(1)
+        file.seek(middle)
+        file.write(b"#" if byte != b"#" else b";")
 
 
 def read_by_nobody(path):
