@@ -89,6 +89,7 @@ def box(gpus, backend="auto", **machine):
             "liveness_sha256": {name: sha256(text) for name, text in serving.service.liveness.items()},
             "unit_core_sha256": core, "good_core_sha256": core,
             "good_plan_sha256": sha256(serving.service.plan_json), "good_is_whole": True, "unread_drop_ins": [],
+            "good_liveness_sha256": {name: sha256(text) for name, text in serving.service.liveness.items()},
             "liveness_enabled": "enabled", "liveness_drop_ins": [], "deleted": [],
             "loaded": {name: sha256(text) for name, text in serving.service.secrets.items()},
             "preflight": {"rendered_sha256": hashed, "unit_sha256": hashed, "ground": GROUND, "dropped": []},

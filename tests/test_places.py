@@ -58,7 +58,16 @@ def test_the_command_works_from_any_folder(elsewhere, command):
 def test_hosts_are_checked_from_any_folder(elsewhere):
     """Collecting reads the inventory with its settings, and reaches no host."""
     (elsewhere / "inv.py").write_text(WRONG.replace('"slot": 3', '"slots": 3'))
-    words = [PROGRAMS / "python", "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", ROOT / "tests/hosts"]
+    words = [
+        PROGRAMS / "python",
+        "-m",
+        "pytest",
+        "-q",
+        "--collect-only",
+        "-p",
+        "no:cacheprovider",
+        ROOT / "tests/hosts",
+    ]
     code, text = run(elsewhere, *words, "--inventory", "inv.py")
     assert code == 0 and "[@local/a]" in text, text
     code, text = run(elsewhere, *words, "--inventory", "nosuch.py")
@@ -116,7 +125,9 @@ def test_an_own_package_of_the_name_tasks_is_named_rather_than_mixed_in(tmp_path
 def test_the_links_to_what_travels_with_the_package_lead_there():
     """A copy instead of a link would differ from the file that is edited, one day."""
     data = ROOT / "llamafleet/data"
-    links = {link: (data / link).resolve() for link in ("defaults", "templates", "remote.txt", "deploy", "stages/tasks")}
+    links = {
+        link: (data / link).resolve() for link in ("defaults", "templates", "remote.txt", "deploy", "stages/tasks")
+    }
     assert {link: str(path.relative_to(ROOT)) for link, path in links.items()} == {
         "defaults": "inventory/group_data/all.py", "templates": "templates", "remote.txt": "locks/remote.txt",
         "deploy": "deploy.py", "stages/tasks": "tasks",

@@ -146,6 +146,7 @@ class InstalledInstance:
     # Of the plan.json that lies with the unit that last passed the gate, and whether those files can be gone back to.
     good_plan_sha256: Sha256 | None = None
     good_is_whole: Flag = True
+    good_liveness_sha256: Table[Sha256] = field(default_factory=dict)
     # Drop-ins of this unit that are on the disk, whether systemd has read them (`drop_ins`) or not.
     unread_drop_ins: Many[Path] = ()
     liveness_enabled: Name | None = "enabled"

@@ -45,13 +45,12 @@ LOCK = RUN + "/lock.json"
 
 UNITS = "/etc/systemd/system"
 
-# Our folders with their modes; all are root's. Those in `MAY_LEAD_ELSEWHERE` may be links to folders on another disk.
+# Our folders with their modes; all are root's.
 FOLDERS = {
     OPT: 0o755, HELPERS: 0o755, RELEASES: 0o755, VAR: 0o755, MODELS: 0o755, JOBS: 0o750,
     STAGED: 0o700, GOOD: 0o700, GATES: 0o755, ETC: 0o755, INSTANCES: 0o755, RUN: 0o755,
 }  # fmt: skip
 MODEL_MODE = 0o644  # the service's user reads it, root alone changes it
-MAY_LEAD_ELSEWHERE = frozenset((OPT, RELEASES, VAR, MODELS, BUILD, SOURCE))
 
 JOURNAL_PART_BYTES = 4 * 2**20  # a server logs its devices and sizes in the first 100 kB of a start
 JSON_LIMIT_BYTES = 16 * 2**20  # of a file of ours: plan.json, the largest, has some ten thousand bytes
@@ -99,6 +98,11 @@ def gate_record(instance: str) -> str:
 def liveness_record(instance: str) -> str:
     """Where the liveness check counts its restarts. In a folder: `m.liveness` is the name of another instance."""
     return f"{GATES}/liveness/{instance}.json"
+
+
+def may_lead_elsewhere(path: str) -> bool:
+    """Whether a folder of ours may be a link to one on another disk."""
+    return path in (OPT, RELEASES, VAR, MODELS, BUILD, SOURCE) or os.path.dirname(path) == MODELS
 
 
 # --- names ------------------------------------------------------------------------------------
@@ -456,13 +460,21 @@ def replace_link(path: str, target: str) -> None:
 
 
 def make_way(path: str) -> None:
-    """Set a folder aside that lies where a file or a link belongs, as `.NAME.rejected` beside it: what is in it is not
-    ours, so it is not removed."""
+    """Set a folder aside that lies where a file or a link belongs: what is in it is not ours, so it is not removed."""
     if os.path.isdir(path) and not os.path.islink(path):
-        folder, name = os.path.split(path)
-        aside = f"{folder}/.{name}.rejected"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(path, aside)
+        set_aside(path)
+
+
+def set_aside(path: str) -> str:
+    """Rename what lies there to `.NAME.rejected` beside it, in place of what was set aside before; that name."""
+    folder, name = os.path.split(path)
+    aside = f"{folder}/.{name}.rejected"
+    if os.path.isdir(aside) and not os.path.islink(aside):
+        shutil.rmtree(aside)
+    elif os.path.lexists(aside):
+        os.unlink(aside)
+    os.rename(path, aside)
+    return aside
 
 
 def sync(path: str | os.PathLike[str]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Dict  # the contract is Python 3.8, whose own Dict is typing's
 
-from common import is_as_verified, make_way, read_json, sync
+from common import is_as_verified, make_way, read_json, set_aside, sync
 from fetch_log import MIB, PROGRESS_S, Progress, gib, say
 from fetch_spec import MISMATCH, NO_SPACE, NOT_GGUF, Failed, Spec, Wanted
 
@@ -72,8 +72,7 @@ def adopt(spec: Spec, wanted: Wanted) -> bool:
     try:
         digest = verify(final, wanted, str(final))
     except Failed as failure:
-        aside = spec.directory / f".{wanted.name}.rejected"
-        os.replace(final, aside)
+        aside = set_aside(str(final))
         say(f"{failure}; set aside as {aside}: delete it when it is not needed")
         return False
     hand_over(spec, final, 0o644)

@@ -44,6 +44,8 @@ def install(key: str, source: str) -> None:
         # Compiled once: every survey and gate would otherwise compile the libraries again.
         compileall.compile_dir(new, ddir=folder, quiet=2)
         publish(new)
+        if os.path.lexists(folder) and not os.path.isdir(folder):
+            os.unlink(folder)
         if os.path.isdir(folder):
             mend(folder, new)
         else:

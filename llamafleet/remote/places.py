@@ -50,7 +50,7 @@ def describe(path: str) -> Optional[Dict[str, Any]]:
         status, target = os.lstat(path), None
         if stat.S_ISLNK(status.st_mode):
             target = os.readlink(path)
-            if path in common.MAY_LEAD_ELSEWHERE and os.path.isdir(path):
+            if common.may_lead_elsewhere(path) and os.path.isdir(path):
                 status = os.stat(path)
     except OSError:
         return None

@@ -34,14 +34,13 @@ def make_folders() -> None:
 
 def folder(path: str, mode: int) -> None:
     """Let this be a folder of root's with that mode. Raises OSError."""
-    aside = f"{os.path.dirname(path)}/.{os.path.basename(path)}.rejected"
-    if os.path.islink(path) and not (path in common.MAY_LEAD_ELSEWHERE and os.path.isdir(path)):
+    if os.path.islink(path) and not (common.may_lead_elsewhere(path) and os.path.isdir(path)):
         behind = os.path.realpath(path)
         os.unlink(path)
         if os.path.isdir(behind):
             shutil.copytree(behind, path, symlinks=True)
     elif os.path.lexists(path) and not os.path.isdir(path):
-        os.replace(path, aside)
+        common.set_aside(path)
     common.make_folder(path, mode)
     own(path, mode)
 

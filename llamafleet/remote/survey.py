@@ -16,7 +16,7 @@ import pwd
 import re
 import subprocess
 import sys
-from typing import Any
+from typing import Any, Iterable  # the contract is Python 3.8, whose own Iterable is typing's
 
 import common
 import instance_files
@@ -181,10 +181,11 @@ def instance(name: str) -> dict[str, Any]:
     return {
         "unit_sha256": sha256_of(f"{UNITS}/{unit}"),
         "plan_sha256": sha256_of(plan_path(name)),
-        "secrets": {one: hashed for one in SECRETS if (hashed := sha256_of(f"{INSTANCES}/{name}/{one}"))},
+        "secrets": hashes(f"{INSTANCES}/{name}", SECRETS),
         "preflight": record.get("preflight"),
         "good_sha256": sha256_of(f"{GOOD}/{name}/{unit}"),
-        "liveness_sha256": {one: found for one in liveness_units(name) if (found := sha256_of(f"{UNITS}/{one}"))},
+        "liveness_sha256": hashes(UNITS, liveness_units(name)),
+        "good_liveness_sha256": hashes(f"{GOOD}/{name}", liveness_units(name)),
         "liveness": timer.get("ActiveState"),
         "liveness_enabled": timer.get("UnitFileState"),
         "liveness_drop_ins": [path for one in liveness_units(name) for path in common.drop_ins(one)],
@@ -203,9 +204,14 @@ def instance(name: str) -> dict[str, Any]:
         "good_core_sha256": core_sha256(f"{GOOD}/{name}/{unit}"),
         "good_plan_sha256": sha256_of(f"{GOOD}/{name}/plan.json"),
         "good_is_whole": has_good_files(name),
-        "loaded": {one: hashed for one in SECRETS if (hashed := sha256_of(f"{CREDENTIALS}/{unit}/{one}"))},
+        "loaded": hashes(f"{CREDENTIALS}/{unit}", SECRETS),
         "deleted": deleted_files(pid),
     }
+
+
+def hashes(folder: str, names: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of these files of a folder that are there."""
+    return {name: found for name in names if (found := sha256_of(f"{folder}/{name}"))}
 
 
 def has_good_files(name: str) -> bool:

@@ -96,12 +96,13 @@ def changes_needed(desired: Desired, installed: Installed) -> Changes:
                *_runs_from(service, installed.instances.get(name), build))
         for name, service in services.items()
     }  # fmt: skip
-    to_install = {name: why for name, why in reasons.items() if why}
-    run_on = {name: installed.instances[name] for name, why in reasons.items() if not why}
-    quiet = {name: quiet_differences(services[name], instance) for name, instance in run_on.items()}
-    refreshed = {name: why for name, why in quiet.items() if why}
-    stay = {name: instance for name, instance in run_on.items() if name not in refreshed}
-    watching = {name: liveness_differences(services[name], instance) for name, instance in stay.items()}
+    there = {name: installed.instances[name] for name in services if name in installed.instances}
+    quiet = {name: quiet_differences(services[name], instance) for name, instance in there.items()}
+    watching = {name: liveness_differences(services[name], instance) for name, instance in there.items()}
+    # What is done with more than is needed for one reason is done for the others too.
+    to_install = {name: (*why, *quiet.get(name, ()), *watching.get(name, ())) for name, why in reasons.items() if why}
+    refreshed = {name: (*why, *watching[name]) for name, why in quiet.items() if why and name not in to_install}
+    stay = {name: instance for name, instance in there.items() if name not in (*to_install, *refreshed)}
     misplaced = [Misplaced(*one) for one in wanted.differences(_places(desired, installed, build), installed.paths)]
     model_files = {path for serving in desired.servings for path in _model_files(serving)}
     models = {serving.folder: tuple(_of_model(serving, installed, misplaced)) for serving in desired.servings}
@@ -114,7 +115,7 @@ def changes_needed(desired: Desired, installed: Installed) -> Changes:
         models={folder: why for folder, why in models.items() if why},
         services=to_install,
         refreshed=refreshed,
-        liveness={name: why for name, why in watching.items() if why},
+        liveness={name: watching[name] for name in stay if watching[name]},
         removed=tuple(name for name in installed.instances if name not in services),
         current=installed.current != desired.build.key,
         # Links are replaced with what they lead to; a model's file is read again.
@@ -302,7 +303,8 @@ def _quiet_differences(service: Service, installed: InstalledInstance) -> Iterat
         yield "systemd has not read its unit again since a file of it changed"
     if installed.enabled != "enabled":
         yield f"it is {installed.enabled or 'not enabled'}"
-    if _good_is_damaged(installed):
+    wanted = {name: sha256(text) for name, text in service.liveness.items()}
+    if _good_is_damaged(installed) or (installed.liveness_sha256 == wanted != installed.good_liveness_sha256):
         yield "the files to go back to are damaged or missing"
 
 

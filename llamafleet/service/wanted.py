@@ -30,7 +30,7 @@ from llamafleet.remote.common import (
 
 # Bits of a mode that say who reads and who writes.
 READ_WRITE = 0o666
-# That root reads and writes, also without capabilities, and that nobody else writes; in folders that others cannot enter.
+# That root reads and writes, also without capabilities, and that nobody else writes.
 NOT_BY_OTHERS = 0o622
 
 

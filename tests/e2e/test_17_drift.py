@@ -19,6 +19,7 @@ UNIT, TIMER, CHECK = (
     "llama-server-tiny-liveness.service",
 )
 RELEASE, MODEL = "$(readlink -f /opt/llamafleet/current)", f"$(ls {VAR}/models/*/*.gguf)"
+LIBRARY = f"$(readlink -f {OPT}/current/bin/libllama.so)"
 KEYS = f"{ETC}/instances/tiny/api-keys"
 
 
@@ -60,7 +61,7 @@ QUIET = [
     mode(f"{VAR}/good", "0755", "0700"),
     owner(f"{UNITS}/{UNIT}"),
     mode(MODEL, "0600", "0644"),
-    mode(f"{RELEASE}/bin/libllama.so.0.0.*", "0600", "0755"),
+    mode(LIBRARY, "0600", "0755"),
     Drift(f"systemctl disable {UNIT}", "it is disabled", "UnitFileState"),
     Drift(f"systemctl stop {TIMER}", "its liveness timer is inactive", "active timer"),
 ]
@@ -121,7 +122,7 @@ RESTARTS = [
     drop_in(UNIT, "[Service]\nNice=5\n", "drop-ins change its unit"),
     drop_in(UNIT, "[Service]\nExecStart=\nExecStart=/usr/bin/sleep 9999\n", "drop-ins change its unit"),
     Drift(f"rm {RELEASE}/bin/libllama.so*", "build", "libllama"),
-    Drift(f"f=$(ls {RELEASE}/bin/libllama.so.0.0.*); cp -p $f /root/l; printf x | dd of=$f bs=1 seek=99999 "
+    Drift(f"f={LIBRARY}; cp -p $f /root/l; printf x | dd of=$f bs=1 seek=99999 "
           "conv=notrunc; touch -r /root/l $f", "build", "libllama"),
     Drift(f"cp {RELEASE}/bin/llama-server {RELEASE}/bin/other", "build", "other"),
     Drift(f"rm {RELEASE}/release.json", "build", "release.json"),

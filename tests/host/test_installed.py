@@ -31,7 +31,7 @@ ANSWER = {
         "stale": False, "pid": 7, "argv": ["llama-server", "--port", "8080"], "exe": "/opt/llama-server",
         "liveness_sha256": {TIMER: SHA}, "liveness": "active",
         "liveness_enabled": "enabled", "liveness_drop_ins": [], "unread_drop_ins": [], "loaded": {"api-keys": SHA},
-        "deleted": ["/opt/x.so"], "good_plan_sha256": SHA, "good_is_whole": True, "record": {"plan": {"argv": []}},
+        "deleted": ["/opt/x.so"], "good_plan_sha256": SHA, "good_is_whole": True, "good_liveness_sha256": {}, "record": {"plan": {"argv": []}},
     }},
     "listeners": [{"address": "127.0.0.1", "port": 8080, "pid": 7, "process": "llama-server", "unit": "x.service"}],
     "device_classes": ["drm", "nvidia-caps"], "ground": {"systemd": "257", "kernel": "6.12", "driver": None},

@@ -65,7 +65,8 @@ def place(path):
     kinds = (("link", os.path.islink), ("folder", os.path.isdir), ("file", os.path.isfile))
     kind = next((kind for kind, is_it in kinds if is_it(path)), "other")
     elsewhere = (OPT, OPT + "/releases", VAR, VAR + "/models", VAR + "/src", VAR + "/build")
-    if kind == "link" and path in elsewhere and os.path.isdir(path):
+    may_lead_elsewhere = path in elsewhere or os.path.dirname(path) == VAR + "/models"
+    if kind == "link" and may_lead_elsewhere and os.path.isdir(path):
         kind, found = "folder", stat_of(os.path.realpath(path))
     return found and {"kind": kind, "mode": int(found["mode"], 8), "uid": found["uid"], "gid": found["gid"]}
 

@@ -91,8 +91,6 @@ class Host:
                 if hasattr(module, name):
                     monkeypatch.setattr(module, name, self.root + getattr(module, name))
         monkeypatch.setattr(common, "FOLDERS", {self.root + path: mode for path, mode in common.FOLDERS.items()})
-        elsewhere = frozenset(self.root + path for path in common.MAY_LEAD_ELSEWHERE)
-        monkeypatch.setattr(common, "MAY_LEAD_ELSEWHERE", elsewhere)
         monkeypatch.setattr(survey, "CREDENTIALS", f"{self.root}/run/credentials")
         self.systemd = Systemd(monkeypatch, self)
         self.settings = planning.settings({"source": "hf:a/b/m.gguf", "context_tokens": 4096, "api_key_file": "/keys"})

@@ -28,7 +28,7 @@ INSTANCE = InstalledInstance(
     unit_sha256=sha256("[Unit]\n"), plan_sha256=sha256("{}"), secrets={"api-keys": sha256("secret\n")}, preflight=None,
     active="active", enabled="enabled", restarts=0, drop_ins=(), stale=False, pid=7, argv=SERVICE.argv, exe=SERVICE.argv[0],
     good_sha256=sha256("[Unit]\n"), liveness_sha256={"llama-server-demo-liveness.timer": sha256("[Timer]\n")}, liveness="active",
-    good_plan_sha256=sha256("{}"), record=PlanRecord.of(RECORD),
+    good_liveness_sha256={"llama-server-demo-liveness.timer": sha256("[Timer]\n")}, good_plan_sha256=sha256("{}"), record=PlanRecord.of(RECORD),
 )  # fmt: skip
 FOLDERS = {place.path: Place(place.kind, place.mode, 0, 0) for place in wanted.folders()}
 FILE = "/var/lib/llamafleet/models/a-aaaaaaaaaaaa/a.gguf"
@@ -151,6 +151,7 @@ EDITED = PlanRecord.of({**RECORD, "name": "other"})
         ({"enabled": "disabled"}, "it is disabled"),
         ({"good_sha256": None}, "the files to go back to are damaged or missing"),
         ({"good_is_whole": False}, "the files to go back to are damaged or missing"),
+        ({"good_liveness_sha256": {}}, "the files to go back to are damaged or missing"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -325,7 +326,7 @@ def test_no_liveness_check_is_wanted():
     there = dataclasses.replace(INSTANCE, liveness="inactive")
     needed = changes(dataclasses.replace(INSTALLED, instances={"demo": there}), servings=servings)
     assert list(needed.liveness) == ["demo"]
-    gone = dataclasses.replace(there, liveness_sha256={})
+    gone = dataclasses.replace(there, liveness_sha256={}, good_liveness_sha256={})
     assert not changes(dataclasses.replace(INSTALLED, instances={"demo": gone}), servings=servings).any
 
 
