@@ -104,7 +104,11 @@ def read_spec(path: str) -> dict[str, Any]:
         raise ValueError(f"{path} has no gate with a unit and a url: run the deploy again")
     if later := later_schema(plan, PLAN_SCHEMA):
         raise ValueError(f"{path}: {later}")
-    return {"api_keys": None, "tls_certificate": None, "argv": [], **gate, "batch_tokens": plan.get("batch_tokens")}
+    spec = {"api_keys": None, "tls_certificate": None, "argv": [], **gate, "batch_tokens": plan.get("batch_tokens")}
+    texts = [spec[key] for key in ("api_keys", "tls_certificate") if spec[key] is not None]
+    if not isinstance(spec["argv"], list) or not all(isinstance(word, str) for word in [*texts, *spec["argv"]]):
+        raise ValueError(f"{path}: its gate has paths or arguments that are no texts: run the deploy again")
+    return spec
 
 
 # --- how long is too long -----------------------------------------------------------------------

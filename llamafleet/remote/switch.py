@@ -414,9 +414,6 @@ def remove(name: str) -> None:
     unwatch(name)
     unit = f"{common.UNITS}/{unit_of(name)}"
     systemctl("disable", "--quiet", "--now", unit_of(name), check=os.path.isfile(unit) and not is_empty(unit))
-    for one in (unit_of(name), *liveness_units(name)):
-        for path in common.drop_ins(one):
-            transaction.remove(path)
     transaction.forget(name)
     transaction.remove_files([
         *(f"{common.UNITS}/{unit}" for unit in liveness_units(name)), common.gate_record(name),

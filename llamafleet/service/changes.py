@@ -291,8 +291,11 @@ def quiet_differences(service: Service, installed: InstalledInstance) -> tuple[s
 
 
 def _quiet_differences(service: Service, installed: InstalledInstance) -> Iterator[str]:
-    texts = (service.unit_text, without_directives(service.unit_text, _dropped(installed)))
-    if installed.unit_sha256 not in [sha256(text) for text in texts]:
+    dropped = _dropped(installed)
+    texts = (service.unit_text, without_directives(service.unit_text, dropped))
+    cores = (core_of_unit(service.unit_text), core_of_unit(service.unit_text, dropped))
+    has_core = installed.unit_core_sha256 in [sha256(core) for core in cores]
+    if has_core and installed.unit_sha256 not in [sha256(text) for text in texts]:
         yield "its unit differs in lines that need no restart"
     yield from _plan_differs(service, installed)
     yield from _secrets_differ(service, installed, loaded=True)

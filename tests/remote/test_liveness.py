@@ -427,3 +427,53 @@ def test_a_record_of_an_earlier_version_is_enough(check, server, systemd, tmp_pa
     assert check(plan={"gate": gate}) == 0
     server.props = None
     assert check(SHORT, {"gate": gate}) == 10 and restarts(systemd)
+
+
+# --- a damaged plan.json ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"{",
+        b"",
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"gate": 5}',
+        b'{"gate": {"unit": "u", "url": "x"}, "schema": {}}',
+    ],
+    ids=["cut", "empty", "a list", "bytes", "nested", "no gate", "an odd schema"],
+)
+def test_a_damaged_plan_is_a_failed_check_with_a_line(check, tmp_path, capsys, text):
+    (tmp_path / "plan.json").write_bytes(text)
+    assert liveness.main([str(tmp_path / "plan.json"), "5"]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: the liveness check could not look: ") and "plan.json" in line
+    assert line.count("\n") == 1 and len(line) < 500
+
+
+@pytest.mark.parametrize(
+    "change", [{"argv": 5}, {"tls_certificate": 5}, {"api_keys": 5}, {"url": "gopher"}, {"unit": "x" * 10}]
+)
+def test_values_of_another_kind_end_in_a_line_too(check, gate, server, capsys, change):
+    assert check(SHORT, plan={"gate": {**gate, **change}, "batch_tokens": []}) in (0, 1, 10)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_what_systemd_counted_before_a_restart_is_added_up(check, server, systemd, tmp_path, monkeypatch):
+    monkeypatch.setattr(liveness, "show", lambda unit, *names, seconds: {"NRestarts": "3"})
+    server.props = None
+    assert check(SHORT) == 10 == check(SHORT)
+    record = json.loads((tmp_path / "gate/liveness/chat.json").read_text())
+    assert (record["restarts"], record["by_systemd"]) == (2, 6) and "no sign of life" in record["why"]
+
+
+def test_a_systemd_that_does_not_say_it_keeps_no_server_from_its_restart(check, server, systemd, tmp_path, monkeypatch):
+    def silent(*_, **__):
+        raise subprocess.TimeoutExpired("systemctl", 10)
+
+    monkeypatch.setattr(liveness, "show", silent)
+    server.props = None
+    assert check(SHORT) == 10 and restarts(systemd)
+    assert json.loads((tmp_path / "gate/liveness/chat.json").read_text())["by_systemd"] == 0

@@ -185,7 +185,7 @@ def test_a_plan_that_the_binary_makes_the_running_one_is_noted_and_not_restarted
     memory_check.check_plans(host)
     instances = running(decision.decision(), key="of other settings", preflight={"dropped": []})
     decision._decisions[host] = first = now(instances)
-    assert first.changes.services["m0"] == ("its unit differs",)  # by the header alone MemoryMax is another
+    assert first.changes.services["m0"][0] == "its unit differs"  # by the header alone MemoryMax is another
     assert memory_check.check_plans(host) is True
     after = decision.decision()
     assert after.changes.services == {} and after.changes.note == ("m0",)
