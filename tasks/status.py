@@ -2,7 +2,8 @@
 
     python -m tasks.status INVENTORY [--limit NAME] [--json]
 
-Exit status: 0 everything is as it should be, 1 something is not, 2 the inventory cannot be used.
+Exit status: 0 everything is as it should be, 1 something is not, 2 the inventory cannot be used or leaves no host,
+130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import pyinfra_cli  # isort: skip  # first: it makes sockets cooperative before 
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 
 from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.host import Host
@@ -19,12 +21,13 @@ from llamafleet.cli.status import HostStatus, Wanted, of_host, table
 from llamafleet.host import answers
 from llamafleet.host.answers import LiveInstance
 from llamafleet.host.installed import Installed
+from llamafleet.host.machine import Machine
 from llamafleet.printable import err, json_text, out
 from llamafleet.service.changes import Changes
 from llamafleet.service.desired import Desired
 from llamafleet.service.refusals import Refused
 from llamafleet.settings.schema import Settings, SettingsError
-from tasks.lib import facts, remote
+from tasks.lib import ends, facts, remote
 from tasks.lib.decision import READ_ERRORS, decide
 from tasks.lib.over_hosts import over_hosts, parse
 
@@ -36,7 +39,8 @@ def look(host: Host) -> HostStatus | str:
         return _without_plan(host, str(now))
     installed = now.desired.installed
     live, problem = _live(host, installed)
-    return of_host(installed, live, wanted(now.desired, now.changes), problem)
+    status = of_host(installed, live, wanted(now.desired, now.changes), problem)
+    return replace(status, free_bytes=free_bytes(now.desired.machine))
 
 
 def wanted(desired: Desired, changes: Changes) -> Wanted:
@@ -54,7 +58,13 @@ def _without_plan(host: Host, problem: str) -> HostStatus | str:
     except READ_ERRORS as error:
         return str(error)
     live, _ = _live(host, survey.installed)
-    return of_host(survey.installed, live, None, f"cannot be compared with the inventory: {problem}")
+    status = of_host(survey.installed, live, None, f"cannot be compared with the inventory: {problem}")
+    return replace(status, free_bytes=free_bytes(survey.machine))
+
+
+def free_bytes(machine: Machine) -> dict[str, int]:
+    """The free space of the disks of our folders, by path."""
+    return {disk.path: disk.free_bytes for disk in machine.disks}
 
 
 def _live(host: Host, installed: Installed) -> tuple[Mapping[str, LiveInstance], str]:
@@ -69,6 +79,7 @@ def _live(host: Host, installed: Installed) -> tuple[Mapping[str, LiveInstance],
 
 def main(arguments: list[str]) -> int:
     options = parse("Show the state of the hosts of an inventory.", arguments)
+    ends.take_interrupts()
     try:
         states = over_hosts(options.inventory, options.limit, look)
     except PyinfraError as error:
@@ -79,9 +90,6 @@ def main(arguments: list[str]) -> int:
         out(json_text({name: host.to_json() for name, host in hosts.items()}))
     else:
         out(table(hosts))
-    if not hosts:
-        err(f"llamafleet: {options.inventory}: no such host or group: {options.limit}")
-        return 2
     return 0 if all(host.is_fine for host in hosts.values()) else 1
 
 

@@ -150,5 +150,8 @@ liveness_interval_seconds = 60
 
 # --- leaving ---------------------------------------------------------------------------------
 
+# True: a run with `models = []` stops and removes every instance of the host. False: it is refused where the host has
+# instances, because an inventory that has lost its models looks the same.
+allow_empty_models = False
 # True: `pyinfra INVENTORY tasks.uninstall.uninstall` removes the downloaded models too. False: they stay.
 uninstall_models = False

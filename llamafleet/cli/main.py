@@ -1,7 +1,8 @@
 """The command `llamafleet`, for tasks that pyinfra does not have.
 
 `llamafleet plan` shows a plan before a machine is bought or a host is changed; `llamafleet status` shows the state of
-an inventory's hosts. Exit status: 0 a plan, or everything is fine; 1 something is not fine; 2 bad input; 3 a refusal.
+an inventory's hosts. Exit status: 0 a plan, or everything is fine; 1 something is not fine; 2 bad input; 3 a refusal;
+130 after Ctrl-C.
 
 Decision 15: docs/decisions/0015-pyinfra-stays-visible.md.
 """
@@ -37,7 +38,7 @@ from llamafleet.settings.secrets import SecretError
 
 __all__ = ["default_data", "main", "parse_changes", "settings_for"]
 
-PLANNED, BAD_INPUT, REFUSED = 0, 2, 3
+PLANNED, BAD_INPUT, REFUSED, INTERRUPTED = 0, 2, 3, 130
 READERS = 8  # headers read at the same time; limited so as not to burden the server
 SIBLINGS_TRIED = 3  # quantisations of a refused model's repository that are planned, largest first
 BAD_INPUT_ERRORS = (UsageError, SettingsError, SecretError, MachineError, GgufError, source.SourceError)
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BAD_INPUT_ERRORS as error:
         err(f"llamafleet: {error}")
         return BAD_INPUT
+    except KeyboardInterrupt:
+        err("llamafleet: interrupted")
+        return INTERRUPTED
     except BrokenPipeError:  # the reader closed the pipe, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PLANNED

@@ -44,6 +44,7 @@ RUN = "/run/llamafleet"
 LOCK = RUN + "/lock.json"
 
 UNITS = "/etc/systemd/system"
+CACHES = "/var/cache"  # a folder for each service, by its unit's CacheDirectory=
 
 # Our folders with their modes; all are root's.
 FOLDERS = {

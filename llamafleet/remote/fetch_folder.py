@@ -72,8 +72,9 @@ def adopt(spec: Spec, wanted: Wanted) -> bool:
     try:
         digest = verify(final, wanted, str(final))
     except Failed as failure:
-        aside = set_aside(str(final))
-        say(f"{failure}; set aside as {aside}: delete it when it is not needed")
+        aside = Path(set_aside(str(final)))
+        kept = f"{aside} ({gib(size_of(aside))})"
+        say(f"note: {failure}; set aside as {kept}, removed after 30 days: delete it to have the space now")
         return False
     hand_over(spec, final, 0o644)
     record(spec, wanted, digest)

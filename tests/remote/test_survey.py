@@ -73,6 +73,7 @@ def model(tmp_path, monkeypatch):
     path = tmp_path / "models" / "m-0123" / "x.gguf"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"GGUF")
+    path.chmod(0o644)
     record = {"size_bytes": 4, "mtime_ns": path.stat().st_mtime_ns, "sha256": SHA}
     (path.parent / "x.gguf.verified").write_text(json.dumps(record))
     return path
