@@ -285,6 +285,13 @@ def test_each_verdict_of_the_gate_counts(name):
         assert f"the gate stopped at {name}" in found[f"gate {later}"][0]
 
 
+def test_without_its_keys_the_gate_is_not_asked_and_says_so():
+    facts = healthy()
+    facts["instances"]["tiny"].update(keys=None, gate={"error": "Traceback (most recent call last): ..."})
+    found = [problems_by_check(facts)[f"gate {name}"][0] for name in instance_checks.GATE_CHECKS]
+    assert all(text.endswith("expected a result, found no API keys to ask with (deploy again)") for text in found)
+
+
 def test_a_gate_that_cannot_be_asked_is_no_success():
     facts = healthy()
     facts["instances"]["tiny"]["gate"] = {"error": "gate.py ended with exit code 3"}

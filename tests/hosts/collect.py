@@ -397,7 +397,8 @@ def gate(plan, spec):
     try:
         return json.loads(text.strip().splitlines()[-1])
     except (ValueError, IndexError, RecursionError):
-        return {"error": f"gate.py ended with exit code {code}: {text.strip()[-500:]}"}
+        last = (text.strip().splitlines() or ["nothing"])[-1]  # of a traceback the error
+        return {"error": f"gate.py ended with exit code {code}: {last[-500:]}"}
 
 
 if __name__ == "__main__":

@@ -286,6 +286,9 @@ def planned_gate_checks(served: Served) -> tuple[str, ...]:
 def gate(served: Served, name: str) -> Problems:
     """The result of one check of gate.py, which was run on the host against the running server."""
     answer = served.facts["gate"]
+    if served.instance.api_key_file is not None and served.facts["keys"] is None:
+        yield Problem(served.where, f"gate: {name}", "a result", "no API keys to ask with", "deploy again")
+        return
     if isinstance(answer, dict) and "error" in answer:
         yield Problem(served.where, f"gate: {name}", "a result", answer["error"])
         return
