@@ -29,7 +29,7 @@ class Host:
     """What the stage needs of pyinfra's: a key for the decision and a place to log."""
 
     def __init__(self):
-        self.lines = []
+        self.lines, self.name = [], "box"
 
     def log(self, text, *_):
         self.lines.append(text)
