@@ -48,7 +48,7 @@ done
 case ${output##*/} in
 *_dot2* | *_id_* | *_back_*) ;;
 *) case $other_type:${output##*/} in
-    :add_f* | :mul_f* | :multi_add* | :rms_norm* | :rope_n* | :soft_max_* | :flash_attn_* | :fa_* | :swiglu_f* | :silu_* | \
+    :add_* | :mul_f* | :multi_add* | :rms_norm* | :rope_n* | :soft_max_* | :flash_attn_* | :fa_* | :swiglu_f* | :silu_* | \
     :get_rows_* | :set_rows_* | :cpy_* | :contig_cpy_* | :scale_* | :quantize_* | :dequant_* | :split_k_* | :sum_rows_* | \
     :matmul_* | :mul_mat_vec_*) needed=yes ;;
     esac ;;
