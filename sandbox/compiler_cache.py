@@ -2,8 +2,8 @@
 
 Where source, options and paths are the same, the second compilation takes the object files of the first. CMake finds
 the launcher in its environment (CMAKE_CXX_COMPILER_LAUNCHER): no setting, CMake option or build key knows of it. The
-launcher also lowers llama.cpp's own -O3, half of the time of a compilation: these tests measure no speed. By a toolchain
-file, which CMake finds there too, it compiles many files together.
+launcher also lowers llama.cpp's own -O3, half of the time of a compilation: these tests measure no speed. A toolchain
+file, which CMake finds there too, lets it compile many files together.
 """
 
 from __future__ import annotations
