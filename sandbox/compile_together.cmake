@@ -12,8 +12,8 @@ function(compile_together target)
     endif()
 endfunction()
 
-# After the library what does not compile with its neighbours.
-cmake_language(DEFER CALL compile_together llama-common json.cpp)
+# After the library what does not compile with its neighbours, and fit.cpp, which a test changes.
+cmake_language(DEFER CALL compile_together llama-common json.cpp fit.cpp)
 cmake_language(DEFER CALL compile_together mtmd mtmd-helper.cpp mtmd-helper-gen.cpp)
 cmake_language(DEFER CALL compile_together server-context)
 cmake_language(DEFER CALL compile_together llama-server-impl)
