@@ -6,14 +6,14 @@ from pyinfra.api.deploy import deploy
 
 from llamafleet.remote.common import unit_of
 from llamafleet.service.desired import Serving
-from tasks.lib import memory_check, operations
-from tasks.lib.decision import decision
+from tasks.lib import memory_check, operations, usage
+from tasks.lib.decision import decision, for_stage
 
 
 @deploy("Serve")
 def service() -> None:
     """Remove instances that the inventory no longer names, then install or restart what differs."""
-    now = decision()
+    now = for_stage("service")
     if now is None:
         return
     for name in operations.each(now.changes.removed, str):
@@ -26,6 +26,15 @@ def service() -> None:
         key=now.desired.build.key, keep=now.desired.settings.keep_releases,
     )  # fmt: skip
     operations.release_lock(name="Release the host's lock", needed=now.changes.any or bool(now.changes.note))
+    usage.tell_usage(
+        name="Say how to use what was installed", needed=bool(now.changes.services), servings=installed_now
+    )  # fmt: skip
+
+
+def installed_now() -> list[Serving]:
+    """The instances that this run installed or started again, with the plans that they run with."""
+    now = decision()
+    return [one for one in now.desired.servings if one.name in now.changes.services] if now else []
 
 
 def serve(name: str) -> None:

@@ -170,6 +170,8 @@ def desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
     """
     if refused := refusals.not_accessible(inputs.survey, run.holder, run.oldest_python):
         return refused
+    if refused := refusals.nothing_to_serve(inputs.settings, inputs.survey.installed):
+        return refused
     corrections = inputs.corrections()
     choice = inputs.keep_or_replan(corrections)
     if refused := next(_unplanned(choice), None):

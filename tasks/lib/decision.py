@@ -52,7 +52,16 @@ class Decision:
     made: float = field(default_factory=time.monotonic, compare=False)
 
 
+# The parts of `Changes` that a stage makes, and those that must be made before it can do its own.
+MAKES = {"bootstrap": ("helpers", "user", "packages"), "toolkit": ("toolkit",), "build": ("build",),
+         "model": ("models",), "verify": ("verify",),
+         "service": ("services", "refreshed", "liveness", "removed", "current")}  # fmt: skip
+NEEDS = {"toolkit": ("helpers",), "build": ("helpers", "packages", "toolkit"), "model": ("helpers",),
+         "verify": ("helpers", "user", "build", "models"),
+         "service": ("helpers", "user", "build", "models")}  # fmt: skip
+
 _decisions: dict[Host, Decision | None] = {}
+_made: dict[Host, set[str]] = {}  # parts of `Changes` that stages of this run make
 _locks: dict[Host, RLock] = {}
 
 
@@ -68,6 +77,32 @@ def decision() -> Decision | None:
                 log_refused(host, decided)
                 host.state.fail_hosts({host})  # raises where no host is left
     return _decisions[host]
+
+
+def for_stage(stage: str) -> Decision | None:
+    """As `decision`, for a stage that changes the host. Refuses a host on which an earlier stage has to come first, and
+    is no part of this run."""
+    host, now = ctx_host.get(), decision()
+    if now is None:
+        return None
+    made = _made.setdefault(host, set())
+    missing = [part for part in NEEDS.get(stage, ()) if part not in made and _is_missing(part, now)]
+    if missing and any(getattr(now.changes, part) for part in MAKES[stage]):
+        first = [f"tasks.{one}.{one}" for one, parts in MAKES.items() if set(parts) & set(missing)]
+        log_refused(host, Refused.because(
+            f"run deploy.py first, or {', '.join(first)}: the stage {stage} needs what is not there yet or no longer "
+            f"as planned ({', '.join(missing)})"
+        ))  # fmt: skip
+        _decisions[host] = None
+        host.state.fail_hosts({host})
+        return None
+    made.update(MAKES[stage])
+    return now
+
+
+def _is_missing(part: str, now: Decision) -> bool:
+    """Whether a part must be made before other stages; helpers of another version do as well."""
+    return bool(getattr(now.changes, part)) and not (part == "helpers" and now.desired.installed.helpers is not None)
 
 
 def replan(
