@@ -45,9 +45,7 @@ def serve(name: str) -> None:
         name=f"Start and check {unit}", staging=lambda: staging(name),
         again=lambda host, binary_bytes: memory_check.replan_after_switch(host, name, binary_bytes),
     )  # fmt: skip
-    operations.refresh_service(
-        name=f"Replace the unit of {name} while its server runs on", staging=lambda: to_refresh(name)
-    )
+    operations.refresh_service(name=f"Set {name} right while its server runs on", staging=lambda: to_refresh(name))
 
 
 def staging(name: str) -> operations.Staging | None:
@@ -69,7 +67,8 @@ def to_refresh(name: str) -> operations.Staging | None:
     if now is None or name not in now.changes.refreshed:
         return None
     serving = next(serving for serving in now.desired.servings if serving.name == name)
-    return operations.Staging(name, serving.service.identity, memory_check.refreshed_files(serving), {})
+    files = memory_check.refreshed_files(serving)
+    return operations.Staging(name, serving.service.identity, files, serving.service.secrets)
 
 
 def watch(serving: Serving, needed: bool) -> None:
