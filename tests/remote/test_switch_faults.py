@@ -13,7 +13,7 @@ import tempfile
 import instance_files
 import pytest
 import switch
-from switch import Failed
+from switch_back import Failed
 
 from tests.remote import switching
 from tests.remote.switching import NAME, TIMER, UNIT
@@ -32,7 +32,7 @@ def host(folder, monkeypatch):
     switching.place(monkeypatch, folder)
     systemd = switching.Systemd(monkeypatch)
     switching.stage("one")
-    switch.install(NAME)
+    switch.install([NAME])
     systemd.steps = switching.Steps(monkeypatch, folder)
     return systemd
 
@@ -76,7 +76,7 @@ def check_new(host, new):
 def install(host, new):
     """The error of an installation, None where it succeeded."""
     try:
-        switch.install(NAME)
+        switch.install([NAME])
     except (Failed, OSError, subprocess.SubprocessError) as error:
         return str(error)
     finally:
@@ -88,7 +88,7 @@ def install(host, new):
 def next_run(host, version):
     """Whatever was before, it ends with the wanted service and nothing else."""
     new = switching.stage(version)
-    switch.install(NAME)
+    switch.install([NAME])
     check_new(host, new)
     assert switching.leftovers() == []
 
@@ -96,7 +96,7 @@ def next_run(host, version):
 @pytest.mark.parametrize("code", switching.ERRORS, ids=errno.errorcode.get)
 def test_a_call_that_fails_leaves_the_old_service_or_the_new_one(host, code):
     switching.stage("two")
-    steps, _ = steps_of(host, lambda: switch.install(NAME))
+    steps, _ = steps_of(host, lambda: switch.install([NAME]))
     assert steps > 60
     seen = {"old": 0, "new": 0}
     for number in range(1, steps + 1):
@@ -118,7 +118,7 @@ def test_a_call_that_fails_leaves_the_old_service_or_the_new_one(host, code):
 def test_a_disk_that_is_full_from_any_call_on_leaves_the_old_service(host):
     """Renaming and removing still work on it."""
     switching.stage("two")
-    steps, _ = steps_of(host, lambda: switch.install(NAME))
+    steps, _ = steps_of(host, lambda: switch.install([NAME]))
     refused = 0
     for number in range(1, steps + 1):
         old = instance_files.installed(NAME)
@@ -137,7 +137,7 @@ def test_a_disk_that_is_full_from_any_call_on_leaves_the_old_service(host):
 
 def test_a_disk_that_is_read_only_from_any_call_on_is_mended_once_it_can_be_written(host):
     switching.stage("two")
-    steps, _ = steps_of(host, lambda: switch.install(NAME))
+    steps, _ = steps_of(host, lambda: switch.install([NAME]))
     refused = 0
     for number in range(1, steps + 1):
         old = instance_files.installed(NAME)
@@ -158,7 +158,7 @@ def test_a_disk_that_is_read_only_from_any_call_on_is_mended_once_it_can_be_writ
 @pytest.mark.parametrize("onwards", [False, True], ids=["once", "from then on"])
 def test_a_systemctl_that_fails_leads_back(host, onwards):
     switching.stage("two")
-    _, calls = steps_of(host, lambda: switch.install(NAME))
+    _, calls = steps_of(host, lambda: switch.install([NAME]))
     assert calls >= 6
     named = 0
     for number in range(1, calls + 1):
@@ -183,7 +183,7 @@ def test_a_systemctl_that_fails_leads_back(host, onwards):
 def test_a_first_installation_that_fails_leaves_nothing_that_serves(host):
     switch.remove(NAME)
     switching.stage("first")
-    steps, _ = steps_of(host, lambda: switch.install(NAME))
+    steps, _ = steps_of(host, lambda: switch.install([NAME]))
     for number in range(1, steps + 1):
         switch.remove(NAME)
         assert instance_files.installed(NAME) == {}
