@@ -210,7 +210,7 @@ def finish(names: Sequence[str], *options: str) -> None:
     """The gate has passed: keep the new files as the last good ones, and watch the servers."""
     transaction.pass_gate(names)
     for name in names:
-        if not transaction.is_leaving(name):
+        if transaction.has_passed(name) and not transaction.is_leaving(name):  # else it is closed already
             transaction.keep(name)
             starting.start_watching(name, *options)
     _close(names)

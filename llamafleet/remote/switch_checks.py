@@ -14,11 +14,12 @@ import json
 import os
 import pwd
 import re
-import socket
 import subprocess
 from typing import Any, Dict, List, Optional, Sequence, Tuple
+from urllib.parse import urlsplit
 
 import common
+from addresses import cannot_bind
 from common import unit_of
 from instance_files import PLAN
 from switch_back import Failed
@@ -80,26 +81,11 @@ def space() -> None:
 
 def address(name: str, plan: Dict[str, Any]) -> None:
     """The host has the address that the staged server is to listen at."""
-    words = argv_of(plan)
-    if "--host" not in words[:-1]:
-        return
-    listen = words[words.index("--host") + 1]
-    why = cannot_bind(listen)
+    gate = plan.get("gate")
+    listen = urlsplit(str(gate.get("url"))).hostname if isinstance(gate, dict) else None
+    why = cannot_bind(listen) if listen else None
     if why:
         raise Failed(f"{name}: listen: {listen}: {why}: give an address that the host has, or 0.0.0.0")
-
-
-def cannot_bind(listen: str) -> Optional[str]:
-    """Why no server of this host can listen at the address; None where one can."""
-    try:
-        family, kind, protocol, _, place = socket.getaddrinfo(
-            listen, 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
-        )[0]
-        with socket.socket(family, kind, protocol) as sock:
-            sock.bind(place)
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
 
 
 def argv_of(plan: Dict[str, Any]) -> List[str]:

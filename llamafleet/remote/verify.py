@@ -56,7 +56,8 @@ ROW = re.compile(
 # (llama_model_load in src/llama.cpp): the service would end in the same way.
 REJECTED = re.compile(
     r"error: invalid argument: |error while handling (?:argument|environment variable) |error: (?:the )?argument |"
-    r"error loading model(?: \w+)?: |unknown model architecture|gguf_init_from_\w+: .*(?:invalid|failed to)"
+    r"error loading model(?: \w+)?: |unknown model architecture|gguf_init_from_\w+: .*(?:invalid|failed to)|"
+    r"common_chat_verify_template: failed|failed to initialize chat template"
 )
 USAGE = re.compile(r"^\s*usage:", re.MULTILINE)
 NO_ROOM = re.compile(r"out of memory|cudaErrorMemoryAllocation|ErrorOutOfDeviceMemory|hipErrorOutOfMemory")

@@ -211,10 +211,12 @@ def _unplanned(choice: Choice) -> Iterator[Refused]:
 def _in_the_way(inputs: PlanInputs) -> Iterator[Refused]:
     """Units and programs of others that the host has where an instance should be."""
     installed, instances = inputs.survey.installed, inputs.settings.models
-    leaving = {unit_of(name) for name in installed.instances} - {instance.unit for instance in instances}
+    # No two of our instances are to have one port: what another one of ours holds, it gives up in this run.
+    ours = {unit_of(name) for name in installed.instances}
     for instance in instances:
         refused = refusals.foreign_unit(instance, installed.foreign_units)
-        refused = refused or refusals.port_taken(instance, installed.listeners, leaving)
+        refused = refused or refusals.no_address(instance, installed.unbindable)
+        refused = refused or refusals.port_taken(instance, installed.listeners, ours)
         if refused:
             yield refused
 

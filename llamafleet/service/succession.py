@@ -17,6 +17,9 @@ from llamafleet.remote.common import unit_of
 from llamafleet.service.changes import Changes
 from llamafleet.service.desired import Desired
 
+# Of a row of the ledger in plan.json: what makes its used bytes.
+PARTS = ("weights", "kv", "compute", "staging", "overhead")
+
 
 @dataclass(frozen=True)
 class Handover:
@@ -27,13 +30,13 @@ class Handover:
 
 
 def handovers(desired: Desired, changes: Changes) -> tuple[Handover, ...]:
-    """The switches of a host in their order: one for each instance to install, or for several that need each other's
-    place."""
-    groups: list[set[str]] = [{name} for name in (*changes.services, *changes.removed)]
+    """The switches of a host in their order: one for each instance, or for several that need each other's place. An
+    instance that is as planned has one too: until then the memory check may plan it anew."""
+    order = [serving.name for serving in desired.servings]
+    groups: list[set[str]] = [{name} for name in (*order, *changes.removed)]
     for name, other in _needs(desired, changes):
         joined = [group for group in groups if name in group or other in group]
         groups = [group for group in groups if group not in joined] + [set().union(*joined)]
-    order = [serving.name for serving in desired.servings if serving.name in changes.services]
     found = []
     for name in order:
         [group] = [group for group in groups if name in group]
@@ -105,7 +108,9 @@ def _recorded(instance: InstalledInstance) -> Mapping[str, int] | None:
     raw: Any = instance.record.raw.get("plan") if instance.record else None
     try:
         return {
-            row["device"]: sum(int(row[f"{part}_bytes"]) for part in ("weights", "kv", "compute", "staging", "overhead"))
+            row["device"]: sum(
+                int(row[f"{part}_bytes"]) for part in ("weights", "kv", "compute", "staging", "overhead")
+            )
             for row in raw["ledger"]
         }
     except (KeyError, TypeError, ValueError):

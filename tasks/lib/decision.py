@@ -70,6 +70,11 @@ def decision() -> Decision | None:
     return _decisions[host]
 
 
+def of(host: Host) -> Decision | None:
+    """The decision about a host of this run; None where there is none, as of a host that was refused."""
+    return _decisions.get(host)
+
+
 def replan(
     choice: Choice, corrections: Mapping[str, Correction], verified: Mapping[str, Verified]
 ) -> Decision | Refused:

@@ -1,0 +1,149 @@
+"""What leaves, leaves after what replaces it serves: renames, ports that change hands, moves between hosts.
+
+Each change is made well, and with one that does not start; then all models that answered before answer after.
+"""
+
+import itertools
+
+import pytest
+
+from sandbox import oracle_build
+from tests.e2e import deploying
+from tests.e2e.conftest import PREFIX
+from tests.e2e.deploying import PORT, ask, on, pyinfra
+
+# llama-server takes the argument, and ends before it loads: the folder is not there.
+BAD = {"dangerous_flags": ["--path /nosuch"]}
+SMALL = {"context_tokens": 512}
+
+
+@pytest.fixture(scope="module")
+def pair(boot):
+    """Two hosts of their own, whose instances have many names."""
+    with oracle_build.compiling():
+        return boot(2, f"{PREFIX}pair", 40, packages=oracle_build.COMPILER)
+
+
+@pytest.fixture(scope="module")
+def run(pair, outside, tmp_path_factory):
+    """Deploys {host: {name: (port, more settings)}}, and hosts that are not named have no model."""
+    folder, count = tmp_path_factory.mktemp("successor"), itertools.count()
+
+    def deploy(wanted, *options):
+        entries = [(host, asked(outside, host, wanted.get(host, {}))) for host in pair]
+        where = folder / f"inventory{next(count)}.py"
+        return pyinfra(deploying.write_inventory(where, entries), *options)
+
+    return deploy
+
+
+def asked(outside, host, models):
+    """Settings of a host with these models: {name: (port, more settings)}."""
+    base = deploying.settings(outside, host, drain_seconds=10)
+    return {**base, "models": [{**base["models"][0], **SMALL, "name": name, "port": port, **more}
+                               for name, (port, more) in models.items()]}  # fmt: skip
+
+
+def answering(hosts):
+    """Who answers a real completion: {(host's name, port): name of the model}."""
+    found = {}
+    for host, port in itertools.product(hosts, range(PORT, PORT + 4)):
+        body = {"prompt": "Once", "max_tokens": 4, "temperature": 0}
+        status, told = ask(host, "/v1/completions", body, port=port)
+        if status == 200 and told["usage"]["completion_tokens"] == 4:
+            found[host.name, port] = told["model"]
+    return found
+
+
+def expected(wanted):
+    return {(host.name, port): name for host, models in wanted.items() for name, (port, _) in models.items()}
+
+
+def units(host):
+    """Names of our instances that are installed on the host."""
+    listed = on(host, "sh", "-c", "cd /etc/systemd/system && ls llama-server-*.service 2>/dev/null || true").split()
+    return {one.removeprefix("llama-server-").removesuffix(".service") for one in listed if "-liveness" not in one}
+
+
+def switched(run, before, after):
+    """From one state to another, once with a change that fails, in the first new model; then all that answered answers,
+    by its old name. Then well."""
+    hosts = list(before)
+    done = run(before)
+    assert done.code == 0, done.text
+    assert answering(hosts) == expected(before)
+    host, name = next((host, name) for host, models in after.items() for name in models
+                      if models[name] != before[host].get(name))  # fmt: skip
+    port, more = after[host][name]
+    bad = {**after, host: {**after[host], name: (port, {**more, **BAD})}}
+    failed = run(bad)
+    assert failed.code != 0 and "did not pass the gate" in failed.text, failed.text
+    found = answering(hosts)
+    assert expected(before).items() <= found.items() or set(expected(before).values()) <= set(found.values()), (
+        failed.text
+    )
+    for one in hosts:
+        assert units(one) >= set(before[one]), failed.text
+    good = run(after)
+    assert good.code == 0, good.text
+    assert answering(hosts) == expected(after), good.text
+    assert all(units(one) == set(after[one]) for one in hosts)
+    assert run(after, "--dry").changed() == []
+    return failed, good
+
+
+A, B, C = PORT, PORT + 1, PORT + 2
+# {case: (before, after)}, each {name: port} of one host.
+ON_ONE_HOST = {
+    "rename, same port": ({"one": A}, {"two": A}),
+    "rename, other port": ({"one": A}, {"two": B}),
+    "two renames that swap ports": ({"one": A, "two": B}, {"three": B, "four": A}),
+    "swap": ({"one": A, "two": B}, {"one": B, "two": A}),
+    "shift": ({"one": A, "two": B}, {"one": B, "two": C}),
+    "cycle of three": ({"one": A, "two": B, "three": C}, {"one": B, "two": C, "three": A}),
+    "one leaves, its port goes to another": ({"one": A, "two": B}, {"two": A}),
+}
+# {case: (before, after)}, each a pair of {name: port} for the two hosts.
+OVER_HOSTS = {
+    "move": (({"one": A}, {}), ({}, {"one": A})),
+    "move, and another takes the port": (({"one": A}, {}), ({"two": A}, {"one": A})),
+    "move and rename": (({"one": A}, {"other": B}), ({}, {"other": B, "two": A})),
+    "two models change places": (({"one": A}, {"two": A}), ({"two": A}, {"one": A})),
+}
+
+
+def with_settings(models):
+    return {name: (port, {}) for name, port in models.items()}
+
+
+def test_a_rename_and_a_swap_of_ports_in_one_run(run, pair):
+    """On one host a rename, on the other a swap: each once with a change that fails, then well."""
+    first, second = pair
+    before = {first: with_settings({"one": A}), second: with_settings({"one": A, "two": B})}
+    done = run(before)
+    assert done.code == 0, done.text
+    bad = {first: {"two": (A, BAD)}, second: {"one": (B, {}), "two": (A, BAD)}}
+    failed = run(bad)
+    assert failed.code != 0 and failed.text.count("did not pass the gate") >= 2, failed.text
+    assert "the previous ones were put back and serve" in failed.text
+    assert answering(pair) == expected(before), failed.text
+    after = {first: with_settings({"two": A}), second: with_settings({"one": B, "two": A})}
+    good = run(after)
+    assert good.code == 0, good.text
+    assert answering(pair) == expected(after) and units(first) == {"two"}
+    assert run(after, "--dry").changed() == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", ON_ONE_HOST)
+def test_changes_on_one_host(run, pair, case):
+    before, after = map(with_settings, ON_ONE_HOST[case])
+    switched(run, {pair[0]: before, pair[1]: {}}, {pair[0]: after, pair[1]: {}})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", OVER_HOSTS)
+def test_changes_over_hosts(run, pair, case):
+    before, after = ({host: with_settings(models) for host, models in zip(pair, state, strict=True)}
+                     for state in OVER_HOSTS[case])  # fmt: skip
+    switched(run, before, after)
