@@ -196,6 +196,7 @@ def let_in(name: str) -> None:
 
 def wait(servers: Sequence[Server], seconds: float) -> None:
     """Wait until no server is at work, `seconds` at most. The answers are read by a child without root's rights."""
+    "x".encode("idna")  # loads what sockets need: nobody may not be able to read Python's own files
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

@@ -12,8 +12,8 @@ from tests.e2e import deploying
 from tests.e2e.conftest import PREFIX
 from tests.e2e.deploying import PORT, ask, on, pyinfra
 
-# llama-server takes the argument, and ends before it loads: the folder is not there.
-BAD = {"dangerous_flags": ["--path /nosuch"]}
+# llama-server takes the argument, loads, and computes what is no number: the gate's completions fail.
+BAD = {"extra_flags": ["--rope-freq-base nan"]}
 SMALL = {"context_tokens": 512}
 
 
