@@ -3,18 +3,13 @@
     pyinfra inventory/local.py deploy.py        this machine
     pyinfra inventory/fleet.py deploy.py        a fleet; --dry, --diff and --limit as ever
 
-Every stage can be run alone: pyinfra inventory/fleet.py tasks.build.build
+Every stage can be run alone: pyinfra inventory/fleet.py tasks.build.build. From another folder, or from an installed
+package, this file is `llamafleet.deploy`, and a stage `llamafleet.stages.build`.
 
 Decision 15: docs/decisions/0015-pyinfra-stays-visible.md.
 """
 
-from tasks.bootstrap import bootstrap
-from tasks.build import build
-from tasks.model import model
-from tasks.plan import plan
-from tasks.service import service
-from tasks.toolkit import toolkit
-from tasks.verify import verify
+from llamafleet.stages import bootstrap, build, model, plan, service, toolkit, verify
 
 plan()  # first: a host that cannot hold its models is refused before anything is changed
 bootstrap()

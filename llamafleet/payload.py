@@ -23,7 +23,7 @@ from pathlib import Path
 from llamafleet.remote.common import SUMS
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCK = ROOT / "locks" / "remote.txt"
+LOCK = ROOT / "llamafleet" / "data" / "remote.txt"  # in a checkout a link to `locks/remote.txt`
 REMOTE = ROOT / "llamafleet" / "remote"
 
 # Oldest Python on a host for all locked wheels. The probe and its two wheels run on 3.8, which `_SCRIPT` checks.

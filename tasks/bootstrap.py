@@ -5,13 +5,13 @@ from __future__ import annotations
 from pyinfra.api.deploy import deploy
 
 from tasks.lib import operations
-from tasks.lib.decision import decision
+from tasks.lib.decision import for_stage
 
 
 @deploy("Prepare the host")
 def bootstrap() -> None:
     """Prepare the host for the later stages. The lock comes first, and is held from here to the end of the run."""
-    now = decision()
+    now = for_stage("bootstrap")
     if now is None:
         return
     changes, machine = now.changes, now.desired.machine

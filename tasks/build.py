@@ -11,13 +11,13 @@ from llamafleet.build import release
 from llamafleet.remote.common import SOURCE
 from llamafleet.service.desired import Desired
 from tasks.lib import operations
-from tasks.lib.decision import build_job, decision
+from tasks.lib.decision import build_job, for_stage
 
 
 @deploy("Build llama.cpp")
 def build() -> None:
     """Make the release of the wanted build key, unless the host has it."""
-    now = decision()
+    now = for_stage("build")
     if now is None:
         return
     settings, wanted = now.desired.settings, now.desired.build

@@ -11,7 +11,7 @@ from llamafleet.remote.common import RUN
 from llamafleet.service.desired import Desired, Serving
 from llamafleet.settings import secrets
 from tasks.lib import jobs, operations
-from tasks.lib.decision import decision
+from tasks.lib.decision import for_stage
 
 # A tmpfs: the token is on the host only while it downloads.
 TOKEN = RUN + "/hub-token.curl"
@@ -20,7 +20,7 @@ TOKEN = RUN + "/hub-token.curl"
 @deploy("Fetch the models")
 def model() -> None:
     """Fetch every model that the host does not have yet; instances may share a model."""
-    now = decision()
+    now = for_stage("model")
     if now is None:
         return
     token = secrets.hub_token(now.desired.settings.hub_token_file, now.desired.settings.hub_endpoint)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pyinfra import host
 from pyinfra.api.deploy import deploy
 
-from llamafleet.cli import tables
+from llamafleet.cli import tables, usage
 from tasks.lib.decision import decision
+from tasks.lib.usage import reached_by
 
 
 @deploy("Plan")
@@ -29,4 +30,5 @@ def plan() -> None:
     for name in now.changes.note:
         host.log(f"to do: write the plan.json of {name} again, since its inputs changed; its service stays as it is")
     if not now.changes.any and not now.changes.note:
-        host.log("nothing to do: everything is as planned")
+        urls = [f"{one.name} at {usage.url(one.instance, reached_by(host))}" for one in now.desired.servings]
+        host.log(f"nothing to do: everything is as planned{': ' if urls else ''}{', '.join(urls)}")

@@ -11,14 +11,14 @@ from llamafleet.remote.common import unit_of
 from llamafleet.service import succession
 from llamafleet.service.desired import Serving
 from llamafleet.service.succession import Handover
-from tasks.lib import memory_check, moves, operations
-from tasks.lib.decision import decision
+from tasks.lib import memory_check, moves, operations, usage
+from tasks.lib.decision import decision, for_stage
 
 
 @deploy("Serve")
 def service() -> None:
     """Install or restart what differs; then remove instances that the inventory no longer names."""
-    now = decision()
+    now = for_stage("service")
     if now is None:
         return
     moves.watch(ctx_host.get().state)
@@ -39,6 +39,15 @@ def service() -> None:
         key=now.desired.build.key, keep=now.desired.settings.keep_releases,
     )  # fmt: skip
     operations.release_lock(name="Release the host's lock", needed=now.changes.any or bool(now.changes.note))
+    usage.tell_usage(
+        name="Say how to use what was installed", needed=bool(now.changes.services), servings=installed_now
+    )  # fmt: skip
+
+
+def installed_now() -> list[Serving]:
+    """The instances that this run installed or started again, with the plans that they run with."""
+    now = decision()
+    return [one for one in now.desired.servings if one.name in now.changes.services] if now else []
 
 
 def serve(handover: Handover, drain_seconds: int) -> None:

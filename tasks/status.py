@@ -2,7 +2,8 @@
 
     python -m tasks.status INVENTORY [--limit NAME] [--json]
 
-Exit status: 0 everything is as it should be, 1 something is not, 2 the inventory cannot be used.
+Exit status: 0 everything is as it should be, 1 something is not, 2 the inventory cannot be used or leaves no host,
+130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import pyinfra_cli  # isort: skip  # first: it makes sockets cooperative before 
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 
 from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.host import Host
@@ -19,11 +21,12 @@ from llamafleet.cli.status import HostStatus, Wanted, of_host, table
 from llamafleet.host import answers
 from llamafleet.host.answers import LiveInstance
 from llamafleet.host.installed import Installed
+from llamafleet.host.machine import Machine
 from llamafleet.printable import err, json_text, out
 from llamafleet.service.changes import Changes
 from llamafleet.service.refusals import Refused
 from llamafleet.settings.schema import Settings, SettingsError
-from tasks.lib import facts, remote
+from tasks.lib import ends, facts, remote
 from tasks.lib.decision import READ_ERRORS, decide
 from tasks.lib.over_hosts import over_hosts, parse
 
@@ -37,7 +40,8 @@ def look(host: Host) -> HostStatus | str:
     live, problem = _live(host, installed)
     differs = {**now.changes.services, **now.changes.refreshed}
     services = {serving.name: differs.get(serving.name, ()) for serving in now.desired.servings}
-    return of_host(installed, live, Wanted(services, tuple(to_do(now.changes))), problem)
+    status = of_host(installed, live, Wanted(services, tuple(to_do(now.changes))), problem)
+    return replace(status, free_bytes=free_bytes(now.desired.machine))
 
 
 def _without_plan(host: Host, problem: str) -> HostStatus | str:
@@ -49,7 +53,13 @@ def _without_plan(host: Host, problem: str) -> HostStatus | str:
     except READ_ERRORS as error:
         return str(error)
     live, _ = _live(host, survey.installed)
-    return of_host(survey.installed, live, None, f"cannot be compared with the inventory: {problem}")
+    status = of_host(survey.installed, live, None, f"cannot be compared with the inventory: {problem}")
+    return replace(status, free_bytes=free_bytes(survey.machine))
+
+
+def free_bytes(machine: Machine) -> dict[str, int]:
+    """The free space of the disks of our folders, by path."""
+    return {disk.path: disk.free_bytes for disk in machine.disks}
 
 
 def _live(host: Host, installed: Installed) -> tuple[Mapping[str, LiveInstance], str]:
@@ -74,6 +84,7 @@ def to_do(changes: Changes) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     options = parse("Show the state of the hosts of an inventory.", arguments)
+    ends.take_interrupts()
     try:
         states = over_hosts(options.inventory, options.limit, look)
     except PyinfraError as error:
@@ -84,9 +95,6 @@ def main(arguments: list[str]) -> int:
         out(json_text({name: host.to_json() for name, host in hosts.items()}))
     else:
         out(table(hosts))
-    if not hosts:
-        err(f"llamafleet: {options.inventory}: no such host or group: {options.limit}")
-        return 2
     return 0 if all(host.is_fine for host in hosts.values()) else 1
 
 

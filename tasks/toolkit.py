@@ -8,13 +8,13 @@ from pyinfra.api.deploy import deploy
 
 from llamafleet.build.cuda_toolkit import Install
 from tasks.lib import operations
-from tasks.lib.decision import decision
+from tasks.lib.decision import for_stage
 
 
 @deploy("Install the CUDA toolkit")
 def toolkit() -> None:
     """Install NVIDIA's or the distribution's packages, as chosen; the driver is not touched."""
-    now = decision()
+    now = for_stage("toolkit")
     if now is None or now.desired.install_toolkit is None:
         return
     install = now.desired.install_toolkit

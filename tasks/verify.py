@@ -11,13 +11,13 @@ from __future__ import annotations
 from pyinfra.api.deploy import deploy
 
 from tasks.lib import memory_check, operations
-from tasks.lib.decision import decision
+from tasks.lib.decision import for_stage
 
 
 @deploy("Verify the plan")
 def verify() -> None:
     """Ask about every plan that is to be installed, unless this build was asked about it before."""
-    now = decision()
+    now = for_stage("verify")
     if now is None:
         return
     names = now.changes.verify

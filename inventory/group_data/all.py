@@ -1,8 +1,9 @@
 """Every setting of llamafleet: its default, its unit, and the reason for the value.
 
-This is the only place of defaults. An inventory overrides any of them for a group
-(`inventory/group_data/GROUP.py`) or a host (its data dictionary). A key that is not
-listed here is refused, and the message names the nearest known key.
+This is the only place of defaults; they hold for inventories in other folders too. An
+inventory overrides any of them for a group (`group_data/GROUP.py` beside it) or a host (its
+data dictionary). A key that is not listed here is refused, and the message names the
+nearest known key.
 """
 
 # --- what to serve ---------------------------------------------------------------------------
@@ -151,5 +152,8 @@ drain_seconds = 30
 
 # --- leaving ---------------------------------------------------------------------------------
 
+# True: a run with `models = []` stops and removes every instance of the host. False: it is refused where the host has
+# instances, because an inventory that has lost its models looks the same.
+allow_empty_models = False
 # True: `pyinfra INVENTORY tasks.uninstall.uninstall` removes the downloaded models too. False: they stay.
 uninstall_models = False

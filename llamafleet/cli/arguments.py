@@ -13,11 +13,13 @@ from typing import Any
 
 from llamafleet.host import described
 from llamafleet.host.machine import Machine, MachineError
-from llamafleet.settings import secrets
+from llamafleet.settings import defaults, secrets
 from llamafleet.settings.schema import Instance, Settings
 from llamafleet.validation import shown
 
-DEFAULTS = Path("inventory/group_data/all.py")
+# Of a machine file, which has some 10 kB; a model, such as of swapped --machine and --model, has gigabytes.
+MOST_CHARACTERS = 2**24
+GGUF = b"GGUF"  # begins a model
 NAME, PORT = "model", 8080  # name and port of the planned instance; nothing is served under them
 
 
@@ -37,13 +39,32 @@ def read_machine(argument: str) -> described.Described:
             return described.read(argument)
         except described.DescriptionError as error:
             raise UsageError(f"--machine: there is no file {shown(argument)}, and as a description: {error}") from error
-    text = sys.stdin.read() if argument == "-" else read_text(path)
+    text = sys.stdin.read(MOST_CHARACTERS + 1) if argument == "-" else _read_machine_file(path)
+    if len(text) > MOST_CHARACTERS:
+        raise UsageError(
+            f"--machine: {shown(argument)} has more than {MOST_CHARACTERS} characters, and no machine file is so long"
+        )
     try:
         return described.Described(Machine.from_json(json.loads(text)))
     except (ValueError, RecursionError) as error:
         if isinstance(error, MachineError):
             raise
         raise UsageError(f"{argument}: should be JSON: {error}") from error
+
+
+def _read_machine_file(path: Path) -> str:
+    """The beginning of the file. Raises `UsageError` for a model, too."""
+    try:
+        with path.open("rb") as file:
+            if file.read(len(GGUF)) == GGUF:
+                raise UsageError(
+                    f"--machine: {shown(str(path))} is a model (GGUF), no machine file: give it with --model, and with "
+                    "--machine a machine file or a description such as rtx4090,ram=64GB,cores=10"
+                )
+        with path.open() as file:
+            return file.read(MOST_CHARACTERS + 1)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
 
 
 def _is_file(path: Path) -> bool:
@@ -57,26 +78,22 @@ def read_text(path: Path) -> str:
     """The file's text. Raises `UsageError` if it cannot be read as UTF-8."""
     try:
         return path.read_text()
-    except OSError as error:
-        raise UsageError(f"{shown(str(path))}: cannot be read: {error.strerror}") from error
-    except ValueError as error:  # no UTF-8, or a zero byte in the path
-        raise UsageError(f"{shown(str(path))}: cannot be read: {error}") from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> UsageError:
+    """A ValueError: no UTF-8, or a zero byte in the path."""
+    return UsageError(f"{shown(str(path))}: cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
 def default_data() -> dict[str, Any]:
-    """The default settings, from `inventory/group_data/all.py` of the checkout that this package is part of.
-
-    The file is Python and is run, so that of the current folder, which may be a stranger's, does not count. Raises
-    `UsageError` if there is no such file.
-    """
-    path = Path(__file__).resolve().parents[2] / DEFAULTS
-    if not path.is_file():
-        raise UsageError(
-            f"{path}: there is no such file: install llamafleet from a checkout (pip install --editable .)"
-        )
-    values: dict[str, Any] = {}
-    exec(compile(read_text(path), str(path), "exec"), values)  # noqa: S102 -- our own file
-    return {key: value for key, value in values.items() if not key.startswith("_")}
+    """The default settings, those that this package brings: a file of the current folder, which may be a stranger's,
+    does not count. Raises `UsageError` where they are missing."""
+    try:
+        return defaults.defaults()
+    except defaults.DefaultsError as error:
+        raise UsageError(str(error)) from error
 
 
 def parse_changes(changes: Sequence[str]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The command `llamafleet`, for tasks that pyinfra does not have.
 
 `llamafleet plan` shows a plan before a machine is bought or a host is changed; `llamafleet status` shows the state of
-an inventory's hosts. Exit status: 0 a plan, or everything is fine; 1 something is not fine; 2 bad input; 3 a refusal.
+an inventory's hosts. Exit status: 0 a plan, or everything is fine; 1 something is not fine; 2 bad input; 3 a refusal;
+130 after Ctrl-C.
 
 Decision 15: docs/decisions/0015-pyinfra-stays-visible.md.
 """
@@ -19,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llamafleet import stages
 from llamafleet.cli import compare, tables
 from llamafleet.cli.arguments import UsageError, default_data, hub_token, parse_changes, read_machine, settings_for
 from llamafleet.cli.what_if import what_if
@@ -36,7 +38,7 @@ from llamafleet.settings.secrets import SecretError
 
 __all__ = ["default_data", "main", "parse_changes", "settings_for"]
 
-PLANNED, BAD_INPUT, REFUSED = 0, 2, 3
+PLANNED, BAD_INPUT, REFUSED, INTERRUPTED = 0, 2, 3, 130
 READERS = 8  # headers read at the same time; limited so as not to burden the server
 SIBLINGS_TRIED = 3  # quantisations of a refused model's repository that are planned, largest first
 BAD_INPUT_ERRORS = (UsageError, SettingsError, SecretError, MachineError, GgufError, source.SourceError)
@@ -51,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BAD_INPUT_ERRORS as error:
         err(f"llamafleet: {error}")
         return BAD_INPUT
+    except KeyboardInterrupt:
+        err("llamafleet: interrupted")
+        return INTERRUPTED
     except BrokenPipeError:  # the reader closed the pipe, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PLANNED
@@ -144,13 +149,12 @@ def _on_inventory(module: str, options: argparse.Namespace) -> int:
     """Run a module of `tasks` in its own process and return its exit status: pyinfra patches the standard library's
     sockets, and that must happen before they are used."""
     if not options.inventory.is_file():
-        raise UsageError(f"--inventory: there is no such inventory file: {options.inventory}")
+        raise UsageError(f"--inventory: there is no such inventory file: {options.inventory} (looked in {Path.cwd()})")
     # -P: a module of the current folder, which may be a stranger's, is not taken for one of ours or of Python.
     command = [sys.executable, "-P", "-m", module, str(options.inventory)]
     command += ["--limit", options.limit] if options.limit else []
     command += ["--json"] if options.json else []
-    root = str(Path(__file__).resolve().parent.parent.parent)  # `tasks` lies beside the package
-    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    path = os.pathsep.join([str(stages.FOLDER), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
 
 

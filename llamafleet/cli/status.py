@@ -56,6 +56,7 @@ class HostStatus:
     instances: tuple[InstanceStatus, ...] = ()
     drift: tuple[str, ...] = ()
     problem: str = ""
+    free_bytes: Mapping[str, int] = field(default_factory=dict)  # of the disks of our folders, by path
 
     @property
     def is_fine(self) -> bool:
@@ -65,7 +66,8 @@ class HostStatus:
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
         instances = {instance.name: instance.to_json() for instance in self.instances}
-        return {"fine": self.is_fine, "problem": self.problem, "drift": list(self.drift), "instances": instances}
+        return {"fine": self.is_fine, "problem": self.problem, "drift": list(self.drift), "instances": instances,
+                "free_bytes": dict(self.free_bytes)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,18 @@ def _remarks(host: HostStatus) -> Iterator[str]:
     for instance in host.instances:
         if instance.gate is not None and instance.gate.problem:
             yield f"{instance.name}: the last gate is not known: {instance.gate.problem}"
+    if host.free_bytes:
+        yield _space(host)
     if host.drift:
         yield f"a run would change: {', '.join(host.drift)}"
+
+
+def _space(host: HostStatus) -> str:
+    """The free space, equal values once: two folders are mostly on one disk."""
+    paths: dict[str, list[str]] = {}
+    for path, free in host.free_bytes.items():
+        paths.setdefault(f"{free / GIB:.1f}", []).append(path)
+    return ", ".join(f"{free} GiB free at {' and '.join(names)}" for free, names in paths.items())
 
 
 def _ram(instance: InstanceStatus) -> str:

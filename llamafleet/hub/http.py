@@ -38,11 +38,16 @@ _REDIRECT = (301, 302, 303, 307, 308)
 _SERVED = (200, 206, 416)
 
 _NEXT_STEP: Mapping[int, str] = {
-    401: "accept the model's terms on its page and give a token with hub_token_file or HF_TOKEN",
+    # The Hub's answer for a repository that is not there, too, so as not to tell which private ones there are.
+    401: "there is no such repository, or it may be read with a token only: check owner and name, upper and lower case"
+    " too; for a gated model accept its terms on its page; give the token with hub_token_file or HF_TOKEN",
     403: "the token's account has no access: request access on the model's page, or use another token",
     404: "check owner, repository, revision and file name, upper and lower case too; private models need a token",
     429: "the server is busy: try again later, or give a token, which gives a higher limit",
 }
+
+_GATED = "accept the model's terms on its page and give a token with hub_token_file or HF_TOKEN"
+_BAD_TOKEN = "the token (hub_token_file or HF_TOKEN) is not accepted: make a new one on the Hub's page of settings"  # noqa: S105
 
 
 class SourceError(Exception):
@@ -327,6 +332,10 @@ def _problem(response: requests.Response, url: str) -> str:
     code = response.headers.get("X-Error-Code", "")[:100]
     code = f", {code}" if code else ""
     next_step = _NEXT_STEP.get(response.status_code, "try again later or set mirrors")
+    if response.status_code == 401 and code == ", GatedRepo":
+        next_step = _GATED
+    elif response.status_code == 401 and "Authorization" in response.request.headers:
+        next_step = _BAD_TOKEN
     wait = response.headers.get("Retry-After", "").strip()[:64]
     unit = " s" if wait.isdigit() else ""
     wait = f" (asks to wait {'until ' if wait and not unit else ''}{wait}{unit})" if wait else ""

@@ -36,7 +36,7 @@ from llamafleet.planner.refine import HOPELESS_BYTES, Refined, fits, refine
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.planner.roofline import Prediction, Roofline
 from llamafleet.planner.search import Candidate, Search, contexts
-from llamafleet.planner.suggestions import suggestions
+from llamafleet.planner.suggestions import Change, Short, suggestions
 from llamafleet.settings.schema import Instance, Settings
 from llamafleet.settings.workload import Workload
 from llamafleet.units import MIB
@@ -72,12 +72,14 @@ def plan_host(
         return tuple(replace(refusal, instance=instance.name) for instance, _ in requests)
     capacity = capacity_of(machine, gpus, settings)
     results: dict[int, Plan | Refusal] = {}
+    earlier: tuple[Plan, ...] = ()
     for position, (instance, header) in sorted(enumerate(requests), key=lambda item: (-item[1][0].priority, item[0])):
         correction = corrections.get(instance.name, NO_CORRECTION)
         alone = len(requests) == 1
-        result = _plan_instance(machine, backend, capacity, instance, header, correction, measurements, alone)
+        result = _plan_instance(machine, backend, capacity, instance, header, correction, measurements, alone, earlier)
         if isinstance(result, Plan):
             capacity = capacity.without(result.ledger)
+            earlier = (*earlier, result)
         results[position] = result
     return tuple(results[position] for position in range(len(requests)))
 
@@ -91,6 +93,7 @@ def _plan_instance(
     correction: Correction,
     measured: Measurements,
     alone: bool,
+    earlier: tuple[Plan, ...],
 ) -> Plan | Refusal:
     shape = Shape.of(header)
     if refusal := _not_a_model(header, shape):
@@ -107,6 +110,8 @@ def _plan_instance(
             instance=instance.name,
             suggestions=(f"set context_tokens to {trained} or less",),
         )
+    if wrong := _beyond(instance, machine, tokens):
+        return Refusal(f"{instance.name}: {wrong}", instance=instance.name)
     usable = tuple(kv_type for kv_type in instance.kv_types if takes_cache_of(shape, kv_type))
     if not usable:
         return Refusal(
@@ -115,8 +120,24 @@ def _plan_instance(
             suggestions=("allow kv_types f16: the head size must be a multiple of a quantised type's block size",),
         )
     instance = replace(instance, kv_types=usable)
-    case = _Case(machine, backend, capacity, instance, Model.of(header), tokens, correction, measured, alone)
-    return _best_plan(case)
+    case = _Case(machine, backend, capacity, instance, Model.of(header), tokens, correction, measured, alone, earlier)
+    best = _best_plan(case)
+    return best if isinstance(best, Plan) else _refuse(case, *best)
+
+
+def _beyond(instance: Instance, machine: Machine, context_tokens: int) -> str:
+    """Which setting asks for more than the host or the context has; empty if none does."""
+    if instance.threads is not None and instance.threads > machine.cpu.logical_cores:
+        return (
+            f"threads: {instance.threads} is more than the {machine.cpu.logical_cores} logical cores of "
+            f"{machine.hostname}: leave it out, or set at most that"
+        )
+    if instance.live_tokens is not None and instance.live_tokens > context_tokens:
+        return (
+            f"live_tokens: {instance.live_tokens} is more than a slot's context of {context_tokens} tokens: leave it "
+            "out, or set at most context_tokens"
+        )
+    return ""
 
 
 def _not_a_model(header: Header, shape: Shape) -> Refusal | None:
@@ -151,6 +172,7 @@ class _Case:
     correction: Correction
     measured: Measurements
     alone: bool  # no other model is served by this host
+    earlier: tuple[Plan, ...] = ()  # of models that were planned before, and took their memory
 
     @property
     def work(self) -> Workload:
@@ -178,7 +200,8 @@ class _Case:
         return Search(self.model, self.capacity, self.backend, extra, self.correction, roofline)
 
 
-def _best_plan(case: _Case) -> Plan | Refusal:
+def _best_plan(case: _Case) -> Plan | tuple[Search, Refined]:
+    """The best plan; if no candidate fits, the search and its best candidate."""
     weighted_contexts = contexts(case.instance, case.context_tokens, case.work)
     handicaps = dict(weighted_contexts)
     search = case.search(list(handicaps))
@@ -201,7 +224,21 @@ def _best_plan(case: _Case) -> Plan | Refusal:
     if plans:
         return min(plans, key=lambda item: item[:2])[2]
     assert refused is not None, "the search returns at least one candidate, and each was refused"
-    return _refuse(case, search, refused)
+    return search, refused
+
+
+def _is_planned(case: _Case, change: Change) -> bool:
+    """Does the model fit if this is changed?"""
+    capacity = case.capacity
+    if change.ram_reserve_mib is not None:
+        reserve = change.ram_reserve_mib * MIB
+        gpu_reserve = reserve if capacity.unified else capacity.gpu_reserve_bytes
+        capacity = replace(capacity, host_reserve_bytes=reserve, gpu_reserve_bytes=gpu_reserve)
+    instance = case.instance
+    if change.prompt_cache_mib is not None:
+        instance = replace(instance, prompt_cache_mib=change.prompt_cache_mib)
+    model = case.model if change.header is None else Model.of(change.header)
+    return isinstance(_best_plan(replace(case, capacity=capacity, instance=instance, model=model)), Plan)
 
 
 def _worth_refining(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -274,12 +311,20 @@ def _refuse(case: _Case, search: Search, refined: Refined) -> Refusal:
         needed, where = sum(row.used_bytes for row in rows), "the memory that GPU and CPU share"
         available = max(0, needed + worst.free_bytes)
     tokens, slots = context.tokens, context.slots
-    total = sum(row.used_bytes + row.free_bytes for row in rows)
     name, host = case.model.header.name, case.machine.hostname
+    described = name if name == case.instance.name else f"{case.instance.name}: {name}"
+    short = Short(
+        row=worst,
+        missing_bytes=needed - available,
+        total_bytes=sum(row.used_bytes + row.free_bytes for row in rows),
+        reserve_bytes=capacity.host_reserve_bytes,
+        memory_bytes=case.machine.memory.total_bytes,
+        earlier=case.earlier,
+    )
     return Refusal(
-        f"{case.instance.name}: {name} with {tokens} tokens for each of {slots} slot(s) does not"
+        f"{described} with {tokens} tokens for each of {slots} slot(s) does not"
         f" fit on {host}: {needed // MIB} MiB of {where} needed, {available // MIB} MiB available"
-        " besides the reserve",
+        f" besides the reserve, {-(-short.missing_bytes // MIB)} MiB missing",
         device=worst.device,
         needed_bytes=needed,
         available_bytes=available,
@@ -287,9 +332,10 @@ def _refuse(case: _Case, search: Search, refined: Refined) -> Refusal:
             case.model,
             context,
             case.instance,
-            available=total,
+            short,
             fits=partial(fits, search, certain=True),
             fits_by_estimate=partial(fits, search, certain=False),
+            is_planned=partial(_is_planned, case),
         ),
         ledger=rows,
         instance=case.instance.name,

@@ -1,12 +1,19 @@
-"""Suggestions for a model that does not fit: fewer slots, another cache type, less context, a smaller quantisation."""
+"""Suggestions for a model that does not fit: fewer slots, another cache type, less context, less RAM for the prompt
+cache or the reserve, a smaller quantisation. Each was planned, and fits; what took the memory is named."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from llamafleet.memory.context import PAD_CELLS, Context
 from llamafleet.memory.kv_cache import takes_cache_of
+from llamafleet.memory.ledger import LedgerRow
+from llamafleet.memory.placement import HOST
 from llamafleet.memory.weights import Model
+from llamafleet.model.gguf import Header
+from llamafleet.planner.quantisations import smaller
+from llamafleet.planner.result import Plan
 from llamafleet.settings.schema import Instance
 from llamafleet.units import MIB
 
@@ -15,18 +22,29 @@ CONTEXT_STEP = 1024  # tokens; a suggested context is a multiple of it
 CONTEXT_STEPS = 128  # the longer steps of a long context: at most this many up to the whole context
 BACK, TRIES = 16, 3  # if the quick check was wrong, try a sixteenth less, then another sixteenth less
 
-# Bits per weight of common quantisations, as llama-quantize prints them (tools/quantize/quantize.cpp).
-BITS_PER_WEIGHT = (
-    ("Q8_0", 8.5),
-    ("Q6_K", 6.56),
-    ("Q5_K_M", 5.7),
-    ("Q4_K_M", 4.89),
-    ("IQ4_XS", 4.46),
-    ("Q3_K_M", 4.0),
-    ("IQ3_XXS", 3.25),
-    ("Q2_K", 3.16),
-    ("IQ2_XS", 2.43),
-)  # fmt: skip -- a table
+LEAST_RESERVE_MIB = 512  # RAM that a suggestion leaves free: a system without a desktop takes that
+STEP_MIB = 64  # a suggested size of RAM is a multiple of it
+
+
+@dataclass(frozen=True)
+class Short:
+    """What a model lacks: the fullest device's row, and why there is no more."""
+
+    row: LedgerRow
+    missing_bytes: int
+    total_bytes: int  # of all devices, without their reserves
+    reserve_bytes: int  # of RAM
+    memory_bytes: int  # all RAM of the host
+    earlier: tuple[Plan, ...]  # of models that were planned before
+
+
+@dataclass(frozen=True)
+class Change:
+    """Inputs of the plan that a suggestion changes; None: as it is."""
+
+    prompt_cache_mib: int | None = None
+    ram_reserve_mib: int | None = None
+    header: Header | None = None
 
 
 # Does the model fit with (tokens for each slot, slots, KV cache type)?
@@ -34,11 +52,18 @@ Fits = Callable[[int, int, str], bool]
 
 
 def suggestions(
-    model: Model, context: Context, instance: Instance, *, available: int, fits: Fits, fits_by_estimate: Fits
+    model: Model,
+    context: Context,
+    instance: Instance,
+    short: Short,
+    *,
+    fits: Fits,
+    fits_by_estimate: Fits,
+    is_planned: Callable[[Change], bool],
 ) -> tuple[str, ...]:
-    """Sentences for the operator, the smallest change first. `available` is bytes of all devices together.
+    """Sentences for the operator: what took the memory, then what would help, the smallest change first.
 
-    `fits` is exact and slow; `fits_by_estimate` is quick and may be slightly wrong.
+    `fits` is exact and slow; `fits_by_estimate` is quick and may be slightly wrong; `is_planned` plans anew.
     """
 
     def largest(most: int, arguments: Callable[[int], tuple[int, int, str]]) -> int:
@@ -47,8 +72,7 @@ def suggestions(
         return next((count for count in counts if count and fits(*arguments(count))), 0)
 
     weights = model.header.weights_bytes
-    cache = sum(model.compute.kv_bytes(context))
-    sentences = []
+    sentences: list[str] = []
     if context.slots > 1 and fits(context.tokens, 1, context.kv_type):
         slots = largest(context.slots - 1, lambda slots: (context.tokens, slots, context.kv_type)) or 1
         sentences.append(f"set slots to {slots}, and the same context fits: each slot has its own KV cache")
@@ -64,14 +88,69 @@ def suggestions(
     steps = largest(context.tokens // step, lambda count: (count * step, context.slots, context.kv_type))
     if steps:
         sentences.append(f"set context_tokens to {steps * step}, about the most that fits")
-    smaller = _smaller_quantisation(model, available - cache)
-    if smaller:
-        sentences.append(smaller)
-    if not sentences and weights > available:
+    sentences += _less_ram(instance, short, is_planned)
+    sentences += _smaller_quantisation(model, short, is_planned)
+    if not sentences and weights > short.total_bytes:
         sentences.append(
-            f"the weights alone need {weights // MIB} MiB, all devices together have {max(0, available) // MIB} MiB"
+            f"the weights alone need {weights // MIB} MiB, all devices together have"
+            f" {max(0, short.total_bytes) // MIB} MiB"
         )
-    return tuple(sentences) or ("choose a smaller model or a host with more memory",)
+    return (*_why(short), *(sentences or ("choose a smaller model or a host with more memory",)))
+
+
+def _why(short: Short) -> Iterator[str]:
+    """What took the memory beside the model itself."""
+    if short.reserve_bytes >= short.memory_bytes:
+        yield (
+            f"ram_reserve_mib is {short.reserve_bytes // MIB}, but the host has {short.memory_bytes // MIB} MiB of RAM"
+            " in all: lower it"
+        )
+    taken = [(plan, _taken(plan, short.row.device)) for plan in short.earlier]
+    taken = [(plan, size) for plan, size in taken if size]
+    if not taken:
+        return
+    names = ", ".join(f"{plan.instance} {size // MIB} MiB" for plan, size in taken)
+    caches = sum(plan.prompt_cache_mib for plan, _ in taken) if short.row.device == HOST else 0
+    yield (
+        f"models that are planned before it, by priority and then by their order, took the rest: {names}"
+        + (f", of which {caches} MiB are prompt_cache_mib" if caches else "")
+        + ": give this one a higher priority, lower theirs, or serve one of them elsewhere"
+    )
+
+
+def _taken(plan: Plan, device: str) -> int:
+    return sum(row.used_bytes for row in plan.ledger if row.device == device)
+
+
+def _less_ram(instance: Instance, short: Short, is_planned: Callable[[Change], bool]) -> Iterator[str]:
+    """A smaller prompt cache or a smaller reserve; both, if neither is enough alone."""
+    if short.row.device != HOST:
+        return
+    missing = -(-short.missing_bytes // MIB)
+    cache, reserve = instance.prompt_cache_mib, short.reserve_bytes // MIB
+    left = _fitting(cache - missing, 0, lambda size: is_planned(Change(prompt_cache_mib=size)))
+    if cache and left is not None:
+        yield f"set prompt_cache_mib to {left} (now {cache}), and it fits: more prompts are read again"
+        return
+    left = _fitting(reserve - missing, LEAST_RESERVE_MIB, lambda size: is_planned(Change(ram_reserve_mib=size)))
+    if left is not None:
+        yield f"set ram_reserve_mib to {left} (now {reserve}), and it fits: less RAM stays free for everything else"
+        return
+    left = _fitting(
+        reserve + cache - missing, LEAST_RESERVE_MIB, lambda size: is_planned(Change(0, ram_reserve_mib=size))
+    )
+    if cache and left is not None:
+        yield (
+            f"set prompt_cache_mib to 0 (now {cache}) and ram_reserve_mib to {left} (now {reserve}), and it fits: more"
+            " prompts are read again, and less RAM stays free"
+        )
+
+
+def _fitting(most: int, least: int, fits: Callable[[int], bool]) -> int | None:
+    """A number of MiB from `least` up to `most`, in steps, that fits; None if neither the most nor a bit less does."""
+    most = most // STEP_MIB * STEP_MIB
+    sizes = [size for size in (most, most - 2 * STEP_MIB, least) if size >= least] if most >= least else []
+    return next((size for size in sizes if fits(size)), None)
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
@@ -83,14 +162,14 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _smaller_quantisation(model: Model, budget: int) -> str:
-    elements = sum(tensor.elements for tensor in model.header.tensors)
-    now = model.header.weights_bytes * 8 / max(1, elements)
-    for name, bits in BITS_PER_WEIGHT:
-        size = int(elements * bits / 8)
-        if bits < now * 0.95 and size <= budget * 0.9:
-            return (
-                f"take a smaller quantisation: {name} needs about {size // MIB} MiB for the weights"
-                f" (now {now:.1f} bits per weight)"
+def _smaller_quantisation(model: Model, short: Short, is_planned: Callable[[Change], bool]) -> Iterator[str]:
+    """The largest smaller quantisation that fits, with its size as estimated tensor by tensor."""
+    now = model.header.weights_bytes
+    for name, header in smaller(model.header):
+        could_fit = header.weights_bytes <= min(now - short.missing_bytes, short.total_bytes)
+        if could_fit and is_planned(Change(header=header)):
+            yield (
+                f"take a smaller quantisation: {name} needs about {header.weights_bytes // MIB} MiB for the weights"
+                f" (now {now // MIB} MiB), and it fits"
             )
-    return ""
+            return

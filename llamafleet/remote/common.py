@@ -42,6 +42,7 @@ RUN = "/run/llamafleet"
 LOCK = RUN + "/lock.json"
 
 UNITS = "/etc/systemd/system"
+CACHES = "/var/cache"  # a folder for each service, by its unit's CacheDirectory=
 
 JOURNAL_PART_BYTES = 4 * 2**20  # a server logs its devices and sizes in the first 100 kB of a start
 JSON_LIMIT_BYTES = 16 * 2**20  # of a file of ours: plan.json, the largest, has some ten thousand bytes

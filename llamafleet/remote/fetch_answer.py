@@ -135,4 +135,4 @@ def way_in(spec: Spec, url: str) -> str:
     if has_token(spec, url):
         return f"the token is not enough: accept the licence on {page} as the token's account"
     sent = "no token was sent"
-    return f"{sent}: accept the licence on the model page {page}, set hub_token_file, then run again"
+    return f"{sent}: check the address; for a gated model accept the licence on {page}, set hub_token_file, run again"

@@ -73,7 +73,8 @@ def adopt(spec: Spec, wanted: Wanted) -> bool:
     except Failed as failure:
         aside = spec.directory / f".{wanted.name}.rejected"
         os.replace(final, aside)
-        say(f"{failure}; set aside as {aside}: delete it when it is not needed")
+        kept = f"{aside} ({gib(size_of(aside))})"
+        say(f"note: {failure}; set aside as {kept}, removed after 30 days: delete it to have the space now")
         return False
     hand_over(spec, final, 0o644)
     record(spec, wanted, digest)

@@ -53,5 +53,4 @@ class Progress:
             say(f"progress {gib(self.present)} so far, {speed / MIB:.0f} MiB/s ({name})")
             return
         left = duration(max(self.total - self.present, 0) / max(speed, 1.0))
-        of = f"{self.present / GIB:.1f} of {gib(self.total)}"
-        say(f"progress {100 * share:.0f} % {of}, {speed / MIB:.0f} MiB/s, {left} left ({name})")
+        say(f"progress {100 * share:.0f} % of {gib(self.total)}, {speed / MIB:.0f} MiB/s, {left} left ({name})")

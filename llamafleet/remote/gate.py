@@ -33,7 +33,7 @@ import gate_devices
 import gate_unit
 from common import GATE_SCHEMA, command_line, invocation, journal_of_start, write_json
 from gate_devices import cause_of_end, check_devices
-from gate_load import deadline
+from gate_load import deadline, why_silent
 from gate_reply import REMEMBERED, check_completion, check_speed, speed_key
 from gate_server import ask, first_key, found_status, is_alive, main_pid, result, trust, unit_state
 from gate_spec import Unreadable, read_spec
@@ -69,7 +69,8 @@ def check_health(spec: dict[str, Any]) -> dict[str, Any]:
     return result(
         "health", status == 200, f"200 from {spec['url']}/health within {seconds:.0f} s ({how})",
         f"{status or 'no answer'}, unit {state}{ended}",
-        "loading takes longer than the deadline" if running else cause_of_end(spec["unit"]) or "its journal says why",
+        why_silent(spec["unit"], main_pid(spec["unit"]), status) if running
+        else cause_of_end(spec["unit"]) or "its journal says why",
     )  # fmt: skip
 
 

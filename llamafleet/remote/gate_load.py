@@ -1,4 +1,4 @@
-"""How long an instance may load before the gate takes it for hanging.
+"""How long an instance may load before the gate takes it for hanging, and why one may not be ready then.
 
 Part of gate.py and under its contract: Python 3.8, standard library.
 
@@ -75,3 +75,23 @@ def read_piece(path: str, offset: int) -> int:
             return os.preadv(handle, [buffer], offset)
     finally:
         os.close(handle)
+
+
+def why_silent(unit: str, pid: int, status: int) -> str:
+    """Why a server that runs is not ready: 503 is llama-server's answer while it loads."""
+    if status == 503:
+        return "loading takes longer than the deadline"
+    if status:
+        return "something else answers at its port, or llama-server has an error: its journal says why"
+    if is_stopped(pid):
+        return f"its process is stopped (SIGSTOP, or a debugger): systemctl kill --signal=CONT {unit}, or restart it"
+    return "its process runs and does not answer: it hangs, or has not opened its port yet; its journal says why"
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether the kernel has the process as stopped: state T or t in /proc/PID/stat, proc(5)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+    except (OSError, IndexError):
+        return False

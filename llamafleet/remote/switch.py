@@ -244,7 +244,7 @@ def remove(name: str, after: Sequence[str] = (), drain: float = 0.0) -> None:
         *(f"{common.UNITS}/{unit}" for unit in liveness_units(name)), common.gate_record(name),
         common.liveness_record(name), f"{common.RUN}/liveness-{name}.json",
     ])  # fmt: skip
-    for folder in (f"{common.INSTANCES}/{name}", f"{common.STAGED}/{name}"):
+    for folder in (f"{common.INSTANCES}/{name}", f"{common.STAGED}/{name}", f"{common.CACHES}/llama-server-{name}"):
         transaction.remove_folder(folder)
     os.unlink(unit)  # last: while it is there, the next run sees what is left to do
     common.sync(common.UNITS)

@@ -44,6 +44,8 @@ class Run:
     holder: Holder | None
     # Of finished builds that a host may take from a cache, by key.
     digests: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    # Names and sources of the models that other hosts of the run are to serve; read for a host without models alone.
+    elsewhere: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,8 @@ def desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
     `render` makes a text from a template's name and values: reading a template is no part of deciding.
     """
     if refused := refusals.not_accessible(inputs.survey, run.holder, run.oldest_python):
+        return refused
+    if refused := refusals.nothing_to_serve(inputs.settings, inputs.survey.installed, run.elsewhere):
         return refused
     corrections = inputs.corrections()
     choice = inputs.keep_or_replan(corrections)

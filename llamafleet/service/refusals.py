@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llamafleet.build.cuda_toolkit import Unsuitable
 from llamafleet.build.packages import RUN_PACKAGES
-from llamafleet.host.installed import Holder, Listener, Survey
+from llamafleet.host.installed import Holder, Installed, Listener, Survey
 from llamafleet.host.recorded import SCHEMA
 from llamafleet.hub.http import shown
 from llamafleet.hub.source import ModelFiles
@@ -77,6 +77,21 @@ def held_by(holder: Holder) -> str:
         f"{holder.who} (pid {holder.pid}) is deploying to this host since {holder.began}, "
         f"last seen {holder.age_seconds:.0f} s ago: wait for it; a run that died elsewhere loses the lock "
         f"after 15 minutes, or remove {LOCK}"
+    )
+
+
+def nothing_to_serve(settings: Settings, installed: Installed, elsewhere: Collection[str]) -> Refused | None:
+    """Whether the run would remove all instances of the host, which an inventory without `models` asks for. Those that
+    other hosts are to serve, as the names and sources `elsewhere` say, only move."""
+    gone = {name: one for name, one in installed.instances.items() if name not in elsewhere}
+    lost = [name for name, one in gone.items() if not (one.record and one.record.raw.get("source") in elsewhere)]
+    if settings.models or settings.allow_empty_models or not lost:
+        return None
+    names = ", ".join(sorted(lost))
+    return Refused.because(
+        f"models: is empty, and the host serves {names}: the run would stop and remove all of them. Give the host its "
+        "models in the inventory; if it is to serve none, set allow_empty_models = True, or remove llamafleet from it "
+        "by tasks.uninstall.uninstall"
     )
 
 

@@ -101,7 +101,9 @@ def _why_not(name: str) -> str:
         return f"{name} is decided by the plan; see docs/planning.md"
     if name in REFUSED:
         return f"{name} is refused: {REFUSED[name]}"
-    near = difflib.get_close_matches(name[:SHOWN_CHARACTERS], (*SAFE, *DANGEROUS), n=1)
+    # Without the dashes, which all share: "--foo" is no "--tools".
+    known = {flag.lstrip("-"): flag for flag in (*SAFE, *DANGEROUS)}
+    near = [known[one] for one in difflib.get_close_matches(name[:SHOWN_CHARACTERS].lstrip("-"), known, n=1)]
     hint = f"did you mean {near[0]}?" if near else "llamafleet/settings/extra_flags.py has those that are"
     return f"{shown(name)} is not among the flags known to be safe; {hint}"
 

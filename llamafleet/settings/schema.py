@@ -1,6 +1,6 @@
 """What the operator asked for: `host.data`, typed and checked.
 
-Defaults live in `inventory/group_data/all.py` alone; this module has names, types and ranges, and
+Defaults live in `inventory/group_data/all.py` alone (see `defaults.py`); this module has names, types and ranges, and
 the reason where a range ends.
 """
 
@@ -26,6 +26,8 @@ from llamafleet.remote.common import (
     unit_of,
 )
 from llamafleet.settings import extra_flags as extra
+from llamafleet.settings import secrets
+from llamafleet.settings.defaults import MODEL_DEFAULTS, DefaultsError, with_defaults
 from llamafleet.validation import Flag, Listed, Should, Whole, one_of
 
 BACKENDS = ("auto", "cuda", "hip", "vulkan", "cpu")
@@ -65,14 +67,15 @@ def _is_web(text: str) -> bool:
 
 
 _BE_ADDRESS = Should(f"be {ADDRESS_RULE}", lambda text: not _is_web(text) or is_address(text))
+_BE_HUB_FILE = Should(
+    "be hf:OWNER/REPO/FILE.gguf or hf:OWNER/REPO/FILE.gguf@REVISION",
+    lambda text: not text.startswith("hf:") or re.fullmatch(r"hf:[^/@]+/[^/@]+/[^@]+(@[^@]+)?", text),
+)
 Source = Annotated[
     Text,
     Should("begin with hf:, http://, https:// or /", lambda text: text.startswith(("hf:", "/")) or _is_web(text)),
     _BE_ADDRESS,
-    Should(
-        "be hf:OWNER/REPO/FILE.gguf or hf:OWNER/REPO/FILE.gguf@REVISION",
-        lambda text: not text.startswith("hf:") or re.fullmatch(r"hf:[^/@]+/[^/@]+/[^@]+(@[^@]+)?", text),
-    ),
+    _BE_HUB_FILE,
     # The rule by which a host gives the file its name. A path goes to no host: it is planned only.
     Should(
         f"end in a file name of {MODEL_FILE_RULE} (else serve a copy under such a name)",
@@ -84,6 +87,7 @@ Mirror = Annotated[
     Text,
     Should("begin with hf:, http:// or https://", lambda text: text.startswith("hf:") or _is_web(text)),
     _BE_ADDRESS,
+    _BE_HUB_FILE,
 ]
 # git takes what begins with a dash for an option.
 GitArgument = Annotated[Text, Should("not be empty or begin with a dash", lambda text: text and text[0] != "-")]
@@ -183,8 +187,8 @@ class Instance:
         if not ipaddress.ip_address(self.listen).is_loopback and not guarded:
             yield (
                 "listen",
-                f"other machines reach {self.listen}, and no key is asked: give an api_key_file, "
-                "or set allow_unauthenticated = True",
+                f"other machines reach {self.listen}, and no key is asked: give an api_key_file (made by "
+                f"{secrets.MAKE_KEYS}), or set allow_unauthenticated = True",
             )
 
     def _half_of_tls(self) -> Iterator[tuple[str, str]]:
@@ -230,17 +234,22 @@ class Settings:
         Whole, Field(ge=1, le=_SECONDS, description="systemd's timer has no pause of 0")
     ]
     drain_seconds: Annotated[Whole, Field(ge=0, le=3600, description="0: replies are cut; nobody waits longer")]
+    allow_empty_models: Flag
     uninstall_models: Flag
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Settings:
-        """Check a host's data and make settings of it.
+        """Check a host's data and make settings of it; keys that it lacks have their defaults.
 
         Raises `SettingsError` with every problem, each naming the key, the value and what it should be. Rules between
         fields are checked where the fields themselves are right.
         """
         ours = {key: value for key, value in data.items() if not str(key).startswith(_FOREIGN_PREFIXES)}
-        defaults = ours.pop("model_defaults", {})
+        try:
+            ours = with_defaults(ours)
+        except DefaultsError as error:
+            raise SettingsError([str(error)]) from error
+        defaults = ours.pop(MODEL_DEFAULTS)
         if not isinstance(defaults, Mapping):
             raise SettingsError([f"model_defaults: should be a dictionary, is {validation.shown(defaults)}"])
         if defaults.get("allow_unverified"):

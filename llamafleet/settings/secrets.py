@@ -14,6 +14,8 @@ from pathlib import Path
 
 from llamafleet.remote.common import keeps_secrets
 
+# How an operator makes a key file; printed by messages that miss one.
+MAKE_KEYS = "(umask 077; openssl rand -hex 32 >FILE)"
 VARIABLE = "env:"  # begins a place that is an environment variable: "env:NAME"
 LIMIT = 2**20  # characters of a file: ten thousand keys
 SHORTEST_KEY = 8  # characters: clients can try keys without limit
@@ -65,6 +67,9 @@ def _file(place: str, setting: str) -> str:
         if len(text) > LIMIT:
             raise SecretError(f"{setting}: {place} has more than {LIMIT} characters, which no secret has")
         return text
+    except FileNotFoundError as error:
+        make = f"; make one: {MAKE_KEYS.replace('FILE', place)}" if setting.endswith("api_key_file") else ""
+        raise SecretError(f"{setting}: there is no file {place}{make}") from error
     except OSError as error:
         raise SecretError(f"{setting}: cannot read {place}: {error.strerror}") from error
     except RuntimeError as error:  # "~name" of no user

@@ -1,5 +1,6 @@
-"""What the stages share. Whoever imports it prints cleaned texts only: see `output.py`."""
+"""What the stages share. Whoever imports it prints cleaned texts only (`output.py`), and ends as `ends.py` says."""
 
-from tasks.lib import output
+from tasks.lib import ends, output
 
 output.install()
+ends.install()

@@ -11,12 +11,13 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from gevent.lock import RLock
 from pyinfra import logger
 from pyinfra.api.host import Host
+from pyinfra.api.state import State
 from pyinfra.context import ctx_host
 
 from llamafleet import payload
@@ -31,6 +32,7 @@ from llamafleet.planner.stability import Choice
 from llamafleet.service.changes import Changes, changes_needed
 from llamafleet.service.desired import Desired, Run, desire, with_plans
 from llamafleet.service.plan_inputs import PlanInputs, plan_inputs
+from llamafleet.service.record import without_query
 from llamafleet.service.refusals import Refused, is_path
 from llamafleet.settings.schema import Settings, SettingsError
 from llamafleet.settings.secrets import SecretError
@@ -52,7 +54,16 @@ class Decision:
     made: float = field(default_factory=time.monotonic, compare=False)
 
 
+# The parts of `Changes` that a stage makes, and those that must be made before it can do its own.
+MAKES = {"bootstrap": ("helpers", "user", "packages"), "toolkit": ("toolkit",), "build": ("build",),
+         "model": ("models",), "verify": ("verify",),
+         "service": ("services", "refreshed", "liveness", "removed", "current")}  # fmt: skip
+NEEDS = {"toolkit": ("helpers",), "build": ("helpers", "packages", "toolkit"), "model": ("helpers",),
+         "verify": ("helpers", "user", "build", "models"),
+         "service": ("helpers", "user", "build", "models")}  # fmt: skip
+
 _decisions: dict[Host, Decision | None] = {}
+_made: dict[Host, set[str]] = {}  # parts of `Changes` that stages of this run make
 _locks: dict[Host, RLock] = {}
 
 
@@ -75,6 +86,32 @@ def of(host: Host) -> Decision | None:
     return _decisions.get(host)
 
 
+def for_stage(stage: str) -> Decision | None:
+    """As `decision`, for a stage that changes the host. Refuses a host on which an earlier stage has to come first, and
+    is no part of this run."""
+    host, now = ctx_host.get(), decision()
+    if now is None:
+        return None
+    made = _made.setdefault(host, set())
+    missing = [part for part in NEEDS.get(stage, ()) if part not in made and _is_missing(part, now)]
+    if missing and any(getattr(now.changes, part) for part in MAKES[stage]):
+        first = [f"tasks.{one}.{one}" for one, parts in MAKES.items() if set(parts) & set(missing)]
+        log_refused(host, Refused.because(
+            f"run deploy.py first, or {', '.join(first)}: the stage {stage} needs what is not there yet or no longer "
+            f"as planned ({', '.join(missing)})"
+        ))  # fmt: skip
+        _decisions[host] = None
+        host.state.fail_hosts({host})
+        return None
+    made.update(MAKES[stage])
+    return now
+
+
+def _is_missing(part: str, now: Decision) -> bool:
+    """Whether a part must be made before other stages; helpers of another version do as well."""
+    return bool(getattr(now.changes, part)) and not (part == "helpers" and now.desired.installed.helpers is not None)
+
+
 def replan(
     choice: Choice, corrections: Mapping[str, Correction], verified: Mapping[str, Verified]
 ) -> Decision | Refused:
@@ -94,7 +131,7 @@ def decide(host: Host) -> Decision | Refused:
         inputs = read_inputs(host)
         if isinstance(inputs, Refused):
             return inputs
-        decided = _decided(desire(inputs, read_run(inputs), templates.render))
+        decided = _decided(desire(inputs, _run(host, inputs), templates.render))
         if isinstance(decided, Decision):
             _note_build(host, decided)
         return decided
@@ -179,6 +216,27 @@ def read_run(inputs: PlanInputs) -> Run:
         holder=None if holder is None or is_ours_or_dead(holder) else holder,
         digests={key: builds.known(key) for key in inputs.survey.installed.cached_builds},
     )
+
+
+def _run(host: Host, inputs: PlanInputs) -> Run:
+    run = read_run(inputs)
+    if inputs.settings.models:
+        return run
+    others = [one for one in hosts_of_run(host.state) if one is not host]
+    return replace(run, elsewhere=frozenset(word for one in others for model in wanted_models(one) for word in model))
+
+
+def hosts_of_run(state: State) -> list[Host]:
+    """The hosts of the inventory that --limit leaves, also those that were not reached."""
+    return [host for host in state.inventory if state.is_host_in_limit(host)]
+
+
+def wanted_models(host: Host) -> Iterator[tuple[str, str]]:
+    """Name and source of the models in the host's data, also of a host that was refused or not reached."""
+    models: Any = host.data.dict().get("models")
+    for model in models if isinstance(models, (list, tuple)) else ():
+        if isinstance(model, Mapping) and isinstance(model.get("name"), str):
+            yield model["name"], without_query(str(model.get("source")))
 
 
 def refused_by(error: Exception) -> Refused:

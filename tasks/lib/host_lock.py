@@ -20,6 +20,7 @@ from pyinfra.api.state import BaseStateCallback, State
 
 from llamafleet.host import answers
 from llamafleet.host.installed import Holder
+from llamafleet.remote.common import transient_unit
 from llamafleet.service.refusals import held_by
 from tasks.lib import remote, sending
 from tasks.lib.this_run import is_ours_or_dead, this_run
@@ -50,11 +51,11 @@ class _Release(BaseStateCallback):
     def operation_host_error(
         state: State, host: Host, op_hash: str, retry_count: int = 0, max_retries: int = 0
     ) -> None:
-        _release_quietly(host)
+        leave(host)
 
     @staticmethod
     def host_disconnect(state: State, host: Host) -> None:
-        _release_quietly(host)
+        leave(host)
 
 
 def is_held(host: Host) -> bool:
@@ -110,16 +111,30 @@ def release(host: Host) -> None:
         sending.run_helper(host, "lock.py", "release", this_run()["run"], purpose=PURPOSE, seconds=30)
 
 
-def _release_quietly(host: Host) -> None:
+def held() -> tuple[Host, ...]:
+    """The hosts whose locks this run holds."""
+    return tuple(_held)
+
+
+def leave(host: Host) -> None:
+    """At the end of a run, or after Ctrl-C: release the host's lock; a job that goes on keeps it, and is named."""
     try:
         if host in _held and _held[host].job and not _held[host].lost:
-            host.log(f"{_held[host].job} goes on there, under the host's lock", logger.warning)
+            host.log(goes_on(_held[host].job), logger.warning)
             _held.pop(host).ended.set()
         elif host.connected:
             with gevent.Timeout(RELEASE_SECONDS, remote.NoAnswerError("the host does not answer")):
                 release(host)
     except Exception as error:  # whatever it is, the other hosts' run must go on
         host.log(f"the host's lock could not be released ({remote.said(error)}); it expires by itself", logger.warning)
+
+
+def goes_on(job: str) -> str:
+    """The sentence for a job that this run no longer follows."""
+    return (
+        f"{job} goes on there, under the host's lock: run the same again to join it, or stop it on the host by "
+        f"systemctl stop {transient_unit('job', job)}"
+    )
 
 
 def _keep(host: Host, held: _Held) -> None:

@@ -75,8 +75,14 @@ def _until_ended(host: Host, job: str, command: Sequence[str], secret: Secret | 
     options = ["--secret", secret.path] if secret else []
     sent = sending.packed([(0o600, secret.text.encode())]) if secret else None
     start = remote.program("job.py", "start", job, *options, "--", *command, stdin=sent)
-    seen = remote.run_json(host, start, answers.job)
-    host_lock.working(host, job)  # from here on it does not end with us
+    host_lock.working(host, job)  # from here on it does not end with us, also where no answer comes
+    try:
+        seen = remote.run_json(host, start, answers.job)
+    except remote.LostError:
+        raise
+    except remote.RemoteError:
+        host_lock.working(host, "")
+        raise
     logged, silent = "", 0
     while seen.state == "running":
         if seen.line != logged and seen.line:
@@ -106,4 +112,5 @@ def _told(host: Host, job: str, seen: answers.Job) -> bool:
     errors = [number for number, line in enumerate(tail) if line.startswith("error: ")]
     text = "\n".join(tail[max(0, errors[-1] - 15) :] if errors else tail[-15:])
     how = seen.how or (f"exit code {seen.exit_code}" if seen.state == "ended" else "it was killed")
-    return remote.fail(host, f"{job} failed ({how}): {text}\nwhole log: {JOBS}/{job}.log")
+    lines = (f"{job} failed ({how}): {text}", remote.space_left(host, f"{how} {text}"), f"whole log: {JOBS}/{job}.log")
+    return remote.fail(host, "\n".join(line for line in lines if line))

@@ -7,9 +7,7 @@ for. A host waits only before its removals, which come after all its switches, s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import gevent
 from pyinfra.api.host import Host
@@ -67,7 +65,7 @@ class Missing:
 
 def staying(host: Host) -> dict[str, Missing]:
     """Of the host's instances that leave those that must stay, with the reason. Waits for the hosts that take over."""
-    hosts = {one.name: one for one in _hosts_of_run(host.state)}
+    hosts = {one.name: one for one in decision.hosts_of_run(host.state)}
     successors = {(one.name, name): _successors(one, name) for one in hosts.values() for name in _leaving(one)}
     for place in (one for ones in successors.values() for one in ones):
         while place not in _passed and _why_not(hosts[place[0]]) is None:
@@ -94,10 +92,6 @@ def _why_not(host: Host) -> str | None:
     return None if results.ops or results.error_ops else "the host has not had its turn in this run"
 
 
-def _hosts_of_run(state: State) -> list[Host]:
-    return [host for host in state.inventory if state.is_host_in_limit(host)]
-
-
 def _leaving(host: Host) -> tuple[str, ...]:
     now = decision.of(host)
     return now.changes.removed if now is not None else ()
@@ -111,9 +105,9 @@ def _successors(host: Host, name: str) -> tuple[tuple[str, str], ...]:
     source = installed.record.raw.get("source") if installed is not None and installed.record is not None else None
     return tuple(
         (other.name, wanted)
-        for other in _hosts_of_run(host.state)
+        for other in decision.hosts_of_run(host.state)
         if other is not host
-        for wanted, its_source in _wanted(other)
+        for wanted, its_source in decision.wanted_models(other)
         if (wanted == name or its_source == source) and _is_new(other, wanted)
     )
 
@@ -121,11 +115,3 @@ def _successors(host: Host, name: str) -> tuple[tuple[str, str], ...]:
 def _is_new(host: Host, name: str) -> bool:
     now = decision.of(host)
     return now is None or (name in now.changes.services and name not in now.desired.installed.instances)
-
-
-def _wanted(host: Host) -> Iterator[tuple[str, str]]:
-    """Name and source of the host's models, also of one that was refused or not reached."""
-    models: Any = host.data.dict().get("models")
-    for model in models if isinstance(models, (list, tuple)) else ():
-        if isinstance(model, Mapping) and isinstance(model.get("name"), str):
-            yield model["name"], str(model.get("source")).partition("?")[0]

@@ -25,6 +25,7 @@ from pyinfra.api.exceptions import ConnectError
 from pyinfra.connectors import util
 from pyinfra.connectors.ssh import SSHConnector
 
+from llamafleet import causes
 from llamafleet.printable import cleaned, err, finished, marked, print_exception, printable
 
 # A message of more characters is cut. JSON, which pyinfra prints without logging it, is never cut.
@@ -73,14 +74,14 @@ def echo(message: Any = None, *arguments: Any, **named: Any) -> None:
 
 def connect(self: SSHConnector) -> None:
     """In place of pyinfra's method of this name, of which an error that it does not know ends the run for all hosts: a
-    server may answer what paramiko cannot decode."""
+    server may answer what paramiko cannot decode. Raises ConnectError with the cause and the way out."""
     try:
         _connect(self)
-    except ConnectError:
-        raise
+    except ConnectError as error:
+        raise ConnectError(causes.of_connection(str(error))) from error
     except Exception as error:
         logger.debug(traceback.format_exc())
-        raise ConnectError(f"SSH error ({type(error).__name__}: {error})") from error
+        raise ConnectError(causes.of_connection(f"SSH error ({type(error).__name__}: {error})")) from error
 
 
 def _clean_record(record: logging.LogRecord) -> bool:

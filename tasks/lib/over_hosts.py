@@ -2,7 +2,7 @@
 
     python -m tasks.lib.over_hosts INVENTORY [--limit NAME] [--json]
 
-Exit status: 0 plans, 2 a host that could not be read, 3 a refusal.
+Exit status: 0 plans, 2 a host that could not be read or no host at all, 3 a refusal, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ from llamafleet.cli import tables
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.printable import err, json_text, one_line, out
 from llamafleet.service.refusals import Refused
+from tasks.lib import ends, remote
 from tasks.lib.decision import READ_ERRORS, read_inputs
 
 T = TypeVar("T")
@@ -56,13 +58,14 @@ def _plans_of(host: Host) -> dict[str, Plan | Refusal] | str:
 
 
 def over_hosts(inventory: Path, limit: str | None, action: Callable[[Host], T | str]) -> dict[str, T | str]:
-    """The action's result by host name, all hosts at once; a sentence for a host that cannot be reached."""
+    """The action's result by host name, all hosts at once; a sentence for a host that cannot be reached. `limit` is a
+    group, or a host's name, which may have `*`, as pyinfra's. Raises PyinfraError, also where no host is left."""
     state = State(check_for_changes=False)
     with ctx_state.use(state), ctx_config.use(Config()):
         hosts = make_inventory(str(inventory), cwd=str(project_of(inventory)))
         with ctx_inventory.use(hosts):
-            state.init(hosts, ctx_config.get())
-            wanted = [host for host in hosts if limit is None or limit in (host.name, *host.groups)]
+            wanted = [host for host in hosts if limit is None or limit in host.groups or fnmatch(host.name, limit)]
+            state.init(hosts, ctx_config.get(), initial_limit=wanted)
             state.set_stage(StateStage.Connect)
             # Raises where no host can be reached; the result names each of them.
             with contextlib.suppress(PyinfraError):
@@ -85,13 +88,13 @@ def project_of(inventory: Path) -> Path:
 
 def _in_context(host: Host, action: Callable[[Host], T | str]) -> T | str:
     if not host.connected:
-        return "cannot be reached: see the connection's error above"
+        return ends.reason(host.name) or "cannot be reached"
     with ctx_host.use(host):
         try:
             return action(host)
         except Exception as error:  # whatever it is, the other hosts are shown
             logger.debug(traceback.format_exc())
-            return f"cannot be read: {type(error).__name__}: {error}"
+            return f"cannot be read: {remote.said(error)}"
 
 
 def parse(description: str, arguments: list[str]) -> argparse.Namespace:
@@ -105,6 +108,7 @@ def parse(description: str, arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> int:
     options = parse("Plan the models of an inventory on its hosts.", arguments)
+    ends.take_interrupts()
     try:
         hosts = plans(options.inventory, options.limit)
     except PyinfraError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import re
 import shlex
 import time
 import traceback
@@ -24,9 +23,10 @@ from pyinfra.api.host import Host
 from pyinfra.api.state import State
 from pyinfra.connectors.util import CommandOutput, OutputLine, remove_any_sudo_askpass_file
 
-from llamafleet import payload
+from llamafleet import causes
 from llamafleet.host.answers import AnswerError
-from llamafleet.remote.common import HELPERS, helper
+from llamafleet.remote.common import JOBS, OPT, helper
+from tasks.lib import ends
 
 # How often a broken connection is made again before we give up, and the seconds between.
 RECONNECTS, RECONNECT_SECONDS = 20, 3.0
@@ -69,9 +69,15 @@ class HostCommand(StringCommand):
     def execute(self, state: State, host: Host, connector_arguments: Any) -> tuple[bool, CommandOutput]:
         try:
             printing = {"print_output": state.print_output, "print_input": state.print_input}
-            return reconnecting(host, lambda: _sent(host, self, {**connector_arguments}, **printing))
+            ok, output = reconnecting(host, lambda: _sent(host, self, {**connector_arguments}, **printing))
+            if not ok:
+                text = failed(host, output.stdout_lines, output.stderr_lines)
+                ends.note(host.name, text)
+                output = CommandOutput([OutputLine("stderr", line) for line in text.splitlines()])
+            return ok, output
         except Exception as error:  # whatever it is, the other hosts' run must go on
             logger.debug(traceback.format_exc())
+            ends.note(host.name, said(error))
             return False, CommandOutput([OutputLine("stderr", line) for line in said(error).splitlines()])
 
 
@@ -93,7 +99,10 @@ def run(host: Host, command: HostCommand) -> tuple[bool, list[str], list[str]]:
     broken, and where the command did not end within its deadline.
     """
     ok, output = reconnecting(host, lambda: _sent(host, command, _arguments(host)))
-    return ok, output.stdout_lines, output.stderr_lines
+    out, err = output.stdout_lines, output.stderr_lines
+    if not ok and (left := space_left(host, "\n".join([*err, *out]))):
+        err = [*err, left]
+    return ok, out, err
 
 
 def run_json(host: Host, command: HostCommand, read: Callable[[str], T]) -> T:
@@ -115,21 +124,50 @@ def last(lines: Sequence[str], read: Callable[[str], T]) -> T:
 
 
 def explain(out: list[str], err: list[str]) -> str:
-    """What a failed command printed; for known failures the way out."""
-    text = "\n".join(line for line in [*err, *out] if line.strip()) or "it printed nothing"
-    if re.search("python3: not found|failed to run command .python3", text) or payload.PYTHON_MISSING in text:
-        return "python3 is missing on the host: install it (apt-get install python3, dnf install python3)"
-    if re.search(rf"can't open file '{HELPERS}/", text):
-        return "the host has no helpers of llamafleet: run the whole deploy, or tasks.bootstrap.bootstrap first"
-    if "sudo" in text and ("password is required" in text or "not in the sudoers" in text):
-        return f"sudo does not work for this user ({text}): allow it, or connect as root (ssh_user)"
-    return text
+    """What a failed command printed; for known failures the cause and the way out."""
+    return causes.of_command("\n".join(line for line in [*err, *out] if line.strip()) or "it printed nothing")
+
+
+def failed(host: Host, out: list[str], err: list[str]) -> str:
+    """As `explain`, with the space that is left where a disk is full."""
+    text = explain(out, err)
+    left = space_left(host, text)
+    return f"{text}\n{left}" if left else text
+
+
+def space_left(host: Host, text: str) -> str:
+    """Where a text says that a disk is full: how many bytes are free there, by `df` on the host; else empty."""
+    if not causes.is_full(text):
+        return ""
+    paths = [*causes.paths_in(text), OPT, JOBS, "/tmp", "/etc"]  # noqa: S108 -- asked about, not written to
+    try:
+        _, output = _in_time(
+            host, HostCommand(["sh", "-c", _DF, "sh", *paths], purpose="df", seconds=20), _arguments(host)
+        )
+    except Exception as error:  # the first failure is the one to be told
+        logger.debug(f"{host.print_prefix}df: {error}")
+        return ""
+    return causes.space(output.stdout_lines)
+
+
+# Of each path, or of the nearest folder above it that is there: bytes and files (inodes) of its file system.
+_DF = """\
+for path; do
+    there=$path
+    while [ ! -e "$there" ]; do there=${there%/*}; [ -n "$there" ] || there=/; done
+    echo "bytes $path $(df -P -B1 "$there" | tail -n 1)"
+    echo "files $path $(df -P -i "$there" | tail -n 1)"
+done 2>/dev/null
+"""
 
 
 def said(error: Exception) -> str:
     """An error as one line for the operator; with its kind where it is none that we expect."""
-    text = str(error) or "no more is known"
-    return text if isinstance(error, RemoteError) else f"{type(error).__name__}: {text}"
+    text = str(error)
+    if isinstance(error, RemoteError | ConnectError) and text:  # of a connection, `output.connect` has said the cause
+        return text
+    named = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return causes.of_connection(named) if isinstance(error, BROKEN) else named
 
 
 def guarded(action: Callable[..., bool]) -> Callable[..., bool]:
@@ -148,6 +186,7 @@ def guarded(action: Callable[..., bool]) -> Callable[..., bool]:
 
 def fail(host: Host, text: str) -> bool:
     """Log why the host fails; False, for pyinfra."""
+    ends.note(host.name, text)
     host.log_styled(text, fg="red", log_func=logger.error)
     return False
 
@@ -184,6 +223,7 @@ def _in_time(
     The host ends it at its deadline, by `timeout` of coreutils, which also ends a stopped program. Where nothing comes
     of that either, pyinfra's own limit ends our waiting, and, where pyinfra waits without one, ours.
     """
+    ends.stop_if_interrupted()
     began = time.monotonic()
     limit = command.seconds + KILL_SECONDS + SILENT_SECONDS
     ended = f"{command.purpose}: it did not end within {command.seconds:g} s"
@@ -192,29 +232,42 @@ def _in_time(
     try:
         with gevent.Timeout(limit + KILL_SECONDS, NoAnswerError(f"{ended}: the host does not answer")):
             ok, output = host.run_shell_command(timed, **printing, **arguments)
+        ends.stop_if_interrupted()  # which has ended the command, too, where it ran on this machine
     except TimeoutError as error:
         if time.monotonic() - began < limit:  # not pyinfra's limit: the connection's
             raise
         raise NoAnswerError(f"{ended}: the host does not answer") from error
-    except EOFError as error:
+    except (EOFError, OSError) as error:  # also where pyinfra asks for sudo's password, and nobody is there to give it
         if any(frame.filename == getpass.__file__ for frame in traceback.extract_tb(error.__traceback__)):
             raise RemoteError(explain([], ["sudo: a password is required"])) from error
         raise
+    except AttributeError as error:
+        if "NoneType" not in str(error):
+            raise
+        raise SSHException("the connection is closed") from error  # paramiko's transport is gone
     if not ok and time.monotonic() - began >= command.seconds:
         raise RemoteError(f"{ended}, and was stopped; {explain(output.stdout_lines[-5:], output.stderr_lines[-5:])}")
     return ok, output
 
 
+# What a connection that does not carry on raises.
+BROKEN = (OSError, EOFError, SSHException, ConnectError)
+
+
 def reconnecting(host: Host, action: Callable[[], T]) -> T:
-    """The action's result. Where the connection breaks, connect again and repeat the action."""
+    """The action's result. Where the connection breaks, connect again and repeat the action. Raises `LostError` where
+    it stays broken."""
     for attempt in range(RECONNECTS):
         connection = _connections.get(host, 0)
         try:
+            if attempt and not host.connected:  # the last attempt to connect failed: the reason is more than the next
+                raise ConnectError(_refusals.get(host, "the connection is closed"))
             return action()
-        except (OSError, EOFError, SSHException, ConnectError) as error:
+        except BROKEN as error:
             if attempt == RECONNECTS - 1:
                 raise LostError(f"the connection is lost and does not come back: {said(error)}") from error
-            logger.warning(f"{host.print_prefix}the connection broke ({said(error)}); connecting again")
+            if not attempt:
+                logger.warning(f"{host.print_prefix}the connection broke ({error or said(error)}); connecting again")
             time.sleep(RECONNECT_SECONDS)
             connect_again(host, connection)
     raise AssertionError("unreachable: the last attempt returns or raises")
@@ -223,6 +276,8 @@ def reconnecting(host: Host, action: Callable[[], T]) -> T:
 # How often each host was connected to again: of two commands on one broken connection, the first one makes it again.
 _connections: dict[Host, int] = {}
 _connecting: dict[Host, RLock] = {}
+# Why the last attempt to connect again failed.
+_refusals: dict[Host, str] = {}
 
 
 def connect_again(host: Host, connection: int | None = None) -> None:
@@ -234,7 +289,10 @@ def connect_again(host: Host, connection: int | None = None) -> None:
         with contextlib.suppress(OSError, EOFError, SSHException), gevent.Timeout(SILENT_SECONDS, False):
             host.connector.disconnect()
         host.connected = False
-        host.connect(reason="again", show_errors=False)
+        try:
+            host.connect(reason="again", show_errors=False, raise_exceptions=True)
+        except ConnectError as error:
+            _refusals[host] = str(error)
         _connections[host] = _connections.get(host, 0) + 1
         if host.connected:  # the host may have restarted, and lost the program that gives sudo its password
             with contextlib.suppress(OSError, EOFError, SSHException), gevent.Timeout(SILENT_SECONDS, False):

@@ -8,7 +8,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-TEMPLATES = Path(__file__).resolve().parent.parent.parent / "templates"
+import llamafleet
+
+# A copy that travels with the package; in a checkout a link to `templates/`.
+TEMPLATES = Path(llamafleet.__file__).resolve().parent / "data" / "templates"
 _environment = Environment(
     loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     keep_trailing_newline=True, autoescape=False,  # noqa: S701 - units and scripts, not HTML

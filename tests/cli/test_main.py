@@ -32,6 +32,33 @@ def machine_file(tmp_path):
     return str(path)
 
 
+def test_a_model_in_the_place_of_the_machine_is_named(tmp_path, capsys):
+    """Of any size: only its first bytes are read."""
+    model = tmp_path / "m.gguf"
+    with model.open("wb") as file:
+        file.write(b"GGUF")
+        file.truncate(59 * 2**30)  # a hole
+    assert cli.main(["plan", "--machine", str(model), "--model", "machine.json"]) == 2
+    assert "m.gguf' is a model (GGUF), no machine file: give it with --model" in capsys.readouterr().err
+
+
+def test_a_file_of_gigabytes_is_no_machine_file(tmp_path, capsys):
+    path = tmp_path / "m.json"
+    with path.open("wb") as file:
+        file.truncate(2**34)
+    assert cli.main(["plan", "--machine", str(path), "--model", "/m.gguf"]) == 2
+    assert "and no machine file is so long" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_with_130_and_a_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "read_machine", interrupted)
+    assert cli.main(["plan", "--machine", "x", "--model", "/m.gguf"]) == 130
+    assert capsys.readouterr().err == "llamafleet: interrupted\n"
+
+
 def test_a_plan_exits_0_and_is_the_contract_s_json(model, machine_file, capsys):
     arguments = ["plan", "--model", model, "--machine", machine_file, "--set", "context_tokens=131072", "--json"]
     assert cli.main(arguments) == 0

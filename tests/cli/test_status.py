@@ -96,6 +96,15 @@ def test_changes_beside_the_services_are_shown():
     assert "box1: a run would change: helpers, build" in table({"box1": host})
 
 
+def test_the_free_space_is_shown_once_for_folders_of_one_disk():
+    free = {"/opt": 3 * 2**30 + 4096, "/var/lib/llamafleet": 3 * 2**30}
+    host = dataclasses.replace(of_host(found(), live(), AS_WANTED), free_bytes=free)
+    assert host.is_fine and host.to_json()["free_bytes"] == free
+    assert "box1: 3.0 GiB free at /opt and /var/lib/llamafleet" in table({"box1": host}).splitlines()
+    other = dataclasses.replace(host, free_bytes={**free, "/opt": 0})
+    assert "box1: 0.0 GiB free at /opt, 3.0 GiB free at /var/lib/llamafleet" in table({"box1": other})
+
+
 def test_a_host_that_cannot_be_reached_is_named():
     output = table({"box1": of_host(found(), live(), AS_WANTED), "box2": HostStatus(problem="cannot be reached")})
     assert "box2: cannot be reached" in output.splitlines()
@@ -127,7 +136,7 @@ def test_a_plan_for_the_cpu_in_short():
 
 def test_the_json_has_everything():
     output = json.loads(json.dumps(of_host(found(), live(), AS_WANTED).to_json()))
-    assert set(output) == {"fine", "problem", "drift", "instances"} and output["fine"] is True
+    assert set(output) == {"fine", "problem", "drift", "instances", "free_bytes"} and output["fine"] is True
     instance = output["instances"]["demo"]
     assert instance["gate"] == GOOD and instance["verified"] is True and instance["predicted_tokens_per_s"] == 30.0
     assert instance["gpu_bytes"] == {"GPU-1": 20992 * MIB} and instance["planned_gpu_bytes"] == {"GPU-1": 20480 * MIB}

@@ -37,10 +37,7 @@ def environment():
 
 
 def write_inventory(path, hosts):
-    """An inventory file of sandbox hosts, each with its settings."""
-    group_data = path.parent / "group_data"  # where pyinfra looks for the defaults of this inventory
-    if not group_data.exists():
-        group_data.symlink_to(ROOT / "inventory" / "group_data")
+    """An inventory file of sandbox hosts, each with its settings; no `group_data` lies beside it."""
     entries = [(host.name, {**connection(host), **data}) for host, data in hosts]
     path.write_text(f"sandbox = {entries!r}\n")
     return path

@@ -1,6 +1,8 @@
 """What goes wrong on one host stays there: it fails by name with the way out, its old service goes
 on serving, and the other host is deployed all the same."""
 
+import signal
+import subprocess
 import time
 
 import pytest
@@ -193,12 +195,76 @@ def test_python_missing(run_with, bad):
 
 
 @pytest.mark.parametrize(
-    ("connection", "says"),
-    [({"ssh_user": "nosudo"}, "connect as root"), ({"ssh_user": "nosudo", "_sudo": True}, "sudo")],
-    ids=["plain user", "user without sudo"],
+    ("connection", "before", "says"),
+    [
+        ({"ssh_user": "nosudo"}, "true", "connect as root"),
+        ({"ssh_user": "nosudo", "_sudo": True}, "true", "sudo"),
+        ({"ssh_user": "nosudo", "_sudo": True}, "echo 'nosudo ALL=(ALL) ALL' >/etc/sudoers.d/asks", "NOPASSWD"),
+        ({"ssh_user": "admin", "_sudo": True}, "mv /usr/bin/sudo /usr/bin/sudo.away", "the host has no sudo"),
+    ],
+    ids=["plain user", "user without sudo", "sudo asks for a password", "no sudo"],
 )
-def test_no_root(run_with, connection, says):
-    run_with(says, connection=connection)
+def test_no_root(run_with, bad, connection, before, says):
+    on(bad, "sh", "-c", before)
+    try:
+        run = run_with(says, connection=connection)
+    finally:
+        on(
+            bad,
+            "sh",
+            "-c",
+            "rm -f /etc/sudoers.d/asks; [ ! -e /usr/bin/sudo.away ] || mv /usr/bin/sudo.away /usr/bin/sudo",
+        )
+    assert "Traceback" not in run.text and "connecting again" not in run.text
+
+
+def test_a_full_disk_is_told_with_its_bytes(run_with, bad):
+    """On the file system of the jobs, whose own log is lost then."""
+    on(bad, "mount", "-t", "tmpfs", "-o", "size=64k,mode=750", "tmpfs", "/var/lib/llamafleet/jobs")
+    try:
+        on(bad, "sh", "-c", "cat /dev/zero >/var/lib/llamafleet/jobs/ballast 2>/dev/null; true")
+        run_with("0 of 65536 bytes are free", "/var/lib/llamafleet/jobs", model={"context_tokens": 2048})
+    finally:
+        on(bad, "umount", "/var/lib/llamafleet/jobs")
+
+
+def test_ctrl_c_ends_the_run_within_seconds_while_a_job_goes_on(settings, inventory, outside, bad):
+    """It says which job goes on where; the next run joins it, at once, since it sees that the first one is dead."""
+    path = outside.sources["moe"].removeprefix("hf:")
+    on(bad, "sh", "-c", "rm -rf /var/lib/llamafleet/models/tiny-moe-*")
+    where = inventory((bad, settings(bad, "moe")))
+    run = subprocess.Popen(
+        deploying.command(where, "-y"), cwd=deploying.ROOT, env=deploying.environment(), stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        for _ in iter(run.stderr.readline, "--> Beginning operation run...\n"):
+            assert run.poll() is None
+        outside.hub.fault(path, times=None, bytes_per_second=2000)  # not before: this machine has read the header
+        until(lambda: "fetch-tiny-moe" in on(bad, "systemctl", "list-units", "--plain", "llamafleet-job-*"), 60)
+        began = time.monotonic()
+        run.send_signal(signal.SIGINT)
+        text = run.stderr.read()
+        run.wait(timeout=60)
+        assert time.monotonic() - began < 3
+    finally:
+        run.kill()
+        outside.hub.heal()
+    assert run.returncode == 130 and "goes on there" in text, text
+    [said] = [line for line in text.splitlines() if "goes on there" in line]
+    job = said.rpartition("systemctl stop ")[2].strip()
+    assert bad.name in said and job.startswith("llamafleet-job-fetch-tiny-moe") and "Traceback" not in text
+    assert on(bad, "systemctl", "is-active", job) == "active"
+    on(bad, "systemctl", "stop", job)  # what was said to stop it
+    done = pyinfra(inventory((bad, settings(bad))))
+    assert done.code == 0, done.text
+
+
+def test_a_stage_alone_on_a_new_host_says_what_comes_first(hosts, settings, inventory):
+    new = hosts[2]
+    for stage in ("tasks.build.build", "tasks.model.model", "tasks.service.service"):
+        done = pyinfra(inventory((new, settings(new))), deploy=stage)
+        assert done.code != 0 and "run deploy.py first" in done.text and "FileNotFound" not in done.text, done.text
 
 
 def test_an_ordinary_user_with_sudo_does_as_well(settings, inventory, bad):

@@ -109,7 +109,7 @@ def test_a_plain_url_never_gets_the_token(hub, files):
     [
         ("gated/tiny.gguf", None, "HTTP 401, GatedRepo: accept the model's terms"),
         ("gated/tiny.gguf", "hf_outsider", "HTTP 403, GatedRepo: the token's account has no access"),
-        ("tiny.gguf", "hf_wrong", "HTTP 401: accept"),
+        ("tiny.gguf", "hf_wrong", r"HTTP 401: the token \(hub_token_file or HF_TOKEN\) is not accepted"),
         ("Tiny.gguf", None, "HTTP 404, EntryNotFound: check owner, repository"),
         ("tiny.gguf@v9", None, "HTTP 404, RevisionNotFound"),
     ],
@@ -119,6 +119,20 @@ def test_a_refusal_says_status_code_and_next_step(hub, source, token, message):
         resolve(f"hf:{REPO}/{source}", endpoint=hub.url, token=token)
     assert hub.url in str(caught.value)
     assert token is None or token not in str(caught.value)
+
+
+@pytest.mark.parametrize("token", [None, "the hub's"])
+def test_a_repository_that_is_not_there_is_not_taken_for_a_gated_one(hub, token):
+    """The Hub answers 401 without a token, so as not to tell which private repositories there are, and 404 with one."""
+    with pytest.raises(SourceError) as caught:
+        resolve("hf:acme/typo/tiny.gguf", endpoint=hub.url, token=token and hub.token)
+    if token:
+        assert "HTTP 404, RepoNotFound: check owner, repository" in str(caught.value)
+    else:
+        assert "HTTP 401, RepoNotFound: there is no such repository, or it may be read with a token" in str(
+            caught.value
+        )
+        assert "check owner and name" in str(caught.value) and "hub_token_file or HF_TOKEN" in str(caught.value)
 
 
 def test_a_busy_server_is_waited_for_as_it_asks(hub):

@@ -234,6 +234,80 @@ def test_a_refused_instance_takes_nothing():
     assert served.ledger == alone[0].ledger
 
 
+def refused(ram_gib, *instances, layout="Qwen3-8B", **settings):
+    """The refusal of the last of these instances, which all serve this model on a host without a GPU."""
+    wanted = planning.settings(*({"context_tokens": 4096, **one} for one in instances), **settings)
+    answer = planning.plans(planning.machine(ram_gib=ram_gib), [(layout,)] * len(instances), wanted)[-1]
+    assert isinstance(answer, Refusal)
+    return answer
+
+
+def changed(text):
+    """The settings that a suggestion names, with their new values."""
+    return {key: int(value) for key, value in re.findall(r"(\w+_mib) to (\d+)", text)}
+
+
+@pytest.mark.parametrize(
+    ("ram_gib", "asked", "keys"),
+    [
+        (8, {"ram_reserve_mib": 2048}, {"prompt_cache_mib"}),
+        (8, {"ram_reserve_mib": 3000, "model_defaults": {"prompt_cache_mib": 0}}, {"ram_reserve_mib"}),
+        (7, {"ram_reserve_mib": 2048}, {"prompt_cache_mib", "ram_reserve_mib"}),
+    ],
+)
+def test_less_ram_for_the_prompt_cache_or_the_reserve_is_suggested_where_it_is_enough(ram_gib, asked, keys):
+    asked = dict(asked)
+    instance = {"context_tokens": 4096, **asked.pop("model_defaults", {})}
+    refusal = refused(ram_gib, instance, **asked)
+    [suggestion] = [text for text in refusal.suggestions if "_mib to" in text]
+    new = changed(suggestion)
+    assert set(new) == keys, refusal.suggestions
+    instance = {**instance, "prompt_cache_mib": new.get("prompt_cache_mib", instance.get("prompt_cache_mib", 1024))}
+    asked["ram_reserve_mib"] = new.get("ram_reserve_mib", asked["ram_reserve_mib"])
+    [answer] = planning.plans(planning.machine(ram_gib=ram_gib), [("Qwen3-8B",)], planning.settings(instance, **asked))
+    assert isinstance(answer, Plan), suggestion
+
+
+def test_a_refusal_names_what_is_missing_and_which_models_took_the_rest():
+    refusal = refused(16, {"priority": 1}, {"priority": 2}, {})
+    missing = (refusal.needed_bytes - refusal.available_bytes + MIB - 1) // MIB
+    assert refusal.reason.endswith(f"besides the reserve, {missing} MiB missing")
+    first = refusal.suggestions[0]
+    assert re.search(r"took the rest: m1 \d+ MiB", first), first
+    assert "MiB are prompt_cache_mib" in first and "higher priority" in first
+    taken = int(re.search(r"m1 (\d+) MiB", first)[1])
+    assert abs(taken - refusal.needed_bytes // MIB) < 100  # the same model
+
+
+def test_a_reserve_above_all_memory_is_named():
+    refusal = refused(8, {}, ram_reserve_mib=9000)
+    assert refusal.suggestions[0] == "ram_reserve_mib is 9000, but the host has 8192 MiB of RAM in all: lower it"
+
+
+def test_a_suggested_quantisation_frees_what_is_missing():
+    refusal = refused(6, {"prompt_cache_mib": 0}, layout="Llama-3.1-8B", ram_reserve_mib=1000)
+    [text] = [text for text in refusal.suggestions if "quantisation" in text]
+    size, now = map(int, re.search(r"needs about (\d+) MiB for the weights \(now (\d+) MiB\)", text).groups())
+    assert now == planning.header("Llama-3.1-8B").weights_bytes // MIB
+    assert now - size >= (refusal.needed_bytes - refusal.available_bytes) // MIB
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"threads": 999}, "m0: threads: 999 is more than the 16 logical cores of box1"),
+        ({"live_tokens": 5000}, "m0: live_tokens: 5000 is more than a slot's context of 4096 tokens"),
+    ],
+)
+def test_more_than_the_host_or_the_context_has_is_refused_with_key_and_value(asked, says):
+    assert refused(64, asked).reason.startswith(says)
+
+
+def test_what_the_host_and_the_context_just_have_is_served():
+    wanted = planning.settings({"context_tokens": 4096, "threads": 16, "live_tokens": 4096})
+    assert isinstance(planning.plans(planning.machine(), [("Qwen3-8B",)], wanted)[0], Plan)
+
+
 @pytest.mark.parametrize(
     ("host", "requested"),
     [

@@ -25,7 +25,7 @@ UNIT = common.unit_of(NAME)
 CHECK, TIMER = common.liveness_units(NAME)
 CHANGING = ("open", "write", "fsync", "fchmod", "chmod", "replace", "rename", "unlink", "mkdir", "rmdir", "symlink")
 REAL = {name: getattr(os, name) for name in CHANGING}
-PATHS = ("UNITS", "INSTANCES", "STAGED", "GOOD", "GATES", "RUN", "HELPERS", "OPT", "ETC", "VAR")
+PATHS = ("UNITS", "INSTANCES", "STAGED", "GOOD", "GATES", "RUN", "HELPERS", "OPT", "ETC", "VAR", "CACHES")
 
 
 class PowerCut(BaseException):

@@ -182,7 +182,7 @@ def test_fresh(hub, url, job):
     noted = json.loads((job.models / "x.gguf.verified").read_text())
     assert noted == {"size_bytes": len(BODY), "sha256": SHA, "mtime_ns": job.file().stat().st_mtime_ns}
     assert not job.partial().exists()
-    assert re.search(r"^progress \d+ % 0\.0 of \d+ bytes, \d+ MiB/s, .* left \(x\.gguf\)$", job.text(), re.M)
+    assert re.search(r"^progress \d+ % of \d+ bytes, \d+ MiB/s, .* left \(x\.gguf\)$", job.text(), re.M)
     assert job.last().startswith("done 1 files")
 
 
@@ -431,6 +431,9 @@ def test_wrong_file_without_record_is_set_aside(hub, url, job):
     assert job.want(url).run() == 0, job.text()
     assert job.file().read_bytes() == BODY
     assert (job.models / ".x.gguf.rejected").read_bytes() == b"GGUF and nothing more"
+    assert re.search(
+        r"^note: .* set aside as \S*/\.x\.gguf\.rejected \(\d+ bytes\), removed after 30 days", job.text(), re.M
+    )
 
 
 def test_changed_file_is_noticed(hub, url, job):

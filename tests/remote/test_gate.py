@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,32 @@ def test_health_is_not_waited_for_once_the_process_is_gone(spec, server, monkeyp
     found = gate.check_health({**spec, "health_seconds": 600.0})
     assert (found["ok"], found["found"]) == (False, "503, unit activating/auto-restart")
     assert "journal" in found["hint"] and len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [(503, "loading takes longer than the deadline"), (500, "its journal says why"), (0, "runs and does not answer")],
+)
+def test_a_server_that_runs_and_is_not_ready_is_told_by_what_it_answers(spec, server, status, says):
+    if status:
+        server.answer("/health", (status, {}))
+    url = server.url if status else "http://127.0.0.1:1"
+    found = gate.check_health({**spec, "url": url, "health_seconds": 0.0})
+    assert says in found["hint"] and ("loading" in found["hint"]) is (status == 503)
+
+
+def test_a_stopped_process_is_named(spec, monkeypatch):
+    """A real one: the kernel's word counts."""
+    process = subprocess.Popen(["sleep", "60"])
+    monkeypatch.setattr(gate, "main_pid", lambda unit: process.pid)
+    try:
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        found = gate.check_health({**spec, "url": "http://127.0.0.1:1", "health_seconds": 0.0})
+    finally:
+        process.kill()
+        process.wait()
+    assert "its process is stopped" in found["hint"] and "systemctl kill --signal=CONT" in found["hint"]
 
 
 def test_health_deadline(spec, server):

@@ -94,6 +94,7 @@ def host(tmp_path, monkeypatch):
     for name in ("units", "instances", "staged", "good", "run"):
         monkeypatch.setattr(common, name.upper(), str(tmp_path / name))
     monkeypatch.setattr(common, "GATES", str(tmp_path / "gate"))
+    monkeypatch.setattr(common, "CACHES", str(tmp_path / "caches"))
     monkeypatch.setattr(starting, "GATE", str(tmp_path / "gate.py"))
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
     for check in ("space", "readable"):  # of the machine
@@ -227,6 +228,8 @@ def test_removed_is_removed_everywhere(host):
     switch.install(["chat"])
     host.stage("two", watched=True)
     (host.folder / "gate/liveness").mkdir()
+    for name in ("chat", "other"):
+        (host.folder / f"caches/llama-server-{name}").mkdir(parents=True)
     for name in ("chat.json", "liveness/chat.json"):
         (host.folder / "gate" / name).write_text("{}")
     switch.remove("chat")
@@ -234,6 +237,7 @@ def test_removed_is_removed_everywhere(host):
     for name in ("units", "instances", "staged", "good", "gate/liveness"):
         assert common.listing(str(host.folder / name)) in ([], ["multi-user.target.wants"]), name
     assert common.listing(common.GATES) == ["liveness"]
+    assert common.listing(common.CACHES) == ["llama-server-other"]
     assert [call.split(" ", 1)[1] for call in host.calls()[-2:]] == [
         f"disable --quiet --now {UNIT}",
         "daemon-reload",

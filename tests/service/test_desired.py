@@ -110,8 +110,20 @@ def test_a_plan_that_does_not_fit_names_the_model_once():
     text = refusal(survey(machine={"ram_gib": 4}))
     assert text == (
         "models: m0: Qwen3-8B with 4096 tokens for each of 1 slot(s) does not fit on box1: 6703 MiB of RAM needed, "
-        "2048 MiB available besides the reserve; the weights alone need 4789 MiB, all devices together have 2048 MiB"
+        "2048 MiB available besides the reserve, 4656 MiB missing; the weights alone need 4789 MiB, all devices together have 2048 MiB"
     )
+
+
+def test_a_host_whose_models_are_gone_from_the_inventory_is_not_emptied():
+    serving = dataclasses.replace(survey(), installed=INSTALLED)
+    assert INSTALLED.instances
+    text = refusal(serving, models=())
+    assert text.startswith("models: is empty, and the host serves ") and all(one in text for one in INSTALLED.instances)
+    assert "allow_empty_models = True" in text and "tasks.uninstall.uninstall" in text
+    assert decided(serving, models=(), allow_empty_models=True).servings == ()
+    assert decided(survey(), models=()).servings == ()  # a host without instances
+    moved = dataclasses.replace(RUN, elsewhere=frozenset(INSTALLED.instances))
+    assert decided(serving, moved, models=()).servings == ()
 
 
 def test_of_several_models_the_refused_one_is_named():

@@ -58,3 +58,10 @@ def test_what_opens_the_host_needs_a_key_even_where_it_is_asked_for():
     assert "give an api_key_file too" in problem
     [problem] = problems(dangerous=["--temp 1"])
     assert problem.startswith("dangerous_flags: should be of ")
+
+
+@pytest.mark.parametrize(("flag", "hint"), [("--foo", "has those that are"), ("--tmep 1", "did you mean --temp?")])
+def test_a_near_flag_is_named_and_no_other(flag, hint):
+    """Two dashes are no likeness: --foo is not near --tools."""
+    [(_, problem)] = extra.problems([flag], [], True)
+    assert problem.endswith(hint)

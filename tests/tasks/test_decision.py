@@ -106,6 +106,47 @@ def test_whatever_cannot_be_read_is_a_refusal_with_its_text(read, monkeypatch, k
     assert isinstance(refused, Refused) and "the fact" in str(refused)
 
 
+@pytest.fixture
+def stages(monkeypatch):
+    """Runs these stages on a host in one run; the last one's decision."""
+    monkeypatch.setattr(decision, "_made", {})
+
+    def run(host, *names):
+        with ctx_host.use(host):
+            return [decision.for_stage(name) for name in names][-1]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("stage", "first"),
+    [
+        ("build", "tasks.bootstrap.bootstrap"),
+        ("model", "tasks.bootstrap.bootstrap"),
+        ("verify", "tasks.bootstrap.bootstrap, tasks.build.build, tasks.model.model"),
+        ("service", "tasks.bootstrap.bootstrap, tasks.build.build, tasks.model.model"),
+    ],
+)
+def test_a_stage_alone_on_a_new_host_says_what_comes_first(read, stages, stage, first):
+    read.survey = survey(helpers=None, user=False)
+    host = Host()
+    assert stages(host, stage) is None and host.failed == {host}
+    [line] = host.lines
+    assert line.startswith(f"refused: run deploy.py first, or {first}: the stage {stage} needs")
+
+
+def test_stages_in_their_order_need_nothing_else(read, stages):
+    host = Host()
+    assert stages(host, "bootstrap", "toolkit", "build", "model", "verify", "service") is not None
+    assert host.lines == [] and not host.failed
+
+
+def test_a_stage_alone_with_helpers_of_another_version_is_run(read, stages):
+    read.survey = survey(helpers="0" * 16)
+    host = Host()
+    assert stages(host, "model") is not None and host.lines == []
+
+
 def test_a_path_is_not_looked_up(read):
     refused = decision.decide(Host(models=[{**MODEL, "source": "/srv/m.gguf"}]))
     assert "is a path, which can be planned but not deployed" in str(refused) and read.models == []

@@ -38,7 +38,7 @@ def test_names_of_different_things_differ():
 @pytest.fixture
 def host(monkeypatch):
     """A host that answers what is in `answers`; what was asked is in `asked`."""
-    one = types.SimpleNamespace(lines=[], asked=[], answers=[], again=0, working="")
+    one = types.SimpleNamespace(name="box1", lines=[], asked=[], answers=[], again=0, working="")
     one.log = lambda text, *_: one.lines.append(text)
     one.log_styled = lambda text, **_: one.lines.append(text)
 
@@ -54,6 +54,7 @@ def host(monkeypatch):
 
     monkeypatch.setattr(remote, "run_json", run_json)
     monkeypatch.setattr(remote, "connect_again", connect_again)
+    monkeypatch.setattr(remote, "space_left", lambda host, text: "0 of 99 bytes are free" * ("disk is full" in text))
     monkeypatch.setattr(jobs, "hold", lambda state, host: True)
     monkeypatch.setattr(host_lock, "check", lambda host: None)
     monkeypatch.setattr(host_lock, "working", lambda host, job: setattr(host, "working", job))
@@ -77,7 +78,7 @@ def test_a_failed_job_says_how_it_ended_and_its_errors(host):
     assert not follow(host, Job("ended", 1, tail[-1], tail, "exit code 1"))
     [text] = host.lines
     assert text.startswith("build-1 failed (exit code 1): line 5\n") and "error: the disk is full" in text
-    assert "whole log: /var/lib/llamafleet/jobs/build-1.log" in text
+    assert text.endswith("0 of 99 bytes are free\nwhole log: /var/lib/llamafleet/jobs/build-1.log")
     assert host.working == ""
 
 

@@ -34,7 +34,7 @@ def test_an_operation_that_does_nothing_takes_no_lock():
 def test_an_operation_that_raises_fails_its_host_with_one_line_and_nobody_else(error):
     """pyinfra would end the whole run."""
     lines = []
-    host = types.SimpleNamespace(log_styled=lambda text, **_: lines.append(text))
+    host = types.SimpleNamespace(name="box1", log_styled=lambda text, **_: lines.append(text))
 
     def breaks():
         yield remote.HostCommand(["true"], purpose="true")

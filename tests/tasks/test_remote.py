@@ -5,6 +5,7 @@ import getpass
 import hashlib
 import io
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ import time
 import gevent
 import pytest
 from pyinfra.api import Config, Inventory, State
+from pyinfra.api.exceptions import ConnectError
+from pyinfra.connectors import util
 
 from llamafleet.host import answers
 from llamafleet.remote import receive
@@ -168,6 +171,35 @@ def test_known_failures_say_the_way_out(said, way_out):
     assert way_out in remote.explain([], [said])
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="not Linux")
+def test_where_a_disk_is_full_its_free_bytes_are_told(host):
+    """By a command and in an operation; /dev/full answers as a full disk."""
+    full = sh("head -c 9 /dev/zero >/dev/full", purpose="writing")
+    ok, _, err = remote.run(host, full)
+    assert not ok and re.search(r"\d+ of \d+ bytes are free where /\S* is, on the file system at /", err[-1])
+    ok, output = full.execute(host.state, host, {})
+    assert not ok and output.stderr_lines[0].endswith("No space left on device")
+    assert "bytes are free where /" in output.stderr_lines[-1]
+
+
+def test_in_an_operation_a_known_failure_says_the_way_out(host):
+    ok, output = sh("echo 'ops is not in the sudoers file' >&2; exit 1").execute(host.state, host, {})
+    assert not ok and "/etc/sudoers.d" in output.stderr
+
+
+@pytest.mark.parametrize("error", [EOFError(), OSError("reading from stdin")])
+def test_a_password_that_nobody_can_give_is_no_broken_connection(host, monkeypatch, error):
+    """pyinfra asks for it where sudo wants one."""
+
+    def nobody(*_, **__):
+        raise error
+
+    monkeypatch.setattr(util, "getpass", getpass.fallback_getpass)
+    monkeypatch.setattr(getpass, "_raw_input", nobody)
+    with pytest.raises(remote.RemoteError, match=r"^sudo does not work for this user without a password"):
+        remote.run(host, sh("echo 'sudo: a password is required' >&2; exit 1"))
+
+
 # --- what is sent -------------------------------------------------------------------------------
 
 
@@ -243,7 +275,9 @@ def test_a_broken_connection_is_made_again(monkeypatch):
 def test_a_connection_that_stays_away_ends_with_a_sentence(monkeypatch):
     monkeypatch.setattr(remote, "RECONNECT_SECONDS", 0.0)
     host = Flaky(breaks=10**6)
-    with pytest.raises(remote.LostError, match="does not come back: OSError: Socket is closed"):
+    with pytest.raises(
+        remote.LostError, match=r"does not come back: .*run again when it is up \(OSError: Socket is closed\)"
+    ):
         remote.reconnecting(host, host.act)
     assert host.connections == remote.RECONNECTS - 1
 
@@ -269,3 +303,29 @@ def test_of_two_commands_on_one_broken_connection_the_first_makes_it_again(monke
     jobs = [gevent.spawn(remote.reconnecting, host, act) for _ in range(5)]
     gevent.joinall(jobs, raise_error=True)
     assert [job.value for job in jobs] == ["done"] * 5 and host.connections == 1
+
+
+def test_while_it_cannot_be_connected_to_nothing_is_asked_and_the_cause_is_told_once(monkeypatch, caplog):
+    """After a power cut the connector has a connection without a transport."""
+    monkeypatch.setattr(remote, "RECONNECT_SECONDS", 0.0)
+    monkeypatch.setattr(remote, "RECONNECTS", 5)
+    host = Flaky(breaks=10**6)
+    asked = []
+
+    def connect(**_):
+        raise ConnectError("nothing answers at its SSH port")
+
+    def act():
+        asked.append(1)
+        return remote._in_time(host, sh("true"), {})
+
+    def without_transport(*_, **__):
+        raise AttributeError("'NoneType' object has no attribute 'open_session'")
+
+    host.connect, host.run_shell_command = connect, without_transport
+    with pytest.raises(remote.LostError, match=r"and does not come back: nothing answers at its SSH port$"):
+        remote.reconnecting(host, act)
+    assert asked == [1]
+    assert [one.message for one in caplog.records] == [
+        "[box1] the connection broke (the connection is closed); connecting again"
+    ]
