@@ -309,7 +309,7 @@ def main(argv: List[str]) -> int:
         with locked([*asked.names, *asked.leaving], wait=asked.verb != "recover" or asked.wait) as held:
             if held:
                 act(asked)
-    except (Failed, OSError, subprocess.SubprocessError, Stopped) as error:
+    except (Failed, transaction.Lost, OSError, subprocess.SubprocessError, Stopped) as error:
         print(f"error: {error or 'the switch was stopped'}", flush=True)
         return 1
     return 0

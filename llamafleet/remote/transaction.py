@@ -134,24 +134,28 @@ def begin(name: str, old: Optional[Files], invocation: str, recover: Optional[st
 
 
 def remember(name: str, old: Optional[Files]) -> None:
-    """Keep the files from before a switch until `forget_before`; none where the instance was not there."""
+    """Keep the files from before a switch until `forget_before`; an empty folder where the instance was not there."""
     forget_before(name)
-    if old is None:
-        return
     folder = folder_of(BEFORE, name)
     common.make_folder(common.GOOD, 0o700)
     common.make_folder(common.GOOD + BEFORE, 0o700)
     os.mkdir(folder, 0o700)
-    for file, data in old.items():
+    for file, data in (old or {}).items():
         common.write_file(f"{folder}/{file}", data, 0o600)
     common.sync(folder)
     common.sync(common.GOOD + BEFORE)
 
 
 def before(name: str) -> Optional[Files]:
-    """The files that `remember` kept; None where it kept none, or no whole set is left."""
-    files = instance_files.in_folder(name, folder_of(BEFORE, name))
-    return files if files and instance_files.damage(name, files) is None else None
+    """The files that `remember` kept; None where the instance was not there. Raises Lost where they are not whole."""
+    folder = folder_of(BEFORE, name)
+    if os.path.isdir(folder) and not os.listdir(folder):
+        return None
+    files = instance_files.in_folder(name, folder)
+    damage = instance_files.damage(name, files)
+    if damage is not None:
+        raise Lost(f"the files of {name} from before were not kept in {folder}: {damage}")
+    return files
 
 
 def forget_before(name: str) -> None:

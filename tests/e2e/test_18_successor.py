@@ -3,14 +3,19 @@
 Each change is made well, and with one that does not start; then all models that answered before answer after.
 """
 
+import contextlib
+import http.client
 import itertools
+import json
+import threading
+import time
 
 import pytest
 
 from sandbox import oracle_build
 from tests.e2e import deploying
 from tests.e2e.conftest import PREFIX
-from tests.e2e.deploying import PORT, ask, on, pyinfra
+from tests.e2e.deploying import PORT, ask, main_pid, on, pyinfra
 
 # llama-server takes the argument, loads, and computes what is no number: the gate's completions fail.
 BAD = {"extra_flags": ["--rope-freq-base nan"]}
@@ -147,3 +152,114 @@ def test_changes_over_hosts(run, pair, case):
     before, after = ({host: with_settings(models) for host, models in zip(pair, state, strict=True)}
                      for state in OVER_HOSTS[case])  # fmt: skip
     switched(run, before, after)
+
+
+# --- known to fail --------------------------------------------------------------------------------
+
+MODELS = "/var/lib/llamafleet/models"
+KNOWN = {
+    "arguments": ({"extra_flags": ["--temp warm"]}, "true", 'error while handling argument "--temp"'),
+    "address": ({"listen": "203.0.113.7", "allow_unauthenticated": True}, "true", "the host cannot listen there"),
+    "model": ({"context_tokens": 768}, f"chmod 700 {MODELS}", "the user llamafleet cannot read"),
+    "full disk": (
+        {"context_tokens": 768},
+        "cp -a /etc/llamafleet /root/etc && mount -t tmpfs -o size=1m full /etc/llamafleet && cp -a /root/etc/. /etc/llamafleet",
+        "bytes free",
+    ),
+    "drop-in": (
+        {"context_tokens": 768},
+        "mkdir -p /run/systemd/system/llama-server-one.service.d && cd /run/systemd/system/llama-server-one.service.d && "
+        "printf '[Service]\\nUser=root\\n' >a.conf",
+        "drop-ins change what llama-server-one.service runs",
+    ),
+}
+MEND = (
+    f"chmod 755 {MODELS}; umount /etc/llamafleet; rm -rf /run/systemd/system/llama-server-one.service.d; "
+    "systemctl daemon-reload"
+)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", KNOWN)
+def test_what_is_known_to_fail_stops_nothing(run, pair, what):
+    change, by_hand, told = KNOWN[what]
+    host = pair[0]
+    done = run({host: with_settings({"one": A})})
+    assert done.code == 0, done.text
+    before = main_pid(host, "one")
+    on(host, "sh", "-c", by_hand)
+    try:
+        failed = run({host: {"one": (A, change)}})
+    finally:
+        host.run(["sh", "-c", MEND])
+    assert failed.code != 0 and told in failed.text, failed.text
+    assert main_pid(host, "one") == before and answering([host]) == {(host.name, A): "one"}
+
+
+# --- under load -----------------------------------------------------------------------------------
+
+
+class Client(threading.Thread):
+    """Asks for one streamed reply after another, each over a connection of its own; notes what became of each."""
+
+    def __init__(self, host, tokens, until):
+        super().__init__()
+        self.host, self.tokens, self.until, self.found = host, tokens, until, []
+
+    def run(self):
+        while not self.until.is_set():
+            began = time.monotonic()
+            what = self.one()
+            self.found.append((began, time.monotonic(), what))
+            if what != "whole":
+                time.sleep(0.05)
+
+    def one(self):
+        """ "whole", "cut", "503" or "refused"."""
+        body = {"prompt": "Once", "n_predict": self.tokens, "stream": True, "ignore_eos": True}
+        with contextlib.closing(http.client.HTTPConnection(self.host.address, PORT, timeout=60)) as connection:
+            try:
+                connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
+                answer = connection.getresponse()
+            except OSError as error:
+                return "refused" if isinstance(error, ConnectionRefusedError) else f"lost: {error!r}"
+            try:
+                text = answer.read()
+            except (OSError, http.client.HTTPException):
+                return "cut"
+            return "whole" if b'"stop":true' in text else str(answer.status)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("drain_seconds", [60, 0])
+def test_a_switch_under_load_cuts_no_reply_that_ends_in_time(inventory, outside, pair, drain_seconds):
+    host = pair[0]
+    wanted = asked(outside, host, {"one": (A, {"concurrency": 4, "slots": 4})})
+    wanted["drain_seconds"] = drain_seconds
+    assert pyinfra(inventory((host, wanted))).code == 0
+    until = threading.Event()
+    clients = [Client(host, 400, until) for _ in range(4)]
+    for client in clients:
+        client.start()
+    try:
+        time.sleep(3)
+        wanted["models"][0]["context_tokens"] = 1024
+        began = time.monotonic()
+        run = pyinfra(inventory((host, wanted)))
+        took = time.monotonic() - began
+        time.sleep(3)
+    finally:
+        until.set()
+        for client in clients:
+            client.join()
+    assert run.code == 0, run.text
+    found = [one for client in clients for one in client.found]
+    counted = {what: sum(1 for *_, one in found if one == what) for what in {one for *_, one in found}}
+    bad = [(begin, end) for begin, end, what in found if what != "whole"]
+    window = max(end for _, end in bad) - min(begin for begin, _ in bad) if bad else 0.0
+    longest = max(end - begin for begin, end, what in found if what == "whole")
+    print(
+        f"drain {drain_seconds} s, run {took:.1f} s: {counted}; refused or cut within {window:.1f} s; slowest {longest:.1f} s"
+    )
+    assert ("cut" in counted) is (drain_seconds == 0), counted
+    assert counted["whole"] > 8

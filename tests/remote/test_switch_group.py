@@ -125,10 +125,14 @@ def test_a_switch_that_passed_can_be_taken_back(host):
     assert switching.leftovers() == []
 
 
-def test_a_switch_that_was_not_kept_removes_nothing_when_it_is_to_be_taken_back(host):
-    """Files of `one` from before are not there, but it served before: it must not be taken for a new one."""
-    install(ONE, C + 1)
-    assert transaction.before(ONE) is None
+def test_a_switch_that_was_not_kept_is_not_taken_back(host):
+    """Nothing says that `one` is new: it must not be removed as such."""
+    switching.stage("1", name=ONE, port=C)
+    switch.install([ONE], [OLD])
+    now = installed(ONE, TWO)
+    with pytest.raises(transaction.Lost, match="the files of one from before were not kept"):
+        switch.undo([ONE], [OLD])
+    check(host, now, stopped=[OLD])
 
 
 # --- faults ---------------------------------------------------------------------------------------
