@@ -83,9 +83,7 @@ def staging(name: str) -> operations.Staging | None:
 
 def refresh(name: str) -> None:
     """Replace the files on which the instance's running server does not depend."""
-    operations.refresh_service(
-        name=f"Replace the unit of {name} while its server runs on", staging=lambda: to_refresh(name)
-    )
+    operations.refresh_service(name=f"Set {name} right while its server runs on", staging=lambda: to_refresh(name))
 
 
 def to_refresh(name: str) -> operations.Staging | None:
@@ -94,7 +92,8 @@ def to_refresh(name: str) -> operations.Staging | None:
     if now is None or name not in now.changes.refreshed:
         return None
     serving = next(serving for serving in now.desired.servings if serving.name == name)
-    return operations.Staging(name, serving.service.identity, memory_check.refreshed_files(serving), {})
+    files = memory_check.refreshed_files(serving)
+    return operations.Staging(name, serving.service.identity, files, serving.service.secrets)
 
 
 def watch(serving: Serving, needed: bool) -> None:

@@ -87,6 +87,9 @@ model_defaults = {
     "allow_unverified": False,
     # Further http(s) or hf: addresses of the same file, tried in order when the source fails.
     "mirrors": [],
+    # File names of drop-ins of yours that may change the unit, such as ["nice.conf"]. []: a deploy removes drop-ins of
+    # the unit. Drop-ins for all services of a host (service.d) always may.
+    "allowed_drop_ins": [],
 }
 
 # --- llama.cpp -------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ anything fails, puts the old ones back and proves that they serve again. Several
 that take over each other's ports or memory must be: all are stopped before the first one starts, and all go back where
 one fails. Those of --leaving are stopped with them and stay stopped and disabled, with all their files: `remove` is for
 later. With --keep `switch.py undo NAMES --leaving NAMES`, with the same names, leads back to what was before. A server
-that is stopped has SECONDS to finish its running replies. `switch.py refresh NAME` installs a
-staged unit, plan.json and liveness check while the server runs on; `switch.py watch NAME` so the staged liveness check
-alone. `switch.py recover NAMES [--wait]` ends a switch that was cut off: it finishes it if the gate had passed, else it
-puts the old files back and starts them, and does not wait for them; while a switch is at work it does nothing, or, with
+that is stopped has SECONDS to finish its running replies. `switch.py refresh NAME` installs the staged files, and sets
+the unit's state in systemd right, while the server runs on; `switch.py watch NAME` installs the staged liveness check
+alone. Each removes the drop-ins of the instance's units, but for those that plan.json allows.
+`switch.py recover NAMES [--wait]` ends a switch that was cut off: it finishes it if the gate had passed, else it puts
+the old files back and starts them, and does not wait for them; while a switch is at work it does nothing, or, with
 --wait, waits for its end.
 `switch.py remove NAME [--after NAMES] [--drain SECONDS]` stops and removes an instance; of the switch of --after
 nothing is kept for `undo` any more. Log lines on stdout; the last one of a failure begins with
@@ -98,6 +99,7 @@ def replace(names: Sequence[str]) -> None:
     for name in names:
         unwatch(name)
         transaction.replace(name, new[name])
+        remove_drop_ins(name, new[name])
 
 
 def start(names: Sequence[str], leaving: Sequence[str], drain: Draining, options: Sequence[str]) -> None:
@@ -183,7 +185,8 @@ def stage(name: str, files: Files) -> None:
 
 
 def replace_quietly(name: str, only: Sequence[str]) -> None:
-    """Replace `only` these files by the staged ones while the server runs on, also among the last good files."""
+    """Replace `only` these files by the staged ones while the server runs on, also among the last good files. Where
+    there are no good files that fit, the running server has to pass the gate first."""
     try:
         settle(name)
         old = instance_files.installed(name)
@@ -192,19 +195,44 @@ def replace_quietly(name: str, only: Sequence[str]) -> None:
         staged = staged_files(name)
         new, good = replaced(old, staged, only), instance_files.last_good(name)
         # The last good files stay those of one set.
-        is_good = good is not None and good[unit_of(name)] == old.get(unit_of(name))
+        is_good = good is not None and has_same_core(name, good, new)
         with going_back([name], prove=False):
             guard([name])
             switch_back.begin({name: old})
-            transaction.write(name, new, replaced(good, staged, only) if good and is_good else None)
+            if unit_of(name) in only and instance_files.damage(name, new) is None:
+                transaction.write(name, new, new if is_good or good is None else None)
+            else:
+                transaction.write(name, new, replaced(good, staged, only) if good and is_good else None)
             if timer_of(name) in only:
                 unwatch(name)
             transaction.replace(name, new)
+            remove_drop_ins(name, new)
             systemctl("daemon-reload")
+            if unit_of(name) in only:
+                systemctl("enable", "--quiet", unit_of(name))
+                transaction.sync_enabled(name)
+                if good is None and (problem := starting.gate(name)):
+                    raise Failed(f"{unit_of(name)} runs, but does not pass the gate: {problem}")
             transaction.pass_gate([name])
         finish([name])
     finally:
         shutil.rmtree(f"{common.STAGED}/{name}", ignore_errors=True)
+
+
+def has_same_core(name: str, one: Files, other: Files) -> bool:
+    """Whether two sets of files have a unit that differs at most in what a running server does not depend on."""
+    cores = [common.core_of_unit(files.get(unit_of(name), b"").decode("utf-8", "replace")) for files in (one, other)]
+    return bool(cores[0]) and cores[0] == cores[1]
+
+
+def remove_drop_ins(name: str, files: Files) -> None:
+    """Remove the drop-ins of the instance's units, but for those of its server that plan.json allows."""
+    allowed = (instance_files.plan(files) or {}).get("allowed_drop_ins") or []
+    for unit in (unit_of(name), *liveness_units(name)):
+        for path in common.drop_ins(unit):
+            if unit != unit_of(name) or os.path.basename(path) not in allowed:
+                transaction.remove(path)
+                print(f"removed the drop-in {path}", flush=True)
 
 
 def replaced(files: Files, by: Files, only: Sequence[str]) -> Files:
@@ -218,11 +246,14 @@ def keep_hardening(name: str, old: Files) -> None:
     import preflight
 
     unit = old.get(unit_of(name), b"").decode("utf-8", "replace")
-    preflight.keep(f"{common.STAGED}/{name}", name, instance_files.plan(old) or {}, unit)
+    preflight.keep(f"{common.STAGED}/{name}", name, instance_files.record(name), unit)
 
 
 def refresh(name: str) -> None:
-    replace_quietly(name, [unit_of(name), *liveness_units(name), PLAN])
+    staged = staged_files(name)
+    # A secret that the unit loads and that was not sent stays as it is.
+    stay = [one for one in instance_files.credentials(name, staged.get(unit_of(name), b"")) if one not in staged]
+    replace_quietly(name, [file for file in instance_files.places(name) if file not in stay])
 
 
 def watch(name: str) -> None:
@@ -238,7 +269,8 @@ def remove(name: str, after: Sequence[str] = (), drain: float = 0.0) -> None:
     unit = f"{common.UNITS}/{unit_of(name)}"
     if drain:
         starting.stop([name], Draining([name], drain))
-    systemctl("disable", "--quiet", "--now", unit_of(name), check=not starting.is_empty(unit))
+    is_sound = os.path.isfile(unit) and not starting.is_empty(unit)
+    systemctl("disable", "--quiet", "--now", unit_of(name), check=is_sound)
     transaction.forget(name)
     transaction.remove_files([
         *(f"{common.UNITS}/{unit}" for unit in liveness_units(name)), common.gate_record(name),
@@ -246,7 +278,7 @@ def remove(name: str, after: Sequence[str] = (), drain: float = 0.0) -> None:
     ])  # fmt: skip
     for folder in (f"{common.INSTANCES}/{name}", f"{common.STAGED}/{name}", f"{common.CACHES}/llama-server-{name}"):
         transaction.remove_folder(folder)
-    os.unlink(unit)  # last: while it is there, the next run sees what is left to do
+    transaction.remove_files([unit])  # last: while it is there, the next run sees what is left to do
     common.sync(common.UNITS)
     systemctl("daemon-reload")
 

@@ -204,8 +204,12 @@ def replace(name: str, new: Iterable[str]) -> None:
     wanted = set(new)
     for file, (path, _) in places(name).items():
         if file in wanted:
+            common.make_way(path)
             os.replace(beside(path, "new"), path)
-    remove_files(path for file, (path, _) in places(name).items() if file not in wanted)
+    for file, (path, _) in places(name).items():
+        if file not in wanted:
+            common.make_way(path)
+            remove_files([path])
     sync(name)
 
 
@@ -306,6 +310,16 @@ def remove_files(paths: Iterable[str]) -> List[str]:
             os.unlink(path)
             gone.append(path)
     return gone
+
+
+def remove(path: str) -> None:
+    """Remove a drop-in, whatever it is, and its folder if it was the last one there."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        remove_folder(path)
+    else:
+        remove_files([path])
+    with contextlib.suppress(OSError):
+        os.rmdir(os.path.dirname(path))
 
 
 def remove_folder(path: str) -> None:

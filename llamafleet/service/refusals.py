@@ -13,7 +13,7 @@ from llamafleet.host.recorded import SCHEMA
 from llamafleet.hub.http import shown
 from llamafleet.hub.source import ModelFiles
 from llamafleet.planner.result import Refusal
-from llamafleet.remote.common import LOCK, MODEL_FILE_RULE, is_model_file, plan_path
+from llamafleet.remote.common import LOCK, MODEL_FILE_RULE, drop_in_folders, is_model_file, plan_path
 from llamafleet.settings.schema import Instance, Settings
 
 WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 -- compared with, never bound
@@ -165,6 +165,20 @@ def foreign_unit(instance: Instance, foreign_units: Collection[str]) -> Refused 
         f"models: {instance.name}: {instance.unit} exists and llamafleet did not make it: "
         "give the model another name, or remove the unit"
     )
+
+
+def foreign_drop_in(instance: Instance, drop_ins: Collection[str]) -> Refused | None:
+    """Whether a drop-in changes the instance's unit that is neither the unit's own, which a run removes, nor one of all
+    services of the host."""
+    own = drop_in_folders(instance.unit)
+    for path in drop_ins:
+        folder, _, name = path.rpartition("/")
+        if folder not in own and not folder.endswith("/service.d") and name not in instance.allowed_drop_ins:
+            return Refused.because(
+                f"models: {instance.name}: {path} changes {instance.unit} and was not made for it alone: remove it, or "
+                f'name it in allowed_drop_ins: ["{name}"]'
+            )
+    return None
 
 
 def no_address(instance: Instance, unbindable: Mapping[str, str]) -> Refused | None:

@@ -169,6 +169,12 @@ class Instance:
     sha256: Sha256 | None
     allow_unverified: Flag
     mirrors: Annotated[Listed[Mirror], Field(max_length=100, description="tried one after another")]
+    allowed_drop_ins: Listed[
+        Annotated[
+            Text,
+            Should("be a drop-in's file name, such as nice.conf", functools.partial(re.fullmatch, r"[\w@.:-]+\.conf")),
+        ]
+    ]
 
     @property
     def unit(self) -> str:

@@ -158,9 +158,7 @@ def changed_records() -> dict[str, str]:
 
 
 def kept_keys(instance: InstalledInstance) -> dict[str, Any]:
-    """The keys of the installed plan.json; of a file that cannot be used, the preflight's result alone."""
-    if instance.record is not None:
-        return dict(instance.record.raw)
+    """What the host itself added to the installed plan.json: the preflight's result."""
     return {"preflight": dict(instance.preflight)} if instance.preflight is not None else {}
 
 

@@ -28,6 +28,7 @@ from llamafleet import payload
 from llamafleet.host import answers
 from llamafleet.planner.reconcile import ROUNDS
 from llamafleet.remote.common import GOOD, JOBS, SECRETS, STAGED, plan_path, unit_of
+from llamafleet.service import wanted
 from llamafleet.service.succession import Handover
 from tasks.lib import builds, host_lock, jobs, lookups, moves, remote, sending
 
@@ -145,6 +146,17 @@ def install_helpers(needed: bool, arch: str) -> Commands:
         return _as_wanted("the helpers are of this version")
     helpers = lookups.once(("helpers", arch), lambda: payload.helpers_zip(arch))
     yield sending.copied(helpers, "helpers.py", "install", payload.helpers_key(), purpose="helpers.py", seconds=300)
+
+
+@change
+def restore_places(places: tuple[wanted.Place, ...]) -> Commands:
+    """Make folders of ours, and set modes and owners, by `llamafleet/remote/restore.py`; no service is touched."""
+    if not places:
+        return _as_wanted("all files and folders are in their place")
+    asked = [
+        {"path": one.path, "kind": "folder" if one.kind == "folder" else "file", "mode": one.mode} for one in places
+    ]
+    yield remote.program("restore.py", json.dumps(asked))
 
 
 @change

@@ -28,6 +28,7 @@ RECORD = {
 GOOD = {"ok": True, "time": "2026-11-21T15:00:00Z", "checks": [], "decode_tokens_per_s": 25.25}
 LIVE = {"rss_bytes": 900 * MIB, "cgroup_bytes": 3072 * MIB, "gpu_bytes": {"GPU-1": 20992 * MIB}, "since": "Sat",
         "gate": GOOD}  # fmt: skip
+RESTARTED = {"restarts": 2, "by_systemd": 1, "time": "2026-11-21T16:00:00Z", "why": "no sign of life"}
 AS_WANTED = Wanted({"demo": ()})
 
 
@@ -90,10 +91,20 @@ def test_a_wanted_instance_that_is_not_installed_has_a_line():
     assert line(host)["state"] == "not installed" and line(host)["drift"] == "it is not installed"
 
 
+def test_restarts_by_systemd_and_by_the_liveness_check_are_counted_with_the_last_reason():
+    host = of_host(found(restarts=3), live(liveness=RESTARTED), AS_WANTED)
+    assert host.is_fine and line(host)["restarts"] == "6"
+    remark = "demo: restarted 2 times by the liveness check, last 2026-11-21T16:00:00Z: no sign of life"
+    assert f"box1: {remark}" in table({"box1": host}).splitlines()
+    assert host.to_json()["instances"]["demo"]["liveness_restarts"] == 2
+    for damaged in (None, [], {"restarts": -1}, {"restarts": "x", "why": "y"}):
+        assert line(of_host(found(restarts=3), live(liveness=damaged), AS_WANTED))["restarts"] == "3"
+
+
 def test_changes_beside_the_services_are_shown():
     host = of_host(found(), live(), Wanted({"demo": ()}, ("helpers", "build")))
     assert not host.is_fine
-    assert "box1: a run would change: helpers, build" in table({"box1": host})
+    assert "box1: a run would change: helpers; build" in table({"box1": host})
 
 
 def test_the_free_space_is_shown_once_for_folders_of_one_disk():
@@ -149,10 +160,10 @@ def test_the_json_has_everything():
 def on_host(monkeypatch):
     """One installed instance whose process is this one, with systemd's answers as given."""
     shown = {"MainPID": str(os.getpid()), "MemoryCurrent": "1048576", "ActiveEnterTimestamp": "Sat"}
-    files = {program.plan_path("demo"): {"gate": {"gpus": [{}]}}, f"{program.GATES}/demo.json": GOOD}
+    files = {program.plan_path("demo"): {"gate": {"gpus": [{}]}}, f"{program.GATES}/demo.json": GOOD,
+             program.liveness_record("demo"): RESTARTED}  # fmt: skip
     survey = types.SimpleNamespace(
-        units=lambda: ["llama-server-demo.service", "llama-server-other.service"],
-        is_ours=lambda unit: "demo" in unit, show=lambda unit, *names: shown,
+        names=lambda: ["demo"], show=lambda unit, *names: shown,
     )  # fmt: skip
     monkeypatch.setattr(program, "read_json", lambda path: files.get(path, {}))
     monkeypatch.setitem(sys.modules, "survey", survey)
@@ -170,6 +181,7 @@ def test_the_program_tells_memory_gate_and_since(on_host):
         "gpu_bytes": {"GPU-1": 5, "GPU-3": None},
         "since": "Sat",
         "gate": GOOD,
+        "liveness": RESTARTED,
     }
 
 

@@ -167,7 +167,7 @@ KNOWN = {
         "bytes free",
     ),
     "drop-in": (
-        {"context_tokens": 768},
+        {"context_tokens": 768, "allowed_drop_ins": ["a.conf"]},
         "mkdir -p /run/systemd/system/llama-server-one.service.d && cd /run/systemd/system/llama-server-one.service.d && "
         "printf '[Service]\\nUser=root\\n' >a.conf",
         "drop-ins change what llama-server-one.service runs",

@@ -42,6 +42,10 @@ def test_folders(box: checks.Box) -> None:
     fail_on(checks.folders(box))
 
 
+def test_helpers(box: checks.Box) -> None:
+    fail_on(checks.helpers(box))
+
+
 def test_leftovers(box: checks.Box) -> None:
     fail_on(checks.leftovers(box))
 

@@ -218,7 +218,7 @@ def test_what_a_host_verified_earlier_is_served_on_and_said():
     folder = f"{MODELS}/{ModelFiles(shards(None, None), planning.header('Qwen3-8B')).folder}"
     there = {f"{folder}/m-0000{n}-of-00002.gguf": one for n, one in ((1, B), (2, C))}
     outcome = of_shards(shards(None, None), there)
-    assert changes_needed(outcome, outcome.installed).models == ()
+    assert not changes_needed(outcome, outcome.installed).models
     assert outcome.inputs.notes == (
         "models: m0: sha256 is not known of m-00001-of-00002.gguf, m-00002-of-00002.gguf: served on as the host verified it "
         f"earlier, and not to be downloaded again; set sha256 ({B} by the host itself, ...)",
@@ -266,7 +266,8 @@ def test_a_sum_that_does_not_fit_is_another_model():
     same, other = (now(shards(B, sum_)) for sum_ in (C, A))
     assert same.servings[0].service.identity == before.identity != other.servings[0].service.identity
     assert (
-        changes_needed(other, other.installed).models == (folder,) and not changes_needed(same, same.installed).models
+        list(changes_needed(other, other.installed).models) == [folder]
+        and not changes_needed(same, same.installed).models
     )
 
 
@@ -282,6 +283,7 @@ def test_a_query_is_not_in_plan_json_and_the_service_is_the_same():
     record = outcome.servings[0].record
     assert "SECRET" not in outcome.servings[0].service.plan_json and record["source"] == "https://x/m.gguf"
     assert instance_checks.identity_of(record) == record["public_identity"] != record["identity"]
+    assert outcome.servings[0].service.identities == {record["public_identity"], record["identity"]}
     # One that an earlier version wrote has the query: it is written again, and the service stays as it is.
     earlier = {key: value for key, value in record.items() if key != "public_identity"} | {"source": signed}
     assert instance_checks.identity_of(earlier) == record["identity"]

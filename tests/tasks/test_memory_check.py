@@ -30,7 +30,7 @@ class Host:
     """What the stage needs of pyinfra's: a key for the decision and a place to log."""
 
     def __init__(self):
-        self.lines = []
+        self.lines, self.name = [], "box"
 
     def log(self, text, *_):
         self.lines.append(text)
@@ -45,6 +45,10 @@ def now(instances=None, used_mib=0, run=RUN, **asked):
     read = survey([{"used_by_others_mib": used_mib}], instances=instances or {})
     model = ModelFiles((RemoteFile("m.gguf", "https://x/y", 5, "a" * 64),), planning.header("gpt-oss-120b"))
     desired = desire(plan_inputs(settings, read, {"m0": model}), run, render)
+    if instances:  # they run from the wanted release
+        there = dataclasses.replace(read.installed, releases={desired.build.key: {}})
+        read = dataclasses.replace(read, installed=there)
+        desired = desire(plan_inputs(settings, read, {"m0": model}), run, render)
     return Decision(desired, changes_needed(desired, read.installed))
 
 
@@ -173,7 +177,7 @@ def running(decided, key=None, **more):
     more = {"inputs": {**record["inputs"], "key": key}, **more} if key else more
     return {"m0": dataclasses.replace(
         INSTANCE, unit_sha256=sha256(service.unit_text), good_sha256=sha256(service.unit_text), secrets={}, argv=service.argv, exe=service.argv[0],
-        record=PlanRecord.of(json.loads(json.dumps({**record, **more}))),
+        preflight=more.get("preflight"), record=PlanRecord.of(json.loads(json.dumps({**record, **more}))),
     )}  # fmt: skip
 
 
@@ -182,7 +186,7 @@ def test_a_plan_that_the_binary_makes_the_running_one_is_noted_and_not_restarted
     memory_check.check_plans(host)
     instances = running(decision.decision(), key="of other settings", preflight={"dropped": []})
     decision._decisions[host] = first = now(instances)
-    assert first.changes.services["m0"] == ("its unit differs",)  # by the header alone MemoryMax is another
+    assert first.changes.services["m0"][0] == "its unit differs"  # by the header alone MemoryMax is another
     assert memory_check.check_plans(host) is True
     after = decision.decision()
     assert after.changes.services == {} and after.changes.note == ("m0",)
@@ -203,7 +207,7 @@ def test_an_answer_that_corrected_nothing_holds_under_other_inputs_too(host, mon
 
 def test_other_inputs_that_give_the_same_service_are_noted_at_once(host, monkeypatch):
     first, _ = begin(host, monkeypatch)
-    assert now(running(first, inputs={"key": "old"})).changes.note == ("m0",)
+    assert now(running(first, key="old")).changes.note == ("m0",)
     assert now(running(first)).changes.note == ()
 
 
