@@ -123,6 +123,8 @@ def test_a_host_whose_models_are_gone_from_the_inventory_is_not_emptied():
     assert "allow_empty_models = True" in text and "tasks.uninstall.uninstall" in text
     assert decided(serving, models=(), allow_empty_models=True).servings == ()
     assert decided(survey(), models=()).servings == ()  # a host without instances
+    moved = dataclasses.replace(RUN, elsewhere=frozenset(INSTALLED.instances))
+    assert decided(serving, moved, models=()).servings == ()
 
 
 @pytest.mark.parametrize("reason", ["m0: m0: llama.cpp does not know it", "m0: llama.cpp does not know it"])
