@@ -2,7 +2,8 @@
 
 Where source, options and paths are the same, the second compilation takes the object files of the first. CMake finds
 the launcher in its environment (CMAKE_CXX_COMPILER_LAUNCHER): no setting, CMake option or build key knows of it. The
-launcher also lowers llama.cpp's own -O3, half of the time of a compilation: these tests measure no speed.
+launcher also lowers llama.cpp's own -O3, half of the time of a compilation: these tests measure no speed. A toolchain
+file, which CMake finds there too, lets it compile many files together.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ for word; do
     set -- "$@" "$word"
 done
 case $source in
-*/src/common/* | */src/tools/* | */src/vendor/* | */ggml-vulkan/*) level=-O0 ;;
+*/common/* | */tools/* | */vendor/* | */ggml-vulkan/*) level=-O0 ;;
 */ggml/*) level=-O2 ;;
 *) level=-O1 ;;
 esac
@@ -42,17 +43,25 @@ export CCACHE_DIR={OBJECTS} CCACHE_BASEDIR={BUILDS} CCACHE_NOCOMPRESS=1
 case $(uname -m) in x86_64) level="$level -mno-amx-int8" ;; esac
 exec ccache "$@" $level
 """
-ENVIRONMENT = {f"CMAKE_{language}_COMPILER_LAUNCHER": f"{ON_HOST}/launcher" for language in ("C", "CXX")}
+TOGETHER = Path(__file__).with_name("compile_together.cmake").read_text()
+TOOLCHAIN = f"set(CMAKE_PROJECT_llama.cpp_INCLUDE {ON_HOST}/compile_together.cmake)\n"
+FILES = {"launcher": LAUNCHER, "toolchain.cmake": TOOLCHAIN, "compile_together.cmake": TOGETHER}
+ENVIRONMENT = {
+    "CMAKE_C_COMPILER_LAUNCHER": f"{ON_HOST}/launcher",
+    "CMAKE_CXX_COMPILER_LAUNCHER": f"{ON_HOST}/launcher",
+    "CMAKE_TOOLCHAIN_FILE": f"{ON_HOST}/toolchain.cmake",
+}
 MANAGER = "/etc/systemd/system.conf.d/compiler-cache.conf"
 
 
 def ensure() -> Path:
-    """The folder, with the launcher in it. Lanes of tests may write it at the same time, each its own file first."""
+    """The folder, with our files in it. Lanes of tests may write them at the same time, each its own first."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    new = FOLDER / f"launcher.{os.getpid()}"
-    new.write_text(LAUNCHER)
-    new.chmod(0o755)
-    new.rename(FOLDER / "launcher")
+    for name, text in FILES.items():
+        new = FOLDER / f"{name}.{os.getpid()}"
+        new.write_text(text)
+        new.chmod(0o755)
+        new.rename(FOLDER / name)
     return FOLDER
 
 

@@ -16,6 +16,9 @@ from sandbox.state import SandboxError, State, tail
 
 BOOT_SECONDS = 120  # thirty at once on two slow cores; one alone takes a second
 POLL_SECONDS = 0.05
+# The environment of root's sessions.
+SESSION = ("HOME=/root", "USER=root", "LOGNAME=root", "SHELL=/bin/bash", "LANG=C.UTF-8",
+           "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,27 @@ class SandboxHost:
         timeout: float | None = None,
         check: bool = False,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command over SSH; 255 is ssh's own failure. Arguments arrive as given, unread by a shell."""
-        command = [*self.ssh(user), "--", shlex.join(argv)]
+        """Run a command in it; exit code 255 where it is off. Arguments arrive as given, unread by a shell.
+
+        For root without SSH, whose handshake and session take 0.16 CPU seconds; for another user by SSH.
+        """
+        command = self._enter() if user == "root" else [*self.ssh(user), "--"]
+        command += argv if user == "root" else [shlex.join(argv)]
         return subprocess.run(command, input=input, capture_output=True, text=True, timeout=timeout, check=check)
+
+    def _enter(self) -> list[str]:
+        """Words before a command that run it in the namespaces of its process 1, as a session of root would be."""
+        pid = self.pid
+        if pid is None:
+            return ["sh", "-c", 'echo "the host is off" >&2; exit 255']
+        namespaces = [f"--{one}" for one in ("mount", "uts", "ipc", "net", "pid", "cgroup", "root")]
+        session = ["env", "--chdir=/root", "-i", *SESSION]
+        return self._loop.enter(["nsenter", f"--target={pid}", *namespaces, *session])
+
+    @property
+    def _loop(self) -> cgroups.Cgroup:
+        """Of what runs in the host without its systemd: its supervisor, and commands from outside."""
+        return cgroups.Cgroup(self.cgroup.path / "loop")
 
     def kill(self) -> None:
         """The power cut: SIGKILL to everything in it. The disk stays."""
@@ -131,7 +152,8 @@ class SandboxHost:
                 if probe.recv(4) == b"SSH-":
                     break
             _check(self, deadline, f"answer on {self.address} port {self.port}")
-        while not (result := self.run(["systemctl", "is-system-running", "--wait"])).stdout:
+        up = [*self.ssh(), "--", "systemctl is-system-running --wait"]
+        while not (result := subprocess.run(up, stdin=subprocess.DEVNULL, capture_output=True, text=True)).stdout:
             _check(self, deadline, f"let root in by SSH ({result.stderr.strip()})")
         return result.stdout.strip()
 
@@ -142,12 +164,11 @@ def launch(host: SandboxHost) -> None:
         return
     machine.check_address(host.address, host.port)
     host.cgroup.kill()
-    loop = cgroups.Cgroup(host.cgroup.path / "loop")
     host.cgroup.make()
-    loop.make()
+    host._loop.make()
     with (host.disk / "log").open("w") as log:
         subprocess.run(
-            loop.enter(["setsid", "--fork", *roots.supervise(host.disk / "job.json")]),
+            host._loop.enter(["setsid", "--fork", *roots.supervise(host.disk / "job.json")]),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -102,7 +102,7 @@ def build(jobs: int | None = None, source: Source | None = None) -> Oracle:
     `source` is another release than the pinned one (bench/adopt.py).
     """
     source = source or Source(upstream.REPOSITORY, upstream.ensure(), upstream.TAG)
-    recipe = (source.commit, *FLAGS, compiler_cache.LAUNCHER, ENTER, COPY_LIBRARIES, RUN)
+    recipe = (source.commit, *FLAGS, *compiler_cache.FILES.values(), ENTER, COPY_LIBRARIES, RUN)
     folder = FOLDER / hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:12]
     if not (folder / "done").exists():
         with compiling():

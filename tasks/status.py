@@ -24,6 +24,7 @@ from llamafleet.host.installed import Installed
 from llamafleet.host.machine import Machine
 from llamafleet.printable import err, json_text, out
 from llamafleet.service.changes import Changes
+from llamafleet.service.desired import Desired
 from llamafleet.service.refusals import Refused
 from llamafleet.settings.schema import Settings, SettingsError
 from tasks.lib import ends, facts, remote
@@ -38,10 +39,14 @@ def look(host: Host) -> HostStatus | str:
         return _without_plan(host, str(now))
     installed = now.desired.installed
     live, problem = _live(host, installed)
-    differs = {**now.changes.services, **now.changes.refreshed}
-    services = {serving.name: differs.get(serving.name, ()) for serving in now.desired.servings}
-    status = of_host(installed, live, Wanted(services, tuple(to_do(now.changes))), problem)
+    status = of_host(installed, live, wanted(now.desired, now.changes), problem)
     return replace(status, free_bytes=free_bytes(now.desired.machine))
+
+
+def wanted(desired: Desired, changes: Changes) -> Wanted:
+    """What a run would change, as `--dry` says it."""
+    services = {serving.name: changes.of_instance(serving.name) for serving in desired.servings}
+    return Wanted(services, changes.of_host())
 
 
 def _without_plan(host: Host, problem: str) -> HostStatus | str:
@@ -70,16 +75,6 @@ def _live(host: Host, installed: Installed) -> tuple[Mapping[str, LiveInstance],
         return remote.run_json(host, remote.program("status.py"), answers.status), ""
     except remote.RemoteError as error:
         return {}, f"memory and gate are not known: {error}"
-
-
-def to_do(changes: Changes) -> list[str]:
-    """What a run would change on the host beside its services."""
-    parts = {
-        "helpers": changes.helpers, "user": changes.user, "packages": bool(changes.packages),
-        "toolkit": changes.toolkit, "build": changes.build,
-        "models": bool(changes.models), "current release": changes.current,
-    }  # fmt: skip
-    return [name for name, needed in parts.items() if needed]
 
 
 def main(arguments: list[str]) -> int:

@@ -22,7 +22,7 @@ from llamafleet.planner.plan import plan_host
 from llamafleet.planner.result import Plan
 from llamafleet.printable import finished, json_text
 from llamafleet.remote.common import core_of_unit
-from llamafleet.service import plan_inputs
+from llamafleet.service import plan_inputs, wanted
 from llamafleet.service.changes import changes_needed, sha256
 from llamafleet.service.desired import Run, desire, model_path
 from llamafleet.service.record import record_text
@@ -74,7 +74,9 @@ def box(gpus, backend="auto", **machine):
     [serving] = desired.servings
     unit, hashed = serving.service.unit, sha256(serving.service.unit_text)
     core = sha256(core_of_unit(serving.service.unit_text))
+    paths = {place.path: {"kind": place.kind, "mode": place.mode, "uid": 0, "gid": 0} for place in wanted.folders()}
     found["found"] |= {
+        "paths": {**paths, model_path(models["m0"]): {"kind": "file", "mode": 0o644, "uid": 0, "gid": 0}},
         "releases": {desired.build.key: {"files": {"llama-server": "5e" * 32}, "sizes": {"llama-server": 7}}},
         "current": desired.build.key, "missing_packages": [], "release_digests": {desired.build.key: "5e" * 32},
         "models": {model_path(models["m0"]): {"size_bytes": 5, "sha256": "a" * 64}},
@@ -86,6 +88,10 @@ def box(gpus, backend="auto", **machine):
             "argv": list(serving.service.argv), "exe": serving.service.argv[0], "liveness": "active",
             "liveness_sha256": {name: sha256(text) for name, text in serving.service.liveness.items()},
             "unit_core_sha256": core, "good_core_sha256": core,
+            "good_plan_sha256": sha256(serving.service.plan_json), "good_is_whole": True, "unread_drop_ins": [],
+            "good_liveness_sha256": {name: sha256(text) for name, text in serving.service.liveness.items()},
+            "liveness_enabled": "enabled", "liveness_drop_ins": [], "deleted": [],
+            "loaded": {name: sha256(text) for name, text in serving.service.secrets.items()},
             "preflight": {"rendered_sha256": hashed, "unit_sha256": hashed, "ground": GROUND, "dropped": []},
             "record": json.loads(serving.service.plan_json),
         }},
@@ -140,7 +146,7 @@ def use_survey(host, line):
             json.loads(record_text({**kept, **serving.record}))
         shown = [tables.table(serving.plan, "m0 on box") for serving in desired.servings]
         shown += [desired.why, json_text([serving.plan.to_json() for serving in desired.servings]), repr(changes)]
-        wanted = Wanted(changes.services, tuple(status.to_do(changes)))
+        wanted = status.wanted(desired, changes)
     found = answers.survey(line).installed
     shown += shown_status(of_host(found, {}, wanted))
     return "\n".join(shown)

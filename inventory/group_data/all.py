@@ -87,6 +87,9 @@ model_defaults = {
     "allow_unverified": False,
     # Further http(s) or hf: addresses of the same file, tried in order when the source fails.
     "mirrors": [],
+    # File names of drop-ins of yours that may change the unit, such as ["nice.conf"]. []: a deploy removes drop-ins of
+    # the unit. Drop-ins for all services of a host (service.d) always may.
+    "allowed_drop_ins": [],
 }
 
 # --- llama.cpp -------------------------------------------------------------------------------
@@ -144,6 +147,11 @@ speed_floor_percent = 40
 liveness_seconds = 120
 # Pause between two such checks, seconds. A check costs users nothing: see docs/operations.md, "The liveness check".
 liveness_interval_seconds = 60
+
+# The longest that a server which is to be replaced or removed may go on with its running replies, seconds. New
+# connections wait meanwhile, and reach the next server; see docs/operations.md, "A switch under load". 0: replies are
+# cut. 30: most replies end within it.
+drain_seconds = 30
 
 # --- leaving ---------------------------------------------------------------------------------
 

@@ -32,7 +32,9 @@ class InstanceStatus:
     planned_gpu_bytes: Mapping[str, int]
     tokens_per_s: float | None  # measured by the last gate
     predicted_tokens_per_s: float | None
-    restarts: int
+    restarts: int  # by systemd since the last start that was none of its own, and by the liveness check
+    liveness_restarts: int  # of these, by the liveness check
+    last_liveness_restart: str  # its time and reason
     since: str
     gate: Gate | None  # the record of the last gate
     verified: bool  # did llama-server report its memory before the plan was installed?
@@ -110,7 +112,9 @@ def _instance(
         planned_gpu_bytes={gpu.uuid: gpu.planned_bytes for gpu in record.gate.gpus} if record.gate else {},
         tokens_per_s=live.gate.decode_tokens_per_s if live.gate else None,
         predicted_tokens_per_s=record.plan.predicted.decode_tokens_per_s if record.plan else None,
-        restarts=installed.restarts if installed else 0,
+        restarts=(installed.restarts if installed else 0) + live.liveness.restarts + live.liveness.by_systemd,
+        liveness_restarts=live.liveness.restarts,
+        last_liveness_restart=f"{live.liveness.time}: {live.liveness.why}" if live.liveness.restarts else "",
         since=live.since,
         gate=live.gate,
         verified=bool(record.verified and record.verified.binary_bytes),
@@ -155,10 +159,13 @@ def _remarks(host: HostStatus) -> Iterator[str]:
     for instance in host.instances:
         if instance.gate is not None and instance.gate.problem:
             yield f"{instance.name}: the last gate is not known: {instance.gate.problem}"
+        if instance.liveness_restarts:
+            yield (f"{instance.name}: restarted {instance.liveness_restarts} times by the liveness check, "
+                   f"last {instance.last_liveness_restart}")  # fmt: skip
     if host.free_bytes:
         yield _space(host)
     if host.drift:
-        yield f"a run would change: {', '.join(host.drift)}"
+        yield f"a run would change: {'; '.join(host.drift)}"
 
 
 def _space(host: HostStatus) -> str:

@@ -61,6 +61,7 @@ class Memory:
     told: Table[Bytes] | None
     why: Message
     room: Flag  # False: the GPU had no free memory for this question beside the running server
+    rejected: Message = ""  # the line by which llama-server refuses its arguments or its model
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,24 @@ def _gate_or_problem(value: object) -> Gate | None:
 
 
 @dataclass(frozen=True)
+class Restarts:
+    """The liveness check's restarts of an instance, those of systemd before them, and the last one with its reason."""
+
+    restarts: Annotated[Whole, Field(ge=0, le=2**63)] = 0
+    by_systemd: Annotated[Whole, Field(ge=0, le=2**63)] = 0
+    time: Label = ""
+    why: Message = ""
+
+
+def _restarts(value: object) -> Restarts:
+    """The record; a damaged one counts nothing, as for the check itself."""
+    try:
+        return cast(Restarts, _adapter(Restarts).validate_python(value))
+    except ValidationError:
+        return Restarts()
+
+
+@dataclass(frozen=True)
 class LiveInstance:
     """What `status.py` says of an instance: what it uses, and its last gate."""
 
@@ -111,6 +130,7 @@ class LiveInstance:
     since: Label
     gate: Annotated[Gate | None, BeforeValidator(_gate_or_problem)]
     gpu_problem: Message = ""  # why there are no `gpu_bytes`
+    liveness: Annotated[Restarts, BeforeValidator(_restarts)] = Restarts()
 
     @model_validator(mode="before")
     @classmethod

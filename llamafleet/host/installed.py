@@ -18,7 +18,7 @@ from llamafleet import validation
 from llamafleet.host.learned import Bandwidth, GateSpeeds
 from llamafleet.host.machine import Label, Machine, MachineError, Message, Name, Names, Version, matching
 from llamafleet.host.recorded import Arguments, PlanRecord, readable
-from llamafleet.validation import Flag, Listed, Text, Whole
+from llamafleet.validation import Flag, Listed, Text, Whole, one_of
 
 V = TypeVar("V")
 
@@ -106,6 +106,17 @@ class Toolkit(TypedDict):
 
 
 @dataclass(frozen=True)
+class Place:
+    """What lies at a path, as `llamafleet/remote/places.py` describes it."""
+
+    kind: Annotated[Text, one_of(("file", "folder", "link", "other"))]
+    mode: Annotated[Whole, Field(ge=0, le=0o7777, description="mode_t")]
+    uid: UserId
+    gid: UserId
+    target: Path | None = None
+
+
+@dataclass(frozen=True)
 class InstalledInstance:
     """An installed unit `llama-server-NAME.service`, its files' hashes and what runs of it."""
 
@@ -133,6 +144,18 @@ class InstalledInstance:
     # Of the installed unit and of the one that last passed the gate: the directives that a running server depends on.
     unit_core_sha256: Sha256 | None = None
     good_core_sha256: Sha256 | None = None
+    # Of the plan.json that lies with the unit that last passed the gate, and whether those files can be gone back to.
+    good_plan_sha256: Sha256 | None = None
+    good_is_whole: Flag = True
+    good_liveness_sha256: Table[Sha256] = field(default_factory=dict)
+    # Drop-ins of this unit that are on the disk, whether systemd has read them (`drop_ins`) or not.
+    unread_drop_ins: Many[Path] = ()
+    liveness_enabled: Name | None = "enabled"
+    liveness_drop_ins: Many[Path] = ()
+    # The credentials that the running server was given.
+    loaded: Table[Sha256] = field(default_factory=dict)
+    # Files of its release that the server runs from although they were removed or replaced.
+    deleted: Many[Path] = ()
 
 
 @dataclass(frozen=True)
@@ -179,6 +202,10 @@ class Installed:
     bandwidth: Bandwidth | None = None
     # What gates measured on this host, as far as their plans say what was expected.
     gate_speeds: Annotated[Listed[GateSpeeds], Field(max_length=1024)] = ()
+    # Addresses at which instances are to listen and no server of the host can, with the reason.
+    unbindable: Table[Name] = field(default_factory=dict)
+    # What lies at the places of ours, by path.
+    paths: Table[Place] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, data: object) -> Installed:

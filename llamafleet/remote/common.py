@@ -15,9 +15,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import stat
 import subprocess
 import tempfile
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Set  # Python 3.8's own are not generic
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set  # Python 3.8's own are not generic
 
 # --- paths ------------------------------------------------------------------------------------
 
@@ -44,6 +46,13 @@ LOCK = RUN + "/lock.json"
 UNITS = "/etc/systemd/system"
 CACHES = "/var/cache"  # a folder for each service, by its unit's CacheDirectory=
 
+# Our folders with their modes; all are root's.
+FOLDERS = {
+    OPT: 0o755, HELPERS: 0o755, RELEASES: 0o755, VAR: 0o755, MODELS: 0o755, JOBS: 0o750,
+    STAGED: 0o700, GOOD: 0o700, GATES: 0o755, ETC: 0o755, INSTANCES: 0o755, RUN: 0o755,
+}  # fmt: skip
+MODEL_MODE = 0o644  # the service's user reads it, root alone changes it
+
 JOURNAL_PART_BYTES = 4 * 2**20  # a server logs its devices and sizes in the first 100 kB of a start
 JSON_LIMIT_BYTES = 16 * 2**20  # of a file of ours: plan.json, the largest, has some ten thousand bytes
 
@@ -52,13 +61,24 @@ SUMS = "helpers.sha256"  # in a folder of helpers: the sums of its files, as sha
 
 
 def helpers_damage(folder: str) -> Optional[str]:
-    """The first file of a folder of helpers that is missing or not what was installed; None where all are."""
+    """The first file of a folder of helpers that is missing, not what was installed, or may be changed by others than
+    root; None where all are as they should be."""
     lines = (read_file(f"{folder}/{SUMS}") or b"").decode("utf-8", "replace").splitlines()
     wanted = [line.split("  ", 1) for line in lines if "  " in line]
     if not any(name == "common.py" for _, name in wanted):
         return f"{folder}/{SUMS}"
-    bad = (f"{folder}/{name}" for digest, name in wanted if sha256_of(f"{folder}/{name}") != digest)
+    paths = {f"{folder}/{name}": digest for digest, name in wanted}
+    bad = (path for path, digest in paths.items() if not is_own_file(path) or sha256_of(path) != digest)
     return next(bad, None)
+
+
+def is_own_file(path: str) -> bool:
+    """Whether this is a file, no link, that belongs to whoever runs this, and that nobody else may change."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
 
 
 def helper(program: str, key: str = "current") -> str:
@@ -79,6 +99,11 @@ def gate_record(instance: str) -> str:
 def liveness_record(instance: str) -> str:
     """Where the liveness check counts its restarts. In a folder: `m.liveness` is the name of another instance."""
     return f"{GATES}/liveness/{instance}.json"
+
+
+def may_lead_elsewhere(path: str) -> bool:
+    """Whether a folder of ours may be a link to one on another disk."""
+    return path in (OPT, RELEASES, VAR, MODELS, BUILD, SOURCE) or os.path.dirname(path) == MODELS
 
 
 # --- names ------------------------------------------------------------------------------------
@@ -189,6 +214,22 @@ def unit_words(command: Sequence[str]) -> List[str]:
 PLAN_SCHEMA, GATE_SCHEMA, RELEASE_SCHEMA = 1, 1, 1
 
 
+# Of plan.json the keys that make a difference to the running service; their hash is its `identity`.
+IDENTITY_KEYS = ("schema", "name", "source", "release", "commit", "backend", "files", "gate", "cpus", "numa_nodes")
+
+
+def identity_of(record: Mapping[str, Any]) -> str:
+    """The hash of these keys, 16 hexadecimal digits."""
+    named = {key: record[key] for key in IDENTITY_KEYS if key in record}
+    return sha256(json.dumps(named, sort_keys=True).encode())[:16]
+
+
+def is_as_written(record: Mapping[str, Any]) -> bool:
+    """Whether plan.json has the identity that it was written with. `public_identity` is that of a record whose source
+    was shortened."""
+    return bool(record.get("public_identity", record.get("identity")) == identity_of(record))
+
+
 def later_schema(record: Dict[str, Any], known: int) -> Optional[str]:
     """Why a record cannot be read: a later version of llamafleet made it. None where its form is known."""
     number = record.get("schema", 1)
@@ -242,7 +283,34 @@ def without_directives(unit: str, lines: Sequence[str]) -> str:
     return "\n".join(note + line if line in gone else line for line in unit.split("\n"))
 
 
+def is_as_verified(path: str, record: Mapping[str, Any], owner: Optional[int] = None) -> bool:
+    """Whether a model file is the one that FILE.verified describes: as large and as old, a file of `owner` (None: of
+    whoever runs this) that everybody may read and nobody else change, and not touched since. Any change of a file's
+    content, mode or owner sets its ctime, which no program can set back."""
+    try:
+        file, note = os.lstat(path), os.stat(path + ".verified")
+    except OSError:
+        return False
+    same = (file.st_size, file.st_mtime_ns) == (record.get("size_bytes"), record.get("mtime_ns"))
+    mode_and_owner = (stat.S_IMODE(file.st_mode), file.st_uid) == (MODEL_MODE, os.geteuid() if owner is None else owner)
+    return stat.S_ISREG(file.st_mode) and same and mode_and_owner and file.st_ctime_ns <= note.st_ctime_ns
+
+
 # --- systemd ----------------------------------------------------------------------------------
+
+# Where systemd looks for a unit's drop-ins: the operator's, and those of `systemctl edit --runtime` and `set-property`.
+RUN_UNITS, CONTROL, RUN_CONTROL = "/run/systemd/system", "/etc/systemd/system.control", "/run/systemd/system.control"
+
+
+def drop_in_folders(unit: str) -> List[str]:
+    """Where drop-ins of this unit alone may lie."""
+    return [f"{folder}/{unit}.d" for folder in (UNITS, RUN_UNITS, CONTROL, RUN_CONTROL)]
+
+
+def drop_ins(unit: str) -> List[str]:
+    """The drop-ins of this unit alone that are on the disk, whether systemd has read them or not."""
+    return [f"{folder}/{name}" for folder in drop_in_folders(unit) for name in listing(folder)
+            if name.endswith(".conf")]  # fmt: skip
 
 
 def systemctl(*words: str, check: bool = True) -> None:
@@ -350,6 +418,7 @@ def replace_file(path: str, data: bytes, mode: int = 0o644) -> None:
     """Give the file this content at once and durably: a reader sees the old file or the new one, never a part, also
     after a power cut. Raises OSError, and then the old file is as it was."""
     folder = os.path.dirname(path) or "."
+    make_way(path)
     # A name that nobody else has; hidden, so that systemd and `listing` pass it over.
     file, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)[:200]}.", dir=folder)
     try:
@@ -383,11 +452,30 @@ def replace_link(path: str, target: str) -> None:
     """Let the link point there at once and durably. Raises OSError, and then it points where it did."""
     folder, name = os.path.split(path)
     part = f"{folder}/.{name}"
+    make_way(path)
     if os.path.lexists(part):
         os.unlink(part)
     os.symlink(target, part)
     os.replace(part, path)
     sync(folder)
+
+
+def make_way(path: str) -> None:
+    """Set a folder aside that lies where a file or a link belongs: what is in it is not ours, so it is not removed."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        set_aside(path)
+
+
+def set_aside(path: str) -> str:
+    """Rename what lies there to `.NAME.rejected` beside it, in place of what was set aside before; that name."""
+    folder, name = os.path.split(path)
+    aside = f"{folder}/.{name}.rejected"
+    if os.path.isdir(aside) and not os.path.islink(aside):
+        shutil.rmtree(aside)
+    elif os.path.lexists(aside):
+        os.unlink(aside)
+    os.rename(path, aside)
+    return aside
 
 
 def sync(path: str | os.PathLike[str]) -> None:

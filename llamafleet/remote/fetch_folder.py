@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Dict  # the contract is Python 3.8, whose own Dict is typing's
 
-from common import read_json, sync
+from common import is_as_verified, make_way, read_json, set_aside, sync
 from fetch_log import MIB, PROGRESS_S, Progress, gib, say
 from fetch_spec import MISMATCH, NO_SPACE, NOT_GGUF, Failed, Spec, Wanted
 
@@ -44,13 +44,10 @@ def take_lock(spec: Spec) -> IO[str]:
 def is_known(spec: Spec, wanted: Wanted) -> bool:
     """Whether the sidecar vouches for the file as it is, and for what is wanted now."""
     noted = notes(spec, wanted)
-    try:
-        found = spec.final(wanted).stat()
-    except OSError:
+    if not is_as_verified(str(spec.final(wanted)), noted, owner_of(spec)):
         return False
-    same = (noted.get("size_bytes"), noted.get("mtime_ns")) == (found.st_size, found.st_mtime_ns)
-    size, digest = wanted.size_bytes or found.st_size, wanted.sha256 or noted.get("sha256")
-    return bool(same and digest and size == found.st_size and digest == noted.get("sha256"))
+    size, digest = wanted.size_bytes or noted["size_bytes"], wanted.sha256 or noted.get("sha256")
+    return bool(digest and size == noted["size_bytes"] and digest == noted.get("sha256"))
 
 
 def notes(spec: Spec, wanted: Wanted) -> Dict[str, Any]:
@@ -63,6 +60,10 @@ def adopt(spec: Spec, wanted: Wanted) -> bool:
 
     Where no sha256 is told, it must be the one that was recorded: what changed since is not taken for the model."""
     final = spec.final(wanted)
+    make_way(str(final))
+    if final.is_symlink():
+        say(f"{final} is a link, not a file: it is replaced, and what it leads to stays")
+        final.unlink()
     if not final.exists():
         return False
     noted = notes(spec, wanted).get("sha256")
@@ -71,8 +72,7 @@ def adopt(spec: Spec, wanted: Wanted) -> bool:
     try:
         digest = verify(final, wanted, str(final))
     except Failed as failure:
-        aside = spec.directory / f".{wanted.name}.rejected"
-        os.replace(final, aside)
+        aside = Path(set_aside(str(final)))
         kept = f"{aside} ({gib(size_of(aside))})"
         say(f"note: {failure}; set aside as {kept}, removed after 30 days: delete it to have the space now")
         return False
@@ -119,6 +119,7 @@ def record(spec: Spec, wanted: Wanted, digest: str) -> None:
     found = spec.final(wanted).stat()
     draft = spec.directory / f".{wanted.name}.verified.new"
     content = {"size_bytes": found.st_size, "sha256": digest, "mtime_ns": found.st_mtime_ns}
+    make_way(str(spec.sidecar(wanted)))
     draft.write_text(json.dumps(content) + "\n", encoding="utf-8")
     hand_over(spec, draft, 0o644)
     sync(draft)
@@ -130,6 +131,13 @@ def hand_over(spec: Spec, path: Path, mode: int) -> None:
     if spec.owner is not None:
         user = pwd.getpwnam(spec.owner)
         os.chown(path, user.pw_uid, user.pw_gid)
+    else:
+        os.chown(path, os.geteuid(), os.getegid())
+
+
+def owner_of(spec: Spec) -> int:
+    """The number of the user who is to own the files."""
+    return os.geteuid() if spec.owner is None else pwd.getpwnam(spec.owner).pw_uid
 
 
 def discard(spec: Spec, wanted: Wanted, progress: Progress) -> None:

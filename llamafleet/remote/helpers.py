@@ -4,7 +4,7 @@ Contract: `helpers.py install KEY`, run from a copy of the helpers that is whole
 its own folder to /opt/llamafleet/helpers/KEY, makes the folders that the other programs need, links the new helpers as
 the current ones, and removes those of other versions that nothing uses. Prints a line for each folder that it removes;
 the last line of a failure begins with `error: `, on stderr. Exit 0 done, 1 failed. Killed at any point it can be run
-again. Root, the host's lock, the standard library; common.py and survey.py beside it.
+again. Root, the host's lock, the standard library; common.py, restore.py and survey.py beside it.
 
 A folder gets its name when its files are on the disk, and the link follows. What a unit names stays: the unit of an
 instance, also the one that last passed the gate, calls the helpers that it was made with.
@@ -19,21 +19,13 @@ import shutil
 import sys
 from typing import Iterator, List, Set
 
+import restore
 import survey
 from common import (
-    ETC,
     GOOD,
     HELPERS,
-    INSTANCES,
-    JOBS,
-    MODELS,
-    OPT,
-    RELEASES,
-    RUN,
-    STAGED,
     SUMS,
     UNITS,
-    VAR,
     command_line,
     helpers_damage,
     listing,
@@ -41,18 +33,6 @@ from common import (
     replace_link,
     sync,
 )  # fmt: skip
-
-FOLDERS = {
-    OPT: 0o755, HELPERS: 0o755, RELEASES: 0o755, VAR: 0o755, MODELS: 0o755, JOBS: 0o750,
-    STAGED: 0o700, GOOD: 0o700, ETC: 0o755, INSTANCES: 0o755, RUN: 0o755,
-}  # fmt: skip
-
-
-def make_folders() -> None:
-    """The folders of ours, with their modes."""
-    for path, mode in FOLDERS.items():
-        os.makedirs(path, exist_ok=True)
-        os.chmod(path, mode)
 
 
 def install(key: str, source: str) -> None:
@@ -64,6 +44,8 @@ def install(key: str, source: str) -> None:
         # Compiled once: every survey and gate would otherwise compile the libraries again.
         compileall.compile_dir(new, ddir=folder, quiet=2)
         publish(new)
+        if os.path.lexists(folder) and not os.path.isdir(folder):
+            os.unlink(folder)
         if os.path.isdir(folder):
             mend(folder, new)
         else:
@@ -133,7 +115,7 @@ def main(argv: List[str]) -> int:
     _, key = argv
     os.umask(0o022)
     try:
-        make_folders()
+        restore.make_folders()
         install(key, os.path.dirname(os.path.abspath(__file__)))
         prune(key)
     except OSError as error:

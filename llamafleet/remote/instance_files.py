@@ -106,6 +106,33 @@ def credentials(name: str, unit: bytes) -> List[str]:
     return re.findall(pattern, text, re.MULTILINE)
 
 
+def names() -> List[str]:
+    """The installed instances: those whose unit we made, and those whose unit is gone while their files are there."""
+    ours = [common.instance_of(unit) for unit in units()]
+    folders = [name for name in common.listing(common.INSTANCES) if _is_of_instance(name)]
+    left = [name for name in folders if not os.path.lexists(f"{common.UNITS}/{common.unit_of(name)}")]
+    return sorted({*ours, *left})
+
+
+def _is_of_instance(name: str) -> bool:
+    """Whether a folder in that of the instances is one's, and not somebody's copy of it."""
+    kept = os.path.isfile(f"{common.GOOD}/{name}/{common.unit_of(name)}")
+    return kept or common.read_json(common.plan_path(name)).get("name") == name
+
+
+def record(name: str) -> Dict[str, Any]:
+    """plan.json of an installed instance; empty where there is none. Where somebody edited or damaged it, its copy
+    among the last good files, which was written together with it."""
+    path, good = common.plan_path(name), f"{common.GOOD}/{name}"
+    found, kept = common.read_json(path), common.read_json(f"{good}/{PLAN}")
+    if common.sha256_of(path) == common.sha256_of(f"{good}/{PLAN}") or not common.is_as_written(kept):
+        return found
+    unit = common.unit_of(name)
+    now, then = (common.sha256_of(f"{folder}/{unit}") for folder in (common.UNITS, good))
+    # Where both are whole and the units differ, plan.json is of a switch that was cut off.
+    return found if now != then and common.is_as_written(found) else kept
+
+
 def units() -> List[str]:
     """The units of instances that we made. Those of their liveness checks are read together with them."""
     return [name for name in common.listing(common.UNITS)
@@ -116,15 +143,17 @@ def units() -> List[str]:
 def is_ours(unit: str, folder: Optional[str] = None) -> bool:
     """Did we make this unit in systemd's folder? Its first line says so; what others made is never touched.
 
-    A power cut can empty a file. An emptied unit is ours where the instance's folder or its last good files are there.
+    A power cut can empty a file, and a unit can be masked or replaced by what is no file. Such a unit is ours where the
+    instance's folder or its last good files are there.
     """
     path = f"{folder or common.UNITS}/{unit}"
     data = common.read_file(path) if os.path.isfile(path) else None
-    if data is None or data.startswith(common.MADE_BY.encode()):
-        return data is not None
+    if data is not None and data.startswith(common.MADE_BY.encode()):
+        return True
     name = _instance_of(unit)
     folders = (f"{common.INSTANCES}/{name}", f"{common.GOOD}/{name}")
-    return name is not None and _is_damaged(data) and any(os.path.isdir(folder) for folder in folders)
+    replaced = os.path.lexists(path) if data is None else _is_damaged(data)
+    return name is not None and replaced and any(os.path.isdir(folder) for folder in folders)
 
 
 def _instance_of(unit: str) -> Optional[str]:

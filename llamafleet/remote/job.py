@@ -35,6 +35,8 @@ from common import JOBS, RUN, read_json, replace_file, show, transient_unit, uni
 TAIL_LINES = 40
 # Seconds between two lines of progress, so that a long build does not fill the screen.
 TELL_SECONDS = 10.0
+# Between two questions to systemd whether a job runs.
+ASK_SECONDS = 5.0
 # With less free space than this a log or an exit code may have been lost.
 FULL_BYTES = 65536
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -175,13 +177,18 @@ def tail_of(path: str) -> List[str]:
 
 def follow(name: str, seen: str, seconds: float) -> dict[str, Any]:
     """Wait until the job has ended, has a new line, or the time is over."""
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
+    asked = None
     while True:
-        found = look(name)
-        if found["state"] != "running" or time.monotonic() >= deadline:
-            return found
-        if found["line"] != seen and time.monotonic() >= deadline - seconds + min(seconds, TELL_SECONDS):
-            return found
+        now = time.monotonic()
+        # A note of its end tells as much as systemd, whose answer takes more; one that was killed may have none.
+        if asked is None or now - asked >= ASK_SECONDS or any(map(os.path.exists, exit_files(name))):
+            asked, found = now, look(name)
+            if found["state"] != "running":
+                return found
+        line = (tail_of(log_of(name)) or [""])[-1]
+        if now - began >= seconds or (line != seen and now - began >= min(seconds, TELL_SECONDS)):
+            return look(name)
         time.sleep(0.5)
 
 

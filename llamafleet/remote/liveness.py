@@ -9,8 +9,9 @@ timeout SIGKILL, and no more often than the unit's start limit allows. A unit is
 (systemd restarts what has ended), loads, or is being switched.
 Exit 0 nothing to do, 10 restarted; anything else is a check that failed, of which the last line on stderr says why.
 Writes /run/llamafleet/liveness-NAME.json (the counters that it saw) and, on a restart, /var/lib/llamafleet/gate/
-liveness/NAME.json {"restarts", "time", "why"}. Root, standard library; common.py, gate_server.py and
-liveness_server.py lie beside it.
+liveness/NAME.json {"restarts", "by_systemd", "time", "why"}: its own restarts, those of systemd before them, of which
+systemd forgets the number with each of ours, and when and why the last one was. Root, standard library; common.py,
+gate_server.py and liveness_server.py lie beside it.
 
 `/health` can answer 200 on a server whose GPU hangs; `/slots` too, also while a batch is computed. So only counters
 that move prove that a server at work gets on, and a long queue does not prove the contrary. Whether the GPU of a
@@ -40,7 +41,9 @@ from common import (
     later_schema,
     liveness_record,
     read_json,
+    show,
     systemctl,
+    whole_number,
     write_json,
 )  # fmt: skip
 from gate_server import main_pid, trust, unit_state
@@ -58,6 +61,10 @@ def main(argv: list[str]) -> int:
         return check(read_spec(argv[0]), float(argv[1]))
     except (Refused, OSError, ValueError, subprocess.SubprocessError) as error:
         print(f"error: the liveness check could not look: {error}", file=sys.stderr)
+        return FAILED
+    except Exception as error:  # of a damaged plan.json, whose values may be anything: a line, and a failed unit
+        print(f"error: the liveness check could not look: {argv[0]} is damaged ({error!r:.200}): run the deploy again",
+              file=sys.stderr)  # fmt: skip
         return FAILED
 
 
@@ -87,14 +94,21 @@ def check(spec: dict[str, Any], seconds: float) -> int:
 
 def read_spec(path: str) -> dict[str, Any]:
     """What is needed of a plan.json. Earlier versions lack some of it. Raises ValueError if it is none."""
-    with open(path) as file:
-        plan = json.load(file)
+    try:
+        with open(path) as file:
+            plan = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): run the deploy again") from error
     gate = plan.get("gate") if isinstance(plan, dict) else None
     if not isinstance(gate, dict) or not all(isinstance(gate.get(key), str) for key in ("unit", "url")):
         raise ValueError(f"{path} has no gate with a unit and a url: run the deploy again")
     if later := later_schema(plan, PLAN_SCHEMA):
         raise ValueError(f"{path}: {later}")
-    return {"api_keys": None, "tls_certificate": None, "argv": [], **gate, "batch_tokens": plan.get("batch_tokens")}
+    spec = {"api_keys": None, "tls_certificate": None, "argv": [], **gate, "batch_tokens": plan.get("batch_tokens")}
+    texts = [spec[key] for key in ("api_keys", "tls_certificate") if spec[key] is not None]
+    if not isinstance(spec["argv"], list) or not all(isinstance(word, str) for word in [*texts, *spec["argv"]]):
+        raise ValueError(f"{path}: its gate has paths or arguments that are no texts: run the deploy again")
+    return spec
 
 
 # --- how long is too long -----------------------------------------------------------------------
@@ -221,19 +235,31 @@ def restart(unit: str, pid: int, why: str) -> bool:
         if not held or unit_state(unit) != "active/running" or main_pid(unit) != pid:
             return False
         print(f"{unit} is wedged: {why}; restarting it", flush=True)
+        before = restarts_by_systemd(unit)
         # Do not wait: a deploy that takes the lock next decides what runs.
         systemctl("restart", "--no-block", unit)
-        count(name, why)
+        count(name, why, before)
     return True
 
 
-def count(name: str, why: str) -> None:
-    """Record the restart. A full disk must not keep a wedged server from being restarted, so this comes after it."""
+def restarts_by_systemd(unit: str) -> int:
+    """Since the last start that was none of systemd's own; 0 where it does not say."""
+    try:
+        return whole_number(show(unit, "NRestarts", seconds=10.0).get("NRestarts"), 2**32) or 0
+    except (OSError, subprocess.SubprocessError):
+        return 0
+
+
+def count(name: str, why: str, by_systemd: int) -> None:
+    """Record the restart, and how many systemd made since the last one that was no restart of its own. A full disk must
+    not keep a wedged server from being restarted, so this comes after it."""
     path = liveness_record(name)
-    restarts = int(positive(read_json(path).get("restarts"))) + 1
+    before = read_json(path)
+    restarts = int(positive(before.get("restarts"))) + 1
+    by_systemd += int(positive(before.get("by_systemd")))
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     try:
-        write_json(path, {"restarts": restarts, "why": why, "time": now})
+        write_json(path, {"restarts": restarts, "by_systemd": by_systemd, "why": why, "time": now})
     except OSError as error:
         print(f"the restart could not be recorded: {error}", file=sys.stderr)
 

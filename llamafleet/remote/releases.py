@@ -11,26 +11,60 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import sys
 from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
 
-from common import GOOD, OPT, PREFIX, RELEASE_SCHEMA, SUFFIX, UNITS, later_schema, read_file, read_json, replace_link
+from common import (
+    GOOD,
+    OPT,
+    PREFIX,
+    RELEASE_SCHEMA,
+    SUFFIX,
+    UNITS,
+    later_schema,
+    read_file,
+    read_json,
+    replace_link,
+    sha256_of,
+)
 
 
 def record_of(folder: str) -> dict[str, Any] | None:
-    """The record of a release that is whole: its form is known, and every file that it names is there, in its size."""
+    """The record of a release that is whole: its form is known, every file that it names is there, in its size and as
+    it was written, and no other file."""
     record = read_json(f"{folder}/release.json")
     files, sizes = record.get("files"), record.get("sizes", {})
     if later_schema(record, RELEASE_SCHEMA) or not isinstance(files, dict) or not isinstance(sizes, dict):
         return None
     try:
-        for name in files:
-            size = os.stat(f"{folder}/bin/{name}").st_size
-            if size != sizes.get(name, size):
-                return None
-    except (OSError, ValueError):
+        if set(os.listdir(f"{folder}/bin")) != set(files):
+            return None
+        written = written_at(folder)
+        whole = all(is_whole(f"{folder}/bin/{name}", sizes.get(name), files[name], written) for name in files)
+    except (OSError, ValueError, TypeError):
         return None
-    return record
+    return record if whole else None
+
+
+def written_at(folder: str) -> int:
+    """When release.json was written, in nanoseconds; 0 where it may have been changed since. A release gets its name
+    after that, which changes its folder."""
+    note, named = os.stat(f"{folder}/release.json").st_ctime_ns, os.stat(folder).st_ctime_ns
+    return note if note < named else 0
+
+
+def is_whole(path: str, size: Any, digest: Any, written: int) -> bool:
+    """Whether a file has this size (None: any) and this SHA-256. A file is read only where its content, mode or owner
+    changed after `written`: any such change sets its ctime, which no program can set back. Links lead to neighbours."""
+    found = os.lstat(path)
+    if stat.S_ISLNK(found.st_mode):
+        if os.sep in os.readlink(path):
+            return False
+        found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode) or found.st_size != (found.st_size if size is None else size):
+        return False
+    return found.st_ctime_ns <= written or digest == sha256_of(path)
 
 
 def main(argv: list[str]) -> int:

@@ -2,8 +2,8 @@
 
 Contract: no arguments; prints one JSON object, by instance name {"rss_bytes", "cgroup_bytes": int | null,
 "gpu_bytes": {GPU's UUID: int | null} | text where NVML does not tell, "since": text, "gate": the last gate's record
-(`gate.py`) | null}. Changes nothing. Python 3.8, standard library, psutil and pynvml; its siblings common.py,
-gate.py and survey.py lie in the same folder.
+(`gate.py`) | null, "liveness": the record of the liveness check's restarts (`liveness.py`) | null}. Changes nothing.
+Python 3.8, standard library, psutil and pynvml; its siblings common.py, gate.py and survey.py lie in the same folder.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from common import GATES, instance_of, plan_path, read_json, unit_of
+from common import GATES, liveness_record, plan_path, read_json, unit_of
 
 
 def status() -> dict[str, dict[str, Any]]:
     """Every installed instance that we made."""
     import survey
 
-    units = [unit for unit in survey.units() if survey.is_ours(unit)]
-    return {name: instance(name) for name in map(instance_of, units)}
+    return {name: instance(name) for name in survey.names()}
 
 
 def instance(name: str) -> dict[str, Any]:
@@ -36,6 +35,7 @@ def instance(name: str) -> dict[str, Any]:
         "gpu_bytes": gpu_bytes(pid) if planned and pid else {},
         "since": shown.get("ActiveEnterTimestamp") or "",
         "gate": read_json(f"{GATES}/{name}.json") or None,
+        "liveness": read_json(liveness_record(name)) or None,
     }
 
 

@@ -1,10 +1,10 @@
 """Report what is installed and running on this host, together with the probe's machine file.
 
 Contract: one argument, a JSON object {"packages": {name of a package manager: [names]},
-"build_cache": path | null, "toolkits": [paths], "paths": [paths], "vulkan": bool,
+"build_cache": path | null, "toolkits": [paths], "paths": [paths], "vulkan": bool, "addresses": [texts],
 "bandwidth": bool (measure the memory, unless a plan.json has it)}; prints one JSON object
-{"machine": the probe's output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and psutil;
-its siblings common.py, instance_files.py, learned.py, probe.py, probe_bandwidth.py, toolkits.py, lock.py, ground.py,
+{"machine": the probe's output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and psutil; its
+siblings common.py, addresses.py, instance_files.py, learned.py, places.py, probe.py, toolkits.py, lock.py, ground.py,
 packages.py and releases.py lie in the same folder.
 """
 
@@ -17,7 +17,7 @@ import pwd
 import re
 import subprocess
 import sys
-from typing import Any
+from typing import Any, Iterable  # the contract is Python 3.8, whose own Iterable is typing's
 
 import common
 import instance_files
@@ -41,6 +41,7 @@ from common import (
     sha256_of,
 )  # fmt: skip
 
+CREDENTIALS = "/run/credentials"  # systemd's: by unit the credentials that the running service was given
 DRIVER_SECONDS = 20.0  # a driver that does not answer in this time hangs
 
 
@@ -68,6 +69,7 @@ def main(argv: list[str]) -> None:
         "cached_builds": cached_builds(asked["build_cache"]),
         "models": verified_models(),
         "instances": instances(),
+        "paths": paths(),
         "listeners": listeners(),
         "device_classes": device_classes(),
         "ground": ground.ground(),
@@ -76,6 +78,7 @@ def main(argv: list[str]) -> None:
         "toolkits": toolkits.find(extra=asked["toolkits"]),
         "bandwidth": learned.bandwidth(machine) if asked.get("bandwidth") else None,
         "gate_speeds": learned.gate_speeds(),
+        "unbindable": unbindable(asked.get("addresses", [])),
     }
     print(json.dumps({"machine": machine, "found": found}))
 
@@ -142,19 +145,26 @@ def verified_models() -> dict[str, dict[str, Any]]:
             record = read_json(path + ".verified") if common.is_model_file(name) else {}
             if not re.fullmatch("[0-9a-f]{64}", str(record.get("sha256"))):
                 continue  # of another program, or damaged: the file is verified again
-            try:
-                file = os.stat(path)
-            except OSError:
-                continue
-            if (file.st_size, file.st_mtime_ns) == (record.get("size_bytes"), record.get("mtime_ns")):
-                found[path] = {"size_bytes": file.st_size, "sha256": record["sha256"]}
+            if common.is_as_verified(path, record):
+                found[path] = {"size_bytes": record["size_bytes"], "sha256": record["sha256"]}
     return found
 
 
 def instances() -> dict[str, dict[str, Any]]:
     """Every installed instance by name: its files' hashes, and its running process."""
-    names = [common.instance_of(unit) for unit in units() if is_ours(unit)]
-    return {name: instance(name) for name in names}
+    return {name: instance(name) for name in names()}
+
+
+def names() -> list[str]:
+    """The installed instances."""
+    return instance_files.names()
+
+
+def paths() -> dict[str, dict[str, Any]]:
+    """What lies at the places of ours, see places.py."""
+    import places
+
+    return places.found(names())
 
 
 def units() -> list[str]:
@@ -168,23 +178,28 @@ def is_ours(unit: str) -> bool:
 
 
 def instance(name: str) -> dict[str, Any]:
-    unit, record = common.unit_of(name), read_json(plan_path(name))
+    unit, record = common.unit_of(name), instance_files.record(name)
+    timer = show(liveness_units(name)[1], "ActiveState", "UnitFileState")
     shown = show(unit, "ActiveState", "SubState", "UnitFileState", "MainPID", "NRestarts", "DropInPaths",
                  "NeedDaemonReload")  # fmt: skip
     pid = int(shown.get("MainPID") or 0)
     return {
         "unit_sha256": sha256_of(f"{UNITS}/{unit}"),
         "plan_sha256": sha256_of(plan_path(name)),
-        "secrets": {one: hashed for one in SECRETS if (hashed := sha256_of(f"{INSTANCES}/{name}/{one}"))},
+        "secrets": hashes(f"{INSTANCES}/{name}", SECRETS),
         "preflight": record.get("preflight"),
         "good_sha256": sha256_of(f"{GOOD}/{name}/{unit}"),
-        "liveness_sha256": {one: found for one in liveness_units(name) if (found := sha256_of(f"{UNITS}/{one}"))},
-        "liveness": show(liveness_units(name)[1], "ActiveState").get("ActiveState"),
+        "liveness_sha256": hashes(UNITS, liveness_units(name)),
+        "good_liveness_sha256": hashes(f"{GOOD}/{name}", liveness_units(name)),
+        "liveness": timer.get("ActiveState"),
+        "liveness_enabled": timer.get("UnitFileState"),
+        "liveness_drop_ins": [path for one in liveness_units(name) for path in common.drop_ins(one)],
         "active": shown.get("ActiveState"),
         "sub": shown.get("SubState"),
         "enabled": shown.get("UnitFileState"),
         "restarts": int(shown.get("NRestarts") or 0),
         "drop_ins": (shown.get("DropInPaths") or "").split(),
+        "unread_drop_ins": common.drop_ins(unit),
         "stale": shown.get("NeedDaemonReload") == "yes",
         "pid": pid,
         "argv": common.command_line(pid),
@@ -192,7 +207,34 @@ def instance(name: str) -> dict[str, Any]:
         "record": record or None,
         "unit_core_sha256": core_sha256(f"{UNITS}/{unit}"),
         "good_core_sha256": core_sha256(f"{GOOD}/{name}/{unit}"),
+        "good_plan_sha256": sha256_of(f"{GOOD}/{name}/plan.json"),
+        "good_is_whole": has_good_files(name),
+        "loaded": hashes(f"{CREDENTIALS}/{unit}", SECRETS),
+        "deleted": deleted_files(pid),
     }
+
+
+def hashes(folder: str, names: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of these files of a folder that are there."""
+    return {name: found for name in names if (found := sha256_of(f"{folder}/{name}"))}
+
+
+def has_good_files(name: str) -> bool:
+    """Whether the files that last passed the gate are whole, with the list that says so."""
+    listed = read_json(f"{GOOD}/{name}/{instance_files.MANIFEST}").get("files")
+    return instance_files.last_good(name) is not None and isinstance(listed, dict)
+
+
+def deleted_files(pid: int) -> list[str]:
+    """The files of our releases that a process runs from although they were removed or replaced."""
+    try:
+        with open(f"/proc/{pid}/maps", errors="replace") as file:
+            lines = [line.rstrip("\n") for line in file]
+    except OSError:
+        return []
+    gone = " (deleted)"
+    mapped = {line[line.index("/") :] for line in lines if line.endswith(gone) and "/" in line}
+    return sorted(path[: -len(gone)] for path in mapped if path.startswith(RELEASES + "/"))
 
 
 def core_sha256(unit: str) -> str | None:
@@ -227,6 +269,13 @@ def listeners() -> list[dict[str, Any]]:
             found.append({"address": connection.laddr.ip, "port": connection.laddr.port, "pid": pid,
                           "process": process_name(pid), "unit": unit_of(pid)})  # fmt: skip
     return found
+
+
+def unbindable(addresses: list[str]) -> dict[str, str]:
+    """Those of the addresses at which no server of this host can listen, with the reason."""
+    from addresses import cannot_bind
+
+    return {one: why for one in addresses if (why := cannot_bind(one))}
 
 
 def process_name(pid: int) -> str | None:

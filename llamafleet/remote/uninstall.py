@@ -98,10 +98,9 @@ def remove(with_models: bool, run_id: str) -> None:
         lock.refresh(run_id)
     gone = [path for path in paths() if path != RUN]
     for name in units():
-        run("systemctl", "disable", "--quiet", name)
+        run("systemctl", "disable", "--quiet", name, check=os.path.isfile(f"{UNITS}/{name}"))
         run("systemctl", "reset-failed", name, check=False)  # nothing to forget is as good
-        os.unlink(f"{UNITS}/{name}")
-        print(f"removed {name}", flush=True)
+        delete(f"{UNITS}/{name}")
     run("systemctl", "daemon-reload")
     for path in [*gone, *([VAR] if with_models else [])]:
         delete(path)
@@ -121,7 +120,8 @@ def stop(unit: str) -> None:
 def keep_models() -> None:
     """Models that stay are root's, since the number of a removed user may become somebody else's."""
     for folder, names, files in os.walk(MODELS):
-        for path in [folder, *(os.path.join(folder, name) for name in (*names, *files))]:
+        # In order: FILE.verified may not seem to be older than FILE.
+        for path in [folder, *(os.path.join(folder, name) for name in sorted((*names, *files)))]:
             os.chown(path, 0, 0, follow_symlinks=False)
     if models():
         print(f"kept the models in {MODELS}", flush=True)

@@ -6,16 +6,34 @@ Decision 16: docs/decisions/0016-records-are-versioned.md.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from llamafleet.host.installed import Installed, InstalledInstance
-from llamafleet.remote.common import APART, core_of_unit, without_directives
+from llamafleet.remote.common import (
+    APART,
+    core_of_unit,
+    drop_in_folders,
+    identity_of,
+    is_as_written,
+    without_directives,
+)
+from llamafleet.service import wanted
 from llamafleet.service.desired import Desired, Service, Serving
 
 # The credentials of a unit by their names, and what they are in words.
 SECRETS = {"api-keys": "API keys", "tls-certificate": "TLS certificate", "tls-key": "TLS key"}
+# Keys of plan.json beside its identity by which the host's programs work.
+TOLD_TO_HOST = ("trial", "batch_tokens", "allowed_drop_ins")
+
+
+@dataclass(frozen=True)
+class Misplaced:
+    """A place that is not as it should be, and how it differs."""
+
+    place: wanted.Place
+    phrase: str
 
 
 @dataclass(frozen=True)
@@ -27,16 +45,18 @@ class Changes:
     packages: tuple[str, ...]
     toolkit: bool
     build: bool
-    # Folders of models to fetch.
-    models: tuple[str, ...]
+    # Folders of models to fetch or to read again, with the reasons.
+    models: Mapping[str, tuple[str, ...]]
     # Instances to install or restart, with the reasons.
     services: Mapping[str, tuple[str, ...]]
-    # Instances whose servers run on while their unit, plan.json and liveness check are replaced, with the reasons.
+    # Instances whose servers run on while their files and their state in systemd are set right, with the reasons.
     refreshed: Mapping[str, tuple[str, ...]]
-    # Instances that stay as they are, but for their liveness check.
-    liveness: tuple[str, ...]
+    # Instances that stay as they are, but for their liveness check, with the reasons.
+    liveness: Mapping[str, tuple[str, ...]]
     removed: tuple[str, ...]
     current: bool
+    # Files and folders that get their mode and owner again, or make way for what belongs there, by path.
+    paths: Mapping[str, Misplaced]
     # Of the instances to install those whose plan llama-server was not asked about.
     verify: tuple[str, ...] = ()
     # Instances that stay as they are, but whose plan.json has other inputs or another answer of llama-server.
@@ -46,39 +66,61 @@ class Changes:
     def any(self) -> bool:
         """Whether anything is to be done to what runs or is installed: a plan.json alone does not count."""
         parts = (self.helpers, self.user, self.packages, self.toolkit, self.build, self.models, self.services,
-                 self.refreshed, self.liveness, self.removed, self.current)  # fmt: skip
+                 self.refreshed, self.liveness, self.removed, self.current, self.paths)  # fmt: skip
         return any(bool(part) for part in parts)
+
+    def of_instance(self, name: str) -> tuple[str, ...]:
+        """How this instance differs from what it should be, a phrase each."""
+        parts = (self.services, self.refreshed, self.liveness)
+        reasons = [reason for part in parts for reason in part.get(name, ())]
+        return (*reasons, *(one.phrase for one in self.paths.values() if one.place.instance == name))
+
+    def of_host(self) -> tuple[str, ...]:
+        """What differs on the host beside its instances, a phrase each."""
+        parts = {"helpers": self.helpers, "user": self.user, "packages": self.packages, "toolkit": self.toolkit,
+                 "build": self.build, "current release": self.current}  # fmt: skip
+        models = [f"models: {reason}" for reasons in self.models.values() for reason in reasons]
+        # What is missing with its folder is not named again.
+        places = [one.phrase for path, one in self.paths.items() if not one.place.instance
+                  and not (one.phrase.endswith(" is missing") and path.rpartition("/")[0] in self.paths)]  # fmt: skip
+        return (*(name for name, needed in parts.items() if needed), *models, *places)
 
 
 def changes_needed(desired: Desired, installed: Installed) -> Changes:
     """What makes the host what it should be."""
     services = {serving.name: serving.service for serving in desired.servings}
     alone = len(services) == 1
+    build = not _has_release(desired, installed)
     reasons = {
-        name: differences(service, installed.instances.get(name), installed.ground, alone)
+        name: (*differences(service, installed.instances.get(name), installed.ground, alone),
+               *_runs_from(service, installed.instances.get(name), build))
         for name, service in services.items()
-    }
-    to_install = {name: why for name, why in reasons.items() if why}
-    run_on = {name: installed.instances[name] for name, why in reasons.items() if not why}
-    quiet = {name: quiet_differences(services[name], instance) for name, instance in run_on.items()}
-    refreshed = {name: why for name, why in quiet.items() if why}
-    stay = {name: instance for name, instance in run_on.items() if name not in refreshed}
-    files = {
-        serving.folder: {f"{serving.folder}/{file.name}": file.sha256 for file in serving.model.files}
-        for serving in desired.servings
-    }
+    }  # fmt: skip
+    there = {name: installed.instances[name] for name in services if name in installed.instances}
+    quiet = {name: quiet_differences(services[name], instance) for name, instance in there.items()}
+    watching = {name: liveness_differences(services[name], instance) for name, instance in there.items()}
+    # What is done with more than is needed for one reason is done for the others too.
+    to_install = {name: (*why, *quiet.get(name, ()), *watching.get(name, ())) for name, why in reasons.items() if why}
+    refreshed = {name: (*why, *watching[name]) for name, why in quiet.items() if why and name not in to_install}
+    stay = {name: instance for name, instance in there.items() if name not in (*to_install, *refreshed)}
+    misplaced = [Misplaced(*one) for one in wanted.differences(_places(desired, installed, build), installed.paths)]
+    model_files = {path for serving in desired.servings for path in _model_files(serving)}
+    models = {serving.folder: tuple(_of_model(serving, installed, misplaced)) for serving in desired.servings}
     return Changes(
         helpers=installed.helpers != desired.run.helpers,
         user=not installed.user,
         packages=desired.packages,
         toolkit=desired.install_toolkit is not None,
-        build=desired.build.key not in installed.releases,
-        models=tuple(folder for folder, sums in files.items() if not _complete(sums, installed)),
+        build=build,
+        models={folder: why for folder, why in models.items() if why},
         services=to_install,
         refreshed=refreshed,
-        liveness=tuple(name for name, instance in stay.items() if liveness_differs(services[name], instance)),
+        liveness={name: watching[name] for name in stay if watching[name]},
         removed=tuple(name for name in installed.instances if name not in services),
         current=installed.current != desired.build.key,
+        # Links are replaced with what they lead to; a model's file is read again.
+        paths={one.place.path: one for one in misplaced
+               if one.place.kind != "link" and one.place.path not in model_files},
         verify=tuple(
             serving.name for serving in desired.servings if serving.name in to_install and not serving.is_verified
         ),
@@ -89,16 +131,18 @@ def changes_needed(desired: Desired, installed: Installed) -> Changes:
             and (
                 serving.verified is not None
                 or serving.name not in desired.inputs.same_inputs()
-                or _has_another_source(stay[serving.name], serving)
+                or _tells_otherwise(stay[serving.name], serving)
                 or _has_other_rates(stay[serving.name], serving)
             )
         ),
-    )
+    )  # fmt: skip
 
 
-def _has_another_source(installed: InstalledInstance, serving: Serving) -> bool:
-    """Whether plan.json names the model's source otherwise: an earlier version wrote the query of an address, too."""
-    return installed.record is not None and installed.record.raw.get("source") != serving.record.get("source")
+def _has_release(desired: Desired, installed: Installed) -> bool:
+    """Whether the wanted release is there and whole, and its release.json is its own."""
+    record, build = installed.releases.get(desired.build.key), desired.build
+    own = {"key": build.key, "commit": build.commit}
+    return record is not None and all(record.get(key, value) == value for key, value in own.items())
 
 
 def _has_other_rates(installed: InstalledInstance, serving: Serving) -> bool:
@@ -108,9 +152,54 @@ def _has_other_rates(installed: InstalledInstance, serving: Serving) -> bool:
     return wanted is not None and (not isinstance(recorded, dict) or recorded.get("rates") != wanted["rates"])
 
 
-def _complete(files: Mapping[str, str | None], installed: Installed) -> bool:
-    """Whether all files of a model are there and verified: by these sums, or where one is unknown by any."""
-    return all(path in installed.models and sha256 in (None, installed.models[path]) for path, sha256 in files.items())
+def _runs_from(service: Service, installed: InstalledInstance | None, build: bool) -> Iterator[str]:
+    """Whether the running server has loaded files of its release that are gone, or will be."""
+    if installed is None or installed.active != "active":
+        return
+    if installed.deleted:
+        names = ", ".join(path.rpartition("/")[2] for path in installed.deleted)
+        yield f"it runs from files that were removed or replaced: {names}"
+    elif build and (installed.exe or "").startswith(service.release + "/"):
+        yield "its release is damaged and made again"
+
+
+def _places(desired: Desired, installed: Installed, build: bool) -> tuple[wanted.Place, ...]:
+    record = installed.releases.get(desired.build.key, {})
+    files = record.get("files") if not build else None
+    names = [name for name in files if isinstance(name, str)] if isinstance(files, Mapping) else []
+    instances = [
+        wanted.Instance(serving.name, tuple(serving.service.secrets), bool(serving.service.liveness))
+        for serving in desired.servings
+    ]
+    models = [path for serving in desired.servings for path in _model_files(serving)]
+    return wanted.places(instances, desired.run.helpers, desired.build.key, names, models)
+
+
+def _model_files(serving: Serving) -> dict[str, str | None]:
+    """The sums of a model's files by path; None where one is not known."""
+    return {f"{serving.folder}/{file.name}": file.sha256 for file in serving.model.files}
+
+
+def _of_model(serving: Serving, installed: Installed, misplaced: list[Misplaced]) -> Iterator[str]:
+    """Why the files of a model must be fetched or read again: a phrase for each that is not there and verified, by its
+    sum, or where that is unknown by any."""
+    for path, sha256 in _model_files(serving).items():
+        known = installed.models.get(path)
+        phrases = [one.phrase for one in misplaced if one.place.path == path]
+        if phrases:
+            yield phrases[0]
+        elif known is None:
+            there = path in installed.paths
+            yield f"{path} {'was changed since it was verified' if there else 'is missing'}"
+        elif sha256 not in (None, known):
+            yield f"{path} is another file than the source has"
+
+
+def _tells_otherwise(installed: InstalledInstance, serving: Serving) -> bool:
+    """Whether plan.json tells the host's programs other things than it should: an earlier version wrote less, and of
+    an address the query too."""
+    keys = ("source", *TOLD_TO_HOST)
+    return installed.record is not None and any(installed.record.raw.get(k) != serving.record.get(k) for k in keys)
 
 
 def differences(
@@ -125,18 +214,11 @@ def differences(
     if installed is None:
         return ("it is not installed",)
     reasons = list(_unit_differs(service.unit_text, installed, ground, alone))
-    if not reasons and not _has_passed(installed):
+    if not reasons and not _has_passed(installed) and not _good_is_damaged(installed):
         reasons.append("it has not passed the gate")
-    if installed.plan_sha256 is None:
-        reasons.append("its plan.json is missing")
-    for name, what in SECRETS.items():
-        wanted = service.secrets.get(name)
-        if installed.secrets.get(name) != (sha256(wanted) if wanted is not None else None):
-            reasons.append(f"its {what} {'differ' if what.endswith('s') else 'differs'}")
-    if installed.drop_ins:
-        reasons.append(f"drop-ins change its unit: {', '.join(installed.drop_ins)}")
-    if installed.enabled != "enabled":
-        reasons.append(f"it is {installed.enabled or 'not enabled'}")
+    reasons += _secrets_differ(service, installed, loaded=False)
+    if drop_ins := _not_allowed(service, installed.drop_ins):
+        reasons.append(f"drop-ins change its unit: {', '.join(drop_ins)}")
     if installed.active != "active":
         reasons.append(f"it is {installed.active or 'not active'}")
     elif installed.argv != service.argv:
@@ -144,6 +226,29 @@ def differences(
     elif installed.exe is not None and not installed.exe.startswith(service.release + "/"):
         reasons.append(f"it runs {installed.exe}")
     return tuple(reasons)
+
+
+def _secrets_differ(service: Service, installed: InstalledInstance, loaded: bool) -> list[str]:
+    """The credentials that are not as they should be; `loaded`: of those that the running server has nevertheless, so
+    that their files alone are written again, else of the others."""
+    found = []
+    for name, what in SECRETS.items():
+        text = service.secrets.get(name)
+        digest = sha256(text) if text is not None else None
+        runs_with_it = installed.loaded.get(name) == digest
+        verb = "differ" if what.endswith("s") else "differs"
+        if installed.secrets.get(name) != digest and runs_with_it is loaded:
+            found.append(f"its {what} {verb}")
+        elif installed.secrets.get(name) == digest and installed.loaded and not runs_with_it and not loaded:
+            found.append(f"its {what} {verb} from what it runs with")
+    return found
+
+
+def _not_allowed(service: Service, drop_ins: Iterable[str]) -> list[str]:
+    """Of these drop-ins those of this unit that the settings do not name. Those of all services are the host's."""
+    folders = drop_in_folders(service.unit)
+    own = (path.rpartition("/") for path in drop_ins)
+    return ["".join(parts) for parts in own if parts[0] in folders and parts[2] not in service.allowed_drop_ins]
 
 
 def _unit_differs(
@@ -155,7 +260,7 @@ def _unit_differs(
     if installed.unit_sha256 == sha256(wanted) or installed.unit_core_sha256 == sha256(core_of_unit(wanted)):
         return
     if not dropped or installed.unit_core_sha256 != sha256(core_of_unit(wanted, dropped)):
-        yield "its unit differs"
+        yield "its unit is missing" if installed.unit_sha256 is None else "its unit differs"
         return
     found = (installed.preflight or {}).get("ground") or {}
     if found != ground:
@@ -172,6 +277,11 @@ def _has_passed(installed: InstalledInstance) -> bool:
     return installed.good_core_sha256 is not None and installed.good_core_sha256 == installed.unit_core_sha256
 
 
+def _good_is_damaged(installed: InstalledInstance) -> bool:
+    """Whether the files that last passed the gate say nothing of the installed ones."""
+    return installed.good_sha256 is None or not installed.good_is_whole
+
+
 def _dropped(installed: InstalledInstance) -> tuple[str, ...]:
     """The directives that the preflight dropped, as plan.json has them; none where it has another form."""
     found: Mapping[str, Any] = installed.preflight or {}
@@ -183,17 +293,57 @@ def _dropped(installed: InstalledInstance) -> tuple[str, ...]:
 
 
 def quiet_differences(service: Service, installed: InstalledInstance) -> tuple[str, ...]:
-    """Why the unit is to be replaced while its server runs on; empty where it is as it should be."""
-    wanted = (service.unit_text, without_directives(service.unit_text, _dropped(installed)))
-    if installed.unit_sha256 in [sha256(text) for text in wanted]:
-        return ()
-    return ("its unit differs in lines that need no restart",)
+    """Why files of the instance, or its state in systemd, are to be set right while its server runs on; empty where all
+    is as it should be."""
+    return tuple(_quiet_differences(service, installed))
 
 
-def liveness_differs(service: Service, installed: InstalledInstance) -> bool:
-    """Whether the liveness check must be installed again; the server itself is not touched for that."""
+def _quiet_differences(service: Service, installed: InstalledInstance) -> Iterator[str]:
+    dropped = _dropped(installed)
+    texts = (service.unit_text, without_directives(service.unit_text, dropped))
+    cores = (core_of_unit(service.unit_text), core_of_unit(service.unit_text, dropped))
+    has_core = installed.unit_core_sha256 in [sha256(core) for core in cores]
+    if has_core and installed.unit_sha256 not in [sha256(text) for text in texts]:
+        yield "its unit differs in lines that need no restart"
+    yield from _plan_differs(service, installed)
+    yield from _secrets_differ(service, installed, loaded=True)
+    unread = [path for path in installed.unread_drop_ins if path not in installed.drop_ins]
+    if drop_ins := _not_allowed(service, unread):
+        yield f"drop-ins would change its unit at its next start: {', '.join(drop_ins)}"
+    elif installed.stale:
+        yield "systemd has not read its unit again since a file of it changed"
+    if installed.enabled != "enabled":
+        yield f"it is {installed.enabled or 'not enabled'}"
     wanted = {name: sha256(text) for name, text in service.liveness.items()}
-    return installed.liveness_sha256 != wanted or bool(wanted and installed.liveness != "active")
+    if _good_is_damaged(installed) or (installed.liveness_sha256 == wanted != installed.good_liveness_sha256):
+        yield "the files to go back to are damaged or missing"
+
+
+def _plan_differs(service: Service, installed: InstalledInstance) -> Iterator[str]:
+    """How plan.json is not what was written with the unit."""
+    if installed.plan_sha256 is None:
+        yield "its plan.json is missing"
+    elif installed.good_plan_sha256 not in (None, installed.plan_sha256):
+        yield "its plan.json was edited or damaged"
+    elif installed.record is None:
+        yield "its plan.json cannot be read"
+    elif not is_as_written(record := installed.record.raw) or identity_of(record) not in service.identities:
+        yield "its plan.json was edited"
+
+
+def liveness_differences(service: Service, installed: InstalledInstance) -> tuple[str, ...]:
+    """Why the liveness check must be installed again; the server itself is not touched for that."""
+    wanted = {name: sha256(text) for name, text in service.liveness.items()}
+    reasons = []
+    if installed.liveness_sha256 != wanted:
+        reasons.append("its liveness check differs")
+    if installed.liveness_drop_ins:
+        reasons.append(f"drop-ins change its liveness check: {', '.join(installed.liveness_drop_ins)}")
+    if wanted and installed.liveness != "active":
+        reasons.append(f"its liveness timer is {installed.liveness or 'not active'}")
+    elif wanted and installed.liveness_enabled != "enabled":
+        reasons.append(f"its liveness timer is {installed.liveness_enabled or 'not enabled'}")
+    return tuple(reasons)
 
 
 def sha256(text: str) -> str:

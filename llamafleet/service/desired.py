@@ -22,7 +22,7 @@ from llamafleet.memory.ledger import Correction
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Plan
 from llamafleet.planner.stability import Choice
-from llamafleet.remote.common import MODELS, unit_of
+from llamafleet.remote.common import MODELS, identity_of, unit_of
 from llamafleet.service import command, refusals
 from llamafleet.service.plan_inputs import PlanInputs
 from llamafleet.service.record import plan_record, record_text
@@ -44,6 +44,8 @@ class Run:
     holder: Holder | None
     # Of finished builds that a host may take from a cache, by key.
     digests: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    # Names and sources of the models that other hosts of the run are to serve; read for a host without models alone.
+    elsewhere: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ class Service:
     liveness: Mapping[str, str]
     # Of the plan record: names one state of the service.
     identity: str = ""
+    # The hashes that what plan.json has of it may have: earlier versions wrote the query of an address, too.
+    identities: frozenset[str] = frozenset()
+    # Names of drop-ins that the operator adds to the unit.
+    allowed_drop_ins: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Service({self.name})"
@@ -170,7 +176,7 @@ def desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
     """
     if refused := refusals.not_accessible(inputs.survey, run.holder, run.oldest_python):
         return refused
-    if refused := refusals.nothing_to_serve(inputs.settings, inputs.survey.installed):
+    if refused := refusals.nothing_to_serve(inputs.settings, inputs.survey.installed, run.elsewhere):
         return refused
     corrections = inputs.corrections()
     choice = inputs.keep_or_replan(corrections)
@@ -213,10 +219,14 @@ def _unplanned(choice: Choice) -> Iterator[Refused]:
 def _in_the_way(inputs: PlanInputs) -> Iterator[Refused]:
     """Units and programs of others that the host has where an instance should be."""
     installed, instances = inputs.survey.installed, inputs.settings.models
-    leaving = {unit_of(name) for name in installed.instances} - {instance.unit for instance in instances}
+    # No two of our instances are to have one port: what another one of ours holds, it gives up in this run.
+    ours = {unit_of(name) for name in installed.instances}
     for instance in instances:
         refused = refusals.foreign_unit(instance, installed.foreign_units)
-        refused = refused or refusals.port_taken(instance, installed.listeners, leaving)
+        there = installed.instances.get(instance.name)
+        refused = refused or (refusals.foreign_drop_in(instance, there.drop_ins) if there else None)
+        refused = refused or refusals.no_address(instance, installed.unbindable)
+        refused = refused or refusals.port_taken(instance, installed.listeners, ours)
         if refused:
             yield refused
 
@@ -305,6 +315,7 @@ def _serving(
         ),
         plan_json=record_text(record), secrets=desired.run.secrets.get(instance.name, {}), argv=argv,
         release=build.release, liveness=liveness_texts(render, instance, settings, desired.run.helpers),
-        identity=record["identity"],
+        identity=record["identity"], identities=frozenset((record["identity"], identity_of(record))),
+        allowed_drop_ins=instance.allowed_drop_ins,
     )  # fmt: skip
     return Serving(instance, model, plan, service, record, verified)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from llamafleet.build.release import MIB, Build
@@ -12,7 +10,7 @@ from llamafleet.host.machine import Gpu
 from llamafleet.hub.source import ModelFiles
 from llamafleet.planner.flags import device_names
 from llamafleet.planner.result import Plan
-from llamafleet.remote.common import API_KEYS, INSTANCES, PLAN_SCHEMA, TLS_CERTIFICATE, TLS_KEY
+from llamafleet.remote.common import API_KEYS, INSTANCES, PLAN_SCHEMA, TLS_CERTIFICATE, TLS_KEY, identity_of
 from llamafleet.service.trial import told_to_host
 from llamafleet.settings.schema import Instance
 
@@ -64,12 +62,13 @@ def plan_record(
         "cpus": plan.cpus,
         "numa_nodes": plan.numa_nodes,
     }
-    identity = _hash(record)
+    identity = identity_of(record)
     public = without_query(instance.source)
     if public != instance.source:
         record["source"] = public
-        record["public_identity"] = _hash({**record})
-    return {**record, "identity": identity, **told_to_host(argv, alone), "plan": chosen_plan(plan)}
+        record["public_identity"] = identity_of(record)
+    told = {**told_to_host(argv, alone), "allowed_drop_ins": list(instance.allowed_drop_ins)}
+    return {**record, "identity": identity, **told, "plan": chosen_plan(plan)}
 
 
 def chosen_plan(plan: Plan) -> dict[str, Any]:
@@ -77,10 +76,6 @@ def chosen_plan(plan: Plan) -> dict[str, Any]:
     speed that its own gate is expected to measure."""
     expected = plan.at_gate.to_json() if plan.at_gate else None
     return {**plan.to_json(), "predicted": plan.chosen_for.to_json(), "expected": expected}
-
-
-def _hash(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def without_query(source: str) -> str:

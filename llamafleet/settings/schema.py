@@ -169,6 +169,12 @@ class Instance:
     sha256: Sha256 | None
     allow_unverified: Flag
     mirrors: Annotated[Listed[Mirror], Field(max_length=100, description="tried one after another")]
+    allowed_drop_ins: Listed[
+        Annotated[
+            Text,
+            Should("be a drop-in's file name, such as nice.conf", functools.partial(re.fullmatch, r"[\w@.:-]+\.conf")),
+        ]
+    ]
 
     @property
     def unit(self) -> str:
@@ -233,6 +239,7 @@ class Settings:
     liveness_interval_seconds: Annotated[
         Whole, Field(ge=1, le=_SECONDS, description="systemd's timer has no pause of 0")
     ]
+    drain_seconds: Annotated[Whole, Field(ge=0, le=3600, description="0: replies are cut; nobody waits longer")]
     allow_empty_models: Flag
     uninstall_models: Flag
 

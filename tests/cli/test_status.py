@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -28,6 +31,7 @@ RECORD = {
 GOOD = {"ok": True, "time": "2026-11-21T15:00:00Z", "checks": [], "decode_tokens_per_s": 25.25}
 LIVE = {"rss_bytes": 900 * MIB, "cgroup_bytes": 3072 * MIB, "gpu_bytes": {"GPU-1": 20992 * MIB}, "since": "Sat",
         "gate": GOOD}  # fmt: skip
+RESTARTED = {"restarts": 2, "by_systemd": 1, "time": "2026-11-21T16:00:00Z", "why": "no sign of life"}
 AS_WANTED = Wanted({"demo": ()})
 
 
@@ -90,10 +94,20 @@ def test_a_wanted_instance_that_is_not_installed_has_a_line():
     assert line(host)["state"] == "not installed" and line(host)["drift"] == "it is not installed"
 
 
+def test_restarts_by_systemd_and_by_the_liveness_check_are_counted_with_the_last_reason():
+    host = of_host(found(restarts=3), live(liveness=RESTARTED), AS_WANTED)
+    assert host.is_fine and line(host)["restarts"] == "6"
+    remark = "demo: restarted 2 times by the liveness check, last 2026-11-21T16:00:00Z: no sign of life"
+    assert f"box1: {remark}" in table({"box1": host}).splitlines()
+    assert host.to_json()["instances"]["demo"]["liveness_restarts"] == 2
+    for damaged in (None, [], {"restarts": -1}, {"restarts": "x", "why": "y"}):
+        assert line(of_host(found(restarts=3), live(liveness=damaged), AS_WANTED))["restarts"] == "3"
+
+
 def test_changes_beside_the_services_are_shown():
     host = of_host(found(), live(), Wanted({"demo": ()}, ("helpers", "build")))
     assert not host.is_fine
-    assert "box1: a run would change: helpers, build" in table({"box1": host})
+    assert "box1: a run would change: helpers; build" in table({"box1": host})
 
 
 def test_the_free_space_is_shown_once_for_folders_of_one_disk():
@@ -149,10 +163,10 @@ def test_the_json_has_everything():
 def on_host(monkeypatch):
     """One installed instance whose process is this one, with systemd's answers as given."""
     shown = {"MainPID": str(os.getpid()), "MemoryCurrent": "1048576", "ActiveEnterTimestamp": "Sat"}
-    files = {program.plan_path("demo"): {"gate": {"gpus": [{}]}}, f"{program.GATES}/demo.json": GOOD}
+    files = {program.plan_path("demo"): {"gate": {"gpus": [{}]}}, f"{program.GATES}/demo.json": GOOD,
+             program.liveness_record("demo"): RESTARTED}  # fmt: skip
     survey = types.SimpleNamespace(
-        units=lambda: ["llama-server-demo.service", "llama-server-other.service"],
-        is_ours=lambda unit: "demo" in unit, show=lambda unit, *names: shown,
+        names=lambda: ["demo"], show=lambda unit, *names: shown,
     )  # fmt: skip
     monkeypatch.setattr(program, "read_json", lambda path: files.get(path, {}))
     monkeypatch.setitem(sys.modules, "survey", survey)
@@ -170,6 +184,7 @@ def test_the_program_tells_memory_gate_and_since(on_host):
         "gpu_bytes": {"GPU-1": 5, "GPU-3": None},
         "since": "Sat",
         "gate": GOOD,
+        "liveness": RESTARTED,
     }
 
 
@@ -209,8 +224,51 @@ def test_a_host_that_does_not_answer_is_named_and_exits_1(tmp_path):
     assert state["fine"] is False and state["problem"].startswith("cannot be reached")
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            'hosts = [("@local", {\n"allow_swap": true})]',
+            "fleet.py: line 2: NameError: name 'true' is not defined: write True",
+        ),
+        ("hosts = [\n\n1 2]", "fleet.py: line 3: SyntaxError: "),
+        ("import nothing_of_that_name", "fleet.py: line 1: ModuleNotFoundError: "),
+        ('hosts = [("box1", 5)]', "fleet.py: TypeError: "),
+        ("hosts = []", "fleet.py: the inventory has no host"),
+    ],
+)
+@pytest.mark.parametrize("module", ["tasks.status", "tasks.lib.over_hosts"])
+def test_an_inventory_that_cannot_be_used_is_bad_input_with_a_line(tmp_path, module, text, says):
+    (tmp_path / "fleet.py").write_text(text)
+    words = [sys.executable, "-m", module, str(tmp_path / "fleet.py")]
+    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
 def test_a_limit_that_names_nobody_is_bad_input(tmp_path):
     (tmp_path / "fleet.py").write_text('hosts = ["@local"]\n')
     words = [sys.executable, "-m", "tasks.status", str(tmp_path / "fleet.py"), "--limit", "nobody"]
     done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
     assert done.returncode == 2 and "nobody" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "plan"])
+def test_ctrl_c_while_a_host_is_silent_ends_within_seconds_with_130(tmp_path, command):
+    """A host that accepts the connection and says nothing: as a terminal does, all processes get the signal."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        inventory = tmp_path / "fleet.py"
+        inventory.write_text(f'hosts = [("silent", {{"ssh_hostname": "127.0.0.1", "ssh_port": {port}}})]\n')
+        words = [sys.executable, "-m", "llamafleet.cli", command, "--inventory", str(inventory)]
+        run = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               cwd=ROOT, process_group=0)  # fmt: skip
+        try:
+            silent.settimeout(30)
+            silent.accept()
+            began = time.monotonic()
+            os.killpg(run.pid, signal.SIGINT)
+            _, err = run.communicate(timeout=20)
+            assert time.monotonic() - began < 3
+        finally:
+            run.kill()
+    assert run.returncode == 130 and "interrupted" in err and "Traceback" not in err

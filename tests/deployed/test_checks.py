@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 
+from llamafleet.service import wanted
 from llamafleet.settings.schema import Settings
 from tests.hosts import checks, facts, instance_checks
 from tests.mutations import FUZZ, broken
@@ -23,6 +24,7 @@ COLLECTOR = ROOT / "tests/hosts/collect.py"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 KEY = "feedfacefeedface"
 UNIT = "llama-server-tiny.service"
+KEYS = "/etc/llamafleet/instances/tiny/api-keys"
 MODEL = "/var/lib/llamafleet/models/tiny-0123/tiny.gguf"
 
 
@@ -69,7 +71,7 @@ def plan():
 
 def healthy():
     def stat(mode="0755"):
-        return {"owner": "root", "gid": 0, "mode": mode, "size_bytes": 100, "mtime_ns": 1}
+        return {"owner": "root", "uid": 0, "gid": 0, "mode": mode, "size_bytes": 100, "mtime_ns": 1, "ctime_ns": 1}
 
     record = {
         "key": KEY,
@@ -80,7 +82,7 @@ def healthy():
     verdicts = [
         {"name": name, "ok": True, "expected": "e", "found": "e", "hint": ""} for name in instance_checks.GATE_CHECKS
     ]
-    folders = {path: stat() for path in ("/opt/llamafleet", "/etc/llamafleet", "/etc/llamafleet/instances")}
+    paths = {place.path: {"kind": place.kind, "mode": place.mode, "uid": 0, "gid": 0} for place in wanted.folders()}
     return {
         "euid": 0,
         "release": {
@@ -89,7 +91,8 @@ def healthy():
             "files": dict(record["files"]),
             "version": "version: 0.6.0 (build 11434, commit 0123456)\nbuilt with GNU 14",
         },
-        "folders": {**folders, "/var/lib/llamafleet/staged": stat("0700")},
+        "paths": {**paths, KEYS: {"kind": "file", "mode": 0o600, "uid": 0, "gid": 0}},
+        "helpers": {"key": "h1", "damaged": []},
         "staged": [],
         "run": ["lock.json"],
         "units": [UNIT],
@@ -98,7 +101,8 @@ def healthy():
                 "plan": plan(),
                 "plan_sha256": "p",
                 "plan_file": stat("0644"),
-                "good": {"unit_sha256": "u", "plan_sha256": "p"},
+                "good": {"unit_sha256": "u", "plan_sha256": "p", "secrets_as_kept": True},
+                "drop_ins": [],
                 "unit": {**stat("0644"), "sha256": "u", "identity": plan()["identity"]},
                 "state": {
                     "LoadState": "loaded",
@@ -116,6 +120,7 @@ def healthy():
                     "exe": f"/opt/llamafleet/releases/{KEY}/bin/llama-server",
                     "users": ["llamafleet"],
                     "age_seconds": 50.0,
+                    "deleted": [],
                     "NoNewPrivs": 1,
                     "Seccomp": 2,
                     "CapInh": 0,
@@ -129,7 +134,13 @@ def healthy():
                 "listening": [["127.0.0.1", 8080]],
                 "keys": {**stat("0600"), "count": 2},
                 "models": {MODEL: {**stat("0644"), "sha256": "aa", "noted_sha256": "aa"}},
-                "liveness": {"active": "active", "units": ["s", "t"], "as_kept": True},
+                "liveness": {
+                    "active": "active",
+                    "enabled": "enabled",
+                    "drop_ins": [],
+                    "units": ["s", "t"],
+                    "as_kept": True,
+                },
                 "gate": {"ok": True, "checks": verdicts},
             }
         },
@@ -177,16 +188,19 @@ BROKEN = [
     ("release", ("release", "files", "evil.so"), "44", "evil.so: expected nothing, found sha256 44"),
     ("version", ("release", "version"), "commit fedcba9)", "commit 0123456, found commit fedcba9)"),
     ("version", ("release", "version"), "", "expected commit 0123456, found nothing"),
-    ("folders", ("folders", f"{CONF}/instances", "mode"), "0777", "expected root 0755, found root 0777"),
-    ("folders", ("folders", CONF, "owner"), "joe", "expected root 0755, found joe 0755"),
-    ("folders", ("folders", "/opt/llamafleet"), None, "expected root 0755, found nothing"),
+    ("folders", ("paths", f"{CONF}/instances", "mode"), 0o777, "mode 0755, found it has mode 0777 instead of 0755"),
+    ("folders", ("paths", CONF, "uid"), 12, "expected root's folder with mode 0755, found it belongs to 12:0 instead of root"),
+    ("folders", ("paths", "/opt/llamafleet"), None, "found it is missing (changed by hand? deploy again)"),
+    ("folders", ("paths", KEYS, "kind"), "link", "found it is a link instead of a file"),
+    ("folders", ("paths", STAGED, "mode"), 0o755, "mode 0700, found it has mode 0755 instead of 0700"),
+    ("helpers", ("helpers", "key"), None, "expected a link to the helpers, found nothing"),
+    ("helpers", ("helpers", "damaged"), ["gate.py"], "helpers/h1: expected helpers as they were installed, found others: gate.py"),
     ("leftovers", ("run",), ["hub-token.curl"], "expected no Hub token, found ['hub-token.curl']"),
     ("leftovers", ("staged",), ["tiny"], "expected an empty folder, found ['tiny']"),
-    ("leftovers", ("folders", STAGED, "mode"), "0755", "expected root 0700, found root 0755"),
     ("undeclared", ("units",), [UNIT, "llama-server-old.service"], "found llama-server-old.service"),
     ("plan_file", (*TINY, "plan"), None, "was deployed, found no JSON object"),
     ("plan_file", (*TINY, "plan_file", "mode"), "0666", "expected root 0644, found root 0666"),
-    ("plan_file", (*TINY, "plan", "commit"), "x", "it was edited"),
+    ("plan_file", (*TINY, "plan", "commit"), "x", "changed by hand? deploy again"),
     ("plan_file", (*TINY, "plan_sha256"), "q", "sha256 p, found sha256 q"),
     ("plan_file", (*TINY, "plan", "release"), ZEROS, f"the host's current release, {KEY}, found {ZEROS}"),
     ("plan_file", (*TINY, "plan", "source"), "hf:a/b/c.gguf", "hf:a/b/tiny.gguf, found hf:a/b/c.gguf"),
@@ -197,7 +211,8 @@ BROKEN = [
     ("models", (*TINY, "plan", "files"), [], "expected at least one, found nothing"),
     ("models", (*TINY, "models", MODEL), None, "expected a model of 100 bytes, found nothing"),
     ("models", (*TINY, "models", MODEL, "size_bytes"), 99, "expected 100 bytes, found 99 bytes"),
-    ("models", (*TINY, "models", MODEL, "sha256"), "bb", "expected sha256 aa, found bb"),
+    ("models", (*TINY, "models", MODEL, "sha256"), "bb", f"aa, found bb (damaged: remove {MODEL}.verified and deploy again"),
+    ("models", (*TINY, "models", MODEL, "noted_sha256"), None, "the note of its checksum, found missing, damaged, or older"),
     ("models", (*TINY, "models", MODEL, "owner"), "joe", "found joe 0644"),
     ("models", (*TINY, "models", MODEL, "mode"), "0664", "found root 0664"),
     ("models", (*TINY, "models", MODEL, "mode"), "0646", "found root 0646"),
@@ -209,6 +224,8 @@ BROKEN = [
     ("unit", (*TINY, "unit", "identity"), ZEROS, f"found {ZEROS}"),
     ("unit", (*TINY, "unit", "sha256"), "v", "sha256 u, found sha256 v"),
     ("unit", (*TINY, "state", "DropInPaths"), "/etc/x.conf", "expected nothing, found /etc/x.conf"),
+    ("unit", (*TINY, "drop_ins"), ["/etc/x.conf"], "expected nothing, found /etc/x.conf"),
+    ("unit", (*TINY, "good", "secrets_as_kept"), False, "expected as they passed the gate, found others"),
     ("unit", (*TINY, "state", "FragmentPath"), "/run/x", f"/etc/systemd/system/{UNIT}, found /run/x"),
     ("unit", (*TINY, "state", "NeedDaemonReload"), "yes", "expected no, found yes"),
     ("running", (*TINY, "state", "ActiveState"), "failed", "expected active, found failed"),
@@ -217,6 +234,7 @@ BROKEN = [
     ("running", (*TINY, "state", "NRestarts"), "3", "found 3, the last 50.0 s ago"),
     ("process", (*TINY, "process"), None, "expected a running llama-server, found nothing"),
     ("process", (*TINY, "process", "exe"), "/usr/bin/llama-server", "found /usr/bin/llama-server"),
+    ("process", (*TINY, "process", "deleted"), ["/opt/l.so"], "expected nothing, found /opt/l.so"),
     ("process", (*TINY, "process", "users"), ["root"], "expected llamafleet, found root"),
     ("hardening", (*TINY, "process"), None, "expected a running llama-server, found nothing"),
     ("hardening", (*TINY, "process", "NoNewPrivs"), 0, "expected 1, found 0"),
@@ -237,6 +255,8 @@ BROKEN = [
     ("liveness", (*TINY, "liveness", "units"), [], "expected service and timer, found nothing"),
     ("liveness", (*TINY, "liveness", "as_kept"), False, "expected the units that last passed the gate, found other texts"),
     ("liveness", (*TINY, "liveness", "active"), "inactive", "expected an active timer, found inactive"),
+    ("liveness", (*TINY, "liveness", "enabled"), "disabled", "expected an enabled timer, found disabled"),
+    ("liveness", (*TINY, "liveness", "drop_ins"), ["/x.conf"], "expected no drop-ins, found /x.conf"),
 ]  # fmt: skip
 
 
@@ -265,10 +285,54 @@ def test_each_verdict_of_the_gate_counts(name):
         assert f"the gate stopped at {name}" in found[f"gate {later}"][0]
 
 
+def test_without_its_keys_the_gate_is_not_asked_and_says_so():
+    facts = healthy()
+    facts["instances"]["tiny"].update(keys=None, gate={"error": "Traceback (most recent call last): ..."})
+    found = [problems_by_check(facts)[f"gate {name}"][0] for name in instance_checks.GATE_CHECKS]
+    assert all(text.endswith("expected a result, found no API keys to ask with (deploy again)") for text in found)
+
+
 def test_a_gate_that_cannot_be_asked_is_no_success():
     facts = healthy()
     facts["instances"]["tiny"]["gate"] = {"error": "gate.py ended with exit code 3"}
     assert all("exit code 3" in problems_by_check(facts)[f"gate {name}"][0] for name in instance_checks.GATE_CHECKS)
+
+
+def served_with(gate):
+    facts = healthy()
+    facts["instances"]["tiny"]["gate"] = gate
+    box = checks.Box("web1", settings(), facts)
+    return checks.served(box, box.settings.models[0])
+
+
+def test_a_gate_that_stopped_is_reported_once_where_it_stopped():
+    good = [{"name": "health", "ok": True}, {"name": "process", "ok": False}]
+    served = served_with({"ok": False, "checks": [{**one, "expected": 1, "found": 2, "hint": ""} for one in good]})
+    planned = instance_checks.planned_gate_checks(served)
+    assert [instance_checks.reported_at(served, name) for name in planned] == [
+        None,
+        None,
+        *["process"] * (len(planned) - 2),
+    ]
+
+
+@pytest.mark.parametrize("gate", [{"error": "gate.py ended with exit code 3: KeyError: 'x'"}, [], None])
+def test_a_gate_without_a_result_is_reported_once(gate):
+    served = served_with(gate)
+    first, *others = instance_checks.planned_gate_checks(served)
+    assert instance_checks.reported_at(served, first) is None and list(instance_checks.gate(served, first))
+    assert {instance_checks.reported_at(served, name) for name in others} == {first}
+
+
+def test_of_a_traceback_the_collector_keeps_the_last_line(collector, monkeypatch, tmp_path):
+    monkeypatch.setattr(collector, "OPT", str(tmp_path))
+    program = tmp_path / "helpers/current/gate.py"
+    program.parent.mkdir(parents=True)
+    program.write_text("open('/nowhere/api-keys')")
+    answer = collector.gate("/plan.json", {"url": "x"})
+    assert answer == {
+        "error": "gate.py ended with exit code 1: FileNotFoundError: [Errno 2] No such file or directory: '/nowhere/api-keys'"
+    }
 
 
 def test_the_gate_asks_what_the_plan_has():
@@ -439,7 +503,6 @@ def test_it_runs_as_it_is_sent_and_knows_a_bare_host():
     facts = json.loads(done.stdout)
     whole = healthy()
     assert set(facts) == set(whole)
-    assert set(facts["folders"]) == set(whole["folders"])
     assert set(facts["instances"]["tiny"]) == set(whole["instances"]["tiny"])
     if Path("/opt/llamafleet").exists():
         pytest.skip("llamafleet is deployed on this machine: it is not bare")
@@ -538,5 +601,5 @@ def test_a_liveness_check_that_is_switched_off_is_not_missed():
     requested = dataclasses.replace(settings(), liveness_seconds=0)
     assert "expected none" in problems_by_check(healthy(), requested)["liveness"][0]
     facts = healthy()
-    facts["instances"]["tiny"]["liveness"] = {"active": "inactive", "units": [], "as_kept": True}
+    facts["instances"]["tiny"]["liveness"].update(active="inactive", enabled="", units=[])
     assert not problems_by_check(facts, requested)["liveness"]

@@ -67,7 +67,7 @@ def compiled_anew(pair, turn):
         for host in pair:
             on(host, "systemctl", "unset-environment", "CCACHE_RECACHE")
         counts = dict(line.split("\t") for line in on(pair[0], *cache, "--print-stats").splitlines())
-    assert int(counts["recache"]) > 150, "the deploy did not compile"
+    assert int(counts["recache"]) > 60, "the deploy did not compile"
 
 
 @pytest.mark.usefixtures("compiled_anew")
@@ -93,6 +93,9 @@ def test_killed_in_mid_build_the_build_goes_on_and_the_next_run_ends_green(inven
     assert run.code == 0, run.text
     print(f"the run after the kill took {time.monotonic() - began:.0f} s")
     story["inventory"] = written
+    for host in pair:
+        assert f"[{host.name}] tiny serves at http://{host.address}:8080" in run.text, run.text
+        assert f"[{host.name}] tiny, measured: " in run.text and "curl" in run.text
     # What was forecast is what was done, by both runs together.
     for host in pair:
         assert set(run.changed(host.name)) <= set(story["forecast"][host.name])

@@ -305,7 +305,7 @@ cd /var/lib/llamafleet && ls -A | grep -vx -e build -e src | xargs -r rm -rf
 systemctl daemon-reload; systemctl reset-failed
 """
 # Of one power cut on each of three hosts.
-ROUNDS = [4, pytest.param(20, marks=pytest.mark.long)]
+ROUNDS = [1, pytest.param(20, marks=pytest.mark.long)]
 
 
 @pytest.mark.parametrize("rounds", ROUNDS)

@@ -95,7 +95,13 @@ def seconds_until_active(host, since):
     return int(active.lstrip("@")) - int(on(host, "date", "-d", since, "+%s"))
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+# A minute each: in `make test-long`. The gate alone tells them from good servers in tests/remote, too.
+LONG = ("hangs", "slow")
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in FAULTS]
+)
 def test_a_bad_commit_is_turned_away_and_the_previous_release_serves(good, inventory, outside, host, fault):
     parts, reason, cause = FAULTS[fault]
     upstream.add_commit(outside.clone, {"tools/server/main.cpp": MAIN % parts}, fault)

@@ -18,6 +18,7 @@ SHA = "5e" * 32
 TIMER = "llama-server-demo-liveness.timer"
 ANSWER = {
     "euid": 0, "user": True, "missing_packages": ["cmake"], "helpers": "h1", "current": "k1",
+    "paths": {"/opt/llamafleet": {"kind": "folder", "mode": 0o755, "uid": 0, "gid": 0, "target": None}},
     "cached_builds": {"k1": ["a" * 64]}, "release_digests": {"k1": SHA},
     "lock": {"run": "r", "who": "me@box", "machine": "box b", "pid": 7, "pid_started": 1.5, "began": "noon",
              "age_seconds": 3.0},
@@ -28,7 +29,9 @@ ANSWER = {
         "preflight": {"rendered_sha256": SHA, "unit_sha256": SHA, "ground": {"systemd": "257", "driver": None}},
         "active": "active", "sub": "running", "enabled": "enabled", "restarts": 0, "drop_ins": ["/etc/a.conf"],
         "stale": False, "pid": 7, "argv": ["llama-server", "--port", "8080"], "exe": "/opt/llama-server",
-        "liveness_sha256": {TIMER: SHA}, "liveness": "active", "record": {"plan": {"argv": []}},
+        "liveness_sha256": {TIMER: SHA}, "liveness": "active",
+        "liveness_enabled": "enabled", "liveness_drop_ins": [], "unread_drop_ins": [], "loaded": {"api-keys": SHA},
+        "deleted": ["/opt/x.so"], "good_plan_sha256": SHA, "good_is_whole": True, "good_liveness_sha256": {}, "record": {"plan": {"argv": []}},
     }},
     "listeners": [{"address": "127.0.0.1", "port": 8080, "pid": 7, "process": "llama-server", "unit": "x.service"}],
     "device_classes": ["drm", "nvidia-caps"], "ground": {"systemd": "257", "kernel": "6.12", "driver": None},
@@ -40,6 +43,7 @@ ANSWER = {
     "gate_speeds": [{"instance": "demo", "decode_tokens_per_s": 20.0, "prompt_tokens_per_s": None, "expected": {
         "decode_tokens_per_s": 10.0, "prompt_tokens_per_s": 50.0, "computed_on": "host", "host_bytes_per_s": 1e10,
         "host_flops": 1e11, "gpu_bytes_per_s": {}}}],
+    "unbindable": {"203.0.113.7": "Cannot assign requested address"},
 }  # fmt: skip
 
 
@@ -60,7 +64,8 @@ def test_the_answer_becomes_values(answer):
 
 def test_what_the_survey_prints_is_read():
     """`Installed` reads what survey.py prints on this machine."""
-    request = {"packages": {}, "build_cache": None, "toolkits": [], "paths": ["/opt"], "vulkan": False}
+    request = {"packages": {}, "build_cache": None, "toolkits": [], "paths": ["/opt"], "vulkan": False,
+               "addresses": ["127.0.0.1", "203.0.113.7"]}  # fmt: skip
     command = [sys.executable, str(REMOTE / "survey.py"), json.dumps(request)]
     printed = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["found"]
     assert printed.keys() == ANSWER.keys()
@@ -118,6 +123,11 @@ def at(*path_and_value):
          "device_classes[0]: should be a word of letters, digits and . _ -, is 'drm\\nExecStart=/x'"),
         (at("toolkits", 0, "version", "new"), "toolkits[0].version: should be a version like \"12.8\" or null, is 'new'"),
         (at("listeners", 0, "port", 65536), "listeners[0].port: should be a whole number from 0 to 65535, is 65536"),
+        (at("paths", "/opt/llamafleet", "kind", "door"),
+         "paths./opt/llamafleet.kind: should be one of file, folder, link, other, is 'door'"),
+        (at("paths", "/opt/llamafleet", "mode", -1),
+         "paths./opt/llamafleet.mode: should be a whole number from 0 to 4095, is -1"),
+        (at("instances", "demo", "deleted", [3]), "instances.demo.deleted[0]: should be text, is 3"),
         (at("missing_packages", ["x"] * 1025), "missing_packages: should have at most 1024 items, has 1025"),
     ],
 )  # fmt: skip

@@ -12,10 +12,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llamafleet.host.installed import Place
 from llamafleet.printable import printable
-from llamafleet.remote.common import CURRENT, ETC, INSTANCES, OPT, RUN, STAGED
+from llamafleet.remote.common import CURRENT, HELPERS, RUN, STAGED
+from llamafleet.service import wanted
+from llamafleet.service.record import credentials
 from llamafleet.settings.schema import Instance, Settings
 from tests.hosts import facts
+
+AGAIN = "changed by hand? deploy again"
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def release(box: Box, resolve: Callable[[str, str], str | None]) -> Problems:
                 f"{current['target']}/bin/{name}",
                 say(expected and f"sha256 {expected}"),
                 actual and f"sha256 {actual}",
-                "damaged, or built by hand",
+                "damaged, or built by hand: deploy again, and it is made anew",
             )
 
 
@@ -133,11 +138,42 @@ def version(box: Box) -> Problems:
 
 
 def folders(box: Box) -> Problems:
-    """Only root can change programs, plans and settings of the services."""
-    for path in (OPT, ETC, INSTANCES):
-        folder = box.facts["folders"].get(path)
-        if folder is None or (folder["owner"], folder["mode"]) != ("root", "0755"):
-            yield Problem(box.where, path, "root 0755", folder and f"{folder['owner']} {folder['mode']}")
+    """Every file and folder of ours is in its place, with its mode and owner."""
+    found = {
+        path: Place(one["kind"], one["mode"], one["uid"], one["gid"])
+        for path, one in box.facts["paths"].items()
+        if one is not None
+    }
+    for place, phrase in wanted.differences(_places(box), found):
+        how = phrase.removeprefix(f"{place.path} ")
+        yield Problem(box.where, place.path, f"root's {place.kind} with mode {place.mode:04o}", f"it {how}", AGAIN)
+
+
+def _places(box: Box) -> tuple[wanted.Place, ...]:
+    """The list of a deploy, made of the settings and of what the host's own records name."""
+    current = box.facts["release"] or {}
+    record = current.get("record") or {}
+    files = [] if facts.release_problems(record) else list(record["files"])
+    plans = [served(box, instance).plan for instance in box.settings.models]
+    models = [file["path"] for plan in plans for file in plan.get("files", [])]
+    instances = [
+        wanted.Instance(instance.name, tuple(credentials(instance)), box.settings.liveness_seconds > 0)
+        for instance in box.settings.models
+    ]
+    key = str(current.get("target", "")).rpartition("/")[2]
+    return wanted.places(instances, str(box.facts["helpers"]["key"]), key, files, models)
+
+
+def helpers(box: Box) -> Problems:
+    """The programs that look after the services are those that were installed."""
+    found = box.facts["helpers"]
+    if found["key"] is None:
+        yield Problem(box.where, f"{HELPERS}/current", "a link to the helpers", None, AGAIN)
+    elif found["damaged"]:
+        names = ", ".join(found["damaged"][:5])
+        yield Problem(
+            box.where, f"{HELPERS}/{found['key']}", "helpers as they were installed", f"others: {names}", AGAIN
+        )
 
 
 def leftovers(box: Box) -> Problems:
@@ -152,15 +188,6 @@ def leftovers(box: Box) -> Problems:
             "an empty folder",
             box.facts["staged"],
             "a switch was interrupted: deploy again",
-        )
-    staged = box.facts["folders"].get(STAGED)
-    if staged and (staged["owner"], staged["mode"]) != ("root", "0700"):
-        yield Problem(
-            box.where,
-            STAGED,
-            "root 0700",
-            f"{staged['owner']} {staged['mode']}",
-            "API keys pass through it",
         )
 
 
@@ -178,4 +205,4 @@ def undeclared(box: Box) -> Problems:
         )
 
 
-HOST_CHECKS = (version, folders, leftovers, undeclared)
+HOST_CHECKS = (version, folders, helpers, leftovers, undeclared)

@@ -36,12 +36,55 @@ def collect(request):
     return {
         "euid": os.geteuid(),
         "release": release(),
-        "folders": {path: stat_of(path) for path in (OPT, ETC, ETC + "/instances", VAR + "/staged")},
+        "paths": {path: place(path) for path in sorted(set(tree()))},
+        "helpers": helpers(),
         "staged": listing(VAR + "/staged"),
         "run": listing(RUN),
         "units": units(),
         "instances": {name: instance(name, request["quick"]) for name in request["instances"]},
     }
+
+
+def tree():
+    """Every path of ours, but for the sources and build trees of llama.cpp, the jobs' files and what is in a folder of
+    helpers; and the units."""
+    skipped = {VAR + "/src", VAR + "/build", VAR + "/jobs", VAR + "/staged"}
+    yield from (OPT, ETC, VAR, RUN)
+    yield from glob.glob(UNITS + "/llama-server-*.service")
+    yield from glob.glob(UNITS + "/llama-server-*.timer")
+    for root in (OPT, ETC, VAR):
+        for folder, folders, files in os.walk(root):
+            yield from (os.path.join(folder, name) for name in folders + files)
+            inside = skipped if not folder.startswith(OPT + "/helpers") else {os.path.join(folder, n) for n in folders}
+            folders[:] = [name for name in folders if os.path.join(folder, name) not in inside]
+
+
+def place(path):
+    """What lies there, the link itself where it is one; of a folder that may be on another disk, the folder."""
+    found = stat_of(path)
+    kinds = (("link", os.path.islink), ("folder", os.path.isdir), ("file", os.path.isfile))
+    kind = next((kind for kind, is_it in kinds if is_it(path)), "other")
+    elsewhere = (OPT, OPT + "/releases", VAR, VAR + "/models", VAR + "/src", VAR + "/build")
+    may_lead_elsewhere = path in elsewhere or os.path.dirname(path) == VAR + "/models"
+    if kind == "link" and may_lead_elsewhere and os.path.isdir(path):
+        kind, found = "folder", stat_of(os.path.realpath(path))
+    return found and {"kind": kind, "mode": int(found["mode"], 8), "uid": found["uid"], "gid": found["gid"]}
+
+
+def helpers():
+    """The key of the current helpers, and the files that are not what was installed, or that others may change."""
+    folder = OPT + "/helpers/current"
+    try:
+        key = os.path.basename(os.readlink(folder))
+    except OSError:
+        return {"key": None, "damaged": []}
+    lines = (read_text(folder + "/helpers.sha256") or "").splitlines()
+    wanted = dict(reversed(line.split("  ", 1)) for line in lines if "  " in line)
+    files = {name: stat_of(f"{folder}/{name}") for name in wanted}
+    bad = [name for name, found in files.items()
+           if not found or found["uid"] or int(found["mode"], 8) & 0o022 or os.path.islink(f"{folder}/{name}")
+           or sha256_of(f"{folder}/{name}") != wanted[name]]  # fmt: skip
+    return {"key": key, "damaged": sorted(bad) if wanted else ["helpers.sha256"]}
 
 
 def listing(path):
@@ -59,10 +102,12 @@ def stat_of(path):
         return None
     return {
         "owner": user_name(status.st_uid),
+        "uid": status.st_uid,
         "gid": status.st_gid,
         "mode": oct(status.st_mode & 0o7777)[2:].zfill(4),
         "size_bytes": status.st_size,
         "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,
     }
 
 
@@ -148,7 +193,12 @@ def instance(name, quick):
         "good": {
             "unit_sha256": sha256_of(f"{VAR}/good/{name}/{unit}"),
             "plan_sha256": sha256_of(f"{VAR}/good/{name}/plan.json"),
+            "secrets_as_kept": all(
+                read_text(f"{folder}/{one}") == read_text(f"{VAR}/good/{name}/{one}")
+                for one in ("api-keys", "tls-certificate", "tls-key")
+            ),
         },
+        "drop_ins": drop_ins(unit),
         "unit": unit_file(unit),
         "state": shown,
         "process": process(pid),
@@ -177,11 +227,25 @@ def liveness(name):
     """State of the timer, and whether both units of the liveness check are those that last passed the gate."""
     units = [f"llama-server-{name}-liveness.{kind}" for kind in ("service", "timer")]
     texts = {unit: read_text(f"{UNITS}/{unit}") for unit in units}
+    timer = show(units[1])
     return {
-        "active": show(units[1]).get("ActiveState"),
+        "active": timer.get("ActiveState"),
+        "enabled": timer.get("UnitFileState"),
+        "drop_ins": [path for unit in units for path in drop_ins(unit)],
         "units": [unit for unit in units if texts[unit] is not None],
         "as_kept": all(texts[unit] == read_text(f"{VAR}/good/{name}/{unit}") for unit in units),
     }
+
+
+def drop_ins(unit):
+    """Drop-ins of this unit alone, whether systemd has read them or not."""
+    places = (
+        "/etc/systemd/system",
+        "/run/systemd/system",
+        "/etc/systemd/system.control",
+        "/run/systemd/system.control",
+    )
+    return sorted(path for place in places for path in glob.glob(f"{place}/{unit}.d/*.conf"))
 
 
 def show(unit):
@@ -226,9 +290,16 @@ def process(pid):
         "exe": exe,
         "users": sorted(set(uids)),
         "age_seconds": age(pid),
+        "deleted": deleted(pid),
         "CoreLimit": core_limit(pid),
         **{name: int(fields[name], 16 if name.startswith("Cap") else 10) for name in wanted if name in fields},
     }
+
+
+def deleted(pid):
+    """Files of our releases that the process runs from although they are gone."""
+    text = read_text(f"/proc/{pid}/maps") or ""
+    return sorted(set(re.findall(rf"({OPT}/releases/\S+) \(deleted\)$", text, re.MULTILINE)))
 
 
 def core_limit(pid):
@@ -290,7 +361,9 @@ def model(path, quick):
     note = read_json(path + ".verified") or {}
     if path not in _hashed and not quick:
         _hashed[path] = sha256_of(path)
+    noted = stat_of(path + ".verified")
     unchanged = (note.get("size_bytes"), note.get("mtime_ns")) == (file["size_bytes"], file["mtime_ns"])
+    unchanged = unchanged and file["ctime_ns"] <= noted["ctime_ns"]
     return {**file, "noted_sha256": note.get("sha256") if unchanged else None, "sha256": _hashed.get(path)}
 
 
@@ -321,10 +394,11 @@ def gate(plan, spec):
         ["python3", "-s", "-E", "-B", program, "check", plan],
         seconds=(loading if isinstance(loading, int) else 0) + GATE_SECONDS,
     )
+    lines = text.strip().splitlines() or ["it printed nothing"]
     try:
-        return json.loads(text.strip().splitlines()[-1])
-    except (ValueError, IndexError, RecursionError):
-        return {"error": f"gate.py ended with exit code {code}: {text.strip()[-500:]}"}
+        return json.loads(lines[-1])
+    except (ValueError, RecursionError):  # of a traceback the last line has the cause
+        return {"error": f"gate.py ended with exit code {code}: {lines[-1][-500:]}"}
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 
 from llamafleet import validation
 from llamafleet.host import answers
+from llamafleet.host.installed import Place
 from llamafleet.host.machine import matching
 from llamafleet.validation import JSON, Flag, Listed, Problem, Text, Whole
 
@@ -27,10 +28,19 @@ class Stat(TypedDict):
     """A file of the host."""
 
     owner: Text
+    uid: Whole
     gid: Whole
     mode: Annotated[Text, matching("be an octal mode", "[0-7]{1,5}")]
     size_bytes: Whole
     mtime_ns: Whole
+    ctime_ns: Whole
+
+
+class Helpers(TypedDict):
+    """The current helpers: their key, and the files that are not what was installed."""
+
+    key: Text | None
+    damaged: Listed[Text]
 
 
 class UnitFile(Stat):
@@ -68,6 +78,7 @@ class MainProcess(TypedDict):
     pid: Whole
     exe: Text | None
     users: Listed[Text]
+    deleted: Listed[Text]
     age_seconds: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None
 
 
@@ -89,12 +100,15 @@ class Good(TypedDict):
 
     unit_sha256: Sum
     plan_sha256: Sum
+    secrets_as_kept: Flag
 
 
 class Liveness(TypedDict):
     """The liveness check of an instance."""
 
     active: Text | None
+    enabled: Text | None
+    drop_ins: Listed[Text]
     units: Listed[Text]
     as_kept: Flag
 
@@ -106,6 +120,7 @@ class InstanceFacts(TypedDict):
     plan_sha256: Sum
     plan_file: Stat | None
     good: Good
+    drop_ins: Listed[Text]
     unit: UnitFile | None
     state: dict[str, Text]
     process: Process | None
@@ -122,7 +137,8 @@ class Facts(TypedDict):
 
     euid: Whole
     release: Release | None
-    folders: dict[str, Stat | None]
+    paths: dict[str, Place | None]
+    helpers: Helpers
     staged: Listed[Text]
     run: Listed[Text]
     units: Listed[Text]

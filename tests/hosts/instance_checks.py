@@ -11,7 +11,7 @@ from typing import Any
 from llamafleet.remote.common import API_KEYS, INSTANCES, RELEASES, UNITS, plan_path
 from llamafleet.service.record import without_query
 from tests.hosts import facts
-from tests.hosts.checks import Problem, Problems, Served, say
+from tests.hosts.checks import AGAIN, Problem, Problems, Served, say
 
 # Seconds, the unit's StartLimitIntervalSec: a process that systemd restarted within them may be in a loop.
 LOOP_SECONDS = 1800
@@ -37,13 +37,14 @@ def plan_file(served: Served) -> Problems:
         yield Problem(served.where, path, "root 0644", f"{file['owner']} {file['mode']}")
     identity = plan.get("public_identity", plan.get("identity"))
     if identity_of(plan) != identity:
-        yield Problem(served.where, f"identity in {path}", identity_of(plan), identity, "it was edited")
+        yield Problem(served.where, f"identity in {path}", identity_of(plan), identity, AGAIN)
     if served.facts["plan_sha256"] != served.facts["good"]["plan_sha256"]:
         yield Problem(
             served.where,
             path,
             f"the file that last passed the gate, sha256 {say(served.facts['good']['plan_sha256'])}",
             f"sha256 {served.facts['plan_sha256']}",
+            AGAIN,
         )
     if plan["release"] != served.release:
         yield Problem(served.where, "release", f"the host's current release, {say(served.release)}", plan["release"])
@@ -72,7 +73,19 @@ def _as_asked(served: Served, plan: Mapping[str, Any]) -> Problems:
 
 def identity_of(plan: Mapping[str, Any]) -> str:
     """The hash that plan.json must have as its `identity`: of all keys that make a difference to the running service."""
-    left_out = (*("identity", "public_identity", "plan", "preflight", "inputs", "verified", "trial", "batch_tokens"),)
+    left_out = (
+        *(
+            "identity",
+            "public_identity",
+            "plan",
+            "preflight",
+            "inputs",
+            "verified",
+            "trial",
+            "batch_tokens",
+            "allowed_drop_ins",
+        ),
+    )
     record = {key: value for key, value in plan.items() if key not in left_out}
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -97,8 +110,13 @@ def models(served: Served) -> Problems:
                 file["path"],
                 f"sha256 {noted or 'as in FILE.verified'}",
                 read,
-                "FILE.verified is missing or older than the file" if not read else "",
+                "FILE.verified is missing or older than the file: deploy again, and it is read"
+                if not read
+                else f"damaged: remove {file['path']}.verified and deploy again, and it is downloaded",
             )
+        elif actual["noted_sha256"] is None:
+            why = "missing, damaged, or older than the file"
+            yield Problem(served.where, f"{file['path']}.verified", "the note of its checksum", why, AGAIN)
         if actual["owner"] != "root" or int(actual["mode"], 8) & 0o022:
             yield Problem(
                 served.where,
@@ -128,9 +146,17 @@ def unit(served: Served) -> Problems:
             f"sha256 {actual['sha256']}",
             "edited by hand? deploy again",
         )
-    for name, expected in (("DropInPaths", ""), ("FragmentPath", path), ("NeedDaemonReload", "no")):
+    for name, expected in (("FragmentPath", path), ("NeedDaemonReload", "no")):
         if state.get(name) != expected:
-            yield Problem(served.where, f"{name} of {served.instance.unit}", say(expected), state.get(name))
+            yield Problem(served.where, f"{name} of {served.instance.unit}", say(expected), state.get(name), AGAIN)
+    found = {*state.get("DropInPaths", "").split(), *served.facts["drop_ins"]}
+    allowed = served.instance.allowed_drop_ins
+    if drop_ins := [one for one in sorted(found) if "/service.d/" not in one and one.rpartition("/")[2] not in allowed]:
+        hint = "deploy again, and they are removed, or name them in allowed_drop_ins"
+        yield Problem(served.where, f"DropInPaths of {served.instance.unit}", "nothing", ", ".join(drop_ins), hint)
+    if not served.facts["good"]["secrets_as_kept"]:
+        folder = f"{INSTANCES}/{served.instance.name}"
+        yield Problem(served.where, f"api-keys and certificate in {folder}", "as they passed the gate", "others", AGAIN)
 
 
 def running(served: Served) -> Problems:
@@ -166,6 +192,9 @@ def process(served: Served) -> Problems:
     inside = f"{RELEASES}/{release}/"
     if release is None or not str(actual["exe"]).startswith(inside):
         yield Problem(served.where, f"program of pid {actual['pid']}", f"one in {inside}", actual["exe"])
+    if actual["deleted"]:
+        what = f"files that pid {actual['pid']} runs from although they are gone"
+        yield Problem(served.where, what, "nothing", ", ".join(actual["deleted"]), "deploy again, and it restarts")
     if actual["users"] != ["llamafleet"]:
         yield Problem(served.where, f"user of pid {actual['pid']}", "llamafleet", ", ".join(actual["users"]))
 
@@ -254,9 +283,23 @@ def planned_gate_checks(served: Served) -> tuple[str, ...]:
     return tuple(name for name in GATE_CHECKS if not without.get(name))
 
 
+def reported_at(served: Served, name: str) -> str | None:
+    """The check that reports why the gate did not come to this one: the one at which it stopped, or the first one where
+    it has no result at all. None where this one has a result, or is that check."""
+    answer, planned = served.facts["gate"], planned_gate_checks(served)
+    if (isinstance(answer, dict) and "error" in answer) or facts.gate_problems(answer):
+        return planned[0] if name != planned[0] else None
+    verdicts = {check["name"]: check["ok"] for check in answer["checks"]}
+    failed = [one for one in planned if verdicts.get(one) is False]
+    return failed[0] if failed and name not in verdicts else None
+
+
 def gate(served: Served, name: str) -> Problems:
     """The result of one check of gate.py, which was run on the host against the running server."""
     answer = served.facts["gate"]
+    if served.instance.api_key_file is not None and served.facts["keys"] is None:
+        yield Problem(served.where, f"gate: {name}", "a result", "no API keys to ask with", "deploy again")
+        return
     if isinstance(answer, dict) and "error" in answer:
         yield Problem(served.where, f"gate: {name}", "a result", answer["error"])
         return
@@ -276,6 +319,8 @@ def liveness(served: Served) -> Problems:
     """The timer of the liveness check is active and unchanged, or there is none if `liveness_seconds` is 0."""
     actual, wanted = served.facts["liveness"], served.watched
     units = f"units llama-server-{served.instance.name}-liveness.*"
+    if actual["drop_ins"]:
+        yield Problem(served.where, units, "no drop-ins", ", ".join(actual["drop_ins"]), AGAIN)
     if bool(actual["units"]) is not wanted:
         yield Problem(served.where, units, "service and timer" if wanted else "none", actual["units"], "deploy again")
     elif not actual["as_kept"]:
@@ -284,6 +329,8 @@ def liveness(served: Served) -> Problems:
         )
     elif wanted and actual["active"] != "active":
         yield Problem(served.where, units, "an active timer", actual["active"], "stopped by hand? deploy again")
+    elif wanted and actual["enabled"] != "enabled":
+        yield Problem(served.where, units, "an enabled timer", actual["enabled"], "disabled by hand? deploy again")
 
 
 INSTANCE_CHECKS = (plan_file, models, unit, running, process, hardening, origins, listening, keys, liveness)

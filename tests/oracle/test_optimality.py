@@ -24,6 +24,8 @@ pytestmark = pytest.mark.oracle
 MIB = 2**20
 # Card size in GB: MiB that NVML reports, for RTX 4060, 3060, 4080, 4090, 5090, 6000 Ada, A100.
 CARDS = {8: 8188, 12: 12288, 16: 16376, 24: 24564, 32: 32607, 48: 49140, 80: 81920}
+# Each layout on one card; `make test-long` takes all.
+ONE_CARD = (24,)
 CONTEXT_TOKENS = 16384
 ROUNDING_MIB = 3  # llama-server rounds model, context and compute down to whole MiB
 WORKERS = 2  # llama-servers that run at once: the cores of a small machine
@@ -42,17 +44,19 @@ class Question:
     must_fit: bool
 
 
+@pytest.mark.parametrize("cards", [ONE_CARD, pytest.param(tuple(CARDS), marks=pytest.mark.long, id="all cards")])
 @pytest.mark.parametrize("name", [*MOE, *DENSE])
-def test_one_more_unit_on_the_gpu_would_break_the_reserve(name, tmp_path_factory):
+def test_one_more_unit_on_the_gpu_would_break_the_reserve(name, cards, tmp_path_factory):
     path = models.weightless(tmp_path_factory.mktemp("models"), name)
     model = Model.of(planning.header(name))
     to_ask = {}
-    for gb in CARDS:
+    for gb in cards:
         for question in questions(name, model, gb):
             # A plan that is wholly on the GPU does not change on larger cards: ask for it once.
             to_ask.setdefault((question.plan.argv, question.must_fit), question)
     with ThreadPoolExecutor(WORKERS) as pool:
         answers = list(pool.map(lambda question: needed_mib(path, model, question), to_ask.values()))
+    assert answers, "no card leads to a plan with a GPU"
     wrong = []
     for question, mib in zip(to_ask.values(), answers, strict=True):
         limit = CARDS[question.gb]

@@ -42,6 +42,20 @@ def test_no_log_has_no_tail(tmp_path):
 
 
 @pytest.fixture
+def clock(monkeypatch):
+    """The seconds since the start; `at` has what happens when."""
+    clock = types.SimpleNamespace(now=0.0, at={})
+
+    def sleep(seconds):
+        clock.now += seconds
+        for when in [one for one in clock.at if one <= clock.now]:
+            clock.at.pop(when)()
+
+    monkeypatch.setattr(job, "time", types.SimpleNamespace(sleep=sleep, monotonic=lambda: clock.now))
+    return clock
+
+
+@pytest.fixture
 def host(tmp_path, monkeypatch):
     """Folders of jobs, a systemd that notes what it is asked; `running` says whether the job still runs."""
 
@@ -98,6 +112,30 @@ def test_a_job_that_runs(host):
 def test_how_a_job_ended_is_noted_by_systemd_s_own_words(host, monkeypatch, result, code, status, exit_code, how):
     end(monkeypatch, result, code, status)
     assert {**host.look(), "tail": 0} == {"state": "ended", "exit_code": exit_code, "how": how, "line": "", "tail": 0}
+
+
+def test_the_end_of_a_job_is_seen_at_once_and_systemd_is_seldom_asked(host, monkeypatch, clock):
+    asked = []
+    monkeypatch.setattr(job, "is_running", lambda name: asked.append(clock.now) or host.running)
+
+    def ends():
+        host.running = False
+        end(monkeypatch, "success")
+
+    host.running, clock.at = True, {12.0: ends}
+    assert job.follow("build-1", "", 60.0)["exit_code"] == 0
+    assert clock.now == 12.0 and asked == [0.0, 5.0, 10.0, 12.0]
+
+
+def test_a_job_that_was_killed_without_a_note_is_seen_too(host, clock):
+    host.running, clock.at = True, {1.0: lambda: setattr(host, "running", False)}
+    assert job.follow("build-1", "", 60.0)["state"] == "absent" and clock.now == job.ASK_SECONDS
+
+
+def test_a_new_line_is_told_ten_seconds_after_the_last_one(host, clock):
+    host.running, clock.at = True, {2.0: lambda: (host.jobs / "build-1.log").write_text("1\n")}
+    assert job.follow("build-1", "", 60.0)["line"] == "1" and clock.now == 10.0
+    assert job.follow("build-1", "1", 15.0)["line"] == "1" and clock.now == 25.0
 
 
 def test_a_job_that_left_nothing_was_killed_with_its_host(host):

@@ -3,8 +3,10 @@ llama-server's place. tests/oracle/test_liveness.py has a real one."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 import subprocess
 import threading
 
@@ -373,8 +375,12 @@ def test_a_note_of_another_form_is_worth_nothing(check, server, systemd, tmp_pat
     assert json.loads((tmp_path / "run/liveness-chat.json").read_text()) == {"pid": 7, "slots": {"0": [1, False, 0, 0]}}
 
 
-def test_a_note_that_cannot_be_written_fails_nothing(check, server, tmp_path, capsys):
-    (tmp_path / "run/liveness-chat.json").mkdir(parents=True)
+def full(path, value):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+
+def test_a_note_that_cannot_be_written_fails_nothing(check, server, monkeypatch, capsys):
+    monkeypatch.setattr(liveness, "write_json", full)
     assert check() == 0 and "could not be noted" in capsys.readouterr().err
 
 
@@ -389,8 +395,8 @@ def test_a_count_of_another_form_begins_anew(check, server, systemd, tmp_path, t
     assert json.loads((tmp_path / "gate/liveness/chat.json").read_text())["restarts"] == 1
 
 
-def test_a_count_that_cannot_be_written_keeps_no_server_from_its_restart(check, server, systemd, tmp_path, capsys):
-    (tmp_path / "gate/liveness/chat.json").mkdir(parents=True)
+def test_a_count_that_cannot_be_written_keeps_no_server_from_its_restart(check, server, systemd, monkeypatch, capsys):
+    monkeypatch.setattr(liveness, "write_json", full)
     server.props = None
     assert check(SHORT) == 10 and restarts(systemd)
     assert "the restart could not be recorded" in capsys.readouterr().err
@@ -421,3 +427,53 @@ def test_a_record_of_an_earlier_version_is_enough(check, server, systemd, tmp_pa
     assert check(plan={"gate": gate}) == 0
     server.props = None
     assert check(SHORT, {"gate": gate}) == 10 and restarts(systemd)
+
+
+# --- a damaged plan.json ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"{",
+        b"",
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"gate": 5}',
+        b'{"gate": {"unit": "u", "url": "x"}, "schema": {}}',
+    ],
+    ids=["cut", "empty", "a list", "bytes", "nested", "no gate", "an odd schema"],
+)
+def test_a_damaged_plan_is_a_failed_check_with_a_line(check, tmp_path, capsys, text):
+    (tmp_path / "plan.json").write_bytes(text)
+    assert liveness.main([str(tmp_path / "plan.json"), "5"]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: the liveness check could not look: ") and "plan.json" in line
+    assert line.count("\n") == 1 and len(line) < 500
+
+
+@pytest.mark.parametrize(
+    "change", [{"argv": 5}, {"tls_certificate": 5}, {"api_keys": 5}, {"url": "gopher"}, {"unit": "x" * 10}]
+)
+def test_values_of_another_kind_end_in_a_line_too(check, gate, server, capsys, change):
+    assert check(SHORT, plan={"gate": {**gate, **change}, "batch_tokens": []}) in (0, 1, 10)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_what_systemd_counted_before_a_restart_is_added_up(check, server, systemd, tmp_path, monkeypatch):
+    monkeypatch.setattr(liveness, "show", lambda unit, *names, seconds: {"NRestarts": "3"})
+    server.props = None
+    assert check(SHORT) == 10 == check(SHORT)
+    record = json.loads((tmp_path / "gate/liveness/chat.json").read_text())
+    assert (record["restarts"], record["by_systemd"]) == (2, 6) and "no sign of life" in record["why"]
+
+
+def test_a_systemd_that_does_not_say_it_keeps_no_server_from_its_restart(check, server, systemd, tmp_path, monkeypatch):
+    def silent(*_, **__):
+        raise subprocess.TimeoutExpired("systemctl", 10)
+
+    monkeypatch.setattr(liveness, "show", silent)
+    server.props = None
+    assert check(SHORT) == 10 and restarts(systemd)
+    assert json.loads((tmp_path / "gate/liveness/chat.json").read_text())["by_systemd"] == 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import time
 
 import pytest
 
@@ -24,7 +26,7 @@ def host(tmp_path, monkeypatch):
 
 def release(host, key, seconds):
     folder = host / "opt/releases" / key
-    folder.mkdir(parents=True)
+    (folder / "bin").mkdir(parents=True)
     (folder / "release.json").write_text('{"files": {}}')
     os.utime(folder, (seconds, seconds))
 
@@ -98,17 +100,36 @@ def test_a_release_of_a_later_version_is_named(host, capsys):
 
 @pytest.fixture
 def whole(tmp_path):
-    (tmp_path / "bin").mkdir()
+    """A release, as build.py makes it: release.json is the last file, and then the folder gets its name."""
+    folder = tmp_path / "partial"
+    (folder / "bin").mkdir(parents=True)
     for name in ("llama-server", "libllama.so.0"):
-        (tmp_path / "bin" / name).write_bytes(b"ELF" * 9)
-    (tmp_path / "bin/libllama.so").symlink_to("libllama.so.0")
+        (folder / "bin" / name).write_bytes(b"ELF" * 9)
+    (folder / "bin/libllama.so").symlink_to("libllama.so.0")
     sizes = {"llama-server": 27, "libllama.so.0": 27, "libllama.so": 27}
-    (tmp_path / "release.json").write_text(json.dumps({"files": dict.fromkeys(sizes, "ab"), "sizes": sizes}))
-    return tmp_path
+    digest = hashlib.sha256(b"ELF" * 9).hexdigest()
+    (folder / "release.json").write_text(json.dumps({"files": dict.fromkeys(sizes, digest), "sizes": sizes}))
+    time.sleep(0.02)  # past a tick of the file system's clock
+    folder.rename(tmp_path / "key")
+    return tmp_path / "key"
 
 
-def test_a_whole_release_is_told_by_its_record(whole):
-    assert releases.record_of(str(whole))["files"]["llama-server"] == "ab"
+def test_a_whole_release_is_told_by_its_record(whole, monkeypatch):
+    monkeypatch.setattr(releases, "sha256_of", lambda path: pytest.fail(f"{path} is read"))
+    assert "llama-server" in releases.record_of(str(whole))["files"]
+
+
+def keeping_times(path, act):
+    """Do it, and set size and times back, as somebody who hides it does."""
+    before = path.stat()
+    time.sleep(0.02)
+    act()
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def renamed(folder, name):
+    (folder / name).rename(folder / "elsewhere")
+    (folder / name).symlink_to(folder / "elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -117,6 +138,13 @@ def test_a_whole_release_is_told_by_its_record(whole):
         lambda folder: (folder / "bin/llama-server").unlink(),
         lambda folder: (folder / "bin/libllama.so.0").unlink(),  # leaves a link to nowhere
         lambda folder: os.truncate(folder / "bin/libllama.so.0", 9),
+        lambda folder: keeping_times(
+            folder / "bin/libllama.so.0", lambda: (folder / "bin/libllama.so.0").write_bytes(b"elf" * 9)
+        ),
+        lambda folder: (folder / "bin/more.so").write_bytes(b"ELF"),
+        lambda folder: renamed(folder / "bin", "libllama.so.0"),
+        lambda folder: ((folder / "bin/libllama.so.0").unlink(), (folder / "bin/libllama.so.0").mkdir()),
+        lambda folder: (folder / "release.json").write_text((folder / "release.json").read_text().replace("a", "b")),
         lambda folder: (folder / "release.json").unlink(),
         lambda folder: (folder / "release.json").write_text("{"),
         lambda folder: (folder / "release.json").write_text("{}"),
@@ -133,5 +161,11 @@ def test_half_a_release_is_none(whole, harm):
 
 
 def test_records_without_sizes_are_believed_for_what_they_say(whole):
-    (whole / "release.json").write_text('{"files": {"llama-server": "ab"}}')
+    record = json.loads((whole / "release.json").read_text())
+    (whole / "release.json").write_text(json.dumps({"files": record["files"]}))
+    assert releases.record_of(str(whole))
+
+
+def test_a_file_whose_mode_changed_is_read_and_whole(whole):
+    (whole / "bin/llama-server").chmod(0o755)
     assert releases.record_of(str(whole))

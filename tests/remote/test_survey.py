@@ -73,6 +73,7 @@ def model(tmp_path, monkeypatch):
     path = tmp_path / "models" / "m-0123" / "x.gguf"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"GGUF")
+    path.chmod(0o644)
     record = {"size_bytes": 4, "mtime_ns": path.stat().st_mtime_ns, "sha256": SHA}
     (path.parent / "x.gguf.verified").write_text(json.dumps(record))
     return path
@@ -113,6 +114,7 @@ def test_a_model_without_a_record_is_not_verified(model):
 
 def test_a_liveness_check_is_no_instance_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(survey, "UNITS", str(tmp_path))
+    monkeypatch.setattr(common, "UNITS", str(tmp_path))
     monkeypatch.setattr(survey, "show", lambda unit, *_: {"ActiveState": "active"})
     for name in ("llama-server-chat.service", "llama-server-chat-liveness.service", "llama-server-chat-liveness.timer"):
         (tmp_path / name).write_text("# Made by llamafleet\n")

@@ -17,7 +17,7 @@ import pytest
 
 from sandbox import upstream, upstream_wire
 
-COMMIT_B11434 = "3e3b1d5edd947b157f4ff3a65c0baf8200412d99"
+COMMIT_B11434 = "78df05a7559e696872c39cb198b2585a5876a566"
 
 
 def git(*arguments: str | Path, cwd: Path | None = None) -> str:
@@ -34,10 +34,12 @@ def fetch(url: str, sha: str, into: Path) -> Path:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A bare repository with the same settings as the real one and two files."""
+    """A bare repository with the same settings as the real one and two files; two more are left out."""
     archive = tmp_path / "archive.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
-        for name, mode, text in (("CMakeLists.txt", 0o644, "project(x)\n"), ("run.sh", 0o755, "#!/bin/sh\n")):
+        files = {"CMakeLists.txt": (0o644, "project(x)\n"), "run.sh": (0o755, "#!/bin/sh\n"),
+                 "docs/a.md": (0o644, "-"), "models/ggml-vocab-b.gguf": (0o644, "-")}  # fmt: skip
+        for name, (mode, text) in files.items():
             member = tarfile.TarInfo(upstream.TREE_PREFIX.format(version=upstream.VERSION) + name)
             member.mode, member.size = mode, len(text)
             tar.addfile(member, io.BytesIO(text.encode()))

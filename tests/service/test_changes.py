@@ -5,32 +5,37 @@ import dataclasses
 import pytest
 
 from llamafleet.build.release import Build
-from llamafleet.host.installed import Installed, InstalledInstance
+from llamafleet.host.installed import Installed, InstalledInstance, Place
 from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles, RemoteFile
-from llamafleet.remote.common import core_of_unit, without_directives
+from llamafleet.remote.common import core_of_unit, identity_of, without_directives
+from llamafleet.service import wanted
 from llamafleet.service.changes import changes_needed, differences, sha256
 from llamafleet.service.desired import Desired, Run, Service, Serving
 from tests import planning
 
 BUILD = Build(commit="c" * 40, backend="cpu", toolkit=None, architectures=(), machine_arch="x86_64", libc="2.41",
               cpu_flags=(), kv_types=("f16",), ui=False, tls=False)  # fmt: skip
+RECORD = {"schema": 1, "name": "demo", "source": "hf:a/b/demo.gguf", "allowed_drop_ins": []}
+RECORD["identity"] = identity_of(RECORD)
 SERVICE = Service(
     name="demo", unit_text="[Unit]\n", plan_json="{}", secrets={"api-keys": "secret\n"},
     argv=(f"{BUILD.release}/bin/llama-server", "--port", "8080"), release=BUILD.release,
-    liveness={"llama-server-demo-liveness.timer": "[Timer]\n"},
+    liveness={"llama-server-demo-liveness.timer": "[Timer]\n"}, identities=frozenset([RECORD["identity"]]),
 )  # fmt: skip
 GROUND = {"systemd": "257", "kernel": "6.12", "driver": None}
 INSTANCE = InstalledInstance(
     unit_sha256=sha256("[Unit]\n"), plan_sha256=sha256("{}"), secrets={"api-keys": sha256("secret\n")}, preflight=None,
     active="active", enabled="enabled", restarts=0, drop_ins=(), stale=False, pid=7, argv=SERVICE.argv, exe=SERVICE.argv[0],
     good_sha256=sha256("[Unit]\n"), liveness_sha256={"llama-server-demo-liveness.timer": sha256("[Timer]\n")}, liveness="active",
+    good_liveness_sha256={"llama-server-demo-liveness.timer": sha256("[Timer]\n")}, good_plan_sha256=sha256("{}"), record=PlanRecord.of(RECORD),
 )  # fmt: skip
+FOLDERS = {place.path: Place(place.kind, place.mode, 0, 0) for place in wanted.folders()}
 FILE = "/var/lib/llamafleet/models/a-aaaaaaaaaaaa/a.gguf"
 INSTALLED = Installed(
     euid=0, user=True, missing_packages=(), helpers="h1", lock=None, releases={BUILD.key: {}}, current=BUILD.key,
     cached_builds={}, models={FILE: "a" * 64}, instances={"demo": INSTANCE}, listeners=(), device_classes=(),
-    ground=GROUND, toolkits=(), gpu_groups=(), foreign_units=(),
+    ground=GROUND, toolkits=(), gpu_groups=(), foreign_units=(), paths=FOLDERS,
 )  # fmt: skip
 
 
@@ -49,7 +54,12 @@ def serving(service=SERVICE, sha256="a" * 64, asked=True, verified=None):
     (instance,) = planning.settings({"name": service.name}).models
     model = ModelFiles((RemoteFile("a.gguf", "https://x/a", 5, sha256),), planning.header("Qwen3-8B"))
     return Serving(
-        instance, model, plan=None, service=service, record={"verified": {} if asked else None}, verified=verified
+        instance,
+        model,
+        plan=None,
+        service=service,
+        record={**RECORD, "verified": {} if asked else None},
+        verified=verified,
     )
 
 
@@ -88,9 +98,9 @@ def test_a_missing_user_is_a_change():
 
 def test_a_model_without_known_checksum_is_complete_when_the_host_verified_it():
     unknown = serving(sha256=None)
-    assert changes(servings=(unknown,)).models == (unknown.folder,)
+    assert list(changes(servings=(unknown,)).models) == [unknown.folder]
     there = dataclasses.replace(INSTALLED, models={f"{unknown.folder}/a.gguf": "b" * 64})
-    assert changes(there, servings=(unknown,)).models == ()
+    assert not changes(there, servings=(unknown,)).models
 
 
 def test_a_plan_is_verified_before_it_is_installed_and_once():
@@ -110,27 +120,63 @@ def test_the_record_of_a_service_that_stays_is_noted_for_other_inputs_or_a_new_a
 
 def test_a_record_that_has_the_query_of_an_address_is_written_again():
     """Everybody on the host may read it, and a query may be a signature."""
-    wanted = dataclasses.replace(serving(), record={"verified": {}, "source": "https://x/a.gguf"})
-    for source, note in (("https://x/a.gguf?Signature=1", ("demo",)), ("https://x/a.gguf", ())):
-        record = PlanRecord.of({"schema": 1, "source": source})
-        there = dataclasses.replace(INSTALLED, instances={"demo": dataclasses.replace(INSTANCE, record=record)})
-        assert changes(there, servings=(wanted,)).note == note and not changes(there, servings=(wanted,)).services
+    records = [{**RECORD, "source": f"https://x/a.gguf{query}"} for query in ("?Signature=1", "")]
+    earlier, now = ({**record, "identity": identity_of(record)} for record in records)
+    service = dataclasses.replace(SERVICE, identities=frozenset((earlier["identity"], now["identity"])))
+    asked = dataclasses.replace(serving(service), record={**now, "verified": {}})
+    for record, note in ((earlier, ("demo",)), (now, ())):
+        installed = dataclasses.replace(INSTANCE, record=PlanRecord.of(record))
+        needed = changes(dataclasses.replace(INSTALLED, instances={"demo": installed}), servings=(asked,))
+        assert needed.note == note and not needed.any
+
+
+DROP_INS = f"/etc/systemd/system/{SERVICE.unit}.d"
+EDITED = PlanRecord.of({**RECORD, "name": "other"})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"plan_sha256": None}, "its plan.json is missing"),
+        ({"good_plan_sha256": sha256("other")}, "its plan.json was edited or damaged"),
+        ({"record": None}, "its plan.json cannot be read"),
+        ({"record": EDITED}, "its plan.json was edited"),
+        ({"record": PlanRecord.of({**EDITED.raw, "identity": identity_of(EDITED.raw)})}, "its plan.json was edited"),
+        ({"secrets": {}, "loaded": {"api-keys": sha256("secret\n")}}, "its API keys differ"),
+        (
+            {"unread_drop_ins": (f"{DROP_INS}/a.conf",), "stale": True},
+            f"drop-ins would change its unit at its next start: {DROP_INS}/a.conf",
+        ),
+        ({"stale": True}, "systemd has not read its unit again since a file of it changed"),
+        ({"enabled": "disabled"}, "it is disabled"),
+        ({"good_sha256": None}, "the files to go back to are damaged or missing"),
+        ({"good_is_whole": False}, "the files to go back to are damaged or missing"),
+        ({"good_liveness_sha256": {}}, "the files to go back to are damaged or missing"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_needs_no_restart_is_named_and_set_right_while_the_server_runs(change, reason):
+    there = dataclasses.replace(INSTALLED, instances={"demo": dataclasses.replace(INSTANCE, **change)})
+    needed = changes(there)
+    assert needed.any and not needed.services and dict(needed.refreshed) == {"demo": (reason,)}
+    assert needed.of_instance("demo") == (reason,)
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"unit_sha256": "x"}, "its unit differs"),
-        ({"good_sha256": None}, "it has not passed the gate"),
-        ({"plan_sha256": None}, "its plan.json is missing"),
+        ({"unit_sha256": None}, "its unit is missing"),
+        ({"good_sha256": "x"}, "it has not passed the gate"),
         ({"secrets": {}}, "its API keys differ"),
-        ({"drop_ins": ("/etc/systemd/system/x.d/a.conf",)}, "drop-ins change its unit: /etc/systemd/system/x.d/a.conf"),
-        ({"enabled": "disabled"}, "it is disabled"),
+        ({"loaded": {"api-keys": "x"}}, "its API keys differ from what it runs with"),
+        ({"drop_ins": (f"{DROP_INS}/a.conf", "/etc/systemd/system/service.d/b.conf")},
+         f"drop-ins change its unit: {DROP_INS}/a.conf"),
         ({"active": "failed"}, "it is failed"),
         ({"argv": ("llama-server",)}, "it runs with other arguments"),
         ({"exe": "/usr/bin/llama-server"}, "it runs /usr/bin/llama-server"),
     ],
-)
+)  # fmt: skip
 def test_each_difference_of_an_instance_is_named(change, reason):
     assert differences(SERVICE, dataclasses.replace(INSTANCE, **change), GROUND) == (reason,)
 
@@ -225,7 +271,7 @@ def test_a_unit_that_differs_in_quiet_lines_is_refreshed_while_its_server_runs_o
     needed = changes(
         dataclasses.replace(INSTALLED, instances={"demo": stopped}), servings=(serving(WANTED),), inputs=Inputs()
     )
-    assert (needed.liveness, needed.note) == (((), ()) if quiet else (("demo",), ("demo",)))
+    assert (list(needed.liveness), needed.note) == (([], ()) if quiet else (["demo"], ("demo",)))
 
 
 def test_a_refresh_that_was_cut_off_does_not_make_the_unit_an_unproven_one():
@@ -253,24 +299,79 @@ def test_keys_are_in_no_representation():
 
 
 @pytest.mark.parametrize(
-    "change", [{"liveness_sha256": {}}, {"liveness": "inactive"}, {"liveness_sha256": {"x.timer": "y"}}], ids=str
+    ("change", "reason"),
+    [
+        ({"liveness_sha256": {}}, "its liveness check differs"),
+        ({"liveness_sha256": {"x.timer": "y"}}, "its liveness check differs"),
+        ({"liveness": "inactive"}, "its liveness timer is inactive"),
+        ({"liveness_enabled": "disabled"}, "its liveness timer is disabled"),
+        ({"liveness_drop_ins": ("/x.conf",)}, "drop-ins change its liveness check: /x.conf"),
+    ],
 )
-def test_a_liveness_check_is_mended_without_touching_the_server(change):
+def test_a_liveness_check_is_mended_without_touching_the_server(change, reason):
     needed = changes(dataclasses.replace(INSTALLED, instances={"demo": dataclasses.replace(INSTANCE, **change)}))
-    assert (needed.liveness, dict(needed.services)) == (("demo",), {}) and needed.any
+    assert dict(needed.liveness) == {"demo": (reason,)} and not needed.services and needed.any
+    assert needed.of_instance("demo") == (reason,)
 
 
 def test_a_liveness_check_comes_with_a_server_that_is_installed_anyway():
     failed = dataclasses.replace(INSTANCE, active="failed", liveness="inactive")
     needed = changes(dataclasses.replace(INSTALLED, instances={"demo": failed}))
-    assert needed.liveness == () and needed.services
-    assert changes(dataclasses.replace(INSTALLED, instances={})).liveness == ()
+    assert not needed.liveness and needed.services
+    assert not changes(dataclasses.replace(INSTALLED, instances={})).liveness
 
 
 def test_no_liveness_check_is_wanted():
     servings = (serving(dataclasses.replace(SERVICE, liveness={})),)
     there = dataclasses.replace(INSTANCE, liveness="inactive")
     needed = changes(dataclasses.replace(INSTALLED, instances={"demo": there}), servings=servings)
-    assert needed.liveness == ("demo",)
-    gone = dataclasses.replace(there, liveness_sha256={})
+    assert list(needed.liveness) == ["demo"]
+    gone = dataclasses.replace(there, liveness_sha256={}, good_liveness_sha256={})
     assert not changes(dataclasses.replace(INSTALLED, instances={"demo": gone}), servings=servings).any
+
+
+# --- places -----------------------------------------------------------------------------------------
+
+
+def test_a_release_that_is_made_again_restarts_what_runs_from_it():
+    needed = changes(dataclasses.replace(INSTALLED, releases={}))
+    assert needed.build and dict(needed.services) == {"demo": ("its release is damaged and made again",)}
+    elsewhere = dataclasses.replace(INSTANCE, deleted=(f"{BUILD.release}/bin/libllama.so",))
+    needed = changes(dataclasses.replace(INSTALLED, instances={"demo": elsewhere}))
+    reason = "it runs from files that were removed or replaced: libllama.so"
+    assert not needed.build and dict(needed.services) == {"demo": (reason,)}
+
+
+def test_a_release_whose_record_is_of_another_commit_is_made_again():
+    assert changes(dataclasses.replace(INSTALLED, releases={BUILD.key: {"commit": "d" * 40}})).build
+    assert not changes(
+        dataclasses.replace(INSTALLED, releases={BUILD.key: {"commit": "c" * 40, "key": BUILD.key}})
+    ).build
+
+
+def test_allowed_drop_ins_are_no_drift_and_others_are():
+    service = dataclasses.replace(SERVICE, allowed_drop_ins=("nice.conf",))
+    both = tuple(f"{DROP_INS}/{name}.conf" for name in ("nice", "port"))
+    assert differences(service, dataclasses.replace(INSTANCE, drop_ins=both[:1]), GROUND) == ()
+    assert differences(service, dataclasses.replace(INSTANCE, drop_ins=both), GROUND) == (
+        f"drop-ins change its unit: {both[1]}",
+    )
+
+
+MODEL = serving().folder + "/a.gguf"
+
+
+@pytest.mark.parametrize(
+    ("models", "paths", "reason"),
+    [
+        ({}, {}, "is missing"),
+        ({}, {MODEL: Place("file", 0o644, 0, 0)}, "was changed since it was verified"),
+        ({}, {MODEL: Place("file", 0o600, 0, 0)}, "has mode 0600 instead of 0644"),
+        ({MODEL: "a" * 64}, {MODEL: Place("link", 0o777, 0, 0)}, "is a link instead of a file"),
+        ({MODEL: "b" * 64}, {MODEL: Place("file", 0o644, 0, 0)}, "is another file than the source has"),
+    ],
+)
+def test_why_a_model_is_fetched_or_read_again(models, paths, reason):
+    needed = changes(dataclasses.replace(INSTALLED, models=models, paths={**FOLDERS, **paths}))
+    assert dict(needed.models) == {serving().folder: (f"{MODEL} {reason}",)} and not needed.paths
+    assert needed.of_host() == (f"models: {MODEL} {reason}",)

@@ -13,6 +13,7 @@ from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Refusal
 from llamafleet.remote.common import MODELS
+from llamafleet.service import refusals
 from llamafleet.service.changes import SECRETS, changes_needed
 from llamafleet.service.desired import Desired, Run, desire, with_plans
 from llamafleet.service.plan_inputs import plan_inputs
@@ -122,6 +123,13 @@ def test_a_host_whose_models_are_gone_from_the_inventory_is_not_emptied():
     assert "allow_empty_models = True" in text and "tasks.uninstall.uninstall" in text
     assert decided(serving, models=(), allow_empty_models=True).servings == ()
     assert decided(survey(), models=()).servings == ()  # a host without instances
+    moved = dataclasses.replace(RUN, elsewhere=frozenset(INSTALLED.instances))
+    assert decided(serving, moved, models=()).servings == ()
+
+
+@pytest.mark.parametrize("reason", ["m0: m0: llama.cpp does not know it", "m0: llama.cpp does not know it"])
+def test_a_model_of_its_instance_s_name_is_named_once(reason):
+    assert str(refusals.no_plan(Refusal(reason, instance="m0"))) == "models: m0: llama.cpp does not know it"
 
 
 def test_of_several_models_the_refused_one_is_named():
@@ -216,7 +224,7 @@ def test_what_a_host_verified_earlier_is_served_on_and_said():
     folder = f"{MODELS}/{ModelFiles(shards(None, None), planning.header('Qwen3-8B')).folder}"
     there = {f"{folder}/m-0000{n}-of-00002.gguf": one for n, one in ((1, B), (2, C))}
     outcome = of_shards(shards(None, None), there)
-    assert changes_needed(outcome, outcome.installed).models == ()
+    assert not changes_needed(outcome, outcome.installed).models
     assert outcome.inputs.notes == (
         "models: m0: sha256 is not known of m-00001-of-00002.gguf, m-00002-of-00002.gguf: served on as the host verified it "
         f"earlier, and not to be downloaded again; set sha256 ({B} by the host itself, ...)",
@@ -264,7 +272,8 @@ def test_a_sum_that_does_not_fit_is_another_model():
     same, other = (now(shards(B, sum_)) for sum_ in (C, A))
     assert same.servings[0].service.identity == before.identity != other.servings[0].service.identity
     assert (
-        changes_needed(other, other.installed).models == (folder,) and not changes_needed(same, same.installed).models
+        list(changes_needed(other, other.installed).models) == [folder]
+        and not changes_needed(same, same.installed).models
     )
 
 
@@ -280,6 +289,7 @@ def test_a_query_is_not_in_plan_json_and_the_service_is_the_same():
     record = outcome.servings[0].record
     assert "SECRET" not in outcome.servings[0].service.plan_json and record["source"] == "https://x/m.gguf"
     assert instance_checks.identity_of(record) == record["public_identity"] != record["identity"]
+    assert outcome.servings[0].service.identities == {record["public_identity"], record["identity"]}
     # One that an earlier version wrote has the query: it is written again, and the service stays as it is.
     earlier = {key: value for key, value in record.items() if key != "public_identity"} | {"source": signed}
     assert instance_checks.identity_of(earlier) == record["identity"]

@@ -293,3 +293,8 @@ def test_no_text_has_control_characters(key, text):
 def test_no_text_is_longer_than_an_argument():
     [problem] = instance_problems(api_key_file="k" * (2**17 + 1))
     assert problem == "models[0].api_key_file: should have at most 131072 characters, has 131073"
+
+
+@pytest.mark.parametrize(("value", "write"), [("true", "True"), ("False", "False"), ("yes", "True"), ("no", "False")])
+def test_a_flag_that_was_written_as_a_text_says_what_to_write(value, write):
+    assert problems(allow_swap=value) == [f"allow_swap: should be True or False, is {value!r}: write {write}"]

@@ -13,6 +13,7 @@ from llamafleet.remote import verify
 from llamafleet.service.changes import changes_needed, sha256
 from llamafleet.service.desired import desire
 from llamafleet.service.plan_inputs import plan_inputs
+from llamafleet.service.succession import Handover
 from tasks import service
 from tasks.lib import decision, jobs, memory_check, operations
 from tasks.lib.decision import Decision
@@ -29,7 +30,7 @@ class Host:
     """What the stage needs of pyinfra's: a key for the decision and a place to log."""
 
     def __init__(self):
-        self.lines = []
+        self.lines, self.name = [], "box"
 
     def log(self, text, *_):
         self.lines.append(text)
@@ -44,6 +45,10 @@ def now(instances=None, used_mib=0, run=RUN, **asked):
     read = survey([{"used_by_others_mib": used_mib}], instances=instances or {})
     model = ModelFiles((RemoteFile("m.gguf", "https://x/y", 5, "a" * 64),), planning.header("gpt-oss-120b"))
     desired = desire(plan_inputs(settings, read, {"m0": model}), run, render)
+    if instances:  # they run from the wanted release
+        there = dataclasses.replace(read.installed, releases={desired.build.key: {}})
+        read = dataclasses.replace(read, installed=there)
+        desired = desire(plan_inputs(settings, read, {"m0": model}), run, render)
     return Decision(desired, changes_needed(desired, read.installed))
 
 
@@ -172,7 +177,7 @@ def running(decided, key=None, **more):
     more = {"inputs": {**record["inputs"], "key": key}, **more} if key else more
     return {"m0": dataclasses.replace(
         INSTANCE, unit_sha256=sha256(service.unit_text), good_sha256=sha256(service.unit_text), secrets={}, argv=service.argv, exe=service.argv[0],
-        record=PlanRecord.of(json.loads(json.dumps({**record, **more}))),
+        preflight=more.get("preflight"), record=PlanRecord.of(json.loads(json.dumps({**record, **more}))),
     )}  # fmt: skip
 
 
@@ -181,7 +186,7 @@ def test_a_plan_that_the_binary_makes_the_running_one_is_noted_and_not_restarted
     memory_check.check_plans(host)
     instances = running(decision.decision(), key="of other settings", preflight={"dropped": []})
     decision._decisions[host] = first = now(instances)
-    assert first.changes.services["m0"] == ("its unit differs",)  # by the header alone MemoryMax is another
+    assert first.changes.services["m0"][0] == "its unit differs"  # by the header alone MemoryMax is another
     assert memory_check.check_plans(host) is True
     after = decision.decision()
     assert after.changes.services == {} and after.changes.note == ("m0",)
@@ -202,7 +207,7 @@ def test_an_answer_that_corrected_nothing_holds_under_other_inputs_too(host, mon
 
 def test_other_inputs_that_give_the_same_service_are_noted_at_once(host, monkeypatch):
     first, _ = begin(host, monkeypatch)
-    assert now(running(first, inputs={"key": "old"})).changes.note == ("m0",)
+    assert now(running(first, key="old")).changes.note == ("m0",)
     assert now(running(first)).changes.note == ()
 
 
@@ -264,14 +269,14 @@ def test_the_switch_is_tried_again_with_the_new_plan_and_not_for_ever(host, monk
     monkeypatch.setattr(jobs, "follow", lambda state, host, job, command: tried.append(job))
     monkeypatch.setattr(operations.remote, "run", lambda host, command: (True, ['told: {"CUDA0": 5}'], []))
 
-    def again(host, told):
-        replanned.append(told)
+    def again(host, name, told):
+        replanned.append((name, told))
         return True
 
     monkeypatch.setattr(jobs, "hold", lambda state, host: True)
-    commands = operations.switch_service._inner(lambda: staged, again)
+    commands = operations.switch_service._inner(lambda: (staged,), again, Handover(("m0",)), 30)
     _, *results = [command.function(None, host, *command.args) for command in commands if hasattr(command, "function")]
-    assert len(tried) == 3 and replanned == [{"CUDA0": 5}] * 2
+    assert len(tried) == 3 and replanned == [("m0", {"CUDA0": 5})] * 2
     assert results == [True, True, True, True, False]
 
 
@@ -280,5 +285,7 @@ def test_a_switch_that_fails_for_another_reason_is_not_tried_again(host, monkeyp
     staged = service.staging("m0")
     monkeypatch.setattr(jobs, "follow", lambda state, host, job, command: False)
     monkeypatch.setattr(operations.remote, "run", lambda host, command: (False, [], []))
-    _, command = operations.switch_service._inner(lambda: staged, lambda host, told: pytest.fail("planned again"))
+    _, command = operations.switch_service._inner(
+        lambda: (staged,), lambda host, name, told: pytest.fail("planned again"), Handover(("m0",)), 30
+    )
     assert command.function(None, host, *command.args) is False
