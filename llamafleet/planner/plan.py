@@ -29,7 +29,7 @@ from llamafleet.model.architectures import ARCHITECTURES, PROJECTOR, RELEASE, ne
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
 from llamafleet.planner import processors
-from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate
+from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate, host_cost
 from llamafleet.planner.backend import capacity_of, environment, gpus_for, resolve_backend
 from llamafleet.planner.flags import planned_flags
 from llamafleet.planner.reasons import Decision, why
@@ -201,16 +201,20 @@ class _Case:
         different = {(context.kv_type, context.slots): context for context in contexts}.values()
         return max(self.checkpoints(each) * each.slots * checkpoint_bytes(shape, each) for each in different)
 
-    def roofline(self, work: Workload, measured: Measurements) -> Roofline:
-        """The speed of this model with these measurements."""
+    def roofline(self, work: Workload, measured: Measurements, *, by_type: bool = False) -> Roofline:
+        """The speed of this model with these measurements. `by_type`: with what its types of weights cost a processor,
+        which choosing a plan leaves out."""
         machine_rates = rates(self.machine.cpu, self.capacity.gpus, self.threads, measured)
+        if by_type:
+            machine_rates = replace(machine_rates, host_flops=machine_rates.host_flops / host_cost(self.model))
         return Roofline(self.model, work, machine_rates, op_offload=TRAITS[self.backend].op_offload)
 
     def predicted(self, candidate: Candidate, swap_bytes: int) -> Prediction:
         """The speed by all that is known of the host; none for a plan that swaps, since no disk was measured."""
         if swap_bytes:
             return Prediction(0.0, 0.0, swap_bytes=swap_bytes)
-        return self.roofline(self.work, self.known).predict(candidate.order, candidate.segments, candidate.context)
+        roofline = self.roofline(self.work, self.known, by_type=True)
+        return roofline.predict(candidate.order, candidate.segments, candidate.context)
 
     def search(self, contexts: Sequence[Context]) -> Search:
         roofline = self.roofline(self.work, self.measured)
@@ -319,7 +323,7 @@ def _plan(case: _Case, search: Search, refined: Refined, candidates: Sequence[Ca
         cpus=cpus,
         numa_nodes=nodes,
         chosen_for=search.roofline.predict(candidate.order, candidate.segments, context),
-        at_gate=expected_at_gate(case.roofline(GATE_WORK, case.measured), candidate, gpus),
+        at_gate=expected_at_gate(case.roofline(GATE_WORK, case.measured, by_type=True), candidate, gpus),
     )
 
 

@@ -77,6 +77,9 @@ def noted(installed, desired, record=None):
         INSTANCE, record=PlanRecord.of(record or dict(was.record)), argv=serving.service.argv,
         exe=serving.service.argv[0], secrets={}, unit_sha256=sha256(serving.service.unit_text), good_sha256=sha256(serving.service.unit_text),
         liveness_sha256={name: sha256(text) for name, text in serving.service.liveness.items()}, liveness="active",
+        good_liveness_sha256={name: sha256(text) for name, text in serving.service.liveness.items()},
     )  # fmt: skip
-    there = dataclasses.replace(desired.installed, instances={"m0": instance})
-    return changes_needed(desired, there).note
+    there = dataclasses.replace(desired.installed, instances={"m0": instance}, releases={desired.build.key: {}})
+    found = changes_needed(desired, there)
+    assert not found.services and not found.refreshed, found
+    return found.note
