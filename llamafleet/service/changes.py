@@ -19,7 +19,7 @@ from llamafleet.remote.common import (
     is_as_written,
     without_directives,
 )
-from llamafleet.service import wanted
+from llamafleet.service import astray, wanted
 from llamafleet.service.desired import Desired, Service, Serving
 
 # The credentials of a unit by their names, and what they are in words.
@@ -88,6 +88,7 @@ class Changes:
 
 def changes_needed(desired: Desired, installed: Installed) -> Changes:
     """What makes the host what it should be."""
+    installed = astray.left_out(installed)
     services = {serving.name: serving.service for serving in desired.servings}
     alone = len(services) == 1
     build = not _has_release(desired, installed)
@@ -177,7 +178,12 @@ def _of_model(serving: Serving, installed: Installed, misplaced: list[Misplaced]
     sum, or where that is unknown by any."""
     for path, sha256 in _model_files(serving).items():
         known = installed.models.get(path)
-        phrases = [one.phrase for one in misplaced if one.place.path == path]
+        note = f"{path}.verified"
+        phrases = [
+            one.phrase
+            for one in misplaced
+            if one.place.path == path or (one.place.path == note and installed.paths[note].kind != "file")
+        ]
         if phrases:
             yield phrases[0]
         elif known is None:

@@ -293,3 +293,9 @@ def test_no_text_has_control_characters(key, text):
 def test_no_text_is_longer_than_an_argument():
     [problem] = instance_problems(api_key_file="k" * (2**17 + 1))
     assert problem == "models[0].api_key_file: should have at most 131072 characters, has 131073"
+
+
+@pytest.mark.parametrize("name", ["nice", "../nice.conf", "a/b.conf", ".conf ", "", "nice.conf\n"])
+def test_a_drop_in_is_named_by_its_file_alone(name):
+    [problem] = instance_problems(allowed_drop_ins=["10-nice.conf", name])
+    assert problem.startswith("models[0].allowed_drop_ins[1]: should ")
