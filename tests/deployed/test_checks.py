@@ -383,7 +383,7 @@ def test_addresses_are_compared_not_texts(listen):
 )
 def test_a_damaged_plan_json_is_named_and_no_check_raises(plan, message):
     known = healthy()
-    known["instances"]["tiny"]["plan"] = plan if isinstance(plan, dict) else None
+    known["instances"]["tiny"].update(plan=plan if isinstance(plan, dict) else None, kept_plan=None)
     found = problems_by_check(known)
     if isinstance(plan, dict):
         assert any(message in text for text in found["plan_file"]), found["plan_file"]
