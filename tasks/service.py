@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pyinfra.api.deploy import deploy
+from pyinfra.context import ctx_host
 
 from llamafleet.remote.common import unit_of
+from llamafleet.service import succession
 from llamafleet.service.desired import Serving
-from tasks.lib import memory_check, operations, usage
+from llamafleet.service.succession import Handover
+from tasks.lib import memory_check, moves, operations, usage
 from tasks.lib.decision import decision, for_stage
 
 
 @deploy("Serve")
 def service() -> None:
-    """Remove instances that the inventory no longer names, then install or restart what differs."""
+    """Install or restart what differs; then remove instances that the inventory no longer names."""
     now = for_stage("service")
     if now is None:
         return
-    for name in operations.each(now.changes.removed, str):
-        operations.remove_instance(name=f"Remove llama-server-{name}, no longer in models", instance=name)
+    moves.watch(ctx_host.get().state)
+    drain_seconds, handovers = now.desired.settings.drain_seconds, succession.handovers(now.desired, now.changes)
+    for handover in operations.each(handovers, lambda one: one.names[0]):
+        serve(handover, drain_seconds)
     for serving in operations.each(now.desired.servings, lambda serving: serving.name):
-        serve(serving.name)
+        refresh(serving.name)
         watch(serving, needed=serving.name in now.changes.liveness)
+    for name in operations.each(now.changes.removed, str):
+        handover = next((one for one in handovers if name in one.leaving), Handover(()))
+        operations.remove_instance(
+            name=f"Remove llama-server-{name}, no longer in models", instance=name, handover=handover,
+            drain_seconds=drain_seconds,
+        )  # fmt: skip
     operations.make_current(
         name=f"Make build {now.desired.build.key} the current release", needed=now.changes.current,
         key=now.desired.build.key, keep=now.desired.settings.keep_releases,
@@ -37,15 +50,22 @@ def installed_now() -> list[Serving]:
     return [one for one in now.desired.servings if one.name in now.changes.services] if now else []
 
 
-def serve(name: str) -> None:
-    """Stage one instance's files and switch to them; the old one comes back if the gate fails."""
-    unit = unit_of(name)
-    operations.stage_service(name=f"Prepare {unit}", staging=lambda: staging(name))
+def serve(handover: Handover, drain_seconds: int) -> None:
+    """Stage files and switch to them: those of one instance, or of several that take over each other's ports or memory.
+    The old ones come back if the gate fails."""
+    for name in operations.each(handover.names, str):
+        operations.stage_service(name=f"Prepare {unit_of(name)}", staging=lambda name=name: staging(name))
+    units = ", ".join(map(unit_of, handover.names))
+    place = f", in place of {', '.join(map(unit_of, handover.leaving))}" if handover.leaving else ""
     operations.switch_service(
-        name=f"Start and check {unit}", staging=lambda: staging(name),
-        again=lambda host, binary_bytes: memory_check.replan_after_switch(host, name, binary_bytes),
+        name=f"Start and check {units}{place}", staging=lambda: all_staging(handover.names),
+        again=memory_check.replan_after_switch, handover=handover, drain_seconds=drain_seconds,
     )  # fmt: skip
-    operations.refresh_service(name=f"Set {name} right while its server runs on", staging=lambda: to_refresh(name))
+
+
+def all_staging(names: Sequence[str]) -> tuple[operations.Staging, ...]:
+    """As `staging`, of those of these instances that are not as planned."""
+    return tuple(found for name in names if (found := staging(name)) is not None)
 
 
 def staging(name: str) -> operations.Staging | None:
@@ -59,6 +79,11 @@ def staging(name: str) -> operations.Staging | None:
     serving = next(serving for serving in now.desired.servings if serving.name == name)
     files = memory_check.staged_files(serving)
     return operations.Staging(name, serving.service.identity, files, serving.service.secrets)
+
+
+def refresh(name: str) -> None:
+    """Replace the files on which the instance's running server does not depend."""
+    operations.refresh_service(name=f"Set {name} right while its server runs on", staging=lambda: to_refresh(name))
 
 
 def to_refresh(name: str) -> operations.Staging | None:

@@ -148,6 +148,11 @@ liveness_seconds = 120
 # Pause between two such checks, seconds. A check costs users nothing: see docs/operations.md, "The liveness check".
 liveness_interval_seconds = 60
 
+# The longest that a server which is to be replaced or removed may go on with its running replies, seconds. New
+# connections wait meanwhile, and reach the next server; see docs/operations.md, "A switch under load". 0: replies are
+# cut. 30: most replies end within it.
+drain_seconds = 30
+
 # --- leaving ---------------------------------------------------------------------------------
 
 # True: a run with `models = []` stops and removes every instance of the host. False: it is refused where the host has

@@ -61,6 +61,7 @@ class Memory:
     told: Table[Bytes] | None
     why: Message
     room: Flag  # False: the GPU had no free memory for this question beside the running server
+    rejected: Message = ""  # the line by which llama-server refuses its arguments or its model
 
 
 @dataclass(frozen=True)

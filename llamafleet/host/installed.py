@@ -197,6 +197,8 @@ class Installed:
     jobs: Annotated[Listed[Label], Field(max_length=1024)] = ()
     # SHA-256 of each release's release.json, by key.
     release_digests: Table[Sha256] = field(default_factory=dict)
+    # Addresses at which instances are to listen and no server of the host can, with the reason.
+    unbindable: Table[Name] = field(default_factory=dict)
     # What lies at the places of ours, by path.
     paths: Table[Place] = field(default_factory=dict)
 

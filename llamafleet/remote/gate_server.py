@@ -65,6 +65,11 @@ def trust(spec: dict[str, Any]) -> None:
     _trusted[spec["url"]] = context
 
 
+def trusted(url: str) -> ssl.SSLContext | None:
+    """What the certificate of this server is checked with, as `trust` made it; None for one without TLS."""
+    return _trusted.get(url)
+
+
 def ask(
     url: str, path: str, key: str | None = None, body: dict[str, Any] | None = None, seconds: float = 120.0
 ) -> tuple[int, Any]:

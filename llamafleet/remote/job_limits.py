@@ -69,7 +69,8 @@ def limits(kind: str, build_cache: Optional[str] = None) -> List[str]:
         return [*ALWAYS, *BEHIND, *bounds(kind, 4096, free_bytes())]
     # It asks systemd, and makes device nodes of a GPU: a sandbox as tight would have to be opened for both.
     return [*ALWAYS, "NoNewPrivileges=yes", "ProtectSystem=strict", "ProtectHome=yes", "RestrictRealtime=yes",
-            "LockPersonality=yes", "SystemCallArchitectures=native", *writable([UNITS, ETC, VAR]),
+            "LockPersonality=yes", "SystemCallArchitectures=native",
+            *writable([UNITS, ETC, VAR, *([CACHES] if kind in ("remove", "undo") else [])]),
             *bounds(kind, 1024, 4 * GIB)]  # fmt: skip
 
 

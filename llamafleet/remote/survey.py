@@ -1,10 +1,10 @@
 """Report what is installed and running on this host, together with the probe's machine file.
 
 Contract: one argument, a JSON object {"packages": {name of a package manager: [names]},
-"build_cache": path | null, "toolkits": [paths], "paths": [paths], "vulkan": bool}; prints one JSON object
-{"machine": the probe's output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and psutil;
-its siblings common.py, instance_files.py, places.py, probe.py, toolkits.py, lock.py, ground.py, packages.py and
-releases.py lie in the same folder.
+"build_cache": path | null, "toolkits": [paths], "paths": [paths], "vulkan": bool, "addresses": [texts]}; prints one
+JSON object {"machine": the probe's output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and
+psutil; its siblings common.py, addresses.py, instance_files.py, places.py, probe.py, toolkits.py, lock.py, ground.py,
+packages.py and releases.py lie in the same folder.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def main(argv: list[str]) -> None:
         "gpu_groups": [name for name in ("render", "video") if has_group(name)],
         "foreign_units": [unit for unit in units() if not is_ours(unit)],
         "toolkits": toolkits.find(extra=asked["toolkits"]),
+        "unbindable": unbindable(asked.get("addresses", [])),
     }
     print(json.dumps({"machine": machine, "found": found}))
 
@@ -264,6 +265,13 @@ def listeners() -> list[dict[str, Any]]:
             found.append({"address": connection.laddr.ip, "port": connection.laddr.port, "pid": pid,
                           "process": process_name(pid), "unit": unit_of(pid)})  # fmt: skip
     return found
+
+
+def unbindable(addresses: list[str]) -> dict[str, str]:
+    """Those of the addresses at which no server of this host can listen, with the reason."""
+    from addresses import cannot_bind
+
+    return {one: why for one in addresses if (why := cannot_bind(one))}
 
 
 def process_name(pid: int) -> str | None:

@@ -1,17 +1,23 @@
-"""Switch one instance to its new files, and restore the old ones if the new ones do not serve.
+"""Switch instances to their new files, and restore the old ones if the new ones do not serve.
 
-Contract: `switch.py install NAME` takes the staged files of /var/lib/llamafleet/staged/NAME (the unit, plan.json, the
-secrets that it has, the units of its liveness check where there is one), installs them together, starts, runs the gate
-and, where anything fails, puts the old ones back and proves that they serve again. `switch.py refresh NAME` installs
-the staged files, and sets the unit's state in systemd right, while the server runs on; `switch.py watch NAME` installs
-the staged liveness check alone. Each removes the drop-ins of the instance's units, but for those that plan.json allows.
-`switch.py recover NAME [--wait]` ends a switch that was cut off: it finishes it if the gate had passed, else it
-puts the old files back and starts them, and does not wait for them; while a switch is at work it does nothing, or, with
+Contract: NAMES are names of instances, joined by commas. `switch.py install NAMES [--leaving NAMES] [--keep]
+[--drain SECONDS]` takes the staged files of /var/lib/llamafleet/staged/NAME (the unit, plan.json, the secrets that it
+has, the units of its liveness check where there is one), installs them together, starts, runs the gate and, where
+anything fails, puts the old ones back and proves that they serve again. Several are switched at once, as instances
+that take over each other's ports or memory must be: all are stopped before the first one starts, and all go back where
+one fails. Those of --leaving are stopped with them and stay stopped and disabled, with all their files: `remove` is for
+later. With --keep `switch.py undo NAMES --leaving NAMES`, with the same names, leads back to what was before. A server
+that is stopped has SECONDS to finish its running replies. `switch.py refresh NAME` installs the staged files, and sets
+the unit's state in systemd right, while the server runs on; `switch.py watch NAME` installs the staged liveness check
+alone. Each removes the drop-ins of the instance's units, but for those that plan.json allows.
+`switch.py recover NAMES [--wait]` ends a switch that was cut off: it finishes it if the gate had passed, else it puts
+the old files back and starts them, and does not wait for them; while a switch is at work it does nothing, or, with
 --wait, waits for its end.
-`switch.py remove NAME` stops and removes an instance. Log lines on stdout; the last one of a failure begins with
-`error: `. Exit 0 done, 1 failed. Killed at any point it can be run again, and `recover` runs before the instance starts
-at the next boot. Root, the standard library; common.py, transaction.py, instance_files.py and what the gate and the
-preflight need lie beside it.
+`switch.py remove NAME [--after NAMES] [--drain SECONDS]` stops and removes an instance; of the switch of --after
+nothing is kept for `undo` any more. Log lines on stdout; the last one of a failure begins with
+`error: `. Exit 0 done, 1 failed. Killed at any point it can be run again, and `recover` runs before the instances start
+at the next boot. Root, the standard library; common.py, transaction.py, instance_files.py, the modules that it imports
+and what the gate and the preflight need lie beside it.
 
 Decision 7: docs/decisions/0007-health-is-not-enough.md.
 Decision 9: docs/decisions/0009-nothing-half-done-has-its-final-name.md.
@@ -19,320 +25,163 @@ Decision 9: docs/decisions/0009-nothing-half-done-has-its-final-name.md.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from typing import Iterator, List, Optional, Sequence  # the contract is Python 3.8, whose own are typing's
+from typing import Dict, Iterator, List, Optional, Sequence  # the contract is Python 3.8, whose own are typing's
 
 import common
 import instance_files
+import starting
+import switch_back
+import switch_checks
 import transaction
 from common import journal, liveness_units, systemctl, unit_of
+from draining import Draining
 from instance_files import PLAN, Files
+from starting import timer_of, unwatch
+from switch_back import Failed, Stopped, finish, going_back, recover, settle
 
-FOLDER = os.path.dirname(os.path.realpath(__file__))  # of the helpers of this version, not `current`
-GATE, VERIFY = f"{FOLDER}/gate.py", f"{FOLDER}/verify.py"
-
-# What leads back at a boot.
-RECOVER = """\
-# Made by llamafleet: undoes a switch that was cut off; removed at its end.
-[Unit]
-Description=Undo a switch of llama-server {name} that was cut off
-Before={unit}
-RequiresMountsFor={folder} {etc} {var}
-
-[Service]
-Type=oneshot
-ExecStart=/usr/bin/python3 -s -E -B {folder}/switch.py recover {name}
-TimeoutStartSec=90
-MemoryMax=256M
-TasksMax=64
-LimitCORE=0
-NoNewPrivileges=yes
-CapabilityBoundingSet=
-AmbientCapabilities=
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-LockPersonality=yes
-MemoryDenyWriteExecute=yes
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-SystemCallFilter=~@privileged @resources
-SystemCallErrorNumber=EPERM
-ProtectSystem=strict
-ReadWritePaths={units} {etc} {var}
-RuntimeDirectory=llamafleet
-RuntimeDirectoryMode=0755
-RuntimeDirectoryPreserve=yes
-ProtectHome=yes
-PrivateTmp=yes
-PrivateDevices=yes
-PrivateMounts=yes
-PrivateIPC=yes
-PrivateNetwork=yes
-RestrictAddressFamilies=AF_UNIX
-IPAddressDeny=any
-ProtectKernelTunables=yes
-ProtectKernelModules=yes
-ProtectKernelLogs=yes
-ProtectControlGroups=yes
-ProtectClock=yes
-ProtectHostname=yes
-ProtectProc=invisible
-KeyringMode=private
-UMask=0077
-"""
+VERIFY = f"{starting.FOLDER}/verify.py"
+REJECTED = 3  # exit status of `verify.py settle`: llama-server rejects its arguments
 
 
-class Failed(Exception):
-    """The switch cannot go on; the text is for the operator."""
+def install(
+    names: Sequence[str], leaving: Sequence[str] = (), keep: bool = False, drain: float = 0.0,
+    options: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Switch these instances together to their staged files, in place of `leaving`. `options` are the gate's."""
+    everyone = [*names, *leaving]
+    try:
+        for name in everyone:
+            settle(name)
+        switch_checks.check(names)
+        old = {**{name: instance_files.previous(name) for name in names},
+               **{name: whole(name) for name in leaving}}  # fmt: skip
+        with going_back(everyone, prove=True):
+            guard(everyone)
+            if keep:
+                for name in names:
+                    transaction.remember(name, old[name])
+            switch_back.begin(old, leaving)
+            drained = Draining(everyone, drain)
+            ask(names, leaving, drained)
+            replace(names)
+            for name in leaving:
+                unwatch(name)
+            systemctl("daemon-reload")
+            for name in names:
+                switch_checks.effective(name)
+            start(names, leaving, drained, options)
+            transaction.pass_gate(everyone)
+        finish(everyone)
+    finally:
+        for name in names:
+            shutil.rmtree(f"{common.STAGED}/{name}", ignore_errors=True)  # it may hold keys
 
 
-class Stopped(BaseException):
-    """The job was told to stop."""
+def whole(name: str) -> Optional[Files]:
+    """The installed files of an instance that leaves; None where they are not whole, and could not be started again."""
+    files = instance_files.installed(name)
+    return files if instance_files.damage(name, files) is None else None
 
 
-def timer_of(name: str) -> str:
-    return liveness_units(name)[1]
+def replace(names: Sequence[str]) -> None:
+    """Give the staged files of all these instances their places; a full disk fails before the first of them."""
+    new = {name: staged_files(name) for name in names}
+    for name in names:
+        transaction.write(name, new[name], good=new[name])
+    for name in names:
+        unwatch(name)
+        transaction.replace(name, new[name])
+        remove_drop_ins(name, new[name])
 
 
-def unwatch(name: str) -> None:
-    """Stop the liveness check, if there is one, so that it restarts nothing during the switch."""
-    timer = f"{common.UNITS}/{timer_of(name)}"
-    if os.path.exists(timer):
-        systemctl("disable", "--quiet", "--now", timer_of(name), check=not is_empty(timer))
-
-
-def is_empty(path: str) -> bool:
-    """Of a unit file that a power cut has emptied: systemd takes it for masked, and refuses to disable it."""
-    return os.path.exists(path) and os.path.getsize(path) == 0
-
-
-def start_watching(name: str, *options: str, check: bool = True) -> None:
-    if os.path.exists(f"{common.UNITS}/{timer_of(name)}"):
-        systemctl("enable", "--quiet", "--now", *options, timer_of(name), check=check)
+def start(names: Sequence[str], leaving: Sequence[str], drain: Draining, options: Sequence[str]) -> None:
+    """Stop what is old, start what is new, and run the gate. Raises Failed."""
+    print(f"starting {', '.join(map(unit_of, names))}", flush=True)
+    if leaving:
+        stop_all([*names, *leaving], drain)
+    problem = starting.start_and_check(names, *options, drain=drain)
+    if problem is not None:
+        for name in names:
+            print(journal("--lines=15", "--unit", unit_of(name)).rstrip(), flush=True)
+        raise Failed(f"{', '.join(map(unit_of, names))} did not pass the gate: {problem}")
+    for name in leaving:  # at a boot from here on it would take the port of what replaces it
+        systemctl("disable", "--quiet", unit_of(name))
         transaction.sync_enabled(name)
 
 
-def verify(name: str) -> None:
-    """Have systemd-analyze check the staged unit; raises Failed if it finds an error."""
-    # Errors in units that ours only mentions do not count; systemd 250 and later can leave them out.
-    for options in (["--recursive-errors=no"], []):
-        done = subprocess.run(
-            ["systemd-analyze", "verify", *options, f"{common.STAGED}/{name}/{unit_of(name)}"],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        if "unrecognized option" not in done.stdout:
-            break
-    if done.returncode:
-        raise Failed(f"systemd-analyze verify refuses the unit: {done.stdout.strip()}")
+def stop_all(names: Sequence[str], drain: Draining) -> None:
+    starting.stop([name for name in names if os.path.exists(f"{common.UNITS}/{unit_of(name)}")], drain)
 
 
-def try_hardening(name: str) -> None:
-    """Loosen the staged unit as far as this host needs. Raises Failed where llama-server does not work at all."""
-    import preflight
-
-    try:
-        preflight.prepare(f"{common.STAGED}/{name}", name, common.plan_path(name))
-    except preflight.Unfit as error:
-        raise Failed(str(error)) from error
-
-
-def ask(name: str) -> None:
-    """Stop the old server and ask the new one what it would allocate, if the GPU had no room for both.
+def ask(names: Sequence[str], leaving: Sequence[str], drain: Draining) -> None:
+    """Stop the old servers and ask each new one what it would allocate, if the GPU had no room for both.
 
     Raises Failed if it would allocate more than the plan gives.
     """
-    question = f"{common.STAGED}/{name}/question.json"
-    if not os.path.exists(question):
+    questions = {name: f"{common.STAGED}/{name}/question.json" for name in names}
+    asked = [name for name in names if os.path.exists(questions[name])]
+    if not asked:
         return
-    print(f"asking llama-server, with {unit_of(name)} stopped", flush=True)
-    systemctl("stop", unit_of(name))
-    done = subprocess.run(
-        [sys.executable, "-s", "-E", "-B", VERIFY, "settle", question, f"{common.STAGED}/{name}/{PLAN}"]
-    )  # fmt: skip
-    if done.returncode:
-        raise Failed(f"the plan of {unit_of(name)} does not fit")
-
-
-def start_and_check(name: str, *options: str) -> Optional[str]:
-    """Restart the unit and run the gate: None if it passes, else the failed check as text. `options` are the gate's."""
-    systemctl("enable", "--quiet", unit_of(name))
-    transaction.sync_enabled(name)
-    systemctl("reset-failed", unit_of(name), check=False)  # it fails where the unit has no failure to forget
-    # Stop and wait first, so that the gate cannot ask an old server that is slow to end.
-    systemctl("stop", unit_of(name))
-    # Returns when ExecStartPost got an answer from the server, or when the start has failed; the gate tells which,
-    # and why.
-    systemctl("start", unit_of(name), check=False)
-    return gate(name, *options)
-
-
-def gate(name: str, *options: str) -> Optional[str]:
-    done = subprocess.run(
-        [sys.executable, "-s", "-E", "-B", GATE, "check", common.plan_path(name), "--record", *options],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        checks = json.loads(done.stdout)["checks"]
-    except (ValueError, TypeError, KeyError):
-        return f"the gate itself failed with exit code {done.returncode}"
-    for check in checks:
-        print(f"gate {check['name']}: {'ok' if check['ok'] else 'FAILED'}", flush=True)
-    bad = [check for check in checks if not check["ok"]]
-    if not bad:
-        return None
-    return f"{bad[0]['name']}: expected {bad[0]['expected']}, found {bad[0]['found']} ({bad[0]['hint']})"
-
-
-def install(name: str) -> None:
-    try:
-        settle(name)
-        print(f"checking the staged unit {unit_of(name)}", flush=True)
-        verify(name)
-        try_hardening(name)
-        with going_back(name, prove=True):
-            begin(name, instance_files.previous(name))
-            ask(name)
-            new = staged_files(name)
-            transaction.write(name, new, good=new)
-            unwatch(name)
-            transaction.replace(name, new)
-            remove_drop_ins(name, new)
-            systemctl("daemon-reload")
-            print(f"starting {unit_of(name)}", flush=True)
-            problem = start_and_check(name)
-            if problem is not None:
-                print(journal("--lines=15", "--unit", unit_of(name)).rstrip(), flush=True)
-                raise Failed(f"{unit_of(name)} did not pass the gate: {problem}")
-            transaction.pass_gate(name)
-        finish(name)
-    finally:
-        shutil.rmtree(f"{common.STAGED}/{name}", ignore_errors=True)  # it may hold keys
+    print(f"asking llama-server, with {', '.join(map(unit_of, [*names, *leaving]))} stopped", flush=True)
+    stop_all([*names, *leaving], drain)
+    for name in asked:
+        done = subprocess.run(
+            [sys.executable, "-s", "-E", "-B", VERIFY, "settle", questions[name], f"{common.STAGED}/{name}/{PLAN}"]
+        )  # fmt: skip
+        if done.returncode == REJECTED:
+            raise Failed(f"llama-server rejects what {unit_of(name)} would give it")
+        if done.returncode:
+            raise Failed(f"the plan of {unit_of(name)} does not fit")
 
 
 def staged_files(name: str) -> Files:
     return instance_files.in_folder(name, f"{common.STAGED}/{name}")
 
 
-def guard(name: str) -> None:
+def guard(names: Sequence[str]) -> None:
     """Have a process outside this job wait for its end and, if that was no orderly one, lead back."""
-    unit = common.transient_unit("guard", f"{name}-{os.getpid()}")
+    unit = common.transient_unit("guard", f"{names[0]}-{os.getpid()}")
     subprocess.run(
         ["systemd-run", "--quiet", "--collect", f"--unit={unit}", "--property=Type=exec", "--property=MemoryMax=256M",
-         sys.executable, "-s", "-E", "-B", f"{FOLDER}/switch.py", "recover", name, "--wait"],
+         sys.executable, "-s", "-E", "-B", f"{starting.FOLDER}/switch.py", "recover", ",".join(names), "--wait"],
         check=True,
     )  # fmt: skip
 
 
-def begin(name: str, old: Optional[Files]) -> None:
-    guard(name)
-    unit = RECOVER.format(name=name, unit=unit_of(name), folder=FOLDER, etc=common.ETC, var=common.VAR,
-                          units=common.UNITS)  # fmt: skip
-    transaction.begin(name, old, serving_since(name), unit)
+def undo(names: Sequence[str], leaving: Sequence[str], drain: float = 0.0) -> None:
+    """Take back a switch that was made with `keep`: what it stopped serves again, and what was new is removed."""
+    old = {name: transaction.before(name) for name in names}
+    back: Dict[str, Files] = {name: files for name, files in old.items() if files is not None}
+    for name in leaving:
+        files = whole(name)
+        if files is None:
+            raise Failed(f"{unit_of(name)} cannot be started again: its files are not whole")
+        back[name] = files
+    for name, files in back.items():
+        stage(name, files)
+    new = [name for name in names if name not in back]
+    install(list(back), new, drain=drain, options=["--no-floor"])
+    for name in new:
+        remove(name)
+    for name in names:
+        transaction.forget_before(name)
 
 
-def serving_since(name: str) -> str:
-    """systemd's id of the start of the server that runs; empty where none does, or where systemd does not answer."""
-    try:
-        shown = common.show(unit_of(name), "ActiveState", "InvocationID", seconds=30.0)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return shown.get("InvocationID", "") if shown.get("ActiveState") == "active" else ""
-
-
-@contextlib.contextmanager
-def going_back(name: str, prove: bool) -> Iterator[None]:
-    """Whatever goes wrong in the block before the gate has passed, the old files come back. Raises Failed with the
-    first cause and the result."""
-    try:
-        yield
-    except (Exception, KeyboardInterrupt, Stopped) as error:
-        if transaction.has_passed(name):
-            return  # decided: the new files are the good ones
-        stopped = not isinstance(error, Exception)
-        why = "the switch was stopped" if stopped else str(error)
-        raise Failed(f"{why}; {go_back(name, prove and not stopped)}") from error
-
-
-def go_back(name: str, prove: bool) -> str:
-    """Restore the old files and start them; a sentence with the result. `prove`: wait for them and run the gate.
-
-    systemctl may fail here without an error: as much is done as can be.
-    """
-    began = time.monotonic()
-    before = transaction.under_way(name)
-    if before is None:
-        transaction.close(name)
-        return "nothing was replaced"
-    try:
-        transaction.put_back(name, before)
-    except (OSError, transaction.Lost) as error:
-        return f"and the previous one could not be put back: {error}. Run again, or restart the host"
-    wait = () if prove else ("--no-block",)
-    systemctl("daemon-reload", check=False)
-    if before["old"] is None:
-        systemctl("disable", "--quiet", "--now", *wait, unit_of(name), check=False)
-        transaction.close(name)
-        return f"there was no previous one, so it was stopped; its log: journalctl -u {unit_of(name)}"
-    said = start_again(name, before["invocation"], prove)
-    start_watching(name, *wait, check=False)  # also if it does not serve: a later check may restart it
-    transaction.close(name)
-    return said + (f", {time.monotonic() - began:.0f} s later" if prove else "")
-
-
-def start_again(name: str, invocation: str, prove: bool) -> str:
-    """Start the old files, unless their server was not stopped; a sentence with the result."""
-    if invocation and serving_since(name) == invocation:
-        return "the previous one was put back and serves on"
-    if not prove:
-        systemctl("enable", "--quiet", unit_of(name), check=False)
-        transaction.sync_enabled(name)
-        systemctl("reset-failed", unit_of(name), check=False)
-        systemctl("restart", "--no-block", unit_of(name), check=False)
-        return "the previous one was put back and is starting"
-    try:
-        problem = start_and_check(name, "--no-floor")
-    except (OSError, subprocess.SubprocessError) as error:
-        problem = str(error)
-    if problem is not None:
-        return f"the previous one was put back but does not serve either: {problem}"
-    return "the previous one was put back and serves"
-
-
-def finish(name: str, *options: str) -> None:
-    """The gate has passed: keep the new files as the last good ones, and watch the server."""
-    transaction.keep(name)
-    start_watching(name, *options)
-    transaction.close(name)
-
-
-def recover(name: str) -> None:
-    """End a switch that was cut off. Waits for no unit: at a boot they all wait for this."""
-    if transaction.has_passed(name):
-        finish(name, "--no-block")
-    elif transaction.under_way(name) is not None:
-        print(f"the switch of {unit_of(name)} was cut off; {go_back(name, prove=False)}", flush=True)
-        if transaction.under_way(name) is not None:
-            raise Failed(f"{unit_of(name)} is neither the old one nor the new one")
-    else:
-        transaction.close(name)
-
-
-def settle(name: str) -> None:
-    """End a switch that was cut off, before another one begins."""
-    try:
-        recover(name)
-    except Failed as error:
-        print(f"{error}; it is replaced as a whole", flush=True)
-        transaction.close(name)
+def stage(name: str, files: Files) -> None:
+    """Stage these files, which only root may read."""
+    folder = f"{common.STAGED}/{name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder, mode=0o700)
+    for file, data in files.items():
+        common.write_file(f"{folder}/{file}", data, 0o600)
 
 
 def replace_quietly(name: str, only: Sequence[str]) -> None:
@@ -347,8 +196,9 @@ def replace_quietly(name: str, only: Sequence[str]) -> None:
         new, good = replaced(old, staged, only), instance_files.last_good(name)
         # The last good files stay those of one set.
         is_good = good is not None and has_same_core(name, good, new)
-        with going_back(name, prove=False):
-            begin(name, old)
+        with going_back([name], prove=False):
+            guard([name])
+            switch_back.begin({name: old})
             if unit_of(name) in only and instance_files.damage(name, new) is None:
                 transaction.write(name, new, new if is_good or good is None else None)
             else:
@@ -361,10 +211,10 @@ def replace_quietly(name: str, only: Sequence[str]) -> None:
             if unit_of(name) in only:
                 systemctl("enable", "--quiet", unit_of(name))
                 transaction.sync_enabled(name)
-                if good is None and (problem := gate(name)):
+                if good is None and (problem := starting.gate(name)):
                     raise Failed(f"{unit_of(name)} runs, but does not pass the gate: {problem}")
-            transaction.pass_gate(name)
-        finish(name)
+            transaction.pass_gate([name])
+        finish([name])
     finally:
         shutil.rmtree(f"{common.STAGED}/{name}", ignore_errors=True)
 
@@ -410,10 +260,17 @@ def watch(name: str) -> None:
     replace_quietly(name, liveness_units(name))
 
 
-def remove(name: str) -> None:
+def remove(name: str, after: Sequence[str] = (), drain: float = 0.0) -> None:
+    for one in after:
+        transaction.forget_before(one)
+    if len(transaction.group_of(name)) > 1:  # a switch of several that was cut off
+        settle(name)
     unwatch(name)
     unit = f"{common.UNITS}/{unit_of(name)}"
-    systemctl("disable", "--quiet", "--now", unit_of(name), check=os.path.isfile(unit) and not is_empty(unit))
+    if drain:
+        starting.stop([name], Draining([name], drain))
+    is_sound = os.path.isfile(unit) and not starting.is_empty(unit)
+    systemctl("disable", "--quiet", "--now", unit_of(name), check=is_sound)
     transaction.forget(name)
     transaction.remove_files([
         *(f"{common.UNITS}/{unit}" for unit in liveness_units(name)), common.gate_record(name),
@@ -426,27 +283,65 @@ def remove(name: str) -> None:
     systemctl("daemon-reload")
 
 
-VERBS = {"install": install, "refresh": refresh, "watch": watch, "remove": remove, "recover": recover}
-
-
 def stop(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what follows leads back
     raise Stopped
 
 
+@contextlib.contextmanager
+def locked(names: Sequence[str], wait: bool) -> Iterator[bool]:
+    """Hold the locks of these instances and of those that were switched together with them; False, without them, where
+    one is held and we do not `wait`. All take them in one order."""
+    with contextlib.ExitStack() as stack:
+        for name in sorted({one for each in names for one in transaction.group_of(each)}):
+            lock = stack.enter_context(open(f"{common.RUN}/switch-{name}.lock", "w"))
+            try:
+                # A job of a run that was killed may still be at work. Whoever holds the lock ends its own switch.
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+        yield True
+
+
+def parsed(argv: List[str]) -> argparse.Namespace:
+    def names(text: str) -> List[str]:
+        return text.split(",") if text else []
+
+    parser = argparse.ArgumentParser(prog="switch.py", description=__doc__)
+    parser.add_argument("verb", choices=["install", "undo", "refresh", "watch", "remove", "recover"])
+    parser.add_argument("names", type=names)
+    for option in ("--leaving", "--after"):
+        parser.add_argument(option, type=names, default=[])
+    parser.add_argument("--drain", type=float, default=0.0)
+    for option in ("--keep", "--wait"):
+        parser.add_argument(option, action="store_true")
+    return parser.parse_args(argv)
+
+
+def act(asked: argparse.Namespace) -> None:
+    if asked.verb == "install":
+        install(asked.names, asked.leaving, asked.keep, asked.drain)
+    elif asked.verb == "undo":
+        undo(asked.names, asked.leaving, asked.drain)
+    elif asked.verb == "remove":
+        remove(asked.names[0], asked.after, asked.drain)
+    elif asked.verb == "recover":
+        for name in asked.names:
+            recover(name)
+    else:
+        {"refresh": refresh, "watch": watch}[asked.verb](asked.names[0])
+
+
 def main(argv: List[str]) -> int:
-    verb, name, *options = argv
+    asked = parsed(argv)
     signal.signal(signal.SIGTERM, stop)
     os.makedirs(common.RUN, exist_ok=True)
     try:
-        with open(f"{common.RUN}/switch-{name}.lock", "w") as lock:
-            try:
-                # A job of a run that was killed may still be at work. Whoever holds the lock ends its own switch.
-                fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if verb == "recover" and not options else 0))
-            except BlockingIOError:
-                return 0
-            VERBS[verb](name)
-    except (Failed, OSError, subprocess.SubprocessError, Stopped) as error:
+        with locked([*asked.names, *asked.leaving], wait=asked.verb != "recover" or asked.wait) as held:
+            if held:
+                act(asked)
+    except (Failed, transaction.Lost, OSError, subprocess.SubprocessError, Stopped) as error:
         print(f"error: {error or 'the switch was stopped'}", flush=True)
         return 1
     return 0

@@ -1,15 +1,22 @@
-"""Replace the files of an instance together: after a power cut, a kill or an error they are all old, or all new.
+"""Replace the files of one or more instances together: after a power cut, a kill or an error they are all old, or all
+new.
 
-Contract: a module of switch.py, which calls, under the instance's lock, `begin`, `write`, `replace`, then `pass_gate`
-and `keep`, or `put_back`; at last `close`. Each raises OSError where it fails, `put_back` also Lost; `put_back`, `keep`
-and `close` can be repeated. Root, the standard library, Python 3.8; common.py and instance_files.py beside it.
+Contract: a module of switch.py, which calls, under the instances' locks, for each of them `begin`, `write`, `replace`,
+then `pass_gate` and `keep`, or `put_back`; at last `close`. Each raises OSError where it fails, `put_back` also Lost;
+`put_back`, `pass_gate`, `keep` and `close` can be repeated. Root, the standard library, Python 3.8; common.py and
+instance_files.py beside it.
+
+Instances that are switched together are a group. The first one leads: it begins first, its folder's renaming decides
+for all, and it is closed last.
 
 State on the disk, in /var/lib/llamafleet/good, where NAME is the instance:
 
     .switching/NAME/   a switch is under way; whoever finds it without a living switch puts the old files back.
                        note.json {"schema": 1, "old": {file: SHA-256} | null, "had": [files], "invocation": text},
-                       files/: the new files, to become the last good ones
+                       of a group also "group": [names, the leading one first], "id": of the switch, and "leaves":
+                       true of an instance that is only stopped; files/: the new files, to become the last good ones
     .passed/NAME/      the same folder, renamed: the gate has passed; whoever finds it finishes the switch
+    .before/NAME/      the files from before a switch that `undo` may take back
     NAME/              the last good files
 
 Beside each installed file lie, while .switching/NAME is there, `.FILE.old`, to go back by renaming alone, and
@@ -25,13 +32,13 @@ import contextlib
 import json
 import os
 import shutil
-from typing import Any, Dict, Iterable, List, Optional
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence
 
 import common
 import instance_files
 from instance_files import MANIFEST, PASSED, Files, places
 
-PREPARING, SWITCHING = "/.preparing", "/.switching"
+PREPARING, SWITCHING, BEFORE = "/.preparing", "/.switching", "/.before"
 WANTED_BY = "multi-user.target.wants"
 
 
@@ -48,21 +55,59 @@ def beside(path: str, end: str) -> str:
     return f"{os.path.dirname(path)}/.{os.path.basename(path)}.{end}"
 
 
+class Group(NamedTuple):
+    """Instances that are switched together, the leading one first; `id` is of this switch alone. Those of `leaving` are
+    stopped, and none of their files is replaced."""
+
+    names: Sequence[str]
+    id: str
+    leaving: Sequence[str] = ()
+
+
 def under_way(name: str) -> Optional[Dict[str, Any]]:
     """The note of a switch that has not passed the gate; None where there is none."""
-    if not os.path.isdir(folder_of(SWITCHING, name)):
+    if not os.path.isdir(folder_of(SWITCHING, name)) or has_passed(name):
         return None
-    return common.read_json(folder_of(SWITCHING, name) + "/note.json")
+    return _note(SWITCHING, name)
 
 
 def has_passed(name: str) -> bool:
-    return os.path.isdir(folder_of(PASSED, name))
+    if os.path.isdir(folder_of(PASSED, name)):
+        return True
+    note = _note(SWITCHING, name)
+    leading = _names(note, name)[0]
+    return leading != name and note.get("id") is not None and _note(PASSED, leading).get("id") == note["id"]
 
 
-def begin(name: str, old: Optional[Files], invocation: str, recover: str) -> None:
+def group_of(name: str) -> List[str]:
+    """The instances that were switched together with this one, the leading one first; itself alone where none were."""
+    return _names(_any_note(name), name)
+
+
+def is_leaving(name: str) -> bool:
+    """Whether the switch only stops this instance."""
+    return _any_note(name).get("leaves") is True
+
+
+def _any_note(name: str) -> Dict[str, Any]:
+    return _note(SWITCHING, name) or _note(PASSED, name)
+
+
+def _note(state: str, name: str) -> Dict[str, Any]:
+    return common.read_json(folder_of(state, name) + "/note.json")
+
+
+def _names(note: Dict[str, Any], name: str) -> List[str]:
+    group = note.get("group")
+    if isinstance(group, list) and name in group and all(isinstance(one, str) for one in group):
+        return list(group)
+    return [name]
+
+
+def begin(name: str, old: Optional[Files], invocation: str, recover: Optional[str], group: Group) -> None:
     """Prepare the way back, then note that a switch is under way. `old` are the files to go back to, None where there
     is no whole set of them; `invocation` is the start of the server that runs; `recover` is the text of the unit that
-    leads back at a boot."""
+    leads back at a boot, for the leading instance."""
     common.make_folder(f"{common.INSTANCES}/{name}")
     for folder in (common.GOOD, *(common.GOOD + state for state in (PREPARING, SWITCHING, PASSED))):
         common.make_folder(folder, 0o700)
@@ -79,10 +124,42 @@ def begin(name: str, old: Optional[Files], invocation: str, recover: str) -> Non
         "had": sorted(instance_files.installed(name)),
         "invocation": invocation,
     }
+    if len(group.names) > 1:
+        note.update(group=list(group.names), id=group.id, leaves=name in group.leaving)
     common.replace_file(f"{prepared}/note.json", json.dumps(note).encode(), 0o600)
     os.rename(prepared, folder_of(SWITCHING, name))
     common.sync(common.GOOD + SWITCHING)
-    _enable_recovery(name, recover)
+    if recover is not None:
+        _enable_recovery(name, recover)
+
+
+def remember(name: str, old: Optional[Files]) -> None:
+    """Keep the files from before a switch until `forget_before`; an empty folder where the instance was not there."""
+    forget_before(name)
+    folder = folder_of(BEFORE, name)
+    common.make_folder(common.GOOD, 0o700)
+    common.make_folder(common.GOOD + BEFORE, 0o700)
+    os.mkdir(folder, 0o700)
+    for file, data in (old or {}).items():
+        common.write_file(f"{folder}/{file}", data, 0o600)
+    common.sync(folder)
+    common.sync(common.GOOD + BEFORE)
+
+
+def before(name: str) -> Optional[Files]:
+    """The files that `remember` kept; None where the instance was not there. Raises Lost where they are not whole."""
+    folder = folder_of(BEFORE, name)
+    if os.path.isdir(folder) and not os.listdir(folder):
+        return None
+    files = instance_files.in_folder(name, folder)
+    damage = instance_files.damage(name, files)
+    if damage is not None:
+        raise Lost(f"the files of {name} from before were not kept in {folder}: {damage}")
+    return files
+
+
+def forget_before(name: str) -> None:
+    remove_folder(folder_of(BEFORE, name))
 
 
 def _enable_recovery(name: str, text: str) -> None:
@@ -164,11 +241,13 @@ def _remove_what_was_not_there(name: str, note: Dict[str, Any]) -> None:
         sync(name)
 
 
-def pass_gate(name: str) -> None:
-    """From here on the new files are the good ones: a single rename decides it."""
-    os.rename(folder_of(SWITCHING, name), folder_of(PASSED, name))
-    for state in (PASSED, SWITCHING):
-        common.sync(common.GOOD + state)
+def pass_gate(group: Sequence[str]) -> None:
+    """From here on the new files are the good ones: the renaming of the leading instance's folder decides it."""
+    for name in group:
+        if os.path.isdir(folder_of(SWITCHING, name)):
+            os.rename(folder_of(SWITCHING, name), folder_of(PASSED, name))
+            for state in (PASSED, SWITCHING):
+                common.sync(common.GOOD + state)
 
 
 def keep(name: str) -> None:
@@ -201,6 +280,7 @@ def close(name: str) -> None:
 def forget(name: str) -> None:
     """Remove all that is kept of an instance that is removed, and the links of a unit that systemd cannot disable."""
     close(name)
+    forget_before(name)
     remove_folder(f"{common.GOOD}/{name}")
     unit, timer = common.unit_of(name), common.liveness_units(name)[1]
     remove_files([f"{common.UNITS}/{WANTED_BY}/{unit}", f"{common.UNITS}/{unit}.wants/{timer}"])

@@ -4,10 +4,12 @@ Contract: `verify.py ask SPEC`, a JSON object {"name": of the instance, "command
 by `question` in llamafleet/planner/reconcile.py], "environment": {name: value}, "groups": [names], "gpus": [UUIDs of
 NVIDIA GPUs], "room_bytes": what must be free on each of them}; prints one JSON object {"told": {llama.cpp's name of a
 device or kind of host memory: bytes} | null, "why": text if nothing was reported, "room": false if the reason is that
-a GPU had no room beside what runs there}. Exit 0 whatever was reported.
+a GPU had no room beside what runs there, "rejected": the line by which llama-server refuses its arguments or its model,
+or ""}. Exit 0 whatever was reported.
 `verify.py settle QUESTION.json PLAN.json` is for the switch, once the old server is stopped: QUESTION has the same and
 "devices" {llama.cpp's name: the ledger's}, "limits" {the ledger's name: bytes}. The sizes go into PLAN's `verified`.
-Exit 0 within the limits, or if nothing was reported; 1 beyond them, with a line `told: ` and their JSON.
+Exit 0 within the limits, or if nothing was reported; 1 beyond them, with a line `told: ` and their JSON; 3 if it
+rejects its arguments or its model, with its line.
 Root, systemd, standard library and pynvml; common.py lies beside it.
 
 llama-server first makes the model and its context without memory, if it is to fit its arguments to the memory (its
@@ -35,6 +37,7 @@ SECONDS = 120
 # It reads the vocabulary and makes a CUDA context; were it not killed in time, it gets no further than this.
 MEMORY_BYTES = 4096 * MIB
 TAIL_LINES = 8
+REJECTS = 3  # exit status of `settle`
 # The preflight, which proves what a GPU's driver can do without, comes later: so these are directives that no driver is
 # known to need, on top of those that it never drops.
 HARDENING = (
@@ -49,6 +52,14 @@ ROW = re.compile(
     r"common_memory_breakdown_print: \|   - (?P<name>\S+).*?(?P<self>\d+) =\s+\d+ \+\s+\d+ \+\s+\d+\)?"
     r"(?: \+\s+-?\d+)?\s+\|"
 )
+# What it prints where it ends because of its arguments (common_params_parse in common/arg.cpp) or of the model's header
+# (llama_model_load in src/llama.cpp): the service would end in the same way.
+REJECTED = re.compile(
+    r"error: invalid argument: |error while handling (?:argument|environment variable) |error: (?:the )?argument |"
+    r"error loading model(?: \w+)?: |unknown model architecture|gguf_init_from_\w+: .*(?:invalid|failed to)|"
+    r"common_chat_verify_template: failed|failed to initialize chat template"
+)
+USAGE = re.compile(r"^\s*usage:", re.MULTILINE)
 NO_ROOM = re.compile(r"out of memory|cudaErrorMemoryAllocation|ErrorOutOfDeviceMemory|hipErrorOutOfMemory")
 
 
@@ -78,7 +89,7 @@ def ask(spec: dict[str, Any]) -> dict[str, Any]:
     unit = transient_unit("verify", spec["name"])
     full = too_full(spec["gpus"], spec["room_bytes"])
     if full:
-        return {"told": None, "why": full, "room": False}
+        return {"told": None, "why": full, "room": False, "rejected": ""}
     if os.path.exists("/usr/bin/nvidia-modprobe") and spec["gpus"]:
         subprocess.run(["/usr/bin/nvidia-modprobe", "-c0", "-u"])  # device nodes exist only after the driver was used
     systemctl("stop", unit, check=False)  # a run that was killed may have left one
@@ -89,31 +100,36 @@ def ask(spec: dict[str, Any]) -> dict[str, Any]:
         late.start()
         try:
             assert process.stdout is not None  # for mypy: a pipe was asked for
-            told, tail = read(line.decode("utf-8", "replace").rstrip() for line in process.stdout)
+            told, tail, rejected = read(line.decode("utf-8", "replace").rstrip() for line in process.stdout)
         finally:
             # It has printed what was asked; next it would load the model.
             systemctl("kill", "--signal=KILL", unit, check=False)
             late.cancel()
             process.kill()
     if told:
-        return {"told": told, "why": "", "room": True}
+        return {"told": told, "why": "", "room": True, "rejected": ""}
     said = "\n".join(tail)
     why = f"it ended without reporting its memory: {said or 'it printed nothing'}"
-    return {"told": None, "why": why, "room": not NO_ROOM.search(said)}
+    has_room = not NO_ROOM.search(said)
+    return {"told": None, "why": why, "room": has_room, "rejected": rejected if has_room else ""}
 
 
-def read(lines: Iterable[str]) -> tuple[dict[str, int], list[str]]:
-    """(bytes by name, the last lines): the first breakdown only, which is of the flags as they were given."""
+def read(lines: Iterable[str]) -> tuple[dict[str, int], list[str], str]:
+    """(bytes by name, the last lines, the first line by which it rejects what it was given): the first breakdown only,
+    which is of the flags as they were given."""
     told: dict[str, int] = {}
     tail: list[str] = []
+    rejected = ""
     for line in lines:
         tail = [*tail, line][-TAIL_LINES:]
+        if not rejected and (REJECTED.search(line) or USAGE.search(line)):
+            rejected = line.strip()
         row = ROW.search(line)
         if row:
             told[row.group("name")] = int(row.group("self")) * MIB
         elif told:
             break
-    return (told if "Host" in told else {}), tail
+    return (told if "Host" in told else {}), tail, rejected
 
 
 def too_full(uuids: list[str], needed: int) -> str:
@@ -140,6 +156,9 @@ def settle(question: str, plan: str) -> int:
     with open(plan) as file:
         record = json.load(file)
     found = ask(spec)
+    if found["rejected"]:
+        print(f"llama-server rejects what it would be given: {found['rejected']}", flush=True)
+        return REJECTS
     if found["told"] is None:
         print(f"llama-server was not asked: {found['why']}; the gate decides", flush=True)
         return 0

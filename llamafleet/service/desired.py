@@ -44,6 +44,8 @@ class Run:
     holder: Holder | None
     # Of finished builds that a host may take from a cache, by key.
     digests: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    # Names and sources of the models that other hosts of the run are to serve; read for a host without models alone.
+    elsewhere: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
     """
     if refused := refusals.not_accessible(inputs.survey, run.holder, run.oldest_python):
         return refused
-    if refused := refusals.nothing_to_serve(inputs.settings, inputs.survey.installed):
+    if refused := refusals.nothing_to_serve(inputs.settings, inputs.survey.installed, run.elsewhere):
         return refused
     corrections = inputs.corrections()
     choice = inputs.keep_or_replan(corrections)
@@ -217,12 +219,14 @@ def _unplanned(choice: Choice) -> Iterator[Refused]:
 def _in_the_way(inputs: PlanInputs) -> Iterator[Refused]:
     """Units and programs of others that the host has where an instance should be."""
     installed, instances = inputs.survey.installed, inputs.settings.models
-    leaving = {unit_of(name) for name in installed.instances} - {instance.unit for instance in instances}
+    # No two of our instances are to have one port: what another one of ours holds, it gives up in this run.
+    ours = {unit_of(name) for name in installed.instances}
     for instance in instances:
         refused = refusals.foreign_unit(instance, installed.foreign_units)
         there = installed.instances.get(instance.name)
         refused = refused or (refusals.foreign_drop_in(instance, there.drop_ins) if there else None)
-        refused = refused or refusals.port_taken(instance, installed.listeners, leaving)
+        refused = refused or refusals.no_address(instance, installed.unbindable)
+        refused = refused or refusals.port_taken(instance, installed.listeners, ours)
         if refused:
             yield refused
 

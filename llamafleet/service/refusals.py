@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from llamafleet.build.cuda_toolkit import Unsuitable
@@ -80,11 +80,14 @@ def held_by(holder: Holder) -> str:
     )
 
 
-def nothing_to_serve(settings: Settings, installed: Installed) -> Refused | None:
-    """Whether the run would remove all instances of the host, which an inventory without `models` asks for."""
-    if settings.models or settings.allow_empty_models or not installed.instances:
+def nothing_to_serve(settings: Settings, installed: Installed, elsewhere: Collection[str]) -> Refused | None:
+    """Whether the run would remove all instances of the host, which an inventory without `models` asks for. Those that
+    other hosts are to serve, as the names and sources `elsewhere` say, only move."""
+    gone = {name: one for name, one in installed.instances.items() if name not in elsewhere}
+    lost = [name for name, one in gone.items() if not (one.record and one.record.raw.get("source") in elsewhere)]
+    if settings.models or settings.allow_empty_models or not lost:
         return None
-    names = ", ".join(sorted(installed.instances))
+    names = ", ".join(sorted(lost))
     return Refused.because(
         f"models: is empty, and the host serves {names}: the run would stop and remove all of them. Give the host its "
         "models in the inventory; if it is to serve none, set allow_empty_models = True, or remove llamafleet from it "
@@ -178,9 +181,20 @@ def foreign_drop_in(instance: Instance, drop_ins: Collection[str]) -> Refused | 
     return None
 
 
-def port_taken(instance: Instance, listeners: Sequence[Listener], leaving: Collection[str]) -> Refused | None:
-    """Whether another program listens where the instance should; `leaving` are the units that this run removes."""
-    listener = _listener(instance, listeners, leaving)
+def no_address(instance: Instance, unbindable: Mapping[str, str]) -> Refused | None:
+    """Whether no server of the host can listen at the instance's address; `unbindable` has such addresses and why."""
+    why = unbindable.get(instance.listen)
+    if why is None:
+        return None
+    return Refused.because(
+        f"models: {instance.name}: listen: {instance.listen}: the host cannot listen there: {why}: give an address "
+        "that the host has (`ip address` shows them), 127.0.0.1, or 0.0.0.0 for all"
+    )
+
+
+def port_taken(instance: Instance, listeners: Sequence[Listener], ours: Collection[str]) -> Refused | None:
+    """Whether another program listens where the instance should; `ours` are units that give up their ports."""
+    listener = _listener(instance, listeners, ours)
     if listener is None:
         return None
     who = listener.unit or listener.process or "another program"
@@ -190,10 +204,10 @@ def port_taken(instance: Instance, listeners: Sequence[Listener], leaving: Colle
     )
 
 
-def _listener(instance: Instance, listeners: Sequence[Listener], leaving: Collection[str]) -> Listener | None:
+def _listener(instance: Instance, listeners: Sequence[Listener], ours: Collection[str]) -> Listener | None:
     for listener in listeners:
         addresses = {listener.address, instance.listen}
         overlaps = len(addresses) == 1 or addresses & set(WILDCARDS)
-        if listener.port == instance.port and overlaps and listener.unit not in (instance.unit, *leaving):
+        if listener.port == instance.port and overlaps and listener.unit not in (instance.unit, *ours):
             return listener
     return None

@@ -239,6 +239,7 @@ class Settings:
     liveness_interval_seconds: Annotated[
         Whole, Field(ge=1, le=_SECONDS, description="systemd's timer has no pause of 0")
     ]
+    drain_seconds: Annotated[Whole, Field(ge=0, le=3600, description="0: replies are cut; nobody waits longer")]
     allow_empty_models: Flag
     uninstall_models: Flag
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from gevent.lock import RLock
 from pyinfra import logger
 from pyinfra.api.host import Host
+from pyinfra.api.state import State
 from pyinfra.context import ctx_host
 
 from llamafleet import payload
@@ -31,6 +32,7 @@ from llamafleet.planner.stability import Choice
 from llamafleet.service.changes import Changes, changes_needed
 from llamafleet.service.desired import Desired, Run, desire, with_plans
 from llamafleet.service.plan_inputs import PlanInputs, plan_inputs
+from llamafleet.service.record import without_query
 from llamafleet.service.refusals import Refused, is_path
 from llamafleet.settings.schema import Settings, SettingsError
 from llamafleet.settings.secrets import SecretError
@@ -79,6 +81,11 @@ def decision() -> Decision | None:
     return _decisions[host]
 
 
+def of(host: Host) -> Decision | None:
+    """The decision about a host of this run; None where there is none, as of a host that was refused."""
+    return _decisions.get(host)
+
+
 def for_stage(stage: str) -> Decision | None:
     """As `decision`, for a stage that changes the host. Refuses a host on which an earlier stage has to come first, and
     is no part of this run."""
@@ -124,7 +131,7 @@ def decide(host: Host) -> Decision | Refused:
         inputs = read_inputs(host)
         if isinstance(inputs, Refused):
             return inputs
-        decided = _decided(desire(inputs, read_run(inputs), templates.render))
+        decided = _decided(desire(inputs, _run(host, inputs), templates.render))
         if isinstance(decided, Decision):
             _note_build(host, decided)
         return decided
@@ -209,6 +216,27 @@ def read_run(inputs: PlanInputs) -> Run:
         holder=None if holder is None or is_ours_or_dead(holder) else holder,
         digests={key: builds.known(key) for key in inputs.survey.installed.cached_builds},
     )
+
+
+def _run(host: Host, inputs: PlanInputs) -> Run:
+    run = read_run(inputs)
+    if inputs.settings.models:
+        return run
+    others = [one for one in hosts_of_run(host.state) if one is not host]
+    return replace(run, elsewhere=frozenset(word for one in others for model in wanted_models(one) for word in model))
+
+
+def hosts_of_run(state: State) -> list[Host]:
+    """The hosts of the inventory that --limit leaves, also those that were not reached."""
+    return [host for host in state.inventory if state.is_host_in_limit(host)]
+
+
+def wanted_models(host: Host) -> Iterator[tuple[str, str]]:
+    """Name and source of the models in the host's data, also of a host that was refused or not reached."""
+    models: Any = host.data.dict().get("models")
+    for model in models if isinstance(models, (list, tuple)) else ():
+        if isinstance(model, Mapping) and isinstance(model.get("name"), str):
+            yield model["name"], without_query(str(model.get("source")))
 
 
 def refused_by(error: Exception) -> Refused:

@@ -28,6 +28,7 @@ def survey(host: Host, packages: dict[str, tuple[str, ...]], settings: Settings)
             # Where the operator says a toolkit is, beside the usual places.
             "toolkits": [settings.cuda_toolkit] if settings.cuda_toolkit.startswith("/") else [],
             "paths": ["/opt", VAR],
+            "addresses": sorted({instance.listen for instance in settings.models}),
         }
     )
     ok, out, err = sending.run_helper(host, "survey.py", asked, purpose="the survey", seconds=remote.SURVEY_SECONDS)

@@ -17,6 +17,7 @@ from llamafleet.host.installed import InstalledInstance
 from llamafleet.memory.ledger import NO_CORRECTION
 from llamafleet.planner import reconcile
 from llamafleet.planner.result import Plan
+from llamafleet.service import succession
 from llamafleet.service.desired import Serving
 from llamafleet.service.record import record_text
 from llamafleet.service.refusals import Refused
@@ -100,6 +101,11 @@ def _ask(host: Host, now: Decision, plan: Plan) -> reconcile.MemoryReport:
     asked = json.dumps(spec(now, plan))
     command = remote.program("verify.py", "ask", asked, seconds=VERIFY_SECONDS)
     told = remote.run_json(host, command, answers.memory)
+    if told.rejected:
+        raise remote.RemoteError(
+            f"models: {plan.instance}: llama-server would not start with these arguments and this model: "
+            f"{told.rejected}: see extra_flags and source; nothing was stopped"
+        )
     return reconcile.MemoryReport(told.told, told.why, told.room)
 
 
@@ -121,10 +127,18 @@ def staged_files(serving: Serving) -> dict[str, str]:
     staged = {serving.service.unit: serving.service.unit_text, "plan.json": serving.service.plan_json}
     staged |= serving.service.liveness
     now = _now()
-    verified, old = serving.verified, now.desired.installed.instances.get(serving.name)
-    if verified is not None and not verified.room and old is not None and old.active == "active":
+    verified = serving.verified
+    if verified is not None and not verified.room and _makes_room(now, serving.name):
         staged["question.json"] = json.dumps({**spec(now, serving.plan), **reconcile.memory_limits(serving.plan)})
     return staged
+
+
+def _makes_room(now: Decision, name: str) -> bool:
+    """Whether a server of ours runs that is stopped in the instance's switch."""
+    handovers = succession.handovers(now.desired, now.changes)
+    stopped = next(({*one.names, *one.leaving} for one in handovers if name in one.names), {name})
+    return any(now.desired.installed.instances[one].active == "active"
+               for one in stopped if one in now.desired.installed.instances)  # fmt: skip
 
 
 def refreshed_files(serving: Serving) -> dict[str, str]:

@@ -27,9 +27,10 @@ from pyinfra.context import ctx_host
 from llamafleet import payload
 from llamafleet.host import answers
 from llamafleet.planner.reconcile import ROUNDS
-from llamafleet.remote.common import GOOD, JOBS, SECRETS, STAGED, plan_path
+from llamafleet.remote.common import GOOD, JOBS, SECRETS, STAGED, plan_path, unit_of
 from llamafleet.service import wanted
-from tasks.lib import builds, host_lock, jobs, lookups, remote, sending
+from llamafleet.service.succession import Handover
+from tasks.lib import builds, host_lock, jobs, lookups, moves, remote, sending
 
 Commands = Generator[remote.HostCommand | FunctionCommand, None, None]
 
@@ -267,23 +268,29 @@ def stage_service(staging: Callable[[], Staging | None]) -> Commands:
 
 
 @change
-def switch_service(staging: Callable[[], Staging | None], again: Callable[[Host, dict[str, int]], bool]) -> Commands:
-    """Switch to the staged files; where the new instance does not pass the gate, the old files come back.
+def switch_service(
+    staging: Callable[[], tuple[Staging, ...]], again: Callable[[Host, str, dict[str, int]], bool],
+    handover: Handover, drain_seconds: int,
+) -> Commands:  # fmt: skip
+    """Switch to the staged files; where a new instance does not pass the gate, all old files come back.
 
     They come back too where llama-server could only be asked in the switch, and wanted more memory than there is.
     Then `again` plans with the sizes that it printed, and the switch is tried again, `ROUNDS` times at most.
     """
     for number in range(ROUNDS):
         now = staging()
-        if now is None:
+        if not now:
+            moves.passed(ctx_host.get(), Handover(handover.names))
             return _as_wanted("the instance is as planned")
         if number:
-            yield _staged(now.folder, now.files, now.secrets)
+            for one in now:
+                yield _staged(one.folder, one.files, one.secrets)
         binary_bytes: dict[str, int] = {}
-        yield call(_switch, now, binary_bytes, number == ROUNDS - 1)
+        yield call(_switch, now, handover, drain_seconds, binary_bytes, number == ROUNDS - 1)
         if not binary_bytes:
             return
-        yield call(lambda state, host, sizes=binary_bytes: again(host, sizes))
+        [asked] = _asked(now)
+        yield call(lambda state, host, sizes=binary_bytes, name=asked.name: again(host, name, sizes))
 
 
 @change
@@ -296,18 +303,36 @@ def refresh_service(staging: Callable[[], Staging | None]) -> Commands:
     yield call(jobs.follow, jobs.name_of("refresh", now.name), remote.words("switch.py", "refresh", now.name))
 
 
-def _switch(state: State, host: Host, now: Staging, binary_bytes: dict[str, int], last: bool) -> bool:
+def _asked(now: tuple[Staging, ...]) -> list[Staging]:
+    """Those about which llama-server is asked in the switch; of a single instance itself."""
+    return [one for one in now if len(now) == 1 or "question.json" in one.files]
+
+
+def _switch(
+    state: State, host: Host, now: tuple[Staging, ...], handover: Handover, drain_seconds: int,
+    binary_bytes: dict[str, int], last: bool,
+) -> bool:  # fmt: skip
     """Run the switch as a job. Where it failed because llama-server wants more memory, put the sizes that it printed
     into `binary_bytes`, unless this was the last try."""
-    job = jobs.name_of("switch", f"{now.name}-{now.identity}")
-    if jobs.follow(state, host, job, remote.words("switch.py", "install", now.name)):
+    names = tuple(one.name for one in now)
+    job = jobs.name_of("switch", "-".join([*names, now[0].identity]))
+    words = ["install", ",".join(names), *_draining(drain_seconds)]
+    if handover.leaving:
+        words += ["--leaving", ",".join(handover.leaving)]
+        words += ["--keep"] if moves.is_taken_over(host, handover.leaving) else []
+    if jobs.follow(state, host, job, remote.words("switch.py", *words)):
+        moves.passed(host, handover)
         return True
     _, lines, _ = remote.run(host, remote.program("job.py", "told", job))
     lines = [line for line in lines if line]
-    if not lines or last:
+    if not lines or last or len(_asked(now)) != 1:
         return False
     binary_bytes.update(remote.last(lines, answers.sizes))
     return True
+
+
+def _draining(seconds: int) -> list[str]:
+    return ["--drain", str(seconds)] if seconds else []
 
 
 @change
@@ -335,6 +360,26 @@ def make_current(needed: bool, key: str, keep: int) -> Commands:
 
 
 @change
-def remove_instance(instance: str) -> Commands:
-    """Stop and remove an instance that the inventory no longer names; its model stays."""
-    yield remote.program("switch.py", "remove", instance, seconds=300)
+def remove_instance(instance: str, handover: Handover, drain_seconds: int) -> Commands:
+    """Stop and remove an instance that the inventory no longer names; its model stays. `handover` is the switch for
+    which it was stopped, if there was one. It stays where another host was to serve it, and does not."""
+    yield call(_remove, instance, handover, drain_seconds)
+
+
+def _remove(state: State, host: Host, instance: str, handover: Handover, drain_seconds: int) -> bool:
+    staying = moves.staying(host)
+    why = [str(staying[name]) for name in (instance, *handover.leaving) if name in staying]
+    if not why:
+        words = ["remove", instance, *_draining(drain_seconds)]
+        words += ["--after", ",".join(handover.names)] if handover.names else []
+        return jobs.follow(state, host, jobs.name_of("remove", instance), remote.words("switch.py", *words))
+    if not handover.names:
+        host.log(f"{unit_of(instance)} stays: {why[0]}. Run again when it can", logger.warning)
+        return True
+    if instance == handover.leaving[0]:  # once for all
+        names = ",".join(handover.names)
+        words = ["undo", names, "--leaving", ",".join(handover.leaving), *_draining(drain_seconds)]
+        if not jobs.follow(state, host, jobs.name_of("undo", names), remote.words("switch.py", *words)):
+            return False
+    units = ", ".join(map(unit_of, handover.leaving))
+    return remote.fail(host, f"{units} came back in place of {', '.join(map(unit_of, handover.names))}: {why[0]}")

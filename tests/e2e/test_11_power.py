@@ -168,7 +168,7 @@ def check_serves(host, *wanted):
 def deploy(host, version):
     """The next run: it ends with the wanted service, which has passed the gate."""
     new = switching.stage(version)
-    switch.install(NAME)
+    switch.install([NAME])
     check_serves(host, new)
     assert instance_files.last_good(NAME) == new and switching.leftovers() == []
     return new
@@ -182,7 +182,7 @@ def test_power_cuts_in_a_switch_end_with_the_old_service_or_the_new_one(disk, ho
             os.unlink(f"{common.GOOD}/{NAME}/manifest.json")
         new = switching.stage(f"{number}")
         os.sync()
-        came_so_far = cut_at(host, disk, number, lambda: switch.install(NAME))
+        came_so_far = cut_at(host, disk, number, lambda: switch.install([NAME]))
         boot(host)
         check_serves(host, old, new)
         seen.append(host.serving == new)
@@ -199,7 +199,7 @@ def test_power_cuts_in_a_first_installation(disk, host):
         number += 4
         new = switching.stage("first")
         os.sync()
-        came_so_far = cut_at(host, disk, number, lambda: switch.install(NAME))
+        came_so_far = cut_at(host, disk, number, lambda: switch.install([NAME]))
         boot(host)
         if switching.is_enabled(UNIT):
             passed += 1
@@ -222,7 +222,7 @@ def test_power_cuts_in_a_switch_that_goes_back(disk, host):
 
         def switch_back():
             with pytest.raises(switch.Failed, match="put back and serves"):
-                switch.install(NAME)
+                switch.install([NAME])
 
         came_so_far = cut_at(host, disk, number, switch_back)
         boot(host)

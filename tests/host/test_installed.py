@@ -39,6 +39,7 @@ ANSWER = {
     "toolkits": [{"path": "/usr/local/cuda-12.8", "nvcc": "/usr/local/cuda-12.8/bin/nvcc", "version": "12.8",
                   "aliases": ["/usr/local/cuda"], "distro": False, "headers": True, "cublas": True, "cudart": True,
                   "driver_stub": True, "host_compiler": None, "accepted_compiler": None, "problems": []}],
+    "unbindable": {"203.0.113.7": "Cannot assign requested address"},
 }  # fmt: skip
 
 
@@ -59,7 +60,8 @@ def test_the_answer_becomes_values(answer):
 
 def test_what_the_survey_prints_is_read():
     """`Installed` reads what survey.py prints on this machine."""
-    request = {"packages": {}, "build_cache": None, "toolkits": [], "paths": ["/opt"], "vulkan": False}
+    request = {"packages": {}, "build_cache": None, "toolkits": [], "paths": ["/opt"], "vulkan": False,
+               "addresses": ["127.0.0.1", "203.0.113.7"]}  # fmt: skip
     command = [sys.executable, str(REMOTE / "survey.py"), json.dumps(request)]
     printed = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["found"]
     assert printed.keys() == ANSWER.keys()

@@ -13,8 +13,12 @@ import shutil
 import subprocess
 
 import common
+import draining
 import instance_files
+import starting
 import switch
+import switch_back
+import switch_checks
 
 NAME = "chat"
 UNIT = common.unit_of(NAME)
@@ -53,27 +57,40 @@ class Steps:
 
 
 class Systemd:
-    """What systemd does for one instance, as far as a switch can tell."""
+    """What systemd does for instances, as far as a switch can tell. Of two with one port, which stands in plan.json,
+    the second does not start."""
 
     def __init__(self, monkeypatch):
         self.calls, self.at = [], None
         self.boot()
-        monkeypatch.setattr(switch, "systemctl", self.systemctl)
+        for module in (switch, switch_back, starting):
+            monkeypatch.setattr(module, "systemctl", self.systemctl)
         monkeypatch.setattr(common, "show", self.show)
-        monkeypatch.setattr(switch, "guard", lambda name: None)
-        monkeypatch.setattr(switch, "verify", lambda name: None)
-        monkeypatch.setattr(switch, "try_hardening", lambda name: None)
-        monkeypatch.setattr(switch, "gate", self.gate)
+        monkeypatch.setattr(draining, "show", self.show)
+        monkeypatch.setattr(switch, "guard", lambda names: None)
+        for check in ("space", "address", "readable", "verify", "try_hardening"):
+            monkeypatch.setattr(switch_checks, check, lambda *_: None)
+        monkeypatch.setattr(starting, "gate", self.gate)
         monkeypatch.setattr(switch, "journal", lambda *options: "")
 
     def boot(self):
         """Nothing runs."""
-        self.serving, self.starts, self.watching = None, 0, False
+        self.running, self.starts, self.watched = {}, 0, set()
 
-    def start_enabled(self):
+    @property
+    def serving(self):
+        """What the one instance of most tests serves."""
+        return self.running.get(NAME, (None, 0))[0]
+
+    @property
+    def watching(self):
+        return NAME in self.watched
+
+    def start_enabled(self, *names):
         """What systemd starts by itself after `recover`."""
-        if os.path.islink(f"{common.UNITS}/multi-user.target.wants/{UNIT}"):
-            self.start(UNIT)
+        for name in names or (NAME,):
+            if is_enabled(common.unit_of(name)):
+                self.start(common.unit_of(name))
 
     def systemctl(self, *words, check=True):
         self.calls.append(words)
@@ -81,48 +98,79 @@ class Systemd:
             if check:
                 raise subprocess.CalledProcessError(1, ["systemctl", *words])
             return
-        verb, unit = words[0], words[-1]
+        verb, units = words[0], [word for word in words[1:] if not word.startswith("-")]
         if verb in ("enable", "disable"):
-            self.link(unit, verb == "enable")
+            for unit in units:
+                self.link(unit, verb == "enable")
             verb = {"enable": "start", "disable": "stop"}[verb] if "--now" in words else ""
-        if verb in ("start", "restart"):
-            self.start(unit)
-        elif verb == "stop":
-            self.stop(unit)
+        for unit in units:
+            if verb in ("start", "restart"):
+                self.start(unit)
+            elif verb == "stop":
+                self.stop(unit)
 
     @staticmethod
     def link(unit, wanted):
-        folder = f"{common.UNITS}/{'multi-user.target' if unit == UNIT else UNIT}.wants"
-        if wanted and not os.path.lexists(f"{folder}/{unit}"):
+        folder, link = link_of(unit)
+        if wanted and not os.path.lexists(link):
             if not os.path.isdir(folder):
                 REAL["mkdir"](folder)
-            REAL["symlink"](f"../{unit}", f"{folder}/{unit}")
-        elif not wanted and os.path.lexists(f"{folder}/{unit}"):
-            REAL["unlink"](f"{folder}/{unit}")
+            REAL["symlink"](f"../{unit}", link)
+        elif not wanted and os.path.lexists(link):
+            REAL["unlink"](link)
 
     def start(self, unit):
-        if unit != UNIT:
-            self.watching = os.path.exists(f"{common.UNITS}/{unit}")
+        name = owner_of(unit)
+        if unit != common.unit_of(name):
+            if os.path.exists(f"{common.UNITS}/{unit}"):
+                self.watched.add(name)
             return
-        files = instance_files.installed(NAME)
-        self.serving = files if instance_files.damage(NAME, files) is None else None
+        self.running.pop(name, None)
         self.starts += 1
-        if os.path.islink(f"{common.UNITS}/{UNIT}.wants/{TIMER}"):
-            self.watching = True
+        files = instance_files.installed(name)
+        if instance_files.damage(name, files) is None and port_of(files) not in map(port_of, self.served()):
+            self.running[name] = (files, self.starts)
+        if os.path.islink(f"{common.UNITS}/{unit}.wants/{common.liveness_units(name)[1]}"):
+            self.watched.add(name)
+
+    def served(self):
+        return [files for files, _ in self.running.values()]
 
     def stop(self, unit):
-        if unit == UNIT:
-            self.serving = None
-        self.watching = False
+        name = owner_of(unit)
+        if unit == common.unit_of(name):
+            self.running.pop(name, None)
+        self.watched.discard(name)
 
     def show(self, unit, *properties, seconds=None):
-        return {"ActiveState": "active" if self.serving else "inactive", "InvocationID": str(self.starts)}
+        files, start = self.running.get(owner_of(unit), (None, 0))
+        return {"ActiveState": "active" if files else "inactive", "InvocationID": str(start) if files else ""}
 
     def gate(self, name, *options):
-        files = instance_files.installed(NAME)
-        if files != self.serving:
+        files = instance_files.installed(name)
+        if files != self.running.get(name, (None, 0))[0]:
             return "what runs is not what is installed"
         return None if json.loads(files["plan.json"])["serves"] else "health: expected 200, found 503"
+
+
+def port_of(files):
+    """A port; of instances without one each its own."""
+    return json.loads(files["plan.json"]).get("port") or id(files)
+
+
+def owner_of(unit):
+    """The instance of a unit, also of its liveness check's."""
+    for end in (*common.LIVENESS, common.SUFFIX):
+        if unit.endswith(end):
+            return unit[len(common.PREFIX) : -len(end)]
+    raise ValueError(unit)
+
+
+def link_of(unit):
+    """The folder and the path of the link that enables a unit."""
+    name = owner_of(unit)
+    wanted_by = "multi-user.target" if unit == common.unit_of(name) else common.unit_of(name)
+    return f"{common.UNITS}/{wanted_by}.wants", f"{common.UNITS}/{wanted_by}.wants/{unit}"
 
 
 def place(monkeypatch, folder):
@@ -130,30 +178,31 @@ def place(monkeypatch, folder):
     for name in PATHS:
         monkeypatch.setattr(common, name, f"{folder}/{name.lower()}")
         os.makedirs(f"{folder}/{name.lower()}", exist_ok=True)
-    for name in ("GATE", "VERIFY", "FOLDER"):
-        monkeypatch.setattr(switch, name, f"{folder}/helpers/1/{name.lower()}.py")
+    monkeypatch.setattr(switch, "VERIFY", f"{folder}/helpers/1/verify.py")
+    for name in ("GATE", "FOLDER"):
+        monkeypatch.setattr(starting, name, f"{folder}/helpers/1/{name.lower()}.py")
 
 
-def files_of(version, serves=True, watched=True):
+def files_of(version, serves=True, watched=True, name=NAME, port=None):
     """The whole files of a version; its key is its own."""
-    text = f"{common.MADE_BY}, {version}\n[Service]\nLoadCredential=api-keys:{common.INSTANCES}/{NAME}/api-keys\n"
+    text = f"{common.MADE_BY}, {version}\n[Service]\nLoadCredential=api-keys:{common.INSTANCES}/{name}/api-keys\n"
     files = {
-        UNIT: text.encode(),
-        "plan.json": json.dumps({"version": version, "serves": serves, "filler": "x" * 5000}).encode(),
+        common.unit_of(name): text.encode(),
+        "plan.json": json.dumps({"version": version, "serves": serves, "port": port, "filler": "x" * 5000}).encode(),
         "api-keys": f"key-of-{version}\n".encode(),
     }
-    check = f"{common.MADE_BY}, {version}\n".encode()
-    return {**files, CHECK: check, TIMER: check} if watched else files
+    units = {unit: f"{common.MADE_BY}, {version}\n".encode() for unit in common.liveness_units(name)}
+    return {**files, **units} if watched else files
 
 
-def stage(version, **options):
-    staged = f"{common.STAGED}/{NAME}"
+def stage(version, name=NAME, **options):
+    staged = f"{common.STAGED}/{name}"
     shutil.rmtree(staged, ignore_errors=True)
     os.makedirs(staged)
-    files = files_of(version, **options)
-    for name, data in files.items():
-        with open(f"{staged}/{name}", "wb") as file:
-            file.write(data)
+    files = files_of(version, name=name, **options)
+    for file, data in files.items():
+        with open(f"{staged}/{file}", "wb") as out:
+            out.write(data)
     return files
 
 
@@ -162,15 +211,14 @@ def leftovers():
     found = []
     for folder in (common.UNITS, common.INSTANCES, common.GOOD):
         for path, folders, names in os.walk(folder):
-            state = os.path.basename(path) in (".switching", ".passed", ".preparing")
+            state = os.path.basename(path) in (".switching", ".passed", ".preparing", ".before")
             found += [f"{path}/{name}" for name in (*names, *folders)
                       if state or name.startswith((f".{NAME}", ".llama", ".api", ".plan")) or "recover" in name]  # fmt: skip
     return found
 
 
 def is_enabled(unit):
-    folder = f"{common.UNITS}/{'multi-user.target' if unit == UNIT else UNIT}.wants"
-    return os.path.islink(f"{folder}/{unit}")
+    return os.path.islink(link_of(unit)[1])
 
 
 def error(number):

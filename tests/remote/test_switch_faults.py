@@ -13,8 +13,9 @@ import tempfile
 
 import instance_files
 import pytest
+import starting
 import switch
-from switch import Failed
+from switch_back import Failed
 
 from tests.remote import switching
 from tests.remote.switching import NAME, TIMER, UNIT
@@ -33,7 +34,7 @@ def host(folder, monkeypatch):
     switching.place(monkeypatch, folder)
     systemd = switching.Systemd(monkeypatch)
     switching.stage("one")
-    switch.install(NAME)
+    switch.install([NAME])
     systemd.steps = switching.Steps(monkeypatch, folder)
     return systemd
 
@@ -77,7 +78,7 @@ def check_new(host, new):
 def install(host, new):
     """The error of an installation, None where it succeeded."""
     try:
-        switch.install(NAME)
+        switch.install([NAME])
     except (Failed, OSError, subprocess.SubprocessError) as error:
         return str(error)
     finally:
@@ -89,7 +90,7 @@ def install(host, new):
 def next_run(host, version):
     """Whatever was before, it ends with the wanted service and nothing else."""
     new = switching.stage(version)
-    switch.install(NAME)
+    switch.install([NAME])
     check_new(host, new)
     assert switching.leftovers() == []
 
@@ -97,7 +98,7 @@ def next_run(host, version):
 @pytest.mark.parametrize("code", switching.ERRORS, ids=errno.errorcode.get)
 def test_a_call_that_fails_leaves_the_old_service_or_the_new_one(host, code):
     switching.stage("two")
-    steps, _ = steps_of(host, lambda: switch.install(NAME))
+    steps, _ = steps_of(host, lambda: switch.install([NAME]))
     assert steps > 60
     seen = {"old": 0, "new": 0}
     for number in range(1, steps + 1):
@@ -119,7 +120,7 @@ def test_a_call_that_fails_leaves_the_old_service_or_the_new_one(host, code):
 def test_a_disk_that_is_full_from_any_call_on_leaves_the_old_service(host):
     """Renaming and removing still work on it."""
     switching.stage("two")
-    steps, _ = steps_of(host, lambda: switch.install(NAME))
+    steps, _ = steps_of(host, lambda: switch.install([NAME]))
     refused = 0
     for number in range(1, steps + 1):
         old = instance_files.installed(NAME)
@@ -138,7 +139,7 @@ def test_a_disk_that_is_full_from_any_call_on_leaves_the_old_service(host):
 
 def test_a_disk_that_is_read_only_from_any_call_on_is_mended_once_it_can_be_written(host):
     switching.stage("two")
-    steps, _ = steps_of(host, lambda: switch.install(NAME))
+    steps, _ = steps_of(host, lambda: switch.install([NAME]))
     refused = 0
     for number in range(1, steps + 1):
         old = instance_files.installed(NAME)
@@ -159,7 +160,7 @@ def test_a_disk_that_is_read_only_from_any_call_on_is_mended_once_it_can_be_writ
 @pytest.mark.parametrize("onwards", [False, True], ids=["once", "from then on"])
 def test_a_systemctl_that_fails_leads_back(host, onwards):
     switching.stage("two")
-    _, calls = steps_of(host, lambda: switch.install(NAME))
+    _, calls = steps_of(host, lambda: switch.install([NAME]))
     assert calls >= 6
     named = 0
     for number in range(1, calls + 1):
@@ -184,7 +185,7 @@ def test_a_systemctl_that_fails_leads_back(host, onwards):
 def test_a_first_installation_that_fails_leaves_nothing_that_serves(host):
     switch.remove(NAME)
     switching.stage("first")
-    steps, _ = steps_of(host, lambda: switch.install(NAME))
+    steps, _ = steps_of(host, lambda: switch.install([NAME]))
     for number in range(1, steps + 1):
         switch.remove(NAME)
         assert instance_files.installed(NAME) == {}
@@ -245,7 +246,7 @@ def test_drop_ins_go_but_for_those_that_the_plan_allows(host, verb):
     plan = staged["plan.json"].replace(b"{", b'{"allowed_drop_ins": ["nice.conf", "x.conf"], ', 1)
     with open(f"{switch.common.STAGED}/{NAME}/plan.json", "wb") as file:
         file.write(plan)
-    switch.VERBS[verb](NAME)
+    switch.act(switch.parsed([verb, NAME]))
     assert not os.path.exists(ours) and os.path.exists(allowed)
     assert not os.path.exists(os.path.dirname(timers))
 
@@ -263,7 +264,7 @@ def test_without_good_files_a_refresh_asks_the_running_server(host, monkeypatch,
     shutil.rmtree(f"{switch.common.GOOD}/{NAME}")
     starts, asked = host.starts, []
     monkeypatch.setattr(
-        switch, "gate", lambda name, *options: (asked.append(name), None if passes else "speed: slow")[1]
+        starting, "gate", lambda name, *options: (asked.append(name), None if passes else "speed: slow")[1]
     )
     old, new = instance_files.installed(NAME), switching.stage("two")
     if passes:
@@ -284,5 +285,5 @@ def test_a_folder_in_a_file_s_place_makes_way(host, file):
     os.unlink(path)
     os.mkdir(path)
     new = switching.stage("two")
-    switch.install(NAME)
+    switch.install([NAME])
     assert instance_files.installed(NAME) == new == instance_files.last_good(NAME)

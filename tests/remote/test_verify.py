@@ -8,6 +8,7 @@ import sys
 import types
 
 import pytest
+import switch
 
 from llamafleet.planner.reconcile import question
 from llamafleet.remote import verify
@@ -78,6 +79,26 @@ def test_systemd_replaces_no_variable_in_the_question():
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        "error: invalid argument: --what",
+        'error while handling argument "--temp": stof',
+        "0.00.1 E llama_model_load: error loading model: unknown model architecture: 'what'",
+        "0.00.1 E common_chat_verify_template: failed to apply template: std::exception",
+    ],
+)
+def test_what_the_service_would_end_with_too_is_told_as_rejected(host, line):
+    told = verify.ask(spec(server(host, ["0.00.0 I loading", line, "", *["more"] * 20], "exit 1")))
+    assert told["told"] is None and told["rejected"] == line
+
+
+def test_no_room_and_an_end_for_no_known_reason_are_no_rejection(host):
+    for line in ("error loading model: CUDA error: out of memory", "static assets path not found: /nosuch"):
+        assert verify.ask(spec(server(host, [line], "exit 1")))["rejected"] == ""
+    assert verify.ask(spec(server(host, ["usage: none of it", *TWO_DEVICES])))["rejected"] == ""
+
+
+@pytest.mark.parametrize(
     ("said", "room"),
     [
         ("error: invalid argument: --what", True),
@@ -133,7 +154,7 @@ def test_a_gpu_with_room_is_asked(host, monkeypatch, free):
 def test_as_a_program_it_prints_one_object(host):
     asked = json.dumps(spec(server(host, TWO_DEVICES)))
     done = subprocess.run([sys.executable, verify.__file__, "ask", asked], capture_output=True, text=True, check=True)
-    assert set(json.loads(done.stdout)) == {"told", "why", "room"}
+    assert set(json.loads(done.stdout)) == {"told", "why", "room", "rejected"}
 
 
 @pytest.mark.oracle
@@ -169,6 +190,12 @@ def test_in_the_switch_what_is_told_goes_into_the_plan(host, capsys):
     code, plan, _ = settle(host, server(host, TWO_DEVICES), HELD, capsys)
     assert code == 0
     assert plan["verified"] == {"ledger_bytes": {"GPU0": 1}, "binary_bytes": HELD, "why": "asked in the switch"}
+
+
+def test_in_the_switch_arguments_that_are_rejected_fail_with_their_line(host, capsys):
+    code, plan, out = settle(host, server(host, ["error: invalid argument: --what"], "exit 1"), HELD, capsys)
+    assert code == switch.REJECTED and "error: invalid argument: --what" in out
+    assert plan["verified"] == {"ledger_bytes": {"GPU0": 1}}
 
 
 def test_in_the_switch_more_than_there_is_fails_with_what_was_told(host, capsys):

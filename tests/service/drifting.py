@@ -20,6 +20,7 @@ import instance_files
 import places
 import releases
 import restore
+import starting
 import survey
 import switch
 from fetch_spec import Spec, Wanted
@@ -43,10 +44,12 @@ UNIT = common.unit_of(NAME)
 class Systemd(switching.Systemd):
     """What systemd knows of the instance: the state of its units, and the drop-ins that it has read."""
 
+    serving, watching = None, False
+
     def __init__(self, monkeypatch, host):
         super().__init__(monkeypatch)
         self.host, self.loaded, self.pid = host, [], 1
-        monkeypatch.setattr(switch, "gate", lambda name, *options: None)
+        monkeypatch.setattr(starting, "gate", lambda name, *options: None)
 
     def systemctl(self, *words, check=True):
         self.calls.append(words)
@@ -168,7 +171,7 @@ class Host:
         if changes.services or changes.refreshed or changes.liveness:
             self.stage(serving, changes)
             verb = "install" if changes.services else "refresh" if changes.refreshed else "watch"
-            switch.VERBS[verb](NAME)
+            switch.act(switch.parsed([verb, NAME]))
             if verb == "install":
                 self.serve(serving.service)
         if changes.current:

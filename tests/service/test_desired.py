@@ -122,6 +122,8 @@ def test_a_host_whose_models_are_gone_from_the_inventory_is_not_emptied():
     assert "allow_empty_models = True" in text and "tasks.uninstall.uninstall" in text
     assert decided(serving, models=(), allow_empty_models=True).servings == ()
     assert decided(survey(), models=()).servings == ()  # a host without instances
+    moved = dataclasses.replace(RUN, elsewhere=frozenset(INSTALLED.instances))
+    assert decided(serving, moved, models=()).servings == ()
 
 
 def test_of_several_models_the_refused_one_is_named():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llamafleet.remote import confined, gate_unit, job_limits, switch, verify
+from llamafleet.remote import confined, gate_unit, job_limits, switch_back, verify
 from llamafleet.service.unit import liveness_texts
 from tasks.lib.templates import render
 from tests import planning
@@ -58,7 +58,7 @@ UNITS = {
         verify.properties({"groups": []}), folder
     ),
     "recovery of a switch, at a boot": lambda folder, _: exposure(
-        switch.RECOVER.format(name="m", unit=UNIT, folder="/f", etc="/e", var="/v", units="/u"), folder
+        switch_back.RECOVER.format(name="m", units_of_group=UNIT, folder="/f", etc="/e", var="/v", units="/u"), folder
     ),
     "guard of a switch": lambda folder, _: of_directives(["MemoryMax=256M"], folder),
     "job: build": lambda folder, _: of_directives(job_limits.limits("build", "/mnt/builds"), folder),

@@ -13,6 +13,7 @@ from llamafleet.remote import verify
 from llamafleet.service.changes import changes_needed, sha256
 from llamafleet.service.desired import desire
 from llamafleet.service.plan_inputs import plan_inputs
+from llamafleet.service.succession import Handover
 from tasks import service
 from tasks.lib import decision, jobs, memory_check, operations
 from tasks.lib.decision import Decision
@@ -268,14 +269,14 @@ def test_the_switch_is_tried_again_with_the_new_plan_and_not_for_ever(host, monk
     monkeypatch.setattr(jobs, "follow", lambda state, host, job, command: tried.append(job))
     monkeypatch.setattr(operations.remote, "run", lambda host, command: (True, ['told: {"CUDA0": 5}'], []))
 
-    def again(host, told):
-        replanned.append(told)
+    def again(host, name, told):
+        replanned.append((name, told))
         return True
 
     monkeypatch.setattr(jobs, "hold", lambda state, host: True)
-    commands = operations.switch_service._inner(lambda: staged, again)
+    commands = operations.switch_service._inner(lambda: (staged,), again, Handover(("m0",)), 30)
     _, *results = [command.function(None, host, *command.args) for command in commands if hasattr(command, "function")]
-    assert len(tried) == 3 and replanned == [{"CUDA0": 5}] * 2
+    assert len(tried) == 3 and replanned == [("m0", {"CUDA0": 5})] * 2
     assert results == [True, True, True, True, False]
 
 
@@ -284,5 +285,7 @@ def test_a_switch_that_fails_for_another_reason_is_not_tried_again(host, monkeyp
     staged = service.staging("m0")
     monkeypatch.setattr(jobs, "follow", lambda state, host, job, command: False)
     monkeypatch.setattr(operations.remote, "run", lambda host, command: (False, [], []))
-    _, command = operations.switch_service._inner(lambda: staged, lambda host, told: pytest.fail("planned again"))
+    _, command = operations.switch_service._inner(
+        lambda: (staged,), lambda host, name, told: pytest.fail("planned again"), Handover(("m0",)), 30
+    )
     assert command.function(None, host, *command.args) is False

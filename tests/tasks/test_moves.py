@@ -1,0 +1,148 @@
+"""Moves between hosts: what leaves waits for its successor, and stays where that failed."""
+
+from types import SimpleNamespace
+
+import gevent
+import pytest
+
+from llamafleet.service.succession import Handover
+from tasks.lib import decision, jobs, moves, operations
+
+
+class Data:
+    def __init__(self, models):
+        self.models = models
+
+    def dict(self):
+        return {"models": self.models}
+
+
+class Host:
+    def __init__(self, name, state, *wanted):
+        self.name, self.state, self.lines = name, state, []
+        self.data = Data([{"name": one, "source": f"hf:o/r/{one}.gguf"} for one in wanted])
+
+    def log(self, line, *_):
+        self.lines.append(line)
+
+    def log_styled(self, line, **_):
+        self.lines.append(line)
+
+
+class State:
+    """pyinfra's, as far as moves look at it."""
+
+    def __init__(self):
+        self.inventory, self.active_hosts, self.outside, self.idle = [], set(), set(), set()
+
+    def is_host_in_limit(self, host):
+        return host not in self.outside
+
+    def get_results_for_host(self, host):
+        return SimpleNamespace(ops=0 if host in self.idle else 5, error_ops=0)
+
+
+@pytest.fixture
+def fleet(monkeypatch):
+    """Adds hosts with {name: source} installed and names wanted; None: it was refused."""
+    monkeypatch.setattr(decision, "_decisions", {})
+    for name in ("_passed", "_failed"):
+        monkeypatch.setattr(moves, name, set())
+    monkeypatch.setattr(moves, "_made", {})
+    state = State()
+
+    def add(name, there, *wanted, refused=False):
+        host = Host(name, state, *wanted)
+        state.inventory.append(host)
+        if not refused:
+            state.active_hosts.add(host)
+            records = {
+                one: SimpleNamespace(record=SimpleNamespace(raw={"source": f"hf:o/r/{one}.gguf"})) for one in there
+            }
+            decision._decisions[host] = SimpleNamespace(
+                desired=SimpleNamespace(installed=SimpleNamespace(instances=records)),
+                changes=SimpleNamespace(services=[one for one in wanted if one not in there],
+                                        removed=tuple(one for one in there if one not in wanted)),
+            )  # fmt: skip
+        return host
+
+    add.state = state
+    return add
+
+
+def test_what_nobody_takes_over_waits_for_nobody(fleet):
+    a, _ = fleet("a", ["x"]), fleet("b", ["x"], "x")
+    assert moves.staying(a) == {} and not moves.is_taken_over(a, ("x",))
+
+
+def test_a_move_waits_until_the_other_host_serves(fleet):
+    a, b = fleet("a", ["x"]), fleet("b", [], "x")
+    assert moves.is_taken_over(a, ("x",))
+    waiting = gevent.spawn(moves.staying, a)
+    gevent.sleep(0.05)
+    assert not waiting.ready()
+    moves.passed(b, Handover(("x",)))
+    assert waiting.get(timeout=5) == {}
+
+
+@pytest.mark.parametrize("how", ["refused", "fails while it is waited for", "has not begun", "fails with --no-wait"])
+def test_a_move_to_a_host_that_does_not_get_there_leaves_all_as_it_is(fleet, how):
+    a, b = fleet("a", ["x"]), fleet("b", [], "x", refused=how == "refused")
+    if how == "has not begun":  # --serial
+        fleet.state.idle.add(b)
+    waiting = gevent.spawn(moves.staying, a)
+    gevent.sleep(0.05)
+    if how.startswith("fails"):
+        assert not waiting.ready()
+        if how == "fails with --no-wait":
+            moves._Failures.operation_host_error(fleet.state, b, "hash")
+        else:
+            fleet.state.active_hosts.discard(b)
+    [why] = waiting.get(timeout=5).values()
+    assert str(why).startswith("x does not serve on b: the host ")
+    assert ("turn" in why.why) is (how == "has not begun")
+
+
+def test_a_model_that_gets_another_name_on_its_way_is_the_same_move(fleet):
+    a, b = fleet("a", ["x"]), fleet("b", [], "y")
+    b.data.models[0]["source"] = "hf:o/r/x.gguf"
+    fleet.state.active_hosts.discard(b)
+    assert set(moves.staying(a)) == {"x"}
+
+
+def test_a_host_outside_of_the_run_is_not_waited_for(fleet):
+    a, b = fleet("a", ["x"]), fleet("b", [], "x", refused=True)
+    fleet.state.outside.add(b)
+    assert moves.staying(a) == {}
+
+
+@pytest.fixture
+def followed(monkeypatch):
+    """The commands of jobs, all of which succeed."""
+    commands = []
+    monkeypatch.setattr(jobs, "follow", lambda state, host, job, command: commands.append(command[4:]) or True)
+    return commands
+
+
+def switch_py(command):
+    return [command[0].rpartition("/")[2], *command[1:]]
+
+
+def test_an_instance_that_leaves_is_removed_by_a_job_that_drains(fleet, followed):
+    a = fleet("a", ["x"])
+    assert operations._remove(None, a, "x", Handover(("y",), ("x",)), 30)
+    assert [switch_py(one) for one in followed] == [["switch.py", "remove", "x", "--drain", "30", "--after", "y"]]
+
+
+def test_an_instance_that_stays_is_told_and_nothing_is_done(fleet, followed):
+    a, _ = fleet("a", ["x"]), fleet("b", [], "x", refused=True)
+    assert operations._remove(None, a, "x", Handover(()), 30) is True
+    assert followed == [] and "llama-server-x.service stays: x does not serve on b" in a.lines[0]
+
+
+def test_a_switch_that_took_the_place_of_one_that_stays_is_taken_back(fleet, followed):
+    a, _ = fleet("a", ["x"], "y"), fleet("b", [], "x", refused=True)
+    moves.passed(a, Handover(("y",), ("x",)))
+    assert operations._remove(None, a, "x", Handover(("y",), ("x",)), 0) is False
+    assert [switch_py(one) for one in followed] == [["switch.py", "undo", "y", "--leaving", "x"]]
+    assert "llama-server-x.service came back in place of llama-server-y.service: x does not serve on b" in a.lines[-1]
