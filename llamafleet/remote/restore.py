@@ -51,7 +51,10 @@ def file(path: str, mode: int) -> None:
 
 
 def own(path: str, mode: int) -> None:
-    os.chown(path, os.geteuid(), os.getegid())
+    try:
+        os.chown(path, os.geteuid(), os.getegid())
+    except PermissionError:  # a network mount may not let root own files
+        print(f"note: {path} cannot be given to root", flush=True)
     os.chmod(path, mode)
 
 
