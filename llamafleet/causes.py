@@ -7,6 +7,7 @@ Everything that reaches a host passes its errors through here: deploys, `llamafl
 from __future__ import annotations
 
 import re
+import traceback
 
 # In front of what a program printed, which stays readable in the message.
 SAID_CHARACTERS = 300
@@ -96,6 +97,18 @@ def of_command(text: str) -> str:
     if _NO_MEMORY.search(text):
         return f"{text}\nthe host has no memory left: see what takes it (systemd-cgtop -m), or restart the host"
     return text
+
+
+def of_inventory(error: BaseException, path: str) -> str:
+    """Why an inventory, which is Python, cannot be used: the line where it fails, and how."""
+    inner = getattr(error, "exception", error)  # of pyinfra's errors, which wrap those of the file
+    lines = [frame.lineno for frame in traceback.extract_tb(inner.__traceback__) if frame.filename.endswith(path)]
+    line = inner.lineno if isinstance(inner, SyntaxError) else lines[-1] if lines else None
+    text = inner.msg if isinstance(inner, SyntaxError) else str(inner)
+    hint = ""
+    if isinstance(inner, NameError) and (found := re.search(r"'(true|false|null)'", text)):
+        hint = f": write {({'true': 'True', 'false': 'False', 'null': 'None'})[found[1]]}"
+    return f"{f'line {line}: ' if line else ''}{type(inner).__name__}: {text}{hint}"
 
 
 def is_full(text: str) -> bool:

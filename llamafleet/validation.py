@@ -117,9 +117,18 @@ def _sentence(error: ErrorDetails, hints: list[Any], words: Vocabulary) -> str:
         return f"should have at most {error['ctx']['max_length']} {unit}, has {len(error['input'])}"
     if kind in ("invalid_key", "string_unicode") and _noun(hints[-1], words) != words.text:
         return f"should have {words.text} as keys, has {shown(error['input'])}"
+    if words is not JSON and _bare(hints[-1]) is bool and (meant := _meant(error["input"])) is not None:
+        write = words.flag.split(" or ")[not meant]
+        return f"should be {words.flag}{optional}, is {shown(error['input'])}: write {write}"
     # A value error is that of a `Should`.
     what = str(error["ctx"]["error"]) if kind == "value_error" else f"be {_noun(hints[-1], words)}"
     return f"should {what}{optional}, is {shown(error['input'])}"
+
+
+def _meant(value: object) -> bool | None:
+    """The flag that was written as a text, as other formats have it; None for anything else."""
+    known = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+    return known.get(value.lower()) if isinstance(value, str) else None
 
 
 def _path(root: str, location: Iterable[int | str]) -> str:

@@ -33,6 +33,11 @@ def read_machine(argument: str) -> described.Described:
     Raises `UsageError` or `MachineError`.
     """
     path = Path(argument)
+    if argument.startswith("hf:") or path.suffix == ".gguf":
+        raise UsageError(
+            f"--machine: {shown(argument)} names a model: give it with --model, and with --machine a machine file or a "
+            "description such as rtx4090,ram=64GB,cores=10"
+        )
     looks_like_path = path.suffix == ".json" or os.sep in argument.partition("=")[0]
     if argument != "-" and not looks_like_path and not _is_file(path):
         try:

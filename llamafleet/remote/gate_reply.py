@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import statistics
 import time
 from typing import Any
@@ -185,6 +186,14 @@ def floor(spec: dict[str, Any]) -> tuple[float, str]:
     return predicted * PREDICTED_SHARE, f"{PREDICTED_SHARE * 100:.0f} % of {predicted:.1f}, a rough prediction"
 
 
+def load() -> str:
+    """What the host does beside the server, for a speed that is too low: its load has the server's own threads, too."""
+    try:
+        return f", with a load of {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs in the last minute"
+    except OSError:
+        return ""
+
+
 def check_speed(spec: dict[str, Any]) -> dict[str, Any]:
     """Compare the best of several tries with the floor, so that short load on the host does not count. A server with
     busy slots is not measured."""
@@ -207,8 +216,8 @@ def check_speed(spec: dict[str, Any]) -> dict[str, Any]:
         if not quick:
             time.sleep(SPEED_PAUSE)
     if best < least:
-        return result("speed", False, expected, f"{best:.1f} tokens/s",
-                      "a regression in this llama.cpp, other load, throttling or fewer PCIe lanes; to accept it: "
-                      f"rm {spec['record']}, and deploy again")  # fmt: skip
+        return result("speed", False, expected, f"{best:.1f} tokens/s{load()}",
+                      "a regression in this llama.cpp, other load (look again when the host is idle), throttling or "
+                      f"fewer PCIe lanes; to accept it: rm {spec['record']}, and deploy again")  # fmt: skip
     spec["measured"]["decode_tokens_per_s"] = best
     return result("speed", True, expected, f"{best:.1f} tokens/s")

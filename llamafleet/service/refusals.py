@@ -141,7 +141,9 @@ def no_backend(refusal: Refusal) -> Refused:
 def no_plan(refusal: Refusal) -> Refused:
     """A model cannot be served on the host."""
     name = refusal.instance
-    reason = refusal.reason.removeprefix(f"{name}: ")
+    reason = refusal.reason
+    while reason.startswith(f"{name}: "):  # the model itself may have that name, too
+        reason = reason.removeprefix(f"{name}: ")
     return Refused.because("; ".join([f"models: {name}: {reason}", *refusal.suggestions]))
 
 

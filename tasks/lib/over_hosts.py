@@ -24,10 +24,12 @@ from pyinfra.api.config import Config
 from pyinfra.api.connect import connect_all, disconnect_all
 from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.host import Host
+from pyinfra.api.inventory import Inventory
 from pyinfra.api.state import State, StateStage
 from pyinfra.context import ctx_config, ctx_host, ctx_inventory, ctx_state
 from pyinfra_cli.inventory import make_inventory
 
+from llamafleet import causes
 from llamafleet.cli import tables
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.printable import err, json_text, one_line, out
@@ -62,7 +64,7 @@ def over_hosts(inventory: Path, limit: str | None, action: Callable[[Host], T | 
     group, or a host's name, which may have `*`, as pyinfra's. Raises PyinfraError, also where no host is left."""
     state = State(check_for_changes=False)
     with ctx_state.use(state), ctx_config.use(Config()):
-        hosts = make_inventory(str(inventory), cwd=str(project_of(inventory)))
+        hosts = _read(inventory)
         with ctx_inventory.use(hosts):
             wanted = [host for host in hosts if limit is None or limit in host.groups or fnmatch(host.name, limit)]
             state.init(hosts, ctx_config.get(), initial_limit=wanted)
@@ -77,6 +79,17 @@ def over_hosts(inventory: Path, limit: str | None, action: Callable[[Host], T | 
                 return {name: job.value for name, job in jobs.items()}
             finally:
                 disconnect_all(state)
+
+
+def _read(inventory: Path) -> Inventory:
+    """The hosts of the inventory, which is Python and is run. Raises PyinfraError with the line that fails."""
+    try:
+        return make_inventory(str(inventory), cwd=str(project_of(inventory)))
+    except PyinfraError:
+        raise
+    except Exception as error:  # whatever an inventory does
+        logger.debug(traceback.format_exc())
+        raise PyinfraError(causes.of_inventory(error, str(inventory))) from error
 
 
 def project_of(inventory: Path) -> Path:

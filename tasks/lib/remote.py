@@ -73,6 +73,8 @@ class HostCommand(StringCommand):
             if not ok:
                 text = failed(host, output.stdout_lines, output.stderr_lines)
                 ends.note(host.name, text)
+                if state.print_output:  # pyinfra has printed the output itself, and prints no more
+                    logger.error(f"{host.print_prefix}{text}")
                 output = CommandOutput([OutputLine("stderr", line) for line in text.splitlines()])
             return ok, output
         except Exception as error:  # whatever it is, the other hosts' run must go on

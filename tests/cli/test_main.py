@@ -39,7 +39,12 @@ def test_a_model_in_the_place_of_the_machine_is_named(tmp_path, capsys):
         file.write(b"GGUF")
         file.truncate(59 * 2**30)  # a hole
     assert cli.main(["plan", "--machine", str(model), "--model", "machine.json"]) == 2
-    assert "m.gguf' is a model (GGUF), no machine file: give it with --model" in capsys.readouterr().err
+    assert "m.gguf' names a model: give it with --model" in capsys.readouterr().err
+    model = model.rename(tmp_path / "m.json")
+    assert cli.main(["plan", "--machine", str(model), "--model", "/m.gguf"]) == 2
+    assert "m.json' is a model (GGUF), no machine file: give it with --model" in capsys.readouterr().err
+    assert cli.main(["plan", "--machine", "hf:acme/m/m.gguf", "--model", "cpu,ram=8GB,cores=4"]) == 2
+    assert "'hf:acme/m/m.gguf' names a model" in capsys.readouterr().err
 
 
 def test_a_file_of_gigabytes_is_no_machine_file(tmp_path, capsys):

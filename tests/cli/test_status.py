@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -221,8 +224,51 @@ def test_a_host_that_does_not_answer_is_named_and_exits_1(tmp_path):
     assert state["fine"] is False and state["problem"].startswith("cannot be reached")
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            'hosts = [("@local", {\n"allow_swap": true})]',
+            "fleet.py: line 2: NameError: name 'true' is not defined: write True",
+        ),
+        ("hosts = [\n\n1 2]", "fleet.py: line 3: SyntaxError: "),
+        ("import nothing_of_that_name", "fleet.py: line 1: ModuleNotFoundError: "),
+        ('hosts = [("box1", 5)]', "fleet.py: TypeError: "),
+        ("hosts = []", "fleet.py: the inventory has no host"),
+    ],
+)
+@pytest.mark.parametrize("module", ["tasks.status", "tasks.lib.over_hosts"])
+def test_an_inventory_that_cannot_be_used_is_bad_input_with_a_line(tmp_path, module, text, says):
+    (tmp_path / "fleet.py").write_text(text)
+    words = [sys.executable, "-m", module, str(tmp_path / "fleet.py")]
+    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
 def test_a_limit_that_names_nobody_is_bad_input(tmp_path):
     (tmp_path / "fleet.py").write_text('hosts = ["@local"]\n')
     words = [sys.executable, "-m", "tasks.status", str(tmp_path / "fleet.py"), "--limit", "nobody"]
     done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
     assert done.returncode == 2 and "nobody" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["status", "plan"])
+def test_ctrl_c_while_a_host_is_silent_ends_within_seconds_with_130(tmp_path, command):
+    """A host that accepts the connection and says nothing: as a terminal does, all processes get the signal."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        inventory = tmp_path / "fleet.py"
+        inventory.write_text(f'hosts = [("silent", {{"ssh_hostname": "127.0.0.1", "ssh_port": {port}}})]\n')
+        words = [sys.executable, "-m", "llamafleet.cli", command, "--inventory", str(inventory)]
+        run = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               cwd=ROOT, process_group=0)  # fmt: skip
+        try:
+            silent.settimeout(30)
+            silent.accept()
+            began = time.monotonic()
+            os.killpg(run.pid, signal.SIGINT)
+            _, err = run.communicate(timeout=20)
+            assert time.monotonic() - began < 3
+        finally:
+            run.kill()
+    assert run.returncode == 130 and "interrupted" in err and "Traceback" not in err

@@ -310,6 +310,43 @@ def test_a_gate_that_cannot_be_asked_is_no_success():
     assert all("exit code 3" in problems_by_check(facts)[f"gate {name}"][0] for name in instance_checks.GATE_CHECKS)
 
 
+def served_with(gate):
+    facts = healthy()
+    facts["instances"]["tiny"]["gate"] = gate
+    box = checks.Box("web1", settings(), facts)
+    return checks.served(box, box.settings.models[0])
+
+
+def test_a_gate_that_stopped_is_reported_once_where_it_stopped():
+    good = [{"name": "health", "ok": True}, {"name": "process", "ok": False}]
+    served = served_with({"ok": False, "checks": [{**one, "expected": 1, "found": 2, "hint": ""} for one in good]})
+    planned = instance_checks.planned_gate_checks(served)
+    assert [instance_checks.reported_at(served, name) for name in planned] == [
+        None,
+        None,
+        *["process"] * (len(planned) - 2),
+    ]
+
+
+@pytest.mark.parametrize("gate", [{"error": "gate.py ended with exit code 3: KeyError: 'x'"}, [], None])
+def test_a_gate_without_a_result_is_reported_once(gate):
+    served = served_with(gate)
+    first, *others = instance_checks.planned_gate_checks(served)
+    assert instance_checks.reported_at(served, first) is None and list(instance_checks.gate(served, first))
+    assert {instance_checks.reported_at(served, name) for name in others} == {first}
+
+
+def test_of_a_traceback_the_collector_keeps_the_last_line(collector, monkeypatch, tmp_path):
+    monkeypatch.setattr(collector, "OPT", str(tmp_path))
+    program = tmp_path / "helpers/current/gate.py"
+    program.parent.mkdir(parents=True)
+    program.write_text("open('/nowhere/api-keys')")
+    answer = collector.gate("/plan.json", {"url": "x"})
+    assert answer == {
+        "error": "gate.py ended with exit code 1: FileNotFoundError: [Errno 2] No such file or directory: '/nowhere/api-keys'"
+    }
+
+
 def test_the_gate_asks_what_the_plan_has():
     facts = healthy()
     facts["instances"]["tiny"]["plan"]["gate"]["gpus"] = []

@@ -193,3 +193,10 @@ def test_each_instance_is_a_test_of_its_own(inventory):
     assert "test_models[@local/tiny]" in output
     assert "test_gate[@local/tiny-gpu-memory]" in output
     assert "web1" not in output
+
+
+def test_an_inventory_that_fails_names_its_line(tmp_path):
+    path = tmp_path / "fleet.py"
+    path.write_text("\nhosts = [unknown]\n")
+    with pytest.raises(BridgeError, match=r"fleet.py: line 2: NameError: name 'unknown' is not defined"):
+        targets(str(path), [], tmp_path)

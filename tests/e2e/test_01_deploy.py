@@ -93,6 +93,9 @@ def test_killed_in_mid_build_the_build_goes_on_and_the_next_run_ends_green(inven
     assert run.code == 0, run.text
     print(f"the run after the kill took {time.monotonic() - began:.0f} s")
     story["inventory"] = written
+    for host in pair:
+        assert f"[{host.name}] tiny serves at http://{host.address}:8080" in run.text, run.text
+        assert f"[{host.name}] tiny, measured: " in run.text and "curl" in run.text
     # What was forecast is what was done, by both runs together.
     for host in pair:
         assert set(run.changed(host.name)) <= set(story["forecast"][host.name])

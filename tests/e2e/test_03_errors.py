@@ -1,8 +1,10 @@
 """What goes wrong on one host stays there: it fails by name with the way out, its old service goes
 on serving, and the other host is deployed all the same."""
 
+import json
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -186,6 +188,36 @@ def test_host_down(run_with, bad):
     assert serves(bad)
 
 
+def test_what_cannot_be_reached_is_told_with_its_cause_in_status_and_plan(bad, tmp_path):
+    """One host by wrong ways, and a name that does not exist: what pyinfra's own connector says, explained."""
+    known = tmp_path / "known"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "key")], check=True)
+    known.write_text(f"{bad.address} {(tmp_path / 'key.pub').read_text()}")
+    right = deploying.connection(bad)
+    hosts = {
+        "changed": {**right, "ssh_known_hosts_file": str(known)},
+        "unknown": {**right, "ssh_known_hosts_file": str(tmp_path / "empty")},
+        "stranger": {**right, "ssh_key": str(tmp_path / "key")},
+        "closed": {**right, "ssh_port": 1},
+        "nameless": {**right, "ssh_hostname": "no-such-host.invalid"},
+    }
+    causes = {
+        "changed": "another SSH key than your known_hosts", "unknown": "not in your known_hosts",
+        "stranger": "it refuses the login", "closed": "nothing answers at its SSH port",
+        "nameless": "its name is not known to this machine",
+    }  # fmt: skip
+    inventory = tmp_path / "inventory.py"
+    inventory.write_text(f"web = {list(hosts.items())!r}\n")
+    for command, key, code in (("status", "problem", 1), ("plan", "error", 2)):
+        words = [sys.executable, "-m", "llamafleet.cli", command, "--inventory", str(inventory), "--json"]
+        done = subprocess.run(words, cwd=deploying.ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+        told = {name: host[key] for name, host in json.loads(done.stdout).items()}
+        assert set(told) == set(causes)
+        for name, text in told.items():
+            assert text.startswith("cannot be reached: ") and causes[name] in text, told
+
+
 def test_python_missing(run_with, bad):
     on(bad, "mv", "/usr/bin/python3", "/usr/bin/python3.away")
     try:
@@ -247,15 +279,15 @@ def test_ctrl_c_ends_the_run_within_seconds_while_a_job_goes_on(settings, invent
         text = run.stderr.read()
         run.wait(timeout=60)
         assert time.monotonic() - began < 3
+        assert run.returncode == 130 and "goes on there" in text, text
+        [said] = [line for line in text.splitlines() if "goes on there" in line]
+        job = said.rpartition("systemctl stop ")[2].strip()
+        assert bad.name in said and job.startswith("llamafleet-job-fetch-tiny-moe") and "Traceback" not in text
+        assert on(bad, "systemctl", "is-active", job) == "active"
+        on(bad, "systemctl", "stop", job)  # what was said to stop it
     finally:
         run.kill()
         outside.hub.heal()
-    assert run.returncode == 130 and "goes on there" in text, text
-    [said] = [line for line in text.splitlines() if "goes on there" in line]
-    job = said.rpartition("systemctl stop ")[2].strip()
-    assert bad.name in said and job.startswith("llamafleet-job-fetch-tiny-moe") and "Traceback" not in text
-    assert on(bad, "systemctl", "is-active", job) == "active"
-    on(bad, "systemctl", "stop", job)  # what was said to stop it
     done = pyinfra(inventory((bad, settings(bad))))
     assert done.code == 0, done.text
 

@@ -396,11 +396,11 @@ def gate(plan, spec):
         ["python3", "-s", "-E", "-B", program, "check", plan],
         seconds=(loading if isinstance(loading, int) else 0) + GATE_SECONDS,
     )
+    lines = text.strip().splitlines() or ["it printed nothing"]
     try:
-        return json.loads(text.strip().splitlines()[-1])
-    except (ValueError, IndexError, RecursionError):
-        last = (text.strip().splitlines() or ["nothing"])[-1]  # of a traceback the error
-        return {"error": f"gate.py ended with exit code {code}: {last[-500:]}"}
+        return json.loads(lines[-1])
+    except (ValueError, RecursionError):  # of a traceback the last line has the cause
+        return {"error": f"gate.py ended with exit code {code}: {lines[-1][-500:]}"}
 
 
 if __name__ == "__main__":

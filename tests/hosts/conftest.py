@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import testinfra  # type: ignore[import-untyped]  # it ships no types
 
+from llamafleet import causes
 from llamafleet.printable import printable
 from tests.hosts import checks, facts
 from tests.hosts.inventory_bridge import BridgeError, Target, targets
@@ -107,12 +108,12 @@ def _reader(config: pytest.Config) -> Any:
         try:
             result = host.run("timeout -k 10 %s python3 -I -B -c %s %s", str(seconds), COLLECTOR.read_text(), request)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-            return f"{target.name}: cannot be reached: {_message(error)}"
+            return f"{target.name}: cannot be reached: {causes.of_connection(_message(error))}"
         if result.rc == TIMED_OUT:
             return f"{target.name}: cannot be read: it did not answer within {seconds} s"
         if result.rc:
             said = result.stderr_bytes.decode("utf-8", "replace").strip()[-800:]
-            return f"{target.name}: cannot be read, exit code {result.rc}: {said}"
+            return f"{target.name}: cannot be read, exit code {result.rc}: {causes.of_command(said)}"
         try:
             found = facts.read(result.stdout_bytes.decode("utf-8", "replace"), names)
         except facts.FactsError as error:

@@ -283,6 +283,17 @@ def planned_gate_checks(served: Served) -> tuple[str, ...]:
     return tuple(name for name in GATE_CHECKS if not without.get(name))
 
 
+def reported_at(served: Served, name: str) -> str | None:
+    """The check that reports why the gate did not come to this one: the one at which it stopped, or the first one where
+    it has no result at all. None where this one has a result, or is that check."""
+    answer, planned = served.facts["gate"], planned_gate_checks(served)
+    if (isinstance(answer, dict) and "error" in answer) or facts.gate_problems(answer):
+        return planned[0] if name != planned[0] else None
+    verdicts = {check["name"]: check["ok"] for check in answer["checks"]}
+    failed = [one for one in planned if verdicts.get(one) is False]
+    return failed[0] if failed and name not in verdicts else None
+
+
 def gate(served: Served, name: str) -> Problems:
     """The result of one check of gate.py, which was run on the host against the running server."""
     answer = served.facts["gate"]

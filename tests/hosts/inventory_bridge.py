@@ -18,6 +18,7 @@ from pyinfra.api.inventory import Inventory
 from pyinfra.api.state import State
 from pyinfra.context import ctx_state
 
+from llamafleet import causes
 from llamafleet.settings.schema import Settings, SettingsError
 
 
@@ -58,8 +59,11 @@ def _read(inventory: str) -> Inventory:
         gevent.monkey.patch_all = patch_all
     # `group_data` of the current folder, which is run, counts only if the inventory lies in that folder.
     folder = Path(inventory).resolve().parent
-    with ctx_state.use(State()):
-        return make_inventory(inventory, cwd="." if folder.is_relative_to(Path.cwd()) else str(folder))
+    try:
+        with ctx_state.use(State()):
+            return make_inventory(inventory, cwd="." if folder.is_relative_to(Path.cwd()) else str(folder))
+    except Exception as error:  # an inventory is Python, and is run
+        raise BridgeError(f"--inventory {inventory}: {causes.of_inventory(error, inventory)}") from error
 
 
 def _limited(inventory: Inventory, limit: Sequence[str]) -> Iterator[Host]:

@@ -284,10 +284,12 @@ def test_a_reserve_above_all_memory_is_named():
     assert refusal.suggestions[0] == "ram_reserve_mib is 9000, but the host has 8192 MiB of RAM in all: lower it"
 
 
-def test_a_suggested_quantisation_frees_what_is_missing():
-    refusal = refused(6, {"prompt_cache_mib": 0}, layout="Llama-3.1-8B", ram_reserve_mib=1000)
+@pytest.mark.parametrize(("ram_gib", "name"), [(6, "Q3_K_M"), (5, "Q2_K")])
+def test_a_suggested_quantisation_frees_what_is_missing(ram_gib, name):
+    refusal = refused(ram_gib, {"prompt_cache_mib": 0}, layout="Llama-3.1-8B", ram_reserve_mib=1000)
     [text] = [text for text in refusal.suggestions if "quantisation" in text]
     size, now = map(int, re.search(r"needs about (\d+) MiB for the weights \(now (\d+) MiB\)", text).groups())
+    assert f"take a smaller quantisation: {name} " in text
     assert now == planning.header("Llama-3.1-8B").weights_bytes // MIB
     assert now - size >= (refusal.needed_bytes - refusal.available_bytes) // MIB
 

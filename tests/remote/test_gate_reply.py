@@ -164,6 +164,7 @@ def known(spec, *speeds, **changes):
 def test_the_floor_is_a_share_of_the_usual_speed(spec, model, speeds, ok):
     model.speeds = speeds
     told = gate_reply.check_speed(known(spec, 500.0, 100.0, 90.0))  # one lucky figure does not raise it
+    assert ("with a load of" in told["found"]) is not ok
     assert told["ok"] is ok and "at least 40.0 tokens/s (40 % of 100.0" in told["expected"]
     assert told["hint"] == "" or "rm /g/chat.json" in told["hint"]
 

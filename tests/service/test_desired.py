@@ -13,6 +13,7 @@ from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Refusal
 from llamafleet.remote.common import MODELS
+from llamafleet.service import refusals
 from llamafleet.service.changes import SECRETS, changes_needed
 from llamafleet.service.desired import Desired, Run, desire, with_plans
 from llamafleet.service.plan_inputs import plan_inputs
@@ -124,6 +125,11 @@ def test_a_host_whose_models_are_gone_from_the_inventory_is_not_emptied():
     assert decided(survey(), models=()).servings == ()  # a host without instances
     moved = dataclasses.replace(RUN, elsewhere=frozenset(INSTALLED.instances))
     assert decided(serving, moved, models=()).servings == ()
+
+
+@pytest.mark.parametrize("reason", ["m0: m0: llama.cpp does not know it", "m0: llama.cpp does not know it"])
+def test_a_model_of_its_instance_s_name_is_named_once(reason):
+    assert str(refusals.no_plan(Refusal(reason, instance="m0"))) == "models: m0: llama.cpp does not know it"
 
 
 def test_of_several_models_the_refused_one_is_named():

@@ -299,3 +299,8 @@ def test_no_text_is_longer_than_an_argument():
 def test_a_drop_in_is_named_by_its_file_alone(name):
     [problem] = instance_problems(allowed_drop_ins=["10-nice.conf", name])
     assert problem.startswith("models[0].allowed_drop_ins[1]: should ")
+
+
+@pytest.mark.parametrize(("value", "write"), [("true", "True"), ("False", "False"), ("yes", "True"), ("no", "False")])
+def test_a_flag_that_was_written_as_a_text_says_what_to_write(value, write):
+    assert problems(allow_swap=value) == [f"allow_swap: should be True or False, is {value!r}: write {write}"]

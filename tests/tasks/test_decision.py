@@ -82,7 +82,7 @@ def test_a_refused_host_fails_with_a_line_for_each_reason_and_is_not_read_again(
     with ctx_host.use(host):
         assert decision.decision() is None and decision.decision() is None
     assert host.lines == [
-        "refused: build_ui: should be True or False, is 'yes'",
+        "refused: build_ui: should be True or False, is 'yes': write True",
         "refused: keep_release: unknown setting; did you mean `keep_releases`?",
     ]
     assert host.failed == {host}

@@ -13,14 +13,17 @@ from tasks.lib import ends
 
 ROOT = Path(__file__).resolve().parents[2]
 PYINFRA = Path(sys.executable).with_name("pyinfra")
-# An operation that runs for a minute on this machine, after which nothing may be begun; `JOB` goes on there, or nothing.
+# An operation with a command that runs on this machine and is deaf to Ctrl-C; after it nothing may be begun. `job` goes on
+# there, or nothing; to release the lock takes longer than the command.
 DEPLOY = """\
 import sys
+
+import gevent
 from pyinfra.api import FunctionCommand, operation
 from tasks.lib import host_lock, remote
 
 def begin(state, host):
-    host_lock.release = lambda host: host.log("the lock is released")
+    host_lock.release = lambda host: (gevent.sleep(1.5), host.log("the lock is released"))
     host_lock._held[host] = host_lock._Held(host_lock.now(), job={job!r})
     print("BEGUN", file=sys.stderr, flush=True)
     return True
@@ -28,16 +31,16 @@ def begin(state, host):
 @operation()
 def work():
     yield FunctionCommand(begin, (), {{}})
-    yield remote.HostCommand(["sh", "-c", "trap '' INT; exec sleep 60"], purpose="the long command")
+    yield remote.HostCommand(["sh", "-c", "trap '' INT; exec sleep {seconds}"], purpose="the long command")
     yield remote.HostCommand(["touch", {after!r}], purpose="what follows")
 
 work(name="Work")
 """
 
 
-def started(tmp_path, *options, job="", stdin=subprocess.DEVNULL, after="after"):
+def started(tmp_path, *options, job="", stdin=subprocess.DEVNULL, seconds=60.0):
     deploy = tmp_path / "deploy.py"
-    deploy.write_text(DEPLOY.format(job=job, after=str(tmp_path / after)))
+    deploy.write_text(DEPLOY.format(job=job, seconds=seconds, after=str(tmp_path / "after")))
     environment = {**os.environ, "PYINFRA_PROGRESS": "off", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [str(PYINFRA), *options, "@local", str(deploy)],
@@ -82,9 +85,10 @@ def test_ctrl_c_in_mid_command_says_what_goes_on_and_begins_nothing_more(tmp_pat
 
 
 def test_ctrl_c_where_no_job_goes_on_releases_the_lock(tmp_path):
-    process = started(tmp_path, "-y")
+    process = started(tmp_path, "-y", seconds=1.0)
     until(process, "BEGUN")
     assert "the lock is released" in interrupted(process)
+    assert not (tmp_path / "after").exists()
 
 
 def test_ctrl_c_at_pyinfra_s_question(tmp_path):
