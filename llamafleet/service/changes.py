@@ -312,8 +312,11 @@ def _quiet_differences(service: Service, installed: InstalledInstance) -> Iterat
         yield "systemd has not read its unit again since a file of it changed"
     if installed.enabled != "enabled":
         yield f"it is {installed.enabled or 'not enabled'}"
-    wanted = {name: sha256(text) for name, text in service.liveness.items()}
-    if _good_is_damaged(installed) or (installed.liveness_sha256 == wanted != installed.good_liveness_sha256):
+    sums = {name: sha256(text) for name, text in service.liveness.items()}
+    good = installed.good_liveness_sha256
+    if _good_is_damaged(installed) or any(
+        installed.liveness_sha256.get(name) == digest != good.get(name) for name, digest in sums.items()
+    ):
         yield "the files to go back to are damaged or missing"
 
 
