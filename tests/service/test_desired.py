@@ -14,8 +14,9 @@ from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Refusal
 from llamafleet.remote.common import MODELS
 from llamafleet.service import refusals
-from llamafleet.service.changes import SECRETS, changes_needed
+from llamafleet.service.changes import changes_needed
 from llamafleet.service.desired import Desired, Run, desire, with_plans
+from llamafleet.service.instance_changes import SECRETS
 from llamafleet.service.plan_inputs import plan_inputs
 from llamafleet.service.refusals import Refused, port_taken
 from tests import planning
