@@ -55,7 +55,7 @@ class Service:
     name: str
     unit_text: str
     plan_json: str
-    # The secrets themselves, by their names in `instance_changes.SECRETS`: never shown, hence not in the representation.
+    # The secrets themselves, by their names in `instance_changes.SECRETS`: never shown, so not represented.
     secrets: Mapping[str, str] = field(repr=False)
     argv: tuple[str, ...]
     release: str
