@@ -298,6 +298,12 @@ def test_no_text_is_longer_than_an_argument():
     assert problem == "models[0].api_key_file: should have at most 131072 characters, has 131073"
 
 
+@pytest.mark.parametrize("name", ["nice", "../nice.conf", "a/b.conf", ".conf ", "", "nice.conf\n"])
+def test_a_drop_in_is_named_by_its_file_alone(name):
+    [problem] = instance_problems(allowed_drop_ins=["10-nice.conf", name])
+    assert problem.startswith("models[0].allowed_drop_ins[1]: should ")
+
+
 @pytest.mark.parametrize(("value", "write"), [("true", "True"), ("False", "False"), ("yes", "True"), ("no", "False")])
 def test_a_flag_that_was_written_as_a_text_says_what_to_write(value, write):
     assert problems(allow_swap=value) == [f"allow_swap: should be True or False, is {value!r}: write {write}"]
