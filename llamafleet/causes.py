@@ -55,7 +55,7 @@ COMMAND = (
      "the host has no helpers of llamafleet: run the whole deploy.py first, or tasks.bootstrap.bootstrap"),
     (r"\bsudo: (command )?not found|failed to run command .sudo",
      "the host has no sudo: connect as root (ssh_user = \"root\") without `_sudo` and --sudo, or install sudo there"),
-    (r"not in the sudoers|is not allowed to (run|execute)|may not run sudo",
+    (r"not in the sudoers|Sorry, user .* is not allowed to|may not run sudo",
      "sudo does not work for this user, who may not run commands as root: allow it in /etc/sudoers.d, or connect as "
      "root (ssh_user)"),
     (r"sudo: .*(setuid|effective uid)|no new privileges",

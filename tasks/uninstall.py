@@ -84,7 +84,7 @@ def _remove(state: State, host: Host, models: bool) -> bool:
         for line in lines:
             host.log(line)
         return True
-    return remote.fail(host, held_by(holder) if holder else "\n".join(lines[-15:]))
+    return remote.fail(host, held_by(holder) if holder else remote.explain(lines[-15:], []))
 
 
 def _holder(lines: list[str]) -> Holder | None:

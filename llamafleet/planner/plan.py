@@ -25,7 +25,6 @@ from llamafleet.memory.kv_cache import takes_cache_of
 from llamafleet.memory.ledger import NO_CORRECTION, Correction
 from llamafleet.memory.placement import HOST
 from llamafleet.memory.weights import Model
-from llamafleet.model.architectures import ARCHITECTURES, PROJECTOR, RELEASE, nearest
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
 from llamafleet.planner import processors
@@ -38,6 +37,7 @@ from llamafleet.planner.result import Plan, Refusal
 from llamafleet.planner.roofline import Prediction, Roofline
 from llamafleet.planner.search import Candidate, Search, contexts
 from llamafleet.planner.suggestions import Change, Short, suggestions
+from llamafleet.planner.unplannable import beyond, not_a_model
 from llamafleet.settings.schema import Instance, Settings
 from llamafleet.settings.workload import Workload
 from llamafleet.units import MIB
@@ -102,7 +102,7 @@ def _plan_instance(
     earlier: tuple[Plan, ...],
 ) -> Plan | Refusal:
     shape = Shape.of(header)
-    if refusal := _not_a_model(header, shape):
+    if refusal := not_a_model(header, shape):
         return replace(refusal, instance=instance.name)
     trained = shape.context_tokens
     tokens = instance.context_tokens or min(trained or DEFAULT_CONTEXT_LIMIT, DEFAULT_CONTEXT_LIMIT)
@@ -116,7 +116,7 @@ def _plan_instance(
             instance=instance.name,
             suggestions=(f"set context_tokens to {trained} or less",),
         )
-    if wrong := _beyond(instance, machine, tokens):
+    if wrong := beyond(instance, machine, tokens):
         return Refusal(f"{instance.name}: {wrong}", instance=instance.name)
     usable = tuple(kv_type for kv_type in instance.kv_types if takes_cache_of(shape, kv_type))
     if not usable:
@@ -130,40 +130,6 @@ def _plan_instance(
     case = _Case(machine, backend, capacity, instance, model, tokens, correction, measured, known, alone, earlier)
     best = _best_plan(case)
     return best if isinstance(best, Plan) else _refuse(case, *best)
-
-
-def _beyond(instance: Instance, machine: Machine, context_tokens: int) -> str:
-    """Which setting asks for more than the host or the context has; empty if none does."""
-    if instance.threads is not None and instance.threads > machine.cpu.logical_cores:
-        return (
-            f"threads: {instance.threads} is more than the {machine.cpu.logical_cores} logical cores of "
-            f"{machine.hostname}: leave it out, or set at most that"
-        )
-    if instance.live_tokens is not None and instance.live_tokens > context_tokens:
-        return (
-            f"live_tokens: {instance.live_tokens} is more than a slot's context of {context_tokens} tokens: leave it "
-            "out, or set at most context_tokens"
-        )
-    return ""
-
-
-def _not_a_model(header: Header, shape: Shape) -> Refusal | None:
-    """Why llama-server would not serve this file; None if it would."""
-    main_file = "name the model's main GGUF file"
-    if header.architecture == PROJECTOR:
-        reason = f"{header.name} is a projector ({PROJECTOR}): llama-server loads it only beside a model"
-        return Refusal(reason, suggestions=(main_file,))
-    if header.architecture not in ARCHITECTURES:
-        near = nearest(header.architecture)
-        return Refusal(
-            f"{header.name}: llama.cpp {RELEASE} does not know the architecture {header.architecture!r}"
-            f"{f' (the nearest name it knows is {near!r})' if near else ''}: the model would not load",
-            suggestions=("choose a GGUF of an architecture that llama.cpp supports, or use a newer llamafleet",),
-        )
-    if shape.layers < 1 or shape.embedding < 1:
-        reason = f"{header.name} ({header.architecture}) is no language model: its header has no layers"
-        return Refusal(reason, suggestions=(main_file,))
-    return None
 
 
 @dataclass(frozen=True)

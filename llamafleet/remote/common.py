@@ -475,6 +475,7 @@ def set_aside(path: str) -> str:
     elif os.path.lexists(aside):
         os.unlink(aside)
     os.rename(path, aside)
+    os.utime(aside, follow_symlinks=False)  # what is set aside goes after a while, from now on
     return aside
 
 

@@ -5,6 +5,7 @@ Part of fetch.py and under its contract: Python 3.8, standard library, what lies
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -132,7 +133,8 @@ def hand_over(spec: Spec, path: Path, mode: int) -> None:
         user = pwd.getpwnam(spec.owner)
         os.chown(path, user.pw_uid, user.pw_gid)
     else:
-        os.chown(path, os.geteuid(), os.getegid())
+        with contextlib.suppress(PermissionError):  # a network mount may not let root own files
+            os.chown(path, os.geteuid(), os.getegid())
 
 
 def owner_of(spec: Spec) -> int:

@@ -38,6 +38,8 @@ from common import (
 def install(key: str, source: str) -> None:
     """Copy the folder `source`, unless it is there and whole, and link it as the current helpers. Raises OSError."""
     folder, new = f"{HELPERS}/{key}", f"{HELPERS}/{key}.new"
+    if os.path.islink(folder):
+        os.unlink(folder)
     if helpers_damage(folder) is not None:
         shutil.rmtree(new, ignore_errors=True)
         shutil.copytree(source, new, ignore=shutil.ignore_patterns("__pycache__", "try"))

@@ -16,7 +16,24 @@ import shutil
 import time
 from typing import Dict, Iterator, List, Optional
 
-from common import GATES, GOOD, JOBS, MODELS, STAGED, UNITS, listing, running_jobs, unit_of
+from common import (
+    ETC,
+    GATES,
+    GOOD,
+    HELPERS,
+    INSTANCES,
+    JOBS,
+    MODELS,
+    OPT,
+    PREFIX,
+    RELEASES,
+    STAGED,
+    UNITS,
+    VAR,
+    listing,
+    running_jobs,
+    unit_of,
+)
 
 KEPT_DAYS, KEPT_JOBS, HALF_DONE_DAYS = 30, 20, 1
 DAY = 86400.0
@@ -58,13 +75,14 @@ def jobs(now: float) -> Iterator[str]:
 
 
 def rejected(now: float) -> Iterator[str]:
-    """Model files that were set aside because they were not the expected ones."""
-    for folder in listing(MODELS):
+    """Model files that were set aside because they were not the expected ones, and what lay in the way of our files."""
+    below = [f"{folder}/{name}" for folder in (MODELS, INSTANCES, GOOD) for name in listing(folder)]
+    for folder in (OPT, HELPERS, RELEASES, ETC, INSTANCES, VAR, GOOD, UNITS, *below):
         with contextlib.suppress(OSError):
-            for name in os.listdir(f"{MODELS}/{folder}"):
-                path = f"{MODELS}/{folder}/{name}"
-                if name.endswith(".rejected") and age_days(path, now) > KEPT_DAYS:
-                    yield path
+            for name in os.listdir(folder):
+                is_ours = name.startswith(f".{PREFIX}" if folder == UNITS else ".") and name.endswith(".rejected")
+                if is_ours and age_days(f"{folder}/{name}", now) > KEPT_DAYS:
+                    yield f"{folder}/{name}"
 
 
 def gates(now: float) -> Iterator[str]:

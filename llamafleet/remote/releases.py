@@ -37,6 +37,8 @@ def record_of(folder: str) -> dict[str, Any] | None:
     files, sizes = record.get("files"), record.get("sizes", {})
     if later_schema(record, RELEASE_SCHEMA) or not isinstance(files, dict) or not isinstance(sizes, dict):
         return None
+    if any(map(os.path.islink, (folder, f"{folder}/bin", f"{folder}/release.json"))):
+        return None
     try:
         if set(os.listdir(f"{folder}/bin")) != set(files):
             return None

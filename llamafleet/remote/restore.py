@@ -1,19 +1,18 @@
 """Make folders of ours, and give files and folders of ours their mode and owner again, while services run on.
 
 Contract: `restore.py PLACES`, a JSON list of {"path", "kind": "file" | "folder", "mode": int}, folders before what is
-in them. A folder that is missing is made. What lies where a folder belongs and is none is set aside as
-`.NAME.rejected`; of a link to a folder the content is copied into a folder of ours, but for those that may lie on
-another disk. Of a file only mode and owner are set; a link is replaced by a file of the same content, and a folder is
-set aside: whoever installs the file then writes it. Only paths below our folders, and our units, are touched. Prints a
-line for each place; the last line of a failure begins with `error: `, on stderr. Exit 0 done, 1 failed. Can be run
-again. Root, the host's lock, the standard library; common.py and instance_files.py beside it.
+in them. A folder that is missing is made, and of a file that is there mode and owner are set. What lies in the way is
+set aside as `.NAME.rejected`, and a link is removed, unless the folder may lie on another disk: whoever installs a file
+then writes it. What a link leads to is neither changed nor copied: somebody else may have made it. Only paths below our
+folders, and our units, are touched. Prints a line for each place; the last line of a failure begins with `error: `, on
+stderr. Exit 0 done, 1 failed. Can be run again. Root, the host's lock, the standard library; common.py and
+instance_files.py beside it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from typing import Any, Dict, List
 
@@ -35,10 +34,7 @@ def make_folders() -> None:
 def folder(path: str, mode: int) -> None:
     """Let this be a folder of root's with that mode. Raises OSError."""
     if os.path.islink(path) and not (common.may_lead_elsewhere(path) and os.path.isdir(path)):
-        behind = os.path.realpath(path)
         os.unlink(path)
-        if os.path.isdir(behind):
-            shutil.copytree(behind, path, symlinks=True)
     elif os.path.lexists(path) and not os.path.isdir(path):
         common.set_aside(path)
     common.make_folder(path, mode)
@@ -46,22 +42,19 @@ def folder(path: str, mode: int) -> None:
 
 
 def file(path: str, mode: int) -> None:
-    """Let a file that is there be root's with that mode, and no link. Raises OSError."""
-    if os.path.islink(path):
-        content = common.read_file(path) if os.path.isfile(path) else None
-        os.unlink(path)
-        if content is not None:
-            common.replace_file(path, content, mode)
-    elif os.path.isdir(path):
-        make_way(path)
-    elif os.path.lexists(path) and not os.path.isfile(path):
-        os.unlink(path)  # a pipe or a socket
+    """Let a file that is there be root's with that mode, and nothing else lie there. Raises OSError."""
+    make_way(path)
+    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
+        os.unlink(path)  # a link, a pipe or a socket
     if os.path.lexists(path):
         own(path, mode)
 
 
 def own(path: str, mode: int) -> None:
-    os.chown(path, os.geteuid(), os.getegid())
+    try:
+        os.chown(path, os.geteuid(), os.getegid())
+    except PermissionError:  # a network mount may not let root own files
+        print(f"note: {path} cannot be given to root", flush=True)
     os.chmod(path, mode)
 
 

@@ -28,7 +28,7 @@ COMMENT = "llama-server instances"  # as `tasks/lib/operations.py` makes the use
 STAMPS = "/var/lib/systemd/timers"
 # Paths with our name; install_toolkit.py makes the repositories and their key.
 OURS = (
-    OPT, ETC, RUN,
+    OPT, ETC, RUN, f"{UNITS}/.{PREFIX}*.rejected",
     "/etc/apt/sources.list.d/llamafleet-*", "/etc/apt/preferences.d/llamafleet-*",
     "/usr/share/keyrings/llamafleet-*", "/etc/yum.repos.d/llamafleet-*",
 )  # fmt: skip

@@ -38,7 +38,7 @@ class Run:
     helpers: str  # key of the helper programs that it installs
     oldest_python: tuple[int, ...]  # that those run with
     commit: str  # of llama.cpp, 40 digits
-    # By instance name: the texts of the unit's credentials, by their names in `changes.SECRETS`.
+    # By instance name: the texts of the unit's credentials, by their names in `instance_changes.SECRETS`.
     secrets: Mapping[str, Mapping[str, str]] = field(repr=False)
     # Another run that holds the host's lock; None where the lock may be taken.
     holder: Holder | None
@@ -55,7 +55,7 @@ class Service:
     name: str
     unit_text: str
     plan_json: str
-    # The secrets themselves, by their names in `changes.SECRETS`: never shown, hence no part of the representation.
+    # The secrets themselves, by their names in `instance_changes.SECRETS`: never shown, so not represented.
     secrets: Mapping[str, str] = field(repr=False)
     argv: tuple[str, ...]
     release: str

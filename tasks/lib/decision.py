@@ -36,7 +36,7 @@ from llamafleet.service.record import without_query
 from llamafleet.service.refusals import Refused, is_path
 from llamafleet.settings.schema import Settings, SettingsError
 from llamafleet.settings.secrets import SecretError
-from tasks.lib import builds, facts, lookups, remote, templates
+from tasks.lib import builds, ends, facts, lookups, remote, templates
 from tasks.lib.certificates import CertificateError
 from tasks.lib.this_run import is_ours_or_dead
 
@@ -246,5 +246,6 @@ def refused_by(error: Exception) -> Refused:
 
 def log_refused(host: Host, refused: Refused) -> None:
     """A line for each reason."""
+    ends.note(host.name, f"refused: {refused}")
     for reason in refused.reasons:
         host.log_styled(f"refused: {reason}", fg="red", log_func=logger.error)

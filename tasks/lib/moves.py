@@ -1,8 +1,9 @@
 """Instances that leave a host because another host of the run takes them over: they leave when it serves.
 
-pyinfra runs an operation on all hosts at once, so by the time of the removals every host has switched or failed. With
---no-wait a host waits here for the others; with --serial, and with --limit, those that are not at work are not waited
-for. A host waits only before its removals, which come after all its switches, so that no two wait for each other.
+pyinfra runs an operation on all hosts at once, and all hosts have one between switches and removals: by then every host
+has switched or failed. With --no-wait a host waits here for the others; with --serial, and with --limit, those that are
+not at work are not waited for. A host waits only before its removals, which come after all its switches, so that no two
+wait for each other.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from tasks.lib import decision
 
 LOOK_SECONDS = 0.2
 
-# By host name: the instances that serve as planned, hosts that failed, and the handovers that were made.
+# By host name: the instances that serve as planned, hosts that failed, hosts that are past their switches, and the
+# handovers that were made.
 _passed: set[tuple[str, str]] = set()
 _failed: set[str] = set()
+_switched: set[str] = set()
 _made: dict[str, list[Handover]] = {}
 
 
@@ -44,6 +47,12 @@ def passed(host: Host, handover: Handover) -> None:
     """Note that these instances serve as planned."""
     _passed.update((host.name, name) for name in handover.names)
     _made.setdefault(host.name, []).append(handover)
+
+
+def switched(host: Host) -> None:
+    """Note that the host makes no more switches in this run."""
+    if host.state.is_executing:
+        _switched.add(host.name)
 
 
 def is_taken_over(host: Host, names: tuple[str, ...]) -> bool:
@@ -88,6 +97,8 @@ def _why_not(host: Host) -> str | None:
     """Why the host will not serve anything new in this run; None while it is at work."""
     if host.name in _failed or host not in host.state.active_hosts:
         return "the host was refused, failed or could not be reached"
+    if host.name in _switched:
+        return "the host did not switch to it"
     results = host.state.get_results_for_host(host)
     return None if results.ops or results.error_ops else "the host has not had its turn in this run"
 

@@ -331,6 +331,14 @@ def _switch(
     return True
 
 
+@operation()
+def note_switched() -> Commands:
+    """Note that the host has made its switches; changes nothing."""
+    moves.switched(ctx_host.get())
+    _as_wanted("it changes nothing")
+    yield from ()
+
+
 def _draining(seconds: int) -> list[str]:
     return ["--drain", str(seconds)] if seconds else []
 

@@ -99,6 +99,7 @@ def healthy():
         "instances": {
             "tiny": {
                 "plan": plan(),
+                "kept_plan": plan(),
                 "plan_sha256": "p",
                 "plan_file": stat("0644"),
                 "good": {"unit_sha256": "u", "plan_sha256": "p", "secrets_as_kept": True},
@@ -292,6 +293,17 @@ def test_without_its_keys_the_gate_is_not_asked_and_says_so():
     assert all(text.endswith("expected a result, found no API keys to ask with (deploy again)") for text in found)
 
 
+def test_a_damaged_plan_hides_nothing_else():
+    """What passed the gate says which model there should be."""
+    facts = healthy()
+    facts["instances"]["tiny"]["plan"] = None
+    facts["instances"]["tiny"]["models"][MODEL]["sha256"] = "bb"
+    found = problems_by_check(facts)
+    assert "expected sha256 aa, found bb" in found["models"][0] and "found no JSON object" in found["plan_file"][0]
+    facts["instances"]["tiny"]["kept_plan"] = None
+    assert "expected at least one" in problems_by_check(facts)["models"][0]
+
+
 def test_a_gate_that_cannot_be_asked_is_no_success():
     facts = healthy()
     facts["instances"]["tiny"]["gate"] = {"error": "gate.py ended with exit code 3"}
@@ -408,7 +420,7 @@ def test_addresses_are_compared_not_texts(listen):
 )
 def test_a_damaged_plan_json_is_named_and_no_check_raises(plan, message):
     known = healthy()
-    known["instances"]["tiny"]["plan"] = plan if isinstance(plan, dict) else None
+    known["instances"]["tiny"].update(plan=plan if isinstance(plan, dict) else None, kept_plan=None)
     found = problems_by_check(known)
     if isinstance(plan, dict):
         assert any(message in text for text in found["plan_file"]), found["plan_file"]

@@ -1,6 +1,7 @@
 """What goes wrong on one host stays there: it fails by name with the way out, its old service goes
 on serving, and the other host is deployed all the same."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -260,36 +261,61 @@ def test_a_full_disk_is_told_with_its_bytes(run_with, bad):
         on(bad, "umount", "/var/lib/llamafleet/jobs")
 
 
-def test_ctrl_c_ends_the_run_within_seconds_while_a_job_goes_on(settings, inventory, outside, bad):
-    """It says which job goes on where; the next run joins it, at once, since it sees that the first one is dead."""
+@contextlib.contextmanager
+def slow_download(inventory, outside, host, data):
+    """A run in the middle of a download that would take hours. Ends it, whatever comes."""
     path = outside.sources["moe"].removeprefix("hf:")
-    on(bad, "sh", "-c", "rm -rf /var/lib/llamafleet/models/tiny-moe-*")
-    where = inventory((bad, settings(bad, "moe")))
+    on(host, "sh", "-c", "rm -rf /var/lib/llamafleet/models/tiny-moe-*")
     run = subprocess.Popen(
-        deploying.command(where, "-y"), cwd=deploying.ROOT, env=deploying.environment(), stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        deploying.command(inventory((host, data)), "-y"), cwd=deploying.ROOT, env=deploying.environment(),
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         for _ in iter(run.stderr.readline, "--> Beginning operation run...\n"):
             assert run.poll() is None
         outside.hub.fault(path, times=None, bytes_per_second=2000)  # not before: this machine has read the header
-        until(lambda: "fetch-tiny-moe" in on(bad, "systemctl", "list-units", "--plain", "llamafleet-job-*"), 60)
+        until(lambda: "fetch-tiny-moe" in on(host, "systemctl", "list-units", "--plain", "llamafleet-job-*"), 60)
+        yield run
+    finally:
+        run.kill()
+        run.wait()
+        outside.hub.heal()
+
+
+def test_ctrl_c_ends_the_run_within_seconds_while_a_job_goes_on(settings, inventory, outside, bad):
+    """It says which job goes on where; the next run takes its lock at once, since it sees that the first one is dead."""
+    with slow_download(inventory, outside, bad, settings(bad, "moe")) as run:
         began = time.monotonic()
         run.send_signal(signal.SIGINT)
         text = run.stderr.read()
         run.wait(timeout=60)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 4  # a run ends after 2.7 s at the latest; the machine may be busy
         assert run.returncode == 130 and "goes on there" in text, text
         [said] = [line for line in text.splitlines() if "goes on there" in line]
         job = said.rpartition("systemctl stop ")[2].strip()
         assert bad.name in said and job.startswith("llamafleet-job-fetch-tiny-moe") and "Traceback" not in text
         assert on(bad, "systemctl", "is-active", job) == "active"
         on(bad, "systemctl", "stop", job)  # what was said to stop it
-    finally:
-        run.kill()
-        outside.hub.heal()
     done = pyinfra(inventory((bad, settings(bad))))
     assert done.code == 0, done.text
+
+
+@pytest.mark.long
+def test_a_power_cut_in_mid_run_is_told_in_a_line(settings, inventory, outside, bad):
+    """The host stays away for longer than a run waits for it, a minute."""
+    try:
+        with slow_download(inventory, outside, bad, settings(bad, "moe")) as run:
+            bad.kill()
+            text = run.stderr.read()
+            assert run.wait(timeout=60) == 1
+    finally:
+        bad.start()
+    assert "Traceback" not in text and "NoneType" not in text, text
+    assert text.count("the connection broke") == 1, text
+    [lost] = [line for line in text.splitlines() if "does not come back" in line]
+    assert bad.name in lost and "fetch-tiny-moe" in lost and "nothing answers at its SSH port" in lost
+    done = pyinfra(inventory((bad, settings(bad))))
+    assert done.code == 0 and serves(bad), done.text
 
 
 def test_a_stage_alone_on_a_new_host_says_what_comes_first(hosts, settings, inventory):

@@ -67,9 +67,10 @@ class Served:
 
     @property
     def plan(self) -> Mapping[str, Any]:
-        """The host's plan.json; empty if there is none, or none that can be read, which `plan_file` reports."""
-        plan: Mapping[str, Any] = self.facts["plan"] or {}
-        return {} if facts.plan_problems(plan) else plan
+        """The host's plan.json. Where it cannot be read, which `plan_file` reports, the one that last passed the gate;
+        empty if that cannot be read either."""
+        plans: list[Mapping[str, Any]] = [self.facts[key] or {} for key in ("plan", "kept_plan")]
+        return next((plan for plan in plans if not facts.plan_problems(plan)), {})
 
 
 def served(box: Box, instance: Instance) -> Served:

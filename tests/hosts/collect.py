@@ -184,10 +184,12 @@ def instance(name, quick):
     unit = f"llama-server-{name}.service"
     folder = f"{ETC}/instances/{name}"
     plan = read_json(folder + "/plan.json")
+    kept = read_json(f"{VAR}/good/{name}/plan.json")
     shown = show(unit)
     pid = int(shown.get("MainPID") or 0)
     return {
         "plan": plan,
+        "kept_plan": kept,
         "plan_sha256": sha256_of(folder + "/plan.json"),
         "plan_file": stat_of(folder + "/plan.json"),
         "good": {
@@ -204,7 +206,7 @@ def instance(name, quick):
         "process": process(pid),
         "listening": listening(pid),
         "keys": keys(folder + "/api-keys"),
-        "models": {path: model(path, quick) for path in paths(plan)},
+        "models": {path: model(path, quick) for path in sorted({*paths(plan), *paths(kept)})},
         "liveness": liveness(name),
         "gate": gate(folder + "/plan.json", gate_of(plan)),
         "allowed_origin": allowed_origin(gate_of(plan).get("url")),

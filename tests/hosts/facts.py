@@ -117,6 +117,7 @@ class InstanceFacts(TypedDict):
     """The facts of an instance."""
 
     plan: Json | None
+    kept_plan: Json | None
     plan_sha256: Sum
     plan_file: Stat | None
     good: Good

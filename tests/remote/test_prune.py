@@ -14,7 +14,20 @@ NOW = 1_800_000_000.0
 @pytest.fixture
 def host(tmp_path, monkeypatch):
     """Makes files of a given age in days, each in its folder; `left` prunes, and says what is still there."""
-    for name in ("JOBS", "MODELS", "GATES", "STAGED", "GOOD", "UNITS"):
+    for name in (
+        "JOBS",
+        "MODELS",
+        "GATES",
+        "STAGED",
+        "GOOD",
+        "UNITS",
+        "OPT",
+        "ETC",
+        "VAR",
+        "INSTANCES",
+        "HELPERS",
+        "RELEASES",
+    ):
         monkeypatch.setattr(prune, name, str(tmp_path / name))
         (tmp_path / name).mkdir()
     monkeypatch.setattr(prune, "running_jobs", lambda: {"build-running"})
@@ -57,6 +70,23 @@ def test_of_many_jobs_of_a_kind_the_newest_stay(host):
         host.put(f"JOBS/watch-{number % 3}.log", number / 100)
     assert host.left("JOBS") == [*(f"switch-{number:02}.log" for number in range(prune.KEPT_JOBS)),
                                  *(f"watch-{number}.log" for number in range(3))]  # fmt: skip
+
+
+def test_what_lay_in_the_way_goes_after_a_while_and_nobody_else_s_files_do(host):
+    for folder in ("INSTANCES/m", "VAR", "GOOD/m"):
+        host.put(f"{folder}/.plan.json.rejected", 31)
+        host.put(f"{folder}/plan.json.rejected", 31)
+        assert host.left(folder) == ["plan.json.rejected"]
+    host.put("UNITS/.llama-server-m.service.rejected", 31)
+    host.put("UNITS/.nginx.service.rejected", 31)
+    assert host.left("UNITS") == [".nginx.service.rejected"]
+
+
+def test_what_is_set_aside_stays_for_a_while_however_old_it_is(host, tmp_path):
+    host.put("MODELS/m-1/m.gguf", 400)
+    common.set_aside(str(tmp_path / "MODELS/m-1/m.gguf"))
+    prune.prune()
+    assert os.listdir(tmp_path / "MODELS/m-1") == [".m.gguf.rejected"]
 
 
 def test_rejected_files_go_after_a_while_and_no_model_does(host):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 
 import common
 import pytest
@@ -86,15 +88,32 @@ def test_a_verified_model_is_told_with_its_checksum(model):
 def test_every_name_that_a_model_may_have_is_found(model):
     """Downloaded it would be at every run, if it were not."""
     for name in ("X.GGUF", "a+b=c.Gguf"):
-        model.with_name(name).hardlink_to(model)
-        model.with_name(name + ".verified").hardlink_to(f"{model}.verified")
-    model.with_name("x.gguf.partial").hardlink_to(model)
+        shutil.copy2(model, model.with_name(name))
+        shutil.copy2(f"{model}.verified", model.with_name(name + ".verified"))
+    shutil.copy2(model, model.with_name("x.gguf.partial"))
     assert [os.path.basename(path) for path in survey.verified_models()] == ["X.GGUF", "a+b=c.Gguf", "x.gguf"]
 
 
 def test_a_model_changed_since_is_not_verified(model):
     os.utime(model, ns=(0, 0))
     assert survey.verified_models() == {}
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: path.chmod(0o600),
+        lambda path: path.write_bytes(b"GGUX"),
+        lambda path: (path.rename(path.with_name("y")), path.symlink_to("y")),
+    ],
+    ids=["mode", "bytes", "link"],
+)
+def test_a_model_that_was_touched_is_not_verified_whatever_its_time_says(model, harm):
+    before = model.stat().st_mtime_ns
+    time.sleep(0.02)  # past a tick of the file system's clock
+    harm(model)
+    os.utime(model, ns=(before, before))
+    assert model.stat().st_size == 4 and survey.verified_models() == {}
 
 
 def test_a_model_that_grew_is_not_verified(model):

@@ -10,8 +10,9 @@ from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.remote.common import core_of_unit, identity_of, without_directives
 from llamafleet.service import wanted
-from llamafleet.service.changes import changes_needed, differences, sha256
+from llamafleet.service.changes import changes_needed
 from llamafleet.service.desired import Desired, Run, Service, Serving
+from llamafleet.service.instance_changes import differences, sha256
 from tests import planning
 
 BUILD = Build(commit="c" * 40, backend="cpu", toolkit=None, architectures=(), machine_arch="x86_64", libc="2.41",

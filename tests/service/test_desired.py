@@ -14,8 +14,9 @@ from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Refusal
 from llamafleet.remote.common import MODELS
 from llamafleet.service import refusals
-from llamafleet.service.changes import SECRETS, changes_needed
+from llamafleet.service.changes import changes_needed
 from llamafleet.service.desired import Desired, Run, desire, with_plans
+from llamafleet.service.instance_changes import SECRETS
 from llamafleet.service.plan_inputs import plan_inputs
 from llamafleet.service.refusals import Refused, port_taken
 from tests import planning
@@ -315,6 +316,31 @@ def test_a_unit_of_our_name_that_we_did_not_make():
         "models: m0: llama-server-m0.service exists and llamafleet did not make it: give the model another name, or "
         "remove the unit"
     )
+
+
+PREFIX_DROP_IN = "/etc/systemd/system/llama-server-.service.d/x.conf"
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed", "refused"),
+    [
+        (PREFIX_DROP_IN, [], True),
+        (PREFIX_DROP_IN, ["x.conf"], False),
+        ("/usr/lib/systemd/system/llama-server-m0.service.d/x.conf", [], True),
+        ("/etc/systemd/system/service.d/x.conf", [], False),  # of all services: the host's
+        ("/etc/systemd/system/llama-server-m0.service.d/x.conf", [], False),  # a run removes it
+        ("/run/systemd/system.control/llama-server-m0.service.d/50-x.conf", [], False),
+    ],
+)
+def test_a_drop_in_that_is_not_the_unit_s_own(path, allowed, refused):
+    there = dataclasses.replace(INSTANCE, drop_ins=(path,))
+    outcome = decided(survey(instances={"m0": there}), models=({"allowed_drop_ins": allowed},))
+    assert isinstance(outcome, Refused) is refused
+    if refused:
+        assert str(outcome) == (
+            f"models: m0: {path} changes llama-server-m0.service and was not made for it alone: remove it, or name it in "
+            'allowed_drop_ins: ["x.conf"]'
+        )
 
 
 @pytest.mark.parametrize(

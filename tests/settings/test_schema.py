@@ -1,5 +1,8 @@
 """Settings: the documented defaults are complete, and a message names each invalid key."""
 
+import dataclasses
+import re
+
 import pytest
 
 from llamafleet.cli.arguments import default_data
@@ -295,6 +298,35 @@ def test_no_text_is_longer_than_an_argument():
     assert problem == "models[0].api_key_file: should have at most 131072 characters, has 131073"
 
 
+@pytest.mark.parametrize("name", ["nice", "../nice.conf", "a/b.conf", ".conf ", "", "nice.conf\n"])
+def test_a_drop_in_is_named_by_its_file_alone(name):
+    [problem] = instance_problems(allowed_drop_ins=["10-nice.conf", name])
+    assert problem.startswith("models[0].allowed_drop_ins[1]: should ")
+
+
 @pytest.mark.parametrize(("value", "write"), [("true", "True"), ("False", "False"), ("yes", "True"), ("no", "False")])
 def test_a_flag_that_was_written_as_a_text_says_what_to_write(value, write):
     assert problems(allow_swap=value) == [f"allow_swap: should be True or False, is {value!r}: write {write}"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [object(), 1.5, {"a": 1}, [object()], [1.5], [[]]],
+    ids=["thing", "float", "map", "things", "floats", "lists"],
+)
+def test_every_message_of_a_wrong_type_is_a_sentence(value):
+    """Of every key of the host and of a model: no article before a plural, and the key in front."""
+    of_host = {one.name for one in dataclasses.fields(Settings)} - {"models"}
+    of_model = {one.name for one in dataclasses.fields(Instance)}
+    for key, found in [*((key, problems(**{key: value})) for key in sorted(of_host)),
+                       *((key, instance_problems(**{key: value})) for key in sorted(of_model))]:  # fmt: skip
+        assert found, key
+        for text in found:
+            assert re.match(rf"(models\[0\]\.)?{key}(\[0\])?: (should|missing)", text), text
+            assert not re.search(r"\b(a list of a|a strings|a whole numbers|an? an?)\b", text), text
+
+
+@pytest.mark.parametrize("mirror", ["x", "/srv/m.gguf", "ftp://host/m.gguf", "hf:x", "hf:a/b"])
+def test_a_mirror_is_an_address_of_a_file(mirror):
+    [text] = instance_problems(mirrors=[mirror])
+    assert text.startswith("models[0].mirrors[0]: should be") and text.endswith(f"is {mirror!r}")

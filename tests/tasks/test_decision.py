@@ -12,7 +12,7 @@ from llamafleet.host.installed import Holder
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.service.refusals import Refused
 from llamafleet.validation import Problem
-from tasks.lib import decision, facts, lookups, remote
+from tasks.lib import decision, ends, facts, lookups, remote
 from tasks.lib.decision import READ_ERRORS, Decision
 from tasks.lib.this_run import this_run
 from tests import planning
@@ -27,7 +27,7 @@ class Host:
     def __init__(self, **data):
         values = {**planning.default_data(), "models": [MODEL], **data}
         self.data = types.SimpleNamespace(dict=lambda: values)
-        self.lines, self.failed = [], set()
+        self.name, self.lines, self.failed = "box1", [], set()
         self.state = types.SimpleNamespace(fail_hosts=self.failed.update)
 
     def log_styled(self, text, **_):
@@ -86,6 +86,13 @@ def test_a_refused_host_fails_with_a_line_for_each_reason_and_is_not_read_again(
         "refused: keep_release: unknown setting; did you mean `keep_releases`?",
     ]
     assert host.failed == {host}
+
+
+def test_why_a_host_was_refused_is_remembered_for_the_end_of_the_run(read, monkeypatch):
+    monkeypatch.setattr(ends, "_reasons", {})
+    with ctx_host.use(Host(keep_release=1)):
+        decision.decision()
+    assert ends.reason("box1") == "refused: keep_release: unknown setting; did you mean `keep_releases`?"
 
 
 def test_a_refusal_of_what_was_read_fails_the_host_too(read):

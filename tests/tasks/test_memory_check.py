@@ -10,8 +10,9 @@ from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.planner.reconcile import MemoryReport
 from llamafleet.remote import verify
-from llamafleet.service.changes import changes_needed, sha256
+from llamafleet.service.changes import changes_needed
 from llamafleet.service.desired import desire
+from llamafleet.service.instance_changes import sha256
 from llamafleet.service.plan_inputs import plan_inputs
 from llamafleet.service.succession import Handover
 from tasks import service

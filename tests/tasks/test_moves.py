@@ -34,6 +34,7 @@ class State:
 
     def __init__(self):
         self.inventory, self.active_hosts, self.outside, self.idle = [], set(), set(), set()
+        self.is_executing = True
 
     def is_host_in_limit(self, host):
         return host not in self.outside
@@ -46,7 +47,7 @@ class State:
 def fleet(monkeypatch):
     """Adds hosts with {name: source} installed and names wanted; None: it was refused."""
     monkeypatch.setattr(decision, "_decisions", {})
-    for name in ("_passed", "_failed"):
+    for name in ("_passed", "_failed", "_switched"):
         monkeypatch.setattr(moves, name, set())
     monkeypatch.setattr(moves, "_made", {})
     state = State()
@@ -85,16 +86,20 @@ def test_a_move_waits_until_the_other_host_serves(fleet):
     assert waiting.get(timeout=5) == {}
 
 
-@pytest.mark.parametrize("how", ["refused", "fails while it is waited for", "has not begun", "fails with --no-wait"])
+@pytest.mark.parametrize(
+    "how", ["refused", "fails while it is waited for", "has not begun", "fails with --no-wait", "does not switch to it"]
+)
 def test_a_move_to_a_host_that_does_not_get_there_leaves_all_as_it_is(fleet, how):
     a, b = fleet("a", ["x"]), fleet("b", [], "x", refused=how == "refused")
     if how == "has not begun":  # --serial
         fleet.state.idle.add(b)
     waiting = gevent.spawn(moves.staying, a)
     gevent.sleep(0.05)
-    if how.startswith("fails"):
+    if how.startswith(("fails", "does")):
         assert not waiting.ready()
-        if how == "fails with --no-wait":
+        if how == "does not switch to it":
+            moves.switched(b)
+        elif how == "fails with --no-wait":
             moves._Failures.operation_host_error(fleet.state, b, "hash")
         else:
             fleet.state.active_hosts.discard(b)
