@@ -22,8 +22,8 @@ HOST_HALF_SPEED_TOKENS = 8
 
 
 # Time to multiply weights of a type with many tokens, as a multiple of the time for K-quants. Of Q5_0, in which most
-# layers of Qwen2.5-Coder 0.5B are: about 33 against 11 ps for a weight and token on two cores with AVX-512, where 1.5B in
-# Q4_K and Q6_K reads 68 tokens/s, 0.5B 90 and Gemma 3 270M, of both kinds, 454 (b11434).
+# layers of Qwen2.5-Coder 0.5B are: about 33 against 11 ps for a weight and token on two cores with AVX-512, where 1.5B
+# in Q4_K and Q6_K reads 68 tokens/s, 0.5B 90 and Gemma 3 270M, of both kinds, 454 (b11434).
 HOST_COSTS = {"Q5_0": 3.0, "Q5_1": 3.0}
 
 

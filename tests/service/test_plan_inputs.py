@@ -7,7 +7,8 @@ import pytest
 from llamafleet.host.learned import Bandwidth, Expected, GateSpeeds
 from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles, RemoteFile
-from llamafleet.service.changes import changes_needed, sha256
+from llamafleet.service.changes import changes_needed
+from llamafleet.service.instance_changes import sha256
 from tests import planning
 from tests.service.test_changes import INSTANCE
 from tests.service.test_desired import decide, survey
