@@ -11,6 +11,8 @@ llama-server drops its running replies on SIGTERM (ctx_server.terminate in tools
 refuse new ones. So a filter is attached to its listening socket, which drops what begins a connection: the kernel of
 the client tries again after 1, 3 and 7 s, and so on, and reaches the next server. Connections that are open stay, with
 the requests that come over them. The filter ends with the old server's socket.
+
+Decision 21: docs/decisions/0021-new-connections-wait-while-replies-end.md.
 """
 
 from __future__ import annotations

@@ -108,6 +108,7 @@ def _on_interrupt(number: int, frame: object) -> None:
     if _interrupted:
         os._exit(INTERRUPTED)
     _interrupted = True
+    err("\ninterrupted")
     signal.signal(signal.SIGALRM, lambda *_: os._exit(INTERRUPTED))
     signal.setitimer(signal.ITIMER_REAL, END_SECONDS)
     hub = gevent.get_hub()
@@ -121,7 +122,6 @@ def _end() -> None:
     """Say what goes on, release the locks of the other hosts, and end the process. Its usual end would wait for every
     command on a host."""
     try:
-        err("\ninterrupted")
         host_lock = sys.modules.get("tasks.lib.host_lock")  # where it is not imported no lock is held
         hosts = list(host_lock.held()) if host_lock else []
         _ending.extend(gevent.spawn(host_lock.leave, host) for host in hosts)  # type: ignore[union-attr]

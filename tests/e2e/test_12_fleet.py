@@ -79,7 +79,9 @@ def test_one_host_works_through_three_leases_while_the_others_wait(
     [(_, who)] = names
     assert all(len(times) >= 3 for times in seen.values()), {name: len(times) for name, times in seen.items()}
     # A lease that had ended would have been taken.
-    assert second.code != 0 and second.text.count(f"{who} (pid ") == 3, second.text
+    told = [line for line in second.text.splitlines() if f"] refused: {who} (pid " in line]
+    assert second.code != 0 and len(told) == 3, second.text
+    assert "3 of 3 hosts failed:" in second.text  # and each with its reason, at the end
     assert first.run.code == 0, first.run.text
     assert all(serves(host) for host in hosts)
     assert [holder(host) for host in hosts] == [None] * 3
