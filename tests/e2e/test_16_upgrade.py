@@ -22,7 +22,7 @@ PREFIX = "upgrade"
 UNIT = "llama-server-tiny.service"
 KEY = "a-key-of-the-operator"
 # What an upgrade may do beside a running server.
-QUIET = ("helpers", "lock", "plan.json", "unit", "liveness", "recover")
+QUIET = ("helpers", "lock", "plan.json", "while its server runs on", "liveness", "recover")
 
 
 @pytest.fixture(scope="module")
