@@ -36,9 +36,9 @@ PROBE_PACKAGES = frozenset({"psutil", "nvidia-ml-py"})
 # The survey imports the probe, the toolkits, the lock and others. uninstall.py is here because it removes the
 # installed helpers and so cannot run from their folder.
 PROBE_PROGRAMS = (
-    *("probe.py", "probe_cpu.py", "probe_files.py", "probe_vulkan.py"),
+    *("probe.py", "probe_bandwidth.py", "probe_cpu.py", "probe_files.py", "probe_vulkan.py"),
     *("probe_gpus.py", "probe_gpu_common.py", "probe_nvidia.py", "probe_amd.py"),
-    *("survey.py", "addresses.py", "ground.py", "lock.py", "releases.py", "toolkits.py", "uninstall.py"),
+    *("survey.py", "addresses.py", "ground.py", "learned.py", "lock.py", "releases.py", "toolkits.py", "uninstall.py"),
     *("common.py", "instance_files.py", "packages.py", "places.py"),  # imported by the programs above
 )
 # Files of the wheels that the probe does not need on Linux.

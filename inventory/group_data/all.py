@@ -131,7 +131,7 @@ hub_token_file = None
 gpu_reserve_mib = 1024
 # RAM that the plan leaves free for the system and the page cache, MiB.
 ram_reserve_mib = 2048
-# May the host's part of the model go to swap? A model that swaps answers at disk speed.
+# May the host's part of the model go to swap? A model that swaps answers at disk speed, which no plan predicts.
 allow_swap = False
 
 # --- checks of a running instance ------------------------------------------------------------

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from llamafleet.cli.compare import Option, best, ordered, short_names
+from llamafleet.host.speeds import ESTIMATED
 from llamafleet.memory.ledger import LedgerRow
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.planner.roofline import Prediction
@@ -109,7 +110,16 @@ def _speeds(speeds: Prediction) -> str:
 
     written = with_range(speeds.decode_tokens_per_s, speeds.decode_low_tokens_per_s, speeds.decode_high_tokens_per_s)
     read = with_range(speeds.prefill_tokens_per_s, speeds.prefill_low_tokens_per_s, speeds.prefill_high_tokens_per_s)
-    return f"{'measured' if speeds.measured else 'predicted, roughly'}: {written} written, {read} read"
+    if speeds.measured:
+        return f"measured: {written} written, {read} read"
+    if speeds.swap_bytes:
+        return (
+            f"predicted: no speed, since {_gib(speeds.swap_bytes)} GiB would be in swap, and how fast its disk reads "
+            "them for every token was not measured"
+        )
+    if speeds.decode_source == speeds.prefill_source == ESTIMATED:
+        return f"predicted, roughly: {written} written, {read} read"
+    return f"predicted: {written} written [{speeds.decode_source}], {read} read [{speeds.prefill_source}]"
 
 
 def rate(speed: float) -> str:

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from typing_extensions import TypedDict
 
 from llamafleet import validation
+from llamafleet.host.learned import Bandwidth, GateSpeeds
 from llamafleet.host.machine import Label, Machine, MachineError, Message, Name, Names, Version, matching
 from llamafleet.host.recorded import Arguments, PlanRecord, readable
 from llamafleet.validation import Flag, Listed, Text, Whole, one_of
@@ -197,6 +198,10 @@ class Installed:
     jobs: Annotated[Listed[Label], Field(max_length=1024)] = ()
     # SHA-256 of each release's release.json, by key.
     release_digests: Table[Sha256] = field(default_factory=dict)
+    # What the processors read together; None where it was not asked for.
+    bandwidth: Bandwidth | None = None
+    # What gates measured on this host, as far as their plans say what was expected.
+    gate_speeds: Annotated[Listed[GateSpeeds], Field(max_length=1024)] = ()
     # Addresses at which instances are to listen and no server of the host can, with the reason.
     unbindable: Table[Name] = field(default_factory=dict)
     # What lies at the places of ours, by path.

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from llamafleet import validation
+from llamafleet.host.learned import RecordedRates
 from llamafleet.host.machine import Bytes, Count, Label, Message, Name
 from llamafleet.remote.common import PLAN_SCHEMA
 from llamafleet.validation import Listed, Text, Whole
@@ -90,10 +91,12 @@ class InputMemory:
 
 @dataclass(frozen=True)
 class RecordedInputs:
-    """What the plan was made from: a hash of all inputs but the memory, and the memory."""
+    """What the plan was made from: a hash of all other inputs, the memory, and the measured rates; None in records of
+    llamafleet 0.1.0, which knew estimates only."""
 
     key: Name
     memory: InputMemory
+    rates: RecordedRates | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from llamafleet.host.gpus import find
 from llamafleet.host.machine import Cpu, Gpu
 
 GB, TERA = 1e9, 1e12
+# Where a rate comes from, the least certain first.
+ESTIMATED, PROBED, MEASURED = SOURCES = ("estimated", "probe", "measured on this host")
 
 # Share of a GPU's memory bandwidth while a token is written: 8B Q4_0 (4.65 GB) at 155 tokens/s on an RTX 3090
 # (github.com/ggml-org/llama.cpp/pull/15802) is 0.77 of 936 GB/s with launches, 0.85 without.
@@ -32,6 +34,10 @@ LINK_BYTES_PER_LANE = {1: 0.25 * GB, 2: 0.5 * GB, 3: 0.985 * GB, 4: 1.969 * GB, 
 # i5-13400F (42 of 76.8 GB/s), of gpt-oss-20b on a Ryzen 9 5900X 31 of 51.2 (llama.cpp discussion 15396).
 HOST_BANDWIDTH_SHARE = 0.55
 CORE_BYTES_PER_S = 9 * GB  # quantised weights that a core multiplies (AVX2): few cores cannot use all memory channels
+# With the survey's probe, weights are read as fast as it reads, unless the cores multiply slower. On two cores with AMX
+# it reads 23.5e9: Gemma 3 270M writes 76 to 95 tokens/s, Qwen2.5-Coder 0.5B 44 to 64, 1.5B 23 to 39: 17 to
+# 38e9 (b11434). Test hosts' builds have no AMX: there the same cores reach 9.5e9.
+PROBED_CORE_BYTES_PER_S = {"amx_int8": 12 * GB}
 # Arithmetic of one core while a prompt is read: 8 GFLOP a token at 10 tokens/s, AVX2; AVX-512 about half more.
 CORE_FLOPS = {"amx_tile": 300e9, "avx512f": 120e9, "avx2": 80e9, "asimd": 60e9}
 CORE_FLOPS_ELSE = 30e9
@@ -89,6 +95,8 @@ class GpuRates:
     flops: float
     link_bytes_per_s: float
     known: bool
+    source: str = ESTIMATED  # of `bytes_per_s`; that of `flops` is `flops_source`
+    flops_source: str = ESTIMATED
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,9 @@ class Rates:
     host_cache_macs: float  # limit by the memory's bandwidth, if the processor's caches do not help
     host_read_attention_macs: float  # for many tokens at once
     host_known: bool  # the processor is in HOST_BANDWIDTHS, or its memory was measured
+    # What the host's bandwidth and arithmetic come from: ESTIMATED, PROBED or MEASURED.
+    host_source: str = ESTIMATED
+    host_flops_source: str = ESTIMATED
 
 
 @dataclass(frozen=True)
@@ -112,6 +123,9 @@ class Measurements:
     """
 
     host_bytes_per_s: float | None = None
+    host_flops: float | None = None
+    # What the processors read together, as the survey measured it: a limit, which not every model reaches.
+    probe_bytes_per_s: float | None = None
     gpu_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
     gpu_flops: Mapping[str, float] = field(default_factory=dict)
     link_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
@@ -124,16 +138,22 @@ NOT_MEASURED = Measurements()
 def rates(cpu: Cpu, gpus: Sequence[Gpu], threads: int, measured: Measurements = NOT_MEASURED) -> Rates:
     """The machine's rates with `threads` threads on the processor."""
     bandwidth, known = host_bandwidth(cpu)
-    host = measured.host_bytes_per_s or min(bandwidth * HOST_BANDWIDTH_SHARE, threads * CORE_BYTES_PER_S)
+    estimate = min(bandwidth * HOST_BANDWIDTH_SHARE, threads * CORE_BYTES_PER_S)
     flops = next((rate for flag, rate in CORE_FLOPS.items() if flag in cpu.flags), CORE_FLOPS_ELSE)
+    by_probe = _by_probe(cpu, threads, measured.probe_bytes_per_s) if measured.probe_bytes_per_s else None
+    host = measured.host_bytes_per_s or by_probe or estimate
+    # A core that multiplies weights slower, by what was measured of it, is as much slower at attention.
+    slower = host / estimate if measured.host_flops else 1.0
     return Rates(
         gpus=tuple(_gpu(gpu, measured) for gpu in gpus),
         host_bytes_per_s=host,
-        host_flops=threads * flops,
-        host_attention_macs=threads * CORE_ATTENTION_MACS,
+        host_flops=measured.host_flops or threads * flops,
+        host_attention_macs=threads * CORE_ATTENTION_MACS * min(1.0, slower),
         host_cache_macs=host * CACHE_BANDWIDTH_SHARE / CACHE_ELEMENT_BYTES,
         host_read_attention_macs=threads * CORE_READ_ATTENTION_MACS,
-        host_known=known or measured.host_bytes_per_s is not None,
+        host_known=known or measured.host_bytes_per_s is not None or by_probe is not None,
+        host_source=MEASURED if measured.host_bytes_per_s else PROBED if by_probe else ESTIMATED,
+        host_flops_source=MEASURED if measured.host_flops else ESTIMATED,
     )
 
 
@@ -148,6 +168,12 @@ def host_bandwidth(cpu: Cpu) -> tuple[float, bool]:
     return HOST_BANDWIDTH_ELSE * GB, False
 
 
+def _by_probe(cpu: Cpu, threads: int, probe_bytes_per_s: float) -> float:
+    """Bytes of weights a second: what the memory gives, of one socket, or what the cores multiply, if that is less."""
+    core = next((rate for flag, rate in PROBED_CORE_BYTES_PER_S.items() if flag in cpu.flags), CORE_BYTES_PER_S)
+    return min(probe_bytes_per_s / max(1, cpu.sockets), threads * core)
+
+
 def _gpu(gpu: Gpu, measured: Measurements) -> GpuRates:
     model = find(gpu.name, gpu.memory_total_bytes)
     memory, flops = (model.bandwidth_bytes_per_s, model.fp16_flops) if model else (400 * GB, 40 * TERA)
@@ -160,4 +186,6 @@ def _gpu(gpu: Gpu, measured: Measurements) -> GpuRates:
         flops=measured.gpu_flops.get(gpu.uuid, min(flops * GPU_FLOPS_SHARE, GPU_FLOPS_LIMIT)),
         link_bytes_per_s=measured.link_bytes_per_s.get(gpu.uuid, link),
         known=model is not None or gpu.uuid in measured.gpu_bytes_per_s,
+        source=MEASURED if gpu.uuid in measured.gpu_bytes_per_s else ESTIMATED,
+        flops_source=MEASURED if gpu.uuid in measured.gpu_flops else ESTIMATED,
     )

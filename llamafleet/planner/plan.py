@@ -28,6 +28,7 @@ from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
 from llamafleet.planner import processors
+from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate, host_cost
 from llamafleet.planner.backend import capacity_of, environment, gpus_for, resolve_backend
 from llamafleet.planner.flags import planned_flags
 from llamafleet.planner.reasons import Decision, why
@@ -54,11 +55,13 @@ def plan_host(
     settings: Settings,
     corrections: Mapping[str, Correction] = MappingProxyType({}),
     measurements: Measurements = NOT_MEASURED,
+    known: Measurements | None = None,
 ) -> tuple[Plan | Refusal, ...]:
     """A plan or a refusal for each instance, in the order of `requests`.
 
     Instances get memory by priority, then in the order of `requests`. `corrections`, by instance name, correct the
-    ledger by what the built llama-server reported for earlier plans. `measurements` are of this host.
+    ledger by what the built llama-server reported for earlier plans. `measurements` are of this host. `known`: what the
+    speeds are predicted with, where that is not what plans are chosen with: later measurements change no plan.
     """
     backend = resolve_backend(machine, settings)
     if isinstance(backend, Refusal):
@@ -75,8 +78,10 @@ def plan_host(
     earlier: tuple[Plan, ...] = ()
     for position, (instance, header) in sorted(enumerate(requests), key=lambda item: (-item[1][0].priority, item[0])):
         correction = corrections.get(instance.name, NO_CORRECTION)
-        alone = len(requests) == 1
-        result = _plan_instance(machine, backend, capacity, instance, header, correction, measurements, alone, earlier)
+        alone, later = len(requests) == 1, known or measurements
+        result = _plan_instance(
+            machine, backend, capacity, instance, header, correction, measurements, later, alone, earlier
+        )
         if isinstance(result, Plan):
             capacity = capacity.without(result.ledger)
             earlier = (*earlier, result)
@@ -92,6 +97,7 @@ def _plan_instance(
     header: Header,
     correction: Correction,
     measured: Measurements,
+    known: Measurements,
     alone: bool,
     earlier: tuple[Plan, ...],
 ) -> Plan | Refusal:
@@ -120,7 +126,8 @@ def _plan_instance(
             suggestions=("allow kv_types f16: the head size must be a multiple of a quantised type's block size",),
         )
     instance = replace(instance, kv_types=usable)
-    case = _Case(machine, backend, capacity, instance, Model.of(header), tokens, correction, measured, alone, earlier)
+    model = Model.of(header)
+    case = _Case(machine, backend, capacity, instance, model, tokens, correction, measured, known, alone, earlier)
     best = _best_plan(case)
     return best if isinstance(best, Plan) else _refuse(case, *best)
 
@@ -136,7 +143,8 @@ class _Case:
     model: Model
     context_tokens: int
     correction: Correction
-    measured: Measurements
+    measured: Measurements  # that the plan is chosen with
+    known: Measurements  # that its speed is predicted with
     alone: bool  # no other model is served by this host
     earlier: tuple[Plan, ...] = ()  # of models that were planned before, and took their memory
 
@@ -159,9 +167,23 @@ class _Case:
         different = {(context.kv_type, context.slots): context for context in contexts}.values()
         return max(self.checkpoints(each) * each.slots * checkpoint_bytes(shape, each) for each in different)
 
+    def roofline(self, work: Workload, measured: Measurements, *, by_type: bool = False) -> Roofline:
+        """The speed of this model with these measurements. `by_type`: with what its types of weights cost a processor,
+        which choosing a plan leaves out."""
+        machine_rates = rates(self.machine.cpu, self.capacity.gpus, self.threads, measured)
+        if by_type:
+            machine_rates = replace(machine_rates, host_flops=machine_rates.host_flops / host_cost(self.model))
+        return Roofline(self.model, work, machine_rates, op_offload=TRAITS[self.backend].op_offload)
+
+    def predicted(self, candidate: Candidate, swap_bytes: int) -> Prediction:
+        """The speed by all that is known of the host; none for a plan that swaps, since no disk was measured."""
+        if swap_bytes:
+            return Prediction(0.0, 0.0, swap_bytes=swap_bytes)
+        roofline = self.roofline(self.work, self.known, by_type=True)
+        return roofline.predict(candidate.order, candidate.segments, candidate.context)
+
     def search(self, contexts: Sequence[Context]) -> Search:
-        machine_rates = rates(self.machine.cpu, self.capacity.gpus, self.threads, self.measured)
-        roofline = Roofline(self.model, self.work, machine_rates, op_offload=TRAITS[self.backend].op_offload)
+        roofline = self.roofline(self.work, self.measured)
         extra = self.instance.prompt_cache_mib * MIB + self.checkpoints_bytes(contexts)
         return Search(self.model, self.capacity, self.backend, extra, self.correction, roofline)
 
@@ -238,6 +260,8 @@ def _plan(case: _Case, search: Search, refined: Refined, candidates: Sequence[Ca
         candidate, candidates, placement, rows, case.threads,
         [gpu.link_bytes_per_s for gpu in search.roofline.rates.gpus], cpus, nodes,
     )  # fmt: skip
+    # What is beyond the RAM, less the reserve.
+    swap_bytes = max(0, case.capacity.swap_bytes - rows[-1].free_bytes) if case.capacity.swap_bytes else 0
     argv = planned_flags(
         context, placement, backend=case.backend, gpus=len(gpus), threads=case.threads,
         prompt_cache_mib=case.instance.prompt_cache_mib, checkpoints=case.checkpoints(context),
@@ -258,12 +282,14 @@ def _plan(case: _Case, search: Search, refined: Refined, candidates: Sequence[Ca
         placement=placement,
         is_moe=case.model.is_moe,
         ledger=rows,
-        predicted=search.roofline.predict(candidate.order, candidate.segments, context),
+        predicted=case.predicted(candidate, swap_bytes),
         why=tuple(why(decision)),
         host_bytes=sum(row.used_bytes for row in (rows if case.capacity.unified else rows[-1:])),
         environment=environment(case.backend, gpus),
         cpus=cpus,
         numa_nodes=nodes,
+        chosen_for=search.roofline.predict(candidate.order, candidate.segments, context),
+        at_gate=expected_at_gate(case.roofline(GATE_WORK, case.measured, by_type=True), candidate, gpus),
     )
 
 

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from llamafleet.host.learned import Expected
 from llamafleet.host.machine import Gpu
 from llamafleet.memory.ledger import LedgerRow
 from llamafleet.memory.placement import HOST, Placement
 from llamafleet.planner.roofline import Prediction
 
 SCHEMA = 1
+NO_PREDICTION = Prediction(0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,15 @@ class Plan:
     placement: Placement  # device numbers are positions in `gpus`
     is_moe: bool
     ledger: tuple[LedgerRow, ...]
-    predicted: Prediction
+    predicted: Prediction  # by all that is known of the host's rates now
     why: tuple[str, ...]
     host_bytes: int  # RAM that the process needs, for MemoryMax
     environment: Mapping[str, str] = field(default_factory=dict)
     cpus: str = ""  # CPUs that the server may run on, such as "0-11"; empty: all
     numa_nodes: str = ""  # NUMA nodes that its memory is spread over, such as "0-1"; empty: the kernel decides
+    # By the rates that the plan was chosen with, which plan.json keeps: they stay while the plan does.
+    chosen_for: Prediction = NO_PREDICTION
+    at_gate: Expected | None = None
 
     fits = True
 
@@ -87,7 +92,7 @@ def _contract(result: Plan | Refusal, refusal: dict[str, Any] | None) -> dict[st
         "fits": result.fits,
         "argv": list(result.argv) if isinstance(result, Plan) else [],
         "ledger": [row.to_json() for row in result.ledger],
-        "predicted": (result.predicted if isinstance(result, Plan) else Prediction(0.0, 0.0)).to_json(),
+        "predicted": (result.predicted if isinstance(result, Plan) else NO_PREDICTION).to_json(),
         "why": list(result.why),
         "refusal": refusal,
     }

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 
-from llamafleet.host.speeds import CACHE_MISS_TOKENS, GpuRates, Rates
+from llamafleet.host.speeds import CACHE_MISS_TOKENS, ESTIMATED, MEASURED, PROBED, SOURCES, GpuRates, Rates
 from llamafleet.memory.context import Context
 from llamafleet.memory.graph.allocation import OFFLOAD_TOKENS
 from llamafleet.memory.placement import Segment
@@ -38,6 +38,7 @@ ATTENTION_FLOPS_SHARE = 0.4  # attention's operations per second as a share of t
 # The share of experts that a large batch uses and op-offload copies: gpt-oss-120b with 26 layers' experts in RAM reads
 # 380 to 2091 tokens/s at ubatches of 512 to 8192 on an RTX 3090; all experts would be 39 GB/s over a 31.5 GB/s link.
 EXPERTS_COPIED = 0.65
+MEASURED_ERROR, PROBED_ERROR = 0.15, 0.3  # relative errors of a prediction from measured rates, and from the probe's
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,21 @@ class Prediction:
     all_slots_tokens_per_s: float = 0.0  # written by all slots together
     workload_seconds: float = 0.0  # until all concurrent requests of the workload are answered
     measured: bool = False
+    # Where the rates come from that most depends on: "estimated", "probe" or "measured on this host".
+    decode_source: str = ESTIMATED
+    prefill_source: str = ESTIMATED
+    # Bytes of the plan that are in swap: where there are any, no speed is predicted, and all of them are 0.
+    swap_bytes: int = 0
 
     @classmethod
     def of_trial(cls, decode: float, prefill: float) -> Prediction:
         """The speeds of a trial on the host with exactly the plan's flags; the range is the measured value."""
-        return cls(decode, prefill, decode, decode, prefill, prefill, measured=True)
+        return cls(
+            decode, prefill, decode, decode, prefill, prefill, measured=True,
+            decode_source=MEASURED, prefill_source=MEASURED,
+        )  # fmt: skip
 
-    def to_json(self) -> dict[str, float | bool]:
+    def to_json(self) -> dict[str, float | bool | str]:
         """For the plan contract: all fields."""
         return asdict(self)
 
@@ -207,7 +216,10 @@ class Roofline:
         """The speed of one request alone, and of all slots together."""
         writing = self.decode(order, segments, 1, context.kv_type)
         reading = self.prefill(order, segments, context.ubatch_tokens)
-        write_error, read_error = self._uncertainty(writing), self._uncertainty(reading)
+        gpus, rates = [self.rates.gpus[number] for number in order], self.rates
+        write_source = _weakest(writing, rates.host_source, [gpu.source for gpu in gpus])
+        read_source = _weakest(reading, rates.host_flops_source, [gpu.flops_source for gpu in gpus])
+        write_error, read_error = self._uncertainty(writing, write_source), self._uncertainty(reading, read_source)
         decode, prefill = 1 / writing.total, self.work.prompt_tokens / reading.total
         return Prediction(
             round(decode, 2),
@@ -218,14 +230,25 @@ class Roofline:
             round(prefill * (1 + read_error), 1),
             round(context.slots / self.decode(order, segments, context.slots, context.kv_type).total, 2),
             round(self.workload(order, segments, context), 2),
+            decode_source=write_source,
+            prefill_source=read_source,
         )
 
-    def _uncertainty(self, spent: Seconds) -> float:
+    def _uncertainty(self, spent: Seconds, source: str) -> float:
         """The relative uncertainty (0.25: a factor of 1.25 both ways), weighted by where the time is spent; it is
-        smaller for hardware whose rates are known from data sheets."""
+        smaller for hardware whose rates are known from data sheets, and smallest where they were measured."""
+        if source == MEASURED:
+            return MEASURED_ERROR
         gpu = 0.25 if all(gpu.known for gpu in self.rates.gpus) else 0.6
-        host = 0.4 if self.rates.host_known else 0.7
+        host = PROBED_ERROR if self.rates.host_source == PROBED else 0.4 if self.rates.host_known else 0.7
         return (spent.gpu * gpu + spent.host * host + spent.waiting * 0.5) / spent.total
+
+
+def _weakest(spent: Seconds, host: str, gpus: Sequence[str]) -> str:
+    """The least certain source of the rates of those parts that take a tenth of the time or more."""
+    sources = [host] if spent.host >= 0.1 * spent.total else []
+    sources += gpus if spent.gpu >= 0.1 * spent.total else []
+    return min(sources, key=SOURCES.index, default=ESTIMATED)
 
 
 def _operations(model: Model) -> tuple[list[float], list[float]]:

@@ -225,7 +225,7 @@ def _better(plans: Sequence[Plan], present: Sequence[Plan | Refusal], settings: 
             continue
         if instance.kv_types.index(new.kv_type) < instance.kv_types.index(old.kv_type):
             yield f"{new.instance}: a KV cache of type {new.kv_type} fits now, it was {old.kv_type}"
-        before, after = old.predicted.workload_seconds, new.predicted.workload_seconds
+        before, after = old.chosen_for.workload_seconds, new.chosen_for.workload_seconds
         if before > after * (1 + FASTER_SHARE):
             yield f"{new.instance}: its workload would take {after:.1f} s, predicted, instead of {before:.1f} s"
 

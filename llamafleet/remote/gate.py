@@ -228,7 +228,7 @@ def record_of(spec: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         key = speed_key(spec)
         speeds = last.get("speeds", []) if last.get("speed_key") == key else []
         speeds = [*speeds, measured["decode_tokens_per_s"]] if "decode_tokens_per_s" in measured else speeds
-        record.update(measured, speed_key=key, speeds=speeds[-REMEMBERED:])
+        record.update(measured, speed_key=key, speeds=speeds[-REMEMBERED:], expected=spec["expected"])
     else:
         record["last_failure"] = {"time": now, "release": spec["release"], "check": found["checks"][-1]}
     return record

@@ -82,7 +82,8 @@ def read_spec(path: str) -> Dict[str, Any]:
     instance = instance_of(gate["unit"])
     return {
         **gate, "files": plan.get("files", []), "identity": plan.get("identity"), "release": plan.get("release"),
-        "predicted_tokens_per_s": predicted_speed(plan), "record": gate_record(instance),
+        "predicted_tokens_per_s": predicted_speed(plan), "expected": expected_speed(plan),
+        "record": gate_record(instance),
         "last": usable(read_json(gate_record(instance))), "measured": {},
     }  # fmt: skip
 
@@ -121,6 +122,12 @@ def predicted_speed(plan: Dict[str, Any]) -> float:
     for key in ("plan", "predicted", "decode_tokens_per_s"):
         found = found.get(key) if isinstance(found, dict) else None
     return float(found) if is_number(found) else 0.0
+
+
+def expected_speed(plan: Dict[str, Any]) -> Any:
+    """What the plan expects of the gate's own request, for the record; null where the plan does not say."""
+    found = plan.get("plan")
+    return found.get("expected") if isinstance(found, dict) else None
 
 
 def is_first(value: Any) -> bool:

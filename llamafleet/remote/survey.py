@@ -1,9 +1,10 @@
 """Report what is installed and running on this host, together with the probe's machine file.
 
 Contract: one argument, a JSON object {"packages": {name of a package manager: [names]},
-"build_cache": path | null, "toolkits": [paths], "paths": [paths], "vulkan": bool, "addresses": [texts]}; prints one
-JSON object {"machine": the probe's output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and
-psutil; its siblings common.py, addresses.py, instance_files.py, places.py, probe.py, toolkits.py, lock.py, ground.py,
+"build_cache": path | null, "toolkits": [paths], "paths": [paths], "vulkan": bool, "addresses": [texts],
+"bandwidth": bool (measure the memory, unless a plan.json has it)}; prints one JSON object
+{"machine": the probe's output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and psutil; its
+siblings common.py, addresses.py, instance_files.py, learned.py, places.py, probe.py, toolkits.py, lock.py, ground.py,
 packages.py and releases.py lie in the same folder.
 """
 
@@ -46,6 +47,7 @@ DRIVER_SECONDS = 20.0  # a driver that does not answer in this time hangs
 
 def main(argv: list[str]) -> None:
     import ground
+    import learned
     import lock
     import packages
     import probe
@@ -74,6 +76,8 @@ def main(argv: list[str]) -> None:
         "gpu_groups": [name for name in ("render", "video") if has_group(name)],
         "foreign_units": [unit for unit in units() if not is_ours(unit)],
         "toolkits": toolkits.find(extra=asked["toolkits"]),
+        "bandwidth": learned.bandwidth(machine) if asked.get("bandwidth") else None,
+        "gate_speeds": learned.gate_speeds(),
         "unbindable": unbindable(asked.get("addresses", [])),
     }
     print(json.dumps({"machine": machine, "found": found}))

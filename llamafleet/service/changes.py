@@ -122,6 +122,7 @@ def changes_needed(desired: Desired, installed: Installed) -> Changes:
                 serving.verified is not None
                 or serving.name not in desired.inputs.same_inputs()
                 or _tells_otherwise(stay[serving.name], serving)
+                or _has_other_rates(stay[serving.name], serving)
             )
         ),
     )  # fmt: skip
@@ -132,6 +133,13 @@ def _has_release(desired: Desired, installed: Installed) -> bool:
     record, build = installed.releases.get(desired.build.key), desired.build
     own = {"key": build.key, "commit": build.commit}
     return record is not None and all(record.get(key, value) == value for key, value in own.items())
+
+
+def _has_other_rates(installed: InstalledInstance, serving: Serving) -> bool:
+    """Whether plan.json lacks the rates that its plan was chosen with, or the probe's figure, which is kept there."""
+    recorded = installed.record.raw.get("inputs") if installed.record else None
+    wanted = serving.record.get("inputs")
+    return wanted is not None and (not isinstance(recorded, dict) or recorded.get("rates") != wanted["rates"])
 
 
 def _runs_from(service: Service, installed: InstalledInstance | None, build: bool) -> Iterator[str]:

@@ -300,7 +300,11 @@ def _serving(
             speed_floor_percent=settings.speed_floor_percent,
             alone=len(settings.models) == 1,
         ),
-        "inputs": {"key": inputs.keys[instance.name], "memory": choice.memory.to_json()},
+        "inputs": {
+            "key": inputs.keys[instance.name],
+            "memory": choice.memory.to_json(),
+            "rates": inputs.rates().to_json(),
+        },
         "verified": verified.to_json() if verified else desired.remembered(plan),
     }
     service = Service(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from llamafleet.host import learned
 from llamafleet.host.installed import Installed, Survey
 from llamafleet.host.recorded import PlanRecord
+from llamafleet.host.speeds import Measurements
 from llamafleet.hub.source import ModelFiles
 from llamafleet.memory.ledger import Correction
 from llamafleet.planner import stability
@@ -37,8 +39,26 @@ class PlanInputs:
         requests = [(instance, self.models[instance.name].header) for instance in self.settings.models]
         return stability.keep_or_replan(
             self.survey.machine, self.settings,
-            lambda machine: plan_host(machine, requests, self.settings, corrections), self._installed_plans(),
+            lambda machine: plan_host(
+                machine, requests, self.settings, corrections, self.rates().chosen.measurements(), self.measured()
+            ),
+            self._installed_plans(),
         )  # fmt: skip
+
+    def measured(self) -> Measurements:
+        """What is known of the host's speed now, from the survey's probe and the gates."""
+        installed = self.survey.installed
+        return learned.measurements(installed.bandwidth, installed.gate_speeds)
+
+    def rates(self) -> learned.RecordedRates:
+        """The rates to choose plans with: those of an installed plan as long as its inputs are the same, so that a
+        measurement alone changes no plan; else what is known now. With the probe's figure, which is kept."""
+        bandwidth = self.survey.installed.bandwidth
+        probe = bandwidth if bandwidth and bandwidth.bytes_per_s else None
+        for record in self.same_inputs().values():
+            recorded = record.inputs.rates if record.inputs and record.inputs.rates else learned.RecordedRates()
+            return learned.RecordedRates(recorded.chosen, probe)
+        return learned.RecordedRates(learned.ChosenRates.of(self.measured()), probe)
 
     def corrections(self) -> dict[str, Correction]:
         """What llama-server allocates beyond the ledger, as it said about the installed plans."""

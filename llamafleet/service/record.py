@@ -68,7 +68,14 @@ def plan_record(
         record["source"] = public
         record["public_identity"] = identity_of(record)
     told = {**told_to_host(argv, alone), "allowed_drop_ins": list(instance.allowed_drop_ins)}
-    return {**record, "identity": identity, **told, "plan": plan.to_json()}
+    return {**record, "identity": identity, **told, "plan": chosen_plan(plan)}
+
+
+def chosen_plan(plan: Plan) -> dict[str, Any]:
+    """The plan as plan.json keeps it: with the speed that it was chosen for, which later gates do not change, and the
+    speed that its own gate is expected to measure."""
+    expected = plan.at_gate.to_json() if plan.at_gate else None
+    return {**plan.to_json(), "predicted": plan.chosen_for.to_json(), "expected": expected}
 
 
 def without_query(source: str) -> str:

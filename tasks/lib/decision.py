@@ -198,7 +198,7 @@ def read_inputs(host: Host) -> PlanInputs | Refused:
     """What the host's plans are made from. Raises one of `READ_ERRORS`."""
     settings = Settings.from_data(host.data.dict())
     lookups.take_secrets(settings)
-    survey = facts.survey(host, all_packages(), settings)
+    survey = facts.survey(host, all_packages(), settings, bandwidth=True)
     for key, digest in survey.installed.release_digests.items():
         builds.tell(key, digest)
     models = {instance.name: lookups.model(instance, settings) for instance in settings.models if not is_path(instance)}

@@ -13,11 +13,12 @@ from llamafleet.settings.schema import Settings
 from tasks.lib import remote, sending
 
 
-def survey(host: Host, packages: dict[str, tuple[str, ...]], settings: Settings) -> Survey:
+def survey(host: Host, packages: dict[str, tuple[str, ...]], settings: Settings, *, bandwidth: bool = False) -> Survey:
     """Read the host: by its installed helpers if they are of this version, else by a copy in a temporary
     folder, which is removed afterwards: so a bare host can be read too.
 
-    `packages` are the wanted distribution packages by package manager. Raises
+    `packages` are the wanted distribution packages by package manager. `bandwidth`: measure the memory's, which takes a
+    second where no installed plan has it. Raises
     `remote.RemoteError` with what the host said, `MachineError` for an unusable answer, and `payload.PayloadError`.
     """
     asked = json.dumps(
@@ -28,6 +29,7 @@ def survey(host: Host, packages: dict[str, tuple[str, ...]], settings: Settings)
             # Where the operator says a toolkit is, beside the usual places.
             "toolkits": [settings.cuda_toolkit] if settings.cuda_toolkit.startswith("/") else [],
             "paths": ["/opt", VAR],
+            "bandwidth": bandwidth,
             "addresses": sorted({instance.listen for instance in settings.models}),
         }
     )

@@ -99,3 +99,14 @@ def test_a_prediction_has_a_range_and_a_measurement_is_marked(answers):
     assert "predicted, roughly: 23.5 tokens/s (15 to 30) written, 1160 tokens/s (700 to 1500) read" in output
     output = tables.table(dataclasses.replace(answers[0], predicted=Prediction.of_trial(23.456, 1158.4)), "t")
     assert "measured: 23.5 tokens/s written, 1160 tokens/s read" in output
+
+
+def test_a_prediction_says_which_of_its_speeds_rest_on_measurements(answers):
+    prediction = Prediction(23.4, 1158.4, decode_source="measured on this host", prefill_source="estimated")
+    output = tables.table(dataclasses.replace(answers[0], predicted=prediction), "t")
+    assert "predicted: 23.4 tokens/s written [measured on this host], 1160 tokens/s read [estimated]" in output
+
+
+def test_a_plan_that_swaps_has_no_predicted_speed(answers):
+    output = tables.table(dataclasses.replace(answers[0], predicted=Prediction(0.0, 0.0, swap_bytes=3 * 2**30)), "t")
+    assert "predicted: no speed, since 3.0 GiB would be in swap, and how fast its disk reads them" in output

@@ -5,8 +5,10 @@ import time
 import pytest
 
 from bench import published_cases
+from llamafleet.host.learned import GateSpeeds, measurements
 from llamafleet.host.machine import Cpu
 from llamafleet.host.speeds import Measurements, host_bandwidth, rates
+from llamafleet.planner.plan import plan_host
 from tests import planning
 from tests.planning import machine
 
@@ -149,3 +151,44 @@ def test_planning_is_quick_with_eight_different_gpus(layout):
         return time.process_time() - start
 
     assert min(seconds() for _ in range(4)) < 0.1
+
+
+def test_what_is_known_later_changes_the_predicted_speed_and_no_plan():
+    host, [instance] = machine([24564]), planning.settings({"context_tokens": 32768}).models
+    requests = [(instance, planning.header("gpt-oss-120b"))]
+    settings = planning.settings({"context_tokens": 32768})
+    slow = Measurements(host_bytes_per_s=4e9, host_flops=1e10)
+    [before] = plan_host(host, requests, settings)
+    [after] = plan_host(host, requests, settings, known=slow)
+    assert (after.argv, after.chosen_for, after.at_gate) == (before.argv, before.chosen_for, before.at_gate)
+    assert after.chosen_for == before.predicted != after.predicted
+    assert after.predicted.decode_tokens_per_s < 0.5 * before.predicted.decode_tokens_per_s
+    assert (before.predicted.decode_source, after.predicted.decode_source) == ("estimated", "measured on this host")
+
+
+@pytest.mark.parametrize(("gpus", "layout", "where"), [
+    ([], "Qwen3-8B", "host"), ([24564], "Qwen3-8B", "gpus"), ([24564], "gpt-oss-120b", "both"),
+])  # fmt: skip
+def test_the_gate_s_own_request_is_expected_at_its_own_speed(gpus, layout, where):
+    """Measured at exactly the expected speed, the rates are those that the plan was chosen with."""
+    plan = predicted(machine(gpus), layout, context_tokens=32768)
+    assert plan.at_gate.computed_on == where
+    gate = GateSpeeds("a", plan.at_gate.decode_tokens_per_s, plan.at_gate.prompt_tokens_per_s, plan.at_gate)
+    learned = measurements(None, [gate])
+    if where == "host":
+        assert plan.at_gate.decode_tokens_per_s > plan.predicted.decode_tokens_per_s  # a shorter cache
+        assert learned.host_bytes_per_s == pytest.approx(plan.at_gate.host_bytes_per_s)
+        again = predicted(machine(gpus), layout, learned, context_tokens=32768).predicted
+        assert again.decode_tokens_per_s == plan.predicted.decode_tokens_per_s
+    assert learned.gpu_bytes_per_s.keys() == ({"GPU-0"} if where == "gpus" else set())
+
+
+def test_a_plan_that_swaps_has_no_predicted_speed():
+    host, instance = machine([], ram_gib=32, swap_gib=64), {"context_tokens": 8192}
+    settings = planning.settings(instance, allow_swap=True)
+    [plan] = planning.plans(host, [("gpt-oss-120b",)], settings)
+    assert plan.predicted.decode_tokens_per_s == plan.predicted.prefill_tokens_per_s == 0.0
+    row = plan.ledger[-1]
+    assert plan.predicted.swap_bytes == row.used_bytes + row.reserve_bytes - 32 * 2**30 > 0
+    [fits] = planning.plans(machine([], ram_gib=128, swap_gib=64), [("gpt-oss-120b",)], settings)
+    assert fits.predicted.swap_bytes == 0 < fits.predicted.decode_tokens_per_s

@@ -39,7 +39,7 @@ def read(monkeypatch):
     """Replaces what reads; counts by name, and `read.survey` may be another."""
     count = types.SimpleNamespace(survey=survey(), surveys=0, models=[], environment=0)
 
-    def survey_(host, packages, settings):
+    def survey_(host, packages, settings, bandwidth=False):
         count.surveys += 1
         gevent.sleep(0)  # as a connection does: other hosts' greenlets run meanwhile
         return count.survey

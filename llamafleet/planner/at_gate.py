@@ -1,0 +1,53 @@
+"""The speed that a gate's own request is expected to have: far shorter than a workload's, and so another speed.
+
+What the gate measures (`llamafleet/remote/gate_reply.py`) is compared with it to learn the host's rates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llamafleet.host import learned
+from llamafleet.host.machine import Gpu
+from llamafleet.memory.weights import LAYER, Model
+from llamafleet.planner.roofline import Roofline
+from llamafleet.planner.search import Candidate
+from llamafleet.settings.workload import Workload
+
+# gate_reply.py: PROMPT has 19 to 22 tokens in the vocabularies of Gemma, Llama and Qwen; SPEED_TOKENS are written.
+GATE_WORK = Workload(prompt_tokens=20, reply_tokens=32, live_tokens=36, concurrency=1)
+# A processor reads a prompt of so many tokens at half the speed of a long one: Gemma 3 270M, Qwen2.5-Coder 0.5B and
+# 1.5B read 20 tokens at 0.72, 0.74 and 0.66 of their speed with 128 (two cores with AVX-512, b11434).
+HOST_HALF_SPEED_TOKENS = 8
+
+
+# Time to multiply weights of a type with many tokens, as a multiple of the time for K-quants. Of Q5_0, in which most
+# layers of Qwen2.5-Coder 0.5B are: about 33 against 11 ps for a weight and token on two cores with AVX-512, where 1.5B
+# in Q4_K and Q6_K reads 68 tokens/s, 0.5B 90 and Gemma 3 270M, of both kinds, 454 (b11434).
+HOST_COSTS = {"Q5_0": 3.0, "Q5_1": 3.0}
+
+
+def host_cost(model: Model) -> float:
+    """The time that a processor needs for a prompt, as a multiple of that for a model of K-quants of the same size."""
+    layers = [tensor for tensor in model.header.tensors if LAYER.fullmatch(tensor.name)]
+    elements = sum(tensor.elements for tensor in layers)
+    return sum(tensor.elements * HOST_COSTS.get(tensor.type, 1.0) for tensor in layers) / elements if elements else 1.0
+
+
+def expected_at_gate(roofline: Roofline, candidate: Candidate, gpus: Sequence[Gpu]) -> learned.Expected:
+    """The speed of GATE_WORK, for which `roofline` was made, with the rates that it has. `gpus`: those in use."""
+    rates, order, context = roofline.rates, candidate.order, candidate.context
+    decode = 1 / roofline.decode(order, candidate.segments, 1, context.kv_type).total
+    prompt = GATE_WORK.prompt_tokens / roofline.prefill(order, candidate.segments, context.ubatch_tokens).total
+    on_host, partly = candidate.kind == "all", candidate.kind != "none"
+    filled = GATE_WORK.prompt_tokens / (GATE_WORK.prompt_tokens + HOST_HALF_SPEED_TOKENS)
+    return learned.Expected(
+        decode_tokens_per_s=decode,
+        prompt_tokens_per_s=prompt * filled if on_host else prompt,
+        computed_on=learned.HOST if on_host else learned.BOTH if partly else learned.GPUS,
+        host_bytes_per_s=rates.host_bytes_per_s,
+        host_flops=rates.host_flops * host_cost(roofline.model),  # of a model whose types cost nothing more
+        gpu_bytes_per_s={
+            gpu.uuid: rates.gpus[number].bytes_per_s for gpu, number in zip(gpus, order, strict=True) if gpu.uuid
+        },
+    )
