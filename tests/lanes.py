@@ -26,7 +26,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=15", "--durations-m
 # compiles for all.
 FURTHER = {
     "second": ("test_sandbox", "test_06_verify", "test_08_rollback", "test_11_power", "test_05_uninstall"),
-    "third": ("test_07_faults", "test_10_preflight"),
+    "third": ("test_07_faults", "test_10_preflight", "test_16_upgrade", "test_17_drift"),
     "fourth": ("test_04_vulkan", "test_09_secrets"),
 }
 # Before what computes: all lanes with hosts wait for the first one's compilation, which must not wait itself.

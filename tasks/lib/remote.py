@@ -234,6 +234,8 @@ def _in_time(
     try:
         with gevent.Timeout(limit + KILL_SECONDS, NoAnswerError(f"{ended}: the host does not answer")):
             ok, output = host.run_shell_command(timed, **printing, **arguments)
+        if not ok and _is_closed(host):  # paramiko then has no exit status, which looks like a failure
+            raise SSHException("the connection is closed")
         ends.stop_if_interrupted()  # which has ended the command, too, where it ran on this machine
     except TimeoutError as error:
         if time.monotonic() - began < limit:  # not pyinfra's limit: the connection's
@@ -250,6 +252,12 @@ def _in_time(
     if not ok and time.monotonic() - began >= command.seconds:
         raise RemoteError(f"{ended}, and was stopped; {explain(output.stdout_lines[-5:], output.stderr_lines[-5:])}")
     return ok, output
+
+
+def _is_closed(host: Host) -> bool:
+    """Whether the SSH connection has ended, as after a power cut; other connectors have none."""
+    transport = getattr(getattr(host.connector, "client", None), "get_transport", lambda: None)()
+    return transport is not None and not transport.is_active()
 
 
 # What a connection that does not carry on raises.

@@ -236,11 +236,10 @@ class Client(threading.Thread):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("drain_seconds", [60, 0])
-def test_a_switch_under_load_cuts_no_reply_that_ends_in_time(inventory, outside, pair, drain_seconds):
+def test_a_switch_under_load_cuts_no_reply_that_ends_in_time(inventory, outside, pair):
     host = pair[0]
     wanted = asked(outside, host, {"one": (A, {"concurrency": 4, "slots": 4})})
-    wanted["drain_seconds"] = drain_seconds
+    wanted["drain_seconds"] = 60
     assert pyinfra(inventory((host, wanted))).code == 0
     until = threading.Event()
     clients = [Client(host, 200, until) for _ in range(3)]
@@ -263,8 +262,6 @@ def test_a_switch_under_load_cuts_no_reply_that_ends_in_time(inventory, outside,
     bad = [(begin, end) for begin, end, what in found if what != "whole"]
     window = max(end for _, end in bad) - min(begin for begin, _ in bad) if bad else 0.0
     longest = max(end - begin for begin, end, what in found if what == "whole")
-    print(
-        f"drain {drain_seconds} s, run {took:.1f} s: {counted}; refused or cut within {window:.1f} s; slowest {longest:.1f} s"
-    )
-    assert ("cut" in counted) is (drain_seconds == 0), counted
+    print(f"run {took:.1f} s: {counted}; refused or cut within {window:.1f} s; slowest {longest:.1f} s")
+    assert "cut" not in counted, counted
     assert counted["whole"] > 8

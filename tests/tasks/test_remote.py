@@ -9,9 +9,11 @@ import re
 import subprocess
 import sys
 import time
+import types
 
 import gevent
 import pytest
+from paramiko import SSHException
 from pyinfra.api import Config, Inventory, State
 from pyinfra.api.exceptions import ConnectError
 from pyinfra.connectors import util
@@ -329,3 +331,18 @@ def test_while_it_cannot_be_connected_to_nothing_is_asked_and_the_cause_is_told_
     assert [one.message for one in caplog.records] == [
         "[box1] the connection broke (the connection is closed); connecting again"
     ]
+
+
+@pytest.mark.parametrize(("active", "broken"), [(True, False), (False, True)])
+def test_a_command_without_an_exit_status_on_a_dead_connection_has_not_failed_but_broken(
+    host, monkeypatch, active, broken
+):
+    """After a power cut paramiko says -1 for the exit status, with nothing printed."""
+    transport = types.SimpleNamespace(is_active=lambda: active)
+    monkeypatch.setattr(host.connector, "client", types.SimpleNamespace(get_transport=lambda: transport), raising=False)
+    monkeypatch.setattr(host, "run_shell_command", lambda *_, **__: (False, util.CommandOutput([])))
+    if broken:
+        with pytest.raises(SSHException, match="the connection is closed"):
+            remote._in_time(host, sh("true"), {})
+    else:
+        assert remote._in_time(host, sh("true"), {})[0] is False
