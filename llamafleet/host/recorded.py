@@ -126,6 +126,12 @@ class PlanRecord:
         """Did a later version of llamafleet write it? Then nothing but `schema` is known of it."""
         return self.schema > SCHEMA
 
+    @property
+    def source(self) -> str | None:
+        """Where the model came from, as it was named; None where that is not a text."""
+        value = self.raw.get("source")
+        return value if isinstance(value, str) else None
+
     @classmethod
     def of(cls, value: object) -> PlanRecord | None:
         """From the JSON value of the file; None where it cannot be used."""

@@ -84,7 +84,7 @@ def nothing_to_serve(settings: Settings, installed: Installed, elsewhere: Collec
     """Whether the run would remove all instances of the host, which an inventory without `models` asks for. Those that
     other hosts are to serve, as the names and sources `elsewhere` say, only move."""
     gone = {name: one for name, one in installed.instances.items() if name not in elsewhere}
-    lost = [name for name, one in gone.items() if not (one.record and one.record.raw.get("source") in elsewhere)]
+    lost = [name for name, one in gone.items() if not (one.record and one.record.source in elsewhere)]
     if settings.models or settings.allow_empty_models or not lost:
         return None
     names = ", ".join(sorted(lost))

@@ -113,7 +113,7 @@ def _successors(host: Host, name: str) -> tuple[tuple[str, str], ...]:
     same name or source, and not installed there before, as far as that is known."""
     now = decision.of(host)
     installed = now.desired.installed.instances.get(name) if now is not None else None
-    source = installed.record.raw.get("source") if installed is not None and installed.record is not None else None
+    source = installed.record.source if installed is not None and installed.record is not None else None
     return tuple(
         (other.name, wanted)
         for other in decision.hosts_of_run(host.state)

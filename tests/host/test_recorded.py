@@ -78,3 +78,11 @@ def test_a_later_version_is_known_by_its_number_alone(schema):
 def test_a_broken_record_is_read_or_worth_nothing(data):
     record = PlanRecord.of(data)
     assert record is None or record.raw == data
+
+
+@pytest.mark.parametrize(
+    ("written", "source"), [("hf:a/b/c.gguf", "hf:a/b/c.gguf"), (["x"], None), (None, None), (3, None)]
+)
+def test_a_source_is_a_text_or_unknown(written, source):
+    record = PlanRecord.of({"schema": 1, "source": written})
+    assert record is not None and record.source == source
