@@ -55,6 +55,12 @@ def test_the_plan_of_bare_hosts_is_shown_by_the_command_too(inventory, settings,
     assert {name: host["models"]["tiny"]["fits"] for name, host in told.items()} == {one.name: True for one in pair}
 
 
+@pytest.mark.parametrize("stage", ["tasks.build.build", "tasks.model.model", "tasks.service.service"])
+def test_a_stage_alone_on_a_bare_host_says_what_comes_first(inventory, settings, pair, stage):
+    done = pyinfra(inventory((pair[0], settings(pair[0]))), deploy=stage)
+    assert done.code != 0 and "run deploy.py first" in done.text and "FileNotFound" not in done.text, done.text
+
+
 @pytest.fixture
 def compiled_anew(pair, turn):
     """A compilation as users have it: the compiler cache gives nothing, and takes what comes out for others."""

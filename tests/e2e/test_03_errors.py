@@ -318,13 +318,6 @@ def test_a_power_cut_in_mid_run_is_told_in_a_line(settings, inventory, outside, 
     assert done.code == 0 and serves(bad), done.text
 
 
-def test_a_stage_alone_on_a_new_host_says_what_comes_first(hosts, settings, inventory):
-    new = hosts[2]
-    for stage in ("tasks.build.build", "tasks.model.model", "tasks.service.service"):
-        done = pyinfra(inventory((new, settings(new))), deploy=stage)
-        assert done.code != 0 and "run deploy.py first" in done.text and "FileNotFound" not in done.text, done.text
-
-
 def test_an_ordinary_user_with_sudo_does_as_well(settings, inventory, bad):
     data = {**settings(bad), "ssh_user": "admin", "_sudo": True}
     run = pyinfra(inventory((bad, data)))
