@@ -41,7 +41,7 @@ from gate_spec import Unreadable, read_spec
 # sent after its slot is free.
 PAUSE_SECONDS, ANSWER_SECONDS, IDLE_SECONDS = 0.1, 3.0, 0.2
 SHOWN_SECONDS = 5.0  # between lines of progress
-# The kernel's: include/uapi/asm-generic/socket.h and unistd.h, the same on all of our architectures.
+# The kernel's, the same on all of our architectures: options of a socket, and numbers of system calls.
 SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
 PIDFD_OPEN, PIDFD_GETFD = 434, 438
 # Source ports by which we ask ourselves meanwhile, from a random one on.
