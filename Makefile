@@ -32,7 +32,7 @@ test: prepared ## what a change must pass: `check`, and all tests but the long o
 test-offline: .venv/ready ## the tests that need neither root nor a compiler
 	$(PYTEST) -m "not cuda and not e2e and not oracle and not long"
 
-test-long: prepared ## what `make test` does a few times, many times
+test-long: prepared ## what `make test` does a few times, many times; and what takes minutes
 	$(PYTEST) -m "long and not cuda"
 
 test-cuda: prepared ## compile llama.cpp with CUDA in a host without a GPU; 8 GB of disk

@@ -182,7 +182,7 @@ def test_the_wheel_takes_no_name_but_its_own(installed):
     assert {path.name.partition("-")[0] for path in installed.iterdir()} == {"llamafleet"}
 
 
-@pytest.mark.parametrize("stage", ["llamafleet.deploy", "llamafleet.stages.plan"])
+@pytest.mark.parametrize("stage", ["llamafleet.deploy", pytest.param("llamafleet.stages.plan", marks=pytest.mark.long)])
 def test_the_installed_package_deploys(installed, elsewhere, stage):
     code, text = run(elsewhere, PROGRAMS / "pyinfra", "inv.py", stage, "--dry", path=str(installed))
     assert code and f"refused: {REFUSED}" in text and text.count("refused: ") == 1, text
