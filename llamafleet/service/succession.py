@@ -107,12 +107,7 @@ def _recorded(instance: InstalledInstance) -> Mapping[str, int] | None:
     """The bytes by device of an installed plan; None where its record cannot be used."""
     raw: Any = instance.record.raw.get("plan") if instance.record else None
     try:
-        return {
-            row["device"]: sum(
-                int(row[f"{part}_bytes"]) for part in ("weights", "kv", "compute", "staging", "overhead")
-            )
-            for row in raw["ledger"]
-        }
+        return {row["device"]: sum(int(row[f"{part}_bytes"]) for part in PARTS) for row in raw["ledger"]}
     except (KeyError, TypeError, ValueError):
         return None
 
