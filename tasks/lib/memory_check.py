@@ -104,9 +104,19 @@ def _ask(host: Host, now: Decision, plan: Plan) -> reconcile.MemoryReport:
     if told.rejected:
         raise remote.RemoteError(
             f"models: {plan.instance}: llama-server would not start with these arguments and this model: "
-            f"{told.rejected}: see extra_flags and source; nothing was stopped"
+            f"{told.rejected}: {way_out(told.rejected)}; nothing was stopped"
         )
     return reconcile.MemoryReport(told.told, told.why, told.room)
+
+
+def way_out(rejected: str) -> str:
+    """What to look at where llama-server rejects what it is given, by its own line."""
+    if "invalid device" in rejected:
+        return (
+            "the build of llama.cpp has no such device on this host, because the build is without that backend, the "
+            "driver is not ready, or the device is gone: see what llama-server --list-devices shows there"
+        )
+    return "see extra_flags and source"
 
 
 def spec(now: Decision, plan: Plan) -> dict[str, Any]:

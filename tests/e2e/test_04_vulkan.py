@@ -196,7 +196,7 @@ def test_what_it_computes_is_what_the_cpu_computes(host):
         on(host, "systemctl", "stop", ON_THE_CPU)
     assert [list(place) for place in found] == [list(place) for place in expected]
     for place, other in zip(found, expected, strict=True):
-        assert place == pytest.approx(other, abs=0.02)
+        assert place == pytest.approx(other, abs=0.1)  # halves are added up in another order
 
 
 def test_the_server_reports_the_planned_bytes(host):
@@ -287,8 +287,8 @@ def test_a_host_whose_gpu_the_build_does_not_know_fails_and_the_old_service_serv
         assert dry.code == 0 and "for cuda" in " ".join(dry.changed()), dry.text
         publish(builds, good["key"], key_of(dry), good["commit"])
         run = pyinfra(written)
-        assert run.code != 0 and [name for name in run.failed(host.name) if "Start and check" in name], run.text
-        assert "--list-devices shows no CUDA0" in run.text, run.text
+        assert run.code != 0 and [name for name in run.failed(host.name) if "Ask llama-server" in name], run.text
+        assert "invalid device: CUDA0: the build of llama.cpp has no such device" in run.text, run.text
         # It was never touched.
         assert main_pid(host, "tiny") == pid and serves(host) and current(host)["key"] == good["key"]
     finally:

@@ -290,3 +290,9 @@ def test_a_switch_that_fails_for_another_reason_is_not_tried_again(host, monkeyp
         lambda: (staged,), lambda host, name, told: pytest.fail("planned again"), Handover(("m0",)), 30
     )
     assert command.function(None, host, *command.args) is False
+
+
+def test_a_device_that_the_build_lacks_is_no_fault_of_the_settings():
+    line = 'error while handling argument "--device": invalid device: CUDA0'
+    assert "--list-devices" in memory_check.way_out(line) and "extra_flags" not in memory_check.way_out(line)
+    assert memory_check.way_out("error: invalid argument: --foo") == "see extra_flags and source"
