@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import gevent
 import pytest
 
+from llamafleet.host.recorded import PlanRecord
 from llamafleet.service.succession import Handover
 from tasks.lib import decision, jobs, moves, operations
 
@@ -57,9 +58,7 @@ def fleet(monkeypatch):
         state.inventory.append(host)
         if not refused:
             state.active_hosts.add(host)
-            records = {
-                one: SimpleNamespace(record=SimpleNamespace(raw={"source": f"hf:o/r/{one}.gguf"})) for one in there
-            }
+            records = {one: SimpleNamespace(record=PlanRecord(raw={"source": f"hf:o/r/{one}.gguf"})) for one in there}
             decision._decisions[host] = SimpleNamespace(
                 desired=SimpleNamespace(installed=SimpleNamespace(instances=records)),
                 changes=SimpleNamespace(services=[one for one in wanted if one not in there],
