@@ -104,8 +104,7 @@ class SandboxHost:
 
         For root without SSH, whose handshake and session take 0.16 CPU seconds; for another user by SSH.
         """
-        command = self._enter() if user == "root" else [*self.ssh(user), "--"]
-        command += argv if user == "root" else [shlex.join(argv)]
+        command = [*self._enter(), *argv] if user == "root" else [*self.ssh(user), "--", shlex.join(argv)]
         return subprocess.run(command, input=input, capture_output=True, text=True, timeout=timeout, check=check)
 
     def _enter(self) -> list[str]:

@@ -9,7 +9,6 @@ import errno
 import os
 import shutil
 import subprocess
-import tempfile
 
 import instance_files
 import pytest
@@ -22,20 +21,13 @@ from tests.remote.switching import NAME, TIMER, UNIT
 
 
 @pytest.fixture
-def folder():
-    """In memory where there is such a place: some thousand switches write and sync there."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as path:
-        yield path
-
-
-@pytest.fixture
-def host(folder, monkeypatch):
+def host(memory_folder, monkeypatch):
     """A host that serves version 1, with its liveness check; the steps are counted from here on."""
-    switching.place(monkeypatch, folder)
+    switching.place(monkeypatch, memory_folder)
     systemd = switching.Systemd(monkeypatch)
     switching.stage("one")
     switch.install([NAME])
-    systemd.steps = switching.Steps(monkeypatch, folder)
+    systemd.steps = switching.Steps(monkeypatch, memory_folder)
     return systemd
 
 

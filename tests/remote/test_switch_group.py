@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-import tempfile
 
 import common
 import instance_files
@@ -25,20 +24,13 @@ A, B, C = 1, 2, 3
 
 
 @pytest.fixture
-def folder():
-    """In memory where there is such a place: some thousand switches write and sync there."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as path:
-        yield path
-
-
-@pytest.fixture
-def host(folder, monkeypatch):
+def host(memory_folder, monkeypatch):
     """A host whose instances `one` and `two` serve at ports A and B, and `old` at C."""
-    switching.place(monkeypatch, folder)
+    switching.place(monkeypatch, memory_folder)
     systemd = switching.Systemd(monkeypatch)
     for name, port in ((ONE, A), (TWO, B), (OLD, C)):
         install(name, port)
-    systemd.steps = switching.Steps(monkeypatch, folder)
+    systemd.steps = switching.Steps(monkeypatch, memory_folder)
     return systemd
 
 
