@@ -10,7 +10,7 @@ from pyinfra.api.deploy import deploy
 from llamafleet.build import release
 from llamafleet.remote.common import SOURCE
 from llamafleet.service.desired import Desired
-from tasks.lib import operations
+from tasks.lib import lookups, operations
 from tasks.lib.decision import build_job, for_stage
 
 
@@ -21,13 +21,14 @@ def build() -> None:
     if now is None:
         return
     settings, wanted = now.desired.settings, now.desired.build
+    network = lookups.network(settings)
     operations.checkout(
         name=f"Check out llama.cpp {settings.llama_cpp_ref}", needed=now.changes.build and not now.desired.is_cached,
-        repository=settings.llama_cpp_repository, commit=wanted.commit, folder=SOURCE,
+        repository=settings.llama_cpp_repository, commit=wanted.commit, folder=SOURCE, network=network,
     )  # fmt: skip
     operations.build_release(
         name=f"Build llama.cpp {settings.llama_cpp_ref} for {wanted.backend}", needed=now.changes.build,
-        job=build_job(now.desired), spec=spec(now.desired),
+        job=build_job(now.desired), spec=spec(now.desired), network=network,
     )  # fmt: skip
 
 

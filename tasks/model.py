@@ -10,7 +10,7 @@ from llamafleet.hub.source import RemoteFile
 from llamafleet.remote.common import RUN
 from llamafleet.service.desired import Desired, Serving
 from llamafleet.settings import secrets
-from tasks.lib import jobs, operations
+from tasks.lib import jobs, lookups, operations
 from tasks.lib.decision import for_stage
 
 # A tmpfs: the token is on the host only while it downloads.
@@ -31,6 +31,7 @@ def model() -> None:
         operations.run_job(
             name=f"Fetch {first}", needed=needed, job=f"fetch-{serving.model.folder}", program="fetch.py",
             spec=spec(now.desired, serving, token is not None), secret=_curl_config(token),
+            network=lookups.network(now.desired.settings),
         )  # fmt: skip
 
 

@@ -124,6 +124,19 @@ hub_endpoint = "https://huggingface.co"
 # environment's HF_TOKEN, where it is set.
 hub_token_file = None
 
+# --- the way out -----------------------------------------------------------------------------
+
+# Address of an HTTP proxy, such as "http://proxy.example.net:3128", by which the host downloads, its git, apt and dnf
+# read, and your machine looks up what this host needs. It must not ask for a password: inventories, command lines and
+# environments are no places for one. What apt's and dnf's own settings on the host say comes first. None: direct.
+proxy = None
+# Names of hosts and domains, addresses and networks that are reached without the proxy, such as [".example.net",
+# "10.0.0.0/8"]. The host itself always is.
+no_proxy = []
+# File on *your* machine with PEM certificates, such as that of a company's own authority, which the same programs
+# trust beside the public ones. The host's own store of certificates stays as it is. None: the public ones alone.
+ca_file = None
+
 # --- memory ----------------------------------------------------------------------------------
 
 # Memory that the plan leaves free on every GPU, MiB, beside the 512 MiB that it counts for the CUDA context and

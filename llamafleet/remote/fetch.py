@@ -192,6 +192,9 @@ def attempt(spec: Spec, wanted: Wanted, url: str, progress: Progress) -> None:
     partial = spec.partial(wanted)
     target = resolve(spec, url)
     answer = transfer(spec, wanted, target, progress)
+    if answer.curl_code == CURL_RANGE_IGNORED and answer.status == 206 and wanted.sha256:
+        # Partial Content without Content-Range, as some mirrors send it: the sum shows whether it was the rest.
+        answer = transfer(spec, wanted, target, progress, unnamed=True)
     size = size_of(partial)
     if answer.status == 416 and answer.headers.get("Content-Range", "").endswith(f"*/{size}"):
         return  # nothing is left after the partial file: it is all there is

@@ -92,6 +92,8 @@ def plan_inputs(settings: Settings, survey: Survey, models: Mapping[str, ModelFi
             return outcome
         models[instance.name], note = outcome
         notes += [note] if note else []
+        if chosen := models[instance.name].files[0].chosen:
+            notes.append(f"models: {instance.name}: source: {chosen} is taken, as llama-server -hf would")
     keys = {
         instance.name: stability.inputs_key(survey.machine, settings, instance, {
             "backend": backend,

@@ -10,11 +10,11 @@ from llamafleet.build.cuda_toolkit import Unsuitable
 from llamafleet.build.packages import RUN_PACKAGES
 from llamafleet.host.installed import Holder, Installed, Listener, Survey
 from llamafleet.host.recorded import SCHEMA
-from llamafleet.hub.http import shown
 from llamafleet.hub.source import ModelFiles
 from llamafleet.planner.result import Refusal
 from llamafleet.remote.common import LOCK, MODEL_FILE_RULE, drop_in_folders, is_model_file, plan_path
 from llamafleet.settings.schema import Instance, Settings
+from llamafleet.sources import shown
 
 WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 -- compared with, never bound
 

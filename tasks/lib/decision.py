@@ -24,7 +24,6 @@ from llamafleet import payload
 from llamafleet.build.packages import all_packages
 from llamafleet.host.installed import Holder
 from llamafleet.host.machine import MachineError
-from llamafleet.hub.http import SourceError
 from llamafleet.memory.ledger import Correction
 from llamafleet.model.gguf_cursor import GgufError
 from llamafleet.planner.reconcile import Verified
@@ -36,6 +35,7 @@ from llamafleet.service.record import without_query
 from llamafleet.service.refusals import Refused, is_path
 from llamafleet.settings.schema import Settings, SettingsError
 from llamafleet.settings.secrets import SecretError
+from llamafleet.sources import SourceError
 from tasks.lib import builds, ends, facts, lookups, remote, templates
 from tasks.lib.certificates import CertificateError
 from tasks.lib.this_run import is_ours_or_dead
