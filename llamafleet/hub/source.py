@@ -62,6 +62,9 @@ class RemoteFile:
     token_origin: str | None = None
     failed: str = ""  # of a mirror's file: why it is not the source's
     chosen: str = ""  # of the first file of a repository's model: the source that was chosen
+    place: str = (
+        ""  # of a path: whose it is, "operator" or "host"; of the host's, `commit` is the time of its last change
+    )
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,9 @@ class ModelFiles:
 
     @property
     def _address_hash(self) -> str:
-        return hashlib.sha256(f"{self.files[0].url} {self.files[0].size_bytes}".encode()).hexdigest()
+        first = self.files[0]
+        changed = f" {first.commit}" if first.place == "host" else ""
+        return hashlib.sha256(f"{first.url} {first.size_bytes}{changed}".encode()).hexdigest()
 
     def _folder(self, identity: str) -> str:
         return f"{self.files[0].name[: -len('.gguf')]}-{identity[:12]}"

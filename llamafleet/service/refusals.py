@@ -96,19 +96,8 @@ def nothing_to_serve(settings: Settings, installed: Installed, elsewhere: Collec
 
 
 def is_path(instance: Instance) -> bool:
-    """Whether the model is a file of the operator's machine, which no host can fetch."""
+    """Whether the model is a file of the operator's machine or of the host."""
     return instance.source.startswith("/")
-
-
-def path_as_source(settings: Settings) -> Refused | None:
-    """Whether a model's source is a path."""
-    for instance in settings.models:
-        if is_path(instance):
-            return Refused.because(
-                f"models: {instance.name}: source: {instance.source} is a path, which can be planned but not "
-                "deployed: give its http(s) address or hf:OWNER/REPO/FILE.gguf"
-            )
-    return None
 
 
 def unusable_file(instance: Instance, model: ModelFiles) -> Refused | None:

@@ -31,7 +31,7 @@ from llamafleet.planner.reconcile import ROUNDS
 from llamafleet.remote.common import GOOD, JOBS, SECRETS, STAGED, plan_path, unit_of
 from llamafleet.service import wanted
 from llamafleet.service.succession import Handover
-from tasks.lib import builds, host_lock, jobs, lookups, moves, remote, sending
+from tasks.lib import builds, host_lock, jobs, lookups, moves, paths, remote, sending
 
 Commands = Generator[remote.HostCommand | FunctionCommand, None, None]
 
@@ -212,6 +212,22 @@ def run_job(
         yield _sent_spec(name, spec)
         arguments = (_spec_path(name), *arguments)
     yield call(jobs.follow, name, remote.words(program, *arguments), secret, *_by(network)[1:])
+
+
+@change
+def send_files(needed: bool, files: tuple[paths.Sending, ...], reserve_bytes: int) -> Commands:
+    """Files of this machine, part by part; a later run goes on where this one was cut."""
+    if not needed:
+        return _as_wanted("the host has the files")
+    yield call(paths.send, files, reserve_bytes)
+
+
+@change
+def send_commit(needed: bool, repository: str, commit: str, path: str) -> Commands:
+    """One commit of a repository of this machine, as a pack file."""
+    if not needed:
+        return _as_wanted(f"commit {commit} needs no building")
+    yield call(paths.send_commit, repository, commit, path)
 
 
 @change

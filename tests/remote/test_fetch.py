@@ -939,3 +939,67 @@ def test_a_download_by_a_proxy_and_a_company_s_own_authority(job, hub, monkeypat
             monkeypatch.setenv(name, value)
         assert job.run() == 0, job.text()
     assert job.file().read_bytes() == BODY and set(proxy.asked) == {"hub.example:443"}
+
+
+# --- files that need no network --------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path):
+    """A model of this host's own, in a folder of somebody's."""
+    file = tmp_path / "own models" / "x.gguf"
+    file.parent.mkdir()
+    file.write_bytes(BODY)
+    file.chmod(0o644)
+    return file
+
+
+def test_a_file_of_this_host_is_used_where_it_lies(job, here):
+    free = os.statvfs(job.folder).f_bavail * os.statvfs(job.folder).f_frsize
+    job.spec["reserve_bytes"] = free - 2**20  # no room for another copy
+    assert job.want(here.as_uri(), size=None, sha=None).run() == 0, job.text()
+    assert os.path.samefile(job.file(), here) and (job.models / "x.gguf.verified").exists()
+    assert job.run() == 0 and "(0 fetched)" in job.last()
+
+
+def test_a_file_that_is_not_ours_is_copied_and_stays_as_it_is(job, here):
+    here.chmod(0o600)
+    assert job.want(here.as_uri()).run() == 0, job.text()
+    assert not os.path.samefile(job.file(), here) and job.file().read_bytes() == BODY
+    assert oct(here.stat().st_mode & 0o777) == "0o600" and oct(job.file().stat().st_mode & 0o777) == "0o644"
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "says"),
+    [("gone", 6, "No such file or directory"), ("shorter", 4, "was changed meanwhile"), ("other", 4, "expected sha256"),
+     ("page", 8, "is not a GGUF file")],
+)  # fmt: skip
+def test_a_file_of_this_host_that_is_not_the_one_is_an_error(job, here, damage, code, says):
+    sha = None if damage == "page" else SHA
+    if damage == "gone":
+        here.unlink()
+    else:
+        here.write_bytes({"shorter": BODY[:-1], "other": BODY[:-1] + b"!", "page": b"<html>" + BODY[6:]}[damage])
+    assert job.want(here.as_uri(), sha=sha).run() == code, job.text()
+    assert says in job.last() and not job.file().exists() and not job.partial().exists()
+
+
+def test_what_the_operator_sent_is_checked_and_put_in_place(job):
+    job.models.mkdir(parents=True)
+    job.partial().write_bytes(BODY)
+    assert job.want().run() == 0, job.text()
+    assert job.file().read_bytes() == BODY and job.want and job.run() == 0
+
+
+def test_what_was_damaged_on_its_way_is_sent_anew(job):
+    job.models.mkdir(parents=True)
+    job.partial().write_bytes(BODY[:-1] + b"!")
+    assert job.want().run() == 4
+    assert "what was sent is deleted: run again" in job.last() and not job.partial().exists()
+    assert job.run() == 6 and "run again to send it" in job.last()
+
+
+@pytest.mark.parametrize("urls", [[], ["file://host/x"], ["file:///x?y"]])
+def test_no_file_without_an_address_or_a_sum(job, urls):
+    job.want(*urls, sha=None)
+    assert job.run() == 2

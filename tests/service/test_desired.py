@@ -101,13 +101,6 @@ def test_a_later_version_deployed_the_host():
 # --- refusals: what was asked for -----------------------------------------------------------------
 
 
-def test_a_source_that_is_a_path():
-    assert refusal(models=({}, {"source": "/srv/m.gguf"})) == (
-        "models: m1: source: /srv/m.gguf is a path, which can be planned but not deployed: give its http(s) address "
-        "or hf:OWNER/REPO/FILE.gguf"
-    )
-
-
 def test_a_plan_that_does_not_fit_names_the_model_once():
     text = refusal(survey(machine={"ram_gib": 4}))
     assert text == (
