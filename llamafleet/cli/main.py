@@ -85,8 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--limit", help="with --inventory: plan only this host or group")
     plan.add_argument(
         "--model", action="append", default=[],
-        help="with --machine: a path, a URL, hf:OWNER/REPO/FILE.gguf[@REVISION] or hf:OWNER/REPO[:QUANTISATION]; several"
-        " models are compared",
+        help="with --machine: a path, a URL, hf:OWNER/REPO/FILE.gguf[@REVISION] or hf:OWNER/REPO[:QUANTISATION];"
+        " several models are compared",
     )  # fmt: skip
     plan.add_argument(
         "--compare", action="store_true",
