@@ -19,6 +19,7 @@ from llamafleet.host.installed import Holder, Installed, Survey
 from llamafleet.host.machine import Machine
 from llamafleet.hub.source import ModelFiles
 from llamafleet.memory.ledger import Correction
+from llamafleet.planner.devices import only_used
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Plan
 from llamafleet.planner.stability import Choice
@@ -185,7 +186,7 @@ def desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
     toolkit = _toolkit(inputs)
     if isinstance(toolkit, cuda_toolkit.Unsuitable):
         return refusals.no_toolkit(toolkit)
-    architectures = _architectures(inputs.backend, inputs.survey.machine)
+    architectures = _architectures(inputs.backend, only_used(inputs.survey.machine, inputs.backend, inputs.settings))
     if inputs.backend == "hip" and not architectures:
         return refusals.no_hip_target()
     build = _build(inputs, run.commit, toolkit, architectures)
@@ -238,7 +239,8 @@ def _toolkit(
     if inputs.backend != "cuda":
         return None
     toolkits = [cuda_toolkit.InstalledToolkit.from_json(data) for data in inputs.survey.installed.toolkits]
-    return cuda_toolkit.choose_toolkit(inputs.settings.cuda_toolkit, inputs.survey.machine, toolkits)
+    machine = only_used(inputs.survey.machine, inputs.backend, inputs.settings)
+    return cuda_toolkit.choose_toolkit(inputs.settings.cuda_toolkit, machine, toolkits)
 
 
 def _architectures(backend: str, machine: Machine) -> tuple[str, ...]:
