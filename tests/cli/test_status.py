@@ -171,8 +171,20 @@ def on_host(monkeypatch):
     monkeypatch.setattr(program, "read_json", lambda path: files.get(path, {}))
     monkeypatch.setitem(sys.modules, "survey", survey)
     held = {"GPU-1": 5, "GPU-2": 0, "GPU-3": None}
-    monkeypatch.setitem(sys.modules, "gate", types.SimpleNamespace(held_by=lambda pid: held))
+    monkeypatch.setitem(sys.modules, "gate_nvml", types.SimpleNamespace(held_by=lambda pid: held))
     return shown
+
+
+def test_where_nvml_does_not_tell_the_servers_own_log_does(on_host, monkeypatch):
+    """canonical/lxd#9755: in a container NVML's process ids are not this host's."""
+    plan = {"gate": {"gpus": [{"uuid": "GPU-3", "device": "CUDA0"}]}}
+    log = {"start": "abc", "devices": {"CUDA0": {"weights": 5.0 * MIB, "context": 1.0 * MIB}, "CPU": {"weights": 9.0}}}
+    files = {program.plan_path("demo"): plan, f"{program.RUN}/devices-llama-server-demo.service.json": log}
+    monkeypatch.setattr(program, "read_json", lambda path: files.get(path, {}))
+    monkeypatch.setattr(program, "invocation", lambda unit: "abc")
+    assert program.status()["demo"]["gpu_bytes"] == {"GPU-1": 5, "GPU-3": 6 * MIB}
+    monkeypatch.setattr(program, "invocation", lambda unit: "of a later start")
+    assert program.status()["demo"]["gpu_bytes"] == {"GPU-1": 5, "GPU-3": None}
 
 
 def test_the_program_tells_memory_gate_and_since(on_host):
