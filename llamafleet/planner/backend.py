@@ -66,11 +66,13 @@ def capacity_of(machine: Machine, gpus: Sequence[Gpu], settings: Settings) -> Ca
     )
 
 
-def environment(backend: str, gpus: Sequence[Gpu]) -> dict[str, str]:
+def environment(backend: str, gpus: Sequence[Gpu], machine: Machine) -> dict[str, str]:
     """Environment variables for the unit that make llama.cpp's device N the N-th GPU of the plan."""
     if backend == "cuda":
         uuids = ",".join(gpu.uuid or str(gpu.index) for gpu in gpus)
         return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": uuids}
     variable = TRAITS[backend].visible_variable
-    numbers = [gpu.index if gpu.vulkan_index is None else gpu.vulkan_index for gpu in gpus]
+    # HIP counts AMD's GPUs alone, which come last in the host's order.
+    others = [gpu for gpu in machine.gpus if gpu.vendor != "amd"] if backend == "hip" else []
+    numbers = [gpu.index - len(others) if gpu.vulkan_index is None else gpu.vulkan_index for gpu in gpus]
     return {variable: ",".join(map(str, numbers))} if variable else {}

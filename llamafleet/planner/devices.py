@@ -63,8 +63,8 @@ def misnamed(machine: Machine, settings: Settings) -> Refusal | None:
     reserve = settings.gpu_reserve_mib
     asked = [("gpus", name) for name in settings.gpus or ()]
     asked += [("gpu_reserve_mib", name) for name in (() if isinstance(reserve, int) else reserve) if name != DEFAULT]
-    every = (*machine.gpus, *vulkan.only_there(machine), *machine.pci_gpus)
-    known = set().union(*map(names_of, every))
+    every: list[Gpu | PciGpu] = [*machine.gpus, *vulkan.only_there(machine), *machine.pci_gpus]
+    known = {name for gpu in every for name in names_of(gpu)}
     for key, name in asked:
         if name not in known:
             there = [_listed(gpu) for gpu in every if isinstance(gpu, Gpu)]

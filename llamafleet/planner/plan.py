@@ -283,7 +283,7 @@ def _plan(case: _Case, search: Search, refined: Refined, candidates: Sequence[Ca
         predicted=case.predicted(candidate, swap_bytes),
         why=tuple(why(decision)),
         host_bytes=sum(row.used_bytes for row in (rows if case.capacity.unified else rows[-1:])),
-        environment=environment(case.backend, gpus),
+        environment=environment(case.backend, gpus, case.machine),
         cpus=cpus,
         numa_nodes=nodes,
         chosen_for=search.roofline.predict(candidate.order, candidate.segments, context),

@@ -1,9 +1,9 @@
 """Look at this host and print what it is as one JSON object, the machine file (schema 1).
 
 Contract: runs on the host with any Python >= 3.8, as any user, with the standard library, psutil, and beside it
-`common.py`, `packages.py` and the other `probe_*.py`; imports nothing else of ours. Reads only, leaves nothing behind.
-Prints exactly one JSON object on stdout and exits 0: what is wrong with the host is text in `problems`, each with the
-way out, what limits it is text in `notes`, never a crash. Exit 2 is bad usage.
+`common.py`, `packages.py`, `gpu_nodes.py` and the other `probe_*.py`; imports nothing else of ours. Reads only, leaves
+nothing behind. Prints exactly one JSON object on stdout and exits 0: what is wrong with the host is text in `problems`,
+each with the way out, what limits it is text in `notes`, never a crash. Exit 2 is bad usage.
 
     probe.py [--paths PATH...] [--driver-seconds 20] [--vulkan] [--root DIR]
 """
@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
 
+import gpu_nodes
 import packages
 import probe_cpu
 import probe_files
@@ -65,7 +66,7 @@ def machine(paths: list[str], driver_seconds: float, vulkan: bool = False) -> di
     problems += lost
     wanted = vulkan or has_card(pci, "intel")
     listed = answers_of("probe_vulkan.py", driver_seconds) if wanted else {"devices": None, "problems": []}
-    problems += listed["problems"]
+    problems += [*listed["problems"], *node_problems(gpus, pci)]
     return {
         "schema": 1,
         "hostname": platform.node(),
@@ -198,6 +199,13 @@ def has_gpu_driver(pci: list[dict[str, Any]]) -> bool:
 def has_card(pci: list[dict[str, Any]], vendor: str) -> bool:
     """Whether the PCI bus has a GPU of this vendor that is no integrated one of Intel's."""
     return any(one["vendor"] == vendor and one["kind"] == "gpu" for one in pci)
+
+
+def node_problems(gpus: list[dict[str, Any]], pci: list[dict[str, Any]]) -> list[str]:
+    """Device nodes of this host's GPUs that no service can open."""
+    nvidia = gpu_nodes.NVIDIA if any(gpu["vendor"] == "nvidia" for gpu in gpus) else ()
+    others = gpu_nodes.OTHERS if has_card(pci, "amd") or has_card(pci, "intel") else ()
+    return gpu_nodes.problems((*nvidia, *others))
 
 
 def no_answers() -> dict[str, Any]:

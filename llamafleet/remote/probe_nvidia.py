@@ -1,8 +1,6 @@
 """NVIDIA's GPUs, as NVML tells them.
 
 Part of probe_gpus.py and under its contract: Python 3.8, the standard library, psutil and pynvml, reads only.
-
-Decision 2: docs/decisions/0002-capacity-is-total-less-what-others-hold.md.
 """
 
 from __future__ import annotations

@@ -171,10 +171,15 @@ def model_path(model: ModelFiles) -> str:
 
 
 def desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
-    """What the host should be, or why it is left out of the run.
+    """What the host should be, or why it is left out of the run, with what the probe found wrong with it.
 
     `render` makes a text from a template's name and values: reading a template is no part of deciding.
     """
+    desired = _desire(inputs, run, render)
+    return refusals.diagnosed(desired, inputs.survey.machine) if isinstance(desired, Refused) else desired
+
+
+def _desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
     if refused := refusals.not_accessible(inputs.survey, run.holder, run.oldest_python):
         return refused
     if refused := refusals.nothing_to_serve(inputs.settings, inputs.survey.installed, run.elsewhere):
@@ -201,7 +206,7 @@ def with_plans(
 ) -> Desired | Refused:  # fmt: skip
     """The same host with these plans; `verified` has llama-server's answers of this run, by instance name."""
     if refused := next(_unplanned(choice), None) or next(_in_the_way(desired.inputs), None):
-        return refused
+        return refusals.diagnosed(refused, desired.machine)
     plans = [plan for plan in choice.results if isinstance(plan, Plan)]
     try:
         servings = tuple(

@@ -14,7 +14,7 @@ LARGEST_MIB = 2**31 - 1  # as for all sizes in MiB: 2 PiB
 _INDEX = re.compile(r"(?:GPU)?([0-9]{1,6})", re.IGNORECASE | re.ASCII)
 # sysfs has four digits for the domain, nvidia-smi eight, and lspci leaves out domain 0.
 _PCI = re.compile(r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])", re.ASCII)
-_UUID = re.compile(r"(?:gpu|mig|pci)-[0-9a-z/:.-]{4,100}|[0-9a-f-]{32,36}", re.ASCII)
+_UUID = re.compile(r"(?:gpu|mig|pci)-[0-9a-z/:.-]{1,100}|[0-9a-f-]{32,36}", re.ASCII)
 
 
 def gpu_name(value: object) -> str:

@@ -136,6 +136,16 @@ def test_an_instance_of_an_earlier_version_shows_less():
     assert line(host)["plan"] == line(host)["RAM"] == line(host)["last gate"] == ""
 
 
+def test_what_the_probe_found_wrong_is_shown_and_in_the_json():
+    """lyulyul/shine-cluster#30: a driver that was upgraded under a server that still runs."""
+    problem = "NVIDIA: module 570 is loaded but the libraries are 580: reboot needed"
+    host = dataclasses.replace(of_host(found(), live(), AS_WANTED), problems=(problem,))
+    assert table({"box1": host}).splitlines()[-1] == f"box1: {problem}"
+    assert host.to_json()["problems"] == [problem] and host.is_fine  # it serves as planned
+    refused = dataclasses.replace(host, problem=f"cannot be compared with the inventory: the host: {problem}")
+    assert table({"box1": refused}).count(problem) == 1
+
+
 def test_memory_that_is_not_known():
     host = of_host(found(), live(cgroup_bytes=None, gpu_bytes={"GPU-1": None}), AS_WANTED)
     assert line(host)["RAM"] == "0.9 GiB" and line(host)["GPU"] == "? of 20.0 GiB"
@@ -150,7 +160,7 @@ def test_a_plan_for_the_cpu_in_short():
 
 def test_the_json_has_everything():
     output = json.loads(json.dumps(of_host(found(), live(), AS_WANTED).to_json()))
-    assert set(output) == {"fine", "problem", "drift", "instances", "free_bytes"} and output["fine"] is True
+    assert set(output) == {"fine", "problem", "drift", "instances", "free_bytes", "problems"} and output["fine"] is True
     instance = output["instances"]["demo"]
     assert instance["gate"] == GOOD and instance["verified"] is True and instance["predicted_tokens_per_s"] == 30.0
     assert instance["gpu_bytes"] == {"GPU-1": 20992 * MIB} and instance["planned_gpu_bytes"] == {"GPU-1": 20480 * MIB}
