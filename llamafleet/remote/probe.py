@@ -55,7 +55,7 @@ def machine(paths: list[str], driver_seconds: float, vulkan: bool = False) -> di
     notes: list[str] = []
     pci = probe_pci.pci_gpus()
     answers = driver_answers(driver_seconds) if has_gpu_driver(pci) else no_answers()
-    gpus, problems = answers["gpus"], answers["problems"]
+    gpus, problems = probe_pci.without_withheld(answers["gpus"], pci), answers["problems"]
     if answers["no_nvml"] and (answers["driver"]["nvidia"] or has_card(pci, "nvidia")):
         problems.append(answers["no_nvml"])  # without NVIDIA's hardware nothing is wrong
     probe_pci.name_lost_gpus(gpus, pci)

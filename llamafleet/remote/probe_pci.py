@@ -115,6 +115,13 @@ def nodes_of(folder: Path, vendor: str) -> List[str]:
     return [f"/dev/dri/{name}" for name in render[:1]] + (["/dev/kfd"] if vendor == "amd" and render else [])
 
 
+def without_withheld(gpus: List[Dict[str, Any]], pci: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """The GPUs without AMD's that are not this host's to use: a container sees them all in /sys."""
+    withheld = {one["pci_bus_id"] for one in pci if one["withheld"]}
+    kept = [gpu for gpu in gpus if gpu["vendor"] != "amd" or gpu["pci_bus_id"] not in withheld]
+    return [dict(gpu, index=index) for index, gpu in enumerate(kept)]
+
+
 def name_lost_gpus(gpus: List[Dict[str, Any]], pci: List[Dict[str, Any]]) -> None:
     """NVIDIA's GPUs without a bus id get theirs by elimination, where that is unambiguous."""
     listed = {gpu["pci_bus_id"] for gpu in gpus}

@@ -28,6 +28,8 @@ class Host:
         place = self.root / path
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(text)
+        if path.startswith("dev/"):
+            place.chmod(0o666)
 
     def pci(self, bus_id, **values):
         for name, text in values.items():

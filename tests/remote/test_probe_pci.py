@@ -331,7 +331,21 @@ def test_a_container_that_was_given_no_card_is_refused_with_the_way_out(host):
 
 def test_a_container_without_amds_compute_node(host):
     in_container(host, "podman")
-    host.pci("0000:03:00.0", vendor="0x1002", device="0x744c", **{"class": "0x030000"})
+    amd_card(host, "card0", "0000:03:00.0", mem_info_vram_total=str(24 * 2**30))
     host.file("sys/bus/pci/devices/0000:03:00.0/drm/renderD128/dev")
     host.file("dev/dri/renderD128")
     assert "which has no /dev/kfd" in refusal(machine(host, nvml=False))
+
+
+def test_a_container_that_was_given_the_second_of_two_radeons(host):
+    """/sys lists both; HIP counts what it may open."""
+    in_container(host, "lxc")
+    for number, bus_id in enumerate(("0000:03:00.0", "0000:04:00.0")):
+        amd_card(host, f"card{number}", bus_id, mem_info_vram_total=str(24 * 2**30), unique_id=str(number))
+        host.file(f"sys/bus/pci/devices/{bus_id}/drm/renderD{128 + number}/dev")
+    host.file("dev/dri/renderD129")
+    host.file("dev/kfd")
+    found = machine(host, nvml=False)
+    [plan] = planning.plans(found, [("Llama-3.2-3B",)], planning.settings({"context_tokens": 4096}))
+    assert plan.environment == {"HIP_VISIBLE_DEVICES": "0"} and plan.gpus[0].pci_bus_id == "0000:04:00.0"
+    assert any("0000:03:00.0 is not used: it is not given to this container (lxc)" in reason for reason in plan.why)
