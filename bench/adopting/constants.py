@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bench.adopting.change import Change
 from llamafleet.build.release import DEFAULT_FA_TYPES
-from llamafleet.host.described import GPU_LIMIT
+from llamafleet.host.card_words import GPU_LIMIT
 from llamafleet.memory import context
 from llamafleet.memory.graph import allocation, mla, moe
 from llamafleet.model import gguf, header_checks
