@@ -1,6 +1,7 @@
 """Make small weightless models of any architecture from an outline in YAML: metadata and the tensors' shapes.
 
     architecture: gemma2
+    quant: F16                                                  type of the matrices; Q8_0 if it is not given
     vocabulary: 4096
     metadata: {block_count: 6, embedding_length: 512, ...}      keys without the architecture
     others: {xielu.beta: [0.5, ...]}                            keys that never have it
@@ -10,7 +11,7 @@
       all: {attn_norm.weight: [512], attn_q.weight: [512, 1024]}
       0-2,5: {ffn_up.weight: [512, 2048]}
 
-A matrix is Q8_0 if its rows allow it and its name does not match the regular expression `f32`; all else is F32.
+A matrix is of that type if its rows allow it and its name does not match the regular expression `f32`; all else is F32.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Q
 
 from sandbox.models import Tensor, leave_hole, tokenizer, write_header
 
-BLOCK = 32  # elements in a block of Q8_0
 # llama-quantize does not quantise these tensors (src/llama-quant.cpp, tensor_allows_quantization).
 KEPT = re.compile(
     r".*(_norm|ffn_gate_inp|ssm_conv1d|shortconv\.conv|time_mix_lerp|altup|laurel|per_layer_model_proj).*"
@@ -52,22 +53,22 @@ def weightless(outline: Path, folder: Path) -> Path:
 
 
 def _tensors(outline: dict[str, Any]) -> Iterator[Tensor]:
-    f32 = re.compile(outline.get("f32", "^$"))
+    f32, quant = re.compile(outline.get("f32", "^$")), Q[outline.get("quant", "Q8_0")]
     for name, shape in outline["tensors"].items():
-        yield Tensor(name, tuple(shape), _type(name, shape, f32))
+        yield Tensor(name, tuple(shape), _type(name, shape, f32, quant))
     count = outline["metadata"]["block_count"]
     for layer in range(count):
         for which, parts in outline["layers"].items():
             if layer in _numbers(str(which), count):
                 for part, shape in parts.items():
-                    yield Tensor(f"blk.{layer}.{part}", tuple(shape), _type(part, shape, f32))
+                    yield Tensor(f"blk.{layer}.{part}", tuple(shape), _type(part, shape, f32, quant))
 
 
-def _type(name: str, shape: list[int], f32: re.Pattern[str]) -> Q:
+def _type(name: str, shape: list[int], f32: re.Pattern[str], quant: Q) -> Q:
     if name.endswith("tid2eid.weight"):  # numbers of experts by token
         return Q.I32
-    is_matrix = len(shape) > 1 and name.endswith(".weight") and shape[0] % BLOCK == 0
-    return Q.Q8_0 if is_matrix and not KEPT.fullmatch(name) and not f32.fullmatch(name) else Q.F32
+    is_matrix = len(shape) > 1 and name.endswith(".weight") and shape[0] % GGML_QUANT_SIZES[quant][0] == 0
+    return quant if is_matrix and not KEPT.fullmatch(name) and not f32.fullmatch(name) else Q.F32
 
 
 def _numbers(text: str, count: int) -> set[int]:

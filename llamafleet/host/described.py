@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llamafleet.host.card_words import FORM, GPU_LIMIT, Card, DescriptionError, label, read_cards
-from llamafleet.host.gpus import MIB, GpuModel, named, of_size
+from llamafleet.host.cards.row import MIB, GpuModel
+from llamafleet.host.gpus import named, of_size
 from llamafleet.host.machine import SCHEMA, Cpu, Driver, Gpu, Machine, Memory, Os
 
 __all__ = ["Described", "DescriptionError", "read"]

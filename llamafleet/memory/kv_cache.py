@@ -31,7 +31,7 @@ def kv_bytes(shape: Shape, context: Context) -> tuple[int, ...]:
     sizes = []
     for layer, window in enumerate(shape.windows):
         size = state if (shape.state.layers[layer] or unknown) and layer < shape.trunk_layers else 0
-        if layer < shape.cache_layers and _attends(shape, layer):
+        if layer < shape.cache_layers and attends(shape, layer):
             row = row_of(window > 0, shape.kv_heads[layer], unknown or shape.indexer.layers[layer])
             size += row * cache_cells(context, window) * context.streams
         sizes.append(size)
@@ -58,7 +58,8 @@ def _rows(shape: Shape, context: Context) -> Callable[[bool, int, bool], int]:
     return row
 
 
-def _attends(shape: Shape, layer: int) -> bool:
+def attends(shape: Shape, layer: int) -> bool:
+    """Does this layer compute attention?"""
     recurrent = shape.state.layers[layer]
     if shape.architecture.one_part_layers:
         return not recurrent and shape.feed_forward[layer] == 0

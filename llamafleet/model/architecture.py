@@ -96,6 +96,8 @@ class Architecture:
     embedding_held_twice: bool = (
         False  # input and output each load it, even on one device (src/models/gemma4.cpp, load_arch_tensors)
     )
+    has_output: bool = True  # False: an encoder, whose result is the last layer's: no output matrix, tied or not
+    maps_layer_inputs: bool = False  # per_layer_token_embd may be mapped (TENSOR_READ_LAZY; *, load_arch_tensors)
     output_norm_misnamed: bool = False  # named token_embd_norm (src/llama-arch.cpp, LLM_TENSOR_OUTPUT_NORM_LFM2)
     vocabulary_of_target: bool = False  # a draft model that has part of its target's vocabulary (src/models/eagle3.cpp)
 

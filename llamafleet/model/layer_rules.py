@@ -33,6 +33,8 @@ def windows(row: Architecture, keys: Keys, layers: int) -> tuple[int, ...]:
 
 def cache_is_exact(row: Architecture, keys: Keys) -> bool:
     """Are the cache's rules known? Otherwise its bytes are an upper bound."""
+    if row.cache is Cache.NONE:
+        return True
     if not row.verified or row.cache is Cache.UNKNOWN:
         return False
     if keys.number("attention.sliding_window") == 0 or row.ignores_windows or row.window_period is not None:
