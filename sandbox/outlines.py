@@ -4,6 +4,7 @@
     quant: F16                                                  type of the matrices; Q8_0 if it is not given
     vocabulary: 4096
     metadata: {block_count: 6, embedding_length: 512, ...}      keys without the architecture
+    unsigned64: {ple.head_offsets: [0, ...]}                    further keys without it, lists of 64-bit numbers
     others: {xielu.beta: [0.5, ...]}                            keys that never have it
     tensors:                                                    of the whole model; no "output.*" if it is tied
       token_embd.weight: [512, 4096]
@@ -25,7 +26,7 @@ import yaml
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Q
 
-from sandbox.models import Tensor, leave_hole, tokenizer, write_header
+from sandbox.models import Tensor, Unsigned64, leave_hole, tokenizer, write_header
 
 # llama-quantize does not quantise these tensors (src/llama-quant.cpp, tensor_allows_quantization).
 KEPT = re.compile(
@@ -45,6 +46,8 @@ def weightless(outline: Path, folder: Path) -> Path:
     content = read(outline)
     file = folder / f"{outline.stem}.gguf"
     values = {f"{content['architecture']}.{key}": value for key, value in content["metadata"].items()}
+    for key, numbers in content.get("unsigned64", {}).items():
+        values[f"{content['architecture']}.{key}"] = [Unsigned64(number) for number in numbers]
     values |= {"general.name": outline.stem, **content.get("others", {}), **tokenizer(content["vocabulary"])}
     table = list(_tensors(content))
     write_header(file, content["architecture"], values, table)

@@ -7,6 +7,7 @@ from llamafleet.memory.graph import ggml
 from llamafleet.memory.graph.attention import attention
 from llamafleet.memory.graph.builder import BackendOf, Builder
 from llamafleet.memory.graph.deepseek4 import hc_head, hyper_connections_layer, repeated_streams
+from llamafleet.memory.graph.encoder import encoder
 from llamafleet.memory.graph.gemma import (
     add_layer_input,
     altup_mean,
@@ -44,6 +45,8 @@ def build(
     row = shape.architecture
     b = Builder(shape, layers, context, backend_of, attention_scratch)
     positions, outputs = ggml.graph_input(I32, b.tokens * b.positions), ggml.graph_input(I32, context.outputs)
+    if not row.has_output:
+        return encoder(b, order, positions, outputs)
     cur = b.embeddings()
     recurrent_layers, first_values, layer_input = shape.state.layers, None, layer_inputs(b, cur)
     cur = _first_layer_input(b, cur)
