@@ -58,7 +58,16 @@ _ROWS = (
         name="qwen35moe", recurrence=Recurrence.BY_INTERVAL, norm_first=True, late_output=True, weights_normed=True
     ),
     Architecture(name="clef", verified=False, cache=Cache.UNKNOWN),
-    Architecture(name="qwen4exp", verified=False, cache=Cache.UNKNOWN, maps_layer_inputs=True),
+    Architecture(
+        name="qwen4exp",
+        recurrence=Recurrence.BY_INTERVAL,
+        indexer=Indexer.BESIDE_STATE,
+        indexer_rows=2,
+        has_context_gaps=True,
+        maps_layer_inputs=True,
+        layer_graph=LayerGraph.MIXED_STREAMS,
+        weights_normed=True,
+    ),
     Architecture(name="phi2", parallel_sum=("attention", "ffn", "input")),
     Architecture(name="phi3", ignores_windows=True, residual_first_last=True),
     Architecture(

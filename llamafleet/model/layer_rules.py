@@ -79,6 +79,9 @@ def indexer_layers(row: Architecture, keys: Keys, layers: int, trunk: int) -> tu
     """Which layers have an indexer."""
     if row.indexer is Indexer.NONE:
         return (False,) * layers
+    if row.indexer is Indexer.BESIDE_STATE:
+        recurrent = recurrent_layers(row, keys, layers, trunk)
+        return tuple(layer < trunk and not recurrent[layer] for layer in range(layers))
     if row.indexer is Indexer.BEHIND_DENSE:
         dense = keys.number("leading_dense_block_count")
         return tuple(layer >= dense for layer in range(layers))

@@ -110,3 +110,13 @@ def test_an_encoder_has_neither_cache_nor_output_matrix():
     assert (mib(answer, "weights", -1), mib(answer, "kv"), mib(answer, "kv", -1)) == (520, 0, 0)
     why = "\n".join(answer.why)
     assert "'bert' is an encoder" in why and "it keeps no cache" in why
+
+
+def test_flash_next_is_exact():
+    """nibor1896/Crow#140: a cache of 13924 MiB was planned at 131072 tokens. llama-server at b11434 says 53675, 3915
+    (3840 of cells, 75 of state) and 501.19 MiB on the device, 27806 (27465 of them mapped) and 162.37 on the host."""
+    answer = plan("qwen3.8-flash-next", "h100,ram=24GB,cores=16", context_tokens=131072, ubatch_tokens=512)
+    assert isinstance(answer, Plan)
+    assert (mib(answer, "weights"), mib(answer, "kv"), mib(answer, "compute")) == (53675, 3915, 501)
+    assert mib(answer, "weights", -1) == 341 and answer.mapped_bytes // MIB == 27465
+    assert "upper bound" not in "\n".join(answer.why)
