@@ -14,8 +14,10 @@ from typing import Any
 
 from llamafleet.host import described
 from llamafleet.host.machine import Machine, MachineError
+from llamafleet.hub.network import Network
 from llamafleet.settings import defaults, secrets
-from llamafleet.settings.schema import LLAMA_CPP_NAMES, Instance, Settings
+from llamafleet.settings.other_names import LLAMA_CPP_NAMES
+from llamafleet.settings.schema import Instance, Settings
 from llamafleet.validation import shown
 
 # Of a machine file, which has some 10 kB; a model, such as of swapped --machine and --model, has gigabytes.
@@ -174,6 +176,11 @@ def _is_of_instance(key: str) -> bool:
     host, instance = set(Settings.__dataclass_fields__), set(Instance.__dataclass_fields__)
     nearest = difflib.get_close_matches(key, host | instance, n=1)
     return key in instance or key in LLAMA_CPP_NAMES or (key not in host and bool(nearest) and nearest[0] in instance)
+
+
+def network(settings: Settings) -> Network:
+    """The way out that the settings name."""
+    return Network(settings.proxy, settings.no_proxy, settings.ca_file)
 
 
 def hub_token(settings: Settings) -> str | None:

@@ -10,7 +10,7 @@ from llamafleet.host import answers
 from llamafleet.host.installed import Survey
 from llamafleet.remote.common import VAR
 from llamafleet.settings.schema import Settings
-from tasks.lib import remote, sending
+from tasks.lib import lookups, remote, sending
 
 
 def survey(host: Host, packages: dict[str, tuple[str, ...]], settings: Settings, *, bandwidth: bool = False) -> Survey:
@@ -33,7 +33,8 @@ def survey(host: Host, packages: dict[str, tuple[str, ...]], settings: Settings,
             "addresses": sorted({instance.listen for instance in settings.models}),
         }
     )
-    ok, out, err = sending.run_helper(host, "survey.py", asked, purpose="the survey", seconds=remote.SURVEY_SECONDS)
+    ok, out, err = sending.run_helper(host, "survey.py", asked, purpose="the survey", seconds=remote.SURVEY_SECONDS,
+                                       network=lookups.network(settings))  # fmt: skip
     if not ok or not out:
         raise remote.RemoteError(f"cannot read the host: {remote.explain(out, err)}")
     return answers.survey(out[-1])

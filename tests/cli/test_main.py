@@ -127,6 +127,18 @@ def test_a_word_is_a_list_of_one(model, machine_file, change, capsys):
     assert argv[argv.index("--cache-type-k") + 1] == "q8_0"
 
 
+@pytest.mark.parametrize(
+    ("change", "device"), [("gpus=1", "GPU1"), ("gpus=[0]", "GPU0"), ("gpus=0000:02:00.0", "GPU1")]
+)
+def test_a_card_of_an_imagined_box_is_left_out(model, change, device, capsys):
+    words = "2xrtx3090,ram=96GB,cores=8"
+    assert cli.main(["plan", "--model", model, "--machine", words, "--set", change, "--json",
+                     "--set", "gpu_reserve_mib={0: 3000, 1: 4000}"]) == 0  # fmt: skip
+    rows = json.loads(capsys.readouterr().out)["ledger"]
+    assert [row["device"] for row in rows] == [device, "host"]
+    assert rows[0]["reserve_bytes"] == {"GPU0": 3000, "GPU1": 4000}[device] * 2**20
+
+
 def test_a_folder_is_named_as_such(tmp_path, machine_file, capsys):
     assert cli.main(["plan", "--model", str(tmp_path), "--machine", machine_file]) == 2
     assert "is a folder: name the model's GGUF file in it (it has no .gguf file)" in capsys.readouterr().err
@@ -349,12 +361,20 @@ def test_models_named_one_by_one_are_compared(hub, model, capsys):
         (("hf:acme", "cpu,ram=64GB,cores=8", "--compare"), "should be hf:OWNER/REPO"),
         (("/m.gguf", "cpu,ram=64GB,cores=8", "--compare"), "/m.gguf: should be hf:OWNER/REPO or a file of it"),
         (("hf:acme/Qwen3-GGUF/x.gguf", "cpu,ram=64GB,cores=8", "--min-speed", "3"), "add --compare"),
-        (("hf:acme/Qwen3-GGUF", "cpu,ram=64GB,cores=8"), "should be hf:OWNER/REPO/FILE.gguf"),
+        (
+            ("hf:acme/Qwen3-GGUF:Q9_9", "cpu,ram=64GB,cores=8"),
+            "no model file of the quantisation Q9_9; it has Qwen3-30B",
+        ),
     ],
 )
 def test_comparing_what_cannot_be(hub, arguments, message, capsys):
     assert plan(hub, *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_of_a_repository_the_file_is_chosen_and_named(hub, capsys):
+    assert plan(hub, "hf:acme/Qwen3-GGUF", "cpu,ram=64GB,cores=8") == 0
+    assert "hf:acme/Qwen3-GGUF/Qwen3-30B-A3B-Q4_K_M.gguf is taken" in capsys.readouterr().err
 
 
 def test_a_refusal_names_siblings_that_fit(hub, capsys):

@@ -73,7 +73,21 @@ def test_wrong_types_are_refused(key, value):
     [problem] = instance_problems(**{key: value})
     wrong = f"{key}[0]" if isinstance(value, list) else key
     assert problem.startswith(f"models[0].{wrong}: should be ")
-    assert problem.endswith(f", is {value[0] if isinstance(value, list) else repr(value)}")
+    hint = f": write [{value!r}]" if isinstance(value, str) and "list of strings" in problem else ""
+    assert problem.endswith(f", is {value[0] if isinstance(value, list) else repr(value)}{hint}")
+
+
+def test_a_word_for_a_list_is_shown_as_a_list():
+    assert instance_problems(kv_types="f16, q8_0") == [
+        "models[0].kv_types: should be a list of strings, is 'f16, q8_0': write ['f16', 'q8_0']"
+    ]
+
+
+def test_llama_cpp_s_own_words_are_known():
+    [problem] = instance_problems(n_ctx=4096)
+    assert problem == "models[0].n_ctx: unknown setting; it is `context_tokens` here"
+    [problem] = instance_problems(n_gpu_layers=99)
+    assert problem == "models[0].n_gpu_layers: unknown setting; the plan decides it"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +111,9 @@ def test_wrong_types_are_refused(key, value):
         ("sha256", "abc"),
         ("sha256", {"a": "b"}),
         ("sha256", "A" * 64),
-        ("source", "hf:o/r"),
+        ("source", "hf:o"),
+        ("source", "hf:o/r:"),
+        ("source", "hf:o/f.gguf"),
         ("source", "hf:o/r/f.gguf@"),
         ("source", "hf:o/r/m;touch${IFS}x;.gguf"),
         ("source", "hf:o/r/a b.gguf@main"),
@@ -210,6 +226,10 @@ def test_clients_may_be_of_both_families():
     [
         "hf:o/r/f.gguf",
         "hf:o/r/Q4/F.GGUF@v1",
+        "hf:o/r",
+        "hf:o/r:Q4_K_M@v1",
+        "https://huggingface.co/o/r",
+        "https://huggingface.co/o/r/blob/main/Q4%2Ff.gguf",
         "https://h/f.gguf?Signature=a%2Fb",
         "http://h:8080/a%20b/f.gguf",
         "/srv/my model",
