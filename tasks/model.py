@@ -8,7 +8,7 @@ from pyinfra.api.deploy import deploy
 
 from llamafleet.hub.source import RemoteFile
 from llamafleet.remote.common import RUN
-from llamafleet.service.desired import Desired, Serving
+from llamafleet.service.desired import Desired, Serving, store_of
 from llamafleet.settings import secrets
 from tasks.lib import jobs, operations
 from tasks.lib.decision import for_stage
@@ -43,6 +43,7 @@ def spec(desired: Desired, serving: Serving, with_token: bool) -> dict[str, Any]
     """What `llamafleet/remote/fetch.py` needs to know."""
     return {
         "directory": serving.folder,
+        **({"store": store} if (store := store_of(serving.model, desired.settings)) else {}),
         "owner": None,
         "files": [_file(desired, serving, file) for file in serving.model.files],
         "curl_config": TOKEN if with_token else None,

@@ -31,6 +31,7 @@ class InstalledError(MachineError):
 Path = Annotated[Label, BeforeValidator(readable)]
 # What goes into a unit: groups and device classes.
 Word = Annotated[Text, Field(max_length=128), matching("be a word of letters, digits and . _ -", r"[\w.-]+")]
+Unit = Annotated[Text, Field(max_length=255), matching("be the name of a systemd unit", r"[\w:.@\\-]+\.service")]
 Sha256 = Annotated[Text, matching("be 64 lower-case hexadecimal digits", "[0-9a-f]{64}")]
 Pid = Annotated[Whole, Field(ge=0, le=2**31 - 1, description="pid_t")]
 UserId = Annotated[Whole, Field(ge=0, le=2**32 - 1, description="uid_t")]
@@ -206,6 +207,12 @@ class Installed:
     unbindable: Table[Name] = field(default_factory=dict)
     # What lies at the places of ours, by path.
     paths: Table[Place] = field(default_factory=dict)
+    # Groups that open device nodes which others may not: of NVIDIA's nodes ("nvidia") and of the kernel's ("dri").
+    node_groups: Table[Annotated[Listed[Word], Field(max_length=256)]] = field(default_factory=dict)
+    # Units that a boot starts and a server may have to wait for: of GPU drivers ("gpu") and of networks ("network").
+    boot_units: Table[Annotated[Listed[Unit], Field(max_length=256)]] = field(default_factory=dict)
+    # The number of each NVIDIA GPU's device node, by bus id.
+    nvidia_minors: Table[Annotated[Whole, Field(ge=0, le=255)]] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, data: object) -> Installed:

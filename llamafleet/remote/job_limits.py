@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from common import BUILD, ETC, JOBS, MODELS, RELEASES, RUN, SOURCE, UNITS, VAR, read_json
 
@@ -51,8 +51,9 @@ CLIENT = (FILES, "SystemCallFilter=@system-service", "SystemCallErrorNumber=EPER
 CACHES = "/var/cache"
 
 
-def limits(kind: str, build_cache: Optional[str] = None) -> List[str]:
-    """The directives of a job of this kind; `build_cache` is the folder that a build shares with other hosts."""
+def limits(kind: str, build_cache: Optional[str] = None, stores: Sequence[str] = ()) -> List[str]:
+    """The directives of a job of this kind; `build_cache` is the folder that a build shares with other hosts, `stores`
+    are folders for models on other disks."""
     if kind == "build":
         paths = [BUILD, SOURCE, RELEASES, CACHES, *([build_cache] if build_cache else [])]
         return [*ALWAYS, *BEHIND, *CONFINED, *writable(paths), *bounds(kind, 8192, free_bytes()),
@@ -63,7 +64,7 @@ def limits(kind: str, build_cache: Optional[str] = None) -> List[str]:
         return [*ALWAYS, *BEHIND, *CONFINED, *CLIENT, *writable([SOURCE]), *bounds(kind, 256, 4 * GIB),
                 "ProtectHome=read-only"]  # fmt: skip
     if kind == "fetch":
-        return [*ALWAYS, *BEHIND, *CONFINED, *CLIENT, *writable([MODELS]), *bounds(kind, 256, 2 * GIB),
+        return [*ALWAYS, *BEHIND, *CONFINED, *CLIENT, *writable([MODELS, *stores]), *bounds(kind, 256, 2 * GIB),
                 "ProtectHome=yes"]  # fmt: skip
     if kind in ("packages", "toolkit"):  # packages write anywhere, and run scripts of their own
         return [*ALWAYS, *BEHIND, *bounds(kind, 4096, free_bytes())]
@@ -99,10 +100,26 @@ def for_job(name: str) -> List[str]:
     """The directives of the job of that name, whose specification, if it has one, lies in the folder of jobs. Makes the
     folders that it may write to, which it could not."""
     kind = name.partition("-")[0]
-    cache = read_json(f"{JOBS}/{name}.json").get("build_cache") if kind == "build" else None
+    spec = read_json(f"{JOBS}/{name}.json") if kind in ("build", "fetch") else {}
+    cache = spec.get("build_cache")
+    stores = stores_of(spec) if kind == "fetch" else []
     for path in {"build": (BUILD, SOURCE, RELEASES), "checkout": (SOURCE,)}.get(kind, ()):
         os.makedirs(path, mode=0o755, exist_ok=True)
     if cache:
         with contextlib.suppress(OSError):  # the job says what is wrong with it
             os.makedirs(cache, mode=0o755, exist_ok=True)
-    return limits(kind, cache)
+    return limits(kind, cache, stores)
+
+
+def stores_of(spec: Dict[str, Any]) -> List[str]:
+    """The folders outside ours that a download writes to: the one that the settings name for models, and the one to
+    which the model's own folder leads. The first is made where it is missing."""
+    store, directory = spec.get("store"), str(spec.get("directory"))
+    found = []
+    if isinstance(store, str):
+        found.append(os.path.dirname(store))
+        with contextlib.suppress(OSError):  # the job says what is wrong with it
+            os.makedirs(found[0], mode=0o755, exist_ok=True)
+    if os.path.islink(directory):
+        found.append(os.path.realpath(directory))
+    return found

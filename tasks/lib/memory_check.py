@@ -21,6 +21,7 @@ from llamafleet.service import succession
 from llamafleet.service.desired import Serving
 from llamafleet.service.record import record_text
 from llamafleet.service.refusals import Refused
+from llamafleet.service.unit import gpu_groups
 from llamafleet.units import MIB
 from tasks.lib import remote
 from tasks.lib.decision import READ_ERRORS, Decision, decision, log_refused, refused_by, replan
@@ -124,8 +125,8 @@ def spec(now: Decision, plan: Plan) -> dict[str, Any]:
     return {
         "name": plan.instance,
         "command": reconcile.question(now.desired.command(plan)),
-        "environment": dict(plan.environment),
-        "groups": now.desired.installed.gpu_groups if plan.backend in ("hip", "vulkan") else (),
+        "environment": {**now.desired.settings.environment, **plan.environment},
+        "groups": gpu_groups(plan.backend, now.desired.installed),
         "gpus": [gpu.uuid for gpu in plan.gpus] if plan.backend == "cuda" else [],
         "room_bytes": TRAITS[plan.backend].overhead_bytes + SPARE_BYTES,
     }
