@@ -104,7 +104,11 @@ def _cached(folder: Path, requirement: str) -> Path | None:
 def _fetch(folder: Path, arch: str, name: str, requirement: str) -> Path:
     """Download a wheel into the cache with pip, complete or not at all. Raises `PayloadError`."""
     if importlib.util.find_spec("pip") is None:
-        raise PayloadError(f"{sys.executable} has no pip to download {name}: run {sys.executable} -m ensurepip")
+        raise PayloadError(
+            f"pip is missing on this machine: {sys.executable} needs it once, to download {name} for the hosts: run "
+            f"{sys.executable} -m ensurepip (on Debian and Ubuntu after apt-get install python3-venv; in one of "
+            f"uv's: uv pip install --python {sys.executable} pip)"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         requirement_file = Path(temporary, "requirement.txt")

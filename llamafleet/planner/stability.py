@@ -25,6 +25,7 @@ from llamafleet.units import MIB
 # The share of a reserve that other processes may use before the plan is changed. The rest is left for memory pools
 # that grow after the start.
 DRIFT_SHARE = 0.25
+SAME_INPUTS = "kept: the same inputs give the installed plan"
 # A plan that is predicted to be this much faster is worth a restart; a smaller gain is within the prediction's error.
 FASTER_SHARE = 0.05
 # A total memory that differs by less is the same hardware: kernels and drivers reserve some MiB more or less.
@@ -152,7 +153,7 @@ def keep_or_replan(
     if not installed:
         return present
     if _is_installed(present.results, installed):
-        return replace(present, why="kept: the same inputs give the installed plan")
+        return replace(present, why=SAME_INPUTS)
     problems = []
     memories: list[RecordedMemory] = []
     for plan in installed.values():

@@ -82,6 +82,7 @@ def main(argv: list[str]) -> None:
         "toolkits": toolkits.find(extra=asked["toolkits"]),
         "bandwidth": learned.bandwidth(machine) if asked.get("bandwidth") else None,
         "gate_speeds": learned.gate_speeds(),
+        "gated": learned.gated(),
         "unbindable": unbindable(asked.get("addresses", [])),
     }
     print(json.dumps({"machine": machine, "found": found}))
