@@ -11,7 +11,7 @@ from llamafleet.cli import tables, usage
 from llamafleet.planner import stability
 from llamafleet.service.desired import Serving
 from tasks.lib.decision import Decision, decision
-from tasks.lib.usage import reached_by
+from tasks.lib.usage import left_to_do, reached_by
 
 
 @deploy("Plan")
@@ -33,6 +33,8 @@ def lines(now: Decision, name: str, reached: str, *, everything: bool) -> Iterat
             yield tables.table(serving.plan, f"{serving.name} on {name}", measured=_measured(now, serving))
     if not now.changes.any and not now.changes.note:
         yield _in_one_line(now, reached)
+    if not now.changes.any:  # else it is said at the end
+        yield from left_to_do(now.desired, now.desired.installed.left)
     yield from _to_do(now, everything)
 
 

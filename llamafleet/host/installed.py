@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from llamafleet import validation
 from llamafleet.host.learned import Bandwidth, GatedSpeed, GateSpeeds
+from llamafleet.host.left import Left
 from llamafleet.host.machine import Label, Machine, MachineError, Message, Name, Names, Version, matching
 from llamafleet.host.recorded import Arguments, PlanRecord, readable
 from llamafleet.validation import Flag, Listed, Text, Whole, one_of
@@ -211,6 +212,8 @@ class Installed:
     node_groups: Table[Annotated[Listed[Word], Field(max_length=256)]] = field(default_factory=dict)
     # Units that a boot starts and a server may have to wait for: of GPU drivers ("gpu") and of networks ("network").
     boot_units: Table[Annotated[Listed[Unit], Field(max_length=256)]] = field(default_factory=dict)
+    # What is left for people to do there, and the disks that a run may fill.
+    left: Left = field(default_factory=Left)
     # What the gates measured of each instance with the model and flags that it has now.
     gated: Table[GatedSpeed] = field(default_factory=dict)
     # The number of each NVIDIA GPU's device node, by bus id.

@@ -2,10 +2,10 @@
 
 Contract: one argument, a JSON object {"packages": {name of a package manager: [names]},
 "build_cache": path | null, "toolkits": [paths], "paths": [paths], "vulkan": bool, "addresses": [texts],
-"bandwidth": bool (measure the memory, unless a plan.json has it)}; prints one JSON object
-{"machine": the probe's output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and psutil; its
-siblings common.py, addresses.py, boot.py, instance_files.py, learned.py, places.py, probe.py, toolkits.py, lock.py,
-ground.py, packages.py and releases.py lie in the same folder.
+"bandwidth": bool (measure the memory, unless a plan.json has it), "left": what left.py is asked}; prints one JSON
+object {"machine": the probe's output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and
+psutil; its siblings common.py, addresses.py, boot.py, disks.py, instance_files.py, learned.py, left.py, places.py,
+probe.py, toolkits.py, lock.py, ground.py, packages.py and releases.py lie in the same folder.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
     import boot
     import ground
     import learned
+    import left
     import lock
     import packages
     import probe
@@ -84,6 +85,7 @@ def main(argv: list[str]) -> None:
         "gate_speeds": learned.gate_speeds(),
         "gated": learned.gated(),
         "unbindable": unbindable(asked.get("addresses", [])),
+        "left": left.left(asked.get("left", {})),
     }
     print(json.dumps({"machine": machine, "found": found}))
 

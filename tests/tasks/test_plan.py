@@ -9,6 +9,7 @@ import pytest
 
 from llamafleet.host.installed import InstalledInstance
 from llamafleet.host.learned import GatedSpeed
+from llamafleet.host.left import Left
 from llamafleet.host.recorded import PlanRecord
 from llamafleet.service.changes import Changes
 from tasks.lib.decision import Decision
@@ -32,8 +33,8 @@ def host():
     """A host that serves m0 as planned, with what its gate measured; the second: what would be printed there."""
     there = installed(decided())
 
-    def said(*, gated=GATED, everything=False, record=there, **changes):
-        read = survey(instances={"m0": record}, gated={"m0": gated} if gated else {})
+    def said(*, gated=GATED, everything=False, record=there, left=Left(), **changes):
+        read = survey(instances={"m0": record}, gated={"m0": gated} if gated else {}, left=left)
         now = Decision(decided(read), dataclasses.replace(NOTHING, **changes))
         return list(lines(now, "gpu1", "10.0.0.7", everything=everything))
 
@@ -69,3 +70,9 @@ def test_another_plan_than_the_gate_s_has_its_prediction(host):
     other = installed(decided(models=({"context_tokens": 8192},)))
     table = host(everything=True, record=other)[0]
     assert MEASURED not in table and PREDICTED in table
+
+
+def test_what_is_left_to_do_is_said_where_nothing_is_changed_and_else_at_the_end(host):
+    left = Left(reboot="packages want a reboot")
+    assert host(left=left)[1:] == ["left to do: reboot the host: packages want a reboot"]
+    assert not [line for line in host(left=left, services={"m0": ("it is failed",)}) if "left to do" in line]
