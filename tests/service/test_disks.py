@@ -92,6 +92,16 @@ def test_a_host_on_which_nothing_is_to_be_written_may_be_full():
     assert "0.0 GiB are free" in refusal(everywhere(0), installed={**there, "releases": {}})
 
 
+def test_of_a_split_model_the_files_that_are_missing_count():
+    outcome, _ = decided(everywhere(0))
+    files = tuple(RemoteFile(f"m-{n}.gguf", "https://x/m.gguf", SIZE, "a" * 64) for n in (1, 2))
+    serving = dataclasses.replace(outcome.servings[0], model=ModelFiles(files, planning.header("Qwen3-8B")))
+    first = f"{serving.folder}/m-1.gguf"
+    there = dataclasses.replace(outcome.installed, models={first: "a" * 64})
+    assert list(disks.missing_bytes(serving, there)) == [SIZE]
+    assert list(disks.missing_bytes(serving, outcome.installed)) == [SIZE, SIZE]
+
+
 @pytest.mark.parametrize("size", [None, 0])
 def test_a_size_that_is_not_known_is_no_reason(size):
     assert refusal(everywhere(2 * GIB), size=size) == ""

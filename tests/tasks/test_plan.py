@@ -67,9 +67,12 @@ def test_what_changes_beside_the_plans_prints_none(host):
 
 
 def test_another_plan_than_the_gate_s_has_its_prediction(host):
-    other = installed(decided(models=({"context_tokens": 8192},)))
-    table = host(everything=True, record=other)[0]
-    assert MEASURED not in table and PREDICTED in table
+    plan = json.loads(decided().servings[0].service.plan_json)["plan"]
+    by_inputs = installed(decided(models=({"context_tokens": 8192},)))
+    by_flags = installed(decided(), plan={**plan, "argv": [*plan["argv"], "--poll", "0"]})
+    for other in (by_inputs, by_flags):
+        table = host(everything=True, record=other)[0]
+        assert MEASURED not in table and PREDICTED in table
 
 
 def test_what_is_left_to_do_is_said_where_nothing_is_changed_and_else_at_the_end(host):
