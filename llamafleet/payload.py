@@ -37,7 +37,8 @@ PROBE_PACKAGES = frozenset({"psutil", "nvidia-ml-py"})
 # installed helpers and so cannot run from their folder.
 PROBE_PROGRAMS = (
     *("probe.py", "probe_bandwidth.py", "probe_cpu.py", "probe_files.py", "probe_vulkan.py"),
-    *("probe_gpus.py", "probe_gpu_common.py", "probe_nvidia.py", "probe_amd.py"),
+    *("gpu_nodes.py", "probe_pci.py", "probe_diagnosis.py", "probe_gpus.py", "probe_gpu_common.py", "probe_amd.py"),
+    *("probe_nvidia.py", "probe_nvidia_memory.py", "probe_tegra.py"),
     *("survey.py", "addresses.py", "ground.py", "learned.py", "lock.py", "releases.py", "toolkits.py", "uninstall.py"),
     *("boot.py", "disks.py", "left.py"),
     *("common.py", "instance_files.py", "packages.py", "places.py"),  # imported by the programs above

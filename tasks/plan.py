@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from pyinfra import host
 from pyinfra.api.deploy import deploy
@@ -30,7 +31,9 @@ def lines(now: Decision, name: str, reached: str, *, everything: bool) -> Iterat
     """What is printed of a host of that name, which this machine reaches by `reached`; `everything`: with `-v`."""
     for serving in now.desired.servings:
         if everything or serving.name in now.changes.services:
-            yield tables.table(serving.plan, f"{serving.name} on {name}", measured=_measured(now, serving))
+            # What is wrong with the host is said once, by its notes.
+            plain = replace(serving.plan, problems=())
+            yield tables.table(plain, f"{serving.name} on {name}", measured=_measured(now, serving))
     if not now.changes.any and not now.changes.note:
         yield _in_one_line(now, reached)
     if not now.changes.any:  # else it is said at the end
@@ -43,6 +46,8 @@ def _to_do(now: Decision, everything: bool) -> Iterator[str]:
     if everything or changes.any:
         yield from desired.inputs.notes
         yield from (desired.why,) if desired.why else ()
+    else:
+        yield from (f"the host: {problem}" for problem in desired.machine.problems)
     for name, reasons in changes.services.items():
         yield f"to do: serve {name}: {', '.join(reasons)}"
     for name, reasons in changes.refreshed.items():

@@ -104,6 +104,10 @@ backend = "auto"
 # "nvidia": always NVIDIA's repository. "distro": the distribution's own package. Or an absolute
 # path such as "/usr/local/cuda-12.8".
 cuda_toolkit = "auto"
+# The GPUs that plans may use, each by its index in a plan (0 is GPU0), its UUID (`nvidia-smi -L`) or its PCI id
+# ("0000:01:00.0"): [0, "GPU-1a2b..."]. All others are left alone, whatever runs there. None: every GPU that the backend
+# can use. []: none.
+gpus = None
 # Backend "vulkan": the devices to use, by their numbers in `vulkaninfo --summary`. None: every discrete and
 # integrated GPU, as llama.cpp does. A device that is named here is used whatever its kind.
 vulkan_devices = None
@@ -139,7 +143,8 @@ models_dir = None
 # --- memory ----------------------------------------------------------------------------------
 
 # Memory that the plan leaves free on every GPU, MiB, beside the 512 MiB that it counts for the CUDA context and
-# libraries: llama.cpp's pools grow after the start, by up to 1000 MiB at long prompts as reported.
+# libraries: llama.cpp's pools grow after the start, by up to 1000 MiB at long prompts as reported. Or a dictionary by
+# GPU, each named as in `gpus`: {"GPU-1a2b...": 6144, "default": 1024}; without "default" the others keep 1024.
 gpu_reserve_mib = 1024
 # RAM that the plan leaves free for the system and the page cache, MiB.
 ram_reserve_mib = 2048

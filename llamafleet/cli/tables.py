@@ -102,6 +102,7 @@ def _lines(result: Plan | Refusal, look: Look, alternatives: Sequence[str], meas
         yield look.wrapped(f"  measured by its gate: {measured}" if measured else f"  {_speeds(result.predicted)}")
         yield look.wrapped(f"  flags: {' '.join(result.argv)}")
     yield from (look.wrapped(f"  - {reason}") for reason in result.why)
+    yield from (look.wrapped(f"  ! {problem}") for problem in result.problems)
     if isinstance(result, Plan):
         yield from (look.wrapped(f"  > {sentence}") for sentence in alternatives)
 

@@ -206,10 +206,10 @@ class Installed:
     gate_speeds: Annotated[Listed[GateSpeeds], Field(max_length=1024)] = ()
     # Addresses at which instances are to listen and no server of the host can, with the reason.
     unbindable: Table[Name] = field(default_factory=dict)
+    # Groups of this host that may open NVIDIA's device nodes, where not everybody may.
+    nvidia_groups: Annotated[Listed[Word], Field(max_length=256)] = ()
     # What lies at the places of ours, by path.
     paths: Table[Place] = field(default_factory=dict)
-    # Groups that open device nodes which others may not: of NVIDIA's nodes ("nvidia") and of the kernel's ("dri").
-    node_groups: Table[Annotated[Listed[Word], Field(max_length=256)]] = field(default_factory=dict)
     # Units that a boot starts and a server may have to wait for: of GPU drivers ("gpu") and of networks ("network").
     boot_units: Table[Annotated[Listed[Unit], Field(max_length=256)]] = field(default_factory=dict)
     # What is left for people to do there, and the disks that a run may fill.

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from llamafleet.host.machine import Machine
 from llamafleet.memory.capacity import Capacity
+from llamafleet.memory.flash_attention import lacking
 from llamafleet.memory.ledger import LedgerRow
 from llamafleet.memory.placement import Placement
-from llamafleet.memory.weights import Model
+from llamafleet.memory.weights import LAYER_INPUTS, Model
+from llamafleet.model.architecture import Cache
 from llamafleet.planner.search import LATER_KV_TYPE, Candidate
+from llamafleet.planner.unplannable import without_kernel
 from llamafleet.settings.schema import Instance
 from llamafleet.settings.workload import Workload
 from llamafleet.units import MIB
@@ -21,6 +24,7 @@ class Decision:
     """The chosen candidate, all candidates, and the inputs that they were made from."""
 
     machine: Machine
+    backend: str
     instance: Instance
     model: Model
     capacity: Capacity
@@ -48,6 +52,8 @@ def why(decision: Decision) -> Iterator[str]:
     yield _where(decision.model, decision.placement)
     yield from _spill(decision)
     yield from _gpus(decision)
+    yield from _flash_attention(decision)
+    yield from _mapped(decision)
     yield from _context(decision)
     yield from _ubatch(decision)
     yield from _processors(decision)
@@ -99,6 +105,13 @@ def _gpus(decision: Decision) -> Iterator[str]:
         return
     names = [f"GPU{gpu.index}" for gpu in capacity.gpus]
     unused = [device for device in range(len(capacity.gpus)) if device not in chosen.order]
+    slices = [device for device in unused if capacity.gpus[device].mig]
+    if slices:
+        yield (
+            f"MIG instances that are left to other models: {', '.join(names[device] for device in slices)}: a process"
+            " sees one of them at most"
+        )
+    unused = [device for device in unused if device not in slices]
     if unused:
         unused_names = ", ".join(f"{names[device]} ({capacity.gpus[device].name})" for device in unused)
         with_more = [
@@ -123,6 +136,12 @@ def _gpus(decision: Decision) -> Iterator[str]:
             )
         else:
             yield f"{names[last]} comes last: it is the fastest GPU, and the output matrix is read for every token"
+
+
+def _flash_attention(decision: Decision) -> Iterator[str]:
+    if head := None if decision.chosen.context.flash_attention else lacking(decision.model.shape, decision.backend):
+        fact = without_kernel(decision.backend, head)
+        yield f"flash attention is off: {fact}; with it, the CPU would compute the attention of layers on GPUs"
 
 
 def _context(decision: Decision) -> Iterator[str]:
@@ -180,18 +199,27 @@ def _workload(decision: Decision) -> str:
     )
 
 
+def _mapped(decision: Decision) -> Iterator[str]:
+    if size := 0 if decision.capacity.unified else decision.model.mapped_bytes:
+        yield (
+            f"{LAYER_INPUTS} ({size // MIB} MiB) is read from the file as it is needed (--lazy-mode auto, above 4 GiB):"
+            " it is page cache, not RAM"
+        )
+
+
 def _warnings(decision: Decision) -> Iterator[str]:
     machine, model = decision.machine, decision.model
     name = model.shape.architecture.name
-    if not model.shape.architecture.verified:
+    if not model.shape.architecture.has_output:
+        yield f"warning: {name!r} is an encoder: it makes embeddings, and llama-server writes no text with it"
+    if not model.shape.architecture.verified and model.shape.cache is Cache.NONE:
+        yield f"{name!r} was not compared with llama.cpp: it keeps no cache, its compute buffers are an upper bound"
+    elif not model.shape.architecture.verified:
         yield f"{name!r} was not compared with llama.cpp: its KV cache and compute buffers are upper bounds"
     elif not model.shape.cache_is_exact:
         yield f"the attention windows of {name!r} are not known: its KV cache is an upper bound"
     elif not model.compute.is_exact:
         yield f"the compute graph of this {name!r} is not known: its compute buffers are an upper bound"
-    for gpu in machine.gpus:
-        if gpu.problem:
-            yield f"GPU{gpu.index} ({gpu.name}) is not used: {gpu.problem}"
     planned, available = decision.rows[-1].used_bytes, machine.memory.available_bytes
     if planned > available:
         yield (

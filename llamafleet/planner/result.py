@@ -31,6 +31,7 @@ class Refusal:
     ledger: tuple[LedgerRow, ...] = ()
     why: tuple[str, ...] = ()
     instance: str = ""
+    problems: tuple[str, ...] = ()  # what is wrong with the host, as its probe found, each with the way out
 
     fits = False
 
@@ -63,6 +64,7 @@ class Plan:
     checkpoints: int  # of one slot's context, at most
     placement: Placement  # device numbers are positions in `gpus`
     is_moe: bool
+    mapped_bytes: int  # weights that are page cache, not RAM: they are in no row of the ledger
     ledger: tuple[LedgerRow, ...]
     predicted: Prediction  # by all that is known of the host's rates now
     why: tuple[str, ...]
@@ -73,6 +75,7 @@ class Plan:
     # By the rates that the plan was chosen with, which plan.json keeps: they stay while the plan does.
     chosen_for: Prediction = NO_PREDICTION
     at_gate: Expected | None = None
+    problems: tuple[str, ...] = ()  # what is wrong with the host, as its probe found, each with the way out
 
     fits = True
 
@@ -95,4 +98,5 @@ def _contract(result: Plan | Refusal, refusal: dict[str, Any] | None) -> dict[st
         "predicted": (result.predicted if isinstance(result, Plan) else NO_PREDICTION).to_json(),
         "why": list(result.why),
         "refusal": refusal,
+        "problems": list(result.problems),
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from llamafleet.memory.context import Context
@@ -85,7 +85,9 @@ class Search(Budgets):
     ) -> Iterator[Candidate]:
         layouts = {layout: None for order in orders for layout in self._layouts(context, order)}
         for order, segments in layouts or (self._fallback(),):
-            yield self.evaluate(context, order, segments, handicap)
+            # The CPU has kernels for all heads: without a GPU in use, flash attention is on.
+            here = context if order else replace(context, flash_attention=True)
+            yield self.evaluate(here, order, segments, handicap)
 
     def _fallback(self) -> tuple[tuple[int, ...], tuple[Segment, ...]]:
         """The layout of a model that no GPUs hold: all layers on the CPU, or on the GPU of a unified memory."""
@@ -109,11 +111,13 @@ class Search(Budgets):
         the first device (ggml/src/ggml-backend.cpp, the first backend that wants an operation).
         """
         rates, sizes = self.roofline.rates.gpus, self.capacity.gpu_bytes
-        devices = range(len(sizes))
+        # A CUDA process sees one MIG instance at most, and no GPU beside it (NVIDIA's MIG user guide).
+        slices = sorted((n for n, gpu in enumerate(self.capacity.gpus) if gpu.mig), key=lambda n: (-sizes[n], n))
+        devices = [device for device in range(len(sizes)) if device not in slices]
         fastest = sorted(devices, key=lambda n: (-rates[n].bytes_per_s, -sizes[n], n))
         largest = sorted(devices, key=lambda n: (-sizes[n], -rates[n].bytes_per_s, n))
         orders: dict[tuple[int, ...], None] = {}
-        for count in range(1, len(sizes) + 1):
+        for count in range(1, len(devices) + 1):
             for gpus in (fastest[:count], largest[:count]):
                 by_link = sorted(gpus, key=lambda n: (-rates[n].link_bytes_per_s, -rates[n].flops, n))
                 orders[tuple(by_link)] = None
@@ -121,7 +125,7 @@ class Search(Budgets):
                     # Or the fastest GPU last: it holds the output, which is read for every token.
                     quickest = max(by_link, key=lambda n: rates[n].bytes_per_s)
                     orders[(*(n for n in by_link if n != quickest), quickest)] = None
-        return list(orders)
+        return [*orders, *((device,) for device in slices)]
 
     def _layouts(
         self, context: Context, order: tuple[int, ...]
@@ -247,14 +251,16 @@ def _orders(candidates: Sequence[Candidate]) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(candidate.order for candidate in candidates))
 
 
-def contexts(instance: Instance, tokens: int, work: Workload) -> list[tuple[Context, float]]:
+def contexts(
+    instance: Instance, tokens: int, work: Workload, *, flash_attention: bool = True
+) -> list[tuple[Context, float]]:
     """Every context worth a try with its handicap, the preferred first; values that the instance sets are kept."""
     weighted_contexts = []
     for position, kv_type in enumerate(instance.kv_types):
         for slots in _slots(instance, work):
             for ubatch in _ubatches(instance, tokens, work):
                 handicap = LATER_KV_TYPE**position * OTHER_UBATCH ** abs(_doublings(ubatch))
-                weighted_contexts.append((Context(tokens, slots, kv_type, ubatch), handicap))
+                weighted_contexts.append((Context(tokens, slots, kv_type, ubatch, flash_attention), handicap))
     return weighted_contexts
 
 

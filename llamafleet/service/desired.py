@@ -19,6 +19,7 @@ from llamafleet.host.installed import Holder, Installed, Survey
 from llamafleet.host.machine import Machine
 from llamafleet.hub.source import ModelFiles
 from llamafleet.memory.ledger import Correction
+from llamafleet.planner.devices import only_used
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Plan
 from llamafleet.planner.stability import Choice
@@ -184,10 +185,15 @@ def model_path(model: ModelFiles) -> str:
 
 
 def desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
-    """What the host should be, or why it is left out of the run.
+    """What the host should be, or why it is left out of the run, with what the probe found wrong with it.
 
     `render` makes a text from a template's name and values: reading a template is no part of deciding.
     """
+    desired = _desire(inputs, run, render)
+    return refusals.diagnosed(desired, inputs.survey.machine) if isinstance(desired, Refused) else desired
+
+
+def _desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
     if refused := refusals.not_accessible(inputs.survey, run.holder, run.oldest_python):
         return refused
     if refused := refusals.nothing_to_serve(inputs.settings, inputs.survey.installed, run.elsewhere):
@@ -199,7 +205,7 @@ def desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
     toolkit = _toolkit(inputs)
     if isinstance(toolkit, cuda_toolkit.Unsuitable):
         return refusals.no_toolkit(toolkit)
-    architectures = _architectures(inputs)
+    architectures = _architectures(inputs, only_used(inputs.survey.machine, inputs.backend, inputs.settings))
     if inputs.backend == "hip" and not architectures:
         return refusals.no_hip_target()
     build = _build(inputs, run.commit, toolkit, architectures)
@@ -214,7 +220,7 @@ def with_plans(
 ) -> Desired | Refused:  # fmt: skip
     """The same host with these plans; `verified` has llama-server's answers of this run, by instance name."""
     if refused := next(_unplanned(choice), None) or next(_in_the_way(desired.inputs), None):
-        return refused
+        return refusals.diagnosed(refused, desired.machine)
     plans = [plan for plan in choice.results if isinstance(plan, Plan)]
     try:
         servings = tuple(
@@ -254,16 +260,16 @@ def _toolkit(
     if inputs.backend != "cuda":
         return None
     toolkits = [cuda_toolkit.InstalledToolkit.from_json(data) for data in inputs.survey.installed.toolkits]
-    return cuda_toolkit.choose_toolkit(inputs.settings.cuda_toolkit, inputs.survey.machine, toolkits)
+    machine = only_used(inputs.survey.machine, inputs.backend, inputs.settings)
+    return cuda_toolkit.choose_toolkit(inputs.settings.cuda_toolkit, machine, toolkits)
 
 
-def _architectures(inputs: PlanInputs) -> tuple[str, ...]:
-    """GPU architectures to compile for: those of this host's GPUs, never a compiler's guess. With AMD's those that the
-    operator's variables give them."""
-    backend, machine = inputs.backend, inputs.survey.machine
-    if backend == "cuda":
+def _architectures(inputs: PlanInputs, machine: Machine) -> tuple[str, ...]:
+    """GPU architectures to compile for: those of this machine's GPUs, never a compiler's guess. With AMD's those that
+    the operator's variables give them."""
+    if inputs.backend == "cuda":
         return cuda_toolkit.architectures(machine)
-    if backend == "hip":
+    if inputs.backend == "hip":
         found = {gpu.gfx for gpu in machine.usable_gpus if gpu.gfx}
         return gfx_targets(inputs.settings.environment) or tuple(sorted(found))
     return ()

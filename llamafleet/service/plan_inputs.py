@@ -16,7 +16,7 @@ from llamafleet.planner.backend import resolve_backend
 from llamafleet.planner.plan import plan_host
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.remote.common import MODELS
-from llamafleet.service.refusals import Refused, no_backend, path_as_source, unusable_file, unverified
+from llamafleet.service.refusals import Refused, diagnosed, no_backend, path_as_source, unusable_file, unverified
 from llamafleet.settings.schema import Instance, Settings
 
 
@@ -29,7 +29,7 @@ class PlanInputs:
     backend: str
     models: Mapping[str, ModelFiles]  # by instance name
     keys: Mapping[str, str]  # by instance name: a hash of what its plan is made from, see stability.inputs_key
-    notes: tuple[str, ...] = field(default=())  # what the operator should know of the models, a sentence each
+    notes: tuple[str, ...] = field(default=())  # what the operator should know of host and models, a sentence each
 
     def keep_or_replan(self, corrections: Mapping[str, Correction]) -> stability.Choice:
         """A plan or refusal for each instance; installed plans are kept where they still hold.
@@ -86,7 +86,13 @@ class PlanInputs:
 
 
 def plan_inputs(settings: Settings, survey: Survey, models: Mapping[str, ModelFiles]) -> PlanInputs | Refused:
-    """From what was read; `models` may lack those whose source is a path, which are refused."""
+    """From what was read; `models` may lack those whose source is a path, which are refused. A refusal has what the
+    probe found wrong with the host."""
+    inputs = _plan_inputs(settings, survey, models)
+    return diagnosed(inputs, survey.machine) if isinstance(inputs, Refused) else inputs
+
+
+def _plan_inputs(settings: Settings, survey: Survey, models: Mapping[str, ModelFiles]) -> PlanInputs | Refused:
     backend = resolve_backend(survey.machine, settings)
     if isinstance(backend, Refusal):
         return no_backend(backend)
@@ -106,7 +112,8 @@ def plan_inputs(settings: Settings, survey: Survey, models: Mapping[str, ModelFi
         })
         for instance in settings.models
     }  # fmt: skip
-    return PlanInputs(settings, survey, backend, models, keys, tuple(notes))
+    problems = [f"the host: {text}" for text in survey.machine.problems]
+    return PlanInputs(settings, survey, backend, models, keys, (*problems, *notes))
 
 
 def _verifiable(instance: Instance, model: ModelFiles, installed: Installed) -> tuple[ModelFiles, str] | Refused:

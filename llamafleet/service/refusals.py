@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from llamafleet.build.cuda_toolkit import Unsuitable
 from llamafleet.build.packages import RUN_PACKAGES
 from llamafleet.host.installed import Holder, Installed, Listener, Place, Survey
+from llamafleet.host.machine import Machine
 from llamafleet.host.recorded import SCHEMA
 from llamafleet.hub.http import shown
 from llamafleet.hub.source import ModelFiles
@@ -32,6 +33,13 @@ class Refused:
 
     def __str__(self) -> str:
         return "; ".join(self.reasons)
+
+
+def diagnosed(refused: Refused, machine: Machine) -> Refused:
+    """The refusal with what the probe found wrong with the host, unless it says so already."""
+    said = str(refused)
+    new = [text for text in machine.problems if (text.partition(": ")[2] or text) not in said]
+    return Refused((*refused.reasons, *(f"the host: {text}" for text in new)))
 
 
 def not_accessible(
@@ -155,7 +163,8 @@ def no_toolkit(unsuitable: Unsuitable) -> Refused:
 def no_hip_target() -> Refused:
     """It is not known for which AMD GPU llama.cpp is to be compiled."""
     return Refused.because(
-        "backend: hip: the driver does not report the GPU's LLVM target (gfx...): is amdgpu's KFD loaded?"
+        "backend: hip: the driver does not report the GPU's LLVM target (gfx...): amdgpu's KFD is not loaded, or a "
+        'container was not given /dev/kfd: mend that, or set backend = "vulkan"'
     )
 
 

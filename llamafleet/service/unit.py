@@ -104,7 +104,7 @@ def unit_values(
         # A software device compiles its shaders to code of this CPU while it runs.
         "compiles_code": any(gpu.vendor == SOFTWARE for gpu in plan.gpus),
         "device_classes": _device_classes(build.backend, installed),
-        "groups": gpu_groups(build.backend, installed),
+        "groups": groups(build.backend, installed),
         "minors": [installed.nvidia_minors.get(gpu.pci_bus_id.lower(), gpu.index) for gpu in plan.gpus],
         "after": _after(instance.listen, build.backend, bool(plan.gpus), installed),
         "restart": RESTART if _systemd(installed) >= RESTART_STEPS_SINCE else OLD_RESTART,
@@ -119,18 +119,17 @@ def unit_values(
     }
 
 
+def groups(backend: str, installed: Installed) -> tuple[str, ...]:
+    """The groups without which a server cannot open the backend's device nodes on this host."""
+    both = tuple(dict.fromkeys((*installed.gpu_groups, *installed.nvidia_groups)))
+    return {"cuda": installed.nvidia_groups, "hip": installed.gpu_groups, "vulkan": both}.get(backend, ())
+
+
 def _device_classes(backend: str, installed: Installed) -> tuple[str, ...]:
     """For CUDA every class that NVIDIA's driver is known to make, whether it has made it yet or not: the unit must
     not differ after the driver was first used. systemd passes over a class that does not exist."""
     known = NVIDIA_CLASSES if backend == "cuda" else ()
     return tuple(sorted({*known, *installed.device_classes}))
-
-
-def gpu_groups(backend: str, installed: Installed) -> tuple[str, ...]:
-    """The groups that a server needs to open the devices of this backend."""
-    usual = installed.gpu_groups if backend in ("hip", "vulkan") else ()
-    kinds = {"cuda": ("nvidia",), "hip": ("dri",), "vulkan": ("dri", "nvidia")}.get(backend, ())
-    return tuple(dict.fromkeys((*usual, *(group for kind in kinds for group in installed.node_groups.get(kind, ())))))
 
 
 def _after(listen: str, backend: str, gpu: bool, installed: Installed) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator, with_config
+from pydantic import BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError, model_validator, with_config
 
 from llamafleet import validation
 from llamafleet.remote.common import (
@@ -32,6 +32,7 @@ from llamafleet.remote.common import (
 from llamafleet.settings import environment, secrets
 from llamafleet.settings import extra_flags as extra
 from llamafleet.settings.defaults import MODEL_DEFAULTS, DefaultsError, with_defaults
+from llamafleet.settings.gpu_names import gpu_name, gpu_reserve
 from llamafleet.validation import Flag, Listed, Should, Whole, one_of
 
 BACKENDS = ("auto", "cuda", "hip", "vulkan", "cpu")
@@ -93,6 +94,9 @@ Mirror = Annotated[
     _BE_ADDRESS,
     _BE_HUB_FILE,
 ]
+GpuName = Annotated[str, PlainValidator(gpu_name)]
+# MiB for every GPU, or by GPU with "default" for the others.
+GpuReserve = Annotated[int | Mapping[str, int], PlainValidator(gpu_reserve)]
 # git takes what begins with a dash for an option.
 GitArgument = Annotated[Text, Should("not be empty or begin with a dash", lambda text: text and text[0] != "-")]
 
@@ -259,6 +263,7 @@ class Settings:
             lambda text: text in ("auto", "nvidia", "distro") or text.startswith("/"),
         ),
     ]
+    gpus: Annotated[Listed[GpuName], Field(max_length=256)] | None
     vulkan_devices: Listed[Annotated[Whole, Field(ge=0, le=1023, description="a number of vulkaninfo")]] | None
     build_ui: Flag
     build_jobs: Annotated[Whole, Field(ge=1, le=4096, description="a compiler job at least")] | None
@@ -266,7 +271,7 @@ class Settings:
     keep_releases: Annotated[Whole, Field(ge=0, le=10_000, description="each takes some hundred MB")]
     hub_endpoint: Annotated[Text, Should(f"be {ADDRESS_RULE}", is_address)]
     hub_token_file: Text | None
-    gpu_reserve_mib: Mib
+    gpu_reserve_mib: GpuReserve
     ram_reserve_mib: Mib
     allow_swap: Flag
     speed_floor_percent: Annotated[Whole, Field(ge=0, le=100, description="of the median of earlier gates' speeds")]

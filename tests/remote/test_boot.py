@@ -2,57 +2,14 @@
 
 from __future__ import annotations
 
-import grp
-import os
-import stat
-import types
-
 import boot
 import pytest
-
-VIDEO = 44
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     monkeypatch.setattr(boot, "ROOT", str(tmp_path))
     return tmp_path
-
-
-@pytest.fixture
-def node(root, monkeypatch):
-    """Makes a device node that the tests may make: a file that counts as one, with this mode and group."""
-    groups = {}
-    real = os.stat
-
-    def status(path, **more):
-        found = real(path, **more)
-        mode = stat.S_IFCHR | stat.S_IMODE(found.st_mode)
-        return types.SimpleNamespace(st_mode=mode, st_gid=groups.get(str(path), 0))
-
-    def made(name, mode, group=0):
-        path = root / "dev" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        path.chmod(mode)
-        groups[str(path)] = group
-
-    monkeypatch.setattr(boot.os, "stat", status)
-    return made
-
-
-@pytest.fixture
-def members(monkeypatch):
-    """The members of the group `video`; other numbers have no name."""
-    found = []
-
-    def by_number(number):
-        if number != VIDEO:
-            raise KeyError(number)
-        return types.SimpleNamespace(gr_name="video", gr_mem=found)
-
-    monkeypatch.setattr(grp, "getgrgid", by_number)
-    return found
 
 
 def enable(root, unit, target="multi-user.target", folder="etc/systemd/system"):
@@ -83,52 +40,6 @@ def test_a_unit_that_a_boot_starts_is_waited_for(root, unit, kind):
 def test_a_unit_that_runs_at_suspend_only_is_not_waited_for(root):
     enable(root, "nvidia-suspend.service", target="systemd-suspend.service")
     assert boot.enabled_units()["gpu"] == []
-
-
-def test_nodes_that_all_may_open_need_no_group(node, members):
-    node("nvidia0", 0o666)
-    node("dri/renderD128", 0o666, VIDEO)
-    assert boot.node_groups() == {"nvidia": [], "dri": []}
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"), [("nvidia0", "nvidia"), ("nvmap", "nvidia"), ("kfd", "dri"), ("dri/card1", "dri")]
-)
-def test_the_group_of_a_node_that_others_may_not_open_is_found(node, members, name, kind):
-    """ollama/ollama#2838, netdata/netdata#21359: nodes are 0660 root:video."""
-    node(name, 0o660, VIDEO)
-    assert boot.node_groups()[kind] == ["video"]
-
-
-def test_a_group_without_a_name_is_its_number(node, members):
-    node("nvidiactl", 0o660, 993)
-    assert boot.node_groups()["nvidia"] == ["993"]
-
-
-@pytest.mark.parametrize("mode", [0o600, 0o640], ids=oct)
-def test_a_node_that_its_group_may_not_open_either_names_none(node, members, mode):
-    node("nvidia0", mode, VIDEO)
-    assert boot.node_groups()["nvidia"] == []
-
-
-def test_root_s_group_is_no_way_out(node, members):
-    node("nvidia0", 0o660, 0)
-    assert boot.node_groups()["nvidia"] == []
-
-
-def test_a_user_who_was_put_into_the_group_by_hand_needs_no_more(node, members):
-    members.append("llamafleet")
-    node("nvidia0", 0o660, VIDEO)
-    assert boot.node_groups()["nvidia"] == []
-
-
-def test_the_driver_tells_the_group_of_nodes_that_it_has_not_made(root, members):
-    params = root / "proc/driver/nvidia/params"
-    params.parent.mkdir(parents=True)
-    params.write_text(f"ModifyDeviceFiles: 1\nDeviceFileUID: 0\nDeviceFileGID: {VIDEO}\nDeviceFileMode: {0o660}\n")
-    assert boot.node_groups()["nvidia"] == ["video"]
-    params.write_text(f"DeviceFileGID: {VIDEO}\nDeviceFileMode: {0o666}\n")
-    assert boot.node_groups()["nvidia"] == []
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from llamafleet.planner.result import Plan
 from llamafleet.remote.common import core_of_unit, is_as_written
 from llamafleet.service import command
 from llamafleet.service.record import START_SECONDS, health_seconds, plan_record, url_host
-from llamafleet.service.unit import gpu_groups, liveness_texts, unit_text
+from llamafleet.service.unit import groups, liveness_texts, unit_text
 from tasks.lib.templates import render
 from tests import planning
 from tests.exposure import exposure
@@ -83,6 +83,14 @@ def test_a_gpu_is_not_hidden_and_no_other_is_seen():
 def test_a_driver_that_was_used_once_more_does_not_change_the_unit():
     later = dataclasses.replace(HOST, device_classes=("drm", "nvidia-uvm", "nvidia-caps"))
     assert made([24564], later)[0] == made([24564])[0]
+
+
+def test_nvidias_nodes_of_a_group_add_that_group_and_no_other_unit_changes():
+    """ollama#2838, netdata#21359: nodes of mode 0660 and group video."""
+    assert not directive(made([24564])[0], "SupplementaryGroups")
+    shut = dataclasses.replace(HOST, nvidia_groups=("video",))
+    assert directive(made([24564], shut)[0], "SupplementaryGroups") == ["video"]
+    assert not directive(made([], shut)[0], "SupplementaryGroups")
 
 
 def test_without_a_gpu_there_are_no_devices():
@@ -175,20 +183,11 @@ def test_the_nodes_of_all_planned_gpus_are_made_before_a_start():
 
 
 @pytest.mark.parametrize(
-    ("node_groups", "expected"),
-    [({}, []), ({"nvidia": ("video",)}, ["video"]), ({"nvidia": ("993",), "dri": ("x",)}, ["993"])],
-)
-def test_a_server_has_the_group_that_opens_its_device_nodes(node_groups, expected):
-    """ollama/ollama#2838, netdata/netdata#21359: nodes are 0660 root:video, and the preflight failed."""
-    assert directive(made([24564], on("257", node_groups=node_groups))[0], "SupplementaryGroups") == expected
-
-
-@pytest.mark.parametrize(
     ("backend", "expected"),
-    [("cuda", ("video",)), ("hip", ("render", "video", "kfd")), ("vulkan", ("render", "video", "kfd")), ("cpu", ())],
+    [("cuda", ("video",)), ("hip", ("render",)), ("vulkan", ("render", "video")), ("cpu", ())],
 )
 def test_each_backend_has_the_groups_of_its_nodes_once(backend, expected):
-    assert gpu_groups(backend, on("257", node_groups={"nvidia": ("video",), "dri": ("kfd", "render")})) == expected
+    assert groups(backend, on("257", gpu_groups=("render",), nvidia_groups=("video",))) == expected
 
 
 def test_the_operator_s_variables_are_in_the_unit():
