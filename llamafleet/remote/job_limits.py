@@ -15,6 +15,7 @@ docs/hardening.md has the reasons and the exposure.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -51,9 +52,12 @@ CLIENT = (FILES, "SystemCallFilter=@system-service", "SystemCallErrorNumber=EPER
 CACHES = "/var/cache"
 
 
-def limits(kind: str, build_cache: Optional[str] = None, stores: Sequence[str] = ()) -> List[str]:
-    """The directives of a job of this kind; `build_cache` is the folder that a build shares with other hosts, `stores`
-    are folders for models on other disks."""
+def limits(
+    kind: str, build_cache: Optional[str] = None, reads_files: bool = False, stores: Sequence[str] = ()
+) -> List[str]:  # fmt: skip
+    """The directives of a job of this kind; `build_cache` is the folder that a build shares with other hosts. With
+    `reads_files` a download takes a file of this host, wherever it lies. `stores` are folders for models on other
+    disks."""
     if kind == "build":
         paths = [BUILD, SOURCE, RELEASES, CACHES, *([build_cache] if build_cache else [])]
         return [*ALWAYS, *BEHIND, *CONFINED, *writable(paths), *bounds(kind, 8192, free_bytes()),
@@ -65,7 +69,7 @@ def limits(kind: str, build_cache: Optional[str] = None, stores: Sequence[str] =
                 "ProtectHome=read-only"]  # fmt: skip
     if kind == "fetch":
         return [*ALWAYS, *BEHIND, *CONFINED, *CLIENT, *writable([MODELS, *stores]), *bounds(kind, 256, 2 * GIB),
-                "ProtectHome=yes"]  # fmt: skip
+                f"ProtectHome={'read-only' if reads_files else 'yes'}"]  # fmt: skip
     if kind in ("packages", "toolkit"):  # packages write anywhere, and run scripts of their own
         return [*ALWAYS, *BEHIND, *bounds(kind, 4096, free_bytes())]
     # It asks systemd, and makes device nodes of a GPU: a sandbox as tight would have to be opened for both.
@@ -108,7 +112,7 @@ def for_job(name: str) -> List[str]:
     if cache:
         with contextlib.suppress(OSError):  # the job says what is wrong with it
             os.makedirs(cache, mode=0o755, exist_ok=True)
-    return limits(kind, cache, stores)
+    return limits(kind, cache, '"file:///' in json.dumps(spec.get("files")), stores)
 
 
 def stores_of(spec: Dict[str, Any]) -> List[str]:

@@ -72,10 +72,11 @@ def _of_build(build: Build, is_cached: bool) -> Iterator[Need]:
 
 
 def missing_bytes(serving: Serving, installed: Installed) -> Iterator[int]:
-    """What is to be downloaded of each file that the host has not verified; a part of it may be there."""
+    """What is to be downloaded of each file that the host has not verified; a part of it may be there. A file of the
+    host's own may take no space (a hard link): the download itself knows."""
     for file in serving.model.files:
         path = f"{serving.folder}/{file.name}"
-        if path not in installed.models and file.size_bytes:
+        if path not in installed.models and file.size_bytes and file.place != "host":
             yield max(0, file.size_bytes - installed.left.model_bytes.get(path, 0))
 
 

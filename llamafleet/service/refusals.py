@@ -11,11 +11,11 @@ from llamafleet.build.packages import RUN_PACKAGES
 from llamafleet.host.installed import Holder, Installed, Listener, Place, Survey
 from llamafleet.host.machine import Machine
 from llamafleet.host.recorded import SCHEMA
-from llamafleet.hub.http import shown
 from llamafleet.hub.source import ModelFiles
 from llamafleet.planner.result import Refusal
 from llamafleet.remote.common import LOCK, MODEL_FILE_RULE, drop_in_folders, is_model_file, plan_path
 from llamafleet.settings.schema import Instance, Settings
+from llamafleet.sources import shown
 
 WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 -- compared with, never bound
 
@@ -104,19 +104,8 @@ def nothing_to_serve(settings: Settings, installed: Installed, elsewhere: Collec
 
 
 def is_path(instance: Instance) -> bool:
-    """Whether the model is a file of the operator's machine, which no host can fetch."""
+    """Whether the model is a file of the operator's machine or of the host."""
     return instance.source.startswith("/")
-
-
-def path_as_source(settings: Settings) -> Refused | None:
-    """Whether a model's source is a path."""
-    for instance in settings.models:
-        if is_path(instance):
-            return Refused.because(
-                f"models: {instance.name}: source: {instance.source} is a path, which can be planned but not "
-                "deployed: give its http(s) address or hf:OWNER/REPO/FILE.gguf"
-            )
-    return None
 
 
 def unusable_file(instance: Instance, model: ModelFiles) -> Refused | None:

@@ -13,7 +13,7 @@ from llamafleet.remote.common import VAR
 from llamafleet.service import disks
 from llamafleet.service.left import open_ports
 from llamafleet.settings.schema import Settings
-from tasks.lib import remote, sending
+from tasks.lib import lookups, remote, sending
 
 
 def asked_left(settings: Settings) -> dict[str, Any]:
@@ -42,7 +42,8 @@ def survey(host: Host, packages: dict[str, tuple[str, ...]], settings: Settings,
             "left": asked_left(settings),
         }
     )
-    ok, out, err = sending.run_helper(host, "survey.py", asked, purpose="the survey", seconds=remote.SURVEY_SECONDS)
+    ok, out, err = sending.run_helper(host, "survey.py", asked, purpose="the survey", seconds=remote.SURVEY_SECONDS,
+                                       network=lookups.network(settings))  # fmt: skip
     if not ok or not out:
         raise remote.RemoteError(f"cannot read the host: {remote.explain(out, err)}")
     return answers.survey(out[-1])

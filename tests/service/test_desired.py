@@ -101,7 +101,7 @@ def test_a_later_version_deployed_the_host():
 PROBLEM = "NVIDIA: module 570 is loaded but the libraries are 580: reboot needed"
 
 
-@pytest.mark.parametrize("asked", [{}, {"models": [{"source": "/srv/m.gguf"}]}], ids=["no_python", "path_as_source"])
+@pytest.mark.parametrize("asked", [{}, {"backend": "cuda"}], ids=["no_python", "no_gpu"])
 def test_every_refusal_has_what_the_probe_found_wrong(asked):
     """lyulyul/shine-cluster#30, NVIDIA/ubuntu-packaging-nvidia-driver#3: the operator read something else."""
     host = survey(machine={"python": None, "problems": [PROBLEM]})
@@ -132,13 +132,6 @@ def test_what_is_compiled_is_for_the_gpus_that_are_used():
 
 
 # --- refusals: what was asked for -----------------------------------------------------------------
-
-
-def test_a_source_that_is_a_path():
-    assert refusal(models=({}, {"source": "/srv/m.gguf"})) == (
-        "models: m1: source: /srv/m.gguf is a path, which can be planned but not deployed: give its http(s) address "
-        "or hf:OWNER/REPO/FILE.gguf"
-    )
 
 
 def test_a_plan_that_does_not_fit_names_the_model_once():

@@ -102,6 +102,13 @@ def test_of_a_split_model_the_files_that_are_missing_count():
     assert list(disks.missing_bytes(serving, outcome.installed)) == [SIZE, SIZE]
 
 
+def test_a_file_of_the_host_s_own_may_take_no_space():
+    outcome, _ = decided(everywhere(0))
+    file = RemoteFile("m.gguf", "file:///srv/m.gguf", SIZE, "a" * 64, place="host")
+    serving = dataclasses.replace(outcome.servings[0], model=ModelFiles((file,), planning.header("Qwen3-8B")))
+    assert list(disks.missing_bytes(serving, outcome.installed)) == []
+
+
 @pytest.mark.parametrize("size", [None, 0])
 def test_a_size_that_is_not_known_is_no_reason(size):
     assert refusal(everywhere(2 * GIB), size=size) == ""
