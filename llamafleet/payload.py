@@ -38,7 +38,8 @@ PROBE_PACKAGES = frozenset({"psutil", "nvidia-ml-py"})
 PROBE_PROGRAMS = (
     *("probe.py", "probe_bandwidth.py", "probe_cpu.py", "probe_files.py", "probe_vulkan.py"),
     *("probe_gpus.py", "probe_gpu_common.py", "probe_nvidia.py", "probe_amd.py"),
-    *("survey.py", "addresses.py", "ground.py", "learned.py", "lock.py", "releases.py", "toolkits.py", "uninstall.py"),
+    *("survey.py", "addresses.py", "ground.py", "learned.py", "lock.py", "releases.py", "rocm.py", "toolkits.py"),
+    "uninstall.py",
     *("common.py", "instance_files.py", "packages.py", "places.py"),  # imported by the programs above
 )
 # Files of the wheels that the probe does not need on Linux.

@@ -262,7 +262,9 @@ def test_fedora_gets_nvidias_repository_without_its_drivers(host):
     done = host.from_fedora()
     assert done.returncode == 0, done.stdout + done.stderr
     text = (host.root / "etc/yum.repos.d/llamafleet-cuda-fedora43.repo").read_text()
-    assert text.startswith(REPO)
+    # A name of its own: of two repositories of one name the first counts, which an owner may have switched off.
+    assert text.startswith("[llamafleet-cuda-fedora43]\nname=cuda\nbaseurl=https://x\ngpgcheck=1\n")
+    assert "\nenabled=1\n" in text
     (excluded,) = [line for line in text.splitlines() if line.startswith("excludepkgs=")]
     assert {"nvidia-driver*", "nvidia-open*", "cuda-drivers*", "libnvidia-*"} <= set(excluded[12:].split())
     assert host.calls("dnf") == ["dnf -y --setopt=install_weak_deps=False install cuda-nvcc-13-2"]

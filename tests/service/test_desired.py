@@ -78,8 +78,10 @@ def test_a_python_that_is_too_old(python, shown):
     )
 
 
-def test_neither_apt_nor_dnf():
-    assert refusal(survey(machine={"package_manager": None})) == "debian 13 has neither apt nor dnf"
+def test_a_package_manager_that_is_not_known():
+    assert refusal(survey(machine={"package_manager": None})) == (
+        "debian 13 has none of the package managers that llamafleet knows: apt, dnf, zypper or pacman"
+    )
 
 
 def test_another_run_holds_the_lock():
@@ -399,13 +401,17 @@ def test_access_comes_before_plans_and_plans_before_the_toolkit():
 # --- decided ----------------------------------------------------------------------------------------
 
 
+def lacking(desired):
+    return tuple(need.name for need in desired.lacking)
+
+
 def test_a_bare_host_gets_a_service_a_build_and_what_is_missing():
     host = survey([{}], missing_packages=("cmake", "curl", "glslc"))
     desired = decided(
         host, run=dataclasses.replace(RUN, secrets={"m0": {"api-keys": "key\n"}}), models=({"api_key_file": "/k"},)
     )
     (serving,) = desired.servings
-    assert desired.packages == ("cmake", "curl")  # what its backend needs, of what is missing
+    assert lacking(desired) == ("curl", "cmake")  # what its backend needs, of what is missing
     assert isinstance(desired.install_toolkit, Install) and desired.build.architectures == ("89",)
     assert desired.build.toolkit == desired.install_toolkit.identity and desired.build.commit == RUN.commit
     assert serving.folder == "/var/lib/llamafleet/models/m-aaaaaaaaaaaa"
@@ -421,14 +427,14 @@ def test_a_bare_host_gets_a_service_a_build_and_what_is_missing():
 def test_nothing_is_compiled_with_where_the_build_is_there():
     bare = decided(survey(missing_packages=("cmake", "curl")))
     there = survey(missing_packages=("cmake", "curl"), releases={bare.build.key: {}})
-    assert (bare.packages, decided(there).packages) == (("cmake", "curl"), ("curl",))
+    assert (lacking(bare), lacking(decided(there))) == (("curl", "cmake"), ("curl",))
     digest, other = "a" * 64, "b" * 64
     cached = survey(missing_packages=("cmake", "curl"), cached_builds={bare.build.key: (other, digest)})
     known = dataclasses.replace(RUN, digests={bare.build.key: [digest]})
-    assert decided(cached, known).packages == ("curl",) and decided(cached, known).is_cached
+    assert lacking(decided(cached, known)) == ("curl",) and decided(cached, known).is_cached
     # A build that nobody knows the digest of is not taken, so this host compiles.
     for run in (RUN, dataclasses.replace(RUN, digests={bare.build.key: ["c" * 64], "f" * 16: [digest]})):
-        assert decided(cached, run).packages == ("cmake", "curl") and not decided(cached, run).is_cached
+        assert lacking(decided(cached, run)) == ("curl", "cmake") and not decided(cached, run).is_cached
 
 
 def test_secrets_are_in_no_representation():
