@@ -14,7 +14,7 @@ from typing import List, Optional, Tuple, Type  # the contract is Python 3.8, wh
 import packages
 
 # On its first boot a host installs updates, for ten minutes and more (cloud-init, unattended-upgrades).
-LOCK_SECONDS, LOCK_POLL_SECONDS = 1800.0, 5.0
+LOCK_SECONDS, LOCK_POLL_SECONDS, LOCK_SAY_SECONDS = 1800.0, 2.0, 60.0
 KEPT_LINES = 200
 
 
@@ -29,7 +29,7 @@ def say(text: str) -> None:
 def run(command: List[str], failure: str, manager: Optional[Type[packages.Manager]] = None) -> None:
     """Run a command; `Failed` with its last lines where it fails. With a `manager`, wait while another process holds
     the manager's lock, and finish an installation that was cut off."""
-    began, mended = time.monotonic(), False
+    began, mended, said = time.monotonic(), False, 0.0
     while True:
         code, lines = output(command, manager)
         if not code:
@@ -46,7 +46,9 @@ def run(command: List[str], failure: str, manager: Optional[Type[packages.Manage
             waited = f", after waiting {LOCK_SECONDS:.0f} s for another process" if is_locked else ""
             last = " | ".join(line for line in lines[-5:] if line)
             raise Failed(f"{failure} (exit code {code}{waited}): {last}")
-        say("another process holds the lock of the package manager: waiting for it")
+        if not said or time.monotonic() - said > LOCK_SAY_SECONDS:
+            said = time.monotonic()
+            say("another process holds the lock of the package manager: waiting for it")
         time.sleep(LOCK_POLL_SECONDS)
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from llamafleet.build.cuda_toolkit import Install
-from llamafleet.host.installed import Holder, Listener, Survey
+from llamafleet.host.installed import Holder, Listener, Offer, Survey
 from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.planner.reconcile import Verified
@@ -15,7 +15,7 @@ from llamafleet.planner.result import Refusal
 from llamafleet.remote.common import MODELS
 from llamafleet.service import refusals
 from llamafleet.service.changes import changes_needed
-from llamafleet.service.desired import Desired, Run, desire, with_plans
+from llamafleet.service.desired import Desired, Run, desire, to_ask, with_plans
 from llamafleet.service.instance_changes import SECRETS
 from llamafleet.service.plan_inputs import plan_inputs
 from llamafleet.service.refusals import Refused, port_taken
@@ -422,6 +422,46 @@ def test_a_bare_host_gets_a_service_a_build_and_what_is_missing():
     )
     assert serving.service.argv[-2:] == ("--api-key-file", "/run/credentials/llama-server-m0.service/api-keys")
     assert serving.service.secrets.keys() <= SECRETS.keys() and not serving.is_verified
+
+
+def test_what_no_repository_has_is_named_with_the_way_out():
+    """vocalinux#212: Ubuntu 22.04 has no glslc."""
+    host = survey([{}], missing_packages=("glslc", "cmake"))
+    offers = {"glslc": Offer(None), "cmake": Offer("cmake", "3.22.1")}
+    assert refusal(host, dataclasses.replace(RUN, offers=offers), backend="vulkan", vulkan_devices=[]) == (
+        "packages: glslc is missing, and no enabled repository of the host has glslc: install LunarG's Vulkan SDK, whose "
+        "glslc on the PATH of root's services does as well"
+    )
+
+
+def test_what_the_host_can_do_without_is_not_asked_for_again():
+    """ninja-build/ninja#2199: in CRB, which is off; make compiles."""
+    host = survey(missing_packages=("ninja", "cmake"))
+    assert lacking(decided(host)) == ("cmake", "ninja")
+    offers = {"ninja": Offer(None, off=("crb",)), "cmake": Offer("cmake", "3.26.5")}
+    assert lacking(decided(host, dataclasses.replace(RUN, offers=offers))) == ("cmake",)
+
+
+def test_hip_that_is_too_old_is_refused_where_something_is_compiled():
+    """ggml-org/llama.cpp#16320, llama-toolchest#142."""
+    old = {"path": "/opt/rocm", "version": "5.7", "compiler": None, "hipblas": True, "rocblas": True}
+    text = refusal(survey([AMD], rocm=(old,)), backend="hip")
+    assert text.startswith("backend: hip: HIP in /opt/rocm is 5.7, llama.cpp needs 6.1 or later; install ROCm")
+    new = decided(survey([AMD], rocm=({**old, "version": "6.3"},)), backend="hip")
+    assert new.hip.path == "/opt/rocm"
+    there = survey([AMD], rocm=(old,), releases={new.build.key: {}})
+    assert decided(there, backend="hip").hip is None  # nothing is compiled
+
+
+def test_arch_s_repositories_are_asked_for_their_toolkit():
+    arch = {"os": {"id": "arch", "version": "", "arch": "x86_64", "libc": "2.42"}, "package_manager": "pacman"}
+    settings, read, files = reading(survey([{}], arch))
+    inputs = plan_inputs(settings, read, files)
+    outcome = desire(inputs, RUN, lambda template, values: template)
+    assert [need.name for need in to_ask(inputs, outcome)] == ["cuda", "g++"]
+    run = dataclasses.replace(RUN, offers={"cuda": Offer("cuda", "13.0.2-1")})
+    outcome = desire(inputs, run, lambda template, values: template)
+    assert outcome.install_toolkit.packages == ("cuda",) and outcome.build.toolkit == "cuda-13.0"
 
 
 def test_nothing_is_compiled_with_where_the_build_is_there():
