@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,10 @@ from common import RELEASE_SCHEMA, RELEASES, output_of, sha256_of, write_json
 from releases import record_of
 
 ERROR_LINES = 12
+# Before release 14 g++ reads 8 of the 64 bytes that set up AMX's tiles, and drops what writes the others: the first
+# matrix ends in an illegal instruction (seen with 12.2 and llama.cpp b11434; github.com/ggml-org/llama.cpp/pull/26954).
+AMX_COMPILER_VERSION = 14
+WITHOUT_AMX = ("-DCMAKE_C_FLAGS=-U__AMX_INT8__", "-DCMAKE_CXX_FLAGS=-U__AMX_INT8__")
 
 
 class Failed(Exception):
@@ -87,8 +92,8 @@ def compile_release(spec: dict[str, Any]) -> None:
     if at != spec["commit"] or shutil.which("cmake") is None:
         raise Failed("this host has not what it takes to compile, because the build cache had the build when the run "
                      "began: run again, and it compiles")  # fmt: skip
-    generator = generator_for(spec["tree"])
-    configure = ["cmake", "-S", spec["source"], "-B", spec["tree"], "-G", generator, *spec["cmake_flags"]]
+    flags = [*spec["cmake_flags"], *flags_of_compiler()]
+    configure = ["cmake", "-S", spec["source"], "-B", spec["tree"], "-G", generator_for(spec["tree"]), *flags]
     say(f"configuring llama.cpp {spec['commit'][:12]}")
     run(configure, "cmake cannot configure the build")
     jobs = parallel_jobs(spec)
@@ -116,6 +121,19 @@ def generator_for(tree: str) -> str:
     if before and before != [generator]:
         shutil.rmtree(tree)
     return generator
+
+
+def flags_of_compiler() -> tuple[str, ...]:
+    """CMake options for what this host's compiler compiles wrongly for this host's processor."""
+    macros = output_of(["c++", "-march=native", "-dM", "-E", "-x", "c++", "/dev/null"])
+    version = re.search(r"define __GNUC__ (\d+)", macros)
+    if "define __AMX_INT8__ " not in macros or "define __clang__ " in macros or not version:
+        return ()
+    if int(version[1]) >= AMX_COMPILER_VERSION:
+        return ()
+    build_cache.notes.append(f"compiled without AMX, which g++ {version[1]} compiles wrongly: prompts are read more "
+                             f"slowly than with g++ {AMX_COMPILER_VERSION}")  # fmt: skip
+    return WITHOUT_AMX
 
 
 def parallel_jobs(spec: dict[str, Any]) -> int:

@@ -161,3 +161,25 @@ def test_a_failed_command_is_told_by_the_lines_that_say_why(capsys):
 def test_no_more_compilers_run_than_the_jobs_memory_holds(monkeypatch, each, jobs):
     monkeypatch.setattr(build.job_limits, "free_bytes", lambda: 5 << 30)
     assert build.parallel_jobs({"jobs": 8, "bytes_for_job": each}) == jobs
+
+
+@pytest.mark.parametrize(
+    ("macros", "flags"),
+    [
+        ("#define __GNUC__ 12\n#define __AMX_INT8__ 1\n", build.WITHOUT_AMX),
+        ("#define __GNUC__ 14\n#define __AMX_INT8__ 1\n", ()),
+        ("#define __GNUC__ 12\n#define __AMX_TILE__ 1\n", ()),
+        ("#define __GNUC__ 4\n#define __clang__ 1\n#define __AMX_INT8__ 1\n", ()),
+        ("", ()),
+    ],
+)
+def test_a_compiler_that_breaks_amx_compiles_without_it(spec, tmp_path, monkeypatch, macros, flags):
+    """ggml-org/llama.cpp#26954: what g++ 12 made of AMX's tiles ended in an illegal instruction."""
+    escaped = macros.replace("\n", "\\n")
+    compiler = tmp_path / "programs" / "c++"
+    compiler.parent.mkdir()
+    compiler.write_text(f"#!/bin/sh\ncase $* in *-march=native*) printf '{escaped}';; esac\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(compiler.parent), prepend=":")
+    assert build.flags_of_compiler() == flags
+    assert ["AMX" in note for note in build_cache.notes] == [True] * bool(flags)
