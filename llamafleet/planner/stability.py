@@ -36,7 +36,7 @@ _UNRELATED_INSTANCE_SETTINGS = {"name", "source", "port", "listen", "allowed_cli
                           "allowed_drop_ins"}  # fmt: skip
 _UNRELATED_SETTINGS = {"models", "llama_cpp_repository", "llama_cpp_ref", "build_ui", "build_jobs", "build_cache",
               "keep_releases", "hub_endpoint", "hub_token_file", "cuda_toolkit", "drain_seconds",
-              "allow_empty_models"}  # fmt: skip
+              "allow_empty_models", "python"}  # fmt: skip
 
 
 def inputs_key(machine: Machine, settings: Settings, instance: Instance, model: Mapping[str, Any]) -> str:

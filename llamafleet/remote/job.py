@@ -90,7 +90,7 @@ def start(name: str, command: List[str], secret: Optional[str], stream: BinaryIO
 
 def systemd_run(name: str, secret: Optional[str]) -> List[str]:
     """The words before a command that make it the job of that name."""
-    ended = ["/usr/bin/env", "python3", "-s", "-E", "-B", os.path.abspath(__file__), "ended", name]
+    ended = [sys.executable, "-s", "-E", "-B", os.path.abspath(__file__), "ended", name]
     ended += [secret] if secret else []
     for word in ended:
         if not PLAIN.fullmatch(word):

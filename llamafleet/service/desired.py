@@ -355,7 +355,7 @@ def _serving(
         name=instance.name,
         unit_text=unit_text(
             render, instance, plan, build, desired.installed, record, desired.run.helpers,
-            allow_swap=settings.allow_swap,
+            allow_swap=settings.allow_swap, python=settings.python,
         ),
         plan_json=record_text(record), secrets=desired.run.secrets.get(instance.name, {}), argv=argv,
         release=build.release, liveness=liveness_texts(render, instance, settings, desired.run.helpers),

@@ -53,7 +53,8 @@ def not_accessible(
     if tuple(int(part) for part in re.findall(r"\d+", python)[:2]) < oldest_python:
         needed = ".".join(map(str, oldest_python))
         return Refused.because(
-            f"its python3 is {python or 'of unknown version'}, {needed} or later is needed: install a newer one"
+            f"its Python is {python or 'of unknown version'}, {needed} or later is needed: install a newer one, and "
+            'name it in the setting python, such as python = "/usr/bin/python3.11"'
         )
     if machine.package_manager not in MANAGERS:
         known = f"{', '.join(MANAGERS[:-1])} or {MANAGERS[-1]}"

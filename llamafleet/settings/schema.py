@@ -220,6 +220,13 @@ class Settings:
             lambda text: text in ("auto", "nvidia", "distro") or text.startswith("/"),
         ),
     ]
+    python: Annotated[
+        Text,
+        Should(
+            "be python3, or an absolute path such as /usr/bin/python3.11",
+            lambda text: text == "python3" or re.fullmatch(r"/[A-Za-z0-9_./@:+-]+", text),
+        ),
+    ]
     vulkan_devices: Listed[Annotated[Whole, Field(ge=0, le=1023, description="a number of vulkaninfo")]] | None
     build_ui: Flag
     build_jobs: Annotated[Whole, Field(ge=1, le=4096, description="a compiler job at least")] | None

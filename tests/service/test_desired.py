@@ -74,7 +74,8 @@ def test_an_ordinary_user():
 @pytest.mark.parametrize(("python", "shown"), [("3.8.10", "3.8.10"), (None, "of unknown version")])
 def test_a_python_that_is_too_old(python, shown):
     assert refusal(survey(machine={"python": python})) == (
-        f"its python3 is {shown}, 3.9 or later is needed: install a newer one"
+        f"its Python is {shown}, 3.9 or later is needed: install a newer one, and name it in the setting python, such as "
+        'python = "/usr/bin/python3.11"'
     )
 
 
