@@ -25,16 +25,9 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=15", "--durations-m
 # Files of the further lanes with sandbox hosts, in this order; all others are the first one's, where the first deploy
 # compiles for all.
 FURTHER = {
-    "second": (
-        "test_sandbox",
-        "test_06_verify",
-        "test_08_rollback",
-        "test_11_power",
-        "test_05_uninstall",
-        "test_18_successor",
-    ),
+    "second": ("test_06_verify", "test_08_rollback", "test_05_uninstall", "test_18_successor"),
     "third": ("test_07_faults", "test_10_preflight", "test_16_upgrade", "test_17_drift"),
-    "fourth": ("test_04_vulkan", "test_09_secrets"),
+    "fourth": ("test_11_power", "test_09_secrets"),
 }
 # Before what computes: all lanes with hosts wait for the first one's compilation, which must not wait itself.
 GIVE_WAY = ["nice", "-n", "10"]

@@ -136,10 +136,16 @@ def _has_release(desired: Desired, installed: Installed) -> bool:
 
 
 def _has_other_rates(installed: InstalledInstance, serving: Serving) -> bool:
-    """Whether plan.json lacks the rates that its plan was chosen with, or the probe's figure, which is kept there."""
+    """Whether plan.json lacks the rates that its plan was chosen with, as an earlier version wrote it, or has another
+    figure of the probe. One that it lacks, since the host was busy then, is written with the next change."""
     recorded = installed.record.raw.get("inputs") if installed.record else None
     wanted = serving.record.get("inputs")
-    return wanted is not None and (not isinstance(recorded, dict) or recorded.get("rates") != wanted["rates"])
+    if wanted is None:
+        return False
+    rates = recorded.get("rates") if isinstance(recorded, dict) else None
+    if isinstance(rates, dict) and rates.get("probe", ...) is None:
+        return bool(rates != {**wanted["rates"], "probe": None})
+    return bool(rates != wanted["rates"])
 
 
 def _runs_from(service: Service, installed: InstalledInstance | None, build: bool) -> Iterator[str]:

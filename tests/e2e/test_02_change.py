@@ -114,6 +114,7 @@ def test_a_new_commit_is_built_and_the_old_release_is_kept(outside, settings, in
     assert serves(host)
 
 
+@pytest.mark.long
 def test_a_build_that_somebody_changed_in_the_cache_is_not_used(settings, inventory, deployed, host, builds):
     [other] = [one for one in deployed if one is not host]
     written = inventory((other, settings(other, "moe", llama_cpp_ref="changed")))
@@ -140,6 +141,7 @@ def test_a_build_that_somebody_changed_in_the_cache_is_not_used(settings, invent
     assert pyinfra(inventory((other, settings(other, "moe")))).code == 0
 
 
+@pytest.mark.long
 def test_killed_in_mid_download_the_next_run_ends_green(outside, settings, inventory, hosts):
     host = hosts[2]
     path = outside.sources["dense"].removeprefix("hf:")

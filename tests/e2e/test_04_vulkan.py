@@ -22,7 +22,7 @@ from tasks.lib import builds as known_builds
 from tests import fake_nvml
 from tests.e2e.deploying import PORT, ROOT, ask, environment, main_pid, on, pyinfra, serves
 
-pytestmark = pytest.mark.vulkan
+pytestmark = [pytest.mark.vulkan, pytest.mark.long]
 
 PREFIX = "vulkan"
 DRIVER = ("libvulkan1", "mesa-vulkan-drivers")

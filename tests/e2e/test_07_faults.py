@@ -224,6 +224,7 @@ def test_dns_that_is_dead_fails_what_needs_it_by_name_and_nothing_else(settings,
         assert serves(host)
 
 
+@pytest.mark.long
 def test_dns_that_is_dead_at_a_download_leaves_the_old_model_serving(
     settings, inventory, outside, host, deploy, tmp_path
 ):
@@ -269,6 +270,7 @@ def filled_up(host, folder, mebibytes, under_way, asked):
     return runs[0]
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_during_a_build_leaves_the_old_one_serving(settings, inventory, outside, host, deploy):
     upstream.add_commit(outside.clone, {"tools/server/README-dev.md": f"{time.time()}\n"}, "full")
     asked = settings(host, **LIVENESS, llama_cpp_ref="full")
@@ -304,12 +306,11 @@ rm -rf /etc/systemd/system/llama-server-* /opt/llamafleet /etc/llamafleet
 cd /var/lib/llamafleet && ls -A | grep -vx -e build -e src | xargs -r rm -rf
 systemctl daemon-reload; systemctl reset-failed
 """
-# Of one power cut on each of three hosts.
-ROUNDS = [1, pytest.param(20, marks=pytest.mark.long)]
+ROUNDS = 20  # of one power cut on each of three hosts
 
 
-@pytest.mark.parametrize("rounds", ROUNDS)
-def test_power_cuts_at_random_points_of_a_deploy_and_one_more_run_ends_green(settings, inventory, hosts, rounds):
+@pytest.mark.long
+def test_power_cuts_at_random_points_of_a_deploy_and_one_more_run_ends_green(settings, inventory, hosts):
     """From hosts that have the packages and, in the shared cache, the build."""
     seed = int(os.environ.get("E2E_SEED") or time.time())
     chance = random.Random(seed)
@@ -331,7 +332,7 @@ def test_power_cuts_at_random_points_of_a_deploy_and_one_more_run_ends_green(set
         host.kill()
         host.start()
 
-    for number in range(rounds):
+    for number in range(ROUNDS):
         wipe()
         after = {host.name: round(chance.uniform(0.1, 1.0) * usual, 2) for host in hosts}
         cuts = [threading.Thread(target=cut, args=(host, after[host.name])) for host in hosts]

@@ -99,6 +99,7 @@ def test_what_breaks_it_is_dropped_alone_and_told(deploy, host):
     assert again.code == 0 and again.changed() == [], again.text
 
 
+@pytest.mark.long
 def test_two_that_break_it_are_dropped_together_and_no_more(deploy, host):
     run, _, found = deploy("code priority", 1024)
     assert run.code == 0, run.text

@@ -95,7 +95,7 @@ def own_mounts():
         os.chdir(folder)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["ext4", pytest.param("xfs", marks=pytest.mark.long)])
 def disk(request):
     if os.geteuid() != 0:
         pytest.skip("file systems are mounted by root")
@@ -361,7 +361,7 @@ def check_whole(host, *contexts):
     assert left.split() == [f"{GOOD}/.passed:", f"{GOOD}/.switching:"]
 
 
-@pytest.mark.parametrize("how", ["killed", "power cut"])
+@pytest.mark.parametrize("how", [pytest.param("killed", marks=pytest.mark.long), "power cut"])
 def test_a_switch_that_ends_in_mid_gate_leaves_the_old_service_without_another_run(settings, inventory, deployed, how):
     host, on = deployed[0], deploying.on
     asked = settings(host, **LIVENESS)

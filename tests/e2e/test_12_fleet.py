@@ -180,7 +180,7 @@ def attacker(deployed):
     on(host, "sh", "-c", "rm -rf /home/nosudo/attack.py /tmp/ready /tmp/attacked /tmp/pyinfra-* /root/was-here")
 
 
-@pytest.mark.parametrize("way", ["sudo", "su with a password"])
+@pytest.mark.parametrize("way", ["sudo", pytest.param("su with a password", marks=pytest.mark.long)])
 def test_nothing_of_an_ordinary_user_s_is_installed_or_run_as_root(settings, inventory, attacker, way, tmp_path):
     """Through every file that a deploy sends: programs, a job's question, staged files, keys, plans."""
     host, keys = attacker, tmp_path / "keys"

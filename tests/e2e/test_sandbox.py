@@ -1,6 +1,7 @@
 """The disposable hosts themselves: two real ones, in a sandbox of their own beside any that is up already.
 
-Roots are the checkout's (made once); everything else lies in a state folder that must be empty again at the end.
+Roots are the checkout's (made once); everything else lies in a state folder that must be empty again at the end. All of
+it is in `make test-long`: every other test with hosts uses them.
 """
 
 import contextlib
@@ -18,6 +19,8 @@ import pytest
 
 from sandbox import cgroups, machine, roots, state
 from sandbox import hosts as sandbox
+
+pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
 # 127.0.1.200 and up, clear of hosts that the operator has up; of two checkouts each its own.

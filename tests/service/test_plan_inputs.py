@@ -59,14 +59,16 @@ def test_a_second_run_with_the_same_measurements_writes_nothing():
     assert noted(first, again) == ()
 
 
-def test_a_record_without_rates_is_written_once_and_a_probe_that_came_later_too():
+def test_a_record_without_rates_is_written_once_and_for_a_probe_that_came_later_not():
+    """A host that was busy at the first run and is not at the second changes nothing in it."""
     first = decided()
     earlier = {**only(first).record, "inputs": {key: value for key, value in only(first).record["inputs"].items()
                                                 if key != "rates"}}  # fmt: skip
     assert noted(first, decided(record=earlier), earlier) == ("m0",)
     probed = decided(bandwidth=10e9, record=dict(only(first).record))
-    assert noted(first, probed) == ("m0",)
+    assert noted(first, probed) == ()
     assert noted(probed, decided(bandwidth=10e9, record=dict(only(probed).record))) == ()
+    assert noted(probed, decided(bandwidth=20e9, record=dict(only(probed).record))) == ("m0",)  # of other memory
     chosen = only(probed).record["inputs"]["rates"]["chosen"]
     assert chosen["probe_bytes_per_s"] is None  # the plan was chosen without
 
