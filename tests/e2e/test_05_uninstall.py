@@ -86,9 +86,8 @@ def deployed(before, host, outside, tmp_path_factory):
     with oracle_build.compiling():
         run = pyinfra(two)
     assert run.code == 0, run.text
-    assert {"Prepare the host | Install packages", "Build llama.cpp | Build llama.cpp b11434 for cpu"} <= {
-        *run.changed()
-    }
+    for part in ("Install packages", "Build llama.cpp b"):
+        assert any(part in name for name in run.changed()), run.changed()
     for name in ("tiny", "second"):
         assert json.loads(on(host, "cat", f"/var/lib/llamafleet/gate/{name}.json"))["ok"]
     again = pyinfra(two)
