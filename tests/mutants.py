@@ -47,7 +47,7 @@ BARE = {
     "euid": 0, "user": True, "missing_packages": ["cmake", "git"], "helpers": "h1", "lock": None, "jobs": ["build-0123456789abcdef"], "releases": {},
     "current": None, "cached_builds": {"0123456789abcdef": ["5e" * 32]}, "models": {}, "instances": {}, "listeners": [], "device_classes": ["nvidia"],
     "ground": GROUND, "gpu_groups": ["render", "video"], "foreign_units": [], "toolkits": [TOOLKIT], "release_digests": {},
-    "compiler": "14.2.0", "rocm": [{"path": "/opt/rocm", "version": "6.3", "compiler": None, "hipblas": True, "rocblas": True}],
+    "compiler": "14.2.0", "tools": {"g++": "14.2.0", "cmake": "3.31.6"}, "rocm": [{"path": "/opt/rocm", "version": "6.3", "compiler": None, "hipblas": True, "rocblas": True}],
 }  # fmt: skip
 SYSTEM = {"package_manager": "apt", "python": "3.13.5", "disks": [{"path": "/opt", "free_bytes": 2**40}]}
 AMD = {"vendor": "amd", "compute_capability": None, "gfx": "gfx1100", "name": "Radeon RX 7900 XTX"}

@@ -7,7 +7,8 @@ owner has put into /usr/local does as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +113,22 @@ TLS_COMPILE = Need(
     "openssl headers", ("/usr/include/openssl/ssl.h",),
     {"apt": ("libssl-dev",), "dnf": ("openssl-devel",), "zypper": ("libopenssl-devel",), "pacman": ("openssl",)},
 )  # fmt: skip
+
+
+# The oldest that compile llama.cpp: before g++ 9 the library has no std::filesystem (common/common.cpp), and the build
+# rules name CMake's (cmake_minimum_required in the CMakeLists.txt of ggml/src/ggml-BACKEND).
+OLDEST_COMPILER = (9,)
+OLDEST_CMAKE = {"cpu": (3, 14), "cuda": (3, 18), "vulkan": (3, 19), "hip": (3, 21)}
+
+
+def too_old(backend: str, versions: Mapping[str, str | None]) -> Iterator[tuple[str, str, str]]:
+    """What is too old to compile with, by the word of its need: the version, and the oldest that does. `versions` are
+    those that the host has or will have; None: not known."""
+    for word, oldest in ((COMPILER.name, OLDEST_COMPILER), ("cmake", OLDEST_CMAKE.get(backend, OLDEST_CMAKE["cpu"]))):
+        text = versions.get(word) or ""
+        numbers = tuple(int(part) for part in re.findall(r"\d+", text.partition(":")[2] or text))
+        if numbers and numbers[: len(oldest)] < oldest:
+            yield word, text, ".".join(map(str, oldest))
 
 
 def needs(backend: str, compiling: bool, tls: bool = False) -> tuple[Need, ...]:

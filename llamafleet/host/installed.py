@@ -222,6 +222,9 @@ class Installed:
     rocm: Annotated[Listed[Rocm], Field(max_length=256)] = ()
     # The default gcc's version; None where there is none.
     compiler: Name | None = None
+    # The versions of what compiles llama.cpp's C++, by the words of `llamafleet/build/packages.py`; None: it is not
+    # there, or not GNU's.
+    tools: Table[Name | None] = field(default_factory=dict)
     # Names of running jobs, as `job.py start` was given them.
     jobs: Annotated[Listed[Label], Field(max_length=1024)] = ()
     # SHA-256 of each release's release.json, by key.

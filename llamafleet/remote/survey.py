@@ -79,6 +79,7 @@ def main(argv: list[str]) -> None:
         "toolkits": toolkits.find(extra=asked["toolkits"]),
         "rocm": rocm.find(),
         "compiler": toolkits.gcc_version("gcc"),
+        "tools": {"g++": toolkits.gcc_version("c++"), "cmake": toolkits.cmake_version()},
         "bandwidth": learned.bandwidth(machine) if asked.get("bandwidth") else None,
         "gate_speeds": learned.gate_speeds(),
         "unbindable": unbindable(asked.get("addresses", [])),

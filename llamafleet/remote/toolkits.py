@@ -164,6 +164,12 @@ def gcc_version(name: str) -> str | None:
     return told if re.match(r"\d+(\.\d+)*$", told) else None
 
 
+def cmake_version() -> str | None:
+    """The version of CMake, "3.25.1"; None where there is none."""
+    match = re.search(r"version (\d+\.\d+[.\d]*)", output_of(["cmake", "--version"], SECONDS, only_success=True))
+    return match.group(1) if match else None
+
+
 def clashes(include: list[str], glibc: tuple[int, ...]) -> list[str]:
     """Functions that this glibc and the toolkit declare differently."""
     declared = text_of(include, "crt/math_functions.h")

@@ -204,7 +204,7 @@ def _with_build(inputs: PlanInputs, run: Run) -> Desired | Refused:
     hip, lacking = _hip(inputs, build, run), _lacking(inputs.survey, build, run)
     if isinstance(hip, NoHip):
         return refusals.no_hip(hip)
-    refused = refusals.no_packages(lacking, run.offers, inputs.survey.machine)
+    refused = refusals.no_packages(lacking, run.offers, inputs.survey.machine) or _old_tools(inputs, build, run)
     return refused or Desired(inputs, run, build, install, lacking, hip=hip)
 
 
@@ -243,6 +243,15 @@ def _in_the_way(inputs: PlanInputs) -> Iterator[Refused]:
         refused = refused or refusals.port_taken(instance, installed.listeners, ours)
         if refused:
             yield refused
+
+
+def _old_tools(inputs: PlanInputs, build: Build, run: Run) -> Refused | None:
+    installed = inputs.survey.installed
+    if not _compiles(installed, build, run):
+        return None
+    coming = {word: offer.version for word, offer in run.offers.items() if offer.package}
+    there = {word: version for word, version in installed.tools.items() if version}
+    return refusals.old_tools(build.backend, {**coming, **there})
 
 
 def to_ask(inputs: PlanInputs, outcome: Desired | Refused) -> tuple[Need, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from llamafleet.build.cuda_toolkit import Unsuitable
-from llamafleet.build.packages import MANAGERS, Need
+from llamafleet.build.packages import COMPILER, MANAGERS, Need, too_old
 from llamafleet.build.rocm import NoHip
 from llamafleet.host.installed import Holder, Installed, Listener, Offer, Survey
 from llamafleet.host.machine import Machine
@@ -183,6 +183,18 @@ def no_packages(lacking: Sequence[Need], offers: Mapping[str, Offer], machine: M
             f"packages: {need.name} is missing, and no enabled repository of the host has {names}{off}: {out}"
         )
     return Refused(tuple(reasons)) if reasons else None
+
+
+def old_tools(backend: str, versions: Mapping[str, str | None]) -> Refused | None:
+    """Whether what would compile llama.cpp is too old for it."""
+    reasons = tuple(
+        f"packages: {word} {version} is too old to compile llama.cpp, {oldest} or later is needed: "
+        + ("link a newer one as c++, g++, cc and gcc in /usr/local/bin (RHEL 8: those of gcc-toolset-13)"
+           if word == COMPILER.name else "put one of kitware's into /usr/local/bin")
+        + ", or give the host a build_cache with the build of another one of its kind"
+        for word, version, oldest in too_old(backend, versions)
+    )  # fmt: skip
+    return Refused(reasons) if reasons else None
 
 
 def no_hip_target() -> Refused:

@@ -42,7 +42,7 @@ ANSWER = {
                   "gcc_limit": 14, "build": "12.8.93"}],
     "rocm": [{"path": "/opt/rocm", "version": "6.3", "compiler": "/opt/rocm/llvm/bin/clang++", "hipblas": True,
               "rocblas": False}],
-    "compiler": "14.2.0",
+    "compiler": "14.2.0", "tools": {"g++": "14.2.0", "cmake": None},
     "bandwidth": {"bytes_per_s": 2.5e10, "hardware": "a, 2 cores, 1 nodes, 8 GiB", "why": ""},
     "gate_speeds": [{"instance": "demo", "decode_tokens_per_s": 20.0, "prompt_tokens_per_s": None, "expected": {
         "decode_tokens_per_s": 10.0, "prompt_tokens_per_s": 50.0, "computed_on": "host", "host_bytes_per_s": 1e10,

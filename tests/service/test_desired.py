@@ -454,6 +454,22 @@ def test_hip_that_is_too_old_is_refused_where_something_is_compiled():
     assert decided(there, backend="hip").hip is None  # nothing is compiled
 
 
+def test_tools_that_are_too_old_are_refused_before_an_hour_of_compiling():
+    """RHEL 8's g++ 8 has no std::filesystem in its library, Ubuntu 20.04's CMake 3.16 cannot do CUDA."""
+    old = refusal(survey(tools={"g++": "8.5.0", "cmake": "3.26.5"}))
+    assert old.startswith("packages: g++ 8.5.0 is too old to compile llama.cpp, 9 or later is needed: link a newer one")
+    coming = dataclasses.replace(RUN, offers={"g++": Offer("g++", "4:8.3.0-1"), "cmake": Offer("cmake", "3.16.3-1")})
+    host = survey([{}], missing_packages=("g++", "cmake"))
+    text = refusal(host, coming)
+    assert (
+        "g++ 4:8.3.0-1 is too old" in text and "cmake 3.16.3-1 is too old to compile llama.cpp, 3.18 or later" in text
+    )
+    cpu = dataclasses.replace(RUN, offers={"g++": Offer("g++", "4:9.3.0-1"), "cmake": Offer("cmake", "3.16.3-1")})
+    assert isinstance(decided(survey(missing_packages=("g++", "cmake")), cpu), Desired)
+    there = survey(tools={"g++": "8.5.0"}, releases={decided(survey()).build.key: {}})
+    assert isinstance(decided(there), Desired)  # nothing is compiled
+
+
 def test_arch_s_repositories_are_asked_for_their_toolkit():
     arch = {"os": {"id": "arch", "version": "", "arch": "x86_64", "libc": "2.42"}, "package_manager": "pacman"}
     settings, read, files = reading(survey([{}], arch))
