@@ -33,11 +33,16 @@ CHAT_TEMPLATE = (
 )
 
 
+class Unsigned64(int):
+    """A whole number that is written as one of 64 bits, where llama.cpp reads such a list."""
+
+
 class _Writer(GGUFWriter):  # type: ignore[misc]  # untyped, see pyproject.toml
     """Pack the vocabulary's long arrays in one call; item by item the base class needs a second for each model."""
 
     _FORMATS: ClassVar = {
         int: (GGUFValueType.INT32, "i"),
+        Unsigned64: (GGUFValueType.UINT64, "Q"),
         float: (GGUFValueType.FLOAT32, "f"),
         bool: (GGUFValueType.BOOL, "?"),
     }

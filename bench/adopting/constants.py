@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bench.adopting.change import Change
 from llamafleet.build.release import DEFAULT_FA_TYPES
-from llamafleet.host.described import GPU_LIMIT
+from llamafleet.host.card_words import GPU_LIMIT
 from llamafleet.memory import context
 from llamafleet.memory.graph import allocation, mla, moe
 from llamafleet.model import gguf, header_checks
@@ -91,7 +91,7 @@ CONSTANTS = (
              "ggml/src/ggml-cuda/ggml-cuda.cu", r"buffer_type_get_alignment\([^)]*\)\s*\{\s*return (\d+);"),
     Constant("llamafleet/memory/weights.py, _ALIGNMENT_BYTES", "32",
              "ggml/src/ggml-impl.h", r"#define TENSOR_ALIGNMENT\s+(\d+)"),
-    Constant("llamafleet/host/described.py, GPU_LIMIT", str(GPU_LIMIT),
+    Constant("llamafleet/host/card_words.py, GPU_LIMIT", str(GPU_LIMIT),
              "ggml/include/ggml-cuda.h", r"#define GGML_CUDA_MAX_DEVICES\s+(\d+)"),
     Constant("llamafleet/build/release.py, DEFAULT_FA_TYPES", " ".join(f"{name}-{name}" for name in DEFAULT_FA_TYPES),
              "ggml/CMakeLists.txt", r"(\w+-\w+)", within=r'GGML_CUDA_FA_QUANTS\s+"([^"]*)"'),

@@ -23,6 +23,8 @@ JOB_BYTES = {"cuda": 4096 * MIB, "hip": 4096 * MIB, "vulkan": 1024 * MIB, "cpu":
 # The K-V pairs that ggml-cuda compiles flash-attention kernels for by default
 # (GGML_CUDA_FA_QUANTS in ggml/CMakeLists.txt). Another pair is converted to f16 at run time, up to 45 times slower.
 DEFAULT_FA_TYPES = ("f16", "bf16", "q8_0", "q4_0")
+# The others that have kernels (ggml/cmake/common.cmake). Of f32 and iq4_nl there are none, and CMake refuses them.
+MORE_FA_TYPES = ("q4_1", "q5_0", "q5_1")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Build:
     def _backend_flags(self) -> dict[str, str]:
         if self.backend == "cuda":
             flags = {"GGML_CUDA": "ON", "CMAKE_CUDA_ARCHITECTURES": ";".join(self.architectures)}
-            extra = [kv for kv in self.kv_types if kv not in DEFAULT_FA_TYPES]
+            extra = [kv for kv in self.kv_types if kv in MORE_FA_TYPES]
             if extra:
                 pairs = [f"{kv}-{kv}" for kv in (*DEFAULT_FA_TYPES, *extra)]
                 flags["GGML_CUDA_FA_QUANTS"] = ";".join(pairs)

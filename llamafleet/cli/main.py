@@ -71,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument(
         "--machine",
         help="a machine file (JSON), - for standard input, or a description: rtx4090,ram=64GB,cores=10 or"
-        " 2xrtx3090,ram=128GB,cores=16 or cpu,ram=32GB,cores=8; it may add swap=8GB, cpu=i5-13400F, pcie=4x8,"
-        " memory-bandwidth=60GB/s",
+        " 2xrtx3090+rtx3060,ram=128GB,cores=16 or cpu,ram=32GB,cores=8; it may add vram=48GB, arm64, swap=8GB,"
+        " cpu=i5-13400F, pcie=4x8, memory-bandwidth=60GB/s",
     )
     plan.add_argument("--limit", help="with --inventory: plan only this host or group")
     plan.add_argument(
@@ -131,6 +131,7 @@ def plan_command(options: argparse.Namespace) -> int:
         alternatives: tuple[str, ...] = ()
         if isinstance(result, Plan):
             alternatives = tuple(what_if(planner, settings.models[0], header, result))
+        alternatives = (*host.notes, *alternatives)
         title = f"{settings.models[0].source} on {host.machine.hostname}"
         out(tables.table(result, title, tables.Look.of(sys.stdout), alternatives))
     return PLANNED if isinstance(result, Plan) else REFUSED

@@ -1,51 +1,51 @@
-"""The catalogue of GPUs: memory, memory bandwidth, f16 arithmetic and PCIe link of each model, one row for each.
+"""Look cards up in the catalogue of GPUs, whose rows are in `cards/`: by a driver's name, or by words.
 
-Bandwidth and arithmetic are the manufacturers' figures: NVIDIA's product pages, data sheets and architecture white
-papers (Turing TU102, Ampere GA102, Ada AD102, Blackwell GB202, A100, H100); AMD's product pages and CDNA data sheets;
-Intel's product pages. Arithmetic is dense f16 with f32 accumulation on tensor cores, which on GeForce is half of the
-figure with f16 accumulation; for cards without tensor cores it is the shaders' rate that llama.cpp uses. The memory of
-NVIDIA's cards is what NVML reports, with ECC as shipped; that of other cards is nominal, less 16 MiB for the firmware.
+Bandwidth and arithmetic are the manufacturers' figures; each row's `source` says which. Arithmetic is dense f16 with
+f32 accumulation on tensor cores, which on GeForce is half of the figure with f16 accumulation; for cards without tensor
+cores it is the shaders' rate that llama.cpp uses. The memory of NVIDIA's cards is what NVML reports, with ECC as
+shipped, where a report is known, else nominal; that of other cards is nominal, less 16 MiB for the firmware.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-MIB, GB, TERA = 1024**2, 1e9, 1e12
+from llamafleet.host.cards.arc import ARC
+from llamafleet.host.cards.geforce import GEFORCE
+from llamafleet.host.cards.laptops import LAPTOPS
+from llamafleet.host.cards.radeon import INSTINCT, RADEON
+from llamafleet.host.cards.row import MIB, GpuModel
+from llamafleet.host.cards.shared import SHARED
+from llamafleet.host.cards.workstations import SERVERS, WORKSTATIONS
 
-
-@dataclass(frozen=True)
-class GpuModel:
-    """A GPU model. `unified`: it shares the CPU's memory, and `memory_bytes` is the largest such memory."""
-
-    name: str  # the driver's name for it: the longest part that all boards have in common
-    vendor: str  # "nvidia", "amd" or "intel", as in a machine file
-    memory_bytes: int
-    bandwidth_bytes_per_s: float
-    fp16_flops: float
-    compute_capability: str | None  # NVIDIA's
-    gfx: str | None  # AMD's LLVM target
-    pcie_generation: int | None
-    pcie_width: int | None
-    unified: bool = False
-    aliases: tuple[str, ...] = ()  # other usual names
+GPUS: tuple[GpuModel, ...] = (*GEFORCE, *LAPTOPS, *WORKSTATIONS, *SERVERS, *RADEON, *INSTINCT, *ARC, *SHARED)
+# Of a size on the box, a driver shows at least this share: ECC takes a sixteenth, the firmware of a module a little.
+SHOWN_SHARE = 0.93
+# Words that name the maker, or say nothing.
+_NOISE = frozenset({
+    "nvidia", "geforce", "amd", "ati", "radeon", "intel", "instinct", "tesla", "gpu", "graphics", "r", "tm", "c",
+    "generation", "edition", "with", "design", "card",
+})  # fmt: skip
+_MOBILE = frozenset({"laptop", "mobile"})
+LEAST_SIMILARITY = 0.6  # of a name that is offered for one that is not known
+_SIZE = re.compile(r"\b([0-9]{1,6}) ?g(?:i?b)?\b")
 
 
 def find(name: str, memory_bytes: int | None = None) -> GpuModel | None:
-    """The model with the longest name that is part of `name`: "rtx4090", "RTX 4090", "NVIDIA GeForce RTX 4090".
+    """The model with the longest name that is part of a driver's name: "NVIDIA GeForce RTX 4090", "Tesla V100-SXM2".
 
-    If several sizes have that name, it is the one nearest to `memory_bytes`, or to a size in `name` ("V100 16GB"), else
-    the first row. None if no row's name is part of `name`.
+    If several sizes have that name, it is the one nearest to `memory_bytes`, or to a size in `name`, else the first
+    row. None if no row's name is part of `name`.
     """
     words = _words(name)
-    matches = [(len("".join(known)), model) for known, model in _KNOWN if _within(known, words)]
-    if _MOBILE & set(words):  # the chip of a laptop's card differs from the desktop card's of that name
-        matches = [(length, model) for length, model in matches if _MOBILE & set(_words(model.name))]
+    # The chip of a laptop's card differs from the desktop card's of that name.
+    parts = [(known, model) for known, model in _KNOWN if not _MOBILE & set(words) or _MOBILE & set(known)]
+    matches = [(len("".join(known)), model) for known, model in parts if _within(known, words)]
     longest = max((length for length, _ in matches), default=0)
     best = [model for length, model in matches if length == longest]
-    size = re.search(r"\b([0-9]{1,6}) ?gb?\b", name.lower())
+    size = _SIZE.search(name.lower())
     if memory_bytes is None and size:
         memory_bytes = int(size[1]) * 1024 * MIB
     if memory_bytes is None:
@@ -53,12 +53,48 @@ def find(name: str, memory_bytes: int | None = None) -> GpuModel | None:
     return min(best, key=lambda model: abs(model.memory_bytes - memory_bytes), default=None)
 
 
+def named(name: str) -> tuple[tuple[GpuModel, ...], int | None]:
+    """The models of exactly this name, one for each size, and the GB that the name gives; no model if none has it.
+
+    Case, blanks, dashes and the maker's name do not count: "rtx4090", "RTX 4090", "NVIDIA GeForce RTX 4090".
+    """
+    key = _key(name)
+    if key in _BY_NAME:  # such as "A100 80GB", whose name has the size
+        return _BY_NAME[key], None
+    text, size = name.lower(), None
+    if match := _SIZE.search(text):
+        size, text = int(match[1]), text[: match.start()] + " " + text[match.end() :]
+    return _BY_NAME.get(_key(text), ()), size
+
+
+def of_size(models: Sequence[GpuModel], gb: int) -> GpuModel | None:
+    """The model that is sold with so many GB; None if none is."""
+    labelled = gb * 1024 * MIB
+    fitting = [model for model in models if SHOWN_SHARE * labelled <= model.memory_bytes <= 1.01 * labelled]
+    return max(fitting, key=lambda model: model.memory_bytes, default=None)
+
+
 def nearest(name: str) -> tuple[str, ...]:
     """Up to three names of the catalogue that are similar to `name`, for messages."""
-    letters = "".join(_words(name))
-    names = {"".join(known): model.name for known, model in _KNOWN}
-    similar = difflib.get_close_matches(letters, names, n=6, cutoff=0.5)
-    return tuple(dict.fromkeys(names[key] for key in similar))[:3]
+    words = tuple(word for word in _words(name) if word not in _NOISE)
+    scores: dict[str, float] = {}
+    for known, model in _KNOWN:
+        scores[model.name] = max(scores.get(model.name, 0.0), _similarity(words, known))
+    similar = (known for known, score in scores.items() if score >= LEAST_SIMILARITY)
+    return tuple(sorted(similar, key=lambda known: -scores[known])[:3])
+
+
+def _similarity(words: tuple[str, ...], known: tuple[str, ...]) -> float:
+    """How near a name is to a known one, from 0: their letters and, counted again, their numbers."""
+    matcher = difflib.SequenceMatcher(None, "".join(words), "".join(known))
+    if matcher.real_quick_ratio() < LEAST_SIMILARITY / 2 or not words:
+        return 0.0
+    numbers, known_numbers = ({word for word in group if word.isdigit()} for group in (words, known))
+    swapped, known_swapped = ({"".join(sorted(number)) for number in group} for group in (numbers, known_numbers))
+    same_length = {len(number) for number in numbers} & {len(number) for number in known_numbers}
+    shared = 0.4 * bool(numbers & known_numbers) + 0.1 * bool(swapped & known_swapped) + 0.1 * bool(same_length)
+    shared += 0.1 * (words[0] == known[0])
+    return matcher.ratio() + shared
 
 
 def _words(name: str) -> tuple[str, ...]:
@@ -66,157 +102,23 @@ def _words(name: str) -> tuple[str, ...]:
     return tuple(re.findall(r"[a-z]+|\d+", name.lower()))
 
 
+def _key(name: str) -> str:
+    """What two forms of one name have in common."""
+    words = re.findall(r"[a-z]+|\d+|\+", name.lower().replace("max+", "max"))
+    return "".join(word for word in words if word not in _NOISE)
+
+
 def _within(part: tuple[str, ...], whole: tuple[str, ...]) -> bool:
     return any(whole[start : start + len(part)] == part for start in range(len(whole) - len(part) + 1))
 
 
-_MOBILE = frozenset({"laptop", "mobile"})
+def _by_name() -> dict[str, tuple[GpuModel, ...]]:
+    rows: dict[str, tuple[GpuModel, ...]] = {}
+    for model in GPUS:
+        for key in dict.fromkeys(_key(name) for name in (model.name, *model.aliases)):
+            rows[key] = (*rows.get(key, ()), model)
+    return rows
 
-
-def _nvidia(
-    name: str, mib: int, gb_per_s: float, tflops: float, capability: str, generation: int, width: int = 16,
-    *aliases: str,
-) -> GpuModel:  # fmt: skip
-    speeds = (gb_per_s * GB, tflops * TERA)
-    return GpuModel(name, "nvidia", mib * MIB, *speeds, capability, None, generation, width, aliases=aliases)
-
-
-def _amd(
-    name: str, mib: int, gb_per_s: float, tflops: float, gfx: str, generation: int, width: int = 16, *aliases: str
-) -> GpuModel:
-    return GpuModel(name, "amd", mib * MIB, gb_per_s * GB, tflops * TERA, None, gfx, generation, width, aliases=aliases)
-
-
-def _intel(name: str, mib: int, gb_per_s: float, tflops: float, width: int, *aliases: str) -> GpuModel:
-    return GpuModel(name, "intel", mib * MIB, gb_per_s * GB, tflops * TERA, None, None, 4, width, aliases=aliases)
-
-
-# Name, MiB, GB/s, TFLOPS, compute capability or LLVM target, PCIe generation, lanes (16), other names.
-# If a name has several sizes, the most common size comes first.
-GPUS: tuple[GpuModel, ...] = (
-    # GeForce 10 and 20
-    _nvidia("GTX 1080 Ti", 11264, 484, 11.3, "6.1", 3),
-    _nvidia("RTX 2060", 6144, 336, 25.8, "7.5", 3),
-    _nvidia("RTX 2070", 8192, 448, 29.9, "7.5", 3),
-    _nvidia("RTX 2070 SUPER", 8192, 448, 36.3, "7.5", 3),
-    _nvidia("RTX 2080", 8192, 448, 40.3, "7.5", 3),
-    _nvidia("RTX 2080 SUPER", 8192, 496, 44.6, "7.5", 3),
-    _nvidia("RTX 2080 Ti", 11264, 616, 53.8, "7.5", 3),
-    # GeForce 30
-    _nvidia("RTX 3050", 8192, 224, 18.2, "8.6", 4, 8),
-    _nvidia("RTX 3060", 12288, 360, 25.5, "8.6", 4),
-    _nvidia("RTX 3060 Ti", 8192, 448, 32.4, "8.6", 4),
-    _nvidia("RTX 3070", 8192, 448, 40.6, "8.6", 4),
-    _nvidia("RTX 3070 Ti", 8192, 608, 43.5, "8.6", 4),
-    _nvidia("RTX 3080", 10240, 760, 59.5, "8.6", 4),
-    _nvidia("RTX 3080", 12288, 912, 61.3, "8.6", 4),
-    _nvidia("RTX 3080 Ti", 12288, 912, 68.2, "8.6", 4),
-    _nvidia("RTX 3090", 24576, 936, 71.0, "8.6", 4),
-    _nvidia("RTX 3090 Ti", 24564, 1008, 80.0, "8.6", 4),
-    # GeForce 40
-    _nvidia("RTX 4060", 8188, 272, 30.2, "8.9", 4, 8),
-    _nvidia("RTX 4060 Ti", 16380, 288, 44.1, "8.9", 4, 8),
-    _nvidia("RTX 4060 Ti", 8188, 288, 44.1, "8.9", 4, 8),
-    _nvidia("RTX 4070", 12282, 504, 58.3, "8.9", 4),
-    _nvidia("RTX 4070 SUPER", 12282, 504, 70.9, "8.9", 4),
-    _nvidia("RTX 4070 Ti", 12282, 504, 80.2, "8.9", 4),
-    _nvidia("RTX 4070 Ti SUPER", 16376, 672, 88.2, "8.9", 4),
-    _nvidia("RTX 4080", 16376, 717, 97.5, "8.9", 4),
-    _nvidia("RTX 4080 SUPER", 16376, 736, 104.4, "8.9", 4),
-    _nvidia("RTX 4090", 24564, 1008, 165.2, "8.9", 4),
-    _nvidia("RTX 4090 Laptop", 16376, 576, 65.0, "8.9", 4, 8),
-    # GeForce 50
-    _nvidia("RTX 5060", 8151, 448, 38.4, "12.0", 5, 8),
-    _nvidia("RTX 5060 Ti", 16311, 448, 47.4, "12.0", 5, 8),
-    _nvidia("RTX 5060 Ti", 8151, 448, 47.4, "12.0", 5, 8),
-    _nvidia("RTX 5070", 12227, 672, 61.7, "12.0", 5),
-    _nvidia("RTX 5070 Ti", 16303, 896, 87.9, "12.0", 5),
-    _nvidia("RTX 5080", 16303, 960, 112.6, "12.0", 5),
-    _nvidia("RTX 5090", 32607, 1792, 209.5, "12.0", 5),
-    _nvidia("RTX 5090 Laptop", 24463, 896, 82.0, "12.0", 5, 8),
-    # Workstations: Turing, Ampere, Ada, Blackwell
-    _nvidia("TITAN RTX", 24576, 672, 65.2, "7.5", 3),
-    _nvidia("Quadro RTX 8000", 49152, 672, 130.5, "7.5", 3),
-    _nvidia("RTX A2000", 12282, 288, 31.9, "8.6", 4, 16, "A2000"),
-    _nvidia("RTX A4000", 16376, 448, 76.7, "8.6", 4, 16, "A4000"),
-    _nvidia("RTX A4500", 20470, 640, 94.6, "8.6", 4, 16, "A4500"),
-    _nvidia("RTX A5000", 24564, 768, 111.1, "8.6", 4, 16, "A5000"),
-    _nvidia("RTX A6000", 49140, 768, 154.8, "8.6", 4, 16, "A6000"),
-    _nvidia("RTX 2000 Ada", 16380, 224, 48.0, "8.9", 4, 8),
-    _nvidia("RTX 4000 Ada", 20475, 360, 106.9, "8.9", 4),
-    _nvidia("RTX 4000 SFF Ada", 20475, 280, 76.7, "8.9", 4),
-    _nvidia("RTX 4500 Ada", 24570, 432, 158.5, "8.9", 4),
-    _nvidia("RTX 5000 Ada", 32760, 576, 261.1, "8.9", 4),
-    _nvidia("RTX 6000 Ada", 49140, 960, 364.2, "8.9", 4),
-    _nvidia("RTX PRO 4000 Blackwell", 24467, 672, 147.0, "12.0", 5, 16, "RTX PRO 4000"),
-    _nvidia("RTX PRO 4500 Blackwell", 32623, 896, 210.0, "12.0", 5, 16, "RTX PRO 4500"),
-    _nvidia("RTX PRO 5000 Blackwell", 48935, 1344, 258.0, "12.0", 5, 16, "RTX PRO 5000"),
-    _nvidia("RTX PRO 6000 Blackwell", 97887, 1792, 500.0, "12.0", 5, 16, "RTX PRO 6000"),
-    # Servers
-    _nvidia("P40", 23040, 346, 11.8, "6.1", 3),
-    _nvidia("P100", 16384, 732, 18.7, "6.0", 3),
-    _nvidia("T4", 15360, 320, 65.0, "7.5", 3),
-    _nvidia("V100", 32768, 900, 112.0, "7.0", 3),
-    _nvidia("V100", 16384, 900, 112.0, "7.0", 3),
-    _nvidia("A2", 15356, 200, 18.0, "8.6", 4, 8),
-    _nvidia("A10", 23028, 600, 125.0, "8.6", 4),
-    _nvidia("A10G", 23028, 600, 70.0, "8.6", 4),
-    _nvidia("A30", 24576, 933, 165.0, "8.0", 4),
-    _nvidia("A40", 46068, 696, 149.7, "8.6", 4),
-    _nvidia("A100 80GB", 81920, 1935, 312.0, "8.0", 4, 16, "A100", "A100 80G"),
-    _nvidia("A100-SXM4-80GB", 81920, 2039, 312.0, "8.0", 4, 16, "A100 SXM"),
-    _nvidia("A100-PCIE-40GB", 40960, 1555, 312.0, "8.0", 4, 16, "A100 40GB", "A100 40G", "A100"),
-    _nvidia("A100-SXM4-40GB", 40960, 1555, 312.0, "8.0", 4),
-    _nvidia("L4", 23034, 300, 121.0, "8.9", 4),
-    _nvidia("L40", 46068, 864, 181.1, "8.9", 4),
-    _nvidia("L40S", 46068, 864, 362.1, "8.9", 4),
-    _nvidia("H100 PCIe", 81559, 2000, 756.0, "9.0", 5),
-    _nvidia("H100 80GB HBM3", 81559, 3350, 989.0, "9.0", 5, 16, "H100", "H100 SXM"),
-    _nvidia("H100 NVL", 95830, 3900, 835.0, "9.0", 5),
-    _nvidia("GH200", 97871, 4000, 989.0, "9.0", 5),
-    _nvidia("H200", 143771, 4800, 989.0, "9.0", 5),
-    _nvidia("B200", 183359, 8000, 2250.0, "10.0", 5),
-    # Radeon
-    _amd("RX 6800 XT", 16368, 512, 41.5, "gfx1030", 4),
-    _amd("RX 6900 XT", 16368, 512, 46.1, "gfx1030", 4),
-    _amd("RX 7600 XT", 16368, 288, 45.1, "gfx1102", 4, 8),
-    _amd("RX 7800 XT", 16368, 624, 74.7, "gfx1101", 4),
-    _amd("RX 7900 GRE", 16368, 576, 92.0, "gfx1100", 4),
-    _amd("RX 7900 XT", 20464, 800, 103.0, "gfx1100", 4),
-    _amd("RX 7900 XTX", 24560, 960, 122.8, "gfx1100", 4),
-    _amd("RX 9060 XT", 16368, 320, 103.0, "gfx1200", 5),
-    _amd("RX 9070", 16368, 640, 145.0, "gfx1201", 5),
-    _amd("RX 9070 XT", 16368, 640, 195.0, "gfx1201", 5),
-    _amd("R9700", 32752, 640, 191.0, "gfx1201", 5),
-    _amd("W7800", 32752, 576, 90.5, "gfx1100", 4),
-    _amd("W7900", 49136, 864, 122.6, "gfx1100", 4),
-    # Instinct; an MI250 is two devices, and the row is for each of them
-    _amd("MI50", 32752, 1024, 26.5, "gfx906", 4),
-    _amd("MI100", 32752, 1229, 184.6, "gfx908", 4),
-    _amd("MI210", 65520, 1638, 181.0, "gfx90a", 4),
-    _amd("MI250", 65520, 1638, 181.0, "gfx90a", 4),
-    _amd("MI250X", 65520, 1638, 191.5, "gfx90a", 4),
-    _amd("MI300X", 196592, 5300, 1307.4, "gfx942", 5),
-    # Arc
-    _intel("Arc A750", 8176, 512, 110.0, 16, "A750"),
-    _intel("Arc A770", 16368, 560, 131.0, 16, "A770"),
-    _intel("Arc B570", 10224, 380, 101.5, 8, "B570"),
-    _intel("Arc B580", 12272, 456, 116.5, 8, "B580"),
-    # One memory for CPU and GPU
-    GpuModel("GB10", "nvidia", 122500 * MIB, 273 * GB, 125 * TERA, "12.1", None, None, None, True, ("DGX Spark",)),
-    GpuModel(
-        "Radeon 8060S",
-        "amd",
-        128000 * MIB,
-        256 * GB,
-        59.4 * TERA,
-        None,
-        "gfx1151",
-        None,
-        None,
-        True,
-        ("Strix Halo", "StrixHalo", "Ryzen AI Max+ 395", "AI Max 395"),
-    ),
-)
 
 _KNOWN = tuple((_words(name), model) for model in GPUS for name in (model.name, *model.aliases))
+_BY_NAME = _by_name()

@@ -124,6 +124,7 @@ class Case:
             self.host_extra_bytes,
             self.capacity.repacked,
             compute_buffers,
+            is_unified=self.capacity.unified,
         )
         corrected = {
             device: self.correction.applied(f"GPU{self.capacity.gpus[device].index}", use)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llamafleet.memory.context import Context, cache_cells
-from llamafleet.memory.kv_cache import compressed_layers, kv_bytes, state_bytes, window_cells
+from llamafleet.memory.kv_cache import compressed_layers, kv_bytes, ngram_bytes, state_bytes, window_cells
 from llamafleet.model.architecture import Cache
 from llamafleet.model.shape import Shape
 
@@ -37,7 +37,8 @@ def checkpoint_bytes(shape: Shape, context: Context) -> int:
     elif shape.cache is Cache.UNKNOWN:  # the whole cache: no checkpoint copies more
         window, copied = one_slot.cells, sum(kv_bytes(shape, one_slot))
     elif window or states:
-        copied = state_bytes(shape) * states + _window_bytes(shape, one_slot, window)
+        ngrams = ngram_bytes(shape) * sum(shape.ngrams.layers)
+        copied = state_bytes(shape) * states + ngrams + _window_bytes(shape, one_slot, window)
     else:
         return 0
     records = CELL_RECORD_BYTES * window + LAYER_RECORD_BYTES * shape.layers

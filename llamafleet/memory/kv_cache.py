@@ -31,7 +31,8 @@ def kv_bytes(shape: Shape, context: Context) -> tuple[int, ...]:
     sizes = []
     for layer, window in enumerate(shape.windows):
         size = state if (shape.state.layers[layer] or unknown) and layer < shape.trunk_layers else 0
-        if layer < shape.cache_layers and _attends(shape, layer):
+        size += ngram_bytes(shape) * context.slots if shape.ngrams.layers[layer] else 0
+        if layer < shape.cache_layers and attends(shape, layer):
             row = row_of(window > 0, shape.kv_heads[layer], unknown or shape.indexer.layers[layer])
             size += row * cache_cells(context, window) * context.streams
         sizes.append(size)
@@ -42,7 +43,10 @@ def _rows(shape: Shape, context: Context) -> Callable[[bool, int, bool], int]:
     """A function that gives the bytes of one cell of a layer: row(has a window, KV heads, has an indexer)."""
     kind = context.kv_type
     latent = shape.latent.is_absorbed and shape.cache is not Cache.UNKNOWN
-    indexer = [shape.indexer.key, *([shape.head[1]] if shape.architecture.indexer_keeps_values else [])]
+    indexer = [
+        shape.architecture.indexer_rows * shape.indexer.key,
+        *([shape.head[1]] if shape.architecture.indexer_keeps_values else []),
+    ]
     widest = 0
     # V is transposed, and padded to the widest layer's (src/llama-kv-cache.cpp, n_embd_v_gqa_max).
     if not context.flash_attention:
@@ -58,7 +62,8 @@ def _rows(shape: Shape, context: Context) -> Callable[[bool, int, bool], int]:
     return row
 
 
-def _attends(shape: Shape, layer: int) -> bool:
+def attends(shape: Shape, layer: int) -> bool:
+    """Does this layer compute attention?"""
     recurrent = shape.state.layers[layer]
     if shape.architecture.one_part_layers:
         return not recurrent and shape.feed_forward[layer] == 0
@@ -76,6 +81,12 @@ def state_bytes(shape: Shape) -> int:
         return (3 * (state.kernel - 1 if state.kernel else 3) + size) * size * shape.heads[0] * STATE_BYTES
     rows = max(0, state.kernel - 1) * (state.inner + 2 * state.groups * state.size)
     return (rows + state.size * state.inner) * STATE_BYTES
+
+
+def ngram_bytes(shape: Shape) -> int:
+    """Bytes of the tokens that a layer with n-gram embeddings keeps for one slot (src/llama-hparams.cpp,
+    ple_conv_state)."""
+    return shape.ngrams.history * shape.residual_streams * shape.embedding * STATE_BYTES
 
 
 def takes_cache_of(shape: Shape, kv_type: str) -> bool:

@@ -77,17 +77,21 @@ def usage(
     host_extra_bytes: int = 0,
     repacked: Mapping[str, int] = X86_TYPES,
     compute_buffers: Buffers | None = None,
+    *,
+    is_unified: bool = False,
 ) -> tuple[dict[int, Usage], Usage]:
     """Bytes on each device in use, by device number, and bytes on the host.
 
     `host_extra_bytes`: the prompt cache and context checkpoints. `repacked`: types that the host's CPU repacks
     (`weights.repacked_types`). `compute_buffers`: their sizes, if known; computing them takes milliseconds.
+    `is_unified`: with an integrated GPU llama.cpp maps no tensors.
     """
     traits = TRAITS[backend]
     devices = placement.devices
     # Weights in pinned host memory are not repacked.
     types = {} if traits.pinned_host and devices else repacked
     weights, repacked_weights = _weights(model, placement, types)
+    weights[None] += model.mapped_bytes if is_unified else 0
     cache: dict[int | None, int] = defaultdict(int)
     for device, size in zip(placement.layer_devices, model.compute.kv_bytes(context), strict=False):
         cache[device] += size

@@ -16,6 +16,8 @@ from llamafleet.memory.graph.layers import FIRST_LAYER, INPUTS
 from llamafleet.model.gguf import Header, Tensor
 from llamafleet.model.shape import DENSE, EXPERTS, Shape
 
+LAYER_INPUTS = "per_layer_token_embd.weight"
+MAPPED_ABOVE_BYTES = 4 * 1024**3
 LAYER = re.compile(r"blk\.(\d+)\.(.*)")
 # Each device that has layers gets a copy (src/llama-model.cpp, TENSOR_DUPLICATED).
 _ROPE_FACTORS = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight")
@@ -48,6 +50,7 @@ class Model:
     layer_repackable: tuple[Mapping[str, int], ...]  # of the weights in `layer_bytes`
     spill_repackable: tuple[Mapping[str, int], ...]  # of the weights in `spill_bytes`
     input_bytes: int  # token embedding and other input tensors: always on the host
+    mapped_bytes: int  # further input tensors, which llama.cpp maps from the file where it can (see `is_mapped`)
     output_bytes: int  # output matrix and norm
     output_repackable: Mapping[str, int]
     tied: Tensor | None  # the token embedding, where it is also the output matrix and is loaded twice
@@ -128,8 +131,9 @@ class Model:
         spill = [[tensor for part, tensor in layer if spillable.fullmatch(part)] for layer in inside]
         down = [[tensor for tensor in layer if "ffn_down" in tensor.name] for layer in spill]
         by_name = {tensor.name: tensor for tensor in outside}
-        tied = None if "output.weight" in by_name else by_name.get("token_embd.weight")
+        tied = None if "output.weight" in by_name or not row.has_output else by_name.get("token_embd.weight")
         inputs = [tensor for tensor in outside if tensor.name.startswith(INPUTS)]
+        mapped = [tensor for tensor in inputs if row.maps_layer_inputs and is_mapped(tensor)]
         factors = [tensor for tensor in outside if _ROPE_FACTORS.fullmatch(tensor.name)]
         outputs = [t for t in outside if t not in inputs and t not in factors] + ([tied] if tied else [])
         return cls(
@@ -138,7 +142,8 @@ class Model:
             tuple(_bytes(layer) for layer in spill),
             tuple(_repackable(layer) for layer in whole),
             tuple(_repackable(layer) for layer in spill),
-            _bytes(inputs),
+            _bytes([tensor for tensor in inputs if tensor not in mapped]),
+            _bytes(mapped),
             _bytes(outputs),
             _repackable(outputs),
             tied,
@@ -152,6 +157,15 @@ class Model:
 
 def _bytes(tensors: Collection[Tensor]) -> int:
     return sum(-(-tensor.bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for tensor in tensors)
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Does llama.cpp read the rows of this tensor from the file as they are needed, with `--lazy-mode auto`?
+
+    It is page cache then, not RAM of the process, whatever `--load-mode` says (src/llama-model-loader.cpp,
+    lazy_read::add). Not with an integrated GPU (src/llama-model.cpp, load_tensors).
+    """
+    return tensor.name == LAYER_INPUTS and tensor.bytes > MAPPED_ABOVE_BYTES
 
 
 def repack_key(tensor: Tensor) -> str:

@@ -26,6 +26,7 @@ class Indexer(Enum):
     NONE = auto()
     EVERY_LAYER = auto()  # src/llama-kv-cache-dsa.cpp, llama_kv_cache_dsa
     BY_TYPES = auto()  # the header's `attention.indexer.types` (src/models/glm-dsa.cpp, load_arch_hparams)
+    BESIDE_STATE = auto()  # all layers without a recurrent state (src/models/qwen4exp.cpp, load_arch_tensors)
     BEHIND_DENSE = auto()  # all but the leading dense layers (src/models/minimax-m3.cpp, load_arch_tensors)
 
 
@@ -57,6 +58,7 @@ class LayerGraph(Enum):
     ORDINARY = auto()  # attention or recurrent state, then feed-forward part or experts
     RWKV = auto()  # src/models/rwkv6-base.cpp, src/models/rwkv7-base.cpp
     ALTERNATING_STATES = auto()  # AltUp: several states of a token (src/models/gemma3n.cpp, altup_predict)
+    MIXED_STREAMS = auto()  # residual streams, mixed by gates (src/models/qwen4exp.cpp, build_hc_mix)
     HYPER_CONNECTIONS = auto()  # four residual streams (src/models/deepseek4.cpp, build_hc_pre)
 
 
@@ -86,6 +88,7 @@ class Architecture:
     one_part_layers: bool = False  # each layer is attention, state or feed-forward part (src/models/nemotron-h.cpp)
     indexer: Indexer = Indexer.NONE
     indexer_shared_from: int = 0  # trained context in tokens from which three of four layers share an indexer
+    indexer_rows: int = 1  # keys of a cell: as computed and pooled (src/llama-hparams.h, indexer_kpool_row)
     indexer_keeps_values: bool = False  # the indexer's cache has an unused V too (llama_kv_cache_msa)
     has_context_gaps: bool = False  # gaps between layers' tensors add up, so the graph needs every layer
 
@@ -96,6 +99,8 @@ class Architecture:
     embedding_held_twice: bool = (
         False  # input and output each load it, even on one device (src/models/gemma4.cpp, load_arch_tensors)
     )
+    has_output: bool = True  # False: an encoder, whose result is the last layer's: no output matrix, tied or not
+    maps_layer_inputs: bool = False  # per_layer_token_embd may be mapped (TENSOR_READ_LAZY; *, load_arch_tensors)
     output_norm_misnamed: bool = False  # named token_embd_norm (src/llama-arch.cpp, LLM_TENSOR_OUTPUT_NORM_LFM2)
     vocabulary_of_target: bool = False  # a draft model that has part of its target's vocabulary (src/models/eagle3.cpp)
 

@@ -39,14 +39,14 @@ _ROWS = (
         weighs_inputs=True,
     ),
     Architecture(name="grok", flash_attention=False, scales_embeddings=True, weights_normed=True),
-    Architecture(name="bert", verified=False, cache=Cache.NONE),
-    Architecture(name="modern-bert", verified=False, cache=Cache.NONE),
-    Architecture(name="nomic-bert", verified=False, cache=Cache.NONE),
-    Architecture(name="nomic-bert-moe", verified=False, cache=Cache.NONE),
-    Architecture(name="neo-bert", verified=False, cache=Cache.NONE),
-    Architecture(name="jina-bert-v2", verified=False, cache=Cache.NONE),
-    Architecture(name="jina-bert-v3", verified=False, cache=Cache.NONE),
-    Architecture(name="eurobert", verified=False, cache=Cache.NONE),
+    Architecture(name="bert", cache=Cache.NONE, has_output=False, rope=Rope.NEVER),
+    Architecture(name="modern-bert", verified=False, cache=Cache.NONE, has_output=False),
+    Architecture(name="nomic-bert", cache=Cache.NONE, has_output=False),
+    Architecture(name="nomic-bert-moe", verified=False, cache=Cache.NONE, has_output=False),
+    Architecture(name="neo-bert", verified=False, cache=Cache.NONE, has_output=False),
+    Architecture(name="jina-bert-v2", verified=False, cache=Cache.NONE, has_output=False),
+    Architecture(name="jina-bert-v3", verified=False, cache=Cache.NONE, has_output=False),
+    Architecture(name="eurobert", verified=False, cache=Cache.NONE, has_output=False),
     Architecture(name="qwen3moe", weights_normed=True),
     Architecture(
         name="qwen3next", recurrence=Recurrence.BY_INTERVAL, norm_first=True, late_output=True, weights_normed=True
@@ -58,7 +58,16 @@ _ROWS = (
         name="qwen35moe", recurrence=Recurrence.BY_INTERVAL, norm_first=True, late_output=True, weights_normed=True
     ),
     Architecture(name="clef", verified=False, cache=Cache.UNKNOWN),
-    Architecture(name="qwen4exp", verified=False, cache=Cache.UNKNOWN),
+    Architecture(
+        name="qwen4exp",
+        recurrence=Recurrence.BY_INTERVAL,
+        indexer=Indexer.BESIDE_STATE,
+        indexer_rows=2,
+        has_context_gaps=True,
+        maps_layer_inputs=True,
+        layer_graph=LayerGraph.MIXED_STREAMS,
+        weights_normed=True,
+    ),
     Architecture(name="phi2", parallel_sum=("attention", "ffn", "input")),
     Architecture(name="phi3", ignores_windows=True, residual_first_last=True),
     Architecture(
@@ -83,6 +92,7 @@ _ROWS = (
     Architecture(
         name="gemma4",
         shares_caches=True,
+        maps_layer_inputs=True,
         embedding_held_twice=True,
         scales_tokens=True,
         late_output=True,

@@ -33,6 +33,8 @@ def windows(row: Architecture, keys: Keys, layers: int) -> tuple[int, ...]:
 
 def cache_is_exact(row: Architecture, keys: Keys) -> bool:
     """Are the cache's rules known? Otherwise its bytes are an upper bound."""
+    if row.cache is Cache.NONE:
+        return True
     if not row.verified or row.cache is Cache.UNKNOWN:
         return False
     if keys.number("attention.sliding_window") == 0 or row.ignores_windows or row.window_period is not None:
@@ -77,6 +79,9 @@ def indexer_layers(row: Architecture, keys: Keys, layers: int, trunk: int) -> tu
     """Which layers have an indexer."""
     if row.indexer is Indexer.NONE:
         return (False,) * layers
+    if row.indexer is Indexer.BESIDE_STATE:
+        recurrent = recurrent_layers(row, keys, layers, trunk)
+        return tuple(layer < trunk and not recurrent[layer] for layer in range(layers))
     if row.indexer is Indexer.BEHIND_DENSE:
         dense = keys.number("leading_dense_block_count")
         return tuple(layer >= dense for layer in range(layers))

@@ -86,6 +86,15 @@ class State:
 
 
 @dataclass(frozen=True)
+class Ngrams:
+    """Hashed embeddings of token n-grams (src/models/qwen4exp.cpp, load_arch_hparams); without them all 0."""
+
+    layers: tuple[bool, ...]  # which layers add them
+    heads: int  # rows of the table for each token
+    history: int  # tokens that a slot keeps, for each element of the residual streams
+
+
+@dataclass(frozen=True)
 class Clamps:
     """Which activations of a layer are clamped: those of experts, and of other feed-forward parts."""
 
@@ -125,6 +134,7 @@ class Shape:
     latent: LatentAttention
     indexer: IndexerShape
     state: State
+    ngrams: Ngrams
     compress_ratios: tuple[int, ...]  # tokens that a compressed cell stands for
     residual_streams: int
     output_groups: int
@@ -182,6 +192,7 @@ class Shape:
             latent=_latent(keys),
             indexer=_indexer(row, keys, layers, trunk),
             state=_state(row, keys, layers, trunk),
+            ngrams=_ngrams(keys, layers),
             compress_ratios=keys.per_layer("attention.compress_ratios"),
             residual_streams=keys.number("hyper_connection.count"),
             output_groups=keys.number("attention.output_group_count"),
@@ -258,6 +269,17 @@ def _state(row: Architecture, keys: Keys, layers: int, trunk: int) -> State:
         kda_head=keys.number("kda.head_dim"),
         wkv_head=keys.number("wkv.head_size"),
         token_shifts=keys.number("token_shift_count", DEFAULT_TOKEN_SHIFTS),
+    )
+
+
+def _ngrams(keys: Keys, layers: int) -> Ngrams:
+    listed = keys.get("ple.layers")
+    numbers = set(listed) if isinstance(listed, tuple) else set()
+    size = keys.number("ple.ngram_size") if numbers else 0
+    return Ngrams(
+        layers=tuple(layer in numbers for layer in range(layers)),
+        heads=max(0, size - 1) * keys.number("ple.heads_per_ngram"),
+        history=max(0, keys.number("ple.conv_kernel") - 1) * size,
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llamafleet.host.backends import TRAITS
+from llamafleet.memory import flash_attention
 from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.context import Context
 from llamafleet.memory.ledger import Correction
@@ -51,6 +52,8 @@ class Budgets:
     ) -> None:
         self.model, self.capacity, self.backend = model, capacity, backend
         self.extra_bytes, self.correction, self.roofline = extra_bytes, correction, roofline
+        self.flash_attention = flash_attention.is_used(model.shape, backend)
+        self.input_bytes = model.input_bytes + (model.mapped_bytes if capacity.unified else 0)
         self.movable = [layer for layer in range(model.layers) if model.spill_bytes[layer]]
         self.buffers = BufferEstimate(model)
         self._fixed: dict[tuple[Context, int, str], FixedBytes] = {}
@@ -84,7 +87,7 @@ class Budgets:
         budgets = []
         for position, device in enumerate(order):
             extra = self.correction.extra_bytes.get(f"GPU{capacity.gpus[device].index}", 0)
-            shared = (fixed.host + self.model.input_bytes) if capacity.unified else 0
+            shared = (fixed.host + self.input_bytes) if capacity.unified else 0
             budgets.append(
                 float(
                     capacity.gpu_bytes[device] - capacity.gpu_reserve_bytes - fixed.devices[position] - extra - shared
@@ -114,7 +117,7 @@ class Budgets:
         """Bytes of RAM (and swap) that the host lacks for this placement; 0 if it fits."""
         capacity, model = self.capacity, self.model
         kind = kind_of(segments)
-        needed = self.fixed(context, len(order), kind).host + model.input_bytes
+        needed = self.fixed(context, len(order), kind).host + self.input_bytes
         for segment in segments:
             offloaded, _ = self.roofline.on_host(segment)
             needed += int(offloaded)
@@ -142,7 +145,8 @@ class BufferEstimate:
         shape = model.shape
         self.embedding, self.vocabulary = shape.embedding, shape.vocabulary
         self.window = max(shape.windows, default=0)
-        heads, size = max(1, *shape.heads, 1), shape.head[0]
+        self.heads = heads = max(1, *shape.heads, 1)
+        size = shape.head[0]
         self.cache_row = shape.kv_heads[0] * size if shape.kv_heads else 0
         used, dense = max(shape.experts.used, default=0), 2 * max(shape.feed_forward, default=0)
         routed = used * (2 * shape.experts.feed_forward + self.embedding) if used else 0
@@ -158,13 +162,14 @@ class BufferEstimate:
         work on successive ubatches."""
         tokens = context.batch_tokens
         cells = context.stream_cells + (min(context.cells, self.window + tokens + 256) if self.window else 0)
-        mask, row = cells * tokens * F16, self.embedding * tokens * F32
+        mask, row = cells * tokens * (F16 if context.flash_attention else F32), self.embedding * tokens * F32
+        scores = 0 if context.flash_attention else self.heads * context.stream_cells * tokens * F32
         inputs = mask + row
         if pipelined:
             inputs += (PIPELINE_COPIES - 1) * mask + PIPELINE_ROWS * row
         logits = self.vocabulary * context.outputs * F32 if output else 0
         scratch = 0 if context.kv_type in ("f16", "bf16", "f32") else 2 * self.cache_row * context.stream_cells * F16
-        return inputs + max(self.widest * tokens * F32 + self.rows * row, logits) + scratch
+        return inputs + max(self.widest * tokens * F32 + self.rows * row, logits, scores + self.rows * row) + scratch
 
     def staging(self, kind: str) -> int:
         """Bytes that op-offload adds: the largest tensor on the host, of experts (FFN) or of whole layers."""

@@ -39,7 +39,12 @@ def planned_flags(
     """The flags that a plan decides: context, placement, threads. `gpus` is the number of GPUs in use."""
     yield from ("--ctx-size", str(context.tokens * context.slots), "--parallel", str(context.slots))
     yield from ("--no-kv-unified", "--cache-type-k", context.kv_type, "--cache-type-v", context.kv_type)
-    yield from ("--flash-attn", "on", "--batch-size", str(max(DEFAULT_BATCH_TOKENS, context.ubatch_tokens)))
+    yield from (
+        "--flash-attn",
+        "on" if context.flash_attention else "off",
+        "--batch-size",
+        str(max(DEFAULT_BATCH_TOKENS, context.ubatch_tokens)),
+    )
     yield from ("--ubatch-size", str(context.ubatch_tokens))
     yield from ("--threads", str(threads), "--threads-batch", str(threads))
     yield from ("--cache-ram", str(prompt_cache_mib), "--fit", "off", "--load-mode", "none")

@@ -21,7 +21,7 @@ from llamafleet.host.speeds import NOT_MEASURED, Measurements, rates
 from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.checkpoints import checkpoint_bytes
 from llamafleet.memory.context import PAD_CELLS, Context
-from llamafleet.memory.kv_cache import takes_cache_of
+from llamafleet.memory.flash_attention import is_used, takes_cache_on
 from llamafleet.memory.ledger import NO_CORRECTION, Correction
 from llamafleet.memory.placement import HOST
 from llamafleet.memory.weights import Model
@@ -37,7 +37,7 @@ from llamafleet.planner.result import Plan, Refusal
 from llamafleet.planner.roofline import Prediction, Roofline
 from llamafleet.planner.search import Candidate, Search, contexts
 from llamafleet.planner.suggestions import Change, Short, suggestions
-from llamafleet.planner.unplannable import beyond, not_a_model
+from llamafleet.planner.unplannable import beyond, no_cache, not_a_model
 from llamafleet.settings.schema import Instance, Settings
 from llamafleet.settings.workload import Workload
 from llamafleet.units import MIB
@@ -118,13 +118,9 @@ def _plan_instance(
         )
     if wrong := beyond(instance, machine, tokens):
         return Refusal(f"{instance.name}: {wrong}", instance=instance.name)
-    usable = tuple(kv_type for kv_type in instance.kv_types if takes_cache_of(shape, kv_type))
+    usable = tuple(kv_type for kv_type in instance.kv_types if takes_cache_on(shape, kv_type, backend))
     if not usable:
-        return Refusal(
-            f"{instance.name}: llama-server has no KV cache of {', '.join(instance.kv_types)} for {header.name}",
-            instance=instance.name,
-            suggestions=("allow kv_types f16: the head size must be a multiple of a quantised type's block size",),
-        )
+        return no_cache(instance, header, shape, backend)
     instance = replace(instance, kv_types=usable)
     model = Model.of(header)
     case = _Case(machine, backend, capacity, instance, model, tokens, correction, measured, known, alone, earlier)
@@ -190,14 +186,15 @@ class _Case:
 
 def _best_plan(case: _Case) -> Plan | tuple[Search, Refined]:
     """The best plan; if no candidate fits, the search and its best candidate."""
-    weighted_contexts = contexts(case.instance, case.context_tokens, case.work)
-    handicaps = dict(weighted_contexts)
-    search = case.search(list(handicaps))
+    flash = is_used(case.model.shape, case.backend)
+    weighted_contexts = contexts(case.instance, case.context_tokens, case.work, flash_attention=flash)
+    search = case.search([context for context, _ in weighted_contexts])
+    handicaps = {replace(context, flash_attention=True): handicap for context, handicap in weighted_contexts}
     candidates = search.candidates(weighted_contexts)
     plans: list[tuple[float, int, Plan]] = []
     refused: Refined | None = None
     for rank, candidate in enumerate(_worth_refining(candidates)):
-        refined = refine(search, candidate, handicaps[candidate.context])
+        refined = refine(search, candidate, handicaps[replace(candidate.context, flash_attention=True)])
         if any(row.free_bytes < 0 for row in refined.rows):
             refused = refused or refined
             if candidate.host_short_bytes > HOPELESS_BYTES:
@@ -256,10 +253,11 @@ def _plan(case: _Case, search: Search, refined: Refined, candidates: Sequence[Ca
     cpus = processors.cpus(cpu, case.instance, placement, alone=case.alone)
     nodes = processors.numa_nodes(cpu, placement)
     decision = Decision(
-        case.machine, case.instance, case.model, case.capacity, case.work,
+        case.machine, case.backend, case.instance, case.model, case.capacity, case.work,
         candidate, candidates, placement, rows, case.threads,
         [gpu.link_bytes_per_s for gpu in search.roofline.rates.gpus], cpus, nodes,
     )  # fmt: skip
+    mapped = 0 if case.capacity.unified else case.model.mapped_bytes
     # What is beyond the RAM, less the reserve.
     swap_bytes = max(0, case.capacity.swap_bytes - rows[-1].free_bytes) if case.capacity.swap_bytes else 0
     argv = planned_flags(
@@ -281,10 +279,12 @@ def _plan(case: _Case, search: Search, refined: Refined, candidates: Sequence[Ca
         checkpoints=case.checkpoints(context),
         placement=placement,
         is_moe=case.model.is_moe,
+        mapped_bytes=mapped,
         ledger=rows,
         predicted=case.predicted(candidate, swap_bytes),
         why=tuple(why(decision)),
-        host_bytes=sum(row.used_bytes for row in (rows if case.capacity.unified else rows[-1:])),
+        # With room for the pages of mapped tensors, which count as the service's.
+        host_bytes=sum(row.used_bytes for row in (rows if case.capacity.unified else rows[-1:])) + mapped,
         environment=environment(case.backend, gpus),
         cpus=cpus,
         numa_nodes=nodes,
@@ -325,6 +325,7 @@ def _refuse(case: _Case, search: Search, refined: Refined) -> Refusal:
             context,
             case.instance,
             short,
+            backend=case.backend,
             fits=partial(fits, search, certain=True),
             fits_by_estimate=partial(fits, search, certain=False),
             is_planned=partial(_is_planned, case),

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from llamafleet.host.machine import Machine
 from llamafleet.memory.capacity import Capacity
+from llamafleet.memory.flash_attention import lacking
 from llamafleet.memory.ledger import LedgerRow
 from llamafleet.memory.placement import Placement
-from llamafleet.memory.weights import Model
+from llamafleet.memory.weights import LAYER_INPUTS, Model
+from llamafleet.model.architecture import Cache
 from llamafleet.planner.search import LATER_KV_TYPE, Candidate
+from llamafleet.planner.unplannable import without_kernel
 from llamafleet.settings.schema import Instance
 from llamafleet.settings.workload import Workload
 from llamafleet.units import MIB
@@ -21,6 +24,7 @@ class Decision:
     """The chosen candidate, all candidates, and the inputs that they were made from."""
 
     machine: Machine
+    backend: str
     instance: Instance
     model: Model
     capacity: Capacity
@@ -48,6 +52,8 @@ def why(decision: Decision) -> Iterator[str]:
     yield _where(decision.model, decision.placement)
     yield from _spill(decision)
     yield from _gpus(decision)
+    yield from _flash_attention(decision)
+    yield from _mapped(decision)
     yield from _context(decision)
     yield from _ubatch(decision)
     yield from _processors(decision)
@@ -125,6 +131,12 @@ def _gpus(decision: Decision) -> Iterator[str]:
             yield f"{names[last]} comes last: it is the fastest GPU, and the output matrix is read for every token"
 
 
+def _flash_attention(decision: Decision) -> Iterator[str]:
+    if head := None if decision.chosen.context.flash_attention else lacking(decision.model.shape, decision.backend):
+        fact = without_kernel(decision.backend, head)
+        yield f"flash attention is off: {fact}; with it, the CPU would compute the attention of layers on GPUs"
+
+
 def _context(decision: Decision) -> Iterator[str]:
     context, instance, chosen = decision.chosen.context, decision.instance, decision.chosen
     yield f"KV cache {context.kv_type}: {context.tokens} tokens for each of {context.slots} slot(s)"
@@ -180,10 +192,22 @@ def _workload(decision: Decision) -> str:
     )
 
 
+def _mapped(decision: Decision) -> Iterator[str]:
+    if size := 0 if decision.capacity.unified else decision.model.mapped_bytes:
+        yield (
+            f"{LAYER_INPUTS} ({size // MIB} MiB) is read from the file as it is needed (--lazy-mode auto, above 4 GiB):"
+            " it is page cache, not RAM"
+        )
+
+
 def _warnings(decision: Decision) -> Iterator[str]:
     machine, model = decision.machine, decision.model
     name = model.shape.architecture.name
-    if not model.shape.architecture.verified:
+    if not model.shape.architecture.has_output:
+        yield f"warning: {name!r} is an encoder: it makes embeddings, and llama-server writes no text with it"
+    if not model.shape.architecture.verified and model.shape.cache is Cache.NONE:
+        yield f"{name!r} was not compared with llama.cpp: it keeps no cache, its compute buffers are an upper bound"
+    elif not model.shape.architecture.verified:
         yield f"{name!r} was not compared with llama.cpp: its KV cache and compute buffers are upper bounds"
     elif not model.shape.cache_is_exact:
         yield f"the attention windows of {name!r} are not known: its KV cache is an upper bound"

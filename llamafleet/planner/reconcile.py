@@ -99,11 +99,12 @@ def tolerance(reported_bytes: int) -> int:
 def compare(plan: Plan, answer: MemoryReport, extra: Correction = NO_CORRECTION, rounds: int = 1) -> Verified:
     """Compare the plan's ledger, which was made with the correction `extra`, with the binary's report.
 
-    Overhead is not compared, since llama-server does not report it. Host memory is one sum, repacked weights included.
+    Overhead is not compared, since llama-server does not report it. Host memory is one sum, repacked weights included,
+    and tensors that will be mapped, which llama-server counts while it only measures (src/llama-model.cpp, no_alloc).
     """
     expected = {
         row.device: row.weights_bytes + row.kv_bytes + row.compute_bytes + row.staging_bytes
-        - extra.extra_bytes.get(row.device, 0)
+        - extra.extra_bytes.get(row.device, 0) + (plan.mapped_bytes if row.device == HOST else 0)
         for row in plan.ledger
     }  # fmt: skip
     without_report = Verified(expected, None, extra.extra_bytes, answer.why, answer.room, rounds)
@@ -123,6 +124,7 @@ def memory_limits(plan: Plan) -> dict[str, Any]:
     """For the memory check in the switch: llama.cpp's name of each device, and the most bytes that llama-server may
     report for it: the planned bytes and the free bytes besides the reserve, by the ledger's device names."""
     limit = {row.device: row.used_bytes - row.overhead_bytes + max(0, row.free_bytes) for row in plan.ledger}
+    limit[HOST] += plan.mapped_bytes
     return {"devices": _devices(plan), "limits": limit}
 
 

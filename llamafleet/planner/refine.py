@@ -102,9 +102,10 @@ def _shrunk(search: Search, refined: Refined, handicap: float) -> Refined:
 
 def fits(search: Search, tokens: int, slots: int, kv_type: str, *, certain: bool) -> bool:
     """Does the model fit with this context? `certain`: check with the ledger, not only with the estimate."""
-    weighted_contexts = [(Context(tokens, slots, kv_type, ubatch), 1.0) for ubatch in UBATCHES[:2] if ubatch <= tokens]
-    capacity = search.capacity
-    needed = search.base_costs(Context(tokens, slots, kv_type, 1))[-1] + search.roofline.spill[-1]
+    flash, capacity = search.flash_attention, search.capacity
+    sizes = [ubatch for ubatch in UBATCHES[:2] if ubatch <= tokens]
+    weighted_contexts = [(Context(tokens, slots, kv_type, ubatch, flash), 1.0) for ubatch in sizes]
+    needed = search.base_costs(Context(tokens, slots, kv_type, 1, flash))[-1] + search.roofline.spill[-1]
     if not weighted_contexts or needed > sum(capacity.gpu_bytes) + capacity.host_bytes + capacity.swap_bytes:
         return False  # weights and KV cache alone are too large
     best = search.candidates(weighted_contexts)[0]

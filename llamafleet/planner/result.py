@@ -63,6 +63,7 @@ class Plan:
     checkpoints: int  # of one slot's context, at most
     placement: Placement  # device numbers are positions in `gpus`
     is_moe: bool
+    mapped_bytes: int  # weights that are page cache, not RAM: they are in no row of the ledger
     ledger: tuple[LedgerRow, ...]
     predicted: Prediction  # by all that is known of the host's rates now
     why: tuple[str, ...]

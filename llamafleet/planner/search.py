@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from llamafleet.memory.context import Context
@@ -85,7 +85,9 @@ class Search(Budgets):
     ) -> Iterator[Candidate]:
         layouts = {layout: None for order in orders for layout in self._layouts(context, order)}
         for order, segments in layouts or (self._fallback(),):
-            yield self.evaluate(context, order, segments, handicap)
+            # The CPU has kernels for all heads: without a GPU in use, flash attention is on.
+            here = context if order else replace(context, flash_attention=True)
+            yield self.evaluate(here, order, segments, handicap)
 
     def _fallback(self) -> tuple[tuple[int, ...], tuple[Segment, ...]]:
         """The layout of a model that no GPUs hold: all layers on the CPU, or on the GPU of a unified memory."""
@@ -247,14 +249,16 @@ def _orders(candidates: Sequence[Candidate]) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(candidate.order for candidate in candidates))
 
 
-def contexts(instance: Instance, tokens: int, work: Workload) -> list[tuple[Context, float]]:
+def contexts(
+    instance: Instance, tokens: int, work: Workload, *, flash_attention: bool = True
+) -> list[tuple[Context, float]]:
     """Every context worth a try with its handicap, the preferred first; values that the instance sets are kept."""
     weighted_contexts = []
     for position, kv_type in enumerate(instance.kv_types):
         for slots in _slots(instance, work):
             for ubatch in _ubatches(instance, tokens, work):
                 handicap = LATER_KV_TYPE**position * OTHER_UBATCH ** abs(_doublings(ubatch))
-                weighted_contexts.append((Context(tokens, slots, kv_type, ubatch), handicap))
+                weighted_contexts.append((Context(tokens, slots, kv_type, ubatch, flash_attention), handicap))
     return weighted_contexts
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from llamafleet.memory.context import PAD_CELLS, Context
-from llamafleet.memory.kv_cache import takes_cache_of
+from llamafleet.memory.flash_attention import takes_cache_on
 from llamafleet.memory.ledger import LedgerRow
 from llamafleet.memory.placement import HOST
 from llamafleet.memory.weights import Model
@@ -57,6 +57,7 @@ def suggestions(
     instance: Instance,
     short: Short,
     *,
+    backend: str,
     fits: Fits,
     fits_by_estimate: Fits,
     is_planned: Callable[[Change], bool],
@@ -79,7 +80,7 @@ def suggestions(
     if (
         context.kv_type in UNQUANTISED
         and "q8_0" not in instance.kv_types
-        and takes_cache_of(model.shape, "q8_0")
+        and takes_cache_on(model.shape, "q8_0", backend)
         and fits(context.tokens, context.slots, "q8_0")
     ):
         sentences.append("allow kv_types q8_0, and it fits: the KV cache takes 47 % less")

@@ -4,6 +4,8 @@ there is."""
 from __future__ import annotations
 
 from llamafleet.host.machine import Machine
+from llamafleet.memory.flash_attention import RATIO_DECIDES, lacking
+from llamafleet.memory.kv_cache import takes_cache_of
 from llamafleet.model.architectures import ARCHITECTURES, PROJECTOR, RELEASE, nearest
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
@@ -28,6 +30,29 @@ def not_a_model(header: Header, shape: Shape) -> Refusal | None:
         reason = f"{header.name} ({header.architecture}) is no language model: its header has no layers"
         return Refusal(reason, suggestions=(main_file,))
     return None
+
+
+def no_cache(instance: Instance, header: Header, shape: Shape, backend: str) -> Refusal:
+    """The refusal where llama-server takes none of the instance's cache types for this model on this backend."""
+    types, head = ", ".join(instance.kv_types), lacking(shape, backend)
+    why = "the head size must be a multiple of a quantised type's block size"
+    if head:
+        why = f"a quantised cache needs flash attention, and {without_kernel(backend, head)}"
+    elif any(takes_cache_of(shape, kv_type) for kv_type in instance.kv_types):
+        why = f"llama.cpp's {backend} backend has no flash attention for a cache of {types}"
+    return Refusal(
+        f"{instance.name}: llama-server has no KV cache of {types} for {header.name}",
+        instance=instance.name,
+        suggestions=(f"allow kv_types f16: {why}",),
+    )
+
+
+def without_kernel(backend: str, head: tuple[int, int, int]) -> str:
+    """The fact that a backend has no flash attention for these heads (see `flash_attention.lacking`)."""
+    key, value, ratio = head
+    sizes = f"{key} elements" if key == value else f"{key} elements of K and {value} of V"
+    shared = f", {ratio} for each head of K" if key in RATIO_DECIDES else ""
+    return f"llama.cpp's {backend} backend has no flash attention for heads of {sizes}{shared}"
 
 
 def beyond(instance: Instance, machine: Machine, context_tokens: int) -> str:

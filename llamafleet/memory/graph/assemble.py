@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from llamafleet.memory.context import Context
-from llamafleet.memory.graph import ggml
+from llamafleet.memory.graph import ggml, qwen4exp
 from llamafleet.memory.graph.attention import attention
 from llamafleet.memory.graph.builder import BackendOf, Builder
 from llamafleet.memory.graph.deepseek4 import hc_head, hyper_connections_layer, repeated_streams
+from llamafleet.memory.graph.encoder import encoder
 from llamafleet.memory.graph.gemma import (
     add_layer_input,
     altup_mean,
@@ -44,6 +45,8 @@ def build(
     row = shape.architecture
     b = Builder(shape, layers, context, backend_of, attention_scratch)
     positions, outputs = ggml.graph_input(I32, b.tokens * b.positions), ggml.graph_input(I32, context.outputs)
+    if not row.has_output:
+        return encoder(b, order, positions, outputs)
     cur = b.embeddings()
     recurrent_layers, first_values, layer_input = shape.state.layers, None, layer_inputs(b, cur)
     cur = _first_layer_input(b, cur)
@@ -53,6 +56,9 @@ def build(
             cur, first_values = rwkv_layer(b, cur, outputs if layer == order[-1] else None, first_values)
         elif row.layer_graph is LayerGraph.HYPER_CONNECTIONS:
             cur = hyper_connections_layer(b, cur, positions, lambda normed: _ffn_or_experts(b, normed))
+        elif row.layer_graph is LayerGraph.MIXED_STREAMS:
+            rows = outputs if layer == order[-1] else None
+            cur = qwen4exp.streams_layer(b, cur, positions, rows, lambda mixed: _ffn_or_experts(b, mixed))
         elif row.layer_graph is LayerGraph.ALTERNATING_STATES:
             cur = gemma3n_layer(b, cur, layer_input, lambda normed: attention(b, normed, positions))
         else:
@@ -85,6 +91,8 @@ def _first_layer_input(b: Builder, cur: Tensor) -> Tensor:
     kind = b.shape.architecture.layer_graph
     if kind is LayerGraph.ALTERNATING_STATES:
         return altup_states(b, cur)
+    if kind is LayerGraph.MIXED_STREAMS:
+        return qwen4exp.start(b, cur)
     if kind is LayerGraph.HYPER_CONNECTIONS:
         return repeated_streams(b, cur)
     return b.norm(cur, "token_embd_norm") if kind is LayerGraph.RWKV else cur
@@ -95,6 +103,8 @@ def _output_norm_input(b: Builder, cur: Tensor, outputs: Tensor) -> Tensor:
     kind = b.shape.architecture.layer_graph
     if kind is LayerGraph.ALTERNATING_STATES:
         return get_rows(altup_mean(b, cur), outputs)
+    if kind is LayerGraph.MIXED_STREAMS:
+        return qwen4exp.head(b, cur)
     return hc_head(b, cur, outputs) if kind is LayerGraph.HYPER_CONNECTIONS else cur
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from llamafleet.memory.graph import ggml
 from llamafleet.memory.graph.builder import Builder
 from llamafleet.memory.graph.ggml import F32, Tensor, concat, cpy, get_rows, new, reshape, transpose, view
+from llamafleet.model.architecture import LayerGraph
 
 
 def build_rs(b: Builder, width: int, scan: Callable[[Tensor, Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -34,6 +35,8 @@ def build_conv_state(b: Builder, cur: Tensor, channels: int, kernel: int) -> Ten
     store, before = build_rs(b, (kernel - 1) * channels)
     columns = concat(reshape(before, kernel - 1, channels, slots), transpose(cur), 0)
     last = view(columns, (kernel - 1, channels, slots), (columns.nb[1], columns.nb[2]))
+    if b.shape.architecture.layer_graph is LayerGraph.MIXED_STREAMS:  # build_conv_state_at
+        last = ggml.cont(last)
     b.graph.expand(cpy(last, view(store, ((kernel - 1) * channels, slots), (store.nb[1],))))
     return columns
 

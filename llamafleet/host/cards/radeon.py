@@ -1,0 +1,116 @@
+"""AMD's Radeon cards for desktops and workstations, and Instinct accelerators."""
+
+from __future__ import annotations
+
+from llamafleet.host.cards.row import GpuModel, amd, section
+
+_SPECIFICATIONS = "https://www.amd.com/en/products/specifications/graphics.html"
+
+# Name, MiB (nominal, less 16 for the firmware), GB/s, TFLOPS, LLVM target, PCIe generation, lanes (16), other names.
+RADEON: tuple[GpuModel, ...] = (
+    *section(
+        f"{_SPECIFICATIONS}: RX 400, 500, Vega, VII. f16 of gfx803 is as fast as f32",
+        amd("RX 460", 4080, 112, 2.2, "gfx803", 3, 8),
+        amd("RX 470", 8176, 211, 4.9, "gfx803", 3),
+        amd("RX 470", 4080, 211, 4.9, "gfx803", 3),
+        amd("RX 480", 8176, 256, 5.8, "gfx803", 3),
+        amd("RX 480", 4080, 224, 5.8, "gfx803", 3),
+        amd("RX 550", 4080, 112, 1.2, "gfx803", 3, 8),
+        amd("RX 560", 4080, 112, 2.6, "gfx803", 3, 8),
+        amd("RX 570", 8176, 224, 5.1, "gfx803", 3),
+        amd("RX 570", 4080, 224, 5.1, "gfx803", 3),
+        amd("RX 580", 8176, 256, 6.2, "gfx803", 3),
+        amd("RX 580", 4080, 256, 6.2, "gfx803", 3),
+        amd("RX 590", 8176, 256, 7.1, "gfx803", 3),
+        amd("RX Vega 56", 8176, 410, 21.1, "gfx900", 3, 16, "Vega 56"),
+        amd("RX Vega 64", 8176, 484, 25.3, "gfx900", 3, 16, "Vega 64"),
+        amd("Radeon VII", 16368, 1024, 26.9, "gfx906", 3, 16, "VII"),
+    ),
+    *section(
+        f"{_SPECIFICATIONS}: RX 5000",
+        amd("RX 5300", 3056, 168, 8.5, "gfx1012", 4, 8),
+        amd("RX 5500 XT", 8176, 224, 10.4, "gfx1012", 4, 8),
+        amd("RX 5500 XT", 4080, 224, 10.4, "gfx1012", 4, 8),
+        amd("RX 5600 XT", 6128, 288, 14.4, "gfx1010", 4),
+        amd("RX 5700", 8176, 448, 15.9, "gfx1010", 4),
+        amd("RX 5700 XT", 8176, 448, 19.5, "gfx1010", 4),
+    ),
+    *section(
+        f"{_SPECIFICATIONS}: RX 6000",
+        amd("RX 6400", 4080, 128, 7.1, "gfx1034", 4, 4),
+        amd("RX 6500 XT", 4080, 144, 11.5, "gfx1034", 4, 4),
+        amd("RX 6500 XT", 8176, 144, 11.5, "gfx1034", 4, 4),
+        amd("RX 6600", 8176, 224, 17.9, "gfx1032", 4, 8),
+        amd("RX 6600 XT", 8176, 256, 21.2, "gfx1032", 4, 8),
+        amd("RX 6650 XT", 8176, 280, 21.6, "gfx1032", 4, 8),
+        amd("RX 6700", 10224, 320, 22.6, "gfx1031", 4),
+        amd("RX 6700 XT", 12272, 384, 26.4, "gfx1031", 4),
+        amd("RX 6750 XT", 12272, 432, 26.6, "gfx1031", 4),
+        amd("RX 6750 GRE", 12272, 432, 26.6, "gfx1031", 4),
+        amd("RX 6750 GRE", 10224, 320, 22.6, "gfx1031", 4),
+        amd("RX 6800", 16368, 512, 32.3, "gfx1030", 4),
+        amd("RX 6800 XT", 16368, 512, 41.5, "gfx1030", 4),
+        amd("RX 6900 XT", 16368, 512, 46.1, "gfx1030", 4),
+        amd("RX 6950 XT", 16368, 576, 47.3, "gfx1030", 4),
+    ),
+    *section(
+        f"{_SPECIFICATIONS}: RX 7000",
+        amd("RX 7600", 8176, 288, 43.5, "gfx1102", 4, 8),
+        amd("RX 7600 XT", 16368, 288, 45.1, "gfx1102", 4, 8),
+        amd("RX 7650 GRE", 8176, 288, 44.2, "gfx1102", 4, 8),
+        amd("RX 7700", 16368, 624, 53.2, "gfx1101", 4),
+        amd("RX 7700 XT", 12272, 432, 70.3, "gfx1101", 4),
+        amd("RX 7800 XT", 16368, 624, 74.7, "gfx1101", 4),
+        amd("RX 7900 GRE", 16368, 576, 92.0, "gfx1100", 4),
+        amd("RX 7900 XT", 20464, 800, 103.0, "gfx1100", 4),
+        amd("RX 7900 XTX", 24560, 960, 122.8, "gfx1100", 4),
+    ),
+    *section(
+        f"{_SPECIFICATIONS}: RX 9000, AI PRO",
+        amd("RX 9060", 8176, 288, 86.0, "gfx1200", 5),
+        amd("RX 9060 XT", 16368, 320, 103.0, "gfx1200", 5),
+        amd("RX 9060 XT", 8176, 320, 103.0, "gfx1200", 5),
+        amd("RX 9070", 16368, 640, 145.0, "gfx1201", 5),
+        amd("RX 9070 GRE", 12272, 432, 137.0, "gfx1201", 5),
+        amd("RX 9070 XT", 16368, 640, 195.0, "gfx1201", 5),
+        amd("R9700", 32752, 640, 191.0, "gfx1201", 5, 16, "AI PRO R9700", "PRO R9700"),
+    ),
+    *section(
+        f"{_SPECIFICATIONS}: Radeon Pro",
+        amd("WX 7100", 8176, 224, 5.7, "gfx803", 3, 16, "Pro WX 7100"),
+        amd("WX 9100", 16368, 484, 24.6, "gfx900", 3, 16, "Pro WX 9100"),
+        amd("Pro VII", 16368, 1024, 26.2, "gfx906", 4),
+        amd("W5500", 8176, 224, 10.7, "gfx1012", 4, 8, "Pro W5500"),
+        amd("W5700", 8176, 448, 17.8, "gfx1010", 4, 16, "Pro W5700"),
+        amd("W6400", 4080, 128, 7.1, "gfx1034", 4, 4, "Pro W6400"),
+        amd("W6600", 8176, 224, 20.8, "gfx1032", 4, 8, "Pro W6600"),
+        amd("W6800", 32752, 512, 35.6, "gfx1030", 4, 16, "Pro W6800"),
+        amd("V620", 32752, 512, 40.5, "gfx1030", 4, 16, "Pro V620"),
+        amd("W7500", 8176, 172, 24.4, "gfx1102", 4, 8, "Pro W7500"),
+        amd("W7600", 8176, 288, 39.9, "gfx1102", 4, 8, "Pro W7600"),
+        amd("W7700", 16368, 576, 56.5, "gfx1101", 4, 16, "Pro W7700"),
+        amd("W7800", 32752, 576, 90.5, "gfx1100", 4, 16, "Pro W7800"),
+        amd("W7800", 49136, 864, 90.5, "gfx1100", 4, 16, "Pro W7800"),
+        amd("W7900", 49136, 864, 122.6, "gfx1100", 4, 16, "Pro W7900", "W7900 Dual Slot"),
+    ),
+)
+
+# An MI250 is two devices, and the row is for each of them.
+INSTINCT: tuple[GpuModel, ...] = (
+    *section(
+        "https://www.amd.com/en/products/accelerators/instinct.html: data sheets; white papers CDNA to CDNA 4",
+        amd("MI25", 16368, 484, 24.6, "gfx900", 3),
+        amd("MI50", 32752, 1024, 26.5, "gfx906", 4),
+        amd("MI50", 16368, 1024, 26.5, "gfx906", 4),
+        amd("MI60", 32752, 1024, 29.5, "gfx906", 4),
+        amd("MI100", 32752, 1229, 184.6, "gfx908", 4),
+        amd("MI210", 65520, 1638, 181.0, "gfx90a", 4),
+        amd("MI250", 65520, 1638, 181.0, "gfx90a", 4),
+        amd("MI250X", 65520, 1638, 191.5, "gfx90a", 4),
+        amd("MI300X", 196592, 5300, 1307.4, "gfx942", 5),
+        amd("MI308X", 196592, 5300, 360.0, "gfx942", 5),
+        amd("MI325X", 262128, 6000, 1307.4, "gfx942", 5),
+        amd("MI350X", 294896, 8000, 2307.0, "gfx950", 5),
+        amd("MI355X", 294896, 8000, 2516.6, "gfx950", 5),
+    ),
+)
