@@ -115,10 +115,13 @@ class Apt(Manager):
 
     @staticmethod
     def offered(packages: Sequence[str]) -> Optional[Dict[str, str]]:
-        lists = output_of(["apt-get", "indextargets", "--format", "$(FILENAME)", "Created-By: Packages"])
-        if not any(os.path.exists(path) for path in lists.splitlines()):
-            return None
-        shown = output_of(["apt-cache", "policy", *packages])
+        shown = output_of(["apt-cache", "policy", *packages], ASK_SECONDS)
+        if not re.search(r"^ +-?\d+ (?!/var/lib/dpkg/status)", shown, re.M):  # in no list: are there any?
+            lists = output_of(
+                ["apt-get", "indextargets", "--format", "$(FILENAME)", "Created-By: Packages"], ASK_SECONDS
+            )
+            if not any(os.path.exists(path) for path in lists.splitlines()):
+                return None
         found = re.findall(r"^(\S+):\n(?:  .*\n)*?  Candidate: (\S+)$", shown, re.M)
         return {name: version for name, version in found if version != "(none)"}
 
@@ -126,7 +129,7 @@ class Apt(Manager):
     def off(packages: Sequence[str]) -> Dict[str, List[str]]:
         """Of Ubuntu: most of what compiles is in universe, which an owner may have left out."""
         wanted = ["apt-get", "indextargets", "--format", "$(ORIGIN) $(COMPONENT)", "Created-By: Packages"]
-        lists = set(output_of(wanted).splitlines())
+        lists = set(output_of(wanted, ASK_SECONDS).splitlines())
         if "Ubuntu main" not in lists or "Ubuntu universe" in lists:
             return {}
         return {name: ["universe"] for name in packages}
