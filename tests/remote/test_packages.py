@@ -1,5 +1,5 @@
 """Package managers: what is missing, what brings it, and that every manager has all that is asked of one. What the real
-programs say: tests/e2e/test_19_package_managers.py."""
+programs say: tests/e2e/test_20_package_managers.py."""
 
 from __future__ import annotations
 
