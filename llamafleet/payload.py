@@ -37,7 +37,8 @@ PROBE_PACKAGES = frozenset({"psutil", "nvidia-ml-py"})
 # installed helpers and so cannot run from their folder.
 PROBE_PROGRAMS = (
     *("probe.py", "probe_bandwidth.py", "probe_cpu.py", "probe_files.py", "probe_vulkan.py"),
-    *("probe_gpus.py", "probe_gpu_common.py", "probe_nvidia.py", "probe_amd.py"),
+    *("gpu_nodes.py", "probe_pci.py", "probe_diagnosis.py", "probe_gpus.py", "probe_gpu_common.py", "probe_amd.py"),
+    *("probe_nvidia.py", "probe_nvidia_memory.py", "probe_tegra.py"),
     *("survey.py", "addresses.py", "ground.py", "learned.py", "lock.py", "releases.py", "rocm.py", "toolkits.py"),
     "uninstall.py",
     *("common.py", "instance_files.py", "packages.py", "places.py"),  # imported by the programs above
@@ -66,10 +67,13 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamafleet" / "wheels"
 
 
-def wheels(arch: str, lock: Path = LOCK, cache: Path | None = None) -> list[Path]:
+def wheels(
+    arch: str, lock: Path = LOCK, cache: Path | None = None, environment: Mapping[str, str] | None = None
+) -> list[Path]:
     """The locked wheels for a host's architecture, in the order of the packages' names. Raises `PayloadError`.
 
     Each call compares every wheel's SHA-256 with the lock. Wheels in the cache need no network.
+    `environment`: pip's, None for this process'.
     """
     if arch not in ARCHITECTURES:
         raise PayloadError(f"no wheels for architecture {arch!r}: only {' and '.join(ARCHITECTURES)} are supported")
@@ -77,7 +81,7 @@ def wheels(arch: str, lock: Path = LOCK, cache: Path | None = None) -> list[Path
     paths: dict[str, Path] = {}
     for name in sorted(requirements):
         folder = (cache or default_cache()) / (arch if name in NATIVE else "any")
-        paths[name] = _cached(folder, requirements[name]) or _fetch(folder, arch, name, requirements[name])
+        paths[name] = _cached(folder, requirements[name]) or _fetch(folder, arch, name, requirements[name], environment)
     return list(paths.values())
 
 
@@ -102,7 +106,7 @@ def _cached(folder: Path, requirement: str) -> Path | None:
     return None
 
 
-def _fetch(folder: Path, arch: str, name: str, requirement: str) -> Path:
+def _fetch(folder: Path, arch: str, name: str, requirement: str, environment: Mapping[str, str] | None) -> Path:
     """Download a wheel into the cache with pip, complete or not at all. Raises `PayloadError`."""
     if importlib.util.find_spec("pip") is None:
         raise PayloadError(f"{sys.executable} has no pip to download {name}: run {sys.executable} -m ensurepip")
@@ -121,7 +125,7 @@ def _fetch(folder: Path, arch: str, name: str, requirement: str) -> Path:
         ]
         command += ["--require-hashes", "--no-deps", "--only-binary=:all:", *_tags(arch, name)]
         command += ["--dest", temporary, "--requirement", str(requirement_file)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         for wheel in Path(temporary).glob("*.whl"):
             os.replace(wheel, folder / wheel.name)
     wheel_path = _cached(folder, requirement)
@@ -143,21 +147,25 @@ def _tags(arch: str, name: str) -> list[str]:
     return [*python, "--implementation", "cp", "--abi", "abi3", *platforms]
 
 
-def probe_zip(arch: str, lock: Path = LOCK, cache: Path | None = None) -> bytes:
+def probe_zip(
+    arch: str, lock: Path = LOCK, cache: Path | None = None, environment: Mapping[str, str] | None = None
+) -> bytes:
     """The probe and all that it imports, for `probe_command`. Equal inputs give equal bytes."""
-    by_name = dict(zip(sorted(read_lock(lock)), wheels(arch, lock, cache), strict=True))
+    by_name = dict(zip(sorted(read_lock(lock)), wheels(arch, lock, cache, environment), strict=True))
     files = _contents(by_name[name] for name in PROBE_PACKAGES)
     files = {name: data for name, data in files.items() if not _PROBE_LEAVES_OUT.search(name)}
     return _zip(files | {name: (REMOTE / name).read_bytes() for name in PROBE_PROGRAMS})
 
 
-def helpers_zip(arch: str, lock: Path = LOCK, cache: Path | None = None) -> bytes:
+def helpers_zip(
+    arch: str, lock: Path = LOCK, cache: Path | None = None, environment: Mapping[str, str] | None = None
+) -> bytes:
     """All programs and wheels that stay on a host, in /opt/llamafleet/helpers/KEY/ (`helpers_key`).
 
     Programs and packages are in one folder, so that `python3 -s -E KEY/PROGRAM.py` can import them. Their sums lie
     beside them: a power cut can empty files that were not written by this version.
     """
-    files = _contents(wheels(arch, lock, cache))
+    files = _contents(wheels(arch, lock, cache, environment))
     files |= {path.name: path.read_bytes() for path in REMOTE.glob("*.py") if path.name != "__init__.py"}
     return _zip(files | {SUMS: _sums(files)})
 

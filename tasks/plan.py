@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pyinfra import host
 from pyinfra.api.deploy import deploy
 
@@ -18,7 +20,8 @@ def plan() -> None:
     if now is None:
         return
     for serving in now.desired.servings:
-        host.log(tables.table(serving.plan, f"{serving.name} on {host.name}"))
+        # What is wrong with the host is said once, by its notes.
+        host.log(tables.table(replace(serving.plan, problems=()), f"{serving.name} on {host.name}"))
     for note in now.desired.inputs.notes:
         host.log(note)
     if now.desired.why:

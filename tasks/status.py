@@ -40,7 +40,7 @@ def look(host: Host) -> HostStatus | str:
     installed = now.desired.installed
     live, problem = _live(host, installed)
     status = of_host(installed, live, wanted(now.desired, now.changes), problem)
-    return replace(status, free_bytes=free_bytes(now.desired.machine))
+    return _with_machine(status, now.desired.machine)
 
 
 def wanted(desired: Desired, changes: Changes) -> Wanted:
@@ -59,12 +59,13 @@ def _without_plan(host: Host, problem: str) -> HostStatus | str:
         return str(error)
     live, _ = _live(host, survey.installed)
     status = of_host(survey.installed, live, None, f"cannot be compared with the inventory: {problem}")
-    return replace(status, free_bytes=free_bytes(survey.machine))
+    return _with_machine(status, survey.machine)
 
 
-def free_bytes(machine: Machine) -> dict[str, int]:
-    """The free space of the disks of our folders, by path."""
-    return {disk.path: disk.free_bytes for disk in machine.disks}
+def _with_machine(status: HostStatus, machine: Machine) -> HostStatus:
+    """The state with the free space of the disks of our folders, and what the probe found wrong with the host."""
+    free_bytes = {disk.path: disk.free_bytes for disk in machine.disks}
+    return replace(status, free_bytes=free_bytes, problems=machine.problems)
 
 
 def _live(host: Host, installed: Installed) -> tuple[Mapping[str, LiveInstance], str]:

@@ -59,6 +59,7 @@ class HostStatus:
     drift: tuple[str, ...] = ()
     problem: str = ""
     free_bytes: Mapping[str, int] = field(default_factory=dict)  # of the disks of our folders, by path
+    problems: tuple[str, ...] = ()  # what the probe found wrong with the host, each with the way out
 
     @property
     def is_fine(self) -> bool:
@@ -69,7 +70,7 @@ class HostStatus:
         """For `--json`."""
         instances = {instance.name: instance.to_json() for instance in self.instances}
         return {"fine": self.is_fine, "problem": self.problem, "drift": list(self.drift), "instances": instances,
-                "free_bytes": dict(self.free_bytes)}  # fmt: skip
+                "free_bytes": dict(self.free_bytes), "problems": list(self.problems)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ def _rows(name: str, host: HostStatus) -> Iterator[tuple[str, ...]]:
 def _remarks(host: HostStatus) -> Iterator[str]:
     if host.problem:
         yield host.problem
+    yield from (problem for problem in host.problems if problem not in host.problem)
     for instance in host.instances:
         if instance.gate is not None and instance.gate.problem:
             yield f"{instance.name}: the last gate is not known: {instance.gate.problem}"

@@ -99,6 +99,7 @@ def _lines(result: Plan | Refusal, look: Look, alternatives: Sequence[str]) -> I
         yield look.wrapped(f"  {_speeds(result.predicted)}")
         yield look.wrapped(f"  flags: {' '.join(result.argv)}")
     yield from (look.wrapped(f"  - {reason}") for reason in result.why)
+    yield from (look.wrapped(f"  ! {problem}") for problem in result.problems)
     if isinstance(result, Plan):
         yield from (look.wrapped(f"  > {sentence}") for sentence in alternatives)
 

@@ -235,6 +235,8 @@ class Installed:
     gate_speeds: Annotated[Listed[GateSpeeds], Field(max_length=1024)] = ()
     # Addresses at which instances are to listen and no server of the host can, with the reason.
     unbindable: Table[Name] = field(default_factory=dict)
+    # Groups of this host that may open NVIDIA's device nodes, where not everybody may.
+    nvidia_groups: Annotated[Listed[Word], Field(max_length=256)] = ()
     # What lies at the places of ours, by path.
     paths: Table[Place] = field(default_factory=dict)
 

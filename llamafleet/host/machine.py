@@ -158,11 +158,19 @@ class Disk:
 
 @dataclass(frozen=True)
 class PciGpu:
-    """A display controller on the PCI bus, whether a driver lists it or not."""
+    """A display controller or an accelerator on the PCI bus, whether a driver lists it or not.
+
+    `kind`: gpu, integrated (Intel's), display (of a vendor without a backend), npu, accelerator, or virtual (a function
+    for virtual machines). A probe of an earlier version lists GPUs alone.
+    """
 
     pci_bus_id: Name
     vendor: Name
     device_id: Name
+    kind: Name = "gpu"
+    name: Label = ""  # what is known of vendor and model, for people
+    problem: Message | None = None  # why no driver lists it, with the way out
+    withheld: Message | None = None  # why it is not for this host, such as a virtual machine's, with the way out
 
 
 @dataclass(frozen=True)
@@ -192,10 +200,12 @@ class Machine:
     disks: Annotated[Listed[Disk], Devices]
     pci_gpus: Annotated[Listed[PciGpu], Devices] = ()
     problems: Annotated[Listed[Message], Field(max_length=1024)] = ()
+    notes: Annotated[Listed[Message], Field(max_length=1024)] = ()  # what limits it, and is as it should be
     package_manager: Name | None = None
     python: Version | None = None
     # None: not asked, or no loader is installed.
     vulkan: Annotated[Listed[VulkanDevice], Devices] | None = None
+    container: Name | None = None  # its kind, such as "lxc"; None: no container
 
     @classmethod
     def from_json(cls, data: object) -> Machine:

@@ -14,6 +14,10 @@ from llamafleet.host.machine import Gpu, Machine, VulkanDevice
 
 # Kinds of devices that llama.cpp uses where GGML_VK_VISIBLE_DEVICES names none (ggml_vk_instance_init).
 TAKEN = ("discrete", "integrated")
+INSTALL = (
+    "install Vulkan's loader and the GPU's driver (apt: libvulkan1 mesa-vulkan-drivers; dnf: vulkan-loader "
+    "mesa-vulkan-drivers), and run again"
+)
 SOFTWARE = "software"  # `vendor` of a software renderer, such as Mesa's llvmpipe
 
 
@@ -40,6 +44,15 @@ def _matched(machine: Machine, numbers: tuple[int, ...] | None) -> Iterator[Gpu]
         gpu = known.get(name) or _of(device, len(machine.gpus))
         if gpu.usable:
             yield replace(gpu, vulkan_index=device.index)
+
+
+def only_there(machine: Machine) -> tuple[Gpu, ...]:
+    """The hardware that Vulkan alone lists, one for each bus address: Intel's GPUs."""
+    known = {gpu.pci_bus_id for gpu in machine.gpus if gpu.pci_bus_id}
+    found = {device.pci_bus_id or device.uuid: device for device in reversed(machine.vulkan or ())
+             if device.kind in TAKEN and device.pci_bus_id not in known}  # fmt: skip
+    gpus = (replace(_of(device, len(machine.gpus)), vulkan_index=device.index) for device in found.values())
+    return tuple(sorted(gpus, key=lambda gpu: gpu.index))
 
 
 def _of(device: VulkanDevice, first: int) -> Gpu:

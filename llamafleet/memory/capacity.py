@@ -23,7 +23,7 @@ class Capacity:
     gpu_bytes: tuple[int, ...]
     host_bytes: int
     swap_bytes: int
-    gpu_reserve_bytes: int
+    gpu_reserves_bytes: tuple[int, ...]  # of each GPU
     host_reserve_bytes: int
     unified: bool
     repacked: Mapping[str, int]  # weight types that the CPU repacks, with the rows that must divide a tensor's
@@ -34,11 +34,12 @@ class Capacity:
         machine: Machine,
         gpus: Sequence[Gpu],
         *,
-        gpu_reserve_bytes: int,
+        gpu_reserves_bytes: Sequence[int],
         host_reserve_bytes: int,
         allow_swap: bool,
     ) -> Capacity:
-        """Capacity of an empty host. Where GPU and CPU share one memory, the host's reserve applies to both."""
+        """Capacity of an empty host; `gpu_reserves_bytes` has a reserve for each GPU. Where GPU and CPU share one
+        memory, the host's reserve applies to both."""
         unified = any(gpu.unified_memory for gpu in gpus)
         total = machine.memory.total_bytes
         return cls(
@@ -46,7 +47,7 @@ class Capacity:
             gpu_bytes=tuple(min(gpu.capacity_bytes, total) if unified else gpu.capacity_bytes for gpu in gpus),
             host_bytes=total,
             swap_bytes=machine.memory.swap_total_bytes if allow_swap else 0,
-            gpu_reserve_bytes=host_reserve_bytes if unified else gpu_reserve_bytes,
+            gpu_reserves_bytes=(host_reserve_bytes,) * len(gpus) if unified else tuple(gpu_reserves_bytes),
             host_reserve_bytes=host_reserve_bytes,
             unified=unified,
             repacked=repacked_types(machine.cpu.flags) if machine.cpu.flags else X86_TYPES,
@@ -71,12 +72,13 @@ class Capacity:
             self,
             gpus=tuple(self.gpus[device] for device in order),
             gpu_bytes=tuple(self.gpu_bytes[device] for device in order),
+            gpu_reserves_bytes=tuple(self.gpu_reserves_bytes[device] for device in order),
         )
 
     def ledger(self, used: Mapping[int, Usage], host: Usage) -> tuple[LedgerRow, ...]:
         """One ledger row for each device in use, then the row of the host."""
         rows = [
-            _row(f"GPU{self.gpus[device].index}", use, self.gpu_bytes[device], self.gpu_reserve_bytes)
+            _row(f"GPU{self.gpus[device].index}", use, self.gpu_bytes[device], self.gpu_reserves_bytes[device])
             for device, use in sorted(used.items())
         ]
         capacity = self.host_bytes + self.swap_bytes

@@ -8,53 +8,51 @@ from llamafleet.host import vulkan
 from llamafleet.host.backends import BACKEND_OF_VENDOR, TRAITS
 from llamafleet.host.machine import Gpu, Machine
 from llamafleet.memory.capacity import Capacity
+from llamafleet.planner.devices import is_named, misnamed, reserve_mib, unusable
 from llamafleet.planner.result import Refusal
 from llamafleet.settings.schema import Settings
 from llamafleet.units import MIB
 
 
 def resolve_backend(machine: Machine, settings: Settings) -> str | Refusal:
-    """The backend to build and plan for; a refusal if the only GPUs are unusable or the GPUs are of several vendors.
-
-    A GPU that is present but unusable is never ignored silently.
+    """The backend to build and plan for. A refusal if a setting names a GPU that the host does not have, if its GPUs
+    cannot be used, or if usable cards are of several vendors.
     """
-    if settings.backend != "auto":
-        return settings.backend
-    broken = [gpu for gpu in machine.gpus if gpu.problem]
-    usable = machine.usable_gpus
-    listed = {gpu.pci_bus_id for gpu in machine.gpus}
-    lost = [gpu for gpu in machine.pci_gpus if gpu.vendor in BACKEND_OF_VENDOR and gpu.pci_bus_id not in listed]
-    if not usable and (broken or lost):
-        problems = "; ".join(
-            [f"GPU{gpu.index} ({gpu.name}): {gpu.problem}" for gpu in broken]
-            + [f"{gpu.vendor} GPU at {gpu.pci_bus_id}: no driver lists it" for gpu in lost]
-        )
+    if refusal := misnamed(machine, settings):
+        return refusal
+    return _by_gpus(machine, settings) if settings.backend == "auto" else settings.backend
+
+
+def _by_gpus(machine: Machine, settings: Settings) -> str | Refusal:
+    """The backend of the usable cards; an integrated GPU counts where the host has no card at all."""
+    usable = [gpu for gpu in machine.usable_gpus if is_named(gpu, settings)]
+    cards = [gpu for gpu in usable if not gpu.unified_memory]
+    if not cards and any(is_named(gpu, settings) for gpu in vulkan.only_there(machine) if not gpu.unified_memory):
+        return "vulkan"  # Intel's cards
+    problems = unusable(machine, settings)
+    if problems and not cards:
         return Refusal(
-            f"{machine.hostname} has a GPU that cannot be used: {problems}",
-            device=f"GPU{broken[0].index}" if broken else lost[0].pci_bus_id,
-            suggestions=(
-                "repair the driver (the probe's output lists the problems)",
-                'or set backend = "cpu" to use no GPU',
-            ),
+            f"{machine.hostname} has a GPU that cannot be used: {'; '.join(problems)}",
+            suggestions=('set backend = "cpu" to use no GPU, or name the GPUs to use in gpus',),
         )
-    vendors = {gpu.vendor for gpu in usable}
+    vendors = sorted({gpu.vendor for gpu in cards or usable})
     if len(vendors) > 1:
         return Refusal(
-            f"{machine.hostname} has usable GPUs of several vendors ({', '.join(sorted(vendors))})",
+            f"{machine.hostname} has usable GPUs of several vendors ({', '.join(vendors)})",
             device=f"GPU{usable[0].index}",
-            suggestions=('set backend to "cuda", "hip" or "vulkan"',),
+            suggestions=('set backend to "cuda", "hip" or "vulkan", or name the GPUs to use in gpus',),
         )
-    return BACKEND_OF_VENDOR.get(next(iter(vendors)), "vulkan") if vendors else "cpu"
+    return BACKEND_OF_VENDOR.get(vendors[0], "vulkan") if vendors else "cpu"
 
 
-def gpus_for(machine: Machine, backend: str, settings: Settings) -> tuple[Gpu, ...]:
-    """The GPUs that this backend can use."""
-    if backend == "vulkan":
-        return vulkan.gpus(machine, settings.vulkan_devices)
-    if backend == "cpu":
-        return ()
-    vendors = {"cuda": {"nvidia"}, "hip": {"amd"}}.get(backend)
-    return tuple(gpu for gpu in machine.usable_gpus if vendors is None or gpu.vendor in vendors)
+def no_gpu(machine: Machine, backend: str, settings: Settings) -> Refusal:
+    """The refusal of a host that has no GPU for the backend that was asked for."""
+    problems = "; ".join(unusable(machine, settings, backend))
+    return Refusal(
+        f"backend is {backend!r} but {machine.hostname} has no GPU that this backend can use"
+        f"{f': {problems}' if problems else ''}",
+        suggestions=(*(vulkan.advice(machine) if backend == "vulkan" else ()), 'set backend = "auto" or "cpu"'),
+    )
 
 
 def capacity_of(machine: Machine, gpus: Sequence[Gpu], settings: Settings) -> Capacity:
@@ -62,17 +60,19 @@ def capacity_of(machine: Machine, gpus: Sequence[Gpu], settings: Settings) -> Ca
     return Capacity.of(
         machine,
         gpus,
-        gpu_reserve_bytes=settings.gpu_reserve_mib * MIB,
+        gpu_reserves_bytes=[reserve_mib(gpu, settings) * MIB for gpu in gpus],
         host_reserve_bytes=settings.ram_reserve_mib * MIB,
         allow_swap=settings.allow_swap,
     )
 
 
-def environment(backend: str, gpus: Sequence[Gpu]) -> dict[str, str]:
+def environment(backend: str, gpus: Sequence[Gpu], machine: Machine) -> dict[str, str]:
     """Environment variables for the unit that make llama.cpp's device N the N-th GPU of the plan."""
     if backend == "cuda":
         uuids = ",".join(gpu.uuid or str(gpu.index) for gpu in gpus)
         return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": uuids}
     variable = TRAITS[backend].visible_variable
-    numbers = [gpu.index if gpu.vulkan_index is None else gpu.vulkan_index for gpu in gpus]
+    # HIP counts AMD's GPUs alone, which come last in the host's order.
+    others = [gpu for gpu in machine.gpus if gpu.vendor != "amd"] if backend == "hip" else []
+    numbers = [gpu.index - len(others) if gpu.vulkan_index is None else gpu.vulkan_index for gpu in gpus]
     return {variable: ",".join(map(str, numbers))} if variable else {}

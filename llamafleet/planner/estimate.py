@@ -88,11 +88,8 @@ class Budgets:
         for position, device in enumerate(order):
             extra = self.correction.extra_bytes.get(f"GPU{capacity.gpus[device].index}", 0)
             shared = (fixed.host + self.input_bytes) if capacity.unified else 0
-            budgets.append(
-                float(
-                    capacity.gpu_bytes[device] - capacity.gpu_reserve_bytes - fixed.devices[position] - extra - shared
-                )
-            )
+            free = capacity.gpu_bytes[device] - capacity.gpu_reserves_bytes[device]
+            budgets.append(float(free - fixed.devices[position] - extra - shared))
         return budgets
 
     def fixed(self, context: Context, count: int, kind: str) -> FixedBytes:

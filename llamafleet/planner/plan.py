@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 
-from llamafleet.host import vulkan
 from llamafleet.host.backends import TRAITS
 from llamafleet.host.machine import Machine
 from llamafleet.host.speeds import NOT_MEASURED, Measurements, rates
@@ -29,7 +28,8 @@ from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
 from llamafleet.planner import processors
 from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate, host_cost
-from llamafleet.planner.backend import capacity_of, environment, gpus_for, resolve_backend
+from llamafleet.planner.backend import capacity_of, environment, no_gpu, resolve_backend
+from llamafleet.planner.devices import gpus_for, left_out
 from llamafleet.planner.flags import planned_flags
 from llamafleet.planner.reasons import Decision, why
 from llamafleet.planner.refine import HOPELESS_BYTES, Refined, fits, refine
@@ -65,17 +65,15 @@ def plan_host(
     """
     backend = resolve_backend(machine, settings)
     if isinstance(backend, Refusal):
-        return tuple(replace(backend, instance=instance.name) for instance, _ in requests)
+        return tuple(replace(backend, instance=instance.name, problems=machine.problems) for instance, _ in requests)
     gpus = gpus_for(machine, backend, settings)
     if backend != "cpu" and not gpus:
-        refusal = Refusal(
-            f"backend is {backend!r} but {machine.hostname} has no GPU that this backend can use",
-            suggestions=(*vulkan.advice(machine), 'set backend = "auto" or "cpu"'),
-        )
-        return tuple(replace(refusal, instance=instance.name) for instance, _ in requests)
+        refusal = no_gpu(machine, backend, settings)
+        return tuple(replace(refusal, instance=instance.name, problems=machine.problems) for instance, _ in requests)
     capacity = capacity_of(machine, gpus, settings)
     results: dict[int, Plan | Refusal] = {}
     earlier: tuple[Plan, ...] = ()
+    notes = (*left_out(machine, backend, settings), *machine.notes)
     for position, (instance, header) in sorted(enumerate(requests), key=lambda item: (-item[1][0].priority, item[0])):
         correction = corrections.get(instance.name, NO_CORRECTION)
         alone, later = len(requests) == 1, known or measurements
@@ -85,7 +83,7 @@ def plan_host(
         if isinstance(result, Plan):
             capacity = capacity.without(result.ledger)
             earlier = (*earlier, result)
-        results[position] = result
+        results[position] = replace(result, why=(*result.why, *notes), problems=machine.problems)
     return tuple(results[position] for position in range(len(requests)))
 
 
@@ -217,8 +215,8 @@ def _is_planned(case: _Case, change: Change) -> bool:
     capacity = case.capacity
     if change.ram_reserve_mib is not None:
         reserve = change.ram_reserve_mib * MIB
-        gpu_reserve = reserve if capacity.unified else capacity.gpu_reserve_bytes
-        capacity = replace(capacity, host_reserve_bytes=reserve, gpu_reserve_bytes=gpu_reserve)
+        gpu_reserves = (reserve,) * len(capacity.gpus) if capacity.unified else capacity.gpu_reserves_bytes
+        capacity = replace(capacity, host_reserve_bytes=reserve, gpu_reserves_bytes=gpu_reserves)
     instance = case.instance
     if change.prompt_cache_mib is not None:
         instance = replace(instance, prompt_cache_mib=change.prompt_cache_mib)
@@ -285,7 +283,7 @@ def _plan(case: _Case, search: Search, refined: Refined, candidates: Sequence[Ca
         why=tuple(why(decision)),
         # With room for the pages of mapped tensors, which count as the service's.
         host_bytes=sum(row.used_bytes for row in (rows if case.capacity.unified else rows[-1:])) + mapped,
-        environment=environment(case.backend, gpus),
+        environment=environment(case.backend, gpus, case.machine),
         cpus=cpus,
         numa_nodes=nodes,
         chosen_for=search.roofline.predict(candidate.order, candidate.segments, context),

@@ -105,6 +105,13 @@ def _gpus(decision: Decision) -> Iterator[str]:
         return
     names = [f"GPU{gpu.index}" for gpu in capacity.gpus]
     unused = [device for device in range(len(capacity.gpus)) if device not in chosen.order]
+    slices = [device for device in unused if capacity.gpus[device].mig]
+    if slices:
+        yield (
+            f"MIG instances that are left to other models: {', '.join(names[device] for device in slices)}: a process"
+            " sees one of them at most"
+        )
+    unused = [device for device in unused if device not in slices]
     if unused:
         unused_names = ", ".join(f"{names[device]} ({capacity.gpus[device].name})" for device in unused)
         with_more = [
@@ -213,9 +220,6 @@ def _warnings(decision: Decision) -> Iterator[str]:
         yield f"the attention windows of {name!r} are not known: its KV cache is an upper bound"
     elif not model.compute.is_exact:
         yield f"the compute graph of this {name!r} is not known: its compute buffers are an upper bound"
-    for gpu in machine.gpus:
-        if gpu.problem:
-            yield f"GPU{gpu.index} ({gpu.name}) is not used: {gpu.problem}"
     planned, available = decision.rows[-1].used_bytes, machine.memory.available_bytes
     if planned > available:
         yield (

@@ -31,6 +31,7 @@ class Refusal:
     ledger: tuple[LedgerRow, ...] = ()
     why: tuple[str, ...] = ()
     instance: str = ""
+    problems: tuple[str, ...] = ()  # what is wrong with the host, as its probe found, each with the way out
 
     fits = False
 
@@ -74,6 +75,7 @@ class Plan:
     # By the rates that the plan was chosen with, which plan.json keeps: they stay while the plan does.
     chosen_for: Prediction = NO_PREDICTION
     at_gate: Expected | None = None
+    problems: tuple[str, ...] = ()  # what is wrong with the host, as its probe found, each with the way out
 
     fits = True
 
@@ -96,4 +98,5 @@ def _contract(result: Plan | Refusal, refusal: dict[str, Any] | None) -> dict[st
         "predicted": (result.predicted if isinstance(result, Plan) else NO_PREDICTION).to_json(),
         "why": list(result.why),
         "refusal": refusal,
+        "problems": list(result.problems),
     }

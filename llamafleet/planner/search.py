@@ -111,11 +111,13 @@ class Search(Budgets):
         the first device (ggml/src/ggml-backend.cpp, the first backend that wants an operation).
         """
         rates, sizes = self.roofline.rates.gpus, self.capacity.gpu_bytes
-        devices = range(len(sizes))
+        # A CUDA process sees one MIG instance at most, and no GPU beside it (NVIDIA's MIG user guide).
+        slices = sorted((n for n, gpu in enumerate(self.capacity.gpus) if gpu.mig), key=lambda n: (-sizes[n], n))
+        devices = [device for device in range(len(sizes)) if device not in slices]
         fastest = sorted(devices, key=lambda n: (-rates[n].bytes_per_s, -sizes[n], n))
         largest = sorted(devices, key=lambda n: (-sizes[n], -rates[n].bytes_per_s, n))
         orders: dict[tuple[int, ...], None] = {}
-        for count in range(1, len(sizes) + 1):
+        for count in range(1, len(devices) + 1):
             for gpus in (fastest[:count], largest[:count]):
                 by_link = sorted(gpus, key=lambda n: (-rates[n].link_bytes_per_s, -rates[n].flops, n))
                 orders[tuple(by_link)] = None
@@ -123,7 +125,7 @@ class Search(Budgets):
                     # Or the fastest GPU last: it holds the output, which is read for every token.
                     quickest = max(by_link, key=lambda n: rates[n].bytes_per_s)
                     orders[(*(n for n in by_link if n != quickest), quickest)] = None
-        return list(orders)
+        return [*orders, *((device,) for device in slices)]
 
     def _layouts(
         self, context: Context, order: tuple[int, ...]

@@ -18,6 +18,7 @@ from llamafleet.host.machine import Machine
 from llamafleet.host.recorded import PlanRecord
 from llamafleet.memory.ledger import LedgerRow
 from llamafleet.memory.placement import HOST
+from llamafleet.planner.devices import reserve_mib
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.settings.schema import Instance, Settings
 from llamafleet.units import MIB
@@ -36,19 +37,27 @@ _UNRELATED_INSTANCE_SETTINGS = {"name", "source", "port", "listen", "allowed_cli
                           "allowed_drop_ins"}  # fmt: skip
 _UNRELATED_SETTINGS = {"models", "llama_cpp_repository", "llama_cpp_ref", "build_ui", "build_jobs", "build_cache",
               "keep_releases", "hub_endpoint", "hub_token_file", "cuda_toolkit", "drain_seconds",
-              "allow_empty_models", "python"}  # fmt: skip
+              "allow_empty_models", "proxy", "no_proxy", "ca_file", "python"}  # fmt: skip
+
+
+# Settings that later versions added: with these values they are no part of the hash, which so is that of before.
+_ADDED_SETTINGS: Mapping[str, Any] = {"gpus": None}
 
 
 def inputs_key(machine: Machine, settings: Settings, instance: Instance, model: Mapping[str, Any]) -> str:
     """A hash of all inputs of a plan except memory, 16 hex digits. `model` has the model's files and their sizes."""
     inputs = {
         "instance": _without(asdict(instance), _UNRELATED_INSTANCE_SETTINGS),
-        "settings": _without(asdict(settings), _UNRELATED_SETTINGS),
+        "settings": _without(asdict(settings), {*_UNRELATED_SETTINGS, *_unset(settings)}),
         "model": model,
         "cpu": asdict(machine.cpu),
         "gpus": [[gpu.uuid, gpu.name, gpu.problem] for gpu in machine.gpus],
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=list).encode()).hexdigest()[:16]
+
+
+def _unset(settings: Settings) -> set[str]:
+    return {key for key, value in _ADDED_SETTINGS.items() if getattr(settings, key) == value}
 
 
 def _without(values: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
@@ -182,16 +191,16 @@ def _keep(
     results = tuple(planner(planned_for))
     if not _is_installed(results, installed):
         return "this version of llamafleet makes another plan from the same inputs"
-    drift = memory.drift(machine)
+    drift, thresholds = memory.drift(machine), _thresholds(machine, settings)
     plans = []
     for result in results:
         if isinstance(result, Refusal):
             return f"{result.instance}: {result.reason}"
-        rows = tuple(_with_drift(row, drift[row.device]) for row in result.ledger)
+        rows = tuple(_with_drift(row, drift.get(row.device, 0)) for row in result.ledger)
         plans.append(replace(result, ledger=rows))
-    if problem := next(_too_little_memory(plans, drift, settings), ""):
+    if problem := next(_too_little_memory(plans, drift, thresholds), ""):
         return problem
-    much_more = any(size > _threshold(device, settings) for device, size in drift.items())
+    much_more = any(size > thresholds[device] for device, size in drift.items())
     if much_more and (reason := next(_better(plans, present.results, settings), "")):
         return reason
     return Choice(tuple(plans), memory, f"kept: the installed plan still fits ({_drift_text(drift)})")
@@ -201,17 +210,18 @@ def _with_drift(row: LedgerRow, drift: int) -> LedgerRow:
     return replace(row, capacity_bytes=row.capacity_bytes + drift, free_bytes=row.free_bytes + drift)
 
 
-def _threshold(device: str, settings: Settings) -> int:
-    """Bytes by which a device's memory may change without a change of the plan."""
-    reserve = settings.ram_reserve_mib if device == HOST else settings.gpu_reserve_mib
-    return int(DRIFT_SHARE * reserve * MIB)
+def _thresholds(machine: Machine, settings: Settings) -> dict[str, int]:
+    """Bytes by which a device's memory may change without a change of the plan, by the ledger's device names."""
+    reserves = {f"GPU{gpu.index}": reserve_mib(gpu, settings) for gpu in machine.gpus}
+    return {name: int(DRIFT_SHARE * mib * MIB) for name, mib in {**reserves, HOST: settings.ram_reserve_mib}.items()}
 
 
-def _too_little_memory(plans: Sequence[Plan], drift: Mapping[str, int], settings: Settings) -> Iterator[str]:
-    """A sentence for each device on which a plan no longer fits."""
+def _too_little_memory(plans: Sequence[Plan], drift: Mapping[str, int], thresholds: Mapping[str, int]) -> Iterator[str]:
+    """A sentence for each device on which a plan no longer fits. What Vulkan alone lists does not drift: the memory of
+    other processes is unknown there."""
     for plan in plans:
         for row in plan.ledger:
-            if row.free_bytes < -_threshold(row.device, settings):
+            if row.device in drift and row.free_bytes < -thresholds[row.device]:
                 yield (
                     f"{row.device} has {-drift[row.device] // MIB} MiB less than when {plan.instance} was planned,"
                     f" which is more than its free memory and {DRIFT_SHARE:.0%} of the reserve"

@@ -325,6 +325,18 @@ def show(unit: str, *properties: str, seconds: Optional[float] = None) -> Dict[s
     return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
 
 
+# PROC_PID_INIT_INO (include/linux/proc_ns.h): the namespace of process ids that is no container's.
+INITIAL_PIDS = "pid:[4026531836]"
+
+
+def sees_all_processes(link: str = "/proc/self/ns/pid") -> bool:
+    """Whether this process's ids are the kernel's own, which drivers tell: not in a container."""
+    try:
+        return os.readlink(link) == INITIAL_PIDS
+    except OSError:
+        return True
+
+
 def running_jobs() -> Set[str]:
     """The names of jobs whose unit systemd has."""
     begin, end = transient_unit("job", "*").split("*")

@@ -34,6 +34,7 @@ import gate_unit
 from common import GATE_SCHEMA, command_line, invocation, journal_of_start, write_json
 from gate_devices import cause_of_end, check_devices
 from gate_load import deadline, why_silent
+from gate_nvml import held_by, in_use_on_all
 from gate_reply import REMEMBERED, check_completion, check_speed, speed_key
 from gate_server import ask, first_key, found_status, is_alive, main_pid, result, trust, unit_state
 from gate_spec import Unreadable, read_spec
@@ -123,65 +124,29 @@ def log_of_start(unit: str) -> str:
 
 
 def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
-    """Every planned GPU must hold memory of this process: a silent fallback to the CPU holds none."""
-    if not spec["gpus"] or spec["backend"] != "cuda":
+    """Every planned GPU must hold memory of this process: a silent fallback to the CPU holds none.
+
+    Where NVML does not tell whose memory is whose, as in a container, as much must be in use there by all together;
+    that the server holds it, its log says (check_devices).
+    """
+    gpus = [gpu for gpu in spec["gpus"] if gpu["uuid"]]  # a Jetson's GPU has none, and NVML may not know it
+    if not gpus or spec["backend"] != "cuda":
         return None  # NVML knows NVIDIA's GPUs alone; check_devices reads the server's log for all others
     held = held_by(main_pid(spec["unit"]))
-    for gpu in spec["gpus"]:
+    in_use = in_use_on_all() if isinstance(held, dict) and None in held.values() else {}
+    for gpu in gpus:
         found = held.get(gpu["uuid"], 0) if isinstance(held, dict) else 0
-        if found is None:  # NVML knows the process but not its memory: containers, some drivers
-            continue
-        if found < gpu["planned_bytes"] * HELD_SHARE:
-            where = f"on {gpu['name']} ({gpu['uuid']})"
+        whose = "" if found is not None else " in use by all together"
+        found = in_use.get(gpu["uuid"]) if found is None else found
+        if found is not None and found < gpu["planned_bytes"] * HELD_SHARE:
+            where = f"on {gpu['name']} ({gpu['uuid']}){whose}"
             return result(
                 "gpu memory", False, f"about {gpu['planned_bytes'] >> 20} MiB {where}",
                 held if isinstance(held, str) else f"{found >> 20} MiB {where}",
                 "llama-server runs on the CPU: no usable driver, or the hardening hides the device",
             )  # fmt: skip
-    names = ", ".join(gpu["name"] for gpu in spec["gpus"])
+    names = ", ".join(gpu["name"] for gpu in gpus)
     return result("gpu memory", True, f"the planned memory on {names}", "held")
-
-
-def held_by(pid: int) -> dict[str, int | None] | str:
-    """Bytes that the process holds, by UUID of the GPU or MIG instance; None where NVML does not report them. A text
-    with the error if NVML fails. A GPU that does not answer is left out."""
-    import pynvml  # type: ignore[import-untyped]  # nvidia-ml-py ships no types
-
-    held: dict[str, int | None] = {}
-    try:
-        pynvml.nvmlInit()
-        count = pynvml.nvmlDeviceGetCount()
-    except pynvml.NVMLError as error:
-        return f"NVML: {error}"
-    for index in range(count):
-        try:
-            for device in devices(pynvml, pynvml.nvmlDeviceGetHandleByIndex(index)):
-                processes = pynvml.nvmlDeviceGetComputeRunningProcesses(device)
-                mine = [process.usedGpuMemory for process in processes if process.pid == pid]
-                held[text(pynvml.nvmlDeviceGetUUID(device))] = mine[0] if mine else 0
-        except pynvml.NVMLError:
-            continue
-    return held
-
-
-def devices(pynvml: Any, gpu: Any) -> list[Any]:
-    """The GPU itself, or its MIG instances if MIG is enabled: CUDA then sees only the instances."""
-    try:
-        if pynvml.nvmlDeviceGetMigMode(gpu)[0] != pynvml.NVML_DEVICE_MIG_ENABLE:
-            return [gpu]
-    except pynvml.NVMLError:  # a GPU without MIG
-        return [gpu]
-    found = []
-    for index in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
-        try:
-            found.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index))
-        except pynvml.NVMLError:  # a place without an instance
-            continue
-    return found
-
-
-def text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
 
 
 CHECKS = (

@@ -96,7 +96,8 @@ def devices(spec: Dict[str, Any]) -> List[str]:
         return ["PrivateDevices=yes", "MemoryDenyWriteExecute=yes"]
     try:
         with open(f"{UNITS}/{spec['unit']}") as file:
-            return [line.strip() for line in file if line.startswith(("DevicePolicy=", "DeviceAllow="))]
+            kept = ("DevicePolicy=", "DeviceAllow=", "SupplementaryGroups=")
+            return [line.strip() for line in file if line.startswith(kept)]
     except OSError:
         return []
 

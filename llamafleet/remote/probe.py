@@ -1,9 +1,9 @@
 """Look at this host and print what it is as one JSON object, the machine file (schema 1).
 
-Contract: runs on the host with any Python >= 3.8, as any user, with the standard library, psutil, and
-beside it `common.py`, `packages.py`, `probe_files.py`, `probe_cpu.py`, `probe_gpus.py` and `probe_vulkan.py`;
-imports nothing else of ours. Reads only, leaves nothing behind. Prints exactly one JSON object on stdout and exits 0:
-what is odd about the host is text in `problems`, never a crash. Exit 2 is bad usage.
+Contract: runs on the host with any Python >= 3.8, as any user, with the standard library, psutil, and beside it
+`common.py`, `packages.py`, `gpu_nodes.py` and the other `probe_*.py`; imports nothing else of ours. Reads only, leaves
+nothing behind. Prints exactly one JSON object on stdout and exits 0: what is wrong with the host is text in `problems`,
+each with the way out, what limits it is text in `notes`, never a crash. Exit 2 is bad usage.
 
     probe.py [--paths PATH...] [--driver-seconds 20] [--vulkan] [--root DIR]
 """
@@ -21,18 +21,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
 
+import gpu_nodes
 import packages
 import probe_cpu
 import probe_files
-from probe_files import at, cgroup_folders, number, psutil, read
+import probe_pci
+from probe_files import at, cgroup_folders, container, number, psutil, read, tegra
 
-VENDORS = {"0x10de": "nvidia", "0x1002": "amd", "0x8086": "intel"}
-# Of a cgroup, v2 or not: the files of its limit and its use, and its droppable cache in memory.stat.
+# Of a cgroup, v2 or not: the files of its limits and its use, and its droppable cache in memory.stat.
 CGROUP_FILES = {
-    True: ("memory.max", "memory.current", "inactive_file"),
-    False: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    True: (("memory.max", "memory.high"), "memory.current", "inactive_file"),
+    False: (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
 }
 
 
@@ -50,33 +51,38 @@ def main() -> int:
 
 
 def machine(paths: list[str], driver_seconds: float, vulkan: bool = False) -> dict[str, Any]:
-    """The whole machine file; Vulkan's loader is asked only where it is wanted."""
-    pci = pci_gpus()
+    """The whole machine file; Vulkan's loader is asked where it is wanted, and where a card of Intel's needs it."""
+    notes: list[str] = []
+    pci = probe_pci.pci_gpus()
     answers = driver_answers(driver_seconds) if has_gpu_driver(pci) else no_answers()
-    gpus, problems = answers["gpus"], answers["problems"]
-    if answers["no_nvml"] and (answers["driver"]["nvidia"] or any(gpu["vendor"] == "nvidia" for gpu in pci)):
+    gpus, problems = probe_pci.without_withheld(answers["gpus"], pci), answers["problems"]
+    if answers["no_nvml"] and (answers["driver"]["nvidia"] or has_card(pci, "nvidia")):
         problems.append(answers["no_nvml"])  # without NVIDIA's hardware nothing is wrong
-    name_lost_gpus(gpus, pci)
+    probe_pci.name_lost_gpus(gpus, pci)
+    lost = probe_pci.explain_missing(gpus, pci, [text for text in problems if text.startswith(("NVIDIA", "GPU driv"))])
     for gpu in gpus:
         if gpu["problem"]:
             problems.append(f"GPU {gpu['pci_bus_id'] or 'without a bus id'}: {gpu['problem']}")
-    problems += missing_gpus(gpus, pci)
-    listed = answers_of("probe_vulkan.py", driver_seconds) if vulkan else {"devices": None, "problems": []}
-    problems += listed["problems"]
+    problems += lost
+    wanted = vulkan or has_card(pci, "intel")
+    listed = answers_of("probe_vulkan.py", driver_seconds) if wanted else {"devices": None, "problems": []}
+    problems += [*listed["problems"], *node_problems(gpus, pci)]
     return {
         "schema": 1,
         "hostname": platform.node(),
         "python": platform.python_version(),
         "os": operating_system(),
+        "container": container(),
         "package_manager": package_manager(),
-        "cpu": probe_cpu.cpu(problems),
-        "memory": memory(problems),
+        "cpu": probe_cpu.cpu(notes),
+        "memory": memory(notes),
         "gpus": gpus,
         "pci_gpus": pci,
         "driver": answers["driver"],
         "vulkan": listed.get("devices"),
         "disks": [disk(path) for path in paths],
         "problems": problems,
+        "notes": [*answers["notes"], *notes],
     }
 
 
@@ -127,21 +133,29 @@ def disk(path: str) -> dict[str, Any]:
 # --- memory ----------------------------------------------------------------------------------
 
 
-def memory(problems: list[str]) -> dict[str, Any]:
+def memory(notes: list[str]) -> dict[str, Any]:
     """RAM in bytes; a container's limit counts as the total where it is lower."""
     total, available = ram()
     info = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+)", read(at("/proc/meminfo")), re.M)}
     limit, used = cgroup_memory()
     if limit is not None and limit < total:
-        problems.append(f"memory: a cgroup limits this host to {limit} of {total} bytes; the limit counts")
+        notes.append(f"memory: a cgroup limits this host to {limit} of {total} bytes; the limit counts")
         total, available = limit, max(0, min(available, limit - used))
     return {
         "total_bytes": total,
         "available_bytes": available,
-        "swap_total_bytes": info.get("SwapTotal", 0) * 1024,
+        "swap_total_bytes": min([info.get("SwapTotal", 0) * 1024, *swap_limits()]),
         "cgroup_limit_bytes": limit,
         "hugepages_bytes": info.get("HugePages_Total", 0) * info.get("Hugepagesize", 0) * 1024,
     }
+
+
+def swap_limits() -> Iterator[int]:
+    """What cgroups of v2 let a service here have of the swap, bytes."""
+    for unified, folder in cgroup_folders("memory"):
+        limit = number(folder / "memory.swap.max") if unified else None
+        if limit is not None:
+            yield limit
 
 
 def ram() -> tuple[int, int]:
@@ -153,12 +167,15 @@ def ram() -> tuple[int, int]:
 def cgroup_memory() -> tuple[int | None, int]:
     """The lowest memory limit that a service here lives under, and its use without page cache; bytes.
 
-    v2: `memory.max`, "max" is none; v1: `memory.limit_in_bytes`, where a number of the order of 2^63 is none.
+    v2: `memory.max`, and `memory.high`, above which the kernel slows a service down, "max" is none; v1:
+    `memory.limit_in_bytes`, where a number of the order of 2^63 is none.
     """
     lowest: tuple[int | None, int] = (None, 0)
     for unified, folder in cgroup_folders("memory"):
-        limit_name, use_name, cache_name = CGROUP_FILES[unified]
-        limit = number(folder / limit_name)
+        limit_names, use_name, cache_name = CGROUP_FILES[unified]
+        limit = min(
+            (one for one in map(number, (folder / name for name in limit_names)) if one is not None), default=None
+        )
         if limit is None or limit >= 2**60 or (lowest[0] is not None and limit >= lowest[0]):
             continue
         cache = re.search(rf"^{cache_name} (\d+)$", read(folder / "memory.stat"), re.M)
@@ -169,40 +186,9 @@ def cgroup_memory() -> tuple[int | None, int]:
 # --- GPUs ------------------------------------------------------------------------------------
 
 
-def pci_gpus() -> list[dict[str, Any]]:
-    """Display controllers (class 03xx) by bus id, driver or not: a GPU without one is still seen."""
-    found = []
-    for folder in sorted(at("/sys/bus/pci/devices").glob("*")):
-        vendor = VENDORS.get(read(folder / "vendor"))
-        if vendor and read(folder / "class").startswith("0x03"):
-            found.append({"pci_bus_id": folder.name, "vendor": vendor, "device_id": read(folder / "device")})
-    return found
-
-
-def missing_gpus(gpus: list[dict[str, Any]], pci: list[dict[str, Any]]) -> list[str]:
-    """PCI GPUs that no driver lists. Intel's are listed by PCI only, so they are no problem."""
-    listed = {gpu["pci_bus_id"] for gpu in gpus}
-    return [
-        "{} GPU {} (device {}) is on the PCI bus, but no driver lists it: install or load the driver, "
-        "or set the backend to cpu".format(gpu["vendor"], gpu["pci_bus_id"], gpu["device_id"])
-        for gpu in pci
-        if gpu["vendor"] != "intel" and gpu["pci_bus_id"] not in listed
-    ]
-
-
-def name_lost_gpus(gpus: list[dict[str, Any]], pci: list[dict[str, Any]]) -> None:
-    """NVIDIA devices without a handle get their bus id by elimination, where that is unambiguous."""
-    listed = {gpu["pci_bus_id"] for gpu in gpus}
-    free = [gpu["pci_bus_id"] for gpu in pci if gpu["vendor"] == "nvidia" and gpu["pci_bus_id"] not in listed]
-    nameless = [gpu for gpu in gpus if gpu["vendor"] == "nvidia" and not gpu["pci_bus_id"]]
-    if len(free) == len(nameless):
-        for gpu, bus_id in zip(nameless, free):  # noqa: B905 -- zip(strict=) needs Python 3.10; lengths checked
-            gpu["pci_bus_id"] = bus_id
-
-
 def has_gpu_driver(pci: list[dict[str, Any]]) -> bool:
     """Is there a GPU to ask a driver about? Asking takes a process of its own, on every host and run."""
-    if any(gpu["vendor"] != "intel" for gpu in pci) or at("/proc/driver/nvidia").exists():
+    if any(has_card(pci, vendor) for vendor in ("nvidia", "amd")) or at("/proc/driver/nvidia").exists() or tegra():
         return True
     try:
         ctypes.CDLL("libnvidia-ml.so.1")  # GPUs that are on no PCI bus: Jetson, GB10
@@ -211,8 +197,20 @@ def has_gpu_driver(pci: list[dict[str, Any]]) -> bool:
     return True
 
 
+def has_card(pci: list[dict[str, Any]], vendor: str) -> bool:
+    """Whether the PCI bus has a GPU of this vendor that is no integrated one of Intel's."""
+    return any(one["vendor"] == vendor and one["kind"] == "gpu" for one in pci)
+
+
+def node_problems(gpus: list[dict[str, Any]], pci: list[dict[str, Any]]) -> list[str]:
+    """Device nodes of this host's GPUs that no service can open."""
+    nvidia = gpu_nodes.NVIDIA if any(gpu["vendor"] == "nvidia" for gpu in gpus) else ()
+    others = gpu_nodes.OTHERS if has_card(pci, "amd") or has_card(pci, "intel") else ()
+    return gpu_nodes.problems((*nvidia, *others))
+
+
 def no_answers() -> dict[str, Any]:
-    return {"gpus": [], "driver": {"nvidia": None, "cuda": None}, "problems": [], "no_nvml": None}
+    return {"gpus": [], "driver": {"nvidia": None, "cuda": None}, "problems": [], "notes": [], "no_nvml": None}
 
 
 def driver_answers(seconds: float) -> dict[str, Any]:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from probe_files import at, number, read
-from probe_gpu_common import empty_gpu, is_ours
+from probe_gpu_common import empty_gpu, is_ours, own_by_logs, own_processes, sees_pids
 
 # An integrated AMD GPU sets aside a little memory, usually 0.5 GiB, and borrows the rest from RAM (GTT).
 # Cards with so little memory of their own are too old for ROCm.
 APU_VRAM_BYTES = 2 * 1024**3
 
 
-def amd_gpus(first_index: int, problems: list[str]) -> list[dict[str, Any]]:
+def amd_gpus(first_index: int, notes: list[str]) -> list[dict[str, Any]]:
     """AMD GPUs as the amdgpu driver shows them in sysfs, by bus id."""
     folders = {}
     for card in at("/sys/class/drm").glob("card[0-9]*"):
@@ -25,10 +25,10 @@ def amd_gpus(first_index: int, problems: list[str]) -> list[dict[str, Any]]:
         if card.name[4:].isdigit() and read(device / "vendor") == "0x1002":
             folders[device.resolve().name] = device
     # Index after NVIDIA's, so that it is unique on the host.
-    return [amd_gpu(first_index + n, bus, folders[bus], problems) for n, bus in enumerate(sorted(folders))]
+    return [amd_gpu(first_index + n, bus, folders[bus], notes) for n, bus in enumerate(sorted(folders))]
 
 
-def amd_gpu(index: int, bus_id: str, device: Path, problems: list[str]) -> dict[str, Any]:
+def amd_gpu(index: int, bus_id: str, device: Path, notes: list[str]) -> dict[str, Any]:
     vram, gtt = number(device / "mem_info_vram_total"), number(device / "mem_info_gtt_total") or 0
     gpu = empty_gpu(index, "amd")
     unique = read(device / "unique_id")
@@ -40,19 +40,48 @@ def amd_gpu(index: int, bus_id: str, device: Path, problems: list[str]) -> dict[
         pcie_generation=pcie_generation(read(device / "max_link_speed")),
     )
     if vram is None:
-        gpu["problem"] = "amdgpu tells no memory size (mem_info_vram_total): is the amdgpu driver bound?"
+        gpu["problem"] = (
+            "amdgpu tells no memory size (mem_info_vram_total): another driver holds the GPU, or amdgpu could not "
+            "start it: see dmesg, then load amdgpu (modprobe amdgpu) or reboot"
+        )
         return gpu
-    node, gpu["gfx"] = kfd_node(bus_id)
+    node, gpu["gfx"], count = kfd_node(bus_id)
+    if count > 1:
+        gpu["problem"] = (
+            f"it is divided into {count} compute partitions, which are not planned for: join them (amd-smi set "
+            "--compute-partition SPX)"
+        )
     used = number(device / "mem_info_vram_used") or 0
     if vram <= APU_VRAM_BYTES and gtt > vram:
         gpu["unified_memory"] = True
         vram, used = vram + gtt, used + (number(device / "mem_info_gtt_used") or 0)
-        problems.append(f"GPU {bus_id} shares the host's RAM: {vram} bytes are VRAM and GTT together")
-    own = sum(
-        number(path) or 0 for path in at("/sys/class/kfd/kfd/proc").glob(f"*/vram_{node}") if is_ours(path.parent.name)
-    )
-    gpu.update(memory_total_bytes=vram, memory_used_by_others_bytes=max(0, used - own))
+        notes.append(f"GPU {bus_id} shares the host's RAM: {vram} bytes are VRAM and GTT together")
+    own = min(used, own_bytes(bus_id, node, gpu))
+    gpu.update(memory_total_bytes=vram, memory_used_by_others_bytes=used - own)
     return gpu
+
+
+def own_bytes(bus_id: str, node: str, gpu: dict[str, Any]) -> int:
+    """Bytes of the GPU that our servers hold: by amdkfd, which knows ROCm's processes, by amdgpu, which knows all and
+    tells them in the /proc of the process itself, or else by their logs."""
+    by_kfd = 0
+    if sees_pids():
+        files = at("/sys/class/kfd/kfd/proc").glob(f"*/vram_{node}")
+        by_kfd = sum(number(path) or 0 for path in files if is_ours(path.parent.name))
+    regions = ("vram", "gtt") if gpu["unified_memory"] else ("vram",)
+    return max(by_kfd, own_by_fdinfo(bus_id, regions)) or own_by_logs(gpu["uuid"])
+
+
+def own_by_fdinfo(bus_id: str, regions: tuple[str, ...]) -> int:
+    """Bytes of our processes in these regions, as the kernel's documentation has them (gpu/drm-usage-stats)."""
+    clients: dict[str, int] = {}
+    for folder, _ in own_processes():
+        for file in folder.glob("fdinfo/*"):
+            values = dict(re.findall(r"^(drm-[\w-]+):\s*(.+)$", read(file), re.M))
+            if values.get("drm-pdev") == bus_id:
+                sizes = [re.match(r"(\d+) KiB", values.get(f"drm-memory-{region}", "")) for region in regions]
+                clients[values.get("drm-client-id", str(file))] = sum(int(size[1]) * 1024 for size in sizes if size)
+    return sum(clients.values())
 
 
 def pcie_generation(speed: str) -> int | None:
@@ -61,14 +90,15 @@ def pcie_generation(speed: str) -> int | None:
     return rates.get(speed.partition(" ")[0])
 
 
-def kfd_node(bus_id: str) -> tuple[str, str | None]:
-    """AMD's compute driver's id of a GPU, and its LLVM target such as "gfx1100"."""
+def kfd_node(bus_id: str) -> tuple[str, str | None, int]:
+    """AMD's compute driver's id of a GPU, its LLVM target such as "gfx1100", and how many devices it is to HIP."""
     domain, bus, device, function = (int(part, 16) for part in re.split("[:.]", bus_id))
     location = bus << 8 | device << 3 | function
-    for node in at("/sys/class/kfd/kfd/topology/nodes").glob("*"):
+    found = []
+    for node in sorted(at("/sys/class/kfd/kfd/topology/nodes").glob("*")):
         values = dict(re.findall(r"^(\w+) (\d+)$", read(node / "properties"), re.M))
         if int(values.get("location_id", -1)) == location and int(values.get("domain", 0)) == domain:
             target = int(values.get("gfx_target_version", 0))  # 110000 is 11.0.0; the last two are hex digits
             name = f"gfx{target // 10000}{target // 100 % 100:x}{target % 100:x}"
-            return read(node / "gpu_id"), name if target else None
-    return "", None
+            found.append((read(node / "gpu_id"), name if target else None))
+    return (*found[0], len(found)) if found else ("", None, 0)

@@ -1,7 +1,7 @@
 """The processors of this host: cores, which of them are fast, NUMA nodes, instruction sets.
 
 Part of probe.py and under its contract: Python 3.8, the standard library and psutil, reads only. `cpu` gives the
-machine file's `cpu` and adds what is odd to `problems`.
+machine file's `cpu` and adds what limits it to `notes`.
 """
 
 from __future__ import annotations
@@ -23,21 +23,28 @@ PERFORMANCE_SHARE = 0.75
 Place = Tuple[str, str]  # (package, core)
 
 
-def cpu(problems: list[str]) -> dict[str, Any]:
-    """The machine file's `cpu`; where a container has some CPUs only, these."""
+def cpu(notes: list[str]) -> dict[str, Any]:
+    """The machine file's `cpu`; where a container has some CPUs only, these, and no more cores than its quota lets it
+    use at once."""
     info = read(at("/proc/cpuinfo"))
-    places = {n: core_place(n) for n in cpus(problems)}
+    places = {n: core_place(n) for n in cpus(notes)}
     logical = len(places) or psutil().cpu_count(logical=True) or os.cpu_count() or 1
     cores = set(places.values())
     physical = len(cores) or psutil().cpu_count(logical=False) or logical
     fast = performance_cpus(places)
     nodes = numa_nodes()
+    performance = len({places[n] for n in fast}) or physical
+    quota = cpu_quota()
+    if quota is not None and quota < physical:
+        notes.append(f"processor: a cgroup limits this host to {quota:g} of {physical} cores (CPU quota); it counts")
+        physical = max(1, int(quota))
+        logical, performance = min(logical, max(1, int(quota))), min(performance, physical)
     return {
         "model": cpu_model(info),
         "sockets": len({package for package, _ in cores}) or 1,
         "physical_cores": physical,
         "logical_cores": logical,
-        "performance_cores": len({places[n] for n in fast}) or physical,
+        "performance_cores": performance,
         "performance_cpus": cpu_list(fast) if len(fast) < len(places) else "",
         "numa_nodes": len(nodes) or 1,
         "numa_node_list": cpu_list(nodes),
@@ -78,14 +85,30 @@ def cpu_list(numbers: Iterable[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def cpus(problems: list[str]) -> list[int]:
+def cpu_quota() -> float | None:
+    """CPUs' worth of time that a service here may have, by the tightest of the cgroups above it; None without a limit.
+
+    v2: `cpu.max` has quota and period, "max" is none; v1: two files, -1 is none.
+    """
+    quotas = []
+    for unified, folder in cgroup_folders("cpu"):
+        if unified:
+            quota, _, period = read(folder / "cpu.max").partition(" ")
+        else:
+            quota, period = read(folder / "cpu.cfs_quota_us"), read(folder / "cpu.cfs_period_us")
+        if quota.isdigit() and period.isdigit() and int(period):
+            quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def cpus(notes: list[str]) -> list[int]:
     """The logical CPUs that a service here can run on: those online, less what a container's cpuset leaves out."""
     online = cpu_numbers(read(at("/sys/devices/system/cpu/online")))
     allowed = cpuset()
     usable = [n for n in online if n in allowed]
     if not usable or len(usable) == len(online):
         return online
-    problems.append(
+    notes.append(
         f"processor: a cgroup limits this host to CPUs {cpu_list(usable)} of {cpu_list(online)}; the limit counts"
     )
     return usable

@@ -7,6 +7,7 @@ psutil, reads only.
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any, Iterator  # the contract is Python 3.8, whose own Iterator is typing's
 
@@ -45,11 +46,27 @@ def number(path: Path | str) -> int | None:
     return int(text) if text.isdigit() else None
 
 
+def tegra() -> str | None:
+    """NVIDIA's name of the chip of a Jetson, such as "tegra234", by the device tree; None on other machines."""
+    found = re.search(r"nvidia,(tegra\d+)", read(at("/proc/device-tree/compatible")))
+    return found[1] if found else None
+
+
+def container() -> str | None:
+    """The kind of container that this host is, as systemd names it: "lxc", "docker"; None where it is none."""
+    told = read(at("/run/systemd/container"))
+    environment = re.search(r"(?:^|\0)container=([\w-]+)", read(at("/proc/1/environ")))
+    if told or environment:
+        return told or (environment[1] if environment else None)
+    marks = {"/run/.containerenv": "podman", "/.dockerenv": "docker"}
+    return next((kind for path, kind in marks.items() if at(path).exists()), None)
+
+
 def cgroup_folders(controller: str) -> Iterator[tuple[bool, Path]]:
     """(of v2?, folder) of every cgroup that a service here lives in, ours first.
 
-    The probe's own slice or session does not bind a system service, so the walk starts above the first
-    systemd unit in the path and goes up.
+    The probe's own slice or session does not bind a system service, so the walk starts in system.slice, where
+    services are, beside the first systemd unit in the path, and goes up.
     """
     for line in read(at("/proc/self/cgroup")).splitlines():
         hierarchy, controllers, path = line.split(":", 2)
@@ -59,5 +76,8 @@ def cgroup_folders(controller: str) -> Iterator[tuple[bool, Path]]:
         units = [i for i, part in enumerate(parts) if part.endswith((".slice", ".scope", ".service"))]
         parts = parts[: units[0]] if units else parts
         base = at("/sys/fs/cgroup") if hierarchy == "0" else at(f"/sys/fs/cgroup/{controller}")
+        services = base.joinpath(*parts, "system.slice")
+        if services.is_dir():
+            yield hierarchy == "0", services
         for depth in range(len(parts), -1, -1):
             yield hierarchy == "0", base.joinpath(*parts[:depth])

@@ -1,16 +1,16 @@
 """Ask the drivers of this host about its GPUs, and print one JSON object.
 
-Contract: runs on the host with any Python >= 3.8, the standard library, psutil and pynvml
-(nvidia-ml-py), and beside it `probe_nvidia.py`, `probe_amd.py`, `probe_gpu_common.py` and `probe_files.py`; imports
-nothing else of ours. Reads only.
+Contract: runs on the host with any Python >= 3.8, the standard library, psutil and pynvml (nvidia-ml-py), and beside it
+`common.py`, `probe_files.py`, `probe_gpu_common.py`, `probe_amd.py`, `probe_nvidia.py`, `probe_nvidia_memory.py` and
+`probe_tegra.py`; imports nothing else of ours. Reads only.
 A part of `probe.py`, and a program of its own because a driver can hang for ever on a sick GPU: the probe
 runs it with a deadline. Prints
 
-    {"gpus": [...], "driver": {"nvidia": "580.159.04", "cuda": "13.0"}, "problems": [...],
+    {"gpus": [...], "driver": {"nvidia": "580.159.04", "cuda": "13.0"}, "problems": [...], "notes": [...],
      "no_nvml": null | "why NVML is not there at all, which is right for a host without NVIDIA's GPUs"}
 
-with NVIDIA's GPUs in PCI bus order, then AMD's. Odd answers become text in `problems`, or in the
-GPU's `problem`, which means: do not plan on this GPU.
+with NVIDIA's GPUs in PCI bus order, then AMD's. What is wrong becomes text in `problems`, or in the GPU's `problem`,
+which means: do not plan on this GPU; `notes` has what is as it should be and worth knowing.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ def main() -> int:
     below(parser.parse_args().root)
     signal.alarm(LIFETIME_SECONDS)  # ends the process even inside a library's call
     problems: list[str] = []
+    notes: list[str] = []
     found: dict[str, Any] = {
         "gpus": [],
         "driver": {"nvidia": module_version(), "cuda": None},
         "no_nvml": None,
     }
-    found.update(nvidia(problems))
-    found["gpus"] += amd_gpus(len(found["gpus"]), problems)
-    json.dump(dict(found, problems=problems), sys.stdout)
+    found.update(nvidia(problems, notes))
+    found["gpus"] += amd_gpus(len(found["gpus"]), notes)
+    json.dump(dict(found, problems=problems, notes=notes), sys.stdout)
     print()
     return 0
 

@@ -1,8 +1,6 @@
 """NVIDIA's GPUs, as NVML tells them.
 
 Part of probe_gpus.py and under its contract: Python 3.8, the standard library, psutil and pynvml, reads only.
-
-Decision 2: docs/decisions/0002-capacity-is-total-less-what-others-hold.md.
 """
 
 from __future__ import annotations
@@ -12,14 +10,29 @@ import importlib
 import re
 from typing import Any, Callable  # the contract is Python 3.8, whose own Callable is typing's
 
-from probe_files import at, psutil, read
-from probe_gpu_common import empty_gpu, is_ours
+import probe_tegra
+from probe_files import at, read, tegra
+from probe_gpu_common import empty_gpu, is_ours, sees_pids
+from probe_nvidia_memory import gpu_processes, read_memory
 
 LIBRARY = "libnvidia-ml.so.1"
 
 
-def nvidia(problems: list[str]) -> dict[str, Any]:
-    """`gpus` and `driver` as NVML tells them, or `no_nvml`."""
+def nvidia(problems: list[str], notes: list[str]) -> dict[str, Any]:
+    """`gpus` and `driver` as NVML tells them, or a Jetson's device tree where NVML does not, or `no_nvml`."""
+    found = by_nvml(problems, notes)
+    if found.get("gpus"):
+        return found
+    jetson = probe_tegra.tegra_gpu()
+    if jetson is None:
+        return found
+    driver = found.get("driver") or {}
+    version = driver.get("cuda") or probe_tegra.cuda_version()
+    release = driver.get("nvidia") or probe_tegra.release()
+    return {"gpus": [jetson], "driver": {"nvidia": release, "cuda": version}}
+
+
+def by_nvml(problems: list[str], notes: list[str]) -> dict[str, Any]:
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError as error:
@@ -30,7 +43,8 @@ def nvidia(problems: list[str]) -> dict[str, Any]:
         problem = init_problem(nvml, error)
         if error.value == nvml.NVML_ERROR_LIBRARY_NOT_FOUND:
             return {"no_nvml": problem}
-        problems.append(problem)
+        if tegra() is None:
+            problems.append(problem)
         return {}
 
     def ask(what: str, call: Callable[[], Any]) -> Any:
@@ -43,7 +57,7 @@ def nvidia(problems: list[str]) -> dict[str, Any]:
 
     cuda = ask("CUDA version", nvml.nvmlSystemGetCudaDriverVersion_v2)
     count = ask("number of GPUs", nvml.nvmlDeviceGetCount) or 0
-    gpus = [gpu for index in range(count) for gpu in nvidia_gpus(nvml, index, problems)]
+    gpus = [gpu for index in range(count) for gpu in nvidia_gpus(nvml, index, notes)]
     gpus.sort(key=lambda gpu: (gpu["pci_bus_id"] or "~", gpu["index"]))  # "~": without a bus id, last
     for index, gpu in enumerate(gpus):
         gpu["index"] = index
@@ -83,18 +97,16 @@ def library_version() -> str | None:
     return found.group(1) if found else None
 
 
-def nvidia_gpus(nvml: Any, index: int, problems: list[str]) -> list[dict[str, Any]]:
+def nvidia_gpus(nvml: Any, index: int, notes: list[str]) -> list[dict[str, Any]]:
     """The GPU at an NVML index; with MIG enabled its instances instead. Lost ones carry a problem."""
     gpu = empty_gpu(index, "nvidia")
     try:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        gpu["pci_bus_id"] = sysfs_bus_id(as_text(nvml.nvmlDeviceGetPciInfo(handle).busId))
-        gpu["uuid"] = as_text(nvml.nvmlDeviceGetUUID(handle))
-        gpu["name"] = as_text(nvml.nvmlDeviceGetName(handle))
-        gpu["compute_capability"] = ".".join(map(str, nvml.nvmlDeviceGetCudaComputeCapability(handle)))
+        gpu.update(identity(nvml, handle))
         instances = mig_instances(nvml, handle)
         if instances is None:
-            read_memory(nvml, handle, gpu, problems)
+            read_memory(nvml, handle, gpu, notes)
+            gpu["problem"] = compute_mode_problem(nvml, handle)
     except nvml.NVMLError as error:
         gpu["problem"] = gpu_problem(nvml, error)
         return [gpu]
@@ -111,7 +123,48 @@ def nvidia_gpus(nvml: Any, index: int, problems: list[str]) -> list[dict[str, An
     if not instances:
         gpu["problem"] = "MIG is enabled but there is no MIG instance: create one (nvidia-smi mig -cgi) or disable MIG"
         return [gpu]
-    return [mig_gpu(nvml, instance, gpu, problems) for instance in instances]
+    return [mig_gpu(nvml, instance, gpu, notes) for instance in instances]
+
+
+def identity(nvml: Any, handle: Any) -> dict[str, Any]:
+    """Bus id, UUID, name and compute capability. Jetson and GB10 are on no PCI bus, and their drivers do not support
+    every one of these calls. Raises NVMLError where a call fails in another way."""
+    untold = (nvml.NVML_ERROR_NOT_SUPPORTED, nvml.NVML_ERROR_FUNCTION_NOT_FOUND, nvml.NVML_ERROR_NOT_FOUND)
+
+    def told(call: Callable[[Any], Any]) -> Any:
+        try:
+            return call(handle)
+        except nvml.NVMLError as error:
+            if error.value not in untold:
+                raise
+            return None
+
+    pci, capability = told(nvml.nvmlDeviceGetPciInfo), told(nvml.nvmlDeviceGetCudaComputeCapability)
+    chip = tegra()
+    return {
+        "pci_bus_id": sysfs_bus_id(as_text(pci.busId)) if pci else "",
+        "uuid": as_text(told(nvml.nvmlDeviceGetUUID) or ""),
+        "name": as_text(told(nvml.nvmlDeviceGetName) or "") or (probe_tegra.model() if chip else "NVIDIA GPU"),
+        "compute_capability": ".".join(map(str, capability)) if capability
+        else probe_tegra.CAPABILITIES.get(chip or ""),
+    }  # fmt: skip
+
+
+def compute_mode_problem(nvml: Any, handle: Any) -> str | None:
+    """Whether the GPU's compute mode keeps a server of ours from it."""
+    try:
+        mode = nvml.nvmlDeviceGetComputeMode(handle)
+    except nvml.NVMLError:
+        return None
+    if mode == nvml.NVML_COMPUTEMODE_PROHIBITED:
+        return "its compute mode is Prohibited, so that no process may use it: nvidia-smi --compute-mode=0"
+    strangers = [pid for pid in gpu_processes(nvml, handle) or () if not is_ours(pid)]
+    if mode == nvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS and strangers and sees_pids():
+        return (
+            f"it is busy: its compute mode is Exclusive_Process, and process {strangers[0]} uses it: end that process, "
+            "or nvidia-smi --compute-mode=0"
+        )
+    return None
 
 
 def gpu_problem(nvml: Any, error: Any) -> str:
@@ -119,6 +172,8 @@ def gpu_problem(nvml: Any, error: Any) -> str:
         nvml.NVML_ERROR_GPU_IS_LOST: "the GPU has fallen off the bus: check dmesg for Xid 79, power and "
         "cables, then reboot",
         nvml.NVML_ERROR_NO_PERMISSION: "no permission to open the device: run as root or in its group",
+        nvml.NVML_ERROR_IN_USE: "the GPU is busy: a process or a virtual machine holds it alone: see nvidia-smi and "
+        "fuser /dev/nvidia*",
         nvml.NVML_ERROR_RESET_REQUIRED: "the GPU needs a reset: nvidia-smi --gpu-reset, or reboot",
     }.get(error.value)
     return f"{advice} ({error})" if advice else f"NVML: {error}"
@@ -129,9 +184,9 @@ def as_text(value: Any) -> str:
 
 
 def sysfs_bus_id(nvml_bus_id: str) -> str:
-    """NVML's "00000000:01:00.0" as sysfs writes it, "0000:01:00.0"."""
-    domain, rest = nvml_bus_id.split(":", 1)
-    return f"{int(domain, 16):04x}:{rest.lower()}"
+    """NVML's "00000000:01:00.0" as sysfs writes it, "0000:01:00.0"; empty where it is none."""
+    found = re.fullmatch(r"([0-9a-f]{4,8}):([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])", nvml_bus_id.lower())
+    return f"{int(found[1], 16):04x}:{found[2]}" if found else ""
 
 
 def mig_instances(nvml: Any, handle: Any) -> list[Any] | None:
@@ -148,78 +203,13 @@ def mig_instances(nvml: Any, handle: Any) -> list[Any] | None:
     return handles
 
 
-def mig_gpu(nvml: Any, handle: Any, parent: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+def mig_gpu(nvml: Any, handle: Any, parent: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     """A MIG instance as a device of its own: its memory and UUID, the rest its GPU's."""
     gpu = dict(parent, mig=True)
     try:
         gpu["uuid"] = as_text(nvml.nvmlDeviceGetUUID(handle))
         gpu["name"] = as_text(nvml.nvmlDeviceGetName(handle))
-        read_memory(nvml, handle, gpu, problems)
+        read_memory(nvml, handle, gpu, notes)
     except nvml.NVMLError as error:
         gpu["problem"] = gpu_problem(nvml, error)
     return gpu
-
-
-def read_memory(nvml: Any, handle: Any, gpu: dict[str, Any], problems: list[str]) -> None:
-    """Total, and what others hold.
-
-    Used is total - free everywhere: v1's `used` includes the driver's reserve on newer drivers and
-    v2's does not (NVML API, nvmlMemory_v2_t), while `free` means the same in both. The reserve
-    belongs to nobody's process, so it always counts as others'.
-    """
-    reserved = 0
-    try:
-        try:
-            answer = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
-            reserved = answer.reserved
-        except (
-            nvml.NVMLError_FunctionNotFound,
-            nvml.NVMLError_ArgumentVersionMismatch,
-            nvml.NVMLError_InvalidArgument,
-        ):
-            answer = nvml.nvmlDeviceGetMemoryInfo(handle)  # drivers before 510
-        total, used = answer.total, answer.total - answer.free
-    except nvml.NVMLError_NotSupported:
-        gpu["unified_memory"] = True  # GB10, Jetson: the GPU's memory is the host's
-        ram = psutil().virtual_memory()
-        total, used = ram.total, ram.total - ram.available
-    own, doubt = own_bytes(gpu_processes(nvml, handle), max(0, used - reserved), is_ours)
-    if doubt:
-        problems.append("NVIDIA: GPU {}: {}".format(gpu["pci_bus_id"], doubt))
-    gpu["memory_total_bytes"] = total
-    gpu["memory_used_by_others_bytes"] = used - own
-
-
-def gpu_processes(nvml: Any, handle: Any) -> dict[int, int | None]:
-    """Bytes by pid, None where the driver does not tell. A pid can be in both lists: once only."""
-    found: dict[int, int | None] = {}
-    for call in (nvml.nvmlDeviceGetComputeRunningProcesses_v3, nvml.nvmlDeviceGetGraphicsRunningProcesses_v3):
-        with contextlib.suppress(nvml.NVMLError):
-            for process in call(handle):
-                known = [size for size in (found.get(process.pid), process.usedGpuMemory) if size is not None]
-                found[process.pid] = max(known) if known else None
-    return found
-
-
-def own_bytes(processes: dict[int, int | None], used: int, ours: Callable[[int], bool]) -> tuple[int, str | None]:
-    """Of `used` bytes, those held by our units, and a doubt in words where that is partly a guess.
-
-    Where the driver does not tell a process' memory: if all foreign processes are known, the rest is
-    ours; if a foreign one is unknown too, only what is known to be ours counts as ours. So never
-    more than `used`, and foreign memory is overestimated rather than underestimated.
-    """
-    own = {pid: size for pid, size in processes.items() if ours(pid)}
-    foreign = [size for pid, size in processes.items() if pid not in own]
-    known = min(used, sum(size or 0 for size in own.values()))
-    if None not in own.values():
-        return known, None
-    if None in foreign:
-        return (
-            known,
-            "NVML tells neither our own processes' memory nor others': unknown use counts as others'",
-        )
-    rest = max(known, used - sum(size or 0 for size in foreign))
-    return (
-        rest,
-        "the driver does not tell the memory of our own process: what no other process holds counts as ours",
-    )

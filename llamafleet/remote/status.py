@@ -3,7 +3,7 @@
 Contract: no arguments; prints one JSON object, by instance name {"rss_bytes", "cgroup_bytes": int | null,
 "gpu_bytes": {GPU's UUID: int | null} | text where NVML does not tell, "since": text, "gate": the last gate's record
 (`gate.py`) | null, "liveness": the record of the liveness check's restarts (`liveness.py`) | null}. Changes nothing.
-Python 3.8, standard library, psutil and pynvml; its siblings common.py, gate.py and survey.py lie in the same folder.
+Python 3.8, standard library, psutil and pynvml; its siblings common.py, gate_nvml.py and survey.py lie beside it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from common import GATES, liveness_record, plan_path, read_json, unit_of
+from common import GATES, RUN, invocation, liveness_record, plan_path, read_json, unit_of
 
 
 def status() -> dict[str, dict[str, Any]]:
@@ -27,12 +27,12 @@ def instance(name: str) -> dict[str, Any]:
     shown = survey.show(unit_of(name), "MainPID", "MemoryCurrent", "ActiveEnterTimestamp")
     pid = int(shown.get("MainPID") or 0)
     gate = read_json(plan_path(name)).get("gate")
-    planned = isinstance(gate, dict) and bool(gate.get("gpus"))
+    planned = gate.get("gpus") if isinstance(gate, dict) else None
     return {
         "rss_bytes": rss(pid) if pid else None,
         # Where the kernel does not count it, systemd says "[not set]" or the largest number there is.
         "cgroup_bytes": number(shown.get("MemoryCurrent")),
-        "gpu_bytes": gpu_bytes(pid) if planned and pid else {},
+        "gpu_bytes": gpu_bytes(pid, unit_of(name), planned) if planned and isinstance(planned, list) and pid else {},
         "since": shown.get("ActiveEnterTimestamp") or "",
         "gate": read_json(f"{GATES}/{name}.json") or None,
         "liveness": read_json(liveness_record(name)) or None,
@@ -52,11 +52,24 @@ def rss(pid: int) -> int | None:
         return None
 
 
-def gpu_bytes(pid: int) -> dict[str, int | None] | str:
-    import gate
+def gpu_bytes(pid: int, unit: str, planned: list[Any]) -> dict[str, int | None] | str:
+    """By UUID what the server holds, by NVML, and where NVML does not tell, as in a container, by its own log."""
+    import gate_nvml
 
-    held = gate.held_by(pid)
-    return held if isinstance(held, str) else {uuid: size for uuid, size in held.items() if size != 0}
+    held = gate_nvml.held_by(pid)
+    if isinstance(held, str):
+        return held
+    return {uuid: by_log(unit, uuid, planned) if size is None else size for uuid, size in held.items() if size != 0}
+
+
+def by_log(unit: str, uuid: str, planned: list[Any]) -> int | None:
+    """What the server logged of its buffers on a planned GPU, as the gate kept it; None where it did not."""
+    kept = read_json(f"{RUN}/devices-{unit}.json")
+    names = [gpu.get("device") for gpu in planned if isinstance(gpu, dict) and gpu.get("uuid") == uuid]
+    if not names or kept.get("start") != invocation(unit) or not isinstance(kept.get("devices"), dict):
+        return None
+    held = kept["devices"].get(names[0])
+    return sum(int(size) for size in held.values()) if isinstance(held, dict) else 0
 
 
 if __name__ == "__main__":

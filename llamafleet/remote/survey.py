@@ -4,8 +4,8 @@ Contract: one argument, a JSON object {"packages": {name of a package manager: w
 "build_cache": path | null, "toolkits": [paths], "paths": [paths], "vulkan": bool, "addresses": [texts],
 "bandwidth": bool (measure the memory, unless a plan.json has it)}; prints one JSON object
 {"machine": the probe's output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and psutil; its
-siblings common.py, addresses.py, instance_files.py, learned.py, places.py, probe.py, toolkits.py, lock.py, ground.py,
-packages.py, releases.py and rocm.py lie in the same folder.
+siblings common.py, addresses.py, gpu_nodes.py, instance_files.py, learned.py, places.py, probe.py, toolkits.py,
+lock.py, ground.py, packages.py, releases.py and rocm.py lie in the same folder.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ DRIVER_SECONDS = 20.0  # a driver that does not answer in this time hangs
 
 
 def main(argv: list[str]) -> None:
+    import gpu_nodes
     import ground
     import learned
     import lock
@@ -74,7 +75,10 @@ def main(argv: list[str]) -> None:
         "listeners": listeners(),
         "device_classes": device_classes(),
         "ground": ground.ground(),
-        "gpu_groups": [name for name in ("render", "video") if has_group(name)],
+        "gpu_groups": list(
+            dict.fromkeys([*filter(has_group, ("render", "video")), *gpu_nodes.groups(gpu_nodes.OTHERS)])
+        ),
+        "nvidia_groups": gpu_nodes.groups(gpu_nodes.NVIDIA),
         "foreign_units": [unit for unit in units() if not is_ours(unit)],
         "toolkits": toolkits.find(extra=asked["toolkits"]),
         "rocm": rocm.find(),

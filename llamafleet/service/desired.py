@@ -20,6 +20,7 @@ from llamafleet.host.installed import Holder, Installed, Offer, Survey
 from llamafleet.host.machine import Machine
 from llamafleet.hub.source import ModelFiles
 from llamafleet.memory.ledger import Correction
+from llamafleet.planner.devices import only_used
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Plan
 from llamafleet.planner.stability import Choice
@@ -175,10 +176,15 @@ def model_path(model: ModelFiles) -> str:
 
 
 def desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
-    """What the host should be, or why it is left out of the run.
+    """What the host should be, or why it is left out of the run, with what the probe found wrong with it.
 
     `render` makes a text from a template's name and values: reading a template is no part of deciding.
     """
+    desired = _desire(inputs, run, render)
+    return refusals.diagnosed(desired, inputs.survey.machine) if isinstance(desired, Refused) else desired
+
+
+def _desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
     settings, survey = inputs.settings, inputs.survey
     refused = refusals.not_accessible(survey, run.holder, run.oldest_python)
     if refused := refused or refusals.nothing_to_serve(settings, survey.installed, run.elsewhere):
@@ -196,7 +202,7 @@ def _with_build(inputs: PlanInputs, run: Run) -> Desired | Refused:
     toolkit = _toolkit(inputs, run)
     if isinstance(toolkit, cuda_toolkit.Unsuitable):
         return refusals.no_toolkit(toolkit)
-    architectures = _architectures(inputs.backend, inputs.survey.machine)
+    architectures = _architectures(inputs.backend, only_used(inputs.survey.machine, inputs.backend, inputs.settings))
     if inputs.backend == "hip" and not architectures:
         return refusals.no_hip_target()
     build = _build(inputs, run.commit, toolkit, architectures)
@@ -214,7 +220,7 @@ def with_plans(
 ) -> Desired | Refused:  # fmt: skip
     """The same host with these plans; `verified` has llama-server's answers of this run, by instance name."""
     if refused := next(_unplanned(choice), None) or next(_in_the_way(desired.inputs), None):
-        return refused
+        return refusals.diagnosed(refused, desired.machine)
     plans = [plan for plan in choice.results if isinstance(plan, Plan)]
     try:
         servings = tuple(
@@ -272,8 +278,9 @@ def _toolkit(
     if inputs.backend != "cuda":
         return None
     toolkits = [cuda_toolkit.InstalledToolkit.from_json(data) for data in inputs.survey.installed.toolkits]
+    machine = only_used(inputs.survey.machine, inputs.backend, inputs.settings)
     own = cuda_toolkit.Repositories(inputs.survey.installed.compiler, run.offers)
-    return cuda_toolkit.choose_toolkit(inputs.settings.cuda_toolkit, inputs.survey.machine, toolkits, own)
+    return cuda_toolkit.choose_toolkit(inputs.settings.cuda_toolkit, machine, toolkits, own)
 
 
 def _hip(inputs: PlanInputs, build: Build, run: Run) -> Hip | NoHip | None:

@@ -75,7 +75,8 @@ def chosen_plan(plan: Plan) -> dict[str, Any]:
     """The plan as plan.json keeps it: with the speed that it was chosen for, which later gates do not change, and the
     speed that its own gate is expected to measure."""
     expected = plan.at_gate.to_json() if plan.at_gate else None
-    return {**plan.to_json(), "predicted": plan.chosen_for.to_json(), "expected": expected}
+    told = {key: value for key, value in plan.to_json().items() if key != "problems"}  # those of the host, not its own
+    return {**told, "predicted": plan.chosen_for.to_json(), "expected": expected}
 
 
 def without_query(source: str) -> str:

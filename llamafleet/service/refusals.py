@@ -12,11 +12,11 @@ from llamafleet.build.rocm import NoHip
 from llamafleet.host.installed import Holder, Installed, Listener, Offer, Survey
 from llamafleet.host.machine import Machine
 from llamafleet.host.recorded import SCHEMA
-from llamafleet.hub.http import shown
 from llamafleet.hub.source import ModelFiles
 from llamafleet.planner.result import Refusal
 from llamafleet.remote.common import LOCK, MODEL_FILE_RULE, drop_in_folders, is_model_file, plan_path
 from llamafleet.settings.schema import Instance, Settings
+from llamafleet.sources import shown
 
 WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 -- compared with, never bound
 
@@ -34,6 +34,13 @@ class Refused:
 
     def __str__(self) -> str:
         return "; ".join(self.reasons)
+
+
+def diagnosed(refused: Refused, machine: Machine) -> Refused:
+    """The refusal with what the probe found wrong with the host, unless it says so already."""
+    said = str(refused)
+    new = [text for text in machine.problems if (text.partition(": ")[2] or text) not in said]
+    return Refused((*refused.reasons, *(f"the host: {text}" for text in new)))
 
 
 def not_accessible(
@@ -101,19 +108,8 @@ def nothing_to_serve(settings: Settings, installed: Installed, elsewhere: Collec
 
 
 def is_path(instance: Instance) -> bool:
-    """Whether the model is a file of the operator's machine, which no host can fetch."""
+    """Whether the model is a file of the operator's machine or of the host."""
     return instance.source.startswith("/")
-
-
-def path_as_source(settings: Settings) -> Refused | None:
-    """Whether a model's source is a path."""
-    for instance in settings.models:
-        if is_path(instance):
-            return Refused.because(
-                f"models: {instance.name}: source: {instance.source} is a path, which can be planned but not "
-                "deployed: give its http(s) address or hf:OWNER/REPO/FILE.gguf"
-            )
-    return None
 
 
 def unusable_file(instance: Instance, model: ModelFiles) -> Refused | None:
@@ -200,7 +196,8 @@ def old_tools(backend: str, versions: Mapping[str, str | None]) -> Refused | Non
 def no_hip_target() -> Refused:
     """It is not known for which AMD GPU llama.cpp is to be compiled."""
     return Refused.because(
-        "backend: hip: the driver does not report the GPU's LLVM target (gfx...): is amdgpu's KFD loaded?"
+        "backend: hip: the driver does not report the GPU's LLVM target (gfx...): amdgpu's KFD is not loaded, or a "
+        'container was not given /dev/kfd: mend that, or set backend = "vulkan"'
     )
 
 

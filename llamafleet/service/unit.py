@@ -93,7 +93,7 @@ def unit_values(
         # A software device compiles its shaders to code of this CPU while it runs.
         "compiles_code": any(gpu.vendor == SOFTWARE for gpu in plan.gpus),
         "device_classes": _device_classes(build.backend, installed),
-        "groups": installed.gpu_groups if build.backend in ("hip", "vulkan") else (),
+        "groups": groups(build.backend, installed),
         "release": build.release,
         "hidden": HIDDEN,
         "libraries": _libraries(build),
@@ -109,6 +109,12 @@ def unit_values(
 def _path_of(python: str) -> str:
     """The setting `python` as a unit has it: systemd of old wants a path."""
     return "/usr/bin/python3" if python == SYSTEM_PYTHON else python
+
+
+def groups(backend: str, installed: Installed) -> tuple[str, ...]:
+    """The groups without which a server cannot open the backend's device nodes on this host."""
+    by_backend = {"cuda": installed.nvidia_groups, "hip": installed.gpu_groups, "vulkan": installed.gpu_groups}
+    return by_backend.get(backend, ())
 
 
 def _device_classes(backend: str, installed: Installed) -> tuple[str, ...]:

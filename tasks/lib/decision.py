@@ -8,6 +8,7 @@ Decision 1: docs/decisions/0001-one-decision-for-each-host-and-run.md.
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,6 @@ from pyinfra.context import ctx_host
 from llamafleet import payload
 from llamafleet.host.installed import Holder
 from llamafleet.host.machine import MachineError
-from llamafleet.hub.http import SourceError
 from llamafleet.memory.ledger import Correction
 from llamafleet.model.gguf_cursor import GgufError
 from llamafleet.planner.reconcile import Verified
@@ -35,7 +35,8 @@ from llamafleet.service.record import without_query
 from llamafleet.service.refusals import Refused, is_path
 from llamafleet.settings.schema import Settings, SettingsError
 from llamafleet.settings.secrets import SecretError
-from tasks.lib import builds, ends, facts, lookups, remote, templates
+from llamafleet.sources import SourceError
+from tasks.lib import builds, ends, facts, lookups, paths, remote, templates
 from tasks.lib.certificates import CertificateError
 from tasks.lib.this_run import is_ours_or_dead
 
@@ -211,25 +212,33 @@ def read_inputs(host: Host) -> PlanInputs | Refused:
     survey = facts.survey(host, settings, bandwidth=True)
     for key, digest in survey.installed.release_digests.items():
         builds.tell(key, digest)
-    models = {instance.name: lookups.model(instance, settings) for instance in settings.models if not is_path(instance)}
+    models = {instance.name: paths.model(host, instance) if is_path(instance) else lookups.model(instance, settings)
+              for instance in settings.models}  # fmt: skip
     return plan_inputs(settings, survey, models)
 
 
-def read_run(inputs: PlanInputs) -> Run:
+def read_run(host: Host, inputs: PlanInputs) -> Run:
     """What only a deployment needs: the commit, the secrets, and who else is at work. Raises one of `READ_ERRORS`."""
     holder = inputs.survey.installed.lock
     return Run(
         helpers=payload.helpers_key(),
         oldest_python=payload.HELPERS_PYTHON,
-        commit=lookups.commit(inputs.settings),
+        commit=_commit(host, inputs.settings),
         secrets={instance.name: lookups.instance_secrets(instance) for instance in inputs.settings.models},
         holder=None if holder is None or is_ours_or_dead(holder) else holder,
         digests={key: builds.known(key) for key in inputs.survey.installed.cached_builds},
     )
 
 
+def _commit(host: Host, settings: Settings) -> str:
+    repository, ref = settings.llama_cpp_repository, settings.llama_cpp_ref
+    if repository.startswith("/") and not re.fullmatch(r"[0-9a-f]{40}", ref):
+        return paths.commit(host, repository, ref)
+    return lookups.commit(settings)
+
+
 def _run(host: Host, inputs: PlanInputs) -> Run:
-    run = read_run(inputs)
+    run = read_run(host, inputs)
     if inputs.settings.models:
         return run
     others = [one for one in hosts_of_run(host.state) if one is not host]

@@ -12,7 +12,7 @@ from llamafleet.host import answers
 from llamafleet.host.installed import Offer, Survey
 from llamafleet.remote.common import VAR
 from llamafleet.settings.schema import Settings
-from tasks.lib import remote, sending
+from tasks.lib import lookups, remote, sending
 
 
 def survey(host: Host, settings: Settings, *, bandwidth: bool = False, packages: bool = True) -> Survey:
@@ -35,7 +35,8 @@ def survey(host: Host, settings: Settings, *, bandwidth: bool = False, packages:
             "addresses": sorted({instance.listen for instance in settings.models}),
         }
     )
-    ok, out, err = sending.run_helper(host, "survey.py", asked, purpose="the survey", seconds=remote.SURVEY_SECONDS)
+    ok, out, err = sending.run_helper(host, "survey.py", asked, purpose="the survey", seconds=remote.SURVEY_SECONDS,
+                                       network=lookups.network(settings))  # fmt: skip
     if not ok or not out:
         raise remote.RemoteError(f"cannot read the host: {remote.explain(out, err)}")
     return answers.survey(out[-1])

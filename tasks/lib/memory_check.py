@@ -17,7 +17,7 @@ from llamafleet.host.installed import InstalledInstance
 from llamafleet.memory.ledger import NO_CORRECTION
 from llamafleet.planner import reconcile
 from llamafleet.planner.result import Plan
-from llamafleet.service import succession
+from llamafleet.service import succession, unit
 from llamafleet.service.desired import Serving
 from llamafleet.service.record import record_text
 from llamafleet.service.refusals import Refused
@@ -125,7 +125,7 @@ def spec(now: Decision, plan: Plan) -> dict[str, Any]:
         "name": plan.instance,
         "command": reconcile.question(now.desired.command(plan)),
         "environment": dict(plan.environment),
-        "groups": now.desired.installed.gpu_groups if plan.backend in ("hip", "vulkan") else (),
+        "groups": unit.groups(plan.backend, now.desired.installed),
         "gpus": [gpu.uuid for gpu in plan.gpus] if plan.backend == "cuda" else [],
         "room_bytes": TRAITS[plan.backend].overhead_bytes + SPARE_BYTES,
     }

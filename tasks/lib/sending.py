@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pyinfra.api.host import Host
 
 from llamafleet import payload
+from llamafleet.hub.network import Network
 from llamafleet.remote.common import HELPERS
 from tasks.lib import lookups, remote
 
@@ -31,26 +32,37 @@ program=$1/$2; shift 2; cd /; exec "$python" -s -E -B "$program" "$@"
 
 
 def run_helper(
-    host: Host, name: str, *arguments: str, purpose: str, seconds: float = remote.COMMAND_SECONDS
+    host: Host,
+    name: str,
+    *arguments: str,
+    purpose: str,
+    seconds: float = remote.COMMAND_SECONDS,
+    network: Network | None = None,
 ) -> tuple[bool, list[str], list[str]]:
     """Run a program of this very version: the installed one, or, where the host has another version, a damaged one or
-    none, one from a copy that leaves nothing behind. So a bare host can be read and locked, too. Raises as
-    `remote.run` does, and `payload.PayloadError`."""
+    none, one from a copy that leaves nothing behind. So a bare host can be read and locked, too. `network` is the way
+    by which pip fetches what that copy needs. Raises as `remote.run` does, and `payload.PayloadError`."""
     folder = f"{HELPERS}/{payload.helpers_key()}"
     words = ["sh", "-c", _INSTALLED, _NO_HELPERS, remote.PYTHON, folder, name, *arguments]
     command = remote.HostCommand(words, purpose=purpose, seconds=seconds)
     ok, out, err = remote.run(host, command)
     if out[-1:] != [_NO_HELPERS]:
         return ok, out, err
-    return run_copy(host, name, *arguments, purpose=purpose, seconds=seconds)
+    return run_copy(host, name, *arguments, purpose=purpose, seconds=seconds, network=network)
 
 
 def run_copy(
-    host: Host, name: str, *arguments: str, purpose: str, seconds: float = remote.COMMAND_SECONDS
+    host: Host,
+    name: str,
+    *arguments: str,
+    purpose: str,
+    seconds: float = remote.COMMAND_SECONDS,
+    network: Network | None = None,
 ) -> tuple[bool, list[str], list[str]]:
     """Run a program from a copy that is sent along and leaves nothing behind. Raises as `run_helper` does."""
     arch = architecture(host)
-    programs = lookups.once(("probe", arch), lambda: payload.probe_zip(arch))
+    way = network or Network()
+    programs = lookups.once(("probe", arch, way), lambda: payload.probe_zip(arch, environment=way.environment()))
     return remote.run(host, copied(programs, name, *arguments, purpose=purpose, seconds=seconds))
 
 

@@ -136,6 +136,16 @@ def test_an_instance_of_an_earlier_version_shows_less():
     assert line(host)["plan"] == line(host)["RAM"] == line(host)["last gate"] == ""
 
 
+def test_what_the_probe_found_wrong_is_shown_and_in_the_json():
+    """lyulyul/shine-cluster#30: a driver that was upgraded under a server that still runs."""
+    problem = "NVIDIA: module 570 is loaded but the libraries are 580: reboot needed"
+    host = dataclasses.replace(of_host(found(), live(), AS_WANTED), problems=(problem,))
+    assert table({"box1": host}).splitlines()[-1] == f"box1: {problem}"
+    assert host.to_json()["problems"] == [problem] and host.is_fine  # it serves as planned
+    refused = dataclasses.replace(host, problem=f"cannot be compared with the inventory: the host: {problem}")
+    assert table({"box1": refused}).count(problem) == 1
+
+
 def test_memory_that_is_not_known():
     host = of_host(found(), live(cgroup_bytes=None, gpu_bytes={"GPU-1": None}), AS_WANTED)
     assert line(host)["RAM"] == "0.9 GiB" and line(host)["GPU"] == "? of 20.0 GiB"
@@ -150,7 +160,7 @@ def test_a_plan_for_the_cpu_in_short():
 
 def test_the_json_has_everything():
     output = json.loads(json.dumps(of_host(found(), live(), AS_WANTED).to_json()))
-    assert set(output) == {"fine", "problem", "drift", "instances", "free_bytes"} and output["fine"] is True
+    assert set(output) == {"fine", "problem", "drift", "instances", "free_bytes", "problems"} and output["fine"] is True
     instance = output["instances"]["demo"]
     assert instance["gate"] == GOOD and instance["verified"] is True and instance["predicted_tokens_per_s"] == 30.0
     assert instance["gpu_bytes"] == {"GPU-1": 20992 * MIB} and instance["planned_gpu_bytes"] == {"GPU-1": 20480 * MIB}
@@ -171,8 +181,20 @@ def on_host(monkeypatch):
     monkeypatch.setattr(program, "read_json", lambda path: files.get(path, {}))
     monkeypatch.setitem(sys.modules, "survey", survey)
     held = {"GPU-1": 5, "GPU-2": 0, "GPU-3": None}
-    monkeypatch.setitem(sys.modules, "gate", types.SimpleNamespace(held_by=lambda pid: held))
+    monkeypatch.setitem(sys.modules, "gate_nvml", types.SimpleNamespace(held_by=lambda pid: held))
     return shown
+
+
+def test_where_nvml_does_not_tell_the_servers_own_log_does(on_host, monkeypatch):
+    """canonical/lxd#9755: in a container NVML's process ids are not this host's."""
+    plan = {"gate": {"gpus": [{"uuid": "GPU-3", "device": "CUDA0"}]}}
+    log = {"start": "abc", "devices": {"CUDA0": {"weights": 5.0 * MIB, "context": 1.0 * MIB}, "CPU": {"weights": 9.0}}}
+    files = {program.plan_path("demo"): plan, f"{program.RUN}/devices-llama-server-demo.service.json": log}
+    monkeypatch.setattr(program, "read_json", lambda path: files.get(path, {}))
+    monkeypatch.setattr(program, "invocation", lambda unit: "abc")
+    assert program.status()["demo"]["gpu_bytes"] == {"GPU-1": 5, "GPU-3": 6 * MIB}
+    monkeypatch.setattr(program, "invocation", lambda unit: "of a later start")
+    assert program.status()["demo"]["gpu_bytes"] == {"GPU-1": 5, "GPU-3": None}
 
 
 def test_the_program_tells_memory_gate_and_since(on_host):

@@ -8,6 +8,7 @@
  *   deviceN.CALL=N         the same for a device: handle, pci, uuid_call, name_call, cc_call,
  *                          memory, memory_v2, processes, mig
  *   deviceN.{name,uuid,bus_id,cc,total_mib,reserved_mib,used_mib,gen,width,gen_now,width_now}
+ *   deviceN.compute_mode=0   nvmlComputeMode_t: 2 prohibited, 3 for one process
  *   deviceN.processes_list=PID:MIB,PID:?     `?` is "not available"; used_mib should include them
  *   deviceN.mig_mode=1, deviceN.mig=K        MIG on, with K instances: sections deviceN.migM.*
  *   hang=CALL              that call never returns
@@ -187,6 +188,12 @@ int nvmlDeviceGetCudaComputeCapability(Device *device, int *major, int *minor)
     BEGIN(device->prefix, "cc_call");
     text(device->prefix, "cc", "8.9", found, sizeof found);
     return sscanf(found, "%d.%d", major, minor) == 2 ? SUCCESS : NOT_SUPPORTED;
+}
+
+int nvmlDeviceGetComputeMode(Device *device, int *out)
+{
+    *out = (int)count_of(device->prefix, "compute_mode", 0);
+    return SUCCESS;
 }
 
 #define LINK(function, key, fallback)                                        \

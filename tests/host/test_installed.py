@@ -35,7 +35,7 @@ ANSWER = {
     }},
     "listeners": [{"address": "127.0.0.1", "port": 8080, "pid": 7, "process": "llama-server", "unit": "x.service"}],
     "device_classes": ["drm", "nvidia-caps"], "ground": {"systemd": "257", "kernel": "6.12", "driver": None},
-    "gpu_groups": ["render"], "foreign_units": ["llama-server-x.service"],
+    "gpu_groups": ["render"], "nvidia_groups": ["video"], "foreign_units": ["llama-server-x.service"],
     "toolkits": [{"path": "/usr/local/cuda-12.8", "nvcc": "/usr/local/cuda-12.8/bin/nvcc", "version": "12.8",
                   "aliases": ["/usr/local/cuda"], "distro": False, "headers": True, "cublas": True, "cudart": True,
                   "driver_stub": True, "host_compiler": None, "accepted_compiler": None, "problems": [],

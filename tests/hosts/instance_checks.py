@@ -278,7 +278,8 @@ def planned_gate_checks(served: Served) -> tuple[str, ...]:
     """The names of the gate's checks that apply to this plan, in the gate's order."""
     gate = served.plan.get("gate", {})
     gpus = gate.get("gpus")
-    nvidia = gpus and gate.get("backend") == "cuda"
+    # The gate asks NVML for GPUs with a UUID alone, which a Jetson's may lack.
+    nvidia = gpus and gate.get("backend") == "cuda" and any(gpu.get("uuid", True) for gpu in gpus)
     without = {"gpu memory": not nvidia, "devices": not gpus, "api key": served.instance.api_key_file is None}
     return tuple(name for name in GATE_CHECKS if not without.get(name))
 

@@ -116,7 +116,7 @@ def test_the_json_is_the_contract(ram_gib, fits):
     settings = planning.settings({"context_tokens": 131072})
     [answer] = planning.plans(planning.machine([24564], ram_gib=ram_gib), [("gpt-oss-120b",)], settings)
     contract = json.loads(json.dumps(answer.to_json()))
-    assert list(contract) == ["schema", "fits", "argv", "ledger", "predicted", "why", "refusal"]
+    assert list(contract) == ["schema", "fits", "argv", "ledger", "predicted", "why", "refusal", "problems"]
     assert (contract["schema"], contract["fits"]) == (1, fits)
     assert [set(row) for row in contract["ledger"]] == [ROW, ROW]
     assert {"decode_tokens_per_s", "prefill_tokens_per_s"} <= set(contract["predicted"])

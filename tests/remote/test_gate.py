@@ -212,9 +212,9 @@ def library(tmp_path_factory):
 def held(library, tmp_path):
     """What the gate reads of process 42, by the real pynvml from a stand-in for NVIDIA's library."""
 
-    def ask(*state):
+    def ask(*state, call="held_by(42)", pids=os.readlink("/proc/self/ns/pid")):
         (tmp_path / "state").write_text("\n".join(state) + "\n")
-        code = "import json, gate; print(json.dumps(gate.held_by(42)))"
+        code = f"import json, common, gate_nvml; common.INITIAL_PIDS = {pids!r}; print(json.dumps(gate_nvml.{call}))"
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=Path(gate.__file__).parent, capture_output=True, text=True, check=True,
             env={**os.environ, "LD_LIBRARY_PATH": str(library.parent), "FAKE_NVML_STATE": str(tmp_path / "state")},
@@ -230,6 +230,58 @@ TWO = ("count=2", "device0.uuid=GPU-1", "device1.uuid=GPU-2")
 def test_memory_is_told_by_gpu_for_this_process_only(held):
     found = held(*TWO, "device0.processes_list=7:1,42:5", "device1.processes_list=7:3")
     assert found == {"GPU-1": 5 << 20, "GPU-2": 0}
+
+
+def test_a_containers_process_ids_are_not_nvmls(held):
+    """canonical/lxd#9755, NVIDIA/nvidia-docker#1483: NVML tells the host's ids, among them by chance this one's."""
+    assert held(*TWO, "device0.processes_list=42:5,7:9000", pids="pid:[1]") == {"GPU-1": None, "GPU-2": None}
+
+
+def test_a_process_without_bytes_is_unknown(held):
+    """HAMi-core#112: the own process id with 0 bytes."""
+    assert held(*TWO, "device0.processes_list=42:0") == {"GPU-1": None, "GPU-2": 0}
+
+
+def test_a_driver_without_lists_of_processes_is_unknown(held):
+    """Jetson, WSL."""
+    assert held("device0.uuid=GPU-1", "device0.processes=3") == {"GPU-1": None}
+
+
+def test_what_is_in_use_on_each_gpu_is_read(held):
+    state = (*TWO, "device0.used_mib=700", "device0.reserved_mib=50", "device1.memory=3")
+    assert held(*state, call="in_use_on_all()") == {"GPU-1": 750 << 20}
+
+
+@pytest.mark.parametrize(
+    ("in_use", "ok", "found"),
+    [
+        ({"GPU-1": 9 << 30}, True, "held"),
+        ({"GPU-1": 1 << 30}, False, "1024 MiB on RTX 4090 (GPU-1) in use by all together"),
+        ({}, True, "held"),  # a memory that GPU and CPU share
+    ],
+)
+def test_without_process_ids_what_is_in_use_must_be_enough(spec, monkeypatch, in_use, ok, found):
+    """canonical/lxd#9755: a healthy server was called CPU-only; one that is on the CPU is still found."""
+    monkeypatch.setattr(gate, "held_by", lambda pid: {"GPU-1": None})
+    monkeypatch.setattr(gate, "in_use_on_all", lambda: in_use)
+    told = gate.check_gpus(spec)
+    assert (told["ok"], told["found"]) == (ok, found)
+
+
+def test_without_process_ids_the_servers_own_log_decides(spec, monkeypatch):
+    """canonical/lxd#9755: another program fills the GPU, and our server is on the CPU."""
+    monkeypatch.setattr(gate, "held_by", lambda pid: {"GPU-1": None})
+    monkeypatch.setattr(gate, "in_use_on_all", lambda: {"GPU-1": 20 << 30})
+    assert gate.check(spec, [gate.check_gpus, gate.check_devices])["ok"] is True
+    monkeypatch.setattr(gate_devices, "reported", lambda unit: {"CPU": {"weights": float(8 << 30)}})
+    found = gate.check(spec, [gate.check_gpus, gate.check_devices])
+    assert (found["ok"], found["checks"][-1]["name"]) == (False, "devices")
+
+
+def test_a_gpu_without_a_uuid_is_judged_by_the_log_alone(spec, monkeypatch):
+    """ultralytics#20680: a Jetson of which NVML tells nothing."""
+    monkeypatch.setattr(gate, "held_by", lambda pid: pytest.fail("NVML was asked"))
+    assert gate.check_gpus({**spec, "gpus": [{**GPU, "uuid": ""}]}) is None
 
 
 def test_memory_that_nvml_does_not_tell_is_unknown(held):

@@ -83,9 +83,11 @@ def test_it_sees_the_servers_devices_and_no_others(tmp_path, monkeypatch):
     monkeypatch.setattr(gate_unit, "UNITS", str(tmp_path))
     (tmp_path / UNIT).write_text(
         "[Service]\nDevicePolicy=closed\n# DeviceAllow=char-drm rwm\nDeviceAllow=char-nvidia rwm\n"
+        "SupplementaryGroups=video\n"
     )
     found = gate_unit.directives({**SPEC, "gpus": [{}]})
     assert [one for one in found if one.startswith("Device")] == ["DevicePolicy=closed", "DeviceAllow=char-nvidia rwm"]
+    assert "SupplementaryGroups=video" in found  # NVML opens them too
     assert "PrivateDevices=yes" not in found and "PrivateDevices=yes" in gate_unit.directives(SPEC)
 
 

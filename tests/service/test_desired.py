@@ -101,14 +101,40 @@ def test_a_later_version_deployed_the_host():
     )
 
 
-# --- refusals: what was asked for -----------------------------------------------------------------
+PROBLEM = "NVIDIA: module 570 is loaded but the libraries are 580: reboot needed"
 
 
-def test_a_source_that_is_a_path():
-    assert refusal(models=({}, {"source": "/srv/m.gguf"})) == (
-        "models: m1: source: /srv/m.gguf is a path, which can be planned but not deployed: give its http(s) address "
-        "or hf:OWNER/REPO/FILE.gguf"
+@pytest.mark.parametrize("asked", [{}, {"backend": "cuda"}], ids=["no_python", "no_gpu"])
+def test_every_refusal_has_what_the_probe_found_wrong(asked):
+    """lyulyul/shine-cluster#30, NVIDIA/ubuntu-packaging-nvidia-driver#3: the operator read something else."""
+    host = survey(machine={"python": None, "problems": [PROBLEM]})
+    outcome = decided(host, **asked)
+    assert isinstance(outcome, Refused) and outcome.reasons[-1] == f"the host: {PROBLEM}"
+
+
+def test_a_plan_that_is_refused_says_once_what_is_wrong_with_the_host():
+    lost = {"pci_bus_id": "0000:01:00.0", "vendor": "nvidia", "device_id": "0x2684", "name": "NVIDIA GPU 0x2684",
+            "problem": PROBLEM}  # fmt: skip
+    text = refusal(survey(machine={"pci_gpus": [lost], "problems": [PROBLEM]}))
+    assert f"NVIDIA GPU 0x2684 at 0000:01:00.0: {PROBLEM}" in text and text.count("reboot needed") == 1
+    assert text.count("reboot needed") == refusal(survey(machine={"problems": [PROBLEM]}), backend="cuda").count(
+        "reboot"
     )
+
+
+def test_a_run_says_what_is_wrong_with_a_host_that_is_planned():
+    assert decided(survey(machine={"problems": [PROBLEM]})).inputs.notes == (f"the host: {PROBLEM}",)
+
+
+def test_what_is_compiled_is_for_the_gpus_that_are_used():
+    """A card that `gpus` leaves out may be too old for the toolkit."""
+    toolkits = survey([{"compute_capability": "5.0"}, {}])
+    assert decided(toolkits, gpus=[1]).build.architectures == ("89",)
+    cards = survey([{**AMD, "unified_memory": True, "gfx": "gfx1036"}, AMD])
+    assert decided(cards).build.architectures == ("gfx1100",)
+
+
+# --- refusals: what was asked for -----------------------------------------------------------------
 
 
 def test_a_plan_that_does_not_fit_names_the_model_once():
@@ -148,14 +174,15 @@ def test_a_backend_without_a_gpu():
 
 def test_a_gpu_that_cannot_be_used_is_not_passed_over():
     assert refusal(survey([{"problem": "fallen off the bus"}])) == (
-        "the host: box1 has a GPU that cannot be used: GPU0 (NVIDIA GeForce RTX 4090): fallen off the bus; repair the "
-        'driver (the probe\'s output lists the problems); or set backend = "cpu" to use no GPU'
+        "the host: box1 has a GPU that cannot be used: GPU0 (NVIDIA GeForce RTX 4090): fallen off the bus; set "
+        'backend = "cpu" to use no GPU, or name the GPUs to use in gpus'
     )
 
 
 def test_gpus_of_several_vendors():
     assert refusal(survey([{}, AMD])) == (
-        'the host: box1 has usable GPUs of several vendors (amd, nvidia); set backend to "cuda", "hip" or "vulkan"'
+        'the host: box1 has usable GPUs of several vendors (amd, nvidia); set backend to "cuda", "hip" or "vulkan", '
+        "or name the GPUs to use in gpus"
     )
 
 
@@ -177,7 +204,8 @@ def test_no_cuda_toolkit_that_fits():
 
 def test_hip_without_the_gpus_target():
     assert refusal(survey([{**AMD, "gfx": None}])) == (
-        "backend: hip: the driver does not report the GPU's LLVM target (gfx...): is amdgpu's KFD loaded?"
+        "backend: hip: the driver does not report the GPU's LLVM target (gfx...): amdgpu's KFD is not loaded, or a "
+        'container was not given /dev/kfd: mend that, or set backend = "vulkan"'
     )
 
 

@@ -94,6 +94,14 @@ def test_a_driver_that_was_used_once_more_does_not_change_the_unit():
     assert made([24564], later)[0] == made([24564])[0]
 
 
+def test_nvidias_nodes_of_a_group_add_that_group_and_no_other_unit_changes():
+    """ollama#2838, netdata#21359: nodes of mode 0660 and group video."""
+    assert not directive(made([24564])[0], "SupplementaryGroups")
+    shut = dataclasses.replace(HOST, nvidia_groups=("video",))
+    assert directive(made([24564], shut)[0], "SupplementaryGroups") == ["video"]
+    assert not directive(made([], shut)[0], "SupplementaryGroups")
+
+
 def test_without_a_gpu_there_are_no_devices():
     unit, record, _ = made([])
     assert directive(unit, "PrivateDevices") == ["yes"] and not directive(unit, "DeviceAllow")

@@ -178,11 +178,6 @@ def test_a_stage_alone_with_helpers_of_another_version_is_run(read, stages):
     assert stages(host, "model") is not None and host.lines == []
 
 
-def test_a_path_is_not_looked_up(read):
-    refused = decision.decide(Host(models=[{**MODEL, "source": "/srv/m.gguf"}]))
-    assert "is a path, which can be planned but not deployed" in str(refused) and read.models == []
-
-
 @pytest.mark.parametrize("error", [KeyError("found"), RecursionError("too deep"), TypeError("no list")])
 def test_whatever_else_goes_wrong_is_a_refusal_too(read, monkeypatch, error):
     """An answer of a host that nobody thought of: the other hosts go on."""
