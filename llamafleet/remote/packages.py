@@ -6,11 +6,12 @@ is on the PATH of jobs, or a file matches one of the paths there ("/" and wildca
 the first that an enabled repository has. An entry of `packages` may name several, with blanks between. `optional`: the
 host does without it. The words, programs and packages are the operator's side's (`llamafleet/build/packages.py`).
 
-`packages.py offers MANAGER NEEDS` prints one JSON object, by word: {"package": text | null, "version": text, "off":
-[repositories that have it and are switched off]}; a word is left out where nobody can tell, as before the package lists
-were read for the first time. A manager's methods return command lines and read outputs; nothing here changes the host,
-but a manager may refresh its lists when it is asked. One more package manager is one more class in `MANAGERS`.
-Python 3.8, standard library, common.py beside it.
+`packages.py offers MANAGER NEEDS [VARIABLES]` asks the manager with these variables in its environment, and prints one
+JSON object, by word: {"package": text | null, "version": text, "off": [repositories that have it and are switched
+off]}; a word is left out where nobody can tell, as before the package lists were read for the first time. A manager's
+methods return command lines and read outputs; nothing here changes the host, but a manager may refresh its lists when
+it is asked. One more package manager is one more class in `MANAGERS`. Python 3.8, standard library, common.py beside
+it.
 """
 
 from __future__ import annotations
@@ -319,11 +320,13 @@ def offers(manager: Type[Manager], needs: Needs) -> Dict[str, Dict[str, Any]]:
 
 
 def main(argv: List[str]) -> int:
-    verb, name, needs = argv
+    verb, name, needs, *variables = argv
     manager = by_name(name)
     if verb != "offers" or manager is None:
         print(f"error: the package manager {name!r} is unknown to packages.py", file=sys.stderr)
         return 1
+    for text in variables:
+        os.environ.update(json.loads(text))
     print(json.dumps(offers(manager, json.loads(needs))))
     return 0
 

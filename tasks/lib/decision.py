@@ -150,7 +150,7 @@ def _desired(host: Host, inputs: PlanInputs) -> Desired | Refused:
     manager, needs = inputs.survey.machine.package_manager, to_ask(inputs, outcome)
     if not needs or manager is None:
         return outcome
-    return desire(inputs, replace(run, offers=facts.offers(host, manager, needs)), templates.render)
+    return desire(inputs, replace(run, offers=facts.offers(host, manager, needs, inputs.settings)), templates.render)
 
 
 def _note_build(host: Host, decided: Decision) -> None:

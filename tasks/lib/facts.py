@@ -10,6 +10,7 @@ from pyinfra.api.host import Host
 from llamafleet.build.packages import Need, asked_of_hosts
 from llamafleet.host import answers
 from llamafleet.host.installed import Offer, Survey
+from llamafleet.remote import network
 from llamafleet.remote.common import VAR
 from llamafleet.settings.schema import Settings
 from tasks.lib import lookups, remote, sending
@@ -42,11 +43,14 @@ def survey(host: Host, settings: Settings, *, bandwidth: bool = False, packages:
     return answers.survey(out[-1])
 
 
-def offers(host: Host, manager: str, needs: Iterable[Need]) -> Mapping[str, Offer]:
-    """What the host's repositories have for what it lacks. Raises as `survey` does."""
+def offers(host: Host, manager: str, needs: Iterable[Need], settings: Settings) -> Mapping[str, Offer]:
+    """What the host's repositories have for what it lacks, read by the way out that the settings name. Raises as
+    `survey` does."""
     asked = json.dumps({need.name: need.to_json(manager) for need in needs})
     ok, out, err = sending.run_helper(host, "packages.py", "offers", manager, asked,
-                                      purpose="the question for packages", seconds=remote.SURVEY_SECONDS)  # fmt: skip
+                                      json.dumps(network.variables(settings.proxy, settings.no_proxy, None)),
+                                      purpose="the question for packages", seconds=remote.SURVEY_SECONDS,
+                                      network=lookups.network(settings))  # fmt: skip
     if not ok or not out:
         raise remote.RemoteError(f"cannot ask {manager} what it has: {remote.explain(out, err)}")
     return answers.offers(out[-1])

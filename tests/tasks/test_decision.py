@@ -48,7 +48,7 @@ def read(monkeypatch):
         count.models.append(instance.name)
         return ModelFiles((RemoteFile("m.gguf", "https://x/m.gguf", 5, "a" * 64),), planning.header("Qwen3-8B"))
 
-    def offers(host, manager, needs):
+    def offers(host, manager, needs, settings):
         count.asked.append((manager, tuple(need.name for need in needs)))
         return count.offers
 
