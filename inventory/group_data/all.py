@@ -94,6 +94,12 @@ model_defaults = {
     "allowed_drop_ins": [],
 }
 
+# --- the host ---------------------------------------------------------------------------------
+
+# The Python that llamafleet's programs run with on the host, 3.9 or later. "python3": the system's own. Or an absolute
+# path such as "/usr/bin/python3.11", where the system's is older (RHEL 8, Ubuntu 20.04).
+python = "python3"
+
 # --- llama.cpp -------------------------------------------------------------------------------
 
 # An address, or a path: of a repository of your machine, from which one commit is sent, or else of the host.

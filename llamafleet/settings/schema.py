@@ -277,6 +277,13 @@ class Settings:
             lambda text: text in ("auto", "nvidia", "distro") or text.startswith("/"),
         ),
     ]
+    python: Annotated[
+        Text,
+        Should(
+            "be python3, or an absolute path such as /usr/bin/python3.11",
+            lambda text: text == "python3" or re.fullmatch(r"/[A-Za-z0-9_./@:+-]+", text),
+        ),
+    ]
     gpus: Annotated[Listed[GpuName], Field(max_length=256)] | None
     vulkan_devices: Listed[Annotated[Whole, Field(ge=0, le=1023, description="a number of vulkaninfo")]] | None
     build_ui: Flag
