@@ -50,6 +50,14 @@ def test_an_unknown_key_is_named_with_the_nearest():
     assert instance_problems(slot=1) == ["models[0].slot: unknown setting; did you mean `slots`?"]
 
 
+@pytest.mark.parametrize("python", ["python3.11", "bin/python3", "", "/usr/bin/python3 -x", "/opt/a%b"])
+def test_python_is_the_system_s_own_or_a_path(python):
+    """It goes into units and commands."""
+    [problem] = problems(python=python)
+    assert problem.startswith("python: should be python3, or an absolute path such as /usr/bin/python3.11, is ")
+    assert Settings.from_data({**default_data(), "python": "/opt/python/3.11/bin/python3"}).python.endswith("python3")
+
+
 def test_every_problem_is_told_at_once():
     messages = problems(backend="tpu", keep_releases=-1, ram_reserve_mib=-5)
     assert [line.split(":")[0] for line in messages] == ["backend", "keep_releases", "ram_reserve_mib"]
@@ -342,7 +350,7 @@ def test_every_message_of_a_wrong_type_is_a_sentence(value):
                        *((key, instance_problems(**{key: value})) for key in sorted(of_model))]:  # fmt: skip
         assert found, key
         for text in found:
-            assert re.match(rf"(models\[0\]\.)?{key}(\[0\])?: (should|missing)", text), text
+            assert re.match(rf"(models\[0\]\.)?{key}(\[0\]|\.a)?: (should|missing)", text), text
             assert not re.search(r"\b(a list of a|a strings|a whole numbers|an? an?)\b", text), text
 
 
