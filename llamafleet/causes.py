@@ -50,7 +50,8 @@ CONNECTION = (
 # Of a command on a host.
 COMMAND = (
     (r"python3: not found|python3: command not found|failed to run command .python3|llamafleet: python3 not found",
-     "python3 is missing on the host: install it (apt-get install python3, dnf install python3)"),
+     "python3 is missing on the host: install it (apt-get install python3, dnf install python3), or name "
+     "another one in the setting python"),
     (r"can't open file '/opt/llamafleet/helpers/",
      "the host has no helpers of llamafleet: run the whole deploy.py first, or tasks.bootstrap.bootstrap"),
     (r"\bsudo: (command )?not found|failed to run command .sudo",

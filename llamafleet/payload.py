@@ -39,7 +39,8 @@ PROBE_PROGRAMS = (
     *("probe.py", "probe_bandwidth.py", "probe_cpu.py", "probe_files.py", "probe_vulkan.py"),
     *("gpu_nodes.py", "probe_pci.py", "probe_diagnosis.py", "probe_gpus.py", "probe_gpu_common.py", "probe_amd.py"),
     *("probe_nvidia.py", "probe_nvidia_memory.py", "probe_tegra.py"),
-    *("survey.py", "addresses.py", "ground.py", "learned.py", "lock.py", "releases.py", "toolkits.py", "uninstall.py"),
+    *("survey.py", "addresses.py", "ground.py", "learned.py", "lock.py", "releases.py", "rocm.py", "toolkits.py"),
+    "uninstall.py",
     *("common.py", "instance_files.py", "packages.py", "places.py"),  # imported by the programs above
 )
 # Files of the wheels that the probe does not need on Linux.
@@ -66,10 +67,13 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamafleet" / "wheels"
 
 
-def wheels(arch: str, lock: Path = LOCK, cache: Path | None = None) -> list[Path]:
+def wheels(
+    arch: str, lock: Path = LOCK, cache: Path | None = None, environment: Mapping[str, str] | None = None
+) -> list[Path]:
     """The locked wheels for a host's architecture, in the order of the packages' names. Raises `PayloadError`.
 
     Each call compares every wheel's SHA-256 with the lock. Wheels in the cache need no network.
+    `environment`: pip's, None for this process'.
     """
     if arch not in ARCHITECTURES:
         raise PayloadError(f"no wheels for architecture {arch!r}: only {' and '.join(ARCHITECTURES)} are supported")
@@ -77,7 +81,7 @@ def wheels(arch: str, lock: Path = LOCK, cache: Path | None = None) -> list[Path
     paths: dict[str, Path] = {}
     for name in sorted(requirements):
         folder = (cache or default_cache()) / (arch if name in NATIVE else "any")
-        paths[name] = _cached(folder, requirements[name]) or _fetch(folder, arch, name, requirements[name])
+        paths[name] = _cached(folder, requirements[name]) or _fetch(folder, arch, name, requirements[name], environment)
     return list(paths.values())
 
 
@@ -102,7 +106,7 @@ def _cached(folder: Path, requirement: str) -> Path | None:
     return None
 
 
-def _fetch(folder: Path, arch: str, name: str, requirement: str) -> Path:
+def _fetch(folder: Path, arch: str, name: str, requirement: str, environment: Mapping[str, str] | None) -> Path:
     """Download a wheel into the cache with pip, complete or not at all. Raises `PayloadError`."""
     if importlib.util.find_spec("pip") is None:
         raise PayloadError(f"{sys.executable} has no pip to download {name}: run {sys.executable} -m ensurepip")
@@ -121,7 +125,7 @@ def _fetch(folder: Path, arch: str, name: str, requirement: str) -> Path:
         ]
         command += ["--require-hashes", "--no-deps", "--only-binary=:all:", *_tags(arch, name)]
         command += ["--dest", temporary, "--requirement", str(requirement_file)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         for wheel in Path(temporary).glob("*.whl"):
             os.replace(wheel, folder / wheel.name)
     wheel_path = _cached(folder, requirement)
@@ -143,21 +147,25 @@ def _tags(arch: str, name: str) -> list[str]:
     return [*python, "--implementation", "cp", "--abi", "abi3", *platforms]
 
 
-def probe_zip(arch: str, lock: Path = LOCK, cache: Path | None = None) -> bytes:
+def probe_zip(
+    arch: str, lock: Path = LOCK, cache: Path | None = None, environment: Mapping[str, str] | None = None
+) -> bytes:
     """The probe and all that it imports, for `probe_command`. Equal inputs give equal bytes."""
-    by_name = dict(zip(sorted(read_lock(lock)), wheels(arch, lock, cache), strict=True))
+    by_name = dict(zip(sorted(read_lock(lock)), wheels(arch, lock, cache, environment), strict=True))
     files = _contents(by_name[name] for name in PROBE_PACKAGES)
     files = {name: data for name, data in files.items() if not _PROBE_LEAVES_OUT.search(name)}
     return _zip(files | {name: (REMOTE / name).read_bytes() for name in PROBE_PROGRAMS})
 
 
-def helpers_zip(arch: str, lock: Path = LOCK, cache: Path | None = None) -> bytes:
+def helpers_zip(
+    arch: str, lock: Path = LOCK, cache: Path | None = None, environment: Mapping[str, str] | None = None
+) -> bytes:
     """All programs and wheels that stay on a host, in /opt/llamafleet/helpers/KEY/ (`helpers_key`).
 
     Programs and packages are in one folder, so that `python3 -s -E KEY/PROGRAM.py` can import them. Their sums lie
     beside them: a power cut can empty files that were not written by this version.
     """
-    files = _contents(wheels(arch, lock, cache))
+    files = _contents(wheels(arch, lock, cache, environment))
     files |= {path.name: path.read_bytes() for path in REMOTE.glob("*.py") if path.name != "__init__.py"}
     return _zip(files | {SUMS: _sums(files)})
 
@@ -197,12 +205,12 @@ def _zip(files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-# $1 is the SHA-256 of the zip that comes by standard input in base64, $2 the folders to try, $3 the program in the
-# zip; its arguments follow. A folder is used if a program in it can be run; nobody else can enter it. The program runs
-# in the background, so that a signal interrupts `wait` and is passed on. What came is read also where it is not used:
-# the operator's side would take a pipe that is closed too early for a broken connection.
+# $1 is Python, $2 the SHA-256 of the zip that comes by standard input in base64, $3 the folders to try, $4 the program
+# in the zip; its arguments follow. A folder is used if a program in it can be run; nobody else can enter it. The
+# program runs in the background, so that a signal interrupts `wait` and is passed on. What came is read also where it
+# is not used: the operator's side would take a pipe that is closed too early for a broken connection.
 _SCRIPT = """\
-sum=$1; places=$2; shift 2
+python=$1; sum=$2; places=$3; shift 3
 folder=; child=
 clean() { [ -z "$folder" ] || rm -rf -- "$folder"; }
 stop() { trap '' HUP INT TERM; [ -z "$child" ] || { kill "$child"; wait "$child"; } 2>/dev/null; exit "$1"; }
@@ -212,9 +220,10 @@ trap 'stop 129' HUP
 trap 'stop 130' INT
 trap 'stop 143' TERM
 umask 077
-command -v python3 >/dev/null 2>&1 || refuse 127 "$PYTHON_MISSING"
-python3 -I -c 'import sys; sys.exit(sys.version_info < (3, 8))' </dev/null ||
-    refuse 127 "$PYTHON_OLD $(python3 -V 2>&1)"
+named=; [ "$python" = python3 ] || named=": the setting python names $python"
+command -v "$python" >/dev/null 2>&1 || refuse 127 "$PYTHON_MISSING$named"
+"$python" -I -c 'import sys; sys.exit(sys.version_info < (3, 8))' </dev/null ||
+    refuse 127 "$PYTHON_OLD $("$python" -V 2>&1)"
 for place in $places; do
     [ "$place" != '$HOME' ] || place=$HOME
     [ -n "$place" ] || continue
@@ -223,9 +232,9 @@ for place in $places; do
     rm -rf -- "$folder"; folder=
 done
 [ -n "$folder" ] || refuse 126 "llamafleet: nowhere to unpack: none of $places is writable and not noexec"
-python3 -I -c '$UNPACK' "$sum" "$folder" || exit 125
+"$python" -I -c '$UNPACK' "$sum" "$folder" || exit 125
 program=$1; shift
-python3 -s -E -B "$folder/$program" "$@" </dev/null &
+"$python" -s -E -B "$folder/$program" "$@" </dev/null &
 child=$!
 wait "$child"; code=$?; child=
 exit "$code"
@@ -240,7 +249,7 @@ zipfile.ZipFile(io.BytesIO(data)).extractall(sys.argv[2])
 """
 
 
-def probe_command(sha256: str, program: str, *arguments: str) -> list[str]:
+def probe_command(sha256: str, program: str, *arguments: str, python: str = "python3") -> list[str]:
     """The command that unpacks a zip of programs, runs one of them, and leaves nothing behind.
 
     The zip goes to its standard input in base64, and is used only if it has this SHA-256. Exit status: the program's;
@@ -249,4 +258,4 @@ def probe_command(sha256: str, program: str, *arguments: str) -> list[str]:
     """
     script = _SCRIPT.replace("$PYTHON_MISSING", PYTHON_MISSING).replace("$PYTHON_OLD", PYTHON_OLD)
     script = script.replace("$UNPACK", _UNPACK)
-    return ["sh", "-c", script, "llamafleet-probe", sha256, " ".join(UNPACK_PLACES), program, *arguments]
+    return ["sh", "-c", script, "llamafleet-probe", python, sha256, " ".join(UNPACK_PLACES), program, *arguments]

@@ -31,6 +31,7 @@ class SandboxHost:
     packages: tuple[str, ...]
     binds: tuple[str, ...]
     state: State
+    suite: str = roots.SUITE  # the release of Debian
 
     @property
     def address(self) -> str:
@@ -180,7 +181,8 @@ def launch(host: SandboxHost) -> None:
 def load(state: State, file: Path) -> SandboxHost:
     """Read what `save` wrote."""
     spec = json.loads(file.read_text())
-    return SandboxHost(spec["name"], spec["number"], spec["port"], tuple(spec["packages"]), tuple(spec["binds"]), state)
+    return SandboxHost(spec["name"], spec["number"], spec["port"], tuple(spec["packages"]), tuple(spec["binds"]), state,
+                       spec.get("suite", roots.SUITE))  # fmt: skip
 
 
 def save(host: SandboxHost) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyinfra.api.deploy import deploy
 
-from tasks.lib import operations
+from tasks.lib import lookups, operations
 from tasks.lib.decision import for_stage
 
 
@@ -15,9 +15,11 @@ def bootstrap() -> None:
     if now is None:
         return
     changes, machine = now.changes, now.desired.machine
+    manager = machine.package_manager or ""
+    network = lookups.network(now.desired.settings)
     operations.take_lock(name="Take the host's lock", needed=changes.any or bool(changes.note))
     operations.install_helpers(
-        name="Install llamafleet's helpers", needed=changes.helpers, arch=machine.os.arch,
+        name="Install llamafleet's helpers", needed=changes.helpers, arch=machine.os.arch, network=network,
     )  # fmt: skip
     operations.restore_places(
         name="Give files and folders their place, mode and owner again",
@@ -25,5 +27,7 @@ def bootstrap() -> None:
     )  # fmt: skip
     operations.create_user(name="Create the user llamafleet", needed=changes.user)
     operations.install_packages(
-        name="Install packages", manager=machine.package_manager or "", packages=changes.packages
+        name="Install packages", manager=manager,
+        needs={need.name: need.to_json(manager) for need in now.desired.lacking},
+        network=network,
     )  # fmt: skip

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from pyinfra import host
 from pyinfra.api.deploy import deploy
 
 from llamafleet.build import release
-from llamafleet.remote.common import SOURCE
+from llamafleet.remote.common import JOBS, SOURCE
 from llamafleet.service.desired import Desired
-from tasks.lib import operations
+from tasks.lib import lookups, operations, paths
 from tasks.lib.decision import build_job, for_stage
 
 
@@ -21,13 +22,22 @@ def build() -> None:
     if now is None:
         return
     settings, wanted = now.desired.settings, now.desired.build
+    network = lookups.network(settings)
+    needed, repository = now.changes.build and not now.desired.is_cached, settings.llama_cpp_repository
+    if paths.is_ours(host, repository):
+        pack = f"{JOBS}/checkout-{wanted.commit}.pack"
+        operations.send_commit(
+            name=f"Send llama.cpp {settings.llama_cpp_ref}", needed=needed, repository=repository,
+            commit=wanted.commit, path=pack,
+        )  # fmt: skip
+        repository = pack
     operations.checkout(
-        name=f"Check out llama.cpp {settings.llama_cpp_ref}", needed=now.changes.build and not now.desired.is_cached,
-        repository=settings.llama_cpp_repository, commit=wanted.commit, folder=SOURCE,
+        name=f"Check out llama.cpp {settings.llama_cpp_ref}", needed=needed, repository=repository,
+        commit=wanted.commit, folder=SOURCE, network=network,
     )  # fmt: skip
     operations.build_release(
         name=f"Build llama.cpp {settings.llama_cpp_ref} for {wanted.backend}", needed=now.changes.build,
-        job=build_job(now.desired), spec=spec(now.desired),
+        job=build_job(now.desired), spec=spec(now.desired), network=network,
     )  # fmt: skip
 
 
@@ -41,6 +51,11 @@ def spec(desired: Desired) -> dict[str, Any]:
         unkeyed.append(f"-DCMAKE_CUDA_COMPILER={wanted.nvcc}")
     if wanted.host_compiler:
         unkeyed.append(f"-DCMAKE_CUDA_HOST_COMPILER={wanted.host_compiler}")
+    if desired.hip and desired.hip.compiler:  # beside AMD's own ROCm CMake may find the distribution's
+        unkeyed += [
+            f"-DCMAKE_HIP_COMPILER={desired.hip.compiler}",
+            f"-DCMAKE_HIP_COMPILER_ROCM_ROOT={desired.hip.path}",
+        ]
     return {
         "key": wanted.key,
         "commit": wanted.commit,

@@ -10,11 +10,12 @@ from llamafleet.hub.source import RemoteFile
 from llamafleet.remote.common import RUN
 from llamafleet.service.desired import Desired, Serving
 from llamafleet.settings import secrets
-from tasks.lib import jobs, operations
+from tasks.lib import jobs, lookups, operations, paths
 from tasks.lib.decision import for_stage
 
 # A tmpfs: the token is on the host only while it downloads.
 TOKEN = RUN + "/hub-token.curl"
+RESERVE_BYTES = 1024**3  # stay free on the models' disk
 
 
 @deploy("Fetch the models")
@@ -28,9 +29,12 @@ def model() -> None:
     for folder, serving in operations.each(models.items(), lambda pair: pair[0]):
         needed = folder in now.changes.models
         first = serving.model.files[0].name
+        if sent := tuple(paths.sent_files(serving.model, folder)):
+            operations.send_files(name=f"Send {first}", needed=needed, files=sent, reserve_bytes=RESERVE_BYTES)
         operations.run_job(
             name=f"Fetch {first}", needed=needed, job=f"fetch-{serving.model.folder}", program="fetch.py",
             spec=spec(now.desired, serving, token is not None), secret=_curl_config(token),
+            network=lookups.network(now.desired.settings),
         )  # fmt: skip
 
 
@@ -47,7 +51,7 @@ def spec(desired: Desired, serving: Serving, with_token: bool) -> dict[str, Any]
         "files": [_file(desired, serving, file) for file in serving.model.files],
         "curl_config": TOKEN if with_token else None,
         "token_origin": desired.settings.hub_endpoint,
-        "reserve_bytes": 1024**3,
+        "reserve_bytes": RESERVE_BYTES,
     }
 
 
@@ -55,5 +59,6 @@ def _file(desired: Desired, serving: Serving, file: RemoteFile) -> dict[str, Any
     """One file of the spec. Where its sha256 is not known, it is the one that the host verified earlier, or the model
     may do without."""
     sha256 = file.sha256 or desired.installed.models.get(f"{serving.folder}/{file.name}")
-    entry = {"name": file.name, "urls": [file.url, *file.mirrors], "size_bytes": file.size_bytes, "sha256": sha256}
-    return entry if sha256 else {**entry, "unverified": serving.instance.allow_unverified}
+    urls = [] if file.place == "operator" else [file.url, *file.mirrors]
+    entry = {"name": file.name, "urls": urls, "size_bytes": file.size_bytes, "sha256": sha256}
+    return entry if sha256 else {**entry, "unverified": serving.instance.allow_unverified or file.place == "host"}

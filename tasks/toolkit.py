@@ -7,7 +7,7 @@ from typing import Any
 from pyinfra.api.deploy import deploy
 
 from llamafleet.build.cuda_toolkit import Install
-from tasks.lib import operations
+from tasks.lib import lookups, operations
 from tasks.lib.decision import for_stage
 
 
@@ -22,6 +22,7 @@ def toolkit() -> None:
     operations.run_job(
         name=f"Install CUDA {install.version} from {origin}", needed=now.changes.toolkit,
         job=f"toolkit-{install.identity}", program="install_toolkit.py", spec=spec(install),
+        network=lookups.network(now.desired.settings),
     )  # fmt: skip
 
 

@@ -11,7 +11,9 @@ nearest known key.
 # The instances of a host, each with a systemd unit `llama-server-NAME.service`. Several instances of a
 # host are planned by `priority`, and with equal priority in the order of this list. Every entry gives
 # `name`, `source` and `port`, and may override any key of `model_defaults`.
-#   source: "hf:OWNER/REPO/FILE.gguf[@REVISION]" or an http(s) URL.
+#   source: "hf:OWNER/REPO/FILE.gguf[@REVISION]", an http(s) URL, or a link of the Hub as a browser has it;
+#           "hf:OWNER/REPO[:QUANTISATION]": the file that llama-server -hf would take; or a path of the host or, where
+#           it has no such file, of your machine: that file is sent.
 #           For a split model give the first shard, -00001-of-0000N.gguf; the other shards follow from it.
 models = []
 
@@ -92,8 +94,15 @@ model_defaults = {
     "allowed_drop_ins": [],
 }
 
+# --- the host ---------------------------------------------------------------------------------
+
+# The Python that llamafleet's programs run with on the host, 3.9 or later. "python3": the system's own. Or an absolute
+# path such as "/usr/bin/python3.11", where the system's is older (RHEL 8, Ubuntu 20.04).
+python = "python3"
+
 # --- llama.cpp -------------------------------------------------------------------------------
 
+# An address, or a path: of a repository of your machine, from which one commit is sent, or else of the host.
 llama_cpp_repository = "https://github.com/ggml-org/llama.cpp"
 # Tag, branch or commit. It is resolved to one commit once per run, for all hosts.
 llama_cpp_ref = "b11434"
@@ -123,10 +132,24 @@ keep_releases = 2
 
 # --- the Hugging Face Hub --------------------------------------------------------------------
 
+# The Hub, a mirror of it ("https://hf-mirror.com"), or ModelScope ("https://www.modelscope.cn").
 hub_endpoint = "https://huggingface.co"
 # File on *your* machine with the token for gated models, chmod 600, or "env:NAME"; None: the
 # environment's HF_TOKEN, where it is set.
 hub_token_file = None
+
+# --- the way out -----------------------------------------------------------------------------
+
+# Address of an HTTP proxy, such as "http://proxy.example.net:3128", by which the host downloads, its git, apt and dnf
+# read, and your machine looks up what this host needs. It must not ask for a password: inventories, command lines and
+# environments are no places for one. What apt's and dnf's own settings on the host say comes first. None: direct.
+proxy = None
+# Names of hosts and domains, addresses and networks that are reached without the proxy, such as [".example.net",
+# "10.0.0.0/8"]. The host itself always is.
+no_proxy = []
+# File on *your* machine with PEM certificates, such as that of a company's own authority, which the same programs
+# trust beside the public ones. The host's own store of certificates stays as it is. None: the public ones alone.
+ca_file = None
 
 # --- memory ----------------------------------------------------------------------------------
 

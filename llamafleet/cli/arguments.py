@@ -13,6 +13,7 @@ from typing import Any
 
 from llamafleet.host import described
 from llamafleet.host.machine import Machine, MachineError
+from llamafleet.hub.network import Network
 from llamafleet.settings import defaults, secrets
 from llamafleet.settings.schema import Instance, Settings
 from llamafleet.validation import shown
@@ -137,6 +138,11 @@ def _is_of_instance(key: str) -> bool:
     host, instance = set(Settings.__dataclass_fields__), set(Instance.__dataclass_fields__)
     nearest = difflib.get_close_matches(key, host | instance, n=1)
     return key in instance or (key not in host and bool(nearest) and nearest[0] in instance)
+
+
+def network(settings: Settings) -> Network:
+    """The way out that the settings name."""
+    return Network(settings.proxy, settings.no_proxy, settings.ca_file)
 
 
 def hub_token(settings: Settings) -> str | None:

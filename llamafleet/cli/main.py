@@ -22,7 +22,15 @@ from typing import Any
 
 from llamafleet import stages
 from llamafleet.cli import compare, tables
-from llamafleet.cli.arguments import UsageError, default_data, hub_token, parse_changes, read_machine, settings_for
+from llamafleet.cli.arguments import (
+    UsageError,
+    default_data,
+    hub_token,
+    network,
+    parse_changes,
+    read_machine,
+    settings_for,
+)
 from llamafleet.cli.what_if import what_if
 from llamafleet.host.described import Described
 from llamafleet.host.machine import MachineError
@@ -77,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--limit", help="with --inventory: plan only this host or group")
     plan.add_argument(
         "--model", action="append", default=[],
-        help="with --machine: a path, a URL or hf:OWNER/REPO/FILE.gguf[@REVISION]; several models are compared",
+        help="with --machine: a path, a URL, hf:OWNER/REPO/FILE.gguf[@REVISION] or hf:OWNER/REPO[:QUANTISATION];"
+        " several models are compared",
     )  # fmt: skip
     plan.add_argument(
         "--compare", action="store_true",
@@ -209,8 +218,11 @@ def _header(settings: Settings) -> Header:
         token=token,
         mirrors=instance.mirrors,
         sha256=instance.sha256 or (),
+        network=network(settings),
     )
-    return source.read_header(files, token=token)
+    if files[0].chosen:
+        err(f"{instance.source}: {files[0].chosen} is taken, as llama-server -hf would")
+    return source.read_header(files, token=token, network=network(settings))
 
 
 def _plan(host: Described, settings: Settings, instance: Instance, header: Header) -> Plan | Refusal:
@@ -220,7 +232,9 @@ def _plan(host: Described, settings: Settings, instance: Instance, header: Heade
 
 def _quantisations(model: str, settings: Settings) -> dict[str, int]:
     """Bytes by source of every quantisation in the model's repository."""
-    return source.quantisations(model, endpoint=settings.hub_endpoint, token=hub_token(settings))
+    return source.quantisations(
+        model, endpoint=settings.hub_endpoint, token=hub_token(settings), network=network(settings)
+    )
 
 
 def _siblings_that_fit(host: Described, settings: Settings, refusal: Refusal) -> list[str]:

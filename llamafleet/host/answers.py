@@ -19,7 +19,7 @@ from typing import Annotated, Any, cast
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from llamafleet import validation
-from llamafleet.host.installed import Holder, Installed, Many, Path, Sha256, Survey, Table, UserId
+from llamafleet.host.installed import Holder, Installed, Many, Offer, Path, Sha256, Survey, Table, UserId
 from llamafleet.host.machine import Bytes, Label, Machine, MachineError, Message
 from llamafleet.host.recorded import Speed, readable
 from llamafleet.remote.common import GATE_SCHEMA
@@ -196,6 +196,11 @@ def status(line: str) -> Mapping[str, LiveInstance]:
 def removable(line: str) -> Removable:
     """What `uninstall.py find` prints."""
     return cast(Removable, _read(line, "uninstall.py", Removable))
+
+
+def offers(line: str) -> Mapping[str, Offer]:
+    """By need, what `packages.py offers` prints."""
+    return cast("Mapping[str, Offer]", _read(line, "packages.py", Table[Offer]))
 
 
 def built(line: str) -> Built:

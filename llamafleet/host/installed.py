@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NotRequired, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -103,6 +103,30 @@ class Toolkit(TypedDict):
     problems: Annotated[Listed[Message], Field(max_length=1024)]
     aliases: Annotated[Listed[Label], Field(max_length=1024)]
     distro: Flag
+    # The newest gcc that it accepts, and the version of its compiler with the patch release.
+    gcc_limit: NotRequired[Annotated[Whole, Field(ge=1, le=1000)] | None]
+    build: NotRequired[Version | None]
+
+
+class Rocm(TypedDict):
+    """An installation of HIP, as `llamafleet/remote/rocm.py` describes it."""
+
+    path: Label
+    version: Version | None
+    compiler: Label | None
+    hipblas: Flag
+    rocblas: Flag
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a host's repositories have of something that it lacks, as `llamafleet/remote/packages.py` says: the packages
+    that bring it (None: no enabled repository has them), the version of the first, and the repositories that have some
+    and are switched off."""
+
+    package: Name | None
+    version: Name = ""
+    off: Names = ()
 
 
 @dataclass(frozen=True)
@@ -175,7 +199,7 @@ class Installed:
 
     euid: UserId
     user: Flag
-    missing_packages: Names
+    missing_packages: Names  # what the host lacks, by the words of `llamafleet/build/packages.py`
     helpers: Path | None
     lock: Holder | None
     releases: Table[Mapping[str, Any]]
@@ -194,6 +218,13 @@ class Installed:
     # Units named like ours that we did not make.
     foreign_units: Many[Path]
     toolkits: Annotated[Listed[Toolkit], Field(max_length=256)]
+    # Installations of HIP, AMD's own first.
+    rocm: Annotated[Listed[Rocm], Field(max_length=256)] = ()
+    # The default gcc's version; None where there is none.
+    compiler: Name | None = None
+    # The versions of what compiles llama.cpp's C++, by the words of `llamafleet/build/packages.py`; None: it is not
+    # there, or not GNU's.
+    tools: Table[Name | None] = field(default_factory=dict)
     # Names of running jobs, as `job.py start` was given them.
     jobs: Annotated[Listed[Label], Field(max_length=1024)] = ()
     # SHA-256 of each release's release.json, by key.

@@ -65,6 +65,13 @@ class Os:
     libc: Name
     version_codename: Name | None = None
     id_like: Names = ()
+    base_codename: Name | None = None  # the release of Ubuntu or Debian that a derivative is made from
+    kernel: Name = ""
+
+    @property
+    def is_wsl(self) -> bool:
+        """Whether this is Windows' own Linux, whose GPU driver is Windows' and comes with it."""
+        return "microsoft" in self.kernel.lower()
 
 
 @dataclass(frozen=True)

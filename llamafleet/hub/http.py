@@ -12,12 +12,15 @@ from __future__ import annotations
 import email.utils
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
+from llamafleet.hub.network import Network
+from llamafleet.remote import redirects
 from llamafleet.remote.common import ADDRESS_RULE, is_address, keeps_secrets, whole_number
+from llamafleet.sources import SourceError, origin, shown
 
 if TYPE_CHECKING:  # importing it takes a quarter of the start of `llamafleet plan`; a model on disk does not need it
     import requests
@@ -28,30 +31,30 @@ TIMEOUT_SECONDS = (10.0, 60.0)  # to connect; between two parts of a body
 # For all that is asked about one model. The largest header that is read has 64 MiB: ten minutes are enough for it at
 # 1 Mbit/s, or for the 1024 shards of a model one after another.
 TOTAL_SECONDS = 600.0
-REDIRECTS = 8
+REDIRECTS = redirects.MOST_HOPS
 ATTEMPTS = 4
 WAIT_LIMIT_SECONDS = 60.0  # longest Retry-After that is waited for; a longer one is an error
 RANGELESS_LIMIT_BYTES = 64 * 1024**2  # most that is read from a server without Range requests
-SHOWN_CHARACTERS = 250  # of an address in a message
 _BUSY = (429, 500, 502, 503, 504)
-_REDIRECT = (301, 302, 303, 307, 308)
+_REDIRECT = redirects.STATUSES
 _SERVED = (200, 206, 416)
 
 _NEXT_STEP: Mapping[int, str] = {
-    # The Hub's answer for a repository that is not there, too, so as not to tell which private ones there are.
     401: "there is no such repository, or it may be read with a token only: check owner and name, upper and lower case"
     " too; for a gated model accept its terms on its page; give the token with hub_token_file or HF_TOKEN",
     403: "the token's account has no access: request access on the model's page, or use another token",
     404: "check owner, repository, revision and file name, upper and lower case too; private models need a token",
+    407: "the proxy asks for a name and a password, which is not supported: name another one with `proxy`",
     429: "the server is busy: try again later, or give a token, which gives a higher limit",
 }
-
 _GATED = "accept the model's terms on its page and give a token with hub_token_file or HF_TOKEN"
+# The Hub answers 401 for a repository that is not there, too, so as not to tell which private ones there are. A gated
+# one has another code.
+_NO_REPOSITORY = (
+    "there is no such repository, or it may be read with a token only, as a private one: check owner and name, upper"
+    " and lower case too; for a private one give a token with hub_token_file or HF_TOKEN"
+)
 _BAD_TOKEN = "the token (hub_token_file or HF_TOKEN) is not accepted: make a new one on the Hub's page of settings"  # noqa: S105
-
-
-class SourceError(Exception):
-    """A source cannot be read; the message has the URL (without its query), the HTTP status and the next step."""
 
 
 class Deadline:
@@ -73,20 +76,6 @@ class Deadline:
             )
 
 
-def origin(url: str) -> str:
-    """Scheme, host and port of an address that `is_address` accepts: a token is sent to one origin only."""
-    parts = urlsplit(url)
-    port = parts.port or {"https": 443, "http": 80}.get(parts.scheme, 0)
-    return f"{parts.scheme}://{parts.hostname}:{port}"
-
-
-def shown(url: str) -> str:
-    """The URL for messages, without query and user: a signature and a password are secrets. It may be no URL at all."""
-    plain = re.split(r"[?#]", url, maxsplit=1)[0]
-    plain = re.sub(r"^([a-z]+://)[^/]*@", r"\1", plain)
-    return plain if len(plain) <= SHOWN_CHARACTERS else plain[: SHOWN_CHARACTERS - 3] + "..."
-
-
 @dataclass
 class Web:
     """An HTTP client that sends `token` to `token_origin` only, by https or to this machine.
@@ -98,6 +87,7 @@ class Web:
     token_origin: str | None = None
     sleep: Callable[[float], None] = time.sleep
     deadline: Deadline = field(default_factory=Deadline)
+    network: Network = field(default_factory=Network)
     _session: Session | None = None
     _redirected: dict[str, str] = field(default_factory=dict)  # by URL, its redirects' last URL, signed for some time
 
@@ -122,26 +112,45 @@ class Web:
         """
         from llamafleet.hub.wire import FAILURES
 
-        problem = ""
+        problem, status = "", None
         for attempt in range(ATTEMPTS):
             try:
                 response = self._follow(method, url, dict(headers or {}), follow)
             except FAILURES as error:
                 self.deadline.check(url)
-                problem = f"{shown(url)}: cannot be reached ({_kind(error)}); check address and network"
+                problem, status = f"{shown(url)}: cannot be reached ({_kind(error)}); {self._advice(url, error)}", None
                 if isinstance(error, ValueError):  # of what no repetition changes
                     break
                 wait = 2.0**attempt
             else:
                 if response.status_code not in _BUSY:
                     return self._checked(response, url)
-                problem = _problem(response, url)
+                problem, status = _problem(response, url), response.status_code
                 wait = _retry_after(response, 2.0**attempt)
                 response.close()
             if attempt + 1 == ATTEMPTS or wait > min(WAIT_LIMIT_SECONDS, self.deadline.left()):
                 break
             self.sleep(wait)
-        raise SourceError(problem)
+        raise SourceError(problem, status)
+
+    def hops(self, method: str, url: str) -> Iterator[requests.Response]:
+        """The response, and those at the other origins that it redirects to, one after another, without bodies.
+
+        Raises `SourceError`.
+        """
+        for _ in range(REDIRECTS):
+            response = self.ask(method, url, follow=False)
+            response.close()
+            yield response
+            if response.status_code not in _REDIRECT:
+                return
+            url = _target(url, response)
+        raise SourceError(f"{shown(url)}: more than {REDIRECTS} redirects")
+
+    def _advice(self, url: str, error: BaseException) -> str:
+        if _kind(error) == "SSLCertVerificationError":
+            return "if a company's own authority made its certificate, name that with ca_file"
+        return self.network.advice(url)
 
     def _follow(self, method: str, url: str, headers: dict[str, str], follow: bool) -> requests.Response:
         if not is_address(url):
@@ -154,10 +163,6 @@ class Web:
             if not follow and origin(target) != origin(url):
                 return response
             response.close()
-            if urlsplit(url).scheme == "https" and urlsplit(target).scheme == "http":
-                raise SourceError(
-                    f"{shown(url)}: redirects from https to http, which is refused because others could change the file"
-                )
             url = target
         raise SourceError(f"{shown(url)}: more than {REDIRECTS} redirects")
 
@@ -167,7 +172,7 @@ class Web:
         if self._session is None:
             from llamafleet.hub.wire import Session
 
-            self._session = Session(self.deadline.left)
+            self._session = Session(self.deadline.left, self.network)
         sent_headers = dict(headers)
         if self.token and origin(url) == self.token_origin and keeps_secrets(url):
             sent_headers["Authorization"] = f"Bearer {self.token}"
@@ -183,7 +188,7 @@ class Web:
         if response.status_code in _SERVED or response.status_code in _REDIRECT:
             return response
         response.close()
-        raise SourceError(_problem(response, url))
+        raise SourceError(_problem(response, url), response.status_code, response.headers.get("X-Error-Code", "")[:100])
 
     def _get(self, url: str, headers: Mapping[str, str]) -> requests.Response:
         """The response to GET. Redirects that an earlier call followed are skipped: each takes one more round trip."""
@@ -242,13 +247,15 @@ class Web:
 def _target(url: str, response: requests.Response) -> str:
     """The address that a redirect names. Raises `SourceError` for one that no program of ours can read."""
     location = response.headers.get("Location", "")
-    try:
-        target = urljoin(url, location)
-    except ValueError:  # such as a bracket that is not closed
-        target = location
+    target = redirects.target(url, location)
     if not location or not is_address(target):
         response.close()
-        raise SourceError(f"{shown(url)}: redirects to {shown(target)!r}, which is not {ADDRESS_RULE}")
+        raise SourceError(f"{shown(url)}: redirects to {shown(location)!r}, which is not {ADDRESS_RULE}")
+    if redirects.is_downgrade(url, target):
+        response.close()
+        raise SourceError(
+            f"{shown(url)}: redirects from https to http, which is refused because others could change the file"
+        )
     return target
 
 
@@ -257,13 +264,13 @@ def _next_page(url: str, link: str) -> str | None:
     found = re.search(r'<([^<>]*)>;[ ]*rel="?next"?', link)
     if not found:
         return None
-    try:
-        target = urljoin(url, found[1])
-    except ValueError:
-        target = found[1]
+    target = redirects.target(url, found[1])
+    if is_address(target) and origin(target) != origin(url) and urlsplit(target).path == urlsplit(url).path:
+        # A mirror that passes on the list of the hub behind it: it has the next page too.
+        target = urlunsplit(urlsplit(url)._replace(query=urlsplit(target).query))
     if not is_address(target) or origin(target) != origin(url):
         raise SourceError(f"{shown(url)}: its list goes on at {shown(target)!r}, which is no address of this server")
-    return str(target)
+    return target
 
 
 def _kind(error: BaseException) -> str:
@@ -278,17 +285,26 @@ def _part(response: requests.Response, url: str, offset: int, length: int) -> tu
     first, size = _content_range(response)
     if response.status_code == 416:  # Range Not Satisfiable: the file ends before the offset
         return b"", size
-    if response.status_code == 206:  # Partial Content
-        if first != offset:
-            found = response.headers.get("Content-Range", "")[:100] or "no range"
-            raise SourceError(f"{shown(url)}: requested bytes from {offset}, the server sent {found!r}")
+    if response.status_code == 206 and first == offset:  # Partial Content
         return _take(response, url, length), size
+    start = b""
+    if response.status_code == 206:
+        if response.headers.get("Content-Range") or "multipart" in response.headers.get("Content-Type", ""):
+            found = response.headers.get("Content-Range", "")[:100] or "several ranges"
+            raise SourceError(f"{shown(url)}: requested bytes from {offset}, the server sent {found!r}")
+        # Some mirrors leave Content-Range out. What is no longer than the part that was asked for is that part.
+        declared = whole_number(response.headers.get("Content-Length"))
+        if declared is not None and declared <= length:
+            return _take(response, url, length), None
+        if declared is None and len(start := _take(response, url, length + 1)) <= length:
+            return start, None
     if offset + length > RANGELESS_LIMIT_BYTES:
         raise SourceError(
             f"{shown(url)}: the server does not support Range requests and the header is longer than"
             f" {RANGELESS_LIMIT_BYTES} bytes; use another server, or download the file and give its path"
         )
-    return _take(response, url, offset + length)[offset:], whole_number(response.headers.get("Content-Length"))
+    rest = _take(response, url, max(0, offset + length - len(start)))
+    return (start + rest)[offset : offset + length], whole_number(response.headers.get("Content-Length"))
 
 
 def _content_range(response: requests.Response) -> tuple[int | None, int | None]:
@@ -336,6 +352,8 @@ def _problem(response: requests.Response, url: str) -> str:
         next_step = _GATED
     elif response.status_code == 401 and "Authorization" in response.request.headers:
         next_step = _BAD_TOKEN
+    elif response.status_code == 401 and code == ", RepoNotFound":
+        next_step = _NO_REPOSITORY
     wait = response.headers.get("Retry-After", "").strip()[:64]
     unit = " s" if wait.isdigit() else ""
     wait = f" (asks to wait {'until ' if wait and not unit else ''}{wait}{unit})" if wait else ""

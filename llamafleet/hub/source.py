@@ -8,24 +8,21 @@ Decision 20: docs/decisions/0020-what-comes-from-outside-is-bounded.md.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
-from llamafleet.hub.http import Deadline, SourceError, Web, origin, shown
+from llamafleet.hub.choice import best_file
+from llamafleet.hub.http import Deadline, Web
+from llamafleet.hub.listing import file_url, is_modelscope, list_files
+from llamafleet.hub.network import Network
 from llamafleet.model import gguf
-from llamafleet.remote.common import (
-    ADDRESS_RULE,
-    MODEL_FILE_RULE,
-    file_name,
-    is_address,
-    is_model_file,
-    whole_number,
-)
+from llamafleet.remote.common import MODEL_FILE_RULE, file_name, is_model_file, whole_number
+from llamafleet.sources import Source, SourceError, origin, parse, shown
 
 __all__ = [
     "HttpSource",
@@ -40,31 +37,16 @@ __all__ = [
     "siblings",
 ]
 
-DEFAULT_REVISION = "main"
-# A list of a repository's files, all pages together. A file takes some 300 bytes; large repositories have 2000 files.
-LISTING_LIMIT_BYTES = 16 * 1024**2
-LISTING_PAGES = 50
-LISTED_FILES = 5000  # GGUF files of a repository
-_LARGEST_FILE = 2**63 - 1
-_REPO = r"hf:(?P<repo>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)"
-_REVISION = r"(?:@(?P<revision>[^@]+))?"
-_HUB = re.compile(rf"{_REPO}/(?P<file>[^@]+?){_REVISION}", re.ASCII)
-_REPOSITORY = re.compile(rf"{_REPO}{_REVISION}", re.ASCII)
 _COMMIT = re.compile(r"[0-9A-Za-z._-]{1,64}")
 # GGUF files that are not language models: image encoders, importance matrices, vocabularies.
 _NO_MODEL = re.compile(r"(?:^|[/._-])(?:mmproj|imatrix|vocab)(?:[/._-]|$)", re.IGNORECASE)
-_RESOLVE = re.compile(r"/(?P<repo>[\w.-]+/[\w.-]+)/(?:resolve|blob)/(?P<revision>[^/]+)/(?P<file>.+)", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class Source:
-    """The parts of a model's source. `kind`: "path", "url" or "hub"; `file`: the path, the URL or the file name."""
-
-    kind: str
-    file: str
-    repo: str = ""
-    revision: str = DEFAULT_REVISION
+_NAMED = 6  # files of a repository that a message names
+_GATED = (
+    "its repository is listed to everybody, so the model is gated: accept its terms on its page and give a token with "
+    "hub_token_file or HF_TOKEN"
+)
+_MISSING = "there is no such repository, or it is private: check owner and name, upper and lower case too"
 
 
 @dataclass(frozen=True)
@@ -79,6 +61,10 @@ class RemoteFile:
     mirrors: tuple[str, ...] = ()
     token_origin: str | None = None
     failed: str = ""  # of a mirror's file: why it is not the source's
+    chosen: str = ""  # of the first file of a repository's model: the source that was chosen
+    place: str = (
+        ""  # of a path: whose it is, "operator" or "host"; of the host's, `commit` is the time of its last change
+    )
 
 
 @dataclass(frozen=True)
@@ -118,31 +104,12 @@ class ModelFiles:
 
     @property
     def _address_hash(self) -> str:
-        return hashlib.sha256(f"{self.files[0].url} {self.files[0].size_bytes}".encode()).hexdigest()
+        first = self.files[0]
+        changed = f" {first.commit}" if first.place == "host" else ""
+        return hashlib.sha256(f"{first.url} {first.size_bytes}{changed}".encode()).hexdigest()
 
     def _folder(self, identity: str) -> str:
         return f"{self.files[0].name[: -len('.gguf')]}-{identity[:12]}"
-
-
-def parse(source: str, endpoint: str = "") -> Source:
-    """Split a source into its parts. Raises `SourceError` with the accepted forms."""
-    if source.startswith("hf:"):
-        match = _HUB.fullmatch(source)
-        if not match or any(part in ("", ".", "..") for part in match["file"].split("/")):
-            raise SourceError(
-                f"{_short(source)}: should be hf:OWNER/REPO/FILE.gguf or hf:OWNER/REPO/FILE.gguf@REVISION"
-            )
-        return Source("hub", match["file"], match["repo"], match["revision"] or DEFAULT_REVISION)
-    if source.startswith(("http://", "https://")):
-        if not is_address(source):
-            raise SourceError(f"{shown(source)}: should be {ADDRESS_RULE}")
-        match = _RESOLVE.fullmatch(unquote(urlsplit(source).path))
-        if endpoint and match and origin(source) == origin(endpoint):
-            return Source("hub", match["file"], match["repo"], unquote(match["revision"]))
-        return Source("url", source)
-    if re.match(r"[a-z]+:", source):
-        raise SourceError(f"{_short(source)}: should be a path, an http(s) URL or hf:OWNER/REPO/FILE.gguf")
-    return Source("path", source)
 
 
 def _short(text: str) -> str:
@@ -157,19 +124,21 @@ def resolve(
     mirrors: Sequence[str] = (),
     sha256: Sequence[str] = (),
     deadline: Deadline | None = None,
+    network: Network | None = None,
 ) -> tuple[RemoteFile, ...]:
     """All files of the model, in order. If the source fails, the mirrors are tried. Raises `SourceError`.
 
     `sha256`: what the settings say, of the first file or of every file in order.
     """
     named = parse(source, endpoint)
-    _check_name(named, source)
+    if not named.is_repository:
+        _check_name(named, source)
     addresses, problems = [source, *mirrors], []
     deadline = deadline or Deadline()
     for position, address in enumerate(addresses):
         others = [other for n, other in enumerate(addresses) if n != position]
         try:
-            with Web(token, origin(endpoint), deadline=deadline) as web:
+            with Web(token, origin(endpoint), deadline=deadline, network=network or Network()) as web:
                 files = _files(parse(address, endpoint), endpoint, web)
         except SourceError as error:
             problems.append(str(error))
@@ -190,22 +159,82 @@ def _check_name(named: Source, source: str) -> None:
 
 
 def _renamed(files: tuple[RemoteFile, ...], named: Source, mirror: str, failed: str) -> tuple[RemoteFile, ...]:
-    names = _shards(named.file)
+    names = tuple(file.name for file in files) if named.is_repository else _shards(named.file)
     if len(names) != len(files):
         raise SourceError(f"{shown(mirror)}: a mirror of {len(files)} files, but the model has {len(names)}")
     return tuple(replace(file, name=file_name(name), failed=failed) for file, name in zip(files, names, strict=True))
 
 
 def _files(source: Source, endpoint: str, web: Web) -> tuple[RemoteFile, ...]:
+    if source.is_repository:
+        chosen = _chosen(source, endpoint, web)
+        first, *others = _files(chosen, endpoint, web)
+        return (replace(first, chosen=_hub_name(chosen)), *others)
     names = _shards(source.file)
     if source.kind == "path":
         return tuple(_local(Path(name)) for name in names)
     if source.kind == "url":
-        with Web(deadline=web.deadline) as anonymous:
+        with Web(deadline=web.deadline, network=web.network) as anonymous:
             return tuple(_plain(anonymous, url) for url in names)
+    if is_modelscope(endpoint):
+        return _modelscope_files(web, endpoint, source, names)
     first = _hub_file(web, endpoint, source, source.revision, names[0])
     commit = first.commit or source.revision  # otherwise a branch could change between two shards
     return (first, *(_hub_file(web, endpoint, source, commit, name) for name in names[1:]))
+
+
+def _chosen(source: Source, endpoint: str, web: Web) -> Source:
+    """The file of a repository that llama-server would take by itself. Raises `SourceError`."""
+    listing = list_files(web, endpoint, source)
+    place = f"hf:{source.repo}{f':{source.quant}' if source.quant else ''}"
+    if listing.has_preset:
+        raise SourceError(
+            f"{place}: the repository is a list of presets (preset.ini), not one model: name a file of a model"
+        )
+    below = f"{source.folder.rstrip('/')}/" if source.folder else ""
+    names = [name for name in listing.sizes if name.startswith(below)]
+    found = best_file(names, source.quant)
+    if found is None:
+        of = f" of the quantisation {source.quant}" if source.quant else ""
+        there = _named(names, source.quant) or "no GGUF file at all: give the repository of its GGUF files"
+        raise SourceError(
+            f"{place}: the repository has no model file{of}{f' in {below}' if below else ''}; it has {there}"
+        )
+    _check_name(replace(source, file=found), f"{place} ({found})")
+    return replace(source, file=found, quant="", folder="")
+
+
+def _hub_name(source: Source) -> str:
+    return f"hf:{source.repo}/{source.file}" + (f"@{source.revision}" if source.revision != "main" else "")
+
+
+def _named(names: Sequence[str], wanted: str) -> str:
+    """Some of the files, those with the nearest names first; a split model by its first shard."""
+    wanted = wanted.lower()
+    likely = sorted(
+        (name for name in names if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", name)),
+        key=lambda name: -difflib.SequenceMatcher(None, wanted, name.lower()).ratio() if wanted else 0,
+    )
+    more = f" and {len(likely) - _NAMED} more" if len(likely) > _NAMED else ""
+    return ", ".join(_short(name) for name in likely[:_NAMED]) + more
+
+
+def _modelscope_files(web: Web, endpoint: str, source: Source, names: Sequence[str]) -> tuple[RemoteFile, ...]:
+    """Files of ModelScope, whose list has the sizes and sums. Raises `SourceError`."""
+    listing = list_files(web, endpoint, source)
+    for name in names:
+        if name not in listing.sizes:
+            raise SourceError(
+                f"{shown(file_url(endpoint, source, source.revision, name))}: the repository has no such file; it has "
+                f"{_named(list(listing.sizes), name) or 'no GGUF file at all'}"
+            )
+    return tuple(
+        RemoteFile(
+            name.rpartition("/")[2], file_url(endpoint, source, source.revision, name), listing.sizes[name],
+            listing.sums.get(name), token_origin=origin(endpoint),
+        )
+        for name in names
+    )  # fmt: skip
 
 
 def _shards(file: str) -> tuple[str, ...]:
@@ -234,24 +263,37 @@ def _local(path: Path) -> RemoteFile:
 
 def _plain(web: Web, url: str) -> RemoteFile:
     _, size = web.read(url, 0, 1)
+    if not size:  # some servers tell it only where the whole file is asked for
+        *_, last = web.hops("HEAD", url)
+        size = whole_number(last.headers.get("Content-Length")) if last.status_code == 200 else None
     return RemoteFile(file_name(url), url, size or None)
 
 
-def _hub_url(endpoint: str, source: Source, revision: str, name: str) -> str:
-    return f"{endpoint.rstrip('/')}/{source.repo}/resolve/{quote(revision, safe='')}/{quote(name)}"
-
-
 def _hub_file(web: Web, endpoint: str, source: Source, revision: str, name: str) -> RemoteFile:
-    """A file of the Hub. Size, sha256 and commit are headers, as huggingface_hub's get_hf_file_metadata reads them."""
-    response = web.ask("HEAD", _hub_url(endpoint, source, revision, name), follow=False)
-    response.close()
-    headers = response.headers
-    commit = found[0] if (found := _COMMIT.fullmatch(headers.get("X-Repo-Commit", ""))) else None
-    size = whole_number(headers.get("X-Linked-Size")) or whole_number(headers.get("Content-Length"))
-    etag = (headers.get("X-Linked-Etag") or headers.get("ETag") or "").removeprefix("W/").strip('"')
+    """A file of the Hub. Size, sha256 and commit are headers, as huggingface_hub's get_hf_file_metadata reads them.
+
+    A mirror may have none of them and redirect to the Hub, which then has.
+    """
+    commit, size, etag = None, None, ""
+    try:
+        for response in web.hops("HEAD", file_url(endpoint, source, revision, name)):
+            headers = response.headers
+            found = _COMMIT.fullmatch(headers.get("X-Repo-Commit", ""))
+            commit = commit or (found[0] if found else None)
+            size = size or whole_number(headers.get("X-Linked-Size"))
+            linked = headers.get("X-Linked-Etag")
+            if linked or response.status_code == 200:
+                size = size or whole_number(headers.get("Content-Length"))
+                etag = (linked or headers.get("ETag") or "").removeprefix("W/").strip('"')
+            if linked:
+                break
+    except SourceError as error:
+        if error.status not in (401, 403, 404):
+            raise
+        raise _explained(error, web, endpoint, source, name) from error
     return RemoteFile(
         name=name.rpartition("/")[2],
-        url=_hub_url(endpoint, source, commit or revision, name),
+        url=file_url(endpoint, source, commit or revision, name),
         size_bytes=size or None,
         sha256=etag if _SHA256.fullmatch(etag) else None,
         commit=commit,
@@ -259,17 +301,35 @@ def _hub_file(web: Web, endpoint: str, source: Source, revision: str, name: str)
     )
 
 
+def _explained(error: SourceError, web: Web, endpoint: str, source: Source, name: str) -> SourceError:
+    """The error with what the list of the repository's files tells: whether it is a gated one or a slip of the pen."""
+    if error.code in ("GatedRepo", "RepoNotFound", "RevisionNotFound") or (error.status == 401 and web.token):
+        return error
+    try:
+        with Web(web.token, web.token_origin, deadline=web.deadline, network=web.network) as other:
+            names = list(list_files(other, endpoint, source).sizes)
+    except SourceError as listing:
+        reason = f"{error}; its repository cannot be listed either: {_MISSING}"
+        return SourceError(reason, error.status) if listing.status in (401, 404) and not error.code else error
+    if error.status in (401, 403):
+        return SourceError(f"{error}; {_GATED}", error.status) if name in names else error
+    there = _named(names, name) or "no GGUF file"
+    return SourceError(f"{error}; the repository has {there}", error.status, error.code)
+
+
 def _with_mirrors(files: tuple[RemoteFile, ...], others: Sequence[str], endpoint: str) -> tuple[RemoteFile, ...]:
     """The files with their mirrors; every mirror must have as many shards as the model."""
     mirrors: list[list[str]] = [[] for _ in files]
     for other in others:
         source = parse(other, endpoint)
+        if source.is_repository:  # it could not be listed, and so gives no address
+            continue
         names = _shards(source.file)
         if len(names) != len(files):
             raise SourceError(f"{other}: a mirror of {len(names)} files, but the model has {len(files)}")
         for urls, name in zip(mirrors, names, strict=True):
             is_hub, is_path = source.kind == "hub", source.kind == "path"
-            url = _hub_url(endpoint, source, source.revision, name) if is_hub else name
+            url = file_url(endpoint, source, source.revision, name) if is_hub else name
             urls.append(Path(name).absolute().as_uri() if is_path else url)
     return tuple(replace(file, mirrors=tuple(urls)) for file, urls in zip(files, mirrors, strict=True))
 
@@ -294,67 +354,40 @@ def _checked_sum(file: RemoteFile, sha256: str) -> RemoteFile:
 
 
 def siblings(
-    source: str, *, endpoint: str, token: str | None = None, deadline: Deadline | None = None
+    source: str,
+    *,
+    endpoint: str,
+    token: str | None = None,
+    deadline: Deadline | None = None,
+    network: Network | None = None,
 ) -> dict[str, int]:
     """Sizes in bytes, by name, of all GGUF files in the source's Hub repository; empty for other sources.
 
     Raises `SourceError`.
     """
     parsed = parse(source, endpoint)
-    return _listed(parsed, endpoint, token, deadline) if parsed.kind == "hub" else {}
+    return _listed(parsed, endpoint, token, deadline, network) if parsed.kind == "hub" else {}
 
 
-def _listed(repository: Source, endpoint: str, token: str | None, deadline: Deadline | None) -> dict[str, int]:
-    revision = quote(repository.revision, safe="")
-    url = f"{endpoint.rstrip('/')}/api/models/{repository.repo}/tree/{revision}?recursive=1"
-    sizes: dict[str, int] = {}
-    left = LISTING_LIMIT_BYTES
-    with Web(token, origin(endpoint), deadline=deadline or Deadline()) as web:
-        for _ in range(LISTING_PAGES):
-            body, following = web.page(url, left)
-            left -= len(body)
-            for name, size in _sizes(body, url):
-                if name in sizes or len(sizes) == LISTED_FILES:
-                    why = "twice" if name in sizes else f"after {LISTED_FILES} others, which are not read"
-                    raise SourceError(f"{shown(url)}: lists {_short(name)!r} {why}")
-                sizes[name] = size
-            if following is None:
-                return sizes
-            url = following
-    raise SourceError(f"{shown(url)}: lists files on more than {LISTING_PAGES} pages, which are not read")
+def _listed(
+    repository: Source, endpoint: str, token: str | None, deadline: Deadline | None, network: Network | None
+) -> dict[str, int]:
+    with Web(token, origin(endpoint), deadline=deadline or Deadline(), network=network or Network()) as web:
+        return list_files(web, endpoint, repository).sizes
 
 
-def _sizes(body: bytes, url: str) -> Iterator[tuple[str, int]]:
-    """Names and sizes of a page's GGUF files; entries of another form are left out."""
-    try:
-        entries = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{shown(url)}: should be a JSON list of files: {str(error)[:100]}") from error
-    if not isinstance(entries, list):
-        raise SourceError(f"{shown(url)}: should be a JSON list of files, is of type {type(entries).__name__}")
-    for entry in entries:
-        name, size = (entry.get("path"), entry.get("size")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(name, str) or not isinstance(size, int) or isinstance(size, bool):
-            continue
-        if name.lower().endswith(".gguf") and 0 <= size <= _LARGEST_FILE:
-            yield name, size
-
-
-def quantisations(source: str, *, endpoint: str, token: str | None = None) -> dict[str, int]:
+def quantisations(
+    source: str, *, endpoint: str, token: str | None = None, network: Network | None = None
+) -> dict[str, int]:
     """Sizes in bytes, by source, of all models in a Hub repository. `source` is the repository or one of its files.
 
     A split model is listed once, by its first shard; it is left out if a shard is missing. So is what no host may store
     under its name. Raises `SourceError`.
     """
-    repository = _REPOSITORY.fullmatch(source)
-    parsed = (
-        Source("hub", "", repository["repo"], repository["revision"] or DEFAULT_REVISION)
-        if repository
-        else parse(source, endpoint)
-    )
+    parsed = parse(source, endpoint)
     if parsed.kind != "hub":
         raise SourceError(f"{shown(source)}: should be hf:OWNER/REPO or a file of it, to list its models")
-    sizes = _listed(parsed, endpoint, token, None)
+    sizes = _listed(parsed, endpoint, token, None, network)
     models = {}
     for name in sizes:
         if not is_model_file(file_name(name)) or "@" in name:
@@ -365,8 +398,7 @@ def quantisations(source: str, *, endpoint: str, token: str | None = None) -> di
             continue
         if name == shards[0] and all(shard in sizes for shard in shards) and not _NO_MODEL.search(name):
             models[name] = sum(sizes[shard] for shard in shards)
-    revision = "" if parsed.revision == DEFAULT_REVISION else f"@{parsed.revision}"
-    return {f"hf:{parsed.repo}/{name}{revision}": size for name, size in sorted(models.items())}
+    return {_hub_name(replace(parsed, file=name)): size for name, size in sorted(models.items())}
 
 
 @dataclass
@@ -390,14 +422,18 @@ class HttpSource:
 
 
 def read_header(
-    files: Sequence[RemoteFile], *, token: str | None = None, deadline: Deadline | None = None
+    files: Sequence[RemoteFile],
+    *,
+    token: str | None = None,
+    deadline: Deadline | None = None,
+    network: Network | None = None,
 ) -> gguf.Header:
     """The model's header. If an address fails, the mirrors are read. Raises `SourceError` or `GgufError`."""
     problems: list[str] = []
     deadline = deadline or Deadline()
     for address in range(1 + max(len(file.mirrors) for file in files)):
         try:
-            with Web(token, files[0].token_origin, deadline=deadline) as web:
+            with Web(token, files[0].token_origin, deadline=deadline, network=network or Network()) as web:
                 return gguf.read_header([_source(file, address, web) for file in files])
         except SourceError as error:
             problems.append(str(error))

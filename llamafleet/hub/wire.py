@@ -10,16 +10,20 @@ A module of its own, because importing requests takes a quarter of the start of 
 from __future__ import annotations
 
 import contextlib
+import ssl
 import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
+
+from llamafleet.hub.network import Network
 
 # All that a request or the reading of its body may raise; requests' errors are OSErrors. A ValueError is of an address
 # or a header that requests or urllib3 do not understand, UnicodeError among them.
@@ -29,11 +33,13 @@ FAILURES = (OSError, HTTPError, ValueError)
 class Session(requests.Session):
     """A session whose connections end at a deadline. It follows no redirect and reads no password.
 
-    `seconds_left`: until the deadline.
+    `seconds_left`: until the deadline; `network`: the proxy and the certificates. Without a proxy there those of the
+    environment are used. Raises `SourceError` for unusable certificates.
     """
 
-    def __init__(self, seconds_left: Callable[[], float]) -> None:
+    def __init__(self, seconds_left: Callable[[], float], network: Network) -> None:
         super().__init__()
+        self._network = network
         self._seconds_left = seconds_left
         self._connecting: dict[object, Any] = {}  # by connection, a socket that is not connected by TLS yet
         self._connected: weakref.WeakSet[Any] = weakref.WeakSet()  # sockets that somebody may read from
@@ -42,7 +48,15 @@ class Session(requests.Session):
         self.auth = _no_password
         self.headers["Accept-Encoding"] = "identity"  # a compressed body would not be the file's bytes
         for scheme in ("http://", "https://"):
-            self.mount(scheme, _Adapter(self))
+            self.mount(scheme, _Adapter(self, _trusting(network.certificates())))
+
+    def request(self, method: Any, url: Any, *args: Any, **options: Any) -> requests.Response:
+        """As requests does it, by the network's proxy. Where that is not used, an empty one keeps the environment's
+        away."""
+        if self._network.proxy is not None:
+            proxy = "" if self._network.is_direct(urlsplit(url).hostname or "") else self._network.proxy
+            options["proxies"] = {"http": proxy, "https": proxy}
+        return super().request(method, url, *args, **options)
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
         """None: requests would read the whole body of a redirect, of any length, even where it follows none."""
@@ -87,19 +101,32 @@ def _no_password(request: requests.PreparedRequest) -> requests.PreparedRequest:
 class _Adapter(HTTPAdapter):
     """Makes pools whose connections are watched, also those by a proxy."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, context: ssl.SSLContext | None) -> None:
         self._pools = _pools(session)
+        self._context: dict[str, Any] = {} if context is None else {"ssl_context": context}
         super().__init__()
 
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        options |= self._context
         super().init_poolmanager(*args, **options)
         self.poolmanager.pool_classes_by_scheme = self._pools
 
     def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
-        manager = super().proxy_manager_for(proxy, **options)
+        context = self._context | ({"proxy_ssl_context": self._context["ssl_context"]} if self._context else {})
+        manager = super().proxy_manager_for(proxy, **options, **context)
         if not proxy.lower().startswith("socks"):  # its connections are of another kind
             manager.pool_classes_by_scheme = self._pools
         return manager
+
+
+def _trusting(certificates: str) -> ssl.SSLContext | None:
+    """A context that trusts these beside the public ones; None where there are none."""
+    if not certificates:
+        return None
+    context = ssl.create_default_context()
+    context.load_verify_locations(requests.utils.DEFAULT_CA_BUNDLE_PATH)
+    context.load_verify_locations(cadata=certificates)
+    return context
 
 
 def _pools(session: Session) -> dict[str, type[HTTPConnectionPool]]:

@@ -37,7 +37,7 @@ _UNRELATED_INSTANCE_SETTINGS = {"name", "source", "port", "listen", "allowed_cli
                           "allowed_drop_ins"}  # fmt: skip
 _UNRELATED_SETTINGS = {"models", "llama_cpp_repository", "llama_cpp_ref", "build_ui", "build_jobs", "build_cache",
               "keep_releases", "hub_endpoint", "hub_token_file", "cuda_toolkit", "drain_seconds",
-              "allow_empty_models"}  # fmt: skip
+              "allow_empty_models", "proxy", "no_proxy", "ca_file", "python"}  # fmt: skip
 
 
 # Settings that later versions added: with these values they are no part of the hash, which so is that of before.

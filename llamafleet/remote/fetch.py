@@ -4,7 +4,8 @@ Contract. Runs with Python 3.8 or later, the standard library and curl 7.76 or l
 
     {"directory": "/var/lib/llamafleet/models/NAME-SHA12",  where the files end up
      "owner": "llamafleet" | null,                          who owns them; null: whoever runs this
-     "files": [{"name": "x.gguf", "urls": ["https://...", mirrors...],
+     "files": [{"name": "x.gguf", "urls": ["https://...", mirrors...],      file:///PATH: a file of this host; []: the
+                                                            operator has sent it, as the partial file
                 "size_bytes": int | null, "sha256": hex | null,
                 "unverified": bool}, ...],                  true: no sha256 is needed
      "curl_config": path | null,     a curl config file (0600) with the Authorization header, /dev/stdin too
@@ -21,9 +22,9 @@ A file grows as `.NAME.partial`, is checked, then gets its name; `NAME.verified`
 checked, so that the next run neither asks nor reads. Killed at any time, the next run goes on where it was.
 
 Its parts lie beside it on a host and are imported by their bare names: common (rules for names and addresses),
-fetch_spec (what is asked), fetch_log, fetch_folder (what is on the disk), fetch_curl (one request) and fetch_answer
-(what an answer means). This file has the order: one file after another, from an address until it brings nothing new,
-then from the next address.
+redirects, fetch_spec (what is asked), fetch_log, fetch_folder (what is on the disk), fetch_local (files of this host),
+fetch_curl (one request) and fetch_answer (what an answer means). This file has the order: one file after another, from
+an address until it brings nothing new, then from the next address.
 
 Decision 9: docs/decisions/0009-nothing-half-done-has-its-final-name.md.
 """
@@ -39,12 +40,14 @@ from typing import Iterator  # the contract is Python 3.8, whose own Iterator is
 from fetch_answer import judge, learn, resolve
 from fetch_curl import FULL, check_time, transfer
 from fetch_folder import adopt, check_space, discard, hand_over, is_known, put_in_place, size_of, take_lock, verify
+from fetch_local import is_local, needs_no_space, take
 from fetch_log import Progress, gib, say
 from fetch_spec import (
     BAD_SPEC,
     MISMATCH,
     NETWORK,
     NO_SPACE,
+    NOT_FOUND,
     NOT_GGUF,
     Again,
     Failed,
@@ -96,7 +99,7 @@ def fetch(spec: Spec) -> None:
     hand_over(spec, spec.directory, 0o755)
     with take_lock(spec):
         missing = list(find_missing(spec))
-        check_space(spec, missing)
+        check_space(spec, [wanted for wanted in missing if not needs_no_space(spec, wanted)])
         sizes = [wanted.size_bytes for wanted in missing]
         total = 0 if None in sizes else sum(size or 0 for size in sizes)
         progress = Progress(total, sum(size_of(spec.partial(wanted)) for wanted in missing))
@@ -111,7 +114,8 @@ def find_missing(spec: Spec) -> Iterator[Wanted]:
     for wanted in spec.files:
         if is_known(spec, wanted):
             continue
-        known = learn(spec, wanted) if None in (wanted.size_bytes, wanted.sha256) else wanted
+        is_asked = bool(wanted.urls) and not is_local(wanted.urls[0])
+        known = learn(spec, wanted) if is_asked and None in (wanted.size_bytes, wanted.sha256) else wanted
         if not adopt(spec, known):
             yield known
 
@@ -119,6 +123,8 @@ def find_missing(spec: Spec) -> Iterator[Wanted]:
 def fetch_file(spec: Spec, wanted: Wanted, progress: Progress) -> None:
     """The file from the first address that delivers it. Raises Failed with the first address' code."""
     failures: list[Failed] = []
+    if not wanted.urls:
+        return take_sent(spec, wanted, progress)
     for url in wanted.urls:
         try:
             return fetch_from(spec, wanted, url, progress)
@@ -138,12 +144,26 @@ def fetch_file(spec: Spec, wanted: Wanted, progress: Progress) -> None:
     raise Failed(failures[0].code, text + steps.get(failures[0].code, ""))
 
 
+def take_sent(spec: Spec, wanted: Wanted, progress: Progress) -> None:
+    """The file that the operator has sent, checked and put in place."""
+    partial = spec.partial(wanted)
+    say(f"verifying {gib(size_of(partial))} ({wanted.name})")
+    try:
+        digest = verify(partial, wanted, "your machine") if partial.exists() else None
+    except Failed as failure:
+        discard(spec, wanted, progress)
+        raise Failed(failure.code, f"{failure}; what was sent is deleted: run again to send it anew") from None
+    if digest is None:
+        raise Failed(NOT_FOUND, f"{partial} is not there: run again to send it")
+    put_in_place(spec, wanted, digest)
+
+
 def fetch_from(spec: Spec, wanted: Wanted, url: str, progress: Progress) -> None:
     """The file from one address, checked and put in place; a bad partial file does not stay."""
     partial = spec.partial(wanted)
     resumed = size_of(partial) > 0
     try:
-        download(spec, wanted, url, progress)
+        (take if is_local(url) else download)(spec, wanted, url, progress)
         say(f"verifying {gib(size_of(partial))} ({wanted.name})")
         digest = verify(partial, wanted, shown(url))
     except Failed as failure:
@@ -192,6 +212,9 @@ def attempt(spec: Spec, wanted: Wanted, url: str, progress: Progress) -> None:
     partial = spec.partial(wanted)
     target = resolve(spec, url)
     answer = transfer(spec, wanted, target, progress)
+    if answer.curl_code == CURL_RANGE_IGNORED and answer.status == 206 and wanted.sha256:
+        # Partial Content without Content-Range, as some mirrors send it: the sum shows whether it was the rest.
+        answer = transfer(spec, wanted, target, progress, unnamed=True)
     size = size_of(partial)
     if answer.status == 416 and answer.headers.get("Content-Range", "").endswith(f"*/{size}"):
         return  # nothing is left after the partial file: it is all there is

@@ -14,8 +14,8 @@ import re
 import signal
 import time
 from dataclasses import replace
-from urllib.parse import urljoin
 
+import redirects
 from common import is_address, whole_number
 from fetch_curl import MAX_HOPS, Answer, ask_head, has_token
 from fetch_log import say
@@ -35,6 +35,7 @@ from fetch_spec import (
 MAX_WAIT_S = 300.0  # longest wait for a server's Retry-After, before the attempt is made (and counted) anyway
 # curl's exit codes that no repetition cures: bad address or option, TLS refused (curl(1), EXIT CODES), endless headers.
 HOPELESS_CURL = {1, 3, 51, 53, 54, 58, 59, 60, 66, 77, 83, 90, -signal.SIGXFSZ}
+UNTRUSTED_CURL = {51, 60}  # another name in the certificate, an unknown authority
 NAMELESS_CURL = {5, 6}  # the proxy's name, the server's
 
 
@@ -78,15 +79,12 @@ def learn(spec: Spec, wanted: Wanted) -> Wanted:
 
 def next_hop(url: str, answer: Answer) -> str | None:
     location = answer.headers.get("Location")
-    if not 300 <= answer.status < 400 or not location:
+    if answer.status not in redirects.STATUSES or not location:
         return None
-    try:
-        target = urljoin(url, location)
-    except ValueError:  # such as a bracket that is not closed
-        target = location
-    if not is_address(target) or (url.startswith("https:") and not target.startswith("https:")):
-        raise Failed(NETWORK, f"{shown(url)} redirects to {shown(target)}, which is not a safe address; not followed")
-    return target
+    found = redirects.target(url, location)
+    if not is_address(found) or redirects.is_downgrade(url, found):
+        raise Failed(NETWORK, f"{shown(url)} redirects to {shown(found)}, which is not a safe address; not followed")
+    return found
 
 
 def judge(spec: Spec, url: str, answer: Answer, redirected: bool = False) -> None:
@@ -95,14 +93,19 @@ def judge(spec: Spec, url: str, answer: Answer, redirected: bool = False) -> Non
     if status in (401, 403) and (redirected or answer.redirected):
         hint = "signed address expired, or this host's clock is wrong"
         raise Again(NOT_ALLOWED, f"{place}: the storage behind it answered {status} ({hint})")
+    if status == 407 or re.search(r"(?:code|error:?|response) 407", answer.curl_text):
+        raise Failed(NETWORK, f"{place}: the proxy asks for a name and a password, which is not supported: set another")
     if status in (401, 403):
-        raise Failed(NOT_ALLOWED, f"{place} answered {status}{said(answer)}; {way_in(spec, url)}")
+        raise Failed(NOT_ALLOWED, f"{place} answered {status}{said(answer)}; {way_in(spec, url, answer)}")
     if status in (404, 410):
         raise Failed(NOT_FOUND, f"{place} answered {status}{said(answer)}; check repository, file name and revision")
     if status in (408, 429) or status >= 500:
         raise Again(NETWORK, f"{place} answered {status}", retry_after_s(answer))
     if status >= 400:
         raise Failed(NETWORK, f"{place} answered {status}{said(answer)}")
+    if answer.curl_code in UNTRUSTED_CURL:
+        step = "if a company's own authority made the certificate, name that with ca_file"
+        raise Failed(NETWORK, f"{place}: {answer.curl_text}: {step}")
     if answer.curl_code in HOPELESS_CURL:
         raise Failed(NETWORK, f"{place}: {answer.curl_text}")
     if answer.curl_code in NAMELESS_CURL:
@@ -130,9 +133,16 @@ def said(answer: Answer) -> str:
     return f" ({without_queries(text)[:200]})" if text else ""
 
 
-def way_in(spec: Spec, url: str) -> str:
-    page = shown(url).split("/resolve/")[0]
+def way_in(spec: Spec, url: str, answer: Answer) -> str:
+    """What helps where an address may not be read. The Hub answers 401 for a repository that is not there, too."""
+    page, code = shown(url).split("/resolve/")[0], answer.headers.get("X-Error-Code", "")
+    if code == "RepoNotFound":
+        return (
+            "there is no such repository, or it is private: check owner and name; for a private one set hub_token_file"
+        )
     if has_token(spec, url):
         return f"the token is not enough: accept the licence on {page} as the token's account"
+    if code == "GatedRepo":
+        return f"no token was sent: accept the licence on {page}, set hub_token_file, run again"
     sent = "no token was sent"
     return f"{sent}: check the address; for a gated model accept the licence on {page}, set hub_token_file, run again"

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import IO
 from urllib.parse import urlsplit
 
+import redirects
 from fetch_folder import free_bytes, size_of
 from fetch_log import MIB, Progress, gib
 from fetch_spec import (
@@ -41,7 +42,7 @@ from fetch_spec import (
 CHUNK_BYTES = MIB
 HEADERS_LIMIT_BYTES = 2**18  # of all redirects together; real ones have a few thousand
 FULL = (errno.ENOSPC, errno.EDQUOT)
-MAX_HOPS = 5  # redirects followed; the Hub needs one, two for a renamed repository
+MAX_HOPS = redirects.MOST_HOPS
 
 
 @dataclass
@@ -68,12 +69,16 @@ def ask_head(spec: Spec, url: str) -> Answer:
         return read_answer(process.returncode, headers, errors)
 
 
-def transfer(spec: Spec, wanted: Wanted, url: str, progress: Progress) -> Answer:
-    """One GET, appended to the partial file from where that ends."""
+def transfer(spec: Spec, wanted: Wanted, url: str, progress: Progress, unnamed: bool = False) -> Answer:
+    """One GET, appended to the partial file from where that ends.
+
+    `unnamed`: the server does not say which part it sends, and curl would not take it.
+    """
     partial = spec.partial(wanted)
     offset = size_of(partial)
     extra = ["fail"] + ([] if has_token(spec, url) else ["location", f"max-redirs = {MAX_HOPS}"])
-    extra += [f'continue-at = "{offset}"'] if offset else []
+    part = f'range = "{offset}-"' if unnamed else f'continue-at = "{offset}"'
+    extra += [part] if offset else []
     with tempfile.TemporaryFile() as headers, tempfile.TemporaryFile() as errors:
         process = start_curl(spec, url, headers, errors, extra)
         try:

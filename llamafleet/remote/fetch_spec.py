@@ -169,16 +169,21 @@ def check_scalars(data: dict[str, Any]) -> None:
         refuse("owner", "a user of this host, or null", owner)
 
 
+def is_file(url: object) -> bool:
+    """Whether it is the address of a file of this host."""
+    return isinstance(url, str) and re.fullmatch(r"file:///[^\x00?#]+", url) is not None
+
+
 def read_file_entry(entry: object, path: str) -> Wanted:
     if not isinstance(entry, dict) or set(entry) - {"name", "urls", "size_bytes", "sha256", "unverified"}:
         refuse(path, "an object of name, urls, size_bytes, sha256 and unverified", entry)
     name, urls, size, digest = (entry.get(key) for key in ("name", "urls", "size_bytes", "sha256"))
     if not isinstance(name, str) or not is_model_file(name):
         refuse(f"{path}.name", f"a file name of {MODEL_FILE_RULE}", name)
-    if not isinstance(urls, list) or not urls:
+    if not isinstance(urls, list) or not (urls or digest):
         refuse(f"{path}.urls", "a list of at least one address", urls)
     for url in urls:
-        if not is_address(url):
+        if not is_address(url) and not is_file(url):
             refuse(f"{path}.urls", ADDRESS_RULE, shown(url) if isinstance(url, str) else url)
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= LARGEST):
         refuse(f"{path}.size_bytes", "a count of bytes, or null", size)

@@ -1,16 +1,20 @@
 """Run long work on this host so that it goes on without the connection.
 
-Contract: `job.py start NAME [--secret PATH] -- COMMAND...` starts COMMAND as the transient unit
-`llamafleet-job-NAME.service`, or attaches to it where it still runs; `job.py follow NAME --seen LINE --seconds N` waits
-until the job ends, says something new, or N seconds pass. Both print one JSON object: {"state": "running" | "ended" |
-"absent", "exit_code": int | null, "how": how it ended, in words, "line": last line of the log, "tail": [lines]}.
-`job.py told NAME` prints the lines of the log that begin with `told: `. What fails is said on stderr after `error: `,
-with exit status 1. NAME has letters, digits and . _ - only.
+Contract: `job.py start NAME [--secret PATH] [--proxy URL] [--no-proxy NAME]... [--certificates] -- COMMAND...` starts
+COMMAND as the transient unit `llamafleet-job-NAME.service`, or attaches to it where it still runs; `job.py follow NAME
+--seen LINE --seconds N` waits until the job ends, says something new, or N seconds pass. Both print one JSON object:
+{"state": "running" | "ended" | "absent", "exit_code": int | null, "how": how it ended, in words, "line": last line of
+the log, "tail": [lines]}. `job.py told NAME` prints the lines of the log that begin with `told: `. What fails is said
+on stderr after `error: `, with exit status 1. NAME has letters, digits and . _ - only.
 
 `--secret PATH`: the file comes by standard input, in the form of receive.py, is there before COMMAND starts, and is
 removed when that has ended, however it ends. systemd itself runs `job.py ended NAME [PATH]`, which notes how the job
-ended: `--collect` forgets a unit as soon as it has ended. Root, systemd, the standard library; common.py,
-job_limits.py, prune.py and receive.py beside it.
+ended: `--collect` forgets a unit as soon as it has ended.
+
+`--proxy`: the job's programs read from the network by it, but not from what `--no-proxy` names. `--certificates`: a
+file of certificates comes by standard input too, behind the secret, and they trust these beside the public ones.
+
+Root, systemd, the standard library; common.py, job_limits.py, network.py, prune.py and receive.py beside it.
 
 Decision 17: docs/decisions/0017-long-work-runs-detached-under-a-lease.md.
 """
@@ -25,9 +29,10 @@ import re
 import subprocess
 import sys
 import time
-from typing import Any, BinaryIO, List, Optional, Tuple
+from typing import Any, BinaryIO, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import job_limits
+import network
 import prune
 import receive
 from common import JOBS, RUN, read_json, replace_file, show, transient_unit, unit_words, write_json
@@ -65,7 +70,10 @@ def is_running(name: str) -> bool:
     return state in ("active", "activating", "deactivating", "reloading")
 
 
-def start(name: str, command: List[str], secret: Optional[str], stream: BinaryIO) -> dict[str, Any]:
+def start(
+    name: str, command: List[str], secret: Optional[str], stream: BinaryIO, *,
+    proxy: Optional[str] = None, no_proxy: Sequence[str] = (), certificates: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Start the job, or attach to the one that runs; returns what `look` says."""
     if not NAME.fullmatch(name):
         raise ValueError(f"a job's name has letters, digits and . _ - only, not {name!r}")
@@ -76,11 +84,15 @@ def start(name: str, command: List[str], secret: Optional[str], stream: BinaryIO
     for stale in (*exit_files(name), log_of(name)):
         if os.path.exists(stale):
             os.unlink(stale)
+    sent = receive.contents(stream) if secret or certificates else []
+    variables = network.variables(proxy, no_proxy, None)
+    if certificates:
+        variables.update(trusting(sent[-1][1]))
     if secret:
-        [(mode, data)] = receive.contents(stream)
+        mode, data = sent[0]
         replace_file(secret, data, mode)
     try:
-        subprocess.run([*systemd_run(name, secret), *unit_words(command)], check=True)
+        subprocess.run([*systemd_run(name, secret, variables), *unit_words(command)], check=True)
     except BaseException:
         if secret:
             os.unlink(secret)
@@ -88,9 +100,18 @@ def start(name: str, command: List[str], secret: Optional[str], stream: BinaryIO
     return look(name)
 
 
-def systemd_run(name: str, secret: Optional[str]) -> List[str]:
-    """The words before a command that make it the job of that name."""
-    ended = ["/usr/bin/env", "python3", "-s", "-E", "-B", os.path.abspath(__file__), "ended", name]
+def trusting(own: bytes) -> Dict[str, str]:
+    """Write the files by which programs trust these certificates too, and give the variables that name them."""
+    bundle, apt = os.path.join(RUN, "certificates.pem"), os.path.join(RUN, "apt.conf")
+    os.makedirs(RUN, mode=0o755, exist_ok=True)
+    replace_file(bundle, network.bundle(own))
+    replace_file(apt, network.apt_settings(bundle).encode())
+    return {**network.variables(None, (), bundle), "APT_CONFIG": apt}
+
+
+def systemd_run(name: str, secret: Optional[str], variables: Mapping[str, str]) -> List[str]:
+    """The words before a command that make it the job of that name, with these variables in its environment."""
+    ended = [sys.executable, "-s", "-E", "-B", os.path.abspath(__file__), "ended", name]
     ended += [secret] if secret else []
     for word in ended:
         if not PLAIN.fullmatch(word):
@@ -99,6 +120,7 @@ def systemd_run(name: str, secret: Optional[str]) -> List[str]:
         "systemd-run", "--quiet", "--collect", f"--unit={transient_unit('job', name)}", "--property=Type=exec",
         f"--property=StandardOutput=append:{log_of(name)}", f"--property=StandardError=append:{log_of(name)}",
         *(f"--property={one}" for one in job_limits.for_job(name)),
+        *(f"--setenv={one}={value}" for one, value in sorted(variables.items())),
         f"--property=ExecStopPost={' '.join(ended)}",
     ]  # fmt: skip
 
@@ -203,6 +225,9 @@ def parsed(argv: List[str]) -> argparse.Namespace:
     starting = verbs.add_parser("start")
     starting.add_argument("name")
     starting.add_argument("--secret")
+    starting.add_argument("--proxy")
+    starting.add_argument("--no-proxy", action="append", default=[])
+    starting.add_argument("--certificates", action="store_true")
     starting.add_argument("command", nargs="+")
     following = verbs.add_parser("follow")
     following.add_argument("name")
@@ -220,7 +245,8 @@ def main(argv: List[str], stream: BinaryIO) -> int:
     asked = parsed(argv)
     try:
         if asked.verb == "start":
-            print(json.dumps(start(asked.name, asked.command, asked.secret, stream)))
+            print(json.dumps(start(asked.name, asked.command, asked.secret, stream, proxy=asked.proxy,
+                                   no_proxy=asked.no_proxy, certificates=asked.certificates)))  # fmt: skip
         elif asked.verb == "follow":
             print(json.dumps(follow(asked.name, asked.seen, asked.seconds)))
         elif asked.verb == "told":

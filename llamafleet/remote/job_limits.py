@@ -15,6 +15,7 @@ docs/hardening.md has the reasons and the exposure.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from typing import List, Optional, Sequence
 
@@ -51,8 +52,9 @@ CLIENT = (FILES, "SystemCallFilter=@system-service", "SystemCallErrorNumber=EPER
 CACHES = "/var/cache"
 
 
-def limits(kind: str, build_cache: Optional[str] = None) -> List[str]:
-    """The directives of a job of this kind; `build_cache` is the folder that a build shares with other hosts."""
+def limits(kind: str, build_cache: Optional[str] = None, reads_files: bool = False) -> List[str]:
+    """The directives of a job of this kind; `build_cache` is the folder that a build shares with other hosts. With
+    `reads_files` a download takes a file of this host, wherever it lies."""
     if kind == "build":
         paths = [BUILD, SOURCE, RELEASES, CACHES, *([build_cache] if build_cache else [])]
         return [*ALWAYS, *BEHIND, *CONFINED, *writable(paths), *bounds(kind, 8192, free_bytes()),
@@ -64,7 +66,7 @@ def limits(kind: str, build_cache: Optional[str] = None) -> List[str]:
                 "ProtectHome=read-only"]  # fmt: skip
     if kind == "fetch":
         return [*ALWAYS, *BEHIND, *CONFINED, *CLIENT, *writable([MODELS]), *bounds(kind, 256, 2 * GIB),
-                "ProtectHome=yes"]  # fmt: skip
+                f"ProtectHome={'read-only' if reads_files else 'yes'}"]  # fmt: skip
     if kind in ("packages", "toolkit"):  # packages write anywhere, and run scripts of their own
         return [*ALWAYS, *BEHIND, *bounds(kind, 4096, free_bytes())]
     # It asks systemd, and makes device nodes of a GPU: a sandbox as tight would have to be opened for both.
@@ -99,10 +101,11 @@ def for_job(name: str) -> List[str]:
     """The directives of the job of that name, whose specification, if it has one, lies in the folder of jobs. Makes the
     folders that it may write to, which it could not."""
     kind = name.partition("-")[0]
-    cache = read_json(f"{JOBS}/{name}.json").get("build_cache") if kind == "build" else None
+    spec = read_json(f"{JOBS}/{name}.json") if kind in ("build", "fetch") else {}
+    cache = spec.get("build_cache")
     for path in {"build": (BUILD, SOURCE, RELEASES), "checkout": (SOURCE,)}.get(kind, ()):
         os.makedirs(path, mode=0o755, exist_ok=True)
     if cache:
         with contextlib.suppress(OSError):  # the job says what is wrong with it
             os.makedirs(cache, mode=0o755, exist_ok=True)
-    return limits(kind, cache)
+    return limits(kind, cache, reads_files='"file:///' in json.dumps(spec.get("files")))

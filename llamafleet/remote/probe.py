@@ -99,6 +99,7 @@ def operating_system() -> dict[str, Any]:
         "id_like": release.get("ID_LIKE", "").split(),
         "version": release.get("VERSION_ID", ""),  # rolling distributions have none
         "version_codename": release.get("VERSION_CODENAME") or None,
+        "base_codename": release.get("UBUNTU_CODENAME") or release.get("DEBIAN_CODENAME") or None,
         "arch": platform.machine(),
         "libc": libc_version(),
         "kernel": platform.release(),

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llamafleet.build import cuda_toolkit
-from llamafleet.build.packages import packages
+from llamafleet.build.packages import COMPILER, Need, needs
 from llamafleet.build.release import Build
-from llamafleet.host.installed import Holder, Installed, Survey
+from llamafleet.build.rocm import Hip, NoHip, choose_hip
+from llamafleet.host.installed import Holder, Installed, Offer, Survey
 from llamafleet.host.machine import Machine
 from llamafleet.hub.source import ModelFiles
 from llamafleet.memory.ledger import Correction
@@ -47,6 +48,9 @@ class Run:
     digests: Mapping[str, Sequence[str]] = field(default_factory=dict)
     # Names and sources of the models that other hosts of the run are to serve; read for a host without models alone.
     elsewhere: frozenset[str] = frozenset()
+    # What the host's repositories have for what it lacks, by `Need.name`; empty where they were not asked, or nobody
+    # could tell.
+    offers: Mapping[str, Offer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,11 @@ class Desired:
     run: Run
     build: Build
     install_toolkit: cuda_toolkit.Install | None
-    packages: tuple[str, ...]  # distribution packages that are needed and missing
+    lacking: tuple[Need, ...]  # what is needed and missing, to be installed from packages of the distribution
     servings: tuple[Serving, ...] = ()
     corrections: Mapping[str, Correction] = field(default_factory=dict)  # what llama-server said, by instance
     why: str = ""  # why the installed plans are kept or changed; empty where there were none
+    hip: Hip | None = None  # to compile with; None for other backends, and where nothing is compiled
 
     @property
     def settings(self) -> Settings:
@@ -180,15 +185,21 @@ def desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
 
 
 def _desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
-    if refused := refusals.not_accessible(inputs.survey, run.holder, run.oldest_python):
-        return refused
-    if refused := refusals.nothing_to_serve(inputs.settings, inputs.survey.installed, run.elsewhere):
+    settings, survey = inputs.settings, inputs.survey
+    refused = refusals.not_accessible(survey, run.holder, run.oldest_python)
+    if refused := refused or refusals.nothing_to_serve(settings, survey.installed, run.elsewhere):
         return refused
     corrections = inputs.corrections()
     choice = inputs.keep_or_replan(corrections)
     if refused := next(_unplanned(choice), None):
         return refused
-    toolkit = _toolkit(inputs)
+    bare = _with_build(inputs, run)
+    return bare if isinstance(bare, Refused) else with_plans(bare, choice, corrections, {}, render)
+
+
+def _with_build(inputs: PlanInputs, run: Run) -> Desired | Refused:
+    """What is compiled, and what the host lacks for it; without the plans."""
+    toolkit = _toolkit(inputs, run)
     if isinstance(toolkit, cuda_toolkit.Unsuitable):
         return refusals.no_toolkit(toolkit)
     architectures = _architectures(inputs.backend, only_used(inputs.survey.machine, inputs.backend, inputs.settings))
@@ -196,8 +207,11 @@ def _desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused
         return refusals.no_hip_target()
     build = _build(inputs, run.commit, toolkit, architectures)
     install = toolkit if isinstance(toolkit, cuda_toolkit.Install) else None
-    bare = Desired(inputs, run, build, install, _missing_packages(inputs.survey, build, run))
-    return with_plans(bare, choice, corrections, {}, render)
+    hip, lacking = _hip(inputs, build, run), _lacking(inputs.survey, build, run)
+    if isinstance(hip, NoHip):
+        return refusals.no_hip(hip)
+    refused = refusals.no_packages(lacking, run.offers, inputs.survey.machine) or _old_tools(inputs, build, run)
+    return refused or Desired(inputs, run, build, install, lacking, hip=hip)
 
 
 def with_plans(
@@ -237,15 +251,43 @@ def _in_the_way(inputs: PlanInputs) -> Iterator[Refused]:
             yield refused
 
 
+def _old_tools(inputs: PlanInputs, build: Build, run: Run) -> Refused | None:
+    installed = inputs.survey.installed
+    if not _compiles(installed, build, run):
+        return None
+    coming = {word: offer.version for word, offer in run.offers.items() if offer.package}
+    there = {word: version for word, version in installed.tools.items() if version}
+    return refusals.old_tools(build.backend, {**coming, **there})
+
+
+def to_ask(inputs: PlanInputs, outcome: Desired | Refused) -> tuple[Need, ...]:
+    """What the host's repositories are to be asked about, before the host is decided again with the answer: what it
+    lacks, and Arch's own CUDA toolkit, whose version only they know."""
+    if isinstance(outcome, Desired):
+        return outcome.lacking
+    survey = inputs.survey
+    if inputs.backend == "cuda" and survey.machine.package_manager == "pacman" and not survey.installed.toolkits:
+        return (cuda_toolkit.CUDA, COMPILER)
+    return ()
+
+
 def _toolkit(
-    inputs: PlanInputs,
+    inputs: PlanInputs, run: Run
 ) -> cuda_toolkit.Toolkit | cuda_toolkit.Install | cuda_toolkit.Unsuitable | None:
     """The CUDA toolkit to compile with; None for other backends."""
     if inputs.backend != "cuda":
         return None
     toolkits = [cuda_toolkit.InstalledToolkit.from_json(data) for data in inputs.survey.installed.toolkits]
     machine = only_used(inputs.survey.machine, inputs.backend, inputs.settings)
-    return cuda_toolkit.choose_toolkit(inputs.settings.cuda_toolkit, machine, toolkits)
+    own = cuda_toolkit.Repositories(inputs.survey.installed.compiler, run.offers)
+    return cuda_toolkit.choose_toolkit(inputs.settings.cuda_toolkit, machine, toolkits, own)
+
+
+def _hip(inputs: PlanInputs, build: Build, run: Run) -> Hip | NoHip | None:
+    """HIP to compile with; None where none is needed."""
+    if inputs.backend != "hip" or not _compiles(inputs.survey.installed, build, run):
+        return None
+    return choose_hip(inputs.survey.installed.rocm, run.offers)
 
 
 def _architectures(backend: str, machine: Machine) -> tuple[str, ...]:
@@ -282,12 +324,23 @@ def _is_cached(installed: Installed, build: Build, run: Run) -> bool:
     return not set(run.digests.get(build.key, ())).isdisjoint(installed.cached_builds.get(build.key, ()))
 
 
-def _missing_packages(survey: Survey, build: Build, run: Run) -> tuple[str, ...]:
-    """Packages that are needed and missing: those to compile with only where something is compiled."""
+def _compiles(installed: Installed, build: Build, run: Run) -> bool:
+    """Whether this host compiles: it neither has the release nor can take it from the cache."""
+    return build.key not in installed.releases and not _is_cached(installed, build, run)
+
+
+def _lacking(survey: Survey, build: Build, run: Run) -> tuple[Need, ...]:
+    """What is needed and missing: what compiles only where something is compiled, and no optional need that no
+    repository has."""
     installed = survey.installed
-    compiling = build.key not in installed.releases and not _is_cached(installed, build, run)
-    wanted = packages(survey.machine.package_manager or "apt", build.backend, compiling, build.tls)
-    return tuple(name for name in wanted if name in installed.missing_packages)
+    wanted = needs(build.backend, _compiles(installed, build, run), build.tls)
+    missing = (one for one in wanted if one.name in installed.missing_packages)
+    return tuple(one for one in missing if not (one.optional and _is_not_offered(one, run.offers)))
+
+
+def _is_not_offered(need: Need, offers: Mapping[str, Offer]) -> bool:
+    offer = offers.get(need.name)
+    return offer is not None and offer.package is None
 
 
 def _serving(
@@ -318,7 +371,7 @@ def _serving(
         name=instance.name,
         unit_text=unit_text(
             render, instance, plan, build, desired.installed, record, desired.run.helpers,
-            allow_swap=settings.allow_swap,
+            allow_swap=settings.allow_swap, python=settings.python,
         ),
         plan_json=record_text(record), secrets=desired.run.secrets.get(instance.name, {}), argv=argv,
         release=build.release, liveness=liveness_texts(render, instance, settings, desired.run.helpers),

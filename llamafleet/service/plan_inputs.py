@@ -16,7 +16,7 @@ from llamafleet.planner.backend import resolve_backend
 from llamafleet.planner.plan import plan_host
 from llamafleet.planner.result import Refusal
 from llamafleet.remote.common import MODELS
-from llamafleet.service.refusals import Refused, diagnosed, no_backend, path_as_source, unusable_file, unverified
+from llamafleet.service.refusals import Refused, diagnosed, no_backend, unusable_file, unverified
 from llamafleet.settings.schema import Instance, Settings
 
 
@@ -79,8 +79,7 @@ class PlanInputs:
 
 
 def plan_inputs(settings: Settings, survey: Survey, models: Mapping[str, ModelFiles]) -> PlanInputs | Refused:
-    """From what was read; `models` may lack those whose source is a path, which are refused. A refusal has what the
-    probe found wrong with the host."""
+    """From what was read. A refusal has what the probe found wrong with the host."""
     inputs = _plan_inputs(settings, survey, models)
     return diagnosed(inputs, survey.machine) if isinstance(inputs, Refused) else inputs
 
@@ -89,8 +88,6 @@ def _plan_inputs(settings: Settings, survey: Survey, models: Mapping[str, ModelF
     backend = resolve_backend(survey.machine, settings)
     if isinstance(backend, Refusal):
         return no_backend(backend)
-    if refused := path_as_source(settings):
-        return refused
     models, notes = dict(models), []
     for instance in settings.models:
         outcome = _verifiable(instance, models[instance.name], survey.installed)
@@ -98,6 +95,7 @@ def _plan_inputs(settings: Settings, survey: Survey, models: Mapping[str, ModelF
             return outcome
         models[instance.name], note = outcome
         notes += [note] if note else []
+        notes += _of_source(instance, models[instance.name])
     keys = {
         instance.name: stability.inputs_key(survey.machine, settings, instance, {
             "backend": backend,
@@ -107,6 +105,16 @@ def _plan_inputs(settings: Settings, survey: Survey, models: Mapping[str, ModelF
     }  # fmt: skip
     problems = [f"the host: {text}" for text in survey.machine.problems]
     return PlanInputs(settings, survey, backend, models, keys, (*problems, *notes))
+
+
+def _of_source(instance: Instance, model: ModelFiles) -> Iterator[str]:
+    """Which file a source means, where it leaves that open."""
+    first = model.files[0]
+    if first.chosen:
+        yield f"models: {instance.name}: source: {first.chosen} is taken, as llama-server -hf would"
+    if first.place:
+        how = "your machine's file is sent" if first.place == "operator" else "the host's own file is used"
+        yield f"models: {instance.name}: source: {instance.source}: {how}"
 
 
 def _verifiable(instance: Instance, model: ModelFiles, installed: Installed) -> tuple[ModelFiles, str] | Refused:
@@ -121,7 +129,7 @@ def _verifiable(instance: Instance, model: ModelFiles, installed: Installed) -> 
         earlier = replace(model, kept_folder=model.folder_without_sum)
         model = earlier if _has(installed, earlier) and not _has(installed, model) else model
         return replace(model, noted_without_sum=frozenset(_noted_without_sum(instance, model, installed))), ""
-    if instance.allow_unverified:
+    if instance.allow_unverified or model.files[0].place == "host":
         return model, ""
     sums = [installed.models.get(f"{MODELS}/{model.folder}/{file.name}") for file in unknown]
     if None in sums:

@@ -39,6 +39,8 @@ from llamafleet.settings.schema import Instance, Settings
 # From a template's name and its values to the text.
 Renderer = Callable[[str, Mapping[str, Any]], str]
 
+SYSTEM_PYTHON = "python3"  # the setting `python`: the system's own
+
 # Character device classes of NVIDIA's driver: 535 and older need nvidia-frontend, MIG nvidia-caps.
 NVIDIA_CLASSES = ("nvidia", "nvidia-caps", "nvidia-frontend", "nvidia-modeset", "nvidia-uvm")
 
@@ -61,17 +63,17 @@ MEMORY_MARGIN, MEMORY_SPARE = 1.1, 1024 * MIB
 
 def unit_text(
     render: Renderer, instance: Instance, plan: Plan, build: Build, installed: Installed, record: Mapping[str, Any],
-    helpers: str, *, allow_swap: bool,
+    helpers: str, *, allow_swap: bool, python: str = SYSTEM_PYTHON,
 ) -> str:  # fmt: skip
     """The whole unit file of an instance; `record` is its plan.json, `helpers` the version of our programs that it
-    calls: those that it was made with, whatever version is installed later."""
-    values = unit_values(instance, plan, build, installed, record, helpers, allow_swap=allow_swap)
+    calls: those that it was made with, whatever version is installed later. `python` is the setting."""
+    values = unit_values(instance, plan, build, installed, record, helpers, allow_swap=allow_swap, python=python)
     return render("llama-server.service.j2", values)
 
 
 def unit_values(
     instance: Instance, plan: Plan, build: Build, installed: Installed, record: Mapping[str, Any], helpers: str,
-    *, allow_swap: bool,
+    *, allow_swap: bool, python: str = SYSTEM_PYTHON,
 ) -> dict[str, Any]:  # fmt: skip
     """What the template of the unit names."""
     gate = record["gate"]
@@ -80,6 +82,7 @@ def unit_values(
         "instance": instance,
         "identity": record["identity"],
         "command": [unit_escape(argument) for argument in gate["argv"]],
+        "python": _path_of(python),
         "started": [unit_escape(word) for word in start_check],
         "start_seconds": gate["health_seconds"] + 30,
         "credentials": credentials(instance),
@@ -101,6 +104,11 @@ def unit_values(
         "memory_max_bytes": int(plan.host_bytes * MEMORY_MARGIN) + MEMORY_SPARE,
         "memory_swap_max": "infinity" if allow_swap else "0",
     }
+
+
+def _path_of(python: str) -> str:
+    """The setting `python` as a unit has it: systemd of old wants a path."""
+    return "/usr/bin/python3" if python == SYSTEM_PYTHON else python
 
 
 def groups(backend: str, installed: Installed) -> tuple[str, ...]:
@@ -152,6 +160,7 @@ def liveness_texts(render: Renderer, instance: Instance, settings: Settings, hel
     words = (helper("liveness.py", helpers), plan_path(instance.name), str(settings.liveness_seconds))
     values = {
         "instance": instance,
+        "python": _path_of(settings.python),
         "command": [unit_escape(word) for word in words],
         "interval_seconds": settings.liveness_interval_seconds,
         "end_seconds": settings.liveness_seconds + LIVENESS_END_SECONDS,

@@ -15,11 +15,10 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError, model_validator, with_config
 
-from llamafleet import validation
+from llamafleet import sources, validation
 from llamafleet.remote.common import (
     ADDRESS_RULE,
     MODEL_FILE_RULE,
-    file_name,
     is_address,
     is_model_file,
     keeps_secrets,
@@ -68,27 +67,42 @@ def _is_web(text: str) -> bool:
 
 
 _BE_ADDRESS = Should(f"be {ADDRESS_RULE}", lambda text: not _is_web(text) or is_address(text))
-_BE_HUB_FILE = Should(
-    "be hf:OWNER/REPO/FILE.gguf or hf:OWNER/REPO/FILE.gguf@REVISION",
-    lambda text: not text.startswith("hf:") or re.fullmatch(r"hf:[^/@]+/[^/@]+/[^@]+(@[^@]+)?", text),
-)
+
+
+def _is_source(text: str) -> bool:
+    try:
+        sources.parse(text)
+    except sources.SourceError:
+        return False
+    return True
+
+
+def _has_file_name(text: str) -> bool:
+    """Whether a host can give the file its name. A repository's file is chosen later; of a path the file is there."""
+    if text.startswith("/") or not _is_source(text):
+        return text.startswith("/")
+    name = sources.goes_to_hosts_as(text)
+    return name is None or is_model_file(name)
+
+
+_BE_HUB_FILE = Should(f"be {sources.FORMS}", lambda text: not text.startswith("hf:") or _is_source(text))
 Source = Annotated[
     Text,
     Should("begin with hf:, http://, https:// or /", lambda text: text.startswith(("hf:", "/")) or _is_web(text)),
     _BE_ADDRESS,
     _BE_HUB_FILE,
-    # The rule by which a host gives the file its name. A path goes to no host: it is planned only.
-    Should(
-        f"end in a file name of {MODEL_FILE_RULE} (else serve a copy under such a name)",
-        lambda text: text.startswith("/") or is_model_file(file_name(text)),
-    ),
+    # The rule by which a host gives the file its name.
+    Should(f"end in a file name of {MODEL_FILE_RULE} (else serve a copy under such a name)", _has_file_name),
 ]
 # Its file may have any name: a host gives it the source's.
 Mirror = Annotated[
     Text,
     Should("begin with hf:, http:// or https://", lambda text: text.startswith("hf:") or _is_web(text)),
     _BE_ADDRESS,
-    _BE_HUB_FILE,
+    Should(
+        "be hf:OWNER/REPO/FILE.gguf or hf:OWNER/REPO/FILE.gguf@REVISION",
+        lambda text: not text.startswith("hf:") or (_is_source(text) and not sources.parse(text).is_repository),
+    ),
 ]
 GpuName = Annotated[str, PlainValidator(gpu_name)]
 GpuNames = Annotated[Listed[GpuName], Field(max_length=256), BeforeValidator(gpu_list)]
@@ -225,6 +239,13 @@ class Settings:
             lambda text: text in ("auto", "nvidia", "distro") or text.startswith("/"),
         ),
     ]
+    python: Annotated[
+        Text,
+        Should(
+            "be python3, or an absolute path such as /usr/bin/python3.11",
+            lambda text: text == "python3" or re.fullmatch(r"/[A-Za-z0-9_./@:+-]+", text),
+        ),
+    ]
     gpus: GpuNames | None
     vulkan_devices: Listed[Annotated[Whole, Field(ge=0, le=1023, description="a number of vulkaninfo")]] | None
     build_ui: Flag
@@ -233,6 +254,23 @@ class Settings:
     keep_releases: Annotated[Whole, Field(ge=0, le=10_000, description="each takes some hundred MB")]
     hub_endpoint: Annotated[Text, Should(f"be {ADDRESS_RULE}", is_address)]
     hub_token_file: Text | None
+    proxy: Annotated[
+        Text,
+        Should(
+            "be the address of a proxy that asks for no password, such as http://proxy.example.net:3128",
+            lambda text: is_address(text) and re.fullmatch(r"https?://[^/?#]+/?", text),
+        ),
+    ] | None  # fmt: skip
+    no_proxy: Listed[
+        Annotated[
+            Text,
+            Should(
+                "be a name of a host or domain, an address or a network, such as .example.net or 10.0.0.0/8",
+                functools.partial(re.fullmatch, r"\.?[A-Za-z0-9:][A-Za-z0-9._:-]*(/[0-9]{1,3})?"),
+            ),
+        ]
+    ]
+    ca_file: Text | None
     gpu_reserve_mib: GpuReserve
     ram_reserve_mib: Mib
     allow_swap: Flag

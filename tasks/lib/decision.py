@@ -8,6 +8,7 @@ Decision 1: docs/decisions/0001-one-decision-for-each-host-and-run.md.
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -21,22 +22,21 @@ from pyinfra.api.state import State
 from pyinfra.context import ctx_host
 
 from llamafleet import payload
-from llamafleet.build.packages import all_packages
 from llamafleet.host.installed import Holder
 from llamafleet.host.machine import MachineError
-from llamafleet.hub.http import SourceError
 from llamafleet.memory.ledger import Correction
 from llamafleet.model.gguf_cursor import GgufError
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.stability import Choice
 from llamafleet.service.changes import Changes, changes_needed
-from llamafleet.service.desired import Desired, Run, desire, with_plans
+from llamafleet.service.desired import Desired, Run, desire, to_ask, with_plans
 from llamafleet.service.plan_inputs import PlanInputs, plan_inputs
 from llamafleet.service.record import without_query
 from llamafleet.service.refusals import Refused, is_path
 from llamafleet.settings.schema import Settings, SettingsError
 from llamafleet.settings.secrets import SecretError
-from tasks.lib import builds, ends, facts, lookups, remote, templates
+from llamafleet.sources import SourceError
+from tasks.lib import builds, ends, facts, lookups, paths, remote, templates
 from tasks.lib.certificates import CertificateError
 from tasks.lib.this_run import is_ours_or_dead
 
@@ -131,7 +131,7 @@ def decide(host: Host) -> Decision | Refused:
         inputs = read_inputs(host)
         if isinstance(inputs, Refused):
             return inputs
-        decided = _decided(desire(inputs, _run(host, inputs), templates.render))
+        decided = _decided(_desired(host, inputs))
         if isinstance(decided, Decision):
             _note_build(host, decided)
         return decided
@@ -140,6 +140,17 @@ def decide(host: Host) -> Decision | Refused:
     except Exception as error:  # whatever it is, the other hosts' run must go on
         logger.debug(traceback.format_exc())
         return Refused.because(f"what the host needs cannot be decided: {remote.said(error)}")
+
+
+def _desired(host: Host, inputs: PlanInputs) -> Desired | Refused:
+    """What the host should be. Where it lacks something, its repositories are asked what they have, so that what cannot
+    be had is refused before anything is changed."""
+    run = _run(host, inputs)
+    outcome = desire(inputs, run, templates.render)
+    manager, needs = inputs.survey.machine.package_manager, to_ask(inputs, outcome)
+    if not needs or manager is None:
+        return outcome
+    return desire(inputs, replace(run, offers=facts.offers(host, manager, needs, inputs.settings)), templates.render)
 
 
 def _note_build(host: Host, decided: Decision) -> None:
@@ -161,7 +172,7 @@ def check_unchanged(host: Host, last: Holder | None) -> None:
     if now is None:  # a command without a decision
         return
     try:
-        survey = facts.survey(host, all_packages(), now.desired.settings)
+        survey = facts.survey(host, now.desired.settings)
     except READ_ERRORS as error:
         raise remote.RemoteError(str(error)) from error
     differing = list(_differences(now.changes, changes_needed(now.desired, survey.installed)))
@@ -198,28 +209,36 @@ def read_inputs(host: Host) -> PlanInputs | Refused:
     """What the host's plans are made from. Raises one of `READ_ERRORS`."""
     settings = Settings.from_data(host.data.dict())
     lookups.take_secrets(settings)
-    survey = facts.survey(host, all_packages(), settings, bandwidth=True)
+    survey = facts.survey(host, settings, bandwidth=True)
     for key, digest in survey.installed.release_digests.items():
         builds.tell(key, digest)
-    models = {instance.name: lookups.model(instance, settings) for instance in settings.models if not is_path(instance)}
+    models = {instance.name: paths.model(host, instance) if is_path(instance) else lookups.model(instance, settings)
+              for instance in settings.models}  # fmt: skip
     return plan_inputs(settings, survey, models)
 
 
-def read_run(inputs: PlanInputs) -> Run:
+def read_run(host: Host, inputs: PlanInputs) -> Run:
     """What only a deployment needs: the commit, the secrets, and who else is at work. Raises one of `READ_ERRORS`."""
     holder = inputs.survey.installed.lock
     return Run(
         helpers=payload.helpers_key(),
         oldest_python=payload.HELPERS_PYTHON,
-        commit=lookups.commit(inputs.settings),
+        commit=_commit(host, inputs.settings),
         secrets={instance.name: lookups.instance_secrets(instance) for instance in inputs.settings.models},
         holder=None if holder is None or is_ours_or_dead(holder) else holder,
         digests={key: builds.known(key) for key in inputs.survey.installed.cached_builds},
     )
 
 
+def _commit(host: Host, settings: Settings) -> str:
+    repository, ref = settings.llama_cpp_repository, settings.llama_cpp_ref
+    if repository.startswith("/") and not re.fullmatch(r"[0-9a-f]{40}", ref):
+        return paths.commit(host, repository, ref)
+    return lookups.commit(settings)
+
+
 def _run(host: Host, inputs: PlanInputs) -> Run:
-    run = read_run(inputs)
+    run = read_run(host, inputs)
     if inputs.settings.models:
         return run
     others = [one for one in hosts_of_run(host.state) if one is not host]

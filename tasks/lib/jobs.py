@@ -16,6 +16,7 @@ from pyinfra.api.host import Host
 from pyinfra.api.state import State
 
 from llamafleet.host import answers
+from llamafleet.hub.network import Network
 from llamafleet.remote.common import JOBS
 from tasks.lib import decision, host_lock, remote, sending
 
@@ -57,11 +58,17 @@ def hold(state: State, host: Host) -> bool:
     return True
 
 
-def follow(state: State, host: Host, job: str, command: Sequence[str], secret: Secret | None = None) -> bool:
-    """Start the job, or join it where it runs already; log its progress; where it fails, log the end of its log."""
+def follow(
+    state: State, host: Host, job: str, command: Sequence[str], secret: Secret | None = None,
+    network: Network | None = None,
+) -> bool:  # fmt: skip
+    """Start the job, or join it where it runs already; log its progress; where it fails, log the end of its log.
+
+    `network`: the way out, of a job that reads from the network.
+    """
     hold(state, host)
     try:
-        seen = _until_ended(host, job, command, secret)
+        seen = _until_ended(host, job, command, secret, network or Network())
     except remote.LostError as error:
         return remote.fail(host, f"{job}: {error}; what was started goes on there, run again to follow it")
     except remote.RemoteError as error:
@@ -70,10 +77,16 @@ def follow(state: State, host: Host, job: str, command: Sequence[str], secret: S
     return _told(host, job, seen)
 
 
-def _until_ended(host: Host, job: str, command: Sequence[str], secret: Secret | None) -> answers.Job:
+def _until_ended(
+    host: Host, job: str, command: Sequence[str], secret: Secret | None, network: Network
+) -> answers.Job:  # fmt: skip
     """What the host says of the job once that has ended."""
     options = ["--secret", secret.path] if secret else []
-    sent = sending.packed([(0o600, secret.text.encode())]) if secret else None
+    options += ["--proxy", network.proxy, *(f"--no-proxy={one}" for one in network.no_proxy)] if network.proxy else []
+    options += ["--certificates"] if network.ca_file else []
+    files = [(0o600, secret.text.encode())] if secret else []
+    files += [(0o644, network.certificates().encode())] if network.ca_file else []
+    sent = sending.packed(files) if files else None
     start = remote.program("job.py", "start", job, *options, "--", *command, stdin=sent)
     host_lock.working(host, job)  # from here on it does not end with us, also where no answer comes
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from collections.abc import Callable, Hashable
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 from gevent.lock import RLock
 
 from llamafleet.hub import source
+from llamafleet.hub.network import Network
 from llamafleet.remote.common import API_KEYS
 from llamafleet.settings import secrets
 from llamafleet.settings.schema import Instance, Settings
@@ -49,16 +49,22 @@ def commit(settings: Settings) -> str:
     repository, ref = settings.llama_cpp_repository, settings.llama_cpp_ref
     if re.fullmatch(r"[0-9a-f]{40}", ref):
         return ref
-    return once(("commit", repository, ref), lambda: _ls_remote(repository, ref))
+    way = network(settings)
+    return once(("commit", repository, ref, way), lambda: _ls_remote(repository, ref, way))
 
 
-def _ls_remote(repository: str, ref: str) -> str:
+def network(settings: Settings) -> Network:
+    """The way out that the settings name, for this machine and for the host's jobs."""
+    return Network(settings.proxy, settings.no_proxy, settings.ca_file)
+
+
+def _ls_remote(repository: str, ref: str, way: Network) -> str:
     refs = [f"refs/tags/{ref}^{{}}", f"refs/tags/{ref}", f"refs/heads/{ref}"]
     try:
         done = subprocess.run(
             ["git", "ls-remote", repository, *refs],
             capture_output=True, text=True, timeout=60, check=True,
-            env={**os.environ, "GIT_TERMINAL_PROMPT": "0"},
+            env={**way.environment(), "GIT_TERMINAL_PROMPT": "0"},
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as error:
         answer = getattr(error, "stderr", None) or error
@@ -75,17 +81,17 @@ def _ls_remote(repository: str, ref: str) -> str:
 
 def model(instance: Instance, settings: Settings) -> source.ModelFiles:
     """Files and header of an instance's model, read once for all hosts that serve it."""
-    key = ("model", instance.source, instance.mirrors, instance.sha256, settings.hub_endpoint)
+    key = ("model", instance.source, instance.mirrors, instance.sha256, settings.hub_endpoint, network(settings))
     return once(key, lambda: _read_model(instance, settings))
 
 
 def _read_model(instance: Instance, settings: Settings) -> source.ModelFiles:
-    token = secrets.hub_token(settings.hub_token_file, settings.hub_endpoint)
+    token, way = secrets.hub_token(settings.hub_token_file, settings.hub_endpoint), network(settings)
     files = source.resolve(
         instance.source, endpoint=settings.hub_endpoint, token=token,
-        mirrors=instance.mirrors, sha256=instance.sha256 or (),
+        mirrors=instance.mirrors, sha256=instance.sha256 or (), network=way,
     )  # fmt: skip
-    return source.ModelFiles(files, source.read_header(files, token=token))
+    return source.ModelFiles(files, source.read_header(files, token=token, network=way))
 
 
 def take_secrets(settings: Settings) -> None:

@@ -26,11 +26,12 @@ from pyinfra.context import ctx_host
 
 from llamafleet import payload
 from llamafleet.host import answers
+from llamafleet.hub.network import Network
 from llamafleet.planner.reconcile import ROUNDS
 from llamafleet.remote.common import GOOD, JOBS, SECRETS, STAGED, plan_path, unit_of
 from llamafleet.service import wanted
 from llamafleet.service.succession import Handover
-from tasks.lib import builds, host_lock, jobs, lookups, moves, remote, sending
+from tasks.lib import builds, host_lock, jobs, lookups, moves, paths, remote, sending
 
 Commands = Generator[remote.HostCommand | FunctionCommand, None, None]
 
@@ -81,6 +82,11 @@ def _as_wanted(what: str) -> None:
 def call(action: Callable[..., bool], *arguments: Any) -> FunctionCommand:
     """A command that is a function of ours, by state, host and these arguments."""
     return FunctionCommand(remote.guarded(action), arguments, {})
+
+
+def _by(network: Network | None) -> tuple[Any, ...]:
+    """The last arguments of `jobs.follow`, for a job that has no secret and reads by this network."""
+    return (None, network) if network is not None and network.is_set else ()
 
 
 def change(function: Callable[..., Commands]) -> Any:
@@ -140,11 +146,13 @@ def create_user(needed: bool) -> Commands:
 
 
 @change
-def install_helpers(needed: bool, arch: str) -> Commands:
+def install_helpers(needed: bool, arch: str, network: Network) -> Commands:
     """Our helper programs with their pinned libraries, in a folder of this version; then link it as the current one."""
     if not needed:
         return _as_wanted("the helpers are of this version")
-    helpers = lookups.once(("helpers", arch), lambda: payload.helpers_zip(arch))
+    helpers = lookups.once(
+        ("helpers", arch, network), lambda: payload.helpers_zip(arch, environment=network.environment())
+    )
     yield sending.copied(helpers, "helpers.py", "install", payload.helpers_key(), purpose="helpers.py", seconds=300)
 
 
@@ -160,22 +168,24 @@ def restore_places(places: tuple[wanted.Place, ...]) -> Commands:
 
 
 @change
-def install_packages(manager: str, packages: tuple[str, ...]) -> Commands:
-    """Packages of the distribution, by the words of `llamafleet/remote/packages.py`."""
-    if not packages:
+def install_packages(manager: str, needs: Mapping[str, Mapping[str, Any]], network: Network | None = None) -> Commands:
+    """What the host lacks, from packages of the distribution; `needs` is as `llamafleet/remote/packages.py` says."""
+    if not needs:
         return _as_wanted("all packages are installed")
-    words = (manager, *packages)
+    words = (manager, json.dumps(needs))
     job = jobs.name_of("packages", hashlib.sha256(" ".join(words).encode()).hexdigest()[:16])
-    yield call(jobs.follow, job, remote.words("install_packages.py", *words))
+    yield call(jobs.follow, job, remote.words("install_packages.py", *words), *_by(network))
 
 
 @change
-def checkout(needed: bool, repository: str, commit: str, folder: str) -> Commands:
+def checkout(
+    needed: bool, repository: str, commit: str, folder: str, network: Network | None = None
+) -> Commands:  # fmt: skip
     """A git checkout at exactly this commit; fetches that commit alone, and only where it is missing."""
     if not needed:
         return _as_wanted(f"commit {commit} needs no building")
     job = jobs.name_of("checkout", commit)
-    yield call(jobs.follow, job, remote.words("checkout.py", folder, repository, commit))
+    yield call(jobs.follow, job, remote.words("checkout.py", folder, repository, commit), *_by(network))
 
 
 @change
@@ -186,12 +196,14 @@ def run_job(
     arguments: tuple[str, ...] = (),
     spec: dict[str, Any] | None = None,
     secret: jobs.Secret | None = None,
+    network: Network | None = None,
 ) -> Commands:
     """Run one of our helper programs detached: a lost connection loses nothing, and a later run follows the job
     while it still runs.
 
     `job` is what it does, a `-`, and to what; `spec` is sent as a file, and its path becomes the first argument.
     `secret` is a file that is on the host from the job's start to its end, whether or not we are still connected.
+    `network` is the job's way out.
     """
     if not needed:
         return _as_wanted(f"{job} is not needed")
@@ -199,17 +211,33 @@ def run_job(
     if spec is not None:
         yield _sent_spec(name, spec)
         arguments = (_spec_path(name), *arguments)
-    yield call(jobs.follow, name, remote.words(program, *arguments), secret)
+    yield call(jobs.follow, name, remote.words(program, *arguments), secret, *_by(network)[1:])
 
 
 @change
-def build_release(needed: bool, job: str, spec: dict[str, Any]) -> Commands:
+def send_files(needed: bool, files: tuple[paths.Sending, ...], reserve_bytes: int) -> Commands:
+    """Files of this machine, part by part; a later run goes on where this one was cut."""
+    if not needed:
+        return _as_wanted("the host has the files")
+    yield call(paths.send, files, reserve_bytes)
+
+
+@change
+def send_commit(needed: bool, repository: str, commit: str, path: str) -> Commands:
+    """One commit of a repository of this machine, as a pack file."""
+    if not needed:
+        return _as_wanted(f"commit {commit} needs no building")
+    yield call(paths.send_commit, repository, commit, path)
+
+
+@change
+def build_release(needed: bool, job: str, spec: dict[str, Any], network: Network | None = None) -> Commands:
     """Make a release on the host: compiled there, or taken from the build cache with a digest that this run knows."""
     if not needed:
         return _as_wanted("the host has the release")
     name = jobs.name_of(*job.split("-", 1))
     yield _sent_spec(name, spec)
-    yield call(_build, name, spec["key"], spec["build_cache"])
+    yield call(_build, name, spec["key"], spec["build_cache"], network)
 
 
 def _spec_path(job: str) -> str:
@@ -225,12 +253,13 @@ class _NotBuiltError(Exception):
     """A host has not made the build; why has been logged."""
 
 
-def _build(state: State, host: Host, job: str, key: str, cache: str | None) -> bool:
+def _build(state: State, host: Host, job: str, key: str, cache: str | None, network: Network | None = None) -> bool:
     """Make the build in its turn, and note its digest for the other hosts. Raises `remote.RemoteError` where the host
     does not give it."""
     try:
         with builds.turn(host, key, cache):
-            if not jobs.follow(state, host, job, remote.words("build.py", _spec_path(job), *builds.known(key))):
+            command = remote.words("build.py", _spec_path(job), *builds.known(key))
+            if not jobs.follow(state, host, job, command, None, network):
                 raise _NotBuiltError
             if cache is not None:
                 asked = remote.program("build.py", "digest", key, seconds=DIGEST_SECONDS)

@@ -15,46 +15,60 @@ from collections.abc import Mapping, Sequence
 from pyinfra.api.host import Host
 
 from llamafleet import payload
+from llamafleet.hub.network import Network
 from llamafleet.remote.common import HELPERS
 from tasks.lib import lookups, remote
 
 # Printed where the host does not have our helpers of this version.
 _NO_HELPERS = "llamafleet-no-helpers"
-# $0 is that, $1 the folder of the helpers, $2 the program; its arguments follow. Helpers that are not what their sums
-# say, as after a power cut, are not run.
+# $0 is that, $1 Python, $2 the folder of the helpers, $3 the program; its arguments follow. Helpers that are not what
+# their sums say, as after a power cut, are not run.
 _INSTALLED = """\
+python=$1; shift
 cd "$1" 2>/dev/null && [ -s "$2" ] &&
     { [ ! -e helpers.sha256 ] || sha256sum --status -c helpers.sha256 2>/dev/null; } || { echo "$0"; exit 0; }
-program=$1/$2; shift 2; cd /; exec python3 -s -E -B "$program" "$@"
+program=$1/$2; shift 2; cd /; exec "$python" -s -E -B "$program" "$@"
 """
 
 
 def run_helper(
-    host: Host, name: str, *arguments: str, purpose: str, seconds: float = remote.COMMAND_SECONDS
+    host: Host,
+    name: str,
+    *arguments: str,
+    purpose: str,
+    seconds: float = remote.COMMAND_SECONDS,
+    network: Network | None = None,
 ) -> tuple[bool, list[str], list[str]]:
     """Run a program of this very version: the installed one, or, where the host has another version, a damaged one or
-    none, one from a copy that leaves nothing behind. So a bare host can be read and locked, too. Raises as
-    `remote.run` does, and `payload.PayloadError`."""
-    words = ["sh", "-c", _INSTALLED, _NO_HELPERS, f"{HELPERS}/{payload.helpers_key()}", name, *arguments]
+    none, one from a copy that leaves nothing behind. So a bare host can be read and locked, too. `network` is the way
+    by which pip fetches what that copy needs. Raises as `remote.run` does, and `payload.PayloadError`."""
+    folder = f"{HELPERS}/{payload.helpers_key()}"
+    words = ["sh", "-c", _INSTALLED, _NO_HELPERS, remote.PYTHON, folder, name, *arguments]
     command = remote.HostCommand(words, purpose=purpose, seconds=seconds)
     ok, out, err = remote.run(host, command)
     if out[-1:] != [_NO_HELPERS]:
         return ok, out, err
-    return run_copy(host, name, *arguments, purpose=purpose, seconds=seconds)
+    return run_copy(host, name, *arguments, purpose=purpose, seconds=seconds, network=network)
 
 
 def run_copy(
-    host: Host, name: str, *arguments: str, purpose: str, seconds: float = remote.COMMAND_SECONDS
+    host: Host,
+    name: str,
+    *arguments: str,
+    purpose: str,
+    seconds: float = remote.COMMAND_SECONDS,
+    network: Network | None = None,
 ) -> tuple[bool, list[str], list[str]]:
     """Run a program from a copy that is sent along and leaves nothing behind. Raises as `run_helper` does."""
     arch = architecture(host)
-    programs = lookups.once(("probe", arch), lambda: payload.probe_zip(arch))
+    way = network or Network()
+    programs = lookups.once(("probe", arch, way), lambda: payload.probe_zip(arch, environment=way.environment()))
     return remote.run(host, copied(programs, name, *arguments, purpose=purpose, seconds=seconds))
 
 
 def copied(archive: bytes, name: str, *arguments: str, purpose: str, seconds: float) -> remote.HostCommand:
     """The command that runs a program of an archive of programs, which goes to its standard input."""
-    asked = payload.probe_command(hashlib.sha256(archive).hexdigest(), name, *arguments)
+    asked = payload.probe_command(hashlib.sha256(archive).hexdigest(), name, *arguments, python=remote.PYTHON)
     # Beside its own time, the time to send a few hundred kB over a slow line.
     return remote.HostCommand(asked, purpose=purpose, seconds=seconds + 60, stdin=base64.b64encode(archive).decode())
 

@@ -324,12 +324,20 @@ def test_models_named_one_by_one_are_compared(hub, model, capsys):
         (("hf:acme", "cpu,ram=64GB,cores=8", "--compare"), "should be hf:OWNER/REPO"),
         (("/m.gguf", "cpu,ram=64GB,cores=8", "--compare"), "/m.gguf: should be hf:OWNER/REPO or a file of it"),
         (("hf:acme/Qwen3-GGUF/x.gguf", "cpu,ram=64GB,cores=8", "--min-speed", "3"), "add --compare"),
-        (("hf:acme/Qwen3-GGUF", "cpu,ram=64GB,cores=8"), "should be hf:OWNER/REPO/FILE.gguf"),
+        (
+            ("hf:acme/Qwen3-GGUF:Q9_9", "cpu,ram=64GB,cores=8"),
+            "no model file of the quantisation Q9_9; it has Qwen3-30B",
+        ),
     ],
 )
 def test_comparing_what_cannot_be(hub, arguments, message, capsys):
     assert plan(hub, *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_of_a_repository_the_file_is_chosen_and_named(hub, capsys):
+    assert plan(hub, "hf:acme/Qwen3-GGUF", "cpu,ram=64GB,cores=8") == 0
+    assert "hf:acme/Qwen3-GGUF/Qwen3-30B-A3B-Q4_K_M.gguf is taken" in capsys.readouterr().err
 
 
 def test_a_refusal_names_siblings_that_fit(hub, capsys):

@@ -38,7 +38,11 @@ ANSWER = {
     "gpu_groups": ["render"], "nvidia_groups": ["video"], "foreign_units": ["llama-server-x.service"],
     "toolkits": [{"path": "/usr/local/cuda-12.8", "nvcc": "/usr/local/cuda-12.8/bin/nvcc", "version": "12.8",
                   "aliases": ["/usr/local/cuda"], "distro": False, "headers": True, "cublas": True, "cudart": True,
-                  "driver_stub": True, "host_compiler": None, "accepted_compiler": None, "problems": []}],
+                  "driver_stub": True, "host_compiler": None, "accepted_compiler": None, "problems": [],
+                  "gcc_limit": 14, "build": "12.8.93"}],
+    "rocm": [{"path": "/opt/rocm", "version": "6.3", "compiler": "/opt/rocm/llvm/bin/clang++", "hipblas": True,
+              "rocblas": False}],
+    "compiler": "14.2.0", "tools": {"g++": "14.2.0", "cmake": None},
     "bandwidth": {"bytes_per_s": 2.5e10, "hardware": "a, 2 cores, 1 nodes, 8 GiB", "why": ""},
     "gate_speeds": [{"instance": "demo", "decode_tokens_per_s": 20.0, "prompt_tokens_per_s": None, "expected": {
         "decode_tokens_per_s": 10.0, "prompt_tokens_per_s": 50.0, "computed_on": "host", "host_bytes_per_s": 1e10,

@@ -106,7 +106,13 @@ def _reader(config: pytest.Config) -> Any:
         request = json.dumps({"instances": names, "quick": quick})
         host = testinfra.get_host(target.spec, sudo=sudo, sudo_user=sudo_user)
         try:
-            result = host.run("timeout -k 10 %s python3 -I -B -c %s %s", str(seconds), COLLECTOR.read_text(), request)
+            result = host.run(
+                "timeout -k 10 %s %s -I -B -c %s %s",
+                str(seconds),
+                target.settings.python,
+                COLLECTOR.read_text(),
+                request,
+            )
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             return f"{target.name}: cannot be reached: {causes.of_connection(_message(error))}"
         if result.rc == TIMED_OUT:

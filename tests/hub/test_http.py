@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamafleet.hub import http
 from llamafleet.hub.http import Deadline, SourceError, Web, shown
+from llamafleet.sources import SHOWN_CHARACTERS
 from tests.mutations import FUZZ
 from tests.serving import dripping, flood, raw, serving
 
@@ -240,7 +240,7 @@ def test_an_odd_address_is_asked_of_nobody(url):
 def test_no_text_is_an_address_that_ends_in_a_traceback(text):
     with web(0.0) as client, pytest.raises(SourceError):
         client.ask("GET", text)
-    assert len(shown(text)) <= http.SHOWN_CHARACTERS
+    assert len(shown(text)) <= SHOWN_CHARACTERS
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from llamafleet.hub import http as web
-from llamafleet.hub import source as sources
+from llamafleet.hub import listing
 from llamafleet.hub.http import Deadline, SourceError
+from llamafleet.hub.network import Network
 from llamafleet.hub.source import (
     HttpSource,
     ModelFiles,
@@ -56,7 +57,19 @@ def test_sources_are_split_into_parts():
 
 
 @pytest.mark.parametrize(
-    "source", ["hf:o/r", "hf:o/f.gguf", "hf:o/r/../f.gguf", "hf:o/r//f", "hf:o/r/f@", "ftp:x", "http:///f"]
+    "source",
+    [
+        "hf:o",
+        "hf:o/f.gguf",
+        "hf:o/r:",
+        "hf:o/r:Q4/f.gguf",
+        "hf:o/r:(a|b)",
+        "hf:o/r/../f.gguf",
+        "hf:o/r//f",
+        "hf:o/r/f@",
+        "ftp:x",
+        "http:///f",
+    ],
 )
 def test_bad_sources_are_refused_with_the_forms(source):
     with pytest.raises(SourceError, match=r"should be|should have a host name"):
@@ -309,10 +322,10 @@ def test_a_name_that_is_listed_twice_is_an_error():
 
 
 def test_only_so_many_files_and_bytes_are_read(monkeypatch):
-    monkeypatch.setattr(sources, "LISTED_FILES", 10)
+    monkeypatch.setattr(listing, "LISTED_FILES", 10)
     with pytest.raises(SourceError, match="after 10 others"):
         listed([{"path": f"{n}.gguf", "size": 7} for n in range(11)])
-    monkeypatch.setattr(sources, "LISTING_LIMIT_BYTES", 100)
+    monkeypatch.setattr(listing, "LISTING_LIMIT_BYTES", 100)
     with pytest.raises(SourceError, match="a list of more than 100 bytes"):
         listed(b"[" + b" " * 100)
 
@@ -341,9 +354,9 @@ def test_a_list_of_several_pages_is_read_to_its_end():
 @pytest.mark.parametrize("link", ['<HERE/page1>; rel="next"', "<>; rel=next", "</>;rel=next"])
 def test_pages_without_end_are_an_error(link):
     with serving(pages(([], link))) as server:
-        with pytest.raises(SourceError, match=f"{server.url}.*on more than {sources.LISTING_PAGES} pages"):
+        with pytest.raises(SourceError, match=f"{server.url}.*on more than {listing.LISTING_PAGES} pages"):
             siblings("hf:o/r/x.gguf", endpoint=server.url)
-        assert len(server.asked) == sources.LISTING_PAGES
+        assert len(server.asked) == listing.LISTING_PAGES
 
 
 @pytest.mark.parametrize(
@@ -418,3 +431,187 @@ def test_tensors_of_all_shards_are_counted_together(files, monkeypatch):
     monkeypatch.setattr("llamafleet.model.gguf.TENSOR_LIMIT", tensors - 1)
     with pytest.raises(GgufError, match=r"00003-of-00003\.gguf: has \d+ tensors by its header, \d+ at most"):
         read_path(files[1])
+
+
+# --- repositories, mirrors, other hubs -----------------------------------------------------------------
+
+
+@pytest.fixture
+def zoo(hub, files):
+    """A repository with several quantisations, one of them split."""
+    for name in ("m-BF16.gguf", "m-Q4_K_M.gguf", "m-Q8_0.gguf", "mmproj-m-Q4_K_M.gguf"):
+        hub.add("acme/zoo-GGUF", name, files[0])
+    for number, shard in enumerate(files[1:], 1):
+        hub.add("acme/zoo-GGUF", f"UD-Q2_K/m-UD-Q2_K-0000{number}-of-00003.gguf", shard)
+    return hub
+
+
+@pytest.mark.parametrize(
+    ("source", "chosen"),
+    [
+        ("hf:acme/zoo-GGUF", "hf:acme/zoo-GGUF/m-Q4_K_M.gguf"),
+        ("hf:acme/zoo-GGUF:Q8_0", "hf:acme/zoo-GGUF/m-Q8_0.gguf"),
+        ("hf:acme/zoo-GGUF:UD-Q2_K", "hf:acme/zoo-GGUF/UD-Q2_K/m-UD-Q2_K-00001-of-00003.gguf"),
+        ("/acme/zoo-GGUF/tree/main/UD-Q2_K", "hf:acme/zoo-GGUF/UD-Q2_K/m-UD-Q2_K-00001-of-00003.gguf"),
+    ],
+)
+def test_of_a_repository_the_file_is_chosen_and_named(zoo, source, chosen):
+    resolved = resolve(source if source.startswith("hf:") else zoo.url + source, endpoint=zoo.url)
+    assert resolved[0].chosen == chosen and all(file.sha256 and file.commit for file in resolved)
+    assert [one.name for one in resolved] == [one.name for one in resolve(chosen, endpoint=zoo.url)]
+
+
+def test_a_quantisation_that_is_not_there_is_answered_by_those_that_are(zoo):
+    with pytest.raises(SourceError, match=r"no model file of the quantisation Q6_K; it has .*m-Q8_0\.gguf") as caught:
+        resolve("hf:acme/zoo-GGUF:Q6_K", endpoint=zoo.url)
+    assert "-00002-of-" not in str(caught.value)
+
+
+def test_a_list_of_presets_is_no_model(zoo, files):
+    zoo.add("acme/zoo-GGUF", "preset.ini", files[0])
+    with pytest.raises(SourceError, match="a list of presets"):
+        resolve("hf:acme/zoo-GGUF", endpoint=zoo.url)
+    assert resolve("hf:acme/zoo-GGUF/m-Q8_0.gguf", endpoint=zoo.url)
+
+
+def test_a_repository_that_cannot_be_read_leaves_its_mirror(zoo):
+    resolved = resolve("hf:acme/gone-GGUF:Q8_0", endpoint=zoo.url, mirrors=["hf:acme/zoo-GGUF/m-Q8_0.gguf"])
+    assert [(file.name, file.chosen, file.mirrors) for file in resolved] == [("m-Q8_0.gguf", "", ())]
+    assert "RepoNotFound" in resolved[0].failed
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_mirror_that_leads_to_the_hub_is_followed_without_the_token(hub, files, status):
+    """huggingface/huggingface_hub#4698: such an answer has none of the Hub's headers. Its list names the Hub's pages."""
+
+    def leads(request):
+        path = request.split(" ")[1]
+        yield (f"HTTP/1.1 {status} Moved\r\nLocation: {hub.url}{path}\r\nContent-Length: 9\r\n\r\nMoved on.").encode()
+
+    with serving(raw(leads)) as mirror:
+        resolved = resolve(f"hf:{REPO}/tiny.gguf", endpoint=mirror.url, token="hf_secret")
+        assert read_header(resolved, token="hf_secret") == read_path(files[0])
+        assert resolve(f"{mirror.url}/{REPO}/tree/main/split", endpoint=mirror.url)[0].chosen
+    [file] = resolved
+    entry = hub.find(REPO, "main", "tiny.gguf", None)
+    assert (file.size_bytes, file.sha256, file.commit) == (entry.size, entry.sha256, entry.commit)
+    assert file.url.startswith(f"{mirror.url}/{REPO}/resolve/{entry.commit}/")
+    assert hub.settled() and not any(request.had_authorization for request in hub.settled())
+
+
+def test_a_mirror_s_list_goes_on_at_the_mirror():
+    """A mirror passes on the addresses of the Hub's own pages."""
+    link = '<https://huggingface.co/api/models/o/r/tree/main?cursor=2>; rel="next"'
+    bodies = [([{"path": "a.gguf", "size": 1}], link), ([{"path": "b.gguf", "size": 2}], "")]
+
+    def answer(request):
+        body, link = bodies["cursor=2" in request.split(" ")[1]]
+        text = json.dumps(body).encode()
+        yield b"HTTP/1.1 200 OK\r\nLink: %s\r\nContent-Length: %d\r\n\r\n" % (link.encode(), len(text)) + text
+
+    with serving(raw(answer)) as server:
+        assert siblings("hf:o/r/a.gguf", endpoint=server.url) == {"a.gguf": 1, "b.gguf": 2}
+
+
+@pytest.mark.parametrize(
+    ("repo", "message"),
+    [(REPO, "so the model is gated: accept its terms"), ("acme/typo", "there is no such repository, or it is private")],
+    ids=["gated", "mistyped"],
+)
+def test_a_mistyped_name_is_told_from_a_gated_one_without_the_hub_s_word(hub, repo, message):
+    """bmaltais/model-shelf#106: both are 401, and a mirror does not say which."""
+
+    def without_code(request):
+        path = request.split(" ")[1]
+        if "/api/" in path and REPO in path:
+            body = json.dumps([{"path": "gated/tiny.gguf", "size": 9}]).encode()
+            yield b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        else:
+            yield b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n"
+
+    with serving(raw(without_code)) as mirror, pytest.raises(SourceError, match=message) as caught:
+        resolve(f"hf:{repo}/gated/tiny.gguf", endpoint=mirror.url)
+    assert "HTTP 401" in str(caught.value)
+
+
+def test_a_mistyped_repository_is_not_called_gated(hub):
+    """bmaltais/model-shelf#106."""
+    with pytest.raises(SourceError, match="RepoNotFound") as caught:
+        resolve("hf:acme/typo/tiny.gguf", endpoint=hub.url)
+    assert "terms" not in str(caught.value) and "gated" not in str(caught.value)
+
+
+def test_a_mistyped_file_is_answered_by_the_nearest_names(zoo):
+    with pytest.raises(SourceError, match=r"EntryNotFound: .*; the repository has m-Q4_K_M\.gguf, "):
+        resolve("hf:acme/zoo-GGUF/m-Q4_KM.gguf", endpoint=zoo.url)
+
+
+def test_modelscope_is_read_by_its_own_list(files):
+    """ModelScope has other addresses and no headers with sums: its list has both."""
+    data, asked = files[0].read_bytes(), []
+    listed = {"Data": {"Files": [
+        {"Path": "m-Q4_K_M.gguf", "Size": len(data), "Sha256": "a" * 64, "Type": "blob"},
+        {"Path": "README.md", "Size": 3, "Sha256": "b" * 64, "Type": "blob"},
+    ]}}  # fmt: skip
+
+    def answer(request):
+        line, *headers = request.split("\n")
+        asked.append(line.split(" ")[1])
+        body, status = json.dumps(listed).encode(), "200 OK"
+        if "/resolve/" in line:
+            first, last = next(one for one in headers if one.lower().startswith("range")).split("=")[1].split("-")
+            body, status = data[int(first) : int(last) + 1], "206 Part"
+        yield f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+    with serving(raw(answer)) as proxy:  # a name that only the proxy knows
+        way = Network(proxy=proxy.url)
+        endpoint = "http://www.modelscope.cn"
+        for source in ("hf:o/r", "hf:o/r:Q4_K_M", "hf:o/r/m-Q4_K_M.gguf", f"{endpoint}/models/o/r/summary"):
+            [file] = resolve(source, endpoint=endpoint, network=way)
+            assert (file.name, file.size_bytes, file.sha256) == ("m-Q4_K_M.gguf", len(data), "a" * 64)
+            assert file.url == f"{endpoint}/models/o/r/resolve/master/m-Q4_K_M.gguf"
+        assert read_header([file], network=way) == read_path(files[0])
+        with pytest.raises(SourceError, match=r"has no such file; it has m-Q4_K_M\.gguf"):
+            resolve("hf:o/r/m-Q4KM.gguf", endpoint=endpoint, network=way)
+    assert asked[0] == f"{endpoint}/api/v1/models/o/r/repo/files?Revision=master&Recursive=true"
+
+
+@pytest.mark.parametrize("length", ["named", "unnamed"])
+@pytest.mark.parametrize("whole", [False, True], ids=["the part", "the whole file"])
+def test_a_part_without_its_range_is_taken_for_what_it_is(files, length, whole):
+    """huggingface/hf-hub#132, text-embeddings-inference#895: 206 without Content-Range."""
+    data = files[0].read_bytes()
+
+    def answer(request):
+        headers = request.split("\n")
+        first, last = next(one for one in headers if one.lower().startswith("range")).split("=")[1].split("-")
+        body = data if whole else data[int(first) : int(last) + 1]
+        size = f"Content-Length: {len(body)}\r\n" if length == "named" else "Connection: close\r\n"
+        yield f"HTTP/1.1 206 Partial Content\r\n{size}\r\n".encode() + body
+
+    with serving(raw(answer)) as server, web.Web() as client:
+        for offset, count in ((0, 100), (64, 1000), (1000, 5000)):
+            part, _ = client.read(f"{server.url}/m.gguf", offset, count)
+            assert part == data[offset : offset + count]
+
+
+def test_several_ranges_at_once_are_refused(files):
+    def answer(_):
+        yield b"HTTP/1.1 206 Part\r\nContent-Type: multipart/byteranges; boundary=x\r\nContent-Length: 4\r\n\r\n--x\n"
+
+    with serving(raw(answer)) as server, web.Web() as client, pytest.raises(SourceError, match="several ranges"):
+        client.read(f"{server.url}/m.gguf", 64, 10)
+
+
+def test_a_plain_server_that_tells_no_range_tells_the_size_at_head(files):
+    data = files[0].read_bytes()
+
+    def answer(request):
+        if request.startswith("HEAD"):
+            yield f"HTTP/1.1 200 OK\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        else:
+            yield b"HTTP/1.1 206 Partial Content\r\nContent-Length: 1\r\n\r\nG"
+
+    with serving(raw(answer)) as server:
+        [file] = resolve(f"{server.url}/m.gguf", endpoint="https://h")
+    assert file.size_bytes == len(data)

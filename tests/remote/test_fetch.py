@@ -26,6 +26,7 @@ from pathlib import Path
 import fetch
 import fetch_answer
 import fetch_spec
+import network
 import psutil
 import pytest
 from fetch_curl import Answer, read_answer
@@ -33,6 +34,7 @@ from fetch_spec import Failed
 from hypothesis import given
 
 from sandbox.hub import Hub
+from tests import company
 from tests.mutations import FUZZ, broken
 from tests.serving import Server, dripping, flood, raw, serving
 
@@ -826,3 +828,178 @@ def test_a_spec_of_any_length_is_not_read(tmp_path, monkeypatch):
     (tmp_path / "spec.json").write_text(" " * 2000)
     with pytest.raises(Failed, match="it has more than 1000 bytes"):
         fetch_spec.read_spec(str(tmp_path / "spec.json"))
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["the rest", "the whole file"])
+def test_a_rest_without_its_range_is_taken_if_the_sum_is_right(job, whole):
+    """huggingface/hf-hub#132, text-embeddings-inference#895: 206 without Content-Range, which curl itself refuses."""
+    asked = []
+
+    def answer(request):
+        ranges = [line.split("=")[1] for line in request.split("\n") if line.lower().startswith("range")]
+        first = int(ranges[0].split("-")[0]) if ranges else 0
+        asked.append(first)
+        body = BODY if whole else BODY[first:]
+        status = "206 Partial Content" if ranges else "200 OK"
+        cut = 1_000_000 if not first else len(body)  # the first transfer breaks off
+        yield f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body[: cut if not whole else None]
+
+    job.models.mkdir(parents=True)
+    job.partial().write_bytes(BODY[:500_000])
+    with serving(raw(answer)) as server:
+        assert job.want(f"{server.url}/x.gguf").run() == 0, job.text()
+    assert job.file().read_bytes() == BODY
+    assert asked == ([500_000, 500_000, 0] if whole else [500_000, 500_000])
+
+
+def test_a_rest_without_its_range_is_not_taken_where_no_sum_shows_it(job):
+    asked = []
+
+    def answer(request):
+        ranges = [line.split("=")[1] for line in request.split("\n") if line.lower().startswith("range")]
+        asked.append(ranges)
+        body, status = (BODY[700:], "206 Partial Content") if ranges else (BODY, "200 OK")
+        if request.startswith("HEAD"):
+            yield f"HTTP/1.1 200 OK\r\nContent-Length: {len(BODY)}\r\n\r\n".encode()
+        else:
+            yield f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+    job.models.mkdir(parents=True)
+    job.partial().write_bytes(BODY[:500])
+    with serving(raw(answer)) as server:
+        assert job.want(f"{server.url}/x.gguf", sha=None).run() == 0, job.text()
+    assert job.file().read_bytes() == BODY and asked[-1] == []
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("hops", [1, 7])
+def test_redirects_of_every_kind_are_followed_without_the_token(hub, job, url, status, hops):
+    """huggingface/huggingface_hub#4698: a mirror that leads to another origin."""
+    seen = []
+
+    def leads(request):
+        number = int(re.search(r"hop=([0-9]+)", request)[1])
+        seen.append((number, "Authorization" in request))
+        there = f"{hub.url}/plain/org/model/x.gguf?email=a@b" if number == hops else f"?hop={number + 1}"
+        yield f"HTTP/1.1 {status} Moved\r\nLocation: {there}\r\nContent-Length: 0\r\n\r\n".encode()
+
+    with serving(raw(leads)) as mirror:
+        job.token(mirror.url)
+        assert job.want(f"{mirror.url}/x.gguf?hop=1").run() == 0, job.text()
+    assert job.file().read_bytes() == BODY and {token for _, token in seen} == {True}
+    assert not any(request.had_authorization for request in hub.settled())
+
+
+@pytest.mark.parametrize(
+    ("code", "token", "says"),
+    [
+        ("RepoNotFound", False, "there is no such repository, or it is private: check owner and name"),
+        ("GatedRepo", False, "no token was sent: accept the licence on"),
+        ("RepoNotFound", True, "there is no such repository, or it is private: check owner and name"),
+        ("", False, "check the address; for a gated model accept the licence on"),
+    ],
+)
+def test_a_mistyped_name_is_told_from_a_gated_one(job, code, token, says):
+    """bmaltais/model-shelf#106: the Hub answers 401 for both."""
+
+    def refuses(_):
+        yield f"HTTP/1.1 401 Unauthorized\r\nX-Error-Code: {code}\r\nContent-Length: 0\r\n\r\n".encode()
+
+    with serving(raw(refuses)) as server:
+        if token:
+            job.token(server.url)
+        assert job.want(f"{server.url}/o/r/resolve/main/x.gguf").run() == 5
+    assert says in job.last()
+
+
+def test_a_proxy_that_wants_a_password_says_so(job, monkeypatch):
+    def refuses(_):
+        yield b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
+
+    with serving(raw(refuses)) as proxy:
+        monkeypatch.setenv("https_proxy", proxy.url)
+        assert job.want("https://hub.example/x.gguf").run() == 7
+    assert "the proxy asks for a name and a password, which is not supported" in job.last()
+
+
+def test_a_download_by_a_proxy_and_a_company_s_own_authority(job, hub, monkeypatch, tmp_path):
+    """ollama/ollama#5446: a job's variables are enough for curl; without them the company's server is not trusted."""
+    hub.publish("x.gguf", BODY)
+    authority = company.Authority(tmp_path)
+    port = int(hub.url.rpartition(":")[2])
+    with (
+        company.front(authority.context("hub.example"), port) as front,
+        company.proxy({"hub.example": front.server_address[1]}) as proxy,
+    ):
+        job.want("https://hub.example/plain/org/model/x.gguf")
+        for name, value in network.variables(proxy.url, (), None).items():
+            monkeypatch.setenv(name, value)
+        assert job.run() == 7 and "SSL certificate problem" in job.last() and "with ca_file" in job.last()
+        for name, value in network.variables(None, (), str(authority.certificate)).items():
+            monkeypatch.setenv(name, value)
+        assert job.run() == 0, job.text()
+    assert job.file().read_bytes() == BODY and set(proxy.asked) == {"hub.example:443"}
+
+
+# --- files that need no network --------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path):
+    """A model of this host's own, in a folder of somebody's."""
+    file = tmp_path / "own models" / "x.gguf"
+    file.parent.mkdir()
+    file.write_bytes(BODY)
+    file.chmod(0o644)
+    return file
+
+
+def test_a_file_of_this_host_is_used_where_it_lies(job, here):
+    free = os.statvfs(job.folder).f_bavail * os.statvfs(job.folder).f_frsize
+    job.spec["reserve_bytes"] = free - 2**20  # no room for another copy
+    assert job.want(here.as_uri(), size=None, sha=None).run() == 0, job.text()
+    assert os.path.samefile(job.file(), here) and (job.models / "x.gguf.verified").exists()
+    assert job.run() == 0 and "(0 fetched)" in job.last()
+
+
+def test_a_file_that_is_not_ours_is_copied_and_stays_as_it_is(job, here):
+    here.chmod(0o600)
+    assert job.want(here.as_uri()).run() == 0, job.text()
+    assert not os.path.samefile(job.file(), here) and job.file().read_bytes() == BODY
+    assert oct(here.stat().st_mode & 0o777) == "0o600" and oct(job.file().stat().st_mode & 0o777) == "0o644"
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "says"),
+    [("gone", 6, "No such file or directory"), ("shorter", 4, "was changed meanwhile"), ("other", 4, "expected sha256"),
+     ("page", 8, "is not a GGUF file")],
+)  # fmt: skip
+def test_a_file_of_this_host_that_is_not_the_one_is_an_error(job, here, damage, code, says):
+    sha = None if damage == "page" else SHA
+    if damage == "gone":
+        here.unlink()
+    else:
+        here.write_bytes({"shorter": BODY[:-1], "other": BODY[:-1] + b"!", "page": b"<html>" + BODY[6:]}[damage])
+    assert job.want(here.as_uri(), sha=sha).run() == code, job.text()
+    assert says in job.last() and not job.file().exists() and not job.partial().exists()
+
+
+def test_what_the_operator_sent_is_checked_and_put_in_place(job):
+    job.models.mkdir(parents=True)
+    job.partial().write_bytes(BODY)
+    assert job.want().run() == 0, job.text()
+    assert job.file().read_bytes() == BODY and job.want and job.run() == 0
+
+
+def test_what_was_damaged_on_its_way_is_sent_anew(job):
+    job.models.mkdir(parents=True)
+    job.partial().write_bytes(BODY[:-1] + b"!")
+    assert job.want().run() == 4
+    assert "what was sent is deleted: run again" in job.last() and not job.partial().exists()
+    assert job.run() == 6 and "run again to send it" in job.last()
+
+
+@pytest.mark.parametrize("urls", [[], ["file://host/x"], ["file:///x?y"]])
+def test_no_file_without_an_address_or_a_sum(job, urls):
+    job.want(*urls, sha=None)
+    assert job.run() == 2

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -191,7 +193,7 @@ def test_a_job_is_a_transient_unit_that_notes_its_end(host, capsys):
     assert "--unit=llamafleet-job-build-1.service" in words and words[-3:] == ["python3", "build.py", "a b"]
     assert f"StandardOutput=append:{host.jobs}/build-1.log" in set_
     [after] = [one for one in set_ if one.startswith("ExecStopPost=")]
-    assert after == f"ExecStopPost=/usr/bin/env python3 -s -E -B {job.__file__} ended build-1"
+    assert after == f"ExecStopPost={sys.executable} -s -E -B {job.__file__} ended build-1"
     assert sorted(host.jobs.iterdir()) == []
     assert json.loads(capsys.readouterr().out)["state"] == "absent"
 
@@ -236,6 +238,31 @@ def test_a_secret_is_there_while_the_job_runs(host, monkeypatch):
     assert [one for one in set_ if one.endswith(f" ended build-1 {secret}")] and "secret\n" not in " ".join(words)
     end(monkeypatch, "signal", "killed", "KILL", secret=str(secret))
     assert not secret.exists()
+
+
+def variables(words):
+    return dict(word.removeprefix("--setenv=").split("=", 1) for word in words if word.startswith("--setenv="))
+
+
+def test_a_job_has_no_variables_unless_they_are_asked_for(host):
+    assert start(host) == 0
+    assert variables(properties(host)[1]) == {}
+
+
+def test_a_job_reads_by_the_proxy_and_trusts_the_company_s_authority(host, monkeypatch):
+    """ollama/ollama#729, #3816, #5446."""
+    monkeypatch.setattr(job, "RUN", str(host.run))
+    sent = packed([(0o600, b"secret\n"), (0o644, b"CERTIFICATE\n")]).encode()
+    options = ("--secret", str(host.run / "token"), "--proxy", "http://p:3128", "--no-proxy=.example", "--certificates")
+    assert start(host, *options, stream=sent) == 0
+    found = variables(properties(host)[1])
+    assert found["https_proxy"] == "http://p:3128" and found["no_proxy"].endswith(",.example")
+    for name in ("CURL_CA_BUNDLE", "GIT_SSL_CAINFO", "SSL_CERT_FILE"):
+        assert (
+            Path(found[name]).read_bytes().endswith(b"CERTIFICATE\n") and "secret" not in Path(found[name]).read_text()
+        )
+    assert Path(found["APT_CONFIG"]).read_text() == f'Acquire::https::CAInfo "{found["SSL_CERT_FILE"]}";\n'
+    assert (host.run / "token").read_bytes() == b"secret\n"
 
 
 def test_a_job_that_systemd_does_not_start_leaves_no_secret_and_says_why(host, capsys):

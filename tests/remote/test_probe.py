@@ -449,6 +449,14 @@ def test_os_release(host, text, expected):
     assert (found["id"], found["version"], found["version_codename"], found["id_like"]) == expected
 
 
+@pytest.mark.parametrize("line", ["UBUNTU_CODENAME=noble", "DEBIAN_CODENAME=noble"])
+def test_a_derivative_says_what_it_is_made_from(host, line):
+    """Linux Mint, Pop!_OS, LMDE: their own code names say nothing to NVIDIA."""
+    host.file("etc/os-release", f"ID=linuxmint\nID_LIKE=ubuntu\nVERSION_CODENAME=xia\n{line}\n")
+    found = host.probe(nvml=False)["os"]
+    assert (found["version_codename"], found["base_codename"]) == ("xia", "noble")
+
+
 def test_this_machine_by_another_route():
     """No stand-in: what the probe says of the real machine against the machine's own tools."""
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from llamafleet.build.cuda_toolkit import Install
-from llamafleet.host.installed import Holder, Listener, Survey
+from llamafleet.host.installed import Holder, Listener, Offer, Survey
 from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.planner.reconcile import Verified
@@ -15,7 +15,7 @@ from llamafleet.planner.result import Refusal
 from llamafleet.remote.common import MODELS
 from llamafleet.service import refusals
 from llamafleet.service.changes import changes_needed
-from llamafleet.service.desired import Desired, Run, desire, with_plans
+from llamafleet.service.desired import Desired, Run, desire, to_ask, with_plans
 from llamafleet.service.instance_changes import SECRETS
 from llamafleet.service.plan_inputs import plan_inputs
 from llamafleet.service.refusals import Refused, port_taken
@@ -74,12 +74,15 @@ def test_an_ordinary_user():
 @pytest.mark.parametrize(("python", "shown"), [("3.8.10", "3.8.10"), (None, "of unknown version")])
 def test_a_python_that_is_too_old(python, shown):
     assert refusal(survey(machine={"python": python})) == (
-        f"its python3 is {shown}, 3.9 or later is needed: install a newer one"
+        f"its Python is {shown}, 3.9 or later is needed: install a newer one, and name it in the setting python, such as "
+        'python = "/usr/bin/python3.11"'
     )
 
 
-def test_neither_apt_nor_dnf():
-    assert refusal(survey(machine={"package_manager": None})) == "debian 13 has neither apt nor dnf"
+def test_a_package_manager_that_is_not_known():
+    assert refusal(survey(machine={"package_manager": None})) == (
+        "debian 13 has none of the package managers that llamafleet knows: apt, dnf, zypper or pacman"
+    )
 
 
 def test_another_run_holds_the_lock():
@@ -101,7 +104,7 @@ def test_a_later_version_deployed_the_host():
 PROBLEM = "NVIDIA: module 570 is loaded but the libraries are 580: reboot needed"
 
 
-@pytest.mark.parametrize("asked", [{}, {"models": [{"source": "/srv/m.gguf"}]}], ids=["no_python", "path_as_source"])
+@pytest.mark.parametrize("asked", [{}, {"backend": "cuda"}], ids=["no_python", "no_gpu"])
 def test_every_refusal_has_what_the_probe_found_wrong(asked):
     """lyulyul/shine-cluster#30, NVIDIA/ubuntu-packaging-nvidia-driver#3: the operator read something else."""
     host = survey(machine={"python": None, "problems": [PROBLEM]})
@@ -132,13 +135,6 @@ def test_what_is_compiled_is_for_the_gpus_that_are_used():
 
 
 # --- refusals: what was asked for -----------------------------------------------------------------
-
-
-def test_a_source_that_is_a_path():
-    assert refusal(models=({}, {"source": "/srv/m.gguf"})) == (
-        "models: m1: source: /srv/m.gguf is a path, which can be planned but not deployed: give its http(s) address "
-        "or hf:OWNER/REPO/FILE.gguf"
-    )
 
 
 def test_a_plan_that_does_not_fit_names_the_model_once():
@@ -434,13 +430,17 @@ def test_access_comes_before_plans_and_plans_before_the_toolkit():
 # --- decided ----------------------------------------------------------------------------------------
 
 
+def lacking(desired):
+    return tuple(need.name for need in desired.lacking)
+
+
 def test_a_bare_host_gets_a_service_a_build_and_what_is_missing():
     host = survey([{}], missing_packages=("cmake", "curl", "glslc"))
     desired = decided(
         host, run=dataclasses.replace(RUN, secrets={"m0": {"api-keys": "key\n"}}), models=({"api_key_file": "/k"},)
     )
     (serving,) = desired.servings
-    assert desired.packages == ("cmake", "curl")  # what its backend needs, of what is missing
+    assert lacking(desired) == ("curl", "cmake")  # what its backend needs, of what is missing
     assert isinstance(desired.install_toolkit, Install) and desired.build.architectures == ("89",)
     assert desired.build.toolkit == desired.install_toolkit.identity and desired.build.commit == RUN.commit
     assert serving.folder == "/var/lib/llamafleet/models/m-aaaaaaaaaaaa"
@@ -453,17 +453,73 @@ def test_a_bare_host_gets_a_service_a_build_and_what_is_missing():
     assert serving.service.secrets.keys() <= SECRETS.keys() and not serving.is_verified
 
 
+def test_what_no_repository_has_is_named_with_the_way_out():
+    """vocalinux#212: Ubuntu 22.04 has no glslc."""
+    host = survey([{}], missing_packages=("glslc", "cmake"))
+    offers = {"glslc": Offer(None), "cmake": Offer("cmake", "3.22.1")}
+    assert refusal(host, dataclasses.replace(RUN, offers=offers), backend="vulkan", vulkan_devices=[]) == (
+        "packages: glslc is missing, and no enabled repository of the host has glslc: install LunarG's Vulkan SDK, whose "
+        "glslc on the PATH of root's services does as well"
+    )
+
+
+def test_what_the_host_can_do_without_is_not_asked_for_again():
+    """ninja-build/ninja#2199: in CRB, which is off; make compiles."""
+    host = survey(missing_packages=("ninja", "cmake"))
+    assert lacking(decided(host)) == ("cmake", "ninja")
+    offers = {"ninja": Offer(None, off=("crb",)), "cmake": Offer("cmake", "3.26.5")}
+    assert lacking(decided(host, dataclasses.replace(RUN, offers=offers))) == ("cmake",)
+
+
+def test_hip_that_is_too_old_is_refused_where_something_is_compiled():
+    """ggml-org/llama.cpp#16320, llama-toolchest#142."""
+    old = {"path": "/opt/rocm", "version": "5.7", "compiler": None, "hipblas": True, "rocblas": True}
+    text = refusal(survey([AMD], rocm=(old,)), backend="hip")
+    assert text.startswith("backend: hip: HIP in /opt/rocm is 5.7, llama.cpp needs 6.1 or later; install ROCm")
+    new = decided(survey([AMD], rocm=({**old, "version": "6.3"},)), backend="hip")
+    assert new.hip.path == "/opt/rocm"
+    there = survey([AMD], rocm=(old,), releases={new.build.key: {}})
+    assert decided(there, backend="hip").hip is None  # nothing is compiled
+
+
+def test_tools_that_are_too_old_are_refused_before_an_hour_of_compiling():
+    """RHEL 8's g++ 8 has no std::filesystem in its library, Ubuntu 20.04's CMake 3.16 cannot do CUDA."""
+    old = refusal(survey(tools={"g++": "8.5.0", "cmake": "3.26.5"}))
+    assert old.startswith("packages: g++ 8.5.0 is too old to compile llama.cpp, 9 or later is needed: link a newer one")
+    coming = dataclasses.replace(RUN, offers={"g++": Offer("g++", "4:8.3.0-1"), "cmake": Offer("cmake", "3.16.3-1")})
+    host = survey([{}], missing_packages=("g++", "cmake"))
+    text = refusal(host, coming)
+    assert (
+        "g++ 4:8.3.0-1 is too old" in text and "cmake 3.16.3-1 is too old to compile llama.cpp, 3.18 or later" in text
+    )
+    cpu = dataclasses.replace(RUN, offers={"g++": Offer("g++", "4:9.3.0-1"), "cmake": Offer("cmake", "3.16.3-1")})
+    assert isinstance(decided(survey(missing_packages=("g++", "cmake")), cpu), Desired)
+    there = survey(tools={"g++": "8.5.0"}, releases={decided(survey()).build.key: {}})
+    assert isinstance(decided(there), Desired)  # nothing is compiled
+
+
+def test_arch_s_repositories_are_asked_for_their_toolkit():
+    arch = {"os": {"id": "arch", "version": "", "arch": "x86_64", "libc": "2.42"}, "package_manager": "pacman"}
+    settings, read, files = reading(survey([{}], arch))
+    inputs = plan_inputs(settings, read, files)
+    outcome = desire(inputs, RUN, lambda template, values: template)
+    assert [need.name for need in to_ask(inputs, outcome)] == ["cuda", "g++"]
+    run = dataclasses.replace(RUN, offers={"cuda": Offer("cuda", "13.0.2-1")})
+    outcome = desire(inputs, run, lambda template, values: template)
+    assert outcome.install_toolkit.packages == ("cuda",) and outcome.build.toolkit == "cuda-13.0"
+
+
 def test_nothing_is_compiled_with_where_the_build_is_there():
     bare = decided(survey(missing_packages=("cmake", "curl")))
     there = survey(missing_packages=("cmake", "curl"), releases={bare.build.key: {}})
-    assert (bare.packages, decided(there).packages) == (("cmake", "curl"), ("curl",))
+    assert (lacking(bare), lacking(decided(there))) == (("curl", "cmake"), ("curl",))
     digest, other = "a" * 64, "b" * 64
     cached = survey(missing_packages=("cmake", "curl"), cached_builds={bare.build.key: (other, digest)})
     known = dataclasses.replace(RUN, digests={bare.build.key: [digest]})
-    assert decided(cached, known).packages == ("curl",) and decided(cached, known).is_cached
+    assert lacking(decided(cached, known)) == ("curl",) and decided(cached, known).is_cached
     # A build that nobody knows the digest of is not taken, so this host compiles.
     for run in (RUN, dataclasses.replace(RUN, digests={bare.build.key: ["c" * 64], "f" * 16: [digest]})):
-        assert decided(cached, run).packages == ("cmake", "curl") and not decided(cached, run).is_cached
+        assert lacking(decided(cached, run)) == ("curl", "cmake") and not decided(cached, run).is_cached
 
 
 def test_secrets_are_in_no_representation():

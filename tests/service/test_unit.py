@@ -24,7 +24,7 @@ PATH = "/var/lib/llamafleet/models/m-123/Qwen3-8B.gguf"
 HOST = dataclasses.replace(INSTALLED, device_classes=("drm",), gpu_groups=("render", "video"))
 
 
-def made(gpus, installed=HOST, layout="Qwen3-8B", cpu=(), **asked):
+def made(gpus, installed=HOST, layout="Qwen3-8B", cpu=(), python="python3", **asked):
     """(unit text, record, argv) of a plan for a published model on a host with these GPUs' MiB."""
     wanted = planning.settings({"context_tokens": 4096, **asked})
     (instance,) = wanted.models
@@ -37,7 +37,9 @@ def made(gpus, installed=HOST, layout="Qwen3-8B", cpu=(), **asked):
     argv = (f"{build.release}/bin/llama-server", *command.argv(plan, instance, PATH))
     record = plan_record(instance, plan, build, model, PATH, argv, speed_floor_percent=40, alone=True)
     return (
-        unit_text(render, instance, plan, build, installed, record, "feedfacefeedface", allow_swap=False),
+        unit_text(
+            render, instance, plan, build, installed, record, "feedfacefeedface", allow_swap=False, python=python
+        ),
         record,
         argv,
     )
@@ -54,6 +56,18 @@ def test_the_command_line_is_the_plan_s():
     (line,) = directive(unit, "ExecStart")
     # Of systemd's quoting this command uses what a shell reads alike, and $$ and %% for themselves.
     assert shlex.split(line.replace("$$", "$").replace("%%", "%")) == list(argv) == record["gate"]["argv"]
+
+
+def test_the_checks_run_with_the_python_that_is_named():
+    (usual,) = directive(made([24564])[0], "ExecStartPost")
+    assert usual.startswith('+/usr/bin/python3 -s -E -B "/opt/llamafleet/helpers/feedfacefeedface/gate.py" "start"')
+    (named,) = directive(made([24564], python="/usr/bin/python3.11")[0], "ExecStartPost")
+    assert named == usual.replace("/usr/bin/python3 ", "/usr/bin/python3.11 ")
+    asked = planning.settings({})
+    other = dataclasses.replace(asked, python="/usr/bin/python3.11")
+    before, after = (next(iter(liveness_texts(render, asked.models[0], one, "k1").values())) for one in (asked, other))
+    assert "ExecStart=/usr/bin/python3 -s" in before
+    assert after == before.replace("/usr/bin/python3 ", "/usr/bin/python3.11 ")
 
 
 def test_backslashes_reach_llama_server():

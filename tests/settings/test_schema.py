@@ -50,6 +50,14 @@ def test_an_unknown_key_is_named_with_the_nearest():
     assert instance_problems(slot=1) == ["models[0].slot: unknown setting; did you mean `slots`?"]
 
 
+@pytest.mark.parametrize("python", ["python3.11", "bin/python3", "", "/usr/bin/python3 -x", "/opt/a%b"])
+def test_python_is_the_system_s_own_or_a_path(python):
+    """It goes into units and commands."""
+    [problem] = problems(python=python)
+    assert problem.startswith("python: should be python3, or an absolute path such as /usr/bin/python3.11, is ")
+    assert Settings.from_data({**default_data(), "python": "/opt/python/3.11/bin/python3"}).python.endswith("python3")
+
+
 def test_every_problem_is_told_at_once():
     messages = problems(backend="tpu", keep_releases=-1, ram_reserve_mib=-5)
     assert [line.split(":")[0] for line in messages] == ["backend", "keep_releases", "ram_reserve_mib"]
@@ -97,7 +105,9 @@ def test_wrong_types_are_refused(key, value):
         ("sha256", "abc"),
         ("sha256", {"a": "b"}),
         ("sha256", "A" * 64),
-        ("source", "hf:o/r"),
+        ("source", "hf:o"),
+        ("source", "hf:o/r:"),
+        ("source", "hf:o/f.gguf"),
         ("source", "hf:o/r/f.gguf@"),
         ("source", "hf:o/r/m;touch${IFS}x;.gguf"),
         ("source", "hf:o/r/a b.gguf@main"),
@@ -210,6 +220,10 @@ def test_clients_may_be_of_both_families():
     [
         "hf:o/r/f.gguf",
         "hf:o/r/Q4/F.GGUF@v1",
+        "hf:o/r",
+        "hf:o/r:Q4_K_M@v1",
+        "https://huggingface.co/o/r",
+        "https://huggingface.co/o/r/blob/main/Q4%2Ff.gguf",
         "https://h/f.gguf?Signature=a%2Fb",
         "http://h:8080/a%20b/f.gguf",
         "/srv/my model",
