@@ -26,6 +26,9 @@ GGUF = b"GGUF"  # begins a model
 NAME, PORT = "model", 8080  # name and port of the planned instance; nothing is served under them
 
 
+LISTS = ("Listed[", "GpuNames")  # annotations of settings that are lists
+
+
 class UsageError(Exception):
     """The command line is invalid; the message says what it should be."""
 
@@ -162,7 +165,7 @@ def settings_for_all(models: Sequence[str], data: Mapping[str, Any], changes: Ma
 def _items(key: str, value: Any) -> Any:
     """The value; for a setting that is a list, a single word or words with commas between are a list: "f16,q8_0"."""
     fields = {**Settings.__dataclass_fields__, **Instance.__dataclass_fields__}
-    if key not in fields or "Listed[" not in str(fields[key].type):
+    if key not in fields or not any(kind in str(fields[key].type) for kind in LISTS):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return [value]
