@@ -12,9 +12,9 @@ HOSTS ?= 2
 unexport PYTHONDONTWRITEBYTECODE
 
 # What the demo and the tests need of Debian: disposable hosts, the stand-ins for GitHub and the Hub,
-# a compiler for the oracle and the fake NVML, file systems for the power cuts.
+# a compiler for the oracle and the fake NVML, file systems for the power cuts, other distributions' package managers.
 PACKAGES := mmdebstrap systemd-container openssh-client git curl cmake ninja-build g++ gcc libc6-dev libgomp1 \
-    e2fsprogs xfsprogs
+    e2fsprogs xfsprogs dnf zypper pacman-package-manager createrepo-c rpm
 
 .PHONY: help demo test test-offline test-long test-cuda check check-style check-types check-imports lock
 .PHONY: sandbox-up sandbox-down prepared packages

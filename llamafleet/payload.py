@@ -39,7 +39,8 @@ PROBE_PROGRAMS = (
     *("probe.py", "probe_bandwidth.py", "probe_cpu.py", "probe_files.py", "probe_vulkan.py"),
     *("gpu_nodes.py", "probe_pci.py", "probe_diagnosis.py", "probe_gpus.py", "probe_gpu_common.py", "probe_amd.py"),
     *("probe_nvidia.py", "probe_nvidia_memory.py", "probe_tegra.py"),
-    *("survey.py", "addresses.py", "ground.py", "learned.py", "lock.py", "releases.py", "toolkits.py", "uninstall.py"),
+    *("survey.py", "addresses.py", "ground.py", "learned.py", "lock.py", "releases.py", "rocm.py", "toolkits.py"),
+    *("boot.py", "disks.py", "left.py", "uninstall.py"),
     *("common.py", "instance_files.py", "packages.py", "places.py"),  # imported by the programs above
 )
 # Files of the wheels that the probe does not need on Linux.
@@ -108,7 +109,11 @@ def _cached(folder: Path, requirement: str) -> Path | None:
 def _fetch(folder: Path, arch: str, name: str, requirement: str, environment: Mapping[str, str] | None) -> Path:
     """Download a wheel into the cache with pip, complete or not at all. Raises `PayloadError`."""
     if importlib.util.find_spec("pip") is None:
-        raise PayloadError(f"{sys.executable} has no pip to download {name}: run {sys.executable} -m ensurepip")
+        raise PayloadError(
+            f"pip is missing on this machine: {sys.executable} needs it once, to download {name} for the hosts: run "
+            f"{sys.executable} -m ensurepip (on Debian and Ubuntu after apt-get install python3-venv; in one of "
+            f"uv's: uv pip install --python {sys.executable} pip)"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         requirement_file = Path(temporary, "requirement.txt")
@@ -204,12 +209,12 @@ def _zip(files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-# $1 is the SHA-256 of the zip that comes by standard input in base64, $2 the folders to try, $3 the program in the
-# zip; its arguments follow. A folder is used if a program in it can be run; nobody else can enter it. The program runs
-# in the background, so that a signal interrupts `wait` and is passed on. What came is read also where it is not used:
-# the operator's side would take a pipe that is closed too early for a broken connection.
+# $1 is Python, $2 the SHA-256 of the zip that comes by standard input in base64, $3 the folders to try, $4 the program
+# in the zip; its arguments follow. A folder is used if a program in it can be run; nobody else can enter it. The
+# program runs in the background, so that a signal interrupts `wait` and is passed on. What came is read also where it
+# is not used: the operator's side would take a pipe that is closed too early for a broken connection.
 _SCRIPT = """\
-sum=$1; places=$2; shift 2
+python=$1; sum=$2; places=$3; shift 3
 folder=; child=
 clean() { [ -z "$folder" ] || rm -rf -- "$folder"; }
 stop() { trap '' HUP INT TERM; [ -z "$child" ] || { kill "$child"; wait "$child"; } 2>/dev/null; exit "$1"; }
@@ -219,9 +224,10 @@ trap 'stop 129' HUP
 trap 'stop 130' INT
 trap 'stop 143' TERM
 umask 077
-command -v python3 >/dev/null 2>&1 || refuse 127 "$PYTHON_MISSING"
-python3 -I -c 'import sys; sys.exit(sys.version_info < (3, 8))' </dev/null ||
-    refuse 127 "$PYTHON_OLD $(python3 -V 2>&1)"
+named=; [ "$python" = python3 ] || named=": the setting python names $python"
+command -v "$python" >/dev/null 2>&1 || refuse 127 "$PYTHON_MISSING$named"
+"$python" -I -c 'import sys; sys.exit(sys.version_info < (3, 8))' </dev/null ||
+    refuse 127 "$PYTHON_OLD $("$python" -V 2>&1)"
 for place in $places; do
     [ "$place" != '$HOME' ] || place=$HOME
     [ -n "$place" ] || continue
@@ -230,9 +236,9 @@ for place in $places; do
     rm -rf -- "$folder"; folder=
 done
 [ -n "$folder" ] || refuse 126 "llamafleet: nowhere to unpack: none of $places is writable and not noexec"
-python3 -I -c '$UNPACK' "$sum" "$folder" || exit 125
+"$python" -I -c '$UNPACK' "$sum" "$folder" || exit 125
 program=$1; shift
-python3 -s -E -B "$folder/$program" "$@" </dev/null &
+"$python" -s -E -B "$folder/$program" "$@" </dev/null &
 child=$!
 wait "$child"; code=$?; child=
 exit "$code"
@@ -247,7 +253,7 @@ zipfile.ZipFile(io.BytesIO(data)).extractall(sys.argv[2])
 """
 
 
-def probe_command(sha256: str, program: str, *arguments: str) -> list[str]:
+def probe_command(sha256: str, program: str, *arguments: str, python: str = "python3") -> list[str]:
     """The command that unpacks a zip of programs, runs one of them, and leaves nothing behind.
 
     The zip goes to its standard input in base64, and is used only if it has this SHA-256. Exit status: the program's;
@@ -256,4 +262,4 @@ def probe_command(sha256: str, program: str, *arguments: str) -> list[str]:
     """
     script = _SCRIPT.replace("$PYTHON_MISSING", PYTHON_MISSING).replace("$PYTHON_OLD", PYTHON_OLD)
     script = script.replace("$UNPACK", _UNPACK)
-    return ["sh", "-c", script, "llamafleet-probe", sha256, " ".join(UNPACK_PLACES), program, *arguments]
+    return ["sh", "-c", script, "llamafleet-probe", python, sha256, " ".join(UNPACK_PLACES), program, *arguments]

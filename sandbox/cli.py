@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from sandbox import hosts
+from sandbox import hosts, roots
 from sandbox.state import SandboxError, say
 
 FAILED = 2
@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--packages", default="", metavar="A,B", help="packages to install before, once for all hosts")
     up.add_argument("--name-prefix", default=hosts.PREFIX)
     up.add_argument("--first-address", type=int, default=1, metavar="N", help="address of the first host: 127.0.1.N")
+    up.add_argument("--suite", default=roots.SUITE, help=f"release of Debian: {roots.SUITE} or {roots.OLDER_SUITE}")
     up.set_defaults(do=_up)
     down = commands.add_parser("down", help="remove hosts (without names: all hosts, and leftovers of a crash)")
     down.add_argument("names", nargs="*", metavar="HOST")
@@ -69,6 +70,7 @@ def _up(arguments: argparse.Namespace) -> None:
         binds=arguments.bind,
         prefix=arguments.name_prefix,
         first_address=arguments.first_address,
+        suite=arguments.suite,
     )
     say(
         f"{len(started_hosts)} hosts are up after {time.monotonic() - started:.1f} s: "

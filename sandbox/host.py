@@ -31,6 +31,7 @@ class SandboxHost:
     packages: tuple[str, ...]
     binds: tuple[str, ...]
     state: State
+    suite: str = roots.SUITE  # the release of Debian
     isolated: bool = False  # without a network; its SSH is reached through this process
 
     @property
@@ -203,7 +204,7 @@ def load(state: State, file: Path) -> SandboxHost:
     """Read what `save` wrote."""
     spec = json.loads(file.read_text())
     return SandboxHost(spec["name"], spec["number"], spec["port"], tuple(spec["packages"]), tuple(spec["binds"]), state,
-                       spec.get("isolated", False))  # fmt: skip
+                       spec.get("suite", roots.SUITE), spec.get("isolated", False))  # fmt: skip
 
 
 def save(host: SandboxHost) -> None:

@@ -6,9 +6,10 @@
     hosts[0].start()    # the same disk again
     down([h.name for h in hosts])
 
-Each host is Debian 13 with its own systemd, disk, host name, SSH host key and address 127.0.1.N. Network,
-clock, /proc/meminfo and kernel are the machine's own: a service in one host must not bind 127.0.0.1 or
-0.0.0.0, or it meets its neighbour's. A power cut loses no written data: the machine's page cache lives on.
+Each host is Debian 13, or 12 where that is asked for, with its own systemd, disk, host name, SSH host key and
+address 127.0.1.N. Network, clock, /proc/meminfo and kernel are the machine's own: a service in one host must
+not bind 127.0.0.1 or 0.0.0.0, or it meets its neighbour's. A power cut loses no written data: the machine's
+page cache lives on.
 """
 
 from __future__ import annotations
@@ -45,23 +46,24 @@ def up(
     binds: Iterable[str] = (),
     prefix: str = PREFIX,
     first_address: int = 1,
+    suite: str = roots.SUITE,
     isolated: bool = False,
 ) -> list[SandboxHost]:
     """Hosts PREFIX1 to PREFIXn, all booted; those that run already stay as they are.
 
     `packages` are installed beforehand, once for all hosts that want the same. `binds` are SRC:DST or
-    SRC:DST:ro. `isolated`: they have no network, and this process lets SSH in while it lives. Host I gets
-    127.0.1.I, counted from `first_address`, or the next one that no host here has.
-    Raises SandboxError.
+    SRC:DST:ro. Host I gets 127.0.1.I, counted from `first_address`, or the next one that no host here has. `suite` is
+    the release of Debian by its code name. `isolated`: they have no network, and this process lets SSH in while it
+    lives. Raises SandboxError.
     """
     machine.check()
     machine.check_binds(binds := tuple(binds))
     state = current()
     with state.locked():
-        lower = roots.ensure(state, list(packages := tuple(sorted(set(packages)))))
+        lower = roots.ensure(state, list(packages := tuple(sorted(set(packages)))), suite)
         make_key(state)
         wanted = {f"{prefix}{i}": first_address + i - 1 for i in range(1, n + 1)}
-        hosts = _described(state, wanted, packages, binds, isolated)
+        hosts = _described(state, wanted, packages, binds, suite, isolated)
         for host in hosts:
             save(host)
             create(host, lower)
@@ -120,7 +122,12 @@ def get(name: str) -> SandboxHost:
 
 
 def _described(
-    state: State, wanted: dict[str, int], packages: tuple[str, ...], binds: tuple[str, ...], isolated: bool
+    state: State,
+    wanted: dict[str, int],
+    packages: tuple[str, ...],
+    binds: tuple[str, ...],
+    suite: str,
+    isolated: bool,
 ) -> list[SandboxHost]:
     """The hosts as they are, or as they will be, by name and preferred address; nothing is written yet.
 
@@ -132,21 +139,21 @@ def _described(
     found = []
     for name, first in wanted.items():
         if name in known:
-            _check_same(known[name], packages, binds)
+            _check_same(known[name], packages, binds, suite)
             found.append(known[name])
             continue
         number = next((i for i in range(first, LAST_ADDRESS + 1) if i not in taken), None)
         if number is None:
             raise SandboxError(f"no address is left for {name} between 127.0.1.{first} and 127.0.1.{LAST_ADDRESS}")
-        host = SandboxHost(name, number, port, packages, binds, state, isolated)
+        host = SandboxHost(name, number, port, packages, binds, state, suite, isolated)
         machine.check_address(host.address, host.port)
         taken.add(number)
         found.append(host)
     return found
 
 
-def _check_same(host: SandboxHost, packages: tuple[str, ...], binds: tuple[str, ...]) -> None:
-    lacks = sorted({*packages, *binds} - {*host.packages, *host.binds})
+def _check_same(host: SandboxHost, packages: tuple[str, ...], binds: tuple[str, ...], suite: str) -> None:
+    lacks = sorted({*packages, *binds, suite} - {*host.packages, *host.binds, host.suite})
     if lacks:
         raise SandboxError(
             f"{host.name} is there already, without {', '.join(lacks)}; "

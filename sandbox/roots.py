@@ -20,7 +20,7 @@ from sandbox import aptconf, cgroups
 from sandbox.state import CHECKOUT, SandboxError, State, say, tail
 from sandbox.supervisor import Job
 
-SUITE = "trixie"
+SUITE, OLDER_SUITE = "trixie", "bookworm"  # Debian 13, whose hosts are made unless another is asked for, and 12
 # As bare as a fresh server install with Python: no compilers, curl, git. libpam-systemd makes real sessions.
 PACKAGES = (
     "systemd",
@@ -46,22 +46,22 @@ ARCHIVES = Path("var/cache/apt/archives")
 UNSHARE = ["unshare", "--mount", "--propagation", "slave", "--"]
 
 
-def ensure(state: State, packages: list[str]) -> list[Path]:
-    """The read-only layers for a host with these packages, topmost first; made where missing."""
-    base = base_root(state)
+def ensure(state: State, packages: list[str], suite: str = SUITE) -> list[Path]:
+    """The read-only layers for a host of that release with these packages, topmost first; made where missing."""
+    base = base_root(state, suite)
     return [layer(state, base, sorted(set(packages))), base] if packages else [base]
 
 
-def base_root(state: State) -> Path:
-    """A bare root with the users `admin` (may sudo) and `nosudo`.
+def base_root(state: State, suite: str = SUITE) -> Path:
+    """A bare root of that release of Debian with the users `admin` (may sudo) and `nosudo`.
 
     Raises SandboxError with the end of mmdebstrap's log when it cannot be made.
     """
-    found = aptconf.debian_sources(aptconf.machine_sources(), aptconf.codename(), SUITE)
+    found = aptconf.debian_sources(aptconf.machine_sources(), aptconf.codename(), suite)
     settings = aptconf.carried_settings(aptconf.config_dump())
     files = [*aptconf.carried_files(settings), *sorted(OWN_CERTIFICATES.rglob("*.crt"))]
     recipe = [
-        SUITE,
+        suite,
         PACKAGES,
         MASKED,
         USERS,
@@ -85,14 +85,14 @@ def base_root(state: State) -> Path:
     mirror = ["-"] if found else []
 
     def make(part: Path) -> None:
-        command = ["mmdebstrap", "--variant=minbase", *options, SUITE, str(part / "tree"), *mirror]
+        command = ["mmdebstrap", "--variant=minbase", *options, suite, str(part / "tree"), *mirror]
         _build(state, command, part / "log", "\n".join(aptconf.lines(found)))
         if found:
             sources = "\n".join(aptconf.lines(found, aptconf.KEYRING))
             (part / "tree/etc/apt/sources.list").write_text(sources + "\n")
         _mark_updated(part / "tree")
 
-    return _once(home, make, f"making a bare Debian {SUITE} root") / "tree"
+    return _once(home, make, f"making a bare Debian {suite} root") / "tree"
 
 
 def layer(state: State, base: Path, packages: list[str]) -> Path:

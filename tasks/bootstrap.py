@@ -15,6 +15,7 @@ def bootstrap() -> None:
     if now is None:
         return
     changes, machine = now.changes, now.desired.machine
+    manager = machine.package_manager or ""
     network = lookups.network(now.desired.settings)
     operations.take_lock(name="Take the host's lock", needed=changes.any or bool(changes.note))
     operations.install_helpers(
@@ -26,6 +27,7 @@ def bootstrap() -> None:
     )  # fmt: skip
     operations.create_user(name="Create the user llamafleet", needed=changes.user)
     operations.install_packages(
-        name="Install packages", manager=machine.package_manager or "", packages=changes.packages,
+        name="Install packages", manager=manager,
+        needs={need.name: need.to_json(manager) for need in now.desired.lacking},
         network=network,
     )  # fmt: skip

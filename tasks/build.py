@@ -51,6 +51,11 @@ def spec(desired: Desired) -> dict[str, Any]:
         unkeyed.append(f"-DCMAKE_CUDA_COMPILER={wanted.nvcc}")
     if wanted.host_compiler:
         unkeyed.append(f"-DCMAKE_CUDA_HOST_COMPILER={wanted.host_compiler}")
+    if desired.hip and desired.hip.compiler:  # beside AMD's own ROCm CMake may find the distribution's
+        unkeyed += [
+            f"-DCMAKE_HIP_COMPILER={desired.hip.compiler}",
+            f"-DCMAKE_HIP_COMPILER_ROCM_ROOT={desired.hip.path}",
+        ]
     return {
         "key": wanted.key,
         "commit": wanted.commit,

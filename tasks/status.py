@@ -52,7 +52,7 @@ def wanted(desired: Desired, changes: Changes) -> Wanted:
 def _without_plan(host: Host, problem: str) -> HostStatus | str:
     """The state of what runs on a host to which the inventory cannot be deployed; a sentence if nothing can be read."""
     try:
-        survey = facts.survey(host, {}, Settings.from_data(host.data.dict()))
+        survey = facts.survey(host, Settings.from_data(host.data.dict()), packages=False)
     except SettingsError:
         return problem
     except READ_ERRORS as error:

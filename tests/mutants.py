@@ -41,12 +41,13 @@ GROUND = {"systemd": "257", "kernel": "6.12", "driver": "580.159.04"}
 TOOLKIT = {
     "path": "/usr/local/cuda-12.8", "nvcc": "/usr/local/cuda-12.8/bin/nvcc", "version": "12.8", "headers": True,
     "cudart": True, "cublas": True, "driver_stub": True, "host_compiler": None, "accepted_compiler": None,
-    "problems": [], "aliases": ["/usr/local/cuda"], "distro": False,
+    "problems": [], "aliases": ["/usr/local/cuda"], "distro": False, "gcc_limit": 14, "build": "12.8.93",
 }  # fmt: skip
 BARE = {
     "euid": 0, "user": True, "missing_packages": ["cmake", "git"], "helpers": "h1", "lock": None, "jobs": ["build-0123456789abcdef"], "releases": {},
     "current": None, "cached_builds": {"0123456789abcdef": ["5e" * 32]}, "models": {}, "instances": {}, "listeners": [], "device_classes": ["nvidia"],
     "ground": GROUND, "gpu_groups": ["render", "video"], "foreign_units": [], "toolkits": [TOOLKIT], "release_digests": {},
+    "compiler": "14.2.0", "tools": {"g++": "14.2.0", "cmake": "3.31.6"}, "rocm": [{"path": "/opt/rocm", "version": "6.3", "compiler": None, "hipblas": True, "rocblas": True}],
 }  # fmt: skip
 SYSTEM = {"package_manager": "apt", "python": "3.13.5", "disks": [{"path": "/opt", "free_bytes": 2**40}]}
 AMD = {"vendor": "amd", "compute_capability": None, "gfx": "gfx1100", "name": "Radeon RX 7900 XTX"}

@@ -107,6 +107,14 @@ def test_a_wheel_that_is_not_the_locked_one_is_refused(tmp_path):
     assert list((tmp_path / "cache").rglob("*.whl")) == []
 
 
+def test_pip_that_is_missing_here_is_named_with_the_ways_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(payload.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PayloadError) as error:
+        payload.wheels("x86_64", cache=tmp_path)
+    text = str(error.value)
+    assert text.startswith("pip is missing on this machine: ") and "-m ensurepip" in text and "uv pip install" in text
+
+
 def test_unknown_architecture():
     with pytest.raises(PayloadError, match=r"'riscv64'.*x86_64 and aarch64"):
         payload.wheels("riscv64")
@@ -199,8 +207,11 @@ class Host:
         monkeypatch.setattr(payload, "UNPACK_PLACES", (str(self.places),))
         self.environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder)}
 
+    python = "python3"
+
     def start(self, *arguments, **more):
-        command = payload.probe_command(hashlib.sha256(self.data).hexdigest(), "probe.py", *arguments)
+        digest = hashlib.sha256(self.data).hexdigest()
+        command = payload.probe_command(digest, "probe.py", *arguments, python=self.python)
         return subprocess.Popen(
             command, env=self.environment | more, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True, preexec_fn=heed_signals,  # noqa: PLW1509 -- it takes no lock
@@ -259,6 +270,22 @@ def test_python_too_old(host, tmp_path):
     code, output, errors = host.run(PATH=f"{tools}:/usr/bin:/bin")
     assert (code, output, errors) == (127, "", f"{payload.PYTHON_OLD} Python 3.6.8\n")
     assert host.traces() == []
+
+
+def test_a_python_that_is_named_is_used_where_the_system_s_is_too_old(host, tmp_path):
+    """RHEL 8 and Ubuntu 20.04 have an old python3, and a newer one beside it."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python3").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin/python3").chmod(0o755)
+    host.python = PYTHON
+    code, output, errors = host.run(PATH=f"{tmp_path}/bin:/usr/bin:/bin")
+    assert (code, errors) == (0, "") and json.loads(output)["package_manager"] == "apt"
+
+
+def test_a_python_that_is_named_and_not_there(host):
+    host.python = "/usr/bin/python9"
+    code, _, errors = host.run()
+    assert (code, errors) == (127, f"{payload.PYTHON_MISSING}: the setting python names /usr/bin/python9\n")
 
 
 def test_spoilt_zip(host):

@@ -41,6 +41,13 @@ _GCC = (((11, 8), 11), ((12, 0), 12), ((12, 4), 13), ((12, 8), 14), ((13, 0), 15
 # #19100; 13.2 has _NV_RSQRT_SPECIFIER).
 _GLIBC = (((2, 41), (13, 0), "cospi"), ((2, 42), (13, 2), "rsqrt"))
 
+# Toolkits whose compiler makes wrong code of llama.cpp: the version, the build of nvcc (its patch release) that has it
+# right again, what is wrong, and where that was found.
+_WRONG = (
+    ((13, 2), (13, 2, 86), "computes IQ1_S, IQ2_S and IQ3_S wrongly",
+     "unslothai/unsloth#4849, ggml-org/llama.cpp#28581"),
+)  # fmt: skip
+
 
 def version(text: str) -> Version:
     """`"12.8"` or `"12.8.1"` as (12, 8); raises ValueError for anything else."""
@@ -99,4 +106,14 @@ def unfit_for_glibc(toolkit: Version, libc: str) -> str | None:
         if version(libc) >= first and toolkit < mended:
             return (f"CUDA {text(toolkit)} cannot compile with glibc {libc}, whose {function}() clashes "
                     f"with its headers; {text(mended)} can")  # fmt: skip
+    return None
+
+
+def known_wrong(toolkit: Version, build: str | None = None) -> str | None:
+    """Why no toolkit of this version is used; with the `build` of its nvcc, such as "13.2.86", where it is known."""
+    for wrong, mended, what, source in _WRONG:
+        numbers = tuple(int(part) for part in re.findall(r"\d+", build or ""))
+        if toolkit == wrong and numbers < mended:
+            right = ".".join(map(str, mended))
+            return f"CUDA {text(toolkit)} before {right} {what} ({source})"
     return None

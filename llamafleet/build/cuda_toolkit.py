@@ -7,15 +7,21 @@ second run builds nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llamafleet.build import cuda_support, nvidia_repository
 from llamafleet.build.nvidia_repository import Repository
+from llamafleet.build.packages import COMPILER, Need
+from llamafleet.host.installed import Offer
 from llamafleet.host.machine import Gpu, Machine, Os
 
 DISTRO_PACKAGE = "nvidia-cuda-toolkit"
+# Arch's own toolkit, which follows NVIDIA's newest release, and where it lies.
+ARCH_PACKAGE, ARCH_NVCC = "cuda", "/opt/cuda/bin/nvcc"
+CUDA = Need("cuda", (ARCH_NVCC,), {"pacman": (ARCH_PACKAGE,)})
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class InstalledToolkit:
     # Further paths, links among them, that lead to it.
     aliases: tuple[str, ...]
     distro: bool
+    # The newest gcc that it accepts, where its header says so, and the version of its nvcc with the patch release.
+    gcc_limit: int | None = None
+    build: str | None = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> InstalledToolkit:
@@ -47,6 +56,8 @@ class InstalledToolkit:
             problems=tuple(data["problems"]),
             aliases=tuple(data["aliases"]),
             distro=data["distro"],
+            gcc_limit=data.get("gcc_limit"),
+            build=data.get("build"),
         )
 
 
@@ -79,12 +90,28 @@ class Install:
     version: str
     packages: tuple[str, ...]
     repository: Repository | None
-    # Package manager of the host, "apt" or "dnf".
+    # Package manager of the host.
     manager: str
     # Components of the distribution's archive that must be enabled; empty for NVIDIA's packages.
     components: tuple[str, ...]
     nvcc: str
     identity: str
+
+
+@dataclass(frozen=True)
+class Repositories:
+    """What a host's own repositories and compiler come to: the version of its gcc (None: it has none), and what its
+    repositories have, by `Need.name`."""
+
+    compiler: str | None = None
+    offers: Mapping[str, Offer] = field(default_factory=dict)
+
+    @property
+    def gcc_major(self) -> int | None:
+        """Of the gcc that will compile: the one that is there, or the one that will be installed; None: not known."""
+        offer = self.offers.get(COMPILER.name)
+        numbers = re.match(r"(?:\d+:)?(\d+)", self.compiler or (offer.version if offer else ""))
+        return int(numbers[1]) if numbers else None
 
 
 @dataclass(frozen=True)
@@ -112,23 +139,23 @@ def _architecture(capability: str) -> str:
 
 
 def choose_toolkit(
-    asked: str, machine: Machine, installed: Sequence[InstalledToolkit]
+    asked: str, machine: Machine, installed: Sequence[InstalledToolkit], own: Repositories = Repositories()
 ) -> Toolkit | Install | Unsuitable:
     """The toolkit for this host. `asked` is the setting `cuda_toolkit`: auto, nvidia, distro or a path."""
     refused = _without_driver(machine)
     if refused:
         return refused
     if asked.startswith("/"):
-        return _at_path(asked, machine, installed)
+        return _at_path(asked, machine, installed, own)
     eligible = [toolkit for toolkit in installed if _eligible(toolkit, asked)]
-    fitting = [toolkit for toolkit in eligible if not _unfit(toolkit, machine)]
+    fitting = [toolkit for toolkit in eligible if not _unfit(toolkit, machine, own)]
     if fitting:
         newest = max(fitting, key=lambda toolkit: (cuda_support.version(toolkit.version), toolkit.path))
         return _use(newest, machine.os)
     sources = {"auto": (_from_nvidia, _from_distro), "nvidia": (_from_nvidia,), "distro": (_from_distro,)}
-    refusals = [_describe(toolkit, machine) for toolkit in eligible]
+    refusals = [_describe(toolkit, machine, own) for toolkit in eligible]
     for source in sources[asked]:
-        install = source(machine)
+        install = source(machine, own)
         if isinstance(install, Install):
             return install
         refusals.append(install)
@@ -160,12 +187,14 @@ def _eligible(toolkit: InstalledToolkit, asked: str) -> bool:
     return toolkit.distro if asked == "distro" else toolkit.path.startswith("/usr/local/cuda")
 
 
-def _at_path(asked: str, machine: Machine, installed: Sequence[InstalledToolkit]) -> Toolkit | Unsuitable:
+def _at_path(
+    asked: str, machine: Machine, installed: Sequence[InstalledToolkit], own: Repositories
+) -> Toolkit | Unsuitable:
     wanted = asked.rstrip("/")
     for toolkit in installed:
         if wanted in (toolkit.path, toolkit.nvcc, *toolkit.aliases):
-            if _unfit(toolkit, machine):
-                return Unsuitable(_describe(toolkit, machine), _suggestions(machine))
+            if _unfit(toolkit, machine, own):
+                return Unsuitable(_describe(toolkit, machine, own), _suggestions(machine))
             return _use(toolkit, machine.os)
     there = ", ".join(f"{toolkit.path} ({toolkit.version})" for toolkit in installed) or "none"
     return Unsuitable(f"there is no CUDA toolkit at {asked}", (f"toolkits found on the host: {there}",))
@@ -185,15 +214,34 @@ def _distro_identity(os: Os) -> str:
     return f"distro-{os.id}-{os.version or os.version_codename or 'rolling'}"
 
 
-def _describe(toolkit: InstalledToolkit, machine: Machine) -> str:
-    return f"{toolkit.path} does not fit: {', '.join(_unfit(toolkit, machine))}"
+def _describe(toolkit: InstalledToolkit, machine: Machine, own: Repositories) -> str:
+    return f"{toolkit.path} does not fit: {', '.join(_unfit(toolkit, machine, own))}"
 
 
-def _unfit(toolkit: InstalledToolkit, machine: Machine) -> list[str]:
+def _unfit(toolkit: InstalledToolkit, machine: Machine, own: Repositories) -> list[str]:
     """Why an installed toolkit cannot be used, a text for each reason."""
     if toolkit.missing:
         return [f"it lacks {what}" for what in toolkit.missing]
-    return [*toolkit.problems, *_unfit_for_gpus(cuda_support.version(toolkit.version), machine)]
+    version = cuda_support.version(toolkit.version)
+    reasons = [cuda_support.known_wrong(version, toolkit.build), _unfit_for_coming(toolkit, machine, own)]
+    return [*toolkit.problems, *(one for one in reasons if one), *_unfit_for_gpus(version, machine)]
+
+
+def _unfit_for_coming(toolkit: InstalledToolkit, machine: Machine, own: Repositories) -> str | None:
+    """Why the compiler that this run will install is too new for it. Where there is one, the host has compared them."""
+    if toolkit.host_compiler or toolkit.distro or own.compiler or toolkit.gcc_limit is None:
+        return None
+    coming = _gcc_major(machine, own)
+    if coming is None or coming <= toolkit.gcc_limit:
+        return None
+    limit = toolkit.gcc_limit
+    return f"it accepts gcc up to {limit}, the one to be installed is {coming}: install g++-{limit} on the host"
+
+
+def _gcc_major(machine: Machine, own: Repositories) -> int | None:
+    """Of the gcc that will compile; of a host whose repositories were not asked, the release's own."""
+    repository = nvidia_repository.repository(machine.os)
+    return own.gcc_major or (repository.gcc_major if repository else None)
 
 
 def _unfit_for_gpus(version: cuda_support.Version, machine: Machine) -> list[str]:
@@ -206,13 +254,15 @@ def _unfit_for_gpus(version: cuda_support.Version, machine: Machine) -> list[str
     return [reason for reason in reasons if reason]
 
 
-def _from_nvidia(machine: Machine) -> Install | str:
+def _from_nvidia(machine: Machine, own: Repositories) -> Install | str:
     """The toolkit to install from NVIDIA's repository, or why there is none."""
     os = machine.os
     repository = nvidia_repository.repository(os)
     if repository is None:
         return f"NVIDIA has no package repository for {_system(os)}"
-    unfit = {version: _unfit_from(repository, version, machine) for version in repository.versions}
+    if repository.manager != machine.package_manager and machine.package_manager is not None:
+        return f"NVIDIA's {repository.name} is for {repository.manager}, the host has {machine.package_manager}"
+    unfit = {version: _unfit_from(repository, version, machine, own) for version in repository.versions}
     version = _best(
         [version for version in unfit if not unfit[version]], cuda_support.version(machine.driver.cuda or "")
     )
@@ -227,12 +277,15 @@ def _from_nvidia(machine: Machine) -> Install | str:
     )  # fmt: skip
 
 
-def _unfit_from(repository: Repository, version: cuda_support.Version, machine: Machine) -> list[str]:
-    own = (
-        cuda_support.unfit_for_compiler(version, repository.gcc_major),
+def _unfit_from(
+    repository: Repository, version: cuda_support.Version, machine: Machine, own: Repositories
+) -> list[str]:  # fmt: skip
+    reasons = (
+        cuda_support.known_wrong(version),
+        cuda_support.unfit_for_compiler(version, own.gcc_major or repository.gcc_major),
         cuda_support.unfit_for_glibc(version, machine.os.libc),
     )
-    return [*_unfit_for_gpus(version, machine), *(reason for reason in own if reason)]
+    return [*_unfit_for_gpus(version, machine), *(reason for reason in reasons if reason)]
 
 
 def _best(versions: Sequence[cuda_support.Version], driver: cuda_support.Version) -> cuda_support.Version | None:
@@ -241,10 +294,14 @@ def _best(versions: Sequence[cuda_support.Version], driver: cuda_support.Version
     return max(known) if known else min(versions, default=None)
 
 
-def _from_distro(machine: Machine) -> Install | str:
+def _from_distro(machine: Machine, own: Repositories) -> Install | str:
     """The distribution's own toolkit, or why not. Its compiler and headers are the distribution's care."""
     os = machine.os
-    version = nvidia_repository.distro_version(os)
+    if os.is_wsl:
+        return f"{_system(os)} runs under WSL, whose driver the distribution's own toolkit would replace"
+    if machine.package_manager == "pacman":
+        return _from_arch(machine, own)
+    version = nvidia_repository.distro_version(os) if machine.package_manager in ("apt", None) else None
     if version is None:
         return f"{_system(os)} has no CUDA toolkit of its own"
     unfit = _unfit_for_gpus(version, machine)
@@ -254,6 +311,21 @@ def _from_distro(machine: Machine) -> Install | str:
         "distro", cuda_support.text(version), (DISTRO_PACKAGE,), None, "apt",
         nvidia_repository.DISTRO_COMPONENTS[os.id], "/usr/bin/nvcc", _distro_identity(os),
     )  # fmt: skip
+
+
+def _from_arch(machine: Machine, own: Repositories) -> Install | str:
+    """Arch's own toolkit, of the version that its repositories have: it brings a gcc that it accepts."""
+    offer = own.offers.get(CUDA.name)
+    if offer is None or offer.package is None:
+        return f"{_system(machine.os)}'s repositories have no package {ARCH_PACKAGE}"
+    version = cuda_support.version(offer.version)
+    wrong = cuda_support.known_wrong(version, offer.version)
+    unfit = [*([wrong] if wrong else []), *_unfit_for_gpus(version, machine)]
+    if unfit:
+        return f"{_system(machine.os)}'s own CUDA {cuda_support.text(version)} does not fit: {', '.join(unfit)}"
+    return Install(
+        "distro", cuda_support.text(version), (ARCH_PACKAGE,), None, "pacman", (), ARCH_NVCC, _identity(version)
+    )
 
 
 def _system(os: Os) -> str:

@@ -81,12 +81,15 @@ class Look:
 PLAIN = Look()
 
 
-def table(result: Plan | Refusal, title: str, look: Look = PLAIN, alternatives: Sequence[str] = ()) -> str:
-    """The plan or refusal as text, without a trailing newline. `alternatives`: sentences of `what_if`."""
-    return "\n".join([look.wrapped(title), *_lines(result, look, alternatives)])
+def table(
+    result: Plan | Refusal, title: str, look: Look = PLAIN, alternatives: Sequence[str] = (), measured: str = ""
+) -> str:  # fmt: skip
+    """The plan or refusal as text, without a trailing newline. `alternatives`: sentences of `what_if`; `measured`: the
+    speeds that the gate has measured of this plan, which are shown instead of the predicted ones."""
+    return "\n".join([look.wrapped(title), *_lines(result, look, alternatives, measured)])
 
 
-def _lines(result: Plan | Refusal, look: Look, alternatives: Sequence[str]) -> Iterator[str]:
+def _lines(result: Plan | Refusal, look: Look, alternatives: Sequence[str], measured: str) -> Iterator[str]:
     if result.ledger:
         yield from _legend(look)
     for row in result.ledger:
@@ -96,7 +99,7 @@ def _lines(result: Plan | Refusal, look: Look, alternatives: Sequence[str]) -> I
         yield look.wrapped(f"  REFUSED: {result.reason}").replace("REFUSED", look.painted("REFUSED", "31;1"), 1)
         yield from (look.wrapped(f"  try: {suggestion}") for suggestion in result.suggestions)
     else:
-        yield look.wrapped(f"  {_speeds(result.predicted)}")
+        yield look.wrapped(f"  measured by its gate: {measured}" if measured else f"  {_speeds(result.predicted)}")
         yield look.wrapped(f"  flags: {' '.join(result.argv)}")
     yield from (look.wrapped(f"  - {reason}") for reason in result.why)
     yield from (look.wrapped(f"  ! {problem}") for problem in result.problems)
@@ -170,7 +173,9 @@ def _overfull(text: str, look: Look) -> str:
 
 
 def _parts(row: LedgerRow) -> str:
-    parts = [f"{letter} {_gib(getattr(row, part))}" for letter, _, part, _ in PARTS if getattr(row, part)]
+    # Op-offload may need some kilobytes less than without it: no "S -0.0".
+    sizes = [(letter, getattr(row, part)) for letter, _, part, _ in PARTS]
+    parts = [f"{letter} {_gib(size)}" for letter, size in sizes if size > 0 or abs(size) >= 0.05 * GIB]
     state = "free above the reserve" if row.free_bytes >= 0 else "missing to keep the reserve"
     return f"{', '.join(parts)}; {_gib(abs(row.free_bytes))} {state}"
 
@@ -191,7 +196,8 @@ def _comparison_lines(options: Sequence[Option], machine: str, min_speed: float,
     names = short_names([option.source for option in options])
     width = min(max(len(name) for name in names.values()), NAME_LIMIT)
     chosen = best(options, min_speed)
-    yield look.wrapped(f"{len(options)} models on {machine}; tokens/s are predicted, roughly")
+    models = f"{len(options)} model{'s' if len(options) > 1 else ''}"
+    yield look.wrapped(f"{models} on {machine}; tokens/s are predicted, roughly")
     yield f"  {'':{width}}  weights  bits  on GPU  written     read"
     for option in ordered(options):
         mark = "*" if option is chosen else " "

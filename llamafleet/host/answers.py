@@ -19,7 +19,8 @@ from typing import Annotated, Any, cast
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from llamafleet import validation
-from llamafleet.host.installed import Holder, Installed, Many, Path, Sha256, Survey, Table, UserId
+from llamafleet.host.installed import Holder, Installed, Many, Offer, Path, Sha256, Survey, Table, UserId
+from llamafleet.host.left import Left
 from llamafleet.host.machine import Bytes, Label, Machine, MachineError, Message
 from llamafleet.host.recorded import Speed, readable
 from llamafleet.remote.common import GATE_SCHEMA
@@ -198,9 +199,19 @@ def removable(line: str) -> Removable:
     return cast(Removable, _read(line, "uninstall.py", Removable))
 
 
+def offers(line: str) -> Mapping[str, Offer]:
+    """By need, what `packages.py offers` prints."""
+    return cast("Mapping[str, Offer]", _read(line, "packages.py", Table[Offer]))
+
+
 def built(line: str) -> Built:
     """The digest of a release, as `build.py digest` prints it."""
     return cast(Built, _read(line, "build.py", Built))
+
+
+def left(line: str) -> Left:
+    """What is left for people to do, as `left.py` prints it."""
+    return cast(Left, _read(line, "left.py", Left))
 
 
 def gate(line: str) -> Gate:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NotRequired, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from llamafleet import validation
-from llamafleet.host.learned import Bandwidth, GateSpeeds
+from llamafleet.host.learned import Bandwidth, GatedSpeed, GateSpeeds
+from llamafleet.host.left import Left
 from llamafleet.host.machine import Label, Machine, MachineError, Message, Name, Names, Version, matching
 from llamafleet.host.recorded import Arguments, PlanRecord, readable
 from llamafleet.validation import Flag, Listed, Text, Whole, one_of
@@ -31,6 +32,7 @@ class InstalledError(MachineError):
 Path = Annotated[Label, BeforeValidator(readable)]
 # What goes into a unit: groups and device classes.
 Word = Annotated[Text, Field(max_length=128), matching("be a word of letters, digits and . _ -", r"[\w.-]+")]
+Unit = Annotated[Text, Field(max_length=255), matching("be the name of a systemd unit", r"[\w:.@\\-]+\.service")]
 Sha256 = Annotated[Text, matching("be 64 lower-case hexadecimal digits", "[0-9a-f]{64}")]
 Pid = Annotated[Whole, Field(ge=0, le=2**31 - 1, description="pid_t")]
 UserId = Annotated[Whole, Field(ge=0, le=2**32 - 1, description="uid_t")]
@@ -103,6 +105,30 @@ class Toolkit(TypedDict):
     problems: Annotated[Listed[Message], Field(max_length=1024)]
     aliases: Annotated[Listed[Label], Field(max_length=1024)]
     distro: Flag
+    # The newest gcc that it accepts, and the version of its compiler with the patch release.
+    gcc_limit: NotRequired[Annotated[Whole, Field(ge=1, le=1000)] | None]
+    build: NotRequired[Version | None]
+
+
+class Rocm(TypedDict):
+    """An installation of HIP, as `llamafleet/remote/rocm.py` describes it."""
+
+    path: Label
+    version: Version | None
+    compiler: Label | None
+    hipblas: Flag
+    rocblas: Flag
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a host's repositories have of something that it lacks, as `llamafleet/remote/packages.py` says: the packages
+    that bring it (None: no enabled repository has them), the version of the first, and the repositories that have some
+    and are switched off."""
+
+    package: Name | None
+    version: Name = ""
+    off: Names = ()
 
 
 @dataclass(frozen=True)
@@ -175,7 +201,7 @@ class Installed:
 
     euid: UserId
     user: Flag
-    missing_packages: Names
+    missing_packages: Names  # what the host lacks, by the words of `llamafleet/build/packages.py`
     helpers: Path | None
     lock: Holder | None
     releases: Table[Mapping[str, Any]]
@@ -194,6 +220,13 @@ class Installed:
     # Units named like ours that we did not make.
     foreign_units: Many[Path]
     toolkits: Annotated[Listed[Toolkit], Field(max_length=256)]
+    # Installations of HIP, AMD's own first.
+    rocm: Annotated[Listed[Rocm], Field(max_length=256)] = ()
+    # The default gcc's version; None where there is none.
+    compiler: Name | None = None
+    # The versions of what compiles llama.cpp's C++, by the words of `llamafleet/build/packages.py`; None: it is not
+    # there, or not GNU's.
+    tools: Table[Name | None] = field(default_factory=dict)
     # Names of running jobs, as `job.py start` was given them.
     jobs: Annotated[Listed[Label], Field(max_length=1024)] = ()
     # SHA-256 of each release's release.json, by key.
@@ -208,6 +241,14 @@ class Installed:
     nvidia_groups: Annotated[Listed[Word], Field(max_length=256)] = ()
     # What lies at the places of ours, by path.
     paths: Table[Place] = field(default_factory=dict)
+    # Units that a boot starts and a server may have to wait for: of GPU drivers ("gpu") and of networks ("network").
+    boot_units: Table[Annotated[Listed[Unit], Field(max_length=256)]] = field(default_factory=dict)
+    # What is left for people to do there, and the disks that a run may fill.
+    left: Left = field(default_factory=Left)
+    # What the gates measured of each instance with the model and flags that it has now.
+    gated: Table[GatedSpeed] = field(default_factory=dict)
+    # The number of each NVIDIA GPU's device node, by bus id.
+    nvidia_minors: Table[Annotated[Whole, Field(ge=0, le=255)]] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, data: object) -> Installed:

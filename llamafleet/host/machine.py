@@ -65,6 +65,13 @@ class Os:
     libc: Name
     version_codename: Name | None = None
     id_like: Names = ()
+    base_codename: Name | None = None  # the release of Ubuntu or Debian that a derivative is made from
+    kernel: Name = ""
+
+    @property
+    def is_wsl(self) -> bool:
+        """Whether this is Windows' own Linux, whose GPU driver is Windows' and comes with it."""
+        return "microsoft" in self.kernel.lower()
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,7 @@ class Gpu:
     vendor: Name = "nvidia"
     problem: Message | None = None  # why nothing may be planned on it
     gfx: Name | None = None  # AMD's LLVM target, "gfx1100"
+    compute_units: Count | None = None  # AMD's; None: not told
     mig: Flag = False
     vulkan_index: Count | None = None  # its number in Vulkan's own order; None: not asked
 

@@ -1,14 +1,14 @@
 """Compile llama.cpp on this host into a release folder, or take a finished build of the key.
 
-Contract: `build.py SPEC.json [DIGEST...]`, where SPEC has key, commit, source (a checkout of that commit), tree
-(build folder), cmake_flags, jobs, bytes_for_job (of memory that each compiler may need | null), build_cache (folder |
-null) and record (what release.json says), and each DIGEST is one of a build of the key that may be taken from that
-folder. Progress lines on stdout; those at the end that begin with `note: ` are for the operator, the last one of a
-failure begins with `error: `. Exit 0: the release /opt/llamafleet/releases/KEY is complete. Killed at any point it goes
-on where it was: Ninja keeps what is compiled, and a release appears under its name only when it is whole.
-`build.py digest KEY` prints {"digest": the SHA-256 of the release's release.json}, after its files were compared with
-it; exit 1 and a line `error: ` where one differs. Root, systemd, CMake, Ninja, the standard library; common.py,
-build_cache.py, confined.py, job_limits.py and releases.py lie beside it.
+Contract: `build.py SPEC.json [DIGEST...]`, where SPEC has key, commit, source (a checkout of that commit), tree (build
+folder), cmake_flags, jobs, bytes_for_job (of memory that each compiler may need | null), build_cache (folder | null)
+and record (what release.json says), and each DIGEST is one of a build of the key that may be taken from that folder.
+Progress lines on stdout; those at the end that begin with `note: ` are for the operator, the last one of a failure
+begins with `error: `. Exit 0: the release /opt/llamafleet/releases/KEY is complete. Killed at any point it goes on
+where it was: Ninja (or make, where the host has no Ninja) keeps what is compiled, and a release appears under its name
+only when it is whole. `build.py digest KEY` prints {"digest": the SHA-256 of the release's release.json}, after its
+files were compared with it; exit 1 and a line `error: ` where one differs. Root, systemd, CMake, Ninja or make, the
+standard library; common.py, build_cache.py, confined.py, job_limits.py and releases.py lie beside it.
 
 With a build cache one host of several compiles a key, under a lock there; build_cache.py has what the others may take.
 
@@ -93,7 +93,7 @@ def compile_release(spec: dict[str, Any]) -> None:
         raise Failed("this host has not what it takes to compile, because the build cache had the build when the run "
                      "began: run again, and it compiles")  # fmt: skip
     flags = [*spec["cmake_flags"], *flags_of_compiler()]
-    configure = ["cmake", "-S", spec["source"], "-B", spec["tree"], "-G", "Ninja", *flags]
+    configure = ["cmake", "-S", spec["source"], "-B", spec["tree"], "-G", generator_for(spec["tree"]), *flags]
     say(f"configuring llama.cpp {spec['commit'][:12]}")
     run(configure, "cmake cannot configure the build")
     jobs = parallel_jobs(spec)
@@ -107,6 +107,20 @@ def compile_release(spec: dict[str, Any]) -> None:
             shutil.copy2(f"{spec['tree']}/bin/{name}", f"{partial}/bin/{name}", follow_symlinks=False)
     describe(spec, partial)
     give_name(spec, partial)
+
+
+def generator_for(tree: str) -> str:
+    """What CMake writes its rules for: Ninja where the host has it, as on Fedora also under another name. A tree of
+    another generator is compiled anew, because CMake refuses it."""
+    generator = "Ninja" if shutil.which("ninja") or shutil.which("ninja-build") else "Unix Makefiles"
+    try:
+        with open(f"{tree}/CMakeCache.txt", errors="replace") as file:
+            before = [line.strip().partition("=")[2] for line in file if line.startswith("CMAKE_GENERATOR:")]
+    except OSError:
+        before = []
+    if before and before != [generator]:
+        shutil.rmtree(tree)
+    return generator
 
 
 def flags_of_compiler() -> tuple[str, ...]:

@@ -111,7 +111,7 @@ def trusting(own: bytes) -> Dict[str, str]:
 
 def systemd_run(name: str, secret: Optional[str], variables: Mapping[str, str]) -> List[str]:
     """The words before a command that make it the job of that name, with these variables in its environment."""
-    ended = ["/usr/bin/env", "python3", "-s", "-E", "-B", os.path.abspath(__file__), "ended", name]
+    ended = [sys.executable, "-s", "-E", "-B", os.path.abspath(__file__), "ended", name]
     ended += [secret] if secret else []
     for word in ended:
         if not PLAIN.fullmatch(word):

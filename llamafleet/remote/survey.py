@@ -1,11 +1,11 @@
 """Report what is installed and running on this host, together with the probe's machine file.
 
-Contract: one argument, a JSON object {"packages": {name of a package manager: [names]},
+Contract: one argument, a JSON object {"packages": {name of a package manager: what is needed, see packages.py},
 "build_cache": path | null, "toolkits": [paths], "paths": [paths], "vulkan": bool, "addresses": [texts],
-"bandwidth": bool (measure the memory, unless a plan.json has it)}; prints one JSON object
-{"machine": the probe's output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and psutil; its
-siblings common.py, addresses.py, gpu_nodes.py, instance_files.py, learned.py, places.py, probe.py, toolkits.py,
-lock.py, ground.py, packages.py and releases.py lie in the same folder.
+"bandwidth": bool (measure the memory, unless a plan.json has it), "left": what left.py is asked}; prints one JSON
+object {"machine": the probe's output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and
+psutil; its siblings common.py, addresses.py, boot.py, disks.py, gpu_nodes.py, instance_files.py, learned.py, left.py,
+places.py, probe.py, toolkits.py, lock.py, ground.py, packages.py, releases.py and rocm.py lie in the same folder.
 """
 
 from __future__ import annotations
@@ -46,12 +46,15 @@ DRIVER_SECONDS = 20.0  # a driver that does not answer in this time hangs
 
 
 def main(argv: list[str]) -> None:
+    import boot
     import gpu_nodes
     import ground
     import learned
+    import left
     import lock
     import packages
     import probe
+    import rocm
     import toolkits
 
     asked = json.loads(argv[0])
@@ -60,7 +63,7 @@ def main(argv: list[str]) -> None:
     found = {
         "euid": os.geteuid(),
         "user": has_user(USER),
-        "missing_packages": packages.missing(packages.by_name(manager), asked["packages"].get(manager, [])),
+        "missing_packages": packages.missing(packages.by_name(manager), asked["packages"].get(manager, {})),
         "helpers": current_helpers(),
         "lock": lock.read(),
         "jobs": sorted(common.running_jobs()),
@@ -74,15 +77,22 @@ def main(argv: list[str]) -> None:
         "listeners": listeners(),
         "device_classes": device_classes(),
         "ground": ground.ground(),
+        "boot_units": boot.enabled_units(),
+        "nvidia_minors": boot.minors(),
         "gpu_groups": list(
             dict.fromkeys([*filter(has_group, ("render", "video")), *gpu_nodes.groups(gpu_nodes.OTHERS)])
         ),
         "nvidia_groups": gpu_nodes.groups(gpu_nodes.NVIDIA),
         "foreign_units": [unit for unit in units() if not is_ours(unit)],
         "toolkits": toolkits.find(extra=asked["toolkits"]),
+        "rocm": rocm.find(),
+        "compiler": toolkits.gcc_version("gcc"),
+        "tools": {"g++": toolkits.gcc_version("c++"), "cmake": toolkits.cmake_version()},
         "bandwidth": learned.bandwidth(machine) if asked.get("bandwidth") else None,
         "gate_speeds": learned.gate_speeds(),
+        "gated": learned.gated(),
         "unbindable": unbindable(asked.get("addresses", [])),
+        "left": left.left(asked.get("left", {})),
     }
     print(json.dumps({"machine": machine, "found": found}))
 

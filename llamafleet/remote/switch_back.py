@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
 import time
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -41,7 +42,7 @@ RequiresMountsFor={folder} {etc} {var}
 
 [Service]
 Type=oneshot
-ExecStart=/usr/bin/python3 -s -E -B {folder}/switch.py recover {name}
+ExecStart={python} -s -E -B {folder}/switch.py recover {name}
 TimeoutStartSec=90
 MemoryMax=256M
 TasksMax=64
@@ -85,8 +86,8 @@ UMask=0077
 
 def recover_unit(names: Sequence[str]) -> str:
     """The text of the unit that leads back at a boot, before any of these instances starts; the first one leads."""
-    return RECOVER.format(name=names[0], units_of_group=" ".join(map(unit_of, names)), folder=starting.FOLDER,
-                          etc=common.ETC, var=common.VAR, units=common.UNITS)  # fmt: skip
+    return RECOVER.format(python=sys.executable, name=names[0], units_of_group=" ".join(map(unit_of, names)),
+                          folder=starting.FOLDER, etc=common.ETC, var=common.VAR, units=common.UNITS)  # fmt: skip
 
 
 def begin(old: Dict[str, Optional[instance_files.Files]], leaving: Sequence[str] = ()) -> None:

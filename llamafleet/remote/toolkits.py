@@ -5,11 +5,12 @@ Contract: `find(root="/", extra=())` gives a list of dictionaries, one for each 
     {"path": "/usr/local/cuda-12.8", "nvcc": "/usr/local/cuda-12.8/bin/nvcc", "version": "12.8" | null,
      "aliases": ["/usr/local/cuda"], "distro": false, "headers": true, "cublas": true, "cudart": true,
      "driver_stub": true, "host_compiler": "14.2.0" | null, "accepted_compiler": "/usr/bin/g++-13" | null,
-     "problems": ["..."]}
+     "gcc_limit": 14 | null, "build": "12.8.93" | null, "problems": ["..."]}
 
 `distro` marks the distribution's own package, whose path is /usr; `driver_stub` says that a libcuda.so
 to link with is there; `accepted_compiler` is a g++ that this nvcc accepts where the default one is too
-new for it; `problems` says why it cannot compile on this very host. `root` stands before every path in
+new for it; `gcc_limit` is the newest gcc's major version that it accepts; `build` is the compiler's own version, which
+tells patch releases apart; `problems` says why it cannot compile on this very host. `root` stands before every path in
 tests; `extra` names further folders to look in. Run as a program with such folders as arguments it
 prints the list as JSON. Changes nothing. Python 3.8, standard library; common.py beside it.
 """
@@ -97,11 +98,14 @@ def describe(home: str, nvcc: str, root: str) -> dict[str, Any]:
     libraries = existing(root, [home + "/lib64", home + "/lib", *targets(root, home, "lib"), *multiarch(root, home)])
     system = existing(root, ["/usr/lib64", "/usr/lib", *multiarch(root, "/usr")])
     stubs = [folder + "/stubs" for folder in libraries] + libraries + system
-    compiler, accepted, problems = (None, None, []) if distro else host_compiler(include)
+    limit = None if distro else gcc_limit(include)
+    compiler, accepted, problems = (None, None, []) if distro else host_compiler(limit)
+    told = told_by(inside(root, DISTRO + "/bin/nvcc" if distro else nvcc))
     return {
         "path": home,
         "nvcc": nvcc,
-        "version": version(inside(root, DISTRO + "/bin/nvcc" if distro else nvcc)),
+        "version": told[0],
+        "build": told[1],
         "aliases": [],
         "distro": distro,
         "headers": has(include, "cuda_runtime.h") and has(include, "crt/host_config.h"),
@@ -110,6 +114,7 @@ def describe(home: str, nvcc: str, root: str) -> dict[str, Any]:
         "driver_stub": has(stubs, "libcuda.so"),
         "host_compiler": compiler,
         "accepted_compiler": accepted,
+        "gcc_limit": limit,
         "problems": problems + ([] if distro else clashes(include, libc())),
     }
 
@@ -130,29 +135,39 @@ def has(folders: list[str], name: str) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for folder in folders)
 
 
-def version(nvcc: str) -> str | None:
-    """ "12.8", as the compiler prints it; None if it does not run."""
-    match = re.search(r"release (\d+\.\d+)", output_of([nvcc, "--version"], SECONDS, only_success=True))
-    return match.group(1) if match else None
+def told_by(nvcc: str) -> tuple[str | None, str | None]:
+    """ "12.8" and "12.8.93", as the compiler prints them; None if it does not run."""
+    match = re.search(r"release (\d+\.\d+)(?:, V([\d.]+))?", output_of([nvcc, "--version"], SECONDS, only_success=True))
+    return (match.group(1), match.group(2)) if match else (None, None)
 
 
-def host_compiler(include: list[str]) -> tuple[str | None, str | None, list[str]]:
+def gcc_limit(include: list[str]) -> int | None:
+    """The newest gcc that the toolkit's header accepts; None where it does not say."""
+    limit = re.search(r"gcc versions later than (\d+) are not supported", text_of(include, "crt/host_config.h"))
+    return int(limit.group(1)) if limit else None
+
+
+def host_compiler(limit: int | None) -> tuple[str | None, str | None, list[str]]:
     """Version of the default gcc, a g++ to use in its place, and why neither does."""
     default = gcc_version("gcc")
-    limit = re.search(r"gcc versions later than (\d+) are not supported", text_of(include, "crt/host_config.h"))
-    if default is None or limit is None or int(default.split(".")[0]) <= int(limit.group(1)):
+    if default is None or limit is None or int(default.split(".")[0]) <= limit:
         return default, None, []
-    for major in range(int(limit.group(1)), 7, -1):  # C++17 begins with gcc 8
+    for major in range(limit, 7, -1):  # C++17 begins with gcc 8
         accepted = shutil.which("g++-%d" % major)
         if accepted:
             return default, accepted, []
-    newest = limit.group(1)
-    return default, None, ["it accepts gcc up to %s, the host has %s: install g++-%s" % (newest, default, newest)]
+    return default, None, ["it accepts gcc up to %d, the host has %s: install g++-%d" % (limit, default, limit)]
 
 
 def gcc_version(name: str) -> str | None:
     told = output_of([name, "-dumpfullversion"], SECONDS, only_success=True).strip()
     return told if re.match(r"\d+(\.\d+)*$", told) else None
+
+
+def cmake_version() -> str | None:
+    """The version of CMake, "3.25.1"; None where there is none."""
+    match = re.search(r"version (\d+\.\d+[.\d]*)", output_of(["cmake", "--version"], SECONDS, only_success=True))
+    return match.group(1) if match else None
 
 
 def clashes(include: list[str], glibc: tuple[int, ...]) -> list[str]:

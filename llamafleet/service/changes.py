@@ -31,7 +31,7 @@ class Changes:
 
     helpers: bool
     user: bool
-    packages: tuple[str, ...]
+    packages: tuple[str, ...]  # what the host lacks, by the words of `llamafleet/build/packages.py`
     toolkit: bool
     build: bool
     # Folders of models to fetch or to read again, with the reasons.
@@ -99,7 +99,7 @@ def changes_needed(desired: Desired, installed: Installed) -> Changes:
     return Changes(
         helpers=installed.helpers != desired.run.helpers,
         user=not installed.user,
-        packages=desired.packages,
+        packages=tuple(need.name for need in desired.lacking),
         toolkit=desired.install_toolkit is not None,
         build=build,
         models={folder: why for folder, why in models.items() if why},

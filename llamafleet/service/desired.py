@@ -13,9 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llamafleet.build import cuda_toolkit
-from llamafleet.build.packages import packages
+from llamafleet.build.packages import COMPILER, Need, needs
 from llamafleet.build.release import Build
-from llamafleet.host.installed import Holder, Installed, Survey
+from llamafleet.build.rocm import Hip, NoHip, choose_hip
+from llamafleet.host.installed import Holder, Installed, Offer, Survey
 from llamafleet.host.machine import Machine
 from llamafleet.hub.source import ModelFiles
 from llamafleet.memory.ledger import Correction
@@ -29,6 +30,7 @@ from llamafleet.service.plan_inputs import PlanInputs
 from llamafleet.service.record import plan_record, record_text
 from llamafleet.service.refusals import Refused
 from llamafleet.service.unit import Renderer, liveness_texts, unit_text
+from llamafleet.settings.environment import gfx_targets
 from llamafleet.settings.schema import Instance, Settings
 
 
@@ -47,6 +49,9 @@ class Run:
     digests: Mapping[str, Sequence[str]] = field(default_factory=dict)
     # Names and sources of the models that other hosts of the run are to serve; read for a host without models alone.
     elsewhere: frozenset[str] = frozenset()
+    # What the host's repositories have for what it lacks, by `Need.name`; empty where they were not asked, or nobody
+    # could tell.
+    offers: Mapping[str, Offer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,10 +118,11 @@ class Desired:
     run: Run
     build: Build
     install_toolkit: cuda_toolkit.Install | None
-    packages: tuple[str, ...]  # distribution packages that are needed and missing
+    lacking: tuple[Need, ...]  # what is needed and missing, to be installed from packages of the distribution
     servings: tuple[Serving, ...] = ()
     corrections: Mapping[str, Correction] = field(default_factory=dict)  # what llama-server said, by instance
     why: str = ""  # why the installed plans are kept or changed; empty where there were none
+    hip: Hip | None = None  # to compile with; None for other backends, and where nothing is compiled
 
     @property
     def settings(self) -> Settings:
@@ -165,6 +171,19 @@ def model_folder(model: ModelFiles) -> str:
     return f"{MODELS}/{model.folder}"
 
 
+def stored_at(model: ModelFiles, settings: Settings, installed: Installed) -> str | None:
+    """The folder on another disk to which the model's folder leads, or will; None where it lies there itself."""
+    there = installed.paths.get(model_folder(model))
+    if there is None or there.kind != "folder":
+        return store_of(model, settings)
+    return there.target if there.target and there.target.startswith("/") else None
+
+
+def store_of(model: ModelFiles, settings: Settings) -> str | None:
+    """The folder for a model that is to be downloaded, where the settings name another one than the usual."""
+    return f"{settings.models_dir}/{model.folder}" if settings.models_dir not in (None, MODELS) else None
+
+
 def model_path(model: ModelFiles) -> str:
     """The model's first file on a host, which llama-server is given."""
     return f"{model_folder(model)}/{model.files[0].name}"
@@ -180,24 +199,33 @@ def desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
 
 
 def _desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
-    if refused := refusals.not_accessible(inputs.survey, run.holder, run.oldest_python):
-        return refused
-    if refused := refusals.nothing_to_serve(inputs.settings, inputs.survey.installed, run.elsewhere):
+    settings, survey = inputs.settings, inputs.survey
+    refused = refusals.not_accessible(survey, run.holder, run.oldest_python)
+    if refused := refused or refusals.nothing_to_serve(settings, survey.installed, run.elsewhere):
         return refused
     corrections = inputs.corrections()
     choice = inputs.keep_or_replan(corrections)
     if refused := next(_unplanned(choice), None):
         return refused
-    toolkit = _toolkit(inputs)
+    bare = _with_build(inputs, run)
+    return bare if isinstance(bare, Refused) else with_plans(bare, choice, corrections, {}, render)
+
+
+def _with_build(inputs: PlanInputs, run: Run) -> Desired | Refused:
+    """What is compiled, and what the host lacks for it; without the plans."""
+    toolkit = _toolkit(inputs, run)
     if isinstance(toolkit, cuda_toolkit.Unsuitable):
         return refusals.no_toolkit(toolkit)
-    architectures = _architectures(inputs.backend, only_used(inputs.survey.machine, inputs.backend, inputs.settings))
+    architectures = _architectures(inputs, only_used(inputs.survey.machine, inputs.backend, inputs.settings))
     if inputs.backend == "hip" and not architectures:
         return refusals.no_hip_target()
     build = _build(inputs, run.commit, toolkit, architectures)
     install = toolkit if isinstance(toolkit, cuda_toolkit.Install) else None
-    bare = Desired(inputs, run, build, install, _missing_packages(inputs.survey, build, run))
-    return with_plans(bare, choice, corrections, {}, render)
+    hip, lacking = _hip(inputs, build, run), _lacking(inputs.survey, build, run)
+    if isinstance(hip, NoHip):
+        return refusals.no_hip(hip)
+    refused = refusals.no_packages(lacking, run.offers, inputs.survey.machine) or _old_tools(inputs, build, run)
+    return refused or Desired(inputs, run, build, install, lacking, hip=hip)
 
 
 def with_plans(
@@ -230,6 +258,8 @@ def _in_the_way(inputs: PlanInputs) -> Iterator[Refused]:
     for instance in instances:
         refused = refusals.foreign_unit(instance, installed.foreign_units)
         there = installed.instances.get(instance.name)
+        folder = model_folder(inputs.models[instance.name])
+        refused = refused or refusals.no_disk(instance, folder, installed.paths.get(folder))
         refused = refused or (refusals.foreign_drop_in(instance, there.drop_ins) if there else None)
         refused = refused or refusals.no_address(instance, installed.unbindable)
         refused = refused or refusals.port_taken(instance, installed.listeners, ours)
@@ -237,23 +267,53 @@ def _in_the_way(inputs: PlanInputs) -> Iterator[Refused]:
             yield refused
 
 
+def _old_tools(inputs: PlanInputs, build: Build, run: Run) -> Refused | None:
+    installed = inputs.survey.installed
+    if not _compiles(installed, build, run):
+        return None
+    coming = {word: offer.version for word, offer in run.offers.items() if offer.package}
+    there = {word: version for word, version in installed.tools.items() if version}
+    return refusals.old_tools(build.backend, {**coming, **there})
+
+
+def to_ask(inputs: PlanInputs, outcome: Desired | Refused) -> tuple[Need, ...]:
+    """What the host's repositories are to be asked about, before the host is decided again with the answer: what it
+    lacks, and Arch's own CUDA toolkit, whose version only they know."""
+    if isinstance(outcome, Desired):
+        return outcome.lacking
+    survey = inputs.survey
+    if inputs.backend == "cuda" and survey.machine.package_manager == "pacman" and not survey.installed.toolkits:
+        return (cuda_toolkit.CUDA, COMPILER)
+    return ()
+
+
 def _toolkit(
-    inputs: PlanInputs,
+    inputs: PlanInputs, run: Run
 ) -> cuda_toolkit.Toolkit | cuda_toolkit.Install | cuda_toolkit.Unsuitable | None:
     """The CUDA toolkit to compile with; None for other backends."""
     if inputs.backend != "cuda":
         return None
     toolkits = [cuda_toolkit.InstalledToolkit.from_json(data) for data in inputs.survey.installed.toolkits]
     machine = only_used(inputs.survey.machine, inputs.backend, inputs.settings)
-    return cuda_toolkit.choose_toolkit(inputs.settings.cuda_toolkit, machine, toolkits)
+    own = cuda_toolkit.Repositories(inputs.survey.installed.compiler, run.offers)
+    return cuda_toolkit.choose_toolkit(inputs.settings.cuda_toolkit, machine, toolkits, own)
 
 
-def _architectures(backend: str, machine: Machine) -> tuple[str, ...]:
-    """GPU architectures to compile for: those of this host's GPUs, never a compiler's guess."""
-    if backend == "cuda":
+def _hip(inputs: PlanInputs, build: Build, run: Run) -> Hip | NoHip | None:
+    """HIP to compile with; None where none is needed."""
+    if inputs.backend != "hip" or not _compiles(inputs.survey.installed, build, run):
+        return None
+    return choose_hip(inputs.survey.installed.rocm, run.offers)
+
+
+def _architectures(inputs: PlanInputs, machine: Machine) -> tuple[str, ...]:
+    """GPU architectures to compile for: those of this machine's GPUs, never a compiler's guess. With AMD's those that
+    the operator's variables give them."""
+    if inputs.backend == "cuda":
         return cuda_toolkit.architectures(machine)
-    if backend == "hip":
-        return tuple(sorted({gpu.gfx for gpu in machine.usable_gpus if gpu.gfx}))
+    if inputs.backend == "hip":
+        found = {gpu.gfx for gpu in machine.usable_gpus if gpu.gfx}
+        return gfx_targets(inputs.settings.environment) or tuple(sorted(found))
     return ()
 
 
@@ -282,12 +342,23 @@ def _is_cached(installed: Installed, build: Build, run: Run) -> bool:
     return not set(run.digests.get(build.key, ())).isdisjoint(installed.cached_builds.get(build.key, ()))
 
 
-def _missing_packages(survey: Survey, build: Build, run: Run) -> tuple[str, ...]:
-    """Packages that are needed and missing: those to compile with only where something is compiled."""
+def _compiles(installed: Installed, build: Build, run: Run) -> bool:
+    """Whether this host compiles: it neither has the release nor can take it from the cache."""
+    return build.key not in installed.releases and not _is_cached(installed, build, run)
+
+
+def _lacking(survey: Survey, build: Build, run: Run) -> tuple[Need, ...]:
+    """What is needed and missing: what compiles only where something is compiled, and no optional need that no
+    repository has."""
     installed = survey.installed
-    compiling = build.key not in installed.releases and not _is_cached(installed, build, run)
-    wanted = packages(survey.machine.package_manager or "apt", build.backend, compiling, build.tls)
-    return tuple(name for name in wanted if name in installed.missing_packages)
+    wanted = needs(build.backend, _compiles(installed, build, run), build.tls)
+    missing = (one for one in wanted if one.name in installed.missing_packages)
+    return tuple(one for one in missing if not (one.optional and _is_not_offered(one, run.offers)))
+
+
+def _is_not_offered(need: Need, offers: Mapping[str, Offer]) -> bool:
+    offer = offers.get(need.name)
+    return offer is not None and offer.package is None
 
 
 def _serving(
@@ -306,6 +377,7 @@ def _serving(
             argv,
             speed_floor_percent=settings.speed_floor_percent,
             alone=len(settings.models) == 1,
+            environment=settings.environment,
         ),
         "inputs": {
             "key": inputs.keys[instance.name],
@@ -318,7 +390,8 @@ def _serving(
         name=instance.name,
         unit_text=unit_text(
             render, instance, plan, build, desired.installed, record, desired.run.helpers,
-            allow_swap=settings.allow_swap,
+            allow_swap=settings.allow_swap, python=settings.python, environment=settings.environment,
+            store=stored_at(model, settings, desired.installed),
         ),
         plan_json=record_text(record), secrets=desired.run.secrets.get(instance.name, {}), argv=argv,
         release=build.release, liveness=liveness_texts(render, instance, settings, desired.run.helpers),

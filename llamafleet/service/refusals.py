@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from llamafleet.build.cuda_toolkit import Unsuitable
-from llamafleet.build.packages import RUN_PACKAGES
-from llamafleet.host.installed import Holder, Installed, Listener, Survey
+from llamafleet.build.packages import COMPILER, MANAGERS, Need, too_old
+from llamafleet.build.rocm import NoHip
+from llamafleet.host.installed import Holder, Installed, Listener, Offer, Place, Survey
 from llamafleet.host.machine import Machine
 from llamafleet.host.recorded import SCHEMA
 from llamafleet.hub.source import ModelFiles
@@ -59,10 +60,13 @@ def not_accessible(
     if tuple(int(part) for part in re.findall(r"\d+", python)[:2]) < oldest_python:
         needed = ".".join(map(str, oldest_python))
         return Refused.because(
-            f"its python3 is {python or 'of unknown version'}, {needed} or later is needed: install a newer one"
+            f"its Python is {python or 'of unknown version'}, {needed} or later is needed: install a newer one, and "
+            'name it in the setting python, such as python = "/usr/bin/python3.11"'
         )
-    if machine.package_manager not in RUN_PACKAGES:
-        return Refused.because(f"{machine.os.id} {machine.os.version} has neither apt nor dnf")
+    if machine.package_manager not in MANAGERS:
+        known = f"{', '.join(MANAGERS[:-1])} or {MANAGERS[-1]}"
+        system = f"{machine.os.id} {machine.os.version}".strip()
+        return Refused.because(f"{system} has none of the package managers that llamafleet knows: {known}")
     if later := _later_record(survey):
         return later
     return Refused.because(held_by(holder)) if holder else None
@@ -149,6 +153,46 @@ def no_toolkit(unsuitable: Unsuitable) -> Refused:
     return Refused.because("; ".join([f"cuda_toolkit: {unsuitable.reason}", *unsuitable.suggestions]))
 
 
+def no_hip(no_hip: NoHip) -> Refused:
+    """The host has no HIP that can compile llama.cpp, and none can be installed."""
+    return Refused.because("; ".join([f"backend: hip: {no_hip.reason}", *no_hip.suggestions]))
+
+
+# The way out where no repository has a package, by `Need.name`.
+_ELSEWHERE = {
+    "glslc": "install LunarG's Vulkan SDK, whose glslc on the PATH of root's services does as well",
+    "cmake": "put a CMake of kitware into /usr/local/bin",
+}
+
+
+def no_packages(lacking: Sequence[Need], offers: Mapping[str, Offer], machine: Machine) -> Refused | None:
+    """Whether no enabled repository of the host has something that it needs and lacks."""
+    reasons = []
+    for need in lacking:
+        offer = offers.get(need.name)
+        if offer is None or offer.package is not None or need.optional:
+            continue
+        names = " or ".join(need.packages.get(machine.package_manager or "", ())) or need.name
+        off = f" ({', '.join(offer.off)}: switched off there)" if offer.off else ""
+        out = f"enable {' or '.join(offer.off)}" if offer.off else _ELSEWHERE.get(need.name, "install it on the host")
+        reasons.append(
+            f"packages: {need.name} is missing, and no enabled repository of the host has {names}{off}: {out}"
+        )
+    return Refused(tuple(reasons)) if reasons else None
+
+
+def old_tools(backend: str, versions: Mapping[str, str | None]) -> Refused | None:
+    """Whether what would compile llama.cpp is too old for it."""
+    reasons = tuple(
+        f"packages: {word} {version} is too old to compile llama.cpp, {oldest} or later is needed: "
+        + ("link a newer one as c++, g++, cc and gcc in /usr/local/bin (RHEL 8: those of gcc-toolset-13)"
+           if word == COMPILER.name else "put one of kitware's into /usr/local/bin")
+        + ", or give the host a build_cache with the build of another one of its kind"
+        for word, version, oldest in too_old(backend, versions)
+    )  # fmt: skip
+    return Refused(reasons) if reasons else None
+
+
 def no_hip_target() -> Refused:
     """It is not known for which AMD GPU llama.cpp is to be compiled."""
     return Refused.because(
@@ -179,6 +223,19 @@ def foreign_drop_in(instance: Instance, drop_ins: Collection[str]) -> Refused | 
                 f'name it in allowed_drop_ins: ["{name}"]'
             )
     return None
+
+
+def no_disk(instance: Instance, folder: str, place: Place | None) -> Refused | None:
+    """Whether the model's folder is a link of ours to a disk that is not there: downloaded again, the model would fill
+    another disk."""
+    if place is None or place.kind != "link" or not place.target:
+        return None
+    if place.target.rpartition("/")[2] != folder.rpartition("/")[2]:
+        return None
+    return Refused.because(
+        f"models: {instance.name}: {folder} leads to {place.target}, which is not there: mount its disk, or remove the "
+        "link to have the model downloaded again"
+    )
 
 
 def no_address(instance: Instance, unbindable: Mapping[str, str]) -> Refused | None:

@@ -22,15 +22,15 @@ from pyinfra.api.state import State
 from pyinfra.context import ctx_host
 
 from llamafleet import payload
-from llamafleet.build.packages import all_packages
 from llamafleet.host.installed import Holder
 from llamafleet.host.machine import MachineError
 from llamafleet.memory.ledger import Correction
 from llamafleet.model.gguf_cursor import GgufError
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.stability import Choice
+from llamafleet.service import disks
 from llamafleet.service.changes import Changes, changes_needed
-from llamafleet.service.desired import Desired, Run, desire, with_plans
+from llamafleet.service.desired import Desired, Run, desire, to_ask, with_plans
 from llamafleet.service.plan_inputs import PlanInputs, plan_inputs
 from llamafleet.service.record import without_query
 from llamafleet.service.refusals import Refused, is_path
@@ -132,7 +132,7 @@ def decide(host: Host) -> Decision | Refused:
         inputs = read_inputs(host)
         if isinstance(inputs, Refused):
             return inputs
-        decided = _decided(desire(inputs, _run(host, inputs), templates.render))
+        decided = _decided(_desired(host, inputs))
         if isinstance(decided, Decision):
             _note_build(host, decided)
         return decided
@@ -141,6 +141,17 @@ def decide(host: Host) -> Decision | Refused:
     except Exception as error:  # whatever it is, the other hosts' run must go on
         logger.debug(traceback.format_exc())
         return Refused.because(f"what the host needs cannot be decided: {remote.said(error)}")
+
+
+def _desired(host: Host, inputs: PlanInputs) -> Desired | Refused:
+    """What the host should be. Where it lacks something, its repositories are asked what they have, so that what cannot
+    be had is refused before anything is changed."""
+    run = _run(host, inputs)
+    outcome = desire(inputs, run, templates.render)
+    manager, needs = inputs.survey.machine.package_manager, to_ask(inputs, outcome)
+    if not needs or manager is None:
+        return outcome
+    return desire(inputs, replace(run, offers=facts.offers(host, manager, needs, inputs.settings)), templates.render)
 
 
 def _note_build(host: Host, decided: Decision) -> None:
@@ -162,7 +173,7 @@ def check_unchanged(host: Host, last: Holder | None) -> None:
     if now is None:  # a command without a decision
         return
     try:
-        survey = facts.survey(host, all_packages(), now.desired.settings)
+        survey = facts.survey(host, now.desired.settings)
     except READ_ERRORS as error:
         raise remote.RemoteError(str(error)) from error
     differing = list(_differences(now.changes, changes_needed(now.desired, survey.installed)))
@@ -192,14 +203,15 @@ def _names(part: Any) -> set[str]:
 def _decided(desired: Desired | Refused) -> Decision | Refused:
     if isinstance(desired, Refused):
         return desired
-    return Decision(desired, changes_needed(desired, desired.installed))
+    changes = changes_needed(desired, desired.installed)
+    return disks.refusal(desired, changes) or Decision(desired, changes)
 
 
 def read_inputs(host: Host) -> PlanInputs | Refused:
     """What the host's plans are made from. Raises one of `READ_ERRORS`."""
     settings = Settings.from_data(host.data.dict())
     lookups.take_secrets(settings)
-    survey = facts.survey(host, all_packages(), settings, bandwidth=True)
+    survey = facts.survey(host, settings, bandwidth=True)
     for key, digest in survey.installed.release_digests.items():
         builds.tell(key, digest)
     models = {instance.name: paths.model(host, instance) if is_path(instance) else lookups.model(instance, settings)

@@ -168,11 +168,11 @@ def restore_places(places: tuple[wanted.Place, ...]) -> Commands:
 
 
 @change
-def install_packages(manager: str, packages: tuple[str, ...], network: Network | None = None) -> Commands:
-    """Packages of the distribution, by the words of `llamafleet/remote/packages.py`."""
-    if not packages:
+def install_packages(manager: str, needs: Mapping[str, Mapping[str, Any]], network: Network | None = None) -> Commands:
+    """What the host lacks, from packages of the distribution; `needs` is as `llamafleet/remote/packages.py` says."""
+    if not needs:
         return _as_wanted("all packages are installed")
-    words = (manager, *packages)
+    words = (manager, json.dumps(needs))
     job = jobs.name_of("packages", hashlib.sha256(" ".join(words).encode()).hexdigest()[:16])
     yield call(jobs.follow, job, remote.words("install_packages.py", *words), *_by(network))
 

@@ -52,6 +52,14 @@ class NoAnswerError(LostError):
     """Nothing came from the host within the deadline, not even that the command was ended there."""
 
 
+class Interpreter(str):
+    """The word of a command that stands for the host's Python. Where the command is sent, the host's setting `python`
+    takes its place."""
+
+
+PYTHON = Interpreter("python3")
+
+
 class HostCommand(StringCommand):
     """A program with its arguments, run on a host without a shell of ours, and with a deadline there and here.
 
@@ -84,8 +92,22 @@ class HostCommand(StringCommand):
 
 
 def words(name: str, *arguments: str) -> list[str]:
-    """The command, as a list, that runs one of our installed helpers with the host's own Python."""
-    return ["python3", "-s", "-E", "-B", helper(name), *arguments]
+    """The command, as a list, that runs one of our installed helpers."""
+    return [PYTHON, "-s", "-E", "-B", helper(name), *arguments]
+
+
+def python_of(host: Host) -> str:
+    """The setting `python` of the host. Where it cannot be used, which refuses the host later, the default."""
+    python = host.data.dict().get("python")
+    return python if isinstance(python, str) and python.startswith("/") else PYTHON
+
+
+def for_host(host: Host, command: HostCommand) -> HostCommand:
+    """The command with the host's own Python."""
+    if not any(isinstance(word, Interpreter) for word in command.words) or (python := python_of(host)) == PYTHON:
+        return command
+    words = [python if isinstance(word, Interpreter) else word for word in command.words]
+    return HostCommand(words, purpose=command.purpose, seconds=command.seconds, stdin=command.stdin)
 
 
 def program(name: str, *arguments: str, seconds: float = COMMAND_SECONDS, stdin: str | None = None) -> HostCommand:
@@ -226,6 +248,7 @@ def _in_time(
     of that either, pyinfra's own limit ends our waiting, and, where pyinfra waits without one, ours.
     """
     ends.stop_if_interrupted()
+    command = for_host(host, command)
     began = time.monotonic()
     limit = command.seconds + KILL_SECONDS + SILENT_SECONDS
     ended = f"{command.purpose}: it did not end within {command.seconds:g} s"

@@ -21,12 +21,13 @@ from tasks.lib import lookups, remote
 
 # Printed where the host does not have our helpers of this version.
 _NO_HELPERS = "llamafleet-no-helpers"
-# $0 is that, $1 the folder of the helpers, $2 the program; its arguments follow. Helpers that are not what their sums
-# say, as after a power cut, are not run.
+# $0 is that, $1 Python, $2 the folder of the helpers, $3 the program; its arguments follow. Helpers that are not what
+# their sums say, as after a power cut, are not run.
 _INSTALLED = """\
+python=$1; shift
 cd "$1" 2>/dev/null && [ -s "$2" ] &&
     { [ ! -e helpers.sha256 ] || sha256sum --status -c helpers.sha256 2>/dev/null; } || { echo "$0"; exit 0; }
-program=$1/$2; shift 2; cd /; exec python3 -s -E -B "$program" "$@"
+program=$1/$2; shift 2; cd /; exec "$python" -s -E -B "$program" "$@"
 """
 
 
@@ -41,7 +42,8 @@ def run_helper(
     """Run a program of this very version: the installed one, or, where the host has another version, a damaged one or
     none, one from a copy that leaves nothing behind. So a bare host can be read and locked, too. `network` is the way
     by which pip fetches what that copy needs. Raises as `remote.run` does, and `payload.PayloadError`."""
-    words = ["sh", "-c", _INSTALLED, _NO_HELPERS, f"{HELPERS}/{payload.helpers_key()}", name, *arguments]
+    folder = f"{HELPERS}/{payload.helpers_key()}"
+    words = ["sh", "-c", _INSTALLED, _NO_HELPERS, remote.PYTHON, folder, name, *arguments]
     command = remote.HostCommand(words, purpose=purpose, seconds=seconds)
     ok, out, err = remote.run(host, command)
     if out[-1:] != [_NO_HELPERS]:
@@ -66,7 +68,7 @@ def run_copy(
 
 def copied(archive: bytes, name: str, *arguments: str, purpose: str, seconds: float) -> remote.HostCommand:
     """The command that runs a program of an archive of programs, which goes to its standard input."""
-    asked = payload.probe_command(hashlib.sha256(archive).hexdigest(), name, *arguments)
+    asked = payload.probe_command(hashlib.sha256(archive).hexdigest(), name, *arguments, python=remote.PYTHON)
     # Beside its own time, the time to send a few hundred kB over a slow line.
     return remote.HostCommand(asked, purpose=purpose, seconds=seconds + 60, stdin=base64.b64encode(archive).decode())
 

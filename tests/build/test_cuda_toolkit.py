@@ -9,7 +9,16 @@ import pytest
 import yaml
 
 from llamafleet.build import cuda_support, nvidia_repository
-from llamafleet.build.cuda_toolkit import Install, InstalledToolkit, Toolkit, Unsuitable, architectures, choose_toolkit
+from llamafleet.build.cuda_toolkit import (
+    Install,
+    InstalledToolkit,
+    Repositories,
+    Toolkit,
+    Unsuitable,
+    architectures,
+    choose_toolkit,
+)
+from llamafleet.host.installed import Offer
 from tasks.toolkit import spec
 from tests import planning
 
@@ -27,8 +36,9 @@ def host(case):
     known = {"id": "debian", "version": "13", "arch": "x86_64", "libc": "2.41"}
     driver = {"driver": case["driver"]} if "driver" in case else {}
     return planning.machine(
-        [{"compute_capability": one} for one in case["gpus"]], os={**known, **case.get("os", {})}, **driver
-    )
+        [{"compute_capability": one} for one in case["gpus"]], os={**known, **case.get("os", {})}, **driver,
+        package_manager=case.get("package_manager"),
+    )  # fmt: skip
 
 
 def toolkit(given):
@@ -36,7 +46,10 @@ def toolkit(given):
 
 
 def decide(case):
-    return choose_toolkit(case.get("asked", "auto"), host(case), [toolkit(given) for given in case.get("found", [])])
+    offers = {name: Offer(name, version) for name, version in case.get("offers", {}).items()}
+    own = Repositories(case.get("compiler"), offers)
+    found = [toolkit(given) for given in case.get("found", [])]
+    return choose_toolkit(case.get("asked", "auto"), host(case), found, own)
 
 
 def value_of(outcome, key):
@@ -66,7 +79,7 @@ def test_identity_is_the_same_once_it_is_installed(name):
     case = CASES[name]
     before = decide(case)
     path = before.nvcc.removesuffix("/bin/nvcc")
-    installed = {"path": path, "nvcc": before.nvcc, "version": before.version, "distro": before.source == "distro"}
+    installed = {"path": path, "nvcc": before.nvcc, "version": before.version, "distro": path == "/usr"}
     others = [one for one in case.get("found", []) if one["path"] != path]
     after = decide({**case, "found": [*others, installed]})
     assert isinstance(after, Toolkit)

@@ -55,9 +55,9 @@ empty=/var/tmp/empty.spv
 cp $empty "$output"
 [ -z "$rule" ] || echo "$output:" >"$rule"
 """
-# The package's own goes beside it when the deploy installs it.
+# The package's own goes beside it. It is there before the deploy, which asks for the program and would not install it.
 PUT_GLSLC = """
-dpkg-divert --quiet --local --no-rename --divert /usr/bin/glslc.real --add /usr/bin/glslc
+dpkg-divert --quiet --local --rename --divert /usr/bin/glslc.real --add /usr/bin/glslc
 cat >/usr/bin/glslc
 chmod 755 /usr/bin/glslc
 """
@@ -68,7 +68,7 @@ DROP_IN = f"/etc/systemd/system/{UNIT}.d/hide.conf"
 def host(boot, turn, tmp_path_factory):
     folder = tmp_path_factory.mktemp("nvml")
     fake_nvml.build(folder)
-    (one,) = boot(1, PREFIX, 5, packages=DRIVER, binds=[f"{folder}:/opt/fake-nvml:ro"])
+    (one,) = boot(1, PREFIX, 5, packages=(*DRIVER, "glslc"), binds=[f"{folder}:/opt/fake-nvml:ro"])
     one.run(["tee", "/etc/systemd/system.conf.d/llvmpipe.conf"], input=QUICK, check=True)
     on(one, "systemctl", "daemon-reexec")
     one.run(["sh", "-ec", PUT_GLSLC], input=GLSLC, check=True)

@@ -127,3 +127,14 @@ def test_after_a_restart_of_the_unit_it_serves_with_its_keys(host):
     on(host, "systemctl", "restart", UNIT)
     assert serves(host, key=KEY)
     assert ask(host, "/v1/completions", {"prompt": "a", "max_tokens": 1})[0] == 401
+
+
+def test_the_way_back_leaves_nothing_of_ours_but_the_models(host, inventory):
+    """On a host of Debian 13; test_05_uninstall.py compares every file, on one of 12."""
+    run = pyinfra(inventory, deploy="tasks.uninstall.uninstall")
+    assert run.code == 0, run.text
+    left = on(
+        host, "sh", "-c", "ls -d /opt/llamafleet /etc/llamafleet /etc/systemd/system/llama* /var/cache/llama-* || true"
+    )
+    assert left == ""
+    assert on(host, "sh", "-c", "ls /var/lib/llamafleet; getent passwd llamafleet || true") == "models"

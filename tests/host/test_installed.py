@@ -38,12 +38,21 @@ ANSWER = {
     "gpu_groups": ["render"], "nvidia_groups": ["video"], "foreign_units": ["llama-server-x.service"],
     "toolkits": [{"path": "/usr/local/cuda-12.8", "nvcc": "/usr/local/cuda-12.8/bin/nvcc", "version": "12.8",
                   "aliases": ["/usr/local/cuda"], "distro": False, "headers": True, "cublas": True, "cudart": True,
-                  "driver_stub": True, "host_compiler": None, "accepted_compiler": None, "problems": []}],
+                  "driver_stub": True, "host_compiler": None, "accepted_compiler": None, "problems": [],
+                  "gcc_limit": 14, "build": "12.8.93"}],
+    "rocm": [{"path": "/opt/rocm", "version": "6.3", "compiler": "/opt/rocm/llvm/bin/clang++", "hipblas": True,
+              "rocblas": False}],
+    "compiler": "14.2.0", "tools": {"g++": "14.2.0", "cmake": None},
     "bandwidth": {"bytes_per_s": 2.5e10, "hardware": "a, 2 cores, 1 nodes, 8 GiB", "why": ""},
     "gate_speeds": [{"instance": "demo", "decode_tokens_per_s": 20.0, "prompt_tokens_per_s": None, "expected": {
         "decode_tokens_per_s": 10.0, "prompt_tokens_per_s": 50.0, "computed_on": "host", "host_bytes_per_s": 1e10,
         "host_flops": 1e11, "gpu_bytes_per_s": {}}}],
     "unbindable": {"203.0.113.7": "Cannot assign requested address"},
+    "left": {"reboot": "", "closed": {"8080": "firewalld closes it"}, "model_bytes": {"/m/a.gguf": 5}, "spaces": {
+        "/opt": {"place": "/opt", "device": "65024", "free_bytes": 7, "mount": "/", "unmounted": None, "read_only": False}}},
+    "gated": {"demo": {"decode_tokens_per_s": 20.0, "prompt_tokens_per_s": None}},
+    "nvidia_minors": {"0000:01:00.0": 0},
+    "boot_units": {"gpu": ["nvidia-fabricmanager.service"], "network": ["openvpn-client@a\\x2db.service"]},
 }  # fmt: skip
 
 

@@ -393,7 +393,7 @@ def gate(plan, spec):
         return {"error": f"{program if spec else plan} is missing"}
     loading = spec.get("health_seconds")
     code, text = output_of(
-        ["python3", "-s", "-E", "-B", program, "check", plan],
+        [sys.executable, "-s", "-E", "-B", program, "check", plan],
         seconds=(loading if isinstance(loading, int) else 0) + GATE_SECONDS,
     )
     lines = text.strip().splitlines() or ["it printed nothing"]

@@ -27,6 +27,7 @@ PARALLEL = 16  # hosts that are read at the same time
 # Of each host: to hash model files of some 500 GB from a slow disk, and else to ask every instance's gate.
 READ_SECONDS, QUICK_SECONDS = 7200, 1800
 TIMED_OUT = 124  # exit status of coreutils' timeout
+NO_PROGRAM = 127  # of a shell that does not find the program, here ssh
 TARGETS = pytest.StashKey[list[Target]]()
 
 
@@ -106,14 +107,21 @@ def _reader(config: pytest.Config) -> Any:
         request = json.dumps({"instances": names, "quick": quick})
         host = testinfra.get_host(target.spec, sudo=sudo, sudo_user=sudo_user)
         try:
-            result = host.run("timeout -k 10 %s python3 -I -B -c %s %s", str(seconds), COLLECTOR.read_text(), request)
+            result = host.run(
+                "timeout -k 10 %s %s -I -B -c %s %s",
+                str(seconds),
+                target.settings.python,
+                COLLECTOR.read_text(),
+                request,
+            )
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             return f"{target.name}: cannot be reached: {causes.of_connection(_message(error))}"
         if result.rc == TIMED_OUT:
             return f"{target.name}: cannot be read: it did not answer within {seconds} s"
         if result.rc:
             said = result.stderr_bytes.decode("utf-8", "replace").strip()[-800:]
-            return f"{target.name}: cannot be read, exit code {result.rc}: {causes.of_command(said)}"
+            cause = causes.of_local(said) if result.rc == NO_PROGRAM else said
+            return f"{target.name}: cannot be read, exit code {result.rc}: {causes.of_command(cause)}"
         try:
             found = facts.read(result.stdout_bytes.decode("utf-8", "replace"), names)
         except facts.FactsError as error:

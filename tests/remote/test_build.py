@@ -183,3 +183,17 @@ def test_a_compiler_that_breaks_amx_compiles_without_it(spec, tmp_path, monkeypa
     monkeypatch.setenv("PATH", str(compiler.parent), prepend=":")
     assert build.flags_of_compiler() == flags
     assert ["AMX" in note for note in build_cache.notes] == [True] * bool(flags)
+
+
+def test_without_ninja_make_compiles_and_a_tree_of_the_other_is_made_anew(tmp_path, monkeypatch):
+    """ninja-build/ninja#2199: on RHEL's rebuilds Ninja is in a repository that is off. CMake refuses a tree of another
+    generator."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "CMakeCache.txt").write_text("//x\nCMAKE_GENERATOR:INTERNAL=Ninja\n")
+    (tmp_path / "ninja-build").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build.generator_for(str(tree)) == "Ninja" and tree.exists()
+    (tmp_path / "ninja-build").unlink()
+    assert build.generator_for(str(tree)) == "Unix Makefiles" and not tree.exists()
+    assert build.generator_for(str(tree)) == "Unix Makefiles"

@@ -42,7 +42,7 @@ APT_GET = (
 case "$*" in
   *indextargets*) cat "$CASE/listed" ;;
   *--simulate*) cat "$CASE/simulated" 2>/dev/null ;;
-  *install*) echo "Setting up" ; test ! -e "$CASE/broken" || { echo "E: Unable to locate package"; exit 100; }
+  *install* | *"-S --needed"*) echo "Setting up" ; test ! -e "$CASE/broken" || { echo "E: Unable to locate package"; exit 100; }
              test ! -d "$CASE/packages" || cp -a "$CASE/packages/." "$ROOT/" ;;
 esac
 """
@@ -63,7 +63,7 @@ class Host:
 
     def __init__(self, folder):
         self.root, self.case, self.notes = folder / "root", folder / "case", folder / "notes"
-        for name in ("etc/apt/sources.list.d", "etc/yum.repos.d"):
+        for name in ("etc/apt/sources.list.d", "etc/yum.repos.d", "etc/zypp/repos.d"):
             (self.root / name).mkdir(parents=True)
         self.case.mkdir()
         (self.case / "listed").write_text(LISTED)
@@ -72,7 +72,14 @@ class Host:
         (self.sources / "debian.sources").write_text(DEBIAN)
         self.programs = folder / "bin"
         self.programs.mkdir()
-        for name, text in {"apt-get": APT_GET, "dnf": APT_GET, "curl": CURL, "dpkg-deb": DPKG_DEB}.items():
+        for name, text in {
+            "apt-get": APT_GET,
+            "dnf": APT_GET,
+            "zypper": APT_GET,
+            "pacman": APT_GET,
+            "curl": CURL,
+            "dpkg-deb": DPKG_DEB,
+        }.items():
             (self.programs / name).write_text(text)
             (self.programs / name).chmod(0o755)
 
@@ -262,7 +269,9 @@ def test_fedora_gets_nvidias_repository_without_its_drivers(host):
     done = host.from_fedora()
     assert done.returncode == 0, done.stdout + done.stderr
     text = (host.root / "etc/yum.repos.d/llamafleet-cuda-fedora43.repo").read_text()
-    assert text.startswith(REPO)
+    # A name of its own: of two repositories of one name the first counts, which an owner may have switched off.
+    assert text.startswith("[llamafleet-cuda-fedora43]\nname=cuda\nbaseurl=https://x\ngpgcheck=1\n")
+    assert "\nenabled=1\n" in text
     (excluded,) = [line for line in text.splitlines() if line.startswith("excludepkgs=")]
     assert {"nvidia-driver*", "nvidia-open*", "cuda-drivers*", "libnvidia-*"} <= set(excluded[12:].split())
     assert host.calls("dnf") == ["dnf -y --setopt=install_weak_deps=False install cuda-nvcc-13-2"]
@@ -274,3 +283,56 @@ def test_a_repository_without_checked_signatures_is_refused(host, text):
     done = host.from_fedora()
     assert done.returncode == 1 and "is not one repository with checked signatures" in done.stdout
     assert list((host.root / "etc/yum.repos.d").iterdir()) == []
+
+
+@pytest.mark.parametrize(("enabled", "ours"), [("1", False), ("0", True)])
+def test_nvidias_repository_that_an_owner_has_switched_off_stays_off_and_ours_is_added(host, enabled, ours):
+    nvidias(host.case / "packages", "/usr/local/cuda-13.2", "13.2", gcc=99)
+    url = URL.replace("ubuntu2404", "fedora43")
+    own = REPO.replace("https://x\n", url + "\n", 1)
+    (host.case / "downloaded").write_text(own)
+    theirs = host.root / "etc/yum.repos.d/cuda-fedora43.repo"
+    theirs.write_text(own.replace("enabled=1", f"enabled={enabled}"))
+    before = theirs.read_text()
+    assert host.from_fedora().returncode == 0
+    assert (host.root / "etc/yum.repos.d/llamafleet-cuda-fedora43.repo").exists() == ours
+    assert theirs.read_text() == before
+    assert host.from_fedora().returncode == 0 and len(host.calls("curl")) == ours  # once, if at all
+
+
+def test_apt_s_entry_that_is_switched_off_is_none(ubuntu):
+    text = f"Types: deb\nURIs: {URL}\nSuites: /\nEnabled: no\n"
+    (ubuntu.sources / "cuda.sources").write_text(text)
+    (ubuntu.sources / "cuda.list").write_text(f"# deb {URL}/ /\n")
+    assert ubuntu.from_nvidia().returncode == 0
+    assert (ubuntu.sources / "llamafleet-nvidia-cuda.sources").exists()
+    assert (ubuntu.sources / "cuda.sources").read_text() == text
+
+
+def test_opensuse_takes_from_nvidias_repository_only_what_nobody_else_has(host):
+    nvidias(host.case / "packages", "/usr/local/cuda-13.0", "13.0", gcc=99)
+    url = URL.replace("ubuntu2404", "opensuse15")
+    (host.case / "downloaded").write_text(REPO)
+    done = host.install(manager="zypper", repository="opensuse15", url=url, repo_file=f"{url}/cuda-opensuse15.repo",
+                        packages=["cuda-nvcc-13-0"], nvcc="/usr/local/cuda-13.0/bin/nvcc")  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = (host.root / "etc/zypp/repos.d/llamafleet-cuda-opensuse15.repo").read_text()
+    assert text.startswith("[llamafleet-cuda-opensuse15]\n") and text.endswith("enabled=1\npriority=200\n")
+    assert host.calls("zypper")[-1].endswith("--no-recommends --auto-agree-with-licenses cuda-nvcc-13-0")
+
+
+def test_arch_s_own_package(host):
+    nvidias(host.case / "packages", "/opt/cuda", "13.4", gcc=99)
+    done = host.install(manager="pacman", packages=["cuda"], nvcc="/opt/cuda/bin/nvcc")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_windows_driver_under_wsl_is_not_hidden_by_one_of_linux(debian):
+    """Under WSL there is no /proc/driver/nvidia."""
+    driver = debian.root / "usr/lib/wsl/lib/libcuda.so.1"
+    driver.parent.mkdir(parents=True)
+    driver.touch()
+    (debian.case / "simulated").write_text("Inst libcublas12 (12.4)\nInst libnvidia-compute-550 (550.163)\n")
+    done = debian.from_debian()
+    assert done.returncode == 1
+    assert "would change the NVIDIA driver of this host (libnvidia-compute-550)" in done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -192,7 +193,7 @@ def test_a_job_is_a_transient_unit_that_notes_its_end(host, capsys):
     assert "--unit=llamafleet-job-build-1.service" in words and words[-3:] == ["python3", "build.py", "a b"]
     assert f"StandardOutput=append:{host.jobs}/build-1.log" in set_
     [after] = [one for one in set_ if one.startswith("ExecStopPost=")]
-    assert after == f"ExecStopPost=/usr/bin/env python3 -s -E -B {job.__file__} ended build-1"
+    assert after == f"ExecStopPost={sys.executable} -s -E -B {job.__file__} ended build-1"
     assert sorted(host.jobs.iterdir()) == []
     assert json.loads(capsys.readouterr().out)["state"] == "absent"
 

@@ -81,6 +81,7 @@ def test_whole_toolkit_and_the_links_to_it(toolkits, tmp_path):
         "path": "/usr/local/cuda-12.8", "nvcc": "/usr/local/cuda-12.8/bin/nvcc", "version": "12.8",
         "aliases": ["/usr/local/cuda", "/usr/local/cuda-12"], "distro": False, "headers": True, "cublas": True,
         "cudart": True, "driver_stub": True, "host_compiler": "14.2.0", "accepted_compiler": None, "problems": [],
+        "gcc_limit": 14, "build": "12.8.93",
     }]  # fmt: skip
 
 

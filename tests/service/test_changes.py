@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from llamafleet.build.packages import all_needs
 from llamafleet.build.release import Build
 from llamafleet.host.installed import Installed, InstalledInstance, Place
 from llamafleet.host.recorded import PlanRecord
@@ -67,7 +68,7 @@ def serving(service=SERVICE, sha256="a" * 64, asked=True, verified=None):
 def changes(installed=INSTALLED, inputs=Inputs("demo"), servings=None, **wanted):
     """What must change where `wanted` differs from a host as it should be."""
     run = Run(helpers=wanted.pop("helpers", "h1"), oldest_python=(3, 9), commit="c" * 40, secrets={}, holder=None)
-    defaults = {"build": BUILD, "install_toolkit": None, "packages": (), "servings": servings or (serving(),)}
+    defaults = {"build": BUILD, "install_toolkit": None, "lacking": (), "servings": servings or (serving(),)}
     return changes_needed(Desired(inputs, run, **{**defaults, **wanted}), installed)
 
 
@@ -83,7 +84,7 @@ def test_nothing_to_do():
         ({"build": dataclasses.replace(BUILD, libc="2.36")}, "build"),
         ({"build": dataclasses.replace(BUILD, libc="2.36")}, "current"),
         ({"install_toolkit": "a toolkit"}, "toolkit"),
-        ({"packages": ("curl",)}, "packages"),
+        ({"lacking": (all_needs()["curl"],)}, "packages"),
         ({"servings": (serving(sha256="b" * 64),)}, "models"),
         ({"servings": (serving(dataclasses.replace(SERVICE, name="other")),)}, "removed"),
     ],

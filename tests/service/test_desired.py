@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from llamafleet.build.cuda_toolkit import Install
-from llamafleet.host.installed import Holder, Listener, Survey
+from llamafleet.host.installed import Holder, Listener, Offer, Place, Survey
 from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.planner.reconcile import Verified
@@ -15,13 +15,13 @@ from llamafleet.planner.result import Refusal
 from llamafleet.remote.common import MODELS
 from llamafleet.service import refusals
 from llamafleet.service.changes import changes_needed
-from llamafleet.service.desired import Desired, Run, desire, with_plans
+from llamafleet.service.desired import Desired, Run, desire, stored_at, to_ask, with_plans
 from llamafleet.service.instance_changes import SECRETS
 from llamafleet.service.plan_inputs import plan_inputs
 from llamafleet.service.refusals import Refused, port_taken
 from tests import planning
 from tests.hosts import instance_checks
-from tests.service.test_changes import INSTALLED, INSTANCE
+from tests.service.test_changes import FOLDERS, INSTALLED, INSTANCE
 
 RUN = Run(helpers="h1", oldest_python=(3, 9), commit="c" * 40, secrets={}, holder=None)
 SYSTEM = {"package_manager": "apt", "python": "3.13.5"}
@@ -74,12 +74,15 @@ def test_an_ordinary_user():
 @pytest.mark.parametrize(("python", "shown"), [("3.8.10", "3.8.10"), (None, "of unknown version")])
 def test_a_python_that_is_too_old(python, shown):
     assert refusal(survey(machine={"python": python})) == (
-        f"its python3 is {shown}, 3.9 or later is needed: install a newer one"
+        f"its Python is {shown}, 3.9 or later is needed: install a newer one, and name it in the setting python, such as "
+        'python = "/usr/bin/python3.11"'
     )
 
 
-def test_neither_apt_nor_dnf():
-    assert refusal(survey(machine={"package_manager": None})) == "debian 13 has neither apt nor dnf"
+def test_a_package_manager_that_is_not_known():
+    assert refusal(survey(machine={"package_manager": None})) == (
+        "debian 13 has none of the package managers that llamafleet knows: apt, dnf, zypper or pacman"
+    )
 
 
 def test_another_run_holds_the_lock():
@@ -427,13 +430,17 @@ def test_access_comes_before_plans_and_plans_before_the_toolkit():
 # --- decided ----------------------------------------------------------------------------------------
 
 
+def lacking(desired):
+    return tuple(need.name for need in desired.lacking)
+
+
 def test_a_bare_host_gets_a_service_a_build_and_what_is_missing():
     host = survey([{}], missing_packages=("cmake", "curl", "glslc"))
     desired = decided(
         host, run=dataclasses.replace(RUN, secrets={"m0": {"api-keys": "key\n"}}), models=({"api_key_file": "/k"},)
     )
     (serving,) = desired.servings
-    assert desired.packages == ("cmake", "curl")  # what its backend needs, of what is missing
+    assert lacking(desired) == ("curl", "cmake")  # what its backend needs, of what is missing
     assert isinstance(desired.install_toolkit, Install) and desired.build.architectures == ("89",)
     assert desired.build.toolkit == desired.install_toolkit.identity and desired.build.commit == RUN.commit
     assert serving.folder == "/var/lib/llamafleet/models/m-aaaaaaaaaaaa"
@@ -446,17 +453,73 @@ def test_a_bare_host_gets_a_service_a_build_and_what_is_missing():
     assert serving.service.secrets.keys() <= SECRETS.keys() and not serving.is_verified
 
 
+def test_what_no_repository_has_is_named_with_the_way_out():
+    """vocalinux#212: Ubuntu 22.04 has no glslc."""
+    host = survey([{}], missing_packages=("glslc", "cmake"))
+    offers = {"glslc": Offer(None), "cmake": Offer("cmake", "3.22.1")}
+    assert refusal(host, dataclasses.replace(RUN, offers=offers), backend="vulkan", vulkan_devices=[]) == (
+        "packages: glslc is missing, and no enabled repository of the host has glslc: install LunarG's Vulkan SDK, whose "
+        "glslc on the PATH of root's services does as well"
+    )
+
+
+def test_what_the_host_can_do_without_is_not_asked_for_again():
+    """ninja-build/ninja#2199: in CRB, which is off; make compiles."""
+    host = survey(missing_packages=("ninja", "cmake"))
+    assert lacking(decided(host)) == ("cmake", "ninja")
+    offers = {"ninja": Offer(None, off=("crb",)), "cmake": Offer("cmake", "3.26.5")}
+    assert lacking(decided(host, dataclasses.replace(RUN, offers=offers))) == ("cmake",)
+
+
+def test_hip_that_is_too_old_is_refused_where_something_is_compiled():
+    """ggml-org/llama.cpp#16320, llama-toolchest#142."""
+    old = {"path": "/opt/rocm", "version": "5.7", "compiler": None, "hipblas": True, "rocblas": True}
+    text = refusal(survey([AMD], rocm=(old,)), backend="hip")
+    assert text.startswith("backend: hip: HIP in /opt/rocm is 5.7, llama.cpp needs 6.1 or later; install ROCm")
+    new = decided(survey([AMD], rocm=({**old, "version": "6.3"},)), backend="hip")
+    assert new.hip.path == "/opt/rocm"
+    there = survey([AMD], rocm=(old,), releases={new.build.key: {}})
+    assert decided(there, backend="hip").hip is None  # nothing is compiled
+
+
+def test_tools_that_are_too_old_are_refused_before_an_hour_of_compiling():
+    """RHEL 8's g++ 8 has no std::filesystem in its library, Ubuntu 20.04's CMake 3.16 cannot do CUDA."""
+    old = refusal(survey(tools={"g++": "8.5.0", "cmake": "3.26.5"}))
+    assert old.startswith("packages: g++ 8.5.0 is too old to compile llama.cpp, 9 or later is needed: link a newer one")
+    coming = dataclasses.replace(RUN, offers={"g++": Offer("g++", "4:8.3.0-1"), "cmake": Offer("cmake", "3.16.3-1")})
+    host = survey([{}], missing_packages=("g++", "cmake"))
+    text = refusal(host, coming)
+    assert (
+        "g++ 4:8.3.0-1 is too old" in text and "cmake 3.16.3-1 is too old to compile llama.cpp, 3.18 or later" in text
+    )
+    cpu = dataclasses.replace(RUN, offers={"g++": Offer("g++", "4:9.3.0-1"), "cmake": Offer("cmake", "3.16.3-1")})
+    assert isinstance(decided(survey(missing_packages=("g++", "cmake")), cpu), Desired)
+    there = survey(tools={"g++": "8.5.0"}, releases={decided(survey()).build.key: {}})
+    assert isinstance(decided(there), Desired)  # nothing is compiled
+
+
+def test_arch_s_repositories_are_asked_for_their_toolkit():
+    arch = {"os": {"id": "arch", "version": "", "arch": "x86_64", "libc": "2.42"}, "package_manager": "pacman"}
+    settings, read, files = reading(survey([{}], arch))
+    inputs = plan_inputs(settings, read, files)
+    outcome = desire(inputs, RUN, lambda template, values: template)
+    assert [need.name for need in to_ask(inputs, outcome)] == ["cuda", "g++"]
+    run = dataclasses.replace(RUN, offers={"cuda": Offer("cuda", "13.0.2-1")})
+    outcome = desire(inputs, run, lambda template, values: template)
+    assert outcome.install_toolkit.packages == ("cuda",) and outcome.build.toolkit == "cuda-13.0"
+
+
 def test_nothing_is_compiled_with_where_the_build_is_there():
     bare = decided(survey(missing_packages=("cmake", "curl")))
     there = survey(missing_packages=("cmake", "curl"), releases={bare.build.key: {}})
-    assert (bare.packages, decided(there).packages) == (("cmake", "curl"), ("curl",))
+    assert (lacking(bare), lacking(decided(there))) == (("curl", "cmake"), ("curl",))
     digest, other = "a" * 64, "b" * 64
     cached = survey(missing_packages=("cmake", "curl"), cached_builds={bare.build.key: (other, digest)})
     known = dataclasses.replace(RUN, digests={bare.build.key: [digest]})
-    assert decided(cached, known).packages == ("curl",) and decided(cached, known).is_cached
+    assert lacking(decided(cached, known)) == ("curl",) and decided(cached, known).is_cached
     # A build that nobody knows the digest of is not taken, so this host compiles.
     for run in (RUN, dataclasses.replace(RUN, digests={bare.build.key: ["c" * 64], "f" * 16: [digest]})):
-        assert decided(cached, run).packages == ("cmake", "curl") and not decided(cached, run).is_cached
+        assert lacking(decided(cached, run)) == ("curl", "cmake") and not decided(cached, run).is_cached
 
 
 def test_secrets_are_in_no_representation():
@@ -522,3 +585,62 @@ def test_deciding_touches_no_file_no_program_and_no_network(watch, gpus):
 
 def test_the_same_inputs_give_the_same_host():
     assert decided(survey([{}])) == decided(survey([{}]))
+
+
+# --- models on another disk, and the operator's variables ------------------------------------------
+
+
+def folder_of(outcome):
+    return outcome.servings[0].folder
+
+
+def lies(kind="folder", target=None):
+    return Place(kind, 0o755, 0, 0, target)
+
+
+def placed(place=None, **asked):
+    """What is decided where the model's folder is this; None: nothing is there."""
+    folder = folder_of(decided())
+    return decided(survey(paths={**FOLDERS, **({folder: place} if place else {})}), **asked)
+
+
+def store(outcome):
+    return stored_at(outcome.servings[0].model, outcome.settings, outcome.installed)
+
+
+def test_a_model_that_is_to_be_downloaded_goes_to_the_disk_that_the_settings_name():
+    """ollama/ollama#2701, #14347, #1311: models on another disk."""
+    assert store(placed()) is None and store(placed(models_dir=MODELS)) is None
+    name = folder_of(decided()).rpartition("/")[2]
+    assert store(placed(models_dir="/mnt/big")) == f"/mnt/big/{name}"
+    # The plan is none of another model, and the command line has the usual path.
+    assert placed(models_dir="/mnt/big").servings[0].service.argv == placed().servings[0].service.argv
+    assert placed(models_dir="/mnt/big").inputs.keys == placed().inputs.keys
+
+
+def test_a_model_stays_where_it_is():
+    name = folder_of(decided()).rpartition("/")[2]
+    assert store(placed(lies(), models_dir="/mnt/big")) is None
+    for settings in ({}, {"models_dir": "/mnt/big"}):
+        assert store(placed(lies(target=f"/mnt/old/{name}"), **settings)) == f"/mnt/old/{name}"
+    # A relative link, which we do not make, is an operator's.
+    assert store(placed(lies(target="../elsewhere"))) is None
+
+
+def test_a_model_whose_disk_is_not_there_is_not_downloaded_to_another_one():
+    folder = folder_of(decided())
+    name = folder.rpartition("/")[2]
+    assert str(placed(lies("link", f"/mnt/big/{name}"))) == (
+        f"models: m0: {folder} leads to /mnt/big/{name}, which is not there: mount its disk, or remove the link to have "
+        "the model downloaded again"
+    )
+    assert store(placed(lies("link", "/nonexistent"))) is None  # no link of ours: it is replaced
+
+
+def test_hip_is_compiled_for_the_card_that_the_variables_name():
+    """ggml-org/llama.cpp#14421: HSA_OVERRIDE_GFX_VERSION."""
+    outcome = decided(survey([{**AMD, "gfx": "gfx1032"}]), environment={"HSA_OVERRIDE_GFX_VERSION": "10.3.0"})
+    plain = decided(survey([{**AMD, "gfx": "gfx1032"}]))
+    assert (outcome.build.architectures, plain.build.architectures) == (("gfx1030",), ("gfx1032",))
+    assert outcome.servings[0].service.identity != plain.servings[0].service.identity
+    assert outcome.inputs.keys == plain.inputs.keys

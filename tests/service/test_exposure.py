@@ -58,7 +58,7 @@ UNITS = {
         verify.properties({"groups": []}), folder
     ),
     "recovery of a switch, at a boot": lambda folder, _: exposure(
-        switch_back.RECOVER.format(name="m", units_of_group=UNIT, folder="/f", etc="/e", var="/v", units="/u"), folder
+        switch_back.RECOVER.format(python="/usr/bin/python3", name="m", units_of_group=UNIT, folder="/f", etc="/e", var="/v", units="/u"), folder
     ),
     "guard of a switch": lambda folder, _: of_directives(["MemoryMax=256M"], folder),
     "job: build": lambda folder, _: of_directives(job_limits.limits("build", "/mnt/builds"), folder),

@@ -50,6 +50,14 @@ def test_an_unknown_key_is_named_with_the_nearest():
     assert instance_problems(slot=1) == ["models[0].slot: unknown setting; did you mean `slots`?"]
 
 
+@pytest.mark.parametrize("python", ["python3.11", "bin/python3", "", "/usr/bin/python3 -x", "/opt/a%b"])
+def test_python_is_the_system_s_own_or_a_path(python):
+    """It goes into units and commands."""
+    [problem] = problems(python=python)
+    assert problem.startswith("python: should be python3, or an absolute path such as /usr/bin/python3.11, is ")
+    assert Settings.from_data({**default_data(), "python": "/opt/python/3.11/bin/python3"}).python.endswith("python3")
+
+
 def test_every_problem_is_told_at_once():
     messages = problems(backend="tpu", keep_releases=-1, ram_reserve_mib=-5)
     assert [line.split(":")[0] for line in messages] == ["backend", "keep_releases", "ram_reserve_mib"]
@@ -73,7 +81,21 @@ def test_wrong_types_are_refused(key, value):
     [problem] = instance_problems(**{key: value})
     wrong = f"{key}[0]" if isinstance(value, list) else key
     assert problem.startswith(f"models[0].{wrong}: should be ")
-    assert problem.endswith(f", is {value[0] if isinstance(value, list) else repr(value)}")
+    hint = f": write [{value!r}]" if isinstance(value, str) and "list of strings" in problem else ""
+    assert problem.endswith(f", is {value[0] if isinstance(value, list) else repr(value)}{hint}")
+
+
+def test_a_word_for_a_list_is_shown_as_a_list():
+    assert instance_problems(kv_types="f16, q8_0") == [
+        "models[0].kv_types: should be a list of strings, is 'f16, q8_0': write ['f16', 'q8_0']"
+    ]
+
+
+def test_llama_cpp_s_own_words_are_known():
+    [problem] = instance_problems(n_ctx=4096)
+    assert problem == "models[0].n_ctx: unknown setting; it is `context_tokens` here"
+    [problem] = instance_problems(n_gpu_layers=99)
+    assert problem == "models[0].n_gpu_layers: unknown setting; the plan decides it"
 
 
 @pytest.mark.parametrize(
@@ -328,7 +350,7 @@ def test_every_message_of_a_wrong_type_is_a_sentence(value):
                        *((key, instance_problems(**{key: value})) for key in sorted(of_model))]:  # fmt: skip
         assert found, key
         for text in found:
-            assert re.match(rf"(models\[0\]\.)?{key}(\[0\])?: (should|missing)", text), text
+            assert re.match(rf"(models\[0\]\.)?{key}(\[0\]|\.a)?: (should|missing)", text), text
             assert not re.search(r"\b(a list of a|a strings|a whole numbers|an? an?)\b", text), text
 
 

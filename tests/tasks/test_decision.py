@@ -8,7 +8,7 @@ import pytest
 from pyinfra.context import ctx_host
 
 from llamafleet import payload
-from llamafleet.host.installed import Holder
+from llamafleet.host.installed import Holder, Offer
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.service.refusals import Refused
 from llamafleet.validation import Problem
@@ -37,9 +37,9 @@ class Host:
 @pytest.fixture
 def read(monkeypatch):
     """Replaces what reads; counts by name, and `read.survey` may be another."""
-    count = types.SimpleNamespace(survey=survey(), surveys=0, models=[], environment=0)
+    count = types.SimpleNamespace(survey=survey(), surveys=0, models=[], environment=0, asked=[], offers={})
 
-    def survey_(host, packages, settings, bandwidth=False):
+    def survey_(host, settings, bandwidth=False):
         count.surveys += 1
         gevent.sleep(0)  # as a connection does: other hosts' greenlets run meanwhile
         return count.survey
@@ -48,7 +48,12 @@ def read(monkeypatch):
         count.models.append(instance.name)
         return ModelFiles((RemoteFile("m.gguf", "https://x/m.gguf", 5, "a" * 64),), planning.header("Qwen3-8B"))
 
+    def offers(host, manager, needs, settings):
+        count.asked.append((manager, tuple(need.name for need in needs)))
+        return count.offers
+
     monkeypatch.setattr(facts, "survey", survey_)
+    monkeypatch.setattr(facts, "offers", offers)
     monkeypatch.setattr(lookups, "model", model)
     monkeypatch.setattr(lookups, "commit", lambda settings: "c" * 40)
     monkeypatch.setattr(lookups, "take_secrets", lambda settings: None)
@@ -64,6 +69,25 @@ def test_a_host_is_read_once_however_many_stages_ask(read):
         assert isinstance(first, Decision) and first.changes.services == {"m0": ("it is not installed",)}
         assert decision.decision() is first
     assert (read.surveys, read.models, host.lines) == (1, ["m0"], [])
+
+
+def test_a_host_that_lacks_nothing_is_not_asked_what_its_repositories_have(read):
+    with ctx_host.use(Host()):
+        assert decision.decision() is not None
+    assert read.asked == []
+
+
+def test_what_no_repository_has_is_refused_before_anything_is_changed(read):
+    host = Host()
+    read.survey = survey(missing_packages=("cmake", "curl"))
+    read.offers = {"cmake": Offer(None, off=("crb",)), "curl": Offer("curl", "8.5")}
+    with ctx_host.use(host):
+        assert decision.decision() is None
+    assert read.asked == [("apt", ("curl", "cmake"))]
+    assert host.lines == [
+        "refused: packages: cmake is missing, and no enabled repository of the host has cmake (crb: switched off there): "
+        "enable crb"
+    ]
 
 
 def test_of_two_that_ask_at_once_one_reads_and_the_other_waits(read):

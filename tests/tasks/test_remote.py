@@ -45,6 +45,22 @@ def quick(monkeypatch):
     monkeypatch.setattr(remote, "SILENT_SECONDS", 0.5)
 
 
+@pytest.mark.parametrize(("data", "python"), [
+    ({}, "python3"), ({"python": "/usr/bin/python3.11"}, "/usr/bin/python3.11"), ({"python": 3}, "python3"),
+])  # fmt: skip
+def test_our_programs_run_with_the_host_s_own_python(data, python):
+    """RHEL 8 and Ubuntu 20.04: another one is named. Also where one of our programs starts another, and in no word of
+    somebody else's."""
+    inventory = Inventory((["@local"], data))
+    State(inventory, Config())
+    job = remote.program("job.py", "start", "build-1", "--", *remote.words("build.py", "python3"))
+    sent = remote.for_host(inventory.get_host("@local"), job)
+    helpers = "/opt/llamafleet/helpers/current"
+    assert sent.words == [python, "-s", "-E", "-B", f"{helpers}/job.py", "start", "build-1", "--",
+                          python, "-s", "-E", "-B", f"{helpers}/build.py", "python3"]  # fmt: skip
+    assert str(sent) == " ".join(sent.words) and sent.seconds == job.seconds
+
+
 def sh(script, *arguments, seconds=60.0, stdin=None, purpose="the test"):
     return HostCommand(["sh", "-c", script, "sh", *arguments], purpose=purpose, seconds=seconds, stdin=stdin)
 

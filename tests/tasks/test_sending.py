@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 
 def run(folder, *arguments):
-    words = ["sh", "-c", sending._INSTALLED, sending._NO_HELPERS, str(folder), "survey.py", *arguments]
+    words = ["sh", "-c", sending._INSTALLED, sending._NO_HELPERS, "python3", str(folder), "survey.py", *arguments]
     return subprocess.run(words, capture_output=True, text=True)
 
 
