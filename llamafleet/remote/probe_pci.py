@@ -64,7 +64,7 @@ def kind_of(folder: Path, vendor: str, identifier: str) -> str:
         return "gpu"
     if is_accelerator:
         return "npu"
-    # Intel's integrated GPUs are on bus 0, at 02.0 on real machines; a virtual machine may have a card of its own there.
+    # Intel's integrated GPUs are on bus 0, at 02.0 on real machines; a virtual machine may have a card there.
     is_integrated = folder.name.split(":")[1] == "00" and not INTEL_CARDS.fullmatch(identifier)
     return "integrated" if is_integrated else "gpu"
 
