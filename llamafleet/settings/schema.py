@@ -32,6 +32,7 @@ from llamafleet.settings import environment, secrets
 from llamafleet.settings import extra_flags as extra
 from llamafleet.settings.defaults import MODEL_DEFAULTS, DefaultsError, with_defaults
 from llamafleet.settings.gpu_names import gpu_list, gpu_name, gpu_reserve
+from llamafleet.settings.other_names import LLAMA_CPP_NAMES
 from llamafleet.validation import Flag, Listed, Should, Whole, one_of
 
 BACKENDS = ("auto", "cuda", "hip", "vulkan", "cpu")
@@ -233,6 +234,8 @@ class Instance:
             Should("be a drop-in's file name, such as nice.conf", functools.partial(re.fullmatch, r"[\w@.:-]+\.conf")),
         ]
     ]
+
+    OTHER_NAMES = LLAMA_CPP_NAMES
 
     @property
     def unit(self) -> str:
