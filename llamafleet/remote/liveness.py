@@ -11,8 +11,8 @@ Exit 0 nothing to do, 10 restarted; anything else is a check that failed, of whi
 Writes /run/llamafleet/liveness-NAME.json (the counters that it saw) and, on a restart, /var/lib/llamafleet/gate/
 liveness/NAME.json {"restarts", "by_systemd", "time", "why"}: its own restarts, those of systemd before them, of which
 systemd forgets the number with each of ours, and when and why the last one was. Where systemd has restarted a server
-that has run well for SETTLED_SECONDS, the number goes there too, and systemd's pauses begin anew. Root, standard library; common.py,
-gate_server.py and liveness_server.py lie beside it.
+that has run well for SETTLED_SECONDS, the number goes there too, and systemd's pauses begin anew. Root, standard
+library; common.py, gate_server.py and liveness_server.py lie beside it.
 
 `/health` can answer 200 on a server whose GPU hangs; `/slots` too, also while a batch is computed. So only counters
 that move prove that a server at work gets on, and a long queue does not prove the contrary. Whether the GPU of a
