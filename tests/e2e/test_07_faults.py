@@ -364,3 +364,32 @@ def test_power_cuts_at_random_points_of_a_deploy_and_one_more_run_ends_green(set
         assert run.code == 0, f"{where}:\n{run.text}"
         assert all(serves(host) for host in hosts), where
     assert pyinfra(asked, "--dry").changed() == []
+
+
+@pytest.mark.long
+def test_models_lie_on_the_disk_that_the_settings_name_and_are_served_with_the_operators_variables(
+    deploy, settings, inventory, outside, host
+):  # fmt: skip
+    """ollama/ollama#2701, #14347, #1311, ggml-org/llama.cpp#14421."""
+    asked = {"model": {"source": outside.sources["moe"]}, "models_dir": "/mnt/big/models",
+             "environment": {"MADE_BY": "an operator, 100 %"}}  # fmt: skip
+    on(host, "sh", "-c", "rm -rf /var/lib/llamafleet/models/tiny-moe-*; mkdir -p /mnt/big")
+    on(host, "mount", "-t", "tmpfs", "-o", "size=1200M", "tmpfs", "/mnt/big")
+    try:
+        deploy(**asked)
+        link = on(host, "sh", "-c", "readlink /var/lib/llamafleet/models/tiny-moe-*")
+        assert link.startswith("/mnt/big/models/tiny-moe-") and on(host, "ls", link)
+        assert link in on(host, "systemctl", "show", "--property=RequiresMountsFor", UNIT)
+        assert "mnt-big.mount" in on(host, "systemctl", "show", "--property=Requires", UNIT)
+        variables = on(host, "sh", "-c", f"tr '\\0' '\\n' </proc/{main_pid(host, 'tiny')}/environ").splitlines()
+        assert "MADE_BY=an operator, 100 %" in variables and serves(host)
+        assert deploy("--dry", **asked).changed() == []
+        # Its disk gone, the model is not downloaded to another one.
+        on(host, "systemctl", "stop", UNIT)
+        on(host, "umount", "/mnt/big")
+        run = pyinfra(inventory((host, settings(host, **LIVENESS, **asked))))
+        assert run.code != 0 and f"leads to {link}, which is not there: mount its disk" in run.text, run.text
+    finally:
+        host.run(["umount", "/mnt/big"])
+        on(host, "sh", "-c", "rm -rf /var/lib/llamafleet/models/tiny-moe-*")
+    deploy()
