@@ -61,8 +61,8 @@ def machine(paths: list[str], driver_seconds: float, vulkan: bool = False) -> di
     probe_pci.name_lost_gpus(gpus, pci)
     lost = probe_pci.explain_missing(gpus, pci, [text for text in problems if text.startswith(("NVIDIA", "GPU driv"))])
     for gpu in gpus:
-        if gpu["problem"]:
-            problems.append(f"GPU {gpu['pci_bus_id'] or 'without a bus id'}: {gpu['problem']}")
+        if why := gpu["problem"] or gpu["busy"]:
+            problems.append(f"GPU {gpu['pci_bus_id'] or 'without a bus id'}: {why}")
     problems += lost
     wanted = vulkan or has_card(pci, "intel")
     listed = answers_of("probe_vulkan.py", driver_seconds) if wanted else {"devices": None, "problems": []}

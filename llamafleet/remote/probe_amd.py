@@ -45,7 +45,7 @@ def amd_gpu(index: int, bus_id: str, device: Path, notes: list[str]) -> dict[str
             "start it: see dmesg, then load amdgpu (modprobe amdgpu) or reboot"
         )
         return gpu
-    node, gpu["gfx"], count = kfd_node(bus_id)
+    node, gpu["gfx"], gpu["compute_units"], count = kfd_node(bus_id)
     if count > 1:
         gpu["problem"] = (
             f"it is divided into {count} compute partitions, which are not planned for: join them (amd-smi set "
@@ -90,8 +90,9 @@ def pcie_generation(speed: str) -> int | None:
     return rates.get(speed.partition(" ")[0])
 
 
-def kfd_node(bus_id: str) -> tuple[str, str | None, int]:
-    """AMD's compute driver's id of a GPU, its LLVM target such as "gfx1100", and how many devices it is to HIP."""
+def kfd_node(bus_id: str) -> tuple[str, str | None, int | None, int]:
+    """AMD's compute driver's id of a GPU, its LLVM target such as "gfx1100", its compute units, and how many devices it
+    is to HIP."""
     domain, bus, device, function = (int(part, 16) for part in re.split("[:.]", bus_id))
     location = bus << 8 | device << 3 | function
     found = []
@@ -100,5 +101,6 @@ def kfd_node(bus_id: str) -> tuple[str, str | None, int]:
         if int(values.get("location_id", -1)) == location and int(values.get("domain", 0)) == domain:
             target = int(values.get("gfx_target_version", 0))  # 110000 is 11.0.0; the last two are hex digits
             name = f"gfx{target // 10000}{target // 100 % 100:x}{target % 100:x}"
-            found.append((read(node / "gpu_id"), name if target else None))
-    return (*found[0], len(found)) if found else ("", None, 0)
+            units = int(values.get("simd_count", 0)) // max(1, int(values.get("simd_per_cu", 1)))
+            found.append((read(node / "gpu_id"), name if target else None, units or None))
+    return (*found[0], len(found)) if found else ("", None, None, 0)

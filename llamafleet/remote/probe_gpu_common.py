@@ -76,7 +76,7 @@ def logged(unit: str) -> Dict[str, Any]:
 
 
 def empty_gpu(index: int, vendor: str) -> dict[str, Any]:
-    """All keys of a GPU. `problem` set means: do not plan on it."""
+    """All keys of a GPU. `problem` set means: do not plan on it; `busy`: others hold much of it."""
     return {
         "index": index,
         "vendor": vendor,
@@ -90,4 +90,5 @@ def empty_gpu(index: int, vendor: str) -> dict[str, Any]:
         "pcie_width": None,
         "unified_memory": False,
         "problem": None,
+        "busy": None,
     }

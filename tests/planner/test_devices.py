@@ -42,6 +42,12 @@ def test_what_is_no_name_of_a_gpu_is_refused(name):
         planning.settings(gpus=[0, name])
 
 
+@pytest.mark.parametrize("value", [0, "0", {"0": 1}])
+def test_gpus_is_a_list(value):
+    with pytest.raises(ValueError, match=r"gpus: should be a list of GPUs by index, UUID or PCI id, .* or None, is"):
+        planning.settings(gpus=value)
+
+
 @pytest.mark.parametrize(
     ("settings", "key"),
     [({"gpus": [0, 7]}, "gpus"), ({"gpu_reserve_mib": {7: 1, "default": 2}}, "gpu_reserve_mib")],
@@ -81,6 +87,22 @@ def test_hip_counts_amds_gpus_alone():
 def test_an_integrated_gpu_that_is_named_is_used():
     host = planning.machine([24564, {"vendor": "amd", "unified_memory": True, "total_mib": 16384}])
     assert [gpu.index for gpu in gpus_for(host, "hip", planning.settings(gpus=[1]))] == [1]
+
+
+SMALL = {"vendor": "amd", "unified_memory": True, "total_mib": 16384, "name": "Radeon", "compute_units": 2}
+
+
+def test_the_display_chip_of_a_desktop_ryzen_is_left_to_displays():
+    """ollama#10204 without a card: two compute units are slower than the processor."""
+    [plan] = plans(planning.machine([SMALL]))
+    said = "it has 2 compute units, for displays: the processor is faster; name it in gpus to use it"
+    assert plan.backend == "cpu" and f"GPU0 (Radeon) is not used: {said}" in plan.why
+    [plan] = plans(planning.machine([SMALL]), gpus=[0])
+    assert plan.backend == "hip" and len(plan.gpus) == 1
+    [plan] = plans(planning.machine([{**SMALL, "compute_units": 40}]))
+    assert plan.backend == "hip"  # Strix Halo
+    [plan] = plans(planning.machine([{**SMALL, "compute_units": None}]))
+    assert plan.backend == "hip"  # not told
 
 
 def test_a_setting_that_is_not_given_leaves_every_hash_as_it_was():

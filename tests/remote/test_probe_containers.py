@@ -4,6 +4,7 @@ are not told, against stand-ins for /proc, /sys and NVML."""
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -173,9 +174,12 @@ def test_a_limit_of_memory_counts_as_the_ram(host, path, text):
 
 
 def test_a_limit_of_swap_counts_as_the_swap(host):
+    meminfo = (host.root / "proc/meminfo").read_text()
+    host.file("proc/meminfo", re.sub(r"SwapTotal:\s+\d+", "SwapTotal: 8388608", meminfo))
     host.file("proc/self/cgroup", "0::/\n")
-    host.file("sys/fs/cgroup/memory.swap.max", "0")
-    assert host.probe(nvml=False)["memory"]["swap_total_bytes"] == 0
+    assert host.probe(nvml=False)["memory"]["swap_total_bytes"] == 8 * 2**30
+    host.file("sys/fs/cgroup/memory.swap.max", "4096")
+    assert host.probe(nvml=False)["memory"]["swap_total_bytes"] == 4096
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,9 @@ def test_a_ryzens_gpu_beside_a_radeon_is_left_out_too(host):
     found = machine(host, nvml=False)
     [plan] = planning.plans(found, [("Llama-3.1-8B",)], planning.settings({"context_tokens": 8192}))
     assert (plan.backend, [gpu.pci_bus_id for gpu in plan.gpus]) == ("hip", ["0000:03:00.0"])
-    assert plan.gpus[0].capacity_bytes == 24 * 2**30 and not plan.gpus[0].unified_memory
+    # The reserve of a GPU, not that of a memory that is shared with the host.
+    assert (plan.ledger[0].capacity_bytes, plan.ledger[0].reserve_bytes) == (24 * 2**30, 2**30)
+    assert [why for why in plan.why if why.startswith("GPU1 (AMD GPU 0x744c) is not used: it is integrated")]
     assert any("0000:0e:00.0" in note for note in found.notes)
 
 
