@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from llamafleet.cli import tables
 from llamafleet.planner.backend import resolve_backend
 from llamafleet.planner.devices import gpus_for, left_out, only_used, reserve_mib
 from llamafleet.planner.plan import plan_host
@@ -142,6 +143,7 @@ def test_each_model_is_told_what_is_wrong_with_the_host_and_refusals_are_too():
     assert isinstance(good, Plan) and isinstance(refused, Refusal)
     assert good.problems == refused.problems == (problem,)
     assert good.to_json()["problems"] == refused.to_json()["problems"] == [problem]
+    assert all(tables.table(result, "box1").splitlines()[-1] == f"  ! {problem}" for result in (good, refused))
 
 
 # --- MIG ----------------------------------------------------------------------------------------------------------
