@@ -100,6 +100,8 @@ def test_the_display_chip_of_a_desktop_ryzen_is_left_to_displays():
     assert plan.backend == "cpu" and f"GPU0 (Radeon) is not used: {said}" in plan.why
     [plan] = plans(planning.machine([SMALL]), gpus=[0])
     assert plan.backend == "hip" and len(plan.gpus) == 1
+    [plan] = plans(planning.machine([SMALL]), backend="hip")
+    assert len(plan.gpus) == 1
     [plan] = plans(planning.machine([{**SMALL, "compute_units": 40}]))
     assert plan.backend == "hip"  # Strix Halo
     [plan] = plans(planning.machine([{**SMALL, "compute_units": None}]))
@@ -131,6 +133,14 @@ def test_the_setting_that_leaves_a_gpu_out_is_named(settings, reason):
     assert left_out(host, backend, planning.settings(**settings))[0] == (
         f"GPU0 (NVIDIA GeForce RTX 4090) is not used: {reason}"
     )
+
+
+def test_a_gpu_that_vulkan_does_not_list_is_named_with_the_way_out():
+    listed = {"index": 0, "name": "RTX 4090", "kind": "discrete", "driver": "", "uuid": "0" * 32,
+              "pci_bus_id": "0000:01:00.0", "memory_total_bytes": 1}  # fmt: skip
+    host = planning.machine([24564, 24564], vulkan=[listed])
+    [reason] = left_out(host, "vulkan", planning.settings(backend="vulkan"))
+    assert reason.startswith("GPU1 (NVIDIA GeForce RTX 4090) is not used: Vulkan does not list it: install")
 
 
 def test_each_model_is_told_what_is_wrong_with_the_host_and_refusals_are_too():
