@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import select
 import socket
 import socketserver
 import ssl
@@ -57,6 +58,27 @@ class _Server(socketserver.ThreadingTCPServer):
     request_queue_size = 64
 
 
+def _carry(encrypted, plain):
+    """Both ways, until the plain server has ended; then TLS is ended as it should be, which GnuTLS wants."""
+    reading = [encrypted, plain]
+    while True:
+        ready = [encrypted] if encrypted.pending() else select.select(reading, [], [])[0]
+        if encrypted in ready:
+            data = encrypted.recv(1 << 16)
+            if data:
+                plain.sendall(data)
+            else:
+                reading.remove(encrypted)
+                plain.shutdown(socket.SHUT_WR)
+        if plain in ready:
+            data = plain.recv(1 << 16)
+            if not data:
+                encrypted.settimeout(2)
+                encrypted.unwrap()
+                return
+            encrypted.sendall(data)
+
+
 def front(context, port):
     """A TLS server before the plain one at a port of loopback; it has `server_address`."""
 
@@ -65,7 +87,7 @@ def front(context, port):
             with contextlib.suppress(OSError):
                 plain = socket.create_connection(("127.0.0.1", port), 30)
                 with plain, context.wrap_socket(self.request, server_side=True) as encrypted:
-                    join(encrypted, plain)
+                    _carry(encrypted, plain)
 
     return serving(_Server(("127.0.0.1", 0), Handler))
 

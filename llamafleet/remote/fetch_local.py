@@ -44,6 +44,20 @@ def can_link(spec: Spec, path: Path) -> bool:
     return ours and spec.owner is None and found.st_dev == folder.st_dev and not path.is_symlink()
 
 
+def linked(spec: Spec, path: Path, partial: Path) -> bool:
+    """Whether the file got another name. Between two mounts of one file system it gets none."""
+    if not can_link(spec, path):
+        return False
+    try:
+        os.link(path, partial)
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+            return False
+        raise
+    say(f"{path} is used where it lies")
+    return True
+
+
 def needs_no_space(spec: Spec, wanted: Wanted) -> bool:
     return bool(wanted.urls) and is_local(wanted.urls[0]) and can_link(spec, path_of(wanted.urls[0]))
 
@@ -59,10 +73,7 @@ def take(spec: Spec, wanted: Wanted, url: str, progress: Progress) -> None:
             )
         if partial.exists():
             partial.unlink()
-        if can_link(spec, path):
-            os.link(path, partial)
-            say(f"{path} is used where it lies")
-        elif not shares(path, partial):
+        if not linked(spec, path, partial) and not shares(path, partial):
             copy(path, partial, spec, wanted, url, progress)
     except OSError as error:
         if error.errno in FULL:

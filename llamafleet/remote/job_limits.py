@@ -67,9 +67,14 @@ def limits(
     if kind == "checkout":  # by ssh too, whose keys are root's
         return [*ALWAYS, *BEHIND, *CONFINED, *CLIENT, *writable([SOURCE]), *bounds(kind, 256, 4 * GIB),
                 "ProtectHome=read-only"]  # fmt: skip
+    if kind == "fetch" and reads_files:
+        # Its folders are no mounts of their own, or no file outside could get a second name in them (link(2), EXDEV).
+        confined = [one for one in CONFINED if not one.startswith("ProtectSystem=")]
+        return [*ALWAYS, *BEHIND, *confined, *CLIENT, *bounds(kind, 256, 2 * GIB), "ProtectSystem=full",
+                "ProtectHome=read-only"]  # fmt: skip
     if kind == "fetch":
         return [*ALWAYS, *BEHIND, *CONFINED, *CLIENT, *writable([MODELS, *stores]), *bounds(kind, 256, 2 * GIB),
-                f"ProtectHome={'read-only' if reads_files else 'yes'}"]  # fmt: skip
+                "ProtectHome=yes"]  # fmt: skip
     if kind in ("packages", "toolkit"):  # packages write anywhere, and run scripts of their own
         return [*ALWAYS, *BEHIND, *bounds(kind, 4096, free_bytes())]
     # It asks systemd, and makes device nodes of a GPU: a sandbox as tight would have to be opened for both.

@@ -40,10 +40,10 @@ def test_a_host_without_a_network_is_deployed_from_paths_alone(boot, turn, tmp_p
     turn.close()
     [host] = boot(1, f"{PREFIX}air", 44, packages=PREPARED, isolated=True)
     assert host.run(["curl", "-sS", "--max-time", "5", "http://deb.debian.org"]).returncode == 6, "it has a network"
-    sent = models.tiny(tmp_path / "operator")
+    sent = models.tiny(tmp_path)
     there = host.root / "srv" / "models" / "own.gguf"
     there.parent.mkdir(parents=True)
-    there.write_bytes(models.tiny(tmp_path / "carried", kind="moe").read_bytes())
+    there.write_bytes(models.tiny(tmp_path, "moe").read_bytes())
     asked = own_settings(host, sent, "/srv/models/own.gguf", llama_cpp_repository=str(upstream.REPOSITORY))
     written = write_inventory(tmp_path / "inventory.py", [(host, asked)])
     with oracle_build.compiling():

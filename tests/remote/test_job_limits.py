@@ -50,6 +50,21 @@ def test_a_job_writes_its_own_folders_and_its_log(kind, paths):
     assert not {"/", "/etc", "/usr", "/opt", "/var", "/run"} & writable
 
 
+def test_a_download_that_takes_a_file_of_the_host_can_give_it_a_second_name(tmp_path, monkeypatch):
+    """A folder that may be written to is a mount of its own, between which there are no hard links."""
+    monkeypatch.setattr(job_limits, "JOBS", str(tmp_path))
+    for name, url in (("fetch-a", "file:///srv/a.gguf"), ("fetch-b", "https://h/b.gguf")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"files": [{"urls": [url]}]}))
+    found = job_limits.for_job("fetch-a")
+    assert value(found, "ReadWritePaths") is None and value(found, "ProtectSystem") == "full"
+    assert value(found, "ProtectHome") == "read-only" and value(found, "NoNewPrivileges") == "yes"
+    found = job_limits.for_job("fetch-b")
+    assert value(found, "ReadWritePaths") and (value(found, "ProtectSystem"), value(found, "ProtectHome")) == (
+        "strict",
+        "yes",
+    )
+
+
 MEMINFO = "MemTotal: 65536000 kB\nMemAvailable: {} kB\nMapped: {} kB\nHugePages_Total: 0\n"
 
 
