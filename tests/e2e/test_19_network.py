@@ -11,7 +11,6 @@ from tests import company
 from tests.e2e.conftest import PREFIX
 from tests.e2e.deploying import PORT, on, pyinfra, settings, write_inventory
 
-pytestmark = pytest.mark.long
 NAMES = ("git.company.example", "hub.company.example", "cdn.company.example")
 # What a host of such a site has: a compiler, and what llama-server runs with.
 PREPARED = (*oracle_build.COMPILER, "ca-certificates", "curl", "libgomp1")
