@@ -74,6 +74,20 @@ COMMAND = (
      "systemd does not run this host, or does not answer (a container, a rescue system?): the services need it"),
 )  # fmt: skip
 
+# Programs that are started on the operator's own machine, and the package that has each, by package manager.
+LOCAL = {
+    "git": "apt-get install git, dnf install git, brew install git",
+    "ssh": "apt-get install openssh-client, dnf install openssh-clients",
+    "docker": "apt-get install docker.io",
+    "podman": "apt-get install podman, dnf install podman",
+}
+# As a shell, Python and git say that there is no such program.
+_MISSING = re.compile(
+    r"(?:^|[ '\"/])(?P<a>[\w.+-]+): (?:command )?not found|No such file or directory: '?(?P<b>[\w.+/-]+)|"
+    r"cannot run (?P<c>[\w.+/-]+): No such file",
+    re.MULTILINE,
+)
+
 FULL = re.compile("No space left on device|Disk quota exceeded|has no space left|[Dd]isk (is )?full", re.IGNORECASE)
 _READ_ONLY = re.compile("Read-only file system", re.IGNORECASE)
 _NO_MEMORY = re.compile("Cannot allocate memory", re.IGNORECASE)
@@ -82,7 +96,18 @@ _NO_MEMORY = re.compile("Cannot allocate memory", re.IGNORECASE)
 def of_connection(text: str) -> str:
     """Why a host cannot be reached, and what to do, with what was said in brackets; the text itself where the cause is
     not known."""
-    return _explained(text, CONNECTION)
+    local = of_local(text)
+    return local if local != text else _explained(text, CONNECTION)
+
+
+def of_local(text: str) -> str:
+    """Why a program failed on the operator's own machine: which one is missing there, and how to install it; the text
+    itself where it says something else."""
+    for found in _MISSING.finditer(text):
+        name = str(found["a"] or found["b"] or found["c"]).rpartition("/")[2]
+        if name in LOCAL:
+            return f"{name} is missing on this machine, where you run llamafleet: install it ({LOCAL[name]})"
+    return text
 
 
 def of_command(text: str) -> str:

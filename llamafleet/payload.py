@@ -40,7 +40,7 @@ PROBE_PROGRAMS = (
     *("gpu_nodes.py", "probe_pci.py", "probe_diagnosis.py", "probe_gpus.py", "probe_gpu_common.py", "probe_amd.py"),
     *("probe_nvidia.py", "probe_nvidia_memory.py", "probe_tegra.py"),
     *("survey.py", "addresses.py", "ground.py", "learned.py", "lock.py", "releases.py", "rocm.py", "toolkits.py"),
-    "uninstall.py",
+    *("boot.py", "disks.py", "left.py", "uninstall.py"),
     *("common.py", "instance_files.py", "packages.py", "places.py"),  # imported by the programs above
 )
 # Files of the wheels that the probe does not need on Linux.
@@ -109,7 +109,11 @@ def _cached(folder: Path, requirement: str) -> Path | None:
 def _fetch(folder: Path, arch: str, name: str, requirement: str, environment: Mapping[str, str] | None) -> Path:
     """Download a wheel into the cache with pip, complete or not at all. Raises `PayloadError`."""
     if importlib.util.find_spec("pip") is None:
-        raise PayloadError(f"{sys.executable} has no pip to download {name}: run {sys.executable} -m ensurepip")
+        raise PayloadError(
+            f"pip is missing on this machine: {sys.executable} needs it once, to download {name} for the hosts: run "
+            f"{sys.executable} -m ensurepip (on Debian and Ubuntu after apt-get install python3-venv; in one of "
+            f"uv's: uv pip install --python {sys.executable} pip)"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         requirement_file = Path(temporary, "requirement.txt")

@@ -8,7 +8,7 @@ from pyinfra.api.deploy import deploy
 
 from llamafleet.hub.source import RemoteFile
 from llamafleet.remote.common import RUN
-from llamafleet.service.desired import Desired, Serving
+from llamafleet.service.desired import Desired, Serving, store_of, stored_at
 from llamafleet.settings import secrets
 from tasks.lib import jobs, lookups, operations, paths
 from tasks.lib.decision import for_stage
@@ -29,7 +29,8 @@ def model() -> None:
     for folder, serving in operations.each(models.items(), lambda pair: pair[0]):
         needed = folder in now.changes.models
         first = serving.model.files[0].name
-        if sent := tuple(paths.sent_files(serving.model, folder)):
+        there = stored_at(serving.model, now.desired.settings, now.desired.installed) or folder
+        if sent := tuple(paths.sent_files(serving.model, there)):
             operations.send_files(name=f"Send {first}", needed=needed, files=sent, reserve_bytes=RESERVE_BYTES)
         operations.run_job(
             name=f"Fetch {first}", needed=needed, job=f"fetch-{serving.model.folder}", program="fetch.py",
@@ -47,6 +48,7 @@ def spec(desired: Desired, serving: Serving, with_token: bool) -> dict[str, Any]
     """What `llamafleet/remote/fetch.py` needs to know."""
     return {
         "directory": serving.folder,
+        **({"store": store} if (store := store_of(serving.model, desired.settings)) else {}),
         "owner": None,
         "files": [_file(desired, serving, file) for file in serving.model.files],
         "curl_config": TOKEN if with_token else None,

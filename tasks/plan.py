@@ -2,40 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from pyinfra import host
 from pyinfra.api.deploy import deploy
 
 from llamafleet.cli import tables, usage
-from tasks.lib.decision import decision
-from tasks.lib.usage import reached_by
+from llamafleet.planner import stability
+from llamafleet.service.desired import Serving
+from tasks.lib.decision import Decision, decision
+from tasks.lib.usage import left_to_do, reached_by
 
 
 @deploy("Plan")
 def plan() -> None:
-    """Print the plan of every instance as a table, and what the run will do. A host that cannot hold its models
-    was refused by name; the other hosts go on."""
+    """Print the plans of new and changed instances as tables, and what the run will do; a host without changes has one
+    line. With `-v` all plans are printed. A host that cannot hold its models was refused by name; the other hosts go
+    on."""
     now = decision()
     if now is None:
         return
+    for text in lines(now, host.name, reached_by(host), everything=host.state.print_noop_info):
+        host.log(text)
+
+
+def lines(now: Decision, name: str, reached: str, *, everything: bool) -> Iterator[str]:
+    """What is printed of a host of that name, which this machine reaches by `reached`; `everything`: with `-v`."""
     for serving in now.desired.servings:
-        # What is wrong with the host is said once, by its notes.
-        host.log(tables.table(replace(serving.plan, problems=()), f"{serving.name} on {host.name}"))
-    for note in now.desired.inputs.notes:
-        host.log(note)
-    if now.desired.why:
-        host.log(now.desired.why)
-    for name, reasons in now.changes.services.items():
-        host.log(f"to do: serve {name}: {', '.join(reasons)}")
-    for name, reasons in now.changes.refreshed.items():
-        host.log(f"to do: set {name} right while its server runs on: {', '.join(reasons)}")
-    for name, reasons in now.changes.liveness.items():
-        host.log(f"to do: install the liveness check of {name}: {', '.join(reasons)}")
-    for reason in (*now.changes.of_host(), *(one.phrase for one in now.changes.paths.values() if one.place.instance)):
-        host.log(f"to do: {reason}")
-    for name in now.changes.note:
-        host.log(f"to do: write the plan.json of {name} again, since its inputs changed; its service stays as it is")
+        if everything or serving.name in now.changes.services:
+            # What is wrong with the host is said once, by its notes.
+            plain = replace(serving.plan, problems=())
+            yield tables.table(plain, f"{serving.name} on {name}", measured=_measured(now, serving))
     if not now.changes.any and not now.changes.note:
-        urls = [f"{one.name} at {usage.url(one.instance, reached_by(host))}" for one in now.desired.servings]
-        host.log(f"nothing to do: everything is as planned{': ' if urls else ''}{', '.join(urls)}")
+        yield _in_one_line(now, reached)
+    if not now.changes.any:  # else it is said at the end
+        yield from left_to_do(now.desired, now.desired.installed.left)
+    yield from _to_do(now, everything)
+
+
+def _to_do(now: Decision, everything: bool) -> Iterator[str]:
+    changes, desired = now.changes, now.desired
+    if everything or changes.any:
+        yield from desired.inputs.notes
+        yield from (desired.why,) if desired.why else ()
+    else:
+        yield from (f"the host: {problem}" for problem in desired.machine.problems)
+    for name, reasons in changes.services.items():
+        yield f"to do: serve {name}: {', '.join(reasons)}"
+    for name, reasons in changes.refreshed.items():
+        yield f"to do: set {name} right while its server runs on: {', '.join(reasons)}"
+    for name, reasons in changes.liveness.items():
+        yield f"to do: install the liveness check of {name}: {', '.join(reasons)}"
+    for reason in (*changes.of_host(), *(one.phrase for one in changes.paths.values() if one.place.instance)):
+        yield f"to do: {reason}"
+    for name in changes.note:
+        yield f"to do: write the plan.json of {name} again, since its inputs changed; its service stays as it is"
+
+
+def _in_one_line(now: Decision, reached: str) -> str:
+    """Of a host on which everything is as planned: where its instances serve, and how fast, as their gates measured."""
+    instances = ", ".join(_instance(now, serving, reached) for serving in now.desired.servings)
+    why = f"; {now.desired.why}" if now.desired.why not in ("", stability.SAME_INPUTS) else ""
+    return f"nothing to do: everything is as planned{': ' if instances else ''}{instances}{why}"
+
+
+def _instance(now: Decision, serving: Serving, reached: str) -> str:
+    measured = _measured(now, serving)
+    return f"{serving.name} at {usage.url(serving.instance, reached)}{f' ({measured}, measured)' if measured else ''}"
+
+
+def _measured(now: Decision, serving: Serving) -> str:
+    return usage.speeds(now.desired.inputs.measured_by_gate(serving.plan))

@@ -42,7 +42,7 @@ def service() -> None:
     )  # fmt: skip
     operations.release_lock(name="Release the host's lock", needed=now.changes.any or bool(now.changes.note))
     usage.tell_usage(
-        name="Say how to use what was installed", needed=bool(now.changes.services), servings=installed_now
+        name="Say how to use what was installed", needed=now.changes.any, servings=installed_now, desired=now.desired
     )  # fmt: skip
 
 

@@ -49,6 +49,30 @@ COMMANDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("said", "program"),
+    [
+        ("[Errno 2] No such file or directory: 'git'", "git"),
+        ("[Errno 2] No such file or directory: '/usr/bin/ssh'", "ssh"),
+        ("/bin/sh: 1: ssh: not found", "ssh"),
+        ("bash: line 1: ssh: command not found", "ssh"),
+        ("error: cannot run ssh: No such file or directory\nfatal: unable to fork", "ssh"),
+        ("SSH error (FileNotFoundError: [Errno 2] No such file or directory: 'ssh')", "ssh"),
+    ],
+)
+def test_a_program_that_the_operator_lacks_is_named_with_the_way_out(said, program):
+    for told in (causes.of_local(said), causes.of_connection(said)):
+        assert told.startswith(
+            f"{program} is missing on this machine, where you run llamafleet: install it (apt-get install "
+        )
+
+
+@pytest.mark.parametrize("said", ["fatal: repository '/git' not found", "ssh: connect to host box port 22: No route to host",
+                                  "[Errno 2] No such file or directory: '/home/me/keys'"])  # fmt: skip
+def test_what_is_no_missing_program_is_left_as_it_is(said):
+    assert causes.of_local(said) == said
+
+
 @pytest.mark.parametrize(("said", "cause", "way_out"), CONNECTIONS)
 def test_a_connection_s_cause_and_way_out(said, cause, way_out):
     told = causes.of_connection(said)

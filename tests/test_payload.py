@@ -107,6 +107,14 @@ def test_a_wheel_that_is_not_the_locked_one_is_refused(tmp_path):
     assert list((tmp_path / "cache").rglob("*.whl")) == []
 
 
+def test_pip_that_is_missing_here_is_named_with_the_ways_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(payload.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PayloadError) as error:
+        payload.wheels("x86_64", cache=tmp_path)
+    text = str(error.value)
+    assert text.startswith("pip is missing on this machine: ") and "-m ensurepip" in text and "uv pip install" in text
+
+
 def test_unknown_architecture():
     with pytest.raises(PayloadError, match=r"'riscv64'.*x86_64 and aarch64"):
         payload.wheels("riscv64")

@@ -130,6 +130,11 @@ build_cache = None
 # Old releases that are kept on a host beside the current release, so that you can go back to them.
 keep_releases = 2
 
+# Variables of every server of the host beside those that a plan sets, such as
+# {"HSA_OVERRIDE_GFX_VERSION": "10.3.0"} for a card that ROCm does not know (llama.cpp is then compiled for gfx1030).
+# Everybody on the host may read them. Refused are those that llamafleet, systemd or llama.cpp set themselves.
+environment = {}
+
 # --- the Hugging Face Hub --------------------------------------------------------------------
 
 # The Hub, a mirror of it ("https://hf-mirror.com"), or ModelScope ("https://www.modelscope.cn").
@@ -137,6 +142,13 @@ hub_endpoint = "https://huggingface.co"
 # File on *your* machine with the token for gated models, chmod 600, or "env:NAME"; None: the
 # environment's HF_TOKEN, where it is set.
 hub_token_file = None
+
+# --- where models lie ------------------------------------------------------------------------
+
+# Folder on the host for models that are downloaded from now on, mostly on another disk: "/mnt/models". Each has a
+# folder there, to which a link in /var/lib/llamafleet/models leads; a server starts when the disk is mounted
+# (RequiresMountsFor=). Models that are there already stay where they are. None: /var/lib/llamafleet/models.
+models_dir = None
 
 # --- the way out -----------------------------------------------------------------------------
 

@@ -81,12 +81,15 @@ class Look:
 PLAIN = Look()
 
 
-def table(result: Plan | Refusal, title: str, look: Look = PLAIN, alternatives: Sequence[str] = ()) -> str:
-    """The plan or refusal as text, without a trailing newline. `alternatives`: sentences of `what_if`."""
-    return "\n".join([look.wrapped(title), *_lines(result, look, alternatives)])
+def table(
+    result: Plan | Refusal, title: str, look: Look = PLAIN, alternatives: Sequence[str] = (), measured: str = ""
+) -> str:  # fmt: skip
+    """The plan or refusal as text, without a trailing newline. `alternatives`: sentences of `what_if`; `measured`: the
+    speeds that the gate has measured of this plan, which are shown instead of the predicted ones."""
+    return "\n".join([look.wrapped(title), *_lines(result, look, alternatives, measured)])
 
 
-def _lines(result: Plan | Refusal, look: Look, alternatives: Sequence[str]) -> Iterator[str]:
+def _lines(result: Plan | Refusal, look: Look, alternatives: Sequence[str], measured: str) -> Iterator[str]:
     if result.ledger:
         yield from _legend(look)
     for row in result.ledger:
@@ -96,7 +99,7 @@ def _lines(result: Plan | Refusal, look: Look, alternatives: Sequence[str]) -> I
         yield look.wrapped(f"  REFUSED: {result.reason}").replace("REFUSED", look.painted("REFUSED", "31;1"), 1)
         yield from (look.wrapped(f"  try: {suggestion}") for suggestion in result.suggestions)
     else:
-        yield look.wrapped(f"  {_speeds(result.predicted)}")
+        yield look.wrapped(f"  measured by its gate: {measured}" if measured else f"  {_speeds(result.predicted)}")
         yield look.wrapped(f"  flags: {' '.join(result.argv)}")
     yield from (look.wrapped(f"  - {reason}") for reason in result.why)
     yield from (look.wrapped(f"  ! {problem}") for problem in result.problems)

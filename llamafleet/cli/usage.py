@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llamafleet.cli.tables import rate
 from llamafleet.host.answers import Gate
+from llamafleet.host.learned import GatedSpeed
 from llamafleet.planner.roofline import Prediction
 from llamafleet.settings.schema import Instance
 from llamafleet.settings.secrets import VARIABLE
@@ -38,12 +39,19 @@ def lines(instance: Instance, host: str, gate: Gate | None, predicted: Predictio
     yield f"{instance.name}, to try it: {request(instance, host)}"
     if gate is not None and gate.decode_tokens_per_s is not None:
         read = gate.record.get("prompt_tokens_per_s")
-        measured = f"{rate(gate.decode_tokens_per_s)} tokens/s written"
-        measured += f", {rate(read)} read" if isinstance(read, int | float) else ""
+        measured = GatedSpeed(gate.decode_tokens_per_s, read if isinstance(read, int | float) else None)
         yield (
-            f"{instance.name}, measured: {measured}; predicted were {rate(predicted.decode_tokens_per_s)} and"
+            f"{instance.name}, measured: {speeds(measured)}; predicted were {rate(predicted.decode_tokens_per_s)} and"
             f" {rate(predicted.prefill_tokens_per_s)}"
         )
+
+
+def speeds(measured: GatedSpeed | None) -> str:
+    """What gates measured, in words; empty where nothing was measured."""
+    if measured is None:
+        return ""
+    read = f", {rate(measured.prompt_tokens_per_s)} read" if measured.prompt_tokens_per_s else ""
+    return f"{rate(measured.decode_tokens_per_s)} tokens/s written{read}"
 
 
 def request(instance: Instance, host: str) -> str:

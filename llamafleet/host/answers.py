@@ -20,6 +20,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model
 
 from llamafleet import validation
 from llamafleet.host.installed import Holder, Installed, Many, Offer, Path, Sha256, Survey, Table, UserId
+from llamafleet.host.left import Left
 from llamafleet.host.machine import Bytes, Label, Machine, MachineError, Message
 from llamafleet.host.recorded import Speed, readable
 from llamafleet.remote.common import GATE_SCHEMA
@@ -206,6 +207,11 @@ def offers(line: str) -> Mapping[str, Offer]:
 def built(line: str) -> Built:
     """The digest of a release, as `build.py digest` prints it."""
     return cast(Built, _read(line, "build.py", Built))
+
+
+def left(line: str) -> Left:
+    """What is left for people to do, as `left.py` prints it."""
+    return cast(Left, _read(line, "left.py", Left))
 
 
 def gate(line: str) -> Gate:

@@ -15,7 +15,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from typing_extensions import TypedDict
 
 from llamafleet import validation
-from llamafleet.host.learned import Bandwidth, GateSpeeds
+from llamafleet.host.learned import Bandwidth, GatedSpeed, GateSpeeds
+from llamafleet.host.left import Left
 from llamafleet.host.machine import Label, Machine, MachineError, Message, Name, Names, Version, matching
 from llamafleet.host.recorded import Arguments, PlanRecord, readable
 from llamafleet.validation import Flag, Listed, Text, Whole, one_of
@@ -31,6 +32,7 @@ class InstalledError(MachineError):
 Path = Annotated[Label, BeforeValidator(readable)]
 # What goes into a unit: groups and device classes.
 Word = Annotated[Text, Field(max_length=128), matching("be a word of letters, digits and . _ -", r"[\w.-]+")]
+Unit = Annotated[Text, Field(max_length=255), matching("be the name of a systemd unit", r"[\w:.@\\-]+\.service")]
 Sha256 = Annotated[Text, matching("be 64 lower-case hexadecimal digits", "[0-9a-f]{64}")]
 Pid = Annotated[Whole, Field(ge=0, le=2**31 - 1, description="pid_t")]
 UserId = Annotated[Whole, Field(ge=0, le=2**32 - 1, description="uid_t")]
@@ -239,6 +241,14 @@ class Installed:
     nvidia_groups: Annotated[Listed[Word], Field(max_length=256)] = ()
     # What lies at the places of ours, by path.
     paths: Table[Place] = field(default_factory=dict)
+    # Units that a boot starts and a server may have to wait for: of GPU drivers ("gpu") and of networks ("network").
+    boot_units: Table[Annotated[Listed[Unit], Field(max_length=256)]] = field(default_factory=dict)
+    # What is left for people to do there, and the disks that a run may fill.
+    left: Left = field(default_factory=Left)
+    # What the gates measured of each instance with the model and flags that it has now.
+    gated: Table[GatedSpeed] = field(default_factory=dict)
+    # The number of each NVIDIA GPU's device node, by bus id.
+    nvidia_minors: Table[Annotated[Whole, Field(ge=0, le=255)]] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, data: object) -> Installed:

@@ -58,6 +58,14 @@ class GateSpeeds:
 
 
 @dataclass(frozen=True)
+class GatedSpeed:
+    """The speeds that gates of an instance measured, tokens/s: the median of the last ones, and the last prompt's."""
+
+    decode_tokens_per_s: Rate
+    prompt_tokens_per_s: Rate | None = None
+
+
+@dataclass(frozen=True)
 class ChosenRates:
     """The measurements that a plan was chosen with, as plan.json has them under `inputs`."""
 

@@ -26,6 +26,7 @@ from llamafleet.units import MIB
 # The share of a reserve that other processes may use before the plan is changed. The rest is left for memory pools
 # that grow after the start.
 DRIFT_SHARE = 0.25
+SAME_INPUTS = "kept: the same inputs give the installed plan"
 # A plan that is predicted to be this much faster is worth a restart; a smaller gain is within the prediction's error.
 FASTER_SHARE = 0.05
 # A total memory that differs by less is the same hardware: kernels and drivers reserve some MiB more or less.
@@ -37,7 +38,7 @@ _UNRELATED_INSTANCE_SETTINGS = {"name", "source", "port", "listen", "allowed_cli
                           "allowed_drop_ins"}  # fmt: skip
 _UNRELATED_SETTINGS = {"models", "llama_cpp_repository", "llama_cpp_ref", "build_ui", "build_jobs", "build_cache",
               "keep_releases", "hub_endpoint", "hub_token_file", "cuda_toolkit", "drain_seconds",
-              "allow_empty_models", "proxy", "no_proxy", "ca_file", "python"}  # fmt: skip
+              "allow_empty_models", "environment", "models_dir", "proxy", "no_proxy", "ca_file", "python"}  # fmt: skip
 
 
 # Settings that later versions added: with these values they are no part of the hash, which so is that of before.
@@ -161,7 +162,7 @@ def keep_or_replan(
     if not installed:
         return present
     if _is_installed(present.results, installed):
-        return replace(present, why="kept: the same inputs give the installed plan")
+        return replace(present, why=SAME_INPUTS)
     problems = []
     memories: list[RecordedMemory] = []
     for plan in installed.values():

@@ -215,7 +215,8 @@ PLAN_SCHEMA, GATE_SCHEMA, RELEASE_SCHEMA = 1, 1, 1
 
 
 # Of plan.json the keys that make a difference to the running service; their hash is its `identity`.
-IDENTITY_KEYS = ("schema", "name", "source", "release", "commit", "backend", "files", "gate", "cpus", "numa_nodes")
+IDENTITY_KEYS = ("schema", "name", "source", "release", "commit", "backend", "files", "gate", "cpus", "numa_nodes",
+                 "environment")  # fmt: skip
 
 
 def identity_of(record: Mapping[str, Any]) -> str:
@@ -241,9 +242,9 @@ def later_schema(record: Dict[str, Any], known: int) -> Optional[str]:
 # Directives that systemd takes over from a unit file by daemon-reload, or that count at the next start alone. A unit
 # that differs from the wanted one in these alone is replaced while its server runs on.
 QUIET = frozenset((
-    "Description", "Documentation", "Wants", "After", "StartLimitIntervalSec", "StartLimitBurst", "AssertFileNotEmpty",
-    "AssertPathExists", "ExecStartPre", "ExecStartPost", "TimeoutStartSec", "TimeoutStopSec", "Restart", "RestartSec",
-    "LogRateLimitIntervalSec", "LogRateLimitBurst",
+    "Description", "Documentation", "Wants", "After", "RequiresMountsFor", "StartLimitIntervalSec", "StartLimitBurst",
+    "AssertFileNotEmpty", "AssertPathExists", "ExecStartPre", "ExecStartPost", "TimeoutStartSec", "TimeoutStopSec",
+    "Restart", "RestartSec", "RestartSteps", "RestartMaxDelaySec", "LogRateLimitIntervalSec", "LogRateLimitBurst",
 ))  # fmt: skip
 
 # Directives that keep an instance from reading the keys of another one, which runs as the same user: from its memory

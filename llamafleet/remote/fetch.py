@@ -3,6 +3,8 @@
 Contract. Runs with Python 3.8 or later, the standard library and curl 7.76 or later. Argument: a JSON file,
 
     {"directory": "/var/lib/llamafleet/models/NAME-SHA12",  where the files end up
+     "store": "/mnt/models/NAME-SHA12" | null,              optional: a folder on another disk, to which `directory`
+                                                            becomes a link, unless it is there already
      "owner": "llamafleet" | null,                          who owns them; null: whoever runs this
      "files": [{"name": "x.gguf", "urls": ["https://...", mirrors...],      file:///PATH: a file of this host; []: the
                                                             operator has sent it, as the partial file
@@ -39,7 +41,7 @@ from typing import Iterator  # the contract is Python 3.8, whose own Iterator is
 
 from fetch_answer import judge, learn, resolve
 from fetch_curl import FULL, check_time, transfer
-from fetch_folder import adopt, check_space, discard, hand_over, is_known, put_in_place, size_of, take_lock, verify
+from fetch_folder import adopt, check_space, discard, is_known, make_folder, put_in_place, size_of, take_lock, verify
 from fetch_local import is_local, needs_no_space, take
 from fetch_log import Progress, gib, say
 from fetch_spec import (
@@ -95,8 +97,7 @@ def on_signal(number: int, frame: object) -> None:
 
 def fetch(spec: Spec) -> None:
     """All files of the spec. Raises Failed."""
-    os.makedirs(spec.directory, mode=0o755, exist_ok=True)
-    hand_over(spec, spec.directory, 0o755)
+    make_folder(spec)
     with take_lock(spec):
         missing = list(find_missing(spec))
         check_space(spec, [wanted for wanted in missing if not needs_no_space(spec, wanted)])

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Dict  # the contract is Python 3.8, whose own Dict is typing's
 
-from common import is_as_verified, make_way, read_json, set_aside, sync
+from common import is_as_verified, make_way, read_json, replace_link, set_aside, sync
 from fetch_log import MIB, PROGRESS_S, Progress, gib, say
 from fetch_spec import MISMATCH, NO_SPACE, NOT_GGUF, Failed, Spec, Wanted
 
@@ -24,6 +24,23 @@ from fetch_spec import MISMATCH, NO_SPACE, NOT_GGUF, Failed, Spec, Wanted
 def size_of(path: Path) -> int:
     """Bytes of the file, 0 where there is none."""
     return path.stat().st_size if path.exists() else 0
+
+
+def make_folder(spec: Spec) -> None:
+    """The model's folder, which may be a link to one on another disk. Raises Failed where that disk is not there."""
+    directory = str(spec.directory)
+    if os.path.islink(directory) and not os.path.isdir(directory):
+        target = os.readlink(directory)
+        if spec.store in (None, target):
+            raise Failed(1, f"{directory} leads to {target}, which is not there: mount its disk, or remove the link to "
+                         "have the model downloaded again")  # fmt: skip
+        os.unlink(directory)
+    if spec.store is not None and not os.path.isdir(directory):
+        os.makedirs(spec.store, mode=0o755, exist_ok=True)
+        os.makedirs(os.path.dirname(directory), mode=0o755, exist_ok=True)
+        replace_link(directory, spec.store)
+    os.makedirs(directory, mode=0o755, exist_ok=True)
+    hand_over(spec, spec.directory, 0o755)
 
 
 def take_lock(spec: Spec) -> IO[str]:

@@ -59,6 +59,7 @@ class Spec:
 
     directory: Path
     files: tuple[Wanted, ...]
+    store: str | None = None
     owner: str | None = None
     curl_config: str | None = None
     token_origin: str = "https://huggingface.co"  # noqa: S105 -- an address, not a token
@@ -149,10 +150,11 @@ def read_secret(path: object, origin: str) -> str:
 
 
 def check_scalars(data: dict[str, Any]) -> None:
-    directory = data.get("directory")
-    parts = directory.split("/") if isinstance(directory, str) and "\0" not in directory else [".."]
-    if parts[0] or ".." in parts:
-        refuse("directory", "an absolute path without '..'", directory)
+    for key in ("directory", *(["store"] if data.get("store") is not None else [])):
+        path = data.get(key)
+        parts = path.split("/") if isinstance(path, str) and "\0" not in path else [".."]
+        if parts[0] or ".." in parts:
+            refuse(key, "an absolute path without '..'", path)
     for key in ("reserve_bytes", "attempts", "stall_bytes_per_s", "stall_s", "retry_delay_s", "seconds"):
         value = data.get(key, 1)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -25,6 +25,8 @@ CONFINED = "--confined"
 # What the checks may take beside loading: completions of a busy server, each with its own deadline.
 CHECK_SECONDS = 3600
 MOST_MEMORY = "512M"  # NVML, and the answers of the server
+# Lines of the server's unit that let it open its devices.
+OF_DEVICES = ("DevicePolicy=", "DeviceAllow=", "SupplementaryGroups=")
 # For a host on which systemd cannot start the unit: root's files, but no capability and no way to one.
 WITHOUT_CAPABILITIES = ("setpriv", "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all")
 
@@ -96,8 +98,7 @@ def devices(spec: Dict[str, Any]) -> List[str]:
         return ["PrivateDevices=yes", "MemoryDenyWriteExecute=yes"]
     try:
         with open(f"{UNITS}/{spec['unit']}") as file:
-            kept = ("DevicePolicy=", "DeviceAllow=", "SupplementaryGroups=")
-            return [line.strip() for line in file if line.startswith(kept)]
+            return [line.strip() for line in file if line.startswith(OF_DEVICES)]
     except OSError:
         return []
 

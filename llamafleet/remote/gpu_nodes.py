@@ -2,7 +2,8 @@
 
 Contract: a module of probe.py and survey.py. `groups(NODES)` are the groups by which nodes that are not open to
 everybody can be opened, by name, or by number where the host has no name for it, as in containers; `problems(NODES)`
-are sentences about nodes that no group opens. Reads only. Python 3.8, the standard library; probe_files.py beside it.
+are sentences about nodes that no group opens. Reads only. Python 3.8, the standard library; common.py and
+probe_files.py beside it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from os import stat
 from typing import Dict, Iterator, List, Sequence, Tuple
 
+from common import USER
 from probe_files import at, read
 
 NVIDIA = ("nvidia[0-9]*", "nvidiactl", "nvidia-uvm")
@@ -25,7 +27,8 @@ def groups(nodes: Sequence[str]) -> List[str]:
     make them with, since they exist only after its first use."""
     found = [group for _, mode, group in owners(nodes) if mode & 0o060 == 0o060]
     if nodes == NVIDIA:
-        found += driver_group()
+        # The services' user may have been put into it by hand: then the unit need not name it, and does not change.
+        found = [group for group in (*found, *driver_group()) if not has_our_user(group)]
     return sorted({name_of(group) for group in found if group not in (0, NOBODY)})
 
 
@@ -46,6 +49,13 @@ def driver_group() -> List[int]:
     told: Dict[str, str] = dict(re.findall(r"^(DeviceFile\w+): (\d+)$", read(at("/proc/driver/nvidia/params")), re.M))
     mode, group = int(told.get("DeviceFileMode", 0o666)), int(told.get("DeviceFileGID", 0))
     return [group] if mode & READ_WRITE != READ_WRITE and mode & 0o060 == 0o060 else []
+
+
+def has_our_user(group: int) -> bool:
+    try:
+        return USER in grp.getgrgid(group).gr_mem
+    except KeyError:
+        return False
 
 
 def name_of(group: int) -> str:

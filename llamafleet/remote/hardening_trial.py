@@ -5,7 +5,7 @@ plan.json: {"list_devices": the command that lists devices, "devices": the names
 that serves a tiny model, in which {model} stands for the model's path and {port} for a free port of "host"}.
 `run(directives)` returns None where every device is listed and the tiny model answers, else the reason. The model and
 the unit are gone after the block. Raises `Unfit` where systemd-run itself cannot be used. Root, systemd, standard
-library; common.py, confined.py and tiny_gguf.py lie beside it.
+library; boot.py, common.py, confined.py and tiny_gguf.py lie beside it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import urllib.error
 import urllib.request
 from typing import IO, Any, Dict, List, NamedTuple, Optional, Sequence, Set
 
+import boot
 import tiny_gguf
 from common import MODELS, transient_unit, unit_words
 from confined import UNKNOWN, forget
 
-MODPROBE = "/usr/bin/nvidia-modprobe"
 # Deadlines, seconds: a device list comes at once, a CUDA context can take ten seconds on a cold driver.
 LIST_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 60, 60, 10
 # Directives that are no hardening: what is started, when it is started again, and files that are installed later.
@@ -66,8 +66,8 @@ class Trial:
         os.makedirs(self.folder, mode=0o755, exist_ok=True)
         tiny_gguf.write(f"{self.folder}/tiny.gguf")
         os.chmod(f"{self.folder}/tiny.gguf", 0o644)
-        if "CUDA0" in self.devices and os.path.exists(MODPROBE):
-            subprocess.run([MODPROBE, "-c0", "-u"])  # as the unit does before it starts
+        if "CUDA0" in self.devices:
+            boot.make_nodes()
         return self
 
     def __exit__(self, *_: object) -> None:

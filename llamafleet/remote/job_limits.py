@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from typing import List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from common import BUILD, ETC, JOBS, MODELS, RELEASES, RUN, SOURCE, UNITS, VAR, read_json
 
@@ -52,9 +52,12 @@ CLIENT = (FILES, "SystemCallFilter=@system-service", "SystemCallErrorNumber=EPER
 CACHES = "/var/cache"
 
 
-def limits(kind: str, build_cache: Optional[str] = None, reads_files: bool = False) -> List[str]:
+def limits(
+    kind: str, build_cache: Optional[str] = None, reads_files: bool = False, stores: Sequence[str] = ()
+) -> List[str]:  # fmt: skip
     """The directives of a job of this kind; `build_cache` is the folder that a build shares with other hosts. With
-    `reads_files` a download takes a file of this host, wherever it lies."""
+    `reads_files` a download takes a file of this host, wherever it lies. `stores` are folders for models on other
+    disks."""
     if kind == "build":
         paths = [BUILD, SOURCE, RELEASES, CACHES, *([build_cache] if build_cache else [])]
         return [*ALWAYS, *BEHIND, *CONFINED, *writable(paths), *bounds(kind, 8192, free_bytes()),
@@ -65,7 +68,7 @@ def limits(kind: str, build_cache: Optional[str] = None, reads_files: bool = Fal
         return [*ALWAYS, *BEHIND, *CONFINED, *CLIENT, *writable([SOURCE]), *bounds(kind, 256, 4 * GIB),
                 "ProtectHome=read-only"]  # fmt: skip
     if kind == "fetch":
-        return [*ALWAYS, *BEHIND, *CONFINED, *CLIENT, *writable([MODELS]), *bounds(kind, 256, 2 * GIB),
+        return [*ALWAYS, *BEHIND, *CONFINED, *CLIENT, *writable([MODELS, *stores]), *bounds(kind, 256, 2 * GIB),
                 f"ProtectHome={'read-only' if reads_files else 'yes'}"]  # fmt: skip
     if kind in ("packages", "toolkit"):  # packages write anywhere, and run scripts of their own
         return [*ALWAYS, *BEHIND, *bounds(kind, 4096, free_bytes())]
@@ -103,9 +106,24 @@ def for_job(name: str) -> List[str]:
     kind = name.partition("-")[0]
     spec = read_json(f"{JOBS}/{name}.json") if kind in ("build", "fetch") else {}
     cache = spec.get("build_cache")
+    stores = stores_of(spec) if kind == "fetch" else []
     for path in {"build": (BUILD, SOURCE, RELEASES), "checkout": (SOURCE,)}.get(kind, ()):
         os.makedirs(path, mode=0o755, exist_ok=True)
     if cache:
         with contextlib.suppress(OSError):  # the job says what is wrong with it
             os.makedirs(cache, mode=0o755, exist_ok=True)
-    return limits(kind, cache, reads_files='"file:///' in json.dumps(spec.get("files")))
+    return limits(kind, cache, '"file:///' in json.dumps(spec.get("files")), stores)
+
+
+def stores_of(spec: Dict[str, Any]) -> List[str]:
+    """The folders outside ours that a download writes to: the one that the settings name for models, and the one to
+    which the model's own folder leads. The first is made where it is missing."""
+    store, directory = spec.get("store"), str(spec.get("directory"))
+    found = []
+    if isinstance(store, str):
+        found.append(os.path.dirname(store))
+        with contextlib.suppress(OSError):  # the job says what is wrong with it
+            os.makedirs(found[0], mode=0o755, exist_ok=True)
+    if os.path.islink(directory):
+        found.append(os.path.realpath(directory))
+    return found

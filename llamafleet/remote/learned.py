@@ -58,6 +58,23 @@ def gate_speeds() -> List[Dict[str, Any]]:
     return found
 
 
+def gated() -> Dict[str, Dict[str, Any]]:
+    """By instance the speeds that its gates measured, with the model and flags of the last one."""
+    found = {}
+    for name in listing(GATES):
+        record = read_json(f"{GATES}/{name}") if name.endswith(".json") else {}
+        kept: Any = record.get("speeds")
+        measured: List[Any] = kept if isinstance(kept, list) else [record.get("decode_tokens_per_s")]
+        speeds = [float(speed) for speed in measured if is_rate(speed)]
+        if speeds and not later_schema(record, GATE_SCHEMA):
+            prompt: Any = record.get("prompt_tokens_per_s")
+            found[name[: -len(".json")]] = {
+                "decode_tokens_per_s": statistics.median(speeds),
+                "prompt_tokens_per_s": float(prompt) if is_rate(prompt) else None,
+            }
+    return found
+
+
 def is_expected(value: Any) -> bool:
     """Is it what plan.json says of the gate's own request?"""
     if not isinstance(value, dict) or not all(is_rate(value.get(name)) for name in RATES):

@@ -2,10 +2,10 @@
 
 Contract: one argument, a JSON object {"packages": {name of a package manager: what is needed, see packages.py},
 "build_cache": path | null, "toolkits": [paths], "paths": [paths], "vulkan": bool, "addresses": [texts],
-"bandwidth": bool (measure the memory, unless a plan.json has it)}; prints one JSON object
-{"machine": the probe's output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and psutil; its
-siblings common.py, addresses.py, gpu_nodes.py, instance_files.py, learned.py, places.py, probe.py, toolkits.py,
-lock.py, ground.py, packages.py, releases.py and rocm.py lie in the same folder.
+"bandwidth": bool (measure the memory, unless a plan.json has it), "left": what left.py is asked}; prints one JSON
+object {"machine": the probe's output, "found": {...}} on stdout. Changes nothing. Python 3.8, standard library and
+psutil; its siblings common.py, addresses.py, boot.py, disks.py, gpu_nodes.py, instance_files.py, learned.py, left.py,
+places.py, probe.py, toolkits.py, lock.py, ground.py, packages.py, releases.py and rocm.py lie in the same folder.
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ DRIVER_SECONDS = 20.0  # a driver that does not answer in this time hangs
 
 
 def main(argv: list[str]) -> None:
+    import boot
     import gpu_nodes
     import ground
     import learned
+    import left
     import lock
     import packages
     import probe
@@ -75,6 +77,8 @@ def main(argv: list[str]) -> None:
         "listeners": listeners(),
         "device_classes": device_classes(),
         "ground": ground.ground(),
+        "boot_units": boot.enabled_units(),
+        "nvidia_minors": boot.minors(),
         "gpu_groups": list(
             dict.fromkeys([*filter(has_group, ("render", "video")), *gpu_nodes.groups(gpu_nodes.OTHERS)])
         ),
@@ -86,7 +90,9 @@ def main(argv: list[str]) -> None:
         "tools": {"g++": toolkits.gcc_version("c++"), "cmake": toolkits.cmake_version()},
         "bandwidth": learned.bandwidth(machine) if asked.get("bandwidth") else None,
         "gate_speeds": learned.gate_speeds(),
+        "gated": learned.gated(),
         "unbindable": unbindable(asked.get("addresses", [])),
+        "left": left.left(asked.get("left", {})),
     }
     print(json.dumps({"machine": machine, "found": found}))
 

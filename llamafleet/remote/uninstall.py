@@ -86,6 +86,13 @@ def models() -> list[str]:
     return children(MODELS)
 
 
+def stores() -> list[str]:
+    """The folders of models on other disks, to which links of ours of the same name lead."""
+    links = [path for path in models() if os.path.islink(path)]
+    return [target for path in links if os.path.isdir(target := os.path.realpath(path))
+            and os.path.basename(target) == os.path.basename(path)]  # fmt: skip
+
+
 def find() -> dict[str, Any]:
     return {"euid": os.geteuid(), "lock": lock.read(), "units": units(), "paths": paths(), "models": models(),
             "user": user_id() is not None}  # fmt: skip
@@ -102,7 +109,7 @@ def remove(with_models: bool, run_id: str) -> None:
         run("systemctl", "reset-failed", name, check=False)  # nothing to forget is as good
         delete(f"{UNITS}/{name}")
     run("systemctl", "daemon-reload")
-    for path in [*gone, *([VAR] if with_models else [])]:
+    for path in [*gone, *([*stores(), VAR] if with_models else [])]:
         delete(path)
         lock.refresh(run_id)
     keep_models()

@@ -22,13 +22,13 @@ Decision 4: docs/decisions/0004-the-binary-is-asked-before-it-is-trusted.md.
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 import threading
 from typing import Any, Iterable  # the contract is Python 3.8, whose own Iterable is typing's
 
+import boot
 from common import systemctl, transient_unit, unit_words, write_json
 
 MIB = 1024**2
@@ -90,8 +90,8 @@ def ask(spec: dict[str, Any]) -> dict[str, Any]:
     full = too_full(spec["gpus"], spec["room_bytes"])
     if full:
         return {"told": None, "why": full, "room": False, "rejected": ""}
-    if os.path.exists("/usr/bin/nvidia-modprobe") and spec["gpus"]:
-        subprocess.run(["/usr/bin/nvidia-modprobe", "-c0", "-u"])  # device nodes exist only after the driver was used
+    if spec["gpus"]:
+        boot.make_nodes()  # they exist only after the driver was used
     systemctl("stop", unit, check=False)  # a run that was killed may have left one
     with subprocess.Popen(
         command(spec), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

@@ -30,6 +30,7 @@ from llamafleet.service.plan_inputs import PlanInputs
 from llamafleet.service.record import plan_record, record_text
 from llamafleet.service.refusals import Refused
 from llamafleet.service.unit import Renderer, liveness_texts, unit_text
+from llamafleet.settings.environment import gfx_targets
 from llamafleet.settings.schema import Instance, Settings
 
 
@@ -170,6 +171,19 @@ def model_folder(model: ModelFiles) -> str:
     return f"{MODELS}/{model.folder}"
 
 
+def stored_at(model: ModelFiles, settings: Settings, installed: Installed) -> str | None:
+    """The folder on another disk to which the model's folder leads, or will; None where it lies there itself."""
+    there = installed.paths.get(model_folder(model))
+    if there is None or there.kind != "folder":
+        return store_of(model, settings)
+    return there.target if there.target and there.target.startswith("/") else None
+
+
+def store_of(model: ModelFiles, settings: Settings) -> str | None:
+    """The folder for a model that is to be downloaded, where the settings name another one than the usual."""
+    return f"{settings.models_dir}/{model.folder}" if settings.models_dir not in (None, MODELS) else None
+
+
 def model_path(model: ModelFiles) -> str:
     """The model's first file on a host, which llama-server is given."""
     return f"{model_folder(model)}/{model.files[0].name}"
@@ -202,7 +216,7 @@ def _with_build(inputs: PlanInputs, run: Run) -> Desired | Refused:
     toolkit = _toolkit(inputs, run)
     if isinstance(toolkit, cuda_toolkit.Unsuitable):
         return refusals.no_toolkit(toolkit)
-    architectures = _architectures(inputs.backend, only_used(inputs.survey.machine, inputs.backend, inputs.settings))
+    architectures = _architectures(inputs, only_used(inputs.survey.machine, inputs.backend, inputs.settings))
     if inputs.backend == "hip" and not architectures:
         return refusals.no_hip_target()
     build = _build(inputs, run.commit, toolkit, architectures)
@@ -244,6 +258,8 @@ def _in_the_way(inputs: PlanInputs) -> Iterator[Refused]:
     for instance in instances:
         refused = refusals.foreign_unit(instance, installed.foreign_units)
         there = installed.instances.get(instance.name)
+        folder = model_folder(inputs.models[instance.name])
+        refused = refused or refusals.no_disk(instance, folder, installed.paths.get(folder))
         refused = refused or (refusals.foreign_drop_in(instance, there.drop_ins) if there else None)
         refused = refused or refusals.no_address(instance, installed.unbindable)
         refused = refused or refusals.port_taken(instance, installed.listeners, ours)
@@ -290,12 +306,14 @@ def _hip(inputs: PlanInputs, build: Build, run: Run) -> Hip | NoHip | None:
     return choose_hip(inputs.survey.installed.rocm, run.offers)
 
 
-def _architectures(backend: str, machine: Machine) -> tuple[str, ...]:
-    """GPU architectures to compile for: those of this host's GPUs, never a compiler's guess."""
-    if backend == "cuda":
+def _architectures(inputs: PlanInputs, machine: Machine) -> tuple[str, ...]:
+    """GPU architectures to compile for: those of this machine's GPUs, never a compiler's guess. With AMD's those that
+    the operator's variables give them."""
+    if inputs.backend == "cuda":
         return cuda_toolkit.architectures(machine)
-    if backend == "hip":
-        return tuple(sorted({gpu.gfx for gpu in machine.usable_gpus if gpu.gfx}))
+    if inputs.backend == "hip":
+        found = {gpu.gfx for gpu in machine.usable_gpus if gpu.gfx}
+        return gfx_targets(inputs.settings.environment) or tuple(sorted(found))
     return ()
 
 
@@ -359,6 +377,7 @@ def _serving(
             argv,
             speed_floor_percent=settings.speed_floor_percent,
             alone=len(settings.models) == 1,
+            environment=settings.environment,
         ),
         "inputs": {
             "key": inputs.keys[instance.name],
@@ -371,7 +390,8 @@ def _serving(
         name=instance.name,
         unit_text=unit_text(
             render, instance, plan, build, desired.installed, record, desired.run.helpers,
-            allow_swap=settings.allow_swap, python=settings.python,
+            allow_swap=settings.allow_swap, python=settings.python, environment=settings.environment,
+            store=stored_at(model, settings, desired.installed),
         ),
         plan_json=record_text(record), secrets=desired.run.secrets.get(instance.name, {}), argv=argv,
         release=build.release, liveness=liveness_texts(render, instance, settings, desired.run.helpers),

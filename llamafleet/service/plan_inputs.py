@@ -14,7 +14,7 @@ from llamafleet.memory.ledger import Correction
 from llamafleet.planner import stability
 from llamafleet.planner.backend import resolve_backend
 from llamafleet.planner.plan import plan_host
-from llamafleet.planner.result import Refusal
+from llamafleet.planner.result import Plan, Refusal
 from llamafleet.remote.common import MODELS
 from llamafleet.service.refusals import Refused, diagnosed, no_backend, unusable_file, unverified
 from llamafleet.settings.schema import Instance, Settings
@@ -49,6 +49,13 @@ class PlanInputs:
         """What is known of the host's speed now, from the survey's probe and the gates."""
         installed = self.survey.installed
         return learned.measurements(installed.bandwidth, installed.gate_speeds)
+
+    def measured_by_gate(self, plan: Plan) -> learned.GatedSpeed | None:
+        """The speeds that gates measured of exactly this plan, which is installed; None where there are none."""
+        record = self.same_inputs().get(plan.instance)
+        if record is None or record.plan is None or record.plan.argv != plan.argv:
+            return None
+        return self.survey.installed.gated.get(plan.instance)
 
     def rates(self) -> learned.RecordedRates:
         """The rates to choose plans with: those of an installed plan as long as its inputs are the same, so that a

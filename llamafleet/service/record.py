@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from llamafleet.build.release import MIB, Build
@@ -22,14 +24,14 @@ START_SECONDS = 60
 
 def plan_record(
     instance: Instance, plan: Plan, build: Build, model: ModelFiles, path: str, argv: tuple[str, ...],
-    *, speed_floor_percent: int, alone: bool,
+    *, speed_floor_percent: int, alone: bool, environment: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:  # fmt: skip
     """plan.json, without `inputs` and `verified`, which make no difference to the running service.
 
     `path` is the model's first file on the host, `argv` the whole command line. `identity` is a hash of everything that
     makes a difference to the running service. The free bytes of the ledger, which drift from run to run, do not; nor
     does a sha256 that became known of a file that is served already. `alone`: the host is to have this instance and no
-    other.
+    other. `environment` are the operator's variables.
     """
     gate = {
         "unit": instance.unit,
@@ -62,6 +64,8 @@ def plan_record(
         "cpus": plan.cpus,
         "numa_nodes": plan.numa_nodes,
     }
+    if environment:  # a record without has the identity that it had before there were any
+        record["environment"] = dict(environment)
     identity = identity_of(record)
     public = without_query(instance.source)
     if public != instance.source:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from llamafleet.build.cuda_toolkit import Unsuitable
 from llamafleet.build.packages import COMPILER, MANAGERS, Need, too_old
 from llamafleet.build.rocm import NoHip
-from llamafleet.host.installed import Holder, Installed, Listener, Offer, Survey
+from llamafleet.host.installed import Holder, Installed, Listener, Offer, Place, Survey
 from llamafleet.host.machine import Machine
 from llamafleet.host.recorded import SCHEMA
 from llamafleet.hub.source import ModelFiles
@@ -223,6 +223,19 @@ def foreign_drop_in(instance: Instance, drop_ins: Collection[str]) -> Refused | 
                 f'name it in allowed_drop_ins: ["{name}"]'
             )
     return None
+
+
+def no_disk(instance: Instance, folder: str, place: Place | None) -> Refused | None:
+    """Whether the model's folder is a link of ours to a disk that is not there: downloaded again, the model would fill
+    another disk."""
+    if place is None or place.kind != "link" or not place.target:
+        return None
+    if place.target.rpartition("/")[2] != folder.rpartition("/")[2]:
+        return None
+    return Refused.because(
+        f"models: {instance.name}: {folder} leads to {place.target}, which is not there: mount its disk, or remove the "
+        "link to have the model downloaded again"
+    )
 
 
 def no_address(instance: Instance, unbindable: Mapping[str, str]) -> Refused | None:

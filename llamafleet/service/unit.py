@@ -10,8 +10,10 @@ Decision 19: docs/decisions/0019-units-name-the-release-folder.md.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from llamafleet.build.release import MIB, Build
@@ -34,6 +36,7 @@ from llamafleet.remote.common import (
 )
 from llamafleet.service.command import unit_escape
 from llamafleet.service.record import credentials
+from llamafleet.settings.environment import assignment
 from llamafleet.settings.schema import Instance, Settings
 
 # From a template's name and its values to the text.
@@ -57,6 +60,13 @@ HIDDEN = tuple(f"-{path}" for path in sorted((*_OURS, *_SYSTEM)))
 # What a liveness check may take at most beside its own patience, which is longer on a slow host.
 LIVENESS_END_SECONDS = 24 * 3600
 
+# When a server that ended is started again, as directives. systemd 254 and later lengthen the pause from one start that
+# fails to the next: 5, 8, 14, 24, 42, 71 and 120 s. Before that there is one pause for all: short for a crash, and long
+# enough that a server which cannot start does not read its model all the time.
+RESTART_STEPS_SINCE = 254
+RESTART = {"RestartSec": 5, "RestartSteps": 6, "RestartMaxDelaySec": 120}
+OLD_RESTART = {"RestartSec": 30}
+
 # Above the planned host memory, for what a process needs beside its model: share and bytes.
 MEMORY_MARGIN, MEMORY_SPARE = 1.1, 1024 * MIB
 
@@ -64,10 +74,16 @@ MEMORY_MARGIN, MEMORY_SPARE = 1.1, 1024 * MIB
 def unit_text(
     render: Renderer, instance: Instance, plan: Plan, build: Build, installed: Installed, record: Mapping[str, Any],
     helpers: str, *, allow_swap: bool, python: str = SYSTEM_PYTHON,
+    environment: Mapping[str, str] = MappingProxyType({}), store: str | None = None,
 ) -> str:  # fmt: skip
     """The whole unit file of an instance; `record` is its plan.json, `helpers` the version of our programs that it
-    calls: those that it was made with, whatever version is installed later. `python` is the setting."""
+    calls: those that it was made with, whatever version is installed later. `python` is the setting, `environment` are
+    the operator's variables, `store` the folder where the model's files lie, where that is not below
+    /var/lib/llamafleet."""
     values = unit_values(instance, plan, build, installed, record, helpers, allow_swap=allow_swap, python=python)
+    values["operators_environment"] = [assignment(name, value) for name, value in sorted(environment.items())]
+    values["store"] = store
+    values["hidden"] = [path for path in HIDDEN if not store or not f"{store}/".startswith(f"{path.lstrip('-')}/")]
     return render("llama-server.service.j2", values)
 
 
@@ -94,8 +110,10 @@ def unit_values(
         "compiles_code": any(gpu.vendor == SOFTWARE for gpu in plan.gpus),
         "device_classes": _device_classes(build.backend, installed),
         "groups": groups(build.backend, installed),
+        "minors": [installed.nvidia_minors.get(gpu.pci_bus_id.lower(), gpu.index) for gpu in plan.gpus],
+        "after": _after(instance.listen, build.backend, bool(plan.gpus), installed),
+        "restart": RESTART if _systemd(installed) >= RESTART_STEPS_SINCE else OLD_RESTART,
         "release": build.release,
-        "hidden": HIDDEN,
         "libraries": _libraries(build),
         "families": _families(instance.listen, bool(plan.gpus)),
         "clients": _clients(instance),
@@ -113,8 +131,8 @@ def _path_of(python: str) -> str:
 
 def groups(backend: str, installed: Installed) -> tuple[str, ...]:
     """The groups without which a server cannot open the backend's device nodes on this host."""
-    by_backend = {"cuda": installed.nvidia_groups, "hip": installed.gpu_groups, "vulkan": installed.gpu_groups}
-    return by_backend.get(backend, ())
+    both = tuple(dict.fromkeys((*installed.gpu_groups, *installed.nvidia_groups)))
+    return {"cuda": installed.nvidia_groups, "hip": installed.gpu_groups, "vulkan": both}.get(backend, ())
 
 
 def _device_classes(backend: str, installed: Installed) -> tuple[str, ...]:
@@ -122,6 +140,21 @@ def _device_classes(backend: str, installed: Installed) -> tuple[str, ...]:
     not differ after the driver was first used. systemd passes over a class that does not exist."""
     known = NVIDIA_CLASSES if backend == "cuda" else ()
     return tuple(sorted({*known, *installed.device_classes}))
+
+
+def _after(listen: str, backend: str, gpu: bool, installed: Installed) -> tuple[str, ...]:
+    """The units that come up before a server: the network, and of those that the host starts at a boot what makes its
+    GPUs usable and may bring its address."""
+    address = ipaddress.ip_address(listen)
+    kinds = (["gpu"] if gpu else []) + ([] if address.is_loopback or address.is_unspecified else ["network"])
+    own = ("network-online.target", *(("nvidia-persistenced.service",) if backend == "cuda" else ()))
+    return tuple(dict.fromkeys((*own, *(unit for kind in kinds for unit in installed.boot_units.get(kind, ())))))
+
+
+def _systemd(installed: Installed) -> int:
+    """The number of the host's systemd; 0 where it is not known."""
+    found = re.match(r"\d{1,6}", installed.ground.get("systemd") or "")
+    return int(found[0]) if found else 0
 
 
 def _libraries(build: Build) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import posixpath
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,14 +19,17 @@ from pydantic import BeforeValidator, Field, PlainValidator, TypeAdapter, Valida
 from llamafleet import sources, validation
 from llamafleet.remote.common import (
     ADDRESS_RULE,
+    ETC,
     MODEL_FILE_RULE,
+    OPT,
+    VAR,
     is_address,
     is_model_file,
     keeps_secrets,
     unit_of,
 )
+from llamafleet.settings import environment, secrets
 from llamafleet.settings import extra_flags as extra
-from llamafleet.settings import secrets
 from llamafleet.settings.defaults import MODEL_DEFAULTS, DefaultsError, with_defaults
 from llamafleet.settings.gpu_names import gpu_name, gpu_reserve
 from llamafleet.validation import Flag, Listed, Should, Whole, one_of
@@ -149,6 +153,41 @@ def _sums(value: object) -> tuple[str, ...]:
 
 Sha256 = Annotated[Listed[Text], BeforeValidator(_sums)]
 ContextTokens = Annotated[Whole, Field(ge=256, le=_INT32, description="llama.cpp rounds a context up to 256 tokens")]
+# A variable of a process. A unit's line has at most a megabyte (systemd's LONG_LINE_MAX).
+Variables = Annotated[
+    Mapping[
+        Annotated[
+            Text,
+            Should(
+                "be a variable's name, of letters, digits and _",
+                functools.partial(re.fullmatch, r"[A-Za-z_][A-Za-z0-9_]{0,254}", flags=re.ASCII),
+            ),
+        ],
+        Text,
+    ],
+    Field(max_length=100),
+]
+# Folders in which the services see nothing, or something else (ProtectHome=, PrivateTmp=, PrivateDevices=), and those
+# of the system.
+_NO_MODELS = (
+    *("/home", "/root", "/run", "/tmp", "/var/tmp"),  # noqa: S108 -- compared with, never written to
+    *("/dev", "/proc", "/sys", "/boot", "/etc", "/usr", "/bin", "/sbin", "/lib", "/lib64", ETC, OPT),
+    *(f"{VAR}/{name}" for name in ("build", "src", "jobs", "staged", "good", "gate")),
+)
+
+
+def _holds_models(path: str) -> bool:
+    return not any(path == one or path.startswith(f"{one}/") for one in _NO_MODELS)
+
+
+ModelsDir = Annotated[
+    Text,
+    Should(
+        "be an absolute path on the host, of letters, digits and . _ + = @ - between slashes",
+        lambda text: re.fullmatch(r"(/[\w.+=@-]+)+", text, re.ASCII) and posixpath.normpath(text) == text,
+    ),
+    Should(f"lie outside of {', '.join(_NO_MODELS[:7])} and of the system's and llamafleet's folders", _holds_models),
+]
 UbatchTokens = Annotated[
     Whole, Field(ge=32, le=65536, description="well around the 256 to 8192 that a plan chooses from")
 ]
@@ -285,6 +324,8 @@ class Settings:
     drain_seconds: Annotated[Whole, Field(ge=0, le=3600, description="0: replies are cut; nobody waits longer")]
     allow_empty_models: Flag
     uninstall_models: Flag
+    environment: Variables
+    models_dir: ModelsDir | None
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Settings:
@@ -314,7 +355,8 @@ class Settings:
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
-        validation.refuse([*_clashes(self.models), *self._token_in_the_open()])
+        wrong = environment.problems(self.environment)
+        validation.refuse([*_clashes(self.models), *self._token_in_the_open(), *wrong])
         return self
 
     def _token_in_the_open(self) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from llamafleet.remote.common import TLS_CERTIFICATE, TLS_KEY
 from llamafleet.settings import secrets
 
+# A certificate that ends earlier is said at the end of a run, or within the last third of its time, if that is shorter:
+# those that are renewed by a timer are renewed before.
+SOON = datetime.timedelta(days=21)
+
 
 class CertificateError(ValueError):
     """A certificate or key that cannot serve; the text names file and way out."""
@@ -37,6 +41,18 @@ def pair(certificate: str, key: str, place: str) -> dict[str, str]:
     if _public(key_text, key, place) != leaf.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo):
         raise CertificateError(f"{place}tls_key_file: {key} is not the key of the certificate in {certificate}")
     return {TLS_CERTIFICATE: chain_text + "\n", TLS_KEY: key_text + "\n"}
+
+
+def ends_soon(certificate: str, place: str) -> str:
+    """What is to be done about a certificate that ends soon, see `SOON`; empty where it lasts longer. Raises
+    `CertificateError`."""
+    setting = f"{place}tls_certificate_file"
+    leaf = _leaf(certificate, setting)[1]
+    ends = leaf.not_valid_after_utc
+    left = ends - datetime.datetime.now(datetime.UTC)
+    if left > min(SOON, (ends - leaf.not_valid_before_utc) / 3):
+        return ""
+    return f"{setting}: {certificate} ends on {ends:%Y-%m-%d}, in {left.days} days: renew it, and deploy again"
 
 
 def _leaf(path: str, setting: str) -> tuple[str, x509.Certificate]:

@@ -28,6 +28,7 @@ from llamafleet.memory.ledger import Correction
 from llamafleet.model.gguf_cursor import GgufError
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.stability import Choice
+from llamafleet.service import disks
 from llamafleet.service.changes import Changes, changes_needed
 from llamafleet.service.desired import Desired, Run, desire, to_ask, with_plans
 from llamafleet.service.plan_inputs import PlanInputs, plan_inputs
@@ -202,7 +203,8 @@ def _names(part: Any) -> set[str]:
 def _decided(desired: Desired | Refused) -> Decision | Refused:
     if isinstance(desired, Refused):
         return desired
-    return Decision(desired, changes_needed(desired, desired.installed))
+    changes = changes_needed(desired, desired.installed)
+    return disks.refusal(desired, changes) or Decision(desired, changes)
 
 
 def read_inputs(host: Host) -> PlanInputs | Refused:

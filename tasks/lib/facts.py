@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from pyinfra.api.host import Host
 
@@ -12,8 +13,15 @@ from llamafleet.host import answers
 from llamafleet.host.installed import Offer, Survey
 from llamafleet.remote import network
 from llamafleet.remote.common import VAR
+from llamafleet.service import disks
+from llamafleet.service.left import open_ports
 from llamafleet.settings.schema import Settings
 from tasks.lib import lookups, remote, sending
+
+
+def asked_left(settings: Settings) -> dict[str, Any]:
+    """What `llamafleet/remote/left.py` is asked: ports that other machines are to reach, disks that a run fills."""
+    return {"ports": sorted(open_ports(settings)), "paths": list(disks.paths(settings))}
 
 
 def survey(host: Host, settings: Settings, *, bandwidth: bool = False, packages: bool = True) -> Survey:
@@ -34,6 +42,7 @@ def survey(host: Host, settings: Settings, *, bandwidth: bool = False, packages:
             "paths": ["/opt", VAR],
             "bandwidth": bandwidth,
             "addresses": sorted({instance.listen for instance in settings.models}),
+            "left": asked_left(settings),
         }
     )
     ok, out, err = sending.run_helper(host, "survey.py", asked, purpose="the survey", seconds=remote.SURVEY_SECONDS,

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from gevent.lock import RLock
 
+from llamafleet import causes
 from llamafleet.hub import source
 from llamafleet.hub.network import Network
 from llamafleet.remote.common import API_KEYS
@@ -68,7 +69,8 @@ def _ls_remote(repository: str, ref: str, way: Network) -> str:
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as error:
         answer = getattr(error, "stderr", None) or error
-        raise LookupFailed(f"llama_cpp_repository: cannot ask {repository}: {str(answer).strip()}") from error
+        said = causes.of_local(str(answer).strip())
+        raise LookupFailed(f"llama_cpp_repository: cannot ask {repository}: {said}") from error
     commits = {name: sha for sha, name in re.findall(r"^([0-9a-f]{40})\t(\S+)$", done.stdout, re.MULTILINE)}
     for name in refs:
         if name in commits:

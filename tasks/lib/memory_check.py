@@ -124,7 +124,7 @@ def spec(now: Decision, plan: Plan) -> dict[str, Any]:
     return {
         "name": plan.instance,
         "command": reconcile.question(now.desired.command(plan)),
-        "environment": dict(plan.environment),
+        "environment": {**now.desired.settings.environment, **plan.environment},
         "groups": unit.groups(plan.backend, now.desired.installed),
         "gpus": [gpu.uuid for gpu in plan.gpus] if plan.backend == "cuda" else [],
         "room_bytes": TRAITS[plan.backend].overhead_bytes + SPARE_BYTES,

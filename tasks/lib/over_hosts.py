@@ -14,6 +14,7 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +31,8 @@ from pyinfra.context import ctx_config, ctx_host, ctx_inventory, ctx_state
 from pyinfra_cli.inventory import make_inventory
 
 from llamafleet import causes
-from llamafleet.cli import tables
+from llamafleet.cli import tables, usage
+from llamafleet.host.learned import GatedSpeed
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.printable import err, json_text, one_line, out
 from llamafleet.service.refusals import Refused
@@ -40,7 +42,19 @@ from tasks.lib.decision import READ_ERRORS, read_inputs
 T = TypeVar("T")
 
 
-def plans(inventory: Path, limit: str | None = None) -> dict[str, dict[str, Plan | Refusal] | str]:
+@dataclass(frozen=True)
+class Planned:
+    """A plan or refusal for an instance, and what gates measured of that very plan."""
+
+    result: Plan | Refusal
+    measured: GatedSpeed | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan contract, with `measured`."""
+        return {**self.result.to_json(), "measured": asdict(self.measured) if self.measured else None}
+
+
+def plans(inventory: Path, limit: str | None = None) -> dict[str, dict[str, Planned] | str]:
     """Read every host of the inventory and plan its models; changes nothing.
 
     By host name: a plan or refusal for each instance, or a sentence that says why the host could not be read.
@@ -48,7 +62,7 @@ def plans(inventory: Path, limit: str | None = None) -> dict[str, dict[str, Plan
     return over_hosts(inventory, limit, _plans_of)
 
 
-def _plans_of(host: Host) -> dict[str, Plan | Refusal] | str:
+def _plans_of(host: Host) -> dict[str, Planned] | str:
     try:
         inputs = read_inputs(host)
     except READ_ERRORS as error:
@@ -56,7 +70,9 @@ def _plans_of(host: Host) -> dict[str, Plan | Refusal] | str:
     if isinstance(inputs, Refused):
         return str(inputs)
     names = [instance.name for instance in inputs.settings.models]
-    return dict(zip(names, inputs.keep_or_replan(inputs.corrections()).results, strict=True))
+    results = inputs.keep_or_replan(inputs.corrections()).results
+    return {name: Planned(result, inputs.measured_by_gate(result) if isinstance(result, Plan) else None)
+            for name, result in zip(names, results, strict=True)}  # fmt: skip
 
 
 def over_hosts(inventory: Path, limit: str | None, action: Callable[[Host], T | str]) -> dict[str, T | str]:
@@ -134,23 +150,26 @@ def main(arguments: list[str]) -> int:
     return _status(hosts)
 
 
-def _status(hosts: Mapping[str, Mapping[str, Plan | Refusal] | str]) -> int:
+def _status(hosts: Mapping[str, Mapping[str, Planned] | str]) -> int:
     if not hosts or any(isinstance(answers, str) for answers in hosts.values()):
         return 2
     all_answers = [answer for answers in hosts.values() if not isinstance(answers, str) for answer in answers.values()]
-    return 0 if all(isinstance(answer, Plan) for answer in all_answers) else 3
+    return 0 if all(isinstance(answer.result, Plan) for answer in all_answers) else 3
 
 
-def _as_json(answers: Mapping[str, Plan | Refusal] | str) -> dict[str, Any]:
+def _as_json(answers: Mapping[str, Planned] | str) -> dict[str, Any]:
     if isinstance(answers, str):
         return {"error": answers}
     return {"models": {name: answer.to_json() for name, answer in answers.items()}}
 
 
-def _as_text(host: str, answers: Mapping[str, Plan | Refusal] | str) -> str:
+def _as_text(host: str, answers: Mapping[str, Planned] | str) -> str:
     if isinstance(answers, str):
         return one_line(f"{host}: {answers}")
-    return "\n".join(tables.table(answer, f"{name} on {host}") for name, answer in answers.items())
+    return "\n".join(
+        tables.table(answer.result, f"{name} on {host}", measured=usage.speeds(answer.measured))
+        for name, answer in answers.items()
+    )
 
 
 if __name__ == "__main__":

@@ -82,7 +82,10 @@ def until(true, seconds=10.0):
 def test_no_space_for_the_model(run_with, outside, bad):
     on(bad, "mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", "/var/lib/llamafleet/models")
     try:
-        run_with("are missing", "/var/lib/llamafleet/models", model={"source": outside.sources["moe"]})
+        done = run_with(
+            "refused: disks: ", "are needed", "/var/lib/llamafleet/models", model={"source": outside.sources["moe"]}
+        )
+        assert not [name for name in done.changed() if "Fetch" in name or "Build" in name]
     finally:
         on(bad, "umount", "/var/lib/llamafleet/models")
 

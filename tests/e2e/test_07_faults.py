@@ -277,7 +277,7 @@ def test_a_disk_that_fills_up_during_a_build_leaves_the_old_one_serving(settings
     before = main_pid(host, "tiny")
     # One compiler at a time: the first that ends after the disk is full fails.
     one = inventory((host, {**asked, "build_jobs": 1}))
-    run = filled_up(host, "/var/lib/llamafleet/build", 64, ["-path", "*/ggml/*", "-name", "*.o"], one)
+    run = filled_up(host, "/var/lib/llamafleet/build", 192, ["-path", "*/ggml/*", "-name", "*.o"], one)
     assert run.code != 0 and "No space left on device" in run.text and host.name in run.text
     assert serves(host) and main_pid(host, "tiny") == before
     assert pyinfra(inventory((host, asked))).code == 0 and serves(host)

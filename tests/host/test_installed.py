@@ -48,6 +48,11 @@ ANSWER = {
         "decode_tokens_per_s": 10.0, "prompt_tokens_per_s": 50.0, "computed_on": "host", "host_bytes_per_s": 1e10,
         "host_flops": 1e11, "gpu_bytes_per_s": {}}}],
     "unbindable": {"203.0.113.7": "Cannot assign requested address"},
+    "left": {"reboot": "", "closed": {"8080": "firewalld closes it"}, "model_bytes": {"/m/a.gguf": 5}, "spaces": {
+        "/opt": {"place": "/opt", "device": "65024", "free_bytes": 7, "mount": "/", "unmounted": None, "read_only": False}}},
+    "gated": {"demo": {"decode_tokens_per_s": 20.0, "prompt_tokens_per_s": None}},
+    "nvidia_minors": {"0000:01:00.0": 0},
+    "boot_units": {"gpu": ["nvidia-fabricmanager.service"], "network": ["openvpn-client@a\\x2db.service"]},
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ PARALLEL = 16  # hosts that are read at the same time
 # Of each host: to hash model files of some 500 GB from a slow disk, and else to ask every instance's gate.
 READ_SECONDS, QUICK_SECONDS = 7200, 1800
 TIMED_OUT = 124  # exit status of coreutils' timeout
+NO_PROGRAM = 127  # of a shell that does not find the program, here ssh
 TARGETS = pytest.StashKey[list[Target]]()
 
 
@@ -119,7 +120,8 @@ def _reader(config: pytest.Config) -> Any:
             return f"{target.name}: cannot be read: it did not answer within {seconds} s"
         if result.rc:
             said = result.stderr_bytes.decode("utf-8", "replace").strip()[-800:]
-            return f"{target.name}: cannot be read, exit code {result.rc}: {causes.of_command(said)}"
+            cause = causes.of_local(said) if result.rc == NO_PROGRAM else said
+            return f"{target.name}: cannot be read, exit code {result.rc}: {causes.of_command(cause)}"
         try:
             found = facts.read(result.stdout_bytes.decode("utf-8", "replace"), names)
         except facts.FactsError as error:

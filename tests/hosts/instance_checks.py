@@ -13,7 +13,7 @@ from llamafleet.service.record import without_query
 from tests.hosts import facts
 from tests.hosts.checks import AGAIN, Problem, Problems, Served, say
 
-# Seconds, the unit's StartLimitIntervalSec: a process that systemd restarted within them may be in a loop.
+# Seconds: a process that systemd restarted within them may be in a loop.
 LOOP_SECONDS = 1800
 # linux/seccomp.h, SECCOMP_MODE_FILTER, as /proc/PID/status shows it.
 SECCOMP_FILTER = 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import types
 
 import gpu_nodes
 import probe_files
@@ -70,3 +71,16 @@ def test_a_node_that_no_group_opens_is_a_problem_with_the_way_out(nodes, mode, g
 
 def test_a_group_without_a_name_is_a_number():
     assert gpu_nodes.name_of(4_000_123) == "4000123"
+
+
+def test_a_group_that_the_user_was_put_into_by_hand_is_not_named_again(nodes, monkeypatch):
+    """Its server runs: naming the group would restart it."""
+    nodes(nvidia0=(0o660, 44))
+    monkeypatch.setattr(gpu_nodes, "has_our_user", lambda group: group == 44)
+    assert gpu_nodes.groups(gpu_nodes.NVIDIA) == []
+
+
+def test_who_is_in_a_group_is_read_from_the_host(monkeypatch):
+    members = types.SimpleNamespace(gr_mem=["root", "llamafleet"])
+    monkeypatch.setattr(gpu_nodes.grp, "getgrgid", {44: members, 45: types.SimpleNamespace(gr_mem=[])}.__getitem__)
+    assert [gpu_nodes.has_our_user(group) for group in (44, 45, 46)] == [True, False, False]

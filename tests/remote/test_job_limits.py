@@ -86,3 +86,17 @@ def test_a_build_without_a_cache(jobs, text):
 
 def test_a_folder_of_any_name_is_one_word():
     assert '"-/mnt/a b\\\\c\\"d"' in value(job_limits.limits("build", '/mnt/a b\\c"d'), "ReadWritePaths")
+
+
+def test_a_download_writes_to_the_disk_that_the_settings_name_and_where_its_folder_leads(tmp_path, monkeypatch):
+    monkeypatch.setattr(job_limits, "JOBS", str(tmp_path))
+    folder, old = tmp_path / "m-1", tmp_path / "old/m-1"
+    old.mkdir(parents=True)
+    folder.symlink_to(old)
+    spec = {"directory": str(folder), "store": str(tmp_path / "big/m-1")}
+    (tmp_path / "fetch-m-1.json").write_text(json.dumps(spec))
+    paths = value(job_limits.for_job("fetch-m-1"), "ReadWritePaths")
+    assert {f'"-{tmp_path}/big"', f'"-{old}"', '"-/var/lib/llamafleet/models"'} <= set(paths.split())
+    assert (tmp_path / "big").is_dir()  # what is missing when the job starts would stay read-only
+    (tmp_path / "fetch-m-1.json").write_text(json.dumps({"directory": str(tmp_path / "m-2")}))
+    assert str(tmp_path / "big") not in value(job_limits.for_job("fetch-m-1"), "ReadWritePaths")

@@ -98,3 +98,15 @@ def test_a_busy_host_or_one_short_of_memory_is_not_measured(monkeypatch, busy, a
 
     monkeypatch.setattr(probe_bandwidth, "psutil", Psutil)
     assert probe_bandwidth.bandwidth(2) == {"bytes_per_s": None, "why": why}
+
+
+def test_what_gates_measured_is_told_whatever_was_expected(host):
+    host.has("gate/tiny.json", RECORD)
+    host.has("gate/early.json", {"ok": True, "decode_tokens_per_s": 12, "prompt_tokens_per_s": "many"})  # of 39f1a14
+    host.has("gate/later.json", {**RECORD, "schema": 99})
+    host.has("gate/failed.json", {"schema": 1, "ok": False, "speeds": []})
+    host.has("gate/damaged.json", "{")
+    assert learned.gated() == {
+        "tiny": {"decode_tokens_per_s": 20.0, "prompt_tokens_per_s": 70.0},
+        "early": {"decode_tokens_per_s": 12.0, "prompt_tokens_per_s": None},
+    }

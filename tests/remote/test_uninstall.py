@@ -134,3 +134,15 @@ def test_a_user_of_that_name_that_we_did_not_make_stays(monkeypatch):
     assert uninstall.user_id() == 990
     monkeypatch.setattr(pwd, "getpwnam", lambda name: user("Lea Fleet"))
     assert uninstall.user_id() is None
+
+
+@pytest.mark.parametrize("with_models", [True, False])
+def test_models_on_another_disk_go_where_models_go(host, with_models):
+    (host.root / "big/m-2").mkdir(parents=True)
+    (host.root / "big/m-2/m.gguf").write_text("weights")
+    (host.root / "big/other").mkdir()
+    (host.root / "var/models/m-2").symlink_to(host.root / "big/m-2")
+    (host.root / "var/models/mine").symlink_to(host.root / "big/other")  # the operator's: of another name
+    uninstall.remove(with_models, "run")
+    assert (host.root / "big/m-2/m.gguf").exists() is not with_models
+    assert (host.root / "big/other").is_dir()

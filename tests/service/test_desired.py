@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from llamafleet.build.cuda_toolkit import Install
-from llamafleet.host.installed import Holder, Listener, Offer, Survey
+from llamafleet.host.installed import Holder, Listener, Offer, Place, Survey
 from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.planner.reconcile import Verified
@@ -15,13 +15,13 @@ from llamafleet.planner.result import Refusal
 from llamafleet.remote.common import MODELS
 from llamafleet.service import refusals
 from llamafleet.service.changes import changes_needed
-from llamafleet.service.desired import Desired, Run, desire, to_ask, with_plans
+from llamafleet.service.desired import Desired, Run, desire, stored_at, to_ask, with_plans
 from llamafleet.service.instance_changes import SECRETS
 from llamafleet.service.plan_inputs import plan_inputs
 from llamafleet.service.refusals import Refused, port_taken
 from tests import planning
 from tests.hosts import instance_checks
-from tests.service.test_changes import INSTALLED, INSTANCE
+from tests.service.test_changes import FOLDERS, INSTALLED, INSTANCE
 
 RUN = Run(helpers="h1", oldest_python=(3, 9), commit="c" * 40, secrets={}, holder=None)
 SYSTEM = {"package_manager": "apt", "python": "3.13.5"}
@@ -585,3 +585,62 @@ def test_deciding_touches_no_file_no_program_and_no_network(watch, gpus):
 
 def test_the_same_inputs_give_the_same_host():
     assert decided(survey([{}])) == decided(survey([{}]))
+
+
+# --- models on another disk, and the operator's variables ------------------------------------------
+
+
+def folder_of(outcome):
+    return outcome.servings[0].folder
+
+
+def lies(kind="folder", target=None):
+    return Place(kind, 0o755, 0, 0, target)
+
+
+def placed(place=None, **asked):
+    """What is decided where the model's folder is this; None: nothing is there."""
+    folder = folder_of(decided())
+    return decided(survey(paths={**FOLDERS, **({folder: place} if place else {})}), **asked)
+
+
+def store(outcome):
+    return stored_at(outcome.servings[0].model, outcome.settings, outcome.installed)
+
+
+def test_a_model_that_is_to_be_downloaded_goes_to_the_disk_that_the_settings_name():
+    """ollama/ollama#2701, #14347, #1311: models on another disk."""
+    assert store(placed()) is None and store(placed(models_dir=MODELS)) is None
+    name = folder_of(decided()).rpartition("/")[2]
+    assert store(placed(models_dir="/mnt/big")) == f"/mnt/big/{name}"
+    # The plan is none of another model, and the command line has the usual path.
+    assert placed(models_dir="/mnt/big").servings[0].service.argv == placed().servings[0].service.argv
+    assert placed(models_dir="/mnt/big").inputs.keys == placed().inputs.keys
+
+
+def test_a_model_stays_where_it_is():
+    name = folder_of(decided()).rpartition("/")[2]
+    assert store(placed(lies(), models_dir="/mnt/big")) is None
+    for settings in ({}, {"models_dir": "/mnt/big"}):
+        assert store(placed(lies(target=f"/mnt/old/{name}"), **settings)) == f"/mnt/old/{name}"
+    # A relative link, which we do not make, is an operator's.
+    assert store(placed(lies(target="../elsewhere"))) is None
+
+
+def test_a_model_whose_disk_is_not_there_is_not_downloaded_to_another_one():
+    folder = folder_of(decided())
+    name = folder.rpartition("/")[2]
+    assert str(placed(lies("link", f"/mnt/big/{name}"))) == (
+        f"models: m0: {folder} leads to /mnt/big/{name}, which is not there: mount its disk, or remove the link to have "
+        "the model downloaded again"
+    )
+    assert store(placed(lies("link", "/nonexistent"))) is None  # no link of ours: it is replaced
+
+
+def test_hip_is_compiled_for_the_card_that_the_variables_name():
+    """ggml-org/llama.cpp#14421: HSA_OVERRIDE_GFX_VERSION."""
+    outcome = decided(survey([{**AMD, "gfx": "gfx1032"}]), environment={"HSA_OVERRIDE_GFX_VERSION": "10.3.0"})
+    plain = decided(survey([{**AMD, "gfx": "gfx1032"}]))
+    assert (outcome.build.architectures, plain.build.architectures) == (("gfx1030",), ("gfx1032",))
+    assert outcome.servings[0].service.identity != plain.servings[0].service.identity
+    assert outcome.inputs.keys == plain.inputs.keys

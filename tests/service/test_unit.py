@@ -10,9 +10,10 @@ import pytest
 from llamafleet.build.release import Build
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.planner.result import Plan
+from llamafleet.remote.common import core_of_unit, is_as_written
 from llamafleet.service import command
 from llamafleet.service.record import START_SECONDS, health_seconds, plan_record, url_host
-from llamafleet.service.unit import liveness_texts, unit_text
+from llamafleet.service.unit import groups, liveness_texts, unit_text
 from tasks.lib.templates import render
 from tests import planning
 from tests.exposure import exposure
@@ -24,8 +25,12 @@ PATH = "/var/lib/llamafleet/models/m-123/Qwen3-8B.gguf"
 HOST = dataclasses.replace(INSTALLED, device_classes=("drm",), gpu_groups=("render", "video"))
 
 
-def made(gpus, installed=HOST, layout="Qwen3-8B", cpu=(), python="python3", **asked):
-    """(unit text, record, argv) of a plan for a published model on a host with these GPUs' MiB."""
+# What an operator may add: variables, and a disk for models.
+MORE = {"environment": {"HSA_OVERRIDE_GFX_VERSION": "10.3.0", "A": '100 % "b" \\ $c'}, "store": "/mnt/big/models/m-123"}
+
+
+def made(gpus, installed=HOST, layout="Qwen3-8B", cpu=(), python="python3", more=(), **asked):
+    """(unit text, record, argv) of a plan for a published model on a host with these GPUs' MiB. `more`: see MORE."""
     wanted = planning.settings({"context_tokens": 4096, **asked})
     (instance,) = wanted.models
     [plan] = planning.plans(planning.machine(gpus, cpu=cpu), [(layout,)], wanted)
@@ -38,7 +43,16 @@ def made(gpus, installed=HOST, layout="Qwen3-8B", cpu=(), python="python3", **as
     record = plan_record(instance, plan, build, model, PATH, argv, speed_floor_percent=40, alone=True)
     return (
         unit_text(
-            render, instance, plan, build, installed, record, "feedfacefeedface", allow_swap=False, python=python
+            render,
+            instance,
+            plan,
+            build,
+            installed,
+            record,
+            "feedfacefeedface",
+            allow_swap=False,
+            python=python,
+            **dict(more),
         ),
         record,
         argv,
@@ -126,6 +140,121 @@ def test_the_log_of_a_server_with_a_gpu_is_bounded():
     assert directive(made([24564])[0], "LogRateLimitBurst") == ["3000"]
 
 
+def on(systemd, **more):
+    return dataclasses.replace(HOST, ground={"systemd": systemd}, **more)
+
+
+def pauses(unit):
+    return [directive(unit, name) for name in ("RestartSec", "RestartSteps", "RestartMaxDelaySec")]
+
+
+@pytest.mark.parametrize(
+    ("systemd", "expected"),
+    [
+        ("257 (257.13-1~deb13u1)", [["5"], ["6"], ["120"]]),
+        ("254", [["5"], ["6"], ["120"]]),
+        ("253 (253.5-1ubuntu6)", [["30"], [], []]),
+        ("252 (252.39-1~deb12u1)", [["30"], [], []]),
+        ("", [["30"], [], []]),
+    ],
+)
+def test_a_server_is_tried_for_ever_with_pauses_that_this_systemd_knows(systemd, expected):
+    """NixOS/nixpkgs#487054, ollama/ollama#7669, #11963: it gave up for good after 25 s."""
+    unit = made([24564], on(systemd))[0]
+    assert pauses(unit) == expected
+    # No start is one too many, and no pause is longer than some minutes.
+    assert directive(unit, "StartLimitIntervalSec") == ["0"] and not directive(unit, "StartLimitBurst")
+    assert directive(unit, "Restart") == ["on-failure"]
+
+
+def test_another_systemd_changes_no_line_that_a_running_server_depends_on():
+    newer, older = made([24564], on("257"))[0], made([24564], on("252"))[0]
+    assert newer != older and core_of_unit(newer) == core_of_unit(older)
+
+
+UNITS = {"gpu": ("dkms.service", "nvidia-fabricmanager.service"), "network": ("tailscaled.service",)}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "listen", "after"),
+    [
+        ([], "127.0.0.1", "network-online.target"),
+        ([], "0.0.0.0", "network-online.target"),
+        ([], "100.64.0.7", "network-online.target tailscaled.service"),
+        (
+            [24564],
+            "127.0.0.1",
+            "network-online.target nvidia-persistenced.service dkms.service nvidia-fabricmanager.service",
+        ),
+    ],
+)
+def test_a_server_waits_for_what_the_host_has_of_drivers_and_networks(gpus, listen, after):
+    """ollama/ollama#11963: the fabric manager; nixos#12: tailscale's address."""
+    unit = made(gpus, on("257", boot_units=UNITS), listen=listen, allow_unauthenticated=True)[0]
+    assert directive(unit, "After") == [after]
+    plain = made(gpus, on("257"), listen=listen, allow_unauthenticated=True)[0]
+    assert core_of_unit(unit) == core_of_unit(plain)
+
+
+def test_the_nodes_of_all_planned_gpus_are_made_before_a_start():
+    """NixOS/nixpkgs#73804: /dev/nvidia1 is missing after a boot."""
+    unit = made([4096, 4096], on("257", nvidia_minors={"0000:01:00.0": 3}))[0]
+    assert directive(unit, "ExecStartPre") == [
+        "-+/usr/bin/nvidia-modprobe -c3 -c1 -c255", "-+/usr/bin/nvidia-modprobe -c0 -u",
+    ]  # fmt: skip
+    assert not directive(made([])[0], "ExecStartPre")
+
+
+@pytest.mark.parametrize(
+    ("backend", "expected"),
+    [("cuda", ("video",)), ("hip", ("render",)), ("vulkan", ("render", "video")), ("cpu", ())],
+)
+def test_each_backend_has_the_groups_of_its_nodes_once(backend, expected):
+    assert groups(backend, on("257", gpu_groups=("render",), nvidia_groups=("video",))) == expected
+
+
+def test_the_operator_s_variables_are_in_the_unit():
+    """ggml-org/llama.cpp#14421: HSA_OVERRIDE_GFX_VERSION."""
+    unit = made([24564], more=MORE)[0]
+    words = directive(unit, "Environment")
+    assert '"HSA_OVERRIDE_GFX_VERSION=10.3.0"' in words and '"A=100 %% \\"b\\" \\\\ $c"' in words
+    assert [word for word in words if word[0] != '"'] == directive(made([24564])[0], "Environment")
+
+
+def test_a_server_starts_when_the_disk_of_its_model_is_mounted():
+    """ollama/ollama#2701, #14347, #1311: models on another disk."""
+    unit = made([], more={"store": "/mnt/big/models/m-123"})[0]
+    assert directive(unit, "RequiresMountsFor") == ["/mnt/big/models/m-123"]
+    assert not directive(made([])[0], "RequiresMountsFor")
+    assert core_of_unit(unit) == core_of_unit(made([])[0])
+
+
+def test_a_disk_for_models_below_a_hidden_folder_is_seen():
+    (hidden,) = directive(made([], more={"store": "/srv/models/m-123"})[0], "InaccessiblePaths")
+    assert "-/srv" not in hidden.split() and "-/var/log" in hidden.split()
+    assert "-/srv" in directive(made([], more={"store": "/mnt/m"})[0], "InaccessiblePaths")[0].split()
+
+
+def test_variables_are_part_of_what_a_plan_record_stands_for():
+    (instance,) = planning.settings({}).models
+    [plan] = planning.plans(planning.machine([]), [("Qwen3-8B",)], planning.settings({}))
+    build = Build(
+        commit="c" * 40, backend="cpu", toolkit=None, architectures=(), machine_arch="x86_64", libc="2.41",
+        cpu_flags=(), kv_types=("f16",), ui=False, tls=False,
+    )  # fmt: skip
+    model = ModelFiles((RemoteFile("Qwen3-8B.gguf", "https://x/y", 5, "a" * 64),), planning.header("Qwen3-8B"))
+
+    def record(**more):
+        found = plan_record(instance, plan, build, model, PATH, ("x", "--batch-size", "1", "--ctx-size", "1"),
+                            speed_floor_percent=40, alone=True, **more)  # fmt: skip
+        assert is_as_written(found)
+        return found
+
+    plain = record()
+    assert "environment" not in plain and record(environment={})["identity"] == plain["identity"]
+    assert record(environment={"A": "1"})["identity"] != plain["identity"]
+
+
 def test_keys_come_as_a_credential_and_only_where_there_are_keys():
     assert not directive(made([])[0], "LoadCredential")
     (credential,) = directive(made([], api_key_file="/home/me/keys")[0], "LoadCredential")
@@ -161,7 +290,9 @@ def test_the_gate_asks_where_the_host_reaches_it(address, host):
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not here to ask")
 @pytest.mark.parametrize("gpus", [[], [24564]], ids=["cpu", "gpu"])
 def test_systemd_understands_every_line(gpus, tmp_path):
-    unit, _, _ = made(gpus, cpu=HYBRID | TWO_NODES, api_key_file="/home/me/keys")
+    version = subprocess.run(["systemctl", "--version"], capture_output=True, text=True).stdout.split()[1]
+    here = dataclasses.replace(HOST, ground={"systemd": version})
+    unit, _, _ = made(gpus, here, cpu=HYBRID | TWO_NODES, api_key_file="/home/me/keys", more=MORE)
     file = tmp_path / "llama-server-model.service"
     # Programs and users of a host are not on this machine.
     unit = unit.replace(directive(unit, "ExecStart")[0].split(" ")[0], '"/bin/true"').replace("llamafleet\n", "root\n")

@@ -82,3 +82,17 @@ def test_a_certificate_file_with_a_key_in_it_or_without_a_certificate(tmp_path):
     both.write_text("nothing")
     with pytest.raises(CertificateError, match="no PEM certificate"):
         certificates.pair(str(both), key, "")
+
+
+@pytest.mark.parametrize(
+    ("begins", "ends", "soon"),
+    [(-340, 25, False), (-345, 20.5, True), (-60, 29, False), (-2, 4, False), (-5, 1.5, True)],
+    ids=["a year's", "a year's at its end", "three months'", "a week's", "a week's at its end"],
+)
+def test_a_certificate_that_ends_soon_is_said(tmp_path, begins, ends, soon):
+    certificate, _ = make(tmp_path, begins=begins, ends=ends)
+    text = certificates.ends_soon(certificate, "models: chat: ")
+    assert bool(text) is soon
+    if soon:
+        assert text.startswith(f"models: chat: tls_certificate_file: {certificate} ends on ")
+        assert text.endswith(f", in {int(ends)} days: renew it, and deploy again")

@@ -42,6 +42,17 @@ def test_a_commit_needs_no_asking():
     assert lookups.commit(wanted("/nowhere", "ab" * 20)) == "ab" * 20
 
 
+def test_git_that_is_missing_here_is_named_with_the_way_out(tmp_path, monkeypatch):
+    """It was "[Errno 2] No such file or directory: 'git'"."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(lookups.LookupFailed) as error:
+        lookups.commit(wanted("https://example.net/llama.cpp", "b1"))
+    assert str(error.value) == (
+        "llama_cpp_repository: cannot ask https://example.net/llama.cpp: git is missing on this machine, where you run "
+        "llamafleet: install it (apt-get install git, dnf install git, brew install git)"
+    )
+
+
 def test_it_is_resolved_once(repository):
     folder, head = repository
     lookups.commit(wanted(folder, "b1"))

@@ -18,9 +18,9 @@ A, B = "a" * 64, "b" * 64
 NAMES = ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf")
 
 
-def asked(*sums, installed=None, **entry):
+def asked(*sums, installed=None, host=(), **entry):
     """The spec for a model of two files with these sums."""
-    settings = planning.settings({"source": f"https://x/{NAMES[0]}", "context_tokens": 4096, **entry})
+    settings = planning.settings({"source": f"https://x/{NAMES[0]}", "context_tokens": 4096, **entry}, **dict(host))
     files = tuple(RemoteFile(name, f"https://x/{name}", 5, one) for name, one in zip(NAMES, sums, strict=True))
     made = ModelFiles(files, planning.header("Qwen3-8B"))
     there = {f"{MODELS}/{made.folder}/{name}": one for name, one in (installed or {}).items()}
@@ -68,3 +68,13 @@ def test_both_sides_accept_the_same_names(tmp_path, name):
     outcome = decide(settings, inputs.survey, {"m0": dataclasses.replace(made)})
     [file] = read(model.spec(outcome, outcome.servings[0], with_token=False), tmp_path)
     assert file.name == name
+
+
+def test_a_model_for_another_disk_is_asked_for_there(tmp_path):
+    """Earlier helpers, with which a single stage may run, do not know the key: it is left out where it is not needed."""
+    assert "store" not in asked(A, B)
+    spec = asked(A, B, host={"models_dir": "/mnt/big"})
+    assert spec["store"] == f"/mnt/big/{spec['directory'].rpartition('/')[2]}"
+    assert len(read(spec, tmp_path)) == 2
+    with pytest.raises(Failed, match="store should be an absolute path"):
+        read({**spec, "store": "/mnt/../etc"}, tmp_path)

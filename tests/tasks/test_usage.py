@@ -1,11 +1,15 @@
 """What a run says at its end of the instances that it installed."""
 
+import json
 import types
 
 from llamafleet.host.answers import Gate, LiveInstance
+from llamafleet.host.left import Left
 from llamafleet.planner.roofline import Prediction
 from tasks.lib import remote, usage
 from tests import planning
+from tests.service.test_desired import decided
+from tests.tasks.test_certificates import make
 
 
 class Host:
@@ -49,3 +53,41 @@ def test_the_address_and_what_was_measured_are_logged(monkeypatch):
 def test_a_host_that_cannot_be_asked_any_more_has_not_failed(monkeypatch):
     lines = told(monkeypatch, Host(ssh_hostname="10.0.0.9"), remote.RemoteError("gone"))
     assert lines[0].endswith("gone") and lines[1] == "chat serves at http://10.0.0.9:9000" and len(lines) == 3
+
+
+REBOOT = Left(reboot="packages want a reboot (/run/reboot-required)")
+
+
+def left(monkeypatch, found, **models):
+    """What is logged at the end of a run of what is left to do, where the host's program says this."""
+    asked = []
+
+    def run_json(host, command, read):
+        asked.append(json.loads(command.words[-1]))
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(remote, "run_json", run_json)
+    host, desired = Host(), decided(**({"models": (models,)} if models else {}))
+    assert usage._tell_left(host, desired) is True
+    return asked, host.lines
+
+
+def test_what_is_left_to_do_is_read_at_the_end_and_logged(monkeypatch):
+    asked, lines = left(monkeypatch, REBOOT, listen="10.0.0.7", allow_unauthenticated=True, port=8080)
+    assert asked[0]["ports"] == [8080] and "/var/lib/llamafleet/models" in asked[0]["paths"]
+    assert lines == ["left to do: reboot the host: packages want a reboot (/run/reboot-required)"]
+    assert left(monkeypatch, Left())[1] == []
+
+
+def test_a_certificate_that_ends_soon_is_left_to_do(monkeypatch, tmp_path):
+    certificate, key = make(tmp_path, begins=-300, ends=5.5)
+    _, lines = left(monkeypatch, Left(), tls_certificate_file=certificate, tls_key_file=key)
+    assert len(lines) == 1 and lines[0].startswith(
+        f"left to do: models: m0: tls_certificate_file: {certificate} ends on"
+    )
+
+
+def test_a_host_that_cannot_say_what_is_left_has_not_failed(monkeypatch):
+    assert left(monkeypatch, remote.RemoteError("gone"))[1] == ["what is left to do cannot be read: gone"]
