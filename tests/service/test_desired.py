@@ -463,6 +463,19 @@ def test_what_no_repository_has_is_named_with_the_way_out():
     )
 
 
+@pytest.mark.parametrize(("manager", "repository", "command"), [
+    ("apt", "universe", "add-apt-repository universe"), ("dnf", "crb", "dnf config-manager --set-enabled crb"),
+    ("dnf", "codeready-builder-for-rhel-9-x86_64-rpms",
+     "subscription-manager repos --enable codeready-builder-for-rhel-9-x86_64-rpms"),
+    ("zypper", "backports", "zypper modifyrepo --enable backports"),
+])  # fmt: skip
+def test_a_repository_that_is_off_is_named_with_the_command_that_switches_it_on(manager, repository, command):
+    host = survey(missing_packages=("cmake",), machine={"package_manager": manager})
+    text = refusal(host, dataclasses.replace(RUN, offers={"cmake": Offer(None, off=(repository,))}))
+    assert text == ("packages: cmake is missing, and no enabled repository of the host has cmake "
+                    f"({repository}: switched off there): {command}")  # fmt: skip
+
+
 def test_what_the_host_can_do_without_is_not_asked_for_again():
     """ninja-build/ninja#2199: in CRB, which is off; make compiles."""
     host = survey(missing_packages=("ninja", "cmake"))
