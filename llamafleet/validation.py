@@ -122,7 +122,14 @@ def _sentence(error: ErrorDetails, hints: list[Any], words: Vocabulary) -> str:
         return f"should be {words.flag}{optional}, is {shown(error['input'])}: write {write}"
     # A value error is that of a `Should`.
     what = str(error["ctx"]["error"]) if kind == "value_error" else f"be {_noun(hints[-1], words)}"
-    return f"should {what}{optional}, is {shown(error['input'])}"
+    return f"should {what}{optional}, is {shown(error['input'])}{_as_list(error['input'], what, words)}"
+
+
+def _as_list(value: object, what: str, words: Vocabulary) -> str:
+    """What to write where a text was given for a list of strings; empty for anything else."""
+    if words is JSON or not isinstance(value, str) or what != "be a list of strings":
+        return ""
+    return f": write {shown([item.strip() for item in value.split(',')])}"
 
 
 def _meant(value: object) -> bool | None:
@@ -210,6 +217,8 @@ def _round(number: int) -> str:
 
 def _unknown(key: str, schema: Any) -> str:
     known = [field.name for field in dataclasses.fields(_bare(schema))]
+    if meant := getattr(_bare(schema), "OTHER_NAMES", {}).get(key.lower().lstrip("-").replace("-", "_")):
+        return f"unknown setting; {meant}"
     near = difflib.get_close_matches(key[:SHOWN_CHARACTERS], known, n=1)
     return f"unknown setting; {f'did you mean `{near[0]}`?' if near else 'known are ' + ', '.join(known)}"
 

@@ -6,6 +6,7 @@ import ast
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from llamafleet.host import described
 from llamafleet.host.machine import Machine, MachineError
 from llamafleet.hub.network import Network
 from llamafleet.settings import defaults, secrets
+from llamafleet.settings.other_names import LLAMA_CPP_NAMES
 from llamafleet.settings.schema import Instance, Settings
 from llamafleet.validation import shown
 
@@ -22,6 +24,9 @@ from llamafleet.validation import shown
 MOST_CHARACTERS = 2**24
 GGUF = b"GGUF"  # begins a model
 NAME, PORT = "model", 8080  # name and port of the planned instance; nothing is served under them
+
+
+LISTS = ("Listed[", "GpuNames")  # annotations of settings that are lists
 
 
 class UsageError(Exception):
@@ -110,7 +115,8 @@ def parse_changes(changes: Sequence[str]) -> dict[str, Any]:
     parsed = {}
     for change in changes:
         key, mark, text = change.partition("=")
-        if not mark or not key.isidentifier():
+        key = key.strip().lstrip("-").replace("-", "_")  # as a flag's name, too
+        if not mark or not re.fullmatch(r"([1-9][0-9]{0,2}\.)?[^\W\d]\w*", key):
             raise UsageError(f"--set {change}: should be KEY=VALUE")
         try:
             parsed[key] = ast.literal_eval(text)
@@ -124,20 +130,55 @@ def settings_for(model: str, data: Mapping[str, Any], changes: Mapping[str, Any]
 
     Raises `UsageError` or `SettingsError`.
     """
-    of_instance = {key: value for key, value in changes.items() if _is_of_instance(key)}
-    if "source" in of_instance:
-        raise UsageError("--set source: give the model with --model instead")
-    of_host = {key: value for key, value in changes.items() if key not in of_instance}
-    source = model if ":" in model else str(Path(model).absolute())
-    entry = {"name": NAME, "port": PORT, **of_instance, "source": source}
-    return Settings.from_data({**data, **of_host, "models": [entry]})
+    if numbered := [key for key in changes if "." in key]:
+        raise UsageError(f"--set {numbered[0]}: a setting of one of several models needs --together")
+    return settings_for_all([model], data, changes)
+
+
+def settings_for_all(models: Sequence[str], data: Mapping[str, Any], changes: Mapping[str, Any]) -> Settings:
+    """Settings with an instance for each model. A change whose key is "2.KEY" is of the second model alone, another of
+    all models or of the host.
+
+    Raises `UsageError` or `SettingsError`.
+    """
+    of_host: dict[str, Any] = {}
+    entries: list[dict[str, Any]] = [
+        {"name": NAME if len(models) == 1 else f"{NAME}{number}", "port": PORT + number - 1}
+        for number in range(1, len(models) + 1)
+    ]
+    for key, value in sorted(changes.items(), key=lambda change: "." in change[0]):  # what is of one model wins
+        which, _, own = key.rpartition(".")
+        if own == "source":
+            raise UsageError("--set source: give the model with --model instead")
+        if which and not (int(which) <= len(models) and _is_of_instance(own)):
+            raise UsageError(f"--set {key}: should be a setting of a model, of 1 to {len(models)}")
+        if _is_of_instance(own):
+            for entry in entries if not which else [entries[int(which) - 1]]:
+                entry[own] = _items(own, value)
+        else:
+            of_host[own] = _items(own, value)
+    for entry, model in zip(entries, models, strict=True):
+        entry["source"] = model if ":" in model else str(Path(model).absolute())
+    return Settings.from_data({**data, **of_host, "models": entries})
+
+
+def _items(key: str, value: Any) -> Any:
+    """The value; for a setting that is a list, a single word or words with commas between are a list: "f16,q8_0"."""
+    fields = {**Settings.__dataclass_fields__, **Instance.__dataclass_fields__}
+    if key not in fields or not any(kind in str(fields[key].type) for kind in LISTS):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    if not isinstance(value, str):
+        return value
+    return [item.strip() for item in value.split(",") if item.strip()]
 
 
 def _is_of_instance(key: str) -> bool:
     """Is the key, or for an unknown key the nearest known key, a setting of a model?"""
     host, instance = set(Settings.__dataclass_fields__), set(Instance.__dataclass_fields__)
     nearest = difflib.get_close_matches(key, host | instance, n=1)
-    return key in instance or (key not in host and bool(nearest) and nearest[0] in instance)
+    return key in instance or key in LLAMA_CPP_NAMES or (key not in host and bool(nearest) and nearest[0] in instance)
 
 
 def network(settings: Settings) -> Network:

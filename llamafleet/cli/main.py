@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafleet import stages
-from llamafleet.cli import compare, tables
+from llamafleet.cli import compare, tables, together
 from llamafleet.cli.arguments import (
     UsageError,
     default_data,
@@ -30,6 +30,7 @@ from llamafleet.cli.arguments import (
     parse_changes,
     read_machine,
     settings_for,
+    settings_for_all,
 )
 from llamafleet.cli.what_if import what_if
 from llamafleet.host.described import Described
@@ -86,11 +87,15 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--model", action="append", default=[],
         help="with --machine: a path, a URL, hf:OWNER/REPO/FILE.gguf[@REVISION] or hf:OWNER/REPO[:QUANTISATION];"
-        " several models are compared",
+        " several models are compared, or planned together with --together",
     )  # fmt: skip
     plan.add_argument(
         "--compare", action="store_true",
         help="compare all quantisations in the model's repository (hf:OWNER/REPO) and name the best that fits",
+    )  # fmt: skip
+    plan.add_argument(
+        "--together", action="store_true",
+        help="plan several models that the machine serves at the same time; --set 2.KEY=VALUE is of the second alone",
     )  # fmt: skip
     plan.add_argument(
         "--min-speed", type=float, default=0.0, metavar="N",
@@ -124,6 +129,8 @@ def plan_command(options: argparse.Namespace) -> int:
         raise UsageError("--machine: give a model too, such as --model hf:OWNER/REPO/FILE.gguf")
     host = read_machine(options.machine)
     changes = parse_changes(options.changes)
+    if options.together:
+        return _together(options, host, changes)
     if options.compare or len(options.model) > 1:
         return _compare(options, host, changes)
     if options.min_speed:
@@ -148,9 +155,10 @@ def plan_command(options: argparse.Namespace) -> int:
 
 def plan_inventory(options: argparse.Namespace) -> int:
     """Show the plans of an inventory's hosts; returns the worst host's exit status."""
-    if options.model or options.changes or options.compare or options.min_speed:
+    if options.model or options.changes or options.compare or options.together or options.min_speed:
         raise UsageError(
-            "--inventory: has its own models and settings: leave out --model, --set, --compare and --min-speed"
+            "--inventory: has its own models and settings: leave out --model, --set, --compare, --together and"
+            " --min-speed"
         )
     return _on_inventory("tasks.lib.over_hosts", options)
 
@@ -166,6 +174,24 @@ def _on_inventory(module: str, options: argparse.Namespace) -> int:
     command += ["--json"] if options.json else []
     path = os.pathsep.join([str(stages.FOLDER), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
+
+
+def _together(options: argparse.Namespace, host: Described, changes: dict[str, Any]) -> int:
+    if options.compare or options.min_speed:
+        raise UsageError("--together: plans models that are served together: leave out --compare and --min-speed")
+    models = options.model
+    settings = settings_for_all(models, default_data(), changes)
+    with ThreadPoolExecutor(READERS) as pool:
+        one_each = [replace(settings, models=(instance,)) for instance in settings.models]
+        headers = list(pool.map(_header, one_each))
+    measured = Measurements(host_bytes_per_s=host.host_bytes_per_s)
+    requests = list(zip(settings.models, headers, strict=True))
+    results = plan_host(host.machine, requests, settings, measurements=measured)
+    if options.json:
+        out(json_text(together.to_json(models, results, host.machine.hostname)))
+    else:
+        out(together.text(models, results, host.machine.hostname, tables.Look.of(sys.stdout)))
+    return PLANNED if all(isinstance(result, Plan) for result in results) else REFUSED
 
 
 def _compare(options: argparse.Namespace, host: Described, changes: dict[str, Any]) -> int:

@@ -173,7 +173,9 @@ def _overfull(text: str, look: Look) -> str:
 
 
 def _parts(row: LedgerRow) -> str:
-    parts = [f"{letter} {_gib(getattr(row, part))}" for letter, _, part, _ in PARTS if getattr(row, part)]
+    # Op-offload may need some kilobytes less than without it: no "S -0.0".
+    sizes = [(letter, getattr(row, part)) for letter, _, part, _ in PARTS]
+    parts = [f"{letter} {_gib(size)}" for letter, size in sizes if size > 0 or abs(size) >= 0.05 * GIB]
     state = "free above the reserve" if row.free_bytes >= 0 else "missing to keep the reserve"
     return f"{', '.join(parts)}; {_gib(abs(row.free_bytes))} {state}"
 
@@ -194,7 +196,8 @@ def _comparison_lines(options: Sequence[Option], machine: str, min_speed: float,
     names = short_names([option.source for option in options])
     width = min(max(len(name) for name in names.values()), NAME_LIMIT)
     chosen = best(options, min_speed)
-    yield look.wrapped(f"{len(options)} models on {machine}; tokens/s are predicted, roughly")
+    models = f"{len(options)} model{'s' if len(options) > 1 else ''}"
+    yield look.wrapped(f"{models} on {machine}; tokens/s are predicted, roughly")
     yield f"  {'':{width}}  weights  bits  on GPU  written     read"
     for option in ordered(options):
         mark = "*" if option is chosen else " "

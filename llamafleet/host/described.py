@@ -71,7 +71,7 @@ def read(description: str) -> Described:
         raise DescriptionError(f"{description!r}: {wrong}")
     models = [_of_ram(card, values.get("ram")) if card.model.unified else card.model for card in cards]
     ram = _bytes("ram", values["ram"]) if "ram" in values else models[0].memory_bytes
-    if models and models[0].unified:
+    if len(models) == 1 and models[0].unified:
         ram = min(ram, models[0].memory_bytes)
     arch = _architecture(words.arch, models)
     machine = Machine(
@@ -99,8 +99,9 @@ def _disagreement(words: _Words) -> str:
     if len(cards) > GPU_LIMIT:
         return f"{len(cards)} GPUs, llama.cpp uses {GPU_LIMIT} at most"
     unified = [card.model for card in cards if card.model.unified]
-    if unified and len(cards) > 1:
-        return f"{unified[0].name} shares its memory with the CPU; no other GPU can be beside it"
+    only = next((model for model in unified if model.sold_with), None) or (unified[1] if len(unified) > 1 else None)
+    if only and len(cards) > 1:  # a card can be beside a processor's own graphics alone
+        return f"{only.name} shares its memory with the CPU; no other GPU can be beside it"
     needed = ("cores",) if unified and unified[0].sold_with else ("ram", "cores")
     missing = next((key for key in needed if key not in words.values), None)
     return f"{missing} is missing, add {KEYS[missing]}" if missing else ""

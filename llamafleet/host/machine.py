@@ -118,6 +118,7 @@ class Gpu:
     vendor: Name = "nvidia"
     problem: Message | None = None  # why nothing may be planned on it
     gfx: Name | None = None  # AMD's LLVM target, "gfx1100"
+    compute_units: Count | None = None  # AMD's; None: not told
     mig: Flag = False
     vulkan_index: Count | None = None  # its number in Vulkan's own order; None: not asked
 

@@ -258,6 +258,10 @@ def _local(path: Path) -> RemoteFile:
     except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte
         reason = error.strerror if isinstance(error, OSError) else error
         raise SourceError(f"{_short(str(path))!r}: cannot be read: {reason}") from error
+    if path.is_dir():
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        has = f"it has {', '.join(files[:3])}" if files else "it has no .gguf file"
+        raise SourceError(f"{path}: is a folder: name the model's GGUF file in it ({has})")
     raise SourceError(f"{path}: there is no such file")
 
 

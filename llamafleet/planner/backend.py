@@ -8,7 +8,7 @@ from llamafleet.host import vulkan
 from llamafleet.host.backends import BACKEND_OF_VENDOR, TRAITS
 from llamafleet.host.machine import Gpu, Machine
 from llamafleet.memory.capacity import Capacity
-from llamafleet.planner.devices import is_named, misnamed, reserve_mib, unusable
+from llamafleet.planner.devices import is_for_displays, is_named, misnamed, reserve_mib, unusable
 from llamafleet.planner.result import Refusal
 from llamafleet.settings.schema import Settings
 from llamafleet.units import MIB
@@ -26,6 +26,8 @@ def resolve_backend(machine: Machine, settings: Settings) -> str | Refusal:
 def _by_gpus(machine: Machine, settings: Settings) -> str | Refusal:
     """The backend of the usable cards; an integrated GPU counts where the host has no card at all."""
     usable = [gpu for gpu in machine.usable_gpus if is_named(gpu, settings)]
+    if settings.gpus is None:
+        usable = [gpu for gpu in usable if not is_for_displays(gpu)]
     cards = [gpu for gpu in usable if not gpu.unified_memory]
     if not cards and any(is_named(gpu, settings) for gpu in vulkan.only_there(machine) if not gpu.unified_memory):
         return "vulkan"  # Intel's cards

@@ -23,6 +23,9 @@ BY_KIND = {
     "accelerator": "llamafleet builds no backend of llama.cpp for it",
     "virtual": "it is a virtual function, for virtual machines",
 }
+# Of an integrated Radeon: the two of every desktop Ryzen drive displays, and the processor beside them is faster.
+FEWEST_UNITS = 4
+FOR_DISPLAYS = "it has {} compute units, for displays: the processor is faster; name it in gpus to use it"
 BESIDE_A_CARD = "it is integrated and shares the RAM, beside a card with memory of its own"
 
 
@@ -35,14 +38,19 @@ def gpus_for(machine: Machine, backend: str, settings: Settings) -> tuple[Gpu, .
         found = vulkan.gpus(machine, settings.vulkan_devices)
     else:
         found = tuple(gpu for gpu in machine.usable_gpus if gpu.vendor in vendors)
-    named = tuple(gpu for gpu in found if is_named(gpu, settings))
-    chosen = settings.gpus is not None or (vendors is None and settings.vulkan_devices is not None)
-    return named if chosen else without_integrated(named)
+    if settings.gpus is not None or (vendors is None and settings.vulkan_devices is not None):
+        return tuple(gpu for gpu in found if is_named(gpu, settings))
+    return without_integrated(found)
 
 
 def without_integrated(gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
     """The cards with memory of their own; where there are none, the GPUs that share the host's."""
     return tuple(gpu for gpu in gpus if not gpu.unified_memory) or tuple(gpus)
+
+
+def is_for_displays(gpu: Gpu) -> bool:
+    """Whether a GPU is too small to choose its backend; one that is asked for uses it."""
+    return gpu.unified_memory and gpu.vendor == "amd" and 0 < (gpu.compute_units or FEWEST_UNITS) < FEWEST_UNITS
 
 
 def is_named(gpu: Gpu | PciGpu, settings: Settings) -> bool:
@@ -135,7 +143,9 @@ def _why_not(gpu: Gpu, has_card: bool, backend: str, settings: Settings) -> str:
         return gpu.problem
     if has_card and gpu.unified_memory and is_named(gpu, settings):
         return BESIDE_A_CARD
-    return _why_not_chosen(gpu, backend, settings)
+    if settings.gpus is None and is_for_displays(gpu):
+        return FOR_DISPLAYS.format(gpu.compute_units)
+    return _why_not_chosen(gpu, backend, settings) or f"Vulkan does not list it: {vulkan.INSTALL}"
 
 
 def _why_left_out(device: PciGpu, machine: Machine, backend: str, settings: Settings) -> str:

@@ -9,7 +9,7 @@ Decision 1: docs/decisions/0001-one-decision-for-each-host-and-run.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -198,7 +198,7 @@ def _best_plan(case: _Case) -> Plan | tuple[Search, Refined]:
             if candidate.host_short_bytes > HOPELESS_BYTES:
                 break
             continue
-        plan = _plan(case, search, refined, candidates)
+        plan = _plan(case, search, refined, candidates, partial(_laid_out, search, handicaps))
         trial = case.measured.trials.get(plan.argv)
         seconds = _measured_seconds(case.work, trial) if trial else refined.candidate.score
         plans.append((seconds, rank, replace(plan, predicted=_measured(plan.predicted, trial))))
@@ -244,7 +244,19 @@ def _measured_seconds(work: Workload, trial: tuple[float, float]) -> float:
     return work.concurrency * (work.prompt_tokens / prefill + work.reply_tokens / decode)
 
 
-def _plan(case: _Case, search: Search, refined: Refined, candidates: Sequence[Candidate]) -> Plan:
+def _laid_out(search: Search, handicaps: Mapping[Context, float], candidate: Candidate) -> tuple[Candidate, bool]:
+    """The candidate once its buffers are laid out, and whether it fits."""
+    refined = refine(search, candidate, handicaps[replace(candidate.context, flash_attention=True)])
+    return refined.candidate, all(row.free_bytes >= 0 for row in refined.rows)
+
+
+def _plan(
+    case: _Case,
+    search: Search,
+    refined: Refined,
+    candidates: Sequence[Candidate],
+    laid_out: Callable[[Candidate], tuple[Candidate, bool]],
+) -> Plan:
     candidate, placement, rows = refined.candidate, refined.candidate.placement, refined.ledger()
     gpus = tuple(case.capacity.gpus[device] for device in candidate.order)
     context, cpu = candidate.context, case.machine.cpu
@@ -252,7 +264,7 @@ def _plan(case: _Case, search: Search, refined: Refined, candidates: Sequence[Ca
     nodes = processors.numa_nodes(cpu, placement)
     decision = Decision(
         case.machine, case.backend, case.instance, case.model, case.capacity, case.work,
-        candidate, candidates, placement, rows, case.threads,
+        candidate, candidates, laid_out, placement, rows, case.threads,
         [gpu.link_bytes_per_s for gpu in search.roofline.rates.gpus], cpus, nodes,
     )  # fmt: skip
     mapped = 0 if case.capacity.unified else case.model.mapped_bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from llamafleet.host.machine import Machine
@@ -31,12 +31,26 @@ class Decision:
     work: Workload
     chosen: Candidate
     candidates: Sequence[Candidate]
+    laid_out: Callable[[Candidate], tuple[Candidate, bool]]  # a candidate as the ledger has it, and whether it fits
     placement: Placement
     rows: Sequence[LedgerRow]
     threads: int
     links: Sequence[float]  # bytes per second to each GPU of the host
     cpus: str  # CPUs that the server may run on; empty: all
     numa_nodes: str  # NUMA nodes that its memory is spread over; empty: the kernel decides
+
+    def seconds(self, other: Candidate) -> str:
+        """The time of a candidate that was not chosen; where it is shorter than the chosen one's, with the reason.
+
+        The search estimates buffers, and the chosen candidate was laid out: what seems faster is laid out too.
+        """
+        if other.seconds >= self.chosen.seconds:
+            return f"{other.seconds:.1f} s"
+        laid_out, fits = self.laid_out(other)
+        if not fits:
+            return f"{other.seconds:.1f} s by the estimate (but it does not fit once its buffers are laid out)"
+        faster = laid_out.seconds < self.chosen.seconds
+        return f"{laid_out.seconds:.1f} s{' (too little to gain by it)' if faster else ''}"
 
     def best(self, **values: object) -> Candidate | None:
         """The best candidate that fits and has these attribute values; None if there is none."""
@@ -77,11 +91,13 @@ def _where(model: Model, placement: Placement) -> str:
 def _spill(decision: Decision) -> Iterator[str]:
     model, placement, chosen = decision.model, decision.placement, decision.chosen
     tensors = "experts" if model.is_moe else "feed-forward weights"
-    if placement.spilled:
-        kept = placement.gpu_layers - 1 - len(placement.spilled) - len(placement.partly)
+    having = frozenset(layer for layer, size in enumerate(model.spill_bytes) if size)
+    if spilled := placement.spilled & having:
+        on_gpus = {layer for layer, device in enumerate(placement.layer_devices[:-1]) if device is not None}
+        kept = len((on_gpus & having) - set(placement.moved))
         yield (
-            f"{tensors} of {len(placement.spilled)} layers ({_ranges(placement.spilled)}) are on the CPU,"
-            f" {tensors} of {kept} of {model.layers} layers on GPUs: as many as fit without using the reserve"
+            f"{tensors} of {len(spilled)} layers ({_ranges(spilled)}) are on the CPU,"
+            f" {tensors} of {kept} of {len(having)} layers on GPUs: as many as fit without using the reserve"
         )
     for layer, part in placement.partly:
         on_cpu, on_gpu = ("down", "up and gate") if part == "down" else ("up and gate", "down")
@@ -94,7 +110,7 @@ def _spill(decision: Decision) -> Iterator[str]:
         names = {"spill": "feed-forward weights alone", "layers": "whole layers"}
         yield (
             f"{names[chosen.kind]} go to the CPU: the workload takes {chosen.seconds:.1f} s; with"
-            f" {names[other_kind]} on the CPU it takes {other.seconds:.1f} s"
+            f" {names[other_kind]} on the CPU it takes {decision.seconds(other)}"
             f" ({decision.work.live_tokens} tokens in the KV cache)"
         )
 
@@ -124,7 +140,7 @@ def _gpus(decision: Decision) -> Iterator[str]:
         best = min(with_more, key=lambda candidate: candidate.seconds, default=None)
         yield (
             f"not used: {unused_names}: the workload takes {chosen.seconds:.1f} s without"
-            + (f", {best.seconds:.1f} s with more GPUs" if best else "")
+            + (f", {decision.seconds(best)} with more GPUs" if best else "")
         )
     if list(chosen.order) != sorted(chosen.order):
         first, last = chosen.order[0], chosen.order[-1]
@@ -152,13 +168,20 @@ def _context(decision: Decision) -> Iterator[str]:
         if other:
             later = instance.kv_types.index(kv_type) > instance.kv_types.index(context.kv_type)
             verdict = f"not {LATER_KV_TYPE - 1:.0%} faster" if later else f"at least {LATER_KV_TYPE - 1:.0%} slower"
-            yield f"with KV cache {kv_type} the workload takes {other.seconds:.1f} s: {verdict}"
+            yield f"with KV cache {kv_type} the workload takes {decision.seconds(other)}: {verdict}"
         elif kv_type != context.kv_type:
             yield f"with KV cache {kv_type} the model does not fit"
+    at_once = decision.work.concurrency
+    if instance.slots is not None and instance.slots > at_once:
+        requests = "one request" if at_once == 1 else f"{at_once} requests"
+        yield (
+            f"slots is {instance.slots}, and the workload has {requests} at a time (concurrency): each slot takes a"
+            " whole context of KV cache"
+        )
     if instance.slots is None and decision.work.concurrency > 1:
         concurrency = decision.work.concurrency
         others = [decision.best(slots=slots) for slots in range(1, concurrency + 1) if slots != context.slots]
-        seconds = ", ".join(f"{other.context.slots}: {other.seconds:.1f} s" for other in others if other)
+        seconds = ", ".join(f"{other.context.slots}: {decision.seconds(other)}" for other in others if other)
         yield (
             f"{context.slots} slot(s) for {concurrency} concurrent requests: the requests take {chosen.seconds:.1f} s"
             + (f" (with other numbers of slots: {seconds})" if seconds else "")
@@ -173,7 +196,7 @@ def _ubatch(decision: Decision) -> Iterator[str]:
         return
     sizes = sorted({candidate.context.ubatch_tokens for candidate in decision.candidates} - {size})
     others = [decision.best(ubatch_tokens=other_size) for other_size in sizes]
-    seconds = ", ".join(f"{other.context.ubatch_tokens}: {other.seconds:.1f} s" for other in others if other)
+    seconds = ", ".join(f"{other.context.ubatch_tokens}: {decision.seconds(other)}" for other in others if other)
     yield (
         f"ubatch {size}: the workload takes {chosen.seconds:.1f} s"
         + (f" (with other ubatches: {seconds})" if seconds else "")

@@ -12,6 +12,14 @@ from llamafleet.model.shape import Shape
 from llamafleet.planner.result import Refusal
 from llamafleet.settings.schema import Instance
 
+# What a GGUF file is that is no model, by its general.type (gguf-py/gguf/constants.py, GGUFType).
+KINDS = {
+    "adapter": "a LoRA adapter: llama-server loads it only beside the model that it was made for",
+    "imatrix": "an importance matrix: it is read while a model is quantised, and llama-server does not load it",
+    "mmproj": f"a projector ({PROJECTOR}): llama-server loads it only beside a model",
+    "vocab": "a vocabulary without a model",
+}
+
 
 def not_a_model(header: Header, shape: Shape) -> Refusal | None:
     """Why llama-server would not serve this file; None if it would."""
@@ -19,6 +27,8 @@ def not_a_model(header: Header, shape: Shape) -> Refusal | None:
     if header.architecture == PROJECTOR:
         reason = f"{header.name} is a projector ({PROJECTOR}): llama-server loads it only beside a model"
         return Refusal(reason, suggestions=(main_file,))
+    if kind := KINDS.get(str(header.metadata.get("general.type", ""))):
+        return Refusal(f"{header.name} is {kind}", suggestions=(main_file,))
     if header.architecture not in ARCHITECTURES:
         near = nearest(header.architecture)
         return Refusal(

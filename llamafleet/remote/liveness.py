@@ -10,8 +10,9 @@ timeout SIGKILL. A unit is not checked while it does not run
 Exit 0 nothing to do, 10 restarted; anything else is a check that failed, of which the last line on stderr says why.
 Writes /run/llamafleet/liveness-NAME.json (the counters that it saw) and, on a restart, /var/lib/llamafleet/gate/
 liveness/NAME.json {"restarts", "by_systemd", "time", "why"}: its own restarts, those of systemd before them, of which
-systemd forgets the number with each of ours, and when and why the last one was. Root, standard library; common.py,
-gate_server.py and liveness_server.py lie beside it.
+systemd forgets the number with each of ours, and when and why the last one was. Where systemd has restarted a server
+that has run well for SETTLED_SECONDS, the number goes there too, and systemd's pauses begin anew. Root, standard
+library; common.py, gate_server.py and liveness_server.py lie beside it.
 
 `/health` can answer 200 on a server whose GPU hangs; `/slots` too, also while a batch is computed. So only counters
 that move prove that a server at work gets on, and a long queue does not prove the contrary. Whether the GPU of a
@@ -54,6 +55,9 @@ POLL_SECONDS = 1.0
 # No counter moves while a batch of a prompt is computed. This many times the expected duration of a batch, by the
 # speed that the gate measured, is waited for even if SECONDS is less.
 BATCH_PATIENCE = 3
+# A server that has run so long counts as one that starts: systemd's pauses between its next starts begin anew.
+SETTLED_SECONDS = 600.0
+ENTERED = "ActiveEnterTimestampMonotonic"  # microseconds
 
 
 def main(argv: list[str]) -> int:
@@ -88,6 +92,7 @@ def check(spec: dict[str, Any], seconds: float) -> int:
         return FINE  # a deploy is at work, and the keys are already the new ones
     if trouble is None:
         note(spec, pid, now)
+        begin_anew(spec["unit"])
         return FINE
     return RESTARTED if restart(spec["unit"], pid, trouble) else FINE
 
@@ -248,6 +253,30 @@ def restarts_by_systemd(unit: str) -> int:
         return whole_number(show(unit, "NRestarts", seconds=10.0).get("NRestarts"), 2**32) or 0
     except (OSError, subprocess.SubprocessError):
         return 0
+
+
+def begin_anew(unit: str) -> None:
+    """Where systemd has restarted a server that has run well since: record how often, and let the pause before its next
+    restart be the first one again. By itself systemd lengthens it from one restart to the next for ever."""
+    restarts = restarts_by_systemd(unit)
+    if not restarts or ran_seconds(unit) < SETTLED_SECONDS:
+        return
+    path = liveness_record(instance_of(unit))
+    before = read_json(path)
+    try:
+        write_json(path, {**before, "by_systemd": int(positive(before.get("by_systemd"))) + restarts})
+    except OSError:
+        return  # its count stays with systemd
+    systemctl("reset-failed", unit, check=False)
+
+
+def ran_seconds(unit: str) -> float:
+    """Since the server answered at its start; 0 where systemd does not say."""
+    try:
+        since = whole_number(show(unit, ENTERED, seconds=10.0).get(ENTERED))
+    except (OSError, subprocess.SubprocessError):
+        return 0.0
+    return time.monotonic() - since / 1e6 if since else 0.0
 
 
 def count(name: str, why: str, by_systemd: int) -> None:

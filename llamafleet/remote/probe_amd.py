@@ -45,7 +45,7 @@ def amd_gpu(index: int, bus_id: str, device: Path, notes: list[str]) -> dict[str
             "start it: see dmesg, then load amdgpu (modprobe amdgpu) or reboot"
         )
         return gpu
-    node, gpu["gfx"], count = kfd_node(bus_id)
+    node, gpu["gfx"], gpu["compute_units"], count = kfd_node(bus_id)
     if count > 1:
         gpu["problem"] = (
             f"it is divided into {count} compute partitions, which are not planned for: join them (amd-smi set "
@@ -56,20 +56,20 @@ def amd_gpu(index: int, bus_id: str, device: Path, notes: list[str]) -> dict[str
         gpu["unified_memory"] = True
         vram, used = vram + gtt, used + (number(device / "mem_info_gtt_used") or 0)
         notes.append(f"GPU {bus_id} shares the host's RAM: {vram} bytes are VRAM and GTT together")
-    own = min(used, own_bytes(bus_id, node, gpu))
+    own = min(used, own_bytes(bus_id, node, gpu, used))
     gpu.update(memory_total_bytes=vram, memory_used_by_others_bytes=used - own)
     return gpu
 
 
-def own_bytes(bus_id: str, node: str, gpu: dict[str, Any]) -> int:
-    """Bytes of the GPU that our servers hold: by amdkfd, which knows ROCm's processes, by amdgpu, which knows all and
-    tells them in the /proc of the process itself, or else by their logs."""
+def own_bytes(bus_id: str, node: str, gpu: dict[str, Any], used: int) -> int:
+    """Of `used` bytes of the GPU those that our servers hold: by amdkfd, which knows ROCm's processes, by amdgpu, which
+    knows all and tells them in the /proc of the process itself, or else by their logs."""
     by_kfd = 0
     if sees_pids():
         files = at("/sys/class/kfd/kfd/proc").glob(f"*/vram_{node}")
         by_kfd = sum(number(path) or 0 for path in files if is_ours(path.parent.name))
     regions = ("vram", "gtt") if gpu["unified_memory"] else ("vram",)
-    return max(by_kfd, own_by_fdinfo(bus_id, regions)) or own_by_logs(gpu["uuid"])
+    return max(by_kfd, own_by_fdinfo(bus_id, regions)) or own_by_logs(gpu["uuid"], used)
 
 
 def own_by_fdinfo(bus_id: str, regions: tuple[str, ...]) -> int:
@@ -90,8 +90,9 @@ def pcie_generation(speed: str) -> int | None:
     return rates.get(speed.partition(" ")[0])
 
 
-def kfd_node(bus_id: str) -> tuple[str, str | None, int]:
-    """AMD's compute driver's id of a GPU, its LLVM target such as "gfx1100", and how many devices it is to HIP."""
+def kfd_node(bus_id: str) -> tuple[str, str | None, int | None, int]:
+    """AMD's compute driver's id of a GPU, its LLVM target such as "gfx1100", its compute units, and how many devices it
+    is to HIP."""
     domain, bus, device, function = (int(part, 16) for part in re.split("[:.]", bus_id))
     location = bus << 8 | device << 3 | function
     found = []
@@ -100,5 +101,6 @@ def kfd_node(bus_id: str) -> tuple[str, str | None, int]:
         if int(values.get("location_id", -1)) == location and int(values.get("domain", 0)) == domain:
             target = int(values.get("gfx_target_version", 0))  # 110000 is 11.0.0; the last two are hex digits
             name = f"gfx{target // 10000}{target // 100 % 100:x}{target % 100:x}"
-            found.append((read(node / "gpu_id"), name if target else None))
-    return (*found[0], len(found)) if found else ("", None, 0)
+            units = int(values.get("simd_count", 0)) // max(1, int(values.get("simd_per_cu", 1)))
+            found.append((read(node / "gpu_id"), name if target else None, units or None))
+    return (*found[0], len(found)) if found else ("", None, None, 0)

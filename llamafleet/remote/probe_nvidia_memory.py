@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import Any, Callable, Dict, List, Optional, Tuple  # the contract is Python 3.8, whose own are typing's
 
-from probe_files import psutil
+from probe_files import at, psutil, read
 from probe_gpu_common import is_ours, own_by_logs, sees_pids
+
+MIB = 1024**2
 
 
 def read_memory(nvml: Any, handle: Any, gpu: Dict[str, Any], notes: List[str]) -> None:
@@ -38,9 +40,9 @@ def read_memory(nvml: Any, handle: Any, gpu: Dict[str, Any], notes: List[str]) -
         total, used = ram.total, ram.total - ram.available
     processes, mine = gpu_processes(nvml, handle), max(0, used - reserved)
     if sees_pids() and processes is not None:
-        own, doubt = own_bytes(processes, mine, is_ours, own_by_logs(gpu["uuid"]))
+        own, doubt = own_bytes(processes, mine, is_ours, own_by_logs(gpu["uuid"], mine))
     else:
-        own = min(mine, own_by_logs(gpu["uuid"]))
+        own = own_by_logs(gpu["uuid"], mine)
         doubt = "whose process is whose cannot be seen here (a container, or a driver that lists none): " + (
             f"{own} of {mine} bytes count as ours, by our servers' own logs"
             if own
@@ -51,6 +53,23 @@ def read_memory(nvml: Any, handle: Any, gpu: Dict[str, Any], notes: List[str]) -
         notes.append("NVIDIA: GPU {}: {}".format(gpu["pci_bus_id"] or gpu["name"], doubt))
     gpu["memory_total_bytes"] = total
     gpu["memory_used_by_others_bytes"] = used - own
+    gpu["busy"] = busy_with(processes or {}, total) if sees_pids() else None
+
+
+def busy_with(processes: Dict[int, Optional[int]], total: int) -> Optional[str]:
+    """The other processes that hold half of a GPU's memory or more, the largest first, with the way out; None where
+    they hold less."""
+    foreign = sorted(((size, pid) for pid, size in processes.items() if size and not is_ours(pid)), reverse=True)
+    held = sum(size for size, _ in foreign)
+    if held * 2 < total:
+        return None
+    names = ", ".join(
+        f"{read(at(f'/proc/{pid}/comm')) or 'process'} {pid}: {size // MIB} MiB" for size, pid in foreign[:3]
+    )
+    return (
+        f"it is busy: other processes hold {held // MIB} of {total // MIB} MiB ({names}): stop them, or leave the GPU "
+        "to them by the setting gpus"
+    )
 
 
 def gpu_processes(nvml: Any, handle: Any) -> Optional[Dict[int, Optional[int]]]:
@@ -94,5 +113,5 @@ def own_bytes(
             "the driver does not tell the memory of our own process: what no other process holds counts as ours",
         )
     if logged > known:
-        return min(used, logged), "the driver does not tell the memory of our own process: its log counts"
+        return logged, "the driver does not tell the memory of our own process: its log counts"
     return known, "NVML tells neither our own processes' memory nor others': unknown use counts as others'"

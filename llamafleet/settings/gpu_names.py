@@ -31,6 +31,13 @@ def gpu_name(value: object) -> str:
     raise ValueError(RULE)
 
 
+def gpu_list(value: object) -> object:
+    """The value, where it is a list; raises ValueError with the rule."""
+    if isinstance(value, list | tuple):
+        return value
+    raise ValueError('be a list of GPUs by index, UUID or PCI id, such as [0, "0000:02:00.0"]')
+
+
 def gpu_reserve(value: object) -> int | Mapping[str, int]:
     """MiB for every GPU, or by GPU with those of all others. Raises ValueError with what the value should be."""
     if isinstance(value, Mapping):

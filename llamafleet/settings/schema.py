@@ -31,7 +31,8 @@ from llamafleet.remote.common import (
 from llamafleet.settings import environment, secrets
 from llamafleet.settings import extra_flags as extra
 from llamafleet.settings.defaults import MODEL_DEFAULTS, DefaultsError, with_defaults
-from llamafleet.settings.gpu_names import gpu_name, gpu_reserve
+from llamafleet.settings.gpu_names import gpu_list, gpu_name, gpu_reserve
+from llamafleet.settings.other_names import LLAMA_CPP_NAMES
 from llamafleet.validation import Flag, Listed, Should, Whole, one_of
 
 BACKENDS = ("auto", "cuda", "hip", "vulkan", "cpu")
@@ -109,6 +110,7 @@ Mirror = Annotated[
     ),
 ]
 GpuName = Annotated[str, PlainValidator(gpu_name)]
+GpuNames = Annotated[Listed[GpuName], Field(max_length=256), BeforeValidator(gpu_list)]
 # MiB for every GPU, or by GPU with "default" for the others.
 GpuReserve = Annotated[int | Mapping[str, int], PlainValidator(gpu_reserve)]
 # git takes what begins with a dash for an option.
@@ -233,6 +235,8 @@ class Instance:
         ]
     ]
 
+    OTHER_NAMES = LLAMA_CPP_NAMES
+
     @property
     def unit(self) -> str:
         """The systemd unit's name."""
@@ -284,7 +288,7 @@ class Settings:
             lambda text: text == "python3" or re.fullmatch(r"/[A-Za-z0-9_./@:+-]+", text),
         ),
     ]
-    gpus: Annotated[Listed[GpuName], Field(max_length=256)] | None
+    gpus: GpuNames | None
     vulkan_devices: Listed[Annotated[Whole, Field(ge=0, le=1023, description="a number of vulkaninfo")]] | None
     build_ui: Flag
     build_jobs: Annotated[Whole, Field(ge=1, le=4096, description="a compiler job at least")] | None

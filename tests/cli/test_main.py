@@ -105,6 +105,11 @@ def test_the_refusal_s_table_says_what_would_help(model, machine_file, capsys):
         (["=3"], "should be KEY=VALUE"),
         (["source=/x"], "give the model with --model"),
         (["slots=0"], "should be a whole number from 1 to 256 or None, is 0"),
+        (["n_ctx=4096"], "n_ctx: unknown setting; it is `context_tokens` here"),
+        (["ctx-size=4096"], "ctx_size: unknown setting; it is `context_tokens` here"),
+        (["ngl=99"], "ngl: unknown setting; the plan decides it"),
+        (["cache_type_k=q8_0"], "cache_type_k: unknown setting; it is `kv_types` here"),
+        (["kv_types=q9"], "kv_types[0]: should be one of"),
     ],
 )
 def test_bad_settings_exit_2(model, machine_file, changes, message, capsys):
@@ -113,6 +118,38 @@ def test_bad_settings_exit_2(model, machine_file, changes, message, capsys):
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("change", ["kv_types=q8_0", "kv_types=q8_0,", "kv_types=['q8_0']", "kv-types=q8_0"])
+def test_a_word_is_a_list_of_one(model, machine_file, change, capsys):
+    assert cli.main(["plan", "--model", model, "--machine", machine_file, "--set", change, "--json"]) == 0
+    argv = json.loads(capsys.readouterr().out)["argv"]
+    assert argv[argv.index("--cache-type-k") + 1] == "q8_0"
+
+
+@pytest.mark.parametrize(
+    ("change", "device"), [("gpus=1", "GPU1"), ("gpus=[0]", "GPU0"), ("gpus=0000:02:00.0", "GPU1")]
+)
+def test_a_card_of_an_imagined_box_is_left_out(model, change, device, capsys):
+    words = "2xrtx3090,ram=96GB,cores=8"
+    assert cli.main(["plan", "--model", model, "--machine", words, "--set", change, "--json",
+                     "--set", "gpu_reserve_mib={0: 3000, 1: 4000}"]) == 0  # fmt: skip
+    rows = json.loads(capsys.readouterr().out)["ledger"]
+    assert [row["device"] for row in rows] == [device, "host"]
+    assert rows[0]["reserve_bytes"] == {"GPU0": 3000, "GPU1": 4000}[device] * 2**20
+
+
+def test_a_folder_is_named_as_such(tmp_path, machine_file, capsys):
+    assert cli.main(["plan", "--model", str(tmp_path), "--machine", machine_file]) == 2
+    assert "is a folder: name the model's GGUF file in it (it has no .gguf file)" in capsys.readouterr().err
+    (tmp_path / "a.gguf").touch()
+    assert cli.main(["plan", "--model", str(tmp_path), "--machine", machine_file]) == 2
+    assert "(it has a.gguf)" in capsys.readouterr().err
+
+
+def test_what_the_words_leave_open_is_said(model, capsys):
+    assert cli.main(["plan", "--model", model, "--machine", "rtx3080,ram=64GB,cores=8"]) == 0
+    assert "RTX 3080: taken with 10 GB; it is also sold with 12 GB: add the size" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,12 @@ def test_a_second_run_changes_nothing(pair, story):
     assert dry.code == 0 and changes(dry, pair) == {host.name: [] for host in pair}
     run = pyinfra(story["inventory"])
     assert run.code == 0 and changes(run, pair) == {host.name: [] for host in pair}, run.text
+    # A line for each host, with what its gate has measured, and no plan.
+    for host in pair:
+        begin = f"[{host.name}] nothing to do: everything is as planned: tiny at http://{host.address}:8080 ("
+        [line] = [line for line in run.text.splitlines() if begin in line]
+        assert " written, " in line and line.rstrip().endswith(" read, measured)"), line
+    assert "flags: " not in run.text and "predicted" not in run.text
     assert pids == [on(h, "systemctl", "show", "--property=MainPID", "llama-server-tiny.service") for h in pair]
 
 

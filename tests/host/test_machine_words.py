@@ -6,6 +6,7 @@
 import pytest
 
 from llamafleet.host import described
+from tests import planning
 
 MIB, GIB = 2**20, 2**30
 
@@ -312,7 +313,8 @@ REFUSED: dict[str, str] = {
     "rtx4090,arm64,x86_64": "two processor architectures are given",
     "gb10,x86_64": "GB10 has an aarch64 processor, not x86_64",
     "gb10,vram=64GB": "GB10 shares the RAM: give its size as ram=, not as vram=",
-    "780m,rtx4090": "shares its memory with the CPU",
+    "780m,680m": "Radeon 680M shares its memory with the CPU",
+    "gb10,rtx4090": "GB10 shares its memory with the CPU",
 }
 
 
@@ -380,3 +382,24 @@ def test_a_choice_that_the_words_leave_is_told():
 def test_a_shared_memory_is_given_and_within_what_is_sold(words, message):
     with pytest.raises(described.DescriptionError, match=message):
         described.read(words)
+
+
+@pytest.mark.parametrize("words", ["610m,rtx4090", "rtx4090,uhd 770", "rtx4090+780m"])
+def test_graphics_of_a_processor_beside_a_card_are_left_out(words):
+    """ollama#10204: a Ryzen APU beside NVIDIA was refused as two vendors."""
+    machine = described.read(f"{words},ram=64GB,cores=8").machine
+    assert sorted(gpu.unified_memory for gpu in machine.gpus) == [False, True]
+    [answer] = planning.plans(machine, [("Llama-3.1-8B",)], planning.settings({}))
+    assert [gpu.name for gpu in answer.gpus] == ["RTX 4090"] and answer.backend == "cuda"
+    assert "beside a card with memory of its own" in "\n".join(answer.why)
+
+
+def test_a_card_that_is_left_out_and_reserves_of_each():
+    """ollama#1813, #3095: some GPUs are kept for others."""
+    machine = described.read("2xrtx3090+rtx3060,ram=64GB,cores=8").machine
+    settings = planning.settings({}, gpus=[0, 2], gpu_reserve_mib={0: 20000, "default": 500})
+    [answer] = planning.plans(machine, [("Llama-3.1-8B",)], settings)
+    reserves = {row.device: row.reserve_bytes // MIB for row in answer.ledger}
+    assert "GPU1" not in reserves and set(reserves) - {"host"} <= {"GPU0", "GPU2"}
+    assert reserves.get("GPU2", 500) == 500 and reserves.get("GPU0", 20000) == 20000
+    assert "GPU1 (RTX 3090) is not used: gpus does not name it" in "\n".join(answer.why)

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from llamafleet.cli import tables
 from llamafleet.planner.backend import resolve_backend
 from llamafleet.planner.devices import gpus_for, left_out, only_used, reserve_mib
 from llamafleet.planner.plan import plan_host
@@ -40,6 +41,12 @@ def test_a_gpu_is_named_by_index_uuid_or_pci_id(name):
 def test_what_is_no_name_of_a_gpu_is_refused(name):
     with pytest.raises(ValueError, match=r"gpus\[1\]: should be a GPU's index, UUID or PCI id"):
         planning.settings(gpus=[0, name])
+
+
+@pytest.mark.parametrize("value", [0, "0", {"0": 1}])
+def test_gpus_is_a_list(value):
+    with pytest.raises(ValueError, match=r"gpus: should be a list of GPUs by index, UUID or PCI id, .* or None, is"):
+        planning.settings(gpus=value)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +90,24 @@ def test_an_integrated_gpu_that_is_named_is_used():
     assert [gpu.index for gpu in gpus_for(host, "hip", planning.settings(gpus=[1]))] == [1]
 
 
+SMALL = {"vendor": "amd", "unified_memory": True, "total_mib": 16384, "name": "Radeon", "compute_units": 2}
+
+
+def test_the_display_chip_of_a_desktop_ryzen_is_left_to_displays():
+    """ollama#10204 without a card: two compute units are slower than the processor."""
+    [plan] = plans(planning.machine([SMALL]))
+    said = "it has 2 compute units, for displays: the processor is faster; name it in gpus to use it"
+    assert plan.backend == "cpu" and f"GPU0 (Radeon) is not used: {said}" in plan.why
+    [plan] = plans(planning.machine([SMALL]), gpus=[0])
+    assert plan.backend == "hip" and len(plan.gpus) == 1
+    [plan] = plans(planning.machine([SMALL]), backend="hip")
+    assert len(plan.gpus) == 1
+    [plan] = plans(planning.machine([{**SMALL, "compute_units": 40}]))
+    assert plan.backend == "hip"  # Strix Halo
+    [plan] = plans(planning.machine([{**SMALL, "compute_units": None}]))
+    assert plan.backend == "hip"  # not told
+
+
 def test_a_setting_that_is_not_given_leaves_every_hash_as_it_was():
     """Hosts that were deployed before the setting was there are not planned anew for it."""
     [instance] = planning.settings({"context_tokens": 8192}).models
@@ -110,6 +135,14 @@ def test_the_setting_that_leaves_a_gpu_out_is_named(settings, reason):
     )
 
 
+def test_a_gpu_that_vulkan_does_not_list_is_named_with_the_way_out():
+    listed = {"index": 0, "name": "RTX 4090", "kind": "discrete", "driver": "", "uuid": "0" * 32,
+              "pci_bus_id": "0000:01:00.0", "memory_total_bytes": 1}  # fmt: skip
+    host = planning.machine([24564, 24564], vulkan=[listed])
+    [reason] = left_out(host, "vulkan", planning.settings(backend="vulkan"))
+    assert reason.startswith("GPU1 (NVIDIA GeForce RTX 4090) is not used: Vulkan does not list it: install")
+
+
 def test_each_model_is_told_what_is_wrong_with_the_host_and_refusals_are_too():
     problem = "NVIDIA: module 570 is loaded but the libraries are 580: reboot needed"
     host = planning.machine([24564], problems=[problem])
@@ -120,6 +153,7 @@ def test_each_model_is_told_what_is_wrong_with_the_host_and_refusals_are_too():
     assert isinstance(good, Plan) and isinstance(refused, Refusal)
     assert good.problems == refused.problems == (problem,)
     assert good.to_json()["problems"] == refused.to_json()["problems"] == [problem]
+    assert all(tables.table(result, "box1").splitlines()[-1] == f"  ! {problem}" for result in (good, refused))
 
 
 # --- MIG ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import functools
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,14 +101,17 @@ def test_what_llama_server_reports_of_it_while_it_only_measures():
     host = (6656 + 56) * MIB
     verified = compare(answer, MemoryReport({"CUDA0": device, "CUDA_Host": host}))
     assert verified.beyond(only_more=False) == {}
-    assert memory_limits(answer)["limits"][HOST] >= host
+    row = answer.ledger[-1]
+    limit = row.used_bytes - row.overhead_bytes + row.free_bytes + 5376 * MIB
+    assert memory_limits(answer)["limits"][HOST] == limit >= host
 
 
 def test_an_encoder_has_neither_cache_nor_output_matrix():
     """bge-reranker-v2-m3 was planned 488 MiB too high: the embedding is no output matrix."""
-    answer = plan("bge-reranker-v2-m3", "rtx3060,ram=32GB,cores=8")
+    answer = plan("bge-reranker-v2-m3", "rtx3060,ram=32GB,cores=8", ubatch_tokens=512)
     assert mib(answer, "weights") == 579  # 1067 with an output matrix
     assert (mib(answer, "weights", -1), mib(answer, "kv"), mib(answer, "kv", -1)) == (520, 0, 0)
+    assert (mib(answer, "compute"), mib(answer, "compute", -1)) == (12, 10)  # llama-server: 12.50 and 10.51
     why = "\n".join(answer.why)
     assert "'bert' is an encoder" in why and "upper bound" not in why
 
@@ -120,3 +124,52 @@ def test_flash_next_is_exact():
     assert (mib(answer, "weights"), mib(answer, "kv"), mib(answer, "compute")) == (53675, 3915, 501)
     assert mib(answer, "weights", -1) == 341 and answer.mapped_bytes // MIB == 27465
     assert "upper bound" not in "\n".join(answer.why)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("adapter", "is a LoRA adapter"), ("imatrix", "is an importance matrix"), ("vocab", "is a vocabulary")],
+)
+def test_files_that_are_no_models_are_named(kind, message):
+    known = planning.header("Llama-3.1-8B")
+    other = replace(known, metadata={**known.metadata, "general.type": kind})
+    settings = planning.settings({})
+    [refused] = plan_host(planning.machine([24564]), [(settings.models[0], other)], settings)
+    assert message in refused.reason and "main GGUF file" in refused.suggestions[0]
+    model = replace(known, metadata={**known.metadata, "general.type": "model"})
+    assert plan_host(planning.machine([24564]), [(settings.models[0], model)], settings)[0].fits
+
+
+@pytest.mark.parametrize("name", ["foo", "llama5", "qwen9"])
+def test_an_architecture_that_llama_cpp_does_not_know_is_refused_before_the_download(name):
+    """Any architecture's name was planned as exact (`foo`)."""
+    settings = planning.settings({})
+    other = replace(planning.header("Llama-3.1-8B"), architecture=name)
+    [refused] = plan_host(planning.machine([24564]), [(settings.models[0], other)], settings)
+    assert isinstance(refused, Refusal) and f"does not know the architecture {name!r}" in refused.reason
+
+
+def test_what_is_faster_and_not_taken_is_laid_out_too():
+    """Llama 3.1 8B with four slots of 32768 on an RTX 3060 said "ubatch 256: 54.6 s (512: 51.1 s)": an estimate
+    beside a figure that was laid out. And four slots were asked for a workload of one request at a time."""
+    settings = planning.settings({"slots": 4, "context_tokens": 32768, "kv_types": ["f16", "q8_0"]})
+    machine = described.read("rtx3060,ram=32GB,cores=8").machine
+    [answer] = plan_host(machine, [(settings.models[0], planning.header("Llama-3.1-8B"))], settings)
+    [line] = [line for line in answer.why if line.startswith("ubatch")]
+    chosen = float(re.search("takes ([0-9.]+) s", line)[1])
+    others = re.findall(r"([0-9]+): ([0-9.]+) s( \()?", line.partition("with other ubatches")[2])
+    assert len(others) == 3
+    assert all(float(seconds) >= chosen or reason for _, seconds, reason in others), line
+    assert "slots is 4, and the workload has one request at a time" in "\n".join(answer.why)
+
+
+def test_layers_without_experts_are_not_counted():
+    """ "experts of 83 layers are on the CPU, of 0 of 108 layers on GPUs": only layers with experts count."""
+    settings = planning.settings({"context_tokens": 4096})
+    known = planning.header("GLM-4.5-Air")  # 46 layers and a draft head; the first layer is dense
+    [answer] = plan_host(planning.machine([24564]), [(settings.models[0], known)], settings)
+    [line] = [line for line in answer.why if "are on the CPU" in line]
+    spilled, kept, total = map(
+        int, re.search("experts of ([0-9]+) layers .* of ([0-9]+) of ([0-9]+) layers", line).groups()
+    )
+    assert (spilled + kept + len(answer.placement.partly), total) == (total, 45)

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import threading
+import time
 
 import common
 import pytest
@@ -84,7 +85,7 @@ def systemd(monkeypatch):
     monkeypatch.setattr(liveness, "unit_state", lambda unit: one.state)
     monkeypatch.setattr(liveness, "main_pid", one.pid)
     monkeypatch.setattr(liveness, "command_line", lambda pid: one.argv)
-    monkeypatch.setattr(liveness, "systemctl", lambda *words: one.calls.append(["systemctl", *words]))
+    monkeypatch.setattr(liveness, "systemctl", lambda *words, check=True: one.calls.append(["systemctl", *words]))
     return one
 
 
@@ -477,3 +478,36 @@ def test_a_systemd_that_does_not_say_it_keeps_no_server_from_its_restart(check, 
     server.props = None
     assert check(SHORT) == 10 and restarts(systemd)
     assert json.loads((tmp_path / "gate/liveness/chat.json").read_text())["by_systemd"] == 0
+
+
+def ran(seconds, restarts):
+    """What systemd says of a server that it restarted so often, and that has run so long since."""
+    said = {"NRestarts": str(restarts), liveness.ENTERED: str(int((time.monotonic() - seconds) * 1e6))}
+    return lambda unit, *names, seconds: {name: said[name] for name in names}
+
+
+def test_a_server_that_has_run_well_since_its_restarts_is_restarted_soon_again(check, systemd, tmp_path, monkeypatch):
+    """systemd/systemd#43813: RestartSteps= is never begun anew by itself."""
+    (tmp_path / "gate/liveness").mkdir(parents=True)
+    (tmp_path / "gate/liveness/chat.json").write_text('{"restarts": 1, "by_systemd": 2, "why": "x", "time": "t"}')
+    monkeypatch.setattr(liveness, "show", ran(liveness.SETTLED_SECONDS + 5, 3))
+    assert check() == 0
+    assert systemd.calls == [["systemctl", "reset-failed", UNIT]]
+    record = json.loads((tmp_path / "gate/liveness/chat.json").read_text())
+    assert record == {"restarts": 1, "by_systemd": 5, "why": "x", "time": "t"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "restarts"), [(liveness.SETTLED_SECONDS - 60, 3), (10_000, 0)], ids=["soon", "never"]
+)
+def test_a_server_that_started_lately_or_was_never_restarted_is_left_as_it_is(
+    check, systemd, monkeypatch, seconds, restarts
+):  # fmt: skip
+    monkeypatch.setattr(liveness, "show", ran(seconds, restarts))
+    assert check() == 0 and systemd.calls == []
+
+
+def test_restarts_that_cannot_be_recorded_stay_with_systemd(check, systemd, monkeypatch):
+    monkeypatch.setattr(liveness, "show", ran(10_000, 3))
+    monkeypatch.setattr(liveness, "write_json", full)
+    assert check() == 0 and systemd.calls == []

@@ -45,6 +45,7 @@ def test_rtx4090(host):
         "pcie_width_now": 16,
         "unified_memory": False,
         "problem": None,
+        "busy": None,
     }
 
 
@@ -93,6 +94,19 @@ def test_memory_of_others(host, *, situation, used, processes, others, problem):
     assert problem in the_note(found) if problem else found["notes"] == []
 
 
+def test_a_gpu_that_others_hold_half_of_is_called_busy_by_their_names(host):
+    host.file("proc/20/cgroup", OTHERS)
+    host.file("proc/20/comm", "ollama\n")
+    host.file("proc/10/cgroup", OURS)
+    host.nvml("device0.used_mib=22000", "device0.processes_list=10:9000,20:12300,21:100")
+    found = host.probe()
+    assert found["gpus"][0]["problem"] is None
+    assert the_problem(found) == (
+        "GPU 0000:01:00.0: it is busy: other processes hold 12400 of 24564 MiB (ollama 20: 12300 MiB, process 21: 100 MiB): "
+        "stop them, or leave the GPU to them by the setting gpus"
+    )
+
+
 def test_a_process_in_both_lists_counts_once(host):
     host.file("proc/10/cgroup", OURS)
     lines = ["device0.graphics_too=1", "device0.used_mib=5000", "device0.processes_list=10:2000"]
@@ -137,6 +151,14 @@ def test_nvml_cannot_start(host, situation, line, words):
     assert found["gpus"] == []
     assert found["driver"] == {"nvidia": "570.1.2", "cuda": None}
     assert [word for word in words if word not in the_problem(found)] == []
+
+
+def test_a_driver_without_hardware_is_no_problem(host):
+    """An image that has NVIDIA's driver, on a machine without a GPU; not so in WSL, where no PCI bus shows the GPU."""
+    host.nvml("init=9")
+    assert host.probe()["problems"] == []
+    host.file("dev/dxg")
+    assert "kernel module is not loaded" in the_problem(host.probe())
 
 
 def test_libraries_newer_than_the_loaded_module(host):
@@ -269,7 +291,9 @@ def test_amd_card(host):
              mem_info_vram_used=str(9 * 2**30), mem_info_gtt_total=str(32 * 2**30), max_link_width="16",
              max_link_speed="16.0 GT/s PCIe")  # fmt: skip
     node = "sys/class/kfd/kfd/topology/nodes/1"
-    host.file(f"{node}/properties", "location_id 768\ndomain 0\ngfx_target_version 110000\n")
+    host.file(
+        f"{node}/properties", "location_id 768\ndomain 0\ngfx_target_version 110000\nsimd_count 192\nsimd_per_cu 2\n"
+    )
     host.file(f"{node}/gpu_id", "4711\n")
     host.file("sys/class/kfd/kfd/proc/10/vram_4711", str(7 * 2**30))
     host.file("sys/class/kfd/kfd/proc/20/vram_4711", str(1 * 2**30))
@@ -278,7 +302,7 @@ def test_amd_card(host):
     found = host.probe(nvml=False)
     (gpu,) = found["gpus"]
     assert found["problems"] == []
-    assert (gpu["vendor"], gpu["uuid"], gpu["gfx"]) == ("amd", "GPU-abc", "gfx1100")
+    assert (gpu["vendor"], gpu["uuid"], gpu["gfx"], gpu["compute_units"]) == ("amd", "GPU-abc", "gfx1100", 96)
     assert (gpu["memory_total_bytes"], gpu["memory_used_by_others_bytes"]) == (24 * 2**30, 2 * 2**30)
     assert (gpu["pcie_generation"], gpu["pcie_width"], gpu["unified_memory"]) == (4, 16, False)
 

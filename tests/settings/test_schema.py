@@ -81,7 +81,21 @@ def test_wrong_types_are_refused(key, value):
     [problem] = instance_problems(**{key: value})
     wrong = f"{key}[0]" if isinstance(value, list) else key
     assert problem.startswith(f"models[0].{wrong}: should be ")
-    assert problem.endswith(f", is {value[0] if isinstance(value, list) else repr(value)}")
+    hint = f": write [{value!r}]" if isinstance(value, str) and "list of strings" in problem else ""
+    assert problem.endswith(f", is {value[0] if isinstance(value, list) else repr(value)}{hint}")
+
+
+def test_a_word_for_a_list_is_shown_as_a_list():
+    assert instance_problems(kv_types="f16, q8_0") == [
+        "models[0].kv_types: should be a list of strings, is 'f16, q8_0': write ['f16', 'q8_0']"
+    ]
+
+
+def test_llama_cpp_s_own_words_are_known():
+    [problem] = instance_problems(n_ctx=4096)
+    assert problem == "models[0].n_ctx: unknown setting; it is `context_tokens` here"
+    [problem] = instance_problems(n_gpu_layers=99)
+    assert problem == "models[0].n_gpu_layers: unknown setting; the plan decides it"
 
 
 @pytest.mark.parametrize(
