@@ -172,6 +172,17 @@ def test_another_systemd_changes_no_line_that_a_running_server_depends_on():
     assert newer != older and core_of_unit(newer) == core_of_unit(older)
 
 
+def test_the_unit_of_an_earlier_version_is_replaced_while_its_server_runs_on():
+    """As 39f1a14 wrote it for a GPU: it gave up after five starts, and made the nodes of nvidia-uvm alone."""
+    unit = made([4096, 4096], on("257", boot_units=UNITS))[0]
+    earlier = unit.replace("StartLimitIntervalSec=0", "StartLimitIntervalSec=1800\nStartLimitBurst=5")
+    earlier = earlier.replace("RestartSteps=6\nRestartMaxDelaySec=120\n", "")
+    earlier = earlier.replace("ExecStartPre=-+/usr/bin/nvidia-modprobe -c0 -c1 -c255\n", "")
+    earlier = earlier.replace(" dkms.service nvidia-fabricmanager.service", "")
+    assert len(unit.splitlines()) == len(earlier.splitlines()) + 2 and unit != earlier
+    assert core_of_unit(unit) == core_of_unit(earlier)
+
+
 UNITS = {"gpu": ("dkms.service", "nvidia-fabricmanager.service"), "network": ("tailscaled.service",)}
 
 
