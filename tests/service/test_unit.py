@@ -240,6 +240,24 @@ def test_a_server_starts_when_the_disk_of_its_model_is_mounted():
     assert core_of_unit(unit) == core_of_unit(made([])[0])
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/mnt/big", "mnt-big.mount"),
+        ("/mnt/big-disk", "mnt-big\\x2ddisk.mount"),
+        ("/srv/.a b/c.d", "srv-.a\\x20b-c.d.mount"),
+        ("/.a", "\\x2ea.mount"),
+    ],
+)
+def test_a_disk_that_is_mounted_late_starts_its_servers(path, name):
+    unit = made([], more={"store": f"{path}/m-123", "mount": path})[0]
+    assert directive(unit, "WantedBy") == ["multi-user.target", name]
+    if shutil.which("systemd-escape"):
+        command = ["systemd-escape", "--path", "--suffix=mount", path]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == name
+    assert directive(made([], more=MORE)[0], "WantedBy") == ["multi-user.target"]
+
+
 def test_a_disk_for_models_below_a_hidden_folder_is_seen():
     (hidden,) = directive(made([], more={"store": "/srv/models/m-123"})[0], "InaccessiblePaths")
     assert "-/srv" not in hidden.split() and "-/var/log" in hidden.split()
