@@ -40,7 +40,7 @@ def gpus_for(machine: Machine, backend: str, settings: Settings) -> tuple[Gpu, .
         found = tuple(gpu for gpu in machine.usable_gpus if gpu.vendor in vendors)
     if settings.gpus is not None or (vendors is None and settings.vulkan_devices is not None):
         return tuple(gpu for gpu in found if is_named(gpu, settings))
-    return without_integrated([gpu for gpu in found if not is_for_displays(gpu)])
+    return without_integrated(found)
 
 
 def without_integrated(gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
@@ -49,7 +49,7 @@ def without_integrated(gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
 
 
 def is_for_displays(gpu: Gpu) -> bool:
-    """Whether a GPU is too small to compute with."""
+    """Whether a GPU is too small to choose its backend; one that is asked for uses it."""
     return gpu.unified_memory and gpu.vendor == "amd" and 0 < (gpu.compute_units or FEWEST_UNITS) < FEWEST_UNITS
 
 
@@ -145,7 +145,7 @@ def _why_not(gpu: Gpu, has_card: bool, backend: str, settings: Settings) -> str:
         return BESIDE_A_CARD
     if settings.gpus is None and is_for_displays(gpu):
         return FOR_DISPLAYS.format(gpu.compute_units)
-    return _why_not_chosen(gpu, backend, settings)
+    return _why_not_chosen(gpu, backend, settings) or f"Vulkan does not list it: {vulkan.INSTALL}"
 
 
 def _why_left_out(device: PciGpu, machine: Machine, backend: str, settings: Settings) -> str:

@@ -56,8 +56,11 @@ def machine(paths: list[str], driver_seconds: float, vulkan: bool = False) -> di
     pci = probe_pci.pci_gpus()
     answers = driver_answers(driver_seconds) if has_gpu_driver(pci) else no_answers()
     gpus, problems = probe_pci.without_withheld(answers["gpus"], pci), answers["problems"]
-    if answers["no_nvml"] and (answers["driver"]["nvidia"] or has_card(pci, "nvidia")):
-        problems.append(answers["no_nvml"])  # without NVIDIA's hardware nothing is wrong
+    has_nvidia = answers["driver"]["nvidia"] or has_card(pci, "nvidia") or at("/dev/dxg").exists()  # WSL has no PCI
+    if not has_nvidia:  # without NVIDIA's hardware nothing is wrong, such as with an image that has its driver
+        problems = [text for text in problems if not text.startswith("NVIDIA: ")]
+    elif answers["no_nvml"]:
+        problems.append(answers["no_nvml"])
     probe_pci.name_lost_gpus(gpus, pci)
     lost = probe_pci.explain_missing(gpus, pci, [text for text in problems if text.startswith(("NVIDIA", "GPU driv"))])
     for gpu in gpus:

@@ -56,20 +56,20 @@ def amd_gpu(index: int, bus_id: str, device: Path, notes: list[str]) -> dict[str
         gpu["unified_memory"] = True
         vram, used = vram + gtt, used + (number(device / "mem_info_gtt_used") or 0)
         notes.append(f"GPU {bus_id} shares the host's RAM: {vram} bytes are VRAM and GTT together")
-    own = min(used, own_bytes(bus_id, node, gpu))
+    own = min(used, own_bytes(bus_id, node, gpu, used))
     gpu.update(memory_total_bytes=vram, memory_used_by_others_bytes=used - own)
     return gpu
 
 
-def own_bytes(bus_id: str, node: str, gpu: dict[str, Any]) -> int:
-    """Bytes of the GPU that our servers hold: by amdkfd, which knows ROCm's processes, by amdgpu, which knows all and
-    tells them in the /proc of the process itself, or else by their logs."""
+def own_bytes(bus_id: str, node: str, gpu: dict[str, Any], used: int) -> int:
+    """Of `used` bytes of the GPU those that our servers hold: by amdkfd, which knows ROCm's processes, by amdgpu, which
+    knows all and tells them in the /proc of the process itself, or else by their logs."""
     by_kfd = 0
     if sees_pids():
         files = at("/sys/class/kfd/kfd/proc").glob(f"*/vram_{node}")
         by_kfd = sum(number(path) or 0 for path in files if is_ours(path.parent.name))
     regions = ("vram", "gtt") if gpu["unified_memory"] else ("vram",)
-    return max(by_kfd, own_by_fdinfo(bus_id, regions)) or own_by_logs(gpu["uuid"])
+    return max(by_kfd, own_by_fdinfo(bus_id, regions)) or own_by_logs(gpu["uuid"], used)
 
 
 def own_by_fdinfo(bus_id: str, regions: tuple[str, ...]) -> int:

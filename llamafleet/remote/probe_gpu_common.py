@@ -38,19 +38,21 @@ def own_processes() -> Iterator[Tuple[Path, str]]:
             yield folder, found[1]
 
 
-def own_by_logs(uuid: str) -> int:
-    """Bytes that our running servers hold on this GPU by their own logs, with what their plans count beside them for
-    the driver's context; 0 where no log tells."""
+def own_by_logs(uuid: str, used: int) -> int:
+    """Of `used` bytes of this GPU those that our running servers hold, by their own logs, with what their plans count
+    beside them for the driver's context. 0 where no log tells, or where less is used than was logged: a server that
+    sleeps has given its memory back."""
     running = {unit for _, unit in own_processes()}
-    total = 0
+    held = contexts = 0
     for folder in at(INSTANCES).glob("*"):
         unit = unit_of(folder.name)
         plan = read_json(str(folder / "plan.json")) if unit in running else {}
         for device, overhead in planned_on(plan, uuid):
-            held = logged(unit).get(device)
-            if isinstance(held, dict) and held:
-                total += sum(int(size) for size in held.values() if isinstance(size, (int, float))) + overhead
-    return total
+            sizes = logged(unit).get(device)
+            if isinstance(sizes, dict) and sizes:
+                held += sum(int(size) for size in sizes.values() if isinstance(size, (int, float)))
+                contexts += overhead
+    return min(used, held + contexts) if held <= used else 0
 
 
 def planned_on(plan: Dict[str, Any], uuid: str) -> Iterator[Tuple[str, int]]:

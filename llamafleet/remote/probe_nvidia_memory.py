@@ -40,9 +40,9 @@ def read_memory(nvml: Any, handle: Any, gpu: Dict[str, Any], notes: List[str]) -
         total, used = ram.total, ram.total - ram.available
     processes, mine = gpu_processes(nvml, handle), max(0, used - reserved)
     if sees_pids() and processes is not None:
-        own, doubt = own_bytes(processes, mine, is_ours, own_by_logs(gpu["uuid"]))
+        own, doubt = own_bytes(processes, mine, is_ours, own_by_logs(gpu["uuid"], mine))
     else:
-        own = min(mine, own_by_logs(gpu["uuid"]))
+        own = own_by_logs(gpu["uuid"], mine)
         doubt = "whose process is whose cannot be seen here (a container, or a driver that lists none): " + (
             f"{own} of {mine} bytes count as ours, by our servers' own logs"
             if own
@@ -113,5 +113,5 @@ def own_bytes(
             "the driver does not tell the memory of our own process: what no other process holds counts as ours",
         )
     if logged > known:
-        return min(used, logged), "the driver does not tell the memory of our own process: its log counts"
+        return logged, "the driver does not tell the memory of our own process: its log counts"
     return known, "NVML tells neither our own processes' memory nor others': unknown use counts as others'"

@@ -64,8 +64,8 @@ def kind_of(folder: Path, vendor: str, identifier: str) -> str:
         return "gpu"
     if is_accelerator:
         return "npu"
-    # Intel's integrated GPUs are at 00:02.0 on every platform; a card that a virtual machine was given may be there.
-    is_integrated = folder.name.endswith(":00:02.0") and not INTEL_CARDS.fullmatch(identifier)
+    # Intel's integrated GPUs are on bus 0, at 02.0 on real machines; a virtual machine may have a card there.
+    is_integrated = folder.name.split(":")[1] == "00" and not INTEL_CARDS.fullmatch(identifier)
     return "integrated" if is_integrated else "gpu"
 
 
@@ -135,14 +135,14 @@ def name_lost_gpus(gpus: List[Dict[str, Any]], pci: List[Dict[str, Any]]) -> Non
 
 
 def explain_missing(gpus: List[Dict[str, Any]], pci: List[Dict[str, Any]], told: List[str]) -> List[str]:
-    """Note with each GPU that no driver lists why that is so, and return these texts. `told` is what the drivers said
-    of themselves. Intel's are listed by Vulkan alone: only their kernel driver is looked at."""
+    """Note with each GPU that no driver lists why that is so, and return what is new in these texts. `told` is what the
+    drivers said of themselves. Intel's are listed by Vulkan alone: only their kernel driver is looked at."""
     listed = {gpu["pci_bus_id"] for gpu in gpus}
     problems = []
     for one in pci:
         if one["kind"] != "gpu" or one["withheld"] or one["pci_bus_id"] in listed:
             continue
         one["problem"] = probe_diagnosis.why_unlisted(one, told)
-        if one["problem"]:
+        if one["problem"] and one["problem"] not in told:
             problems.append(f"{one['name']} at {one['pci_bus_id']}: {one['problem']}")
     return problems

@@ -31,7 +31,7 @@ def tegra_gpu() -> Optional[Dict[str, Any]]:
         compute_capability=CAPABILITIES.get(chip),
         unified_memory=True,
         memory_total_bytes=ram.total,
-        memory_used_by_others_bytes=used - min(used, own_by_logs("")),
+        memory_used_by_others_bytes=used - own_by_logs("", used),
     )
     if not any(at(node).exists() for node in NODES):
         gpu["problem"] = (

@@ -27,12 +27,13 @@ def instance(name: str) -> dict[str, Any]:
     shown = survey.show(unit_of(name), "MainPID", "MemoryCurrent", "ActiveEnterTimestamp")
     pid = int(shown.get("MainPID") or 0)
     gate = read_json(plan_path(name)).get("gate")
-    planned = gate.get("gpus") if isinstance(gate, dict) else None
+    gate = gate if isinstance(gate, dict) else {}
+    planned = gate.get("gpus") if isinstance(gate.get("gpus"), list) else []
     return {
         "rss_bytes": rss(pid) if pid else None,
         # Where the kernel does not count it, systemd says "[not set]" or the largest number there is.
         "cgroup_bytes": number(shown.get("MemoryCurrent")),
-        "gpu_bytes": gpu_bytes(pid, unit_of(name), planned) if planned and isinstance(planned, list) and pid else {},
+        "gpu_bytes": gpu_bytes(pid, unit_of(name), gate) if planned and pid else {},
         "since": shown.get("ActiveEnterTimestamp") or "",
         "gate": read_json(f"{GATES}/{name}.json") or None,
         "liveness": read_json(liveness_record(name)) or None,
@@ -52,10 +53,15 @@ def rss(pid: int) -> int | None:
         return None
 
 
-def gpu_bytes(pid: int, unit: str, planned: list[Any]) -> dict[str, int | None] | str:
-    """By UUID what the server holds, by NVML, and where NVML does not tell, as in a container, by its own log."""
+def gpu_bytes(pid: int, unit: str, gate: dict[str, Any]) -> dict[str, int | None] | str:
+    """By UUID what the server holds: by NVML where the backend is CUDA, and where NVML does not tell, as in a
+    container, or knows no such GPU, by the server's own log. `gate` is that of plan.json."""
     import gate_nvml
 
+    planned = gate["gpus"]
+    if gate.get("backend", "cuda") != "cuda":
+        uuids = [gpu["uuid"] for gpu in planned if isinstance(gpu, dict) and isinstance(gpu.get("uuid"), str)]
+        return {uuid: by_log(unit, uuid, planned) for uuid in uuids}
     held = gate_nvml.held_by(pid)
     if isinstance(held, str):
         return held

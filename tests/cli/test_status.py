@@ -193,6 +193,9 @@ def test_where_nvml_does_not_tell_the_servers_own_log_does(on_host, monkeypatch)
     monkeypatch.setattr(program, "read_json", lambda path: files.get(path, {}))
     monkeypatch.setattr(program, "invocation", lambda unit: "abc")
     assert program.status()["demo"]["gpu_bytes"] == {"GPU-1": 5, "GPU-3": 6 * MIB}
+    plan["gate"]["backend"] = "hip"  # NVML knows no such GPU
+    assert program.status()["demo"]["gpu_bytes"] == {"GPU-3": 6 * MIB}
+    plan["gate"]["backend"] = "cuda"
     monkeypatch.setattr(program, "invocation", lambda unit: "of a later start")
     assert program.status()["demo"]["gpu_bytes"] == {"GPU-1": 5, "GPU-3": None}
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from llamafleet.cli import tables
 from llamafleet.planner.backend import resolve_backend
 from llamafleet.planner.devices import gpus_for, left_out, only_used, reserve_mib
 from llamafleet.planner.plan import plan_host
@@ -99,6 +100,8 @@ def test_the_display_chip_of_a_desktop_ryzen_is_left_to_displays():
     assert plan.backend == "cpu" and f"GPU0 (Radeon) is not used: {said}" in plan.why
     [plan] = plans(planning.machine([SMALL]), gpus=[0])
     assert plan.backend == "hip" and len(plan.gpus) == 1
+    [plan] = plans(planning.machine([SMALL]), backend="hip")
+    assert len(plan.gpus) == 1
     [plan] = plans(planning.machine([{**SMALL, "compute_units": 40}]))
     assert plan.backend == "hip"  # Strix Halo
     [plan] = plans(planning.machine([{**SMALL, "compute_units": None}]))
@@ -132,6 +135,14 @@ def test_the_setting_that_leaves_a_gpu_out_is_named(settings, reason):
     )
 
 
+def test_a_gpu_that_vulkan_does_not_list_is_named_with_the_way_out():
+    listed = {"index": 0, "name": "RTX 4090", "kind": "discrete", "driver": "", "uuid": "0" * 32,
+              "pci_bus_id": "0000:01:00.0", "memory_total_bytes": 1}  # fmt: skip
+    host = planning.machine([24564, 24564], vulkan=[listed])
+    [reason] = left_out(host, "vulkan", planning.settings(backend="vulkan"))
+    assert reason.startswith("GPU1 (NVIDIA GeForce RTX 4090) is not used: Vulkan does not list it: install")
+
+
 def test_each_model_is_told_what_is_wrong_with_the_host_and_refusals_are_too():
     problem = "NVIDIA: module 570 is loaded but the libraries are 580: reboot needed"
     host = planning.machine([24564], problems=[problem])
@@ -142,6 +153,7 @@ def test_each_model_is_told_what_is_wrong_with_the_host_and_refusals_are_too():
     assert isinstance(good, Plan) and isinstance(refused, Refusal)
     assert good.problems == refused.problems == (problem,)
     assert good.to_json()["problems"] == refused.to_json()["problems"] == [problem]
+    assert all(tables.table(result, "box1").splitlines()[-1] == f"  ! {problem}" for result in (good, refused))
 
 
 # --- MIG ----------------------------------------------------------------------------------------------------------

@@ -153,6 +153,14 @@ def test_nvml_cannot_start(host, situation, line, words):
     assert [word for word in words if word not in the_problem(found)] == []
 
 
+def test_a_driver_without_hardware_is_no_problem(host):
+    """An image that has NVIDIA's driver, on a machine without a GPU; not so in WSL, where no PCI bus shows the GPU."""
+    host.nvml("init=9")
+    assert host.probe()["problems"] == []
+    host.file("dev/dxg")
+    assert "kernel module is not loaded" in the_problem(host.probe())
+
+
 def test_libraries_newer_than_the_loaded_module(host):
     line = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.1.2  Release Build\n"
     host.file("proc/driver/nvidia/version", line)

@@ -59,7 +59,7 @@ def test_in_a_container_the_servers_own_log_tells_what_is_ours(host, situation, 
     assert "cannot be seen here" in the_note(found) and "by our servers' own logs" in the_note(found)
 
 
-@pytest.mark.parametrize("fault", ["an earlier start", "not running", "on the CPU", "damaged"])
+@pytest.mark.parametrize("fault", ["an earlier start", "not running", "on the CPU", "damaged", "asleep"])
 def test_what_no_log_of_a_running_server_says_is_not_ours(host, fault):
     in_container(host)
     our_server(host, gib=8, start="earlier" if fault == "an earlier start" else "abc")
@@ -70,9 +70,10 @@ def test_what_no_log_of_a_running_server_says_is_not_ours(host, fault):
         host.file(f"run/llamafleet/devices-{UNIT}.json", json.dumps(log))
     if fault == "damaged":
         host.file("etc/llamafleet/instances/chat/plan.json", '{"gate": [], "plan": 3}')
-    host.nvml("device0.used_mib=9500")
+    used_mib = 5000 if fault == "asleep" else 9500  # of others: it has given back what it had
+    host.nvml(f"device0.used_mib={used_mib}")
     found = host.probe()
-    assert found["gpus"][0]["memory_used_by_others_bytes"] == (449 + 9500) * MIB
+    assert found["gpus"][0]["memory_used_by_others_bytes"] == (449 + used_mib) * MIB
     assert "count as others'" in the_note(found)
 
 

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 
+import probe_files
+import probe_pci
 import pytest
 
 from llamafleet.host.machine import Machine
@@ -119,6 +121,23 @@ def test_intel_arc_without_vulkan_is_refused_by_name(host, tmp_path):
     assert "mesa-vulkan-drivers" in text and 'backend = "cpu"' in text
 
 
+@pytest.mark.parametrize(
+    ("bus_id", "identifier", "kind"),
+    [
+        ("0000:00:02.0", "0xa780", "integrated"),
+        ("0000:00:10.0", "0x46a6", "integrated"),  # given to a virtual machine
+        ("0000:00:10.0", "0xe20b", "gpu"),  # a card, likewise
+        ("0000:03:00.0", "0x56a5", "gpu"),
+        ("0000:4d:00.0", "0x0bda", "gpu"),  # Data Center GPU Max
+        ("0000:03:00.0", "0xf000", "gpu"),  # of a later generation
+    ],
+)
+def test_intels_cards_are_told_from_integrated_gpus(host, monkeypatch, bus_id, identifier, kind):
+    host.pci(bus_id, **{**ARC, "device": identifier})
+    monkeypatch.setattr(probe_files, "ROOT", host.root)
+    assert [one["kind"] for one in probe_pci.pci_gpus()] == [kind]
+
+
 def test_intels_integrated_gpu_and_npu_are_left_out_and_said_so(host):
     host.pci("0000:00:02.0", vendor="0x8086", device="0x7d55", **{"class": "0x030000"})
     host.pci("0000:00:0b.0", vendor="0x8086", device="0x7d1d", **{"class": "0x120000"})
@@ -226,7 +245,9 @@ def test_a_driver_upgraded_since_the_boot_says_reboot(host):
     host.pci("0000:01:00.0", **GPU_PCI)
     bound(host, "0000:01:00.0", "nvidia")
     host.nvml("init=18")
-    text = refusal(machine(host))
+    found = machine(host)
+    assert len(found.problems) == 1  # said once
+    text = refusal(found)
     assert "the loaded kernel module is 570.1.2 but libnvidia-ml.so.1 is" in text and "reboot needed" in text
 
 
