@@ -373,8 +373,9 @@ def test_models_lie_on_the_disk_that_the_settings_name_and_are_served_with_the_o
     """ollama/ollama#2701, #14347, #1311, ggml-org/llama.cpp#14421."""
     asked = {"model": {"source": outside.sources["moe"]}, "models_dir": "/mnt/big/models",
              "environment": {"MADE_BY": "an operator, 100 %"}}  # fmt: skip
-    on(host, "sh", "-c", "rm -rf /var/lib/llamafleet/models/tiny-moe-*; mkdir -p /mnt/big /root/disk")
-    on(host, "mount", "--bind", "/root/disk", "/mnt/big")
+    on(host, "sh", "-c", "rm -rf /var/lib/llamafleet/models/tiny-moe-*; mkdir -p /mnt/big /root/disk; touch /etc/fstab; "
+       "cp /etc/fstab /root/fstab; echo '/root/disk /mnt/big none bind 0 0' >>/etc/fstab; systemctl daemon-reload; "
+       "systemctl start mnt-big.mount")  # fmt: skip
     try:
         deploy(**asked)
         link = on(host, "sh", "-c", "readlink /var/lib/llamafleet/models/tiny-moe-*")
@@ -389,9 +390,10 @@ def test_models_lie_on_the_disk_that_the_settings_name_and_are_served_with_the_o
         assert not serves(host)
         run = pyinfra(inventory((host, settings(host, **LIVENESS, **asked))))
         assert run.code != 0 and f"leads to {link}, which is not there: mount its disk" in run.text, run.text
-        on(host, "mount", "--bind", "/root/disk", "/mnt/big")
+        on(host, "mount", "/mnt/big")
         until(lambda: serves(host), 60)
     finally:
         host.run(["umount", "/mnt/big"])
-        on(host, "sh", "-c", "rm -rf /var/lib/llamafleet/models/tiny-moe-*")
+        on(host, "sh", "-c", "mv /root/fstab /etc/fstab; systemctl daemon-reload; "
+           "rm -rf /var/lib/llamafleet/models/tiny-moe-* /root/disk")  # fmt: skip
     deploy()
