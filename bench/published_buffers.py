@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from llamafleet.memory.context import Context, cache_cells
-from llamafleet.memory.kv_cache import kv_bytes
+from llamafleet.memory.kv_cache import kv_bytes, row_bytes
 from llamafleet.memory.ledger import Usage, usage
 from llamafleet.memory.placement import Placement
 from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header, read_path
 from llamafleet.model.shape import Shape
-from sandbox import models
+from sandbox import models, outlines
 
 ROOT = Path(__file__).resolve().parent
 LOGS = ROOT / "data" / "published-buffers.json"
+REPORTED = ROOT.parent / "tests" / "reported"
 RESULTS = ROOT / "results" / "published_buffers.csv"
 MIB = 2**20
 SAME_MIB = 0.03  # logs print two decimals; token ids and positions add some KiB
@@ -41,6 +42,8 @@ RULES = {
     "ffn": "the log's -ot moves all of ffn_*: norms and routers too, which our plans leave on the GPU",
     "inputs": "in builds of 2025 the host's compute buffer beside a GPU is the graph's inputs: masks in f32 and one"
     " hidden state",
+    "indexer": "builds before https://github.com/ggml-org/llama.cpp/pull/28330 keep a V beside the indexer's keys,"
+    " which nothing reads",
     "logits": "a build that reserves logits for a whole ubatch, not only for the tokens that are asked for",
 }
 
@@ -107,6 +110,9 @@ def rows() -> Iterator[Row]:
 def that_build(header: Header, ours: Mapping[str, Any], now: Mapping[str, float]) -> dict[str, tuple[str, float]]:
     """The rule and the MiB by row, for figures where the log's build or flags are known to follow another rule."""
     by_row: dict[str, tuple[str, float]] = {}
+    if ours.get("indexer_values"):
+        keys = Shape.of(header).architecture.indexer_rows
+        by_row["indexer kv"] = ("indexer", now["indexer kv"] * (keys + 1) / keys)
     if ours.get("logits_of_batch"):
         older = figures(header, ours, OlderContext)
         by_row |= {key: ("logits", mib) for key, mib in older.items() if key.endswith("compute") and mib != now[key]}
@@ -146,7 +152,21 @@ def figures(header: Header, ours: Mapping[str, Any], kind: type[Context]) -> dic
     }
     shape = Shape.of(header)
     windowed = sum(size for size, window in zip(kv_bytes(shape, context), shape.windows, strict=True) if window)
-    return mib_by_part | {f"{HOST} {part}": mib for part, mib in parts(host)} | {"windows kv": windowed / MIB}
+    whole = {
+        "windows kv": windowed / MIB,
+        **caches(shape, context),
+        "mapped model": Model.of(header).mapped_bytes / MIB,
+    }
+    return mib_by_part | {f"{HOST} {part}": mib for part, mib in parts(host)} | whole
+
+
+def caches(shape: Shape, context: Context) -> dict[str, float]:
+    """MiB of K and V of all layers together, and of the indexer's keys; without recurrent state."""
+    row = row_bytes(shape.architecture.indexer_rows * shape.indexer.key, context.kv_type)
+    indexer = sum(shape.indexer.layers) * row * context.stream_cells * context.streams
+    layers = zip(kv_bytes(shape, context), shape.state.layers, strict=True)
+    attending = sum(size for size, recurrent in layers if not recurrent)
+    return {"cells kv": (attending - indexer) / MIB, "indexer kv": indexer / MIB}
 
 
 def parts(use: Usage) -> Iterator[tuple[str, float]]:
@@ -171,7 +191,11 @@ def placement(header: Header, ours: Mapping[str, Any]) -> Placement:
 
 
 def read_header(layout: str, mix: str) -> Header:
+    """The header of a published layout, or of an outline of `tests/reported`, whose mix is its own."""
+    outline = REPORTED / f"{layout}.yaml"
     with tempfile.TemporaryDirectory() as folder:
+        if outline.exists():
+            return read_path(outlines.weightless(outline, Path(folder)))
         return read_path(models.weightless(Path(folder), layout, mix))
 
 

@@ -28,7 +28,7 @@ from llamafleet.host.speeds import rates
 from llamafleet.memory.context import Context
 from llamafleet.memory.ledger import NO_CORRECTION
 from llamafleet.memory.placement import Segment
-from llamafleet.memory.weights import Model
+from llamafleet.memory.weights import Model, is_mapped
 from llamafleet.model.gguf import Header, Tensor, read_path
 from llamafleet.planner.backend import capacity_of, resolve_backend
 from llamafleet.planner.plan import plan_host
@@ -38,11 +38,13 @@ from llamafleet.planner.search import Candidate, Search
 from llamafleet.settings.schema import Settings
 from llamafleet.settings.workload import Workload
 from llamafleet.units import MIB
+from sandbox import outlines
 from sandbox.layouts import PUBLISHED
 from sandbox.models import weightless
 
 GIB = 1024**3
 DATA = Path(__file__).parent / "data/published-cases.json"
+REPORTED = Path(__file__).resolve().parents[1] / "tests" / "reported"
 CONTEXT, PROMPT, REPLY, CORES = 8192, 512, 128, 8  # defaults for cases without these values
 # RAM of a case that gives none: the size of the model's files and this for the rest.
 SPARE_GIB = 24
@@ -230,17 +232,25 @@ def gpu(number: int, entry: Mapping[str, Any], budget_gib: float | None) -> dict
 def header_of(case: Case, numbers: Mapping[str, Any]) -> Header:
     """The model's header; the tensors' sizes are scaled to the size of the published file."""
     name = case["layout"]
-    header = published(name) if name in PUBLISHED and name not in numbers else built(name, numbers[name])
+    header = published(name) if name not in numbers else built(name, numbers[name])
     if "model_gib" not in case:
         return header
-    scale = case["model_gib"] * GIB / sum(tensor.bytes for tensor in header.tensors)
-    tensors = tuple(replace(tensor, bytes=int(tensor.bytes * scale)) for tensor in header.tensors)
+    # A table that is mapped from the file has its own type in every mix.
+    mapped = {tensor.name for tensor in header.tensors if is_mapped(tensor)}
+    kept = sum(tensor.bytes for tensor in header.tensors if tensor.name in mapped)
+    scale = (case["model_gib"] * GIB - kept) / (sum(tensor.bytes for tensor in header.tensors) - kept)
+    tensors = tuple(
+        tensor if tensor.name in mapped else replace(tensor, bytes=int(tensor.bytes * scale))
+        for tensor in header.tensors
+    )
     return replace(header, tensors=tensors, file_bytes=(int(case["model_gib"] * GIB),))
 
 
 def published(name: str) -> Header:
-    """The header of a published test layout."""
+    """The header of a published test layout, or of an outline of `tests/reported`."""
     with tempfile.TemporaryDirectory() as folder:
+        if name not in PUBLISHED:
+            return read_path(outlines.weightless(REPORTED / f"{name}.yaml", Path(folder)))
         return read_path(weightless(Path(folder), name))
 
 

@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, GetCoreSchemaHandler, Strict, ValidationError
@@ -164,8 +165,13 @@ def _below(hint: Any, part: int | str) -> Any:
     arguments = typing.get_args(hint)
     if arguments:  # of a list or a mapping
         return arguments[0 if typing.get_origin(hint) is tuple else 1]
-    known = typing.get_type_hints(hint, include_extras=True) if isinstance(hint, type) else {}
-    return known.get(str(part))
+    return _fields(hint).get(str(part)) if isinstance(hint, type) else None
+
+
+@cache
+def _fields(schema: type) -> dict[str, Any]:
+    """The annotations of a dataclass. Kept, since a broken answer may be wrong at some thousand places."""
+    return typing.get_type_hints(schema, include_extras=True)
 
 
 def _is_optional(hint: Any) -> bool:

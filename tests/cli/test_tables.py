@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from llamafleet.cli import tables
+from llamafleet.cli import compare, tables
 from llamafleet.memory.ledger import LedgerRow
 from llamafleet.planner.result import Plan
 from llamafleet.planner.roofline import Prediction
@@ -110,3 +110,18 @@ def test_a_prediction_says_which_of_its_speeds_rest_on_measurements(answers):
 def test_a_plan_that_swaps_has_no_predicted_speed(answers):
     output = tables.table(dataclasses.replace(answers[0], predicted=Prediction(0.0, 0.0, swap_bytes=3 * 2**30)), "t")
     assert "predicted: no speed, since 3.0 GiB would be in swap, and how fast its disk reads them" in output
+
+
+def test_a_part_of_nothing_is_not_shown():
+    """Op-offload may need a little less than without it: "S -0.0" stood in the table."""
+    less = dataclasses.replace(row(10, 5, 2, 0, 2), staging_bytes=-20 * 2**20)
+    [line] = tables._device(less, tables.PLAIN)
+    assert "S " not in line.split("|")[2] and "-" not in line.split("|")[2]
+    [line] = tables._device(dataclasses.replace(less, staging_bytes=-GIB), tables.PLAIN)
+    assert "S -1.0" in line
+
+
+def test_one_model_is_not_several():
+    one = compare.Option("/m.gguf", planning.header("Llama-3.1-8B"), problem="")
+    assert tables.comparison_table([one], "box", 0.0).startswith("1 model on box")
+    assert tables.comparison_table([one, one], "box", 0.0).startswith("2 models on box")

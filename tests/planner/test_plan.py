@@ -153,7 +153,7 @@ INSTANCES = st.builds(
 )  # fmt: skip
 
 
-@examples(max_examples=150, deadline=None)
+@examples(max_examples=80, deadline=None)
 @given(HOSTS, INSTANCES, st.sampled_from(sorted(models.PUBLISHED)))
 def test_a_plan_is_sound_and_always_the_same(host, instance, layout):
     instance["context_tokens"] = min(instance["context_tokens"], planning.header(layout).get("context_length"))
