@@ -374,7 +374,7 @@ def test_models_lie_on_the_disk_that_the_settings_name_and_are_served_with_the_o
     asked = {"model": {"source": outside.sources["moe"]}, "models_dir": "/mnt/big/models",
              "environment": {"MADE_BY": "an operator, 100 %"}}  # fmt: skip
     on(host, "sh", "-c", "rm -rf /var/lib/llamafleet/models/tiny-moe-*; mkdir -p /mnt/big /root/disk; touch /etc/fstab; "
-       "cp /etc/fstab /root/fstab; echo '/root/disk /mnt/big none bind 0 0' >>/etc/fstab; systemctl daemon-reload; "
+       "cp /etc/fstab /root/fstab; echo '/root/disk /mnt/big none bind,noauto 0 0' >>/etc/fstab; systemctl daemon-reload; "
        "systemctl start mnt-big.mount")  # fmt: skip
     try:
         deploy(**asked)
