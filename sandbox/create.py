@@ -30,6 +30,7 @@ def create(host: SandboxHost, lower: list[Path]) -> None:
         disk=str(host.disk),
         hostname=host.name,
         binds=list(host.binds),
+        isolated=host.isolated,
         files={
             "etc/hostname": f"{host.name}\n",
             "etc/hosts": f"127.0.0.1 localhost\n::1 localhost ip6-localhost\n{host.address} {host.name}\n",

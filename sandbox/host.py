@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sandbox import cgroups, machine, roots
+from sandbox import cgroups, machine, relay, roots
 from sandbox.state import SandboxError, State, tail
 
 BOOT_SECONDS = 120  # thirty at once on two slow cores; one alone takes a second
@@ -32,6 +32,7 @@ class SandboxHost:
     binds: tuple[str, ...]
     state: State
     suite: str = roots.SUITE  # the release of Debian
+    isolated: bool = False  # without a network; its SSH is reached through this process
 
     @property
     def address(self) -> str:
@@ -158,10 +159,29 @@ class SandboxHost:
         return result.stdout.strip()
 
 
+_relays: dict[str, relay.Relay] = {}  # by the host's name, of hosts without a network
+
+
+def cut_off(name: str) -> None:
+    """End the way to a host without a network."""
+    if name in _relays:
+        _relays.pop(name).close()
+
+
+def _let_ssh_in(host: SandboxHost) -> None:
+    """Carry connections to the host's address into its network, as soon as it has one."""
+    deadline = time.monotonic() + BOOT_SECONDS
+    while host.pid is None:
+        _check(host, deadline, "start")
+    inside = relay.End(host.address, host.port, f"/proc/{host.pid}/ns/net")
+    _relays[host.name] = relay.Relay(relay.End(host.address, host.port), inside)
+
+
 def launch(host: SandboxHost) -> None:
     """Start its supervisor, detached from this process and from its terminal."""
     if host.is_running:
         return
+    cut_off(host.name)
     machine.check_address(host.address, host.port)
     host.cgroup.kill()
     host.cgroup.make()
@@ -176,13 +196,15 @@ def launch(host: SandboxHost) -> None:
             env=roots.environment(),
             cwd="/",
         )
+    if host.isolated:
+        _let_ssh_in(host)
 
 
 def load(state: State, file: Path) -> SandboxHost:
     """Read what `save` wrote."""
     spec = json.loads(file.read_text())
     return SandboxHost(spec["name"], spec["number"], spec["port"], tuple(spec["packages"]), tuple(spec["binds"]), state,
-                       spec.get("suite", roots.SUITE))  # fmt: skip
+                       spec.get("suite", roots.SUITE), spec.get("isolated", False))  # fmt: skip
 
 
 def save(host: SandboxHost) -> None:

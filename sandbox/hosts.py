@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from sandbox import cgroups, machine, roots
 from sandbox.create import create, make_key, write_known_hosts
-from sandbox.host import SandboxHost, launch, load, save
+from sandbox.host import SandboxHost, cut_off, launch, load, save
 from sandbox.state import SandboxError, State, current, say
 
 __all__ = ["SandboxError", "SandboxHost", "down", "get", "listed", "prepare", "up"]
@@ -47,12 +47,14 @@ def up(
     prefix: str = PREFIX,
     first_address: int = 1,
     suite: str = roots.SUITE,
+    isolated: bool = False,
 ) -> list[SandboxHost]:
     """Hosts PREFIX1 to PREFIXn, all booted; those that run already stay as they are.
 
     `packages` are installed beforehand, once for all hosts that want the same. `binds` are SRC:DST or
     SRC:DST:ro. Host I gets 127.0.1.I, counted from `first_address`, or the next one that no host here has. `suite` is
-    the release of Debian by its code name. Raises SandboxError.
+    the release of Debian by its code name. `isolated`: they have no network, and this process lets SSH in while it
+    lives. Raises SandboxError.
     """
     machine.check()
     machine.check_binds(binds := tuple(binds))
@@ -61,7 +63,7 @@ def up(
         lower = roots.ensure(state, list(packages := tuple(sorted(set(packages)))), suite)
         make_key(state)
         wanted = {f"{prefix}{i}": first_address + i - 1 for i in range(1, n + 1)}
-        hosts = _described(state, wanted, packages, binds, suite)
+        hosts = _described(state, wanted, packages, binds, suite, isolated)
         for host in hosts:
             save(host)
             create(host, lower)
@@ -120,7 +122,12 @@ def get(name: str) -> SandboxHost:
 
 
 def _described(
-    state: State, wanted: dict[str, int], packages: tuple[str, ...], binds: tuple[str, ...], suite: str
+    state: State,
+    wanted: dict[str, int],
+    packages: tuple[str, ...],
+    binds: tuple[str, ...],
+    suite: str,
+    isolated: bool,
 ) -> list[SandboxHost]:
     """The hosts as they are, or as they will be, by name and preferred address; nothing is written yet.
 
@@ -138,7 +145,7 @@ def _described(
         number = next((i for i in range(first, LAST_ADDRESS + 1) if i not in taken), None)
         if number is None:
             raise SandboxError(f"no address is left for {name} between 127.0.1.{first} and 127.0.1.{LAST_ADDRESS}")
-        host = SandboxHost(name, number, port, packages, binds, state, suite)
+        host = SandboxHost(name, number, port, packages, binds, state, suite, isolated)
         machine.check_address(host.address, host.port)
         taken.add(number)
         found.append(host)
@@ -163,6 +170,7 @@ def _left(state: State) -> list[str]:
 
 def _remove(state: State, name: str) -> None:
     cgroups.of_host(state, name).kill()
+    cut_off(name)
     disk = state.hosts / name
     machine.unmount_below(disk)
     if (disk / "upper").exists():

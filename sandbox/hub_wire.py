@@ -18,6 +18,7 @@ RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER on, with 0 s: socket(7)
 IDLE_SECONDS = 60  # a kept-alive connection is closed after this long
 RESOLVE = re.compile(r"^/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)$")
 API = re.compile(r"^/api/models/(?P<repo>[^/]+/[^/]+)(?:/(?P<kind>tree|revision)/(?P<revision>[^/]+)(?:/.*)?)?$")
+REFS = re.compile(r"^/api/models/(?P<repo>[^/]+/[^/]+)/refs$")
 PLAIN = re.compile(r"^/plain/(?P<repo>[^/]+/[^/]+)/(?P<path>.+)$")
 
 
@@ -56,6 +57,9 @@ class _Handler(BaseHTTPRequestHandler):
             entry = self.hub.find(match["repo"], "main", match["path"], self.hub.token)
             self._raise_fault(entry.key, on="cdn")
             self._file(entry)
+        elif match := REFS.match(path):
+            commit = self.hub.files(match["repo"], "main", token)[0].commit
+            self._text(200, json.dumps({"branches": [{"name": "main", "targetCommit": commit}]}), [])
         elif match := API.match(path):
             self._raise_fault(f"api/models/{match['repo']}")
             self._list(self.hub.files(match["repo"], match["revision"] or "main", token), match["kind"] or "revision")

@@ -33,6 +33,7 @@ class Job:
     private_files: dict[str, str] = field(default_factory=dict)  # as `files`, with mode 0600
     always: dict[str, str] = field(default_factory=dict)  # written before every start
     owners: dict[str, tuple[int, int]] = field(default_factory=dict)  # of files and folders written above
+    isolated: bool = False  # it has a loopback of its own and no other network
 
     def save(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self), indent=1))
@@ -74,7 +75,8 @@ def write_files(job: Job, root: Path) -> None:
 
 
 def nspawn(job: Job, root: Path) -> list[str]:
-    """The command line. Hosts share the machine's network; --register=no, since this machine may have no systemd."""
+    """The command line. Hosts share the machine's network unless they are isolated; --register=no, since this machine
+    may have no systemd."""
     binds = [f"--bind-ro={b[:-3]}" if b.endswith(":ro") else f"--bind={b}" for b in job.binds]
     run = ["--boot"] if not job.command else ["--as-pid2", "--setenv=DEBIAN_FRONTEND=noninteractive"]
     return [
@@ -86,6 +88,7 @@ def nspawn(job: Job, root: Path) -> list[str]:
         "--resolv-conf=off",
         "--timezone=off",
         f"--machine={job.hostname}",
+        *(["--private-network"] if job.isolated else []),
         *binds,
         f"--directory={root}",
         *job.command,

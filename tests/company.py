@@ -5,13 +5,13 @@ import datetime
 import socket
 import socketserver
 import ssl
-import threading
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from sandbox.relay import join
 from tests.serving import serving
 
 DAY = datetime.timedelta(days=1)
@@ -49,23 +49,6 @@ class Authority:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(file)
         return context
-
-
-def pump(one, other):
-    """Bytes from one connection to the other, until it ends."""
-    with contextlib.suppress(OSError):
-        while data := one.recv(1 << 16):
-            other.sendall(data)
-    with contextlib.suppress(OSError):
-        other.shutdown(socket.SHUT_WR)
-
-
-def join(one, other):
-    """Both ways, until both have ended."""
-    back = threading.Thread(target=pump, args=(other, one), daemon=True)
-    back.start()
-    pump(one, other)
-    back.join()
 
 
 class _Server(socketserver.ThreadingTCPServer):

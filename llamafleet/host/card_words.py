@@ -1,7 +1,7 @@
 """Read cards from words such as "2xrtx3090", "rtx3060 12gb" or "rtx3090x2+rtx3060".
 
     cards = card {"+" card}
-    card  = [COUNT "x"] NAME [SIZE "gb"] ["x" COUNT]     "*" and the sign for "times" mean "x"
+    card  = [COUNT "x"] NAME [SIZE "gb"] ["x" COUNT] [SIZE "gb"]     "*" and the sign for "times" mean "x"
 
 A name is exactly one of the catalogue's, or refused with the nearest ones.
 """
@@ -18,11 +18,11 @@ from llamafleet.host.gpus import SHOWN_SHARE, named, nearest, of_size
 FORM = "should be like rtx4090,ram=64GB,cores=10 or 2xrtx3090,ram=128GB,cores=16 or cpu,ram=32GB,cores=8"
 GPU_LIMIT = 16  # ggml/include/ggml-cuda.h, GGML_CUDA_MAX_DEVICES
 # Memory sizes that cards are sold with, GB.
-LABELS = (2, 3, 4, 5, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 64, 80, 94, 96, 128, 141, 180, 192, 256, 288)
+LABELS = (2, 3, 4, 5, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 64, 72, 80, 94, 96, 128, 141, 180, 192, 256, 288)
 
 _TIMES = "[x*\u00d7]"
 _BEFORE = re.compile(rf"(?P<count>[0-9]{{1,20}})(?: ?{_TIMES} ?(?=[a-z0-9])| +(?=[a-z]))(?P<name>.+)")
-_BEHIND = re.compile(rf"(?P<name>.+?)(?P<mark> ?)\(?{_TIMES} ?(?P<count>[0-9]{{1,20}})\)?")
+_BEHIND = re.compile(rf"(?P<name>.+?)(?P<mark> ?)\(?{_TIMES} ?(?P<count>[0-9]{{1,20}})\)?(?P<size> [0-9]+ ?g(?:i?b)?)?")
 # A plus sign between two cards; that of "Ryzen AI Max+ 395" is followed by a number.
 _PLUS = re.compile(r"(?<!max)\+|\+(?= *[a-z])")
 _APPLE = re.compile(r"(apple\b.*|mac[a-z ]*\b.*|(apple )?m[1-9]( ?(pro|max|ultra))?( ?[0-9]+ ?gb?)?)")
@@ -63,8 +63,8 @@ def _several(word: str) -> list[Card]:
         return [_card(word)]
     before, behind = _BEFORE.fullmatch(word), _BEHIND.fullmatch(word)
     match = before or behind
-    if match is None:
-        return [_card(word)]
+    if match is None or (before and int(before["count"]) > GPU_LIMIT and not named(before["name"])[0]):
+        return [_card(word)]  # "7900xtx" is no number of a card "tx"
     if before is None and match["name"][-1].isalpha() and not match["mark"]:
         name, count = match["name"], match["count"]
         if not named(name)[0]:  # "rtx4900" is no number of a card "rt"
@@ -73,7 +73,8 @@ def _several(word: str) -> list[Card]:
             raise DescriptionError(f"{word!r}: can be read in two ways: write {count}x{name}, or {count}x{name}x")
     if int(match["count"]) == 0:
         raise DescriptionError(f"{word!r}: 0 cards: leave the word out")
-    return [_card(match["name"].strip())] * min(int(match["count"]), GPU_LIMIT + 1)
+    name = match["name"].strip() + (match.groupdict().get("size") or "")
+    return [_card(name)] * min(int(match["count"]), GPU_LIMIT + 1)
 
 
 def _card(word: str) -> Card:

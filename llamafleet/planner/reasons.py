@@ -50,7 +50,7 @@ class Decision:
         if not fits:
             return f"{other.seconds:.1f} s by the estimate (but it does not fit once its buffers are laid out)"
         faster = laid_out.seconds < self.chosen.seconds
-        return f"{laid_out.seconds:.1f} s{' (too little to gain by it)' if faster else ''}"
+        return f"{laid_out.seconds:.1f} s{' (too close for the estimate that chooses)' if faster else ''}"
 
     def best(self, **values: object) -> Candidate | None:
         """The best candidate that fits and has these attribute values; None if there is none."""

@@ -142,13 +142,21 @@ class Dnf(Manager):
     locked = re.compile(r"can't create transaction lock|Failed to obtain (the )?(transaction )?lock")
 
     @staticmethod
+    def command() -> List[str]:
+        """dnf takes a proxy from the environment, but certificates by an option alone."""
+        bundle = os.environ.get("CURL_CA_BUNDLE")
+        return ["dnf", *([f"--setopt=sslcacert={bundle}"] if bundle else [])]
+
+    @staticmethod
     def install(packages: Sequence[str]) -> List[str]:
-        return ["dnf", "-y", "--setopt=install_weak_deps=False", "install", *packages]
+        return [*Dnf.command(), "-y", "--setopt=install_weak_deps=False", "install", *packages]
 
     @staticmethod
     def would_change(packages: Sequence[str]) -> List[str]:
         """dnf answers no to its own question after it has shown what it would do."""
-        shown = output_of(["dnf", "--assumeno", "--setopt=install_weak_deps=False", "install", *packages], None)
+        shown = output_of(
+            [*Dnf.command(), "--assumeno", "--setopt=install_weak_deps=False", "install", *packages], None
+        )
         return re.findall(r"^ ([\w.+-]+) +\S+ +\S+ +\S+ +[\d.]+ \w+$", shown, re.M)
 
     @staticmethod
@@ -172,7 +180,16 @@ class Dnf(Manager):
     @staticmethod
     def asked(form: str, packages: Sequence[str], *options: str) -> Optional[List[str]]:
         """The lines of two words that dnf 4 and 5 print; None where the repositories cannot be read."""
-        query = ["dnf", "-q", *options, "repoquery", "--available", "--latest-limit=1", "--queryformat", form + "\\n"]
+        query = [
+            *Dnf.command(),
+            "-q",
+            *options,
+            "repoquery",
+            "--available",
+            "--latest-limit=1",
+            "--queryformat",
+            form + "\\n",
+        ]
         done = answer([*query, *packages])
         if done is None or done.returncode:
             return None

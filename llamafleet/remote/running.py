@@ -44,7 +44,9 @@ def run(command: List[str], failure: str, manager: Optional[Type[packages.Manage
         is_locked = manager is not None and (manager.locked.search(text) or code in manager.locked_codes)
         if not is_locked or time.monotonic() - began > LOCK_SECONDS:
             waited = f", after waiting {LOCK_SECONDS:.0f} s for another process" if is_locked else ""
-            last = " | ".join(line for line in lines[-5:] if line)
+            # curl explains itself behind its first line, for a certificate in six lines.
+            telling = [line for line in lines if line.startswith("curl: (")][:1] or [one for one in lines[-5:] if one]
+            last = " | ".join(telling)
             raise Failed(f"{failure} (exit code {code}{waited}): {last}")
         if not said or time.monotonic() - said > LOCK_SAY_SECONDS:
             said = time.monotonic()

@@ -51,14 +51,14 @@ def boot(builds):
         """Ours alone: other lanes have hosts of other names."""
         sandbox.down([one.name for one in sandbox.listed() if one.name.rstrip("0123456789") == prefix])
 
-    def make(count, prefix, address, packages=(), binds=(), suite=roots.SUITE):
+    def make(count, prefix, address, packages=(), binds=(), suite=roots.SUITE, isolated=False):
         sandbox.prepare()
         down(prefix)
         booted.add(prefix)
         made = sandbox.up(
             count, prefix=prefix, first_address=FIRST_ADDRESS + address,
             packages=[compiler_cache.PACKAGE, *packages],
-            binds=[f"{builds}:{ON_HOST}", compiler_cache.bind(), *binds], suite=suite,
+            binds=[f"{builds}:{ON_HOST}", compiler_cache.bind(), *binds], suite=suite, isolated=isolated,
         )  # fmt: skip
         for host in made:
             compiler_cache.equip(host)

@@ -222,6 +222,11 @@ EXACT: dict[str, list[tuple[str, int]]] = {
     "rtx 3090 (x2)": [("RTX 3090", 24576)] * 2,
     "rx7900xtx x2": [("RX 7900 XTX", 24560)] * 2,
     "4xv100 16gb": [("V100", 16384)] * 4,
+    "mi50x8 16gb": [("MI50", 16368)] * 8,
+    "rtx4060ti x2 8gb": [("RTX 4060 Ti", 8188)] * 2,
+    "rtx 4090 24GB x2": [("RTX 4090", 24564)] * 2,
+    "gb200": [("GB200", 189471)],
+    "rtx pro 5000 72gb": [("RTX PRO 5000 Blackwell", 73728)],
     "8xh100": [("H100 80GB HBM3", 81559)] * 8,
     "rtx3090+rtx3060": [("RTX 3090", 24576), ("RTX 3060", 12288)],
     "2xrtx3090 + rtx3060 8gb": [("RTX 3090", 24576), ("RTX 3090", 24576), ("RTX 3060", 8192)],
@@ -277,6 +282,13 @@ REFUSED: dict[str, str] = {
     "rtx 3095": "the nearest are RTX 30",
     "4090": "the nearest are RTX 4090",
     "2x3090": "the nearest are RTX 3090",
+    "7900xtx": "'7900xtx': no such GPU is in the catalogue; the nearest are RX 7900 XTX",
+    "dual rtx 3090": "the nearest are RTX 3090",
+    "rtx 3090 fe": "the nearest are RTX 3090",
+    "laptop rtx 4090": "RTX 4090 Laptop",
+    "gtx970": "the nearest are",
+    "k80": "the nearest are",
+    "h100 94gb": "the catalogue has H100 80GB HBM3 with 80 GB",
     "rtx6000": "the nearest are",
     "rtx4090 super": "the nearest are RTX 40",
     "rtx4070 tii": "the nearest are RTX 4070 Ti",
@@ -355,6 +367,7 @@ def test_two_hundred_words_and_more_are_tried():
         ("cpu,arch=arm64,ram=64GB,cores=80", "aarch64", True),
         ("cpu,amd64,ram=64GB,cores=8", "x86_64", False),
         ("gh200,ram=480GB,cores=72", "aarch64", True),
+        ("rtx4090,ram=64GB,cores=8,cpu=arm64", "x86_64", False),  # the processor's name, not its architecture
     ],
 )
 def test_processors_are_x86_unless_another_is_named_or_built_in(words, arch, repacks_more):
@@ -384,7 +397,7 @@ def test_a_shared_memory_is_given_and_within_what_is_sold(words, message):
         described.read(words)
 
 
-@pytest.mark.parametrize("words", ["610m,rtx4090", "rtx4090,uhd 770", "rtx4090+780m"])
+@pytest.mark.parametrize("words", ["680m,rtx4090,vram=24GB", "rtx4090,uhd 770", "rtx4090+780m"])
 def test_graphics_of_a_processor_beside_a_card_are_left_out(words):
     """ollama#10204: a Ryzen APU beside NVIDIA was refused as two vendors."""
     machine = described.read(f"{words},ram=64GB,cores=8").machine

@@ -78,9 +78,14 @@ def questions(name, model, gb):
         yield Question(gb, with_placement(plan, placement), description, False)
 
 
+def context_of(plan):
+    flash = planning.argument(plan.argv, "--flash-attn") == "on"
+    return Context(plan.context_tokens, plan.slots, plan.kv_type, plan.ubatch_tokens, flash)
+
+
 def with_placement(plan, placement):
     """The plan with another placement, and with the flags for it."""
-    context = Context(plan.context_tokens, plan.slots, plan.kv_type, plan.ubatch_tokens)
+    context = context_of(plan)
     argv = tuple(planned_flags(
         context, placement, backend=plan.backend, gpus=len(plan.gpus), threads=plan.threads,
         prompt_cache_mib=plan.prompt_cache_mib, checkpoints=plan.checkpoints, is_moe=plan.is_moe,
@@ -122,7 +127,7 @@ def needed_mib(path, model, question):
     del flags[at : at + 2]
     flags[flags.index("--device") + 1] = "RPC0"
     plan = question.plan
-    context = Context(plan.context_tokens, plan.slots, plan.kv_type, plan.ubatch_tokens)
+    context = context_of(plan)
     used, _ = usage(model, context, plan.placement, plan.backend)
     uncounted = used[0].staging_bytes + used[0].overhead_bytes
     reserve_mib = planning.settings().gpu_reserve_mib

@@ -1,8 +1,14 @@
 """The way out that jobs get."""
 
+import os
+import shutil
+import subprocess
+
 import pytest
 
 from llamafleet.remote import network
+from tests import company
+from tests.serving import raw, serving
 
 
 def test_nothing_is_set_where_nothing_is_asked():
@@ -33,3 +39,40 @@ def test_the_public_certificates_stay_trusted(tmp_path):
     public.write_bytes(b"PUBLIC\n")
     assert network.bundle(b"OWN\n\n", [str(tmp_path / "none"), str(public), "/etc/passwd"]) == b"PUBLIC\n\nOWN\n"
     assert network.bundle(b"OWN", [str(tmp_path / "none")]) == b"OWN\n"
+
+
+@pytest.mark.skipif(not shutil.which("apt-config"), reason="needs apt")
+def test_apt_reads_the_certificates_from_the_file_that_its_variable_names(tmp_path):
+    """ollama/ollama#5446."""
+    (tmp_path / "apt.conf").write_text(network.apt_settings("/run/llamafleet/certificates.pem"))
+    variables = {**os.environ, "APT_CONFIG": str(tmp_path / "apt.conf")}
+    shown = subprocess.run(["apt-config", "dump"], env=variables, capture_output=True, text=True, check=True).stdout
+    assert 'Acquire::https::CAInfo "/run/llamafleet/certificates.pem";' in shown
+
+
+def test_git_reads_by_the_proxy_and_trusts_the_company_s_authority(tmp_path):
+    """ollama/ollama#3816, #5446."""
+    authority = company.Authority(tmp_path)
+    git = {"GIT_TERMINAL_PROMPT": "0", "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": "/dev/null",
+           "PATH": os.environ["PATH"]}  # fmt: skip
+
+    def refs(_):
+        lines = ["# service=git-upload-pack\n", f"{'a' * 40} refs/heads/main\0agent=x\n"]
+        first, second = (f"{len(line) + 4:04x}{line}" for line in lines)
+        body = f"{first}0000{second}0000".encode()
+        yield b"HTTP/1.1 200 OK\r\nContent-Type: application/x-git-upload-pack-advertisement\r\n"
+        yield b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+    with (
+        serving(raw(refs)) as server,
+        company.front(authority.context("git.example"), server.server_address[1]) as front,
+        company.proxy({"git.example": front.server_address[1]}) as proxy,
+    ):
+        words = ["git", "ls-remote", "https://git.example/llama.cpp"]
+        way = {**git, **network.variables(proxy.url, (), None)}
+        refused = subprocess.run(words, env=way, capture_output=True, text=True)
+        assert refused.returncode and "certificate" in refused.stderr
+        trusting = {**way, **network.variables(None, (), str(authority.certificate))}
+        done = subprocess.run(words, env=trusting, capture_output=True, text=True)
+    assert done.stdout == f"{'a' * 40}\trefs/heads/main\n", done.stderr
+    assert set(proxy.asked) == {"git.example:443"}

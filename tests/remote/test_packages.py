@@ -150,3 +150,11 @@ def test_the_manager_of_this_host_is_the_first_whose_program_is_there(tmp_path, 
         (tmp_path / manager.program).write_text("#!/bin/sh\n")
         (tmp_path / manager.program).chmod(0o755)
         assert packages.detect() is manager
+
+
+def test_dnf_trusts_the_company_s_authority(monkeypatch):
+    """ollama/ollama#5446: dnf reads the proxy from the environment, and certificates from an option alone."""
+    monkeypatch.delenv("CURL_CA_BUNDLE", raising=False)
+    assert not [word for word in packages.Dnf.install(["cmake"]) if "sslcacert" in word]
+    monkeypatch.setenv("CURL_CA_BUNDLE", "/run/llamafleet/certificates.pem")
+    assert "--setopt=sslcacert=/run/llamafleet/certificates.pem" in packages.Dnf.install(["cmake"])

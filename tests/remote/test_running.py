@@ -64,3 +64,13 @@ def test_dpkg_says_what_it_needs():
 def test_a_failure_has_the_last_lines(program):
     with pytest.raises(running.Failed, match=r"it failed \(exit code 100\): one \| No space left on device"):
         running.run(program("one\nNo space left on device\n"), "it failed", packages.Apt)
+
+
+def test_of_curl_s_message_the_first_line_is_said(program):
+    """ollama/ollama#5446: behind it curl explains in six lines what a certificate is."""
+    said = ["curl: (60) SSL certificate problem: unable to get local issuer certificate",
+            "More details here: https://curl.se/docs/sslcerts.html", "", "curl failed to verify the legitimacy"]  # fmt: skip
+    with pytest.raises(
+        running.Failed, match=r"cannot download \(exit code 100\): curl: \(60\) SSL [\w :]*certificate$"
+    ):
+        running.run(program("\n".join(said)), "cannot download")

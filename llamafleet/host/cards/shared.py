@@ -25,9 +25,14 @@ SHARED: tuple[GpuModel, ...] = (
         tegra("Jetson T4000", 62886, 273, 150.0, "11.0"),
     ),
     *section(
-        "NVIDIA's data sheet of GH200: HBM of the GPU; the processor has memory of its own",
+        "NVIDIA's data sheets of GH200 and GB200: HBM of the GPU; the processor has memory of its own",
         GpuModel("GH200", "nvidia", 97871 * MIB, 4000 * GB, 989 * TERA, "9.0", None, 5, 16, arch="aarch64",
                  aliases=("GH200 480GB", "GH200 96GB")),
+        GpuModel("GB200", "nvidia", 189471 * MIB, 8000 * GB, 2500 * TERA, "10.0", None, 6, 16, arch="aarch64"),
+    ),
+    *section(
+        "https://www.amd.com/en/products/accelerators/instinct/mi300/mi300a.html: one HBM for processor and GPU",
+        integrated("amd", "MI300A", 131072, 5300, 980.6, "gfx942"),
     ),
     *section(
         "https://www.amd.com/en/products/specifications/processors.html: processors' graphics and memory",

@@ -60,6 +60,7 @@ WORKSTATIONS: tuple[GpuModel, ...] = (
         nvidia("RTX PRO 4000 Blackwell SFF", 24467, 432, 96.0, "12.0", 5, 8, "RTX PRO 4000 SFF"),
         nvidia("RTX PRO 4500 Blackwell", 32623, 896, 210.0, "12.0", 5, 16, "RTX PRO 4500"),
         nvidia("RTX PRO 5000 Blackwell", 48935, 1344, 258.0, "12.0", 5, 16, "RTX PRO 5000"),
+        nvidia("RTX PRO 5000 Blackwell", 73728, 1344, 258.0, "12.0", 5, 16, "RTX PRO 5000"),
         nvidia("RTX PRO 6000 Blackwell", 97887, 1792, 500.0, "12.0", 5, 16, "RTX PRO 6000",
                "RTX PRO 6000 Blackwell Workstation", "RTX PRO 6000 Workstation"),
         nvidia("RTX PRO 6000 Blackwell Max-Q", 97887, 1792, 438.0, "12.0", 5, 16, "RTX PRO 6000 Max-Q",

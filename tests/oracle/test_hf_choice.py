@@ -1,0 +1,69 @@
+"""Of a repository llama-server itself takes the file that we take.
+
+The built llama-server is asked with -hf, against a stand-in for the Hub: the file that it asks for first is the one.
+"""
+
+import os
+import subprocess
+import time
+
+import pytest
+
+from llamafleet.hub.choice import best_file
+from sandbox import models, oracle
+from sandbox.hub import Hub
+
+pytestmark = pytest.mark.oracle
+
+REPOSITORIES = {
+    "acme/many-GGUF": ["m-BF16.gguf", "m-Q2_K.gguf", "m-Q4_K_M.gguf", "m-Q8_0.gguf", "mmproj-m-Q4_K_M.gguf"],
+    "acme/none-of-the-usual-GGUF": ["m-IQ2_XS.gguf", "m-IQ3_M.gguf", "mtp-m-Q4_K_M.gguf"],
+    "acme/split-GGUF": ["Q4_K_M/m-Q4_K_M-00001-of-00002.gguf", "Q4_K_M/m-Q4_K_M-00002-of-00002.gguf", "m-Q8_0.gguf"],
+    "acme/folders-GGUF": ["Q4_K_M-imat/m-IQ1_S.gguf", "m.Q4_K_M.gguf", "imatrix-m-Q4_K_M.gguf"],
+}
+ASKED = [("acme/many-GGUF", ""), ("acme/many-GGUF", "bf16"), ("acme/many-GGUF", "Q8_0"), ("acme/many-GGUF", "Q4_K"),
+         ("acme/none-of-the-usual-GGUF", ""), ("acme/split-GGUF", ""), ("acme/split-GGUF", "Q8_0"),
+         ("acme/folders-GGUF", "")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    file = models.tiny(tmp_path_factory.mktemp("models"))
+    with Hub() as hub:
+        for repo, names in REPOSITORIES.items():
+            for name in names:
+                hub.add(repo, name, file)
+        yield hub
+
+
+@pytest.mark.parametrize(("repo", "quant"), ASKED, ids=lambda text: text or "default")
+def test_llama_server_takes_the_same_file(hub, repo, quant, tmp_path):
+    hub.requests.clear()
+    place = f"{repo}:{quant}" if quant else repo
+    command = [oracle.build().llama_server, "-hf", place, "--no-mmproj", "--host", "127.0.0.1",
+               "--port", str(oracle.free_port()), "--no-warmup", "--fit", "off", "--ctx-size", "256", "--no-ui"]  # fmt: skip
+    environment = {
+        **os.environ,
+        "MODEL_ENDPOINT": f"{hub.url}/",
+        "HF_HOME": str(tmp_path),
+        "LLAMA_CACHE": str(tmp_path),
+    }
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 60
+            while process.poll() is None and not (found := _asked(hub, repo)) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        finally:
+            process.kill()
+            process.wait()
+    found = _asked(hub, repo)
+    wanted = best_file(REPOSITORIES[repo], quant)
+    assert (found[:1] or [None]) == [wanted], (tmp_path / "log").read_text(errors="replace")[-1000:]
+
+
+def _asked(hub, repo):
+    """The models' files that were asked for; of a split model its shards are asked for at once."""
+    mark = f"/{repo}/resolve/"
+    names = [one.path.split(mark)[1].partition("/")[2] for one in list(hub.requests) if mark in one.path]
+    return sorted(dict.fromkeys(names))
