@@ -24,14 +24,15 @@ BUILDS = "/var/lib/llamafleet/build"  # of build folders; their names differ, an
 # several -O counts. The files that parse arguments, JSON and templates take most of the time; they are not optimised
 # (common/json-schema-to-grammar.cpp: 7.3 s with -O3, 5.1 with -O1, 3.7 with -O0), nor is what drives Vulkan's shaders.
 # All of ggml for the CPU takes 72 s with -O2, 51 with -O1.
-# Without AMX every x86 machine allocates alike: weights in AMX's own layout are not what the ledger computes.
+# Without AMX every x86 machine allocates alike: weights in AMX's own layout are not what the ledger computes. What a
+# deploy with an old compiler says against it then changes nothing, and is left out.
 LAUNCHER = f"""#!/bin/sh
 for source; do :; done
 for word; do
     shift
     case $word:$source in
     *:*/ggml-backend-reg.cpp) ;;
-    -DGGML_USE_RPC:* | -DGGML_USE_VULKAN:*) continue ;;
+    -DGGML_USE_RPC:* | -DGGML_USE_VULKAN:* | -U__AMX_INT8__:*) continue ;;
     esac
     set -- "$@" "$word"
 done

@@ -17,10 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("llamafleet", "tasks", "sandbox", "bench", "templates", "inventory", "docs", "tests/oracle")
 KINDS = frozenset({".py", ".md", ".j2", ".yaml"})
-# Files of others that are named: CUDA's, glibc's, Linux's, Vulkan's and NVML's headers, and our own C.
+# Files of others that are named: headers of CUDA, ROCm, glibc, Linux, Vulkan and NVML, and our own C.
 FOREIGN = frozenset({
-    "cuda_runtime.h", "cublas_v2.h", "host_config.h", "math_functions.h", "mathcalls.h", "vulkan_core.h", "nvml.h",
-    "seccomp.h", "fake_nvml.c", "fake_vulkan.c", "hollow.c",
+    "cuda_runtime.h", "cublas_v2.h", "host_config.h", "math_functions.h", "hip_version.h", "hipblas.h", "rocblas.h",
+    "mathcalls.h", "vulkan_core.h", "nvml.h", "seccomp.h", "proc_ns.h", "fs.h", "pciids.h", "sched.h",
+    "fake_nvml.c", "fake_vulkan.c", "hollow.c",
 })  # fmt: skip
 PROJECT = "llama.cpp"  # the name of the project, and of a file in src/models
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from bench.adopting.change import Change
 from llamafleet.build.release import DEFAULT_FA_TYPES
 from llamafleet.host.card_words import GPU_LIMIT
-from llamafleet.memory import context
-from llamafleet.memory.graph import allocation, mla, moe
+from llamafleet.memory import context, weights
+from llamafleet.memory import flash_attention as fa
+from llamafleet.memory.graph import allocation, mla, moe, qwen4exp
 from llamafleet.model import gguf, header_checks
 from llamafleet.model.architectures import ARCHITECTURES
 from llamafleet.model.ggml_types import GGML_TYPES
@@ -95,6 +96,26 @@ CONSTANTS = (
              "ggml/include/ggml-cuda.h", r"#define GGML_CUDA_MAX_DEVICES\s+(\d+)"),
     Constant("llamafleet/build/release.py, DEFAULT_FA_TYPES", " ".join(f"{name}-{name}" for name in DEFAULT_FA_TYPES),
              "ggml/CMakeLists.txt", r"(\w+-\w+)", within=r'GGML_CUDA_FA_QUANTS\s+"([^"]*)"'),
+    Constant("llamafleet/memory/flash_attention.py, SAME_SIZES and RATIO_DECIDES",
+             " ".join(map(str, (*fa.SAME_SIZES, *fa.RATIO_DECIDES))),
+             "ggml/src/ggml-cuda/fattn.cu", r"case\s+(\d+):",
+             within=r"(?s)ggml_cuda_get_best_fattn_kernel.*?switch \(K->ne\[0\]\) \{(.*?)default:"),
+    Constant("llamafleet/memory/flash_attention.py, _cuda (heads that share one of K)", "8 32",
+             "ggml/src/ggml-cuda/fattn.cu", r"gqa_ratio % (\d+) != 0",
+             within=r"(?s)ggml_cuda_get_best_fattn_kernel.*?switch \(K->ne\[0\]\) \{(.*?)default:"),
+    Constant("llamafleet/memory/flash_attention.py, TYPES (CUDA)", " ".join(fa.TYPES["cuda"]),
+             "ggml/src/ggml-cuda/fattn.cu", r"case GGML_TYPE_(\w+):",
+             within=r"(?s)ggml_cuda_fattn_kv_type_supported\(const(.*?)default:"),
+    Constant("llamafleet/memory/flash_attention.py, TYPES (Vulkan)", " ".join(fa.TYPES["vulkan"]),
+             "ggml/src/ggml-vulkan/ggml-vulkan.cpp", r"case GGML_TYPE_(\w+):",
+             within=r"(?s)auto fa_kv_ok = (.*?)default:"),
+    Constant("llamafleet/memory/flash_attention.py, _sycl", " ".join(map(str, (*fa.SAME_SIZES, 512, 576))),
+             "ggml/src/ggml-sycl/fattn.cpp", r"case\s+(\d+):",
+             within=r"(?s)ggml_sycl_get_best_fattn_kernel.*?switch \(K->ne\[0\]\) \{(.*?)default:"),
+    Constant("llamafleet/memory/weights.py, MAPPED_ABOVE_BYTES (GiB)", str(weights.MAPPED_ABOVE_BYTES // 1024**3),
+             "src/llama-model-loader.cpp", r"auto_min_size = (\d+)ull \* 1024 \* 1024 \* 1024"),
+    Constant("llamafleet/memory/graph/qwen4exp.py, POOL_PADDING", str(qwen4exp.POOL_PADDING),
+             "src/llama-memory-hybrid-idx.cpp", r"GGML_PAD\(n_pool \+ 1, (\d+)u\)"),
     Constant("llamafleet/settings/schema.py, KV_TYPES", " ".join(KV_TYPES),
              "common/arg.cpp", r"GGML_TYPE_(\w+)", within=r"(?s)kv_cache_types = \{(.*?)\};"),
     Constant("llamafleet/model/ggml_types.py, GGML_TYPES",

@@ -51,9 +51,7 @@ RUN = (
     Need("libgomp", _library("libgomp.so.1"),
          {"apt": ("libgomp1",), "dnf": ("libgomp",), "zypper": ("libgomp1",), "pacman": ("libgomp", "gcc-libs")}),
 )  # fmt: skip
-COMPILER = Need(
-    "g++", ("g++",), {"apt": ("g++",), "dnf": ("gcc-c++",), "zypper": ("gcc-c++", "gcc13-c++"), "pacman": ("gcc",)}
-)
+COMPILER = Need("g++", ("g++",), {"apt": ("g++",), "dnf": ("gcc-c++",), "zypper": ("gcc-c++",), "pacman": ("gcc",)})
 COMPILE = (
     Need("cmake", ("cmake",), _all("cmake")),
     COMPILER,

@@ -69,9 +69,10 @@ def read(description: str) -> Described:
     values, cards = words.values, words.cards
     if wrong := _disagreement(words):
         raise DescriptionError(f"{description!r}: {wrong}")
-    models = [_of_ram(card, values.get("ram")) if card.model.unified else card.model for card in cards]
+    alone = len(cards) == 1
+    models = [_of_ram(card, values.get("ram")) if alone and card.model.unified else card.model for card in cards]
     ram = _bytes("ram", values["ram"]) if "ram" in values else models[0].memory_bytes
-    if len(models) == 1 and models[0].unified:
+    if alone and models[0].unified:
         ram = min(ram, models[0].memory_bytes)
     arch = _architecture(words.arch, models)
     machine = Machine(
@@ -99,9 +100,10 @@ def _disagreement(words: _Words) -> str:
     if len(cards) > GPU_LIMIT:
         return f"{len(cards)} GPUs, llama.cpp uses {GPU_LIMIT} at most"
     unified = [card.model for card in cards if card.model.unified]
-    only = next((model for model in unified if model.sold_with), None) or (unified[1] if len(unified) > 1 else None)
-    if only and len(cards) > 1:  # a card can be beside a processor's own graphics alone
-        return f"{only.name} shares its memory with the CPU; no other GPU can be beside it"
+    # A card can be beside a processor's own graphics alone.
+    alone = [model for model in unified if model.sold_with] or unified[1:]
+    if alone and len(cards) > 1:
+        return f"{alone[0].name} shares its memory with the CPU; no other GPU can be beside it"
     needed = ("cores",) if unified and unified[0].sold_with else ("ram", "cores")
     missing = next((key for key in needed if key not in words.values), None)
     return f"{missing} is missing, add {KEYS[missing]}" if missing else ""
@@ -122,7 +124,7 @@ def _words(description: str) -> _Words:
             cards[-1] = [card.with_memory(_bytes(key, value)) for card in cards[-1]]
         elif key == "gpu" or (not key and value.lower() not in ("cpu", "", *ARCHITECTURES)):
             cards.append(list(read_cards(value)))
-        elif key == "arch" or value.lower() in ARCHITECTURES:
+        elif key == "arch" or (not key and value.lower() in ARCHITECTURES):
             if value.lower() not in ARCHITECTURES:
                 raise DescriptionError(f"{word!r}: should be {KEYS['arch']}")
             if arch not in (None, ARCHITECTURES[value.lower()]):

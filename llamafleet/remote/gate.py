@@ -133,7 +133,8 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
     if not gpus or spec["backend"] != "cuda":
         return None  # NVML knows NVIDIA's GPUs alone; check_devices reads the server's log for all others
     held = held_by(main_pid(spec["unit"]))
-    in_use = in_use_on_all() if isinstance(held, dict) and None in held.values() else {}
+    untold = isinstance(held, dict) and any(held.get(gpu["uuid"], 0) is None for gpu in gpus)
+    in_use = in_use_on_all() if untold else {}
     for gpu in gpus:
         found = held.get(gpu["uuid"], 0) if isinstance(held, dict) else 0
         whose = "" if found is not None else " in use by all together"
@@ -146,7 +147,8 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
                 "llama-server runs on the CPU: no usable driver, or the hardening hides the device",
             )  # fmt: skip
     names = ", ".join(gpu["name"] for gpu in gpus)
-    return result("gpu memory", True, f"the planned memory on {names}", "held")
+    found_so = "in use; NVML does not tell here by whom, so the server's log decides" if untold else "held"
+    return result("gpu memory", True, f"the planned memory on {names}", found_so)
 
 
 CHECKS = (

@@ -88,8 +88,9 @@ def firewalld(ports: Sequence[int]) -> Optional[Dict[int, str]]:
         open_ports.update(ranges(listed.get("ports", "")))
         for service in listed.get("services", "").split():
             open_ports.update(ranges(output_of(["firewall-cmd", f"--info-service={service}"], SECONDS)))
-        rich = output_of(["firewall-cmd", f"--zone={zone}", "--list-rich-rules"], SECONDS)
-        open_ports.update(ranges(re.sub(r'port="([\d-]+)" protocol="tcp"', r"\1/tcp", rich)))
+        rich = output_of(["firewall-cmd", f"--zone={zone}", "--list-rich-rules"], SECONDS).splitlines()
+        accepted = "\n".join(rule for rule in rich if rule.rstrip().endswith("accept"))
+        open_ports.update(ranges(re.sub(r'port="([\d-]+)" protocol="tcp"', r"\1/tcp", accepted)))
     zone = zones[0] if zones else "public"
     return {
         port: f"firewalld closes port {port} (zone {', '.join(zones)}): firewall-cmd --permanent --zone={zone} "

@@ -179,6 +179,12 @@ def stored_at(model: ModelFiles, settings: Settings, installed: Installed) -> st
     return there.target if there.target and there.target.startswith("/") else None
 
 
+def mount_of(store: str | None, installed: Installed) -> str | None:
+    """Where the disk of that folder is mounted; None where that is the system's own disk, or not known."""
+    mounts = {one.mount for one in installed.left.spaces.values() if store and store.startswith(f"{one.mount}/")}
+    return max(mounts, key=len, default=None)
+
+
 def store_of(model: ModelFiles, settings: Settings) -> str | None:
     """The folder for a model that is to be downloaded, where the settings name another one than the usual."""
     return f"{settings.models_dir}/{model.folder}" if settings.models_dir not in (None, MODELS) else None
@@ -391,7 +397,7 @@ def _serving(
         unit_text=unit_text(
             render, instance, plan, build, desired.installed, record, desired.run.helpers,
             allow_swap=settings.allow_swap, python=settings.python, environment=settings.environment,
-            store=stored_at(model, settings, desired.installed),
+            store=(store := stored_at(model, settings, desired.installed)), mount=mount_of(store, desired.installed),
         ),
         plan_json=record_text(record), secrets=desired.run.secrets.get(instance.name, {}), argv=argv,
         release=build.release, liveness=liveness_texts(render, instance, settings, desired.run.helpers),

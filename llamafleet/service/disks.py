@@ -22,9 +22,10 @@ MODEL_RESERVE_BYTES, RESERVE_BYTES = GIB, 64 * MIB
 # still run out of it; then the build says so.
 TREE_BYTES = {"cpu": 60 * MIB, "vulkan": 100 * MIB, "hip": 500 * MIB, "cuda": 500 * MIB}
 RELEASE_BYTES = {"cpu": 50 * MIB, "vulkan": 80 * MIB, "hip": 100 * MIB, "cuda": 100 * MIB}
-# At the least: NVIDIA's compiler, headers and cuBLAS; compilers and development files of the distribution.
-TOOLKIT_BYTES, PACKAGES_BYTES = 3 * GIB, 100 * MIB
-SYSTEM = "/usr"  # where packages are unpacked
+# At the least: NVIDIA's compiler, headers and cuBLAS, unpacked and as they are downloaded; compilers and development
+# files of the distribution.
+TOOLKIT_BYTES, TOOLKIT_PACKED_BYTES, PACKAGES_BYTES = 3 * GIB, 2 * GIB, 100 * MIB
+SYSTEM, PACKED = "/usr", "/var/cache"  # where packages are unpacked, and downloaded to
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Need:
 def paths(settings: Settings) -> tuple[str, ...]:
     """The places on a host that a run may fill."""
     other = (settings.models_dir, settings.build_cache)
-    return tuple(dict.fromkeys((BUILD, RELEASES, SYSTEM, MODELS, *(path for path in other if path))))
+    return tuple(dict.fromkeys((BUILD, RELEASES, SYSTEM, PACKED, MODELS, *(path for path in other if path))))
 
 
 def models_path(settings: Settings) -> str:
@@ -58,16 +59,19 @@ def needs(desired: Desired, changes: Changes) -> Iterator[Need]:
         if size:
             yield Need(folder, f"the model {serving.model.files[0].name}", size, MODEL_RESERVE_BYTES)
     if changes.build:
-        yield from _of_build(desired.build, desired.is_cached)
+        yield from _of_build(desired.build, desired.is_cached, settings.build_cache)
     if changes.toolkit:
         yield Need(SYSTEM, "the CUDA toolkit", TOOLKIT_BYTES)
+        yield Need(PACKED, "its packages", TOOLKIT_PACKED_BYTES)
     if changes.packages:
         yield Need(SYSTEM, "packages", PACKAGES_BYTES)
 
 
-def _of_build(build: Build, is_cached: bool) -> Iterator[Need]:
+def _of_build(build: Build, is_cached: bool, cache: str | None) -> Iterator[Need]:
     if not is_cached:
         yield Need(BUILD, "compiling llama.cpp", TREE_BYTES[build.backend])
+        if cache:
+            yield Need(cache, "the build cache", RELEASE_BYTES[build.backend])
     yield Need(RELEASES, "the release of llama.cpp", RELEASE_BYTES[build.backend])
 
 

@@ -165,6 +165,18 @@ _ELSEWHERE = {
 }
 
 
+# What switches a repository on, by package manager.
+_ENABLE = {"apt": "add-apt-repository {}", "dnf": "dnf config-manager --set-enabled {}",
+           "zypper": "zypper modifyrepo --enable {}"}  # fmt: skip
+
+
+def _enabling(manager: str, repository: str) -> str:
+    """The command by which an owner switches a repository on."""
+    if re.search(r"-for-rhel-\d+-", repository):  # of Red Hat's subscription, which writes dnf's files anew
+        return f"subscription-manager repos --enable {repository}"
+    return _ENABLE.get(manager, "enable {}").format(repository)
+
+
 def no_packages(lacking: Sequence[Need], offers: Mapping[str, Offer], machine: Machine) -> Refused | None:
     """Whether no enabled repository of the host has something that it needs and lacks."""
     reasons = []
@@ -174,7 +186,9 @@ def no_packages(lacking: Sequence[Need], offers: Mapping[str, Offer], machine: M
             continue
         names = " or ".join(need.packages.get(machine.package_manager or "", ())) or need.name
         off = f" ({', '.join(offer.off)}: switched off there)" if offer.off else ""
-        out = f"enable {' or '.join(offer.off)}" if offer.off else _ELSEWHERE.get(need.name, "install it on the host")
+        out = _ELSEWHERE.get(need.name, "install it on the host")
+        if offer.off:
+            out = " or ".join(_enabling(machine.package_manager or "", one) for one in offer.off)
         reasons.append(
             f"packages: {need.name} is missing, and no enabled repository of the host has {names}{off}: {out}"
         )

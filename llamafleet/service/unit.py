@@ -74,15 +74,16 @@ MEMORY_MARGIN, MEMORY_SPARE = 1.1, 1024 * MIB
 def unit_text(
     render: Renderer, instance: Instance, plan: Plan, build: Build, installed: Installed, record: Mapping[str, Any],
     helpers: str, *, allow_swap: bool, python: str = SYSTEM_PYTHON,
-    environment: Mapping[str, str] = MappingProxyType({}), store: str | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}), store: str | None = None, mount: str | None = None,
 ) -> str:  # fmt: skip
     """The whole unit file of an instance; `record` is its plan.json, `helpers` the version of our programs that it
     calls: those that it was made with, whatever version is installed later. `python` is the setting, `environment` are
     the operator's variables, `store` the folder where the model's files lie, where that is not below
-    /var/lib/llamafleet."""
+    /var/lib/llamafleet, and `mount` the place where its disk is mounted, if it has one of its own."""
     values = unit_values(instance, plan, build, installed, record, helpers, allow_swap=allow_swap, python=python)
     values["operators_environment"] = [assignment(name, value) for name, value in sorted(environment.items())]
     values["store"] = store
+    values["mount"] = mount and mount_unit(mount)
     values["hidden"] = [path for path in HIDDEN if not store or not f"{store}/".startswith(f"{path.lstrip('-')}/")]
     return render("llama-server.service.j2", values)
 
@@ -133,6 +134,13 @@ def groups(backend: str, installed: Installed) -> tuple[str, ...]:
     """The groups without which a server cannot open the backend's device nodes on this host."""
     both = tuple(dict.fromkeys((*installed.gpu_groups, *installed.nvidia_groups)))
     return {"cuda": installed.nvidia_groups, "hip": installed.gpu_groups, "vulkan": both}.get(backend, ())
+
+
+def mount_unit(path: str) -> str:
+    """The name of systemd's unit for what is mounted there (systemd.unit, "String escaping"), for a path but /."""
+    words = path.strip("/").encode(errors="replace")
+    kept = re.sub(rb"[^A-Za-z0-9:_./]|^\.", lambda one: b"\\x%02x" % one[0][0], words)
+    return f"{kept.decode().replace('/', '-')}.mount"
 
 
 def _device_classes(backend: str, installed: Installed) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 
+from llamafleet import causes
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.model import gguf
 from llamafleet.remote import git_pack
@@ -243,7 +244,8 @@ def _our_commit(repository: str, ref: str) -> str:
     try:
         return git_pack.commit_of(repository, ref)
     except (git_pack.Failed, OSError) as error:
-        raise lookups.LookupFailed(f"llama_cpp_repository: {repository}: {error}") from error
+        said = causes.of_local(str(error))
+        raise lookups.LookupFailed(f"llama_cpp_repository: {repository}: {said}") from error
 
 
 def send_commit(state: State, host: Host, repository: str, commit: str, path: str) -> bool:
@@ -254,4 +256,4 @@ def send_commit(state: State, host: Host, repository: str, commit: str, path: st
             file.flush()
             return send(state, host, (Sending(file.name, path, file.tell(), fresh=True),), 2**28)
     except (git_pack.Failed, OSError) as error:
-        raise remote.RemoteError(f"llama_cpp_repository: {repository}: {error}") from error
+        raise remote.RemoteError(f"llama_cpp_repository: {repository}: {causes.of_local(str(error))}") from error

@@ -1,10 +1,12 @@
-"""The way back: after it the host's file list is the one from before, apart from packages and logs."""
+"""A host of Debian 12 (systemd 252, g++ 12, glibc 2.36) from the first deploy to the way back: after it the host's file
+list is the one from before, apart from packages and logs."""
 
 import json
 import subprocess
 
 import pytest
 
+from sandbox import oracle_build, roots
 from tests.e2e.conftest import ON_HOST
 from tests.e2e.deploying import PYINFRA, ROOT, ask, environment, on, pyinfra, read, serves
 
@@ -26,7 +28,9 @@ ELSEWHERE = ("/var/log/", "/var/lib/apt/", "/var/lib/dpkg/", "/var/cache/apt/", 
 
 @pytest.fixture(scope="module")
 def host(boot):
-    (one,) = boot(1, PREFIX, 6)
+    (one,) = boot(1, PREFIX, 6, packages=oracle_build.COMPILER, suite=roots.OLDER_SUITE)
+    assert "VERSION_CODENAME=bookworm" in on(one, "cat", "/etc/os-release")
+    on(one, "dpkg", "--remove", "ninja-build")  # for the deploy to install
     on(one, "sh", "-c", FOREIGN)
     return one
 
@@ -78,8 +82,16 @@ def deployed(before, host, outside, tmp_path_factory):
         for name, kind, port in (("tiny", "dense", 8080), ("second", "moe", 8081))
     ]  # fmt: skip
     data = {**outside.settings(), "build_cache": ON_HOST}
-    run = pyinfra(write_inventory(folder / "two.py", [(host, {**data, "models": models})]))
+    two = write_inventory(folder / "two.py", [(host, {**data, "models": models})])
+    with oracle_build.compiling():
+        run = pyinfra(two)
     assert run.code == 0, run.text
+    for part in ("Install packages", "Build llama.cpp b"):
+        assert any(part in name for name in run.changed()), run.changed()
+    for name in ("tiny", "second"):
+        assert json.loads(on(host, "cat", f"/var/lib/llamafleet/gate/{name}.json"))["ok"]
+    again = pyinfra(two)
+    assert again.code == 0 and again.changed() == [], again.text
     # One leaves again: what it leaves behind is ours too.
     one = write_inventory(folder / "one.py", [(host, {**data, "models": models[:1]})])
     run = pyinfra(one)

@@ -373,8 +373,9 @@ def test_models_lie_on_the_disk_that_the_settings_name_and_are_served_with_the_o
     """ollama/ollama#2701, #14347, #1311, ggml-org/llama.cpp#14421."""
     asked = {"model": {"source": outside.sources["moe"]}, "models_dir": "/mnt/big/models",
              "environment": {"MADE_BY": "an operator, 100 %"}}  # fmt: skip
-    on(host, "sh", "-c", "rm -rf /var/lib/llamafleet/models/tiny-moe-*; mkdir -p /mnt/big")
-    on(host, "mount", "-t", "tmpfs", "-o", "size=1200M", "tmpfs", "/mnt/big")
+    on(host, "sh", "-c", "rm -rf /var/lib/llamafleet/models/tiny-moe-*; mkdir -p /mnt/big /root/disk; touch /etc/fstab; "
+       "cp /etc/fstab /root/fstab; echo '/root/disk /mnt/big none bind,noauto 0 0' >>/etc/fstab; systemctl daemon-reload; "
+       "systemctl start mnt-big.mount")  # fmt: skip
     try:
         deploy(**asked)
         link = on(host, "sh", "-c", "readlink /var/lib/llamafleet/models/tiny-moe-*")
@@ -384,12 +385,15 @@ def test_models_lie_on_the_disk_that_the_settings_name_and_are_served_with_the_o
         variables = on(host, "sh", "-c", f"tr '\\0' '\\n' </proc/{main_pid(host, 'tiny')}/environ").splitlines()
         assert "MADE_BY=an operator, 100 %" in variables and serves(host)
         assert deploy("--dry", **asked).changed() == []
-        # Its disk gone, the model is not downloaded to another one.
-        on(host, "systemctl", "stop", UNIT)
-        on(host, "umount", "/mnt/big")
+        # Its disk gone, the model is not downloaded to another one; when it is back, its server is.
+        on(host, "systemctl", "stop", "mnt-big.mount")
+        assert not serves(host)
         run = pyinfra(inventory((host, settings(host, **LIVENESS, **asked))))
         assert run.code != 0 and f"leads to {link}, which is not there: mount its disk" in run.text, run.text
+        on(host, "mount", "/mnt/big")
+        until(lambda: serves(host), 60)
     finally:
         host.run(["umount", "/mnt/big"])
-        on(host, "sh", "-c", "rm -rf /var/lib/llamafleet/models/tiny-moe-*")
+        on(host, "sh", "-c", "mv /root/fstab /etc/fstab; systemctl daemon-reload; "
+           "rm -rf /var/lib/llamafleet/models/tiny-moe-* /root/disk")  # fmt: skip
     deploy()

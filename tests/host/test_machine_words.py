@@ -367,6 +367,7 @@ def test_two_hundred_words_and_more_are_tried():
         ("cpu,arch=arm64,ram=64GB,cores=80", "aarch64", True),
         ("cpu,amd64,ram=64GB,cores=8", "x86_64", False),
         ("gh200,ram=480GB,cores=72", "aarch64", True),
+        ("rtx4090,ram=64GB,cores=8,cpu=arm64", "x86_64", False),  # the processor's name, not its architecture
     ],
 )
 def test_processors_are_x86_unless_another_is_named_or_built_in(words, arch, repacks_more):
@@ -396,7 +397,7 @@ def test_a_shared_memory_is_given_and_within_what_is_sold(words, message):
         described.read(words)
 
 
-@pytest.mark.parametrize("words", ["610m,rtx4090", "rtx4090,uhd 770", "rtx4090+780m"])
+@pytest.mark.parametrize("words", ["680m,rtx4090,vram=24GB", "rtx4090,uhd 770", "rtx4090+780m"])
 def test_graphics_of_a_processor_beside_a_card_are_left_out(words):
     """ollama#10204: a Ryzen APU beside NVIDIA was refused as two vendors."""
     machine = described.read(f"{words},ram=64GB,cores=8").machine

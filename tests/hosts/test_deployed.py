@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 
+from llamafleet import causes
 from tests.hosts import checks, instance_checks
 
 
@@ -22,10 +23,13 @@ def fail_on(problems: checks.Problems) -> None:
 def commit_of(repository: str, ref: str) -> str | None:
     """The commit of a repository's tag or branch; None if it has neither or cannot be reached."""
     names = [f"refs/tags/{ref}^{{}}", f"refs/tags/{ref}", f"refs/heads/{ref}"]
-    result = subprocess.run(
-        ["git", "ls-remote", repository, *names],
-        capture_output=True, text=True, timeout=60, env={**os.environ, "GIT_TERMINAL_PROMPT": "0"},
-    )  # fmt: skip
+    try:
+        result = subprocess.run(
+            ["git", "ls-remote", repository, *names],
+            capture_output=True, text=True, timeout=60, env={**os.environ, "GIT_TERMINAL_PROMPT": "0"},
+        )  # fmt: skip
+    except FileNotFoundError as error:
+        pytest.fail(causes.of_local(str(error)), pytrace=False)
     commits = {name: sha for sha, name in (line.split("\t") for line in result.stdout.splitlines())}
     return next((commits[name] for name in names if name in commits), None)
 

@@ -27,7 +27,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+SHORT = ("windows, q8_0, slots that share a cache", "state beside attention")  # the others in `make test-long`
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in CASES]
+)
 def test_a_checkpoint_takes_what_is_planned_and_never_more(name, tmp_path):
     case = CASES[name]
     planned, full = case.planned_mib(tmp_path), case.context.tokens - 1

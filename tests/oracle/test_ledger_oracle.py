@@ -13,8 +13,8 @@ from bench.oracle_cases import Comparison, matrix
 from sandbox.layouts import PUBLISHED
 
 pytestmark = pytest.mark.oracle
-SITUATIONS = 3  # of each layout
-MANY = 30  # the first three among them
+SITUATIONS = 2  # of each layout
+MANY = 30  # the first ones among them
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,11 @@ def test_a_port_that_firewalld_opens_is_no_work(firewalld, opened):
     assert left.closed([8080]) == {}
 
 
+def test_a_rule_that_drops_opens_nothing(firewalld):
+    firewalld(rich='rule family="ipv4" port port="8080" protocol="tcp" drop')
+    assert list(left.closed([8080])) == ["8080"]
+
+
 @pytest.mark.parametrize("ports", ["8080/udp", "80/tcp", "18080/tcp 8081-9000/tcp"])
 def test_another_port_is_not_this_one(firewalld, ports):
     firewalld(ports=ports)

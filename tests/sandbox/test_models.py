@@ -138,7 +138,9 @@ def test_llama_server_completes_a_chat_with_a_tiny_model(tmp_path: Path, kind: s
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("name", models.PUBLISHED)
+@pytest.mark.parametrize(
+    "name", [name if name == "gpt-oss-20b" else pytest.param(name, marks=pytest.mark.long) for name in models.PUBLISHED]
+)
 def test_llama_server_sees_a_weightless_model_at_its_published_size(tmp_path: Path, name: str) -> None:
     layout = models.PUBLISHED[name]
     seen = oracle.ask(models.weightless(tmp_path, name), ["-c", "4096"])

@@ -8,6 +8,7 @@ import pytest
 
 from llamafleet.build.cuda_toolkit import Install
 from llamafleet.host.installed import Holder, Listener, Offer, Place, Survey
+from llamafleet.host.left import Left, Space
 from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.planner.reconcile import Verified
@@ -15,7 +16,7 @@ from llamafleet.planner.result import Refusal
 from llamafleet.remote.common import MODELS
 from llamafleet.service import refusals
 from llamafleet.service.changes import changes_needed
-from llamafleet.service.desired import Desired, Run, desire, stored_at, to_ask, with_plans
+from llamafleet.service.desired import Desired, Run, desire, mount_of, stored_at, to_ask, with_plans
 from llamafleet.service.instance_changes import SECRETS
 from llamafleet.service.plan_inputs import plan_inputs
 from llamafleet.service.refusals import Refused, port_taken
@@ -463,6 +464,19 @@ def test_what_no_repository_has_is_named_with_the_way_out():
     )
 
 
+@pytest.mark.parametrize(("manager", "repository", "command"), [
+    ("apt", "universe", "add-apt-repository universe"), ("dnf", "crb", "dnf config-manager --set-enabled crb"),
+    ("dnf", "codeready-builder-for-rhel-9-x86_64-rpms",
+     "subscription-manager repos --enable codeready-builder-for-rhel-9-x86_64-rpms"),
+    ("zypper", "backports", "zypper modifyrepo --enable backports"),
+])  # fmt: skip
+def test_a_repository_that_is_off_is_named_with_the_command_that_switches_it_on(manager, repository, command):
+    host = survey(missing_packages=("cmake",), machine={"package_manager": manager})
+    text = refusal(host, dataclasses.replace(RUN, offers={"cmake": Offer(None, off=(repository,))}))
+    assert text == ("packages: cmake is missing, and no enabled repository of the host has cmake "
+                    f"({repository}: switched off there): {command}")  # fmt: skip
+
+
 def test_what_the_host_can_do_without_is_not_asked_for_again():
     """ninja-build/ninja#2199: in CRB, which is off; make compiles."""
     host = survey(missing_packages=("ninja", "cmake"))
@@ -616,6 +630,18 @@ def test_a_model_that_is_to_be_downloaded_goes_to_the_disk_that_the_settings_nam
     # The plan is none of another model, and the command line has the usual path.
     assert placed(models_dir="/mnt/big").servings[0].service.argv == placed().servings[0].service.argv
     assert placed(models_dir="/mnt/big").inputs.keys == placed().inputs.keys
+
+
+def test_the_mount_of_a_disk_is_the_nearest_one_above():
+    def space(mount):
+        return Space(place=mount, device="1", free_bytes=2**40, mount=mount)
+
+    left = Left(
+        spaces={"/usr": space("/"), "/mnt/big/models": space("/mnt/big"), "/mnt": space("/mnt"), "/m": space("/mnt/b")}
+    )
+    there = dataclasses.replace(INSTALLED, left=left)
+    assert mount_of("/mnt/big/models/m-1", there) == "/mnt/big" and mount_of("/mnt/other/m-1", there) == "/mnt"
+    assert mount_of("/opt/models/m-1", there) is None is mount_of(None, there)
 
 
 def test_a_model_stays_where_it_is():

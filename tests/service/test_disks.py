@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from llamafleet.host.backends import TRAITS
 from llamafleet.host.left import Left, Space
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.remote.common import BUILD, MODELS, RELEASES
@@ -24,7 +25,7 @@ def space(free, device="1", mount="/", **more):
 
 
 def everywhere(free):
-    return dict.fromkeys((BUILD, RELEASES, "/usr", MODELS, "/mnt/big"), space(free))
+    return dict.fromkeys((BUILD, RELEASES, "/usr", "/var/cache", MODELS, "/mnt/big"), space(free))
 
 
 def decided(spaces, *, model_bytes=(), installed=(), size=SIZE, **asked):
@@ -137,9 +138,20 @@ def test_packages_and_a_toolkit_are_counted():
     changes = changes_needed(outcome, outcome.installed)
     with_both = dataclasses.replace(changes, packages=("cmake",), toolkit=True)
     assert disks.refusal(outcome, changes) is None
-    assert "the CUDA toolkit 3.0 GiB at /usr, packages 0.1 GiB at /usr" in str(disks.refusal(outcome, with_both))
+    text = str(disks.refusal(outcome, with_both))
+    assert "the CUDA toolkit 3.0 GiB at /usr, its packages 2.0 GiB at /var/cache, packages 0.1 GiB at /usr" in text
 
 
 def test_every_place_that_a_run_fills_is_asked_for():
     settings = planning.settings({}, models_dir="/mnt/big", build_cache="/mnt/builds")
-    assert set(disks.paths(settings)) == {BUILD, RELEASES, "/usr", MODELS, "/mnt/big", "/mnt/builds"}
+    assert set(disks.paths(settings)) == {BUILD, RELEASES, "/usr", "/var/cache", MODELS, "/mnt/big", "/mnt/builds"}
+
+
+def test_every_backend_has_the_sizes_of_its_build():
+    assert set(TRAITS) == set(disks.TREE_BYTES) == set(disks.RELEASE_BYTES)
+
+
+def test_a_build_cache_gets_what_is_compiled():
+    spaces = {**everywhere(20 * GIB), "/mnt/builds": space(2**20, device="2", mount="/mnt/builds")}
+    assert "0.0 GiB are free on the file system at /mnt/builds" in refusal(spaces, build_cache="/mnt/builds")
+    assert refusal(spaces) == ""

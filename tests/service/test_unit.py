@@ -172,6 +172,17 @@ def test_another_systemd_changes_no_line_that_a_running_server_depends_on():
     assert newer != older and core_of_unit(newer) == core_of_unit(older)
 
 
+def test_the_unit_of_an_earlier_version_is_replaced_while_its_server_runs_on():
+    """As 39f1a14 wrote it for a GPU: it gave up after five starts, and made the nodes of nvidia-uvm alone."""
+    unit = made([4096, 4096], on("257", boot_units=UNITS))[0]
+    earlier = unit.replace("StartLimitIntervalSec=0", "StartLimitIntervalSec=1800\nStartLimitBurst=5")
+    earlier = earlier.replace("RestartSteps=6\nRestartMaxDelaySec=120\n", "")
+    earlier = earlier.replace("ExecStartPre=-+/usr/bin/nvidia-modprobe -c0 -c1 -c255\n", "")
+    earlier = earlier.replace(" dkms.service nvidia-fabricmanager.service", "")
+    assert len(unit.splitlines()) == len(earlier.splitlines()) + 2 and unit != earlier
+    assert core_of_unit(unit) == core_of_unit(earlier)
+
+
 UNITS = {"gpu": ("dkms.service", "nvidia-fabricmanager.service"), "network": ("tailscaled.service",)}
 
 
@@ -227,6 +238,24 @@ def test_a_server_starts_when_the_disk_of_its_model_is_mounted():
     assert directive(unit, "RequiresMountsFor") == ["/mnt/big/models/m-123"]
     assert not directive(made([])[0], "RequiresMountsFor")
     assert core_of_unit(unit) == core_of_unit(made([])[0])
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/mnt/big", "mnt-big.mount"),
+        ("/mnt/big-disk", "mnt-big\\x2ddisk.mount"),
+        ("/srv/.a b/c.d", "srv-.a\\x20b-c.d.mount"),
+        ("/.a", "\\x2ea.mount"),
+    ],
+)
+def test_a_disk_that_is_mounted_late_starts_its_servers(path, name):
+    unit = made([], more={"store": f"{path}/m-123", "mount": path})[0]
+    assert directive(unit, "WantedBy") == ["multi-user.target", name]
+    if shutil.which("systemd-escape"):
+        command = ["systemd-escape", "--path", "--suffix=mount", path]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == name
+    assert directive(made([], more=MORE)[0], "WantedBy") == ["multi-user.target"]
 
 
 def test_a_disk_for_models_below_a_hidden_folder_is_seen():

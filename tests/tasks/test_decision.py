@@ -86,7 +86,7 @@ def test_what_no_repository_has_is_refused_before_anything_is_changed(read):
     assert read.asked == [("apt", ("curl", "cmake"))]
     assert host.lines == [
         "refused: packages: cmake is missing, and no enabled repository of the host has cmake (crb: switched off there): "
-        "enable crb"
+        "add-apt-repository crb"
     ]
 
 

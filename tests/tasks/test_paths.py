@@ -223,3 +223,13 @@ def test_a_repository_of_the_host_is_asked_there(host, repository):
 def test_a_ref_that_our_repository_lacks_is_named(host, repository):
     with pytest.raises(lookups.LookupFailed, match=r"llama_cpp_repository: .*no tag, branch or commit 'b2'"):
         paths.commit(host, str(repository[0]), "b2")
+
+
+def test_git_that_is_missing_here_is_named_with_the_way_out(host, repository, tmp_path, monkeypatch):
+    folder, head = repository
+    monkeypatch.setenv("PATH", str(tmp_path))
+    says = "git is missing on this machine, where you run llamafleet: install it"
+    with pytest.raises(lookups.LookupFailed, match=says):
+        paths._our_commit(str(folder), "b1")
+    with pytest.raises(remote.RemoteError, match=says):
+        paths.send_commit(None, host, str(folder), head, "/jobs/checkout.pack")
