@@ -12,9 +12,10 @@ HOSTS ?= 2
 unexport PYTHONDONTWRITEBYTECODE
 
 # What the demo and the tests need of Debian: disposable hosts, the stand-ins for GitHub and the Hub,
-# a compiler for the oracle and the fake NVML, file systems for the power cuts, other distributions' package managers.
-PACKAGES := mmdebstrap systemd-container openssh-client git curl cmake ninja-build g++ gcc libc6-dev libgomp1 \
-    e2fsprogs xfsprogs dnf zypper pacman-package-manager createrepo-c rpm
+# a compiler for the oracle and the fake NVML.
+PACKAGES := mmdebstrap systemd-container openssh-client git curl cmake ninja-build g++ gcc libc6-dev libgomp1
+# And the tests alone: file systems for the power cuts, other distributions' package managers.
+test test-long: PACKAGES += e2fsprogs xfsprogs dnf zypper pacman-package-manager createrepo-c rpm
 
 .PHONY: help demo test test-offline test-long test-cuda check check-style check-types check-imports lock
 .PHONY: sandbox-up sandbox-down prepared packages
@@ -72,7 +73,7 @@ lock: .venv/ready ## pin locks/dev.txt anew, after a change of dependencies
 	    --no-emit-index-url --no-header --output-file locks/dev.txt
 
 prepared:
-	@$(MAKE) --no-print-directory --jobs=2 .venv/ready packages
+	@$(MAKE) --no-print-directory --jobs=2 .venv/ready packages PACKAGES="$(PACKAGES)"
 
 packages:
 	@missing=(); for name in $(PACKAGES); do \

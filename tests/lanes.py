@@ -26,8 +26,8 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=15", "--durations-m
 # compiles for all.
 FURTHER = {
     "second": ("test_06_verify", "test_08_rollback", "test_05_uninstall", "test_18_successor"),
-    "third": ("test_07_faults", "test_10_preflight", "test_16_upgrade", "test_17_drift"),
-    "fourth": ("test_11_power", "test_09_secrets"),
+    "third": ("test_07_faults", "test_10_preflight", "test_16_upgrade", "test_17_drift", "test_19_network"),
+    "fourth": ("test_11_power", "test_12_fleet", "test_14_odd_answers", "test_09_secrets", "test_20_package_managers"),
 }
 # Before what computes: all lanes with hosts wait for the first one's compilation, which must not wait itself.
 GIVE_WAY = ["nice", "-n", "10"]
