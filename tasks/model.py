@@ -8,7 +8,8 @@ from pyinfra.api.deploy import deploy
 
 from llamafleet.hub.source import RemoteFile
 from llamafleet.remote.common import RUN
-from llamafleet.service.desired import Desired, Serving, store_of, stored_at
+from llamafleet.service.desired import Desired, Serving
+from llamafleet.service.model_folders import store_of, stored_at
 from llamafleet.settings import secrets
 from tasks.lib import jobs, lookups, operations, paths
 from tasks.lib.decision import for_stage

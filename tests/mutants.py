@@ -23,9 +23,11 @@ from llamafleet.planner.result import Plan
 from llamafleet.printable import finished, json_text
 from llamafleet.remote.common import core_of_unit
 from llamafleet.service import plan_inputs, wanted
+from llamafleet.service.building import Run
 from llamafleet.service.changes import changes_needed
-from llamafleet.service.desired import Run, desire, model_path
+from llamafleet.service.desired import desire
 from llamafleet.service.instance_changes import sha256
+from llamafleet.service.model_folders import model_path
 from llamafleet.service.record import record_text
 from llamafleet.service.refusals import Refused, held_by
 from tasks import status, uninstall

@@ -8,50 +8,30 @@ Decision 1: docs/decisions/0001-one-decision-for-each-host-and-run.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llamafleet.build import cuda_toolkit
-from llamafleet.build.packages import COMPILER, Need, needs
+from llamafleet.build.packages import COMPILER, Need
 from llamafleet.build.release import Build
-from llamafleet.build.rocm import Hip, NoHip, choose_hip
-from llamafleet.host.installed import Holder, Installed, Offer, Survey
+from llamafleet.build.rocm import Hip
+from llamafleet.host.installed import Installed
 from llamafleet.host.machine import Machine
 from llamafleet.hub.source import ModelFiles
 from llamafleet.memory.ledger import Correction
-from llamafleet.planner.devices import only_used
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Plan
 from llamafleet.planner.stability import Choice
-from llamafleet.remote.common import MODELS, identity_of, unit_of
+from llamafleet.remote.common import identity_of, unit_of
 from llamafleet.service import command, refusals
+from llamafleet.service.building import Run, building, is_cached
+from llamafleet.service.model_folders import model_folder, model_path, mount_of, stored_at
 from llamafleet.service.plan_inputs import PlanInputs
 from llamafleet.service.record import plan_record, record_text
 from llamafleet.service.refusals import Refused
 from llamafleet.service.unit import Renderer, liveness_texts, unit_text
-from llamafleet.settings.environment import gfx_targets
 from llamafleet.settings.schema import Instance, Settings
-
-
-@dataclass(frozen=True)
-class Run:
-    """What this run brings along and looked up, beside what the plans are made from."""
-
-    helpers: str  # key of the helper programs that it installs
-    oldest_python: tuple[int, ...]  # that those run with
-    commit: str  # of llama.cpp, 40 digits
-    # By instance name: the texts of the unit's credentials, by their names in `instance_changes.SECRETS`.
-    secrets: Mapping[str, Mapping[str, str]] = field(repr=False)
-    # Another run that holds the host's lock; None where the lock may be taken.
-    holder: Holder | None
-    # Of finished builds that a host may take from a cache, by key.
-    digests: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    # Names and sources of the models that other hosts of the run are to serve; read for a host without models alone.
-    elsewhere: frozenset[str] = frozenset()
-    # What the host's repositories have for what it lacks, by `Need.name`; empty where they were not asked, or nobody
-    # could tell.
-    offers: Mapping[str, Offer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -142,7 +122,7 @@ class Desired:
     @property
     def is_cached(self) -> bool:
         """Whether the build cache seems to have the build, so that nothing is compiled."""
-        return _is_cached(self.installed, self.build, self.run)
+        return is_cached(self.installed, self.build, self.run)
 
     def command(self, plan: Plan) -> list[str]:
         """The command line of the service with that plan, without the arguments that name its credentials."""
@@ -166,35 +146,6 @@ class Desired:
         return answer if record.gate.argv[: len(wanted)] == wanted else None
 
 
-def model_folder(model: ModelFiles) -> str:
-    """The model's folder on a host."""
-    return f"{MODELS}/{model.folder}"
-
-
-def stored_at(model: ModelFiles, settings: Settings, installed: Installed) -> str | None:
-    """The folder on another disk to which the model's folder leads, or will; None where it lies there itself."""
-    there = installed.paths.get(model_folder(model))
-    if there is None or there.kind != "folder":
-        return store_of(model, settings)
-    return there.target if there.target and there.target.startswith("/") else None
-
-
-def mount_of(store: str | None, installed: Installed) -> str | None:
-    """Where the disk of that folder is mounted; None where that is the system's own disk, or not known."""
-    mounts = {one.mount for one in installed.left.spaces.values() if store and store.startswith(f"{one.mount}/")}
-    return max(mounts, key=len, default=None)
-
-
-def store_of(model: ModelFiles, settings: Settings) -> str | None:
-    """The folder for a model that is to be downloaded, where the settings name another one than the usual."""
-    return f"{settings.models_dir}/{model.folder}" if settings.models_dir not in (None, MODELS) else None
-
-
-def model_path(model: ModelFiles) -> str:
-    """The model's first file on a host, which llama-server is given."""
-    return f"{model_folder(model)}/{model.files[0].name}"
-
-
 def desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused:
     """What the host should be, or why it is left out of the run, with what the probe found wrong with it.
 
@@ -213,25 +164,11 @@ def _desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused
     choice = inputs.keep_or_replan(corrections)
     if refused := next(_unplanned(choice), None):
         return refused
-    bare = _with_build(inputs, run)
-    return bare if isinstance(bare, Refused) else with_plans(bare, choice, corrections, {}, render)
-
-
-def _with_build(inputs: PlanInputs, run: Run) -> Desired | Refused:
-    """What is compiled, and what the host lacks for it; without the plans."""
-    toolkit = _toolkit(inputs, run)
-    if isinstance(toolkit, cuda_toolkit.Unsuitable):
-        return refusals.no_toolkit(toolkit)
-    architectures = _architectures(inputs, only_used(inputs.survey.machine, inputs.backend, inputs.settings))
-    if inputs.backend == "hip" and not architectures:
-        return refusals.no_hip_target()
-    build = _build(inputs, run.commit, toolkit, architectures)
-    install = toolkit if isinstance(toolkit, cuda_toolkit.Install) else None
-    hip, lacking = _hip(inputs, build, run), _lacking(inputs.survey, build, run)
-    if isinstance(hip, NoHip):
-        return refusals.no_hip(hip)
-    refused = refusals.no_packages(lacking, run.offers, inputs.survey.machine) or _old_tools(inputs, build, run)
-    return refused or Desired(inputs, run, build, install, lacking, hip=hip)
+    made = building(inputs, run)
+    if isinstance(made, Refused):
+        return made
+    bare = Desired(inputs, run, made.build, made.install_toolkit, made.lacking, hip=made.hip)
+    return with_plans(bare, choice, corrections, {}, render)
 
 
 def with_plans(
@@ -273,15 +210,6 @@ def _in_the_way(inputs: PlanInputs) -> Iterator[Refused]:
             yield refused
 
 
-def _old_tools(inputs: PlanInputs, build: Build, run: Run) -> Refused | None:
-    installed = inputs.survey.installed
-    if not _compiles(installed, build, run):
-        return None
-    coming = {word: offer.version for word, offer in run.offers.items() if offer.package}
-    there = {word: version for word, version in installed.tools.items() if version}
-    return refusals.old_tools(build.backend, {**coming, **there})
-
-
 def to_ask(inputs: PlanInputs, outcome: Desired | Refused) -> tuple[Need, ...]:
     """What the host's repositories are to be asked about, before the host is decided again with the answer: what it
     lacks, and Arch's own CUDA toolkit, whose version only they know."""
@@ -291,80 +219,6 @@ def to_ask(inputs: PlanInputs, outcome: Desired | Refused) -> tuple[Need, ...]:
     if inputs.backend == "cuda" and survey.machine.package_manager == "pacman" and not survey.installed.toolkits:
         return (cuda_toolkit.CUDA, COMPILER)
     return ()
-
-
-def _toolkit(
-    inputs: PlanInputs, run: Run
-) -> cuda_toolkit.Toolkit | cuda_toolkit.Install | cuda_toolkit.Unsuitable | None:
-    """The CUDA toolkit to compile with; None for other backends."""
-    if inputs.backend != "cuda":
-        return None
-    toolkits = [cuda_toolkit.InstalledToolkit.from_json(data) for data in inputs.survey.installed.toolkits]
-    machine = only_used(inputs.survey.machine, inputs.backend, inputs.settings)
-    own = cuda_toolkit.Repositories(inputs.survey.installed.compiler, run.offers)
-    return cuda_toolkit.choose_toolkit(inputs.settings.cuda_toolkit, machine, toolkits, own)
-
-
-def _hip(inputs: PlanInputs, build: Build, run: Run) -> Hip | NoHip | None:
-    """HIP to compile with; None where none is needed."""
-    if inputs.backend != "hip" or not _compiles(inputs.survey.installed, build, run):
-        return None
-    return choose_hip(inputs.survey.installed.rocm, run.offers)
-
-
-def _architectures(inputs: PlanInputs, machine: Machine) -> tuple[str, ...]:
-    """GPU architectures to compile for: those of this machine's GPUs, never a compiler's guess. With AMD's those that
-    the operator's variables give them."""
-    if inputs.backend == "cuda":
-        return cuda_toolkit.architectures(machine)
-    if inputs.backend == "hip":
-        found = {gpu.gfx for gpu in machine.usable_gpus if gpu.gfx}
-        return gfx_targets(inputs.settings.environment) or tuple(sorted(found))
-    return ()
-
-
-def _build(
-    inputs: PlanInputs, commit: str, toolkit: cuda_toolkit.Toolkit | cuda_toolkit.Install | None,
-    architectures: tuple[str, ...],
-) -> Build:  # fmt: skip
-    settings, machine = inputs.settings, inputs.survey.machine
-    return Build(
-        commit=commit,
-        backend=inputs.backend,
-        toolkit=toolkit.identity if toolkit else None,
-        architectures=architectures,
-        machine_arch=machine.os.arch,
-        libc=machine.os.libc,
-        cpu_flags=machine.cpu.flags,
-        kv_types=tuple(sorted({kv_type for instance in settings.models for kv_type in instance.kv_types})),
-        ui=settings.build_ui,
-        tls=any(instance.tls_certificate_file for instance in settings.models),
-        nvcc=toolkit.nvcc if toolkit else None,
-        host_compiler=toolkit.host_compiler if isinstance(toolkit, cuda_toolkit.Toolkit) else None,
-    )
-
-
-def _is_cached(installed: Installed, build: Build, run: Run) -> bool:
-    return not set(run.digests.get(build.key, ())).isdisjoint(installed.cached_builds.get(build.key, ()))
-
-
-def _compiles(installed: Installed, build: Build, run: Run) -> bool:
-    """Whether this host compiles: it neither has the release nor can take it from the cache."""
-    return build.key not in installed.releases and not _is_cached(installed, build, run)
-
-
-def _lacking(survey: Survey, build: Build, run: Run) -> tuple[Need, ...]:
-    """What is needed and missing: what compiles only where something is compiled, and no optional need that no
-    repository has."""
-    installed = survey.installed
-    wanted = needs(build.backend, _compiles(installed, build, run), build.tls)
-    missing = (one for one in wanted if one.name in installed.missing_packages)
-    return tuple(one for one in missing if not (one.optional and _is_not_offered(one, run.offers)))
-
-
-def _is_not_offered(need: Need, offers: Mapping[str, Offer]) -> bool:
-    offer = offers.get(need.name)
-    return offer is not None and offer.package is None
 
 
 def _serving(

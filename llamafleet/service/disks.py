@@ -9,7 +9,8 @@ from llamafleet.build.release import Build
 from llamafleet.host.installed import Installed
 from llamafleet.remote.common import BUILD, MODELS, RELEASES
 from llamafleet.service.changes import Changes
-from llamafleet.service.desired import Desired, Serving, stored_at
+from llamafleet.service.desired import Desired, Serving
+from llamafleet.service.model_folders import stored_at
 from llamafleet.service.refusals import Refused
 from llamafleet.settings.schema import Settings
 

@@ -29,8 +29,9 @@ from llamafleet.model.gguf_cursor import GgufError
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.stability import Choice
 from llamafleet.service import disks
+from llamafleet.service.building import Run
 from llamafleet.service.changes import Changes, changes_needed
-from llamafleet.service.desired import Desired, Run, desire, to_ask, with_plans
+from llamafleet.service.desired import Desired, desire, to_ask, with_plans
 from llamafleet.service.plan_inputs import PlanInputs, plan_inputs
 from llamafleet.service.record import without_query
 from llamafleet.service.refusals import Refused, is_path

@@ -11,8 +11,9 @@ from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.remote.common import core_of_unit, identity_of, without_directives
 from llamafleet.service import wanted
+from llamafleet.service.building import Run
 from llamafleet.service.changes import changes_needed
-from llamafleet.service.desired import Desired, Run, Service, Serving
+from llamafleet.service.desired import Desired, Service, Serving
 from llamafleet.service.instance_changes import differences, sha256
 from tests import planning
 

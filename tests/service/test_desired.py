@@ -15,9 +15,11 @@ from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Refusal
 from llamafleet.remote.common import MODELS
 from llamafleet.service import refusals
+from llamafleet.service.building import Run
 from llamafleet.service.changes import changes_needed
-from llamafleet.service.desired import Desired, Run, desire, mount_of, stored_at, to_ask, with_plans
+from llamafleet.service.desired import Desired, desire, to_ask, with_plans
 from llamafleet.service.instance_changes import SECRETS
+from llamafleet.service.model_folders import mount_of, stored_at
 from llamafleet.service.plan_inputs import plan_inputs
 from llamafleet.service.refusals import Refused, port_taken
 from tests import planning

@@ -1,0 +1,37 @@
+"""Where the files of a model lie on a host, and on which of its disks."""
+
+from __future__ import annotations
+
+from llamafleet.host.installed import Installed
+from llamafleet.hub.source import ModelFiles
+from llamafleet.remote.common import MODELS
+from llamafleet.settings.schema import Settings
+
+
+def model_folder(model: ModelFiles) -> str:
+    """The model's folder on a host."""
+    return f"{MODELS}/{model.folder}"
+
+
+def stored_at(model: ModelFiles, settings: Settings, installed: Installed) -> str | None:
+    """The folder on another disk to which the model's folder leads, or will; None where it lies there itself."""
+    there = installed.paths.get(model_folder(model))
+    if there is None or there.kind != "folder":
+        return store_of(model, settings)
+    return there.target if there.target and there.target.startswith("/") else None
+
+
+def mount_of(store: str | None, installed: Installed) -> str | None:
+    """Where the disk of that folder is mounted; None where that is the system's own disk, or not known."""
+    mounts = {one.mount for one in installed.left.spaces.values() if store and store.startswith(f"{one.mount}/")}
+    return max(mounts, key=len, default=None)
+
+
+def store_of(model: ModelFiles, settings: Settings) -> str | None:
+    """The folder for a model that is to be downloaded, where the settings name another one than the usual."""
+    return f"{settings.models_dir}/{model.folder}" if settings.models_dir not in (None, MODELS) else None
+
+
+def model_path(model: ModelFiles) -> str:
+    """The model's first file on a host, which llama-server is given."""
+    return f"{model_folder(model)}/{model.files[0].name}"
