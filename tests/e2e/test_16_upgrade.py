@@ -22,7 +22,7 @@ PREFIX = "upgrade"
 UNIT = "llama-server-tiny.service"
 KEY = "a-key-of-the-operator"
 # What an upgrade may do beside a running server.
-QUIET = ("helpers", "lock", "plan.json", "while its server runs on", "liveness", "recover")
+QUIET = ("helpers", "lock", "plan.json", "while its server runs on", "liveness", "recover", "Say how to use")
 
 
 @pytest.fixture(scope="module")
