@@ -89,10 +89,11 @@ class Oracle:
 
 
 @contextmanager
-def compiling() -> Iterator[None]:
-    """One compilation of llama.cpp for the CPU at a time: who waits finds the object files of the one before."""
+def compiling(suite: str = roots.SUITE) -> Iterator[None]:
+    """One compilation of llama.cpp for the CPU at a time on that release of Debian: who waits finds the object files of
+    the one before."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with upstream.locked(FOLDER / "lock"):
+    with upstream.locked(FOLDER / f"{suite}.lock"):
         yield
 
 
@@ -106,7 +107,7 @@ def build(jobs: int | None = None, source: Source | None = None) -> Oracle:
     recipe = (source.commit, roots.OLDER_SUITE, *FLAGS, *compiler_cache.FILES.values(), ENTER, COPY_LIBRARIES, RUN)
     folder = FOLDER / hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:12]
     if not (folder / "done").exists():
-        with compiling():
+        with compiling(roots.OLDER_SUITE):
             if not (folder / "done").exists():
                 _compile(folder, source, jobs or os.cpu_count() or 1)
                 (folder / "done").touch()

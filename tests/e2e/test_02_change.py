@@ -179,8 +179,7 @@ def test_two_runs_at_once_cannot_meet(settings, inventory, hosts):
     on(host, "rm", "/run/llamafleet/lock.json")
 
 
-def test_unit_edited_by_hand_is_found_and_repaired(settings, inventory, hosts):
-    host = hosts[2]
+def test_unit_edited_by_hand_is_found_and_repaired(settings, inventory, host):
     unit = "/etc/systemd/system/llama-server-tiny.service"
     on(
         host,

@@ -83,7 +83,7 @@ def deployed(before, host, outside, tmp_path_factory):
     ]  # fmt: skip
     data = {**outside.settings(), "build_cache": ON_HOST}
     two = write_inventory(folder / "two.py", [(host, {**data, "models": models})])
-    with oracle_build.compiling():
+    with oracle_build.compiling(roots.OLDER_SUITE):
         run = pyinfra(two)
     assert run.code == 0, run.text
     for part in ("Install packages", "Build llama.cpp b"):

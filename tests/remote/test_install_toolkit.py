@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from llamafleet.remote import network
 from tests.remote.test_toolkits import debians, nvidias
 
 PROGRAM = Path(__file__).parents[2] / "llamafleet" / "remote" / "install_toolkit.py"
@@ -88,7 +89,9 @@ class Host:
                  "url": None, "key_package": None, "repo_file": None, "nvcc": "/usr/bin/nvcc"}  # fmt: skip
         path = self.case / "spec.json"
         path.write_text(json.dumps({**known, **spec}))
-        environment = {**os.environ, "PATH": f"{self.programs}:/usr/bin:/bin", "ROOT": str(self.root),
+        # This machine's own certificates are none of the host's.
+        without = {name: value for name, value in os.environ.items() if name not in network.BUNDLE_VARIABLES}
+        environment = {**without, "PATH": f"{self.programs}:/usr/bin:/bin", "ROOT": str(self.root),
                        "CASE": str(self.case), "NOTES": str(self.notes)}  # fmt: skip
         command = [sys.executable, "-s", "-B", PROGRAM, path, self.root]
         return subprocess.run(command, env=environment, capture_output=True, text=True)
