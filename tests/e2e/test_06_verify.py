@@ -97,7 +97,7 @@ def test_what_the_binary_counts_beyond_the_ledger_is_in_the_plan(written, host, 
 
 
 def test_a_second_run_asks_nothing_and_changes_nothing(written, host):
-    dry = pyinfra(written(), "--dry")
+    dry = pyinfra(written(), "--dry", "-v")
     unchanged(dry, host)
     assert "kept: the same inputs give the installed plan" in dry.text
     before = main_pid(host, "tiny")

@@ -118,11 +118,12 @@ done
 
 
 def test_on_other_ground_the_whole_hardening_is_tried_again(deploy, host):
+    context = json.loads(on(host, "cat", PLAN))["gate"]["context_tokens"]
     # As after an upgrade: what was found was found under another kernel.
     on(host, "sh", "-ec", OLD_KERNEL, "sh", PLAN, "/var/lib/llamafleet/good/tiny")
-    run, _, _ = deploy("nothing", 1024, "--dry")
+    run, _, _ = deploy("nothing", context, "--dry")
     assert "its hardening was loosened under another kernel" in run.text
-    run, unit, found = deploy("nothing", 1024)
+    run, unit, found = deploy("nothing", context)
     assert run.code == 0, run.text
     assert dropped(found) == [] and f"\n{CODE}\n" in unit and serves(host)
 
