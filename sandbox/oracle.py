@@ -15,6 +15,7 @@ Decision 5: docs/decisions/0005-known-or-bound-never-guessed.md.
 from __future__ import annotations
 
 import os
+import random
 import re
 import socket
 import subprocess
@@ -34,6 +35,7 @@ __all__ = ["Breakdown", "Oracle", "OracleError", "Row", "Source", "ask", "build"
 START_TIMEOUT_SECONDS = 60
 STOP_TIMEOUT_SECONDS = 10
 ASK_TIMEOUT_SECONDS = 60  # 0.5 s alone; a loaded machine of two cores is slower
+PORTS = (20000, 32768)
 START_ATTEMPTS = 3  # a port found free can be taken by somebody else before the server has it
 TAIL_LINES = 30
 REFUSED_FLAGS = ("-fit", "--fit")  # the breakdown is what fit prints
@@ -43,6 +45,9 @@ _ROW = re.compile(  # with the device's total and free memory before the figures
     r" \+\s+(?P<compute>\d+)\)?(?: \+\s+-?\d+)?\s+\|"
 )
 _BUFFER = re.compile(r"sched_reserve: +(?P<name>[^\[\s]+)(?:\[\S+\])? compute buffer size = +(?P<size>[\d.]+) MiB")
+
+
+_ports, _given = threading.Lock(), set[int]()
 
 
 @contextmanager
@@ -152,10 +157,15 @@ def _wait_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of loopback that nobody listens on now, and that this process has not got before: below those that Linux
+    takes for connections, where another program's, or our own to a server that does not listen yet, could take it."""
+    while True:
+        port = random.randrange(*PORTS)
+        with _ports, socket.socket() as probe, suppress(OSError):
+            if port not in _given:
+                probe.bind(("127.0.0.1", port))
+                _given.add(port)
+                return port
 
 
 def _listens(process: subprocess.Popen[bytes], endpoint: tuple[str, int]) -> bool:
