@@ -9,6 +9,7 @@ from pyinfra.api.deploy import deploy
 from llamafleet.hub.source import RemoteFile
 from llamafleet.remote.common import RUN
 from llamafleet.service.desired import Desired, Serving
+from llamafleet.service.disks import MODEL_RESERVE_BYTES
 from llamafleet.service.model_folders import store_of, stored_at
 from llamafleet.settings import secrets
 from tasks.lib import jobs, lookups, operations, paths
@@ -16,7 +17,6 @@ from tasks.lib.decision import for_stage
 
 # A tmpfs: the token is on the host only while it downloads.
 TOKEN = RUN + "/hub-token.curl"
-RESERVE_BYTES = 1024**3  # stay free on the models' disk
 
 
 @deploy("Fetch the models")
@@ -32,7 +32,7 @@ def model() -> None:
         first = serving.model.files[0].name
         there = stored_at(serving.model, now.desired.settings, now.desired.installed) or folder
         if sent := tuple(paths.sent_files(serving.model, there)):
-            operations.send_files(name=f"Send {first}", needed=needed, files=sent, reserve_bytes=RESERVE_BYTES)
+            operations.send_files(name=f"Send {first}", needed=needed, files=sent, reserve_bytes=MODEL_RESERVE_BYTES)
         operations.run_job(
             name=f"Fetch {first}", needed=needed, job=f"fetch-{serving.model.folder}", program="fetch.py",
             spec=spec(now.desired, serving, token is not None), secret=_curl_config(token),
@@ -54,7 +54,7 @@ def spec(desired: Desired, serving: Serving, with_token: bool) -> dict[str, Any]
         "files": [_file(desired, serving, file) for file in serving.model.files],
         "curl_config": TOKEN if with_token else None,
         "token_origin": desired.settings.hub_endpoint,
-        "reserve_bytes": RESERVE_BYTES,
+        "reserve_bytes": MODEL_RESERVE_BYTES,
     }
 
 

@@ -91,7 +91,7 @@ def test_a_command_s_cause_and_way_out(said, cause, way_out):
     "text",
     [
         "error: https://example.net/x.gguf: Connection refused",  # a download on the host, not its SSH
-        "E: Temporary failure resolving 'deb.debian.org'",
+        "E: Temporary failure resolving 'mirror.example.net'",
         "curl: (28) Connection timed out after 60 s",
         "the disk is on fire",
     ],

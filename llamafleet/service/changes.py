@@ -142,10 +142,8 @@ def _has_other_rates(installed: InstalledInstance, serving: Serving) -> bool:
     wanted = serving.record.get("inputs")
     if wanted is None:
         return False
-    rates = recorded.get("rates") if isinstance(recorded, dict) else None
-    if isinstance(rates, dict) and rates.get("probe", ...) is None:
-        return bool(rates != {**wanted["rates"], "probe": None})
-    return bool(rates != wanted["rates"])
+    rates, now = recorded.get("rates") if isinstance(recorded, dict) else None, wanted["rates"]
+    return rates not in (now, {**now, "probe": None})
 
 
 def _runs_from(service: Service, installed: InstalledInstance | None, build: bool) -> Iterator[str]:

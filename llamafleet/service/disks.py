@@ -16,7 +16,7 @@ from llamafleet.settings.schema import Settings
 
 GIB = 2**30
 MIB = 2**20
-# Stays free where models are downloaded (tasks/model.py), and where anything else is written.
+# Stays free where models are downloaded, and where anything else is written.
 MODEL_RESERVE_BYTES, RESERVE_BYTES = GIB, 64 * MIB
 # What a build takes at the least, where nothing of it is there: its tree, then the release. The CPU's release has 50 MB
 # (b11434); GPU backends add kernels, by GPU architecture and type of the KV cache. A host with more room than this may
