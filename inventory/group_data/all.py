@@ -58,6 +58,60 @@ model_defaults = {
     # needs them to go back in a conversation without reading it again. llama.cpp's own limit is 32 checkpoints
     # for each slot, of any size: 0.4 GiB each for Gemma 3 27B. Other models make none.
     "context_checkpoints_mib": 1024,
+    # --- what it serves ---
+    # "chat" (chat and completions), "embedding" or "reranking". An embedding or reranking server computes a whole
+    # input at once, so its ubatch is its context.
+    "serves": "chat",
+    # How an embedding is made from the tokens': "none", "mean", "cls", "last" or "rank". None: as the file says.
+    "pooling": None,
+    # Of a reranking server: a question with a text that answers it and one that does not, which the gate asks it:
+    # {"query": "...", "relevant": "...", "irrelevant": "..."}. None: any finite scores pass.
+    "rerank_example": None,
+    # The projector (mmproj) that makes a chat model see images or hear audio: a source as of a model, or a dictionary
+    # with "source" and the keys "sha256" and "mirrors"; "auto": the one of the model's repository that
+    # llama-server -hf would take. None: text alone.
+    "projector": None,
+    # Tokens that one image takes at least and at most, where the model has images of any size; memory for the largest
+    # is planned. None: the projector's own limits.
+    "image_min_tokens": None,
+    "image_max_tokens": None,
+    # Tokens are guessed ahead, and checked by the model together: "none", "ngram" (from what the conversation repeats),
+    # "mtp" (by the model's own head), "draft" (a small model with the same vocabulary), "eagle3", "dflash" or "dspark"
+    # (small models made for this one). The text stays the same. Only measuring tells whether it pays.
+    "speculation": "none",
+    # The small model of "draft", "eagle3", "dflash" and "dspark": a source, or a dictionary as of `projector`.
+    "draft": None,
+    # Most and fewest tokens that are guessed at once. None: llama.cpp's defaults.
+    "draft_max_tokens": None,
+    "draft_min_tokens": None,
+    # LoRA adapters, each a source or {"source": ..., "scale": 0.5} with the keys of `projector`. The scale is 1 unless
+    # it is given; with 0 an adapter is loaded, and used by requests that ask for it.
+    "adapters": [],
+    # Files on *your* machine that go to the host: a chat template (Jinja) in place of the model's own; a grammar (GBNF)
+    # or a JSON schema that constrains every reply.
+    "chat_template_file": None,
+    "grammar_file": None,
+    "json_schema_file": None,
+    # True: all slots share one KV cache of `pool_tokens`, and one request may use all of it. With None the pool has
+    # `context_tokens` for each slot. A pool can run out where all slots are long at once.
+    "kv_unified": False,
+    "pool_tokens": None,
+    # GPUs that this instance may use, named as in the host's `gpus`. None: those of the host. []: none.
+    "gpus": None,
+    # Copies of the instance, each a unit of its own, NAME-1, NAME-2 and so on, with ports counted up from `port`: a
+    # number, or "per_gpu": one for each GPU, planned for that GPU alone.
+    "copies": 1,
+    # How several GPUs share a model: "layer" (whole layers), "tensor" (each computes a part of every layer), or "auto":
+    # "tensor" where llama.cpp has it for this model and it is predicted to be faster.
+    "split_mode": "layer",
+    # Seconds without a request after which llama-server frees the model's memory; the next request loads it again. Its
+    # memory stays planned. None: never.
+    "sleep_idle_seconds": None,
+    # "boot": the server runs from the boot on. "demand": it starts at the first connection, and stops after
+    # `idle_seconds` without one. The memory of models that are started on demand may be more than the host has: those
+    # that are not in use make way.
+    "start": "boot",
+    "idle_seconds": 600,
     # Address to listen on. Loopback by default: a model server without a key is an open door. Another
     # address is refused without `api_key_file`, unless you set `allow_unauthenticated`.
     "listen": "127.0.0.1",

@@ -43,13 +43,22 @@ _UNRELATED_SETTINGS = {"models", "llama_cpp_repository", "llama_cpp_ref", "build
 
 # Settings that later versions added: with these values they are no part of the hash, which so is that of before.
 _ADDED_SETTINGS: Mapping[str, Any] = {"gpus": None}
+_ADDED_INSTANCE_SETTINGS: Mapping[str, Any] = {
+    "serves": "chat", "pooling": None, "rerank_example": None, "projector": None, "image_min_tokens": None,
+    "image_max_tokens": None, "speculation": "none", "draft": None, "draft_max_tokens": None, "draft_min_tokens": None,
+    "adapters": (), "chat_template_file": None, "grammar_file": None, "json_schema_file": None, "kv_unified": False,
+    "pool_tokens": None, "gpus": None, "copies": 1, "split_mode": "layer", "sleep_idle_seconds": None, "start": "boot",
+    "idle_seconds": 600,
+}  # fmt: skip
 
 
 def inputs_key(machine: Machine, settings: Settings, instance: Instance, model: Mapping[str, Any]) -> str:
     """A hash of all inputs of a plan except memory, 16 hex digits. `model` has the model's files and their sizes."""
     inputs = {
-        "instance": _without(asdict(instance), _UNRELATED_INSTANCE_SETTINGS),
-        "settings": _without(asdict(settings), {*_UNRELATED_SETTINGS, *_unset(settings)}),
+        "instance": _without(
+            asdict(instance), {*_UNRELATED_INSTANCE_SETTINGS, *_unset(instance, _ADDED_INSTANCE_SETTINGS)}
+        ),
+        "settings": _without(asdict(settings), {*_UNRELATED_SETTINGS, *_unset(settings, _ADDED_SETTINGS)}),
         "model": model,
         "cpu": asdict(machine.cpu),
         "gpus": [[gpu.uuid, gpu.name, gpu.problem] for gpu in machine.gpus],
@@ -57,8 +66,8 @@ def inputs_key(machine: Machine, settings: Settings, instance: Instance, model: 
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=list).encode()).hexdigest()[:16]
 
 
-def _unset(settings: Settings) -> set[str]:
-    return {key for key, value in _ADDED_SETTINGS.items() if getattr(settings, key) == value}
+def _unset(settings: Settings | Instance, added: Mapping[str, Any]) -> set[str]:
+    return {key for key, value in added.items() if getattr(settings, key) == value}
 
 
 def _without(values: Mapping[str, Any], names: set[str]) -> dict[str, Any]:

@@ -36,6 +36,10 @@ from llamafleet.settings.other_names import LLAMA_CPP_NAMES
 from llamafleet.validation import Flag, Listed, Should, Whole, one_of
 
 BACKENDS = ("auto", "cuda", "hip", "vulkan", "cpu")
+SERVES = ("chat", "embedding", "reranking")
+# common/arg.cpp, --pooling.
+POOLINGS = ("none", "mean", "cls", "last", "rank")
+SPECULATIONS = ("none", "ngram", "mtp", "draft", "eagle3", "dflash", "dspark")
 # common/arg.cpp, kv_cache_types: the types llama-server accepts for --cache-type-k/-v.
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
@@ -197,6 +201,59 @@ UbatchTokens = Annotated[
 
 @with_config(extra="forbid")
 @dataclass(frozen=True)
+class Companion:
+    """A file that is loaded beside a model: a projector, a draft model, an adapter."""
+
+    source: Source
+    sha256: Sha256 | None = None
+    mirrors: Annotated[Listed[Mirror], Field(max_length=100)] = ()
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True)
+class Adapter(Companion):
+    """A LoRA adapter and the scale that it is applied with."""
+
+    scale: Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False, description="1: as it was trained")] = 1.0
+
+
+# The projector of the model's own repository.
+AUTO = Companion("auto")
+
+
+def _by_source(value: object) -> object:
+    """A companion that is given by its source alone."""
+    return {"source": value} if isinstance(value, str) else value
+
+
+def _projector(value: object) -> object:
+    return AUTO if value == AUTO.source else _by_source(value)
+
+
+OneCompanion = Annotated[Companion, BeforeValidator(_by_source)]
+Idle = Annotated[Whole, Field(ge=1, le=_SECONDS, description="a pause")]
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True)
+class RerankExample:
+    """A question, a text that answers it and one that does not."""
+
+    query: Text
+    relevant: Text
+    irrelevant: Text
+
+
+def _copies(value: object) -> object:
+    """A number of copies, or "per_gpu"."""
+    number = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 256
+    if number or value == "per_gpu":
+        return value
+    raise ValueError('be a number from 1 to 256, or "per_gpu"')
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True)
 class Instance:
     """One model served by one unit, `llama-server-NAME.service`."""
 
@@ -215,6 +272,28 @@ class Instance:
     threads: Annotated[Whole, Field(ge=1, le=4096, description="more than any host has")] | None
     prompt_cache_mib: CacheMib
     context_checkpoints_mib: CacheMib
+    serves: Annotated[Text, one_of(SERVES)]
+    pooling: Annotated[Text, one_of(POOLINGS)] | None
+    rerank_example: RerankExample | None
+    projector: Annotated[Companion, BeforeValidator(_projector)] | None
+    image_min_tokens: Tokens | None
+    image_max_tokens: Tokens | None
+    speculation: Annotated[Text, one_of(SPECULATIONS)]
+    draft: OneCompanion | None
+    draft_max_tokens: Annotated[Whole, Field(ge=1, le=1024, description="far beyond what any draft gets right")] | None
+    draft_min_tokens: Annotated[Whole, Field(ge=0, le=1024, description="0: as few as the draft is sure of")] | None
+    adapters: Annotated[Listed[Annotated[Adapter, BeforeValidator(_by_source)]], Field(max_length=64)]
+    chat_template_file: Text | None
+    grammar_file: Text | None
+    json_schema_file: Text | None
+    kv_unified: Flag
+    pool_tokens: ContextTokens | None
+    gpus: GpuNames | None
+    copies: Annotated[int | Text, PlainValidator(_copies)]
+    split_mode: Annotated[Text, one_of(("auto", "layer", "tensor"))]
+    sleep_idle_seconds: Idle | None
+    start: Annotated[Text, one_of(("boot", "demand"))]
+    idle_seconds: Idle
     listen: Annotated[Text, Should("be an IP address, such as 127.0.0.1 or 0.0.0.0", _is_address)]
     allowed_clients: Listed[
         Annotated[Text, Should("be an IP address or network, such as 10.0.0.7 or 10.0.0.0/8", _is_network)]
