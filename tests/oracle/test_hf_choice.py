@@ -35,18 +35,23 @@ SEES = [("acme/sees-GGUF", ""), ("acme/sees-GGUF", "bf16"), ("acme/sees-GGUF", "
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    file = models.tiny(tmp_path_factory.mktemp("models"))
+    folder = tmp_path_factory.mktemp("models")
+    file = models.tiny(folder)
+    # Each with its own contents: of equal files llama-server fetches one.
+    for name in {name for names in REPOSITORIES.values() for name in names if "mmproj" in name}:
+        (folder / name.replace("/", "_")).write_text(name)
     with Hub() as hub:
         for repo, names in REPOSITORIES.items():
             for name in names:
-                hub.add(repo, name, file)
+                hub.add(repo, name, folder / name.replace("/", "_") if "mmproj" in name else file)
         yield hub
 
 
 @pytest.mark.parametrize(("repo", "quant"), ASKED, ids=lambda text: text or "default")
 def test_llama_server_takes_the_same_file(hub, repo, quant, tmp_path):
     wanted = best_file(REPOSITORIES[repo], quant)
-    assert _taken(hub, repo, quant, tmp_path, 1, "--no-mmproj")[:1] == [wanted], _end_of_log(tmp_path)
+    taken = _taken(hub, repo, quant, tmp_path, 1, "--no-mmproj")
+    assert (taken[:1] or [None]) == [wanted], _end_of_log(tmp_path)
 
 
 @pytest.mark.parametrize(("repo", "quant"), SEES, ids=lambda text: text or "default")
