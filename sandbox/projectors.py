@@ -8,9 +8,10 @@ conversion scripts write (gguf-py/gguf/constants.py; conversion/*.py).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType as Q
@@ -47,14 +48,16 @@ class ProjectorLayout:
         return "a" if self.mel_bins else "v"
 
 
-_SO400M = {"blocks": 27, "embd": 1152, "heads": 16, "ff": 4304}
-_CLIP_L = {"embd": 1024, "heads": 16, "ff": 4096}
-_GEMMA3 = {"kind": "gemma3", "patch": 14, "image": 896, "merge": 4, **_SO400M}
-_QWEN3_MERGE = {"clip.vision.spatial_merge_size": 2}
-_QWEN25 = {"kind": "qwen2.5vl_merger", "blocks": 32, "embd": 1280, "heads": 16, "ff": 3420, "image": 560, "merge": 2,
-           "extra": {"clip.vision.n_wa_pattern": 8, "clip.use_silu": True}}  # fmt: skip
-_QWEN3 = {"kind": "qwen3vl_merger", "patch": 16, "image": 768, "merge": 2, "extra": _QWEN3_MERGE}
-_GEMMA4 = {"kind": "gemma4v", "patch": 16, "image": 224, "merge": 3}
+_SO400M: dict[str, Any] = {"blocks": 27, "embd": 1152, "heads": 16, "ff": 4304}
+_CLIP_L: dict[str, Any] = {"embd": 1024, "heads": 16, "ff": 4096}
+_GEMMA3: dict[str, Any] = {"kind": "gemma3", "patch": 14, "image": 896, "merge": 4, **_SO400M}
+_QWEN3_MERGE: dict[str, object] = {"clip.vision.spatial_merge_size": 2}
+_QWEN25: dict[str, Any] = {
+    "kind": "qwen2.5vl_merger", "blocks": 32, "embd": 1280, "heads": 16, "ff": 3420, "image": 560, "merge": 2,
+    "extra": {"clip.vision.n_wa_pattern": 8, "clip.use_silu": True},
+}  # fmt: skip
+_QWEN3: dict[str, Any] = {"kind": "qwen3vl_merger", "patch": 16, "image": 768, "merge": 2, "extra": _QWEN3_MERGE}
+_GEMMA4: dict[str, Any] = {"kind": "gemma4v", "patch": 16, "image": 224, "merge": 3}
 
 PUBLISHED_PROJECTORS: dict[str, ProjectorLayout] = {
     one.name: one
@@ -113,7 +116,7 @@ def tiny(folder: Path, width: int, *, seed: int = 0) -> Path:
 
 
 def metadata(layout: ProjectorLayout) -> dict[str, object]:
-    """The header's metadata, with the keys that clip.cpp reads (tools/mtmd/clip-impl.h)."""
+    """The header's metadata, with the keys that llama.cpp reads (tools/mtmd/clip-impl.h)."""
     modality = "audio" if layout.mel_bins else "vision"
     own: dict[str, object] = {
         "embedding_length": layout.embd, "feed_forward_length": layout.ff, "block_count": layout.blocks,
@@ -224,54 +227,84 @@ def _layers(one: ProjectorLayout) -> Shapes:
 
 
 def _outputs(one: ProjectorLayout) -> Shapes:
-    squared = one.embd * one.merge**2
-    if one.kind == "gemma3":
-        yield "mm.soft_emb_norm.weight", (one.embd,)
-        yield "mm.input_projection.weight", (one.width, one.embd)
-    elif one.kind == "gemma4v":
-        if "standardized" in one.options:
-            yield "v.std_bias", (one.embd,)
-            yield "v.std_scale", (one.embd,)
-        yield "mm.input_projection.weight", (one.embd, one.width)
-    elif one.kind in ("qwen2vl_merger", "qwen2.5vl_merger", "qwen3vl_merger"):
-        yield from _both("mm.0", (squared, squared))
-        yield from _both("mm.2", (squared, one.width))
-        for layer in one.deepstack:
-            yield from _both(f"v.deepstack.{layer}.norm", (squared,))
-            yield from _both(f"v.deepstack.{layer}.fc1", (squared, squared))
-            yield from _both(f"v.deepstack.{layer}.fc2", (squared, one.width))
-    elif one.kind == "pixtral":
-        if one.merge > 1:
-            yield "mm.input_norm.weight", (one.embd,)
-            yield "mm.patch_merger.weight", (squared, one.embd)
-        yield from _both("mm.1", (one.embd, one.width))
-        yield from _both("mm.2", (one.width, one.width))
-        yield "v.token_embd.img_break", (one.width,)
-    elif one.kind == "internvl":
-        yield from _both("mm.model.mlp.0", (squared,))
-        yield from _both("mm.model.mlp.1", (squared, one.width))
-        yield from _both("mm.model.mlp.3", (one.width, one.width))
-    elif one.kind == "mlp":
-        yield from _both("mm.0", (one.embd, one.width))
-        yield from _both("mm.2", (one.width, one.width))
-    elif one.kind == "idefics3":
-        yield "mm.model.fc.weight", (squared, one.width)
-    elif one.kind == "kimivl":
-        yield from _both("mm.input_norm", (one.embd,))
-        yield from _both("mm.1", (squared, squared))
-        yield from _both("mm.2", (squared, one.width))
-    elif one.kind == "glm4v":
-        yield from _both("mm.patch_merger", (one.merge, one.merge, one.embd, one.width))
-        yield "mm.model.fc.weight", (one.width, one.width)
-        yield from _both("mm.post_norm", (one.width,))
-        yield "mm.up.weight", (one.width, 13696)
-        yield "mm.gate.weight", (one.width, 13696)
-        yield "mm.down.weight", (13696, one.width)
-    elif one.kind == "voxtral":
-        yield "mm.a.mlp.1.weight", (one.embd * 4, one.width)
-        yield "mm.a.mlp.2.weight", (one.width, one.width)
-    elif one.kind == "qwen2a":
-        yield from _both("mm.a.fc", (one.embd, one.width))
+    return _OUTPUTS[one.kind](one, one.embd * one.merge**2)
+
+
+def _of_gemma3(one: ProjectorLayout, squared: int) -> Shapes:
+    yield "mm.soft_emb_norm.weight", (one.embd,)
+    yield "mm.input_projection.weight", (one.width, one.embd)
+
+
+def _of_gemma4(one: ProjectorLayout, squared: int) -> Shapes:
+    if "standardized" in one.options:
+        yield "v.std_bias", (one.embd,)
+        yield "v.std_scale", (one.embd,)
+    yield "mm.input_projection.weight", (one.embd, one.width)
+
+
+def _of_qwen(one: ProjectorLayout, squared: int) -> Shapes:
+    yield from _both("mm.0", (squared, squared))
+    yield from _both("mm.2", (squared, one.width))
+    for layer in one.deepstack:
+        yield from _both(f"v.deepstack.{layer}.norm", (squared,))
+        yield from _both(f"v.deepstack.{layer}.fc1", (squared, squared))
+        yield from _both(f"v.deepstack.{layer}.fc2", (squared, one.width))
+
+
+def _of_pixtral(one: ProjectorLayout, squared: int) -> Shapes:
+    if one.merge > 1:
+        yield "mm.input_norm.weight", (one.embd,)
+        yield "mm.patch_merger.weight", (squared, one.embd)
+    yield from _both("mm.1", (one.embd, one.width))
+    yield from _both("mm.2", (one.width, one.width))
+    yield "v.token_embd.img_break", (one.width,)
+
+
+def _of_internvl(one: ProjectorLayout, squared: int) -> Shapes:
+    yield from _both("mm.model.mlp.0", (squared,))
+    yield from _both("mm.model.mlp.1", (squared, one.width))
+    yield from _both("mm.model.mlp.3", (one.width, one.width))
+
+
+def _of_llava(one: ProjectorLayout, squared: int) -> Shapes:
+    yield from _both("mm.0", (one.embd, one.width))
+    yield from _both("mm.2", (one.width, one.width))
+
+
+def _of_idefics3(one: ProjectorLayout, squared: int) -> Shapes:
+    yield "mm.model.fc.weight", (squared, one.width)
+
+
+def _of_kimi(one: ProjectorLayout, squared: int) -> Shapes:
+    yield from _both("mm.input_norm", (one.embd,))
+    yield from _both("mm.1", (squared, squared))
+    yield from _both("mm.2", (squared, one.width))
+
+
+def _of_glm(one: ProjectorLayout, squared: int) -> Shapes:
+    yield from _both("mm.patch_merger", (one.merge, one.merge, one.embd, one.width))
+    yield "mm.model.fc.weight", (one.width, one.width)
+    yield from _both("mm.post_norm", (one.width,))
+    yield "mm.up.weight", (one.width, 13696)
+    yield "mm.gate.weight", (one.width, 13696)
+    yield "mm.down.weight", (13696, one.width)
+
+
+def _of_voxtral(one: ProjectorLayout, squared: int) -> Shapes:
+    yield "mm.a.mlp.1.weight", (one.embd * 4, one.width)
+    yield "mm.a.mlp.2.weight", (one.width, one.width)
+
+
+def _of_qwen_audio(one: ProjectorLayout, squared: int) -> Shapes:
+    yield from _both("mm.a.fc", (one.embd, one.width))
+
+
+# What is behind the layers, by kind; the second argument is the length of a row of merged patches.
+_OUTPUTS: dict[str, Callable[[ProjectorLayout, int], Shapes]] = {
+    **dict.fromkeys(("qwen2vl_merger", "qwen2.5vl_merger", "qwen3vl_merger"), _of_qwen),
+    "gemma3": _of_gemma3, "gemma4v": _of_gemma4, "pixtral": _of_pixtral, "internvl": _of_internvl, "mlp": _of_llava,
+    "idefics3": _of_idefics3, "kimivl": _of_kimi, "glm4v": _of_glm, "voxtral": _of_voxtral, "qwen2a": _of_qwen_audio,
+}  # fmt: skip
 
 
 def _values(tensor: Tensor, seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:

@@ -23,6 +23,8 @@ BATCH_TOKENS = 1024  # common/common.h, mtmd_batch_max_tokens: pictures that are
 # A picture as it was sent, decoded: 40 million pixels of three bytes, more than phones make.
 SENT_PICTURE_BYTES = 120 * MIB
 SOUND_BYTES = 32 * MIB  # half a minute of sound and its spectra
+SOUND_POSITIONS = 1500  # of half a minute
+WIDEST = 1 << 16  # elements of a row: bounds what a hostile header leads to
 _UNKNOWN = (GraphUnknownError, LookupError, ArithmeticError, ValueError)
 
 
@@ -52,9 +54,12 @@ class ProjectorBytes:
 def projector_bytes(projector: Projector, *, on_gpu: bool, flash_attention: bool) -> ProjectorBytes:
     """What a projector takes, all its encoders together."""
     parts = [_of(one, projector.width, on_gpu, flash_attention) for one in projector.encoders]
-    sums = (sum(getattr(part, name) for part in parts) for name in
-            ("weights", "compute", "host_compute", "pictures", "at_start", "scratch"))  # fmt: skip
-    return ProjectorBytes(*sums, is_exact=all(part.is_exact for part in parts))
+    return ProjectorBytes(
+        sum(part.weights for part in parts), sum(part.compute for part in parts),
+        sum(part.host_compute for part in parts), sum(part.pictures for part in parts),
+        sum(part.at_start for part in parts), sum(part.scratch for part in parts),
+        all(part.is_exact for part in parts),
+    )  # fmt: skip
 
 
 def _of(encoder: Encoder, width: int, on_gpu: bool, flash: bool) -> ProjectorBytes:
@@ -116,12 +121,10 @@ def _pictures(encoder: Encoder, width: int) -> int:
 
 
 def _scratch(encoder: Encoder) -> int:
-    """Bytes that a GPU's matrix product takes beside the buffers: its operands as 16 bit numbers (ggml-cuda.cu,
-    ggml_cuda_op_mul_mat_cublas)."""
-    positions = AUDIO_POSITIONS if encoder.hears else encoder.max_tokens * encoder.merge**2
+    """Bytes that a GPU's matrix product takes beside the buffers: its operands as 16 bit numbers.
+
+    Source: ggml/src/ggml-cuda/ggml-cuda.cu, ggml_cuda_mul_mat_cublas_impl.
+    """
+    positions = SOUND_POSITIONS if encoder.hears else encoder.max_tokens * encoder.merge**2
     widest = max((max(tensor.shape[:2]) for tensor in encoder.tensors if len(tensor.shape) == 2), default=0)
     return 2 * 2 * positions * min(widest, WIDEST)
-
-
-AUDIO_POSITIONS = 1500
-WIDEST = 1 << 16

@@ -1,7 +1,7 @@
 """What a projector's header says: the encoders that make embeddings of pictures and of sound for a model.
 
-The rules are those of tools/mtmd/clip.cpp at b11434: clip_model_loader, load_hparams and clip_n_mmproj_embd. A header
-may be hostile: numbers are checked where llama.cpp checks them, and bounded where a graph is built of them.
+The rules are those of tools/mtmd/clip.cpp, load_hparams and clip_n_mmproj_embd at b11434. A header may be hostile:
+numbers are checked where llama.cpp checks them, and bounded where a graph is built of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DEEPSTACK = re.compile(r"v\.deepstack\.\d+\.fc1\.weight")
 LAYER_LIMIT = 512  # the largest encoders have 64 layers
 IMAGE_SIDE_LIMIT = 8192  # pixels; load_hparams
 PATCH_LIMIT = 65536
-AUDIO_FRAMES = 3000  # clip-model.h, warmup_audio_size: thirty seconds
+AUDIO_FRAMES = 3000  # tools/mtmd/clip-model.h, warmup_audio_size: thirty seconds
 # Whatever modality an encoder has, these of its file are loaded too (load_tensors).
 _ALWAYS_LOADED = ("v.class_embd", "v.patch_embd.", "v.norm_embd.")
 _OF_SOUND = ("a.", "mm.a.")
@@ -175,7 +175,7 @@ def _warm_up_side(kind: Kind, token_side: int, side: int, largest: int, wanted: 
 
 
 def _loaded(tensors: Sequence[Tensor], kind: Kind) -> list[Tensor]:
-    """The tensors that clip.cpp loads for an encoder of this kind."""
+    """The tensors that llama.cpp loads for an encoder of this kind."""
     if kind.hears:
         return [one for one in tensors if one.name.startswith((*_OF_SOUND, *_ALWAYS_LOADED))]
     return [one for one in tensors if not one.name.startswith(_OF_SOUND)]

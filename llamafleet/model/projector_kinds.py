@@ -1,4 +1,4 @@
-"""llama.cpp's projectors, one row each: what clip.cpp at b11434 has in its code and no header says.
+"""llama.cpp's projectors, one row each: what its code has at b11434 and no header says.
 
 Sources: tools/mtmd/clip-impl.h, PROJECTOR_TYPE_NAMES; tools/mtmd/clip.cpp, load_hparams, load_tensors and
 clip_n_mmproj_embd; tools/mtmd/mtmd.cpp, mtmd_decode_use_non_causal; tools/mtmd/models/models.h, support_batch.
@@ -7,6 +7,7 @@ clip_n_mmproj_embd; tools/mtmd/mtmd.cpp, mtmd_decode_use_non_causal; tools/mtmd/
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ SCALE, MERGE = "projector.scale_factor", "spatial_merge_size"
 _MM2 = ("mm.2.weight", 1)
 _FC = ("mm.model.fc.weight", 1)
 _AUDIO_MLP2 = ("mm.a.mlp.2.weight", 1)
-_QWEN = {"merge": 2, "merge_key": MERGE, "tokens": (8, 4096), "warm_up_side": 46, "limits": True}
-_OF_PIXELS = {"has_pixel_keys": True, "warm_up_side": 46}
+_QWEN: dict[str, Any] = {"merge": 2, "merge_key": MERGE, "tokens": (8, 4096), "warm_up_side": 46, "limits": True}
+_OF_PIXELS: dict[str, Any] = {"has_pixel_keys": True, "warm_up_side": 46}
 
 KINDS: dict[str, Kind] = {
     "mlp": Kind(output=_MM2),

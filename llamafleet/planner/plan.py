@@ -29,6 +29,7 @@ from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
 from llamafleet.planner import beside, processors
+from llamafleet.planner.asked import Asked
 from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate, host_cost
 from llamafleet.planner.backend import capacity_of, environment, no_gpu, resolve_backend
 from llamafleet.planner.devices import gpus_for, left_out
@@ -128,10 +129,10 @@ def _plan_instance(
     instance = replace(instance, kv_types=usable)
     model = Model.of(header)
     case = _Case(machine, backend, capacity, instance, model, tokens, correction, measured, known, alone, earlier)
-    return _with_companions(case, beside.Asked(backend, capacity, instance, model, tokens, companions))
+    return _with_companions(case, Asked(backend, capacity, instance, model, tokens, companions))
 
 
-def _with_companions(case: _Case, asked: beside.Asked) -> Plan | Refusal:
+def _with_companions(case: _Case, asked: Asked) -> Plan | Refusal:
     """The best plan among the places of what is loaded beside the model."""
     if wrong := beside.unfit(asked):
         return Refusal(f"{case.instance.name}: {wrong}", instance=case.instance.name)
@@ -234,7 +235,8 @@ class _Case:
 def _best_plan(case: _Case) -> Timed | tuple[Search, Refined]:
     """The best plan with its seconds; if no candidate fits, the search and its best candidate."""
     flash = is_used(case.model.shape, case.backend)
-    weighted_contexts = contexts(case.instance, case.context_tokens, case.work, flash_attention=flash)
+    least = max((one.least_ubatch for one in case.besides), default=0)
+    weighted_contexts = contexts(case.instance, case.context_tokens, case.work, least, flash_attention=flash)
     search = case.search([context for context, _ in weighted_contexts])
     handicaps = {replace(context, flash_attention=True): handicap for context, handicap in weighted_contexts}
     candidates = search.candidates(weighted_contexts)

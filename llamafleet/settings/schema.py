@@ -28,7 +28,7 @@ from llamafleet.remote.common import (
     keeps_secrets,
     unit_of,
 )
-from llamafleet.settings import environment, prompt_files, secrets
+from llamafleet.settings import environment, pictures, prompt_files, secrets
 from llamafleet.settings import extra_flags as extra
 from llamafleet.settings.defaults import MODEL_DEFAULTS, DefaultsError, with_defaults
 from llamafleet.settings.gpu_names import gpu_list, gpu_name, gpu_reserve
@@ -326,7 +326,11 @@ class Instance:
         flags = extra.problems(self.extra_flags, self.dangerous_flags, self.api_key_file is not None)
         files = {setting: getattr(self, setting) for setting in prompt_files.SETTINGS.values()}
         clashes = prompt_files.clashes(files, self.serves, self.extra_flags)
-        validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags, *clashes])
+        seen = pictures.clashes(
+            has_projector=self.projector is not None, min_tokens=self.image_min_tokens,
+            max_tokens=self.image_max_tokens, serves=self.serves, extra_flags=self.extra_flags,
+        )  # fmt: skip
+        validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags, *clashes, *seen])
         return self
 
     def _open_doors(self) -> Iterator[tuple[str, str]]:

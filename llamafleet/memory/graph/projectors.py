@@ -28,7 +28,7 @@ def build(encoder: Encoder, picture: Picture, *, flash_attention: bool) -> Graph
 
 
 def _siglip(t: Tower) -> Tensor:
-    """siglip.cpp."""
+    """tools/mtmd/models/siglip.cpp, clip_graph_siglip."""
     inputs = t.patch_rows()
     moves = t.encoder.name in ("lfm2", "phi4")
     learned = t.learned_positions() if moves else t.weight("v.position_embd.weight")
@@ -57,7 +57,7 @@ def _pooled(t: Tower, cur: Tensor) -> Tensor:
 
 
 def _pixtral(t: Tower) -> Tensor:
-    """pixtral.cpp."""
+    """tools/mtmd/models/pixtral.cpp, clip_graph_pixtral."""
     places = (t.positions(), t.positions())
     inputs = t.patch_rows()
     cur = t.transformer(inputs, t.patches, RMS, None, rope_2d(places))
@@ -95,7 +95,7 @@ def _two_frames(t: Tower) -> Tensor:
 
 
 def _qwen2vl(t: Tower) -> Tensor:
-    """qwen2vl.cpp."""
+    """tools/mtmd/models/qwen2vl.cpp, clip_graph_qwen2vl."""
     norm = RMS if t.encoder.name == "qwen2.5vl_merger" else LAYER
     cur, windowed = _two_frames(t), t.encoder.window_pattern > 0
     places, mask = t.positions(4), None
@@ -135,7 +135,7 @@ def _qwen_layer(t: Tower, name: str, inputs: Tensor, places: Tensor, norm: str, 
 
 
 def _qwen3vl(t: Tower) -> Tensor:
-    """qwen3vl.cpp."""
+    """tools/mtmd/models/qwen3vl.cpp, clip_graph_qwen3vl."""
     cur = apply("add", _two_frames(t), t.need("v.patch_embd.bias"))
     cur = apply("add", cur, _merge_order(t, t.learned_positions()))
     places, stacked = t.positions(4), None
@@ -156,7 +156,7 @@ def _qwen3vl(t: Tower) -> Tensor:
 
 
 def _glm4v(t: Tower) -> Tensor:
-    """glm4v.cpp."""
+    """tools/mtmd/models/glm4v.cpp, clip_graph_glm4v."""
     raw, places = t.raw_input(), t.positions(4)
     cur = apply("add", t.patched(raw), t.patched(raw, "v.patch_embd.weight.1"))
     cur = apply("add", _merge_order(t, permute(cur, 1, 2, 0, 3)), t.need("v.patch_embd.bias"))
@@ -174,7 +174,7 @@ def _glm4v(t: Tower) -> Tensor:
 
 
 def _gemma4v(t: Tower) -> Tensor:
-    """gemma4v.cpp."""
+    """tools/mtmd/models/gemma4v.cpp, clip_graph_gemma4v."""
     raw = apply("scale", t.raw_input())
     cur = reshape(t.patched(raw), t.patches, t.embd, t.picture.count)
     cur = cont(ggml.transpose(cur))
@@ -195,7 +195,7 @@ def _looked_up(t: Tower, cur: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _gemma4uv(t: Tower) -> Tensor:
-    """gemma4uv.cpp: no layers, only a projection."""
+    """No layers, only a projection (tools/mtmd/models/gemma4uv.cpp, clip_graph_gemma4uv)."""
     raw, size = t.raw_input(), t.encoder.patch
     kernel = Tensor("none", F32, (size, size, 3, 1))
     seen = new("im2col", F32, (size * size * 3, t.picture.across, t.picture.down), kernel, raw)
@@ -207,7 +207,7 @@ def _gemma4uv(t: Tower) -> Tensor:
 
 
 def _internvl(t: Tower) -> Tensor:
-    """internvl.cpp."""
+    """tools/mtmd/models/internvl.cpp, clip_graph_internvl."""
     one, scale = t.picture, t.encoder.merge
     inputs, first = t.patch_rows(), t.need("v.class_embd")
     inputs = ggml.concat(inputs, new("repeat", first.type, (first.ne[0], 1, one.count, 1), first), 1)
@@ -222,7 +222,7 @@ def _internvl(t: Tower) -> Tensor:
 
 
 def _llava(t: Tower) -> Tensor:
-    """llava.cpp, of LLaVA and Granite."""
+    """LLaVA and Granite (tools/mtmd/models/llava.cpp, clip_graph_llava)."""
     one, features = t.encoder, t.encoder.feature_layers
     if "mm.3.weight" in t.tensors or not one.layers:  # the projector of Yi
         raise GraphUnknownError(f"{one.name}: mm.3.weight")
@@ -259,7 +259,7 @@ def _llava_layer(t: Tower, name: str, inputs: Tensor, count: int) -> Tensor:
 
 
 def _kimivl(t: Tower) -> Tensor:
-    """kimivl.cpp."""
+    """tools/mtmd/models/kimivl.cpp, clip_graph_kimivl."""
     places = (t.positions(), t.positions())
     learned = t.learned_positions()
     cur = t.transformer(t.patch_rows(), t.patches, LAYER, learned, rope_2d(places))
@@ -272,7 +272,7 @@ def _kimivl(t: Tower) -> Tensor:
 
 
 def _whisper(t: Tower) -> Tensor:
-    """whisper-enc.cpp."""
+    """tools/mtmd/models/whisper-enc.cpp, clip_graph_whisper_enc."""
     cur = t.raw_input(1)
     for number, stride in (("1", 1), ("2", 2)):
         cur = conv_1d(t.need(f"a.conv1d.{number}.weight"), cur, stride)
@@ -304,7 +304,7 @@ def _stacked(t: Tower, cur: Tensor) -> Tensor:
 
 
 def _gemma4ua(t: Tower) -> Tensor:
-    """gemma4ua.cpp."""
+    """tools/mtmd/models/gemma4ua.cpp, clip_graph_gemma4ua."""
     return t.multiply("mm.a.input_projection.weight", apply(RMS, cont(permute(t.raw_input(1), 1, 0, 2, 3))))
 
 
