@@ -152,7 +152,8 @@ def settings_for_all(models: Sequence[str], data: Mapping[str, Any], changes: Ma
             raise UsageError("--set source: give the model with --model instead")
         if which and not (int(which) <= len(models) and _is_of_instance(own)):
             raise UsageError(f"--set {key}: should be a setting of a model, of 1 to {len(models)}")
-        if _is_of_instance(own):
+        # A key that both have is the host's, unless it is said of which model.
+        if _is_of_instance(own) and (which or own not in Settings.__dataclass_fields__):
             for entry in entries if not which else [entries[int(which) - 1]]:
                 entry[own] = _items(own, value)
         else:
