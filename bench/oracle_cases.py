@@ -39,7 +39,8 @@ class Case:
     def name(self) -> str:
         """The case in one line."""
         c = self.context
-        parts = [self.layout, self.quant, f"{c.tokens}x{c.slots}{'u' if c.unified else ''}{c.pool_tokens or ''}", c.kv_type,
+        shared = f"u{c.pool_tokens or ''}" if c.unified else ""
+        parts = [self.layout, self.quant, f"{c.tokens}x{c.slots}{shared}", c.kv_type,
                  f"ub{c.ubatch_tokens}", "fa" if c.flash_attention else "nofa",
                  "gpu" + "+".join(map(str, self.counts or (0,)))]  # fmt: skip
         return " ".join([*parts, f"spill{len(self.spilled)}"] if self.spilled else parts)

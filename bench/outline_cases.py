@@ -54,7 +54,7 @@ def cache_shapes(layers: int) -> dict[str, Situation]:
         "a pool of 1.5 contexts for three slots, no flash attention": (
             Context(4096, 3, "f16", 512, flash_attention=False, **pool), (all_,), ()),
         "a pool below the ubatch, two devices": (
-            Context(512, 5, "q8_0", 2048, unified=True, pool_tokens=1000), (half, all_ - half), ()),
+            Context(512, 4, "q8_0", 2048, unified=True, pool_tokens=1000), (half, all_ - half), ()),
     }  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def takes_cache_on(shape: Shape, kv_type: str, backend: str) -> bool:
 def has_kernel(kv_type: str, backend: str) -> bool:
     """Has the backend flash attention for a cache of these types of K and V?
 
-    ggml-cuda takes every pair of its types: one that it was not compiled for (see `Build.fa_pairs`) is converted to
+    ggml-cuda takes every pair of its types: one that it was not compiled for (see `Build.mixed_pairs`) is converted to
     f16. Vulkan has no bf16 beside another type (ggml_backend_vk_device_supports_op); ggml-sycl is compiled for pairs of
     the same type.
     """
