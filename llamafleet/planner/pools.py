@@ -48,8 +48,8 @@ def in_words(context: Context) -> str:
 
 
 def running_out(context: Context, work: Workload) -> Iterator[str]:
-    """What happens when the pool is full, if that can be (server_context_impl::decode in
-    tools/server/server-context.cpp, llama.cpp #23652)."""
+    """What happens when the pool is full, if that can be (tools/server/server-context.cpp,
+    server_context_impl; llama.cpp #23652)."""
     if not context.unified or context.tokens * context.slots <= context.pool_tokens:
         return
     yield (
