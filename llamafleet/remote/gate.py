@@ -111,13 +111,14 @@ def check_context(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def kv_types(unit: str) -> list[str]:
-    """The types of the KV cache that the server logged while it loaded; empty where the journal has no such line.
+    """The types of the KV cache that the server logged while it loaded, such as "q8_0", or K/V where they differ;
+    empty where the journal has no such line.
 
     No address of the server tells them. The constructor of llama_kv_cache logs them at the verbosity of a server with
     GPUs. A type that the backend cannot hold ends the start (llama_init_from_model).
     """
     pairs = re.findall(r"K \((\w+)\): .*V \((\w+)\):", log_of_start(unit))
-    return sorted({kind for pair in pairs for kind in pair})
+    return sorted({key if key == value else key + "/" + value for key, value in pairs})
 
 
 def log_of_start(unit: str) -> str:
