@@ -350,6 +350,7 @@ def _plan(
         environment=environment(case.backend, gpus, case.machine),
         cpus=cpus,
         numa_nodes=nodes,
+        reported_beside={one.part: one.reported for one in case.besides if one.reported},
         chosen_for=search.roofline.predict(candidate.order, candidate.segments, context),
         at_gate=expected_at_gate(
             case.roofline(GATE_WORK, case.measured, by_type=True), candidate, gpus[: len(candidate.order)]

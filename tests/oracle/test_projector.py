@@ -18,6 +18,8 @@ from llamafleet.memory.projector import projector_bytes
 from llamafleet.model.gguf import read_path
 from llamafleet.model.projector import read
 from llamafleet.model.projector_kinds import KINDS, SPEAKING, SPLIT_KINDS
+from llamafleet.planner import reconcile
+from llamafleet.remote import verify
 from sandbox import models, oracle, projectors, upstream
 
 pytestmark = pytest.mark.oracle
@@ -87,6 +89,26 @@ def test_other_sizes_of_pictures_take_what_is_planned(name, tokens, text_model, 
     # The square of this many tokens is the largest picture too.
     assert (sizes.weights + sizes.compute) / MIB == pytest.approx(by_device["RPC0"], abs=0.02)
     assert sizes.host_compute / MIB == pytest.approx(by_device["CPU"], abs=0.02)
+
+
+def test_the_question_of_the_verification_is_answered_with_the_projector(text_model, tmp_path):
+    file = projectors.tiny(tmp_path, 256)
+    sizes = projector_bytes(read(read_path(file)), on_gpu=False, flash_attention=True)
+    argv = ("--model", str(text_model), "--ctx-size", "512", "--flash-attn", "on", "--fit", "off",
+            "--no-mmproj-offload", "--mmproj", str(file))  # fmt: skip
+    command = [oracle.build().llama_server, *reconcile.question(argv)]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        late = threading.Timer(SECONDS, process.kill)
+        late.start()
+        try:
+            told, tail, _ = verify.read(line.decode(errors="replace").rstrip() for line in process.stdout)
+        finally:
+            late.cancel()
+            process.kill()
+    assert "projector" in told, tail
+    assert told["projector"] == pytest.approx(sizes.at_start, abs=0.02 * MIB)
 
 
 @pytest.mark.parametrize("name", ["gemma-3-4b", "qwen2.5-vl-7b", "voxtral-mini-3b", "pixtral-12b"])

@@ -9,6 +9,7 @@ import pytest
 
 from llamafleet.model.gguf import read_path
 from llamafleet.planner.plan import plan_host
+from llamafleet.planner.reconcile import MemoryReport, compare, memory_limits
 from llamafleet.planner.result import Plan, Refusal
 from sandbox import projectors
 from tests import planning
@@ -121,3 +122,32 @@ def test_a_model_is_no_projector():
     [refused] = plan_host(planning.machine((24564,)), [(asked.models[0], planning.header("Qwen3-8B"))], asked,
                           companions={"m0": {"projector": planning.header("Qwen3-0.6B")}})  # fmt: skip
     assert "is a model of architecture qwen3, not a projector (clip)" in refused.reason
+
+
+def reported(found, projector_bytes=None):
+    """llama-server's answer that agrees with the plan; `projector_bytes`: what it says of the projector."""
+    counted = {
+        row.device: row.weights_bytes + row.kv_bytes + row.compute_bytes + row.staging_bytes for row in found.ledger
+    }
+    beside = {} if projector_bytes is None else {"projector": projector_bytes}
+    return MemoryReport({"CUDA0": counted["GPU0"], "Host": counted["host"], **beside})
+
+
+def test_what_the_binary_reports_of_a_projector_is_compared():
+    found = plan()
+    device, at_start = found.reported_beside["projector"]
+    assert (device, at_start // MIB) == ("GPU0", 943)
+    assert compare(found, reported(found, at_start)).beyond(only_more=False) == {}
+    more = compare(found, reported(found, at_start + 300 * MIB))
+    assert more.beyond(only_more=False) == {"GPU0": 300 * MIB}
+    # llama.cpp of before did not tell it.
+    assert compare(found, reported(found)).beyond(only_more=False) == {}
+    assert memory_limits(found)["devices"]["projector"] == "GPU0"
+
+
+def test_a_projector_on_the_host_is_compared_with_the_host():
+    found = plan(gpus=(10240,))
+    device, at_start = found.reported_beside["projector"]
+    assert device == "host"
+    verified = compare(found, reported(found, at_start + 300 * MIB))
+    assert verified.beyond(only_more=False) == {"host": 300 * MIB}
