@@ -219,6 +219,10 @@ def read_inputs(host: Host) -> PlanInputs | Refused:
     survey = facts.survey(host, settings, bandwidth=True)
     for key, digest in survey.installed.release_digests.items():
         builds.tell(key, digest)
+    expanded = with_copies(settings, survey.machine)
+    if isinstance(expanded, Refusal):
+        return diagnosed(no_plan(expanded), survey.machine)
+    settings = expanded
     models = {
         instance.name: with_companions(
             instance, partial(_files, host, settings), partial(lookups.projector, settings=settings)
