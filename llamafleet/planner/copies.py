@@ -34,7 +34,9 @@ def with_copies(settings: Settings, machine: Machine) -> Settings | Refusal:
     counts = {name: len(found) for name, found in cards.items()}
     if clash := next(settings.clashes(counts), None):
         key, sentence = clash
-        return Refusal(f"{key}: {sentence}", suggestions=("give the models other names or ports",), instance=asked[0].name)
+        return Refusal(
+            f"{key}: {sentence}", suggestions=("give the models other names or ports",), instance=asked[0].name
+        )
     alone = {
         f"{name}-{number}": (name_of(gpu),) for name, found in cards.items() for number, gpu in enumerate(found, 1)
     }

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 PER_GPU = "per_gpu"
+MOST_COPIES = 256
 LONGEST_NAME, LAST_PORT = 63, 65535
 
 
 def copies(value: object) -> object:
     """A number of copies, or "per_gpu". Raises ValueError with what it should be."""
-    number = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 256
+    number = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_COPIES
     if number or value == PER_GPU:
         return value
     raise ValueError('be a number from 1 to 256, or "per_gpu"')

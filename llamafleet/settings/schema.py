@@ -345,6 +345,8 @@ class Instance:
 
     def copied(self, count: int | None) -> tuple[Self, ...]:
         """The instances that this one is served as, as many as `count`; None: itself."""
+        if count is None:
+            return (self,)
         return tuple(replace(self, name=name, port=port, copies=1) for _, name, port in self.asked(count).places())
 
     def asked(self, count: int | None) -> copying.Asked:
