@@ -29,7 +29,7 @@ from llamafleet.memory.placement import HOST
 from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
-from llamafleet.planner import beside, processors
+from llamafleet.planner import beside, processors, tensor
 from llamafleet.planner.asked import Asked
 from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate, host_cost
 from llamafleet.planner.backend import capacity_of, environment, no_gpu, resolve_backend
@@ -152,8 +152,8 @@ def _with_companions(case: _Case, asked: Asked) -> Plan | Refusal:
     if plans:
         return min(plans, key=lambda item: item[:2])[2]
     refused = found[-1]
-    assert isinstance(refused, tuple), "none of the cases has a plan"
-    return _refuse(cases[-1], *refused)
+    assert not isinstance(refused, Timed), "none of the cases has a plan"
+    return refused if isinstance(refused, Refusal) else _refuse(cases[-1], *refused)
 
 
 @dataclass(frozen=True)
@@ -245,19 +245,92 @@ class _Case:
         roofline = self.roofline(self.work, self.known, by_type=True)
         return roofline.predict(candidate.order, candidate.segments, candidate.context)
 
+    def contexts(self) -> list[tuple[Context, float]]:
+        """Every context worth a try, with its handicap."""
+        shape = self.model.shape
+        return contexts(
+            self.instance, self.context_tokens, self.work, flash_attention=is_used(shape, self.backend),
+            trained=shape.context_tokens, least_ubatch=max((one.least_ubatch for one in self.besides), default=0),
+        )  # fmt: skip
+
     def search(self, contexts: Sequence[Context]) -> Search:
         roofline = self.roofline(self.work, self.measured)
         extra = self.instance.prompt_cache_mib * MIB + self.checkpoints_bytes(contexts)
         return Search(self.model, self.capacity, self.backend, extra, self.correction, roofline)
 
 
-def _best_plan(case: _Case) -> Timed | tuple[Search, Refined]:
-    """The best plan with its seconds; if no candidate fits, the search and its best candidate."""
-    flash = is_used(case.model.shape, case.backend)
-    weighted_contexts = contexts(
-        case.instance, case.context_tokens, case.work, flash_attention=flash, trained=case.model.shape.context_tokens,
-        least_ubatch=max((one.least_ubatch for one in case.besides), default=0),
+def _best_plan(case: _Case) -> Timed | Refusal | tuple[Search, Refined]:
+    """The best plan with its seconds, by the instance's `split_mode`; if no candidate fits, the refusal, or the search
+    and its best candidate."""
+    if case.instance.split_mode == "layer":
+        return _by_layers(case)
+    if case.instance.split_mode == "tensor":
+        return _by_tensors(case, None)
+    by_layers = _by_layers(case)
+    if not tensor.is_tried(case.model.shape, case.backend) or case.measured.trials:
+        return by_layers
+    other = _by_tensors(case, by_layers if isinstance(by_layers, Timed) else None)
+    if isinstance(other, Refusal) or not tensor.is_proven(case.model.shape, len(other.plan.gpus)):
+        return by_layers
+    slower = isinstance(by_layers, Timed) and by_layers.seconds < other.seconds * tensor.AUTO_GAIN
+    return by_layers if slower else other
+
+
+def _by_tensors(case: _Case, by_layers: Timed | None) -> Timed | Refusal:
+    """The best plan in which each GPU computes a part of every layer. `by_layers`: the one with whole layers."""
+    name, shape = case.instance.name, case.model.shape
+    why_not = tensor.impossible(shape, case.backend, case.capacity, case.instance.kv_types)
+    if why_not := "adapters are not split" if case.bare else why_not:
+        return Refusal(
+            f'{name}: split_mode "tensor": {why_not}',
+            instance=name,
+            suggestions=('set split_mode to "layer" or "auto"',),
+        )
+    weighted_contexts = case.contexts()
+    search = case.search([context for context, _ in weighted_contexts])
+    chosen = tensor.best(search, weighted_contexts)
+    plan = _tensor_plan(case, chosen, by_layers)
+    worst = min(plan.ledger, key=lambda row: row.free_bytes)
+    if worst.free_bytes >= 0:
+        return Timed(chosen.score, plan)
+    needed, available = worst.used_bytes, max(0, worst.used_bytes + worst.free_bytes)
+    return Refusal(
+        f'{name}: {case.model.header.name} with {in_words(chosen.context)} and split_mode "tensor" does not fit on '
+        f"{case.machine.hostname}: {needed // MIB} MiB of {worst.device} needed, {available // MIB} MiB available"
+        " besides the reserve",
+        device=worst.device, needed_bytes=needed, available_bytes=available, ledger=plan.ledger, instance=name,
+        suggestions=('set split_mode to "layer" or "auto": then weights may be on the host', "set a smaller context"),
     )  # fmt: skip
+
+
+def _tensor_plan(case: _Case, chosen: tensor.Tensors, by_layers: Timed | None) -> Plan:
+    context, model, placement = chosen.context, case.model, tensor.placement(case.model)
+    gpus, cpu = case.gpus_of(chosen.order), case.machine.cpu
+    rows = with_besides(chosen.rows, case.besides, case.whole or case.capacity)
+    argv = planned_flags(
+        context, placement, backend=case.backend, gpus=len(chosen.order), threads=case.threads,
+        prompt_cache_mib=case.instance.prompt_cache_mib, checkpoints=case.checkpoints(context), is_moe=model.is_moe,
+        tensors=True,
+    )  # fmt: skip
+    seconds = by_layers.plan.chosen_for.workload_seconds if by_layers else None
+    return Plan(
+        instance=case.instance.name, backend=case.backend, argv=(*argv, *_beside_flags(case, gpus)), gpus=gpus,
+        context_tokens=context.tokens, slots=context.slots, kv_type=context.kv_type,
+        ubatch_tokens=context.ubatch_tokens, threads=case.threads,
+        prompt_cache_mib=case.instance.prompt_cache_mib, checkpoints=case.checkpoints(context),
+        placement=placement, is_moe=model.is_moe, mapped_bytes=model.mapped_bytes, ledger=rows,
+        predicted=tensor.predict(chosen.order, context, case.roofline(case.work, case.known)),
+        why=(*tensor.why(chosen, case.capacity, model.shape, seconds), *(one.why for one in case.besides if one.why)),
+        host_bytes=rows[-1].used_bytes + model.mapped_bytes,
+        environment=environment(case.backend, gpus, case.machine),
+        cpus=processors.cpus(cpu, case.instance, placement, alone=case.alone),
+        numa_nodes=processors.numa_nodes(cpu, placement), chosen_for=chosen.predicted,
+    )  # fmt: skip
+
+
+def _by_layers(case: _Case) -> Timed | tuple[Search, Refined]:
+    """The best plan with whole layers on each device; if no candidate fits, the search and its best candidate."""
+    weighted_contexts = case.contexts()
     search = case.search([context for context, _ in weighted_contexts])
     handicaps = {replace(context, flash_attention=True): handicap for context, handicap in weighted_contexts}
     candidates = search.candidates(weighted_contexts)
