@@ -19,6 +19,7 @@ class Context:
     ubatch_tokens: int
     flash_attention: bool = True
     unified: bool = False  # all slots share one cache of tokens x slots cells (--kv-unified)
+    pooling: str = ""  # of a server of embeddings or scores (--pooling); "": the server writes text
 
     @property
     def cells(self) -> int:
@@ -48,8 +49,9 @@ class Context:
 
     @property
     def outputs(self) -> int:
-        """Tokens whose logits are computed: llama-server requests one for each slot."""
-        return min(self.ubatch, self.slots)
+        """Tokens with a result: llama-server requests one for each slot, and every token's for embeddings and scores
+        (tools/server/server-context.cpp, server_output_limits)."""
+        return self.ubatch if self.pooling else min(self.ubatch, self.slots)
 
 
 def cache_cells(context: Context, window: int) -> int:

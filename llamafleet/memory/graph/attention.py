@@ -75,7 +75,8 @@ def _separate_qkv(b: Builder, cur: Tensor) -> Heads:
 def _attend_batch(b: Builder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention among the tokens of the batch, without a cache (llm_graph_input_attn_no_cache)."""
     kind = F16 if b.context.flash_attention else F32
-    mask = b.once("batch mask", lambda: ggml.graph_input(kind, b.tokens, b.tokens))
+    window = b.windows[b.layer] > 0
+    mask = b.once(("batch mask", window), lambda: ggml.graph_input(kind, b.tokens, b.tokens))
     for tensor in (q, k, v):
         b.graph.expand(tensor)
     return b.build_attn_mha(q, k, v, mask, None)
