@@ -53,6 +53,17 @@ class Context:
         (tools/server/server-context.cpp, server_output_limits)."""
         return self.ubatch if self.pooling else min(self.ubatch, self.slots)
 
+    def pooled(self, pooling: str) -> Context:
+        """This context for embeddings or scores of that pooling ("": for text). Its ubatch is a multiple of the slots:
+        llama.cpp reserves as many tokens for each of them, and the mean is over as many (build_inp_mean)."""
+        ubatch = -(-self.ubatch_tokens // self.slots) * self.slots if pooling else self.ubatch_tokens
+        return replace(self, pooling=pooling, ubatch_tokens=ubatch)
+
+    @property
+    def takes_whole_inputs(self) -> bool:
+        """Does a ubatch hold the longest input of a server of embeddings or scores?"""
+        return bool(self.pooling) and self.ubatch_tokens >= self.tokens
+
 
 def cache_cells(context: Context, window: int) -> int:
     """Cells of a layer's cache in one stream. `window`: in tokens, 0 for none (src/llama-kv-cache-iswa.cpp,

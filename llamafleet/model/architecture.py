@@ -114,7 +114,9 @@ class Architecture:
 
     # Layers (*, graph)
     layer_graph: LayerGraph = LayerGraph.ORDINARY
-    scores_mean: bool = False  # a reranker without `classifier.pooling_type` takes the mean (src/models/modern-bert.cpp)
+    scores_mean: bool = (
+        False  # a reranker without `classifier.pooling_type` takes the mean (src/models/modern-bert.cpp)
+    )
     layer_norm: bool = False  # LLM_NORM, although its norms have no bias
     rms_norm_with_bias: bool = False  # LLM_NORM_RMS, although its norms have a bias
     norm_first: bool = False  # a layer computes its first norm before anything else

@@ -106,9 +106,7 @@ _ROWS = (
         weights_normed=True,
     ),
     Architecture(name="gemma4-assistant", verified=False, cache=Cache.UNKNOWN, mixes_inputs=False),
-    Architecture(
-        name="gemma-embedding", cache=Cache.NONE, computes_logits=False, window_period=6, scales_tokens=True
-    ),
+    Architecture(name="gemma-embedding", cache=Cache.NONE, computes_logits=False, window_period=6, scales_tokens=True),
     Architecture(name="mamba", recurrence=Recurrence.EVERY_LAYER),
     Architecture(name="mamba2", recurrence=Recurrence.EVERY_LAYER),
     Architecture(name="maple", verified=False, rope=Rope.WITH_WINDOW, weights_normed=True, clamps_at_once=True),

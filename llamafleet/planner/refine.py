@@ -100,11 +100,14 @@ def _shrunk(search: Search, refined: Refined, handicap: float) -> Refined:
     return refined
 
 
-def fits(search: Search, tokens: int, slots: int, kv_type: str, *, certain: bool) -> bool:
-    """Does the model fit with this context? `certain`: check with the ledger, not only with the estimate."""
+def fits(search: Search, like: Context, tokens: int, slots: int, kv_type: str, *, certain: bool) -> bool:
+    """Does the model fit with a context like `like`, but of that many tokens and slots and that cache type?
+
+    `certain`: check with the ledger, not only with the estimate.
+    """
     flash, capacity = search.flash_attention, search.capacity
-    sizes = [ubatch for ubatch in UBATCHES[:2] if ubatch <= tokens]
-    weighted_contexts = [(Context(tokens, slots, kv_type, ubatch, flash), 1.0) for ubatch in sizes]
+    sizes = [tokens] if like.takes_whole_inputs else [ubatch for ubatch in UBATCHES[:2] if ubatch <= tokens]
+    weighted_contexts = [(Context(tokens, slots, kv_type, ubatch, flash).pooled(like.pooling), 1.0) for ubatch in sizes]
     needed = search.base_costs(Context(tokens, slots, kv_type, 1, flash))[-1] + search.roofline.spill[-1]
     if not weighted_contexts or needed > sum(capacity.gpu_bytes) + capacity.host_bytes + capacity.swap_bytes:
         return False  # weights and KV cache alone are too large

@@ -252,15 +252,25 @@ def _orders(candidates: Sequence[Candidate]) -> list[tuple[int, ...]]:
 
 
 def contexts(
-    instance: Instance, tokens: int, work: Workload, *, flash_attention: bool = True
+    instance: Instance,
+    tokens: int,
+    work: Workload,
+    *,
+    flash_attention: bool = True,
+    pooling: str = "",
+    whole_inputs: bool = False,
 ) -> list[tuple[Context, float]]:
-    """Every context worth a try with its handicap, the preferred first; values that the instance sets are kept."""
+    """Every context worth a try with its handicap, the preferred first; values that the instance sets are kept.
+
+    `pooling`: as of `Context`; `whole_inputs`: each must fit into one ubatch.
+    """
     weighted_contexts = []
     for position, kv_type in enumerate(instance.kv_types):
         for slots in _slots(instance, work):
-            for ubatch in _ubatches(instance, tokens, work):
+            for ubatch in _ubatches(instance, tokens, work, whole_inputs):
                 handicap = LATER_KV_TYPE**position * OTHER_UBATCH ** abs(_doublings(ubatch))
-                weighted_contexts.append((Context(tokens, slots, kv_type, ubatch, flash_attention), handicap))
+                context = Context(tokens, slots, kv_type, ubatch, flash_attention)
+                weighted_contexts.append((context.pooled(pooling), handicap))
     return weighted_contexts
 
 
@@ -273,9 +283,11 @@ def _slots(instance: Instance, work: Workload) -> list[int]:
     return counts
 
 
-def _ubatches(instance: Instance, tokens: int, work: Workload) -> list[int]:
+def _ubatches(instance: Instance, tokens: int, work: Workload, whole_inputs: bool) -> list[int]:
     if instance.ubatch_tokens is not None:
         return [instance.ubatch_tokens]
+    if whole_inputs:
+        return [tokens]
     # A larger ubatch than the smallest that holds the whole prompt is of no use.
     largest = min(tokens, next((size for size in sorted(UBATCHES) if size >= work.prompt_tokens), UBATCHES[-1]))
     return [size for size in UBATCHES if size <= largest] or [256]

@@ -28,7 +28,7 @@ from llamafleet.remote.common import (
     keeps_secrets,
     unit_of,
 )
-from llamafleet.settings import environment, secrets
+from llamafleet.settings import environment, secrets, serving
 from llamafleet.settings import extra_flags as extra
 from llamafleet.settings.defaults import MODEL_DEFAULTS, DefaultsError, with_defaults
 from llamafleet.settings.gpu_names import gpu_list, gpu_name, gpu_reserve
@@ -324,7 +324,7 @@ class Instance:
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         flags = extra.problems(self.extra_flags, self.dangerous_flags, self.api_key_file is not None)
-        validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags])
+        validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags, *serving.of_vectors(self)])
         return self
 
     def _open_doors(self) -> Iterator[tuple[str, str]]:
