@@ -17,6 +17,7 @@ from llamafleet.memory.context import Context
 from llamafleet.memory.placement import Placement, Segment
 from llamafleet.planner.estimate import Budgets, kind_of
 from llamafleet.planner.partition import SAME_SPEED, cut, fill
+from llamafleet.planner.pools import with_pool
 from llamafleet.settings.schema import Instance
 from llamafleet.settings.workload import Workload
 
@@ -257,12 +258,14 @@ def contexts(
     work: Workload,
     *,
     flash_attention: bool = True,
+    trained: int = 0,
     pooling: str = "",
     whole_inputs: bool = False,
 ) -> list[tuple[Context, float]]:
     """Every context worth a try with its handicap, the preferred first; values that the instance sets are kept.
 
-    `pooling`: as of `Context`; `whole_inputs`: each must fit into one ubatch.
+    `trained`: tokens that the model was trained for; 0 if they are not known. `pooling`: as of `Context`;
+    `whole_inputs`: each must fit into one ubatch.
     """
     weighted_contexts = []
     for position, kv_type in enumerate(instance.kv_types):
@@ -270,6 +273,9 @@ def contexts(
             for ubatch in _ubatches(instance, tokens, work, whole_inputs):
                 handicap = LATER_KV_TYPE**position * OTHER_UBATCH ** abs(_doublings(ubatch))
                 context = Context(tokens, slots, kv_type, ubatch, flash_attention)
+                context = with_pool(context, instance, trained)
+                if whole_inputs and instance.ubatch_tokens is None:
+                    context = replace(context, ubatch_tokens=context.tokens)
                 weighted_contexts.append((context.pooled(pooling), handicap))
     return weighted_contexts
 

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
 # Settings that are of use only to a server that writes text, with the values that leave them unset.
 OF_TEXT = {
     "projector": None, "image_min_tokens": None, "image_max_tokens": None, "speculation": "none", "draft": None,
-    "draft_max_tokens": None, "draft_min_tokens": None, "chat_template_file": None, "grammar_file": None,
-    "json_schema_file": None,
+    "draft_max_tokens": None, "draft_min_tokens": None,
 }  # fmt: skip
 
 
