@@ -81,8 +81,8 @@ def tiny(folder: Path, kind: str = "dense", *, quant: str = "F16", seed: int = 0
     """Make a model with random weights that can be served; equal arguments give equal bytes.
 
     `kind` is "dense" (5 MB), "moe" (15 MB), "windowed" (attention windows), "hybrid" (recurrent state beside attention)
-    or "recurrent" (recurrent state only), or one of embedders.TINY; `quant` is F16 or Q8_0. Returns the (first) file, in
-    `folder`.
+    or "recurrent" (recurrent state only), or one of embedders.TINY; `quant` is F16 or Q8_0. Returns the (first) file,
+    in `folder`.
     """
     return make({**TINY, **embedders.TINY}[kind], folder, quant=quant, seed=seed, shards=shards)
 

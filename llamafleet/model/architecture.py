@@ -80,6 +80,7 @@ class Architecture:
 
     # Context memory
     cache: Cache = Cache.ORDINARY
+    cache_is_unused: bool = False  # it is allocated, but tokens attend to their batch only (src/models/llama-embed.cpp)
     flash_attention: bool = (
         True  # False: llama.cpp always switches it off (src/llama-context.cpp, llama_init_from_model)
     )
@@ -144,3 +145,8 @@ class Architecture:
     chooses_by_sigmoid: bool = False  # selection by other scores than the weights (src/models/grovemoe.cpp, graph)
     chooses_early: bool = False  # experts selected by the layer's input (src/models/smallthinker.cpp, graph)
     clamps_at_once: bool = False  # one operation clamps gate and up (ggml_swiglu_clamp)
+
+    @property
+    def attends_to_batch(self) -> bool:
+        """Do tokens attend to those of their batch, and to no cached ones?"""
+        return self.cache is Cache.NONE or self.cache_is_unused

@@ -225,7 +225,7 @@ _ROWS = (
         weights_normed=True,
         chooses_early=True,
     ),
-    Architecture(name="llama-embed", cache=Cache.NONE, computes_logits=False, weights_normed=True),
+    Architecture(name="llama-embed", cache_is_unused=True, computes_logits=False, weights_normed=True),
     Architecture(name="t5encoder", verified=False, cache=Cache.NONE, computes_logits=False),
     Architecture(name="llada", verified=False, cache=Cache.NONE),
     Architecture(name="llada-moe", cache=Cache.NONE),

@@ -107,7 +107,7 @@ class Roofline:
         self.fixed_ops, self.spill_ops = _sums(fixed_ops), _sums(spill_ops)
         self.cache = _sums(model.compute.kv_bytes(Context(work.live_tokens, 1, "f16", 1)))
         # Without a cache, a token attends to those behind it too.
-        depth = work.prompt_tokens if shape.cache is Cache.NONE else work.read_depth_tokens
+        depth = work.prompt_tokens if shape.architecture.attends_to_batch else work.read_depth_tokens
         heads = max(shape.heads, default=1)
         shared = [heads / max(1, kv) for kv in shape.kv_heads]
         # Multiply-adds of attention for one token: every element of K and V, once for each head that shares it.
@@ -275,7 +275,7 @@ def _macs(model: Model, tokens: int, shared: Sequence[float]) -> list[float]:
                 for window, heads in zip(shape.windows, shape.kv_heads, strict=True)]  # fmt: skip
     else:
         cache = model.compute.kv_bytes(Context(max(1, tokens), 1, "f16", 1))
-        rows = [size / 2 for size in cache]
+        rows = [size // 2 for size in cache]
     return _sums(elements * heads for elements, heads in zip(rows, shared, strict=True))
 
 

@@ -59,7 +59,7 @@ def _refusal(instance: Instance, reason: str, way_out: str) -> Refusal:
 def needs_whole_inputs(shape: Shape, pooling: str) -> bool:
     """Must an input fit into one batch? Not where the last token of a model with a cache has it all
     (server_slot::can_split)."""
-    if not pooling or shape.cache is Cache.NONE:
+    if not pooling or shape.architecture.attends_to_batch:
         return bool(pooling)
     return not (pooling == "last" or (pooling == "rank" and shape.is_causal))
 

@@ -348,7 +348,7 @@ class Instance:
         files = {setting: getattr(self, setting) for setting in prompt_files.SETTINGS.values()}
         clashes = prompt_files.clashes(files, self.serves, self.extra_flags)
         validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags, *shape, *clashes,
-                           *serving.of_vectors(self)])  # fmt: skip
+                           *serving.of_vectors(vars(self))])  # fmt: skip
         return self
 
     def _open_doors(self) -> Iterator[tuple[str, str]]:

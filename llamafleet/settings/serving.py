@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from llamafleet.settings.schema import Instance
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 # Settings that are of use only to a server that writes text, with the values that leave them unset.
 OF_TEXT = {
@@ -15,15 +12,15 @@ OF_TEXT = {
 }  # fmt: skip
 
 
-def of_vectors(instance: Instance) -> Iterator[tuple[str, str]]:
-    """What is wrong with the settings of embeddings and reranking: the setting and a sentence each."""
-    serves, pooling, example = instance.serves, instance.pooling, instance.rerank_example
+def of_vectors(instance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is wrong with an instance's settings of embeddings and reranking: the setting and a sentence each."""
+    serves, pooling, example = instance["serves"], instance["pooling"], instance["rerank_example"]
     if serves == "chat":
         if pooling is not None:
             yield "pooling", f'is {pooling!r}, but serves is "chat": set serves to "embedding", or leave pooling out'
     else:
         for name, unset in OF_TEXT.items():
-            if getattr(instance, name) != unset:
+            if instance[name] != unset:
                 yield name, f"is set, but a server with serves = {serves!r} reads text and writes none: leave it out"
     if serves == "embedding" and pooling == "rank":
         yield "pooling", 'is "rank", which gives scores: set serves to "reranking", or name another pooling'

@@ -20,6 +20,12 @@ SECCOMP_FILTER = 2
 GATE_CHECKS = (
     "health", "process", "gpu memory", "devices", "api key", "context", "completion", "embedding", "scores", "speed",
 )  # fmt: skip
+# Why a check does not apply.
+NOT_PLANNED = {
+    "gpu memory": "the plan uses no GPU", "devices": "the plan uses no GPU",
+    "api key": "the settings ask for no API key",
+    **dict.fromkeys(("completion", "embedding", "scores"), "the model serves something else"),
+}  # fmt: skip
 
 
 def plan_file(served: Served) -> Problems:
