@@ -1,7 +1,7 @@
 """The tensors of encoders, and of classifiers behind a model: names and shapes as llama.cpp's loader requires them.
 
-The rules are load_arch_tensors() in llama.cpp's src/models/bert.cpp, nomic-bert.cpp, nomic-bert-moe.cpp,
-jina-bert-v2.cpp and modern-bert.cpp. Shapes are in ggml's order, row length first.
+The rules are those of load_arch_tensors() in llama.cpp, one file of src/models for each architecture: bert, nomic-bert,
+nomic-bert-moe, jina-bert-v2, modern-bert. Shapes are in ggml's order, row length first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Servers of embeddings and of scores (`serves`): which models can be such a server, and how it is planned.
 
 An input is a whole request: it is read, and nothing is written. llama-server computes it in one batch, where a token's
-vector depends on those behind it (tools/server/server-context.cpp, server_slot::can_split), and keeps no prompt.
+vector depends on those behind it (tools/server/server-context.cpp, can_split), and keeps no prompt.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _refusal(instance: Instance, reason: str, way_out: str) -> Refusal:
 
 def needs_whole_inputs(shape: Shape, pooling: str) -> bool:
     """Must an input fit into one batch? Not where the last token of a model with a cache has it all
-    (server_slot::can_split)."""
+    (can_split)."""
     if not pooling or shape.architecture.attends_to_batch:
         return bool(pooling)
     return not (pooling == "last" or (pooling == "rank" and shape.is_causal))
