@@ -21,6 +21,9 @@ class Beside:
     why: str = ""  # a sentence for the plan
     # Factor on the workload's seconds for costs that its prediction does not have, such as a slow image.
     handicap: float = 1.0
+    least_ubatch: int = 0  # tokens that must be in one ubatch
+    # Of what llama-server reports of it before it loads: the device of the ledger, and bytes. None: nothing.
+    reported: tuple[str, int] | None = None
 
 
 def reduced(capacity: Capacity, besides: Sequence[Beside]) -> Capacity:

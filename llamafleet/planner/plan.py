@@ -29,6 +29,7 @@ from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
 from llamafleet.planner import beside, processors, vectors
+from llamafleet.planner.asked import Asked
 from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate, host_cost
 from llamafleet.planner.backend import capacity_of, environment, no_gpu, resolve_backend
 from llamafleet.planner.devices import gpus_for, is_one_of, left_out, withheld
@@ -135,10 +136,10 @@ def _plan_instance(
     instance = vectors.as_planned(replace(instance, kv_types=usable))
     model = Model.of(header)
     case = _Case(machine, backend, capacity, instance, model, tokens, correction, measured, known, alone, earlier)
-    return _with_companions(case, beside.Asked(backend, capacity, instance, model, tokens, companions))
+    return _with_companions(case, Asked(backend, capacity, instance, model, tokens, companions))
 
 
-def _with_companions(case: _Case, asked: beside.Asked) -> Plan | Refusal:
+def _with_companions(case: _Case, asked: Asked) -> Plan | Refusal:
     """The best plan among the places of what is loaded beside the model."""
     if wrong := beside.unfit(asked):
         return Refusal(f"{case.instance.name}: {wrong}", instance=case.instance.name)
@@ -246,6 +247,7 @@ def _best_plan(case: _Case) -> Timed | tuple[Search, Refined]:
     pooling, trained = vectors.pooling_of(case.instance, case.model.shape), case.model.shape.context_tokens
     weighted_contexts = contexts(
         case.instance, case.context_tokens, case.work, flash_attention=flash, trained=trained, pooling=pooling,
+        least_ubatch=max((one.least_ubatch for one in case.besides), default=0),
         whole_inputs=vectors.needs_whole_inputs(case.model.shape, pooling),
     )  # fmt: skip
     search = case.search([context for context, _ in weighted_contexts])
@@ -364,6 +366,7 @@ def _plan(
         environment=environment(case.backend, gpus, case.machine),
         cpus=cpus,
         numa_nodes=nodes,
+        reported_beside={one.part: one.reported for one in case.besides if one.reported},
         chosen_for=search.roofline.predict(candidate.order, candidate.segments, context),
         at_gate=None
         if context.pooling

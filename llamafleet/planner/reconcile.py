@@ -99,7 +99,8 @@ def tolerance(reported_bytes: int) -> int:
 def compare(plan: Plan, answer: MemoryReport, extra: Correction = NO_CORRECTION, rounds: int = 1) -> Verified:
     """Compare the plan's ledger, which was made with the correction `extra`, with the binary's report.
 
-    Overhead is not compared, since llama-server does not report it. Host memory is one sum, repacked weights included,
+    Overhead is not compared, since llama-server does not report it. Of a projector the size of its start is compared,
+    which the plan exceeds for the largest picture. Host memory is one sum, repacked weights included,
     and tensors that will be mapped, which llama-server counts while it only measures (src/llama-model.cpp, no_alloc).
     """
     expected = {
@@ -111,9 +112,12 @@ def compare(plan: Plan, answer: MemoryReport, extra: Correction = NO_CORRECTION,
     if answer.told is None:
         return without_report
     devices = _devices(plan)
-    missing = [name for name in devices if name not in answer.told]
+    missing = [name for name in devices if name not in answer.told and name not in plan.reported_beside]
     if missing:
         return replace(without_report, why=f"it did not report the memory of {', '.join(missing)}")
+    for part, (device, size) in plan.reported_beside.items():
+        if part in answer.told:  # an earlier llama.cpp does not report it
+            expected[device] += size
     reported = dict.fromkeys(expected, 0)
     for name, size in answer.told.items():
         reported[devices.get(name, HOST)] += size
@@ -129,9 +133,10 @@ def memory_limits(plan: Plan) -> dict[str, Any]:
 
 
 def _devices(plan: Plan) -> dict[str, str]:
-    """The ledger's device names by llama.cpp's."""
+    """The ledger's device names by llama.cpp's, and by what is reported of parts beside the model."""
     prefix = TRAITS[plan.backend].device_prefix
-    return {f"{prefix}{number}": f"GPU{gpu.index}" for number, gpu in enumerate(plan.gpus)}
+    beside = {part: device for part, (device, _) in plan.reported_beside.items()}
+    return {**{f"{prefix}{number}": f"GPU{gpu.index}" for number, gpu in enumerate(plan.gpus)}, **beside}
 
 
 @dataclass(frozen=True)

@@ -72,15 +72,16 @@ GATE: Dict[str, Form] = {
     "serves": ("chat, embedding or reranking", lambda value: value in ("chat", "embedding", "reranking")),
     "pooling": TEXT, "vector_elements": NUMBER,
     "rerank_example": ("an object with query, relevant and irrelevant, or null", is_example),
+    "modalities": ("a list of texts", is_texts),
 }  # fmt: skip
 GPU = {"uuid": TEXT, "name": TEXT, "device": TEXT, **dict.fromkeys(
     ("planned_bytes", "weights_bytes", "kv_bytes", "compute_bytes", "staging_bytes"), NUMBER)}  # fmt: skip
 SIZE: Form = ("a number or null", lambda value: value is None or is_number(value))  # null: the server did not tell it
 FILE = {"path": TEXT, "size_bytes": SIZE, "sha256": PATH}
-# What plans of earlier versions lack, and those of servers that write.
+# What plans of earlier versions lack, and those of servers that need it not.
 ABSENT: Dict[str, Any] = {
-    "tls_certificate": None, "kv_type": None, "speed_floor_percent": 0, "prompt_files": {}, "serves": "chat",
-    "pooling": "", "vector_elements": 0, "rerank_example": None,
+    "tls_certificate": None, "kv_type": None, "speed_floor_percent": 0, "prompt_files": {}, "modalities": [],
+    "serves": "chat", "pooling": "", "vector_elements": 0, "rerank_example": None,
 }  # fmt: skip
 
 

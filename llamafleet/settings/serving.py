@@ -7,8 +7,7 @@ from typing import Any
 
 # Settings that are of use only to a server that writes text, with the values that leave them unset.
 OF_TEXT = {
-    "projector": None, "image_min_tokens": None, "image_max_tokens": None, "speculation": "none", "draft": None,
-    "draft_max_tokens": None, "draft_min_tokens": None,
+    "speculation": "none", "draft": None, "draft_max_tokens": None, "draft_min_tokens": None,
 }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def of(**model):
         ({"serves": "reranking", "rerank_example": {**EXAMPLE, "irrelevant": "a"}}, "rerank_example", "two texts"),
         ({"serves": "reranking", "rerank_example": {"query": "q"}}, "rerank_example", "relevant"),
         ({"serves": "embedding", "speculation": "ngram"}, "speculation", "writes none"),
-        ({"serves": "reranking", "projector": "hf:a/b/mmproj.gguf"}, "projector", "writes none"),
+        ({"serves": "reranking", "projector": "hf:a/b/mmproj.gguf"}, "projector", "leave it out"),
         ({"serves": "embedding", "extra_flags": ["--pooling mean"]}, "extra_flags", "the setting pooling"),
         ({"extra_flags": ["--embedding"]}, "extra_flags", "the setting serves"),
     ],
