@@ -86,7 +86,7 @@ def build(
 
 def _logits(b: Builder, cur: Tensor) -> Tensor:
     head = b.weight("output.weight") or ggml.weight(*_tied_output(b))
-    cur = mul_mat(head, cur)
+    cur = b.adapted("output.weight", mul_mat(head, cur), mul_mat, cur)
     if bias := b.weight("output.bias"):
         cur = apply("add", cur, bias)
     if b.shape.caps_logits:
