@@ -109,10 +109,20 @@ def write(layout: ProjectorLayout, folder: Path, *, seed: int | None = None) -> 
     return file
 
 
-def tiny(folder: Path, width: int, *, seed: int = 0) -> Path:
-    """A projector of Gemma 3's kind for a model of this width: pictures of 56 pixels a side become 16 tokens."""
-    return write(ProjectorLayout("tiny", "gemma3", width, 2, 64, 2, 128, patch=7, image=56, merge=2,
-                                 extra={"clip.vision.projector.scale_factor": 2}), folder, seed=seed)  # fmt: skip
+def tiny(folder: Path, width: int, *, seed: int = 0, name: str = "tiny", is_broken: bool = False) -> Path:
+    """A projector of Gemma 3's kind for a model of this width: pictures of 56 pixels a side become 16 tokens.
+
+    `is_broken`: its embeddings are no numbers (NaN).
+    """
+    layout = ProjectorLayout(name, "gemma3", width, 2, 64, 2, 128, patch=7, image=56, merge=2,
+                             extra={"clip.vision.projector.scale_factor": 2})  # fmt: skip
+    file = write(layout, folder, seed=seed)
+    if is_broken:
+        last = list(tensors(layout))[-1]
+        with file.open("r+b") as stream:
+            stream.seek(-(-(-last.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES), 2)
+            stream.write(np.full(last.nbytes // 2, np.nan, np.float16).tobytes())
+    return file
 
 
 def metadata(layout: ProjectorLayout) -> dict[str, object]:
