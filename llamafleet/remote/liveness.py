@@ -4,9 +4,9 @@ Contract: `liveness.py PLAN.json SECONDS`, run by the instance's timer. PLAN.jso
 (unit, url, api_keys, tls_certificate, argv, health_seconds, context_tokens, slots, picture_ratio) and `batch_tokens`,
 the most tokens that are computed in one piece; only unit and url must be there. A server is fine if it sleeps, if a
 counter of a slot has moved since the last look, or if no slot works and no request waits; one that has no cached token
-to lose must also give a token. A server that is not fine for SECONDS is wedged. systemd then restarts it: SIGTERM, after
-the unit's stop timeout SIGKILL. A unit is not checked while it does not run
-(systemd restarts what has ended), loads, or is being switched.
+to lose must also give a token. A server that is not fine for SECONDS is wedged. systemd then restarts it: SIGTERM,
+after the unit's stop timeout SIGKILL. A unit is not checked while it does not run (systemd restarts what has ended),
+loads, or is being switched.
 Exit 0 nothing to do, 10 restarted; anything else is a check that failed, of which the last line on stderr says why.
 Writes /run/llamafleet/liveness-NAME.json (the counters that it saw) and, on a restart, /var/lib/llamafleet/gate/
 liveness/NAME.json {"restarts", "by_systemd", "time", "why"}: its own restarts, those of systemd before them, of which
