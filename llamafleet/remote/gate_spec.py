@@ -54,6 +54,12 @@ def is_prompt_files(value: Any) -> bool:
     )
 
 
+def is_adapters(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and isinstance(one.get("path"), str) and is_number(one.get("scale")) for one in value
+    )
+
+
 TEXT: Form = ("a text", lambda value: isinstance(value, str))
 NUMBER: Form = ("a number", is_number)
 PATH: Form = ("a path or null", is_path)
@@ -63,6 +69,7 @@ GATE: Dict[str, Form] = {
     "api_keys": PATH, "tls_certificate": PATH, "health_seconds": NUMBER, "context_tokens": NUMBER, "slots": NUMBER,
     "kv_type": PATH, "speed_floor_percent": NUMBER, "backend": TEXT,
     "gpus": ("a list of objects", lambda value: isinstance(value, list)),
+    "adapters": ("a list of objects with path and scale", is_adapters),
     "prompt_files": ("an object of objects with sha256 and served_sha256", is_prompt_files),
     "modalities": ("a list of texts", is_texts),
 }  # fmt: skip
@@ -72,7 +79,7 @@ SIZE: Form = ("a number or null", lambda value: value is None or is_number(value
 FILE = {"path": TEXT, "size_bytes": SIZE, "sha256": PATH}
 # What plans of earlier versions lack.
 ABSENT: Dict[str, Any] = {"tls_certificate": None, "kv_type": None, "speed_floor_percent": 0, "prompt_files": {},
-                          "modalities": []}  # fmt: skip
+                          "adapters": [], "modalities": []}  # fmt: skip
 
 
 def read_spec(path: str) -> Dict[str, Any]:
