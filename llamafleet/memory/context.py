@@ -19,6 +19,9 @@ class Context:
     ubatch_tokens: int
     flash_attention: bool = True
     unified: bool = False  # all slots share one cache of tokens x slots cells (--kv-unified)
+    drafted: int = 0  # guessed tokens of a slot that are checked together, each with logits of its own
+    rollback: int = 0  # further copies of each recurrent state, to take guesses back (n_rs_seq)
+    head: bool = False  # the model's own draft head has a context, too: the same cells, slots and cache type
 
     @property
     def cells(self) -> int:
@@ -48,8 +51,9 @@ class Context:
 
     @property
     def outputs(self) -> int:
-        """Tokens whose logits are computed: llama-server requests one for each slot."""
-        return min(self.ubatch, self.slots)
+        """Tokens whose logits are computed: one for each slot and for each token that is guessed for it
+        (common/speculative.cpp, common_speculative_get_output_limits)."""
+        return min(self.ubatch, self.slots * (1 + self.drafted))
 
 
 def cache_cells(context: Context, window: int) -> int:

@@ -62,6 +62,14 @@ class LayerGraph(Enum):
     HYPER_CONNECTIONS = auto()  # four residual streams (src/models/deepseek4.cpp, build_hc_pre)
 
 
+class HeadRows(Enum):
+    """Where the graph of a draft head (nextn) keeps only the rows whose logits are wanted (*, graph_mtp)."""
+
+    AFTER_NORM = auto()  # behind the norm before the output matrix
+    BEFORE_NORM = auto()
+    IN_LAYER = auto()  # behind attention
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """One architecture of llama.cpp. Without `verified`, its memory is planned by an upper bound."""
@@ -96,6 +104,7 @@ class Architecture:
     draft_parts: re.Pattern[str] | None = (
         None  # tensors of a draft head (nextn) that are always loaded (*, load_arch_tensors)
     )
+    head_rows: HeadRows = HeadRows.AFTER_NORM
     embedding_held_twice: bool = (
         False  # input and output each load it, even on one device (src/models/gemma4.cpp, load_arch_tensors)
     )

@@ -157,7 +157,7 @@ class Shape:
         row, keys = architecture_of(header.architecture), Keys(header)
         layers = keys.number("block_count")
         trunk = max(0, layers - keys.number("nextn_predict_layers"))
-        swa = windows(row, keys, layers)
+        swa = windows(row, keys, layers, trunk)
         owners = cache_layers(row, keys, layers, trunk)
         head = _head(keys)
         return cls(

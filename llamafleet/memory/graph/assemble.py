@@ -63,7 +63,7 @@ def build(
             cur = gemma3n_layer(b, cur, layer_input, lambda normed: attention(b, normed, positions))
         else:
             rows = None if row.late_output or layer != order[-1] else outputs
-            cur = _layer(b, cur, positions, rows, recurrent_layers[layer])
+            cur = ordinary_layer(b, cur, positions, rows, recurrent_layers[layer])
             cur = add_layer_input(b, cur, layer_input)
     b.layer = -1
     cur = _output_norm_input(b, cur, outputs)
@@ -75,15 +75,19 @@ def build(
     if row.late_output and cur.ne[1] != context.outputs:
         cur = get_rows(cur, outputs)
         cur.output = True
-    head = b.weight("output.weight") or ggml.weight(*_tied_output(b))
-    cur = mul_mat(head, cur)
-    if bias := b.weight("output.bias"):
-        cur = apply("add", cur, bias)
-    if shape.caps_logits:
-        cur = apply("scale", apply("unary", apply("scale", cur)))
+    cur = logits(b, cur)
     cur.output = True
     b.graph.expand(cur)
     return b.graph
+
+
+def logits(b: Builder, cur: Tensor) -> Tensor:
+    """The logits of normed rows."""
+    head = b.weight("output.weight", -1) or ggml.weight(*_tied_output(b))
+    cur = mul_mat(head, cur)
+    if bias := b.weight("output.bias", -1):
+        cur = apply("add", cur, bias)
+    return apply("scale", apply("unary", apply("scale", cur))) if b.shape.caps_logits else cur
 
 
 def _first_layer_input(b: Builder, cur: Tensor) -> Tensor:
@@ -114,7 +118,13 @@ def _tied_output(b: Builder) -> tuple[str, tuple[int, ...], int]:
     return table.type, table.shape, b.backend_of("output.weight", None)
 
 
-def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None, is_recurrent: bool) -> Tensor:
+def ordinary_layer(
+    b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None, is_recurrent: bool
+) -> Tensor:
+    """The result of the current layer: attention or a recurrent state, then a feed-forward part or experts.
+
+    `outputs`: numbers of the rows that are still needed after attention; None: all.
+    """
     parts, row = b.layers[b.layer], b.shape.architecture
     if row.recurrence is Recurrence.BESIDE_ATTENTION:
         return _parallel_hybrid_layer(b, inputs, positions, outputs)
