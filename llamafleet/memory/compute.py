@@ -16,16 +16,19 @@ from llamafleet.memory.graph.allocation import buffer_bytes
 from llamafleet.memory.graph.assemble import build
 from llamafleet.memory.graph.builder import BackendOf
 from llamafleet.memory.graph.draft_head import build_head
+from llamafleet.memory.graph.drafts import build_draft
 from llamafleet.memory.graph.layers import FIRST_LAYER, INPUTS, Layers, layer_traits
 from llamafleet.memory.graph.repeats import NEIGHBOURS, NO_NEIGHBOURS, fold, numbered, shorten
 from llamafleet.memory.kv_cache import kv_bytes
 from llamafleet.memory.placement import Placement
 from llamafleet.memory.upper_bound import bound
+from llamafleet.model.architecture import LayerGraph
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import DENSE, EXPERTS, Shape
 
 # Raised for a header without tensors that its architecture's graph needs, or with impossible numbers.
 _UNKNOWN = (LookupError, ArithmeticError, ValueError, RecursionError)
+DRAFTS = (LayerGraph.EAGLE3, LayerGraph.DFLASH)
 LAYER_LIMIT = 128  # layers of a graph, repeated ones left out: bounds the time that a hostile header takes
 
 
@@ -185,7 +188,8 @@ class Compute:
         if len(order) > LAYER_LIMIT:
             raise ValueError(f"{len(order)} different layers, {LAYER_LIMIT} at most")
         home, cpu = self._home(placement), len(placement.devices)
-        graph = build(self.shape, self.layers, context, home, order, attention_scratch=rules.attention_scratch)
+        made = build_draft if self.shape.architecture.layer_graph in DRAFTS else build
+        graph = made(self.shape, self.layers, context, home, order, attention_scratch=rules.attention_scratch)
         return tuple(buffer_bytes(graph, cpu, pipelined=placement.is_pipeline, op_offload=rules.op_offload))
 
     def _home(self, placement: Placement) -> BackendOf:

@@ -59,6 +59,8 @@ class LayerGraph(Enum):
     RWKV = auto()  # src/models/rwkv6-base.cpp, src/models/rwkv7-base.cpp
     ALTERNATING_STATES = auto()  # AltUp: several states of a token (src/models/gemma3n.cpp, altup_predict)
     MIXED_STREAMS = auto()  # residual streams, mixed by gates (src/models/qwen4exp.cpp, build_hc_mix)
+    EAGLE3 = auto()  # one layer, that reads hidden states of another model (src/models/eagle3.cpp)
+    DFLASH = auto()  # layers whose cache is filled from hidden states of another model (src/models/dflash.cpp)
     HYPER_CONNECTIONS = auto()  # four residual streams (src/models/deepseek4.cpp, build_hc_pre)
 
 
@@ -108,7 +110,7 @@ class Architecture:
     embedding_held_twice: bool = (
         False  # input and output each load it, even on one device (src/models/gemma4.cpp, load_arch_tensors)
     )
-    has_output: bool = True  # False: an encoder, whose result is the last layer's: no output matrix, tied or not
+    has_output: bool = True  # False: no tied output matrix: an encoder, whose result is the last layer's, or a draft
     maps_layer_inputs: bool = False  # per_layer_token_embd may be mapped (TENSOR_READ_LAZY; *, load_arch_tensors)
     output_norm_misnamed: bool = False  # named token_embd_norm (src/llama-arch.cpp, LLM_TENSOR_OUTPUT_NORM_LFM2)
     vocabulary_of_target: bool = False  # a draft model that has part of its target's vocabulary (src/models/eagle3.cpp)

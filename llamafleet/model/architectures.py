@@ -235,8 +235,14 @@ _ROWS = (
     Architecture(name="cogvlm", verified=False, mixes_inputs=False),
     Architecture(name="rnd1", verified=False, cache=Cache.NONE, weights_normed=True),
     Architecture(name="mistral3", weights_normed=True),
-    Architecture(name="eagle3", verified=False, cache=Cache.UNKNOWN, vocabulary_of_target=True, mixes_inputs=False),
-    Architecture(name="dflash", verified=False, cache=Cache.UNKNOWN, vocabulary_of_target=True, mixes_inputs=False),
+    Architecture(
+        name="eagle3",
+        has_output=False,
+        vocabulary_of_target=True,
+        mixes_inputs=False,
+        layer_graph=LayerGraph.EAGLE3,
+    ),
+    Architecture(name="dflash", vocabulary_of_target=True, mixes_inputs=False, layer_graph=LayerGraph.DFLASH),
     Architecture(name="mimo2", head_rows=HeadRows.BEFORE_NORM, weights_normed=True),
     Architecture(
         name="step35",

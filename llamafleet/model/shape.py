@@ -130,6 +130,7 @@ class Shape:
     scales_embeddings: bool
     caps_attention: bool  # attn_logit_softcapping
     caps_logits: bool  # final_logit_softcapping
+    norms_residual: bool  # EAGLE-3's residual is the normed hidden state (norm_before_residual)
     experts: Experts
     latent: LatentAttention
     indexer: IndexerShape
@@ -188,6 +189,7 @@ class Shape:
             scales_embeddings=row.scales_embeddings or keys.has("embedding_scale"),
             caps_attention=keys.has("attn_logit_softcapping"),
             caps_logits=keys.has("final_logit_softcapping"),
+            norms_residual=keys.has("norm_before_residual"),
             experts=_experts(keys),
             latent=_latent(keys),
             indexer=_indexer(row, keys, layers, trunk),
