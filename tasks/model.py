@@ -6,12 +6,13 @@ from typing import Any
 
 from pyinfra.api.deploy import deploy
 
-from llamafleet.hub.source import RemoteFile
+from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.remote.common import RUN
-from llamafleet.service.desired import Desired, Serving
+from llamafleet.service.desired import Desired
 from llamafleet.service.disks import MODEL_RESERVE_BYTES
-from llamafleet.service.model_folders import store_of, stored_at
+from llamafleet.service.model_folders import model_folder, store_of, stored_at
 from llamafleet.settings import secrets
+from llamafleet.settings.schema import Instance
 from tasks.lib import jobs, lookups, operations, paths
 from tasks.lib.decision import for_stage
 
@@ -26,16 +27,18 @@ def model() -> None:
     if now is None:
         return
     token = secrets.hub_token(now.desired.settings.hub_token_file, now.desired.settings.hub_endpoint)
-    models = {serving.folder: serving for serving in now.desired.servings}
-    for folder, serving in operations.each(models.items(), lambda pair: pair[0]):
+    models = {
+        folder: (serving.instance, one) for serving in now.desired.servings for folder, one in serving.models.items()
+    }
+    for folder, (instance, one) in operations.each(models.items(), lambda pair: pair[0]):
         needed = folder in now.changes.models
-        first = serving.model.files[0].name
-        there = stored_at(serving.model, now.desired.settings, now.desired.installed) or folder
-        if sent := tuple(paths.sent_files(serving.model, there)):
+        first = one.files[0].name
+        there = stored_at(one, now.desired.settings, now.desired.installed) or folder
+        if sent := tuple(paths.sent_files(one, there)):
             operations.send_files(name=f"Send {first}", needed=needed, files=sent, reserve_bytes=MODEL_RESERVE_BYTES)
         operations.run_job(
-            name=f"Fetch {first}", needed=needed, job=f"fetch-{serving.model.folder}", program="fetch.py",
-            spec=spec(now.desired, serving, token is not None), secret=_curl_config(token),
+            name=f"Fetch {first}", needed=needed, job=f"fetch-{one.folder}", program="fetch.py",
+            spec=spec(now.desired, instance, one, token is not None), secret=_curl_config(token),
             network=lookups.network(now.desired.settings),
         )  # fmt: skip
 
@@ -45,23 +48,23 @@ def _curl_config(token: str | None) -> jobs.Secret | None:
     return jobs.Secret(TOKEN, f'header = "Authorization: Bearer {token}"\n') if token is not None else None
 
 
-def spec(desired: Desired, serving: Serving, with_token: bool) -> dict[str, Any]:
+def spec(desired: Desired, instance: Instance, model: ModelFiles, with_token: bool) -> dict[str, Any]:
     """What `llamafleet/remote/fetch.py` needs to know."""
     return {
-        "directory": serving.folder,
-        **({"store": store} if (store := store_of(serving.model, desired.settings)) else {}),
+        "directory": model_folder(model),
+        **({"store": store} if (store := store_of(model, desired.settings)) else {}),
         "owner": None,
-        "files": [_file(desired, serving, file) for file in serving.model.files],
+        "files": [_file(desired, instance, model, file) for file in model.files],
         "curl_config": TOKEN if with_token else None,
         "token_origin": desired.settings.hub_endpoint,
         "reserve_bytes": MODEL_RESERVE_BYTES,
     }
 
 
-def _file(desired: Desired, serving: Serving, file: RemoteFile) -> dict[str, Any]:
+def _file(desired: Desired, instance: Instance, model: ModelFiles, file: RemoteFile) -> dict[str, Any]:
     """One file of the spec. Where its sha256 is not known, it is the one that the host verified earlier, or the model
     may do without."""
-    sha256 = file.sha256 or desired.installed.models.get(f"{serving.folder}/{file.name}")
+    sha256 = file.sha256 or desired.installed.models.get(f"{model_folder(model)}/{file.name}")
     urls = [] if file.place == "operator" else [file.url, *file.mirrors]
     entry = {"name": file.name, "urls": urls, "size_bytes": file.size_bytes, "sha256": sha256}
-    return entry if sha256 else {**entry, "unverified": serving.instance.allow_unverified or file.place == "host"}
+    return entry if sha256 else {**entry, "unverified": instance.allow_unverified or file.place == "host"}

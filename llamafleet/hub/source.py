@@ -11,12 +11,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from urllib.parse import unquote, urlsplit
 
-from llamafleet.hub.choice import best_file
+from llamafleet.hub.choice import best_file, best_projector
 from llamafleet.hub.http import Deadline, Web
 from llamafleet.hub.listing import file_url, is_modelscope, list_files
 from llamafleet.hub.network import Network
@@ -77,6 +78,18 @@ class ModelFiles:
     kept_folder: str | None = None
     # Names of files that the host serves, and whose sha256 became known only after it noted them in plan.json.
     noted_without_sum: frozenset[str] = frozenset()
+    # Files that llama-server loads beside the model, by their part: "projector", "draft", "adapter-1", ...
+    companions: Mapping[str, ModelFiles] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def every(self) -> tuple[ModelFiles, ...]:
+        """The model itself and its companions."""
+        return (self, *self.companions.values())
+
+    @property
+    def bytes_total(self) -> int:
+        """Bytes of all files, those of the companions too."""
+        return sum(one.header.file_bytes_total for one in self.every)
 
     @property
     def folder(self) -> str:
@@ -378,6 +391,21 @@ def _listed(
 ) -> dict[str, int]:
     with Web(token, origin(endpoint), deadline=deadline or Deadline(), network=network or Network()) as web:
         return list_files(web, endpoint, repository).sizes
+
+
+def projector_of(source: str, *, endpoint: str, token: str | None = None, network: Network | None = None) -> str:
+    """The source of the projector that llama-server -hf would take beside this file of a Hub repository.
+
+    Raises `SourceError` where there is none.
+    """
+    named = parse(source, endpoint)
+    if named.kind != "hub" or named.is_repository:
+        raise SourceError(f"{shown(source)}: projector: auto needs a model of the Hub: name the projector's file")
+    names = list(_listed(named, endpoint, token, None, network))
+    found = best_projector(names, named.file)
+    if found is None:
+        raise SourceError(f"{shown(source)}: projector: auto: its repository has no projector (mmproj): name its file")
+    return _hub_name(replace(named, file=found))
 
 
 def quantisations(

@@ -33,15 +33,18 @@ class LedgerRow:
     capacity_bytes: int
     free_bytes: int
     reserve_bytes: int
+    beside_bytes: int = 0  # of what is loaded beside the model: projector, draft, adapters (`memory/beside.py`)
 
     def to_json(self) -> dict[str, Any]:
         """The row in the JSON of a plan (docs/planning.md)."""
-        return asdict(self)
+        row = asdict(self)
+        return row if self.beside_bytes else {key: value for key, value in row.items() if key != "beside_bytes"}
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the device that this model takes."""
-        return self.weights_bytes + self.kv_bytes + self.compute_bytes + self.staging_bytes + self.overhead_bytes
+        own = self.weights_bytes + self.kv_bytes + self.compute_bytes + self.staging_bytes + self.overhead_bytes
+        return own + self.beside_bytes
 
 
 @dataclass(frozen=True)

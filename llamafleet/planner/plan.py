@@ -9,28 +9,30 @@ Decision 1: docs/decisions/0001-one-decision-for-each-host-and-run.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 
 from llamafleet.host.backends import TRAITS
-from llamafleet.host.machine import Machine
+from llamafleet.host.machine import Gpu, Machine
 from llamafleet.host.speeds import NOT_MEASURED, Measurements, rates
+from llamafleet.memory.beside import Beside, reduced, taken, with_besides
 from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.checkpoints import checkpoint_bytes
 from llamafleet.memory.context import PAD_CELLS, Context
 from llamafleet.memory.flash_attention import is_used, takes_cache_on
-from llamafleet.memory.ledger import NO_CORRECTION, Correction
+from llamafleet.memory.ledger import NO_CORRECTION, Correction, LedgerRow
 from llamafleet.memory.placement import HOST
 from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
-from llamafleet.planner import processors
+from llamafleet.planner import beside, processors
 from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate, host_cost
 from llamafleet.planner.backend import capacity_of, environment, no_gpu, resolve_backend
 from llamafleet.planner.devices import gpus_for, left_out
-from llamafleet.planner.flags import planned_flags
+from llamafleet.planner.flags import device_names, planned_flags
 from llamafleet.planner.reasons import Decision, why
 from llamafleet.planner.refine import HOPELESS_BYTES, Refined, fits, refine
 from llamafleet.planner.result import Plan, Refusal
@@ -56,12 +58,14 @@ def plan_host(
     corrections: Mapping[str, Correction] = MappingProxyType({}),
     measurements: Measurements = NOT_MEASURED,
     known: Measurements | None = None,
+    companions: Mapping[str, Mapping[str, Header]] = MappingProxyType({}),
 ) -> tuple[Plan | Refusal, ...]:
     """A plan or a refusal for each instance, in the order of `requests`.
 
     Instances get memory by priority, then in the order of `requests`. `corrections`, by instance name, correct the
     ledger by what the built llama-server reported for earlier plans. `measurements` are of this host. `known`: what the
     speeds are predicted with, where that is not what plans are chosen with: later measurements change no plan.
+    `companions`: by instance name, the headers of what is loaded beside its model, by their parts.
     """
     backend = resolve_backend(machine, settings)
     if isinstance(backend, Refusal):
@@ -78,8 +82,9 @@ def plan_host(
         correction = corrections.get(instance.name, NO_CORRECTION)
         alone, later = len(requests) == 1, known or measurements
         result = _plan_instance(
-            machine, backend, capacity, instance, header, correction, measurements, later, alone, earlier
-        )
+            machine, backend, capacity, instance, header, correction, measurements, later, alone, earlier,
+            companions.get(instance.name, {}),
+        )  # fmt: skip
         if isinstance(result, Plan):
             capacity = capacity.without(result.ledger)
             earlier = (*earlier, result)
@@ -98,6 +103,7 @@ def _plan_instance(
     known: Measurements,
     alone: bool,
     earlier: tuple[Plan, ...],
+    companions: Mapping[str, Header],
 ) -> Plan | Refusal:
     shape = Shape.of(header)
     if refusal := not_a_model(header, shape):
@@ -122,8 +128,30 @@ def _plan_instance(
     instance = replace(instance, kv_types=usable)
     model = Model.of(header)
     case = _Case(machine, backend, capacity, instance, model, tokens, correction, measured, known, alone, earlier)
-    best = _best_plan(case)
-    return best if isinstance(best, Plan) else _refuse(case, *best)
+    return _with_companions(case, beside.Asked(backend, capacity, instance, model, tokens, companions))
+
+
+def _with_companions(case: _Case, asked: beside.Asked) -> Plan | Refusal:
+    """The best plan among the places of what is loaded beside the model."""
+    if wrong := beside.unfit(asked):
+        return Refusal(f"{case.instance.name}: {wrong}", instance=case.instance.name)
+    cases = [case.with_besides(option) for option in beside.options(asked)]
+    found = [_best_plan(one) for one in cases]
+    plans = [(best.seconds * one.handicap, n, best.plan) for n, (one, best) in enumerate(zip(cases, found, strict=True))
+             if isinstance(best, Timed)]  # fmt: skip
+    if plans:
+        return min(plans, key=lambda item: item[:2])[2]
+    refused = found[-1]
+    assert isinstance(refused, tuple), "none of the cases has a plan"
+    return _refuse(cases[-1], *refused)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A plan with the seconds that it was chosen by."""
+
+    seconds: float
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -141,6 +169,27 @@ class _Case:
     known: Measurements  # that its speed is predicted with
     alone: bool  # no other model is served by this host
     earlier: tuple[Plan, ...] = ()  # of models that were planned before, and took their memory
+    besides: tuple[Beside, ...] = ()  # what is loaded beside the model; the capacity is what it leaves
+    whole: Capacity | None = None  # with what is beside the model; None: the same
+
+    def with_besides(self, besides: tuple[Beside, ...]) -> _Case:
+        """The case with this beside the model."""
+        return replace(self, besides=besides, whole=self.capacity, capacity=reduced(self.capacity, besides))
+
+    @property
+    def handicap(self) -> float:
+        """Factor on the seconds for what the prediction does not have of the companions."""
+        return math.prod(one.handicap for one in self.besides)
+
+    def with_rows(self, rows: Sequence[LedgerRow]) -> tuple[LedgerRow, ...]:
+        """The model's rows and what is beside it."""
+        return with_besides(rows, self.besides, self.whole or self.capacity)
+
+    def gpus_of(self, order: Sequence[int]) -> tuple[Gpu, ...]:
+        """The model's GPUs, and those that only its companions use."""
+        own = tuple(self.capacity.gpus[device] for device in order)
+        others, _ = taken(self.besides)
+        return (*own, *(gpu for gpu in self.capacity.gpus if others.get(gpu.index) and gpu not in own))
 
     @property
     def work(self) -> Workload:
@@ -182,8 +231,8 @@ class _Case:
         return Search(self.model, self.capacity, self.backend, extra, self.correction, roofline)
 
 
-def _best_plan(case: _Case) -> Plan | tuple[Search, Refined]:
-    """The best plan; if no candidate fits, the search and its best candidate."""
+def _best_plan(case: _Case) -> Timed | tuple[Search, Refined]:
+    """The best plan with its seconds; if no candidate fits, the search and its best candidate."""
     flash = is_used(case.model.shape, case.backend)
     weighted_contexts = contexts(case.instance, case.context_tokens, case.work, flash_attention=flash)
     search = case.search([context for context, _ in weighted_contexts])
@@ -205,7 +254,8 @@ def _best_plan(case: _Case) -> Plan | tuple[Search, Refined]:
         if not case.measured.trials:
             break
     if plans:
-        return min(plans, key=lambda item: item[:2])[2]
+        seconds, _, plan = min(plans, key=lambda item: item[:2])
+        return Timed(seconds, plan)
     assert refused is not None, "the search returns at least one candidate, and each was refused"
     return search, refused
 
@@ -221,7 +271,7 @@ def _is_planned(case: _Case, change: Change) -> bool:
     if change.prompt_cache_mib is not None:
         instance = replace(instance, prompt_cache_mib=change.prompt_cache_mib)
     model = case.model if change.header is None else Model.of(change.header)
-    return isinstance(_best_plan(replace(case, capacity=capacity, instance=instance, model=model)), Plan)
+    return isinstance(_best_plan(replace(case, capacity=capacity, instance=instance, model=model)), Timed)
 
 
 def _worth_refining(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -258,7 +308,7 @@ def _plan(
     laid_out: Callable[[Candidate], tuple[Candidate, bool]],
 ) -> Plan:
     candidate, placement, rows = refined.candidate, refined.candidate.placement, refined.ledger()
-    gpus = tuple(case.capacity.gpus[device] for device in candidate.order)
+    gpus = case.gpus_of(candidate.order)
     context, cpu = candidate.context, case.machine.cpu
     cpus = processors.cpus(cpu, case.instance, placement, alone=case.alone)
     nodes = processors.numa_nodes(cpu, placement)
@@ -271,14 +321,15 @@ def _plan(
     # What is beyond the RAM, less the reserve.
     swap_bytes = max(0, case.capacity.swap_bytes - rows[-1].free_bytes) if case.capacity.swap_bytes else 0
     argv = planned_flags(
-        context, placement, backend=case.backend, gpus=len(gpus), threads=case.threads,
+        context, placement, backend=case.backend, gpus=len(candidate.order), threads=case.threads,
         prompt_cache_mib=case.instance.prompt_cache_mib, checkpoints=case.checkpoints(context),
         is_moe=case.model.is_moe,
     )  # fmt: skip
+    rows = case.with_rows(rows)
     return Plan(
         instance=case.instance.name,
         backend=case.backend,
-        argv=tuple(argv),
+        argv=(*argv, *_beside_flags(case, gpus)),
         gpus=gpus,
         context_tokens=context.tokens,
         slots=context.slots,
@@ -292,19 +343,28 @@ def _plan(
         mapped_bytes=mapped,
         ledger=rows,
         predicted=case.predicted(candidate, swap_bytes),
-        why=tuple(why(decision)),
+        why=(*why(decision), *(one.why for one in case.besides if one.why)),
         # With room for the pages of mapped tensors, which count as the service's.
         host_bytes=sum(row.used_bytes for row in (rows if case.capacity.unified else rows[-1:])) + mapped,
         environment=environment(case.backend, gpus, case.machine),
         cpus=cpus,
         numa_nodes=nodes,
         chosen_for=search.roofline.predict(candidate.order, candidate.segments, context),
-        at_gate=expected_at_gate(case.roofline(GATE_WORK, case.measured, by_type=True), candidate, gpus),
+        at_gate=expected_at_gate(
+            case.roofline(GATE_WORK, case.measured, by_type=True), candidate, gpus[: len(candidate.order)]
+        ),
     )
 
 
+def _beside_flags(case: _Case, gpus: Sequence[Gpu]) -> Iterator[str]:
+    """The flags of what is beside the model, with llama.cpp's names of the GPUs."""
+    names = {f"GPU{gpu.index}": name for gpu, name in zip(gpus, device_names(case.backend, len(gpus)), strict=True)}
+    for one in case.besides:
+        yield from (flag.format(**names) for flag in one.flags)
+
+
 def _refuse(case: _Case, search: Search, refined: Refined) -> Refusal:
-    capacity, rows, context = case.capacity, refined.ledger(), refined.candidate.context
+    capacity, rows, context = case.capacity, case.with_rows(refined.ledger()), refined.candidate.context
     worst = min(rows, key=lambda row: row.free_bytes)
     needed, available = worst.used_bytes, max(0, worst.used_bytes + worst.free_bytes)
     ram = "RAM and swap" if capacity.swap_bytes else "RAM"

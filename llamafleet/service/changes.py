@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from llamafleet.host.installed import Installed, InstalledInstance
+from llamafleet.hub.source import ModelFiles
 from llamafleet.service import astray, wanted
 from llamafleet.service.desired import Desired, Service, Serving
 from llamafleet.service.instance_changes import differences, liveness_differences, quiet_differences
@@ -95,7 +96,8 @@ def changes_needed(desired: Desired, installed: Installed) -> Changes:
     stay = {name: instance for name, instance in there.items() if name not in (*to_install, *refreshed)}
     misplaced = [Misplaced(*one) for one in wanted.differences(_places(desired, installed, build), installed.paths)]
     model_files = {path for serving in desired.servings for path in _model_files(serving)}
-    models = {serving.folder: tuple(_of_model(serving, installed, misplaced)) for serving in desired.servings}
+    models = {folder: tuple(_of_model(folder, model, installed, misplaced))
+              for serving in desired.servings for folder, model in serving.models.items()}  # fmt: skip
     return Changes(
         helpers=installed.helpers != desired.run.helpers,
         user=not installed.user,
@@ -170,14 +172,18 @@ def _places(desired: Desired, installed: Installed, build: bool) -> tuple[wanted
 
 
 def _model_files(serving: Serving) -> dict[str, str | None]:
-    """The sums of a model's files by path; None where one is not known."""
-    return {f"{serving.folder}/{file.name}": file.sha256 for file in serving.model.files}
+    """The sums of the files of a model and its companions by path; None where one is not known."""
+    return {path: sha256 for folder, model in serving.models.items() for path, sha256 in _files(folder, model).items()}
 
 
-def _of_model(serving: Serving, installed: Installed, misplaced: list[Misplaced]) -> Iterator[str]:
+def _files(folder: str, model: ModelFiles) -> dict[str, str | None]:
+    return {f"{folder}/{file.name}": file.sha256 for file in model.files}
+
+
+def _of_model(folder: str, model: ModelFiles, installed: Installed, misplaced: list[Misplaced]) -> Iterator[str]:
     """Why the files of a model must be fetched or read again: a phrase for each that is not there and verified, by its
     sum, or where that is unknown by any."""
-    for path, sha256 in _model_files(serving).items():
+    for path, sha256 in _files(folder, model).items():
         known = installed.models.get(path)
         note = f"{path}.verified"
         phrases = [

@@ -9,18 +9,28 @@ Decision 11: docs/decisions/0011-secrets-never-travel-in-the-open.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
 from llamafleet.planner.result import Plan
 from llamafleet.settings import extra_flags
+from llamafleet.settings.companions import DRAFT, PROJECTOR
 from llamafleet.settings.schema import Instance
+
+# Flags of files that are loaded beside a model, by their parts.
+FILE_FLAGS = {PROJECTOR: "--mmproj", DRAFT: "--spec-draft-model"}
 
 
 class FlagError(ValueError):
     """A value that cannot be an argument; the message names the flag and the value."""
 
 
-def argv(plan: Plan, instance: Instance, model_path: str) -> list[str]:
+def argv(
+    plan: Plan, instance: Instance, model_path: str, companion_paths: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
     """llama-server's arguments, without the program and without `credential_flags`.
 
+    `companion_paths`: where the files beside the model lie on the host, by their parts.
     Raises `FlagError` for unusable values.
     """
     return [
@@ -29,6 +39,7 @@ def argv(plan: Plan, instance: Instance, model_path: str) -> list[str]:
         *("--host", _value("--host", instance.listen)),
         *("--port", str(instance.port)),
         *plan.argv,
+        *_companions(companion_paths),
         *("--metrics", "--slots", "--no-ui", "--offline"),
         # At 4 the log has the bytes of every device, which the gate reads; from 5 on it has prompts.
         *(("--log-verbosity", "4") if plan.gpus else ()),
@@ -36,6 +47,13 @@ def argv(plan: Plan, instance: Instance, model_path: str) -> list[str]:
         *extra_flags.words(instance.extra_flags),
         *extra_flags.words(instance.dangerous_flags),
     ]
+
+
+def _companions(paths: Mapping[str, str]) -> Iterator[str]:
+    """The flags that name the files beside the model."""
+    for part, flag in FILE_FLAGS.items():
+        if part in paths:
+            yield from (flag, _value(flag, paths[part]))
 
 
 def _cors(instance: Instance) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from llamafleet.planner.stability import Choice
 from llamafleet.remote.common import identity_of, unit_of
 from llamafleet.service import command, refusals
 from llamafleet.service.building import Run, building, is_cached
-from llamafleet.service.model_folders import model_folder, model_path, mount_of, stored_at
+from llamafleet.service.model_folders import companion_paths, model_folder, model_path, mount_of, stores
 from llamafleet.service.plan_inputs import PlanInputs
 from llamafleet.service.record import plan_record, record_text
 from llamafleet.service.refusals import Refused
@@ -85,6 +85,11 @@ class Serving:
         return model_folder(self.model)
 
     @property
+    def models(self) -> dict[str, ModelFiles]:
+        """The model and its companions by their folders on the host."""
+        return {model_folder(one): one for one in self.model.every}
+
+    @property
     def is_verified(self) -> bool:
         """Whether llama-server was asked about exactly this plan, by this build."""
         return self.record["verified"] is not None
@@ -127,8 +132,9 @@ class Desired:
     def command(self, plan: Plan) -> list[str]:
         """The command line of the service with that plan, without the arguments that name its credentials."""
         instance = next(instance for instance in self.settings.models if instance.name == plan.instance)
-        path = model_path(self.inputs.models[plan.instance])
-        return [f"{self.build.release}/bin/llama-server", *command.argv(plan, instance, path)]
+        model = self.inputs.models[plan.instance]
+        words = command.argv(plan, instance, model_path(model), companion_paths(model))
+        return [f"{self.build.release}/bin/llama-server", *words]
 
     def remembered(self, plan: Plan) -> Mapping[str, Any] | None:
         """llama-server's answer to the very command line of the plan, from the installed record; None without one.
@@ -201,8 +207,9 @@ def _in_the_way(inputs: PlanInputs) -> Iterator[Refused]:
     for instance in instances:
         refused = refusals.foreign_unit(instance, installed.foreign_units)
         there = installed.instances.get(instance.name)
-        folder = model_folder(inputs.models[instance.name])
-        refused = refused or refusals.no_disk(instance, folder, installed.paths.get(folder))
+        folders = [model_folder(one) for one in inputs.models[instance.name].every]
+        for folder in folders:
+            refused = refused or refusals.no_disk(instance, folder, installed.paths.get(folder))
         refused = refused or (refusals.foreign_drop_in(instance, there.drop_ins) if there else None)
         refused = refused or refusals.no_address(instance, installed.unbindable)
         refused = refused or refusals.port_taken(instance, installed.listeners, ours)
@@ -251,7 +258,8 @@ def _serving(
         unit_text=unit_text(
             render, instance, plan, build, desired.installed, record, desired.run.helpers,
             allow_swap=settings.allow_swap, python=settings.python, environment=settings.environment,
-            store=(store := stored_at(model, settings, desired.installed)), mount=mount_of(store, desired.installed),
+            stores=(there := tuple(dict.fromkeys(stores(model, settings, desired.installed)))),
+            mount=next((mount for one in there if (mount := mount_of(one, desired.installed))), None),
         ),
         plan_json=record_text(record), secrets=desired.run.secrets.get(instance.name, {}), argv=argv,
         release=build.release, liveness=liveness_texts(render, instance, settings, desired.run.helpers),

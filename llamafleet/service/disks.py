@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from llamafleet.build.release import Build
 from llamafleet.host.installed import Installed
+from llamafleet.hub.source import ModelFiles
 from llamafleet.remote.common import BUILD, MODELS, RELEASES
 from llamafleet.service.changes import Changes
-from llamafleet.service.desired import Desired, Serving
+from llamafleet.service.desired import Desired
 from llamafleet.service.model_folders import stored_at
 from llamafleet.service.refusals import Refused
 from llamafleet.settings.schema import Settings
@@ -53,12 +54,12 @@ def models_path(settings: Settings) -> str:
 def needs(desired: Desired, changes: Changes) -> Iterator[Need]:
     """What this run writes on the host's disks, as far as its size is known."""
     installed, settings = desired.installed, desired.settings
-    for serving in {one.folder: one for one in desired.servings}.values():
-        store = stored_at(serving.model, settings, installed)
-        folder = MODELS if store is None else store.rpartition("/")[0]
-        size = sum(missing_bytes(serving, installed)) if serving.folder in changes.models else 0
+    for folder, model in models(desired).items():
+        store = stored_at(model, settings, installed)
+        disk = MODELS if store is None else store.rpartition("/")[0]
+        size = sum(missing_bytes(folder, model, installed)) if folder in changes.models else 0
         if size:
-            yield Need(folder, f"the model {serving.model.files[0].name}", size, MODEL_RESERVE_BYTES)
+            yield Need(disk, f"the model {model.files[0].name}", size, MODEL_RESERVE_BYTES)
     if changes.build:
         yield from _of_build(desired.build, desired.is_cached, settings.build_cache)
     if changes.toolkit:
@@ -76,11 +77,16 @@ def _of_build(build: Build, is_cached: bool, cache: str | None) -> Iterator[Need
     yield Need(RELEASES, "the release of llama.cpp", RELEASE_BYTES[build.backend])
 
 
-def missing_bytes(serving: Serving, installed: Installed) -> Iterator[int]:
+def models(desired: Desired) -> dict[str, ModelFiles]:
+    """All models of the host, what is loaded beside them too, by their folders there."""
+    return {folder: model for serving in desired.servings for folder, model in serving.models.items()}
+
+
+def missing_bytes(folder: str, model: ModelFiles, installed: Installed) -> Iterator[int]:
     """What is to be downloaded of each file that the host has not verified; a part of it may be there. A file of the
     host's own may take no space (a hard link): the download itself knows."""
-    for file in serving.model.files:
-        path = f"{serving.folder}/{file.name}"
+    for file in model.files:
+        path = f"{folder}/{file.name}"
         if path not in installed.models and file.size_bytes and file.place != "host":
             yield max(0, file.size_bytes - installed.left.model_bytes.get(path, 0))
 
@@ -123,7 +129,7 @@ def _on_one_disk(desired: Desired, wanted: list[Need]) -> Iterator[str]:
 
 def unused(desired: Desired) -> list[tuple[str, int]]:
     """Folders of models that no instance of the inventory uses, with their bytes, the largest first."""
-    used = {serving.folder for serving in desired.servings}
+    used = models(desired)
     sizes: dict[str, int] = {}
     for path, size in desired.installed.left.model_bytes.items():
         folder = path.rpartition("/")[0]

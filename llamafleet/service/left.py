@@ -40,7 +40,7 @@ def _next_model(desired: Desired, left: Left) -> Iterator[str]:
     """Where the disk of the models does not hold another one like the largest of this host: at an update both are there
     for a time."""
     space = left.spaces.get(disks.models_path(desired.settings))
-    sizes = {one.folder: sum(file.size_bytes or 0 for file in one.model.files) for one in desired.servings}
+    sizes = {folder: sum(file.size_bytes or 0 for file in one.files) for folder, one in disks.models(desired).items()}
     largest = max(sizes.values(), default=0)
     if space is None or not largest or space.free_bytes >= largest + disks.MODEL_RESERVE_BYTES:
         return

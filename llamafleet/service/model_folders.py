@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from llamafleet.host.installed import Installed
 from llamafleet.hub.source import ModelFiles
 from llamafleet.remote.common import MODELS
@@ -35,3 +37,15 @@ def store_of(model: ModelFiles, settings: Settings) -> str | None:
 def model_path(model: ModelFiles) -> str:
     """The model's first file on a host, which llama-server is given."""
     return f"{model_folder(model)}/{model.files[0].name}"
+
+
+def companion_paths(model: ModelFiles) -> dict[str, str]:
+    """The first file of each companion on a host, by its part."""
+    return {role: model_path(companion) for role, companion in model.companions.items()}
+
+
+def stores(model: ModelFiles, settings: Settings, installed: Installed) -> Iterator[str]:
+    """The folders on other disks where files of the model and its companions lie, or will."""
+    for one in model.every:
+        if store := stored_at(one, settings, installed):
+            yield store

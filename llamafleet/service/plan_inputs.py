@@ -17,6 +17,7 @@ from llamafleet.planner.plan import plan_host
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.remote.common import MODELS
 from llamafleet.service.refusals import Refused, diagnosed, no_backend, unusable_file, unverified
+from llamafleet.settings.companions import as_instances
 from llamafleet.settings.schema import Instance, Settings
 
 
@@ -40,7 +41,9 @@ class PlanInputs:
         return stability.keep_or_replan(
             self.survey.machine, self.settings,
             lambda machine: plan_host(
-                machine, requests, self.settings, corrections, self.rates().chosen.measurements(), self.measured()
+                machine, requests, self.settings, corrections, self.rates().chosen.measurements(), self.measured(),
+                {name: {part: one.header for part, one in model.companions.items()}
+                 for name, model in self.models.items()},
             ),
             self._installed_plans(),
         )  # fmt: skip
@@ -97,21 +100,36 @@ def _plan_inputs(settings: Settings, survey: Survey, models: Mapping[str, ModelF
         return no_backend(backend)
     models, notes = dict(models), []
     for instance in settings.models:
-        outcome = _verifiable(instance, models[instance.name], survey.installed)
+        outcome = _checked(instance, models[instance.name], survey.installed)
         if isinstance(outcome, Refused):
             return outcome
-        models[instance.name], note = outcome
-        notes += [note] if note else []
-        notes += _of_source(instance, models[instance.name])
+        models[instance.name], found = outcome
+        notes += found
     keys = {
         instance.name: stability.inputs_key(survey.machine, settings, instance, {
             "backend": backend,
             "files": [list(file) for file in models[instance.name].recorded],
+            **{part: [list(file) for file in one.recorded] for part, one in models[instance.name].companions.items()},
         })
         for instance in settings.models
     }  # fmt: skip
     problems = [f"the host: {text}" for text in survey.machine.problems]
     return PlanInputs(settings, survey, backend, models, keys, (*problems, *notes))
+
+
+def _checked(instance: Instance, model: ModelFiles, installed: Installed) -> tuple[ModelFiles, list[str]] | Refused:
+    """The model and its companions as the host is to have them, with notes."""
+    parts = {"": (instance, model)}
+    parts |= {part: (one, model.companions[part]) for part, one in as_instances(instance).items()}
+    checked, notes = {}, []
+    for part, (named, files) in parts.items():
+        outcome = _verifiable(named, files, installed)
+        if isinstance(outcome, Refused):
+            return outcome
+        checked[part], note = outcome
+        notes += [note] if note else []
+        notes += _of_source(named, checked[part])
+    return replace(checked.pop(""), companions=checked), notes
 
 
 def _of_source(instance: Instance, model: ModelFiles) -> Iterator[str]:

@@ -13,6 +13,7 @@ from llamafleet.hub.source import ModelFiles
 from llamafleet.planner.flags import device_names
 from llamafleet.planner.result import Plan
 from llamafleet.remote.common import API_KEYS, INSTANCES, PLAN_SCHEMA, TLS_CERTIFICATE, TLS_KEY, identity_of
+from llamafleet.service.model_folders import model_folder
 from llamafleet.service.trial import told_to_host
 from llamafleet.settings.schema import Instance
 
@@ -50,8 +51,10 @@ def plan_record(
             for gpu, device in zip(plan.gpus, device_names(plan.backend, len(plan.gpus)), strict=True)
         ],
     }
-    files = [{"path": f"{path.rsplit('/', 1)[0]}/{name}", "size_bytes": size, "sha256": sha256}
-             for name, size, sha256 in model.recorded]  # fmt: skip
+    folders = [path.rsplit("/", 1)[0], *(model_folder(one) for one in model.companions.values())]
+    files = [{"path": f"{folder}/{name}", "size_bytes": size, "sha256": sha256}
+             for folder, one in zip(folders, model.every, strict=True)
+             for name, size, sha256 in one.recorded]  # fmt: skip
     record = {
         "schema": PLAN_SCHEMA,
         "name": instance.name,
@@ -97,7 +100,7 @@ def record_text(record: dict[str, Any]) -> str:
 
 def health_seconds(model: ModelFiles) -> int:
     """The longest that an instance may load, from the size of its model; gate_load.py has the real deadline."""
-    return START_SECONDS + model.header.file_bytes_total // SLOWEST_LOAD
+    return START_SECONDS + model.bytes_total // SLOWEST_LOAD
 
 
 def credentials(instance: Instance) -> dict[str, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import Any
@@ -74,17 +74,18 @@ MEMORY_MARGIN, MEMORY_SPARE = 1.1, 1024 * MIB
 def unit_text(
     render: Renderer, instance: Instance, plan: Plan, build: Build, installed: Installed, record: Mapping[str, Any],
     helpers: str, *, allow_swap: bool, python: str = SYSTEM_PYTHON,
-    environment: Mapping[str, str] = MappingProxyType({}), store: str | None = None, mount: str | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}), stores: Sequence[str] = (), mount: str | None = None,
 ) -> str:  # fmt: skip
     """The whole unit file of an instance; `record` is its plan.json, `helpers` the version of our programs that it
     calls: those that it was made with, whatever version is installed later. `python` is the setting, `environment` are
-    the operator's variables, `store` the folder where the model's files lie, where that is not below
-    /var/lib/llamafleet, and `mount` the place where its disk is mounted, if it has one of its own."""
+    the operator's variables, `stores` the folders where files of the model and its companions lie, where that is not
+    below /var/lib/llamafleet, and `mount` the place where its disk is mounted, if it has one of its own."""
     values = unit_values(instance, plan, build, installed, record, helpers, allow_swap=allow_swap, python=python)
     values["operators_environment"] = [assignment(name, value) for name, value in sorted(environment.items())]
-    values["store"] = store
+    values["stores"] = stores
     values["mount"] = mount and mount_unit(mount)
-    values["hidden"] = [path for path in HIDDEN if not store or not f"{store}/".startswith(f"{path.lstrip('-')}/")]
+    values["hidden"] = [path for path in HIDDEN
+                        if not any(f"{store}/".startswith(f"{path.lstrip('-')}/") for store in stores)]  # fmt: skip
     return render("llama-server.service.j2", values)
 
 

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 from gevent.lock import RLock
@@ -24,6 +25,7 @@ from pyinfra.context import ctx_host
 from llamafleet import payload
 from llamafleet.host.installed import Holder
 from llamafleet.host.machine import MachineError
+from llamafleet.hub.source import ModelFiles
 from llamafleet.memory.ledger import Correction
 from llamafleet.model.gguf_cursor import GgufError
 from llamafleet.planner.reconcile import Verified
@@ -31,11 +33,12 @@ from llamafleet.planner.stability import Choice
 from llamafleet.service import disks
 from llamafleet.service.building import Run
 from llamafleet.service.changes import Changes, changes_needed
+from llamafleet.service.companions import with_companions
 from llamafleet.service.desired import Desired, desire, to_ask, with_plans
 from llamafleet.service.plan_inputs import PlanInputs, plan_inputs
 from llamafleet.service.record import without_query
 from llamafleet.service.refusals import Refused, is_path
-from llamafleet.settings.schema import Settings, SettingsError
+from llamafleet.settings.schema import Instance, Settings, SettingsError
 from llamafleet.settings.secrets import SecretError
 from llamafleet.sources import SourceError
 from tasks.lib import builds, ends, facts, lookups, paths, remote, templates
@@ -215,9 +218,17 @@ def read_inputs(host: Host) -> PlanInputs | Refused:
     survey = facts.survey(host, settings, bandwidth=True)
     for key, digest in survey.installed.release_digests.items():
         builds.tell(key, digest)
-    models = {instance.name: paths.model(host, instance) if is_path(instance) else lookups.model(instance, settings)
-              for instance in settings.models}  # fmt: skip
+    models = {
+        instance.name: with_companions(
+            instance, partial(_files, host, settings), partial(lookups.projector, settings=settings)
+        )
+        for instance in settings.models
+    }
     return plan_inputs(settings, survey, models)
+
+
+def _files(host: Host, settings: Settings, instance: Instance) -> ModelFiles:
+    return paths.model(host, instance) if is_path(instance) else lookups.model(instance, settings)
 
 
 def read_run(host: Host, inputs: PlanInputs) -> Run:

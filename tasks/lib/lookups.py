@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, TypeVar
 
 from gevent.lock import RLock
@@ -94,6 +95,13 @@ def _read_model(instance: Instance, settings: Settings) -> source.ModelFiles:
         mirrors=instance.mirrors, sha256=instance.sha256 or (), network=way,
     )  # fmt: skip
     return source.ModelFiles(files, source.read_header(files, token=token, network=way))
+
+
+def projector(of: str, settings: Settings) -> str:
+    """The source of the projector that llama-server -hf would take beside the model of that source, looked up once."""
+    token, way = secrets.hub_token(settings.hub_token_file, settings.hub_endpoint), network(settings)
+    look_up = partial(source.projector_of, of, endpoint=settings.hub_endpoint, token=token, network=way)
+    return once(("projector", of, settings.hub_endpoint, way), look_up)
 
 
 def take_secrets(settings: Settings) -> None:

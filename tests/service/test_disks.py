@@ -99,15 +99,15 @@ def test_of_a_split_model_the_files_that_are_missing_count():
     serving = dataclasses.replace(outcome.servings[0], model=ModelFiles(files, planning.header("Qwen3-8B")))
     first = f"{serving.folder}/m-1.gguf"
     there = dataclasses.replace(outcome.installed, models={first: "a" * 64})
-    assert list(disks.missing_bytes(serving, there)) == [SIZE]
-    assert list(disks.missing_bytes(serving, outcome.installed)) == [SIZE, SIZE]
+    assert list(disks.missing_bytes(serving.folder, serving.model, there)) == [SIZE]
+    assert list(disks.missing_bytes(serving.folder, serving.model, outcome.installed)) == [SIZE, SIZE]
 
 
 def test_a_file_of_the_host_s_own_may_take_no_space():
     outcome, _ = decided(everywhere(0))
     file = RemoteFile("m.gguf", "file:///srv/m.gguf", SIZE, "a" * 64, place="host")
     serving = dataclasses.replace(outcome.servings[0], model=ModelFiles((file,), planning.header("Qwen3-8B")))
-    assert list(disks.missing_bytes(serving, outcome.installed)) == []
+    assert list(disks.missing_bytes(serving.folder, serving.model, outcome.installed)) == []
 
 
 @pytest.mark.parametrize("size", [None, 0])

@@ -26,7 +26,10 @@ HOST = dataclasses.replace(INSTALLED, device_classes=("drm",), gpu_groups=("rend
 
 
 # What an operator may add: variables, and a disk for models.
-MORE = {"environment": {"HSA_OVERRIDE_GFX_VERSION": "10.3.0", "A": '100 % "b" \\ $c'}, "store": "/mnt/big/models/m-123"}
+MORE = {
+    "environment": {"HSA_OVERRIDE_GFX_VERSION": "10.3.0", "A": '100 % "b" \\ $c'},
+    "stores": ("/mnt/big/models/m-123",),
+}
 
 
 def made(gpus, installed=HOST, layout="Qwen3-8B", cpu=(), python="python3", more=(), **asked):
@@ -234,7 +237,7 @@ def test_the_operator_s_variables_are_in_the_unit():
 
 def test_a_server_starts_when_the_disk_of_its_model_is_mounted():
     """ollama/ollama#2701, #14347, #1311: models on another disk."""
-    unit = made([], more={"store": "/mnt/big/models/m-123"})[0]
+    unit = made([], more={"stores": ["/mnt/big/models/m-123"]})[0]
     assert directive(unit, "RequiresMountsFor") == ["/mnt/big/models/m-123"]
     assert not directive(made([])[0], "RequiresMountsFor")
     assert core_of_unit(unit) == core_of_unit(made([])[0])
@@ -250,7 +253,7 @@ def test_a_server_starts_when_the_disk_of_its_model_is_mounted():
     ],
 )
 def test_a_disk_that_is_mounted_late_starts_its_servers(path, name):
-    unit = made([], more={"store": f"{path}/m-123", "mount": path})[0]
+    unit = made([], more={"stores": [f"{path}/m-123"], "mount": path})[0]
     assert directive(unit, "WantedBy") == ["multi-user.target", name]
     if shutil.which("systemd-escape"):
         command = ["systemd-escape", "--path", "--suffix=mount", path]
@@ -259,9 +262,9 @@ def test_a_disk_that_is_mounted_late_starts_its_servers(path, name):
 
 
 def test_a_disk_for_models_below_a_hidden_folder_is_seen():
-    (hidden,) = directive(made([], more={"store": "/srv/models/m-123"})[0], "InaccessiblePaths")
+    (hidden,) = directive(made([], more={"stores": ["/srv/models/m-123"]})[0], "InaccessiblePaths")
     assert "-/srv" not in hidden.split() and "-/var/log" in hidden.split()
-    assert "-/srv" in directive(made([], more={"store": "/mnt/m"})[0], "InaccessiblePaths")[0].split()
+    assert "-/srv" in directive(made([], more={"stores": ["/mnt/m"]})[0], "InaccessiblePaths")[0].split()
 
 
 def test_variables_are_part_of_what_a_plan_record_stands_for():

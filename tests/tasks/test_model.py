@@ -26,7 +26,13 @@ def asked(*sums, installed=None, host=(), **entry):
     there = {f"{MODELS}/{made.folder}/{name}": one for name, one in (installed or {}).items()}
     outcome = decide(settings, survey(models=there), {"m0": made})
     assert isinstance(outcome, Desired), outcome
-    return model.spec(outcome, outcome.servings[0], with_token=False)
+    return model.spec(outcome, *asks(outcome), with_token=False)
+
+
+def asks(outcome):
+    """The instance and the model of the only service."""
+    [serving] = outcome.servings
+    return serving.instance, serving.model
 
 
 def read(spec, tmp_path):
@@ -66,7 +72,7 @@ def test_both_sides_accept_the_same_names(tmp_path, name):
     made = ModelFiles((RemoteFile(name, f"https://x/{name}", 5, A),), planning.header("Qwen3-8B"))
     inputs = plan_inputs(settings, survey(), {"m0": made})
     outcome = decide(settings, inputs.survey, {"m0": dataclasses.replace(made)})
-    [file] = read(model.spec(outcome, outcome.servings[0], with_token=False), tmp_path)
+    [file] = read(model.spec(outcome, *asks(outcome), with_token=False), tmp_path)
     assert file.name == name
 
 

@@ -182,7 +182,7 @@ def test_the_host_is_asked_for_what_is_there(host, file, place, urls, unverified
     made = paths.model(host, settings.models[0])
     outcome = decide(settings, survey(), {"m0": made})
     assert isinstance(outcome, Desired), outcome
-    [one] = model.spec(outcome, outcome.servings[0], with_token=False)["files"]
+    [one] = model.spec(outcome, outcome.servings[0].instance, outcome.servings[0].model, with_token=False)["files"]
     assert [url.partition(":")[0] for url in one["urls"]] == urls and one.get("unverified") is unverified
     [note] = outcome.inputs.notes
     assert note.endswith({"operator": "your machine's file is sent", "host": "the host's own file is used"}[place])

@@ -1,0 +1,66 @@
+"""Memory that is taken beside a model: a projector, a draft model, adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from llamafleet.memory.capacity import Capacity
+from llamafleet.memory.ledger import LedgerRow
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Bytes of a companion on each device, and the flags that put it there."""
+
+    part: str  # "projector", "draft", "adapter-1"
+    gpu_bytes: Mapping[int, int] = field(default_factory=dict)  # by the GPU's index
+    host_bytes: int = 0
+    # Of llama-server, without paths. "{GPU0}" is replaced by llama.cpp's name of the GPU with that index.
+    flags: tuple[str, ...] = ()
+    why: str = ""  # a sentence for the plan
+    # Factor on the workload's seconds for costs that its prediction does not have, such as a slow image.
+    handicap: float = 1.0
+
+
+def reduced(capacity: Capacity, besides: Sequence[Beside]) -> Capacity:
+    """The capacity that is left for the model."""
+    on_gpus, host = taken(besides)
+    host += sum(on_gpus.values()) if capacity.unified else 0
+    return replace(
+        capacity,
+        gpu_bytes=tuple(
+            size - (host if capacity.unified else on_gpus.get(gpu.index, 0))
+            for gpu, size in zip(capacity.gpus, capacity.gpu_bytes, strict=True)
+        ),
+        host_bytes=capacity.host_bytes - host,
+    )
+
+
+def taken(besides: Sequence[Beside]) -> tuple[dict[int, int], int]:
+    """Bytes of all of them: on each GPU by its index, and on the host."""
+    on_gpus: dict[int, int] = {}
+    for one in besides:
+        for index, size in one.gpu_bytes.items():
+            on_gpus[index] = on_gpus.get(index, 0) + size
+    return on_gpus, sum(one.host_bytes for one in besides)
+
+
+def with_besides(rows: Sequence[LedgerRow], besides: Sequence[Beside], capacity: Capacity) -> tuple[LedgerRow, ...]:
+    """The rows of the model, made with the reduced capacity, as rows of the model and what is beside it.
+
+    A GPU that the model itself does not use gets a row of its own. `capacity` is that before it was reduced.
+    """
+    if not besides:
+        return tuple(rows)
+    on_gpus, host = taken(besides)
+    bytes_of = {f"GPU{index}": size for index, size in on_gpus.items()}
+    own = [_with(row, bytes_of.pop(row.device, 0)) for row in rows[:-1]]
+    for gpu, size, reserve in zip(capacity.gpus, capacity.gpu_bytes, capacity.gpu_reserves_bytes, strict=True):
+        if extra := bytes_of.pop(f"GPU{gpu.index}", 0):
+            own.append(LedgerRow(f"GPU{gpu.index}", 0, 0, 0, 0, 0, size, size - extra - reserve, reserve, extra))
+    return (*own, _with(rows[-1], host))
+
+
+def _with(row: LedgerRow, size: int) -> LedgerRow:
+    return replace(row, beside_bytes=row.beside_bytes + size, capacity_bytes=row.capacity_bytes + size)

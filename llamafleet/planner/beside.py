@@ -1,0 +1,44 @@
+"""What is loaded beside a model, and where: every combination of the places of its companions is planned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice, product
+
+from llamafleet.memory.beside import Beside
+from llamafleet.memory.capacity import Capacity
+from llamafleet.memory.weights import Model
+from llamafleet.model.gguf import Header
+from llamafleet.settings.schema import Instance
+
+MOST = 16  # combinations that are planned
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model with its companions, and the host's capacity for them all."""
+
+    backend: str
+    capacity: Capacity
+    instance: Instance
+    model: Model
+    context_tokens: int  # of one slot
+    companions: Mapping[str, Header]  # by their parts, as in `settings/companions.py`
+
+
+# For each kind of companion: why it does not fit the model, a sentence each.
+UNFIT: tuple[Callable[[Asked], Iterator[str]], ...] = ()
+# For each kind: the ways to load it, the preferred one first; none where it was not asked for.
+WAYS: tuple[Callable[[Asked], Sequence[Beside]], ...] = ()
+
+
+def unfit(asked: Asked) -> str:
+    """Why a companion does not fit the model; empty where all do."""
+    return next((why for kind in UNFIT for why in kind(asked)), "")
+
+
+def options(asked: Asked) -> list[tuple[Beside, ...]]:
+    """The combinations, the preferred one first; one empty combination where nothing is loaded beside the model."""
+    ways = [found for kind in WAYS if (found := kind(asked))]
+    return list(islice(product(*ways), MOST))
