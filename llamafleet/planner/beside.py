@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, product
 
 from llamafleet.memory.beside import Beside
-from llamafleet.memory.capacity import Capacity
-from llamafleet.memory.weights import Model
-from llamafleet.model.gguf import Header
-from llamafleet.settings.schema import Instance
+from llamafleet.planner.asked import Asked
 
 MOST = 16  # combinations that are planned
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A model with its companions, and the host's capacity for them all."""
-
-    backend: str
-    capacity: Capacity
-    instance: Instance
-    model: Model
-    context_tokens: int  # of one slot
-    companions: Mapping[str, Header]  # by their parts, as in `settings/companions.py`
 
 
 # For each kind of companion: why it does not fit the model, a sentence each.

@@ -29,6 +29,7 @@ from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
 from llamafleet.planner import beside, processors
+from llamafleet.planner.asked import Asked
 from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate, host_cost
 from llamafleet.planner.backend import capacity_of, environment, no_gpu, resolve_backend
 from llamafleet.planner.devices import gpus_for, left_out
@@ -128,10 +129,10 @@ def _plan_instance(
     instance = replace(instance, kv_types=usable)
     model = Model.of(header)
     case = _Case(machine, backend, capacity, instance, model, tokens, correction, measured, known, alone, earlier)
-    return _with_companions(case, beside.Asked(backend, capacity, instance, model, tokens, companions))
+    return _with_companions(case, Asked(backend, capacity, instance, model, tokens, companions))
 
 
-def _with_companions(case: _Case, asked: beside.Asked) -> Plan | Refusal:
+def _with_companions(case: _Case, asked: Asked) -> Plan | Refusal:
     """The best plan among the places of what is loaded beside the model."""
     if wrong := beside.unfit(asked):
         return Refusal(f"{case.instance.name}: {wrong}", instance=case.instance.name)
