@@ -118,9 +118,7 @@ def _tied_output(b: Builder) -> tuple[str, tuple[int, ...], int]:
     return table.type, table.shape, b.backend_of("output.weight", None)
 
 
-def ordinary_layer(
-    b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None, is_recurrent: bool
-) -> Tensor:
+def ordinary_layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None, is_recurrent: bool) -> Tensor:
     """The result of the current layer: attention or a recurrent state, then a feed-forward part or experts.
 
     `outputs`: numbers of the rows that are still needed after attention; None: all.
