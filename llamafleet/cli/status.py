@@ -124,14 +124,18 @@ def _instance(
 
 
 def plan_in_short(record: PlanRecord) -> str:
-    """The plan of a plan.json, such as "131072 x 1 f16, 37 layers on 1 GPU, cuda"; empty if the record has none."""
+    """The plan of a plan.json, such as "131072 x 1 f16, 37 layers on 1 GPU, cuda"; empty if the record has none. Slots
+    over one pool are "32768 x 8 of 131072"."""
     plan, gate = record.plan, record.gate
     if plan is None or gate is None:
         return ""
     value = dict(itertools.pairwise(plan.argv))
     gpus = len(gate.gpus)
     layers = f"{value.get('--n-gpu-layers', '?')} layers on {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "CPU"
-    return f"{gate.context_tokens} x {gate.slots} {value.get('--cache-type-k', '?')}, {layers}, {record.backend}"
+    key = value.get("--cache-type-k", "?")
+    kinds = key if value.get("--cache-type-v", key) == key else f"{key}/{value['--cache-type-v']}"
+    pool = f" of {value.get('--ctx-size', '?')}" if "--kv-unified" in plan.argv else ""
+    return f"{gate.context_tokens} x {gate.slots}{pool} {kinds}, {layers}, {record.backend}"
 
 
 def table(hosts: Mapping[str, HostStatus]) -> str:

@@ -21,7 +21,7 @@ from llamafleet.host.speeds import NOT_MEASURED, Measurements, rates
 from llamafleet.memory.beside import Beside, reduced, taken, with_besides
 from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.checkpoints import checkpoint_bytes
-from llamafleet.memory.context import PAD_CELLS, Context
+from llamafleet.memory.context import Context
 from llamafleet.memory.flash_attention import is_used, takes_cache_on
 from llamafleet.memory.ledger import NO_CORRECTION, Correction, LedgerRow
 from llamafleet.memory.placement import HOST
@@ -34,6 +34,7 @@ from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate, host_cost
 from llamafleet.planner.backend import capacity_of, environment, no_gpu, resolve_backend
 from llamafleet.planner.devices import gpus_for, left_out
 from llamafleet.planner.flags import device_names, planned_flags
+from llamafleet.planner.pools import in_words, slot_tokens
 from llamafleet.planner.reasons import Decision, why
 from llamafleet.planner.refine import HOPELESS_BYTES, Refined, fits, refine
 from llamafleet.planner.result import Plan, Refusal
@@ -46,7 +47,6 @@ from llamafleet.settings.workload import Workload
 from llamafleet.units import MIB
 
 MOST_CHECKPOINTS = 32  # of a slot: llama.cpp's own limit (common/common.h, n_ctx_checkpoints)
-DEFAULT_CONTEXT_LIMIT = 32768  # tokens, if the settings give no context_tokens (inventory/group_data/all.py)
 ESTIMATE_ERROR_BYTES = 32 * MIB  # of RAM, by which the search's estimate may be too high
 NEARLY_FITTING = 2  # candidates within that error that are checked first
 REFINED_AT_MOST = 6  # further candidates that are checked with the ledger before a model is refused
@@ -110,10 +110,7 @@ def _plan_instance(
     if refusal := not_a_model(header, shape):
         return replace(refusal, instance=instance.name)
     trained = shape.context_tokens
-    tokens = instance.context_tokens or min(trained or DEFAULT_CONTEXT_LIMIT, DEFAULT_CONTEXT_LIMIT)
-    # llama-server rounds the context up to 256 cells (src/llama-context.cpp, n_ctx_seq): plan that size.
-    padded = -(-tokens // PAD_CELLS) * PAD_CELLS
-    tokens = min(padded, max(tokens, trained)) if trained else padded
+    tokens = slot_tokens(instance, trained)
     if trained and tokens > trained:
         return Refusal(
             f"{instance.name}: context_tokens is {tokens}, but {header.name} was trained for {trained} tokens"
@@ -235,7 +232,9 @@ class _Case:
 def _best_plan(case: _Case) -> Timed | tuple[Search, Refined]:
     """The best plan with its seconds; if no candidate fits, the search and its best candidate."""
     flash = is_used(case.model.shape, case.backend)
-    weighted_contexts = contexts(case.instance, case.context_tokens, case.work, flash_attention=flash)
+    weighted_contexts = contexts(
+        case.instance, case.context_tokens, case.work, flash_attention=flash, trained=case.model.shape.context_tokens
+    )
     search = case.search([context for context, _ in weighted_contexts])
     handicaps = {replace(context, flash_attention=True): handicap for context, handicap in weighted_contexts}
     candidates = search.candidates(weighted_contexts)
@@ -373,7 +372,6 @@ def _refuse(case: _Case, search: Search, refined: Refined) -> Refusal:
     if capacity.unified:  # GPU and host use the same memory: add up the rows
         needed, where = sum(row.used_bytes for row in rows), "the memory that GPU and CPU share"
         available = max(0, needed + worst.free_bytes)
-    tokens, slots = context.tokens, context.slots
     name, host = case.model.header.name, case.machine.hostname
     described = name if name == case.instance.name else f"{case.instance.name}: {name}"
     short = Short(
@@ -385,7 +383,7 @@ def _refuse(case: _Case, search: Search, refined: Refined) -> Refusal:
         earlier=case.earlier,
     )
     return Refusal(
-        f"{described} with {tokens} tokens for each of {slots} slot(s) does not"
+        f"{described} with {in_words(context)} does not"
         f" fit on {host}: {needed // MIB} MiB of {where} needed, {available // MIB} MiB available"
         f" besides the reserve, {-(-short.missing_bytes // MIB)} MiB missing",
         device=worst.device,

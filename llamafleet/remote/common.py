@@ -29,7 +29,7 @@ RELEASES = OPT + "/releases"  # a folder for each build of llama.cpp, by its key
 CURRENT = OPT + "/current"  # the link to the current release
 
 ETC = "/etc/llamafleet"
-INSTANCES = ETC + "/instances"  # a folder for each instance: plan.json and its secrets
+INSTANCES = ETC + "/instances"  # a folder for each instance: plan.json and its credentials
 
 VAR = "/var/lib/llamafleet"
 MODELS = VAR + "/models"
@@ -115,6 +115,10 @@ LIVENESS = ("-liveness.service", "-liveness.timer")  # ends of the names of an i
 # The credentials of a unit, and the files of an instance's folder that hold them.
 API_KEYS, TLS_CERTIFICATE, TLS_KEY = "api-keys", "tls-certificate", "tls-key"
 SECRETS = (API_KEYS, TLS_CERTIFICATE, TLS_KEY)
+# Files of the operator's that are no secrets. They are credentials too: a service sees nothing of our folders.
+CHAT_TEMPLATE, GRAMMAR, JSON_SCHEMA = "chat-template", "grammar", "json-schema"
+TEXTS = (CHAT_TEMPLATE, GRAMMAR, JSON_SCHEMA)
+LOADED = (*SECRETS, *TEXTS)
 
 
 def unit_of(instance: str) -> str:

@@ -13,8 +13,9 @@ root's rights (gate_unit.py); what they find is written here.
 
 PLAN.json is plan.json, of which is read: identity, release, files, plan.predicted, and `gate`: unit, argv, url,
 api_keys and tls_certificate (path | null), health_seconds (the most that loading may take), context_tokens (of one
-slot), slots, kv_type, speed_floor_percent, backend, gpus [{"uuid", "name", "planned_bytes", and what gate_devices.py
-reads}]. Standard library, psutil and pynvml; common.py and gate_*.py lie beside it.
+slot), slots, kv_type, speed_floor_percent, prompt_files (see gate_prompt_files.py), backend, gpus [{"uuid", "name",
+"planned_bytes", and what gate_devices.py reads}]. Standard library, psutil and pynvml; common.py and gate_*.py lie
+beside it.
 
 `/health` alone proves little: llama-server answers 200 also after it silently fell back to the CPU.
 
@@ -35,6 +36,7 @@ from common import GATE_SCHEMA, command_line, invocation, journal_of_start, writ
 from gate_devices import cause_of_end, check_devices
 from gate_load import deadline, why_silent
 from gate_nvml import held_by, in_use_on_all
+from gate_prompt_files import check_prompt_files
 from gate_reply import REMEMBERED, check_completion, check_speed, speed_key
 from gate_server import ask, first_key, found_status, is_alive, main_pid, result, trust, unit_state
 from gate_spec import Unreadable, read_spec
@@ -109,13 +111,14 @@ def check_context(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def kv_types(unit: str) -> list[str]:
-    """The types of the KV cache that the server logged while it loaded; empty where the journal has no such line.
+    """The types of the KV cache that the server logged while it loaded, such as "q8_0", or K/V where they differ;
+    empty where the journal has no such line.
 
     No address of the server tells them. The constructor of llama_kv_cache logs them at the verbosity of a server with
     GPUs. A type that the backend cannot hold ends the start (llama_init_from_model).
     """
     pairs = re.findall(r"K \((\w+)\): .*V \((\w+)\):", log_of_start(unit))
-    return sorted({kind for pair in pairs for kind in pair})
+    return sorted({key if key == value else key + "/" + value for key, value in pairs})
 
 
 def log_of_start(unit: str) -> str:
@@ -152,7 +155,8 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
 
 
 CHECKS = (
-    check_health, check_process, check_gpus, check_devices, check_key, check_context, check_completion, check_speed,
+    check_health, check_process, check_gpus, check_devices, check_key, check_context, check_prompt_files,
+    check_completion, check_speed,
 )  # fmt: skip
 # The key first: until then a server without keys would serve everybody.
 START_CHECKS = (check_health, check_key, check_gpus, check_devices)

@@ -14,6 +14,7 @@ import statistics
 import time
 from typing import Any
 
+from gate_prompt_files import free
 from gate_server import ask, first_key, result, slots
 
 PROMPT = "The capital of France is Paris. The capital of Italy is Rome. The capital of Japan is"
@@ -45,7 +46,7 @@ def complete(spec: dict[str, Any], prompt: str | list[int], tokens: int, top: in
     body = {
         "prompt": prompt, "n_predict": tokens, "temperature": 0, "seed": 1, "ignore_eos": True, "n_probs": top,
         "cache_prompt": False, "return_tokens": True, "repeat_penalty": 1.0, "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
+        "frequency_penalty": 0.0, **free(spec),
     }  # fmt: skip
     status, answer = ask(spec["url"], "/completion", first_key(spec), body, SECONDS)
     found = answer if isinstance(answer, dict) else {}

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from llamafleet.planner.result import Plan
 from llamafleet.settings import extra_flags
 from llamafleet.settings.companions import DRAFT, PROJECTOR
+from llamafleet.settings.prompt_files import SETTINGS
 from llamafleet.settings.schema import Instance
 
 # Flags of files that are loaded beside a model, by their parts.
@@ -65,11 +66,14 @@ def _cors(instance: Instance) -> tuple[str, ...]:
 
 
 def credential_flags(instance: Instance) -> list[str]:
-    """The arguments with the paths of the unit's credentials: keys and certificate are never arguments themselves."""
+    """The arguments with the paths of the unit's credentials: keys, certificate and prompt files are never arguments
+    themselves."""
     folder = f"/run/credentials/{instance.unit}"
     flags = ["--api-key-file", f"{folder}/api-keys"] if instance.api_key_file else []
     if instance.tls_certificate_file:
         flags += ["--ssl-cert-file", f"{folder}/tls-certificate", "--ssl-key-file", f"{folder}/tls-key"]
+    for name, setting in SETTINGS.items():
+        flags += [f"--{name}-file", f"{folder}/{name}"] if getattr(instance, setting) else []
     return flags
 
 

@@ -28,7 +28,7 @@ from llamafleet.remote.common import (
     keeps_secrets,
     unit_of,
 )
-from llamafleet.settings import environment, secrets
+from llamafleet.settings import cache_shape, environment, prompt_files, secrets
 from llamafleet.settings import extra_flags as extra
 from llamafleet.settings.defaults import MODEL_DEFAULTS, DefaultsError, with_defaults
 from llamafleet.settings.gpu_names import gpu_list, gpu_name, gpu_reserve
@@ -61,6 +61,23 @@ Text = Annotated[
     Field(max_length=2**17, description="MAX_ARG_STRLEN of Linux"),
     Should("have no control characters", functools.partial(re.fullmatch, r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]*")),
 ]
+
+
+def _kv_type(value: object) -> object:
+    """A type of K/V that names the same type twice, as the type alone."""
+    key, _, rest = value.partition("/") if isinstance(value, str) else ("", "", "")
+    return key if key and key == rest else value
+
+
+KvType = Annotated[
+    Text,
+    BeforeValidator(_kv_type),
+    Should(
+        f"be one of {', '.join(KV_TYPES)}, or two of them as K/V",
+        lambda text: text in KV_TYPES or ("/" in text and set(text.split("/", 1)) <= set(KV_TYPES)),
+    ),
+]
+
 # A range's reason is its description. llama.cpp's arguments are 32-bit integers (common_params).
 _INT32 = 2**31 - 1
 Tokens = Annotated[Whole, Field(ge=1, le=_INT32, description="llama.cpp counts tokens in 32 bits")]
@@ -267,7 +284,7 @@ class Instance:
     reply_tokens: Tokens
     concurrency: Slots
     slots: Slots | None
-    kv_types: Annotated[Listed[Annotated[Text, one_of(KV_TYPES)]], Should("name at least one type", bool)]
+    kv_types: Annotated[Listed[KvType], Should("name at least one type", bool)]
     ubatch_tokens: UbatchTokens | None
     threads: Annotated[Whole, Field(ge=1, le=4096, description="more than any host has")] | None
     prompt_cache_mib: CacheMib
@@ -324,7 +341,13 @@ class Instance:
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         flags = extra.problems(self.extra_flags, self.dangerous_flags, self.api_key_file is not None)
-        validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags])
+        shape = cache_shape.problems(
+            kv_unified=self.kv_unified, pool_tokens=self.pool_tokens, context_tokens=self.context_tokens,
+            live_tokens=self.live_tokens,
+        )  # fmt: skip
+        files = {setting: getattr(self, setting) for setting in prompt_files.SETTINGS.values()}
+        clashes = prompt_files.clashes(files, self.serves, self.extra_flags)
+        validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags, *shape, *clashes])
         return self
 
     def _open_doors(self) -> Iterator[tuple[str, str]]:

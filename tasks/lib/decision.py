@@ -38,6 +38,7 @@ from llamafleet.service.desired import Desired, desire, to_ask, with_plans
 from llamafleet.service.plan_inputs import PlanInputs, plan_inputs
 from llamafleet.service.record import without_query
 from llamafleet.service.refusals import Refused, is_path
+from llamafleet.settings.prompt_files import PromptFileError
 from llamafleet.settings.schema import Instance, Settings, SettingsError
 from llamafleet.settings.secrets import SecretError
 from llamafleet.sources import SourceError
@@ -47,7 +48,7 @@ from tasks.lib.this_run import is_ours_or_dead
 
 # What reading may raise: each leaves the host out of the run, as a refusal does.
 READ_ERRORS = (SettingsError, MachineError, SourceError, GgufError, lookups.LookupFailed, SecretError,
-               CertificateError, remote.RemoteError, payload.PayloadError)  # fmt: skip
+               CertificateError, PromptFileError, remote.RemoteError, payload.PayloadError)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,9 @@ def unit(served: Served) -> Problems:
         yield Problem(served.where, f"DropInPaths of {served.instance.unit}", "nothing", ", ".join(drop_ins), hint)
     if not served.facts["good"]["secrets_as_kept"]:
         folder = f"{INSTANCES}/{served.instance.name}"
-        yield Problem(served.where, f"api-keys and certificate in {folder}", "as they passed the gate", "others", AGAIN)
+        yield Problem(
+            served.where, f"keys, certificate and prompt files in {folder}", "as they passed the gate", "others", AGAIN
+        )
 
 
 def running(served: Served) -> Problems:

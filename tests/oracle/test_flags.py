@@ -5,8 +5,7 @@ import subprocess
 
 import pytest
 
-from llamafleet.service.command import argv
-from llamafleet.service.record import credentials
+from llamafleet.service.command import argv, credential_flags
 from llamafleet.settings import extra_flags as extra
 from sandbox import oracle
 from tests import planning
@@ -40,9 +39,10 @@ def test_a_value_follows_where_it_should(takes_value):
 def test_every_flag_that_is_passed_is_known(gpus, takes_value):
     asked = planning.settings({
         "context_tokens": 65536, "slots": 2, "api_key_file": "/keys", "tls_certificate_file": "/c", "tls_key_file": "/k",
+        "chat_template_file": "/t", "grammar_file": "/g",
     })  # fmt: skip
     [plan] = planning.plans(planning.machine(gpus, ram_gib=128), [("gpt-oss-120b",)], asked)
-    command = [*argv(plan, asked.models[0], "/m.gguf"), *credentials(asked.models[0])]
+    command = [*argv(plan, asked.models[0], "/m.gguf"), *credential_flags(asked.models[0])]
     used = {word for word in command if word.startswith("--")}
     assert used - set(takes_value) == set()
     assert len(used) > 20
