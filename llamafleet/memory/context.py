@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from llamafleet.model.shape import Shape
 
+DEFAULT_BATCH_TOKENS = 2048  # llama.cpp's --batch-size; never below the ubatch
 PAD_CELLS = 256  # src/llama-context.cpp and src/llama-kv-cache-iswa.cpp pad contexts to this
 UNQUANTISED = ("f32", "f16", "bf16")
 
@@ -36,6 +37,7 @@ class Context:
     drafted: int = 0  # guessed tokens of a slot that are checked together, each with logits of its own
     rollback: int = 0  # further copies of each recurrent state, to take guesses back (n_rs_seq)
     head: bool = False  # the model's own draft head has a context, too: the same cells, slots and cache type
+    kept: int = 0  # hidden states of all tokens that a draft reads
 
     @property
     def key_type(self) -> str:
@@ -69,6 +71,11 @@ class Context:
         """Tokens computed together, at most the number of cells (src/llama-context.cpp,
         llama_context::llama_context)."""
         return min(self.ubatch_tokens, self.stream_cells * self.streams)
+
+    @property
+    def batch(self) -> int:
+        """Tokens that a server hands over together (--batch-size), at most the number of cells."""
+        return min(max(DEFAULT_BATCH_TOKENS, self.ubatch_tokens), self.stream_cells * self.streams)
 
     @property
     def batch_tokens(self) -> int:

@@ -17,7 +17,7 @@ from llamafleet.memory.context import Context
 from llamafleet.memory.placement import Placement
 from llamafleet.memory.weights import X86_TYPES, Model, repacked_bytes
 
-LOGIT_BYTES = 4
+LOGIT_BYTES = F32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,14 @@ def usage(
     for device, size in zip(placement.layer_devices, model.compute.kv_bytes(context), strict=False):
         cache[device] += size
     sizes = compute_buffers or buffers(model, context, placement, backend)
+    # Made known to llama.cpp after it has laid out its buffers, and after it has reported them.
+    kept = context.kept * model.shape.embedding * context.batch_tokens * F32_BYTES
     used = {
-        device: Usage(weights[device], cache[device], sizes.compute[n], sizes.staging[n], traits.overhead_bytes)
+        device: Usage(weights[device], cache[device], sizes.compute[n], sizes.staging[n], traits.overhead_bytes + kept)
         for n, device in enumerate(devices)
     }
     output = model.shape.vocabulary * context.outputs * LOGIT_BYTES  # src/llama-context.cpp, output_reserve
-    overhead = traits.host_overhead_bytes + host_extra_bytes + output
+    overhead = traits.host_overhead_bytes + host_extra_bytes + output + (0 if devices else kept)
     return used, Usage(weights[None], cache[None], sizes.compute[-1], 0, overhead, repacked_weights)
 
 

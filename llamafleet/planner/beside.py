@@ -6,15 +6,18 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, product
 
 from llamafleet.memory.beside import Beside
+from llamafleet.memory.context import Context
+from llamafleet.planner import speculation
 from llamafleet.planner.asked import Asked
 
 MOST = 16  # combinations that are planned
 
 
 # For each kind of companion: why it does not fit the model, a sentence each.
-UNFIT: tuple[Callable[[Asked], Iterator[str]], ...] = ()
+UNFIT: tuple[Callable[[Asked], Iterator[str]], ...] = (speculation.unfit,)
 # For each kind: the ways to load it, the preferred one first; none where it was not asked for.
-WAYS: tuple[Callable[[Asked], Sequence[Beside]], ...] = ()
+WAYS: tuple[Callable[[Asked], Sequence[Beside]], ...] = (speculation.ways,)
+Weighted = tuple[Context, float]  # a context and its handicap
 
 
 def unfit(asked: Asked) -> str:
@@ -26,3 +29,21 @@ def options(asked: Asked) -> list[tuple[Beside, ...]]:
     """The combinations, the preferred one first; one empty combination where nothing is loaded beside the model."""
     ways = [found for kind in WAYS if (found := kind(asked))]
     return list(islice(product(*ways), MOST))
+
+
+def by_context(
+    option: tuple[Beside, ...], contexts: Sequence[Weighted]
+) -> list[tuple[tuple[Beside, ...], list[Weighted]]]:
+    """What a combination takes, with the contexts that it takes this with; without those that it does not fit with."""
+    found: list[tuple[tuple[Beside, ...], list[Weighted]]] = []
+    for weighted in contexts:
+        at = tuple(one.with_context(weighted[0]) for one in option)
+        known = [one for one in at if one is not None]
+        if len(known) < len(at):
+            continue
+        group = next((group for besides, group in found if besides == tuple(known)), None)
+        if group is None:
+            found.append((tuple(known), [weighted]))
+        else:
+            group.append(weighted)
+    return found

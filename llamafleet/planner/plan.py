@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 
 from llamafleet.host.backends import TRAITS
 from llamafleet.host.machine import Gpu, Machine
 from llamafleet.host.speeds import NOT_MEASURED, Measurements, rates
-from llamafleet.memory.beside import Beside, reduced, taken, with_besides
+from llamafleet.memory.beside import Beside, reduced, reported, taken, with_besides
 from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.checkpoints import checkpoint_bytes
 from llamafleet.memory.context import Context
@@ -28,10 +28,11 @@ from llamafleet.memory.placement import HOST
 from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
-from llamafleet.planner import beside, processors
+from llamafleet.planner import beside, processors, speculation
 from llamafleet.planner.asked import Asked
 from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate, host_cost
 from llamafleet.planner.backend import capacity_of, environment, no_gpu, resolve_backend
+from llamafleet.planner.beside import Weighted
 from llamafleet.planner.devices import gpus_for, left_out
 from llamafleet.planner.flags import device_names, planned_flags
 from llamafleet.planner.pools import in_words, slot_tokens
@@ -124,16 +125,25 @@ def _plan_instance(
     if not usable:
         return no_cache(instance, header, shape, backend)
     instance = replace(instance, kv_types=usable)
-    model = Model.of(header)
-    case = _Case(machine, backend, capacity, instance, model, tokens, correction, measured, known, alone, earlier)
-    return _with_companions(case, Asked(backend, capacity, instance, model, tokens, companions))
+    model = Model.of(header, head=speculation.uses_head(instance))
+    asked = Asked(backend, capacity, instance, model, tokens, companions)
+    case = _Case(
+        machine, backend, capacity, instance, model, tokens, correction, measured, known, alone, earlier,
+        served=partial(speculation.served, asked),
+    )  # fmt: skip
+    return _with_companions(case, asked)
 
 
 def _with_companions(case: _Case, asked: Asked) -> Plan | Refusal:
     """The best plan among the places of what is loaded beside the model."""
     if wrong := beside.unfit(asked):
         return Refusal(f"{case.instance.name}: {wrong}", instance=case.instance.name)
-    cases = [case.with_besides(option) for option in beside.options(asked)]
+    weighted = case.weighted_contexts()
+    cases = [
+        case.with_besides(besides, contexts)
+        for option in beside.options(asked)
+        for besides, contexts in beside.by_context(option, weighted)
+    ]
     found = [_best_plan(one) for one in cases]
     plans = [(best.seconds * one.handicap, n, best.plan) for n, (one, best) in enumerate(zip(cases, found, strict=True))
              if isinstance(best, Timed)]  # fmt: skip
@@ -169,10 +179,24 @@ class _Case:
     earlier: tuple[Plan, ...] = ()  # of models that were planned before, and took their memory
     besides: tuple[Beside, ...] = ()  # what is loaded beside the model; the capacity is what it leaves
     whole: Capacity | None = None  # with what is beside the model; None: the same
+    contexts: tuple[Weighted, ...] = ()  # that the besides are for; empty: all
+    served: Callable[[Context], Context] = field(default=lambda context: context, compare=False)
 
-    def with_besides(self, besides: tuple[Beside, ...]) -> _Case:
-        """The case with this beside the model."""
-        return replace(self, besides=besides, whole=self.capacity, capacity=reduced(self.capacity, besides))
+    def with_besides(self, besides: tuple[Beside, ...], contexts: Sequence[Weighted]) -> _Case:
+        """The case with this beside the model, for contexts that it takes the same memory with."""
+        capacity = reduced(self.capacity, besides)
+        return replace(self, besides=besides, whole=self.capacity, capacity=capacity, contexts=tuple(contexts))
+
+    def weighted_contexts(self) -> Sequence[Weighted]:
+        """Every context worth a try with its handicap, the preferred first."""
+        flash, trained = is_used(self.model.shape, self.backend), self.model.shape.context_tokens
+        every = contexts(self.instance, self.context_tokens, self.work, flash_attention=flash, trained=trained)
+        return self.contexts or [(self.served(context), handicap) for context, handicap in every]
+
+    def checkpoint(self, context: Context) -> int:
+        """Bytes of a context checkpoint, with what companions add to it; 0 where llama-server makes none."""
+        own = checkpoint_bytes(self.model.shape, context)
+        return own + sum(one.checkpoint_bytes for one in self.besides) if own else 0
 
     @property
     def handicap(self) -> float:
@@ -199,14 +223,13 @@ class _Case:
 
     def checkpoints(self, context: Context) -> int:
         """Context checkpoints of each slot: as many as fit into `context_checkpoints_mib` for all slots together."""
-        each = checkpoint_bytes(self.model.shape, context) * context.slots
+        each = self.checkpoint(context) * context.slots
         return min(MOST_CHECKPOINTS, self.instance.context_checkpoints_mib * MIB // each) if each else MOST_CHECKPOINTS
 
     def checkpoints_bytes(self, contexts: Sequence[Context]) -> int:
         """RAM of all slots' checkpoints together, the largest of these contexts; 0 if the model makes none."""
-        shape = self.model.shape
         different = {(context.kv_type, context.slots): context for context in contexts}.values()
-        return max(self.checkpoints(each) * each.slots * checkpoint_bytes(shape, each) for each in different)
+        return max(self.checkpoints(each) * each.slots * self.checkpoint(each) for each in different)
 
     def roofline(self, work: Workload, measured: Measurements, *, by_type: bool = False) -> Roofline:
         """The speed of this model with these measurements. `by_type`: with what its types of weights cost a processor,
@@ -231,10 +254,7 @@ class _Case:
 
 def _best_plan(case: _Case) -> Timed | tuple[Search, Refined]:
     """The best plan with its seconds; if no candidate fits, the search and its best candidate."""
-    flash = is_used(case.model.shape, case.backend)
-    weighted_contexts = contexts(
-        case.instance, case.context_tokens, case.work, flash_attention=flash, trained=case.model.shape.context_tokens
-    )
+    weighted_contexts = case.weighted_contexts()
     search = case.search([context for context, _ in weighted_contexts])
     handicaps = {replace(context, flash_attention=True): handicap for context, handicap in weighted_contexts}
     candidates = search.candidates(weighted_contexts)
@@ -270,7 +290,7 @@ def _is_planned(case: _Case, change: Change) -> bool:
     instance = case.instance
     if change.prompt_cache_mib is not None:
         instance = replace(instance, prompt_cache_mib=change.prompt_cache_mib)
-    model = case.model if change.header is None else Model.of(change.header)
+    model = case.model if change.header is None else Model.of(change.header, head=speculation.uses_head(instance))
     return isinstance(_best_plan(replace(case, capacity=capacity, instance=instance, model=model)), Timed)
 
 
@@ -346,6 +366,7 @@ def _plan(
         why=(*why(decision), *(one.why for one in case.besides if one.why)),
         # With room for the pages of mapped tensors, which count as the service's.
         host_bytes=sum(row.used_bytes for row in (rows if case.capacity.unified else rows[-1:])) + mapped,
+        beside_reported=reported(case.besides),
         environment=environment(case.backend, gpus, case.machine),
         cpus=cpus,
         numa_nodes=nodes,

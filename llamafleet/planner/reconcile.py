@@ -24,6 +24,7 @@ TOLERANCE_SHARE = 0.01
 ROUNDS = 3
 # Flags with a value that `question` leaves out: without `--fit off` llama-server prints its memory breakdown; keys and
 # address are not needed.
+BESIDE = "beside "  # what names begin with of the memory of a draft or a head, as verify.py reports it
 LEFT_OUT = frozenset({"--fit", "--api-key-file", "--ssl-cert-file", "--ssl-key-file", "--host", "--port"})
 
 
@@ -38,6 +39,14 @@ def question(argv: Sequence[str]) -> tuple[str, ...]:
         else:
             arguments.append(word)
     return (*arguments, "--host", "127.0.0.1", "--port", "0", "-lv", "4")
+
+
+def beside(argv: Sequence[str]) -> str:
+    """What llama-server reports beside the model: a "draft" model, the "head" of the model itself, or "" for
+    neither."""
+    if "--spec-draft-model" in argv:
+        return "draft"
+    return "head" if "draft-mtp" in argv else ""
 
 
 @dataclass(frozen=True)
@@ -107,16 +116,19 @@ def compare(plan: Plan, answer: MemoryReport, extra: Correction = NO_CORRECTION,
         - extra.extra_bytes.get(row.device, 0) + (plan.mapped_bytes if row.device == HOST else 0)
         for row in plan.ledger
     }  # fmt: skip
+    if any(name.startswith(BESIDE) for name in answer.told or ()):
+        expected = {device: size + plan.beside_reported.get(device, 0) for device, size in expected.items()}
     without_report = Verified(expected, None, extra.extra_bytes, answer.why, answer.room, rounds)
     if answer.told is None:
         return without_report
     devices = _devices(plan)
-    missing = [name for name in devices if name not in answer.told]
+    of_model = list(devices)[: len(plan.placement.devices)]  # others are a companion's alone
+    missing = [name for name in of_model if name not in answer.told]
     if missing:
         return replace(without_report, why=f"it did not report the memory of {', '.join(missing)}")
     reported = dict.fromkeys(expected, 0)
     for name, size in answer.told.items():
-        reported[devices.get(name, HOST)] += size
+        reported[devices.get(name.removeprefix(BESIDE), HOST)] += size
     return replace(without_report, binary_bytes=reported)
 
 

@@ -69,6 +69,8 @@ class Plan:
     predicted: Prediction  # by all that is known of the host's rates now
     why: tuple[str, ...]
     host_bytes: int  # RAM that the process needs, for MemoryMax
+    # Of what is beside the model, by the ledger's device names: the bytes that llama-server reports, too.
+    beside_reported: Mapping[str, int] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     cpus: str = ""  # CPUs that the server may run on, such as "0-11"; empty: all
     numa_nodes: str = ""  # NUMA nodes that its memory is spread over, such as "0-1"; empty: the kernel decides

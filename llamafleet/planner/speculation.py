@@ -12,7 +12,7 @@ from functools import partial
 from llamafleet.host.backends import TRAITS
 from llamafleet.memory.beside import Beside
 from llamafleet.memory.checkpoints import checkpoint_bytes
-from llamafleet.memory.context import Context
+from llamafleet.memory.context import Context, types_of
 from llamafleet.memory.flash_attention import takes_cache_on
 from llamafleet.memory.speculation import NGRAM, TYPES, Draft, Speculation
 from llamafleet.memory.weights import Model
@@ -29,6 +29,11 @@ ON_HOST = 1.05  # factor on the seconds: a draft is computed before each token
 def of(instance: Instance) -> Speculation | None:
     """How tokens are guessed for this instance; None: they are not."""
     return Speculation.of(instance.speculation, instance.draft_max_tokens, instance.draft_min_tokens)
+
+
+def uses_head(instance: Instance) -> bool:
+    """Is the model's own draft head loaded?"""
+    return instance.speculation == kinds.MTP
 
 
 def served(asked: Asked, context: Context) -> Context:
@@ -83,7 +88,7 @@ def _placed(asked: Asked, speculation: Speculation, model: Model, place: int | N
     kv_type = context.kv_type if takes_cache_on(model.shape, context.kv_type, asked.backend) else "f16"
     own = speculation.of_draft(context, kv_type)
     taken = Draft.of(model, own, asked.backend, asked.capacity.repacked, on_gpu=place is not None)
-    if place is not None and not _fits(asked, place, taken.gpu_bytes):
+    if place is not None and not asked.capacity.unified and not _fits(asked, place, taken.gpu_bytes):
         return None
     rows = speculation.rows_bytes(asked.model.shape, context, model.shape)
     rows += speculation.checkpoints_bytes(asked.model.shape, context)
@@ -128,7 +133,8 @@ def _flags(speculation: Speculation) -> tuple[str, ...]:
 
 
 def _cache_flags(kv_type: str) -> tuple[str, ...]:
-    return "--spec-draft-type-k", kv_type, "--spec-draft-type-v", kv_type
+    key, value = types_of(kv_type)
+    return "--spec-draft-type-k", key, "--spec-draft-type-v", value
 
 
 def _why(speculation: Speculation, what: str, size: str) -> str:

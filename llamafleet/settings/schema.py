@@ -28,7 +28,7 @@ from llamafleet.remote.common import (
     keeps_secrets,
     unit_of,
 )
-from llamafleet.settings import cache_shape, environment, prompt_files, secrets
+from llamafleet.settings import cache_shape, environment, prompt_files, secrets, speculation
 from llamafleet.settings import extra_flags as extra
 from llamafleet.settings.defaults import MODEL_DEFAULTS, DefaultsError, with_defaults
 from llamafleet.settings.gpu_names import gpu_list, gpu_name, gpu_reserve
@@ -347,7 +347,11 @@ class Instance:
         )  # fmt: skip
         files = {setting: getattr(self, setting) for setting in prompt_files.SETTINGS.values()}
         clashes = prompt_files.clashes(files, self.serves, self.extra_flags)
-        validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags, *shape, *clashes])
+        guesses = speculation.problems(
+            self.speculation, has_draft=self.draft is not None, serves=self.serves, most=self.draft_max_tokens,
+            least=self.draft_min_tokens,
+        )  # fmt: skip
+        validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags, *shape, *clashes, *guesses])
         return self
 
     def _open_doors(self) -> Iterator[tuple[str, str]]:

@@ -121,12 +121,14 @@ def way_out(rejected: str) -> str:
 
 def spec(now: Decision, plan: Plan) -> dict[str, Any]:
     """What `llamafleet/remote/verify.py` needs to know."""
+    command = now.desired.command(plan)
     return {
         "name": plan.instance,
-        "command": reconcile.question(now.desired.command(plan)),
+        "command": reconcile.question(command),
         "environment": {**now.desired.settings.environment, **plan.environment},
         "groups": unit.groups(plan.backend, now.desired.installed),
         "gpus": [gpu.uuid for gpu in plan.gpus] if plan.backend == "cuda" else [],
+        "beside": reconcile.beside(command),
         "room_bytes": TRAITS[plan.backend].overhead_bytes + SPARE_BYTES,
     }
 
