@@ -47,6 +47,13 @@ def is_path(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
+def is_speculation(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and isinstance(value.get("kind"), str) and is_number(value.get("least"))
+        and is_path(value.get("kv_type"))
+    )  # fmt: skip
+
+
 def is_prompt_files(value: Any) -> bool:
     keys = ("sha256", "served_sha256")
     return isinstance(value, dict) and all(
@@ -63,6 +70,7 @@ GATE: Dict[str, Form] = {
     "api_keys": PATH, "tls_certificate": PATH, "health_seconds": NUMBER, "context_tokens": NUMBER, "slots": NUMBER,
     "kv_type": PATH, "speed_floor_percent": NUMBER, "backend": TEXT,
     "gpus": ("a list of objects", lambda value: isinstance(value, list)),
+    "speculation": ("null, or an object with kind, least and kv_type", is_speculation),
     "prompt_files": ("an object of objects with sha256 and served_sha256", is_prompt_files),
 }  # fmt: skip
 GPU = {"uuid": TEXT, "name": TEXT, "device": TEXT, **dict.fromkeys(
@@ -70,7 +78,13 @@ GPU = {"uuid": TEXT, "name": TEXT, "device": TEXT, **dict.fromkeys(
 SIZE: Form = ("a number or null", lambda value: value is None or is_number(value))  # null: the server did not tell it
 FILE = {"path": TEXT, "size_bytes": SIZE, "sha256": PATH}
 # What plans of earlier versions lack.
-ABSENT: Dict[str, Any] = {"tls_certificate": None, "kv_type": None, "speed_floor_percent": 0, "prompt_files": {}}
+ABSENT: Dict[str, Any] = {
+    "tls_certificate": None,
+    "kv_type": None,
+    "speed_floor_percent": 0,
+    "prompt_files": {},
+    "speculation": None,
+}
 
 
 def read_spec(path: str) -> Dict[str, Any]:
