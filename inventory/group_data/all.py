@@ -101,7 +101,8 @@ model_defaults = {
     # GPUs that this instance may use, named as in the host's `gpus`. None: those of the host. []: none.
     "gpus": None,
     # Copies of the instance, each a unit of its own, NAME-1, NAME-2 and so on, with ports counted up from `port`: a
-    # number, or "per_gpu": one for each GPU, planned for that GPU alone.
+    # number, planned one after another, or "per_gpu": one for each GPU that it may use, planned for that GPU alone. 1:
+    # the instance itself, under its own name.
     "copies": 1,
     # How several GPUs share a model: "layer" (whole layers), "tensor" (each computes a part of every layer), or "auto":
     # "tensor" where llama.cpp has it for this model and it is predicted to be faster.

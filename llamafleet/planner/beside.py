@@ -34,7 +34,10 @@ def options(asked: Asked) -> list[tuple[Beside, ...]]:
 def by_context(
     option: tuple[Beside, ...], contexts: Sequence[Weighted]
 ) -> list[tuple[tuple[Beside, ...], list[Weighted]]]:
-    """What a combination takes, with the contexts that it takes this with; without those that it does not fit with."""
+    """What a combination takes, with the contexts that it takes this with, none where it is the same with each; without
+    those that it does not fit with."""
+    if not any(one.at for one in option):
+        return [(option, [])]
     found: list[tuple[tuple[Beside, ...], list[Weighted]]] = []
     for weighted in contexts:
         at = tuple(one.with_context(weighted[0]) for one in option)

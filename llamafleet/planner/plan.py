@@ -33,7 +33,7 @@ from llamafleet.planner.asked import Asked
 from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate, host_cost
 from llamafleet.planner.backend import capacity_of, environment, no_gpu, resolve_backend
 from llamafleet.planner.beside import Weighted
-from llamafleet.planner.devices import gpus_for, left_out
+from llamafleet.planner.devices import gpus_for, is_one_of, left_out, withheld
 from llamafleet.planner.flags import device_names, planned_flags
 from llamafleet.planner.pools import in_words, slot_tokens
 from llamafleet.planner.reasons import Decision, why
@@ -81,10 +81,15 @@ def plan_host(
     earlier: tuple[Plan, ...] = ()
     notes = (*left_out(machine, backend, settings), *machine.notes)
     for position, (instance, header) in sorted(enumerate(requests), key=lambda item: (-item[1][0].priority, item[0])):
+        own = [number for number, gpu in enumerate(capacity.gpus) if is_one_of(gpu, instance.gpus)]
+        if wrong := withheld(instance, gpus, machine, backend, settings):
+            refusal = Refusal(f"{instance.name}: {wrong}", instance=instance.name, problems=machine.problems)
+            results[position] = replace(refusal, suggestions=("name another one, or leave it out",))
+            continue
         correction = corrections.get(instance.name, NO_CORRECTION)
         alone, later = len(requests) == 1, known or measurements
         result = _plan_instance(
-            machine, backend, capacity, instance, header, correction, measurements, later, alone, earlier,
+            machine, backend, _only(capacity, own), instance, header, correction, measurements, later, alone, earlier,
             companions.get(instance.name, {}),
         )  # fmt: skip
         if isinstance(result, Plan):
@@ -92,6 +97,11 @@ def plan_host(
             earlier = (*earlier, result)
         results[position] = replace(result, why=(*result.why, *notes), problems=machine.problems)
     return tuple(results[position] for position in range(len(requests)))
+
+
+def _only(capacity: Capacity, own: Sequence[int]) -> Capacity:
+    """The capacity with the GPUs that an instance may use; without any, the host's memory is the processor's alone."""
+    return replace(capacity.only(own), unified=capacity.unified and bool(own))
 
 
 def _plan_instance(

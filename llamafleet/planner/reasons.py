@@ -118,6 +118,9 @@ def _spill(decision: Decision) -> Iterator[str]:
 
 def _gpus(decision: Decision) -> Iterator[str]:
     capacity, chosen = decision.capacity, decision.chosen
+    if decision.instance.gpus is not None:
+        left = " and ".join(f"GPU{gpu.index}" for gpu in capacity.gpus)
+        yield f"its gpus leave it {left or 'no GPU'}"
     if len(capacity.gpus) < 2 or not chosen.order:
         return
     names = [f"GPU{gpu.index}" for gpu in capacity.gpus]
