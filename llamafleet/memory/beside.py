@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.context import Context
 from llamafleet.memory.ledger import LedgerRow
-from llamafleet.memory.placement import HOST
 
 
 @dataclass(frozen=True)
@@ -23,12 +22,14 @@ class Beside:
     why: str = ""  # a sentence for the plan
     # Factor on the workload's seconds for costs that its prediction does not have, such as a slow image.
     handicap: float = 1.0
+    least_ubatch: int = 0  # tokens that must be in one ubatch
+    # Of what llama-server reports of it before it loads: the device of the ledger, and bytes. None: nothing.
+    reported: tuple[str, int] | None = None
+    # Where llama-server reports it device by device, as the model itself: bytes by the ledger's device names.
+    reported_rows: Mapping[str, int] = field(default_factory=dict)
+    checkpoint_bytes: int = 0  # what it adds to each context checkpoint
     # What it takes with a context, where that is not always the same; None: it does not fit there.
     at: Callable[[Context], Beside | None] | None = field(default=None, compare=False, repr=False)
-    # Of these bytes, those that llama-server reports beside the model's (`planner/reconcile.py`).
-    gpu_reported: Mapping[int, int] = field(default_factory=dict)
-    host_reported: int = 0
-    checkpoint_bytes: int = 0  # what it adds to each context checkpoint
 
     def with_context(self, context: Context) -> Beside | None:
         """What is taken with this context; None: it does not fit."""
@@ -56,15 +57,6 @@ def taken(besides: Sequence[Beside]) -> tuple[dict[int, int], int]:
         for index, size in one.gpu_bytes.items():
             on_gpus[index] = on_gpus.get(index, 0) + size
     return on_gpus, sum(one.host_bytes for one in besides)
-
-
-def reported(besides: Sequence[Beside]) -> dict[str, int]:
-    """By the ledger's device names, the bytes of all of them that llama-server reports; those that are not 0."""
-    sizes = {HOST: sum(one.host_reported for one in besides)}
-    for one in besides:
-        for index, size in one.gpu_reported.items():
-            sizes[f"GPU{index}"] = sizes.get(f"GPU{index}", 0) + size
-    return {device: size for device, size in sizes.items() if size}
 
 
 def with_besides(rows: Sequence[LedgerRow], besides: Sequence[Beside], capacity: Capacity) -> tuple[LedgerRow, ...]:

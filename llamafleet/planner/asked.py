@@ -1,4 +1,4 @@
-"""What is asked of the planner for one model: the model with its companions, and the host's room for them."""
+"""A model with what is loaded beside it, as it is asked for."""
 
 from __future__ import annotations
 

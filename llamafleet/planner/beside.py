@@ -7,16 +7,15 @@ from itertools import islice, product
 
 from llamafleet.memory.beside import Beside
 from llamafleet.memory.context import Context
-from llamafleet.planner import speculation
+from llamafleet.planner import projector, speculation
 from llamafleet.planner.asked import Asked
 
 MOST = 16  # combinations that are planned
 
-
 # For each kind of companion: why it does not fit the model, a sentence each.
-UNFIT: tuple[Callable[[Asked], Iterator[str]], ...] = (speculation.unfit,)
+UNFIT: tuple[Callable[[Asked], Iterator[str]], ...] = (projector.unfit, speculation.unfit)
 # For each kind: the ways to load it, the preferred one first; none where it was not asked for.
-WAYS: tuple[Callable[[Asked], Sequence[Beside]], ...] = (speculation.ways,)
+WAYS: tuple[Callable[[Asked], Sequence[Beside]], ...] = (projector.ways, speculation.ways)
 Weighted = tuple[Context, float]  # a context and its handicap
 
 

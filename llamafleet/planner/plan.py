@@ -18,7 +18,7 @@ from types import MappingProxyType
 from llamafleet.host.backends import TRAITS
 from llamafleet.host.machine import Gpu, Machine
 from llamafleet.host.speeds import NOT_MEASURED, Measurements, rates
-from llamafleet.memory.beside import Beside, reduced, reported, taken, with_besides
+from llamafleet.memory.beside import Beside, reduced, taken, with_besides
 from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.checkpoints import checkpoint_bytes
 from llamafleet.memory.context import Context
@@ -38,7 +38,7 @@ from llamafleet.planner.flags import device_names, planned_flags
 from llamafleet.planner.pools import in_words, slot_tokens
 from llamafleet.planner.reasons import Decision, why
 from llamafleet.planner.refine import HOPELESS_BYTES, Refined, fits, refine
-from llamafleet.planner.result import Plan, Refusal
+from llamafleet.planner.result import BESIDE, Plan, Refusal
 from llamafleet.planner.roofline import Prediction, Roofline
 from llamafleet.planner.search import Candidate, Search, contexts
 from llamafleet.planner.suggestions import Change, Short, suggestions
@@ -148,11 +148,10 @@ def _with_companions(case: _Case, asked: Asked) -> Plan | Refusal:
     """The best plan among the places of what is loaded beside the model."""
     if wrong := beside.unfit(asked):
         return Refusal(f"{case.instance.name}: {wrong}", instance=case.instance.name)
-    weighted = case.weighted_contexts()
     cases = [
         case.with_besides(besides, contexts)
         for option in beside.options(asked)
-        for besides, contexts in beside.by_context(option, weighted)
+        for besides, contexts in beside.by_context(option, case.weighted_contexts(option))
     ]
     found = [_best_plan(one) for one in cases]
     plans = [(best.seconds * one.handicap, n, best.plan) for n, (one, best) in enumerate(zip(cases, found, strict=True))
@@ -197,11 +196,13 @@ class _Case:
         capacity = reduced(self.capacity, besides)
         return replace(self, besides=besides, whole=self.capacity, capacity=capacity, contexts=tuple(contexts))
 
-    def weighted_contexts(self) -> Sequence[Weighted]:
+    def weighted_contexts(self, besides: Sequence[Beside]) -> Sequence[Weighted]:
         """Every context worth a try with its handicap, the preferred first."""
-        flash, trained = is_used(self.model.shape, self.backend), self.model.shape.context_tokens
-        every = contexts(self.instance, self.context_tokens, self.work, flash_attention=flash, trained=trained)
-        return self.contexts or [(self.served(context), handicap) for context, handicap in every]
+        every = contexts(
+            self.instance, self.context_tokens, self.work, flash_attention=is_used(self.model.shape, self.backend),
+            trained=self.model.shape.context_tokens, least_ubatch=max((one.least_ubatch for one in besides), default=0),
+        )  # fmt: skip
+        return [(self.served(context), handicap) for context, handicap in every]
 
     def checkpoint(self, context: Context) -> int:
         """Bytes of a context checkpoint, with what companions add to it; 0 where llama-server makes none."""
@@ -264,7 +265,7 @@ class _Case:
 
 def _best_plan(case: _Case) -> Timed | tuple[Search, Refined]:
     """The best plan with its seconds; if no candidate fits, the search and its best candidate."""
-    weighted_contexts = case.weighted_contexts()
+    weighted_contexts = case.contexts or case.weighted_contexts(case.besides)
     search = case.search([context for context, _ in weighted_contexts])
     handicaps = {replace(context, flash_attention=True): handicap for context, handicap in weighted_contexts}
     candidates = search.candidates(weighted_contexts)
@@ -376,15 +377,24 @@ def _plan(
         why=(*why(decision), *(one.why for one in case.besides if one.why)),
         # With room for the pages of mapped tensors, which count as the service's.
         host_bytes=sum(row.used_bytes for row in (rows if case.capacity.unified else rows[-1:])) + mapped,
-        beside_reported=reported(case.besides),
         environment=environment(case.backend, gpus, case.machine),
         cpus=cpus,
         numa_nodes=nodes,
+        reported_beside=_reported(case, gpus),
         chosen_for=search.roofline.predict(candidate.order, candidate.segments, context),
         at_gate=expected_at_gate(
             case.roofline(GATE_WORK, case.measured, by_type=True), candidate, gpus[: len(candidate.order)]
         ),
     )
+
+
+def _reported(case: _Case, gpus: Sequence[Gpu]) -> dict[str, tuple[str, int]]:
+    """What llama-server reports of what is beside the model, by its own names: the ledger's device, and bytes."""
+    names = {f"GPU{gpu.index}": name for gpu, name in zip(gpus, device_names(case.backend, len(gpus)), strict=True)}
+    whole = {one.part: one.reported for one in case.besides if one.reported}
+    rows = {BESIDE + names.get(device, "Host"): (device, size)
+            for one in case.besides for device, size in one.reported_rows.items()}  # fmt: skip
+    return {**whole, **rows}
 
 
 def _beside_flags(case: _Case, gpus: Sequence[Gpu]) -> Iterator[str]:

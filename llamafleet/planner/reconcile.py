@@ -15,7 +15,7 @@ from typing import Any
 from llamafleet.host.backends import TRAITS
 from llamafleet.memory.ledger import NO_CORRECTION, Correction
 from llamafleet.memory.placement import HOST
-from llamafleet.planner.result import Plan, Refusal
+from llamafleet.planner.result import BESIDE, Plan, Refusal
 from llamafleet.units import MIB
 
 # llama-server prints whole MiB, rounded down; a GPU's reserve, 1024 MiB, is 64 times this.
@@ -24,7 +24,6 @@ TOLERANCE_SHARE = 0.01
 ROUNDS = 3
 # Flags with a value that `question` leaves out: without `--fit off` llama-server prints its memory breakdown; keys and
 # address are not needed.
-BESIDE = "beside "  # what names begin with of the memory of a draft or a head, as verify.py reports it
 LEFT_OUT = frozenset({"--fit", "--api-key-file", "--ssl-cert-file", "--ssl-key-file", "--host", "--port"})
 
 
@@ -108,7 +107,8 @@ def tolerance(reported_bytes: int) -> int:
 def compare(plan: Plan, answer: MemoryReport, extra: Correction = NO_CORRECTION, rounds: int = 1) -> Verified:
     """Compare the plan's ledger, which was made with the correction `extra`, with the binary's report.
 
-    Overhead is not compared, since llama-server does not report it. Host memory is one sum, repacked weights included,
+    Overhead is not compared, since llama-server does not report it. Of a projector the size of its start is compared,
+    which the plan exceeds for the largest picture. Host memory is one sum, repacked weights included,
     and tensors that will be mapped, which llama-server counts while it only measures (src/llama-model.cpp, no_alloc).
     """
     expected = {
@@ -116,8 +116,6 @@ def compare(plan: Plan, answer: MemoryReport, extra: Correction = NO_CORRECTION,
         - extra.extra_bytes.get(row.device, 0) + (plan.mapped_bytes if row.device == HOST else 0)
         for row in plan.ledger
     }  # fmt: skip
-    if any(name.startswith(BESIDE) for name in answer.told or ()):
-        expected = {device: size + plan.beside_reported.get(device, 0) for device, size in expected.items()}
     without_report = Verified(expected, None, extra.extra_bytes, answer.why, answer.room, rounds)
     if answer.told is None:
         return without_report
@@ -126,6 +124,9 @@ def compare(plan: Plan, answer: MemoryReport, extra: Correction = NO_CORRECTION,
     missing = [name for name in of_model if name not in answer.told]
     if missing:
         return replace(without_report, why=f"it did not report the memory of {', '.join(missing)}")
+    for part, (device, size) in plan.reported_beside.items():
+        if part in answer.told:  # an earlier llama.cpp does not report it
+            expected[device] += size
     reported = dict.fromkeys(expected, 0)
     for name, size in answer.told.items():
         reported[devices.get(name.removeprefix(BESIDE), HOST)] += size
@@ -141,9 +142,10 @@ def memory_limits(plan: Plan) -> dict[str, Any]:
 
 
 def _devices(plan: Plan) -> dict[str, str]:
-    """The ledger's device names by llama.cpp's."""
+    """The ledger's device names by llama.cpp's, and by what is reported of parts beside the model."""
     prefix = TRAITS[plan.backend].device_prefix
-    return {f"{prefix}{number}": f"GPU{gpu.index}" for number, gpu in enumerate(plan.gpus)}
+    beside = {part: device for part, (device, _) in plan.reported_beside.items()}
+    return {**{f"{prefix}{number}": f"GPU{gpu.index}" for number, gpu in enumerate(plan.gpus)}, **beside}
 
 
 @dataclass(frozen=True)

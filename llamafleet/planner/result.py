@@ -16,6 +16,7 @@ from llamafleet.memory.placement import HOST, Placement
 from llamafleet.planner.roofline import Prediction
 
 SCHEMA = 1
+BESIDE = "beside "  # what names of memory begin with that llama-server reports of a draft, or of a head
 NO_PREDICTION = Prediction(0.0, 0.0)
 
 
@@ -69,8 +70,6 @@ class Plan:
     predicted: Prediction  # by all that is known of the host's rates now
     why: tuple[str, ...]
     host_bytes: int  # RAM that the process needs, for MemoryMax
-    # Of what is beside the model, by the ledger's device names: the bytes that llama-server reports, too.
-    beside_reported: Mapping[str, int] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     cpus: str = ""  # CPUs that the server may run on, such as "0-11"; empty: all
     numa_nodes: str = ""  # NUMA nodes that its memory is spread over, such as "0-1"; empty: the kernel decides
@@ -78,6 +77,8 @@ class Plan:
     chosen_for: Prediction = NO_PREDICTION
     at_gate: Expected | None = None
     problems: tuple[str, ...] = ()  # what is wrong with the host, as its probe found, each with the way out
+    # What llama-server reports of what is beside the model, by its part: the ledger's device, and bytes.
+    reported_beside: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
     fits = True
 

@@ -14,6 +14,7 @@ from llamafleet.memory.beside import Beside
 from llamafleet.memory.checkpoints import checkpoint_bytes
 from llamafleet.memory.context import Context, types_of
 from llamafleet.memory.flash_attention import takes_cache_on
+from llamafleet.memory.placement import HOST
 from llamafleet.memory.speculation import NGRAM, TYPES, Draft, Speculation
 from llamafleet.memory.weights import Model
 from llamafleet.model import speculation as kinds
@@ -101,7 +102,7 @@ def _placed(asked: Asked, speculation: Speculation, model: Model, place: int | N
             flags=(*_flags(speculation), *host_flags, *_cache_flags(kv_type)),
             why=_why(speculation, f"by {name} on the host", f"{taken.host_bytes // MIB} MiB"),
             handicap=ON_HOST if asked.capacity.gpus else 1.0,
-            host_reported=taken.host_reported,
+            reported_rows={HOST: taken.host_reported},
             checkpoint_bytes=checkpoint,
         )
     index = asked.capacity.gpus[place].index
@@ -112,8 +113,7 @@ def _placed(asked: Asked, speculation: Speculation, model: Model, place: int | N
         host_bytes=host_bytes,
         flags=(*_flags(speculation), *gpu_flags, *_cache_flags(kv_type)),
         why=_why(speculation, f"by {name} on GPU{index}", f"{taken.gpu_bytes // MIB} MiB"),
-        gpu_reported={index: taken.gpu_reported},
-        host_reported=taken.host_reported,
+        reported_rows={f"GPU{index}": taken.gpu_reported, HOST: taken.host_reported},
         checkpoint_bytes=checkpoint,
     )
 

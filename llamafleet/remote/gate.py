@@ -36,6 +36,7 @@ from common import GATE_SCHEMA, command_line, invocation, journal_of_start, writ
 from gate_devices import cause_of_end, check_devices
 from gate_load import deadline, why_silent
 from gate_nvml import held_by, in_use_on_all
+from gate_picture import check_picture
 from gate_prompt_files import check_prompt_files
 from gate_reply import REMEMBERED, check_completion, check_speed, speed_key
 from gate_server import ask, first_key, found_status, is_alive, main_pid, result, trust, unit_state
@@ -158,7 +159,7 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
 
 CHECKS = (
     check_health, check_process, check_gpus, check_devices, check_key, check_context, check_prompt_files,
-    check_completion, check_speculation, check_speed,
+    check_completion, check_speculation, check_picture, check_speed,
 )  # fmt: skip
 # The key first: until then a server without keys would serve everybody.
 START_CHECKS = (check_health, check_key, check_gpus, check_devices)

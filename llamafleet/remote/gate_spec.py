@@ -72,19 +72,15 @@ GATE: Dict[str, Form] = {
     "gpus": ("a list of objects", lambda value: isinstance(value, list)),
     "speculation": ("null, or an object with kind, least and kv_type", is_speculation),
     "prompt_files": ("an object of objects with sha256 and served_sha256", is_prompt_files),
+    "modalities": ("a list of texts", is_texts),
 }  # fmt: skip
 GPU = {"uuid": TEXT, "name": TEXT, "device": TEXT, **dict.fromkeys(
     ("planned_bytes", "weights_bytes", "kv_bytes", "compute_bytes", "staging_bytes"), NUMBER)}  # fmt: skip
 SIZE: Form = ("a number or null", lambda value: value is None or is_number(value))  # null: the server did not tell it
 FILE = {"path": TEXT, "size_bytes": SIZE, "sha256": PATH}
 # What plans of earlier versions lack.
-ABSENT: Dict[str, Any] = {
-    "tls_certificate": None,
-    "kv_type": None,
-    "speed_floor_percent": 0,
-    "prompt_files": {},
-    "speculation": None,
-}
+ABSENT: Dict[str, Any] = {"tls_certificate": None, "kv_type": None, "speed_floor_percent": 0, "prompt_files": {},
+                          "modalities": [], "speculation": None}  # fmt: skip
 
 
 def read_spec(path: str) -> Dict[str, Any]:

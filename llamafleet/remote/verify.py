@@ -4,9 +4,9 @@ Contract: `verify.py ask SPEC`, a JSON object {"name": of the instance, "command
 by `question` in llamafleet/planner/reconcile.py], "environment": {name: value}, "groups": [names], "gpus": [UUIDs of
 NVIDIA GPUs], "room_bytes": what must be free on each of them, "beside": "draft" where a draft model is loaded, "head"
 where the model's own guesses, else missing or ""}; prints one JSON object {"told": {llama.cpp's name of a device or
-kind of host memory, or "beside " and such a name for what guesses: bytes} | null, "why": text if nothing was reported,
-"room": false if the reason is that a GPU had no room beside what runs there, "rejected": the line by which llama-server
-refuses its arguments or its model, or ""}. Exit 0 whatever was reported.
+kind of host memory, "beside " and such a name for what guesses, or "projector": bytes} | null, "why": text if nothing
+was reported, "room": false if the reason is that a GPU had no room beside what runs there, "rejected": the line by
+which llama-server refuses its arguments or its model, or ""}. Exit 0 whatever was reported.
 `verify.py settle QUESTION.json PLAN.json` is for the switch, once the old server is stopped: QUESTION has the same and
 "devices" {llama.cpp's name: the ledger's}, "limits" {the ledger's name: bytes}. The sizes go into PLAN's `verified`.
 Exit 0 within the limits, or if nothing was reported; 1 beyond them, with a line `told: ` and their JSON; 3 if it
@@ -50,6 +50,9 @@ HARDENING = (
     "SystemCallFilter=@system-service", "SystemCallFilter=~@privileged", "SystemCallErrorNumber=EPERM", "TasksMax=2048",
 )  # fmt: skip
 # With the device's total and free memory before the figures, or, on the host, without; in MiB.
+# What a projector takes, weights and compute buffers of all its devices (tools/server/server-context.cpp, load_model);
+# before the rows.
+PROJECTOR = re.compile(r"estimated worst-case memory usage of mmproj is (?P<size>\d+\.\d+) MiB")
 ROW = re.compile(
     r"common_memory_breakdown_print: \|   - (?P<name>\S+).*?(?P<self>\d+) =\s+(?P<weights>\d+) \+\s+\d+ \+\s+\d+\)?"
     r"(?: \+\s+-?\d+)?\s+\|"
@@ -132,10 +135,12 @@ def read(lines: Iterable[str], beside: str = "") -> tuple[dict[str, int], list[s
         tail = [*tail, line][-TAIL_LINES:]
         if not rejected and (REJECTED.search(line) or USAGE.search(line)):
             rejected = line.strip()
-        row = ROW.search(line)
+        row, projector = ROW.search(line), PROJECTOR.search(line)
         if row:
             counted = int(row.group("weights")) if tables and beside == "head" else 0
             told[(BESIDE if tables else "") + row.group("name")] = (int(row.group("self")) - counted) * MIB
+        elif projector:
+            told["projector"] = int(float(projector.group("size")) * MIB)
         elif within:
             tables += 1
         if tables > bool(beside) or (tables and NO_MORE.search(line)):

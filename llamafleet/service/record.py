@@ -10,6 +10,7 @@ from typing import Any
 from llamafleet.build.release import MIB, Build
 from llamafleet.host.machine import Gpu
 from llamafleet.hub.source import ModelFiles
+from llamafleet.model import projector
 from llamafleet.planner.flags import device_names
 from llamafleet.planner.result import Plan
 from llamafleet.remote.common import (
@@ -25,6 +26,7 @@ from llamafleet.remote.common import (
 from llamafleet.service.model_folders import model_folder
 from llamafleet.service.speculation import guessing
 from llamafleet.service.trial import told_to_host
+from llamafleet.settings.companions import PROJECTOR
 from llamafleet.settings.prompt_files import SETTINGS, as_served
 from llamafleet.settings.schema import Instance
 
@@ -64,6 +66,8 @@ def plan_record(
             for gpu, device in zip(plan.gpus, device_names(plan.backend, len(plan.gpus)), strict=True)
         ],
     }
+    if PROJECTOR in model.companions:
+        gate["modalities"] = list(projector.read(model.companions[PROJECTOR].header).modalities)
     if prompt_files := {name: _sums(name, texts[name]) for name in TEXTS if name in texts}:
         gate["prompt_files"] = prompt_files
     if instance.speculation != "none":

@@ -51,7 +51,9 @@ OWN_PLACE = {
     "--kv-unified-per-slot": "context_tokens", "--split-mode": "split_mode",
     "--chat-template-file": "chat_template_file", "--grammar-file": "grammar_file", "--grammar": "grammar_file",
     "--json-schema-file": "json_schema_file", "--json-schema": "json_schema_file", "--lora": "adapters",
-    "--lora-scaled": "adapters", "--spec-type": "speculation", "--spec-default": "speculation",
+    "--lora-scaled": "adapters", "--mmproj": "projector", "--mmproj-url": "projector",
+    "--image-min-tokens": "image_min_tokens", "--image-max-tokens": "image_max_tokens", "--spec-type": "speculation",
+    "--spec-default": "speculation",
     "--spec-draft-model": "draft", "--model-draft": "draft", "--spec-draft-hf": "draft",
     "--spec-draft-n-max": "draft_max_tokens", "--spec-draft-n-min": "draft_min_tokens",
     "--spec-ngram-mod-n-max": "draft_max_tokens", "--spec-ngram-mod-n-min": "draft_min_tokens",
@@ -62,9 +64,11 @@ OWN_PLACE = {
 }  # fmt: skip
 PLANNED = {
     "--n-gpu-layers", "--device", "--tensor-split", "--override-tensor", "--cpu-moe", "--n-cpu-moe",
-    "--n-cpu-ffn", "--main-gpu", "--fit", "--batch-size", "--flash-attn", "--load-mode", "--swa-full", "--mmproj",
+    "--n-cpu-ffn", "--main-gpu", "--fit", "--batch-size", "--flash-attn", "--load-mode", "--swa-full",
+    "--mmproj-device", "--mmproj-offload", "--no-mmproj-offload", "--mtmd-batch-max-tokens", "--no-kv-offload",
     "--spec-draft-ngl", "--spec-draft-device", "--spec-draft-override-tensor", "--spec-draft-cpu-moe",
-    "--spec-draft-n-cpu-moe", "--no-kv-offload", "--no-op-offload", "--no-repack",
+    "--spec-draft-n-cpu-moe",
+    "--no-op-offload", "--no-repack",
 }  # fmt: skip
 REFUSED = {
     "--verbose": "it would write prompts, and parts of keys, to the journal",

@@ -15,12 +15,14 @@ from llamafleet.host import answers
 from llamafleet.host.backends import TRAITS
 from llamafleet.host.installed import InstalledInstance
 from llamafleet.memory.ledger import NO_CORRECTION
+from llamafleet.memory.placement import HOST
 from llamafleet.planner import reconcile
 from llamafleet.planner.result import Plan
 from llamafleet.service import succession, unit
 from llamafleet.service.desired import Serving
 from llamafleet.service.record import record_text
 from llamafleet.service.refusals import Refused
+from llamafleet.settings.companions import PROJECTOR
 from llamafleet.units import MIB
 from tasks.lib import remote
 from tasks.lib.decision import READ_ERRORS, Decision, decision, log_refused, refused_by, replan
@@ -129,8 +131,14 @@ def spec(now: Decision, plan: Plan) -> dict[str, Any]:
         "groups": unit.groups(plan.backend, now.desired.installed),
         "gpus": [gpu.uuid for gpu in plan.gpus] if plan.backend == "cuda" else [],
         "beside": reconcile.beside(command),
-        "room_bytes": TRAITS[plan.backend].overhead_bytes + SPARE_BYTES,
+        "room_bytes": TRAITS[plan.backend].overhead_bytes + SPARE_BYTES + _made_beside(plan),
     }
+
+
+def _made_beside(plan: Plan) -> int:
+    """Bytes of a GPU that llama-server takes while it only measures: it makes a projector's buffers for that."""
+    device, size = plan.reported_beside.get(PROJECTOR, (HOST, 0))
+    return size if device != HOST else 0
 
 
 def staged_files(serving: Serving) -> dict[str, str]:

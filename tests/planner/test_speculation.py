@@ -147,7 +147,7 @@ def test_what_the_binary_reports_of_a_draft_is_compared(planned):
     own = row.weights_bytes + row.kv_bytes + row.compute_bytes + row.staging_bytes
     told = {"CUDA0": own, "Host": host.weights_bytes + host.compute_bytes}
     assert not compare(plan, MemoryReport(told)).beyond(only_more=False)
-    both = {**told, "beside CUDA0": row.beside_bytes, "beside Host": plan.beside_reported["host"]}
+    both = {**told, "beside CUDA0": row.beside_bytes, "beside Host": plan.reported_beside["beside Host"][1]}
     assert not compare(plan, MemoryReport(both)).beyond(only_more=False)
     more = compare(plan, MemoryReport({**both, "beside CUDA0": row.beside_bytes + 500 * MIB}))
     assert more.beyond(only_more=True) == {"GPU0": 500 * MIB}
