@@ -59,6 +59,18 @@ def taken(besides: Sequence[Beside]) -> tuple[dict[int, int], int]:
     return on_gpus, sum(one.host_bytes for one in besides)
 
 
+def apart(rows: Sequence[LedgerRow], bare: Sequence[LedgerRow]) -> tuple[LedgerRow, ...]:
+    """The rows of a model with its adapters, by `bare`, those of the model alone with the same layers on each device:
+    what the adapters take, and what they add to the compute buffers, is beside the model."""
+    return tuple(
+        replace(
+            row, weights_bytes=alone.weights_bytes, compute_bytes=alone.compute_bytes,
+            staging_bytes=alone.staging_bytes, beside_bytes=row.beside_bytes + row.used_bytes - alone.used_bytes,
+        )
+        for row, alone in zip(rows, bare, strict=True)
+    )  # fmt: skip
+
+
 def with_besides(rows: Sequence[LedgerRow], besides: Sequence[Beside], capacity: Capacity) -> tuple[LedgerRow, ...]:
     """The rows of the model, made with the reduced capacity, as rows of the model and what is beside it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, product
 
+from llamafleet.memory import adapters
 from llamafleet.memory.beside import Beside
 from llamafleet.memory.context import Context
 from llamafleet.planner import projector, speculation
@@ -12,8 +13,16 @@ from llamafleet.planner.asked import Asked
 
 MOST = 16  # combinations that are planned
 
+
+def unfit_adapters(asked: Asked) -> Iterator[str]:
+    """Adapters that llama.cpp would not load beside the model. Where they go needs no choice: with the layers."""
+    for number, header in adapters.adapters_of(asked.companions).items():
+        if why := adapters.unfit(asked.model.header, header):
+            yield f"adapters[{number - 1}]: {header.name}: {why}"
+
+
 # For each kind of companion: why it does not fit the model, a sentence each.
-UNFIT: tuple[Callable[[Asked], Iterator[str]], ...] = (projector.unfit, speculation.unfit)
+UNFIT: tuple[Callable[[Asked], Iterator[str]], ...] = (projector.unfit, speculation.unfit, unfit_adapters)
 # For each kind: the ways to load it, the preferred one first; none where it was not asked for.
 WAYS: tuple[Callable[[Asked], Sequence[Beside]], ...] = (projector.ways, speculation.ways)
 Weighted = tuple[Context, float]  # a context and its handicap

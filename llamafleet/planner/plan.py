@@ -18,7 +18,8 @@ from types import MappingProxyType
 from llamafleet.host.backends import TRAITS
 from llamafleet.host.machine import Gpu, Machine
 from llamafleet.host.speeds import NOT_MEASURED, Measurements, rates
-from llamafleet.memory.beside import Beside, reduced, taken, with_besides
+from llamafleet.memory.adapters import adapters_of, merged
+from llamafleet.memory.beside import Beside, apart, reduced, taken, with_besides
 from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.checkpoints import checkpoint_bytes
 from llamafleet.memory.context import Context
@@ -148,6 +149,7 @@ def _with_companions(case: _Case, asked: Asked) -> Plan | Refusal:
     """The best plan among the places of what is loaded beside the model."""
     if wrong := beside.unfit(asked):
         return Refusal(f"{case.instance.name}: {wrong}", instance=case.instance.name)
+    case = case.with_adapters(adapters_of(asked.companions))
     cases = [
         case.with_besides(besides, contexts)
         for option in beside.options(asked)
@@ -190,6 +192,14 @@ class _Case:
     whole: Capacity | None = None  # with what is beside the model; None: the same
     contexts: tuple[Weighted, ...] = ()  # that the besides are for; empty: all
     served: Callable[[Context], Context] = field(default=lambda context: context, compare=False)
+    bare: Model | None = None  # the model without its adapters, where it has some
+
+    def with_adapters(self, headers: Mapping[int, Header]) -> _Case:
+        """The case with these adapters, by their numbers, among the model's tensors."""
+        if not headers:
+            return self
+        head = speculation.uses_head(self.instance)
+        return replace(self, model=Model.of(merged(self.model.header, headers), head=head), bare=self.model)
 
     def with_besides(self, besides: tuple[Beside, ...], contexts: Sequence[Weighted]) -> _Case:
         """The case with this beside the model, for contexts that it takes the same memory with."""
@@ -214,8 +224,11 @@ class _Case:
         """Factor on the seconds for what the prediction does not have of the companions."""
         return math.prod(one.handicap for one in self.besides)
 
-    def with_rows(self, rows: Sequence[LedgerRow]) -> tuple[LedgerRow, ...]:
+    def ledger(self, refined: Refined) -> tuple[LedgerRow, ...]:
         """The model's rows and what is beside it."""
+        rows = refined.ledger()
+        if self.bare:
+            rows = apart(rows, replace(refined.case, model=self.bare).rows(refined.candidate.placement))
         return with_besides(rows, self.besides, self.whole or self.capacity)
 
     def gpus_of(self, order: Sequence[int]) -> tuple[Gpu, ...]:
@@ -356,7 +369,7 @@ def _plan(
         prompt_cache_mib=case.instance.prompt_cache_mib, checkpoints=case.checkpoints(context),
         is_moe=case.model.is_moe,
     )  # fmt: skip
-    rows = case.with_rows(rows)
+    rows = case.ledger(refined)
     return Plan(
         instance=case.instance.name,
         backend=case.backend,
@@ -405,7 +418,7 @@ def _beside_flags(case: _Case, gpus: Sequence[Gpu]) -> Iterator[str]:
 
 
 def _refuse(case: _Case, search: Search, refined: Refined) -> Refusal:
-    capacity, rows, context = case.capacity, case.with_rows(refined.ledger()), refined.candidate.context
+    capacity, rows, context = case.capacity, case.ledger(refined), refined.candidate.context
     worst = min(rows, key=lambda row: row.free_bytes)
     needed, available = worst.used_bytes, max(0, worst.used_bytes + worst.free_bytes)
     ram = "RAM and swap" if capacity.swap_bytes else "RAM"

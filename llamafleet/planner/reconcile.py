@@ -135,8 +135,14 @@ def compare(plan: Plan, answer: MemoryReport, extra: Correction = NO_CORRECTION,
 
 def memory_limits(plan: Plan) -> dict[str, Any]:
     """For the memory check in the switch: llama.cpp's name of each device, and the most bytes that llama-server may
-    report for it: the planned bytes and the free bytes besides the reserve, by the ledger's device names."""
-    limit = {row.device: row.used_bytes - row.overhead_bytes + max(0, row.free_bytes) for row in plan.ledger}
+    report for it: the planned bytes and the free bytes besides the reserve, by the ledger's device names. What is
+    beside the model counts as far as it is reported: adapters are read only while a server loads."""
+    limit = {
+        row.device: row.used_bytes - row.overhead_bytes - row.beside_bytes + max(0, row.free_bytes)
+        for row in plan.ledger
+    }
+    for device, size in plan.reported_beside.values():
+        limit[device] += size
     limit[HOST] += plan.mapped_bytes
     return {"devices": _devices(plan), "limits": limit}
 

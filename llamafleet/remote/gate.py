@@ -13,9 +13,9 @@ root's rights (gate_unit.py); what they find is written here.
 
 PLAN.json is plan.json, of which is read: identity, release, files, plan.predicted, and `gate`: unit, argv, url,
 api_keys and tls_certificate (path | null), health_seconds (the most that loading may take), context_tokens (of one
-slot), slots, kv_type, speed_floor_percent, prompt_files and speculation (see gate_prompt_files.py and
-gate_speculation.py), backend, gpus [{"uuid", "name", "planned_bytes", and what gate_devices.py reads}]. Standard
-library, psutil and pynvml; common.py and gate_*.py lie beside it.
+slot), slots, kv_type, speed_floor_percent, backend, gpus [{"uuid", "name", "planned_bytes", and what gate_devices.py
+reads}], and what gate_prompt_files.py, gate_adapters.py and gate_speculation.py read. Standard library, psutil and
+pynvml; common.py and gate_*.py lie beside it.
 
 `/health` alone proves little: llama-server answers 200 also after it silently fell back to the CPU.
 
@@ -33,6 +33,7 @@ from typing import Any, Callable, Sequence  # the contract is Python 3.8, whose 
 import gate_devices
 import gate_unit
 from common import GATE_SCHEMA, command_line, invocation, journal_of_start, write_json
+from gate_adapters import check_adapters
 from gate_devices import cause_of_end, check_devices
 from gate_load import deadline, why_silent
 from gate_nvml import held_by, in_use_on_all
@@ -159,7 +160,7 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
 
 CHECKS = (
     check_health, check_process, check_gpus, check_devices, check_key, check_context, check_prompt_files,
-    check_completion, check_speculation, check_picture, check_speed,
+    check_completion, check_adapters, check_speculation, check_picture, check_speed,
 )  # fmt: skip
 # The key first: until then a server without keys would serve everybody.
 START_CHECKS = (check_health, check_key, check_gpus, check_devices)

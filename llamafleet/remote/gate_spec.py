@@ -61,6 +61,12 @@ def is_prompt_files(value: Any) -> bool:
     )
 
 
+def is_adapters(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and isinstance(one.get("path"), str) and is_number(one.get("scale")) for one in value
+    )
+
+
 TEXT: Form = ("a text", lambda value: isinstance(value, str))
 NUMBER: Form = ("a number", is_number)
 PATH: Form = ("a path or null", is_path)
@@ -71,6 +77,7 @@ GATE: Dict[str, Form] = {
     "kv_type": PATH, "speed_floor_percent": NUMBER, "backend": TEXT,
     "gpus": ("a list of objects", lambda value: isinstance(value, list)),
     "speculation": ("null, or an object with kind, least and kv_type", is_speculation),
+    "adapters": ("a list of objects with path and scale", is_adapters),
     "prompt_files": ("an object of objects with sha256 and served_sha256", is_prompt_files),
     "modalities": ("a list of texts", is_texts),
 }  # fmt: skip
@@ -80,7 +87,7 @@ SIZE: Form = ("a number or null", lambda value: value is None or is_number(value
 FILE = {"path": TEXT, "size_bytes": SIZE, "sha256": PATH}
 # What plans of earlier versions lack.
 ABSENT: Dict[str, Any] = {"tls_certificate": None, "kv_type": None, "speed_floor_percent": 0, "prompt_files": {},
-                          "modalities": [], "speculation": None}  # fmt: skip
+                          "adapters": [], "modalities": [], "speculation": None}  # fmt: skip
 
 
 def read_spec(path: str) -> Dict[str, Any]:

@@ -11,7 +11,7 @@ which llama-server refuses its arguments or its model, or ""}. Exit 0 whatever w
 "devices" {llama.cpp's name: the ledger's}, "limits" {the ledger's name: bytes}. The sizes go into PLAN's `verified`.
 Exit 0 within the limits, or if nothing was reported; 1 beyond them, with a line `told: ` and their JSON; 3 if it
 rejects its arguments or its model, with its line.
-Root, systemd, standard library and pynvml; common.py lies beside it.
+Root, systemd, standard library and pynvml; common.py and inherited.py lie beside it.
 
 llama-server first makes the model and its context without memory, if it is to fit its arguments to the memory (its
 default), and prints where the bytes would be (common_memory_breakdown_print at b11434), 0.3 s after its start; then it
@@ -31,6 +31,7 @@ import threading
 from typing import Any, Iterable  # the contract is Python 3.8, whose own Iterable is typing's
 
 import boot
+import inherited
 from common import systemctl, transient_unit, unit_words, write_json
 
 MIB = 1024**2
@@ -78,7 +79,7 @@ def properties(spec: dict[str, Any]) -> list[str]:
         f"MemoryMax={MEMORY_BYTES}", "MemorySwapMax=0", "Nice=10", "LimitCORE=0",
         f"RuntimeMaxSec={SECONDS}", "TimeoutStopSec=5",
         "NoNewPrivileges=yes", "CapabilityBoundingSet=", "ProtectSystem=strict", "ProtectHome=yes", "PrivateTmp=yes",
-        *HARDENING,
+        *HARDENING, *inherited.DIRECTIVES,
     ]  # fmt: skip
 
 

@@ -23,10 +23,10 @@ from llamafleet.remote.common import (
     identity_of,
     sha256,
 )
-from llamafleet.service.model_folders import model_folder
+from llamafleet.service.model_folders import companion_paths, model_folder
 from llamafleet.service.speculation import guessing
 from llamafleet.service.trial import told_to_host
-from llamafleet.settings.companions import PROJECTOR
+from llamafleet.settings.companions import PROJECTOR, adapter
 from llamafleet.settings.prompt_files import SETTINGS, as_served
 from llamafleet.settings.schema import Instance
 
@@ -49,6 +49,7 @@ def plan_record(
     other. `environment` are the operator's variables, `texts` the instance's credentials by name, of which those that
     are no secrets are in the record by their sha256.
     """
+    paths = companion_paths(model)
     gate: dict[str, Any] = {
         "unit": instance.unit,
         "argv": list(argv),
@@ -72,6 +73,9 @@ def plan_record(
         gate["prompt_files"] = prompt_files
     if instance.speculation != "none":
         gate["speculation"] = guessing(instance.speculation, argv)
+    if instance.adapters:
+        numbered = enumerate(instance.adapters, 1)
+        gate["adapters"] = [{"path": paths[adapter(number)], "scale": one.scale} for number, one in numbered]
     folders = [path.rsplit("/", 1)[0], *(model_folder(one) for one in model.companions.values())]
     files = [{"path": f"{folder}/{name}", "size_bytes": size, "sha256": sha256}
              for folder, one in zip(folders, model.every, strict=True)

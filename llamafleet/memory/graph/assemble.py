@@ -84,7 +84,7 @@ def build(
 def logits(b: Builder, cur: Tensor) -> Tensor:
     """The logits of normed rows."""
     head = b.weight("output.weight", -1) or ggml.weight(*_tied_output(b))
-    cur = mul_mat(head, cur)
+    cur = b.adapted("output.weight", mul_mat(head, cur), mul_mat, cur)
     if bias := b.weight("output.bias", -1):
         cur = apply("add", cur, bias)
     return apply("scale", apply("unary", apply("scale", cur))) if b.shape.caps_logits else cur
