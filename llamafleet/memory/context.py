@@ -38,6 +38,7 @@ class Context:
     rollback: int = 0  # further copies of each recurrent state, to take guesses back (n_rs_seq)
     head: bool = False  # the model's own draft head has a context, too: the same cells, slots and cache type
     kept: int = 0  # hidden states of all tokens that a draft reads
+    pooling: str = ""  # of a server of embeddings or scores (--pooling); "": the server writes text
 
     @property
     def key_type(self) -> str:
@@ -84,9 +85,20 @@ class Context:
 
     @property
     def outputs(self) -> int:
-        """Tokens whose logits are computed: one for each slot and for each token that is guessed for it
-        (common/speculative.cpp, common_speculative_get_output_limits)."""
-        return min(self.ubatch, self.slots * (1 + self.drafted))
+        """Tokens with a result: every token's for embeddings and scores; else one for each slot and for each token that
+        is guessed for it (tools/server/server-context.cpp, server_output_limits)."""
+        return self.ubatch if self.pooling else min(self.ubatch, self.slots * (1 + self.drafted))
+
+    def pooled(self, pooling: str) -> Context:
+        """This context for embeddings or scores of that pooling ("": for text). Its ubatch is a multiple of the slots:
+        llama.cpp reserves as many tokens for each of them, and the mean is over as many (build_inp_mean)."""
+        ubatch = -(-self.ubatch_tokens // self.slots) * self.slots if pooling else self.ubatch_tokens
+        return replace(self, pooling=pooling, ubatch_tokens=ubatch)
+
+    @property
+    def takes_whole_inputs(self) -> bool:
+        """Does a ubatch hold the longest input of a server of embeddings or scores?"""
+        return bool(self.pooling) and self.ubatch_tokens >= self.tokens
 
 
 def cache_cells(context: Context, window: int) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from llamafleet.memory.checkpoints import checkpoint_bytes
 from llamafleet.memory.context import Context
-from llamafleet.memory.ledger import LOGIT_BYTES, usage
+from llamafleet.memory.ledger import FLOAT_BYTES, usage
 from llamafleet.memory.placement import Placement
 from llamafleet.memory.weights import X86_TYPES, Model
 from llamafleet.model import speculation as kinds
@@ -76,7 +76,7 @@ class Speculation:
         """RAM of the rows that go from the model to its head or draft, and of what the draft's logits are sampled in,
         at most."""
         own = self.of_draft(context, context.kv_type)
-        logits = 0 if self.kind == NGRAM else (draft or shape).vocabulary * own.outputs * LOGIT_BYTES
+        logits = 0 if self.kind == NGRAM else (draft or shape).vocabulary * own.outputs * FLOAT_BYTES
         if self.kind not in SAMPLERS_ON_CPU:
             logits *= SAMPLED
         rows = COPIES * context.kept * shape.embedding * context.batch * F32

@@ -29,7 +29,7 @@ from llamafleet.memory.placement import HOST
 from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
-from llamafleet.planner import beside, processors, speculation
+from llamafleet.planner import beside, processors, speculation, vectors
 from llamafleet.planner.asked import Asked
 from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate, host_cost
 from llamafleet.planner.backend import capacity_of, environment, no_gpu, resolve_backend
@@ -119,7 +119,7 @@ def _plan_instance(
     companions: Mapping[str, Header],
 ) -> Plan | Refusal:
     shape = Shape.of(header)
-    if refusal := not_a_model(header, shape):
+    if refusal := not_a_model(header, shape) or vectors.unsuited(instance, header, shape):
         return replace(refusal, instance=instance.name)
     trained = shape.context_tokens
     tokens = slot_tokens(instance, trained)
@@ -130,12 +130,12 @@ def _plan_instance(
             instance=instance.name,
             suggestions=(f"set context_tokens to {trained} or less",),
         )
-    if wrong := beyond(instance, machine, tokens):
+    if wrong := beyond(instance, machine, tokens) or vectors.too_small(instance, shape, tokens):
         return Refusal(f"{instance.name}: {wrong}", instance=instance.name)
     usable = tuple(kv_type for kv_type in instance.kv_types if takes_cache_on(shape, kv_type, backend))
     if not usable:
         return no_cache(instance, header, shape, backend)
-    instance = replace(instance, kv_types=usable)
+    instance = vectors.as_planned(replace(instance, kv_types=usable))
     model = Model.of(header, head=speculation.uses_head(instance))
     asked = Asked(backend, capacity, instance, model, tokens, companions)
     case = _Case(
@@ -208,9 +208,13 @@ class _Case:
 
     def weighted_contexts(self, besides: Sequence[Beside]) -> Sequence[Weighted]:
         """Every context worth a try with its handicap, the preferred first."""
+        shape = self.model.shape
+        pooling = vectors.pooling_of(self.instance, shape)
         every = contexts(
-            self.instance, self.context_tokens, self.work, flash_attention=is_used(self.model.shape, self.backend),
-            trained=self.model.shape.context_tokens, least_ubatch=max((one.least_ubatch for one in besides), default=0),
+            self.instance, self.context_tokens, self.work, flash_attention=is_used(shape, self.backend),
+            trained=shape.context_tokens, pooling=pooling,
+            least_ubatch=max((one.least_ubatch for one in besides), default=0),
+            whole_inputs=vectors.needs_whole_inputs(shape, pooling),
         )  # fmt: skip
         return [(self.served(context), handicap) for context, handicap in every]
 
@@ -247,6 +251,8 @@ class _Case:
 
     def checkpoints(self, context: Context) -> int:
         """Context checkpoints of each slot: as many as fit into `context_checkpoints_mib` for all slots together."""
+        if context.pooling:
+            return 0
         each = self.checkpoint(context) * context.slots
         return min(MOST_CHECKPOINTS, self.instance.context_checkpoints_mib * MIB // each) if each else MOST_CHECKPOINTS
 
@@ -378,6 +384,8 @@ def _plan(
         context_tokens=context.tokens,
         slots=context.slots,
         kv_type=context.kv_type,
+        pooling=context.pooling,
+        vector_elements=case.model.shape.embedding_out if context.pooling else 0,
         ubatch_tokens=context.ubatch_tokens,
         threads=case.threads,
         prompt_cache_mib=case.instance.prompt_cache_mib,
@@ -395,7 +403,9 @@ def _plan(
         numa_nodes=nodes,
         reported_beside=_reported(case, gpus),
         chosen_for=search.roofline.predict(candidate.order, candidate.segments, context),
-        at_gate=expected_at_gate(
+        at_gate=None
+        if context.pooling
+        else expected_at_gate(
             case.roofline(GATE_WORK, case.measured, by_type=True), candidate, gpus[: len(candidate.order)]
         ),
     )

@@ -60,6 +60,7 @@ OWN_PLACE = {
     "--spec-draft-type-k": "kv_types", "--spec-draft-type-v": "kv_types", "--spec-draft-threads": "threads",
     "--spec-draft-threads-batch": "threads",
     "--api-key": "api_key_file", "--api-key-file": "api_key_file", "--hf-token": "hub_token_file",
+    "--embedding": "serves", "--reranking": "serves", "--pooling": "pooling",
     "--ssl-cert-file": "tls_certificate_file", "--ssl-key-file": "tls_key_file", "--ui": "build_ui",
 }  # fmt: skip
 PLANNED = {
@@ -77,8 +78,6 @@ REFUSED = {
     "--model-url": "the service downloads nothing",
     "--hf-repo": "the service downloads nothing",
     "--rpc": "the build has no RPC backend, which llama.cpp itself calls insecure",
-    "--embedding": "the gate asks for completions, which such a server refuses",
-    "--reranking": "the gate asks for completions, which such a server refuses",
     "--api-prefix": "the gate asks at the root; a proxy in front can have a prefix",
 }
 

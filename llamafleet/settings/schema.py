@@ -28,7 +28,7 @@ from llamafleet.remote.common import (
     keeps_secrets,
     unit_of,
 )
-from llamafleet.settings import cache_shape, environment, pictures, prompt_files, secrets, speculation
+from llamafleet.settings import cache_shape, environment, pictures, prompt_files, secrets, serving, speculation
 from llamafleet.settings import copies as copying
 from llamafleet.settings import extra_flags as extra
 from llamafleet.settings.defaults import MODEL_DEFAULTS, DefaultsError, with_defaults
@@ -348,7 +348,8 @@ class Instance:
             self.speculation, has_draft=self.draft is not None, serves=self.serves, most=self.draft_max_tokens,
             least=self.draft_min_tokens,
         )  # fmt: skip
-        validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags, *shape, *clashes, *seen, *guesses])
+        validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags, *shape, *clashes, *seen, *guesses,
+                           *serving.of_vectors(vars(self))])  # fmt: skip
         return self
 
     def copied(self, count: int | None) -> tuple[Self, ...]:

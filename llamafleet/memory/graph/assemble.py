@@ -20,6 +20,7 @@ from llamafleet.memory.graph.ggml import F32, I32, Graph, Tensor, apply, get_row
 from llamafleet.memory.graph.layers import Layers
 from llamafleet.memory.graph.mla import latent_attention
 from llamafleet.memory.graph.moe import moe_ffn
+from llamafleet.memory.graph.pooling import pool
 from llamafleet.memory.graph.recurrent import recurrent
 from llamafleet.memory.graph.rwkv import rwkv_layer
 from llamafleet.model.architecture import LayerGraph, Recurrence
@@ -45,7 +46,7 @@ def build(
     row = shape.architecture
     b = Builder(shape, layers, context, backend_of, attention_scratch)
     positions, outputs = ggml.graph_input(I32, b.tokens * b.positions), ggml.graph_input(I32, context.outputs)
-    if not row.has_output:
+    if row.layer_graph is LayerGraph.NORMS_BEHIND:
         return encoder(b, order, positions, outputs)
     cur = b.embeddings()
     recurrent_layers, first_values, layer_input = shape.state.layers, None, layer_inputs(b, cur)
@@ -70,14 +71,17 @@ def build(
     cur.output = row.keeps_last_state
     if row.late_output and cur.output:
         cur = get_rows(cur, outputs)
-    cur = b.norm(cur, "output_norm")
+    cur = b.norm(b.norm(cur, "output_norm"), "enc.output_norm")
     cur.output = True
-    if row.late_output and cur.ne[1] != context.outputs:
+    if row.late_output and not row.keeps_last_state:
         cur = get_rows(cur, outputs)
         cur.output = True
-    cur = logits(b, cur)
-    cur.output = True
+    embd = cur
+    if row.computes_logits:
+        cur = logits(b, cur)
+        cur.output = True
     b.graph.expand(cur)
+    pool(b, embd)
     return b.graph
 
 
@@ -99,7 +103,7 @@ def _first_layer_input(b: Builder, cur: Tensor) -> Tensor:
         return qwen4exp.start(b, cur)
     if kind is LayerGraph.HYPER_CONNECTIONS:
         return repeated_streams(b, cur)
-    return b.norm(cur, "token_embd_norm") if kind is LayerGraph.RWKV else cur
+    return b.norm(cur, "token_embd_norm")
 
 
 def _output_norm_input(b: Builder, cur: Tensor, outputs: Tensor) -> Tensor:
