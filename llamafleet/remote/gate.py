@@ -5,7 +5,8 @@ fails, and prints {"ok": bool, "checks": [{"name", "ok", "expected", "found", "h
 "decode_tokens_per_s": float | null}; exit 0 good, 1 not. With --record it also writes
 /var/lib/llamafleet/gate/NAME.json: that object, "schema" 1, "time" (UTC), "identity" and "release" of the plan, what
 the next gate compares with, and "last_failure" {"time", "release", "check"}. With --no-floor any speed passes: a server
-that has served before is not rejected for its speed.
+that has served before is not rejected for its speed. Of a server that sleeps nothing is asked that would wake it, except
+with --record, which is for a server that was just started.
 `gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then checks that a planned key is asked for
 and that the process holds memory on the planned GPUs. If the key file is empty, or the driver was not ready at boot,
 the start thus fails: no server serves everybody, or stays on the CPU. The checks run in a transient unit without
@@ -37,6 +38,7 @@ from gate_load import deadline, why_silent
 from gate_nvml import held_by, in_use_on_all
 from gate_reply import REMEMBERED, check_completion, check_speed, speed_key
 from gate_server import ask, first_key, found_status, is_alive, main_pid, result, trust, unit_state
+from gate_sleep import check_asleep, ends
 from gate_spec import Unreadable, read_spec
 from gate_unit import CONFINED, with_credentials
 
@@ -152,7 +154,7 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
 
 
 CHECKS = (
-    check_health, check_process, check_gpus, check_devices, check_key, check_context, check_completion, check_speed,
+    check_health, check_process, check_asleep, check_gpus, check_devices, check_key, check_context, check_completion, check_speed,
 )  # fmt: skip
 # The key first: until then a server without keys would serve everybody.
 START_CHECKS = (check_health, check_key, check_gpus, check_devices)
@@ -166,7 +168,7 @@ def unreadable(name: str, error: Exception) -> dict[str, Any]:
 def check(
     spec: dict[str, Any], every: Sequence[Callable[[dict[str, Any]], dict[str, Any] | None]] = CHECKS
 ) -> dict[str, Any]:
-    """The checks in order, up to the first that fails."""
+    """The checks in order, up to the first that fails, or to a server that sleeps."""
     checks = []
     for one in every:
         try:
@@ -175,7 +177,7 @@ def check(
             found = unreadable(one.__name__.replace("check_", "").replace("_", " "), error)
         if found is not None:
             checks.append(found)
-            if not found["ok"]:
+            if ends(found):
                 break
     return {"ok": all(found["ok"] for found in checks), "checks": checks}
 
@@ -213,6 +215,7 @@ def verdict(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {"ok": False, "checks": [bad]}
     if "--no-floor" in argv:
         spec["speed_floor_percent"] = 0
+    spec["wake"] = "--record" in argv
     try:
         trust(spec)
     except (OSError, ValueError) as error:

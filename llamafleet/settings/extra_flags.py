@@ -47,7 +47,7 @@ OWN_PLACE = {
     "--model": "source", "--alias": "name", "--host": "listen", "--port": "port", "--ctx-size": "context_tokens",
     "--parallel": "slots", "--cache-type-k": "kv_types", "--cache-type-v": "kv_types", "--threads": "threads",
     "--threads-batch": "threads", "--ubatch-size": "ubatch_tokens", "--cache-ram": "prompt_cache_mib",
-    "--ctx-checkpoints": "context_checkpoints_mib",
+    "--ctx-checkpoints": "context_checkpoints_mib", "--sleep-idle-seconds": "sleep_idle_seconds",
     "--api-key": "api_key_file", "--api-key-file": "api_key_file", "--hf-token": "hub_token_file",
     "--ssl-cert-file": "tls_certificate_file", "--ssl-key-file": "tls_key_file", "--ui": "build_ui",
 }  # fmt: skip
