@@ -27,7 +27,7 @@ from llamafleet.model.layer_rules import (
 
 # Tensors that --n-cpu-moe matches (common/common.h, LLM_FFN_EXPS_REGEX), and those of a dense feed-forward part.
 EXPERTS = re.compile(r"ffn_(up|down|gate|gate_up)_(ch|)exps\..*")
-DENSE = re.compile(r"ffn_(up|down|gate)\.weight")
+DENSE = re.compile(r"ffn_(up|down|gate)\.weight(\.lora_.*)?")
 
 DEFAULT_TOKEN_SHIFTS = 2  # src/llama-hparams.h, token_shift_count
 

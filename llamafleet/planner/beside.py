@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, product
 
+from llamafleet.memory import adapters
 from llamafleet.memory.beside import Beside
-from llamafleet.memory.capacity import Capacity
-from llamafleet.memory.weights import Model
-from llamafleet.model.gguf import Header
-from llamafleet.settings.schema import Instance
+from llamafleet.planner import projector
+from llamafleet.planner.asked import Asked
 
 MOST = 16  # combinations that are planned
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A model with its companions, and the host's capacity for them all."""
-
-    backend: str
-    capacity: Capacity
-    instance: Instance
-    model: Model
-    context_tokens: int  # of one slot
-    companions: Mapping[str, Header]  # by their parts, as in `settings/companions.py`
+def unfit_adapters(asked: Asked) -> Iterator[str]:
+    """Adapters that llama.cpp would not load beside the model. Where they go needs no choice: with the layers."""
+    for number, header in adapters.adapters_of(asked.companions).items():
+        if why := adapters.unfit(asked.model.header, header):
+            yield f"adapters[{number - 1}]: {header.name}: {why}"
 
 
 # For each kind of companion: why it does not fit the model, a sentence each.
-UNFIT: tuple[Callable[[Asked], Iterator[str]], ...] = ()
+UNFIT: tuple[Callable[[Asked], Iterator[str]], ...] = (projector.unfit, unfit_adapters)
 # For each kind: the ways to load it, the preferred one first; none where it was not asked for.
-WAYS: tuple[Callable[[Asked], Sequence[Beside]], ...] = ()
+WAYS: tuple[Callable[[Asked], Sequence[Beside]], ...] = (projector.ways,)
 
 
 def unfit(asked: Asked) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from llamafleet.host.backends import TRAITS
 from llamafleet.memory import flash_attention
 from llamafleet.memory.capacity import Capacity
-from llamafleet.memory.context import Context
+from llamafleet.memory.context import Context, is_quantised
 from llamafleet.memory.ledger import Correction
 from llamafleet.memory.placement import HOST, Segment
 from llamafleet.memory.weights import Model
@@ -165,7 +165,7 @@ class BufferEstimate:
         if pipelined:
             inputs += (PIPELINE_COPIES - 1) * mask + PIPELINE_ROWS * row
         logits = self.vocabulary * context.outputs * F32 if output else 0
-        scratch = 0 if context.kv_type in ("f16", "bf16", "f32") else 2 * self.cache_row * context.stream_cells * F16
+        scratch = 2 * self.cache_row * context.stream_cells * F16 if is_quantised(context.kv_type) else 0
         return inputs + max(self.widest * tokens * F32 + self.rows * row, logits, scores + self.rows * row) + scratch
 
     def staging(self, kind: str) -> int:

@@ -37,8 +37,7 @@ def planned_flags(
     is_moe: bool,
 ) -> Iterator[str]:
     """The flags that a plan decides: context, placement, threads. `gpus` is the number of GPUs in use."""
-    yield from ("--ctx-size", str(context.tokens * context.slots), "--parallel", str(context.slots))
-    yield from ("--no-kv-unified", "--cache-type-k", context.kv_type, "--cache-type-v", context.kv_type)
+    yield from _cache_flags(context)
     yield from (
         "--flash-attn",
         "on" if context.flash_attention else "off",
@@ -50,6 +49,17 @@ def planned_flags(
     yield from ("--cache-ram", str(prompt_cache_mib), "--fit", "off", "--load-mode", "none")
     yield from ("--ctx-checkpoints", str(checkpoints))
     yield from _placement_flags(placement, device_names(backend, gpus), is_moe)
+
+
+def _cache_flags(context: Context) -> Iterator[str]:
+    """A cache for each slot, or one for all; then a limit for one slot where the pool has more (n_ctx_slot in
+    tools/server/server-context.cpp)."""
+    pool = context.stream_cells if context.unified else context.tokens * context.slots
+    yield from ("--ctx-size", str(pool), "--parallel", str(context.slots))
+    yield "--kv-unified" if context.unified else "--no-kv-unified"
+    yield from ("--cache-type-k", context.key_type, "--cache-type-v", context.value_type)
+    if context.unified and context.tokens < pool:
+        yield from ("--kv-unified-per-slot", str(context.tokens))
 
 
 def device_names(backend: str, count: int) -> list[str]:

@@ -18,10 +18,11 @@ from types import MappingProxyType
 from llamafleet.host.backends import TRAITS
 from llamafleet.host.machine import Gpu, Machine
 from llamafleet.host.speeds import NOT_MEASURED, Measurements, rates
-from llamafleet.memory.beside import Beside, reduced, taken, with_besides
+from llamafleet.memory.adapters import adapters_of, merged
+from llamafleet.memory.beside import Beside, apart, reduced, taken, with_besides
 from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.checkpoints import checkpoint_bytes
-from llamafleet.memory.context import PAD_CELLS, Context
+from llamafleet.memory.context import Context
 from llamafleet.memory.flash_attention import is_used, takes_cache_on
 from llamafleet.memory.ledger import NO_CORRECTION, Correction, LedgerRow
 from llamafleet.memory.placement import HOST
@@ -29,10 +30,12 @@ from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
 from llamafleet.planner import beside, processors
+from llamafleet.planner.asked import Asked
 from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate, host_cost
 from llamafleet.planner.backend import capacity_of, environment, no_gpu, resolve_backend
-from llamafleet.planner.devices import gpus_for, left_out
+from llamafleet.planner.devices import gpus_for, is_one_of, left_out, withheld
 from llamafleet.planner.flags import device_names, planned_flags
+from llamafleet.planner.pools import in_words, slot_tokens
 from llamafleet.planner.reasons import Decision, why
 from llamafleet.planner.refine import HOPELESS_BYTES, Refined, fits, refine
 from llamafleet.planner.result import Plan, Refusal
@@ -45,7 +48,6 @@ from llamafleet.settings.workload import Workload
 from llamafleet.units import MIB
 
 MOST_CHECKPOINTS = 32  # of a slot: llama.cpp's own limit (common/common.h, n_ctx_checkpoints)
-DEFAULT_CONTEXT_LIMIT = 32768  # tokens, if the settings give no context_tokens (inventory/group_data/all.py)
 ESTIMATE_ERROR_BYTES = 32 * MIB  # of RAM, by which the search's estimate may be too high
 NEARLY_FITTING = 2  # candidates within that error that are checked first
 REFINED_AT_MOST = 6  # further candidates that are checked with the ledger before a model is refused
@@ -79,10 +81,15 @@ def plan_host(
     earlier: tuple[Plan, ...] = ()
     notes = (*left_out(machine, backend, settings), *machine.notes)
     for position, (instance, header) in sorted(enumerate(requests), key=lambda item: (-item[1][0].priority, item[0])):
+        own = [number for number, gpu in enumerate(capacity.gpus) if is_one_of(gpu, instance.gpus)]
+        if wrong := withheld(instance, gpus, machine, backend, settings):
+            refusal = Refusal(f"{instance.name}: {wrong}", instance=instance.name, problems=machine.problems)
+            results[position] = replace(refusal, suggestions=("name another one, or leave it out",))
+            continue
         correction = corrections.get(instance.name, NO_CORRECTION)
         alone, later = len(requests) == 1, known or measurements
         result = _plan_instance(
-            machine, backend, capacity, instance, header, correction, measurements, later, alone, earlier,
+            machine, backend, _only(capacity, own), instance, header, correction, measurements, later, alone, earlier,
             companions.get(instance.name, {}),
         )  # fmt: skip
         if isinstance(result, Plan):
@@ -90,6 +97,11 @@ def plan_host(
             earlier = (*earlier, result)
         results[position] = replace(result, why=(*result.why, *notes), problems=machine.problems)
     return tuple(results[position] for position in range(len(requests)))
+
+
+def _only(capacity: Capacity, own: Sequence[int]) -> Capacity:
+    """The capacity with the GPUs that an instance may use; without any, the host's memory is the processor's alone."""
+    return replace(capacity.only(own), unified=capacity.unified and bool(own))
 
 
 def _plan_instance(
@@ -109,10 +121,7 @@ def _plan_instance(
     if refusal := not_a_model(header, shape):
         return replace(refusal, instance=instance.name)
     trained = shape.context_tokens
-    tokens = instance.context_tokens or min(trained or DEFAULT_CONTEXT_LIMIT, DEFAULT_CONTEXT_LIMIT)
-    # llama-server rounds the context up to 256 cells (src/llama-context.cpp, n_ctx_seq): plan that size.
-    padded = -(-tokens // PAD_CELLS) * PAD_CELLS
-    tokens = min(padded, max(tokens, trained)) if trained else padded
+    tokens = slot_tokens(instance, trained)
     if trained and tokens > trained:
         return Refusal(
             f"{instance.name}: context_tokens is {tokens}, but {header.name} was trained for {trained} tokens"
@@ -128,13 +137,14 @@ def _plan_instance(
     instance = replace(instance, kv_types=usable)
     model = Model.of(header)
     case = _Case(machine, backend, capacity, instance, model, tokens, correction, measured, known, alone, earlier)
-    return _with_companions(case, beside.Asked(backend, capacity, instance, model, tokens, companions))
+    return _with_companions(case, Asked(backend, capacity, instance, model, tokens, companions))
 
 
-def _with_companions(case: _Case, asked: beside.Asked) -> Plan | Refusal:
+def _with_companions(case: _Case, asked: Asked) -> Plan | Refusal:
     """The best plan among the places of what is loaded beside the model."""
     if wrong := beside.unfit(asked):
         return Refusal(f"{case.instance.name}: {wrong}", instance=case.instance.name)
+    case = case.with_adapters(adapters_of(asked.companions))
     cases = [case.with_besides(option) for option in beside.options(asked)]
     found = [_best_plan(one) for one in cases]
     plans = [(best.seconds * one.handicap, n, best.plan) for n, (one, best) in enumerate(zip(cases, found, strict=True))
@@ -171,6 +181,13 @@ class _Case:
     earlier: tuple[Plan, ...] = ()  # of models that were planned before, and took their memory
     besides: tuple[Beside, ...] = ()  # what is loaded beside the model; the capacity is what it leaves
     whole: Capacity | None = None  # with what is beside the model; None: the same
+    bare: Model | None = None  # the model without its adapters, where it has some
+
+    def with_adapters(self, headers: Mapping[int, Header]) -> _Case:
+        """The case with these adapters, by their numbers, among the model's tensors."""
+        if not headers:
+            return self
+        return replace(self, model=Model.of(merged(self.model.header, headers)), bare=self.model)
 
     def with_besides(self, besides: tuple[Beside, ...]) -> _Case:
         """The case with this beside the model."""
@@ -181,8 +198,11 @@ class _Case:
         """Factor on the seconds for what the prediction does not have of the companions."""
         return math.prod(one.handicap for one in self.besides)
 
-    def with_rows(self, rows: Sequence[LedgerRow]) -> tuple[LedgerRow, ...]:
+    def ledger(self, refined: Refined) -> tuple[LedgerRow, ...]:
         """The model's rows and what is beside it."""
+        rows = refined.ledger()
+        if self.bare:
+            rows = apart(rows, replace(refined.case, model=self.bare).rows(refined.candidate.placement))
         return with_besides(rows, self.besides, self.whole or self.capacity)
 
     def gpus_of(self, order: Sequence[int]) -> tuple[Gpu, ...]:
@@ -234,7 +254,10 @@ class _Case:
 def _best_plan(case: _Case) -> Timed | tuple[Search, Refined]:
     """The best plan with its seconds; if no candidate fits, the search and its best candidate."""
     flash = is_used(case.model.shape, case.backend)
-    weighted_contexts = contexts(case.instance, case.context_tokens, case.work, flash_attention=flash)
+    weighted_contexts = contexts(
+        case.instance, case.context_tokens, case.work, flash_attention=flash, trained=case.model.shape.context_tokens,
+        least_ubatch=max((one.least_ubatch for one in case.besides), default=0),
+    )  # fmt: skip
     search = case.search([context for context, _ in weighted_contexts])
     handicaps = {replace(context, flash_attention=True): handicap for context, handicap in weighted_contexts}
     candidates = search.candidates(weighted_contexts)
@@ -325,7 +348,7 @@ def _plan(
         prompt_cache_mib=case.instance.prompt_cache_mib, checkpoints=case.checkpoints(context),
         is_moe=case.model.is_moe,
     )  # fmt: skip
-    rows = case.with_rows(rows)
+    rows = case.ledger(refined)
     return Plan(
         instance=case.instance.name,
         backend=case.backend,
@@ -349,6 +372,7 @@ def _plan(
         environment=environment(case.backend, gpus, case.machine),
         cpus=cpus,
         numa_nodes=nodes,
+        reported_beside={one.part: one.reported for one in case.besides if one.reported},
         chosen_for=search.roofline.predict(candidate.order, candidate.segments, context),
         at_gate=expected_at_gate(
             case.roofline(GATE_WORK, case.measured, by_type=True), candidate, gpus[: len(candidate.order)]
@@ -364,7 +388,7 @@ def _beside_flags(case: _Case, gpus: Sequence[Gpu]) -> Iterator[str]:
 
 
 def _refuse(case: _Case, search: Search, refined: Refined) -> Refusal:
-    capacity, rows, context = case.capacity, case.with_rows(refined.ledger()), refined.candidate.context
+    capacity, rows, context = case.capacity, case.ledger(refined), refined.candidate.context
     worst = min(rows, key=lambda row: row.free_bytes)
     needed, available = worst.used_bytes, max(0, worst.used_bytes + worst.free_bytes)
     ram = "RAM and swap" if capacity.swap_bytes else "RAM"
@@ -372,7 +396,6 @@ def _refuse(case: _Case, search: Search, refined: Refined) -> Refusal:
     if capacity.unified:  # GPU and host use the same memory: add up the rows
         needed, where = sum(row.used_bytes for row in rows), "the memory that GPU and CPU share"
         available = max(0, needed + worst.free_bytes)
-    tokens, slots = context.tokens, context.slots
     name, host = case.model.header.name, case.machine.hostname
     described = name if name == case.instance.name else f"{case.instance.name}: {name}"
     short = Short(
@@ -384,7 +407,7 @@ def _refuse(case: _Case, search: Search, refined: Refined) -> Refusal:
         earlier=case.earlier,
     )
     return Refusal(
-        f"{described} with {tokens} tokens for each of {slots} slot(s) does not"
+        f"{described} with {in_words(context)} does not"
         f" fit on {host}: {needed // MIB} MiB of {where} needed, {available // MIB} MiB available"
         f" besides the reserve, {-(-short.missing_bytes // MIB)} MiB missing",
         device=worst.device,

@@ -12,6 +12,7 @@ from llamafleet.memory.ledger import LedgerRow
 from llamafleet.memory.placement import Placement
 from llamafleet.memory.weights import LAYER_INPUTS, Model
 from llamafleet.model.architecture import Cache
+from llamafleet.planner.pools import in_words, running_out
 from llamafleet.planner.search import LATER_KV_TYPE, Candidate
 from llamafleet.planner.unplannable import without_kernel
 from llamafleet.settings.schema import Instance
@@ -117,6 +118,9 @@ def _spill(decision: Decision) -> Iterator[str]:
 
 def _gpus(decision: Decision) -> Iterator[str]:
     capacity, chosen = decision.capacity, decision.chosen
+    if decision.instance.gpus is not None:
+        left = " and ".join(f"GPU{gpu.index}" for gpu in capacity.gpus)
+        yield f"its gpus leave it {left or 'no GPU'}"
     if len(capacity.gpus) < 2 or not chosen.order:
         return
     names = [f"GPU{gpu.index}" for gpu in capacity.gpus]
@@ -162,7 +166,8 @@ def _flash_attention(decision: Decision) -> Iterator[str]:
 
 def _context(decision: Decision) -> Iterator[str]:
     context, instance, chosen = decision.chosen.context, decision.instance, decision.chosen
-    yield f"KV cache {context.kv_type}: {context.tokens} tokens for each of {context.slots} slot(s)"
+    yield f"KV cache {context.kv_type}: {in_words(context)}"
+    yield from running_out(context, decision.work)
     for kv_type in instance.kv_types:
         other = decision.best(kv_type=kv_type) if kv_type != context.kv_type else None
         if other:
@@ -172,7 +177,7 @@ def _context(decision: Decision) -> Iterator[str]:
         elif kv_type != context.kv_type:
             yield f"with KV cache {kv_type} the model does not fit"
     at_once = decision.work.concurrency
-    if instance.slots is not None and instance.slots > at_once:
+    if instance.slots is not None and instance.slots > at_once and not context.unified:
         requests = "one request" if at_once == 1 else f"{at_once} requests"
         yield (
             f"slots is {instance.slots}, and the workload has {requests} at a time (concurrency): each slot takes a"

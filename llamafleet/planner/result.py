@@ -76,6 +76,8 @@ class Plan:
     chosen_for: Prediction = NO_PREDICTION
     at_gate: Expected | None = None
     problems: tuple[str, ...] = ()  # what is wrong with the host, as its probe found, each with the way out
+    # What llama-server reports of what is beside the model, by its part: the ledger's device, and bytes.
+    reported_beside: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
     fits = True
 

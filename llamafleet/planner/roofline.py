@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 
 from llamafleet.host.speeds import CACHE_MISS_TOKENS, ESTIMATED, MEASURED, PROBED, SOURCES, GpuRates, Rates
-from llamafleet.memory.context import Context
+from llamafleet.memory.context import Context, is_quantised
 from llamafleet.memory.graph.allocation import OFFLOAD_TOKENS
 from llamafleet.memory.placement import Segment
 from llamafleet.memory.weights import LAYER, Model
@@ -121,7 +121,7 @@ class Roofline:
         """Time of one token of each of `sequences` sequences. `order`: the GPUs in use, llama.cpp's device 0 first."""
         rates, share, active = self.rates, self.share(sequences), self.used / self.experts
         gpus = [rates.gpus[number] for number in order]
-        slow_cache = 1.0 if kv_type in ("f16", "bf16", "f32") else QUANTISED_CACHE_COST
+        slow_cache = QUANTISED_CACHE_COST if is_quantised(kv_type) else 1.0
         gpu = host = waiting = 0.0
         for segment in segments:
             fixed = _range(self.fixed, segment.lo, segment.hi)

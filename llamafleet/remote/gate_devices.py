@@ -26,6 +26,8 @@ Told = Dict[str, Dict[str, float]]
 MIB = 1 << 20
 # Printed by load_tensors, llama_kv_cache, llama_memory_recurrent, llama_dsv4_comp_state and sched_reserve.
 BUFFER = re.compile(r"(\S+) +(model|KV|RS|DSV4 .* state|compute) buffer size = +([\d.]+) MiB")
+# Of a projector: its buffers are beside the model's, and gate_picture.py asks it itself.
+PROJECTOR = re.compile(r"^.*reserve_compute_meta: .*$", re.M)
 PARTS = {"model": "weights", "compute": "compute"}  # all others hold the context
 LOADED = "model loaded"  # tools/server/server.cpp: after all of them
 # What gate.py, as the unit's ExecStartPost, wrote to the journal before systemd ended the server.
@@ -106,7 +108,7 @@ def keep(unit: str, told: Dict[str, Any]) -> None:
 def parse(lines: str) -> Told:
     """Sums of the buffers that the load log names. Compute may be reserved anew: its last size counts."""
     told: Told = {}
-    for device, kind, size in BUFFER.findall(lines):
+    for device, kind, size in BUFFER.findall(PROJECTOR.sub("", lines)):
         held = told.setdefault(device, {})
         part = PARTS.get(kind, "context")
         before = 0.0 if part == "compute" else held.get(part, 0.0)

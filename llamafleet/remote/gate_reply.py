@@ -14,6 +14,7 @@ import statistics
 import time
 from typing import Any
 
+from gate_prompt_files import free
 from gate_server import ask, first_key, result, slots
 
 PROMPT = "The capital of France is Paris. The capital of Italy is Rome. The capital of Japan is"
@@ -40,12 +41,14 @@ class Bad(Exception):
     """No healthy model gives this answer. Arguments: expected, found, and the usual cause."""
 
 
-def complete(spec: dict[str, Any], prompt: str | list[int], tokens: int, top: int = TOP) -> dict[str, Any]:
-    """The server's answer with greedy sampling and without its prompt cache. Raises Bad if it has not all tokens."""
+def complete(spec: dict[str, Any], prompt: str | list[int], tokens: int, top: int = TOP, **more: Any) -> dict[str, Any]:
+    """The server's answer with greedy sampling and without its prompt cache. Raises Bad if it has not all tokens.
+
+    `more`: what the request says beside."""
     body = {
         "prompt": prompt, "n_predict": tokens, "temperature": 0, "seed": 1, "ignore_eos": True, "n_probs": top,
         "cache_prompt": False, "return_tokens": True, "repeat_penalty": 1.0, "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
+        "frequency_penalty": 0.0, **free(spec), **more,
     }  # fmt: skip
     status, answer = ask(spec["url"], "/completion", first_key(spec), body, SECONDS)
     found = answer if isinstance(answer, dict) else {}

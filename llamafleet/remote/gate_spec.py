@@ -47,6 +47,19 @@ def is_path(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
+def is_prompt_files(value: Any) -> bool:
+    keys = ("sha256", "served_sha256")
+    return isinstance(value, dict) and all(
+        isinstance(one, dict) and all(isinstance(one.get(key), str) for key in keys) for one in value.values()
+    )
+
+
+def is_adapters(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and isinstance(one.get("path"), str) and is_number(one.get("scale")) for one in value
+    )
+
+
 TEXT: Form = ("a text", lambda value: isinstance(value, str))
 NUMBER: Form = ("a number", is_number)
 PATH: Form = ("a path or null", is_path)
@@ -56,13 +69,17 @@ GATE: Dict[str, Form] = {
     "api_keys": PATH, "tls_certificate": PATH, "health_seconds": NUMBER, "context_tokens": NUMBER, "slots": NUMBER,
     "kv_type": PATH, "speed_floor_percent": NUMBER, "backend": TEXT,
     "gpus": ("a list of objects", lambda value: isinstance(value, list)),
+    "adapters": ("a list of objects with path and scale", is_adapters),
+    "prompt_files": ("an object of objects with sha256 and served_sha256", is_prompt_files),
+    "modalities": ("a list of texts", is_texts),
 }  # fmt: skip
 GPU = {"uuid": TEXT, "name": TEXT, "device": TEXT, **dict.fromkeys(
     ("planned_bytes", "weights_bytes", "kv_bytes", "compute_bytes", "staging_bytes"), NUMBER)}  # fmt: skip
 SIZE: Form = ("a number or null", lambda value: value is None or is_number(value))  # null: the server did not tell it
 FILE = {"path": TEXT, "size_bytes": SIZE, "sha256": PATH}
 # What plans of earlier versions lack.
-ABSENT = {"tls_certificate": None, "kv_type": None, "speed_floor_percent": 0}
+ABSENT: Dict[str, Any] = {"tls_certificate": None, "kv_type": None, "speed_floor_percent": 0, "prompt_files": {},
+                          "adapters": [], "modalities": []}  # fmt: skip
 
 
 def read_spec(path: str) -> Dict[str, Any]:

@@ -3,14 +3,14 @@
 Contract: `verify.py ask SPEC`, a JSON object {"name": of the instance, "command": [llama-server and its arguments, made
 by `question` in llamafleet/planner/reconcile.py], "environment": {name: value}, "groups": [names], "gpus": [UUIDs of
 NVIDIA GPUs], "room_bytes": what must be free on each of them}; prints one JSON object {"told": {llama.cpp's name of a
-device or kind of host memory: bytes} | null, "why": text if nothing was reported, "room": false if the reason is that
-a GPU had no room beside what runs there, "rejected": the line by which llama-server refuses its arguments or its model,
-or ""}. Exit 0 whatever was reported.
+device or kind of host memory, or "projector": bytes} | null, "why": text if nothing was reported, "room": false if the
+reason is that a GPU had no room beside what runs there, "rejected": the line by which llama-server refuses its
+arguments or its model, or ""}. Exit 0 whatever was reported.
 `verify.py settle QUESTION.json PLAN.json` is for the switch, once the old server is stopped: QUESTION has the same and
 "devices" {llama.cpp's name: the ledger's}, "limits" {the ledger's name: bytes}. The sizes go into PLAN's `verified`.
 Exit 0 within the limits, or if nothing was reported; 1 beyond them, with a line `told: ` and their JSON; 3 if it
 rejects its arguments or its model, with its line.
-Root, systemd, standard library and pynvml; common.py lies beside it.
+Root, systemd, standard library and pynvml; common.py and inherited.py lie beside it.
 
 llama-server first makes the model and its context without memory, if it is to fit its arguments to the memory (its
 default), and prints where the bytes would be (common_memory_breakdown_print at b11434), 0.3 s after its start. It is
@@ -29,6 +29,7 @@ import threading
 from typing import Any, Iterable  # the contract is Python 3.8, whose own Iterable is typing's
 
 import boot
+import inherited
 from common import systemctl, transient_unit, unit_words, write_json
 
 MIB = 1024**2
@@ -48,6 +49,9 @@ HARDENING = (
     "SystemCallFilter=@system-service", "SystemCallFilter=~@privileged", "SystemCallErrorNumber=EPERM", "TasksMax=2048",
 )  # fmt: skip
 # With the device's total and free memory before the figures, or, on the host, without; in MiB.
+# What a projector takes, weights and compute buffers of all its devices (tools/server/server-context.cpp, load_model);
+# before the rows.
+PROJECTOR = re.compile(r"estimated worst-case memory usage of mmproj is (?P<size>\d+\.\d+) MiB")
 ROW = re.compile(
     r"common_memory_breakdown_print: \|   - (?P<name>\S+).*?(?P<self>\d+) =\s+\d+ \+\s+\d+ \+\s+\d+\)?"
     r"(?: \+\s+-?\d+)?\s+\|"
@@ -70,7 +74,7 @@ def properties(spec: dict[str, Any]) -> list[str]:
         f"MemoryMax={MEMORY_BYTES}", "MemorySwapMax=0", "Nice=10", "LimitCORE=0",
         f"RuntimeMaxSec={SECONDS}", "TimeoutStopSec=5",
         "NoNewPrivileges=yes", "CapabilityBoundingSet=", "ProtectSystem=strict", "ProtectHome=yes", "PrivateTmp=yes",
-        *HARDENING,
+        *HARDENING, *inherited.DIRECTIVES,
     ]  # fmt: skip
 
 
@@ -124,10 +128,12 @@ def read(lines: Iterable[str]) -> tuple[dict[str, int], list[str], str]:
         tail = [*tail, line][-TAIL_LINES:]
         if not rejected and (REJECTED.search(line) or USAGE.search(line)):
             rejected = line.strip()
-        row = ROW.search(line)
+        row, beside = ROW.search(line), PROJECTOR.search(line)
         if row:
             told[row.group("name")] = int(row.group("self")) * MIB
-        elif told:
+        elif beside:
+            told["projector"] = int(float(beside.group("size")) * MIB)
+        elif told.keys() - {"projector"}:
             break
     return (told if "Host" in told else {}), tail, rejected
 

@@ -15,6 +15,7 @@ from llamafleet.host import answers
 from llamafleet.host.backends import TRAITS
 from llamafleet.host.installed import InstalledInstance
 from llamafleet.memory.ledger import NO_CORRECTION
+from llamafleet.memory.placement import HOST
 from llamafleet.planner import reconcile
 from llamafleet.planner.result import Plan
 from llamafleet.service import succession, unit
@@ -127,8 +128,13 @@ def spec(now: Decision, plan: Plan) -> dict[str, Any]:
         "environment": {**now.desired.settings.environment, **plan.environment},
         "groups": unit.groups(plan.backend, now.desired.installed),
         "gpus": [gpu.uuid for gpu in plan.gpus] if plan.backend == "cuda" else [],
-        "room_bytes": TRAITS[plan.backend].overhead_bytes + SPARE_BYTES,
+        "room_bytes": TRAITS[plan.backend].overhead_bytes + SPARE_BYTES + _made_beside(plan),
     }
+
+
+def _made_beside(plan: Plan) -> int:
+    """Bytes of a GPU that llama-server takes while it only measures: it makes a projector's buffers for that."""
+    return sum(size for device, size in plan.reported_beside.values() if device != HOST)
 
 
 def staged_files(serving: Serving) -> dict[str, str]:

@@ -40,6 +40,7 @@ def settings(**model):
         "api_key_file": "keys",
         "context_tokens": 4096,
         "slots": 1,
+        "projector": "hf:a/b/mmproj.gguf",
         **model,
     }
     return Settings.from_data({**data, "llama_cpp_ref": "b11434", "models": [entry]})
@@ -64,6 +65,7 @@ def plan():
             "slots": 1,
             "backend": "cuda",
             "gpus": [{"uuid": "GPU-1", "name": "A", "planned_bytes": 5}],
+            "modalities": ["vision"],
         },
     }
     return {**record, "identity": instance_checks.identity_of(record), "plan": {"why": []}}
@@ -208,6 +210,7 @@ BROKEN = [
     ("plan_file", (*TINY, "plan", "gate", "url"), "http://127.0.0.1:9", "expected 8080, found 9"),
     ("plan_file", (*TINY, "plan", "gate", "slots"), 4, "expected 1, found 4"),
     ("plan_file", (*TINY, "plan", "gate", "api_keys"), None, "expected True, found False"),
+    ("plan_file", (*TINY, "plan", "gate", "modalities"), [], "a projector in plan.json: expected True, found False"),
     ("plan_file", (*TINY, "plan", "gate", "context_tokens"), 2048, "at least 4096 tokens a slot, found 2048"),
     ("models", (*TINY, "plan", "files"), [], "expected at least one, found nothing"),
     ("models", (*TINY, "models", MODEL), None, "expected a model of 100 bytes, found nothing"),
@@ -349,7 +352,7 @@ def test_of_a_traceback_the_collector_keeps_the_last_line(collector, monkeypatch
 
 def test_the_gate_asks_what_the_plan_has():
     facts = healthy()
-    facts["instances"]["tiny"]["plan"]["gate"]["gpus"] = []
+    facts["instances"]["tiny"]["plan"]["gate"].update(gpus=[], modalities=[])
     box = checks.Box("web1", settings(api_key_file=None), facts)
     served = checks.served(box, box.settings.models[0])
     assert instance_checks.planned_gate_checks(served) == ("health", "process", "context", "completion", "speed")

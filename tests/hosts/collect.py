@@ -197,7 +197,7 @@ def instance(name, quick):
             "plan_sha256": sha256_of(f"{VAR}/good/{name}/plan.json"),
             "secrets_as_kept": all(
                 read_text(f"{folder}/{one}") == read_text(f"{VAR}/good/{name}/{one}")
-                for one in ("api-keys", "tls-certificate", "tls-key")
+                for one in ("api-keys", "tls-certificate", "tls-key", "chat-template", "grammar", "json-schema")
             ),
         },
         "drop_ins": drop_ins(unit),

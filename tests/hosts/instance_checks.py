@@ -15,9 +15,12 @@ from tests.hosts.checks import AGAIN, Problem, Problems, Served, say
 
 # Seconds: a process that systemd restarted within them may be in a loop.
 LOOP_SECONDS = 1800
+# A result of the gate after which it asks a server that sleeps nothing more: llamafleet/remote/gate_sleep.py.
+ASLEEP = "asleep"
 # linux/seccomp.h, SECCOMP_MODE_FILTER, as /proc/PID/status shows it.
 SECCOMP_FILTER = 2
-GATE_CHECKS = ("health", "process", "gpu memory", "devices", "api key", "context", "completion", "speed")
+GATE_CHECKS = ("health", "process", "gpu memory", "devices", "api key", "context", "completion", "picture",
+               "speed")  # fmt: skip
 
 
 def plan_file(served: Served) -> Problems:
@@ -58,6 +61,7 @@ def _as_asked(served: Served, plan: Mapping[str, Any]) -> Problems:
         ("port", requested.port, int(gate["url"].rsplit(":", 1)[-1])),
         ("slots", requested.slots or gate["slots"], gate["slots"]),  # unset: the plan's choice
         ("an API key is required", requested.api_key_file is not None, gate["api_keys"] is not None),
+        ("a projector", requested.projector is not None, bool(gate.get("modalities"))),
     ]
     for what, expected, actual in pairs:
         if expected != actual:
@@ -156,7 +160,9 @@ def unit(served: Served) -> Problems:
         yield Problem(served.where, f"DropInPaths of {served.instance.unit}", "nothing", ", ".join(drop_ins), hint)
     if not served.facts["good"]["secrets_as_kept"]:
         folder = f"{INSTANCES}/{served.instance.name}"
-        yield Problem(served.where, f"api-keys and certificate in {folder}", "as they passed the gate", "others", AGAIN)
+        yield Problem(
+            served.where, f"keys, certificate and prompt files in {folder}", "as they passed the gate", "others", AGAIN
+        )
 
 
 def running(served: Served) -> Problems:
@@ -280,7 +286,8 @@ def planned_gate_checks(served: Served) -> tuple[str, ...]:
     gpus = gate.get("gpus")
     # The gate asks NVML for GPUs with a UUID alone, which a Jetson's may lack.
     nvidia = gpus and gate.get("backend") == "cuda" and any(gpu.get("uuid", True) for gpu in gpus)
-    without = {"gpu memory": not nvidia, "devices": not gpus, "api key": served.instance.api_key_file is None}
+    without = {"gpu memory": not nvidia, "devices": not gpus, "api key": served.instance.api_key_file is None,
+               "picture": not gate.get("modalities")}  # fmt: skip
     return tuple(name for name in GATE_CHECKS if not without.get(name))
 
 
@@ -291,6 +298,8 @@ def reported_at(served: Served, name: str) -> str | None:
     if (isinstance(answer, dict) and "error" in answer) or facts.gate_problems(answer):
         return planned[0] if name != planned[0] else None
     verdicts = {check["name"]: check["ok"] for check in answer["checks"]}
+    if ASLEEP in verdicts and name not in verdicts:
+        return ASLEEP
     failed = [one for one in planned if verdicts.get(one) is False]
     return failed[0] if failed and name not in verdicts else None
 

@@ -65,6 +65,15 @@ def test_the_first_breakdown_is_read_and_the_server_ended(host):
     assert calls[-1] == "systemctl kill --signal=KILL llamafleet-verify-chat.service"
 
 
+def test_what_a_projector_takes_is_read_too(host):
+    line = "0.00.005.1 I srv    load_model: [mtmd] estimated worst-case memory usage of mmproj is 943.75 MiB (took 9.01 ms)"
+    told = verify.ask(spec(server(host, [line, *TWO_DEVICES])))["told"]
+    assert told["projector"] == 943 * MIB + MIB * 3 // 4
+    assert told["Host"] == 912 * MIB
+    # Without the rows of the model it is no answer.
+    assert verify.ask(spec(server(host, [line], then="exit 1")))["told"] is None
+
+
 def test_it_runs_as_the_service_s_user_within_limits(host):
     verify.ask(spec(server(host, TWO_DEVICES), "--ctx-size", "512"))
     [called] = [line for line in (host / "calls").read_text().splitlines() if line.startswith("systemd-run")]

@@ -76,7 +76,7 @@ def build(
         cur = get_rows(cur, outputs)
         cur.output = True
     head = b.weight("output.weight") or ggml.weight(*_tied_output(b))
-    cur = mul_mat(head, cur)
+    cur = b.adapted("output.weight", mul_mat(head, cur), mul_mat, cur)
     if bias := b.weight("output.bias"):
         cur = apply("add", cur, bias)
     if shape.caps_logits:
