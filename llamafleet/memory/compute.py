@@ -109,7 +109,9 @@ class Compute:
         keys = [self._layer_key(placement, rules, n) for n in range(len(self.kinds))]
         holders, host = placement.backends, len(placement.devices)
         # Layers with an indexer hold zeros from the start of the graph until they use them, or leave gaps that add up.
-        every_layer = self.shape.architecture.has_context_gaps
+        # In a pipeline, the logits of all tokens fill the gap that is left behind a few layers, but not behind many.
+        fills_gaps = context.pooling and placement.is_pipeline and self.shape.architecture.computes_logits
+        every_layer = self.shape.architecture.has_context_gaps or fills_gaps
         kinds, types = [key[:-1] for key in keys], [key[-1] for key in keys]
         order = tuple(range(len(keys))) if every_layer else shorten(kinds, types, neighbours)
         numbers = fold([

@@ -33,6 +33,7 @@ class Context:
     flash_attention: bool = True
     unified: bool = False  # all slots share one cache (--kv-unified)
     pool_tokens: int = 0  # of the cache that all slots share; 0: tokens x slots
+    pooling: str = ""  # of a server of embeddings or scores (--pooling); "": the server writes text
 
     @property
     def key_type(self) -> str:
@@ -74,8 +75,20 @@ class Context:
 
     @property
     def outputs(self) -> int:
-        """Tokens whose logits are computed: llama-server requests one for each slot."""
-        return min(self.ubatch, self.slots)
+        """Tokens with a result: llama-server requests one for each slot, and every token's for embeddings and scores
+        (tools/server/server-context.cpp, server_output_limits)."""
+        return self.ubatch if self.pooling else min(self.ubatch, self.slots)
+
+    def pooled(self, pooling: str) -> Context:
+        """This context for embeddings or scores of that pooling ("": for text). Its ubatch is a multiple of the slots:
+        llama.cpp reserves as many tokens for each of them, and the mean is over as many (build_inp_mean)."""
+        ubatch = -(-self.ubatch_tokens // self.slots) * self.slots if pooling else self.ubatch_tokens
+        return replace(self, pooling=pooling, ubatch_tokens=ubatch)
+
+    @property
+    def takes_whole_inputs(self) -> bool:
+        """Does a ubatch hold the longest input of a server of embeddings or scores?"""
+        return bool(self.pooling) and self.ubatch_tokens >= self.tokens
 
 
 def cache_cells(context: Context, window: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from llamafleet.model.architecture import Architecture, Cache, Indexer, LayerGraph, Recurrence, Rope
 
@@ -26,6 +27,8 @@ def _parts(*patterns: str) -> re.Pattern[str]:
     return re.compile("|".join(patterns))
 
 
+_ENCODER: dict[str, Any] = {"cache": Cache.NONE, "has_output": False, "computes_logits": False}
+
 _ROWS = (
     Architecture(name="llama", weights_normed=True),
     Architecture(
@@ -39,14 +42,16 @@ _ROWS = (
         weighs_inputs=True,
     ),
     Architecture(name="grok", flash_attention=False, scales_embeddings=True, weights_normed=True),
-    Architecture(name="bert", cache=Cache.NONE, has_output=False, rope=Rope.NEVER),
-    Architecture(name="modern-bert", verified=False, cache=Cache.NONE, has_output=False),
-    Architecture(name="nomic-bert", cache=Cache.NONE, has_output=False),
-    Architecture(name="nomic-bert-moe", verified=False, cache=Cache.NONE, has_output=False),
-    Architecture(name="neo-bert", verified=False, cache=Cache.NONE, has_output=False),
-    Architecture(name="jina-bert-v2", verified=False, cache=Cache.NONE, has_output=False),
-    Architecture(name="jina-bert-v3", verified=False, cache=Cache.NONE, has_output=False),
-    Architecture(name="eurobert", verified=False, cache=Cache.NONE, has_output=False),
+    Architecture(name="bert", **_ENCODER, layer_graph=LayerGraph.NORMS_BEHIND, rope=Rope.NEVER),
+    Architecture(
+        name="modern-bert", **_ENCODER, layer_norm=True, window_period=3, window_dense_first=True, scores_mean=True
+    ),
+    Architecture(name="nomic-bert", **_ENCODER, layer_graph=LayerGraph.NORMS_BEHIND),
+    Architecture(name="nomic-bert-moe", **_ENCODER, layer_graph=LayerGraph.NORMS_BEHIND),
+    Architecture(name="neo-bert", **_ENCODER),
+    Architecture(name="jina-bert-v2", **_ENCODER, layer_graph=LayerGraph.NORMS_BEHIND, rope=Rope.NEVER),
+    Architecture(name="jina-bert-v3", **_ENCODER, layer_graph=LayerGraph.NORMS_BEHIND),
+    Architecture(name="eurobert", **_ENCODER),
     Architecture(name="qwen3moe", weights_normed=True),
     Architecture(
         name="qwen3next", recurrence=Recurrence.BY_INTERVAL, norm_first=True, late_output=True, weights_normed=True
@@ -101,7 +106,7 @@ _ROWS = (
         weights_normed=True,
     ),
     Architecture(name="gemma4-assistant", verified=False, cache=Cache.UNKNOWN, mixes_inputs=False),
-    Architecture(name="gemma-embedding", verified=False, cache=Cache.NONE),
+    Architecture(name="gemma-embedding", cache=Cache.NONE, computes_logits=False, window_period=6, scales_tokens=True),
     Architecture(name="mamba", recurrence=Recurrence.EVERY_LAYER),
     Architecture(name="mamba2", recurrence=Recurrence.EVERY_LAYER),
     Architecture(name="maple", verified=False, rope=Rope.WITH_WINDOW, weights_normed=True, clamps_at_once=True),
@@ -220,6 +225,8 @@ _ROWS = (
         weights_normed=True,
         chooses_early=True,
     ),
+    Architecture(name="llama-embed", cache_is_unused=True, computes_logits=False, weights_normed=True),
+    Architecture(name="t5encoder", verified=False, cache=Cache.NONE, computes_logits=False),
     Architecture(name="llada", verified=False, cache=Cache.NONE),
     Architecture(name="llada-moe", cache=Cache.NONE),
     Architecture(name="grovemoe", weights_normed=True, chooses_by_sigmoid=True),
@@ -299,7 +306,6 @@ _UNVERIFIED = (
     "deepseek2-ocr",
     "chatglm",
     "bitnet",
-    "t5encoder",
     "jais",
     "jais2",
     "exaone",
@@ -310,7 +316,6 @@ _UNVERIFIED = (
     "hrm_text",
     "pangu-embedded",
     "spark2_5",
-    "llama-embed",
     "maincoder",
     "talkie",
     "nanbeige",

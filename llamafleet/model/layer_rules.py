@@ -11,6 +11,7 @@ from llamafleet.model.gguf_cursor import LongArray
 from llamafleet.model.keys import Keys
 
 ROPE_PERIOD = 4  # one layer of this many applies no RoPE (src/llama-hparams.h, n_no_rope_layer_step)
+POOLINGS = ("none", "mean", "cls", "last", "rank")  # include/llama.h, llama_pooling_type, by number
 DEFAULT_ATTENTION_INTERVAL = 4  # src/models/qwen3next.cpp, load_arch_hparams
 
 
@@ -111,3 +112,15 @@ def recurrent_layers(row: Architecture, keys: Keys, layers: int, trunk: int) -> 
             for layer in range(layers)
         )
     return (False,) * layers
+
+
+def pooling(keys: Keys) -> str:
+    """How the header says that an embedding is made from the tokens'; "" if it says nothing that llama.cpp knows."""
+    number = keys.get("pooling_type")
+    return POOLINGS[number] if isinstance(number, int) and 0 <= number < len(POOLINGS) else ""
+
+
+def scores_mean(row: Architecture, keys: Keys) -> bool:
+    """Does a reranker's score come from the mean of the tokens (pooling_type_cls)?"""
+    number = keys.get("classifier.pooling_type")
+    return row.scores_mean if number is None else number == POOLINGS.index("mean")

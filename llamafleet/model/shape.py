@@ -20,7 +20,9 @@ from llamafleet.model.layer_rules import (
     cache_layers,
     cache_owners,
     indexer_layers,
+    pooling,
     recurrent_layers,
+    scores_mean,
     uses_rope,
     windows,
 )
@@ -111,6 +113,7 @@ class Shape:
     layers: int
     trunk_layers: int  # without the layers of a draft head (nextn), which come last
     embedding: int
+    embedding_out: int  # elements of an embedding that a server gives (n_embd_out)
     context_tokens: int  # trained; 0 if the header does not have it
     vocabulary: int
     heads: tuple[int, ...]
@@ -140,6 +143,9 @@ class Shape:
     output_groups: int
     output_rank: int
     cache_is_exact: bool  # False: the caches' bytes are an upper bound
+    pooling: str  # what the header says of embeddings: "none", "mean", "cls", "last", "rank"; "" if nothing
+    is_causal: bool  # False: a token attends to those behind it too
+    scores_mean: bool  # a reranker's score comes from the mean of the tokens, not from one token
 
     @property
     def cache(self) -> Cache:
@@ -166,6 +172,7 @@ class Shape:
             layers=layers,
             trunk_layers=trunk,
             embedding=keys.number("embedding_length"),
+            embedding_out=keys.number("embedding_length_out") or keys.number("embedding_length"),
             context_tokens=keys.number("context_length"),
             vocabulary=_vocabulary(header, keys),
             heads=keys.per_layer("attention.head_count", 1),
@@ -198,6 +205,9 @@ class Shape:
             output_groups=keys.number("attention.output_group_count"),
             output_rank=keys.number("attention.output_lora_rank"),
             cache_is_exact=cache_is_exact(row, keys),
+            pooling=pooling(keys),
+            is_causal=keys.get("attention.causal") is not False,
+            scores_mean=scores_mean(row, keys),
         )
 
 

@@ -29,7 +29,7 @@ from llamafleet.memory.placement import HOST
 from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
-from llamafleet.planner import beside, processors
+from llamafleet.planner import beside, processors, vectors
 from llamafleet.planner.asked import Asked
 from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate, host_cost
 from llamafleet.planner.backend import capacity_of, environment, no_gpu, resolve_backend
@@ -118,7 +118,7 @@ def _plan_instance(
     companions: Mapping[str, Header],
 ) -> Plan | Refusal:
     shape = Shape.of(header)
-    if refusal := not_a_model(header, shape):
+    if refusal := not_a_model(header, shape) or vectors.unsuited(instance, header, shape):
         return replace(refusal, instance=instance.name)
     trained = shape.context_tokens
     tokens = slot_tokens(instance, trained)
@@ -129,12 +129,12 @@ def _plan_instance(
             instance=instance.name,
             suggestions=(f"set context_tokens to {trained} or less",),
         )
-    if wrong := beyond(instance, machine, tokens):
+    if wrong := beyond(instance, machine, tokens) or vectors.too_small(instance, shape, tokens):
         return Refusal(f"{instance.name}: {wrong}", instance=instance.name)
     usable = tuple(kv_type for kv_type in instance.kv_types if takes_cache_on(shape, kv_type, backend))
     if not usable:
         return no_cache(instance, header, shape, backend)
-    instance = replace(instance, kv_types=usable)
+    instance = vectors.as_planned(replace(instance, kv_types=usable))
     model = Model.of(header)
     case = _Case(machine, backend, capacity, instance, model, tokens, correction, measured, known, alone, earlier)
     return _with_companions(case, Asked(backend, capacity, instance, model, tokens, companions))
@@ -221,6 +221,8 @@ class _Case:
 
     def checkpoints(self, context: Context) -> int:
         """Context checkpoints of each slot: as many as fit into `context_checkpoints_mib` for all slots together."""
+        if context.pooling:
+            return 0
         each = checkpoint_bytes(self.model.shape, context) * context.slots
         return min(MOST_CHECKPOINTS, self.instance.context_checkpoints_mib * MIB // each) if each else MOST_CHECKPOINTS
 
@@ -254,9 +256,11 @@ class _Case:
 def _best_plan(case: _Case) -> Timed | tuple[Search, Refined]:
     """The best plan with its seconds; if no candidate fits, the search and its best candidate."""
     flash = is_used(case.model.shape, case.backend)
+    pooling, trained = vectors.pooling_of(case.instance, case.model.shape), case.model.shape.context_tokens
     weighted_contexts = contexts(
-        case.instance, case.context_tokens, case.work, flash_attention=flash, trained=case.model.shape.context_tokens,
+        case.instance, case.context_tokens, case.work, flash_attention=flash, trained=trained, pooling=pooling,
         least_ubatch=max((one.least_ubatch for one in case.besides), default=0),
+        whole_inputs=vectors.needs_whole_inputs(case.model.shape, pooling),
     )  # fmt: skip
     search = case.search([context for context, _ in weighted_contexts])
     handicaps = {replace(context, flash_attention=True): handicap for context, handicap in weighted_contexts}
@@ -357,6 +361,8 @@ def _plan(
         context_tokens=context.tokens,
         slots=context.slots,
         kv_type=context.kv_type,
+        pooling=context.pooling,
+        vector_elements=case.model.shape.embedding_out if context.pooling else 0,
         ubatch_tokens=context.ubatch_tokens,
         threads=case.threads,
         prompt_cache_mib=case.instance.prompt_cache_mib,
@@ -374,7 +380,9 @@ def _plan(
         numa_nodes=nodes,
         reported_beside={one.part: one.reported for one in case.besides if one.reported},
         chosen_for=search.roofline.predict(candidate.order, candidate.segments, context),
-        at_gate=expected_at_gate(
+        at_gate=None
+        if context.pooling
+        else expected_at_gate(
             case.roofline(GATE_WORK, case.measured, by_type=True), candidate, gpus[: len(candidate.order)]
         ),
     )

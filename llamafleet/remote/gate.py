@@ -14,7 +14,8 @@ root's rights (gate_unit.py); what they find is written here.
 
 PLAN.json is plan.json, of which is read: identity, release, files, plan.predicted, and `gate`: unit, argv, url,
 api_keys and tls_certificate (path | null), health_seconds (the most that loading may take), context_tokens (of one
-slot), slots, kv_type, speed_floor_percent, backend, gpus [{"uuid", "name", "planned_bytes", and what gate_devices.py
+slot), slots, kv_type, speed_floor_percent, backend, serves ("chat" where it is missing; "embedding" with pooling and
+vector_elements, or "reranking" with rerank_example), gpus [{"uuid", "name", "planned_bytes", and what gate_devices.py
 reads}], and what gate_prompt_files.py and gate_adapters.py read. Standard library, psutil and pynvml; common.py and
 gate_*.py lie beside it.
 
@@ -40,11 +41,14 @@ from gate_load import deadline, why_silent
 from gate_nvml import held_by, in_use_on_all
 from gate_picture import check_picture
 from gate_prompt_files import check_prompt_files
+from gate_reading import check_reading
 from gate_reply import REMEMBERED, check_completion, check_speed, speed_key
+from gate_scores import check_scores
 from gate_server import ask, first_key, found_status, is_alive, main_pid, result, trust, unit_state
 from gate_sleep import check_asleep, ends
 from gate_spec import Unreadable, read_spec
 from gate_unit import CONFINED, with_credentials
+from gate_vectors import check_embedding
 
 # The share of a GPU's planned bytes that the process must really hold. The CUDA context comes on
 # top of the plan, so a healthy process holds more than planned; a fallback to the CPU holds none.
@@ -160,7 +164,7 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
 
 CHECKS = (
     check_health, check_process, check_asleep, check_gpus, check_devices, check_key, check_context, check_prompt_files,
-    check_completion, check_adapters, check_picture, check_speed,
+    check_completion, check_adapters, check_picture, check_speed, check_embedding, check_scores, check_reading,
 )  # fmt: skip
 # The key first: until then a server without keys would serve everybody.
 START_CHECKS = (check_health, check_key, check_gpus, check_devices)
@@ -203,10 +207,19 @@ def record_of(spec: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         key = speed_key(spec)
         speeds = last.get("speeds", []) if last.get("speed_key") == key else []
         speeds = [*speeds, measured["decode_tokens_per_s"]] if "decode_tokens_per_s" in measured else speeds
+        if spec["serves"] != "chat":
+            record["read_speeds"] = reading_speeds(spec, key)
         record.update(measured, speed_key=key, speeds=speeds[-REMEMBERED:], expected=spec["expected"])
     else:
         record["last_failure"] = {"time": now, "release": spec["release"], "check": found["checks"][-1]}
     return record
+
+
+def reading_speeds(spec: dict[str, Any], key: str) -> list[float]:
+    """The last speeds at which a server read that writes nothing."""
+    before = spec["last"].get("read_speeds", []) if spec["last"].get("speed_key") == key else []
+    measured = spec["measured"].get("read_tokens_per_s")
+    return ([*before, measured] if measured else before)[-REMEMBERED:]
 
 
 def verdict(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:

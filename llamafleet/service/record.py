@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
@@ -65,6 +66,7 @@ def plan_record(
             {"uuid": gpu.uuid, "name": gpu.name, "device": device, **_planned(plan, gpu)}
             for gpu, device in zip(plan.gpus, device_names(plan.backend, len(plan.gpus)), strict=True)
         ],
+        **_vectors(instance, plan),
     }
     if PROJECTOR in model.companions:
         gate["modalities"] = list(projector.read(model.companions[PROJECTOR].header).modalities)
@@ -113,6 +115,17 @@ def without_query(source: str) -> str:
 
     `public_identity` is then the hash of what the file has."""
     return source.partition("?")[0] if source.startswith(("http://", "https://")) else source
+
+
+def _vectors(instance: Instance, plan: Plan) -> dict[str, Any]:
+    """What the gate asks of a server of embeddings or scores; nothing for one that writes text, whose record then is
+    that of versions which knew no other."""
+    if instance.serves == "embedding":
+        return {"serves": "embedding", "pooling": plan.pooling, "vector_elements": plan.vector_elements}
+    if instance.serves == "reranking":
+        example = instance.rerank_example
+        return {"serves": "reranking", "rerank_example": asdict(example) if example else None}
+    return {}
 
 
 def record_text(record: dict[str, Any]) -> str:

@@ -55,6 +55,7 @@ OWN_PLACE = {
     "--image-min-tokens": "image_min_tokens", "--image-max-tokens": "image_max_tokens",
     "--sleep-idle-seconds": "sleep_idle_seconds",
     "--api-key": "api_key_file", "--api-key-file": "api_key_file", "--hf-token": "hub_token_file",
+    "--embedding": "serves", "--reranking": "serves", "--pooling": "pooling",
     "--ssl-cert-file": "tls_certificate_file", "--ssl-key-file": "tls_key_file", "--ui": "build_ui",
 }  # fmt: skip
 PLANNED = {
@@ -70,8 +71,6 @@ REFUSED = {
     "--model-url": "the service downloads nothing",
     "--hf-repo": "the service downloads nothing",
     "--rpc": "the build has no RPC backend, which llama.cpp itself calls insecure",
-    "--embedding": "the gate asks for completions, which such a server refuses",
-    "--reranking": "the gate asks for completions, which such a server refuses",
     "--api-prefix": "the gate asks at the root; a proxy in front can have a prefix",
 }
 

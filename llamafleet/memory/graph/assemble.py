@@ -20,6 +20,7 @@ from llamafleet.memory.graph.ggml import F32, I32, Graph, Tensor, apply, get_row
 from llamafleet.memory.graph.layers import Layers
 from llamafleet.memory.graph.mla import latent_attention
 from llamafleet.memory.graph.moe import moe_ffn
+from llamafleet.memory.graph.pooling import pool
 from llamafleet.memory.graph.recurrent import recurrent
 from llamafleet.memory.graph.rwkv import rwkv_layer
 from llamafleet.model.architecture import LayerGraph, Recurrence
@@ -45,7 +46,7 @@ def build(
     row = shape.architecture
     b = Builder(shape, layers, context, backend_of, attention_scratch)
     positions, outputs = ggml.graph_input(I32, b.tokens * b.positions), ggml.graph_input(I32, context.outputs)
-    if not row.has_output:
+    if row.layer_graph is LayerGraph.NORMS_BEHIND:
         return encoder(b, order, positions, outputs)
     cur = b.embeddings()
     recurrent_layers, first_values, layer_input = shape.state.layers, None, layer_inputs(b, cur)
@@ -70,20 +71,28 @@ def build(
     cur.output = row.keeps_last_state
     if row.late_output and cur.output:
         cur = get_rows(cur, outputs)
-    cur = b.norm(cur, "output_norm")
+    cur = b.norm(b.norm(cur, "output_norm"), "enc.output_norm")
     cur.output = True
-    if row.late_output and cur.ne[1] != context.outputs:
+    if row.late_output and not row.keeps_last_state:
         cur = get_rows(cur, outputs)
         cur.output = True
+    embd = cur
+    if row.computes_logits:
+        cur = _logits(b, cur)
+    b.graph.expand(cur)
+    pool(b, embd)
+    return b.graph
+
+
+def _logits(b: Builder, cur: Tensor) -> Tensor:
     head = b.weight("output.weight") or ggml.weight(*_tied_output(b))
     cur = b.adapted("output.weight", mul_mat(head, cur), mul_mat, cur)
     if bias := b.weight("output.bias"):
         cur = apply("add", cur, bias)
-    if shape.caps_logits:
+    if b.shape.caps_logits:
         cur = apply("scale", apply("unary", apply("scale", cur)))
     cur.output = True
-    b.graph.expand(cur)
-    return b.graph
+    return cur
 
 
 def _first_layer_input(b: Builder, cur: Tensor) -> Tensor:
@@ -95,7 +104,7 @@ def _first_layer_input(b: Builder, cur: Tensor) -> Tensor:
         return qwen4exp.start(b, cur)
     if kind is LayerGraph.HYPER_CONNECTIONS:
         return repeated_streams(b, cur)
-    return b.norm(cur, "token_embd_norm") if kind is LayerGraph.RWKV else cur
+    return b.norm(cur, "token_embd_norm")
 
 
 def _output_norm_input(b: Builder, cur: Tensor, outputs: Tensor) -> Tensor:
