@@ -16,8 +16,8 @@ PLAN.json is plan.json, of which is read: identity, release, files, plan.predict
 api_keys and tls_certificate (path | null), health_seconds (the most that loading may take), context_tokens (of one
 slot), slots, kv_type, speed_floor_percent, backend, serves ("chat" where it is missing; "embedding" with pooling and
 vector_elements, or "reranking" with rerank_example), gpus [{"uuid", "name", "planned_bytes", and what gate_devices.py
-reads}], and what gate_prompt_files.py and gate_adapters.py read. Standard library, psutil and pynvml; common.py and
-gate_*.py lie beside it.
+reads}], and what gate_prompt_files.py, gate_adapters.py and gate_speculation.py read. Standard library, psutil and
+pynvml; common.py and gate_*.py lie beside it.
 
 `/health` alone proves little: llama-server answers 200 also after it silently fell back to the CPU.
 
@@ -47,6 +47,7 @@ from gate_scores import check_scores
 from gate_server import ask, first_key, found_status, is_alive, main_pid, result, trust, unit_state
 from gate_sleep import check_asleep, ends
 from gate_spec import Unreadable, read_spec
+from gate_speculation import check_speculation
 from gate_unit import CONFINED, with_credentials
 from gate_vectors import check_embedding
 
@@ -113,7 +114,8 @@ def check_context(spec: dict[str, Any]) -> dict[str, Any]:
     expected = {"context_tokens": spec["context_tokens"], "slots": spec["slots"]}
     logged = kv_types(spec["unit"])
     if logged and spec["kv_type"]:  # else the arguments decide, which check_process has compared
-        found["kv_types"], expected["kv_types"] = logged, [spec["kv_type"]]
+        kinds = {spec["kv_type"], (spec.get("speculation") or {}).get("kv_type")} - {None}
+        found["kv_types"], expected["kv_types"] = logged, sorted(kinds)
     return result("context", found == expected, expected, found if settings else found_status(status, props),
                   "the model was trained for less, or llama-server padded or cut the context")  # fmt: skip
 
@@ -164,7 +166,8 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
 
 CHECKS = (
     check_health, check_process, check_asleep, check_gpus, check_devices, check_key, check_context, check_prompt_files,
-    check_completion, check_adapters, check_picture, check_speed, check_embedding, check_scores, check_reading,
+    check_completion, check_adapters, check_speculation, check_picture, check_speed, check_embedding, check_scores,
+    check_reading,
 )  # fmt: skip
 # The key first: until then a server without keys would serve everybody.
 START_CHECKS = (check_health, check_key, check_gpus, check_devices)

@@ -28,7 +28,7 @@ from llamafleet.remote.common import (
     keeps_secrets,
     unit_of,
 )
-from llamafleet.settings import cache_shape, environment, pictures, prompt_files, secrets, serving
+from llamafleet.settings import cache_shape, environment, pictures, prompt_files, secrets, serving, speculation
 from llamafleet.settings import copies as copying
 from llamafleet.settings import extra_flags as extra
 from llamafleet.settings.defaults import MODEL_DEFAULTS, DefaultsError, with_defaults
@@ -346,7 +346,11 @@ class Instance:
             has_projector=self.projector is not None, min_tokens=self.image_min_tokens,
             max_tokens=self.image_max_tokens, serves=self.serves, extra_flags=self.extra_flags,
         )  # fmt: skip
-        validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags, *shape, *clashes, *seen,
+        guesses = speculation.problems(
+            self.speculation, has_draft=self.draft is not None, serves=self.serves, most=self.draft_max_tokens,
+            least=self.draft_min_tokens,
+        )  # fmt: skip
+        validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags, *shape, *clashes, *seen, *guesses,
                            *serving.of_vectors(vars(self))])  # fmt: skip
         return self
 
