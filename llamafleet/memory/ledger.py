@@ -100,11 +100,15 @@ def usage(
     for device, size in zip(placement.layer_devices, model.compute.kv_bytes(context), strict=False):
         cache[device] += size
     sizes = compute_buffers or buffers(model, context, placement, backend)
+    # Made known to llama.cpp after it has laid out its buffers, and after it has reported them.
+    kept = context.kept * model.shape.embedding * context.batch_tokens * FLOAT_BYTES
     used = {
-        device: Usage(weights[device], cache[device], sizes.compute[n], sizes.staging[n], traits.overhead_bytes)
+        device: Usage(weights[device], cache[device], sizes.compute[n], sizes.staging[n], traits.overhead_bytes + kept)
         for n, device in enumerate(devices)
     }
-    overhead = traits.host_overhead_bytes + host_extra_bytes + output_bytes(model.shape, context)
+    overhead = (
+        traits.host_overhead_bytes + host_extra_bytes + output_bytes(model.shape, context) + (0 if devices else kept)
+    )
     return used, Usage(weights[None], cache[None], sizes.compute[-1], 0, overhead, repacked_weights)
 
 

@@ -60,7 +60,17 @@ class LayerGraph(Enum):
     ALTERNATING_STATES = auto()  # AltUp: several states of a token (src/models/gemma3n.cpp, altup_predict)
     NORMS_BEHIND = auto()  # an encoder whose norms follow attention and feed-forward part (src/models/bert.cpp)
     MIXED_STREAMS = auto()  # residual streams, mixed by gates (src/models/qwen4exp.cpp, build_hc_mix)
+    EAGLE3 = auto()  # one layer, that reads hidden states of another model (src/models/eagle3.cpp)
+    DFLASH = auto()  # layers whose cache is filled from hidden states of another model (src/models/dflash.cpp)
     HYPER_CONNECTIONS = auto()  # four residual streams (src/models/deepseek4.cpp, build_hc_pre)
+
+
+class HeadRows(Enum):
+    """Where the graph of a draft head (nextn) keeps only the rows whose logits are wanted (*, graph_mtp)."""
+
+    AFTER_NORM = auto()  # behind the norm before the output matrix
+    BEFORE_NORM = auto()
+    IN_LAYER = auto()  # behind attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +108,11 @@ class Architecture:
     draft_parts: re.Pattern[str] | None = (
         None  # tensors of a draft head (nextn) that are always loaded (*, load_arch_tensors)
     )
+    head_rows: HeadRows = HeadRows.AFTER_NORM
     embedding_held_twice: bool = (
         False  # input and output each load it, even on one device (src/models/gemma4.cpp, load_arch_tensors)
     )
-    has_output: bool = True  # False: an encoder, whose result is the last layer's: no output matrix, tied or not
+    has_output: bool = True  # False: no tied output matrix: an encoder, whose result is the last layer's, or a draft
     computes_logits: bool = True  # False: whatever is asked, it makes embeddings and scores only (*, graph)
     maps_layer_inputs: bool = False  # per_layer_token_embd may be mapped (TENSOR_READ_LAZY; *, load_arch_tensors)
     output_norm_misnamed: bool = False  # named token_embd_norm (src/llama-arch.cpp, LLM_TENSOR_OUTPUT_NORM_LFM2)

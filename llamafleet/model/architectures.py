@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from llamafleet.model.architecture import Architecture, Cache, Indexer, LayerGraph, Recurrence, Rope
+from llamafleet.model.architecture import Architecture, Cache, HeadRows, Indexer, LayerGraph, Recurrence, Rope
 
 RELEASE = "b11434"  # llama.cpp release that these rows describe
 PROJECTOR = "clip"  # general.architecture of an image or audio projector (mmproj), which is loaded beside a model only
@@ -54,7 +54,12 @@ _ROWS = (
     Architecture(name="eurobert", **_ENCODER),
     Architecture(name="qwen3moe", weights_normed=True),
     Architecture(
-        name="qwen3next", recurrence=Recurrence.BY_INTERVAL, norm_first=True, late_output=True, weights_normed=True
+        name="qwen3next",
+        recurrence=Recurrence.BY_INTERVAL,
+        head_rows=HeadRows.IN_LAYER,
+        norm_first=True,
+        late_output=True,
+        weights_normed=True,
     ),
     Architecture(name="qwen3vl", has_deepstack=True),
     Architecture(name="qwen3vlmoe", has_deepstack=True, weights_normed=True),
@@ -163,6 +168,7 @@ _ROWS = (
     Architecture(
         name="nemotron_h_moe",
         recurrence=Recurrence.WITHOUT_KV_HEADS,
+        head_rows=HeadRows.IN_LAYER,
         one_part_layers=True,
         late_output=True,
         rope=Rope.NEVER,
@@ -236,12 +242,19 @@ _ROWS = (
     Architecture(name="cogvlm", verified=False, mixes_inputs=False),
     Architecture(name="rnd1", verified=False, cache=Cache.NONE, weights_normed=True),
     Architecture(name="mistral3", weights_normed=True),
-    Architecture(name="eagle3", verified=False, cache=Cache.UNKNOWN, vocabulary_of_target=True, mixes_inputs=False),
-    Architecture(name="dflash", verified=False, cache=Cache.UNKNOWN, vocabulary_of_target=True, mixes_inputs=False),
-    Architecture(name="mimo2", weights_normed=True),
+    Architecture(
+        name="eagle3",
+        has_output=False,
+        vocabulary_of_target=True,
+        mixes_inputs=False,
+        layer_graph=LayerGraph.EAGLE3,
+    ),
+    Architecture(name="dflash", vocabulary_of_target=True, mixes_inputs=False, layer_graph=LayerGraph.DFLASH),
+    Architecture(name="mimo2", head_rows=HeadRows.BEFORE_NORM, weights_normed=True),
     Architecture(
         name="step35",
         draft_parts=_parts(_HEAD, _FFN, r"attn_(q_norm|k_norm|gate)\..*"),
+        head_rows=HeadRows.BEFORE_NORM,
         late_output=True,
         keeps_last_state=True,
     ),

@@ -15,8 +15,9 @@ POOLINGS = ("none", "mean", "cls", "last", "rank")  # include/llama.h, llama_poo
 DEFAULT_ATTENTION_INTERVAL = 4  # src/models/qwen3next.cpp, load_arch_hparams
 
 
-def windows(row: Architecture, keys: Keys, layers: int) -> tuple[int, ...]:
-    """Sliding window of each layer in tokens; 0 for attention to all cells."""
+def windows(row: Architecture, keys: Keys, layers: int, trunk: int) -> tuple[int, ...]:
+    """Sliding window of each layer in tokens; 0 for attention to all cells, as in a draft head's layers unless the
+    header lists them (src/llama-hparams.cpp, set_swa_pattern)."""
     window = keys.number("attention.sliding_window", row.window_default)
     pattern = keys.get("attention.sliding_window_pattern")
     has_no_windows = row.window_only_with_layers and row.window_only_with_layers != layers
@@ -29,7 +30,7 @@ def windows(row: Architecture, keys: Keys, layers: int) -> tuple[int, ...]:
     if not period:
         return (window,) * layers
     full_attention = 0 if row.window_dense_first else period - 1
-    return tuple(0 if layer % period == full_attention else window for layer in range(layers))
+    return tuple(0 if layer % period == full_attention or layer >= trunk else window for layer in range(layers))
 
 
 def cache_is_exact(row: Architecture, keys: Keys) -> bool:

@@ -133,6 +133,7 @@ class Shape:
     scales_embeddings: bool
     caps_attention: bool  # attn_logit_softcapping
     caps_logits: bool  # final_logit_softcapping
+    norms_residual: bool  # EAGLE-3's residual is the normed hidden state (norm_before_residual)
     experts: Experts
     latent: LatentAttention
     indexer: IndexerShape
@@ -163,7 +164,7 @@ class Shape:
         row, keys = architecture_of(header.architecture), Keys(header)
         layers = keys.number("block_count")
         trunk = max(0, layers - keys.number("nextn_predict_layers"))
-        swa = windows(row, keys, layers)
+        swa = windows(row, keys, layers, trunk)
         owners = cache_layers(row, keys, layers, trunk)
         head = _head(keys)
         return cls(
@@ -195,6 +196,7 @@ class Shape:
             scales_embeddings=row.scales_embeddings or keys.has("embedding_scale"),
             caps_attention=keys.has("attn_logit_softcapping"),
             caps_logits=keys.has("final_logit_softcapping"),
+            norms_residual=keys.has("norm_before_residual"),
             experts=_experts(keys),
             latent=_latent(keys),
             indexer=_indexer(row, keys, layers, trunk),

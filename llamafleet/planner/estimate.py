@@ -7,7 +7,7 @@ llama.cpp does it; `refine` checks the chosen candidate against the ledger.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llamafleet.host.backends import TRAITS
 from llamafleet.memory import flash_attention
@@ -104,6 +104,8 @@ class Budgets:
         inner = self.buffers.compute(context, output=False, pipelined=pipelined) + traits.overhead_bytes
         last = self.buffers.compute(context, output=True, pipelined=pipelined) + traits.overhead_bytes
         staging = self.buffers.staging(kind) if traits.op_offload else 0
+        if context.head:  # the head's own buffers
+            last += self.buffers.compute(replace(context, drafted=0), output=True, pipelined=pipelined)
         devices = [inner] * (count - 1) + [last] if count else []
         devices[:1] = [size + staging for size in devices[:1]]
         host = self.buffers.compute(context, output=not count, pipelined=pipelined)

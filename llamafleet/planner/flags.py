@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from llamafleet.host.backends import TRAITS
-from llamafleet.memory.context import Context
+from llamafleet.memory.context import DEFAULT_BATCH_TOKENS, Context
 from llamafleet.memory.placement import Placement
 
-DEFAULT_BATCH_TOKENS = 2048  # llama.cpp's --batch-size; never below the ubatch
 # Tensors of a layer that --override-tensor puts on the CPU, by (is a mixture of experts, part of the experts or FFN).
 PATTERNS = {
     (True, "all"): r"ffn_(up|down|gate|gate_up)_(ch|)exps\.",

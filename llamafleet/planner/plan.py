@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 
@@ -29,16 +29,17 @@ from llamafleet.memory.placement import HOST
 from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
-from llamafleet.planner import beside, processors, vectors
+from llamafleet.planner import beside, processors, speculation, vectors
 from llamafleet.planner.asked import Asked
 from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate, host_cost
 from llamafleet.planner.backend import capacity_of, environment, no_gpu, resolve_backend
+from llamafleet.planner.beside import Weighted
 from llamafleet.planner.devices import gpus_for, is_one_of, left_out, withheld
 from llamafleet.planner.flags import device_names, planned_flags
 from llamafleet.planner.pools import in_words, slot_tokens
 from llamafleet.planner.reasons import Decision, why
 from llamafleet.planner.refine import HOPELESS_BYTES, Refined, fits, refine
-from llamafleet.planner.result import Plan, Refusal
+from llamafleet.planner.result import BESIDE, Plan, Refusal
 from llamafleet.planner.roofline import Prediction, Roofline
 from llamafleet.planner.search import Candidate, Search, contexts
 from llamafleet.planner.suggestions import Change, Short, suggestions
@@ -135,9 +136,13 @@ def _plan_instance(
     if not usable:
         return no_cache(instance, header, shape, backend)
     instance = vectors.as_planned(replace(instance, kv_types=usable))
-    model = Model.of(header)
-    case = _Case(machine, backend, capacity, instance, model, tokens, correction, measured, known, alone, earlier)
-    return _with_companions(case, Asked(backend, capacity, instance, model, tokens, companions))
+    model = Model.of(header, head=speculation.uses_head(instance))
+    asked = Asked(backend, capacity, instance, model, tokens, companions)
+    case = _Case(
+        machine, backend, capacity, instance, model, tokens, correction, measured, known, alone, earlier,
+        served=partial(speculation.served, asked),
+    )  # fmt: skip
+    return _with_companions(case, asked)
 
 
 def _with_companions(case: _Case, asked: Asked) -> Plan | Refusal:
@@ -145,7 +150,11 @@ def _with_companions(case: _Case, asked: Asked) -> Plan | Refusal:
     if wrong := beside.unfit(asked):
         return Refusal(f"{case.instance.name}: {wrong}", instance=case.instance.name)
     case = case.with_adapters(adapters_of(asked.companions))
-    cases = [case.with_besides(option) for option in beside.options(asked)]
+    cases = [
+        case.with_besides(besides, contexts)
+        for option in beside.options(asked)
+        for besides, contexts in beside.by_context(option, case.weighted_contexts(option))
+    ]
     found = [_best_plan(one) for one in cases]
     plans = [(best.seconds * one.handicap, n, best.plan) for n, (one, best) in enumerate(zip(cases, found, strict=True))
              if isinstance(best, Timed)]  # fmt: skip
@@ -181,17 +190,38 @@ class _Case:
     earlier: tuple[Plan, ...] = ()  # of models that were planned before, and took their memory
     besides: tuple[Beside, ...] = ()  # what is loaded beside the model; the capacity is what it leaves
     whole: Capacity | None = None  # with what is beside the model; None: the same
+    contexts: tuple[Weighted, ...] = ()  # that the besides are for; empty: all
+    served: Callable[[Context], Context] = field(default=lambda context: context, compare=False)
     bare: Model | None = None  # the model without its adapters, where it has some
 
     def with_adapters(self, headers: Mapping[int, Header]) -> _Case:
         """The case with these adapters, by their numbers, among the model's tensors."""
         if not headers:
             return self
-        return replace(self, model=Model.of(merged(self.model.header, headers)), bare=self.model)
+        head = speculation.uses_head(self.instance)
+        return replace(self, model=Model.of(merged(self.model.header, headers), head=head), bare=self.model)
 
-    def with_besides(self, besides: tuple[Beside, ...]) -> _Case:
-        """The case with this beside the model."""
-        return replace(self, besides=besides, whole=self.capacity, capacity=reduced(self.capacity, besides))
+    def with_besides(self, besides: tuple[Beside, ...], contexts: Sequence[Weighted]) -> _Case:
+        """The case with this beside the model, for contexts that it takes the same memory with."""
+        capacity = reduced(self.capacity, besides)
+        return replace(self, besides=besides, whole=self.capacity, capacity=capacity, contexts=tuple(contexts))
+
+    def weighted_contexts(self, besides: Sequence[Beside]) -> Sequence[Weighted]:
+        """Every context worth a try with its handicap, the preferred first."""
+        shape = self.model.shape
+        pooling = vectors.pooling_of(self.instance, shape)
+        every = contexts(
+            self.instance, self.context_tokens, self.work, flash_attention=is_used(shape, self.backend),
+            trained=shape.context_tokens, pooling=pooling,
+            least_ubatch=max((one.least_ubatch for one in besides), default=0),
+            whole_inputs=vectors.needs_whole_inputs(shape, pooling),
+        )  # fmt: skip
+        return [(self.served(context), handicap) for context, handicap in every]
+
+    def checkpoint(self, context: Context) -> int:
+        """Bytes of a context checkpoint, with what companions add to it; 0 where llama-server makes none."""
+        own = checkpoint_bytes(self.model.shape, context)
+        return own + sum(one.checkpoint_bytes for one in self.besides) if own else 0
 
     @property
     def handicap(self) -> float:
@@ -223,14 +253,13 @@ class _Case:
         """Context checkpoints of each slot: as many as fit into `context_checkpoints_mib` for all slots together."""
         if context.pooling:
             return 0
-        each = checkpoint_bytes(self.model.shape, context) * context.slots
+        each = self.checkpoint(context) * context.slots
         return min(MOST_CHECKPOINTS, self.instance.context_checkpoints_mib * MIB // each) if each else MOST_CHECKPOINTS
 
     def checkpoints_bytes(self, contexts: Sequence[Context]) -> int:
         """RAM of all slots' checkpoints together, the largest of these contexts; 0 if the model makes none."""
-        shape = self.model.shape
         different = {(context.kv_type, context.slots): context for context in contexts}.values()
-        return max(self.checkpoints(each) * each.slots * checkpoint_bytes(shape, each) for each in different)
+        return max(self.checkpoints(each) * each.slots * self.checkpoint(each) for each in different)
 
     def roofline(self, work: Workload, measured: Measurements, *, by_type: bool = False) -> Roofline:
         """The speed of this model with these measurements. `by_type`: with what its types of weights cost a processor,
@@ -255,13 +284,7 @@ class _Case:
 
 def _best_plan(case: _Case) -> Timed | tuple[Search, Refined]:
     """The best plan with its seconds; if no candidate fits, the search and its best candidate."""
-    flash = is_used(case.model.shape, case.backend)
-    pooling, trained = vectors.pooling_of(case.instance, case.model.shape), case.model.shape.context_tokens
-    weighted_contexts = contexts(
-        case.instance, case.context_tokens, case.work, flash_attention=flash, trained=trained, pooling=pooling,
-        least_ubatch=max((one.least_ubatch for one in case.besides), default=0),
-        whole_inputs=vectors.needs_whole_inputs(case.model.shape, pooling),
-    )  # fmt: skip
+    weighted_contexts = case.contexts or case.weighted_contexts(case.besides)
     search = case.search([context for context, _ in weighted_contexts])
     handicaps = {replace(context, flash_attention=True): handicap for context, handicap in weighted_contexts}
     candidates = search.candidates(weighted_contexts)
@@ -297,7 +320,7 @@ def _is_planned(case: _Case, change: Change) -> bool:
     instance = case.instance
     if change.prompt_cache_mib is not None:
         instance = replace(instance, prompt_cache_mib=change.prompt_cache_mib)
-    model = case.model if change.header is None else Model.of(change.header)
+    model = case.model if change.header is None else Model.of(change.header, head=speculation.uses_head(instance))
     return isinstance(_best_plan(replace(case, capacity=capacity, instance=instance, model=model)), Timed)
 
 
@@ -378,7 +401,7 @@ def _plan(
         environment=environment(case.backend, gpus, case.machine),
         cpus=cpus,
         numa_nodes=nodes,
-        reported_beside={one.part: one.reported for one in case.besides if one.reported},
+        reported_beside=_reported(case, gpus),
         chosen_for=search.roofline.predict(candidate.order, candidate.segments, context),
         at_gate=None
         if context.pooling
@@ -386,6 +409,15 @@ def _plan(
             case.roofline(GATE_WORK, case.measured, by_type=True), candidate, gpus[: len(candidate.order)]
         ),
     )
+
+
+def _reported(case: _Case, gpus: Sequence[Gpu]) -> dict[str, tuple[str, int]]:
+    """What llama-server reports of what is beside the model, by its own names: the ledger's device, and bytes."""
+    names = {f"GPU{gpu.index}": name for gpu, name in zip(gpus, device_names(case.backend, len(gpus)), strict=True)}
+    whole = {one.part: one.reported for one in case.besides if one.reported}
+    rows = {BESIDE + names.get(device, "Host"): (device, size)
+            for one in case.besides for device, size in one.reported_rows.items()}  # fmt: skip
+    return {**whole, **rows}
 
 
 def _beside_flags(case: _Case, gpus: Sequence[Gpu]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from llamafleet.memory.placement import HOST, Placement
 from llamafleet.planner.roofline import Prediction
 
 SCHEMA = 1
+BESIDE = "beside "  # what names of memory begin with that llama-server reports of a draft, or of a head
 NO_PREDICTION = Prediction(0.0, 0.0)
 
 

@@ -47,6 +47,13 @@ def is_path(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
+def is_speculation(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and isinstance(value.get("kind"), str) and is_number(value.get("least"))
+        and is_path(value.get("kv_type"))
+    )  # fmt: skip
+
+
 def is_example(value: Any) -> bool:
     keys = ("query", "relevant", "irrelevant")
     return value is None or (isinstance(value, dict) and all(isinstance(value.get(key), str) for key in keys))
@@ -74,6 +81,7 @@ GATE: Dict[str, Form] = {
     "api_keys": PATH, "tls_certificate": PATH, "health_seconds": NUMBER, "context_tokens": NUMBER, "slots": NUMBER,
     "kv_type": PATH, "speed_floor_percent": NUMBER, "backend": TEXT,
     "gpus": ("a list of objects", lambda value: isinstance(value, list)),
+    "speculation": ("null, or an object with kind, least and kv_type", is_speculation),
     "adapters": ("a list of objects with path and scale", is_adapters),
     "prompt_files": ("an object of objects with sha256 and served_sha256", is_prompt_files),
     "serves": ("chat, embedding or reranking", lambda value: value in ("chat", "embedding", "reranking")),
@@ -89,6 +97,7 @@ FILE = {"path": TEXT, "size_bytes": SIZE, "sha256": PATH}
 ABSENT: Dict[str, Any] = {
     "tls_certificate": None, "kv_type": None, "speed_floor_percent": 0, "prompt_files": {}, "adapters": [],
     "modalities": [], "serves": "chat", "pooling": "", "vector_elements": 0, "rerank_example": None,
+    "speculation": None,
 }  # fmt: skip
 
 

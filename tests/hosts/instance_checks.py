@@ -15,6 +15,8 @@ from tests.hosts.checks import AGAIN, Problem, Problems, Served, say
 
 # Seconds: a process that systemd restarted within them may be in a loop.
 LOOP_SECONDS = 1800
+# A result of the gate after which it asks a server that sleeps nothing more: llamafleet/remote/gate_sleep.py.
+ASLEEP = "asleep"
 # linux/seccomp.h, SECCOMP_MODE_FILTER, as /proc/PID/status shows it.
 SECCOMP_FILTER = 2
 GATE_CHECKS = (
@@ -308,6 +310,8 @@ def reported_at(served: Served, name: str) -> str | None:
     if (isinstance(answer, dict) and "error" in answer) or facts.gate_problems(answer):
         return planned[0] if name != planned[0] else None
     verdicts = {check["name"]: check["ok"] for check in answer["checks"]}
+    if ASLEEP in verdicts and name not in verdicts:
+        return ASLEEP
     failed = [one for one in planned if verdicts.get(one) is False]
     return failed[0] if failed and name not in verdicts else None
 

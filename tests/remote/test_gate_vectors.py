@@ -33,7 +33,9 @@ class Model(Server):
 
     def score(self, query, text):
         chance = random.Random(zlib.crc32(f"{query}{text}".encode()))
-        score = {"tiny": 1e-22, "nan": None, "infinite": math.inf, "random": random.random() * 9}.get(self.broken, chance.uniform(-5, 5))
+        score = {"tiny": 1e-22, "nan": None, "infinite": math.inf, "random": random.random() * 9}.get(
+            self.broken, chance.uniform(-5, 5)
+        )
         if text == EXAMPLE["relevant"]:
             return -8.0 if self.broken == "reversed" else 8.0
         return score

@@ -64,7 +64,7 @@ def build(
             cur = gemma3n_layer(b, cur, layer_input, lambda normed: attention(b, normed, positions))
         else:
             rows = None if row.late_output or layer != order[-1] else outputs
-            cur = _layer(b, cur, positions, rows, recurrent_layers[layer])
+            cur = ordinary_layer(b, cur, positions, rows, recurrent_layers[layer])
             cur = add_layer_input(b, cur, layer_input)
     b.layer = -1
     cur = _output_norm_input(b, cur, outputs)
@@ -78,21 +78,20 @@ def build(
         cur.output = True
     embd = cur
     if row.computes_logits:
-        cur = _logits(b, cur)
+        cur = logits(b, cur)
+        cur.output = True
     b.graph.expand(cur)
     pool(b, embd)
     return b.graph
 
 
-def _logits(b: Builder, cur: Tensor) -> Tensor:
-    head = b.weight("output.weight") or ggml.weight(*_tied_output(b))
+def logits(b: Builder, cur: Tensor) -> Tensor:
+    """The logits of normed rows."""
+    head = b.weight("output.weight", -1) or ggml.weight(*_tied_output(b))
     cur = b.adapted("output.weight", mul_mat(head, cur), mul_mat, cur)
-    if bias := b.weight("output.bias"):
+    if bias := b.weight("output.bias", -1):
         cur = apply("add", cur, bias)
-    if b.shape.caps_logits:
-        cur = apply("scale", apply("unary", apply("scale", cur)))
-    cur.output = True
-    return cur
+    return apply("scale", apply("unary", apply("scale", cur))) if b.shape.caps_logits else cur
 
 
 def _first_layer_input(b: Builder, cur: Tensor) -> Tensor:
@@ -123,7 +122,11 @@ def _tied_output(b: Builder) -> tuple[str, tuple[int, ...], int]:
     return table.type, table.shape, b.backend_of("output.weight", None)
 
 
-def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None, is_recurrent: bool) -> Tensor:
+def ordinary_layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None, is_recurrent: bool) -> Tensor:
+    """The result of the current layer: attention or a recurrent state, then a feed-forward part or experts.
+
+    `outputs`: numbers of the rows that are still needed after attention; None: all.
+    """
     parts, row = b.layers[b.layer], b.shape.architecture
     if row.recurrence is Recurrence.BESIDE_ATTENTION:
         return _parallel_hybrid_layer(b, inputs, positions, outputs)
@@ -178,11 +181,11 @@ def _after_attention(b: Builder, cur: Tensor, inputs: Tensor, logits: Tensor | N
     if not any(part.startswith("ffn_") and "norm" not in part for part in parts):
         return residual
     if "pre_ffw_norm_2.weight" in parts:
-        cur = ffn_and_experts(b, residual, lambda normed: _ffn(b, normed, ""))
+        cur = ffn_and_experts(b, residual, lambda normed: ffn(b, normed, ""))
         return apply("add", b.norm(cur, "post_ffw_norm"), residual)
     cur = b.norm(residual, "ffn_norm" if sandwich else post_norm)
     if "ffn_norm_exps.weight" in parts:  # a dense part, then experts on the layer's input (src/models/arctic.cpp)
-        residual = apply("add", _ffn(b, cur, ""), residual)
+        residual = apply("add", ffn(b, cur, ""), residual)
         return apply("add", moe_ffn(b, b.norm(inputs, "ffn_norm_exps")), residual)
     cur = b.norm(_ffn_or_experts(b, cur, logits), "post_ffw_norm")
     return apply("add", residual, cur) if row.residual_first_last else apply("add", cur, residual)
@@ -191,23 +194,24 @@ def _after_attention(b: Builder, cur: Tensor, inputs: Tensor, logits: Tensor | N
 def _ffn_or_experts(b: Builder, cur: Tensor, logits: Tensor | None = None) -> Tensor:
     parts = b.layers[b.layer]
     if "ffn_gate_inp.weight" not in parts:
-        return _ffn(b, cur, "")
+        return ffn(b, cur, "")
     if "ffn_up_chexps.weight" in parts:  # chunk experts take the experts' result (src/models/grovemoe.cpp)
         logits = b.linear("ffn_gate_inp", cur)
         out = moe_ffn(b, cur, logits)
         return apply("add", out, apply("scale", moe_ffn(b, out, logits, "chexps")))
     out = moe_ffn(b, cur, logits)
     if "ffn_up_shexp.weight" in parts:
-        shared = _ffn(b, cur, "_shexp")
+        shared = ffn(b, cur, "_shexp")
         if "ffn_gate_inp_shexp.weight" in parts:
             shared = apply("mul", shared, apply("unary", b.linear("ffn_gate_inp_shexp", cur)))
         out = apply("add", out, shared)
     elif "ffn_up.weight" in parts:  # a dense part in parallel to the experts (src/models/grok.cpp)
-        out = apply("scale", apply("add", _ffn(b, cur, ""), out))
+        out = apply("scale", apply("add", ffn(b, cur, ""), out))
     return out
 
 
-def _ffn(b: Builder, cur: Tensor, suffix: str) -> Tensor:
+def ffn(b: Builder, cur: Tensor, suffix: str) -> Tensor:
+    """The layer's feed-forward part, or its shared expert (`suffix`: "_shexp")."""
     parts = b.layers[b.layer]
     up = b.linear(f"ffn_up{suffix}", cur)
     down = parts[f"ffn_down{suffix}.weight"].shape[0]
