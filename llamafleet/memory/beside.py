@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from llamafleet.memory.capacity import Capacity
+from llamafleet.memory.context import Context
 from llamafleet.memory.ledger import LedgerRow
 
 
@@ -24,6 +25,15 @@ class Beside:
     least_ubatch: int = 0  # tokens that must be in one ubatch
     # Of what llama-server reports of it before it loads: the device of the ledger, and bytes. None: nothing.
     reported: tuple[str, int] | None = None
+    # Where llama-server reports it device by device, as the model itself: bytes by the ledger's device names.
+    reported_rows: Mapping[str, int] = field(default_factory=dict)
+    checkpoint_bytes: int = 0  # what it adds to each context checkpoint
+    # What it takes with a context, where that is not always the same; None: it does not fit there.
+    at: Callable[[Context], Beside | None] | None = field(default=None, compare=False, repr=False)
+
+    def with_context(self, context: Context) -> Beside | None:
+        """What is taken with this context; None: it does not fit."""
+        return self.at(context) if self.at else self
 
 
 def reduced(capacity: Capacity, besides: Sequence[Beside]) -> Capacity:

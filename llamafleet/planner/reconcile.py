@@ -15,7 +15,7 @@ from typing import Any
 from llamafleet.host.backends import TRAITS
 from llamafleet.memory.ledger import NO_CORRECTION, Correction
 from llamafleet.memory.placement import HOST
-from llamafleet.planner.result import Plan, Refusal
+from llamafleet.planner.result import BESIDE, Plan, Refusal
 from llamafleet.units import MIB
 
 # llama-server prints whole MiB, rounded down; a GPU's reserve, 1024 MiB, is 64 times this.
@@ -38,6 +38,14 @@ def question(argv: Sequence[str]) -> tuple[str, ...]:
         else:
             arguments.append(word)
     return (*arguments, "--host", "127.0.0.1", "--port", "0", "-lv", "4")
+
+
+def beside(argv: Sequence[str]) -> str:
+    """What llama-server reports beside the model: a "draft" model, the "head" of the model itself, or "" for
+    neither."""
+    if "--spec-draft-model" in argv:
+        return "draft"
+    return "head" if "draft-mtp" in argv else ""
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,8 @@ def compare(plan: Plan, answer: MemoryReport, extra: Correction = NO_CORRECTION,
     if answer.told is None:
         return without_report
     devices = _devices(plan)
-    missing = [name for name in devices if name not in answer.told and name not in plan.reported_beside]
+    of_model = list(devices)[: len(plan.placement.devices)]  # others are a companion's alone
+    missing = [name for name in of_model if name not in answer.told]
     if missing:
         return replace(without_report, why=f"it did not report the memory of {', '.join(missing)}")
     for part, (device, size) in plan.reported_beside.items():
@@ -120,7 +129,7 @@ def compare(plan: Plan, answer: MemoryReport, extra: Correction = NO_CORRECTION,
             expected[device] += size
     reported = dict.fromkeys(expected, 0)
     for name, size in answer.told.items():
-        reported[devices.get(name, HOST)] += size
+        reported[devices.get(name.removeprefix(BESIDE), HOST)] += size
     return replace(without_report, binary_bytes=reported)
 
 

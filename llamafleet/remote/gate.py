@@ -5,7 +5,8 @@ fails, and prints {"ok": bool, "checks": [{"name", "ok", "expected", "found", "h
 "decode_tokens_per_s": float | null}; exit 0 good, 1 not. With --record it also writes
 /var/lib/llamafleet/gate/NAME.json: that object, "schema" 1, "time" (UTC), "identity" and "release" of the plan, what
 the next gate compares with, and "last_failure" {"time", "release", "check"}. With --no-floor any speed passes: a server
-that has served before is not rejected for its speed.
+that has served before is not rejected for its speed. A server that sleeps is woken with --record only, which is for one
+that was just started.
 `gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then checks that a planned key is asked for
 and that the process holds memory on the planned GPUs. If the key file is empty, or the driver was not ready at boot,
 the start thus fails: no server serves everybody, or stays on the CPU. The checks run in a transient unit without
@@ -13,9 +14,10 @@ root's rights (gate_unit.py); what they find is written here.
 
 PLAN.json is plan.json, of which is read: identity, release, files, plan.predicted, and `gate`: unit, argv, url,
 api_keys and tls_certificate (path | null), health_seconds (the most that loading may take), context_tokens (of one
-slot), slots, kv_type, speed_floor_percent, backend, gpus [{"uuid", "name", "planned_bytes", and what gate_devices.py
-reads}], and what gate_prompt_files.py and gate_adapters.py read. Standard library, psutil and pynvml; common.py and
-gate_*.py lie beside it.
+slot), slots, kv_type, speed_floor_percent, backend, serves ("chat" where it is missing; "embedding" with pooling and
+vector_elements, or "reranking" with rerank_example), gpus [{"uuid", "name", "planned_bytes", and what gate_devices.py
+reads}], and what gate_prompt_files.py, gate_adapters.py and gate_speculation.py read. Standard library, psutil and
+pynvml; common.py and gate_*.py lie beside it.
 
 `/health` alone proves little: llama-server answers 200 also after it silently fell back to the CPU.
 
@@ -39,10 +41,15 @@ from gate_load import deadline, why_silent
 from gate_nvml import held_by, in_use_on_all
 from gate_picture import check_picture
 from gate_prompt_files import check_prompt_files
+from gate_reading import check_reading
 from gate_reply import REMEMBERED, check_completion, check_speed, speed_key
+from gate_scores import check_scores
 from gate_server import ask, first_key, found_status, is_alive, main_pid, result, trust, unit_state
+from gate_sleep import check_asleep, ends
 from gate_spec import Unreadable, read_spec
+from gate_speculation import check_speculation
 from gate_unit import CONFINED, with_credentials
+from gate_vectors import check_embedding
 
 # The share of a GPU's planned bytes that the process must really hold. The CUDA context comes on
 # top of the plan, so a healthy process holds more than planned; a fallback to the CPU holds none.
@@ -107,7 +114,8 @@ def check_context(spec: dict[str, Any]) -> dict[str, Any]:
     expected = {"context_tokens": spec["context_tokens"], "slots": spec["slots"]}
     logged = kv_types(spec["unit"])
     if logged and spec["kv_type"]:  # else the arguments decide, which check_process has compared
-        found["kv_types"], expected["kv_types"] = logged, [spec["kv_type"]]
+        kinds = {spec["kv_type"], (spec.get("speculation") or {}).get("kv_type")} - {None}
+        found["kv_types"], expected["kv_types"] = logged, sorted(kinds)
     return result("context", found == expected, expected, found if settings else found_status(status, props),
                   "the model was trained for less, or llama-server padded or cut the context")  # fmt: skip
 
@@ -157,8 +165,9 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
 
 
 CHECKS = (
-    check_health, check_process, check_gpus, check_devices, check_key, check_context, check_prompt_files,
-    check_completion, check_adapters, check_picture, check_speed,
+    check_health, check_process, check_asleep, check_gpus, check_devices, check_key, check_context, check_prompt_files,
+    check_completion, check_adapters, check_speculation, check_picture, check_speed, check_embedding, check_scores,
+    check_reading,
 )  # fmt: skip
 # The key first: until then a server without keys would serve everybody.
 START_CHECKS = (check_health, check_key, check_gpus, check_devices)
@@ -172,7 +181,7 @@ def unreadable(name: str, error: Exception) -> dict[str, Any]:
 def check(
     spec: dict[str, Any], every: Sequence[Callable[[dict[str, Any]], dict[str, Any] | None]] = CHECKS
 ) -> dict[str, Any]:
-    """The checks in order, up to the first that fails."""
+    """The checks in order, up to the first that fails, or to a server that sleeps."""
     checks = []
     for one in every:
         try:
@@ -181,7 +190,7 @@ def check(
             found = unreadable(one.__name__.replace("check_", "").replace("_", " "), error)
         if found is not None:
             checks.append(found)
-            if not found["ok"]:
+            if ends(found):
                 break
     return {"ok": all(found["ok"] for found in checks), "checks": checks}
 
@@ -201,10 +210,19 @@ def record_of(spec: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         key = speed_key(spec)
         speeds = last.get("speeds", []) if last.get("speed_key") == key else []
         speeds = [*speeds, measured["decode_tokens_per_s"]] if "decode_tokens_per_s" in measured else speeds
+        if spec["serves"] != "chat":
+            record["read_speeds"] = reading_speeds(spec, key)
         record.update(measured, speed_key=key, speeds=speeds[-REMEMBERED:], expected=spec["expected"])
     else:
         record["last_failure"] = {"time": now, "release": spec["release"], "check": found["checks"][-1]}
     return record
+
+
+def reading_speeds(spec: dict[str, Any], key: str) -> list[float]:
+    """The last speeds at which a server read that writes nothing."""
+    before = spec["last"].get("read_speeds", []) if spec["last"].get("speed_key") == key else []
+    measured = spec["measured"].get("read_tokens_per_s")
+    return ([*before, measured] if measured else before)[-REMEMBERED:]
 
 
 def verdict(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -219,6 +237,7 @@ def verdict(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {"ok": False, "checks": [bad]}
     if "--no-floor" in argv:
         spec["speed_floor_percent"] = 0
+    spec["wake"] = "--record" in argv
     try:
         trust(spec)
     except (OSError, ValueError) as error:

@@ -1,8 +1,9 @@
 """Compare the memory that llama-server reports for each of its devices with the plan.
 
 Contract: `check_devices(spec)` is one of gate.py's checks; SPEC is its `gate` object, of which this reads
-unit and gpus [{"name", "device", "weights_bytes", "kv_bytes", "compute_bytes", "staging_bytes"}], `device`
-being llama.cpp's name, such as CUDA0. `cause_of_end(unit)` says which device a server that has ended could not use.
+unit and gpus [{"name", "device", "weights_bytes", "kv_bytes", "compute_bytes", "staging_bytes", and "beside_bytes" of
+what is loaded beside the model, where there is any}], `device` being llama.cpp's name, such as CUDA0.
+`cause_of_end(unit)` says which device a server that has ended could not use.
 Standard library; reads the journal, and keeps what it read in /run/llamafleet, since the journal drops old lines.
 
 All backends report their buffers in the load log, in the same form. NVML knows NVIDIA's GPUs alone, and neither
@@ -61,7 +62,8 @@ def check_devices(spec: dict[str, Any]) -> dict[str, Any] | None:
     for gpu in spec["gpus"]:
         found = told.get(gpu["device"], shared)
         low = gpu["weights_bytes"] + gpu["kv_bytes"]
-        high = low + gpu["compute_bytes"] + gpu["staging_bytes"]
+        beside = gpu.get("beside_bytes", 0)
+        high = low + gpu["compute_bytes"] + gpu["staging_bytes"] + (beside if isinstance(beside, int) else 0)
         held = found.get("weights", 0.0) + found.get("context", 0.0)
         name = f"{gpu['device']} ({gpu['name']})"
         expected = f"{low >> 20} MiB of weights and cache on {name}, {high >> 20} MiB with compute"

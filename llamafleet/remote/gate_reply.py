@@ -131,9 +131,11 @@ def compare(expected: dict[int, float], found: dict[int, float], what: str, hint
         raise Bad(f"{what}: token {best} at {expected[best]:.2f} nats", f"{found}", hint)
 
 
-def check_completion(spec: dict[str, Any]) -> dict[str, Any]:
-    """Completions must have all their tokens, finite likelihoods and the same text twice, depend on the prompt, and
-    agree with the last gate."""
+def check_completion(spec: dict[str, Any]) -> dict[str, Any] | None:
+    """Of a server that writes: completions must have all their tokens, finite likelihoods and the same text twice,
+    depend on the prompt, and agree with the last gate."""
+    if spec["serves"] != "chat":
+        return None
     try:
         answer = same_twice(spec)
         check_numbers(answer)
@@ -176,10 +178,11 @@ def hashed(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def floor(spec: dict[str, Any]) -> tuple[float, str]:
-    """The lowest acceptable speed in tokens a second, and how it was calculated."""
+def floor(spec: dict[str, Any], remembered: str = "speeds") -> tuple[float, str]:
+    """The lowest acceptable speed in tokens a second, and how it was calculated. `remembered`: the record's key with
+    the speeds of the last gates."""
     percent = spec["speed_floor_percent"]
-    before = spec["last"].get("speeds", []) if spec["last"].get("speed_key") == speed_key(spec) else []
+    before = spec["last"].get(remembered, []) if spec["last"].get("speed_key") == speed_key(spec) else []
     if percent == 0:
         return 0.0, "speed_floor_percent is 0"
     if before:
@@ -197,9 +200,11 @@ def load() -> str:
         return ""
 
 
-def check_speed(spec: dict[str, Any]) -> dict[str, Any]:
-    """Compare the best of several tries with the floor, so that short load on the host does not count. A server with
-    busy slots is not measured."""
+def check_speed(spec: dict[str, Any]) -> dict[str, Any] | None:
+    """Of a server that writes: compare the best of several tries with the floor, so that short load on the host does
+    not count. A server with busy slots is not measured."""
+    if spec["serves"] != "chat":
+        return None
     least, why = floor(spec)
     expected = f"at least {least:.1f} tokens/s ({why})"
     best, began = 0.0, time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +25,7 @@ from llamafleet.remote.common import (
     sha256,
 )
 from llamafleet.service.model_folders import companion_paths, model_folder
+from llamafleet.service.speculation import guessing
 from llamafleet.service.trial import told_to_host
 from llamafleet.settings.companions import PROJECTOR, adapter
 from llamafleet.settings.prompt_files import SETTINGS, as_served
@@ -65,11 +67,14 @@ def plan_record(
             {"uuid": gpu.uuid, "name": gpu.name, "device": device, **_planned(plan, gpu)}
             for gpu, device in zip(plan.gpus, device_names(plan.backend, len(plan.gpus)), strict=True)
         ],
+        **_vectors(instance, plan),
     }
     if PROJECTOR in model.companions:
-        gate["modalities"] = list(projector.read(model.companions[PROJECTOR].header).modalities)
+        gate |= _of_projector(instance, model.companions[PROJECTOR])
     if prompt_files := {name: _sums(name, texts[name]) for name in TEXTS if name in texts}:
         gate["prompt_files"] = prompt_files
+    if instance.speculation != "none":
+        gate["speculation"] = guessing(instance.speculation, argv)
     if instance.adapters:
         numbered = enumerate(instance.adapters, 1)
         gate["adapters"] = [{"path": paths[adapter(number)], "scale": one.scale} for number, one in numbered]
@@ -115,6 +120,17 @@ def without_query(source: str) -> str:
     return source.partition("?")[0] if source.startswith(("http://", "https://")) else source
 
 
+def _vectors(instance: Instance, plan: Plan) -> dict[str, Any]:
+    """What the gate asks of a server of embeddings or scores; nothing for one that writes text, whose record then is
+    that of versions which knew no other."""
+    if instance.serves == "embedding":
+        return {"serves": "embedding", "pooling": plan.pooling, "vector_elements": plan.vector_elements}
+    if instance.serves == "reranking":
+        example = instance.rerank_example
+        return {"serves": "reranking", "rerank_example": asdict(example) if example else None}
+    return {}
+
+
 def record_text(record: dict[str, Any]) -> str:
     """The record as it is written on the host."""
     return json.dumps(record, indent=1) + "\n"
@@ -139,6 +155,12 @@ def url_host(address: str) -> str:
     return f"[{reachable}]" if ":" in reachable else reachable
 
 
+def _of_projector(instance: Instance, model: ModelFiles) -> dict[str, Any]:
+    """What the gate asks of a projector, and how much longer the largest picture takes than the gate's."""
+    found = projector.read(model.header, instance.image_min_tokens, instance.image_max_tokens)
+    return {"modalities": list(found.modalities), "picture_ratio": round(found.largest_to_smallest, 1)}
+
+
 def _sums(name: str, text: str) -> dict[str, str]:
     """Of a prompt file as it was sent, and as llama-server tells it."""
     return {"sha256": sha256(text.encode()), "served_sha256": sha256(as_served(name, text).encode())}
@@ -150,4 +172,5 @@ def _planned(plan: Plan, gpu: Gpu) -> dict[str, int]:
     row = next(row for row in plan.ledger if row.device == f"GPU{gpu.index}")
     parts = {name: getattr(row, name) for name in ("weights_bytes", "kv_bytes", "compute_bytes")}
     held = sum(parts.values()) + min(0, row.staging_bytes)
-    return {"planned_bytes": held, **parts, "staging_bytes": row.staging_bytes}
+    beside = {"beside_bytes": row.beside_bytes} if row.beside_bytes else {}
+    return {"planned_bytes": held + row.beside_bytes, **parts, "staging_bytes": row.staging_bytes, **beside}

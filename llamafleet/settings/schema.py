@@ -28,7 +28,7 @@ from llamafleet.remote.common import (
     keeps_secrets,
     unit_of,
 )
-from llamafleet.settings import cache_shape, environment, pictures, prompt_files, secrets
+from llamafleet.settings import cache_shape, environment, pictures, prompt_files, secrets, serving, speculation
 from llamafleet.settings import copies as copying
 from llamafleet.settings import extra_flags as extra
 from llamafleet.settings.defaults import MODEL_DEFAULTS, DefaultsError, with_defaults
@@ -250,6 +250,8 @@ def _projector(value: object) -> object:
 
 OneCompanion = Annotated[Companion, BeforeValidator(_by_source)]
 Idle = Annotated[Whole, Field(ge=1, le=_SECONDS, description="a pause")]
+# Less than its gate may pause. llama-server counts milliseconds in 32 bits (server_context::start_loop).
+Sleep = Annotated[Whole, Field(ge=10, le=2_147_483, description="longer than a gate's pauses; milliseconds in 32 bits")]
 
 
 @with_config(extra="forbid")
@@ -301,7 +303,7 @@ class Instance:
     gpus: GpuNames | None
     copies: Annotated[int | Text, PlainValidator(copying.copies)]
     split_mode: Annotated[Text, one_of(("auto", "layer", "tensor"))]
-    sleep_idle_seconds: Idle | None
+    sleep_idle_seconds: Sleep | None
     start: Annotated[Text, one_of(("boot", "demand"))]
     idle_seconds: Idle
     listen: Annotated[Text, Should("be an IP address, such as 127.0.0.1 or 0.0.0.0", _is_address)]
@@ -344,7 +346,12 @@ class Instance:
             has_projector=self.projector is not None, min_tokens=self.image_min_tokens,
             max_tokens=self.image_max_tokens, serves=self.serves, extra_flags=self.extra_flags,
         )  # fmt: skip
-        validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags, *shape, *clashes, *seen])
+        guesses = speculation.problems(
+            self.speculation, has_draft=self.draft is not None, serves=self.serves, most=self.draft_max_tokens,
+            least=self.draft_min_tokens,
+        )  # fmt: skip
+        validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags, *shape, *clashes, *seen, *guesses,
+                           *serving.of_vectors(vars(self))])  # fmt: skip
         return self
 
     def copied(self, count: int | None) -> tuple[Self, ...]:

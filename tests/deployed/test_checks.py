@@ -26,6 +26,7 @@ KEY = "feedfacefeedface"
 UNIT = "llama-server-tiny.service"
 KEYS = "/etc/llamafleet/instances/tiny/api-keys"
 MODEL = "/var/lib/llamafleet/models/tiny-0123/tiny.gguf"
+OF_CHAT = tuple(name for name in instance_checks.GATE_CHECKS if name not in ("embedding", "scores"))
 
 
 def settings(**model):
@@ -81,9 +82,7 @@ def healthy():
         "commit": COMMIT,
         "files": {"llama-server": "11", "libggml.so": "22"},
     }
-    verdicts = [
-        {"name": name, "ok": True, "expected": "e", "found": "e", "hint": ""} for name in instance_checks.GATE_CHECKS
-    ]
+    verdicts = [{"name": name, "ok": True, "expected": "e", "found": "e", "hint": ""} for name in OF_CHAT]
     paths = {place.path: {"kind": place.kind, "mode": place.mode, "uid": 0, "gid": 0} for place in wanted.folders()}
     return {
         "euid": 0,
@@ -124,6 +123,7 @@ def healthy():
                     "users": ["llamafleet"],
                     "age_seconds": 50.0,
                     "deleted": [],
+                    "inherited": [],
                     "NoNewPrivs": 1,
                     "Seccomp": 2,
                     "CapInh": 0,
@@ -239,6 +239,7 @@ BROKEN = [
     ("process", (*TINY, "process"), None, "expected a running llama-server, found nothing"),
     ("process", (*TINY, "process", "exe"), "/usr/bin/llama-server", "found /usr/bin/llama-server"),
     ("process", (*TINY, "process", "deleted"), ["/opt/l.so"], "expected nothing, found /opt/l.so"),
+    ("process", (*TINY, "process", "inherited"), ["LLAMA_ARG_HOST"], "expected nothing, found LLAMA_ARG_HOST"),
     ("process", (*TINY, "process", "users"), ["root"], "expected llamafleet, found root"),
     ("hardening", (*TINY, "process"), None, "expected a running llama-server, found nothing"),
     ("hardening", (*TINY, "process", "NoNewPrivs"), 0, "expected 1, found 0"),
@@ -275,24 +276,24 @@ def test_a_changed_fact_is_a_problem(check, place, value, message):
     assert any(message in text and text.startswith("web1") for text in found), found
 
 
-@pytest.mark.parametrize("name", instance_checks.GATE_CHECKS)
+@pytest.mark.parametrize("name", OF_CHAT)
 def test_each_verdict_of_the_gate_counts(name):
     facts = healthy()
     verdicts = facts["instances"]["tiny"]["gate"]["checks"]
-    at = instance_checks.GATE_CHECKS.index(name)
+    at = OF_CHAT.index(name)
     verdicts[at] = {"name": name, "ok": False, "expected": "this", "found": "that", "hint": "look there"}
     del verdicts[at + 1 :]
     found = problems_by_check(facts)
     assert found[f"gate {name}"] == [f"web1/tiny: gate: {name}: expected this, found that (look there)"]
     # A check that the gate did not reach has not passed.
-    for later in instance_checks.GATE_CHECKS[at + 1 :]:
+    for later in OF_CHAT[at + 1 :]:
         assert f"the gate stopped at {name}" in found[f"gate {later}"][0]
 
 
 def test_without_its_keys_the_gate_is_not_asked_and_says_so():
     facts = healthy()
     facts["instances"]["tiny"].update(keys=None, gate={"error": "Traceback (most recent call last): ..."})
-    found = [problems_by_check(facts)[f"gate {name}"][0] for name in instance_checks.GATE_CHECKS]
+    found = [problems_by_check(facts)[f"gate {name}"][0] for name in OF_CHAT]
     assert all(text.endswith("expected a result, found no API keys to ask with (deploy again)") for text in found)
 
 
@@ -310,7 +311,7 @@ def test_a_damaged_plan_hides_nothing_else():
 def test_a_gate_that_cannot_be_asked_is_no_success():
     facts = healthy()
     facts["instances"]["tiny"]["gate"] = {"error": "gate.py ended with exit code 3"}
-    assert all("exit code 3" in problems_by_check(facts)[f"gate {name}"][0] for name in instance_checks.GATE_CHECKS)
+    assert all("exit code 3" in problems_by_check(facts)[f"gate {name}"][0] for name in OF_CHAT)
 
 
 def served_with(gate):
@@ -356,6 +357,15 @@ def test_the_gate_asks_what_the_plan_has():
     box = checks.Box("web1", settings(api_key_file=None), facts)
     served = checks.served(box, box.settings.models[0])
     assert instance_checks.planned_gate_checks(served) == ("health", "process", "context", "completion", "speed")
+
+
+@pytest.mark.parametrize(("serves", "name"), [("embedding", "embedding"), ("reranking", "scores")])
+def test_the_gate_asks_for_what_the_server_serves(serves, name):
+    facts = healthy()
+    facts["instances"]["tiny"]["plan"]["gate"] |= {"serves": serves, "gpus": [], "modalities": []}
+    box = checks.Box("web1", settings(serves=serves, projector=None), facts)
+    served = checks.served(box, box.settings.models[0])
+    assert instance_checks.planned_gate_checks(served) == ("health", "process", "api key", "context", name, "speed")
 
 
 def test_a_key_file_that_nobody_asked_for_is_found():

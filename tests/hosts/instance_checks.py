@@ -15,10 +15,20 @@ from tests.hosts.checks import AGAIN, Problem, Problems, Served, say
 
 # Seconds: a process that systemd restarted within them may be in a loop.
 LOOP_SECONDS = 1800
+# A result of the gate after which it asks a server that sleeps nothing more: llamafleet/remote/gate_sleep.py.
+ASLEEP = "asleep"
 # linux/seccomp.h, SECCOMP_MODE_FILTER, as /proc/PID/status shows it.
 SECCOMP_FILTER = 2
-GATE_CHECKS = ("health", "process", "gpu memory", "devices", "api key", "context", "completion", "picture",
-               "speed")  # fmt: skip
+GATE_CHECKS = (
+    "health", "process", "gpu memory", "devices", "api key", "context", "completion", "picture", "embedding", "scores",
+    "speed",
+)  # fmt: skip
+# Why a check does not apply.
+NOT_PLANNED = {
+    "gpu memory": "the plan uses no GPU", "devices": "the plan uses no GPU",
+    "api key": "the settings ask for no API key",
+    **dict.fromkeys(("completion", "picture", "embedding", "scores"), "the model serves something else"),
+}  # fmt: skip
 
 
 def plan_file(served: Served) -> Problems:
@@ -199,6 +209,9 @@ def process(served: Served) -> Problems:
     if actual["deleted"]:
         what = f"files that pid {actual['pid']} runs from although they are gone"
         yield Problem(served.where, what, "nothing", ", ".join(actual["deleted"]), "deploy again, and it restarts")
+    if actual["inherited"]:
+        what = f"presets and variables of the host that pid {actual['pid']} has taken over"
+        yield Problem(served.where, what, "nothing", ", ".join(actual["inherited"]), "deploy again, and it restarts")
     if actual["users"] != ["llamafleet"]:
         yield Problem(served.where, f"user of pid {actual['pid']}", "llamafleet", ", ".join(actual["users"]))
 
@@ -284,8 +297,12 @@ def planned_gate_checks(served: Served) -> tuple[str, ...]:
     gpus = gate.get("gpus")
     # The gate asks NVML for GPUs with a UUID alone, which a Jetson's may lack.
     nvidia = gpus and gate.get("backend") == "cuda" and any(gpu.get("uuid", True) for gpu in gpus)
-    without = {"gpu memory": not nvidia, "devices": not gpus, "api key": served.instance.api_key_file is None,
-               "picture": not gate.get("modalities")}  # fmt: skip
+    serves = gate.get("serves", "chat")
+    without = {
+        "gpu memory": not nvidia, "devices": not gpus, "api key": served.instance.api_key_file is None,
+        "completion": serves != "chat", "picture": not gate.get("modalities"), "embedding": serves != "embedding",
+        "scores": serves != "reranking",
+    }  # fmt: skip
     return tuple(name for name in GATE_CHECKS if not without.get(name))
 
 
@@ -296,6 +313,8 @@ def reported_at(served: Served, name: str) -> str | None:
     if (isinstance(answer, dict) and "error" in answer) or facts.gate_problems(answer):
         return planned[0] if name != planned[0] else None
     verdicts = {check["name"]: check["ok"] for check in answer["checks"]}
+    if ASLEEP in verdicts and name not in verdicts:
+        return ASLEEP
     failed = [one for one in planned if verdicts.get(one) is False]
     return failed[0] if failed and name not in verdicts else None
 
