@@ -276,14 +276,6 @@ class _Case:
         roofline = self.roofline(self.work, self.known, by_type=True)
         return roofline.predict(candidate.order, candidate.segments, candidate.context)
 
-    def contexts(self) -> list[tuple[Context, float]]:
-        """Every context worth a try, with its handicap."""
-        shape = self.model.shape
-        return contexts(
-            self.instance, self.context_tokens, self.work, flash_attention=is_used(shape, self.backend),
-            trained=shape.context_tokens, least_ubatch=max((one.least_ubatch for one in self.besides), default=0),
-        )  # fmt: skip
-
     def search(self, contexts: Sequence[Context]) -> Search:
         roofline = self.roofline(self.work, self.measured)
         extra = self.instance.prompt_cache_mib * MIB + self.checkpoints_bytes(contexts)
@@ -311,7 +303,9 @@ def _by_tensors(case: _Case, by_layers: Timed | None) -> Timed | Refusal:
     """The best plan in which each GPU computes a part of every layer. `by_layers`: the one with whole layers."""
     name, shape = case.instance.name, case.model.shape
     why_not = tensor.impossible(shape, case.backend, case.capacity, case.instance.kv_types)
-    if why_not := "adapters are not split" if case.bare else why_not:
+    if case.bare or case.instance.serves != "chat" or case.instance.speculation not in ("none", "ngram"):
+        why_not = "it is planned for chat alone, without adapters and drafts"
+    if why_not:
         return Refusal(
             f'{name}: split_mode "tensor": {why_not}',
             instance=name,

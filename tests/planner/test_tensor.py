@@ -60,6 +60,7 @@ def test_shares(elements, granularity, count, expected):
         ("Llama-3.1-8B", {"kv_types": ["f16/q8_0"]}, "it takes no quantised KV cache"),
         ("Llama-3.1-8B", {"gpus": ["0"]}, "it needs two GPUs with memory of their own"),
         ("Llama-3.1-8B", {"backend": "cpu"}, "it needs two GPUs with memory of their own"),
+        ("Llama-3.1-8B", {"serves": "embedding", "pooling": "last"}, "it is planned for chat alone"),
     ],
 )
 def test_what_llama_cpp_cannot_split_is_refused_with_the_reason(layout, more, why):
