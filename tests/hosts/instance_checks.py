@@ -209,6 +209,9 @@ def process(served: Served) -> Problems:
     if actual["deleted"]:
         what = f"files that pid {actual['pid']} runs from although they are gone"
         yield Problem(served.where, what, "nothing", ", ".join(actual["deleted"]), "deploy again, and it restarts")
+    if actual["inherited"]:
+        what = f"presets and variables of the host that pid {actual['pid']} has taken over"
+        yield Problem(served.where, what, "nothing", ", ".join(actual["inherited"]), "deploy again, and it restarts")
     if actual["users"] != ["llamafleet"]:
         yield Problem(served.where, f"user of pid {actual['pid']}", "llamafleet", ", ".join(actual["users"]))
 
