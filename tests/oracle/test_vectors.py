@@ -122,6 +122,7 @@ def spec_of(url, told):
         "url": url, "api_keys": None, "context_tokens": 512, "slots": 2, "kv_type": None, "unit": "", "files": [],
         "argv": ["llama-server"], "gpus": [], "speed_floor_percent": 40, "predicted_tokens_per_s": 1.0, "last": {},
         "measured": {}, "record": "/g/tiny.json", "vector_elements": 128, "rerank_example": None, "may_sleep": False,
+        "deploying": True,
         **told,
     }  # fmt: skip
 
@@ -134,10 +135,12 @@ def test_the_gate_and_the_liveness_check_call_a_sound_server_sound(case, tmp_pat
     with served(path, tmp_path, *flags, slots=2) as url:
         spec = spec_of(url, told)
         asked = (gate.check_context, gate.check_completion, gate.check_speed, gate.check_embedding, gate.check_scores,
-                 gate.check_reading)  # fmt: skip
+                 gate.check_reading, gate.check_longest)  # fmt: skip
         found = [one for one in (check(spec) for check in asked) if one is not None]
-        assert [one["ok"] for one in found] == [True, True, True], found
-        assert [one["name"] for one in found] == ["context", "scores" if case == "reranker" else "embedding", "speed"]
+        assert all(one["ok"] for one in found), found
+        own = "scores" if case == "reranker" else "embedding"
+        assert [one["name"] for one in found] == ["context", own, "speed", "longest input"]
+        assert found[-1]["found"].startswith("an answer to ")
         assert spec["measured"]["read_tokens_per_s"] > 10
         before, _ = liveness_server.read_slots(spec)
         # No prompt is kept, so that its own small request costs nobody anything; and it moves the counters.
