@@ -20,15 +20,22 @@ ASLEEP = "asleep"
 # linux/seccomp.h, SECCOMP_MODE_FILTER, as /proc/PID/status shows it.
 SECCOMP_FILTER = 2
 GATE_CHECKS = (
-    "health", "process", "gpu memory", "devices", "api key", "context", "completion", "picture", "embedding", "scores",
-    "speed",
+    "health", "process", "gpu memory", "devices", "api key", "context", "prompt files", "completion", "adapters",
+    "picture", "embedding", "scores", "speed",
 )  # fmt: skip
 # Why a check does not apply.
 NOT_PLANNED = {
     "gpu memory": "the plan uses no GPU", "devices": "the plan uses no GPU",
-    "api key": "the settings ask for no API key",
+    "api key": "the settings ask for no API key", "prompt files": "the settings name none",
+    "adapters": "the settings name none",
     **dict.fromkeys(("completion", "picture", "embedding", "scores"), "the model serves something else"),
 }  # fmt: skip
+
+
+def prompt_files(instance: Instance) -> list[str]:
+    """The names of the instance's prompt files on the host."""
+    return [name for name in ("chat-template", "grammar", "json-schema")
+            if getattr(instance, f"{name.replace('-', '_')}_file")]  # fmt: skip
 
 
 def plan_file(served: Served) -> Problems:
@@ -70,6 +77,12 @@ def _as_asked(served: Served, plan: Mapping[str, Any]) -> Problems:
         ("slots", requested.slots or gate["slots"], gate["slots"]),  # unset: the plan's choice
         ("an API key is required", requested.api_key_file is not None, gate["api_keys"] is not None),
         ("a projector", requested.projector is not None, bool(gate.get("modalities"))),
+        (
+            "scales of adapters",
+            [one.scale for one in requested.adapters],
+            [one.get("scale") for one in gate.get("adapters", [])],
+        ),
+        ("prompt files", sorted(prompt_files(requested)), sorted(gate.get("prompt_files", {}))),
     ]
     for what, expected, actual in pairs:
         if expected != actual:
@@ -300,7 +313,8 @@ def planned_gate_checks(served: Served) -> tuple[str, ...]:
     serves = gate.get("serves", "chat")
     without = {
         "gpu memory": not nvidia, "devices": not gpus, "api key": served.instance.api_key_file is None,
-        "completion": serves != "chat", "picture": not gate.get("modalities"), "embedding": serves != "embedding",
+        "completion": serves != "chat", "picture": not gate.get("modalities"),
+        "prompt files": not gate.get("prompt_files"), "adapters": not gate.get("adapters"), "embedding": serves != "embedding",
         "scores": serves != "reranking",
     }  # fmt: skip
     return tuple(name for name in GATE_CHECKS if not without.get(name))
