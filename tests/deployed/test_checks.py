@@ -215,7 +215,7 @@ BROKEN = [
     ("plan_file", (*TINY, "plan", "gate", "slots"), 4, "expected 1, found 4"),
     ("plan_file", (*TINY, "plan", "gate", "api_keys"), None, "expected True, found False"),
     ("plan_file", (*TINY, "plan", "gate", "adapters"), [{"path": "/x", "scale": 1}], "scales of adapters in plan.json: expected [0.5], found [1]"),
-    ("plan_file", (*TINY, "plan", "gate", "prompt_files"), {}, "prompt files in plan.json: expected ['grammar'], found []"),
+    ("plan_file", (*TINY, "plan", "gate", "prompt_files"), {}, "prompt files in plan.json: expected ['grammar'], found nothing"),
     ("plan_file", (*TINY, "plan", "gate", "modalities"), [], "a projector in plan.json: expected True, found False"),
     ("plan_file", (*TINY, "plan", "gate", "context_tokens"), 2048, "at least 4096 tokens a slot, found 2048"),
     ("models", (*TINY, "plan", "files"), [], "expected at least one, found nothing"),

@@ -10,6 +10,7 @@ from typing import Any
 
 from llamafleet.remote.common import API_KEYS, INSTANCES, RELEASES, UNITS, plan_path
 from llamafleet.service.record import without_query
+from llamafleet.settings.prompt_files import SETTINGS
 from tests.hosts import facts
 from tests.hosts.checks import AGAIN, Problem, Problems, Served, say
 
@@ -30,12 +31,6 @@ NOT_PLANNED = {
     "adapters": "the settings name none",
     **dict.fromkeys(("completion", "picture", "embedding", "scores"), "the model serves something else"),
 }  # fmt: skip
-
-
-def prompt_files(instance: Instance) -> list[str]:
-    """The names of the instance's prompt files on the host."""
-    return [name for name in ("chat-template", "grammar", "json-schema")
-            if getattr(instance, f"{name.replace('-', '_')}_file")]  # fmt: skip
 
 
 def plan_file(served: Served) -> Problems:
@@ -71,18 +66,16 @@ def plan_file(served: Served) -> Problems:
 
 def _as_asked(served: Served, plan: Mapping[str, Any]) -> Problems:
     requested, gate = served.instance, plan["gate"]
+    scales = [one.get("scale") if isinstance(one, dict) else one for one in gate.get("adapters") or ()]
+    files = [name for name, setting in SETTINGS.items() if getattr(requested, setting)]
     pairs = [
         ("model", without_query(requested.source), without_query(plan["source"])),
         ("port", requested.port, int(gate["url"].rsplit(":", 1)[-1])),
         ("slots", requested.slots or gate["slots"], gate["slots"]),  # unset: the plan's choice
         ("an API key is required", requested.api_key_file is not None, gate["api_keys"] is not None),
         ("a projector", requested.projector is not None, bool(gate.get("modalities"))),
-        (
-            "scales of adapters",
-            [one.scale for one in requested.adapters],
-            [one.get("scale") for one in gate.get("adapters", [])],
-        ),
-        ("prompt files", sorted(prompt_files(requested)), sorted(gate.get("prompt_files", {}))),
+        ("scales of adapters", [one.scale for one in requested.adapters], scales),
+        ("prompt files", sorted(files), sorted(gate.get("prompt_files") or ())),
     ]
     for what, expected, actual in pairs:
         if expected != actual:
