@@ -42,6 +42,7 @@ def settings(**model):
         "context_tokens": 4096,
         "slots": 1,
         "projector": "hf:a/b/mmproj.gguf",
+        "speculation": "ngram",
         **model,
     }
     return Settings.from_data({**data, "llama_cpp_ref": "b11434", "models": [entry]})
@@ -67,6 +68,7 @@ def plan():
             "backend": "cuda",
             "gpus": [{"uuid": "GPU-1", "name": "A", "planned_bytes": 5}],
             "modalities": ["vision"],
+            "speculation": {"kind": "ngram", "most": 64, "least": 48, "kv_type": None},
         },
     }
     return {**record, "identity": instance_checks.identity_of(record), "plan": {"why": []}}
@@ -210,6 +212,7 @@ BROKEN = [
     ("plan_file", (*TINY, "plan", "gate", "slots"), 4, "expected 1, found 4"),
     ("plan_file", (*TINY, "plan", "gate", "api_keys"), None, "expected True, found False"),
     ("plan_file", (*TINY, "plan", "gate", "modalities"), [], "a projector in plan.json: expected True, found False"),
+    ("plan_file", (*TINY, "plan", "gate", "speculation"), None, "speculation in plan.json: expected ngram, found none"),
     ("plan_file", (*TINY, "plan", "gate", "context_tokens"), 2048, "at least 4096 tokens a slot, found 2048"),
     ("models", (*TINY, "plan", "files"), [], "expected at least one, found nothing"),
     ("models", (*TINY, "models", MODEL), None, "expected a model of 100 bytes, found nothing"),
@@ -351,7 +354,7 @@ def test_of_a_traceback_the_collector_keeps_the_last_line(collector, monkeypatch
 
 def test_the_gate_asks_what_the_plan_has():
     facts = healthy()
-    facts["instances"]["tiny"]["plan"]["gate"].update(gpus=[], modalities=[])
+    facts["instances"]["tiny"]["plan"]["gate"].update(gpus=[], modalities=[], speculation=None)
     box = checks.Box("web1", settings(api_key_file=None), facts)
     served = checks.served(box, box.settings.models[0])
     assert instance_checks.planned_gate_checks(served) == ("health", "process", "context", "completion", "speed")
@@ -360,8 +363,8 @@ def test_the_gate_asks_what_the_plan_has():
 @pytest.mark.parametrize(("serves", "name"), [("embedding", "embedding"), ("reranking", "scores")])
 def test_the_gate_asks_for_what_the_server_serves(serves, name):
     facts = healthy()
-    facts["instances"]["tiny"]["plan"]["gate"] |= {"serves": serves, "gpus": [], "modalities": []}
-    box = checks.Box("web1", settings(serves=serves, projector=None), facts)
+    facts["instances"]["tiny"]["plan"]["gate"] |= {"serves": serves, "gpus": [], "modalities": [], "speculation": None}
+    box = checks.Box("web1", settings(serves=serves, projector=None, speculation="none"), facts)
     served = checks.served(box, box.settings.models[0])
     assert instance_checks.planned_gate_checks(served) == ("health", "process", "api key", "context", name, "speed")
 
