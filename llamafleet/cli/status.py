@@ -14,6 +14,7 @@ from llamafleet.printable import one_line
 from llamafleet.units import MIB
 
 GIB = 1024 * MIB
+ASLEEP = "asleep"  # active, with its model's memory free until the next request
 COLUMNS = ("host", "instance", "state", "plan", "RAM", "GPU", "tok/s", "restarts", "last gate", "drift")
 NOT_KNOWN = LiveInstance(rss_bytes=None, cgroup_bytes=None, gpu_bytes={}, since="", gate=None)
 
@@ -23,7 +24,7 @@ class InstanceStatus:
     """The state of one instance: actual values beside planned ones."""
 
     name: str
-    state: str  # systemd's: active, failed, ...; or "not installed"
+    state: str  # systemd's: active, failed, ...; or "asleep", or "not installed"
     plan: str  # the plan in short, see `plan_in_short`
     release: str
     rss_bytes: int | None
@@ -43,7 +44,7 @@ class InstanceStatus:
     @property
     def is_fine(self) -> bool:
         """Is it active, without drift, and did it pass its last gate?"""
-        return self.state == "active" and not self.drift and (self.gate is None or self.gate.ok)
+        return self.state in ("active", ASLEEP) and not self.drift and (self.gate is None or self.gate.ok)
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -104,7 +105,7 @@ def _instance(
         drift = tuple(wanted.services[name]) if name in wanted.services else ("the inventory does not name it",)
     return InstanceStatus(
         name=name,
-        state=(installed.active or "unknown") if installed else "not installed",
+        state=_state(installed, live),
         plan=plan_in_short(record),
         release=record.release,
         rss_bytes=live.rss_bytes,
@@ -121,6 +122,12 @@ def _instance(
         verified=bool(record.verified and record.verified.binary_bytes),
         drift=drift,
     )
+
+
+def _state(installed: InstalledInstance | None, live: LiveInstance) -> str:
+    if installed is None:
+        return "not installed"
+    return ASLEEP if live.asleep and installed.active == "active" else installed.active or "unknown"
 
 
 def plan_in_short(record: PlanRecord) -> str:

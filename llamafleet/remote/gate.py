@@ -5,7 +5,8 @@ fails, and prints {"ok": bool, "checks": [{"name", "ok", "expected", "found", "h
 "decode_tokens_per_s": float | null}; exit 0 good, 1 not. With --record it also writes
 /var/lib/llamafleet/gate/NAME.json: that object, "schema" 1, "time" (UTC), "identity" and "release" of the plan, what
 the next gate compares with, and "last_failure" {"time", "release", "check"}. With --no-floor any speed passes: a server
-that has served before is not rejected for its speed.
+that has served before is not rejected for its speed. A server that sleeps is woken with --record only, which is for one
+that was just started.
 `gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then checks that a planned key is asked for
 and that the process holds memory on the planned GPUs. If the key file is empty, or the driver was not ready at boot,
 the start thus fails: no server serves everybody, or stays on the CPU. The checks run in a transient unit without
@@ -44,6 +45,7 @@ from gate_reading import check_reading
 from gate_reply import REMEMBERED, check_completion, check_speed, speed_key
 from gate_scores import check_scores
 from gate_server import ask, first_key, found_status, is_alive, main_pid, result, trust, unit_state
+from gate_sleep import check_asleep, ends
 from gate_spec import Unreadable, read_spec
 from gate_speculation import check_speculation
 from gate_unit import CONFINED, with_credentials
@@ -163,7 +165,7 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
 
 
 CHECKS = (
-    check_health, check_process, check_gpus, check_devices, check_key, check_context, check_prompt_files,
+    check_health, check_process, check_asleep, check_gpus, check_devices, check_key, check_context, check_prompt_files,
     check_completion, check_adapters, check_speculation, check_picture, check_speed, check_embedding, check_scores,
     check_reading,
 )  # fmt: skip
@@ -179,7 +181,7 @@ def unreadable(name: str, error: Exception) -> dict[str, Any]:
 def check(
     spec: dict[str, Any], every: Sequence[Callable[[dict[str, Any]], dict[str, Any] | None]] = CHECKS
 ) -> dict[str, Any]:
-    """The checks in order, up to the first that fails."""
+    """The checks in order, up to the first that fails, or to a server that sleeps."""
     checks = []
     for one in every:
         try:
@@ -188,7 +190,7 @@ def check(
             found = unreadable(one.__name__.replace("check_", "").replace("_", " "), error)
         if found is not None:
             checks.append(found)
-            if not found["ok"]:
+            if ends(found):
                 break
     return {"ok": all(found["ok"] for found in checks), "checks": checks}
 
@@ -235,6 +237,7 @@ def verdict(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {"ok": False, "checks": [bad]}
     if "--no-floor" in argv:
         spec["speed_floor_percent"] = 0
+    spec["wake"] = "--record" in argv
     try:
         trust(spec)
     except (OSError, ValueError) as error:

@@ -63,6 +63,12 @@ def test_a_host_as_it_should_be():
     }  # fmt: skip
 
 
+def test_a_server_that_sleeps_is_fine():
+    host = of_host(found(), live(asleep=True), AS_WANTED)
+    assert host.is_fine and line(host)["state"] == "asleep"
+    assert line(of_host(found(active="failed"), live(asleep=True), AS_WANTED))["state"] == "failed"
+
+
 FAILED = {**GOOD, "ok": False, "checks": [{"name": "health", "ok": True}, {"name": "gpu memory", "ok": False}]}
 
 
@@ -210,6 +216,7 @@ def test_the_program_tells_memory_gate_and_since(on_host):
         "since": "Sat",
         "gate": GOOD,
         "liveness": RESTARTED,
+        "asleep": False,
     }
 
 

@@ -15,6 +15,8 @@ from tests.hosts.checks import AGAIN, Problem, Problems, Served, say
 
 # Seconds: a process that systemd restarted within them may be in a loop.
 LOOP_SECONDS = 1800
+# A result of the gate after which it asks a server that sleeps nothing more: llamafleet/remote/gate_sleep.py.
+ASLEEP = "asleep"
 # linux/seccomp.h, SECCOMP_MODE_FILTER, as /proc/PID/status shows it.
 SECCOMP_FILTER = 2
 GATE_CHECKS = (
@@ -209,6 +211,9 @@ def process(served: Served) -> Problems:
     if actual["deleted"]:
         what = f"files that pid {actual['pid']} runs from although they are gone"
         yield Problem(served.where, what, "nothing", ", ".join(actual["deleted"]), "deploy again, and it restarts")
+    if actual["inherited"]:
+        what = f"presets and variables of the host that pid {actual['pid']} has taken over"
+        yield Problem(served.where, what, "nothing", ", ".join(actual["inherited"]), "deploy again, and it restarts")
     if actual["users"] != ["llamafleet"]:
         yield Problem(served.where, f"user of pid {actual['pid']}", "llamafleet", ", ".join(actual["users"]))
 
@@ -310,6 +315,8 @@ def reported_at(served: Served, name: str) -> str | None:
     if (isinstance(answer, dict) and "error" in answer) or facts.gate_problems(answer):
         return planned[0] if name != planned[0] else None
     verdicts = {check["name"]: check["ok"] for check in answer["checks"]}
+    if ASLEEP in verdicts and name not in verdicts:
+        return ASLEEP
     failed = [one for one in planned if verdicts.get(one) is False]
     return failed[0] if failed and name not in verdicts else None
 

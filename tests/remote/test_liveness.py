@@ -413,6 +413,16 @@ def test_a_slow_host_is_given_the_time_of_its_batches(tmp_path, monkeypatch):
     assert liveness.patience(spec, 120.0) == 3 * 8192 / 16.0
 
 
+def test_a_large_picture_is_waited_for_by_what_the_gate_measured_of_a_small_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "GATES", str(tmp_path))
+    spec = {"unit": UNIT, "batch_tokens": 2048, "picture_ratio": 1300.5}
+    (tmp_path / "chat.json").write_text('{"prompt_tokens_per_s": 1000.0}')
+    assert liveness.patience(spec, 120.0) == 120.0
+    (tmp_path / "chat.json").write_text('{"prompt_tokens_per_s": 1000.0, "picture_seconds": 0.5}')
+    assert liveness.patience(spec, 120.0) == 3 * 0.5 * 1300.5
+    assert liveness.patience({**spec, "picture_ratio": "much"}, 120.0) == 120.0
+
+
 @pytest.mark.parametrize("speed", ['"x"', "[16]", "null", "true", "0", "-16", "NaN", "Infinity", "1" + "0" * 400])
 def test_a_speed_that_is_none_counts_as_unknown(tmp_path, monkeypatch, speed):
     monkeypatch.setattr(common, "GATES", str(tmp_path))
