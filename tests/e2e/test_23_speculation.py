@@ -75,7 +75,7 @@ def test_a_draft_a_head_and_n_grams_are_deployed_and_guess(host, wanted):
         record = gate_record(host, name)
         assert [check["name"] for check in record["checks"] if not check["ok"]] == []
         assert "speculation" in [check["name"] for check in record["checks"]]
-        assert (record["speculation"]["drafted"] > 0) is (name != "grams"), record
+        assert record["speculation"]["drafted"] > 0 or name == "grams", record
     body = {"prompt": "Once upon a time", "n_predict": 12, "temperature": 0, "ignore_eos": True}
     for name in ("tiny", "head"):
         _, answer = ask(host, "/completion", body, port=PORTS[name])
