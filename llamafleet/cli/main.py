@@ -282,7 +282,7 @@ def _siblings_that_fit(host: Described, settings: Settings, refusal: Refusal) ->
     siblings = [_option(host, changed, name, _read_or_problem(changed)) for name, changed in settings_by_name.items()]
     return [
         f"take {option.source}: {option.weights_bytes / tables.GIB:.1f} GiB of weights, at about"
-        f" {tables.rate(option.decode_tokens_per_s)} tokens/s"
+        f" {tables.rate(option.tokens_per_s)} tokens/s"
         for option in siblings
         if isinstance(option.result, Plan)
     ]

@@ -122,6 +122,9 @@ def _speeds(speeds: Prediction) -> str:
             f"predicted: no speed, since {_gib(speeds.swap_bytes)} GiB would be in swap, and how fast its disk reads "
             "them for every token was not measured"
         )
+    if not speeds.decode_tokens_per_s:
+        how = ", roughly" if speeds.prefill_source == ESTIMATED else f" [{speeds.prefill_source}]"
+        return f"predicted{how}: {read} read; nothing is written"
     if speeds.decode_source == speeds.prefill_source == ESTIMATED:
         return f"predicted, roughly: {written} written, {read} read"
     return f"predicted: {written} written [{speeds.decode_source}], {read} read [{speeds.prefill_source}]"
@@ -219,9 +222,10 @@ def _outcome(option: Option, min_speed: float) -> str:
     size = f"{option.weights_bytes / GIB:7.1f} {option.bits_per_weight:5.1f}"
     match option.result:
         case Plan(predicted=speeds):
-            slow = "  too slow" if speeds.decode_tokens_per_s < min_speed else ""
+            slow = "  too slow" if option.tokens_per_s < min_speed else ""
             share = f"{round(100 * option.on_gpus)} %"
-            written, read = rate(speeds.decode_tokens_per_s), rate(speeds.prefill_tokens_per_s)
+            written = rate(speeds.decode_tokens_per_s) if speeds.decode_tokens_per_s else "-"
+            read = rate(speeds.prefill_tokens_per_s)
             return f"{size}  {share:>6}  {written:>7}  {read:>7}{slow}"
         case Refusal(needed_bytes=needed, available_bytes=available, device=device) if needed:
             return f"{size}  does not fit: {(needed - available) // MIB} MiB missing on {device}"

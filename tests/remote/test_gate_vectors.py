@@ -33,7 +33,9 @@ class Model(Server):
 
     def score(self, query, text):
         chance = random.Random(zlib.crc32(f"{query}{text}".encode()))
-        score = {"tiny": 1e-22, "nan": None, "random": random.random() * 9}.get(self.broken, chance.uniform(-5, 5))
+        score = {"tiny": 1e-22, "nan": None, "infinite": math.inf, "random": random.random() * 9}.get(
+            self.broken, chance.uniform(-5, 5)
+        )
         if text == EXAMPLE["relevant"]:
             return -8.0 if self.broken == "reversed" else 8.0
         return score
@@ -130,6 +132,7 @@ def test_a_sound_reranker_passes(model):
     [
         ("error", "200 and scores", "500: "),
         ("nan", "finite scores of 2 documents", "None"),
+        ("infinite", "finite scores of 2 documents", "inf"),
         ("random", "the same scores", "then"),
         ("tiny", "different scores for different documents", "1e-22"),
         ("reversed", "rerank_example", "-8"),
