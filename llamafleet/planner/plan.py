@@ -29,7 +29,7 @@ from llamafleet.memory.placement import HOST
 from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
-from llamafleet.planner import beside, processors, speculation, vectors
+from llamafleet.planner import beside, processors, projector, speculation, vectors
 from llamafleet.planner.asked import Asked
 from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate, host_cost
 from llamafleet.planner.backend import capacity_of, environment, no_gpu, resolve_backend
@@ -150,6 +150,19 @@ def _with_companions(case: _Case, asked: Asked) -> Plan | Refusal:
     if wrong := beside.unfit(asked):
         return Refusal(f"{case.instance.name}: {wrong}", instance=case.instance.name)
     case = case.with_adapters(adapters_of(asked.companions))
+    cases, found, plan = _tried(case, asked)
+    if plan is not None:
+        return plan
+    refused = found[-1]
+    assert isinstance(refused, tuple), "none of the cases has a plan"
+    refusal = _refuse(cases[-1], *refused)
+    less = next((text for text, other in projector.less(asked)
+                 if _tried(replace(case, instance=other.instance), other)[2] is not None), None)  # fmt: skip
+    return replace(refusal, suggestions=(less, *refusal.suggestions)) if less else refusal
+
+
+def _tried(case: _Case, asked: Asked) -> tuple[list[_Case], list[Timed | tuple[Search, Refined]], Plan | None]:
+    """Every combination of places, what came of each, and the best plan, if there is one."""
     cases = [
         case.with_besides(besides, contexts)
         for option in beside.options(asked)
@@ -158,11 +171,7 @@ def _with_companions(case: _Case, asked: Asked) -> Plan | Refusal:
     found = [_best_plan(one) for one in cases]
     plans = [(best.seconds * one.handicap, n, best.plan) for n, (one, best) in enumerate(zip(cases, found, strict=True))
              if isinstance(best, Timed)]  # fmt: skip
-    if plans:
-        return min(plans, key=lambda item: item[:2])[2]
-    refused = found[-1]
-    assert isinstance(refused, tuple), "none of the cases has a plan"
-    return _refuse(cases[-1], *refused)
+    return cases, found, min(plans, key=lambda item: item[:2])[2] if plans else None
 
 
 @dataclass(frozen=True)
@@ -233,7 +242,8 @@ class _Case:
         rows = refined.ledger()
         if self.bare:
             rows = apart(rows, replace(refined.case, model=self.bare).rows(refined.candidate.placement))
-        return with_besides(rows, self.besides, self.whole or self.capacity)
+        overhead = TRAITS[self.backend].overhead_bytes
+        return with_besides(rows, self.besides, self.whole or self.capacity, overhead)
 
     def gpus_of(self, order: Sequence[int]) -> tuple[Gpu, ...]:
         """The model's GPUs, and those that only its companions use."""

@@ -43,6 +43,8 @@ def settings(**model):
         "slots": 1,
         "projector": "hf:a/b/mmproj.gguf",
         "speculation": "ngram",
+        "adapters": [{"source": "hf:a/b/l.gguf", "scale": 0.5}],
+        "grammar_file": "/g",
         **model,
     }
     return Settings.from_data({**data, "llama_cpp_ref": "b11434", "models": [entry]})
@@ -69,6 +71,8 @@ def plan():
             "gpus": [{"uuid": "GPU-1", "name": "A", "planned_bytes": 5}],
             "modalities": ["vision"],
             "speculation": {"kind": "ngram", "most": 64, "least": 48, "kv_type": None},
+            "prompt_files": {"grammar": {"sha256": "a", "served_sha256": "a"}},
+            "adapters": [{"path": "/m/a.gguf", "scale": 0.5}],
         },
     }
     return {**record, "identity": instance_checks.identity_of(record), "plan": {"why": []}}
@@ -212,6 +216,8 @@ BROKEN = [
     ("plan_file", (*TINY, "plan", "gate", "url"), "http://127.0.0.1:9", "expected 8080, found 9"),
     ("plan_file", (*TINY, "plan", "gate", "slots"), 4, "expected 1, found 4"),
     ("plan_file", (*TINY, "plan", "gate", "api_keys"), None, "expected True, found False"),
+    ("plan_file", (*TINY, "plan", "gate", "adapters"), [{"path": "/x", "scale": 1}], "scales of adapters in plan.json: expected [0.5], found [1]"),
+    ("plan_file", (*TINY, "plan", "gate", "prompt_files"), {}, "prompt files in plan.json: expected ['grammar'], found nothing"),
     ("plan_file", (*TINY, "plan", "gate", "modalities"), [], "a projector in plan.json: expected True, found False"),
     ("plan_file", (*TINY, "plan", "gate", "speculation"), None, "speculation in plan.json: expected ngram, found none"),
     ("plan_file", (*TINY, "plan", "gate", "context_tokens"), 2048, "at least 4096 tokens a slot, found 2048"),
@@ -356,7 +362,9 @@ def test_of_a_traceback_the_collector_keeps_the_last_line(collector, monkeypatch
 
 def test_the_gate_asks_what_the_plan_has():
     facts = healthy()
-    facts["instances"]["tiny"]["plan"]["gate"].update(gpus=[], modalities=[], speculation=None)
+    facts["instances"]["tiny"]["plan"]["gate"].update(
+        gpus=[], modalities=[], prompt_files={}, adapters=[], speculation=None
+    )
     box = checks.Box("web1", settings(api_key_file=None), facts)
     served = checks.served(box, box.settings.models[0])
     assert instance_checks.planned_gate_checks(served) == ("health", "process", "context", "completion", "speed")
@@ -365,8 +373,10 @@ def test_the_gate_asks_what_the_plan_has():
 @pytest.mark.parametrize(("serves", "name"), [("embedding", "embedding"), ("reranking", "scores")])
 def test_the_gate_asks_for_what_the_server_serves(serves, name):
     facts = healthy()
-    facts["instances"]["tiny"]["plan"]["gate"] |= {"serves": serves, "gpus": [], "modalities": [], "speculation": None}
-    box = checks.Box("web1", settings(serves=serves, projector=None, speculation="none"), facts)
+    facts["instances"]["tiny"]["plan"]["gate"] |= {
+        "serves": serves, "gpus": [], "modalities": [], "prompt_files": {}, "adapters": [], "speculation": None,
+    }  # fmt: skip
+    box = checks.Box("web1", settings(serves=serves, projector=None, grammar_file=None, speculation="none"), facts)
     served = checks.served(box, box.settings.models[0])
     assert instance_checks.planned_gate_checks(served) == ("health", "process", "api key", "context", name, "speed")
 

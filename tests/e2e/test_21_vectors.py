@@ -90,7 +90,9 @@ def test_an_embedder_and_a_reranker_serve_beside_a_chat(host, wanted):
     assert plan["gate"]["serves"] == "embedding" and plan["gate"]["vector_elements"] == 128
     record = json.loads(on(host, "cat", "/var/lib/llamafleet/gate/vectors.json"))
     names = [check["name"] for check in record["checks"]]
-    assert names == ["health", "process", "context", "embedding", "speed"] and record["read_speeds"], record
+    assert names == ["health", "process", "context", "embedding", "speed", "longest input"] and record["read_speeds"], (
+        record
+    )
     assert "/v1/embeddings" in run.text and "/v1/rerank" in run.text
     # The longest input that it takes, and one token more.
     status, told = ask(host, "/v1/embeddings", {"input": "a " * 510}, port=EMBEDDER)

@@ -163,7 +163,7 @@ def test_what_is_beside_the_model_is_taken_off_its_devices(monkeypatch):
 def test_a_gpu_that_only_a_companion_uses_is_one_of_the_plan(monkeypatch):
     plan = planned(monkeypatch, Beside("draft", {1: 3 * GIB}, flags=("--x", "{GPU1}")))
     assert [row.device for row in plan.ledger] == ["GPU0", "GPU1", "host"]
-    assert rows(plan)["GPU1"].used_bytes == 3 * GIB and [gpu.index for gpu in plan.gpus] == [0, 1]
+    assert rows(plan)["GPU1"].beside_bytes == 3 * GIB and [gpu.index for gpu in plan.gpus] == [0, 1]
     assert planning.argument(plan.argv, "--device") == "CUDA0" and planning.argument(plan.argv, "--x") == "CUDA1"
     assert plan.environment["CUDA_VISIBLE_DEVICES"].count(",") == 1
 
