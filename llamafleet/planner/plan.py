@@ -245,8 +245,11 @@ class _Case:
         rows = refined.ledger()
         if self.bare:
             rows = apart(rows, replace(refined.case, model=self.bare).rows(refined.candidate.placement))
-        overhead = TRAITS[self.backend].overhead_bytes
-        return with_besides(rows, self.besides, self.whole or self.capacity, overhead)
+        return self.with_rows(rows)
+
+    def with_rows(self, rows: Sequence[LedgerRow]) -> tuple[LedgerRow, ...]:
+        """The rows of the model alone, with what is beside it."""
+        return with_besides(rows, self.besides, self.whole or self.capacity, TRAITS[self.backend].overhead_bytes)
 
     def gpus_of(self, order: Sequence[int]) -> tuple[Gpu, ...]:
         """The model's GPUs, and those that only its companions use."""
@@ -344,7 +347,7 @@ def _by_tensors(case: _Case, by_layers: Timed | None) -> Timed | Refusal:
 def _tensor_plan(case: _Case, chosen: tensor.Tensors, by_layers: Timed | None) -> Plan:
     context, model, placement = chosen.context, case.model, tensor.placement(case.model)
     gpus, cpu = case.gpus_of(chosen.order), case.machine.cpu
-    rows = with_besides(chosen.rows, case.besides, case.whole or case.capacity)
+    rows = case.with_rows(chosen.rows)
     argv = planned_flags(
         context, placement, backend=case.backend, gpus=len(chosen.order), threads=case.threads,
         prompt_cache_mib=case.instance.prompt_cache_mib, checkpoints=case.checkpoints(context), is_moe=model.is_moe,
