@@ -1,6 +1,7 @@
 """What a projector takes. That llama-server takes the same is a test of the oracle's."""
 
 import functools
+import itertools
 import tempfile
 import time
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from gguf import GGMLQuantizationType
 
-from llamafleet.memory.projector import SENT_PICTURE_BYTES, projector_bytes
+from llamafleet.memory.projector import SENT_PICTURE_BYTES, _compute, _largest, projector_bytes
 from llamafleet.model.gguf import read_path
 from llamafleet.model.projector import read
 from sandbox import projectors
@@ -56,13 +57,15 @@ def test_the_host_holds_the_picture_and_its_embeddings():
     assert many.pictures - few.pictures > 300 * MIB
 
 
-def test_a_projector_that_is_not_known_has_a_bound_above_the_exact_size(monkeypatch):
-    exact = sizes("qwen2.5-vl-7b")
-    monkeypatch.setattr("llamafleet.memory.graph.projectors.GRAPHS", {})
-    bound = sizes("qwen2.5-vl-7b")
-    assert not bound.is_exact
-    assert exact.compute < bound.compute
-    assert exact.at_start < bound.at_start
+@pytest.mark.parametrize("name", projectors.PUBLISHED_PROJECTORS)
+def test_the_bound_of_a_projector_whose_graph_is_unknown_is_above_its_bytes(name):
+    [encoder] = read(header(name)).encoders
+    unknown = replace(encoder, name="?")
+    for picture, flash in itertools.product(_largest(encoder), (True, False)):
+        [exact], is_exact = _compute(encoder, picture, False, flash)
+        [bound], is_bound = _compute(unknown, picture, False, flash)
+        assert (is_exact, is_bound) == (True, False)
+        assert exact <= bound
 
 
 @pytest.mark.parametrize(
