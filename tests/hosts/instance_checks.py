@@ -22,13 +22,13 @@ ASLEEP = "asleep"
 SECCOMP_FILTER = 2
 GATE_CHECKS = (
     "health", "process", "gpu memory", "devices", "api key", "context", "prompt files", "completion", "adapters",
-    "picture", "embedding", "scores", "speed",
+    "speculation", "picture", "embedding", "scores", "speed",
 )  # fmt: skip
 # Why a check does not apply.
 NOT_PLANNED = {
     "gpu memory": "the plan uses no GPU", "devices": "the plan uses no GPU",
     "api key": "the settings ask for no API key", "prompt files": "the settings name none",
-    "adapters": "the settings name none",
+    "adapters": "the settings name none", "speculation": "the settings ask for none",
     **dict.fromkeys(("completion", "picture", "embedding", "scores"), "the model serves something else"),
 }  # fmt: skip
 
@@ -73,6 +73,7 @@ def _as_asked(served: Served, plan: Mapping[str, Any]) -> Problems:
         ("port", requested.port, int(gate["url"].rsplit(":", 1)[-1])),
         ("slots", requested.slots or gate["slots"], gate["slots"]),  # unset: the plan's choice
         ("an API key is required", requested.api_key_file is not None, gate["api_keys"] is not None),
+        ("speculation", requested.speculation, (gate.get("speculation") or {"kind": "none"})["kind"]),
         ("a projector", requested.projector is not None, bool(gate.get("modalities"))),
         ("scales of adapters", [one.scale for one in requested.adapters], scales),
         ("prompt files", sorted(files), sorted(gate.get("prompt_files") or ())),
@@ -308,7 +309,7 @@ def planned_gate_checks(served: Served) -> tuple[str, ...]:
         "gpu memory": not nvidia, "devices": not gpus, "api key": served.instance.api_key_file is None,
         "completion": serves != "chat", "picture": not gate.get("modalities"),
         "prompt files": not gate.get("prompt_files"), "adapters": not gate.get("adapters"), "embedding": serves != "embedding",
-        "scores": serves != "reranking",
+        "scores": serves != "reranking", "speculation": not gate.get("speculation"),
     }  # fmt: skip
     return tuple(name for name in GATE_CHECKS if not without.get(name))
 
