@@ -71,9 +71,12 @@ def reported(text_model, file, *flags, devices=0):
         return by_device, total
 
 
-@pytest.mark.parametrize("name", projectors.PUBLISHED_PROJECTORS)
+EVERY = {**projectors.PUBLISHED_PROJECTORS, **projectors.OTHER_PROJECTORS}
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_llama_server_takes_what_is_planned(name, text_model, tmp_path):
-    file = projectors.write(projectors.PUBLISHED_PROJECTORS[name], tmp_path)
+    file = projectors.write(EVERY[name], tmp_path)
     projector = read(read_path(file))
     for on_gpu, flash in itertools.product((False, True), repeat=2):
         sizes = projector_bytes(projector, on_gpu=on_gpu, flash_attention=flash)
