@@ -182,6 +182,18 @@ class InstalledInstance:
     loaded: Table[Sha256] = field(default_factory=dict)
     # Files of its release that the server runs from although they were removed or replaced.
     deleted: Many[Path] = ()
+    # Of an instance that starts on demand: hashes of its further units by name, installed and last good ones, their
+    # drop-ins, and the state of its socket.
+    demand_sha256: Table[Sha256] = field(default_factory=dict)
+    good_demand_sha256: Table[Sha256] = field(default_factory=dict)
+    demand_drop_ins: Many[Path] = ()
+    socket: Name | None = None
+    socket_enabled: Name | None = None
+
+    @property
+    def is_on_demand(self) -> bool:
+        """Whether it starts when it is asked, and stops when nobody uses it."""
+        return bool(self.demand_sha256)
 
 
 @dataclass(frozen=True)

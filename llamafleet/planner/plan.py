@@ -22,6 +22,7 @@ from llamafleet.memory.beside import Beside, reduced, taken, with_besides
 from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.checkpoints import checkpoint_bytes
 from llamafleet.memory.context import PAD_CELLS, Context
+from llamafleet.memory.demand import Demand
 from llamafleet.memory.flash_attention import is_used, takes_cache_on
 from llamafleet.memory.ledger import NO_CORRECTION, Correction, LedgerRow
 from llamafleet.memory.placement import HOST
@@ -39,8 +40,9 @@ from llamafleet.planner.result import Plan, Refusal
 from llamafleet.planner.roofline import Prediction, Roofline
 from llamafleet.planner.search import Candidate, Search, contexts
 from llamafleet.planner.suggestions import Change, Short, suggestions
+from llamafleet.planner.together import with_sentences
 from llamafleet.planner.unplannable import beyond, no_cache, not_a_model
-from llamafleet.settings.schema import Instance, Settings
+from llamafleet.settings.schema import DEMAND, Instance, Settings
 from llamafleet.settings.workload import Workload
 from llamafleet.units import MIB
 
@@ -62,7 +64,9 @@ def plan_host(
 ) -> tuple[Plan | Refusal, ...]:
     """A plan or a refusal for each instance, in the order of `requests`.
 
-    Instances get memory by priority, then in the order of `requests`. `corrections`, by instance name, correct the
+    Instances that start with the host get memory by priority, then in the order of `requests`. Each of those that start
+    on demand is planned for all that is left then: which of them may be up together, the host decides when one is asked
+    for (`Plan.demand`). `corrections`, by instance name, correct the
     ledger by what the built llama-server reported for earlier plans. `measurements` are of this host. `known`: what the
     speeds are predicted with, where that is not what plans are chosen with: later measurements change no plan.
     `companions`: by instance name, the headers of what is loaded beside its model, by their parts.
@@ -78,18 +82,25 @@ def plan_host(
     results: dict[int, Plan | Refusal] = {}
     earlier: tuple[Plan, ...] = ()
     notes = (*left_out(machine, backend, settings), *machine.notes)
-    for position, (instance, header) in sorted(enumerate(requests), key=lambda item: (-item[1][0].priority, item[0])):
+    for position, (instance, header) in sorted(enumerate(requests), key=_turn):
         correction = corrections.get(instance.name, NO_CORRECTION)
         alone, later = len(requests) == 1, known or measurements
         result = _plan_instance(
             machine, backend, capacity, instance, header, correction, measurements, later, alone, earlier,
             companions.get(instance.name, {}),
         )  # fmt: skip
-        if isinstance(result, Plan):
+        if isinstance(result, Plan) and instance.start == DEMAND:
+            result = replace(result, demand=Demand.of(result.ledger, unified=capacity.unified))
+        elif isinstance(result, Plan):
             capacity = capacity.without(result.ledger)
             earlier = (*earlier, result)
         results[position] = replace(result, why=(*result.why, *notes), problems=machine.problems)
-    return tuple(results[position] for position in range(len(requests)))
+    return with_sentences([results[position] for position in range(len(requests))])
+
+
+def _turn(item: tuple[int, tuple[Instance, Header]]) -> tuple[bool, int, int]:
+    position, (instance, _) = item
+    return instance.start == DEMAND, -instance.priority, position
 
 
 def _plan_instance(

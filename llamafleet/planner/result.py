@@ -11,6 +11,7 @@ from typing import Any
 
 from llamafleet.host.learned import Expected
 from llamafleet.host.machine import Gpu
+from llamafleet.memory.demand import Demand
 from llamafleet.memory.ledger import LedgerRow
 from llamafleet.memory.placement import HOST, Placement
 from llamafleet.planner.roofline import Prediction
@@ -76,6 +77,7 @@ class Plan:
     chosen_for: Prediction = NO_PREDICTION
     at_gate: Expected | None = None
     problems: tuple[str, ...] = ()  # what is wrong with the host, as its probe found, each with the way out
+    demand: Demand | None = None  # of a model that starts on demand: what it shares with the others of its kind
 
     fits = True
 

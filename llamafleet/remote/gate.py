@@ -5,8 +5,8 @@ fails, and prints {"ok": bool, "checks": [{"name", "ok", "expected", "found", "h
 "decode_tokens_per_s": float | null}; exit 0 good, 1 not. With --record it also writes
 /var/lib/llamafleet/gate/NAME.json: that object, "schema" 1, "time" (UTC), "identity" and "release" of the plan, what
 the next gate compares with, and "last_failure" {"time", "release", "check"}. With --no-floor any speed passes: a server
-that has served before is not rejected for its speed. Of a server that sleeps nothing is asked that would wake it, except
-with --record, which is for a server that was just started.
+that has served before is not rejected for its speed. A server that sleeps is woken with --record only, which is
+for one that was just started.
 `gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then checks that a planned key is asked for
 and that the process holds memory on the planned GPUs. If the key file is empty, or the driver was not ready at boot,
 the start thus fails: no server serves everybody, or stays on the CPU. The checks run in a transient unit without
@@ -154,7 +154,8 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
 
 
 CHECKS = (
-    check_health, check_process, check_asleep, check_gpus, check_devices, check_key, check_context, check_completion, check_speed,
+    check_health, check_process, check_asleep, check_gpus, check_devices, check_key, check_context, check_completion,
+    check_speed,
 )  # fmt: skip
 # The key first: until then a server without keys would serve everybody.
 START_CHECKS = (check_health, check_key, check_gpus, check_devices)

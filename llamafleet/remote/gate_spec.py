@@ -55,14 +55,14 @@ GATE: Dict[str, Form] = {
     "unit": ("the name of a unit of ours", is_unit), "argv": ("a list of texts", is_texts), "url": TEXT,
     "api_keys": PATH, "tls_certificate": PATH, "health_seconds": NUMBER, "context_tokens": NUMBER, "slots": NUMBER,
     "kv_type": PATH, "speed_floor_percent": NUMBER, "backend": TEXT,
-    "gpus": ("a list of objects", lambda value: isinstance(value, list)),
+    "socket": PATH, "gpus": ("a list of objects", lambda value: isinstance(value, list)),
 }  # fmt: skip
 GPU = {"uuid": TEXT, "name": TEXT, "device": TEXT, **dict.fromkeys(
     ("planned_bytes", "weights_bytes", "kv_bytes", "compute_bytes", "staging_bytes"), NUMBER)}  # fmt: skip
 SIZE: Form = ("a number or null", lambda value: value is None or is_number(value))  # null: the server did not tell it
 FILE = {"path": TEXT, "size_bytes": SIZE, "sha256": PATH}
 # What plans of earlier versions lack.
-ABSENT = {"tls_certificate": None, "kv_type": None, "speed_floor_percent": 0}
+ABSENT = {"socket": None, "tls_certificate": None, "kv_type": None, "speed_floor_percent": 0}
 
 
 def read_spec(path: str) -> Dict[str, Any]:

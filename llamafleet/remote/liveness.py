@@ -1,12 +1,12 @@
 """Check that a running instance answers and makes progress, and restart it if not.
 
 Contract: `liveness.py PLAN.json SECONDS`, run by the instance's timer. PLAN.json is plan.json, of which is read: `gate`
-(unit, url, api_keys, tls_certificate, argv, health_seconds, context_tokens, slots) and `batch_tokens`, the most tokens
-that are computed in one piece; only unit and url must be there. A server is fine if it sleeps, if a counter of a slot
-has moved since the last look, or if no slot works and no request waits; one that has no cached token to lose must also
-give a token. A server that is not fine for SECONDS is wedged. systemd then restarts it: SIGTERM, after the unit's stop
-timeout SIGKILL. A unit is not checked while it does not run
-(systemd restarts what has ended), loads, or is being switched.
+(unit, url, socket, api_keys, tls_certificate, argv, health_seconds, context_tokens, slots) and `batch_tokens`, the most
+tokens that are computed in one piece; only unit and url must be there. A server is fine if it sleeps, if a counter of
+a slot has moved since the last look, or if no slot works and no request waits; one that has no cached token to lose
+must also give a token. A server that is not fine for SECONDS is wedged. systemd then restarts it: SIGTERM, after the
+unit's stop timeout SIGKILL. A unit is not checked while it does not run (systemd restarts what has ended), loads, or is
+being switched.
 Exit 0 nothing to do, 10 restarted; anything else is a check that failed, of which the last line on stderr says why.
 Writes /run/llamafleet/liveness-NAME.json (the counters that it saw) and, on a restart, /var/lib/llamafleet/gate/
 liveness/NAME.json {"restarts", "by_systemd", "time", "why"}: its own restarts, those of systemd before them, of which
@@ -109,8 +109,15 @@ def read_spec(path: str) -> dict[str, Any]:
         raise ValueError(f"{path} has no gate with a unit and a url: run the deploy again")
     if later := later_schema(plan, PLAN_SCHEMA):
         raise ValueError(f"{path}: {later}")
-    spec = {"api_keys": None, "tls_certificate": None, "argv": [], **gate, "batch_tokens": plan.get("batch_tokens")}
-    texts = [spec[key] for key in ("api_keys", "tls_certificate") if spec[key] is not None]
+    spec = {
+        "api_keys": None,
+        "tls_certificate": None,
+        "socket": None,
+        "argv": [],
+        **gate,
+        "batch_tokens": plan.get("batch_tokens"),
+    }
+    texts = [spec[key] for key in ("api_keys", "tls_certificate", "socket") if spec[key] is not None]
     if not isinstance(spec["argv"], list) or not all(isinstance(word, str) for word in [*texts, *spec["argv"]]):
         raise ValueError(f"{path}: its gate has paths or arguments that are no texts: run the deploy again")
     return spec

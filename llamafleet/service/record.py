@@ -12,10 +12,18 @@ from llamafleet.host.machine import Gpu
 from llamafleet.hub.source import ModelFiles
 from llamafleet.planner.flags import device_names
 from llamafleet.planner.result import Plan
-from llamafleet.remote.common import API_KEYS, INSTANCES, PLAN_SCHEMA, TLS_CERTIFICATE, TLS_KEY, identity_of
+from llamafleet.remote.common import (
+    API_KEYS,
+    INSTANCES,
+    PLAN_SCHEMA,
+    TLS_CERTIFICATE,
+    TLS_KEY,
+    identity_of,
+    server_socket,
+)
 from llamafleet.service.model_folders import model_folder
 from llamafleet.service.trial import told_to_host
-from llamafleet.settings.schema import Instance
+from llamafleet.settings.schema import DEMAND, Instance
 
 # Nobody serves from a slower disk; bytes per second. The gate measures the disk, and waits less.
 SLOWEST_LOAD = 10 * MIB
@@ -52,6 +60,8 @@ def plan_record(
         ],
     }
     folders = [path.rsplit("/", 1)[0], *(model_folder(one) for one in model.companions.values())]
+    if instance.start == DEMAND:
+        gate["socket"] = server_socket(instance.name)
     files = [{"path": f"{folder}/{name}", "size_bytes": size, "sha256": sha256}
              for folder, one in zip(folders, model.every, strict=True)
              for name, size, sha256 in one.recorded]  # fmt: skip
@@ -75,7 +85,8 @@ def plan_record(
         record["source"] = public
         record["public_identity"] = identity_of(record)
     told = {**told_to_host(argv, alone), "allowed_drop_ins": list(instance.allowed_drop_ins)}
-    return {**record, "identity": identity, **told, "plan": chosen_plan(plan)}
+    demand = {"demand": plan.demand.to_json()} if plan.demand else {}
+    return {**record, "identity": identity, **told, **demand, "plan": chosen_plan(plan)}
 
 
 def chosen_plan(plan: Plan) -> dict[str, Any]:
