@@ -39,7 +39,8 @@ class Case:
     def name(self) -> str:
         """The case in one line."""
         c = self.context
-        parts = [self.layout, self.quant, f"{c.tokens}x{c.slots}{'u' if c.unified else ''}", c.kv_type,
+        shared = f"u{c.pool_tokens or ''}" if c.unified else ""
+        parts = [self.layout, self.quant, f"{c.tokens}x{c.slots}{shared}", c.kv_type,
                  f"ub{c.ubatch_tokens}", "fa" if c.flash_attention else "nofa",
                  "gpu" + "+".join(map(str, self.counts or (0,)))]  # fmt: skip
         return " ".join([*parts, f"spill{len(self.spilled)}"] if self.spilled else parts)
@@ -47,10 +48,12 @@ class Case:
     def flags(self, is_moe: bool) -> list[str]:
         """The flags of llama-server for this case."""
         c = self.context
-        flags = ["-c", str(c.cells * c.slots), "-np", str(c.slots), "-kvu" if c.unified else "-no-kvu",
-                 "-ctk", c.kv_type, "-ctv", c.kv_type, "-fa", "on" if c.flash_attention else "off",
-                 "-b", str(max(2048, c.ubatch_tokens)), "-ub", str(c.ubatch_tokens),
+        flags = ["-c", str(c.stream_cells * c.streams), "-np", str(c.slots), "-kvu" if c.unified else "-no-kvu",
+                 "-ctk", c.key_type, "-ctv", c.value_type, "-fa", "on" if c.flash_attention else "off",
+                 "-b", str(c.ubatch_tokens if c.pooling else max(2048, c.ubatch_tokens)), "-ub", str(c.ubatch_tokens),
                  "-ngl", str(sum(self.counts))]  # fmt: skip
+        if c.pooling:
+            flags += ["--rerank"] if c.pooling == "rank" else ["--embedding", "--pooling", c.pooling]
         if len(self.counts) > 1:
             flags += ["-ts", ",".join(map(str, self.counts))]
         if self.spilled:

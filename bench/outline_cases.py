@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,34 @@ def situations(layers: int) -> dict[str, Situation]:
     }  # fmt: skip
 
 
+def cache_shapes(layers: int) -> dict[str, Situation]:
+    """Types of K and V apart, and one pool for several slots, of other sizes than all their contexts together."""
+    half, all_ = layers // 2, layers + 1
+    pool = {"unified": True, "pool_tokens": 6144}
+    return {
+        "K of q8_0, V of f16, two slots": (Context(4096, 2, "q8_0/f16", 512), (all_,), ()),
+        "K of f16, V of q4_0, two devices": (Context(8192, 1, "f16/q4_0", 512), (half, all_ - half), ()),
+        "K of q8_0, V of bf16, no flash attention": (
+            Context(4096, 1, "q8_0/bf16", 256, flash_attention=False), (all_,), ()),
+        "K of f32, V of q8_0, no device": (Context(4096, 1, "f32/q8_0", 512), (), ()),
+        "K of q5_1, V of f32, one pool, experts or feed-forward of half of the layers on the host": (
+            Context(4096, 4, "q5_1/f32", 512, **pool), (all_,), range(half)),
+        "a pool of 1.5 contexts for four slots": (Context(4096, 4, "f16", 512, **pool), (all_,), ()),
+        "a pool of 1.5 contexts for three slots, no flash attention": (
+            Context(4096, 3, "f16", 512, flash_attention=False, **pool), (all_,), ()),
+        "a pool below the ubatch, two devices": (
+            Context(512, 4, "q8_0", 2048, unified=True, pool_tokens=1000), (half, all_ - half), ()),
+    }  # fmt: skip
+
+
 def compared(path: Path, model: Model, situation: Situation, oracle: Oracle | None = None) -> Iterator[Figure]:
     """Weights and caches in whole MiB, as llama-server prints them, compute buffers to the hundredth.
 
     Raises OracleError if llama-server does not load the model. `oracle`: another release than the pinned one.
     """
     context, counts, spilled = situation
+    if not model.shape.architecture.computes_logits:
+        context = replace(context, pooling=model.shape.pooling)
     case = Case(path.stem, "Q8_0", context, counts, tuple(spilled))
     devices, host = usage(model, context, case.placement(model.layers), "cpu")
     theirs = ask(path, case.flags(model.is_moe), len(counts), oracle=oracle)

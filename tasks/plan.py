@@ -7,10 +7,12 @@ from dataclasses import replace
 
 from pyinfra import host
 from pyinfra.api.deploy import deploy
+from pyinfra.context import ctx_host
 
 from llamafleet.cli import tables, usage
 from llamafleet.planner import stability
 from llamafleet.service.desired import Serving
+from tasks.lib import text_diffs
 from tasks.lib.decision import Decision, decision
 from tasks.lib.usage import left_to_do, reached_by
 
@@ -18,13 +20,16 @@ from tasks.lib.usage import left_to_do, reached_by
 @deploy("Plan")
 def plan() -> None:
     """Print the plans of new and changed instances as tables, and what the run will do; a host without changes has one
-    line. With `-v` all plans are printed. A host that cannot hold its models was refused by name; the other hosts go
-    on."""
+    line. With `-v` all plans are printed, with `--diff` how prompt files differ. A host that cannot hold its models was
+    refused by name; the other hosts go on."""
     now = decision()
     if now is None:
         return
     for text in lines(now, host.name, reached_by(host), everything=host.state.print_noop_info):
         host.log(text)
+    if host.state.config.DIFF:
+        for text in text_diffs.differences(now.desired, text_diffs.from_host(ctx_host.get())):
+            host.log(text)
 
 
 def lines(now: Decision, name: str, reached: str, *, everything: bool) -> Iterator[str]:

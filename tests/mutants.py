@@ -232,10 +232,10 @@ def _plan_host():
     """The planner, which is given the same machine again and again, with what it answered."""
     known = {}
 
-    def plan(machine, requests, settings, corrections, measurements, later):
+    def plan(machine, requests, settings, corrections, measurements, later, companions):
         key = (machine, id(settings), repr(sorted(corrections.items())), repr(measurements), repr(later))
         if key not in known:
-            known[key] = plan_host(machine, requests, settings, corrections, measurements, later)
+            known[key] = plan_host(machine, requests, settings, corrections, measurements, later, companions)
         return known[key]
 
     return plan

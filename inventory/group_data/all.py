@@ -43,7 +43,8 @@ model_defaults = {
     "slots": None,
     # Types of the KV cache that the plan may use, the best first. It uses a later type if that saves at
     # least a tenth of the workload's time, or if the first type does not fit. Quantised types save memory,
-    # but can cost much speed and some quality, so they are used only if you list them.
+    # but can cost much speed and some quality, so they are used only if you list them. "f16/q8_0" is K/V: K
+    # suffers more from it than V.
     "kv_types": ["f16"],
     # Tokens computed together while a prompt is read (--ubatch-size; llama.cpp's default is 512). A larger
     # ubatch reads a prompt faster, above all with experts in RAM, and takes more memory. None: the plan
@@ -92,14 +93,16 @@ model_defaults = {
     "chat_template_file": None,
     "grammar_file": None,
     "json_schema_file": None,
-    # True: all slots share one KV cache of `pool_tokens`, and one request may use all of it. With None the pool has
-    # `context_tokens` for each slot. A pool can run out where all slots are long at once.
+    # True: all slots share one KV cache of `pool_tokens`. One request may use `context_tokens` of it; all of it where
+    # one of the two is None, and then the pool has `context_tokens` for each slot. A pool can run out where all slots
+    # are long at once: llama-server then ends all running requests with an error.
     "kv_unified": False,
     "pool_tokens": None,
     # GPUs that this instance may use, named as in the host's `gpus`. None: those of the host. []: none.
     "gpus": None,
     # Copies of the instance, each a unit of its own, NAME-1, NAME-2 and so on, with ports counted up from `port`: a
-    # number, or "per_gpu": one for each GPU, planned for that GPU alone.
+    # number, planned one after another, or "per_gpu": one for each GPU that it may use, planned for that GPU alone. 1:
+    # the instance itself, under its own name.
     "copies": 1,
     # How several GPUs share a model: "layer" (whole layers), "tensor" (each computes a part of every layer), or "auto":
     # "tensor" where llama.cpp has it for this model and it is predicted to be faster.

@@ -70,6 +70,14 @@ class Build:
         """The release's folder on the host."""
         return f"{RELEASES}/{self.key}"
 
+    @property
+    def mixed_pairs(self) -> tuple[str, ...]:
+        """The pairs of different types of K and V that flash attention is compiled for: an f32 cache is converted to
+        f16 before (build_attn_mha), and iq4_nl has no kernel."""
+        pairs = [kv.replace("f32", "f16").split("/") for kv in self.kv_types if "/" in kv]
+        known = {*DEFAULT_FA_TYPES, *MORE_FA_TYPES}
+        return tuple(sorted({f"{key}-{value}" for key, value in pairs if key != value and {key, value} <= known}))
+
     def cmake_flags(self) -> tuple[str, ...]:
         """CMake's -D options, without paths of this or that host."""
         ui = "ON" if self.ui else "OFF"
@@ -96,15 +104,18 @@ class Build:
         if self.backend == "cuda":
             flags = {"GGML_CUDA": "ON", "CMAKE_CUDA_ARCHITECTURES": ";".join(self.architectures)}
             extra = [kv for kv in self.kv_types if kv in MORE_FA_TYPES]
-            if extra:
-                pairs = [f"{kv}-{kv}" for kv in (*DEFAULT_FA_TYPES, *extra)]
-                flags["GGML_CUDA_FA_QUANTS"] = ";".join(pairs)
-            return flags
+            return flags | (_compiled_pairs(extra, self.mixed_pairs) if extra or self.mixed_pairs else {})
         if self.backend == "hip":
-            return {"GGML_HIP": "ON", "GPU_TARGETS": ";".join(self.architectures)}
+            flags = {"GGML_HIP": "ON", "GPU_TARGETS": ";".join(self.architectures)}
+            return flags | (_compiled_pairs([], self.mixed_pairs) if self.mixed_pairs else {})
         if self.backend == "vulkan":
             return {"GGML_VULKAN": "ON"}
         return {}
+
+
+def _compiled_pairs(extra: Iterable[str], mixed: Iterable[str]) -> dict[str, str]:
+    pairs = [*(f"{kv}-{kv}" for kv in (*DEFAULT_FA_TYPES, *extra)), *mixed]
+    return {"GGML_CUDA_FA_QUANTS": ";".join(pairs)}
 
 
 def _hash(parts: Iterable[object]) -> str:

@@ -16,6 +16,7 @@ from llamafleet.host import described
 from llamafleet.host.machine import Machine, MachineError
 from llamafleet.hub.network import Network
 from llamafleet.settings import defaults, secrets
+from llamafleet.settings.copies import MOST_COPIES
 from llamafleet.settings.other_names import LLAMA_CPP_NAMES
 from llamafleet.settings.schema import Instance, Settings
 from llamafleet.validation import shown
@@ -142,10 +143,7 @@ def settings_for_all(models: Sequence[str], data: Mapping[str, Any], changes: Ma
     Raises `UsageError` or `SettingsError`.
     """
     of_host: dict[str, Any] = {}
-    entries: list[dict[str, Any]] = [
-        {"name": NAME if len(models) == 1 else f"{NAME}{number}", "port": PORT + number - 1}
-        for number in range(1, len(models) + 1)
-    ]
+    entries = _entries(len(models))
     for key, value in sorted(changes.items(), key=lambda change: "." in change[0]):  # what is of one model wins
         which, _, own = key.rpartition(".")
         if own == "source":
@@ -161,6 +159,22 @@ def settings_for_all(models: Sequence[str], data: Mapping[str, Any], changes: Ma
     for entry, model in zip(entries, models, strict=True):
         entry["source"] = model if ":" in model else str(Path(model).absolute())
     return Settings.from_data({**data, **of_host, "models": entries})
+
+
+def labels(models: Sequence[str], settings: Settings) -> list[str]:
+    """The models as they were given, one for each instance of `settings_for_all`, with the number of a copy."""
+    given = {entry["name"]: model for entry, model in zip(_entries(len(models)), models, strict=True)}
+    found = []
+    for one in settings.models:
+        name, _, number = one.name.rpartition("-")
+        found.append(given[one.name] if one.name in given else f"{given[name]}, copy {number}")
+    return found
+
+
+def _entries(count: int) -> list[dict[str, Any]]:
+    """The name and the port of each of so many models, with ports between for copies."""
+    names = [NAME] if count == 1 else [f"{NAME}{number}" for number in range(1, count + 1)]
+    return [{"name": name, "port": PORT + MOST_COPIES * number} for number, name in enumerate(names)]
 
 
 def _items(key: str, value: Any) -> Any:

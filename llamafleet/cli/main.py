@@ -26,6 +26,7 @@ from llamafleet.cli.arguments import (
     UsageError,
     default_data,
     hub_token,
+    labels,
     network,
     parse_changes,
     read_machine,
@@ -39,6 +40,7 @@ from llamafleet.host.speeds import Measurements
 from llamafleet.hub import source
 from llamafleet.model.gguf import Header
 from llamafleet.model.gguf_cursor import GgufError
+from llamafleet.planner.copies import with_copies
 from llamafleet.planner.plan import plan_host
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.printable import err, json_text, out, print_exception
@@ -129,7 +131,7 @@ def plan_command(options: argparse.Namespace) -> int:
         raise UsageError("--machine: give a model too, such as --model hf:OWNER/REPO/FILE.gguf")
     host = read_machine(options.machine)
     changes = parse_changes(options.changes)
-    if options.together:
+    if options.together or any(key.rpartition(".")[2] == "copies" for key in changes):
         return _together(options, host, changes)
     if options.compare or len(options.model) > 1:
         return _compare(options, host, changes)
@@ -179,11 +181,14 @@ def _on_inventory(module: str, options: argparse.Namespace) -> int:
 def _together(options: argparse.Namespace, host: Described, changes: dict[str, Any]) -> int:
     if options.compare or options.min_speed:
         raise UsageError("--together: plans models that are served together: leave out --compare and --min-speed")
-    models = options.model
-    settings = settings_for_all(models, default_data(), changes)
+    settings = with_copies(settings_for_all(options.model, default_data(), changes), host.machine)
+    if isinstance(settings, Refusal):
+        raise UsageError(f"--set copies: {settings.reason}")
+    models = labels(options.model, settings)
+    one_each = {one.source: replace(settings, models=(one,)) for one in settings.models}
     with ThreadPoolExecutor(READERS) as pool:
-        one_each = [replace(settings, models=(instance,)) for instance in settings.models]
-        headers = list(pool.map(_header, one_each))
+        read = dict(zip(one_each, pool.map(_header, one_each.values()), strict=True))
+    headers = [read[one.source] for one in settings.models]
     measured = Measurements(host_bytes_per_s=host.host_bytes_per_s)
     requests = list(zip(settings.models, headers, strict=True))
     results = plan_host(host.machine, requests, settings, measurements=measured)

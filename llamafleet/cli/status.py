@@ -14,7 +14,10 @@ from llamafleet.printable import one_line
 from llamafleet.units import MIB
 
 GIB = 1024 * MIB
+ASLEEP = "asleep"  # active, with its model's memory free until the next request
 COLUMNS = ("host", "instance", "state", "plan", "RAM", "GPU", "tok/s", "restarts", "last gate", "drift")
+ON_DEMAND = "on demand, {}"  # of a server that runs while it is used
+FINE = ("active", ASLEEP, *map(ON_DEMAND.format, ("stopped", "up", ASLEEP, "activating", "deactivating")))
 NOT_KNOWN = LiveInstance(rss_bytes=None, cgroup_bytes=None, gpu_bytes={}, since="", gate=None)
 
 
@@ -23,7 +26,7 @@ class InstanceStatus:
     """The state of one instance: actual values beside planned ones."""
 
     name: str
-    state: str  # systemd's: active, failed, ...; or "not installed"
+    state: str  # systemd's: active, failed, ...; or "asleep", "on demand, stopped", "not installed"
     plan: str  # the plan in short, see `plan_in_short`
     release: str
     rss_bytes: int | None
@@ -43,7 +46,7 @@ class InstanceStatus:
     @property
     def is_fine(self) -> bool:
         """Is it active, without drift, and did it pass its last gate?"""
-        return self.state == "active" and not self.drift and (self.gate is None or self.gate.ok)
+        return self.state in FINE and not self.drift and (self.gate is None or self.gate.ok)
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -104,7 +107,7 @@ def _instance(
         drift = tuple(wanted.services[name]) if name in wanted.services else ("the inventory does not name it",)
     return InstanceStatus(
         name=name,
-        state=(installed.active or "unknown") if installed else "not installed",
+        state=_state(installed, live),
         plan=plan_in_short(record),
         release=record.release,
         rss_bytes=live.rss_bytes,
@@ -123,15 +126,28 @@ def _instance(
     )
 
 
+def _state(installed: InstalledInstance | None, live: LiveInstance) -> str:
+    if installed is None:
+        return "not installed"
+    state = ASLEEP if live.asleep and installed.active == "active" else installed.active or "unknown"
+    if not installed.is_on_demand:
+        return state
+    return ON_DEMAND.format({"inactive": "stopped", "active": "up"}.get(state, state))
+
+
 def plan_in_short(record: PlanRecord) -> str:
-    """The plan of a plan.json, such as "131072 x 1 f16, 37 layers on 1 GPU, cuda"; empty if the record has none."""
+    """The plan of a plan.json, such as "131072 x 1 f16, 37 layers on 1 GPU, cuda"; empty if the record has none. Slots
+    over one pool are "32768 x 8 of 131072"."""
     plan, gate = record.plan, record.gate
     if plan is None or gate is None:
         return ""
     value = dict(itertools.pairwise(plan.argv))
     gpus = len(gate.gpus)
     layers = f"{value.get('--n-gpu-layers', '?')} layers on {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "CPU"
-    return f"{gate.context_tokens} x {gate.slots} {value.get('--cache-type-k', '?')}, {layers}, {record.backend}"
+    key = value.get("--cache-type-k", "?")
+    kinds = key if value.get("--cache-type-v", key) == key else f"{key}/{value['--cache-type-v']}"
+    pool = f" of {value.get('--ctx-size', '?')}" if "--kv-unified" in plan.argv else ""
+    return f"{gate.context_tokens} x {gate.slots}{pool} {kinds}, {layers}, {record.backend}"
 
 
 def table(hosts: Mapping[str, HostStatus]) -> str:

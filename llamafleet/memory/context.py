@@ -1,4 +1,4 @@
-"""The requested context (tokens, slots, cache type, ubatch) and the cells that llama-server makes of it."""
+"""The requested context (tokens, slots, cache types, ubatch) and the cells that llama-server makes of it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,49 @@ from dataclasses import dataclass, replace
 
 from llamafleet.model.shape import Shape
 
+DEFAULT_BATCH_TOKENS = 2048  # llama.cpp's --batch-size; never below the ubatch
 PAD_CELLS = 256  # src/llama-context.cpp and src/llama-kv-cache-iswa.cpp pad contexts to this
+UNQUANTISED = ("f32", "f16", "bf16")
+
+
+def types_of(kv_type: str) -> tuple[str, str]:
+    """The types of K and of V that a cache type names: "q8_0" is both, "q8_0/f16" is K/V."""
+    key, _, value = kv_type.partition("/")
+    return key, value or key
+
+
+def is_quantised(kv_type: str) -> bool:
+    """Whether K, V or both are quantised."""
+    return not set(types_of(kv_type)) <= set(UNQUANTISED)
 
 
 @dataclass(frozen=True)
 class Context:
-    """The requested context: tokens of one slot, number of slots, cache type, tokens of a ubatch."""
+    """The requested context: tokens of one slot, number of slots, cache type ("q8_0", or K/V as "q8_0/f16"), tokens of
+    a ubatch."""
 
     tokens: int
     slots: int
     kv_type: str
     ubatch_tokens: int
     flash_attention: bool = True
-    unified: bool = False  # all slots share one cache of tokens x slots cells (--kv-unified)
+    unified: bool = False  # all slots share one cache (--kv-unified)
+    pool_tokens: int = 0  # of the cache that all slots share; 0: tokens x slots
+    drafted: int = 0  # guessed tokens of a slot that are checked together, each with logits of its own
+    rollback: int = 0  # further copies of each recurrent state, to take guesses back (n_rs_seq)
+    head: bool = False  # the model's own draft head has a context, too: the same cells, slots and cache type
+    kept: int = 0  # hidden states of all tokens that a draft reads
+    pooling: str = ""  # of a server of embeddings or scores (--pooling); "": the server writes text
+
+    @property
+    def key_type(self) -> str:
+        """The type of K."""
+        return types_of(self.kv_type)[0]
+
+    @property
+    def value_type(self) -> str:
+        """The type of V."""
+        return types_of(self.kv_type)[1]
 
     @property
     def cells(self) -> int:
@@ -28,7 +58,9 @@ class Context:
     @property
     def stream_cells(self) -> int:
         """KV cells of one stream: of one slot or, with a unified cache, of all slots."""
-        return self.cells * (self.slots if self.unified else 1)
+        if not self.unified:
+            return self.cells
+        return _padded(self.pool_tokens) if self.pool_tokens else self.cells * self.slots
 
     @property
     def streams(self) -> int:
@@ -39,7 +71,12 @@ class Context:
     def ubatch(self) -> int:
         """Tokens computed together, at most the number of cells (src/llama-context.cpp,
         llama_context::llama_context)."""
-        return min(self.ubatch_tokens, self.cells * self.slots)
+        return min(self.ubatch_tokens, self.stream_cells * self.streams)
+
+    @property
+    def batch(self) -> int:
+        """Tokens that a server hands over together (--batch-size), at most the number of cells."""
+        return min(max(DEFAULT_BATCH_TOKENS, self.ubatch_tokens), self.stream_cells * self.streams)
 
     @property
     def batch_tokens(self) -> int:
@@ -48,8 +85,20 @@ class Context:
 
     @property
     def outputs(self) -> int:
-        """Tokens whose logits are computed: llama-server requests one for each slot."""
-        return min(self.ubatch, self.slots)
+        """Tokens with a result: every token's for embeddings and scores; else one for each slot and for each token that
+        is guessed for it (tools/server/server-context.cpp, server_output_limits)."""
+        return self.ubatch if self.pooling else min(self.ubatch, self.slots * (1 + self.drafted))
+
+    def pooled(self, pooling: str) -> Context:
+        """This context for embeddings or scores of that pooling ("": for text). Its ubatch is a multiple of the slots:
+        llama.cpp reserves as many tokens for each of them, and the mean is over as many (build_inp_mean)."""
+        ubatch = -(-self.ubatch_tokens // self.slots) * self.slots if pooling else self.ubatch_tokens
+        return replace(self, pooling=pooling, ubatch_tokens=ubatch)
+
+    @property
+    def takes_whole_inputs(self) -> bool:
+        """Does a ubatch hold the longest input of a server of embeddings or scores?"""
+        return bool(self.pooling) and self.ubatch_tokens >= self.tokens
 
 
 def cache_cells(context: Context, window: int) -> int:

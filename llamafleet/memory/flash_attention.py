@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from llamafleet.memory.context import UNQUANTISED, types_of
 from llamafleet.memory.kv_cache import attends, takes_cache_of
 from llamafleet.model.shape import Shape
 
 Kernel = Callable[[int, int, int], bool]  # by elements of a head of K and of V, and heads of Q for each head of K
 
-UNQUANTISED = ("f32", "f16", "bf16")
 SAME_SIZES = (40, 64, 72, 80, 96, 112, 128, 256)  # of K and V
 # Cache types with kernels (ggml_cuda_fattn_kv_type_supported, ggml_backend_vk_device_supports_op, ggml_sycl_get_
 # best_fattn_kernel without GGML_SYCL_FA_ALL_QUANTS, which is off by default).
@@ -69,10 +69,25 @@ def is_used(shape: Shape, backend: str) -> bool:
 
 def takes_cache_on(shape: Shape, kv_type: str, backend: str) -> bool:
     """Does llama-server take this cache type, without computing attention on the CPU? A quantised V needs flash
-    attention (src/llama-context.cpp, llama_init_from_model)."""
+    attention (src/llama-context.cpp, llama_init_from_model); K may be quantised without."""
     if not takes_cache_of(shape, kv_type):
         return False
-    return kv_type in UNQUANTISED or (is_used(shape, backend) and kv_type in TYPES.get(backend, (kv_type,)))
+    if not is_used(shape, backend):
+        return types_of(kv_type)[1] in UNQUANTISED
+    return has_kernel(kv_type, backend)
+
+
+def has_kernel(kv_type: str, backend: str) -> bool:
+    """Has the backend flash attention for a cache of these types of K and V?
+
+    ggml-cuda takes every pair of its types: one that it was not compiled for (see `Build.mixed_pairs`) is converted to
+    f16. Vulkan has no bf16 beside another type (ggml_backend_vk_device_supports_op); ggml-sycl is compiled for pairs of
+    the same type.
+    """
+    key, value = types_of(kv_type)
+    if key != value and (backend == "sycl" or (backend == "vulkan" and "bf16" in (key, value))):
+        return False
+    return {key, value} <= set(TYPES.get(backend, (key, value)))
 
 
 def _heads(shape: Shape) -> Iterator[tuple[int, int, int]]:

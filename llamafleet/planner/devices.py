@@ -12,7 +12,7 @@ from llamafleet.host import vulkan
 from llamafleet.host.machine import Gpu, Machine, PciGpu
 from llamafleet.planner.result import Refusal
 from llamafleet.settings.gpu_names import DEFAULT
-from llamafleet.settings.schema import Settings
+from llamafleet.settings.schema import Instance, Settings
 
 VENDORS_OF = {"cuda": ("nvidia",), "hip": ("amd",)}  # all others' GPUs are Vulkan's alone
 NO_DRIVER = "no driver lists it: install or load its driver"  # of a probe that does not say why
@@ -55,7 +55,12 @@ def is_for_displays(gpu: Gpu) -> bool:
 
 def is_named(gpu: Gpu | PciGpu, settings: Settings) -> bool:
     """Whether the setting `gpus` leaves this GPU to plans."""
-    return settings.gpus is None or not names_of(gpu).isdisjoint(settings.gpus)
+    return is_one_of(gpu, settings.gpus)
+
+
+def is_one_of(gpu: Gpu | PciGpu, names: Sequence[str] | None) -> bool:
+    """Whether one of the names is this GPU's; None: all GPUs."""
+    return names is None or not names_of(gpu).isdisjoint(names)
 
 
 def names_of(gpu: Gpu | PciGpu) -> set[str]:
@@ -67,9 +72,11 @@ def names_of(gpu: Gpu | PciGpu) -> set[str]:
 
 
 def misnamed(machine: Machine, settings: Settings) -> Refusal | None:
-    """A refusal where `gpus` or `gpu_reserve_mib` names a GPU that the host does not have."""
+    """A refusal where `gpus`, of the host or of a model, or `gpu_reserve_mib` names a GPU that the host does not
+    have."""
     reserve = settings.gpu_reserve_mib
     asked = [("gpus", name) for name in settings.gpus or ()]
+    asked += [(f"models: {one.name}: gpus", name) for one in settings.models for name in one.gpus or ()]
     asked += [("gpu_reserve_mib", name) for name in (() if isinstance(reserve, int) else reserve) if name != DEFAULT]
     every: list[Gpu | PciGpu] = [*machine.gpus, *vulkan.only_there(machine), *machine.pci_gpus]
     known = {name for gpu in every for name in names_of(gpu)}
@@ -121,6 +128,19 @@ def _why_unlisted(device: PciGpu, machine: Machine) -> str:
             return f"it needs Vulkan, which is not installed: {vulkan.INSTALL}"
         return f"Vulkan does not list it: {vulkan.INSTALL}"
     return NO_DRIVER
+
+
+def withheld(instance: Instance, usable: Sequence[Gpu], machine: Machine, backend: str, settings: Settings) -> str:
+    """Why a GPU that the instance names is none that plans use; empty where all are. `usable` are those that are."""
+    named = [gpu for gpu in (*machine.gpus, *vulkan.only_there(machine)) if is_one_of(gpu, instance.gpus or ())]
+    known = {name for gpu in usable for name in names_of(gpu)}
+    for name in instance.gpus or ():
+        if name not in known:
+            ours = [gpu for gpu in named if name in names_of(gpu)]
+            has_card = any(not gpu.unified_memory for gpu in usable)
+            why = _why_not(ours[0], has_card, backend, settings) if ours else NO_DRIVER
+            return f"gpus: GPU {name} of {machine.hostname} cannot be used: {why}"
+    return ""
 
 
 def left_out(machine: Machine, backend: str, settings: Settings) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ from llamafleet.memory.ledger import LedgerRow
 from llamafleet.memory.placement import Placement
 from llamafleet.memory.weights import LAYER_INPUTS, Model
 from llamafleet.model.architecture import Cache
+from llamafleet.planner import vectors
+from llamafleet.planner.pools import in_words, running_out
 from llamafleet.planner.search import LATER_KV_TYPE, Candidate
 from llamafleet.planner.unplannable import without_kernel
 from llamafleet.settings.schema import Instance
@@ -117,6 +119,9 @@ def _spill(decision: Decision) -> Iterator[str]:
 
 def _gpus(decision: Decision) -> Iterator[str]:
     capacity, chosen = decision.capacity, decision.chosen
+    if decision.instance.gpus is not None:
+        left = " and ".join(f"GPU{gpu.index}" for gpu in capacity.gpus)
+        yield f"its gpus leave it {left or 'no GPU'}"
     if len(capacity.gpus) < 2 or not chosen.order:
         return
     names = [f"GPU{gpu.index}" for gpu in capacity.gpus]
@@ -162,7 +167,11 @@ def _flash_attention(decision: Decision) -> Iterator[str]:
 
 def _context(decision: Decision) -> Iterator[str]:
     context, instance, chosen = decision.chosen.context, decision.instance, decision.chosen
-    yield f"KV cache {context.kv_type}: {context.tokens} tokens for each of {context.slots} slot(s)"
+    if context.pooling:
+        yield from vectors.why(context, decision.model.shape)
+    else:
+        yield f"KV cache {context.kv_type}: {in_words(context)}"
+    yield from running_out(context, decision.work)
     for kv_type in instance.kv_types:
         other = decision.best(kv_type=kv_type) if kv_type != context.kv_type else None
         if other:
@@ -172,7 +181,7 @@ def _context(decision: Decision) -> Iterator[str]:
         elif kv_type != context.kv_type:
             yield f"with KV cache {kv_type} the model does not fit"
     at_once = decision.work.concurrency
-    if instance.slots is not None and instance.slots > at_once:
+    if instance.slots is not None and instance.slots > at_once and not context.unified:
         requests = "one request" if at_once == 1 else f"{at_once} requests"
         yield (
             f"slots is {instance.slots}, and the workload has {requests} at a time (concurrency): each slot takes a"
@@ -194,6 +203,8 @@ def _ubatch(decision: Decision) -> Iterator[str]:
     if instance.ubatch_tokens is not None:
         yield f"ubatch {size}: set by ubatch_tokens"
         return
+    if vectors.needs_whole_inputs(decision.model.shape, chosen.context.pooling):
+        return  # told with the inputs
     sizes = sorted({candidate.context.ubatch_tokens for candidate in decision.candidates} - {size})
     others = [decision.best(ubatch_tokens=other_size) for other_size in sizes]
     seconds = ", ".join(f"{other.context.ubatch_tokens}: {decision.seconds(other)}" for other in others if other)
@@ -216,6 +227,8 @@ def _processors(decision: Decision) -> Iterator[str]:
 def _workload(decision: Decision) -> str:
     work = decision.work
     concurrent = f", {work.concurrency} requests at once" if work.concurrency > 1 else ""
+    if decision.chosen.context.pooling:
+        return f"the workload: each request is an input of {work.prompt_tokens} tokens{concurrent}"
     return (
         f"the workload: each request reads {work.prompt_tokens} tokens and writes {work.reply_tokens}{concurrent},"
         f" with {work.live_tokens} tokens in the KV cache"
@@ -233,8 +246,6 @@ def _mapped(decision: Decision) -> Iterator[str]:
 def _warnings(decision: Decision) -> Iterator[str]:
     machine, model = decision.machine, decision.model
     name = model.shape.architecture.name
-    if not model.shape.architecture.has_output:
-        yield f"warning: {name!r} is an encoder: it makes embeddings, and llama-server writes no text with it"
     if not model.shape.architecture.verified and model.shape.cache is Cache.NONE:
         yield f"{name!r} was not compared with llama.cpp: it keeps no cache, its compute buffers are an upper bound"
     elif not model.shape.architecture.verified:

@@ -100,12 +100,15 @@ def _shrunk(search: Search, refined: Refined, handicap: float) -> Refined:
     return refined
 
 
-def fits(search: Search, tokens: int, slots: int, kv_type: str, *, certain: bool) -> bool:
-    """Does the model fit with this context? `certain`: check with the ledger, not only with the estimate."""
-    flash, capacity = search.flash_attention, search.capacity
-    sizes = [ubatch for ubatch in UBATCHES[:2] if ubatch <= tokens]
-    weighted_contexts = [(Context(tokens, slots, kv_type, ubatch, flash), 1.0) for ubatch in sizes]
-    needed = search.base_costs(Context(tokens, slots, kv_type, 1, flash))[-1] + search.roofline.spill[-1]
+def fits(search: Search, context: Context, *, certain: bool) -> bool:
+    """Does the model fit with this context and one of the smaller ubatches? `certain`: check with the ledger, not only
+    with the estimate."""
+    context, capacity = replace(context, flash_attention=search.flash_attention), search.capacity
+    sizes = [ubatch for ubatch in UBATCHES[:2] if ubatch <= context.tokens]
+    if context.takes_whole_inputs:
+        sizes = [context.tokens]
+    weighted_contexts = [(replace(context, ubatch_tokens=ubatch).pooled(context.pooling), 1.0) for ubatch in sizes]
+    needed = search.base_costs(replace(context, ubatch_tokens=1))[-1] + search.roofline.spill[-1]
     if not weighted_contexts or needed > sum(capacity.gpu_bytes) + capacity.host_bytes + capacity.swap_bytes:
         return False  # weights and KV cache alone are too large
     best = search.candidates(weighted_contexts)[0]

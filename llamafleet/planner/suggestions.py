@@ -4,9 +4,9 @@ cache or the reserve, a smaller quantisation. Each was planned, and fits; what t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from llamafleet.memory.context import PAD_CELLS, Context
+from llamafleet.memory.context import PAD_CELLS, Context, is_quantised
 from llamafleet.memory.flash_attention import takes_cache_on
 from llamafleet.memory.ledger import LedgerRow
 from llamafleet.memory.placement import HOST
@@ -17,7 +17,6 @@ from llamafleet.planner.result import Plan
 from llamafleet.settings.schema import Instance
 from llamafleet.units import MIB
 
-UNQUANTISED = ("f16", "bf16", "f32")
 CONTEXT_STEP = 1024  # tokens; a suggested context is a multiple of it
 CONTEXT_STEPS = 128  # the longer steps of a long context: at most this many up to the whole context
 BACK, TRIES = 16, 3  # if the quick check was wrong, try a sixteenth less, then another sixteenth less
@@ -47,8 +46,7 @@ class Change:
     header: Header | None = None
 
 
-# Does the model fit with (tokens for each slot, slots, KV cache type)?
-Fits = Callable[[int, int, str], bool]
+Fits = Callable[[Context], bool]  # Does the model fit with this context?
 
 
 def suggestions(
@@ -67,28 +65,29 @@ def suggestions(
     `fits` is exact and slow; `fits_by_estimate` is quick and may be slightly wrong; `is_planned` plans anew.
     """
 
-    def largest(most: int, arguments: Callable[[int], tuple[int, int, str]]) -> int:
-        estimated = _largest(most, lambda count: fits_by_estimate(*arguments(count)))
+    def largest(most: int, changed: Callable[[int], Context]) -> int:
+        estimated = _largest(most, lambda count: fits_by_estimate(changed(count)))
         counts = dict.fromkeys(estimated * (BACK - n) // BACK for n in range(TRIES))
-        return next((count for count in counts if count and fits(*arguments(count))), 0)
+        return next((count for count in counts if count and fits(changed(count))), 0)
 
     weights = model.header.weights_bytes
     sentences: list[str] = []
-    if context.slots > 1 and fits(context.tokens, 1, context.kv_type):
-        slots = largest(context.slots - 1, lambda slots: (context.tokens, slots, context.kv_type)) or 1
+    if context.slots > 1 and not context.unified and fits(replace(context, slots=1)):
+        slots = largest(context.slots - 1, lambda slots: replace(context, slots=slots)) or 1
         sentences.append(f"set slots to {slots}, and the same context fits: each slot has its own KV cache")
     if (
-        context.kv_type in UNQUANTISED
+        not is_quantised(context.kv_type)
         and "q8_0" not in instance.kv_types
         and takes_cache_on(model.shape, "q8_0", backend)
-        and fits(context.tokens, context.slots, "q8_0")
+        and fits(replace(context, kv_type="q8_0"))
     ):
         sentences.append("allow kv_types q8_0, and it fits: the KV cache takes 47 % less")
-    step = CONTEXT_STEP if context.tokens > 2 * CONTEXT_STEP else PAD_CELLS
-    step *= max(1, context.tokens // step // CONTEXT_STEPS)
-    steps = largest(context.tokens // step, lambda count: (count * step, context.slots, context.kv_type))
+    most, key = (context.pool_tokens, "pool_tokens") if context.unified else (context.tokens, "context_tokens")
+    step = CONTEXT_STEP if most > 2 * CONTEXT_STEP else PAD_CELLS
+    step *= max(1, most // step // CONTEXT_STEPS)
+    steps = largest(most // step, lambda count: _with_tokens(context, count * step))
     if steps:
-        sentences.append(f"set context_tokens to {steps * step}, about the most that fits")
+        sentences.append(f"set {key} to {steps * step}, about the most that fits")
     sentences += _less_ram(instance, short, is_planned)
     sentences += _smaller_quantisation(model, short, is_planned)
     if not sentences and weights > short.total_bytes:
@@ -97,6 +96,13 @@ def suggestions(
             f" {max(0, short.total_bytes) // MIB} MiB"
         )
     return (*_why(short), *(sentences or ("choose a smaller model or a host with more memory",)))
+
+
+def _with_tokens(context: Context, tokens: int) -> Context:
+    """The context with this many tokens for each slot or, where the slots share a pool, in all."""
+    if context.unified:
+        return replace(context, tokens=min(context.tokens, tokens), pool_tokens=tokens)
+    return replace(context, tokens=tokens)
 
 
 def _why(short: Short) -> Iterator[str]:

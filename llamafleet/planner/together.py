@@ -2,6 +2,8 @@
 
 Each is planned for what the models that start with the host leave, as if it were the only one. The host adds up what
 those need that are up (llamafleet/remote/room.py); the sets are named here for people.
+
+Decision 22: docs/decisions/0022-a-server-starts-when-it-is-asked.md.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from llamafleet.host.machine import Machine
 from llamafleet.memory.flash_attention import RATIO_DECIDES, lacking
-from llamafleet.memory.kv_cache import takes_cache_of
+from llamafleet.memory.kv_cache import has_one_type, takes_cache_of
 from llamafleet.model.architectures import ARCHITECTURES, PROJECTOR, RELEASE, nearest
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
@@ -46,8 +46,10 @@ def no_cache(instance: Instance, header: Header, shape: Shape, backend: str) -> 
     """The refusal where llama-server takes none of the instance's cache types for this model on this backend."""
     types, head = ", ".join(instance.kv_types), lacking(shape, backend)
     why = "the head size must be a multiple of a quantised type's block size"
-    if head:
-        why = f"a quantised cache needs flash attention, and {without_kernel(backend, head)}"
+    if has_one_type(shape) and all("/" in kv_type for kv_type in instance.kv_types):
+        why = f"{shape.architecture.name!r} has one type for K and V"
+    elif head:
+        why = f"a quantised V needs flash attention, and {without_kernel(backend, head)}"
     elif any(takes_cache_of(shape, kv_type) for kv_type in instance.kv_types):
         why = f"llama.cpp's {backend} backend has no flash attention for a cache of {types}"
     return Refusal(

@@ -29,7 +29,7 @@ RELEASES = OPT + "/releases"  # a folder for each build of llama.cpp, by its key
 CURRENT = OPT + "/current"  # the link to the current release
 
 ETC = "/etc/llamafleet"
-INSTANCES = ETC + "/instances"  # a folder for each instance: plan.json and its secrets
+INSTANCES = ETC + "/instances"  # a folder for each instance: plan.json and its credentials
 
 VAR = "/var/lib/llamafleet"
 MODELS = VAR + "/models"
@@ -116,6 +116,10 @@ DEMAND = "llamafleet-demand-"  # begins the names of the units before a server t
 # The credentials of a unit, and the files of an instance's folder that hold them.
 API_KEYS, TLS_CERTIFICATE, TLS_KEY = "api-keys", "tls-certificate", "tls-key"
 SECRETS = (API_KEYS, TLS_CERTIFICATE, TLS_KEY)
+# Files of the operator's that are no secrets. They are credentials too: a service sees nothing of our folders.
+CHAT_TEMPLATE, GRAMMAR, JSON_SCHEMA = "chat-template", "grammar", "json-schema"
+TEXTS = (CHAT_TEMPLATE, GRAMMAR, JSON_SCHEMA)
+LOADED = (*SECRETS, *TEXTS)
 
 
 def unit_of(instance: str) -> str:
@@ -267,8 +271,10 @@ QUIET = frozenset((
     "Description", "Documentation", "Wants", "After", "RequiresMountsFor", "StartLimitIntervalSec", "StartLimitBurst",
     "AssertFileNotEmpty", "AssertPathExists", "ExecCondition", "ExecStartPre", "ExecStartPost", "TimeoutStartSec",
     "TimeoutStopSec", "Restart", "RestartSec", "RestartSteps", "RestartMaxDelaySec", "LogRateLimitIntervalSec",
-    "LogRateLimitBurst",
+    "LogRateLimitBurst", "UnsetEnvironment",
 ))  # fmt: skip
+# Lines that count at the next start alone, of directives of which other lines do not: see inherited.py.
+QUIET_LINES = frozenset(("Environment=XDG_CONFIG_HOME=/dev/null", "InaccessiblePaths=-/etc/llama.cpp"))
 
 # Directives that keep an instance from reading the keys of another one, which runs as the same user: from its memory
 # and its files in /proc, and from our folders. The preflight may drop them only where the host has no other instance.
@@ -281,7 +287,7 @@ def core_of_unit(text: str, dropped: Sequence[str] = ()) -> str:
     section, lines = "", []
     for line in _whole_lines(text):
         section = line if line.startswith("[") else section
-        quiet = line.partition("=")[0].rstrip() in QUIET
+        quiet = line in QUIET_LINES or line.partition("=")[0].rstrip() in QUIET
         if line and not quiet and not (section == "[Service]" and line in dropped):
             lines.append(line)
     return "\n".join(lines)

@@ -155,17 +155,18 @@ def listener_of(pid: int) -> Optional[socket.socket]:
 
 def _listening(pid: int) -> Iterator[str]:
     """What /proc/PID/fd calls the listening sockets of the process's network."""
-    return (f"socket:[{inode}]" for state, inode in sockets(pid) if state == LISTEN)
+    return (f"socket:[{inode}]" for state, inode, _ in sockets(pid) if state == LISTEN)
 
 
-def sockets(pid: int) -> Iterator[Tuple[str, str]]:
-    """State and inode of the TCP sockets of the process's network."""
+def sockets(pid: int) -> Iterator[Tuple[str, str, int]]:
+    """State and inode of the TCP sockets of the process's network, and what nobody has read or accepted of them yet:
+    of a socket that listens, connections."""
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}") as file:
             for line in file:
                 words = line.split()
                 if len(words) > 9 and words[0] != "sl":
-                    yield words[3], words[9]
+                    yield words[3], words[9], int(words[4].partition(":")[2], 16)
 
 
 def hold(server: Server) -> None:

@@ -5,8 +5,8 @@ fails, and prints {"ok": bool, "checks": [{"name", "ok", "expected", "found", "h
 "decode_tokens_per_s": float | null}; exit 0 good, 1 not. With --record it also writes
 /var/lib/llamafleet/gate/NAME.json: that object, "schema" 1, "time" (UTC), "identity" and "release" of the plan, what
 the next gate compares with, and "last_failure" {"time", "release", "check"}. With --no-floor any speed passes: a server
-that has served before is not rejected for its speed. A server that sleeps is woken with --record only, which is
-for one that was just started.
+that has served before is not rejected for its speed. A server that sleeps is woken with --record only, which is for one
+that was just started.
 `gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then checks that a planned key is asked for
 and that the process holds memory on the planned GPUs. If the key file is empty, or the driver was not ready at boot,
 the start thus fails: no server serves everybody, or stays on the CPU. The checks run in a transient unit without
@@ -14,8 +14,10 @@ root's rights (gate_unit.py); what they find is written here.
 
 PLAN.json is plan.json, of which is read: identity, release, files, plan.predicted, and `gate`: unit, argv, url,
 api_keys and tls_certificate (path | null), health_seconds (the most that loading may take), context_tokens (of one
-slot), slots, kv_type, speed_floor_percent, backend, gpus [{"uuid", "name", "planned_bytes", and what gate_devices.py
-reads}]. Standard library, psutil and pynvml; common.py and gate_*.py lie beside it.
+slot), slots, kv_type, speed_floor_percent, backend, serves ("chat" where it is missing; "embedding" with pooling and
+vector_elements, or "reranking" with rerank_example), gpus [{"uuid", "name", "planned_bytes", and what gate_devices.py
+reads}], and what gate_prompt_files.py, gate_adapters.py and gate_speculation.py read. Standard library, psutil and
+pynvml; common.py and gate_*.py lie beside it.
 
 `/health` alone proves little: llama-server answers 200 also after it silently fell back to the CPU.
 
@@ -33,14 +35,21 @@ from typing import Any, Callable, Sequence  # the contract is Python 3.8, whose 
 import gate_devices
 import gate_unit
 from common import GATE_SCHEMA, command_line, invocation, journal_of_start, write_json
+from gate_adapters import check_adapters
 from gate_devices import cause_of_end, check_devices
 from gate_load import deadline, why_silent
 from gate_nvml import held_by, in_use_on_all
+from gate_picture import check_picture
+from gate_prompt_files import check_prompt_files
+from gate_reading import check_reading
 from gate_reply import REMEMBERED, check_completion, check_speed, speed_key
+from gate_scores import check_scores
 from gate_server import ask, first_key, found_status, is_alive, main_pid, result, trust, unit_state
 from gate_sleep import check_asleep, ends
 from gate_spec import Unreadable, read_spec
+from gate_speculation import check_speculation
 from gate_unit import CONFINED, with_credentials
+from gate_vectors import check_embedding
 
 # The share of a GPU's planned bytes that the process must really hold. The CUDA context comes on
 # top of the plan, so a healthy process holds more than planned; a fallback to the CPU holds none.
@@ -105,19 +114,21 @@ def check_context(spec: dict[str, Any]) -> dict[str, Any]:
     expected = {"context_tokens": spec["context_tokens"], "slots": spec["slots"]}
     logged = kv_types(spec["unit"])
     if logged and spec["kv_type"]:  # else the arguments decide, which check_process has compared
-        found["kv_types"], expected["kv_types"] = logged, [spec["kv_type"]]
+        kinds = {spec["kv_type"], (spec.get("speculation") or {}).get("kv_type")} - {None}
+        found["kv_types"], expected["kv_types"] = logged, sorted(kinds)
     return result("context", found == expected, expected, found if settings else found_status(status, props),
                   "the model was trained for less, or llama-server padded or cut the context")  # fmt: skip
 
 
 def kv_types(unit: str) -> list[str]:
-    """The types of the KV cache that the server logged while it loaded; empty where the journal has no such line.
+    """The types of the KV cache that the server logged while it loaded, such as "q8_0", or K/V where they differ;
+    empty where the journal has no such line.
 
     No address of the server tells them. The constructor of llama_kv_cache logs them at the verbosity of a server with
     GPUs. A type that the backend cannot hold ends the start (llama_init_from_model).
     """
     pairs = re.findall(r"K \((\w+)\): .*V \((\w+)\):", log_of_start(unit))
-    return sorted({kind for pair in pairs for kind in pair})
+    return sorted({key if key == value else key + "/" + value for key, value in pairs})
 
 
 def log_of_start(unit: str) -> str:
@@ -154,8 +165,9 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
 
 
 CHECKS = (
-    check_health, check_process, check_asleep, check_gpus, check_devices, check_key, check_context, check_completion,
-    check_speed,
+    check_health, check_process, check_asleep, check_gpus, check_devices, check_key, check_context, check_prompt_files,
+    check_completion, check_adapters, check_speculation, check_picture, check_speed, check_embedding, check_scores,
+    check_reading,
 )  # fmt: skip
 # The key first: until then a server without keys would serve everybody.
 START_CHECKS = (check_health, check_key, check_gpus, check_devices)
@@ -198,10 +210,19 @@ def record_of(spec: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         key = speed_key(spec)
         speeds = last.get("speeds", []) if last.get("speed_key") == key else []
         speeds = [*speeds, measured["decode_tokens_per_s"]] if "decode_tokens_per_s" in measured else speeds
+        if spec["serves"] != "chat":
+            record["read_speeds"] = reading_speeds(spec, key)
         record.update(measured, speed_key=key, speeds=speeds[-REMEMBERED:], expected=spec["expected"])
     else:
         record["last_failure"] = {"time": now, "release": spec["release"], "check": found["checks"][-1]}
     return record
+
+
+def reading_speeds(spec: dict[str, Any], key: str) -> list[float]:
+    """The last speeds at which a server read that writes nothing."""
+    before = spec["last"].get("read_speeds", []) if spec["last"].get("speed_key") == key else []
+    measured = spec["measured"].get("read_tokens_per_s")
+    return ([*before, measured] if measured else before)[-REMEMBERED:]
 
 
 def verdict(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -34,8 +34,9 @@ ANSWER_BYTES = 1 << 20
 # Deadlines, seconds: a device list comes at once, a CUDA context can take ten seconds on a cold driver.
 LIST_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 60, 60, 10
 # Directives that are no hardening: what is started, when it is started again, and files that are installed later.
-NOT_TRIED = ("Type", "ExecStart", "ExecCondition", "RuntimeDirectory", "ExecStartPre", "ExecStartPost", "TimeoutStartSec", "TimeoutStopSec", "Restart",
-             "RestartSec", "RestartSteps", "RestartMaxDelaySec", "LoadCredential", "WatchdogSec")  # fmt: skip
+NOT_TRIED = ("Type", "ExecStart", "ExecCondition", "ExecStartPre", "ExecStartPost", "TimeoutStartSec", "TimeoutStopSec",
+             "Restart", "RestartSec", "RestartSteps", "RestartMaxDelaySec", "LoadCredential", "WatchdogSec",
+             "RuntimeDirectory")  # fmt: skip
 # Messages of llama.cpp's backends when a device has no memory left.
 NO_MEMORY = re.compile(r"out of memory|cudaMalloc failed|failed to allocate|ErrorOutOfDeviceMemory", re.IGNORECASE)
 # Lines that systemd-run itself prints at the end of a unit.

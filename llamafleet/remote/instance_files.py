@@ -2,8 +2,7 @@
 
 Contract: a module of switch.py, transaction.py, preflight.py and survey.py. An instance's files are a mapping of name
 to content: the unit, the units of its liveness check and of its start on demand where it has them, plan.json, and the
-secrets that its unit loads.
-Changes nothing. Python 3.8, standard library; common.py beside it.
+credentials that its unit loads. Changes nothing. Python 3.8, standard library; common.py beside it.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def places(name: str) -> Dict[str, Tuple[str, int]]:
     and the liveness check never asks by another plan than the unit's."""
     folder = f"{common.INSTANCES}/{name}"
     return {
-        **{secret: (f"{folder}/{secret}", 0o600) for secret in common.SECRETS},
+        **{loaded: (f"{folder}/{loaded}", 0o600) for loaded in common.LOADED},
         PLAN: (f"{folder}/{PLAN}", 0o644),
         **{unit: (f"{common.UNITS}/{unit}", 0o644) for unit in units_of(name)},
     }
@@ -66,7 +65,7 @@ def _as_listed(name: str, folder: str, files: Files) -> bool:
     """Whether no file of the folder's manifest is missing or damaged. Earlier versions wrote no manifest, and replace
     plan.json and the liveness check without it: of these the form is enough."""
     listed = common.read_json(f"{folder}/{MANIFEST}").get("files")
-    exact = (common.unit_of(name), *common.SECRETS)
+    exact = (common.unit_of(name), *common.LOADED)
     return not isinstance(listed, dict) or all(
         file in files and (file not in exact or common.sha256(files[file]) == digest) for file, digest in listed.items()
     )
@@ -95,9 +94,9 @@ def damage(name: str, files: Files) -> Optional[str]:
         return f"{unit} is missing"
     if plan(files) is None:
         return f"{PLAN} is missing, or no JSON object"
-    for secret in credentials(name, files[unit]):
-        if not files.get(secret, b"").strip(b"\0 \n"):
-            return f"{secret}, which the unit loads, is missing or empty"
+    for loaded in credentials(name, files[unit]):
+        if not files.get(loaded, b"").strip(b"\0 \n"):
+            return f"{loaded}, which the unit loads, is missing or empty"
     return None
 
 
@@ -106,7 +105,7 @@ def plan(files: Files) -> Optional[Dict[str, Any]]:
 
 
 def credentials(name: str, unit: bytes) -> List[str]:
-    """The names of the secrets in the instance's folder that a unit loads."""
+    """The names of the files in the instance's folder that a unit loads."""
     text = unit.decode("utf-8", "replace")
     pattern = rf"^LoadCredential=[^:\n]*:{re.escape(common.INSTANCES)}/{re.escape(name)}/([\w-]+)$"
     return re.findall(pattern, text, re.MULTILINE)

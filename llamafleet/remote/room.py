@@ -4,9 +4,10 @@ Contract: `room.py NAME`, the ExecCondition= of llama-server-NAME.service: exit 
 within ROOM_SECONDS, with a line that says why; systemd then does not start the server, and calls nothing failed.
 `make(name)` is the same for switch.py. What a server needs and what is there for all that start on demand stands in
 plan.json's `demand`: {"needs_bytes", "room_bytes"}, by device. A server without connections is stopped at once; after
-HOLD_AFTER_SECONDS new connections of those in the way are held, and they are stopped when no slot is at work and no
-request waits. No reply is cut, and nothing that is being switched is touched. The decision is made under a lock of the
-host. Root, the standard library, Python 3.8; common.py, draining.py and what it needs lie beside it.
+HOLD_AFTER_SECONDS new connections of those in the way are held where the kernel allows that (draining.py), and they are
+stopped when no slot is at work and no request waits. What hands their connections on is frozen for the last look. So no
+reply is cut, and nothing that is being switched is touched. The decision is made under a lock of the host. Root, the
+standard library, Python 3.8; common.py, draining.py and what it needs lie beside it.
 
 Decision 22: docs/decisions/0022-a-server-starts-when-it-is-asked.md.
 """
@@ -17,11 +18,12 @@ import contextlib
 import fcntl
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import time
 from functools import partial
-from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import common
 import draining
@@ -31,7 +33,7 @@ ROOM_SECONDS = 60.0  # then those who wait for the start are told to come back
 HOLD_AFTER_SECONDS = 10.0
 POLL_SECONDS = 0.2
 MOST_CHOICES = 20_000  # sets of servers that are looked at
-TCP_INFO_UNACKED = 24  # of struct tcp_info (linux/tcp.h): of a listening socket, connections that nobody has accepted
+AGAIN_SECONDS = 1.0  # for a last look whether nothing is at work
 
 Bytes = Mapping[str, int]
 
@@ -162,20 +164,37 @@ def leave(names: Sequence[str], seconds: float) -> bool:
     with contextlib.ExitStack() as stack:
         if not all(stack.enter_context(unswitched(name)) for name in names):
             return False
-        servers = [draining.running(name) for name in names]
-        known = [one for one in servers if one is not None and one.listener is not None]
-        for one in known:
-            stack.callback(one.listener.close)  # type: ignore[union-attr]
-        if len(known) < len(names):
+        servers = [one for one in map(draining.running, names) if one is not None]
+        for one in servers:
+            if one.listener is not None:
+                stack.callback(one.listener.close)
+        if len(servers) < len(names) or not all(map(draining.door_of, names)):
             return False
-        for one in known:
-            draining.hold(one)
-            stack.callback(draining.release, one)
-        if not all(map(is_unused, known)) and not (seconds and draining.wait(known, seconds, certain=True)):
+        if seconds:
+            for one in servers:
+                draining.hold(one)
+                stack.callback(draining.release, one)
+            if not draining.wait(servers, seconds, certain=True):
+                return False
+        # Frozen, a process accepts no connection: whoever comes now is kept by the socket, which systemd has too.
+        processes = [pid for name in names for pid in processes_of(draining.door_of(name))]
+        frozen = stack.enter_context(contextlib.ExitStack())
+        for pid in processes:
+            send(pid, signal.SIGSTOP)
+            frozen.callback(send, pid, signal.SIGCONT)
+        if any(map(connections, processes)) and not (seconds and draining.wait(servers, AGAIN_SECONDS, certain=True)):
             return False
         print(f"stopping {', '.join(map(unit_of, names))} to make room", flush=True)
+        frozen.pop_all()
+        for pid in processes:  # not by a signal that it would wake up for
+            send(pid, signal.SIGKILL)
         systemctl("stop", *map(unit_of, names))
         return True
+
+
+def send(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 @contextlib.contextmanager
@@ -191,22 +210,12 @@ def unswitched(name: str) -> Iterator[bool]:
 
 
 def looks_unused(name: str) -> bool:
-    server = draining.running(name)
-    if server is None or server.listener is None:
-        return False
-    with server.listener:
-        return is_unused(server)
-
-
-def is_unused(server: draining.Server) -> bool:
     """Whether no client has a connection, also none that nobody has accepted yet."""
-    listener = server.listener
-    assert listener is not None
-    waiting = listener.getsockopt(6, 11, TCP_INFO_UNACKED + 4)[TCP_INFO_UNACKED:]  # IPPROTO_TCP, TCP_INFO
-    return not any(waiting) and not any(map(connections, processes(draining.door_of(server.name))))
+    door = draining.door_of(name)
+    return door > 0 and not any(map(connections, processes_of(door))) and not waiting(door)
 
 
-def processes(pid: int) -> List[int]:
+def processes_of(pid: int) -> List[int]:
     """A process and its children."""
     found = [pid]
     for one in filter(str.isdigit, os.listdir("/proc")):
@@ -218,12 +227,22 @@ def processes(pid: int) -> List[int]:
 
 def connections(pid: int) -> int:
     """TCP connections of a process."""
+    return sum(state != draining.LISTEN for state, _ in own_sockets(pid))
+
+
+def waiting(pid: int) -> int:
+    """Connections to a process that nobody has accepted."""
+    return sum(queued for state, queued in own_sockets(pid) if state == draining.LISTEN)
+
+
+def own_sockets(pid: int) -> Iterator[Tuple[str, int]]:
+    """State and what is unread of the TCP sockets of a process."""
     inodes = set()
     with contextlib.suppress(OSError):
         for number in os.listdir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
                 inodes.add(os.readlink(f"/proc/{pid}/fd/{number}"))
-    return sum(f"socket:[{inode}]" in inodes for state, inode in draining.sockets(pid) if state != draining.LISTEN)
+    return ((state, queued) for state, inode, queued in draining.sockets(pid) if f"socket:[{inode}]" in inodes)
 
 
 def main(argv: List[str]) -> int:

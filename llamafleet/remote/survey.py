@@ -20,6 +20,7 @@ import sys
 from typing import Any, Iterable  # the contract is Python 3.8, whose own Iterable is typing's
 
 import common
+import inherited
 import instance_files
 from common import (
     CURRENT,
@@ -27,10 +28,10 @@ from common import (
     HELPERS,
     INSTANCES,
     LIVENESS,
+    LOADED,
     MODELS,
     PREFIX,
     RELEASES,
-    SECRETS,
     SUFFIX,
     UNITS,
     USER,
@@ -203,7 +204,7 @@ def instance(name: str) -> dict[str, Any]:
     return {
         "unit_sha256": sha256_of(f"{UNITS}/{unit}"),
         "plan_sha256": sha256_of(plan_path(name)),
-        "secrets": hashes(f"{INSTANCES}/{name}", SECRETS),
+        "secrets": hashes(f"{INSTANCES}/{name}", LOADED),
         "preflight": record.get("preflight"),
         "good_sha256": sha256_of(f"{GOOD}/{name}/{unit}"),
         "liveness_sha256": hashes(UNITS, liveness_units(name)),
@@ -231,8 +232,9 @@ def instance(name: str) -> dict[str, Any]:
         "good_core_sha256": core_sha256(f"{GOOD}/{name}/{unit}"),
         "good_plan_sha256": sha256_of(f"{GOOD}/{name}/plan.json"),
         "good_is_whole": has_good_files(name),
-        "loaded": hashes(f"{CREDENTIALS}/{unit}", SECRETS),
+        "loaded": hashes(f"{CREDENTIALS}/{unit}", LOADED),
         "deleted": deleted_files(pid),
+        "inherited": inherited.of_process(pid),
     }
 
 

@@ -290,7 +290,7 @@ def keep_hardening(name: str, old: Files) -> None:
 
 def refresh(name: str) -> None:
     staged = staged_files(name)
-    # A secret that the unit loads and that was not sent stays as it is.
+    # A credential that the unit loads and that was not sent stays as it is.
     stay = [one for one in instance_files.credentials(name, staged.get(unit_of(name), b"")) if one not in staged]
     replace_quietly(name, [file for file in instance_files.places(name) if file not in stay])
 

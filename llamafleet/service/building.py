@@ -25,7 +25,7 @@ class Run:
     helpers: str  # key of the helper programs that it installs
     oldest_python: tuple[int, ...]  # that those run with
     commit: str  # of llama.cpp, 40 digits
-    # By instance name: the texts of the unit's credentials, by their names in `instance_changes.SECRETS`.
+    # By instance name: the texts of the unit's credentials, by their names in `instance_changes.CREDENTIALS`.
     secrets: Mapping[str, Mapping[str, str]] = field(repr=False)
     # Another run that holds the host's lock; None where the lock may be taken.
     holder: Holder | None

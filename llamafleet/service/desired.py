@@ -37,12 +37,13 @@ from llamafleet.settings.schema import Instance, Settings
 
 @dataclass(frozen=True)
 class Service:
-    """One instance as it should be installed: the whole unit, its plan, its secrets."""
+    """One instance as it should be installed: the whole unit, its plan, its credentials."""
 
     name: str
     unit_text: str
     plan_json: str
-    # The secrets themselves, by their names in `instance_changes.SECRETS`: never shown, so not represented.
+    # The credentials' texts, by their names in `instance_changes.CREDENTIALS`: secrets are never shown, so not
+    # represented.
     secrets: Mapping[str, str] = field(repr=False)
     argv: tuple[str, ...]
     release: str
@@ -255,6 +256,7 @@ def _serving(
             speed_floor_percent=settings.speed_floor_percent,
             alone=len(settings.models) == 1,
             environment=settings.environment,
+            texts=desired.run.secrets.get(instance.name, {}),
         ),
         "inputs": {
             "key": inputs.keys[instance.name],

@@ -22,7 +22,10 @@ from llamafleet.remote.common import (
 from llamafleet.service.desired import Service
 
 # The credentials of a unit by their names, and what they are in words.
-SECRETS = {"api-keys": "API keys", "tls-certificate": "TLS certificate", "tls-key": "TLS key"}
+CREDENTIALS = {
+    "api-keys": "API keys", "tls-certificate": "TLS certificate", "tls-key": "TLS key",
+    "chat-template": "chat template", "grammar": "grammar", "json-schema": "JSON schema",
+}  # fmt: skip
 
 
 def differences(
@@ -39,7 +42,7 @@ def differences(
     reasons = list(_unit_differs(service.unit_text, installed, ground, alone))
     if not reasons and not _has_passed(installed) and not _good_is_damaged(installed):
         reasons.append("it has not passed the gate")
-    reasons += _secrets_differ(service, installed, loaded=False)
+    reasons += _credentials_differ(service, installed, loaded=False)
     if drop_ins := _not_allowed(service, installed.drop_ins):
         reasons.append(f"drop-ins change its unit: {', '.join(drop_ins)}")
     reasons += _socket_differs(service, installed)
@@ -50,6 +53,8 @@ def differences(
         reasons.append("it runs with other arguments")
     elif installed.exe is not None and not installed.exe.startswith(service.release + "/"):
         reasons.append(f"it runs {installed.exe}")
+    if installed.inherited:
+        reasons.append(f"it runs with presets of the host: {', '.join(installed.inherited)}")
     return tuple(reasons)
 
 
@@ -63,11 +68,11 @@ def _socket_differs(service: Service, installed: InstalledInstance) -> Iterator[
             yield "the socket that starts it is missing or differs"
 
 
-def _secrets_differ(service: Service, installed: InstalledInstance, loaded: bool) -> list[str]:
+def _credentials_differ(service: Service, installed: InstalledInstance, loaded: bool) -> list[str]:
     """The credentials that are not as they should be; `loaded`: of those that the running server has nevertheless, so
     that their files alone are written again, else of the others."""
     found = []
-    for name, what in SECRETS.items():
+    for name, what in CREDENTIALS.items():
         text = service.secrets.get(name)
         digest = sha256(text) if text is not None else None
         runs_with_it = installed.loaded.get(name) == digest
@@ -141,7 +146,7 @@ def _quiet_differences(service: Service, installed: InstalledInstance) -> Iterat
     if has_core and installed.unit_sha256 not in [sha256(text) for text in texts]:
         yield "its unit differs in lines that need no restart"
     yield from _plan_differs(service, installed)
-    yield from _secrets_differ(service, installed, loaded=True)
+    yield from _credentials_differ(service, installed, loaded=True)
     unread = [path for path in installed.unread_drop_ins if path not in installed.drop_ins]
     if drop_ins := _not_allowed(service, unread):
         yield f"drop-ins would change its unit at its next start: {', '.join(drop_ins)}"

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
 from llamafleet.build.release import MIB, Build
 from llamafleet.host.machine import Gpu
 from llamafleet.hub.source import ModelFiles
+from llamafleet.model import projector
 from llamafleet.planner.flags import device_names
 from llamafleet.planner.result import Plan
 from llamafleet.remote.common import (
     API_KEYS,
     INSTANCES,
     PLAN_SCHEMA,
+    TEXTS,
     TLS_CERTIFICATE,
     TLS_KEY,
     identity_of,
     server_socket,
+    sha256,
 )
-from llamafleet.service.model_folders import model_folder
+from llamafleet.service.model_folders import companion_paths, model_folder
+from llamafleet.service.speculation import guessing
 from llamafleet.service.trial import told_to_host
+from llamafleet.settings.companions import PROJECTOR, adapter
+from llamafleet.settings.prompt_files import SETTINGS, as_served
 from llamafleet.settings.schema import DEMAND, Instance
 
 # Nobody serves from a slower disk; bytes per second. The gate measures the disk, and waits less.
@@ -34,15 +41,18 @@ START_SECONDS = 60
 def plan_record(
     instance: Instance, plan: Plan, build: Build, model: ModelFiles, path: str, argv: tuple[str, ...],
     *, speed_floor_percent: int, alone: bool, environment: Mapping[str, str] = MappingProxyType({}),
+    texts: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:  # fmt: skip
     """plan.json, without `inputs` and `verified`, which make no difference to the running service.
 
     `path` is the model's first file on the host, `argv` the whole command line. `identity` is a hash of everything that
     makes a difference to the running service. The free bytes of the ledger, which drift from run to run, do not; nor
     does a sha256 that became known of a file that is served already. `alone`: the host is to have this instance and no
-    other. `environment` are the operator's variables.
+    other. `environment` are the operator's variables, `texts` the instance's credentials by name, of which those that
+    are no secrets are in the record by their sha256.
     """
-    gate = {
+    paths = companion_paths(model)
+    gate: dict[str, Any] = {
         "unit": instance.unit,
         "argv": list(argv),
         "url": f"{'https' if instance.tls_certificate_file else 'http'}://{url_host(instance.listen)}:{instance.port}",
@@ -58,7 +68,17 @@ def plan_record(
             {"uuid": gpu.uuid, "name": gpu.name, "device": device, **_planned(plan, gpu)}
             for gpu, device in zip(plan.gpus, device_names(plan.backend, len(plan.gpus)), strict=True)
         ],
+        **_vectors(instance, plan),
     }
+    if PROJECTOR in model.companions:
+        gate["modalities"] = list(projector.read(model.companions[PROJECTOR].header).modalities)
+    if prompt_files := {name: _sums(name, texts[name]) for name in TEXTS if name in texts}:
+        gate["prompt_files"] = prompt_files
+    if instance.speculation != "none":
+        gate["speculation"] = guessing(instance.speculation, argv)
+    if instance.adapters:
+        numbered = enumerate(instance.adapters, 1)
+        gate["adapters"] = [{"path": paths[adapter(number)], "scale": one.scale} for number, one in numbered]
     folders = [path.rsplit("/", 1)[0], *(model_folder(one) for one in model.companions.values())]
     if instance.start == DEMAND:
         gate["socket"] = server_socket(instance.name)
@@ -104,6 +124,17 @@ def without_query(source: str) -> str:
     return source.partition("?")[0] if source.startswith(("http://", "https://")) else source
 
 
+def _vectors(instance: Instance, plan: Plan) -> dict[str, Any]:
+    """What the gate asks of a server of embeddings or scores; nothing for one that writes text, whose record then is
+    that of versions which knew no other."""
+    if instance.serves == "embedding":
+        return {"serves": "embedding", "pooling": plan.pooling, "vector_elements": plan.vector_elements}
+    if instance.serves == "reranking":
+        example = instance.rerank_example
+        return {"serves": "reranking", "rerank_example": asdict(example) if example else None}
+    return {}
+
+
 def record_text(record: dict[str, Any]) -> str:
     """The record as it is written on the host."""
     return json.dumps(record, indent=1) + "\n"
@@ -118,6 +149,7 @@ def credentials(instance: Instance) -> dict[str, str]:
     """The unit's credentials by name: the file on the host that systemd loads each from, readable by root alone."""
     names = [API_KEYS] if instance.api_key_file else []
     names += [TLS_CERTIFICATE, TLS_KEY] if instance.tls_certificate_file else []
+    names += [name for name, setting in SETTINGS.items() if getattr(instance, setting)]
     return {name: f"{INSTANCES}/{instance.name}/{name}" for name in names}
 
 
@@ -127,10 +159,16 @@ def url_host(address: str) -> str:
     return f"[{reachable}]" if ":" in reachable else reachable
 
 
+def _sums(name: str, text: str) -> dict[str, str]:
+    """Of a prompt file as it was sent, and as llama-server tells it."""
+    return {"sha256": sha256(text.encode()), "served_sha256": sha256(as_served(name, text).encode())}
+
+
 def _planned(plan: Plan, gpu: Gpu) -> dict[str, int]:
     """The bytes that llama.cpp itself allocates on a GPU, in total and by part. Its process must hold the total;
     staging buffers may count less."""
     row = next(row for row in plan.ledger if row.device == f"GPU{gpu.index}")
     parts = {name: getattr(row, name) for name in ("weights_bytes", "kv_bytes", "compute_bytes")}
     held = sum(parts.values()) + min(0, row.staging_bytes)
-    return {"planned_bytes": held, **parts, "staging_bytes": row.staging_bytes}
+    beside = {"beside_bytes": row.beside_bytes} if row.beside_bytes else {}
+    return {"planned_bytes": held + row.beside_bytes, **parts, "staging_bytes": row.staging_bytes, **beside}

@@ -11,7 +11,7 @@ import ipaddress
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError, model_validator, with_config
@@ -28,7 +28,8 @@ from llamafleet.remote.common import (
     keeps_secrets,
     unit_of,
 )
-from llamafleet.settings import environment, secrets
+from llamafleet.settings import cache_shape, environment, pictures, prompt_files, secrets, serving, speculation
+from llamafleet.settings import copies as copying
 from llamafleet.settings import extra_flags as extra
 from llamafleet.settings.defaults import MODEL_DEFAULTS, DefaultsError, with_defaults
 from llamafleet.settings.gpu_names import gpu_list, gpu_name, gpu_reserve
@@ -62,6 +63,23 @@ Text = Annotated[
     Field(max_length=2**17, description="MAX_ARG_STRLEN of Linux"),
     Should("have no control characters", functools.partial(re.fullmatch, r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]*")),
 ]
+
+
+def _kv_type(value: object) -> object:
+    """A type of K/V that names the same type twice, as the type alone."""
+    key, _, rest = value.partition("/") if isinstance(value, str) else ("", "", "")
+    return key if key and key == rest else value
+
+
+KvType = Annotated[
+    Text,
+    BeforeValidator(_kv_type),
+    Should(
+        f"be one of {', '.join(KV_TYPES)}, or two of them as K/V",
+        lambda text: text in KV_TYPES or ("/" in text and set(text.split("/", 1)) <= set(KV_TYPES)),
+    ),
+]
+
 # A range's reason is its description. llama.cpp's arguments are 32-bit integers (common_params).
 _INT32 = 2**31 - 1
 Tokens = Annotated[Whole, Field(ge=1, le=_INT32, description="llama.cpp counts tokens in 32 bits")]
@@ -247,14 +265,6 @@ class RerankExample:
     irrelevant: Text
 
 
-def _copies(value: object) -> object:
-    """A number of copies, or "per_gpu"."""
-    number = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 256
-    if number or value == "per_gpu":
-        return value
-    raise ValueError('be a number from 1 to 256, or "per_gpu"')
-
-
 @with_config(extra="forbid")
 @dataclass(frozen=True)
 class Instance:
@@ -270,7 +280,7 @@ class Instance:
     reply_tokens: Tokens
     concurrency: Slots
     slots: Slots | None
-    kv_types: Annotated[Listed[Annotated[Text, one_of(KV_TYPES)]], Should("name at least one type", bool)]
+    kv_types: Annotated[Listed[KvType], Should("name at least one type", bool)]
     ubatch_tokens: UbatchTokens | None
     threads: Annotated[Whole, Field(ge=1, le=4096, description="more than any host has")] | None
     prompt_cache_mib: CacheMib
@@ -292,7 +302,7 @@ class Instance:
     kv_unified: Flag
     pool_tokens: ContextTokens | None
     gpus: GpuNames | None
-    copies: Annotated[int | Text, PlainValidator(_copies)]
+    copies: Annotated[int | Text, PlainValidator(copying.copies)]
     split_mode: Annotated[Text, one_of(("auto", "layer", "tensor"))]
     sleep_idle_seconds: Sleep | None
     start: Annotated[Text, one_of((BOOT, DEMAND))]
@@ -327,8 +337,33 @@ class Instance:
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         flags = extra.problems(self.extra_flags, self.dangerous_flags, self.api_key_file is not None)
-        validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags])
+        shape = cache_shape.problems(
+            kv_unified=self.kv_unified, pool_tokens=self.pool_tokens, context_tokens=self.context_tokens,
+            live_tokens=self.live_tokens,
+        )  # fmt: skip
+        files = {setting: getattr(self, setting) for setting in prompt_files.SETTINGS.values()}
+        clashes = prompt_files.clashes(files, self.serves, self.extra_flags)
+        seen = pictures.clashes(
+            has_projector=self.projector is not None, min_tokens=self.image_min_tokens,
+            max_tokens=self.image_max_tokens, serves=self.serves, extra_flags=self.extra_flags,
+        )  # fmt: skip
+        guesses = speculation.problems(
+            self.speculation, has_draft=self.draft is not None, serves=self.serves, most=self.draft_max_tokens,
+            least=self.draft_min_tokens,
+        )  # fmt: skip
+        validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags, *shape, *clashes, *seen, *guesses,
+                           *serving.of_vectors(vars(self))])  # fmt: skip
         return self
+
+    def copied(self, count: int | None) -> tuple[Self, ...]:
+        """The instances that this one is served as, as many as `count`; None: itself."""
+        if count is None:
+            return (self,)
+        return tuple(replace(self, name=name, port=port, copies=1) for _, name, port in self.asked(count).places())
+
+    def asked(self, count: int | None) -> copying.Asked:
+        """Its name, its port and the number of its copies."""
+        return copying.Asked(self.name, self.port, count)
 
     def _open_doors(self) -> Iterator[tuple[str, str]]:
         """A server that other machines reach asks for a key, unless the operator says that it need not."""
@@ -434,16 +469,28 @@ class Settings:
         if isinstance(ours.get("models"), list | tuple):
             ours["models"] = [{**defaults, **one} if isinstance(one, Mapping) else one for one in ours["models"]]
         try:
-            return _adapter().validate_python(ours)
+            settings = _adapter().validate_python(ours)
         except ValidationError as error:
             found = validation.problems(error, cls, _WORDS)
             raise SettingsError([str(one) if one.path else f"settings: {one.text}" for one in found]) from None
 
+        return settings.with_copies({})
+
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         wrong = environment.problems(self.environment)
-        validation.refuse([*_clashes(self.models), *self._token_in_the_open(), *wrong])
+        validation.refuse([*self.clashes({}), *self._token_in_the_open(), *wrong])
         return self
+
+    def with_copies(self, per_gpu: Mapping[str, int]) -> Settings:
+        """The settings with each copy as an instance. `per_gpu`: how many copies are one for each GPU, by their
+        instance's name; what is not in it stays as it is."""
+        models = [copy for one in self.models for copy in one.copied(_count(one, per_gpu.get(one.name)))]
+        return replace(self, models=tuple(models))
+
+    def clashes(self, per_gpu: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+        """The key and a sentence for each name and port that two instances, or copies, would have."""
+        return copying.clashes([one.asked(_count(one, per_gpu.get(one.name, 1))) for one in self.models])
 
     def _token_in_the_open(self) -> Iterator[tuple[str, str]]:
         if self.hub_token_file is not None and not keeps_secrets(self.hub_endpoint):
@@ -452,6 +499,13 @@ class Settings:
                 f"{validation.shown(self.hub_endpoint)} is neither https nor this machine, so others could read the "
                 "token on its way: use https, or set hub_token_file to None",
             )
+
+
+def _count(instance: Instance, per_gpu: int | None) -> int | None:
+    """How many copies it has; None: it is served as it is, under its own name."""
+    if instance.copies == copying.PER_GPU:
+        return per_gpu
+    return instance.copies if isinstance(instance.copies, int) and instance.copies > 1 else None
 
 
 @functools.cache
@@ -464,13 +518,3 @@ def _where_missing(depth: int) -> str:
 
 
 _WORDS = validation.Vocabulary("None", "True or False", "a string", "a dictionary", "dictionaries", _where_missing)
-
-
-def _clashes(instances: tuple[Instance, ...]) -> Iterator[tuple[str, str]]:
-    """Instances of a host share its unit names and its ports."""
-    for position, one in enumerate(instances):
-        for other in instances[:position]:
-            if one.name == other.name:
-                yield f"models[{position}].name", f"{one.name!r} is used twice"
-            if one.port == other.port:
-                yield f"models[{position}].port", f"{one.port} is already the port of {other.name!r}"

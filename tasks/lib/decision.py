@@ -28,7 +28,9 @@ from llamafleet.host.machine import MachineError
 from llamafleet.hub.source import ModelFiles
 from llamafleet.memory.ledger import Correction
 from llamafleet.model.gguf_cursor import GgufError
+from llamafleet.planner.copies import with_copies
 from llamafleet.planner.reconcile import Verified
+from llamafleet.planner.result import Refusal
 from llamafleet.planner.stability import Choice
 from llamafleet.service import disks
 from llamafleet.service.building import Run
@@ -37,7 +39,8 @@ from llamafleet.service.companions import with_companions
 from llamafleet.service.desired import Desired, desire, to_ask, with_plans
 from llamafleet.service.plan_inputs import PlanInputs, plan_inputs
 from llamafleet.service.record import without_query
-from llamafleet.service.refusals import Refused, is_path
+from llamafleet.service.refusals import Refused, diagnosed, is_path, no_plan
+from llamafleet.settings.prompt_files import PromptFileError
 from llamafleet.settings.schema import Instance, Settings, SettingsError
 from llamafleet.settings.secrets import SecretError
 from llamafleet.sources import SourceError
@@ -47,7 +50,7 @@ from tasks.lib.this_run import is_ours_or_dead
 
 # What reading may raise: each leaves the host out of the run, as a refusal does.
 READ_ERRORS = (SettingsError, MachineError, SourceError, GgufError, lookups.LookupFailed, SecretError,
-               CertificateError, remote.RemoteError, payload.PayloadError)  # fmt: skip
+               CertificateError, PromptFileError, remote.RemoteError, payload.PayloadError)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -218,13 +221,16 @@ def read_inputs(host: Host) -> PlanInputs | Refused:
     survey = facts.survey(host, settings, bandwidth=True)
     for key, digest in survey.installed.release_digests.items():
         builds.tell(key, digest)
+    expanded = with_copies(settings, survey.machine)
+    if isinstance(expanded, Refusal):
+        return diagnosed(no_plan(expanded), survey.machine)
     models = {
         instance.name: with_companions(
             instance, partial(_files, host, settings), partial(lookups.projector, settings=settings)
         )
-        for instance in settings.models
+        for instance in expanded.models
     }
-    return plan_inputs(settings, survey, models)
+    return plan_inputs(expanded, survey, models)
 
 
 def _files(host: Host, settings: Settings, instance: Instance) -> ModelFiles:

@@ -14,7 +14,7 @@ from llamafleet import causes
 from llamafleet.hub import source
 from llamafleet.hub.network import Network
 from llamafleet.remote.common import API_KEYS
-from llamafleet.settings import secrets
+from llamafleet.settings import prompt_files, secrets
 from llamafleet.settings.schema import Instance, Settings
 from tasks.lib import certificates
 
@@ -114,9 +114,9 @@ def take_secrets(settings: Settings) -> None:
 
 
 def instance_secrets(instance: Instance) -> dict[str, str]:
-    """The texts of an instance's credentials by their names: API keys, TLS certificate and its key.
+    """The texts of an instance's credentials by their names: API keys, TLS certificate and its key, prompt files.
 
-    Raises `SecretError` and `CertificateError`.
+    Raises `SecretError`, `CertificateError` and `PromptFileError`.
     """
     texts = {}
     if instance.api_key_file is not None:
@@ -124,4 +124,7 @@ def instance_secrets(instance: Instance) -> dict[str, str]:
         texts[API_KEYS] = secrets.api_keys(instance.api_key_file, place)
     if instance.tls_certificate_file is not None and instance.tls_key_file is not None:
         texts |= certificates.pair(instance.tls_certificate_file, instance.tls_key_file, f"models: {instance.name}: ")
+    for name, setting in prompt_files.SETTINGS.items():
+        if place := getattr(instance, setting):
+            texts[name] = prompt_files.read(place, f"models: {instance.name}: {setting}", name)
     return texts

@@ -8,12 +8,14 @@ wait for each other.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import gevent
 from pyinfra.api.host import Host
 from pyinfra.api.state import BaseStateCallback, State
 
+from llamafleet.service.record import without_query
 from llamafleet.service.succession import Handover, kept
 from tasks.lib import decision
 
@@ -114,13 +116,23 @@ def _successors(host: Host, name: str) -> tuple[tuple[str, str], ...]:
     now = decision.of(host)
     installed = now.desired.installed.instances.get(name) if now is not None else None
     source = installed.record.source if installed is not None and installed.record is not None else None
+    if now is not None and any(_is_new(host, one) for one, its_source in _wanted(host) if its_source == source):
+        return ()  # it goes on under another name, such as that of a copy
     return tuple(
         (other.name, wanted)
         for other in decision.hosts_of_run(host.state)
         if other is not host
-        for wanted, its_source in decision.wanted_models(other)
+        for wanted, its_source in _wanted(other)
         if (wanted == name or its_source == source) and _is_new(other, wanted)
     )
+
+
+def _wanted(host: Host) -> Iterable[tuple[str, str]]:
+    """Name and source of what the host is to serve, each copy by its own name where the host was read."""
+    now = decision.of(host)
+    if now is None:
+        return decision.wanted_models(host)
+    return [(one.name, without_query(one.source)) for one in now.desired.settings.models]
 
 
 def _is_new(host: Host, name: str) -> bool:

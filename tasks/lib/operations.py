@@ -28,7 +28,7 @@ from llamafleet import payload
 from llamafleet.host import answers
 from llamafleet.hub.network import Network
 from llamafleet.planner.reconcile import ROUNDS
-from llamafleet.remote.common import GOOD, JOBS, SECRETS, STAGED, plan_path, unit_of
+from llamafleet.remote.common import GOOD, JOBS, LOADED, STAGED, plan_path, unit_of
 from llamafleet.service import wanted
 from llamafleet.service.succession import Handover
 from tasks.lib import builds, host_lock, jobs, lookups, moves, paths, remote, sending
@@ -382,7 +382,7 @@ def stage_files(needed: bool, folder: str, files: dict[str, str], secrets: Mappi
 
 def _staged(folder: str, files: Mapping[str, str], secrets: Mapping[str, str]) -> remote.HostCommand:
     """The command that makes the folder anew with these files; their texts are in no command, no diff and no log."""
-    modes = {name: 0o600 if name in SECRETS else 0o644 for name in (*files, *secrets)}
+    modes = {name: 0o600 if name in LOADED else 0o644 for name in (*files, *secrets)}
     texts = {**files, **secrets}
     sent = {f"{folder}/{name}": (mode, texts[name].encode()) for name, mode in modes.items()}
     return sending.received(sent, "--fresh", folder)

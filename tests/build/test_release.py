@@ -48,6 +48,15 @@ def test_planned_kv_types_get_flash_attention_kernels():
     assert "q5_1-q5_1" in pairs and "f16-f16" in pairs
 
 
+@pytest.mark.parametrize("backend", ["cuda", "hip"])
+def test_types_of_k_and_v_apart_get_a_kernel_for_their_pair(backend):
+    build = dataclasses.replace(BUILD, backend=backend, kv_types=("q8_0/f16", "f32/q5_1", "f16/iq4_nl", "bf16"))
+    pairs = next(flag for flag in build.cmake_flags() if "GGML_CUDA_FA_QUANTS" in flag).split("=")[1].split(";")
+    assert {"q8_0-f16", "f16-q5_1"} <= set(pairs)  # an f32 cache is converted before; of iq4_nl there is no kernel
+    assert not any("f32" in pair or "iq4_nl" in pair for pair in pairs)
+    assert {"f16-f16", "bf16-bf16", "q8_0-q8_0", "q4_0-q4_0"} <= set(pairs)
+
+
 def test_cuda_is_never_compiled_for_native():
     assert "-DCMAKE_CUDA_ARCHITECTURES=89" in BUILD.cmake_flags()
 

@@ -63,6 +63,25 @@ def test_a_host_as_it_should_be():
     }  # fmt: skip
 
 
+def test_a_server_that_sleeps_is_fine():
+    host = of_host(found(), live(asleep=True), AS_WANTED)
+    assert host.is_fine and line(host)["state"] == "asleep"
+    assert line(of_host(found(active="failed"), live(asleep=True), AS_WANTED))["state"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("active", "state", "fine"),
+    [
+        ("inactive", "on demand, stopped", True),
+        ("active", "on demand, up", True),
+        ("failed", "on demand, failed", False),
+    ],
+)
+def test_a_server_on_demand_may_be_stopped(active, state, fine):
+    host = of_host(found(active=active, demand_sha256={"llamafleet-demand-demo.socket": "0" * 64}), live(), AS_WANTED)
+    assert line(host)["state"] == state and host.is_fine is fine
+
+
 FAILED = {**GOOD, "ok": False, "checks": [{"name": "health", "ok": True}, {"name": "gpu memory", "ok": False}]}
 
 
@@ -210,6 +229,7 @@ def test_the_program_tells_memory_gate_and_since(on_host):
         "since": "Sat",
         "gate": GOOD,
         "liveness": RESTARTED,
+        "asleep": False,
     }
 
 
@@ -297,3 +317,19 @@ def test_ctrl_c_while_a_host_is_silent_ends_within_seconds_with_130(tmp_path, co
         finally:
             run.kill()
     assert run.returncode == 130 and "interrupted" in err and "Traceback" not in err
+
+
+def test_types_of_k_and_v_apart_and_a_pool_in_short():
+    argv = [
+        "--ctx-size",
+        "131072",
+        "--parallel",
+        "2",
+        "--kv-unified",
+        "--cache-type-k",
+        "q8_0",
+        "--cache-type-v",
+        "f16",
+    ]
+    record = {**RECORD, "plan": {**RECORD["plan"], "argv": argv}, "gate": {**RECORD["gate"], "gpus": []}}
+    assert plan_in_short(PlanRecord.of(record)) == "131072 x 2 of 131072 q8_0/f16, CPU, cuda"

@@ -71,3 +71,21 @@ def test_what_does_not_go_together(two, arguments, message, capsys):
 def test_a_setting_of_one_model_needs_several(two, capsys):
     assert cli.main(["plan", "--model", two[0], "--machine", BOX, "--set", "1.slots=2"]) == 2
     assert "--set 1.slots: a setting of one of several models needs --together" in capsys.readouterr().err
+
+
+def test_copies_of_a_model_are_planned_together(two, capsys):
+    words = ["plan", "--model", two[0], "--machine", "2xrtx3090,ram=64GB,cores=8", "--set", "context_tokens=8192"]
+    assert cli.main([*words, "--set", "copies=per_gpu", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [one["model"] for one in answer["together"]] == [f"{two[0]}, copy 1", f"{two[0]}, copy 2"]
+    assert [one["plan"]["ledger"][0]["device"] for one in answer["together"]] == ["GPU0", "GPU1"]
+    assert cli.main([*words, "--set", "copies=3"]) == 0
+    assert "all 3 fit together" in capsys.readouterr().out
+    assert cli.main([*words[:3], "--machine", "cpu,ram=64GB,cores=8", "--set", "copies=per_gpu"]) == 2
+    assert "--set copies: model: copies is 'per_gpu', and" in capsys.readouterr().err
+
+
+def test_copies_of_one_of_several_models(two, capsys):
+    assert plan(two, "--json", "--set", "2.copies=2", "--set", "context_tokens=4096") == 0
+    models = [one["model"] for one in json.loads(capsys.readouterr().out)["together"]]
+    assert models == [two[0], f"{two[1]}, copy 1", f"{two[1]}, copy 2"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import testinfra
 
-from tests.hosts.inventory_bridge import BridgeError, targets
+from tests.hosts.inventory_bridge import BridgeError, targets, with_copies
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -200,3 +200,15 @@ def test_an_inventory_that_fails_names_its_line(tmp_path):
     path.write_text("\nhosts = [unknown]\n")
     with pytest.raises(BridgeError, match=r"fleet.py: line 2: NameError: name 'unknown' is not defined"):
         targets(str(path), [], tmp_path)
+
+
+def test_copies_are_checked_one_by_one(inventory, tmp_path):
+    """A number of them is in the inventory; how many there are for a host's GPUs is what its deploy left."""
+    models = [{"name": "a", "source": "/a.gguf", "port": 8080, "copies": 2},
+              {"name": "b", "source": "/b.gguf", "port": 8090, "copies": "per_gpu"}]  # fmt: skip
+    [target] = targets(inventory(f'web = [("web1", {{"models": {models}}})]'), [], tmp_path)
+    assert [one.name for one in target.settings.models] == ["a-1", "a-2", "b"]
+    names = ["a-1", "a-2", "b-1", "b-2", "b-3", "b-5", "b"]
+    found = [(one.name, one.port) for one in with_copies(target.settings, names).models]
+    assert found == [("a-1", 8080), ("a-2", 8081), ("b-1", 8090), ("b-2", 8091), ("b-3", 8092)]
+    assert [one.name for one in with_copies(target.settings, []).models] == ["a-1", "a-2", "b-1"]

@@ -6,10 +6,12 @@ tests/hosts` without --inventory ends with a message.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ import testinfra  # type: ignore[import-untyped]  # it ships no types
 
 from llamafleet import causes
 from llamafleet.printable import printable
+from llamafleet.remote.common import INSTANCES
+from llamafleet.settings.copies import PER_GPU
 from tests.hosts import checks, facts
-from tests.hosts.inventory_bridge import BridgeError, Target, targets
+from tests.hosts.inventory_bridge import BridgeError, Target, targets, with_copies
 
 HERE = Path(__file__).resolve().parent
 COLLECTOR = HERE / "collect.py"
@@ -60,9 +64,23 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         )
     folder = config.stash.setdefault(FOLDER, _temporary(config))
     try:
-        config.stash[TARGETS] = targets(config.getoption("--inventory"), config.getoption("--limit"), folder)
+        found = targets(config.getoption("--inventory"), config.getoption("--limit"), folder)
     except BridgeError as error:
         raise pytest.UsageError(str(error)) from error
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        config.stash[TARGETS] = list(pool.map(lambda target: _with_copies(target, config), found))
+
+
+def _with_copies(target: Target, config: pytest.Config) -> Target:
+    """The target with an instance for each copy; how many there are for its GPUs only the host tells."""
+    installed: list[str] = []
+    if any(one.copies == PER_GPU for one in target.settings.models):
+        host = testinfra.get_host(
+            target.spec, sudo=config.getoption("--sudo"), sudo_user=config.getoption("--sudo-user")
+        )
+        with contextlib.suppress(RuntimeError, OSError, subprocess.SubprocessError):  # the checks say why
+            installed = host.run("ls %s", INSTANCES).stdout.split()
+    return replace(target, settings=with_copies(target.settings, installed))
 
 
 FOLDER = pytest.StashKey[Path]()

@@ -10,14 +10,26 @@ from typing import Any
 
 from llamafleet.remote.common import API_KEYS, INSTANCES, RELEASES, UNITS, plan_path
 from llamafleet.service.record import without_query
+from llamafleet.settings.schema import DEMAND
 from tests.hosts import facts
 from tests.hosts.checks import AGAIN, Problem, Problems, Served, say
 
 # Seconds: a process that systemd restarted within them may be in a loop.
 LOOP_SECONDS = 1800
+# A result of the gate after which it asks a server that sleeps nothing more: llamafleet/remote/gate_sleep.py.
+ASLEEP = "asleep"
 # linux/seccomp.h, SECCOMP_MODE_FILTER, as /proc/PID/status shows it.
 SECCOMP_FILTER = 2
-GATE_CHECKS = ("health", "process", "gpu memory", "devices", "api key", "context", "completion", "speed")
+GATE_CHECKS = (
+    "health", "process", "gpu memory", "devices", "api key", "context", "completion", "picture", "embedding", "scores",
+    "speed",
+)  # fmt: skip
+# Why a check does not apply.
+NOT_PLANNED = {
+    "gpu memory": "the plan uses no GPU", "devices": "the plan uses no GPU",
+    "api key": "the settings ask for no API key",
+    **dict.fromkeys(("completion", "picture", "embedding", "scores"), "the model serves something else"),
+}  # fmt: skip
 
 
 def plan_file(served: Served) -> Problems:
@@ -58,6 +70,7 @@ def _as_asked(served: Served, plan: Mapping[str, Any]) -> Problems:
         ("port", requested.port, int(gate["url"].rsplit(":", 1)[-1])),
         ("slots", requested.slots or gate["slots"], gate["slots"]),  # unset: the plan's choice
         ("an API key is required", requested.api_key_file is not None, gate["api_keys"] is not None),
+        ("a projector", requested.projector is not None, bool(gate.get("modalities"))),
     ]
     for what, expected, actual in pairs:
         if expected != actual:
@@ -84,6 +97,7 @@ def identity_of(plan: Mapping[str, Any]) -> str:
             "trial",
             "batch_tokens",
             "allowed_drop_ins",
+            "demand",
         ),
     )
     record = {key: value for key, value in plan.items() if key not in left_out}
@@ -156,13 +170,20 @@ def unit(served: Served) -> Problems:
         yield Problem(served.where, f"DropInPaths of {served.instance.unit}", "nothing", ", ".join(drop_ins), hint)
     if not served.facts["good"]["secrets_as_kept"]:
         folder = f"{INSTANCES}/{served.instance.name}"
-        yield Problem(served.where, f"api-keys and certificate in {folder}", "as they passed the gate", "others", AGAIN)
+        yield Problem(
+            served.where, f"keys, certificate and prompt files in {folder}", "as they passed the gate", "others", AGAIN
+        )
 
 
 def running(served: Served) -> Problems:
     """The unit runs, is enabled for the next boot, and was not restarted lately."""
     state, process = served.facts["state"], served.facts["process"]
-    for name, expected in (("ActiveState", "active"), ("SubState", "running"), ("UnitFileState", "enabled")):
+    if served.instance.start == DEMAND:
+        yield from _on_demand(served)
+        wanted = [("ActiveState", "active"), ("SubState", "running")] if not served.is_stopped else []
+    else:
+        wanted = [("ActiveState", "active"), ("SubState", "running"), ("UnitFileState", "enabled")]
+    for name, expected in wanted:
         if state.get(name) != expected:
             yield Problem(
                 served.where,
@@ -182,8 +203,28 @@ def running(served: Served) -> Problems:
         )
 
 
+def _on_demand(served: Served) -> Problems:
+    """The socket that starts the server listens, also after the next boot, and its units are unchanged."""
+    actual, units = served.facts["demand"], f"units llamafleet-demand-{served.instance.name}.*"
+    if served.facts["state"].get("UnitFileState") == "enabled":
+        yield Problem(served.where, f"UnitFileState of {served.instance.unit}", "static", "enabled", AGAIN)
+    if actual["drop_ins"]:
+        yield Problem(served.where, units, "no drop-ins", ", ".join(actual["drop_ins"]), AGAIN)
+    if len(actual["units"]) != 2:
+        yield Problem(served.where, units, "socket and service", actual["units"], "deploy again")
+    elif not actual["as_kept"]:
+        yield Problem(served.where, units, "the units that last passed the gate", "other texts", AGAIN)
+    elif (actual["active"], actual["enabled"]) != ("active", "enabled"):
+        found = f"one that is {actual['active']} and {actual['enabled']}"
+        yield Problem(
+            served.where, units, "a socket that is active and enabled", found, "stopped by hand? deploy again"
+        )
+
+
 def process(served: Served) -> Problems:
     """The main process runs llama-server of the planned release, as the user llamafleet."""
+    if served.is_stopped:
+        return
     actual = served.facts["process"]
     if actual is None:
         yield Problem(served.where, "process", "a running llama-server", None)
@@ -201,6 +242,8 @@ def process(served: Served) -> Problems:
 
 def hardening(served: Served) -> Problems:
     """The kernel shows the hardening in /proc: no new privileges, a system call filter, no capability, no core file."""
+    if served.is_stopped:
+        return
     actual = served.facts["process"]
     if actual is None:
         yield Problem(served.where, "process", "a running llama-server", None)
@@ -225,7 +268,7 @@ def hardening(served: Served) -> Problems:
 def origins(served: Served) -> Problems:
     """Web pages of other sites may not read the server's answers, unless `dangerous_flags` names their origins."""
     requested = [flag for flag in served.instance.dangerous_flags if flag.startswith("--cors-origins ")]
-    if served.facts["allowed_origin"] != "none" and not requested:
+    if served.facts["allowed_origin"] != "none" and not requested and not served.is_stopped:
         yield Problem(served.where, "origin whose pages may read answers", "none", served.facts["allowed_origin"])
 
 
@@ -280,7 +323,12 @@ def planned_gate_checks(served: Served) -> tuple[str, ...]:
     gpus = gate.get("gpus")
     # The gate asks NVML for GPUs with a UUID alone, which a Jetson's may lack.
     nvidia = gpus and gate.get("backend") == "cuda" and any(gpu.get("uuid", True) for gpu in gpus)
-    without = {"gpu memory": not nvidia, "devices": not gpus, "api key": served.instance.api_key_file is None}
+    serves = gate.get("serves", "chat")
+    without = {
+        "gpu memory": not nvidia, "devices": not gpus, "api key": served.instance.api_key_file is None,
+        "completion": serves != "chat", "picture": not gate.get("modalities"), "embedding": serves != "embedding",
+        "scores": serves != "reranking",
+    }  # fmt: skip
     return tuple(name for name in GATE_CHECKS if not without.get(name))
 
 
@@ -291,6 +339,8 @@ def reported_at(served: Served, name: str) -> str | None:
     if (isinstance(answer, dict) and "error" in answer) or facts.gate_problems(answer):
         return planned[0] if name != planned[0] else None
     verdicts = {check["name"]: check["ok"] for check in answer["checks"]}
+    if ASLEEP in verdicts and name not in verdicts:
+        return ASLEEP
     failed = [one for one in planned if verdicts.get(one) is False]
     return failed[0] if failed and name not in verdicts else None
 
@@ -328,7 +378,7 @@ def liveness(served: Served) -> Problems:
         yield Problem(
             served.where, units, "the units that last passed the gate", "other texts", "edited by hand? deploy again"
         )
-    elif wanted and actual["active"] != "active":
+    elif wanted and actual["active"] != "active" and not served.is_stopped:
         yield Problem(served.where, units, "an active timer", actual["active"], "stopped by hand? deploy again")
     elif wanted and actual["enabled"] != "enabled":
         yield Problem(served.where, units, "an enabled timer", actual["enabled"], "disabled by hand? deploy again")

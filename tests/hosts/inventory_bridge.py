@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,6 +20,7 @@ from pyinfra.api.state import State
 from pyinfra.context import ctx_state
 
 from llamafleet import causes
+from llamafleet.settings.copies import PER_GPU
 from llamafleet.settings.schema import Settings, SettingsError
 
 
@@ -87,6 +89,17 @@ def _settings(host: Host) -> Settings:
         return Settings.from_data(host.data.dict())
     except SettingsError as error:
         raise BridgeError(f"{host.name}: {error}") from error
+
+
+def with_copies(settings: Settings, installed: Collection[str]) -> Settings:
+    """The settings with an instance for each copy that is one for each GPU: as many as are installed, which its deploy
+    knew; one where none is. `installed`: names of instances."""
+    counts = {}
+    for one in settings.models:
+        if one.copies == PER_GPU:
+            numbers = itertools.takewhile(lambda n: f"{one.name}-{n}" in installed, itertools.count(1))  # noqa: B023
+            counts[one.name] = max(numbers, default=1)
+    return settings.with_copies(counts)
 
 
 def spec(host: Host, folder: Path) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llamafleet.hub.choice import best_file
+from llamafleet.hub.choice import best_file, best_projector
 
 MANY = ["m-BF16.gguf", "m-Q2_K.gguf", "m-Q4_K_M.gguf", "m-Q8_0.gguf", "mmproj-m-Q4_K_M.gguf"]
 
@@ -30,3 +30,24 @@ MANY = ["m-BF16.gguf", "m-Q2_K.gguf", "m-Q4_K_M.gguf", "m-Q8_0.gguf", "mmproj-m-
 )  # fmt: skip
 def test_it_is_chosen_as_llama_cpp_chooses(names, quant, found):
     assert best_file(names, quant) == found
+
+
+@pytest.mark.parametrize(
+    ("names", "model", "found"),
+    [
+        (["mmproj-BF16.gguf", "mmproj-Q8_0.gguf", "mmproj-F32.gguf"], "m-Q8_0.gguf", "mmproj-Q8_0.gguf"),
+        (["mmproj-BF16.gguf", "mmproj-F16.gguf", "mmproj-F32.gguf"], "m-Q4_K_M.gguf", "mmproj-BF16.gguf"),
+        (["mmproj-F16.gguf", "mmproj-BF16.gguf"], "m-Q4_K_M.gguf", "mmproj-F16.gguf"),  # equally near: the first
+        (["mmproj-m.gguf", "mmproj-m-F16.gguf"], "m-Q4_K_M.gguf", "mmproj-m.gguf"),  # no number counts as 0
+        (["mmproj-m-F16.gguf", "m-mmproj-Q2_K.gguf"], "m.gguf", "m-mmproj-Q2_K.gguf"),
+        # The model's folder before one above, whatever the quantisation.
+        (["mmproj-Q4_0.gguf", "Q4/mmproj-F32.gguf"], "Q4/m-Q4_0.gguf", "Q4/mmproj-F32.gguf"),
+        (["other/mmproj-Q4_0.gguf"], "Q4/m-Q4_0.gguf", None),
+        (["Q4/mmproj-Q4_0.gguf"], "m-Q4_0.gguf", None),
+        (["mmproj-F16.gguf", "mmproj-Q8_0.gguf"], "m-Q8_0-00001-of-00002.gguf", "mmproj-Q8_0.gguf"),
+        (["mmproj-F16.bin", "m-Q8_0.gguf"], "m-Q8_0.gguf", None),
+        ([], "m.gguf", None),
+    ],
+)
+def test_the_projector_is_chosen_as_llama_cpp_chooses(names, model, found):
+    assert best_projector(names, model) == found

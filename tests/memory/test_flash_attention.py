@@ -79,3 +79,35 @@ def test_types_of_the_cache(backend, taken):
     if backend in ("cuda", "sycl"):
         taken = {"f32", "f16", "bf16"}
     assert {kind for kind in every if flash_attention.takes_cache_on(without_kernel, kind, backend)} == taken
+
+
+@pytest.mark.parametrize(
+    ("kv_type", "cuda", "vulkan", "sycl", "cpu"),
+    [
+        ("q8_0/f16", True, True, False, True),
+        ("f16/q5_1", True, True, False, True),
+        ("bf16/q8_0", True, False, False, True),
+        ("f32/f16", True, True, False, True),
+        ("f16/iq4_nl", False, True, False, True),
+        ("bf16", True, True, True, True),
+    ],
+)
+def test_types_of_k_and_v_apart(kv_type, cuda, vulkan, sycl, cpu):
+    shape = shape_of(128, 128, 32, 8)
+    taken = [flash_attention.takes_cache_on(shape, kv_type, backend) for backend in ("cuda", "vulkan", "sycl", "cpu")]
+    assert taken == [cuda, vulkan, sycl, cpu]
+
+
+def test_a_quantised_k_needs_no_flash_attention_and_a_quantised_v_does():
+    shape = shape_of(160, 160, 40, 8)  # ggml-cuda has no kernel for it
+    taken = [kind for kind in ("q8_0/f16", "q8_0/bf16", "f16/q8_0", "q8_0")
+             if flash_attention.takes_cache_on(shape, kind, "cuda")]  # fmt: skip
+    assert taken == ["q8_0/f16", "q8_0/bf16"]
+    assert not flash_attention.takes_cache_on(shape_of(100, 128, 40, 8), "q8_0/f16", "cpu")  # 32 do not divide 100
+    assert flash_attention.takes_cache_on(shape_of(100, 128, 40, 8), "f16/q8_0", "cpu")
+
+
+def test_mla_has_one_type():
+    shape = Shape.of(planning.header("DeepSeek-R1"))
+    assert not flash_attention.takes_cache_on(shape, "q8_0/f16", "cpu")
+    assert flash_attention.takes_cache_on(shape, "q8_0", "cpu")

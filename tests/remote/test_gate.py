@@ -339,8 +339,8 @@ def test_context_is_the_planned_one(keyed, server, monkeypatch, context, slots, 
     ("log", "found"),
     [
         (KV_LINE.format("q8_0") * 2, ["q8_0"]),
-        (KV_LINE.format("f16"), ["f16", "q8_0"]),  # llama-server took another
-        (KV_LINE.format("q8_0") + KV_LINE.format("q4_0"), ["q4_0", "q8_0"]),
+        (KV_LINE.format("f16"), ["f16/q8_0"]),  # llama-server took another for K
+        (KV_LINE.format("q8_0") + KV_LINE.format("q4_0"), ["q4_0/q8_0", "q8_0"]),
     ],
 )
 def test_kv_types_are_those_of_the_log(spec, server, monkeypatch, log, found):
@@ -349,6 +349,14 @@ def test_kv_types_are_those_of_the_log(spec, server, monkeypatch, log, found):
     told = gate.check_context(spec)
     assert told["found"]["kv_types"] == found
     assert told["ok"] is (found == ["q8_0"])
+
+
+@pytest.mark.parametrize(("key", "ok"), [("f16", True), ("q8_0", False), ("q4_0", False)])
+def test_types_of_k_and_v_are_compared_apart(spec, server, monkeypatch, key, ok):
+    monkeypatch.setattr(gate, "log_of_start", lambda unit: KV_LINE.format(key))
+    server.answer("/props", (200, props(8192, 4)))
+    told = gate.check_context({**spec, "kv_type": "f16/q8_0"})
+    assert (told["ok"], told["expected"]["kv_types"]) == (ok, ["f16/q8_0"])
 
 
 def test_a_record_without_a_kv_type_is_compared_without_it(spec, server, monkeypatch, tmp_path):

@@ -18,7 +18,7 @@ from llamafleet.service import refusals
 from llamafleet.service.building import Run
 from llamafleet.service.changes import changes_needed
 from llamafleet.service.desired import Desired, desire, to_ask, with_plans
-from llamafleet.service.instance_changes import SECRETS
+from llamafleet.service.instance_changes import CREDENTIALS
 from llamafleet.service.model_folders import mount_of, stored_at
 from llamafleet.service.plan_inputs import plan_inputs
 from llamafleet.service.refusals import Refused, port_taken
@@ -453,7 +453,7 @@ def test_a_bare_host_gets_a_service_a_build_and_what_is_missing():
         f"{serving.folder}/m.gguf",
     )
     assert serving.service.argv[-2:] == ("--api-key-file", "/run/credentials/llama-server-m0.service/api-keys")
-    assert serving.service.secrets.keys() <= SECRETS.keys() and not serving.is_verified
+    assert serving.service.secrets.keys() <= CREDENTIALS.keys() and not serving.is_verified
 
 
 def test_what_no_repository_has_is_named_with_the_way_out():

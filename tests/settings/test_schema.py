@@ -358,3 +358,27 @@ def test_every_message_of_a_wrong_type_is_a_sentence(value):
 def test_a_mirror_is_an_address_of_a_file(mirror):
     [text] = instance_problems(mirrors=[mirror])
     assert text.startswith("models[0].mirrors[0]: should be") and text.endswith(f"is {mirror!r}")
+
+
+def test_types_of_k_and_v_apart():
+    entry = {**MODEL, "kv_types": ["q8_0/f16", "f16/f16", "bf16"]}
+    [instance] = Settings.from_data({**default_data(), "models": [entry]}).models
+    assert instance.kv_types == ("q8_0/f16", "f16", "bf16")
+
+
+@pytest.mark.parametrize("kind", ["q8_0/", "/f16", "q8_0/f16/f16", "q8_0/q3_k", "f16 / f16", "Q8_0/f16"])
+def test_a_type_that_is_none_is_named(kind):
+    [problem] = instance_problems(kv_types=[kind])
+    assert problem.startswith("models[0].kv_types[0]: should be one of f32, f16") and "two of them as K/V" in problem
+
+
+def test_a_pool_is_what_slots_share():
+    assert instance_problems(pool_tokens=8192) == [
+        "models[0].pool_tokens: 8192 is the size of a pool, and each slot has a cache of its own: set kv_unified"
+    ]
+    assert instance_problems(pool_tokens=8192, kv_unified=True, context_tokens=16384) == [
+        "models[0].context_tokens: 16384 is more than the pool that all slots share (pool_tokens 8192)"
+    ]
+    assert instance_problems(pool_tokens=8192, kv_unified=True, live_tokens=8193) == [
+        "models[0].live_tokens: 8193 is more than the pool that all slots share (pool_tokens 8192)"
+    ]

@@ -30,6 +30,17 @@ class Host:
         self.lines.append(line)
 
 
+class Asked:
+    """Settings of a decision: the models of the host's data, unless a test gives others."""
+
+    def __init__(self, data):
+        self.data, self.others = data, None
+
+    @property
+    def models(self):
+        return self.others or [SimpleNamespace(**one) for one in self.data.models]
+
+
 class State:
     """pyinfra's, as far as moves look at it."""
 
@@ -60,7 +71,7 @@ def fleet(monkeypatch):
             state.active_hosts.add(host)
             records = {one: SimpleNamespace(record=PlanRecord(raw={"source": f"hf:o/r/{one}.gguf"})) for one in there}
             decision._decisions[host] = SimpleNamespace(
-                desired=SimpleNamespace(installed=SimpleNamespace(instances=records)),
+                desired=SimpleNamespace(installed=SimpleNamespace(instances=records), settings=Asked(host.data)),
                 changes=SimpleNamespace(services=[one for one in wanted if one not in there],
                                         removed=tuple(one for one in there if one not in wanted)),
             )  # fmt: skip
@@ -112,6 +123,30 @@ def test_a_model_that_gets_another_name_on_its_way_is_the_same_move(fleet):
     b.data.models[0]["source"] = "hf:o/r/x.gguf"
     fleet.state.active_hosts.discard(b)
     assert set(moves.staying(a)) == {"x"}
+
+
+def served_as(host, **sources):
+    """The host is to serve these instances, {name: source}, whatever its data says."""
+    models = [
+        SimpleNamespace(name=name.replace("_", "-"), source=f"hf:o/r/{one}.gguf") for name, one in sources.items()
+    ]
+    now = decision._decisions[host]
+    now.desired.settings.others = models
+    now.changes.services = [one.name for one in models if one.name not in now.desired.installed.instances]
+
+
+def test_copies_on_another_host_take_over(fleet):
+    a, b = fleet("a", ["x"]), fleet("b", [], "x")
+    served_as(b, x_1="x", x_2="x")
+    assert {name for _, name in moves._successors(a, "x")} == {"x-1", "x-2"}
+
+
+def test_an_instance_that_becomes_copies_waits_for_nobody(fleet):
+    """Two hosts with the same models, of which each gets copies, do not wait for each other."""
+    hosts = fleet("a", ["x"]), fleet("b", ["x"])
+    for host in hosts:
+        served_as(host, x_1="x", x_2="x")
+    assert all(moves.staying(host) == {} and not moves.is_taken_over(host, ("x",)) for host in hosts)
 
 
 def test_a_host_outside_of_the_run_is_not_waited_for(fleet):

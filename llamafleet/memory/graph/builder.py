@@ -84,6 +84,13 @@ class Builder:
             raise GraphUnknownError(f"{self.shape.architecture.name}: no tensor blk.{self.layer}.{part}")
         return tensor
 
+    def adapter(self, part: str) -> Tensor:
+        """A matrix of an adapter. Its buffer is not marked as one of weights: the scheduler computes with it where the
+        operations around it are (llama_adapter_lora_init_impl; ggml_backend_sched_backend_id_from_cur)."""
+        tensor = self.need(part)
+        assert tensor.home is not None  # as of all weights
+        return ggml.cache(tensor.type, tensor.ne, tensor.home)
+
     def rope_factors(self) -> tuple[Tensor, ...]:
         """RoPE factors, empty without them: one tensor for all layers of a device (TENSOR_DUPLICATED).
 
@@ -99,12 +106,24 @@ class Builder:
         return (self.once(("factors", home), lambda: ggml.weight(tensor.type, [*tensor.shape, 1, 1, 1][:4], home)),)
 
     def linear(self, part: str, cur: Tensor) -> Tensor:
-        """Multiply by a matrix, then apply its scale and its bias if the model has them."""
-        cur = mul_mat(self.need(f"{part}.weight"), cur)
-        for suffix, op in (("scale", "mul"), ("bias", "add")):
-            if operand := self.weight(f"{part}.{suffix}"):
-                cur = apply(op, cur, operand)
-        return cur
+        """Multiply by a matrix, then apply its scale, its adapters and its bias if the model has them."""
+        res = mul_mat(self.need(f"{part}.weight"), cur)
+        if scale := self.weight(f"{part}.scale"):
+            res = apply("mul", res, scale)
+        res = self.adapted(f"{part}.weight", res, mul_mat, cur)
+        bias = self.weight(f"{part}.bias")
+        return apply("add", res, bias) if bias else res
+
+    def adapted(
+        self, part: str, res: Tensor, product: Callable[[Tensor, Tensor], Tensor], cur: Tensor, *, rows: bool = False
+    ) -> Tensor:
+        """The result of a matrix with what its adapters add to it (build_lora_mm). `product` multiplies `cur`, as for
+        the matrix itself; `rows`: the first one picks rows by `cur` (build_inp_embd)."""
+        for number in self.layers.adapted.get((self.layer, part), ()):
+            a, b = (self.adapter(f"{part}.lora_{one}.{number}") for one in "ab")
+            low = ggml.get_rows(a, cur) if rows else product(a, cur)
+            res = apply("add", res, apply("scale", product(b, low)))
+        return res
 
     def norm(self, cur: Tensor, part: str) -> Tensor:
         """Normalise with the layer's tensors of this name; `cur` unchanged if it has none."""
@@ -152,7 +171,7 @@ class Builder:
 
     def token_rows(self, table: Tensor, ids: Tensor, width: int) -> Tensor:
         """Embedding rows of tokens, padded to the width of image rows."""
-        cur = ggml.get_rows(table, ids)
+        cur = self.adapted("token_embd.weight", ggml.get_rows(table, ids), mul_mat, ids, rows=True)
         return cur if width == self.embd else new("pad", F32, (width, self.tokens), cur)
 
     def with_deepstack(self, cur: Tensor) -> Tensor:
@@ -187,7 +206,8 @@ class Builder:
     def build_attn(self, q: Tensor, k: Tensor | None, v: Tensor | None, size_k: int, size_v: int) -> Tensor:
         """Store K and V if the layer has its own, and attend to the whole cache (build_attn)."""
         window = self.windows[self.layer] > 0
-        heads_kv, kind = k.ne[1] if k else self.shape.kv_heads[self.layer], self.context.kv_type.upper()
+        heads_kv = k.ne[1] if k else self.shape.kv_heads[self.layer]
+        kind_k, kind_v = self.cache_kinds
         k_ids, v_ids, mask = self.attention_inputs(window)
         hadamard_k, hadamard_v = self.hadamard("k", size_k, window), self.hadamard("v", size_v, window)
         if hadamard_k is not None:
@@ -199,8 +219,8 @@ class Builder:
         cells = cache_cells(self.context, max(self.windows) if window else 0)
         home, flash = self.backend_of("cache", self.shape.cache_owners[self.layer]), self.context.flash_attention
         width_v = size_v * heads_kv if flash else self.values_width()
-        stored_k = ggml.cache(kind, (size_k * heads_kv, cells, self.streams), home)
-        stored_v = ggml.cache(kind, (width_v, cells, self.streams), home)
+        stored_k = ggml.cache(kind_k, (size_k * heads_kv, cells, self.streams), home)
+        stored_v = ggml.cache(kind_v, (width_v, cells, self.streams), home)
         if k is not None:
             self.store(stored_k, k, k_ids)
         if v is not None:
@@ -208,15 +228,20 @@ class Builder:
         if flash:
             cached_v = self.read_cache(stored_v, size_v, heads_kv, cells)
         else:
-            line = ggml.row_bytes(kind, cells)
+            line = ggml.row_bytes(kind_v, cells)
             cached_v = view(stored_v, (cells, heads_kv, size_v, self.streams), (line * size_v, line, line * width_v))
         cur = self.build_attn_mha(q, self.read_cache(stored_k, size_k, heads_kv, cells), cached_v, mask, None)
         return cur if hadamard_v is None else mul_mat_hadamard(cur, hadamard_v)
 
+    @property
+    def cache_kinds(self) -> tuple[str, str]:
+        """The types of K and V in the cache, by ggml's names."""
+        return self.context.key_type.upper(), self.context.value_type.upper()
+
     def hadamard(self, part: str, size: int, window: bool) -> Tensor | None:
         """The Hadamard matrix for rows of a quantised cache (src/llama-kv-cache.cpp, ggml_gen_hadamard); None where
-        none is used."""
-        blocks = ggml.TYPES[self.context.kv_type.upper()][0]
+        none is used. `part`: "k" or "v"."""
+        blocks = ggml.TYPES[self.cache_kinds[part == "v"]][0]
         if blocks == 1 or size % HADAMARD_SIZE or not size:  # a hostile header may give heads of size 0
             return None
         width = HADAMARD_SIZE
@@ -255,11 +280,10 @@ class Builder:
         q, k = permute(q, 0, 2, 1, 3), permute(k, 0, 2, 1, 3)
         v = permute(v, 0, 2, 1, 3)
         if self.context.flash_attention:
-            if k.type == F32:  # an f32 cache, or no cache
-                k, v = (new("cast", F16, x.ne, x) for x in (k, v))
+            # An f32 cache, or no cache.
+            k, v = (new("cast", F16, x.ne, x) if x.type == F32 else x for x in (k, v))
             cur = ggml.flash_attn(q, k, v, mask, self.weight("attn_sinks.weight"))
-            if self.scratch and k.type != F16:  # converted to f16 behind the result; V may be a view of K
-                cur.bytes += ggml.elements(k) * 2 + (0 if v.view_src is k.view_src else ggml.elements(v) * 2)
+            cur.bytes += self.converted_bytes(k, v)
             if v_mla:
                 cur = mul_mat(v_mla, permute(cur, 0, 2, 1, 3))
                 cur = ggml.cont(permute(cur, 0, 2, 1, 3))
@@ -277,6 +301,13 @@ class Builder:
             cur = ggml.cont(cur, cur.ne[0] * cur.ne[1], cur.ne[2] * cur.ne[3])
         self.graph.expand(cur)
         return cur
+
+    def converted_bytes(self, k: Tensor, v: Tensor) -> int:
+        """Bytes behind the result of flash attention for what is converted to f16; V may be a view of K."""
+        if not self.scratch:
+            return 0
+        kept = k if v.view_src is k.view_src else v
+        return sum(2 * ggml.elements(x) for x in ((k,) if kept is k else (k, v)) if x.type != F16)
 
     def head_sizes(self) -> tuple[int, int]:
         """Elements of a head of K and of V in this layer."""

@@ -203,7 +203,7 @@ def _output(b: Builder, out: Tensor, width: int) -> Tensor:
 def _write_and_read_cache(b: Builder, rows: Tensor, ids: Tensor, size: int, cells: int) -> Tensor:
     """Write rows of K to the layer's cache; returns a view of the whole cache."""
     slots = b.context.slots
-    store = ggml.cache(b.context.kv_type.upper(), (size, cells, slots), b.backend_of("cache", b.layer))
+    store = ggml.cache(b.cache_kinds[0], (size, cells, slots), b.backend_of("cache", b.layer))
     target = store if slots == 1 else reshape(store, size, cells * slots)
     b.graph.expand(ggml.set_rows(target, view(rows, (size, rows.ne[2]), (rows.nb[2],)), ids))
     return view(store, (size, 1, cells, slots))

@@ -48,13 +48,13 @@ def is_sparse(b: Builder) -> bool:
 def attend_blocks(b: Builder, cur: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
     """Store K, V and the indexer's keys, and attend to the blocks that the indexer picks."""
     size, count = b.shape.indexer.key, b.shape.indexer.heads
-    inputs, cells, kind = _inputs(b), b.context.stream_cells, b.context.kv_type.upper()
+    inputs, cells, (kind_k, kind_v) = _inputs(b), b.context.stream_cells, b.cache_kinds
     k_ids, v_ids, _ = b.attention_inputs(False)
     query = b.norm(reshape(b.linear("indexer.q_proj", cur), size, count, b.tokens), "indexer.q_norm")
     key = b.norm(reshape(b.linear("indexer.k_proj", cur), size, 1, b.tokens), "indexer.k_norm")
     query, key = apply("rope", query, positions), apply("rope", key, positions)
     home = b.backend_of("cache", b.layer)
-    keys = ggml.cache(kind, (size, cells, b.streams), home)
+    keys = ggml.cache(kind_k, (size, cells, b.streams), home)
     b.store(keys, key, inputs.ids)
     size_k, size_v, heads = k.ne[0], v.ne[0], k.ne[1]
     hadamard_k, hadamard_v = b.hadamard("k", size_k, False), b.hadamard("v", size_v, False)
@@ -63,8 +63,8 @@ def attend_blocks(b: Builder, cur: Tensor, q: Tensor, k: Tensor, v: Tensor, posi
     v = mul_mat_hadamard(v, hadamard_v) if hadamard_v is not None else v
     for tensor in (q, k, v):
         b.graph.expand(tensor)
-    stored_k = ggml.cache(kind, (size_k * heads, cells, b.streams), home)
-    stored_v = ggml.cache(kind, (size_v * heads, cells, b.streams), home)
+    stored_k = ggml.cache(kind_k, (size_k * heads, cells, b.streams), home)
+    stored_v = ggml.cache(kind_v, (size_v * heads, cells, b.streams), home)
     b.store(stored_k, k, k_ids)
     b.store(stored_v, v, v_ids)
     cached = b.read_cache(keys, size, 1, cells), b.read_cache(stored_k, size_k, heads, cells)
@@ -132,8 +132,7 @@ def _attn_msa_fa(b: Builder, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> T
     size, heads, tokens, groups = q.ne[0], q.ne[1], q.ne[2], k.ne[3]
     q = permute(reshape(q, size, heads // groups, groups, tokens), 0, 2, 3, 1)
     out = ggml.flash_attn(q, k, v, mask, None)
-    if b.scratch and k.type != F16:
-        out.bytes += (ggml.elements(k) + ggml.elements(v)) * 2
+    out.bytes += b.converted_bytes(k, v)
     out = permute(out, 0, 1, 3, 2)
     if tokens > 1 and groups > 1:
         out = cont(out)

@@ -57,7 +57,7 @@ def _attend(b: Builder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k_ids, mask = _inputs(b, False, F16 if b.context.flash_attention else F32)
     for tensor in (q, v, k):
         b.graph.expand(tensor)
-    stored = ggml.cache(b.context.kv_type.upper(), (size, cells, b.streams), b.backend_of("cache", b.layer))
+    stored = ggml.cache(b.cache_kinds[0], (size, cells, b.streams), b.backend_of("cache", b.layer))
     b.store(stored, k, k_ids)
     if b.top_k is not None:
         mask = top_k_mask(mask, b.top_k, F32)
@@ -89,7 +89,7 @@ def _indexer_top_k(b: Builder, cur: Tensor, low_rank_q: Tensor, positions: Tenso
     k = b.norm(b.linear("indexer.attn_k", cur), "indexer.k_norm")
     k = apply("rope", reshape(k, size, 1, tokens), positions)
     q, k = mul_mat(hadamard, q), mul_mat(hadamard, k)
-    stored = ggml.cache(b.context.kv_type.upper(), (size, cells, streams), b.backend_of("cache", b.layer))
+    stored = ggml.cache(b.cache_kinds[0], (size, cells, streams), b.backend_of("cache", b.layer))
     b.store(stored, k, ids)
     seq_tokens = tokens // streams
     weights = b.linear("indexer.proj", cur)

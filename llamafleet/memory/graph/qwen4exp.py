@@ -146,16 +146,16 @@ def _attend(b: Builder, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor
     v = mul_mat_hadamard(v, hadamard_v) if hadamard_v is not None else v
     for tensor in (q, v, k):
         b.graph.expand(tensor)
-    kind, home = b.context.kv_type.upper(), b.backend_of("cache", b.layer)
+    home, (_, kind_v) = b.backend_of("cache", b.layer), b.cache_kinds
     width = size * kv_heads
     k_ids = b.once("k ids", lambda: ggml.graph_input(I64, b.tokens))
     v_ids = b.once("v ids", lambda: ggml.graph_input(I64, b.tokens * (1 if flash else width)))
-    stored_k, stored_v = (ggml.cache(kind, (width, cells, b.streams), home) for _ in range(2))
+    stored_k, stored_v = (ggml.cache(kind, (width, cells, b.streams), home) for kind in b.cache_kinds)
     b.store(stored_k, k, k_ids)
     (b.store if flash else b.store_transposed)(stored_v, v, v_ids)
     read_v = b.read_cache(stored_v, size, kv_heads, cells)
     if not flash:
-        line = ggml.row_bytes(kind, cells)
+        line = ggml.row_bytes(kind_v, cells)
         read_v = view(stored_v, (cells, kv_heads, size, b.streams), (line * size, line, line * width))
     mask = reshape(mask, *mask.ne)
     cur = b.build_attn_mha(q, b.read_cache(stored_k, size, kv_heads, cells), read_v, mask, None)
@@ -218,8 +218,7 @@ def _scores(b: Builder, cur: Tensor, positions: Tensor, pools: Pools) -> Tensor:
     members, fresh = pools.new_members.ne[:2]
     raw = b.linear("indexer.k_proj", cur)
     packed = reshape(concat(raw, _filled(F32, size, tokens), 0), 2 * size, 1, tokens)
-    kind = b.context.kv_type.upper()
-    stored = ggml.cache(kind, (2 * size, cells, b.streams), b.backend_of("cache", b.layer))
+    stored = ggml.cache(b.cache_kinds[0], (2 * size, cells, b.streams), b.backend_of("cache", b.layer))
     b.store(stored, packed, pools.ids)
     raw_keys, pooled_keys = (view(stored, (size, cells * b.streams), (stored.nb[1],)) for _ in range(2))
     rows = reshape(get_rows(raw_keys, reshape(pools.new_members, members * fresh)), size, members, fresh)
