@@ -18,6 +18,7 @@ ASLEEP = "asleep"  # active, with its model's memory free until the next request
 COLUMNS = ("host", "instance", "state", "plan", "RAM", "GPU", "tok/s", "restarts", "last gate", "drift")
 ON_DEMAND = "on demand, {}"  # of a server that runs while it is used
 FINE = ("active", ASLEEP, *map(ON_DEMAND.format, ("stopped", "up", ASLEEP, "activating", "deactivating")))
+LARGEST_SPEED = 1e12  # tokens/s: more is a damaged record
 NOT_KNOWN = LiveInstance(rss_bytes=None, cgroup_bytes=None, gpu_bytes={}, since="", gate=None)
 
 
@@ -114,8 +115,8 @@ def _instance(
         cgroup_bytes=live.cgroup_bytes,
         gpu_bytes=live.gpu_problem or live.gpu_bytes,
         planned_gpu_bytes={gpu.uuid: gpu.planned_bytes for gpu in record.gate.gpus} if record.gate else {},
-        tokens_per_s=live.gate.decode_tokens_per_s if live.gate else None,
-        predicted_tokens_per_s=record.plan.predicted.decode_tokens_per_s if record.plan else None,
+        tokens_per_s=_measured(live.gate) if live.gate else None,
+        predicted_tokens_per_s=record.plan.predicted.tokens_per_s if record.plan else None,
         restarts=(installed.restarts if installed else 0) + live.liveness.restarts + live.liveness.by_systemd,
         liveness_restarts=live.liveness.restarts,
         last_liveness_restart=f"{live.liveness.time}: {live.liveness.why}" if live.liveness.restarts else "",
@@ -124,6 +125,14 @@ def _instance(
         verified=bool(record.verified and record.verified.binary_bytes),
         drift=drift,
     )
+
+
+def _measured(gate: Gate) -> float | None:
+    """What the gate measured in tokens/s: written, or read by a server that writes nothing."""
+    read = gate.record.get("read_tokens_per_s")
+    if gate.decode_tokens_per_s is None and isinstance(read, int | float) and 0 < read < LARGEST_SPEED:
+        return float(read)
+    return gate.decode_tokens_per_s
 
 
 def _state(installed: InstalledInstance | None, live: LiveInstance) -> str:
@@ -137,7 +146,7 @@ def _state(installed: InstalledInstance | None, live: LiveInstance) -> str:
 
 def plan_in_short(record: PlanRecord) -> str:
     """The plan of a plan.json, such as "131072 x 1 f16, 37 layers on 1 GPU, cuda"; empty if the record has none. Slots
-    over one pool are "32768 x 8 of 131072"."""
+    over one pool are "32768 x 8 of 131072"; what is no chat comes first, as in "embedding, 8192 x 1 f16, CPU, cpu"."""
     plan, gate = record.plan, record.gate
     if plan is None or gate is None:
         return ""
@@ -147,7 +156,8 @@ def plan_in_short(record: PlanRecord) -> str:
     key = value.get("--cache-type-k", "?")
     kinds = key if value.get("--cache-type-v", key) == key else f"{key}/{value['--cache-type-v']}"
     pool = f" of {value.get('--ctx-size', '?')}" if "--kv-unified" in plan.argv else ""
-    return f"{gate.context_tokens} x {gate.slots}{pool} {kinds}, {layers}, {record.backend}"
+    serves = "" if gate.serves == "chat" else f"{gate.serves}, "
+    return f"{serves}{gate.context_tokens} x {gate.slots}{pool} {kinds}, {layers}, {record.backend}"
 
 
 def table(hosts: Mapping[str, HostStatus]) -> str:

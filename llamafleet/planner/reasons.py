@@ -87,6 +87,8 @@ def _where(model: Model, placement: Placement) -> str:
         return f"no GPU is used: all {model.layers} layers run on the CPU"
     if None in placement.layer_devices:
         return f"{count} of {model.layers + 1} layers (output included) are on GPUs; the first layers are on the CPU"
+    if model.shape.cache is Cache.NONE:
+        return f"all {model.layers} layers are on GPUs"
     return f"the attention and KV cache of all {model.layers} layers and the output are on GPUs"
 
 
@@ -121,7 +123,7 @@ def _gpus(decision: Decision) -> Iterator[str]:
     capacity, chosen = decision.capacity, decision.chosen
     if decision.instance.gpus is not None:
         left = " and ".join(f"GPU{gpu.index}" for gpu in capacity.gpus)
-        yield f"its gpus leave it {left or 'no GPU'}"
+        yield f"it may use {left} alone: gpus says so" if left else "it uses no GPU: gpus says so"
     if len(capacity.gpus) < 2 or not chosen.order:
         return
     names = [f"GPU{gpu.index}" for gpu in capacity.gpus]

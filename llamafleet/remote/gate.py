@@ -41,7 +41,7 @@ from gate_load import deadline, why_silent
 from gate_nvml import held_by, in_use_on_all
 from gate_picture import check_picture
 from gate_prompt_files import check_prompt_files
-from gate_reading import check_reading
+from gate_reading import check_longest, check_reading
 from gate_reply import REMEMBERED, check_completion, check_speed, speed_key
 from gate_scores import check_scores
 from gate_server import ask, first_key, found_status, is_alive, main_pid, result, trust, unit_state
@@ -167,7 +167,7 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
 CHECKS = (
     check_health, check_process, check_asleep, check_gpus, check_devices, check_key, check_context, check_prompt_files,
     check_completion, check_adapters, check_speculation, check_picture, check_speed, check_embedding, check_scores,
-    check_reading,
+    check_reading, check_longest,
 )  # fmt: skip
 # The key first: until then a server without keys would serve everybody.
 START_CHECKS = (check_health, check_key, check_gpus, check_devices)
@@ -235,6 +235,7 @@ def verdict(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         way_out = "deploy again, with the llamafleet that made it or a later one"
         bad = result("plan", False, "a plan.json that this gate knows", str(error), way_out)
         return {}, {"ok": False, "checks": [bad]}
+    spec["deploying"] = "--record" in argv
     if "--no-floor" in argv:
         spec["speed_floor_percent"] = 0
     spec["wake"] = "--record" in argv

@@ -333,3 +333,15 @@ def test_types_of_k_and_v_apart_and_a_pool_in_short():
     ]
     record = {**RECORD, "plan": {**RECORD["plan"], "argv": argv}, "gate": {**RECORD["gate"], "gpus": []}}
     assert plan_in_short(PlanRecord.of(record)) == "131072 x 2 of 131072 q8_0/f16, CPU, cuda"
+
+
+def test_an_embedder_is_shown_with_the_speed_of_reading():
+    gate = {**RECORD["gate"], "gpus": [], "serves": "embedding"}
+    plan = {"argv": ["--cache-type-k", "f16"], "predicted": {"decode_tokens_per_s": 0.0, "prefill_tokens_per_s": 99.0}}
+    record = PlanRecord.of({**RECORD, "gate": gate, "plan": plan})
+    measured = {**GOOD, "decode_tokens_per_s": None, "read_tokens_per_s": 812.34}
+    host = of_host(found(record=record), live(gate=measured, gpu_bytes={}), AS_WANTED)
+    assert line(host)["plan"] == "embedding, 131072 x 2 f16, CPU, cuda" and line(host)["tok/s"] == "812.3"
+    assert host.instances[0].predicted_tokens_per_s == 99.0
+    damaged = live(gate={**measured, "read_tokens_per_s": "x"}, gpu_bytes={})
+    assert line(of_host(found(record=record), damaged, AS_WANTED))["tok/s"] == ""

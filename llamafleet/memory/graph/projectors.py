@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from llamafleet.memory.graph import ggml
 from llamafleet.memory.graph.builder import GraphUnknownError
+from llamafleet.memory.graph.gemma4_audio import gemma4_audio
 from llamafleet.memory.graph.ggml import F16, F32, I32, Graph, Tensor, apply, cont, mul_mat, new, permute, reshape, view
 from llamafleet.memory.graph.tower import LAYER, RMS, Picture, Tower, conv_1d, conv_2d, rope_2d
 from llamafleet.model.projector import Encoder
@@ -88,9 +89,10 @@ def _merge_order(t: Tower, cur: Tensor) -> Tensor:
 
 
 def _two_frames(t: Tower) -> Tensor:
-    """A still picture as two frames of a film (build_inp_with_temporal_merge)."""
+    """A picture as two equal frames of a film, or two frames (build_inp_with_temporal_merge)."""
     raw = t.raw_input()
-    cur = apply("add", t.patched(raw), t.patched(raw, "v.patch_embd.weight.1"))
+    frames = [view(raw, raw.ne[:3], raw.nb[1:3]) for _ in range(2)] if t.picture.count > 1 else [raw, raw]
+    cur = apply("add", t.patched(frames[0]), t.patched(frames[1], "v.patch_embd.weight.1"))
     return _merge_order(t, permute(cur, 1, 2, 0, 3))
 
 
@@ -316,6 +318,7 @@ GRAPHS: dict[str, Callable[[Tower], Tensor]] = {
     **dict.fromkeys(("ultravox", "voxtral", "qwen2a", "musicflamingo"), _whisper),
     "qwen3vl_merger": _qwen3vl,
     "gemma4v": _gemma4v,
+    "gemma4a": gemma4_audio,
     "gemma4uv": _gemma4uv,
     "gemma4ua": _gemma4ua,
     "internvl": _internvl,
