@@ -84,3 +84,24 @@ PUBLISHED_PROJECTORS: dict[str, ProjectorLayout] = {
         ProjectorLayout("qwen2-audio-7b", "qwen2a", 4096, 32, 1280, 20, 5120, mel_bins=128),
     )
 }  # fmt: skip
+
+# Of further kinds, whose graphs are compared too: numbers of this size, not those of a certain file.
+OTHER_PROJECTORS: dict[str, ProjectorLayout] = {
+    one.name: one
+    for one in (
+        ProjectorLayout("lfm2", "lfm2", 2048, **_SO400M, patch=16, image=256, merge=2,
+                        extra={"clip.vision.projector.scale_factor": 2}),
+        ProjectorLayout("gemma4uv", "gemma4uv", 3840, 0, 3840, 16, 0, patch=16, image=224, merge=3),
+        ProjectorLayout("janus_pro", "janus_pro", 4096, 24, **_CLIP_L, patch=16, image=384),
+        ProjectorLayout("phi4", "phi4", 3072, **_SO400M, image=448,
+                        extra={"clip.vision.image_min_pixels": 50176, "clip.vision.image_max_pixels": 1806336}),
+        ProjectorLayout("lightonocr", "lightonocr", 1024, 24, **_CLIP_L, image=1540, merge=2,
+                        extra={"clip.vision.spatial_merge_size": 2, "clip.vision.preproc_image_size": 1540}),
+        ProjectorLayout("glm5v", "glm5v", 4096, 24, 1536, 12, 4096, image=336, merge=2,
+                        extra={"clip.use_silu": True, "clip.vision.swiglu_clamp": 7.0,
+                               "clip.vision.image_min_pixels": 12544, "clip.vision.image_max_pixels": 4816896}),
+        ProjectorLayout("ultravox", "ultravox", 4096, 32, 1280, 20, 5120, mel_bins=128,
+                        extra={"clip.audio.projector.stack_factor": 8}),
+        ProjectorLayout("musicflamingo", "musicflamingo", 3584, 32, 1280, 20, 5120, mel_bins=128),
+    )
+}  # fmt: skip

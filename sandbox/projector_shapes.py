@@ -26,7 +26,14 @@ def _both(name: str, shape: tuple[int, ...]) -> Shapes:
 
 
 def _inputs(one: ProjectorLayout) -> Shapes:
-    if one.kind == "gemma4a":
+    if one.kind == "gemma4uv":
+        row = 3 * (one.patch * one.merge) ** 2
+        yield from _both("v.patch_embd", (row, one.embd))
+        yield from _both("v.patch_norm.1", (row,))
+        yield from _both("v.patch_norm.2", (one.embd,))
+        yield from _both("v.patch_norm.3", (one.embd,))
+        yield "v.position_embd.weight", (one.embd, 1120, 2)
+    elif one.kind == "gemma4a":
         for number, (channels, out) in enumerate(((1, 128), (128, 32))):
             yield f"a.conv1d.{number}.weight", (3, 3, channels, out)
             yield f"a.conv1d.{number}.norm.weight", (out,)
@@ -61,15 +68,18 @@ def _of_pictures(one: ProjectorLayout) -> Shapes:
 _TWO_FRAMES, _PLACES = "v.patch_embd.weight.1", "v.position_embd.weight"
 _POST_LN = ("v.post_ln.weight", "v.post_ln.bias")
 _INPUTS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("gemma3", "idefics3", "kimivl"), ("v.patch_embd.bias", _PLACES, *_POST_LN)),
+    **dict.fromkeys(
+        ("gemma3", "idefics3", "kimivl", "lfm2", "janus_pro", "phi4"), ("v.patch_embd.bias", _PLACES, *_POST_LN)
+    ),
     "qwen2vl_merger": (_TWO_FRAMES, *_POST_LN),
     "qwen2.5vl_merger": (_TWO_FRAMES, "v.post_ln.weight"),
     "qwen3vl_merger": (_TWO_FRAMES, "v.patch_embd.bias", _PLACES, *_POST_LN),
+    "glm5v": (_TWO_FRAMES, "v.patch_embd.bias", _PLACES, "v.post_ln.weight"),
     "glm4v": (_TWO_FRAMES, "v.patch_embd.bias", _PLACES, "v.norm_embd.weight", "v.post_ln.weight"),
     "gemma4v": (_PLACES,),
     "internvl": ("v.class_embd", _PLACES, "v.patch_embd.bias"),
     "mlp": ("v.class_embd", _PLACES, "v.pre_ln.weight", "v.pre_ln.bias"),
-    "pixtral": ("v.pre_ln.weight",),
+    **dict.fromkeys(("pixtral", "lightonocr"), ("v.pre_ln.weight",)),
 }
 
 
@@ -100,7 +110,7 @@ def _layers(one: ProjectorLayout) -> Shapes:
     if one.kind == "gemma4a":
         yield from _conformer(one)
         return
-    has_biases = one.kind not in ("pixtral", "gemma4v", "glm4v")
+    has_biases = one.kind not in ("pixtral", "lightonocr", "gemma4v", "glm4v", "glm5v")
     inner = one.heads * (one.head_dim or one.embd // one.heads)
     for layer in range(one.blocks):
         name = f"{one.prefix}.blk.{layer}"
@@ -110,7 +120,7 @@ def _layers(one: ProjectorLayout) -> Shapes:
             if biased:
                 yield f"{name}.{suffix}.bias", shape[-1:]
 
-        if one.kind in ("qwen3vl_merger", "glm4v"):
+        if one.kind in ("qwen3vl_merger", "glm4v", "glm5v"):
             yield from part("attn_qkv", (one.embd, 3 * inner))
         else:
             yield from part("attn_q", (one.embd, inner))
@@ -128,7 +138,7 @@ def _layers(one: ProjectorLayout) -> Shapes:
         if one.kind == "internvl":
             yield f"{name}.ls1.weight", (one.embd,)
             yield f"{name}.ls2.weight", (one.embd,)
-        if one.kind in ("qwen2.5vl_merger", "pixtral", "gemma4v", "glm4v"):
+        if one.kind in ("qwen2.5vl_merger", "pixtral", "lightonocr", "gemma4v", "glm4v", "glm5v"):
             yield from part("ffn_gate", (one.embd, one.ff))
         yield from part("ffn_up", (one.embd, one.ff))
         yield from part("ffn_down", (one.ff, one.embd))
@@ -163,9 +173,10 @@ def _of_pixtral(one: ProjectorLayout, squared: int) -> Shapes:
     if one.merge > 1:
         yield "mm.input_norm.weight", (one.embd,)
         yield "mm.patch_merger.weight", (squared, one.embd)
-    yield from _both("mm.1", (one.embd, one.width))
-    yield from _both("mm.2", (one.width, one.width))
-    yield "v.token_embd.img_break", (one.width,)
+    for name, shape in (("mm.1", (one.embd, one.width)), ("mm.2", (one.width, one.width))):
+        yield from _both(name, shape) if one.merge == 1 else [(f"{name}.weight", shape)]
+    if one.kind == "pixtral":
+        yield "v.token_embd.img_break", (one.width,)
 
 
 def _of_internvl(one: ProjectorLayout, squared: int) -> Shapes:
@@ -198,6 +209,29 @@ def _of_glm(one: ProjectorLayout, squared: int) -> Shapes:
     yield "mm.down.weight", (13696, one.width)
 
 
+def _of_lfm2(one: ProjectorLayout, squared: int) -> Shapes:
+    yield from _both("mm.input_norm", (squared,))
+    yield from _both("mm.1", (squared, 2560))
+    yield from _both("mm.2", (2560, one.width))
+
+
+def _of_janus(one: ProjectorLayout, squared: int) -> Shapes:
+    yield from _both("mm.0", (one.embd, one.width))
+    yield from _both("mm.1", (one.width, one.width))
+
+
+def _of_ultravox(one: ProjectorLayout, squared: int) -> Shapes:
+    yield "mm.a.norm_pre.weight", (one.embd * 8,)
+    yield "mm.a.mlp.1.weight", (one.embd * 8, 2 * one.width)
+    yield "mm.a.norm_mid.weight", (one.width,)
+    yield "mm.a.mlp.2.weight", (one.width, one.width)
+
+
+def _of_flamingo(one: ProjectorLayout, squared: int) -> Shapes:
+    yield from _both("mm.a.mlp.1", (one.embd, one.width))
+    yield from _both("mm.a.mlp.2", (one.width, one.width))
+
+
 def _of_voxtral(one: ProjectorLayout, squared: int) -> Shapes:
     yield "mm.a.mlp.1.weight", (one.embd * 4, one.width)
     yield "mm.a.mlp.2.weight", (one.width, one.width)
@@ -217,5 +251,6 @@ _OUTPUTS: dict[str, Callable[[ProjectorLayout, int], Shapes]] = {
     **dict.fromkeys(("qwen2vl_merger", "qwen2.5vl_merger", "qwen3vl_merger"), _of_qwen),
     "gemma3": _of_gemma3, "gemma4v": _of_gemma4, "pixtral": _of_pixtral, "internvl": _of_internvl, "mlp": _of_llava,
     "idefics3": _of_idefics3, "kimivl": _of_kimi, "glm4v": _of_glm, "voxtral": _of_voxtral, "qwen2a": _of_qwen_audio,
-    "gemma4a": _of_gemma4_audio,
+    "gemma4a": _of_gemma4_audio, "gemma4uv": _of_gemma4, "lightonocr": _of_pixtral, "glm5v": _of_glm, "lfm2": _of_lfm2,
+    "janus_pro": _of_janus, "phi4": _of_llava, "ultravox": _of_ultravox, "musicflamingo": _of_flamingo,
 }  # fmt: skip

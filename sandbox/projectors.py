@@ -10,10 +10,10 @@ import numpy as np
 from gguf import GGMLQuantizationType as Q
 
 from sandbox.models import Tensor, leave_hole, write_header
-from sandbox.projector_layouts import PUBLISHED_PROJECTORS, ProjectorLayout
+from sandbox.projector_layouts import OTHER_PROJECTORS, PUBLISHED_PROJECTORS, ProjectorLayout
 from sandbox.projector_shapes import shapes
 
-__all__ = ["PUBLISHED_PROJECTORS", "ProjectorLayout", "tiny", "write"]
+__all__ = ["OTHER_PROJECTORS", "PUBLISHED_PROJECTORS", "ProjectorLayout", "tiny", "write"]
 
 ALIGNMENT_BYTES = 32
 

@@ -71,9 +71,12 @@ def reported(text_model, file, *flags, devices=0):
         return by_device, total
 
 
-@pytest.mark.parametrize("name", projectors.PUBLISHED_PROJECTORS)
+EVERY = {**projectors.PUBLISHED_PROJECTORS, **projectors.OTHER_PROJECTORS}
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_llama_server_takes_what_is_planned(name, text_model, tmp_path):
-    file = projectors.write(projectors.PUBLISHED_PROJECTORS[name], tmp_path)
+    file = projectors.write(EVERY[name], tmp_path)
     projector = read(read_path(file))
     for on_gpu, flash in itertools.product((False, True), repeat=2):
         sizes = projector_bytes(projector, on_gpu=on_gpu, flash_attention=flash)
@@ -86,13 +89,17 @@ def test_llama_server_takes_what_is_planned(name, text_model, tmp_path):
 @pytest.mark.parametrize(("name", "tokens"), SIZES)
 def test_other_sizes_of_pictures_take_what_is_planned(name, tokens, text_model, tmp_path):
     file = projectors.write(projectors.PUBLISHED_PROJECTORS[name], tmp_path)
-    sizes = projector_bytes(read(read_path(file), max_tokens=tokens), on_gpu=True, flash_attention=True)
+    projector = read(read_path(file), max_tokens=tokens)
+    sizes = projector_bytes(projector, on_gpu=True, flash_attention=True)
     flags = ("--mmproj-device", "RPC0", "--flash-attn", "on", "--image-max-tokens", str(tokens))
     by_device, total = reported(text_model, file, *flags, devices=1)
     assert sizes.at_start / MIB == pytest.approx(total, abs=0.02)
-    # The square of this many tokens is the largest picture too.
-    assert (sizes.weights + sizes.compute) / MIB == pytest.approx(by_device["RPC0"], abs=0.02)
-    assert sizes.host_compute / MIB == pytest.approx(by_device["CPU"], abs=0.02)
+    # The square of this many tokens is the largest picture too; of a film two frames of it are encoded together.
+    there, here = (sizes.weights + sizes.compute) / MIB, sizes.host_compute / MIB
+    if projector.encoders[0].kind.frames == 1:
+        assert (there, here) == (pytest.approx(by_device["RPC0"], abs=0.02), pytest.approx(by_device["CPU"], abs=0.02))
+    else:
+        assert by_device["RPC0"] <= there + 0.02 and by_device["CPU"] < here
 
 
 def test_the_question_of_the_verification_is_answered_with_the_projector(text_model, tmp_path):
@@ -174,16 +181,6 @@ def test_model_and_projector_take_what_the_plan_of_this_very_command_line_says(n
     verified = reconcile.compare(plan, report)
     # Whole MiB of each row, rounded down, and three rows on the host.
     assert all(abs(size) < 5 * MIB for size in verified.differences.values()), verified
-
-
-@pytest.mark.parametrize("name", ["gemma-3-4b", "qwen2.5-vl-7b", "voxtral-mini-3b", "pixtral-12b"])
-def test_the_bound_of_a_projector_that_is_not_known_is_above_what_it_takes(name, text_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("llamafleet.memory.graph.projectors.GRAPHS", {})
-    file = projectors.write(projectors.PUBLISHED_PROJECTORS[name], tmp_path)
-    sizes = projector_bytes(read(read_path(file)), on_gpu=False, flash_attention=True)
-    _, total = reported(text_model, file, "--no-mmproj-offload", "--flash-attn", "on")
-    assert not sizes.is_exact
-    assert total * MIB <= sizes.at_start < 12 * total * MIB
 
 
 def test_a_type_that_llama_cpp_does_not_know_is_refused_by_both(text_model, tmp_path):

@@ -12,20 +12,24 @@ import openai
 import psutil
 import pytest
 
+from bench.outline_cases import OUTLINES, compared, is_right, situations
 from llamafleet.memory.context import Context
 from llamafleet.memory.ledger import output_bytes
+from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import read_path
 from llamafleet.model.shape import Shape
 from llamafleet.planner.plan import plan_host
 from llamafleet.planner.result import Plan
 from llamafleet.remote import gate, gate_scores, liveness, liveness_server
-from sandbox import models, oracle
+from sandbox import models, oracle, outlines
 from sandbox.embedders import EMBEDDERS, RERANKERS, TINY
 from tests.planning import MIB, machine, settings
 
 pytestmark = pytest.mark.oracle
 
 PUBLISHED = {**EMBEDDERS, **RERANKERS}
+# Other sizes of what is asked about anyway.
+ALIKE = ("bge-small-en-v1.5", "bge-large-en-v1.5", "Qwen3-Embedding-4B", "Qwen3-Embedding-8B", "Qwen3-Reranker-4B")
 # A GPU for all of it, two that share it as a pipeline, none. One prompt cache of each model's whole context fits there.
 MACHINES = {"a GPU": [49140], "two GPUs": [8192, 8192], "no GPU": []}
 ROUNDING_MIB = 0.02  # as in bench/outline_cases.py
@@ -64,7 +68,9 @@ def differences(path, layout, gpus, **instance):
             yield f"{layout.name} {host}: {told}"
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in ALIKE else ()) for name in PUBLISHED]
+)
 def test_llama_server_allocates_what_the_plan_says(name, tmp_path):
     layout = PUBLISHED[name]
     path = models.weightless(tmp_path, layout)
@@ -74,6 +80,17 @@ def test_llama_server_allocates_what_the_plan_says(name, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         found = pool.map(lambda case: list(differences(path, layout, case[0], **case[1])), cases)
         assert [one for some in found for one in some] == []
+
+
+@pytest.mark.parametrize("name", ["gemma4", "granitehybrid", "lfm2", "qwen3vl"])
+def test_any_model_that_writes_can_make_vectors(name, tmp_path):
+    """The logits of all tokens are computed: rows are chosen early or late, and devices may form a pipeline."""
+    path = outlines.weightless(OUTLINES / f"{name}.yaml", tmp_path)
+    model = Model.of(read_path(path))
+    for situation in ("one device, four slots with caches of their own", "two devices"):
+        context, *rest = situations(model.layers)[situation]
+        figures = list(compared(path, model, (context.pooled("mean"), *rest)))
+        assert len(figures) >= 6 and [one for one in figures if not is_right(one[1], one[2], one[3], {})] == []
 
 
 def test_a_long_input_takes_the_memory_that_is_planned_for_results(tmp_path):
