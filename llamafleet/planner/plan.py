@@ -306,7 +306,8 @@ def _best_plan(case: _Case) -> Found:
     if case.instance.split_mode == "tensor":
         return _by_tensors(case, None)
     by_layers = _by_layers(case)
-    if not tensor.is_tried(case.model.shape, case.backend) or case.measured.trials:
+    guesses = case.instance.speculation not in ("none", "ngram")  # drafts and heads beside split tensors are not known
+    if guesses or not tensor.is_tried(case.model.shape, case.backend) or case.measured.trials:
         return by_layers
     other = _by_tensors(case, by_layers if isinstance(by_layers, Timed) else None)
     if isinstance(other, Refusal) or not tensor.is_proven(case.model.shape, len(other.plan.gpus)):
