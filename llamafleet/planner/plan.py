@@ -362,7 +362,10 @@ def _tensor_plan(case: _Case, chosen: tensor.Tensors, by_layers: Timed | None) -
         prompt_cache_mib=case.instance.prompt_cache_mib, checkpoints=case.checkpoints(context),
         placement=placement, is_moe=model.is_moe, mapped_bytes=model.mapped_bytes, ledger=rows,
         predicted=tensor.predict(chosen.order, context, case.roofline(case.work, case.known)),
-        why=(*tensor.why(chosen, case.capacity, model.shape, seconds), *(one.why for one in case.besides if one.why)),
+        why=(
+            *tensor.why(chosen, case.capacity, model.shape, case.work, seconds),
+            *(one.why for one in case.besides if one.why),
+        ),
         host_bytes=rows[-1].used_bytes + model.mapped_bytes,
         environment=environment(case.backend, gpus, case.machine),
         cpus=processors.cpus(cpu, case.instance, placement, alone=case.alone),
