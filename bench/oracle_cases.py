@@ -50,8 +50,10 @@ class Case:
         c = self.context
         flags = ["-c", str(c.stream_cells * c.streams), "-np", str(c.slots), "-kvu" if c.unified else "-no-kvu",
                  "-ctk", c.key_type, "-ctv", c.value_type, "-fa", "on" if c.flash_attention else "off",
-                 "-b", str(max(2048, c.ubatch_tokens)), "-ub", str(c.ubatch_tokens),
+                 "-b", str(c.ubatch_tokens if c.pooling else max(2048, c.ubatch_tokens)), "-ub", str(c.ubatch_tokens),
                  "-ngl", str(sum(self.counts))]  # fmt: skip
+        if c.pooling:
+            flags += ["--rerank"] if c.pooling == "rank" else ["--embedding", "--pooling", c.pooling]
         if len(self.counts) > 1:
             flags += ["-ts", ",".join(map(str, self.counts))]
         if self.spilled:

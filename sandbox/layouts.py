@@ -38,6 +38,7 @@ class Layout:
     biases: bool = False
     qkv_biases: bool = False
     rope_factors: bool = False  # has rope_freqs.weight
+    scores: int = 0  # that a reranker's classifier gives
     extra: dict[str, Value] = field(default_factory=dict)  # metadata; keys without the architecture
     quant: str = "Q4_K_M"
     # Size of all tensors by quantisation as llama.cpp prints it, two decimals, with the source of the figure.

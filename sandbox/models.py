@@ -21,6 +21,8 @@ from gguf import GGML_QUANT_SIZES, GGUFValueType, GGUFWriter, TokenType
 from gguf import GGMLQuantizationType as Q
 from gguf.quants import quantize
 
+from sandbox import embedders
+from sandbox.encoder_shapes import ENCODERS, TOKEN_TYPES
 from sandbox.layouts import PUBLISHED, TINY, Layout
 from sandbox.quants import MIXES, tensor_types
 from sandbox.shapes import shapes
@@ -79,9 +81,10 @@ def tiny(folder: Path, kind: str = "dense", *, quant: str = "F16", seed: int = 0
     """Make a model with random weights that can be served; equal arguments give equal bytes.
 
     `kind` is "dense" (5 MB), "moe" (15 MB), "windowed" (attention windows), "hybrid" (recurrent state beside attention)
-    or "recurrent" (recurrent state only); `quant` is F16 or Q8_0. Returns the (first) file, in `folder`.
+    or "recurrent" (recurrent state only), or one of embedders.TINY; `quant` is F16 or Q8_0. Returns the (first) file,
+    in `folder`.
     """
-    return make(TINY[kind], folder, quant=quant, seed=seed, shards=shards)
+    return make({**TINY, **embedders.TINY}[kind], folder, quant=quant, seed=seed, shards=shards)
 
 
 def weightless(folder: Path, layout: Layout | str, quant: str = "", *, shards: int = 1) -> Path:
@@ -173,7 +176,33 @@ def metadata(layout: Layout, quant: str) -> dict[str, Any]:
         own["attention.sliding_window"] = layout.window
     own |= layout.extra
     general = {"general.name": layout.name, "general.file_type": int(MIXES[quant][0])}
-    return general | {f"{layout.architecture}.{key}": value for key, value in own.items()} | tokenizer(layout.vocab)
+    words = word_pieces(layout.vocab) if layout.architecture in ENCODERS else tokenizer(layout.vocab)
+    if layout.scores > 1:
+        own["classifier.output_labels"] = [f"label {number}" for number in range(layout.scores)]
+    return general | {f"{layout.architecture}.{key}": value for key, value in own.items()} | words
+
+
+def word_pieces(size: int) -> dict[str, Any]:
+    """A vocabulary of `size` tokens as BERT has it: special tokens, the beginnings and the other parts of words."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [chr(code) for code in range(0x21, 0x7F) if not chr(code).isupper()]
+    pieces = [*("\u2581" + letter for letter in letters), *letters]
+    pieces += [a + b for a in "bcdfghjklmnprstvwz" for b in "aeiou"]
+    pieces += [f"\u2581t{i}" for i in range(len(special) + len(pieces), size)]
+    tokens = [*special, *pieces][:size]
+    return {
+        "tokenizer.ggml.model": "bert",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [int(TokenType.CONTROL)] * 5 + [int(TokenType.NORMAL)] * (len(tokens) - 5),
+        "tokenizer.ggml.token_type_count": TOKEN_TYPES,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.ggml.unknown_token_id": 1,
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.cls_token_id": 2,
+        "tokenizer.ggml.seperator_token_id": 3,
+        "tokenizer.ggml.mask_token_id": 4,
+    }
 
 
 def tokenizer(size: int) -> dict[str, Any]:

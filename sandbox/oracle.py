@@ -96,6 +96,9 @@ class Breakdown:
     host: Row
     others: Mapping[str, Row] = field(default_factory=dict)  # CPU_REPACK, for one: host memory besides `host`
     buffers: Mapping[str, float] = field(default_factory=dict)  # to compute in: MiB to the hundredth; the host's is CPU
+    # Of a draft model, or of a head's own context, where one was asked for: common_fit_extra_model. The weights of a
+    # head are counted in both.
+    beside: Breakdown | None = None
 
     @property
     def repacked(self) -> int:
@@ -111,12 +114,13 @@ def ask(
     server: Path | None = None,
     environment: Mapping[str, str] | None = None,
     oracle: Oracle | None = None,
+    beside: bool = False,
 ) -> Breakdown:
     """What llama-server would allocate for these flags (no model, port or --fit among them).
 
     `devices` RPC devices are there for it, all by default unless the flags say --device. `server` is another
-    llama-server than the oracle's own, `oracle` programs of another release than the pinned one. Raises OracleError
-    with the end of its log.
+    llama-server than the oracle's own, `oracle` programs of another release than the pinned one. `beside`: a draft or
+    a head is reported too. Raises OracleError with the end of its log.
     """
     if given := [flag for flag in flags if flag in REFUSED_FLAGS]:
         raise OracleError(f"{given[0]} is not for the oracle: leave it out, its default prints the breakdown")
@@ -124,7 +128,7 @@ def ask(
         rpc = ("--rpc", stack.enter_context(rpc_server(devices, oracle))) if devices else ()
         program = server or (oracle or build()).llama_server
         command = [str(program), "-m", str(model), *rpc, *flags, "-lv", "5", "--port", "0"]
-        return _breakdown(command, {**os.environ, **(environment or {})})
+        return _breakdown(command, {**os.environ, **(environment or {})}, beside=beside)
 
 
 @contextmanager
@@ -178,7 +182,8 @@ def _listens(process: subprocess.Popen[bytes], endpoint: tuple[str, int]) -> boo
     return False
 
 
-def _breakdown(command: Sequence[str], environment: Mapping[str, str]) -> Breakdown:
+def _breakdown(command: Sequence[str], environment: Mapping[str, str], *, beside: bool) -> Breakdown:
+    tables: list[Breakdown] = []
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
     ) as process:
@@ -197,11 +202,18 @@ def _breakdown(command: Sequence[str], environment: Mapping[str, str]) -> Breakd
                 elif match := _BUFFER.search(line):
                     buffers[match["name"]] = float(match["size"])
                 elif rows:
-                    break  # the table is complete; fit may print others of its own later
+                    tables.append(replace(_sorted(rows, command, tail), buffers=buffers))
+                    rows, buffers = [], {}
+                    if len(tables) > beside:
+                        break  # fit may print others of its own later
         finally:
             timer.cancel()
             process.kill()
-    return replace(_sorted(rows, command, tail), buffers=buffers)
+    if len(tables) <= beside:
+        raise OracleError(
+            f"{' '.join(command)} reported {len(tables)} memory breakdowns; its log ends:\n" + "\n".join(tail)
+        )
+    return replace(tables[0], beside=tables[1] if beside else None)
 
 
 def _sorted(rows: Sequence[Row], command: Sequence[str], tail: Sequence[str]) -> Breakdown:

@@ -70,6 +70,8 @@ def _tensors(outline: dict[str, Any]) -> Iterator[Tensor]:
 def _type(name: str, shape: list[int], f32: re.Pattern[str], quant: Q) -> Q:
     if name.endswith("tid2eid.weight"):  # numbers of experts by token
         return Q.I32
+    if name == "d2t":  # a draft's tokens as the model's
+        return Q.I64
     is_matrix = len(shape) > 1 and name.endswith(".weight") and shape[0] % GGML_QUANT_SIZES[quant][0] == 0
     return quant if is_matrix and not KEPT.fullmatch(name) and not f32.fullmatch(name) else Q.F32
 

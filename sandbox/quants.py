@@ -28,7 +28,7 @@ MIXES: dict[str, tuple[LlamaFileType, Q]] = {
 FALLBACKS = {Q.Q3_K: Q.Q4_0, Q.Q4_K: Q.Q5_0, Q.Q5_K: Q.Q5_1, Q.Q6_K: Q.Q8_0, Q.IQ4_XS: Q.IQ4_NL}
 # Matrices that the converter keeps in F32 (conversion/base.py), and others that llama-quantize then leaves
 # in F16 (tensor_allows_quantization).
-KEPT_F32 = re.compile(r"ffn_gate_inp|ssm_conv1d|time_mix_w[12]\.|time_mix_lerp_fused")
+KEPT_F32 = re.compile(r"ffn_gate_inp|token_types|position_embd|ssm_conv1d|time_mix_w[12]\.|time_mix_lerp_fused")
 KEPT_F16 = re.compile(r"time_mix_[avg][12]\.")
 # category_is_attn_v; without attn_kv_b, which only files from before April 2025 have: llama-quantize did not
 # count it in then.

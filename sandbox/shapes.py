@@ -6,11 +6,11 @@ length first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
+from sandbox.encoder_shapes import ENCODERS, Shapes, classifier, encoder
 from sandbox.layouts import Layout
 
-Shapes = Iterator[tuple[str, tuple[int, ...]]]
 Part = Callable[[Layout, int], Shapes]  # arguments: layout, block number; names are without "blk.N."
 
 # Extra per-block vectors: name, and the Layout attribute with its length.
@@ -44,6 +44,9 @@ NEXTN_HAS_VOCABULARY = frozenset({"glm4moe"})
 def shapes(layout: Layout) -> Shapes:
     """Every tensor's name and shape, in file order."""
     embd, block = layout.embd, BLOCKS.get(layout.architecture, _transformer)
+    if layout.architecture in ENCODERS:
+        yield from encoder(layout)
+        return
     yield "token_embd.weight", (embd, layout.vocab)
     if layout.architecture == "rwkv7":
         yield from _norm("token_embd_norm", embd)
@@ -57,6 +60,7 @@ def shapes(layout: Layout) -> Shapes:
         yield "output.weight", (embd, layout.vocab)
     if layout.rope_factors:
         yield "rope_freqs.weight", (layout.head_dim // 2,)
+    yield from classifier(layout)
 
 
 def _transformer(layout: Layout, i: int) -> Shapes:

@@ -182,6 +182,8 @@ class InstalledInstance:
     loaded: Table[Sha256] = field(default_factory=dict)
     # Files of its release that the server runs from although they were removed or replaced.
     deleted: Many[Path] = ()
+    # Variables and presets of the host that the running server may have taken over.
+    inherited: Many[Name] = ()
 
 
 @dataclass(frozen=True)

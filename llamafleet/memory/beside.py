@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from llamafleet.memory.capacity import Capacity
+from llamafleet.memory.context import Context
 from llamafleet.memory.ledger import LedgerRow
 
 
@@ -21,6 +22,18 @@ class Beside:
     why: str = ""  # a sentence for the plan
     # Factor on the workload's seconds for costs that its prediction does not have, such as a slow image.
     handicap: float = 1.0
+    least_ubatch: int = 0  # tokens that must be in one ubatch
+    # Of what llama-server reports of it before it loads: the device of the ledger, and bytes. None: nothing.
+    reported: tuple[str, int] | None = None
+    # Where llama-server reports it device by device, as the model itself: bytes by the ledger's device names.
+    reported_rows: Mapping[str, int] = field(default_factory=dict)
+    checkpoint_bytes: int = 0  # what it adds to each context checkpoint
+    # What it takes with a context, where that is not always the same; None: it does not fit there.
+    at: Callable[[Context], Beside | None] | None = field(default=None, compare=False, repr=False)
+
+    def with_context(self, context: Context) -> Beside | None:
+        """What is taken with this context; None: it does not fit."""
+        return self.at(context) if self.at else self
 
 
 def reduced(capacity: Capacity, besides: Sequence[Beside]) -> Capacity:
@@ -44,6 +57,18 @@ def taken(besides: Sequence[Beside]) -> tuple[dict[int, int], int]:
         for index, size in one.gpu_bytes.items():
             on_gpus[index] = on_gpus.get(index, 0) + size
     return on_gpus, sum(one.host_bytes for one in besides)
+
+
+def apart(rows: Sequence[LedgerRow], bare: Sequence[LedgerRow]) -> tuple[LedgerRow, ...]:
+    """The rows of a model with its adapters, by `bare`, those of the model alone with the same layers on each device:
+    what the adapters take, and what they add to the compute buffers, is beside the model."""
+    return tuple(
+        replace(
+            row, weights_bytes=alone.weights_bytes, compute_bytes=alone.compute_bytes,
+            staging_bytes=alone.staging_bytes, beside_bytes=row.beside_bytes + row.used_bytes - alone.used_bytes,
+        )
+        for row, alone in zip(rows, bare, strict=True)
+    )  # fmt: skip
 
 
 def with_besides(rows: Sequence[LedgerRow], besides: Sequence[Beside], capacity: Capacity) -> tuple[LedgerRow, ...]:

@@ -27,7 +27,7 @@ def checkpoint_bytes(shape: Shape, context: Context) -> int:
     llama_kv_cache_iswa::state_write) the tokens inside the window, however many cells their cache has
     (src/llama-kv-cache.cpp, llama_kv_cache::state_write).
     """
-    one_slot = replace(context, slots=1)
+    one_slot = replace(context, slots=1, rollback=0, head=False)
     window = min(max(_windows(shape), default=0), one_slot.cells)
     states = sum(shape.state.layers[: shape.trunk_layers])
     # Window and tokens not yet compressed (src/llama-kv-cache-dsv4.cpp, llama_kv_cache_dsv4::state_write).

@@ -9,21 +9,26 @@ from __future__ import annotations
 import gc
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llamafleet.memory.context import Context, as_served
 from llamafleet.memory.graph.allocation import buffer_bytes
 from llamafleet.memory.graph.assemble import build
+from llamafleet.memory.graph.builder import BackendOf
+from llamafleet.memory.graph.draft_head import build_head
+from llamafleet.memory.graph.drafts import build_draft
 from llamafleet.memory.graph.layers import FIRST_LAYER, INPUTS, Layers, layer_traits
 from llamafleet.memory.graph.repeats import NEIGHBOURS, NO_NEIGHBOURS, fold, numbered, shorten
 from llamafleet.memory.kv_cache import kv_bytes
 from llamafleet.memory.placement import Placement
 from llamafleet.memory.upper_bound import bound
+from llamafleet.model.architecture import LayerGraph
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import DENSE, EXPERTS, Shape
 
 # Raised for a header without tensors that its architecture's graph needs, or with impossible numbers.
 _UNKNOWN = (LookupError, ArithmeticError, ValueError, RecursionError)
+DRAFTS = (LayerGraph.EAGLE3, LayerGraph.DFLASH)
 LAYER_LIMIT = 128  # layers of a graph, repeated ones left out: bounds the time that a hostile header takes
 
 
@@ -100,8 +105,24 @@ class Compute:
         neighbours = NO_NEIGHBOURS if roughly else NEIGHBOURS
         request = (context, placement, rules, neighbours)
         if request not in self.by_request:
-            self.by_request[request] = self._without_repeats(context, placement, rules, neighbours)
+            own = self._without_repeats(replace(context, head=False), placement, rules, neighbours)
+            heads = self._of_heads(context, placement, rules) if context.head else (0,) * len(own)
+            self.by_request[request] = tuple(size + more for size, more in zip(own, heads, strict=True))
         return self.by_request[request]
+
+    def _of_heads(self, context: Context, placement: Placement, rules: Rules) -> tuple[int, ...]:
+        """Bytes of the buffers of a draft head's own context."""
+        context = replace(context, drafted=0, rollback=0)
+        if not self.shape.architecture.verified:
+            return self._bound(context, placement)
+        try:
+            with _garbage_collection_off():
+                home = self._home(placement)
+                graph = build_head(self.shape, self.layers, context, home, attention_scratch=rules.attention_scratch)
+                cpu = len(placement.devices)
+                return tuple(buffer_bytes(graph, cpu, pipelined=placement.is_pipeline, op_offload=rules.op_offload))
+        except _UNKNOWN:
+            return self._bound(context, placement)
 
     def _without_repeats(
         self, context: Context, placement: Placement, rules: Rules, neighbours: tuple[int, int]
@@ -109,7 +130,9 @@ class Compute:
         keys = [self._layer_key(placement, rules, n) for n in range(len(self.kinds))]
         holders, host = placement.backends, len(placement.devices)
         # Layers with an indexer hold zeros from the start of the graph until they use them, or leave gaps that add up.
-        every_layer = self.shape.architecture.has_context_gaps
+        # In a pipeline, the logits of all tokens fill the gap that is left behind a few layers, but not behind many.
+        fills_gaps = context.pooling and placement.is_pipeline and self.shape.architecture.computes_logits
+        every_layer = self.shape.architecture.has_context_gaps or fills_gaps
         kinds, types = [key[:-1] for key in keys], [key[-1] for key in keys]
         order = tuple(range(len(keys))) if every_layer else shorten(kinds, types, neighbours)
         numbers = fold([
@@ -164,9 +187,16 @@ class Compute:
         self, context: Context, placement: Placement, rules: Rules, order: tuple[int, ...]
     ) -> tuple[int, ...]:
         """Bytes of each backend's buffer for the graph of the layers in `order`."""
-        holders, moved, cpu = placement.backends, placement.moved, len(placement.devices)
         if len(order) > LAYER_LIMIT:
             raise ValueError(f"{len(order)} different layers, {LAYER_LIMIT} at most")
+        home, cpu = self._home(placement), len(placement.devices)
+        made = build_draft if self.shape.architecture.layer_graph in DRAFTS else build
+        graph = made(self.shape, self.layers, context, home, order, attention_scratch=rules.attention_scratch)
+        return tuple(buffer_bytes(graph, cpu, pipelined=placement.is_pipeline, op_offload=rules.op_offload))
+
+    def _home(self, placement: Placement) -> BackendOf:
+        """A function that gives the number of the backend which holds a tensor."""
+        holders, moved, cpu = placement.backends, placement.moved, len(placement.devices)
 
         def home(part: str, layer: int | None) -> int:
             if layer is None:
@@ -174,8 +204,7 @@ class Compute:
             on_host = moved.get(layer)
             return cpu if on_host and part in self.moved[on_host] else holders[layer]
 
-        graph = build(self.shape, self.layers, context, home, order, attention_scratch=rules.attention_scratch)
-        return tuple(buffer_bytes(graph, cpu, pipelined=placement.is_pipeline, op_offload=rules.op_offload))
+        return home
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from llamafleet.model.shape import Shape
 
+DEFAULT_BATCH_TOKENS = 2048  # llama.cpp's --batch-size; never below the ubatch
 PAD_CELLS = 256  # src/llama-context.cpp and src/llama-kv-cache-iswa.cpp pad contexts to this
 UNQUANTISED = ("f32", "f16", "bf16")
 
@@ -33,6 +34,11 @@ class Context:
     flash_attention: bool = True
     unified: bool = False  # all slots share one cache (--kv-unified)
     pool_tokens: int = 0  # of the cache that all slots share; 0: tokens x slots
+    drafted: int = 0  # guessed tokens of a slot that are checked together, each with logits of its own
+    rollback: int = 0  # further copies of each recurrent state, to take guesses back (n_rs_seq)
+    head: bool = False  # the model's own draft head has a context, too: the same cells, slots and cache type
+    kept: int = 0  # hidden states of all tokens that a draft reads
+    pooling: str = ""  # of a server of embeddings or scores (--pooling); "": the server writes text
 
     @property
     def key_type(self) -> str:
@@ -68,14 +74,31 @@ class Context:
         return min(self.ubatch_tokens, self.stream_cells * self.streams)
 
     @property
+    def batch(self) -> int:
+        """Tokens that a server hands over together (--batch-size), at most the number of cells."""
+        return min(max(DEFAULT_BATCH_TOKENS, self.ubatch_tokens), self.stream_cells * self.streams)
+
+    @property
     def batch_tokens(self) -> int:
         """Tokens of the graph that memory is reserved for, an equal number for each slot (graph_reserve)."""
         return -(-self.ubatch // self.slots) * self.slots
 
     @property
     def outputs(self) -> int:
-        """Tokens whose logits are computed: llama-server requests one for each slot."""
-        return min(self.ubatch, self.slots)
+        """Tokens with a result: every token's for embeddings and scores; else one for each slot and for each token that
+        is guessed for it (tools/server/server-context.cpp, server_output_limits)."""
+        return self.ubatch if self.pooling else min(self.ubatch, self.slots * (1 + self.drafted))
+
+    def pooled(self, pooling: str) -> Context:
+        """This context for embeddings or scores of that pooling ("": for text). Its ubatch is a multiple of the slots:
+        llama.cpp reserves as many tokens for each of them, and the mean is over as many (build_inp_mean)."""
+        ubatch = -(-self.ubatch_tokens // self.slots) * self.slots if pooling else self.ubatch_tokens
+        return replace(self, pooling=pooling, ubatch_tokens=ubatch)
+
+    @property
+    def takes_whole_inputs(self) -> bool:
+        """Does a ubatch hold the longest input of a server of embeddings or scores?"""
+        return bool(self.pooling) and self.ubatch_tokens >= self.tokens
 
 
 def cache_cells(context: Context, window: int) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import cache
 
 from llamafleet.memory.context import PAD_CELLS, Context, cache_cells, types_of
-from llamafleet.model.architecture import Cache, Recurrence
+from llamafleet.model.architecture import Cache, Indexer, Recurrence
 from llamafleet.model.ggml_types import GGML_TYPES
 from llamafleet.model.shape import Shape
 
@@ -20,18 +20,39 @@ CSA_RATIO, HCA_RATIO = 4, 128
 
 
 def kv_bytes(shape: Shape, context: Context) -> tuple[int, ...]:
-    """Bytes of each layer's KV cache and recurrent state, summed over all slots."""
+    """Bytes of each layer's KV cache and recurrent state, summed over all slots; with the cache of a draft head that
+    has a context (`Context.head`)."""
+    sizes = _trunk_bytes(shape, context)
+    if not context.head:
+        return sizes
+    return tuple(own + head for own, head in zip(sizes, head_bytes(shape, context), strict=True))
+
+
+def head_bytes(shape: Shape, context: Context) -> tuple[int, ...]:
+    """Bytes of each layer's cache in the context of a draft head: K and V of its layers alone (src/llama-model.cpp,
+    create_memory, LLAMA_CONTEXT_TYPE_MTP)."""
+    row_of = _rows(shape, context)
+    has_indexer = shape.architecture.indexer is Indexer.BESIDE_STATE
+    return tuple(
+        row_of(window > 0, shape.kv_heads[layer], has_indexer) * cache_cells(context, window) * context.streams
+        if layer >= shape.trunk_layers else 0
+        for layer, window in enumerate(shape.windows)
+    )  # fmt: skip
+
+
+def _trunk_bytes(shape: Shape, context: Context) -> tuple[int, ...]:
     if shape.cache is Cache.COMPRESSED:
         # Each slot has its own cache, also with --kv-unified.
         return tuple(sum(parts) * context.slots for parts in compressed_layers(shape, context))
     # Upper bound where the rules are unknown: every layer has whole K and V, an indexer's keys and a recurrent state.
     unknown = shape.cache is Cache.UNKNOWN
-    state = state_bytes(shape) * context.slots
+    copies = context.slots * (1 + context.rollback)
+    state = state_bytes(shape) * copies
     row_of = _rows(shape, context)
     sizes = []
     for layer, window in enumerate(shape.windows):
         size = state if (shape.state.layers[layer] or unknown) and layer < shape.trunk_layers else 0
-        size += ngram_bytes(shape) * context.slots if shape.ngrams.layers[layer] else 0
+        size += ngram_bytes(shape) * copies if shape.ngrams.layers[layer] else 0
         if layer < shape.cache_layers and attends(shape, layer):
             row = row_of(window > 0, shape.kv_heads[layer], unknown or shape.indexer.layers[layer])
             size += row * cache_cells(context, window) * context.streams
@@ -130,9 +151,10 @@ def compressed_layers(shape: Shape, context: Context) -> list[tuple[int, int, in
     csa = (row + row_bytes(indexer, context.key_type)) * compressed_cells(context, CSA_RATIO)
     cells = {CSA_RATIO: csa, HCA_RATIO: row * compressed_cells(context, HCA_RATIO)}
     # Keys and their scores; overlapping cells (CSA) have rows twice as wide, for twice as many tokens.
+    copies = 1 + context.rollback
     states = {
-        CSA_RATIO: 2 * CSA_RATIO * 2 * (size + indexer) * 2 * STATE_BYTES,
-        HCA_RATIO: HCA_RATIO * size * 2 * STATE_BYTES,
+        CSA_RATIO: copies * 2 * CSA_RATIO * 2 * (size + indexer) * 2 * STATE_BYTES,
+        HCA_RATIO: copies * HCA_RATIO * size * 2 * STATE_BYTES,
     }
     return [
         (window, cells.get(ratio, 0), states.get(ratio, 0) if layer < shape.trunk_layers else 0)

@@ -16,8 +16,9 @@ from llamafleet.memory.compute import Rules
 from llamafleet.memory.context import Context
 from llamafleet.memory.placement import Placement
 from llamafleet.memory.weights import X86_TYPES, Model, repacked_bytes
+from llamafleet.model.shape import Shape
 
-LOGIT_BYTES = 4
+FLOAT_BYTES = 4  # of a logit, and of an element of an embedding
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,25 @@ def usage(
     for device, size in zip(placement.layer_devices, model.compute.kv_bytes(context), strict=False):
         cache[device] += size
     sizes = compute_buffers or buffers(model, context, placement, backend)
+    # Made known to llama.cpp after it has laid out its buffers, and after it has reported them.
+    kept = context.kept * model.shape.embedding * context.batch_tokens * FLOAT_BYTES
     used = {
-        device: Usage(weights[device], cache[device], sizes.compute[n], sizes.staging[n], traits.overhead_bytes)
+        device: Usage(weights[device], cache[device], sizes.compute[n], sizes.staging[n], traits.overhead_bytes + kept)
         for n, device in enumerate(devices)
     }
-    output = model.shape.vocabulary * context.outputs * LOGIT_BYTES  # src/llama-context.cpp, output_reserve
-    overhead = traits.host_overhead_bytes + host_extra_bytes + output
+    overhead = (
+        traits.host_overhead_bytes + host_extra_bytes + output_bytes(model.shape, context) + (0 if devices else kept)
+    )
     return used, Usage(weights[None], cache[None], sizes.compute[-1], 0, overhead, repacked_weights)
+
+
+def output_bytes(shape: Shape, context: Context) -> int:
+    """RAM for the results of a batch (src/llama-context.cpp, output_reserve).
+
+    llama.cpp makes room for the logits of every output, also of a model that computes none.
+    """
+    each = shape.vocabulary + (shape.embedding_out if context.pooling else 0)
+    return each * context.outputs * FLOAT_BYTES
 
 
 def _weights(model: Model, placement: Placement, types: Mapping[str, int]) -> tuple[dict[int | None, int], int]:

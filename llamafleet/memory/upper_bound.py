@@ -32,5 +32,5 @@ def bound(shape: Shape, tensors: Iterable[Tensor], context: Context, *, pipeline
     key, value = shape.head
     scratch = 0 if context.kv_type == "f16" else (key + value) * heads * context.stream_cells * context.streams * F16
     state = 2 * state_bytes(shape) * context.slots
-    logits = shape.vocabulary * context.outputs * F32
+    logits = shape.vocabulary * context.outputs * F32 if shape.architecture.computes_logits else 0
     return 2 * copies * mask + HIDDEN_STATES * copies * row + widest + scores + scratch + state + logits

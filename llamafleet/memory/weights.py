@@ -110,8 +110,8 @@ class Model:
         return len(self.layer_bytes)
 
     @classmethod
-    def of(cls, header: Header) -> Model:
-        """The weight groups of a header."""
+    def of(cls, header: Header, *, head: bool = False) -> Model:
+        """The weight groups of a header. `head`: all tensors of its draft head (nextn) are loaded (load_mtp)."""
         compute = Compute.of(header)
         shape, row = compute.shape, compute.shape.architecture
         layers, trunk, draft = shape.layers, shape.trunk_layers, row.draft_parts
@@ -123,7 +123,7 @@ class Model:
                 inside[0].append((tensor.name, tensor))
             elif match is None or int(match[1]) >= layers:
                 outside.append(tensor)
-            elif int(match[1]) < trunk or (draft and draft.fullmatch(match[2])):
+            elif head or int(match[1]) < trunk or (draft and draft.fullmatch(match[2])):
                 inside[int(match[1])].append((match[2], tensor))
         is_moe = any(EXPERTS.fullmatch(part) for layer in inside for part, _ in layer)
         spillable = EXPERTS if is_moe else DENSE

@@ -58,8 +58,19 @@ class LayerGraph(Enum):
     ORDINARY = auto()  # attention or recurrent state, then feed-forward part or experts
     RWKV = auto()  # src/models/rwkv6-base.cpp, src/models/rwkv7-base.cpp
     ALTERNATING_STATES = auto()  # AltUp: several states of a token (src/models/gemma3n.cpp, altup_predict)
+    NORMS_BEHIND = auto()  # an encoder whose norms follow attention and feed-forward part (src/models/bert.cpp)
     MIXED_STREAMS = auto()  # residual streams, mixed by gates (src/models/qwen4exp.cpp, build_hc_mix)
+    EAGLE3 = auto()  # one layer, that reads hidden states of another model (src/models/eagle3.cpp)
+    DFLASH = auto()  # layers whose cache is filled from hidden states of another model (src/models/dflash.cpp)
     HYPER_CONNECTIONS = auto()  # four residual streams (src/models/deepseek4.cpp, build_hc_pre)
+
+
+class HeadRows(Enum):
+    """Where the graph of a draft head (nextn) keeps only the rows whose logits are wanted (*, graph_mtp)."""
+
+    AFTER_NORM = auto()  # behind the norm before the output matrix
+    BEFORE_NORM = auto()
+    IN_LAYER = auto()  # behind attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +90,7 @@ class Architecture:
 
     # Context memory
     cache: Cache = Cache.ORDINARY
+    cache_is_unused: bool = False  # it is allocated, but tokens attend to their batch only (src/models/llama-embed.cpp)
     flash_attention: bool = (
         True  # False: llama.cpp always switches it off (src/llama-context.cpp, llama_init_from_model)
     )
@@ -96,10 +108,12 @@ class Architecture:
     draft_parts: re.Pattern[str] | None = (
         None  # tensors of a draft head (nextn) that are always loaded (*, load_arch_tensors)
     )
+    head_rows: HeadRows = HeadRows.AFTER_NORM
     embedding_held_twice: bool = (
         False  # input and output each load it, even on one device (src/models/gemma4.cpp, load_arch_tensors)
     )
-    has_output: bool = True  # False: an encoder, whose result is the last layer's: no output matrix, tied or not
+    has_output: bool = True  # False: no tied output matrix: an encoder, whose result is the last layer's, or a draft
+    computes_logits: bool = True  # False: whatever is asked, it makes embeddings and scores only (*, graph)
     maps_layer_inputs: bool = False  # per_layer_token_embd may be mapped (TENSOR_READ_LAZY; *, load_arch_tensors)
     output_norm_misnamed: bool = False  # named token_embd_norm (src/llama-arch.cpp, LLM_TENSOR_OUTPUT_NORM_LFM2)
     vocabulary_of_target: bool = False  # a draft model that has part of its target's vocabulary (src/models/eagle3.cpp)
@@ -112,6 +126,9 @@ class Architecture:
 
     # Layers (*, graph)
     layer_graph: LayerGraph = LayerGraph.ORDINARY
+    scores_mean: bool = (
+        False  # a reranker without `classifier.pooling_type` takes the mean (src/models/modern-bert.cpp)
+    )
     layer_norm: bool = False  # LLM_NORM, although its norms have no bias
     rms_norm_with_bias: bool = False  # LLM_NORM_RMS, although its norms have a bias
     norm_first: bool = False  # a layer computes its first norm before anything else
@@ -139,3 +156,8 @@ class Architecture:
     chooses_by_sigmoid: bool = False  # selection by other scores than the weights (src/models/grovemoe.cpp, graph)
     chooses_early: bool = False  # experts selected by the layer's input (src/models/smallthinker.cpp, graph)
     clamps_at_once: bool = False  # one operation clamps gate and up (ggml_swiglu_clamp)
+
+    @property
+    def attends_to_batch(self) -> bool:
+        """Do tokens attend to those of their batch, and to no cached ones?"""
+        return self.cache is Cache.NONE or self.cache_is_unused

@@ -11,8 +11,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from typing import Any
 
-from llamafleet.model.architecture import Architecture, Cache, Indexer, LayerGraph, Recurrence, Rope
+from llamafleet.model.architecture import Architecture, Cache, HeadRows, Indexer, LayerGraph, Recurrence, Rope
 
 RELEASE = "b11434"  # llama.cpp release that these rows describe
 PROJECTOR = "clip"  # general.architecture of an image or audio projector (mmproj), which is loaded beside a model only
@@ -25,6 +26,8 @@ _FFN = r"ffn_(?!norm).*|exp_probs_b.*"
 def _parts(*patterns: str) -> re.Pattern[str]:
     return re.compile("|".join(patterns))
 
+
+_ENCODER: dict[str, Any] = {"cache": Cache.NONE, "has_output": False, "computes_logits": False}
 
 _ROWS = (
     Architecture(name="llama", weights_normed=True),
@@ -39,17 +42,24 @@ _ROWS = (
         weighs_inputs=True,
     ),
     Architecture(name="grok", flash_attention=False, scales_embeddings=True, weights_normed=True),
-    Architecture(name="bert", cache=Cache.NONE, has_output=False, rope=Rope.NEVER),
-    Architecture(name="modern-bert", verified=False, cache=Cache.NONE, has_output=False),
-    Architecture(name="nomic-bert", cache=Cache.NONE, has_output=False),
-    Architecture(name="nomic-bert-moe", verified=False, cache=Cache.NONE, has_output=False),
-    Architecture(name="neo-bert", verified=False, cache=Cache.NONE, has_output=False),
-    Architecture(name="jina-bert-v2", verified=False, cache=Cache.NONE, has_output=False),
-    Architecture(name="jina-bert-v3", verified=False, cache=Cache.NONE, has_output=False),
-    Architecture(name="eurobert", verified=False, cache=Cache.NONE, has_output=False),
+    Architecture(name="bert", **_ENCODER, layer_graph=LayerGraph.NORMS_BEHIND, rope=Rope.NEVER),
+    Architecture(
+        name="modern-bert", **_ENCODER, layer_norm=True, window_period=3, window_dense_first=True, scores_mean=True
+    ),
+    Architecture(name="nomic-bert", **_ENCODER, layer_graph=LayerGraph.NORMS_BEHIND),
+    Architecture(name="nomic-bert-moe", **_ENCODER, layer_graph=LayerGraph.NORMS_BEHIND),
+    Architecture(name="neo-bert", **_ENCODER),
+    Architecture(name="jina-bert-v2", **_ENCODER, layer_graph=LayerGraph.NORMS_BEHIND, rope=Rope.NEVER),
+    Architecture(name="jina-bert-v3", **_ENCODER, layer_graph=LayerGraph.NORMS_BEHIND),
+    Architecture(name="eurobert", **_ENCODER),
     Architecture(name="qwen3moe", weights_normed=True),
     Architecture(
-        name="qwen3next", recurrence=Recurrence.BY_INTERVAL, norm_first=True, late_output=True, weights_normed=True
+        name="qwen3next",
+        recurrence=Recurrence.BY_INTERVAL,
+        head_rows=HeadRows.IN_LAYER,
+        norm_first=True,
+        late_output=True,
+        weights_normed=True,
     ),
     Architecture(name="qwen3vl", has_deepstack=True),
     Architecture(name="qwen3vlmoe", has_deepstack=True, weights_normed=True),
@@ -101,7 +111,7 @@ _ROWS = (
         weights_normed=True,
     ),
     Architecture(name="gemma4-assistant", verified=False, cache=Cache.UNKNOWN, mixes_inputs=False),
-    Architecture(name="gemma-embedding", verified=False, cache=Cache.NONE),
+    Architecture(name="gemma-embedding", cache=Cache.NONE, computes_logits=False, window_period=6, scales_tokens=True),
     Architecture(name="mamba", recurrence=Recurrence.EVERY_LAYER),
     Architecture(name="mamba2", recurrence=Recurrence.EVERY_LAYER),
     Architecture(name="maple", verified=False, rope=Rope.WITH_WINDOW, weights_normed=True, clamps_at_once=True),
@@ -158,6 +168,7 @@ _ROWS = (
     Architecture(
         name="nemotron_h_moe",
         recurrence=Recurrence.WITHOUT_KV_HEADS,
+        head_rows=HeadRows.IN_LAYER,
         one_part_layers=True,
         late_output=True,
         rope=Rope.NEVER,
@@ -220,6 +231,8 @@ _ROWS = (
         weights_normed=True,
         chooses_early=True,
     ),
+    Architecture(name="llama-embed", cache_is_unused=True, computes_logits=False, weights_normed=True),
+    Architecture(name="t5encoder", verified=False, cache=Cache.NONE, computes_logits=False),
     Architecture(name="llada", verified=False, cache=Cache.NONE),
     Architecture(name="llada-moe", cache=Cache.NONE),
     Architecture(name="grovemoe", weights_normed=True, chooses_by_sigmoid=True),
@@ -229,12 +242,19 @@ _ROWS = (
     Architecture(name="cogvlm", verified=False, mixes_inputs=False),
     Architecture(name="rnd1", verified=False, cache=Cache.NONE, weights_normed=True),
     Architecture(name="mistral3", weights_normed=True),
-    Architecture(name="eagle3", verified=False, cache=Cache.UNKNOWN, vocabulary_of_target=True, mixes_inputs=False),
-    Architecture(name="dflash", verified=False, cache=Cache.UNKNOWN, vocabulary_of_target=True, mixes_inputs=False),
-    Architecture(name="mimo2", weights_normed=True),
+    Architecture(
+        name="eagle3",
+        has_output=False,
+        vocabulary_of_target=True,
+        mixes_inputs=False,
+        layer_graph=LayerGraph.EAGLE3,
+    ),
+    Architecture(name="dflash", vocabulary_of_target=True, mixes_inputs=False, layer_graph=LayerGraph.DFLASH),
+    Architecture(name="mimo2", head_rows=HeadRows.BEFORE_NORM, weights_normed=True),
     Architecture(
         name="step35",
         draft_parts=_parts(_HEAD, _FFN, r"attn_(q_norm|k_norm|gate)\..*"),
+        head_rows=HeadRows.BEFORE_NORM,
         late_output=True,
         keeps_last_state=True,
     ),
@@ -299,7 +319,6 @@ _UNVERIFIED = (
     "deepseek2-ocr",
     "chatglm",
     "bitnet",
-    "t5encoder",
     "jais",
     "jais2",
     "exaone",
@@ -310,7 +329,6 @@ _UNVERIFIED = (
     "hrm_text",
     "pangu-embedded",
     "spark2_5",
-    "llama-embed",
     "maincoder",
     "talkie",
     "nanbeige",

@@ -6,8 +6,10 @@ arrays as long as a vocabulary are skipped. The value types are defined in ggml/
 
 from __future__ import annotations
 
+import hashlib
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +28,9 @@ KEPT_EACH_BYTES = 64  # memory of a short value in Python
 WINDOW_BYTES = 1 * MIB  # smallest read
 LARGEST_WINDOW_BYTES = 8 * MIB
 KEPT_ARRAY_LENGTH = 1024  # of longer arrays (tokens, merges, scores) only the length is kept
+# Of a vocabulary also sums of its first tokens, by which vocabularies are compared: without FIRST_SUMMED of them, for
+# its whole length and for up to SUMS tokens less (common/speculative.cpp, common_speculative_are_compatible).
+VOCABULARY, FIRST_SUMMED, SUMS = "tokenizer.ggml.tokens", 5, 128
 
 # Metadata value types (enum gguf_type): 8 is a string, 9 an array.
 _SCALARS = {
@@ -95,6 +100,7 @@ class LongArray:
     """A long array of metadata; only its length was kept."""
 
     length: int
+    sums: Mapping[int, str] = field(default_factory=dict, compare=False, repr=False)  # of the first n tokens, by n
 
 
 Scalar = int | float | bool | str
@@ -222,6 +228,8 @@ class Cursor:
         )
         if length <= KEPT_ARRAY_LENGTH:
             return self._kept_array(kind, length)
+        if kind == _STRING and key == VOCABULARY:
+            return LongArray(length, self._sums(length))
         if kind == _STRING:
             self._skip_strings(length)
         else:
@@ -242,6 +250,38 @@ class Cursor:
         self._keep(length * KEPT_EACH_BYTES)
         scalar = _SCALARS[kind]
         return tuple(number for (number,) in scalar.iter_unpack(self.take(length * scalar.size)))
+
+    def _sums(self, count: int) -> dict[int, str]:
+        """Read strings; sums of the first n of them, by n."""
+        summed, sums = hashlib.sha256(), {}
+        self._skip_strings(FIRST_SUMMED)
+        self._sum_strings(count - FIRST_SUMMED - SUMS, summed)
+        for number in range(count - SUMS, count + 1):
+            sums[number] = summed.copy().hexdigest()
+            if number < count:
+                self._sum_strings(1, summed)
+        return sums
+
+    def _sum_strings(self, count: int, summed: hashlib._Hash) -> None:
+        """Add strings with their lengths to a sum; of one that is longer than any token, its length alone."""
+        unpack, start, whole = _U64.unpack_from, self.position, count
+        while count:
+            if count < whole:
+                self._fetch = count * (self.position - start) // (whole - count)
+            self._need(8)
+            window, at, last = self._window, self._at, len(self._window)
+            while count and at + 8 <= last and (end := at + 8 + unpack(window, at)[0]) <= last:
+                at, count = end, count - 1
+            if at > self._at:
+                summed.update(memoryview(window)[self._at : at])
+                self._at = at
+            elif (length := int(unpack(window, at)[0])) <= KEY_LIMIT_BYTES:
+                self._need(8 + length)
+            else:
+                summed.update(self.take(8))
+                self.skip(length)
+                count -= 1
+        self._fetch = 0
 
     def _skip_strings(self, count: int) -> None:
         """Skip strings: up to half a million tokens and merges, so without a call or a slice for each."""

@@ -19,7 +19,10 @@ NUMBER_LIMIT = 2**32 - 1  # llama.cpp's hyperparameters are uint32_t
 _LIMITS = {"block_count": LAYER_LIMIT, "expert_count": EXPERT_LIMIT}
 # int32_t in llama.cpp: the image features of each layer, -1 for none (src/models/granite-swa.cpp, load_arch_hparams),
 # and sections of RoPE.
-_SIGNED = frozenset({"deepstack_mapping", "rope.dimension_sections"})
+_SIGNED = frozenset({
+    "deepstack_mapping", "rope.dimension_sections", "vision.wa_pattern_mode", "audio.wa_pattern_mode",
+    "vision.projector.spatial_offsets", "vision.feature_layer",
+})  # fmt: skip
 _BLOCK = re.compile(r"blk\.\d{1,3}\..+", re.ASCII)
 _LAYER = re.compile(r"(?:^|\.)blk\.(\d{1,3})\.")
 

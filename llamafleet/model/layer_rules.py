@@ -11,11 +11,13 @@ from llamafleet.model.gguf_cursor import LongArray
 from llamafleet.model.keys import Keys
 
 ROPE_PERIOD = 4  # one layer of this many applies no RoPE (src/llama-hparams.h, n_no_rope_layer_step)
+POOLINGS = ("none", "mean", "cls", "last", "rank")  # include/llama.h, llama_pooling_type, by number
 DEFAULT_ATTENTION_INTERVAL = 4  # src/models/qwen3next.cpp, load_arch_hparams
 
 
-def windows(row: Architecture, keys: Keys, layers: int) -> tuple[int, ...]:
-    """Sliding window of each layer in tokens; 0 for attention to all cells."""
+def windows(row: Architecture, keys: Keys, layers: int, trunk: int) -> tuple[int, ...]:
+    """Sliding window of each layer in tokens; 0 for attention to all cells, as in a draft head's layers unless the
+    header lists them (src/llama-hparams.cpp, set_swa_pattern)."""
     window = keys.number("attention.sliding_window", row.window_default)
     pattern = keys.get("attention.sliding_window_pattern")
     has_no_windows = row.window_only_with_layers and row.window_only_with_layers != layers
@@ -28,7 +30,7 @@ def windows(row: Architecture, keys: Keys, layers: int) -> tuple[int, ...]:
     if not period:
         return (window,) * layers
     full_attention = 0 if row.window_dense_first else period - 1
-    return tuple(0 if layer % period == full_attention else window for layer in range(layers))
+    return tuple(0 if layer % period == full_attention or layer >= trunk else window for layer in range(layers))
 
 
 def cache_is_exact(row: Architecture, keys: Keys) -> bool:
@@ -111,3 +113,15 @@ def recurrent_layers(row: Architecture, keys: Keys, layers: int, trunk: int) -> 
             for layer in range(layers)
         )
     return (False,) * layers
+
+
+def pooling(keys: Keys) -> str:
+    """How the header says that an embedding is made from the tokens'; "" if it says nothing that llama.cpp knows."""
+    number = keys.get("pooling_type")
+    return POOLINGS[number] if isinstance(number, int) and 0 <= number < len(POOLINGS) else ""
+
+
+def scores_mean(row: Architecture, keys: Keys) -> bool:
+    """Does a reranker's score come from the mean of the tokens (pooling_type_cls)?"""
+    number = keys.get("classifier.pooling_type")
+    return row.scores_mean if number is None else number == POOLINGS.index("mean")

@@ -20,14 +20,16 @@ from llamafleet.model.layer_rules import (
     cache_layers,
     cache_owners,
     indexer_layers,
+    pooling,
     recurrent_layers,
+    scores_mean,
     uses_rope,
     windows,
 )
 
 # Tensors that --n-cpu-moe matches (common/common.h, LLM_FFN_EXPS_REGEX), and those of a dense feed-forward part.
 EXPERTS = re.compile(r"ffn_(up|down|gate|gate_up)_(ch|)exps\..*")
-DENSE = re.compile(r"ffn_(up|down|gate)\.weight")
+DENSE = re.compile(r"ffn_(up|down|gate)\.weight(\.lora_.*)?")
 
 DEFAULT_TOKEN_SHIFTS = 2  # src/llama-hparams.h, token_shift_count
 
@@ -111,6 +113,7 @@ class Shape:
     layers: int
     trunk_layers: int  # without the layers of a draft head (nextn), which come last
     embedding: int
+    embedding_out: int  # elements of an embedding that a server gives (n_embd_out)
     context_tokens: int  # trained; 0 if the header does not have it
     vocabulary: int
     heads: tuple[int, ...]
@@ -130,6 +133,7 @@ class Shape:
     scales_embeddings: bool
     caps_attention: bool  # attn_logit_softcapping
     caps_logits: bool  # final_logit_softcapping
+    norms_residual: bool  # EAGLE-3's residual is the normed hidden state (norm_before_residual)
     experts: Experts
     latent: LatentAttention
     indexer: IndexerShape
@@ -140,6 +144,9 @@ class Shape:
     output_groups: int
     output_rank: int
     cache_is_exact: bool  # False: the caches' bytes are an upper bound
+    pooling: str  # what the header says of embeddings: "none", "mean", "cls", "last", "rank"; "" if nothing
+    is_causal: bool  # False: a token attends to those behind it too
+    scores_mean: bool  # a reranker's score comes from the mean of the tokens, not from one token
 
     @property
     def cache(self) -> Cache:
@@ -157,7 +164,7 @@ class Shape:
         row, keys = architecture_of(header.architecture), Keys(header)
         layers = keys.number("block_count")
         trunk = max(0, layers - keys.number("nextn_predict_layers"))
-        swa = windows(row, keys, layers)
+        swa = windows(row, keys, layers, trunk)
         owners = cache_layers(row, keys, layers, trunk)
         head = _head(keys)
         return cls(
@@ -166,6 +173,7 @@ class Shape:
             layers=layers,
             trunk_layers=trunk,
             embedding=keys.number("embedding_length"),
+            embedding_out=keys.number("embedding_length_out") or keys.number("embedding_length"),
             context_tokens=keys.number("context_length"),
             vocabulary=_vocabulary(header, keys),
             heads=keys.per_layer("attention.head_count", 1),
@@ -188,6 +196,7 @@ class Shape:
             scales_embeddings=row.scales_embeddings or keys.has("embedding_scale"),
             caps_attention=keys.has("attn_logit_softcapping"),
             caps_logits=keys.has("final_logit_softcapping"),
+            norms_residual=keys.has("norm_before_residual"),
             experts=_experts(keys),
             latent=_latent(keys),
             indexer=_indexer(row, keys, layers, trunk),
@@ -198,6 +207,9 @@ class Shape:
             output_groups=keys.number("attention.output_group_count"),
             output_rank=keys.number("attention.output_lora_rank"),
             cache_is_exact=cache_is_exact(row, keys),
+            pooling=pooling(keys),
+            is_causal=keys.get("attention.causal") is not False,
+            scores_mean=scores_mean(row, keys),
         )
 
 

@@ -7,13 +7,13 @@ llama.cpp does it; `refine` checks the chosen candidate against the ledger.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llamafleet.host.backends import TRAITS
 from llamafleet.memory import flash_attention
 from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.context import Context, is_quantised
-from llamafleet.memory.ledger import Correction
+from llamafleet.memory.ledger import Correction, output_bytes
 from llamafleet.memory.placement import HOST, Segment
 from llamafleet.memory.weights import Model
 from llamafleet.model.shape import DENSE, EXPERTS
@@ -104,9 +104,12 @@ class Budgets:
         inner = self.buffers.compute(context, output=False, pipelined=pipelined) + traits.overhead_bytes
         last = self.buffers.compute(context, output=True, pipelined=pipelined) + traits.overhead_bytes
         staging = self.buffers.staging(kind) if traits.op_offload else 0
+        if context.head:  # the head's own buffers
+            last += self.buffers.compute(replace(context, drafted=0), output=True, pipelined=pipelined)
         devices = [inner] * (count - 1) + [last] if count else []
         devices[:1] = [size + staging for size in devices[:1]]
         host = self.buffers.compute(context, output=not count, pipelined=pipelined)
+        host += output_bytes(self.model.shape, context) if context.pooling else 0
         host += traits.host_overhead_bytes + self.extra_bytes + self.correction.extra_bytes.get(HOST, 0)
         return FixedBytes(tuple(devices), host)
 
@@ -141,6 +144,7 @@ class BufferEstimate:
     def __init__(self, model: Model) -> None:
         shape = model.shape
         self.embedding, self.vocabulary = shape.embedding, shape.vocabulary
+        self.computes_logits = shape.architecture.computes_logits
         self.window = max(shape.windows, default=0)
         self.heads = heads = max(1, *shape.heads, 1)
         size = shape.head[0]
@@ -164,7 +168,7 @@ class BufferEstimate:
         inputs = mask + row
         if pipelined:
             inputs += (PIPELINE_COPIES - 1) * mask + PIPELINE_ROWS * row
-        logits = self.vocabulary * context.outputs * F32 if output else 0
+        logits = self.vocabulary * context.outputs * F32 if output and self.computes_logits else 0
         scratch = 2 * self.cache_row * context.stream_cells * F16 if is_quantised(context.kv_type) else 0
         return inputs + max(self.widest * tokens * F32 + self.rows * row, logits, scores + self.rows * row) + scratch
 

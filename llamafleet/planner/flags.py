@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from llamafleet.host.backends import TRAITS
-from llamafleet.memory.context import Context
+from llamafleet.memory.context import DEFAULT_BATCH_TOKENS, Context
 from llamafleet.memory.placement import Placement
 
-DEFAULT_BATCH_TOKENS = 2048  # llama.cpp's --batch-size; never below the ubatch
 # Tensors of a layer that --override-tensor puts on the CPU, by (is a mixture of experts, part of the experts or FFN).
 PATTERNS = {
     (True, "all"): r"ffn_(up|down|gate|gate_up)_(ch|)exps\.",
@@ -42,13 +41,22 @@ def planned_flags(
         "--flash-attn",
         "on" if context.flash_attention else "off",
         "--batch-size",
-        str(max(DEFAULT_BATCH_TOKENS, context.ubatch_tokens)),
+        str(context.ubatch_tokens if context.pooling else max(DEFAULT_BATCH_TOKENS, context.ubatch_tokens)),
     )
     yield from ("--ubatch-size", str(context.ubatch_tokens))
+    yield from _vector_flags(context)
     yield from ("--threads", str(threads), "--threads-batch", str(threads))
     yield from ("--cache-ram", str(prompt_cache_mib), "--fit", "off", "--load-mode", "none")
     yield from ("--ctx-checkpoints", str(checkpoints))
     yield from _placement_flags(placement, device_names(backend, gpus), is_moe)
+
+
+def _vector_flags(context: Context) -> Iterator[str]:
+    """What makes the server one of embeddings or of scores."""
+    if context.pooling == "rank":
+        yield "--rerank"
+    elif context.pooling:
+        yield from ("--embedding", "--pooling", context.pooling)
 
 
 def _cache_flags(context: Context) -> Iterator[str]:

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 
 from llamafleet.host.backends import TRAITS
 from llamafleet.host.machine import Gpu, Machine
 from llamafleet.host.speeds import NOT_MEASURED, Measurements, rates
-from llamafleet.memory.beside import Beside, reduced, taken, with_besides
+from llamafleet.memory.adapters import adapters_of, merged
+from llamafleet.memory.beside import Beside, apart, reduced, taken, with_besides
 from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.checkpoints import checkpoint_bytes
 from llamafleet.memory.context import Context
@@ -28,15 +29,17 @@ from llamafleet.memory.placement import HOST
 from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
-from llamafleet.planner import beside, processors
+from llamafleet.planner import beside, processors, speculation, vectors
+from llamafleet.planner.asked import Asked
 from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate, host_cost
 from llamafleet.planner.backend import capacity_of, environment, no_gpu, resolve_backend
+from llamafleet.planner.beside import Weighted
 from llamafleet.planner.devices import gpus_for, is_one_of, left_out, withheld
 from llamafleet.planner.flags import device_names, planned_flags
 from llamafleet.planner.pools import in_words, slot_tokens
 from llamafleet.planner.reasons import Decision, why
 from llamafleet.planner.refine import HOPELESS_BYTES, Refined, fits, refine
-from llamafleet.planner.result import Plan, Refusal
+from llamafleet.planner.result import BESIDE, Plan, Refusal
 from llamafleet.planner.roofline import Prediction, Roofline
 from llamafleet.planner.search import Candidate, Search, contexts
 from llamafleet.planner.suggestions import Change, Short, suggestions
@@ -116,7 +119,7 @@ def _plan_instance(
     companions: Mapping[str, Header],
 ) -> Plan | Refusal:
     shape = Shape.of(header)
-    if refusal := not_a_model(header, shape):
+    if refusal := not_a_model(header, shape) or vectors.unsuited(instance, header, shape):
         return replace(refusal, instance=instance.name)
     trained = shape.context_tokens
     tokens = slot_tokens(instance, trained)
@@ -127,22 +130,31 @@ def _plan_instance(
             instance=instance.name,
             suggestions=(f"set context_tokens to {trained} or less",),
         )
-    if wrong := beyond(instance, machine, tokens):
+    if wrong := beyond(instance, machine, tokens) or vectors.too_small(instance, shape, tokens):
         return Refusal(f"{instance.name}: {wrong}", instance=instance.name)
     usable = tuple(kv_type for kv_type in instance.kv_types if takes_cache_on(shape, kv_type, backend))
     if not usable:
         return no_cache(instance, header, shape, backend)
-    instance = replace(instance, kv_types=usable)
-    model = Model.of(header)
-    case = _Case(machine, backend, capacity, instance, model, tokens, correction, measured, known, alone, earlier)
-    return _with_companions(case, beside.Asked(backend, capacity, instance, model, tokens, companions))
+    instance = vectors.as_planned(replace(instance, kv_types=usable))
+    model = Model.of(header, head=speculation.uses_head(instance))
+    asked = Asked(backend, capacity, instance, model, tokens, companions)
+    case = _Case(
+        machine, backend, capacity, instance, model, tokens, correction, measured, known, alone, earlier,
+        served=partial(speculation.served, asked),
+    )  # fmt: skip
+    return _with_companions(case, asked)
 
 
-def _with_companions(case: _Case, asked: beside.Asked) -> Plan | Refusal:
+def _with_companions(case: _Case, asked: Asked) -> Plan | Refusal:
     """The best plan among the places of what is loaded beside the model."""
     if wrong := beside.unfit(asked):
         return Refusal(f"{case.instance.name}: {wrong}", instance=case.instance.name)
-    cases = [case.with_besides(option) for option in beside.options(asked)]
+    case = case.with_adapters(adapters_of(asked.companions))
+    cases = [
+        case.with_besides(besides, contexts)
+        for option in beside.options(asked)
+        for besides, contexts in beside.by_context(option, case.weighted_contexts(option))
+    ]
     found = [_best_plan(one) for one in cases]
     plans = [(best.seconds * one.handicap, n, best.plan) for n, (one, best) in enumerate(zip(cases, found, strict=True))
              if isinstance(best, Timed)]  # fmt: skip
@@ -178,18 +190,49 @@ class _Case:
     earlier: tuple[Plan, ...] = ()  # of models that were planned before, and took their memory
     besides: tuple[Beside, ...] = ()  # what is loaded beside the model; the capacity is what it leaves
     whole: Capacity | None = None  # with what is beside the model; None: the same
+    contexts: tuple[Weighted, ...] = ()  # that the besides are for; empty: all
+    served: Callable[[Context], Context] = field(default=lambda context: context, compare=False)
+    bare: Model | None = None  # the model without its adapters, where it has some
 
-    def with_besides(self, besides: tuple[Beside, ...]) -> _Case:
-        """The case with this beside the model."""
-        return replace(self, besides=besides, whole=self.capacity, capacity=reduced(self.capacity, besides))
+    def with_adapters(self, headers: Mapping[int, Header]) -> _Case:
+        """The case with these adapters, by their numbers, among the model's tensors."""
+        if not headers:
+            return self
+        head = speculation.uses_head(self.instance)
+        return replace(self, model=Model.of(merged(self.model.header, headers), head=head), bare=self.model)
+
+    def with_besides(self, besides: tuple[Beside, ...], contexts: Sequence[Weighted]) -> _Case:
+        """The case with this beside the model, for contexts that it takes the same memory with."""
+        capacity = reduced(self.capacity, besides)
+        return replace(self, besides=besides, whole=self.capacity, capacity=capacity, contexts=tuple(contexts))
+
+    def weighted_contexts(self, besides: Sequence[Beside]) -> Sequence[Weighted]:
+        """Every context worth a try with its handicap, the preferred first."""
+        shape = self.model.shape
+        pooling = vectors.pooling_of(self.instance, shape)
+        every = contexts(
+            self.instance, self.context_tokens, self.work, flash_attention=is_used(shape, self.backend),
+            trained=shape.context_tokens, pooling=pooling,
+            least_ubatch=max((one.least_ubatch for one in besides), default=0),
+            whole_inputs=vectors.needs_whole_inputs(shape, pooling),
+        )  # fmt: skip
+        return [(self.served(context), handicap) for context, handicap in every]
+
+    def checkpoint(self, context: Context) -> int:
+        """Bytes of a context checkpoint, with what companions add to it; 0 where llama-server makes none."""
+        own = checkpoint_bytes(self.model.shape, context)
+        return own + sum(one.checkpoint_bytes for one in self.besides) if own else 0
 
     @property
     def handicap(self) -> float:
         """Factor on the seconds for what the prediction does not have of the companions."""
         return math.prod(one.handicap for one in self.besides)
 
-    def with_rows(self, rows: Sequence[LedgerRow]) -> tuple[LedgerRow, ...]:
+    def ledger(self, refined: Refined) -> tuple[LedgerRow, ...]:
         """The model's rows and what is beside it."""
+        rows = refined.ledger()
+        if self.bare:
+            rows = apart(rows, replace(refined.case, model=self.bare).rows(refined.candidate.placement))
         return with_besides(rows, self.besides, self.whole or self.capacity)
 
     def gpus_of(self, order: Sequence[int]) -> tuple[Gpu, ...]:
@@ -208,14 +251,15 @@ class _Case:
 
     def checkpoints(self, context: Context) -> int:
         """Context checkpoints of each slot: as many as fit into `context_checkpoints_mib` for all slots together."""
-        each = checkpoint_bytes(self.model.shape, context) * context.slots
+        if context.pooling:
+            return 0
+        each = self.checkpoint(context) * context.slots
         return min(MOST_CHECKPOINTS, self.instance.context_checkpoints_mib * MIB // each) if each else MOST_CHECKPOINTS
 
     def checkpoints_bytes(self, contexts: Sequence[Context]) -> int:
         """RAM of all slots' checkpoints together, the largest of these contexts; 0 if the model makes none."""
-        shape = self.model.shape
         different = {(context.kv_type, context.slots): context for context in contexts}.values()
-        return max(self.checkpoints(each) * each.slots * checkpoint_bytes(shape, each) for each in different)
+        return max(self.checkpoints(each) * each.slots * self.checkpoint(each) for each in different)
 
     def roofline(self, work: Workload, measured: Measurements, *, by_type: bool = False) -> Roofline:
         """The speed of this model with these measurements. `by_type`: with what its types of weights cost a processor,
@@ -240,10 +284,7 @@ class _Case:
 
 def _best_plan(case: _Case) -> Timed | tuple[Search, Refined]:
     """The best plan with its seconds; if no candidate fits, the search and its best candidate."""
-    flash = is_used(case.model.shape, case.backend)
-    weighted_contexts = contexts(
-        case.instance, case.context_tokens, case.work, flash_attention=flash, trained=case.model.shape.context_tokens
-    )
+    weighted_contexts = case.contexts or case.weighted_contexts(case.besides)
     search = case.search([context for context, _ in weighted_contexts])
     handicaps = {replace(context, flash_attention=True): handicap for context, handicap in weighted_contexts}
     candidates = search.candidates(weighted_contexts)
@@ -279,7 +320,7 @@ def _is_planned(case: _Case, change: Change) -> bool:
     instance = case.instance
     if change.prompt_cache_mib is not None:
         instance = replace(instance, prompt_cache_mib=change.prompt_cache_mib)
-    model = case.model if change.header is None else Model.of(change.header)
+    model = case.model if change.header is None else Model.of(change.header, head=speculation.uses_head(instance))
     return isinstance(_best_plan(replace(case, capacity=capacity, instance=instance, model=model)), Timed)
 
 
@@ -334,7 +375,7 @@ def _plan(
         prompt_cache_mib=case.instance.prompt_cache_mib, checkpoints=case.checkpoints(context),
         is_moe=case.model.is_moe,
     )  # fmt: skip
-    rows = case.with_rows(rows)
+    rows = case.ledger(refined)
     return Plan(
         instance=case.instance.name,
         backend=case.backend,
@@ -343,6 +384,8 @@ def _plan(
         context_tokens=context.tokens,
         slots=context.slots,
         kv_type=context.kv_type,
+        pooling=context.pooling,
+        vector_elements=case.model.shape.embedding_out if context.pooling else 0,
         ubatch_tokens=context.ubatch_tokens,
         threads=case.threads,
         prompt_cache_mib=case.instance.prompt_cache_mib,
@@ -358,11 +401,23 @@ def _plan(
         environment=environment(case.backend, gpus, case.machine),
         cpus=cpus,
         numa_nodes=nodes,
+        reported_beside=_reported(case, gpus),
         chosen_for=search.roofline.predict(candidate.order, candidate.segments, context),
-        at_gate=expected_at_gate(
+        at_gate=None
+        if context.pooling
+        else expected_at_gate(
             case.roofline(GATE_WORK, case.measured, by_type=True), candidate, gpus[: len(candidate.order)]
         ),
     )
+
+
+def _reported(case: _Case, gpus: Sequence[Gpu]) -> dict[str, tuple[str, int]]:
+    """What llama-server reports of what is beside the model, by its own names: the ledger's device, and bytes."""
+    names = {f"GPU{gpu.index}": name for gpu, name in zip(gpus, device_names(case.backend, len(gpus)), strict=True)}
+    whole = {one.part: one.reported for one in case.besides if one.reported}
+    rows = {BESIDE + names.get(device, "Host"): (device, size)
+            for one in case.besides for device, size in one.reported_rows.items()}  # fmt: skip
+    return {**whole, **rows}
 
 
 def _beside_flags(case: _Case, gpus: Sequence[Gpu]) -> Iterator[str]:
@@ -373,7 +428,7 @@ def _beside_flags(case: _Case, gpus: Sequence[Gpu]) -> Iterator[str]:
 
 
 def _refuse(case: _Case, search: Search, refined: Refined) -> Refusal:
-    capacity, rows, context = case.capacity, case.with_rows(refined.ledger()), refined.candidate.context
+    capacity, rows, context = case.capacity, case.ledger(refined), refined.candidate.context
     worst = min(rows, key=lambda row: row.free_bytes)
     needed, available = worst.used_bytes, max(0, worst.used_bytes + worst.free_bytes)
     ram = "RAM and swap" if capacity.swap_bytes else "RAM"

@@ -54,8 +54,12 @@ def smaller(header: Header) -> list[tuple[str, Header]]:
 
 def _reduced(tensor: Tensor, target: int, tied: bool) -> Tensor:
     """The tensor as a quantisation of this place in the ladder has it; never larger than it is."""
-    if len(tensor.shape) < 2 or tensor.type not in (*_NAMES, *_UNQUANTISED, *(other for _, other in LADDER)):
-        return tensor  # norms, and types that are no step of the ladder: MXFP4 is as the model was trained
+    if (
+        len(tensor.shape) < 2
+        or ".lora_" in tensor.name
+        or tensor.type not in (*_NAMES, *_UNQUANTISED, *(other for _, other in LADDER))
+    ):
+        return tensor  # norms, adapters, and types that are no step of the ladder: MXFP4 is as the model was trained
     q4, q6 = _NAMES.index("Q4_K"), _NAMES.index("Q6_K")
     raised = _LARGER * (target < q6) + _LARGER_BELOW_Q4 * (target < q4)
     step = target + any(part in tensor.name for part in raised)

@@ -12,6 +12,7 @@ from llamafleet.memory.ledger import LedgerRow
 from llamafleet.memory.placement import Placement
 from llamafleet.memory.weights import LAYER_INPUTS, Model
 from llamafleet.model.architecture import Cache
+from llamafleet.planner import vectors
 from llamafleet.planner.pools import in_words, running_out
 from llamafleet.planner.search import LATER_KV_TYPE, Candidate
 from llamafleet.planner.unplannable import without_kernel
@@ -166,7 +167,10 @@ def _flash_attention(decision: Decision) -> Iterator[str]:
 
 def _context(decision: Decision) -> Iterator[str]:
     context, instance, chosen = decision.chosen.context, decision.instance, decision.chosen
-    yield f"KV cache {context.kv_type}: {in_words(context)}"
+    if context.pooling:
+        yield from vectors.why(context, decision.model.shape)
+    else:
+        yield f"KV cache {context.kv_type}: {in_words(context)}"
     yield from running_out(context, decision.work)
     for kv_type in instance.kv_types:
         other = decision.best(kv_type=kv_type) if kv_type != context.kv_type else None
@@ -199,6 +203,8 @@ def _ubatch(decision: Decision) -> Iterator[str]:
     if instance.ubatch_tokens is not None:
         yield f"ubatch {size}: set by ubatch_tokens"
         return
+    if vectors.needs_whole_inputs(decision.model.shape, chosen.context.pooling):
+        return  # told with the inputs
     sizes = sorted({candidate.context.ubatch_tokens for candidate in decision.candidates} - {size})
     others = [decision.best(ubatch_tokens=other_size) for other_size in sizes]
     seconds = ", ".join(f"{other.context.ubatch_tokens}: {decision.seconds(other)}" for other in others if other)
@@ -221,6 +227,8 @@ def _processors(decision: Decision) -> Iterator[str]:
 def _workload(decision: Decision) -> str:
     work = decision.work
     concurrent = f", {work.concurrency} requests at once" if work.concurrency > 1 else ""
+    if decision.chosen.context.pooling:
+        return f"the workload: each request is an input of {work.prompt_tokens} tokens{concurrent}"
     return (
         f"the workload: each request reads {work.prompt_tokens} tokens and writes {work.reply_tokens}{concurrent},"
         f" with {work.live_tokens} tokens in the KV cache"
@@ -238,8 +246,6 @@ def _mapped(decision: Decision) -> Iterator[str]:
 def _warnings(decision: Decision) -> Iterator[str]:
     machine, model = decision.machine, decision.model
     name = model.shape.architecture.name
-    if not model.shape.architecture.has_output:
-        yield f"warning: {name!r} is an encoder: it makes embeddings, and llama-server writes no text with it"
     if not model.shape.architecture.verified and model.shape.cache is Cache.NONE:
         yield f"{name!r} was not compared with llama.cpp: it keeps no cache, its compute buffers are an upper bound"
     elif not model.shape.architecture.verified:

@@ -15,7 +15,7 @@ from typing import Any
 from llamafleet.host.backends import TRAITS
 from llamafleet.memory.ledger import NO_CORRECTION, Correction
 from llamafleet.memory.placement import HOST
-from llamafleet.planner.result import Plan, Refusal
+from llamafleet.planner.result import BESIDE, Plan, Refusal
 from llamafleet.units import MIB
 
 # llama-server prints whole MiB, rounded down; a GPU's reserve, 1024 MiB, is 64 times this.
@@ -38,6 +38,14 @@ def question(argv: Sequence[str]) -> tuple[str, ...]:
         else:
             arguments.append(word)
     return (*arguments, "--host", "127.0.0.1", "--port", "0", "-lv", "4")
+
+
+def beside(argv: Sequence[str]) -> str:
+    """What llama-server reports beside the model: a "draft" model, the "head" of the model itself, or "" for
+    neither."""
+    if "--spec-draft-model" in argv:
+        return "draft"
+    return "head" if "draft-mtp" in argv else ""
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,8 @@ def tolerance(reported_bytes: int) -> int:
 def compare(plan: Plan, answer: MemoryReport, extra: Correction = NO_CORRECTION, rounds: int = 1) -> Verified:
     """Compare the plan's ledger, which was made with the correction `extra`, with the binary's report.
 
-    Overhead is not compared, since llama-server does not report it. Host memory is one sum, repacked weights included,
+    Overhead is not compared, since llama-server does not report it. Of a projector the size of its start is compared,
+    which the plan exceeds for the largest picture. Host memory is one sum, repacked weights included,
     and tensors that will be mapped, which llama-server counts while it only measures (src/llama-model.cpp, no_alloc).
     """
     expected = {
@@ -111,27 +120,38 @@ def compare(plan: Plan, answer: MemoryReport, extra: Correction = NO_CORRECTION,
     if answer.told is None:
         return without_report
     devices = _devices(plan)
-    missing = [name for name in devices if name not in answer.told]
+    of_model = list(devices)[: len(plan.placement.devices)]  # others are a companion's alone
+    missing = [name for name in of_model if name not in answer.told]
     if missing:
         return replace(without_report, why=f"it did not report the memory of {', '.join(missing)}")
+    for part, (device, size) in plan.reported_beside.items():
+        if part in answer.told:  # an earlier llama.cpp does not report it
+            expected[device] += size
     reported = dict.fromkeys(expected, 0)
     for name, size in answer.told.items():
-        reported[devices.get(name, HOST)] += size
+        reported[devices.get(name.removeprefix(BESIDE), HOST)] += size
     return replace(without_report, binary_bytes=reported)
 
 
 def memory_limits(plan: Plan) -> dict[str, Any]:
     """For the memory check in the switch: llama.cpp's name of each device, and the most bytes that llama-server may
-    report for it: the planned bytes and the free bytes besides the reserve, by the ledger's device names."""
-    limit = {row.device: row.used_bytes - row.overhead_bytes + max(0, row.free_bytes) for row in plan.ledger}
+    report for it: the planned bytes and the free bytes besides the reserve, by the ledger's device names. What is
+    beside the model counts as far as it is reported: adapters are read only while a server loads."""
+    limit = {
+        row.device: row.used_bytes - row.overhead_bytes - row.beside_bytes + max(0, row.free_bytes)
+        for row in plan.ledger
+    }
+    for device, size in plan.reported_beside.values():
+        limit[device] += size
     limit[HOST] += plan.mapped_bytes
     return {"devices": _devices(plan), "limits": limit}
 
 
 def _devices(plan: Plan) -> dict[str, str]:
-    """The ledger's device names by llama.cpp's."""
+    """The ledger's device names by llama.cpp's, and by what is reported of parts beside the model."""
     prefix = TRAITS[plan.backend].device_prefix
-    return {f"{prefix}{number}": f"GPU{gpu.index}" for number, gpu in enumerate(plan.gpus)}
+    beside = {part: device for part, (device, _) in plan.reported_beside.items()}
+    return {**{f"{prefix}{number}": f"GPU{gpu.index}" for number, gpu in enumerate(plan.gpus)}, **beside}
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,9 @@ def fits(search: Search, context: Context, *, certain: bool) -> bool:
     with the estimate."""
     context, capacity = replace(context, flash_attention=search.flash_attention), search.capacity
     sizes = [ubatch for ubatch in UBATCHES[:2] if ubatch <= context.tokens]
-    weighted_contexts = [(replace(context, ubatch_tokens=ubatch), 1.0) for ubatch in sizes]
+    if context.takes_whole_inputs:
+        sizes = [context.tokens]
+    weighted_contexts = [(replace(context, ubatch_tokens=ubatch).pooled(context.pooling), 1.0) for ubatch in sizes]
     needed = search.base_costs(replace(context, ubatch_tokens=1))[-1] + search.roofline.spill[-1]
     if not weighted_contexts or needed > sum(capacity.gpu_bytes) + capacity.host_bytes + capacity.swap_bytes:
         return False  # weights and KV cache alone are too large

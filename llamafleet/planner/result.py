@@ -16,6 +16,7 @@ from llamafleet.memory.placement import HOST, Placement
 from llamafleet.planner.roofline import Prediction
 
 SCHEMA = 1
+BESIDE = "beside "  # what names of memory begin with that llama-server reports of a draft, or of a head
 NO_PREDICTION = Prediction(0.0, 0.0)
 
 
@@ -75,7 +76,11 @@ class Plan:
     # By the rates that the plan was chosen with, which plan.json keeps: they stay while the plan does.
     chosen_for: Prediction = NO_PREDICTION
     at_gate: Expected | None = None
+    pooling: str = ""  # of a server of embeddings or scores; "": the server writes text
+    vector_elements: int = 0  # of an embedding
     problems: tuple[str, ...] = ()  # what is wrong with the host, as its probe found, each with the way out
+    # What llama-server reports of what is beside the model, by its part: the ledger's device, and bytes.
+    reported_beside: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
     fits = True
 

@@ -16,6 +16,7 @@ from llamafleet.memory.context import Context, is_quantised
 from llamafleet.memory.graph.allocation import OFFLOAD_TOKENS
 from llamafleet.memory.placement import Segment
 from llamafleet.memory.weights import LAYER, Model
+from llamafleet.model.architecture import Cache
 from llamafleet.model.shape import DENSE, EXPERTS
 from llamafleet.settings.workload import Workload
 
@@ -105,11 +106,13 @@ class Roofline:
         fixed_ops, spill_ops = _operations(model)
         self.fixed_ops, self.spill_ops = _sums(fixed_ops), _sums(spill_ops)
         self.cache = _sums(model.compute.kv_bytes(Context(work.live_tokens, 1, "f16", 1)))
+        # Without a cache, a token attends to those behind it too.
+        depth = work.prompt_tokens if shape.architecture.attends_to_batch else work.read_depth_tokens
         heads = max(shape.heads, default=1)
         shared = [heads / max(1, kv) for kv in shape.kv_heads]
         # Multiply-adds of attention for one token: every element of K and V, once for each head that shares it.
         self.macs = _macs(model, work.live_tokens, shared)
-        self.read_macs = _macs(model, work.read_depth_tokens, shared)
+        self.read_macs = _macs(model, depth, shared)
         missed = work.live_tokens / (work.live_tokens + CACHE_MISS_TOKENS)
         self.seconds_a_mac = 1 / rates.host_attention_macs + missed / rates.host_cache_macs
 
@@ -213,7 +216,7 @@ class Roofline:
         return waves * (busy * reading + self.work.reply_tokens * writing)
 
     def predict(self, order: Sequence[int], segments: Sequence[Segment], context: Context) -> Prediction:
-        """The speed of one request alone, and of all slots together."""
+        """The speed of one request alone, and of all slots together; none of writing where nothing is written."""
         writing = self.decode(order, segments, 1, context.kv_type)
         reading = self.prefill(order, segments, context.ubatch_tokens)
         gpus, rates = [self.rates.gpus[number] for number in order], self.rates
@@ -221,6 +224,9 @@ class Roofline:
         read_source = _weakest(reading, rates.host_flops_source, [gpu.flops_source for gpu in gpus])
         write_error, read_error = self._uncertainty(writing, write_source), self._uncertainty(reading, read_source)
         decode, prefill = 1 / writing.total, self.work.prompt_tokens / reading.total
+        together = context.slots / self.decode(order, segments, context.slots, context.kv_type).total
+        if not self.work.reply_tokens:
+            decode = together = 0.0
         return Prediction(
             round(decode, 2),
             round(prefill, 1),
@@ -228,7 +234,7 @@ class Roofline:
             round(decode * (1 + write_error), 2),
             round(prefill / (1 + read_error), 1),
             round(prefill * (1 + read_error), 1),
-            round(context.slots / self.decode(order, segments, context.slots, context.kv_type).total, 2),
+            round(together, 2),
             round(self.workload(order, segments, context), 2),
             decode_source=write_source,
             prefill_source=read_source,
@@ -263,8 +269,14 @@ def _operations(model: Model) -> tuple[list[float], list[float]]:
 
 
 def _macs(model: Model, tokens: int, shared: Sequence[float]) -> list[float]:
-    cache = model.compute.kv_bytes(Context(max(1, tokens), 1, "f16", 1))
-    return _sums(size / 2 * heads for size, heads in zip(cache, shared, strict=True))
+    shape = model.shape
+    if shape.cache is Cache.NONE:
+        rows = [sum(shape.head_sizes(window > 0)) * heads * min(tokens, window or tokens)
+                for window, heads in zip(shape.windows, shape.kv_heads, strict=True)]  # fmt: skip
+    else:
+        cache = model.compute.kv_bytes(Context(max(1, tokens), 1, "f16", 1))
+        rows = [size // 2 for size in cache]
+    return _sums(elements * heads for elements, heads in zip(rows, shared, strict=True))
 
 
 def _sums(values: Iterable[float]) -> list[float]:

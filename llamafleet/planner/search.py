@@ -253,18 +253,30 @@ def _orders(candidates: Sequence[Candidate]) -> list[tuple[int, ...]]:
 
 
 def contexts(
-    instance: Instance, tokens: int, work: Workload, *, flash_attention: bool = True, trained: int = 0
+    instance: Instance,
+    tokens: int,
+    work: Workload,
+    *,
+    flash_attention: bool = True,
+    trained: int = 0,
+    least_ubatch: int = 0,
+    pooling: str = "",
+    whole_inputs: bool = False,
 ) -> list[tuple[Context, float]]:
     """Every context worth a try with its handicap, the preferred first; values that the instance sets are kept.
 
-    `trained`: tokens that the model was trained for; 0 if they are not known."""
+    `trained`: tokens that the model was trained for; 0 if they are not known. `least_ubatch`: tokens that must be in
+    one ubatch. `pooling`: as of `Context`; `whole_inputs`: each must fit into one ubatch.
+    """
     weighted_contexts = []
     for position, kv_type in enumerate(instance.kv_types):
         for slots in _slots(instance, work):
-            for ubatch in _ubatches(instance, tokens, work):
+            for ubatch in _ubatches(instance, tokens, work, tokens if whole_inputs else least_ubatch):
                 handicap = LATER_KV_TYPE**position * OTHER_UBATCH ** abs(_doublings(ubatch))
-                context = Context(tokens, slots, kv_type, ubatch, flash_attention)
-                weighted_contexts.append((with_pool(context, instance, trained), handicap))
+                context = with_pool(Context(tokens, slots, kv_type, ubatch, flash_attention), instance, trained)
+                if whole_inputs and instance.ubatch_tokens is None:
+                    context = replace(context, ubatch_tokens=context.tokens)
+                weighted_contexts.append((context.pooled(pooling), handicap))
     return weighted_contexts
 
 
@@ -277,12 +289,12 @@ def _slots(instance: Instance, work: Workload) -> list[int]:
     return counts
 
 
-def _ubatches(instance: Instance, tokens: int, work: Workload) -> list[int]:
+def _ubatches(instance: Instance, tokens: int, work: Workload, least: int) -> list[int]:
     if instance.ubatch_tokens is not None:
         return [instance.ubatch_tokens]
     # A larger ubatch than the smallest that holds the whole prompt is of no use.
     largest = min(tokens, next((size for size in sorted(UBATCHES) if size >= work.prompt_tokens), UBATCHES[-1]))
-    return [size for size in UBATCHES if size <= largest] or [256]
+    return [size for size in UBATCHES if least <= size <= largest] or [max(256, least)]
 
 
 def _doublings(ubatch: int) -> int:

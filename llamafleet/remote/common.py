@@ -249,7 +249,10 @@ QUIET = frozenset((
     "Description", "Documentation", "Wants", "After", "RequiresMountsFor", "StartLimitIntervalSec", "StartLimitBurst",
     "AssertFileNotEmpty", "AssertPathExists", "ExecStartPre", "ExecStartPost", "TimeoutStartSec", "TimeoutStopSec",
     "Restart", "RestartSec", "RestartSteps", "RestartMaxDelaySec", "LogRateLimitIntervalSec", "LogRateLimitBurst",
+    "UnsetEnvironment",
 ))  # fmt: skip
+# Lines that count at the next start alone, of directives of which other lines do not: see inherited.py.
+QUIET_LINES = frozenset(("Environment=XDG_CONFIG_HOME=/dev/null", "InaccessiblePaths=-/etc/llama.cpp"))
 
 # Directives that keep an instance from reading the keys of another one, which runs as the same user: from its memory
 # and its files in /proc, and from our folders. The preflight may drop them only where the host has no other instance.
@@ -262,7 +265,7 @@ def core_of_unit(text: str, dropped: Sequence[str] = ()) -> str:
     section, lines = "", []
     for line in _whole_lines(text):
         section = line if line.startswith("[") else section
-        quiet = line.partition("=")[0].rstrip() in QUIET
+        quiet = line in QUIET_LINES or line.partition("=")[0].rstrip() in QUIET
         if line and not quiet and not (section == "[Service]" and line in dropped):
             lines.append(line)
     return "\n".join(lines)

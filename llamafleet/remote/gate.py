@@ -13,9 +13,10 @@ root's rights (gate_unit.py); what they find is written here.
 
 PLAN.json is plan.json, of which is read: identity, release, files, plan.predicted, and `gate`: unit, argv, url,
 api_keys and tls_certificate (path | null), health_seconds (the most that loading may take), context_tokens (of one
-slot), slots, kv_type, speed_floor_percent, prompt_files (see gate_prompt_files.py), backend, gpus [{"uuid", "name",
-"planned_bytes", and what gate_devices.py reads}]. Standard library, psutil and pynvml; common.py and gate_*.py lie
-beside it.
+slot), slots, kv_type, speed_floor_percent, backend, serves ("chat" where it is missing; "embedding" with pooling and
+vector_elements, or "reranking" with rerank_example), gpus [{"uuid", "name", "planned_bytes", and what gate_devices.py
+reads}], and what gate_prompt_files.py, gate_adapters.py and gate_speculation.py read. Standard library, psutil and
+pynvml; common.py and gate_*.py lie beside it.
 
 `/health` alone proves little: llama-server answers 200 also after it silently fell back to the CPU.
 
@@ -33,14 +34,20 @@ from typing import Any, Callable, Sequence  # the contract is Python 3.8, whose 
 import gate_devices
 import gate_unit
 from common import GATE_SCHEMA, command_line, invocation, journal_of_start, write_json
+from gate_adapters import check_adapters
 from gate_devices import cause_of_end, check_devices
 from gate_load import deadline, why_silent
 from gate_nvml import held_by, in_use_on_all
+from gate_picture import check_picture
 from gate_prompt_files import check_prompt_files
+from gate_reading import check_reading
 from gate_reply import REMEMBERED, check_completion, check_speed, speed_key
+from gate_scores import check_scores
 from gate_server import ask, first_key, found_status, is_alive, main_pid, result, trust, unit_state
 from gate_spec import Unreadable, read_spec
+from gate_speculation import check_speculation
 from gate_unit import CONFINED, with_credentials
+from gate_vectors import check_embedding
 
 # The share of a GPU's planned bytes that the process must really hold. The CUDA context comes on
 # top of the plan, so a healthy process holds more than planned; a fallback to the CPU holds none.
@@ -105,7 +112,8 @@ def check_context(spec: dict[str, Any]) -> dict[str, Any]:
     expected = {"context_tokens": spec["context_tokens"], "slots": spec["slots"]}
     logged = kv_types(spec["unit"])
     if logged and spec["kv_type"]:  # else the arguments decide, which check_process has compared
-        found["kv_types"], expected["kv_types"] = logged, [spec["kv_type"]]
+        kinds = {spec["kv_type"], (spec.get("speculation") or {}).get("kv_type")} - {None}
+        found["kv_types"], expected["kv_types"] = logged, sorted(kinds)
     return result("context", found == expected, expected, found if settings else found_status(status, props),
                   "the model was trained for less, or llama-server padded or cut the context")  # fmt: skip
 
@@ -156,7 +164,8 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
 
 CHECKS = (
     check_health, check_process, check_gpus, check_devices, check_key, check_context, check_prompt_files,
-    check_completion, check_speed,
+    check_completion, check_adapters, check_speculation, check_picture, check_speed, check_embedding, check_scores,
+    check_reading,
 )  # fmt: skip
 # The key first: until then a server without keys would serve everybody.
 START_CHECKS = (check_health, check_key, check_gpus, check_devices)
@@ -199,10 +208,19 @@ def record_of(spec: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         key = speed_key(spec)
         speeds = last.get("speeds", []) if last.get("speed_key") == key else []
         speeds = [*speeds, measured["decode_tokens_per_s"]] if "decode_tokens_per_s" in measured else speeds
+        if spec["serves"] != "chat":
+            record["read_speeds"] = reading_speeds(spec, key)
         record.update(measured, speed_key=key, speeds=speeds[-REMEMBERED:], expected=spec["expected"])
     else:
         record["last_failure"] = {"time": now, "release": spec["release"], "check": found["checks"][-1]}
     return record
+
+
+def reading_speeds(spec: dict[str, Any], key: str) -> list[float]:
+    """The last speeds at which a server read that writes nothing."""
+    before = spec["last"].get("read_speeds", []) if spec["last"].get("speed_key") == key else []
+    measured = spec["measured"].get("read_tokens_per_s")
+    return ([*before, measured] if measured else before)[-REMEMBERED:]
 
 
 def verdict(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:

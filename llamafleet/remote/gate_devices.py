@@ -1,8 +1,9 @@
 """Compare the memory that llama-server reports for each of its devices with the plan.
 
 Contract: `check_devices(spec)` is one of gate.py's checks; SPEC is its `gate` object, of which this reads
-unit and gpus [{"name", "device", "weights_bytes", "kv_bytes", "compute_bytes", "staging_bytes"}], `device`
-being llama.cpp's name, such as CUDA0. `cause_of_end(unit)` says which device a server that has ended could not use.
+unit and gpus [{"name", "device", "weights_bytes", "kv_bytes", "compute_bytes", "staging_bytes", and "beside_bytes" of
+what is loaded beside the model, where there is any}], `device` being llama.cpp's name, such as CUDA0.
+`cause_of_end(unit)` says which device a server that has ended could not use.
 Standard library; reads the journal, and keeps what it read in /run/llamafleet, since the journal drops old lines.
 
 All backends report their buffers in the load log, in the same form. NVML knows NVIDIA's GPUs alone, and neither
@@ -26,6 +27,8 @@ Told = Dict[str, Dict[str, float]]
 MIB = 1 << 20
 # Printed by load_tensors, llama_kv_cache, llama_memory_recurrent, llama_dsv4_comp_state and sched_reserve.
 BUFFER = re.compile(r"(\S+) +(model|KV|RS|DSV4 .* state|compute) buffer size = +([\d.]+) MiB")
+# Of a projector: its buffers are beside the model's, and gate_picture.py asks it itself.
+PROJECTOR = re.compile(r"^.*reserve_compute_meta: .*$", re.M)
 PARTS = {"model": "weights", "compute": "compute"}  # all others hold the context
 LOADED = "model loaded"  # tools/server/server.cpp: after all of them
 # What gate.py, as the unit's ExecStartPost, wrote to the journal before systemd ended the server.
@@ -55,7 +58,8 @@ def check_devices(spec: dict[str, Any]) -> dict[str, Any] | None:
     for gpu in spec["gpus"]:
         found = told.get(gpu["device"], {})
         low = gpu["weights_bytes"] + gpu["kv_bytes"]
-        high = low + gpu["compute_bytes"] + gpu["staging_bytes"]
+        beside = gpu.get("beside_bytes", 0)
+        high = low + gpu["compute_bytes"] + gpu["staging_bytes"] + (beside if isinstance(beside, int) else 0)
         held = found.get("weights", 0.0) + found.get("context", 0.0)
         name = f"{gpu['device']} ({gpu['name']})"
         expected = f"{low >> 20} MiB of weights and cache on {name}, {high >> 20} MiB with compute"
@@ -106,7 +110,7 @@ def keep(unit: str, told: Dict[str, Any]) -> None:
 def parse(lines: str) -> Told:
     """Sums of the buffers that the load log names. Compute may be reserved anew: its last size counts."""
     told: Told = {}
-    for device, kind, size in BUFFER.findall(lines):
+    for device, kind, size in BUFFER.findall(PROJECTOR.sub("", lines)):
         held = told.setdefault(device, {})
         part = PARTS.get(kind, "context")
         before = 0.0 if part == "compute" else held.get(part, 0.0)

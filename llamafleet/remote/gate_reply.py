@@ -41,12 +41,14 @@ class Bad(Exception):
     """No healthy model gives this answer. Arguments: expected, found, and the usual cause."""
 
 
-def complete(spec: dict[str, Any], prompt: str | list[int], tokens: int, top: int = TOP) -> dict[str, Any]:
-    """The server's answer with greedy sampling and without its prompt cache. Raises Bad if it has not all tokens."""
+def complete(spec: dict[str, Any], prompt: str | list[int], tokens: int, top: int = TOP, **more: Any) -> dict[str, Any]:
+    """The server's answer with greedy sampling and without its prompt cache. Raises Bad if it has not all tokens.
+
+    `more`: what the request says beside."""
     body = {
         "prompt": prompt, "n_predict": tokens, "temperature": 0, "seed": 1, "ignore_eos": True, "n_probs": top,
         "cache_prompt": False, "return_tokens": True, "repeat_penalty": 1.0, "presence_penalty": 0.0,
-        "frequency_penalty": 0.0, **free(spec),
+        "frequency_penalty": 0.0, **free(spec), **more,
     }  # fmt: skip
     status, answer = ask(spec["url"], "/completion", first_key(spec), body, SECONDS)
     found = answer if isinstance(answer, dict) else {}
@@ -129,9 +131,11 @@ def compare(expected: dict[int, float], found: dict[int, float], what: str, hint
         raise Bad(f"{what}: token {best} at {expected[best]:.2f} nats", f"{found}", hint)
 
 
-def check_completion(spec: dict[str, Any]) -> dict[str, Any]:
-    """Completions must have all their tokens, finite likelihoods and the same text twice, depend on the prompt, and
-    agree with the last gate."""
+def check_completion(spec: dict[str, Any]) -> dict[str, Any] | None:
+    """Of a server that writes: completions must have all their tokens, finite likelihoods and the same text twice,
+    depend on the prompt, and agree with the last gate."""
+    if spec["serves"] != "chat":
+        return None
     try:
         answer = same_twice(spec)
         check_numbers(answer)
@@ -174,10 +178,11 @@ def hashed(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def floor(spec: dict[str, Any]) -> tuple[float, str]:
-    """The lowest acceptable speed in tokens a second, and how it was calculated."""
+def floor(spec: dict[str, Any], remembered: str = "speeds") -> tuple[float, str]:
+    """The lowest acceptable speed in tokens a second, and how it was calculated. `remembered`: the record's key with
+    the speeds of the last gates."""
     percent = spec["speed_floor_percent"]
-    before = spec["last"].get("speeds", []) if spec["last"].get("speed_key") == speed_key(spec) else []
+    before = spec["last"].get(remembered, []) if spec["last"].get("speed_key") == speed_key(spec) else []
     if percent == 0:
         return 0.0, "speed_floor_percent is 0"
     if before:
@@ -195,9 +200,11 @@ def load() -> str:
         return ""
 
 
-def check_speed(spec: dict[str, Any]) -> dict[str, Any]:
-    """Compare the best of several tries with the floor, so that short load on the host does not count. A server with
-    busy slots is not measured."""
+def check_speed(spec: dict[str, Any]) -> dict[str, Any] | None:
+    """Of a server that writes: compare the best of several tries with the floor, so that short load on the host does
+    not count. A server with busy slots is not measured."""
+    if spec["serves"] != "chat":
+        return None
     least, why = floor(spec)
     expected = f"at least {least:.1f} tokens/s ({why})"
     best, began = 0.0, time.monotonic()

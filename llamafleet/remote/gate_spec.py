@@ -47,10 +47,28 @@ def is_path(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
+def is_speculation(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict) and isinstance(value.get("kind"), str) and is_number(value.get("least"))
+        and is_path(value.get("kv_type"))
+    )  # fmt: skip
+
+
+def is_example(value: Any) -> bool:
+    keys = ("query", "relevant", "irrelevant")
+    return value is None or (isinstance(value, dict) and all(isinstance(value.get(key), str) for key in keys))
+
+
 def is_prompt_files(value: Any) -> bool:
     keys = ("sha256", "served_sha256")
     return isinstance(value, dict) and all(
         isinstance(one, dict) and all(isinstance(one.get(key), str) for key in keys) for one in value.values()
+    )
+
+
+def is_adapters(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and isinstance(one.get("path"), str) and is_number(one.get("scale")) for one in value
     )
 
 
@@ -63,14 +81,24 @@ GATE: Dict[str, Form] = {
     "api_keys": PATH, "tls_certificate": PATH, "health_seconds": NUMBER, "context_tokens": NUMBER, "slots": NUMBER,
     "kv_type": PATH, "speed_floor_percent": NUMBER, "backend": TEXT,
     "gpus": ("a list of objects", lambda value: isinstance(value, list)),
+    "speculation": ("null, or an object with kind, least and kv_type", is_speculation),
+    "adapters": ("a list of objects with path and scale", is_adapters),
     "prompt_files": ("an object of objects with sha256 and served_sha256", is_prompt_files),
+    "serves": ("chat, embedding or reranking", lambda value: value in ("chat", "embedding", "reranking")),
+    "pooling": TEXT, "vector_elements": NUMBER,
+    "rerank_example": ("an object with query, relevant and irrelevant, or null", is_example),
+    "modalities": ("a list of texts", is_texts),
 }  # fmt: skip
 GPU = {"uuid": TEXT, "name": TEXT, "device": TEXT, **dict.fromkeys(
     ("planned_bytes", "weights_bytes", "kv_bytes", "compute_bytes", "staging_bytes"), NUMBER)}  # fmt: skip
 SIZE: Form = ("a number or null", lambda value: value is None or is_number(value))  # null: the server did not tell it
 FILE = {"path": TEXT, "size_bytes": SIZE, "sha256": PATH}
-# What plans of earlier versions lack.
-ABSENT: Dict[str, Any] = {"tls_certificate": None, "kv_type": None, "speed_floor_percent": 0, "prompt_files": {}}
+# What plans of earlier versions lack, and those of servers that need it not.
+ABSENT: Dict[str, Any] = {
+    "tls_certificate": None, "kv_type": None, "speed_floor_percent": 0, "prompt_files": {}, "adapters": [],
+    "modalities": [], "serves": "chat", "pooling": "", "vector_elements": 0, "rerank_example": None,
+    "speculation": None,
+}  # fmt: skip
 
 
 def read_spec(path: str) -> Dict[str, Any]:
@@ -90,7 +118,7 @@ def read_spec(path: str) -> Dict[str, Any]:
     instance = instance_of(gate["unit"])
     return {
         **gate, "files": plan.get("files", []), "identity": plan.get("identity"), "release": plan.get("release"),
-        "predicted_tokens_per_s": predicted_speed(plan), "expected": expected_speed(plan),
+        "predicted_tokens_per_s": predicted_speed(plan, gate["serves"]), "expected": expected_speed(plan),
         "record": gate_record(instance),
         "last": usable(read_json(gate_record(instance))), "measured": {},
     }  # fmt: skip
@@ -124,10 +152,10 @@ def wrong(place: str, value: Any, forms: Dict[str, Form]) -> Iterator[str]:
             yield f"{place}.{key}: should be {what}"
 
 
-def predicted_speed(plan: Dict[str, Any]) -> float:
-    """Tokens a second; 0 where the plan does not say."""
+def predicted_speed(plan: Dict[str, Any], serves: str = "chat") -> float:
+    """Tokens a second that are written, or read by a server that writes none; 0 where the plan does not say."""
     found: Any = plan
-    for key in ("plan", "predicted", "decode_tokens_per_s"):
+    for key in ("plan", "predicted", "decode_tokens_per_s" if serves == "chat" else "prefill_tokens_per_s"):
         found = found.get(key) if isinstance(found, dict) else None
     return float(found) if is_number(found) else 0.0
 
@@ -146,11 +174,20 @@ def is_first(value: Any) -> bool:
     )  # fmt: skip
 
 
+def is_kept(value: Any, key: str) -> bool:
+    """Numbers that gate_vectors.py or gate_scores.py keep."""
+    numbers = value.get(key) if isinstance(value, dict) else None
+    return isinstance(numbers, list) and bool(numbers) and all(map(is_number, numbers))
+
+
 # What later gates compare with.
 COMPARED: Dict[str, Callable[[Any], bool]] = {
     "speeds": lambda value: isinstance(value, list) and all(map(is_number, value)),
     "prompt_tokens_per_s": lambda value: is_number(value) and value > 0,
     "first": is_first,
+    "read_speeds": lambda value: isinstance(value, list) and all(map(is_number, value)),
+    "first_vector": lambda value: is_kept(value, "vector"),
+    "first_scores": lambda value: is_kept(value, "scores"),
 }
 
 

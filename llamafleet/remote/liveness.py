@@ -1,11 +1,11 @@
 """Check that a running instance answers and makes progress, and restart it if not.
 
 Contract: `liveness.py PLAN.json SECONDS`, run by the instance's timer. PLAN.json is plan.json, of which is read: `gate`
-(unit, url, api_keys, tls_certificate, argv, health_seconds, context_tokens, slots) and `batch_tokens`, the most tokens
-that are computed in one piece; only unit and url must be there. A server is fine if it sleeps, if a counter of a slot
-has moved since the last look, or if no slot works and no request waits; one that has no cached token to lose must also
-give a token. A server that is not fine for SECONDS is wedged. systemd then restarts it: SIGTERM, after the unit's stop
-timeout SIGKILL. A unit is not checked while it does not run
+(unit, url, api_keys, tls_certificate, argv, health_seconds, context_tokens, slots, serves) and `batch_tokens`, the most
+tokens that are computed in one piece; only unit and url must be there. A server is fine if it sleeps, if a counter of a
+slot has moved since the last look, or if no slot works and no request waits; one that has no cached token to lose must
+also give a token, and one of embeddings or scores a vector or a score. A server that is not fine for SECONDS is wedged.
+systemd then restarts it: SIGTERM, after the unit's stop timeout SIGKILL. A unit is not checked while it does not run
 (systemd restarts what has ended), loads, or is being switched.
 Exit 0 nothing to do, 10 restarted; anything else is a check that failed, of which the last line on stderr says why.
 Writes /run/llamafleet/liveness-NAME.json (the counters that it saw) and, on a restart, /var/lib/llamafleet/gate/
@@ -48,7 +48,18 @@ from common import (
     write_json,
 )  # fmt: skip
 from gate_server import main_pid, trust, unit_state
-from liveness_server import LARGEST, NoAnswer, Refused, Slots, gives_token, is_asleep, may_sleep, queue, read_slots
+from liveness_server import (
+    LARGEST,
+    SMALLEST,
+    NoAnswer,
+    Refused,
+    Slots,
+    gives_token,
+    is_asleep,
+    may_sleep,
+    queue,
+    read_slots,
+)
 
 FINE, FAILED, RESTARTED = 0, 1, 10
 POLL_SECONDS = 1.0
@@ -110,6 +121,8 @@ def read_spec(path: str) -> dict[str, Any]:
     if later := later_schema(plan, PLAN_SCHEMA):
         raise ValueError(f"{path}: {later}")
     spec = {"api_keys": None, "tls_certificate": None, "argv": [], **gate, "batch_tokens": plan.get("batch_tokens")}
+    if spec.get("serves") not in SMALLEST:
+        spec["serves"] = "chat"
     texts = [spec[key] for key in ("api_keys", "tls_certificate") if spec[key] is not None]
     if not isinstance(spec["argv"], list) or not all(isinstance(word, str) for word in [*texts, *spec["argv"]]):
         raise ValueError(f"{path}: its gate has paths or arguments that are no texts: run the deploy again")
@@ -171,14 +184,16 @@ def look(spec: dict[str, Any], before: Slots, seconds: float) -> Tuple[Optional[
         if not told.working:
             return waits(told.waiting), {}
     now, bare = read_slots(spec)
-    if before and moved(before, now):
+    keeps_prompts = spec["serves"] == "chat"
+    if before and moved(before, now, keeps_prompts):
         return None, now
     working = [slot for slot, (_, at_work, _, _) in now.items() if at_work]
     if working:
         return f"slots at work whose counters stand still: {', '.join(working)}", now
     trouble = waits(queue(spec).waiting)
-    if trouble is None and bare and not spec["may_sleep"] and not gives_token(spec, seconds):
-        return "no slot holds a token, and it gives none", now
+    may_ask = (bare or not keeps_prompts) and not spec["may_sleep"]
+    if trouble is None and may_ask and not gives_token(spec, seconds):
+        return "no slot works, and it gives no answer", now
     return trouble, now
 
 
@@ -186,14 +201,15 @@ def waits(waiting: int) -> str | None:
     return f"requests that wait although no slot works: {waiting}" if waiting else None
 
 
-def moved(before: Slots, now: Slots) -> bool:
-    """Has any slot made progress? A task that only began does not count."""
+def moved(before: Slots, now: Slots, in_steps: bool = True) -> bool:
+    """Has any slot made progress? A task that only began does not count, where one is computed in several steps. That
+    of an embedding or a score is computed at once: its slot shows nothing until it ends, and then another one."""
     for slot, (task, working, read, written) in now.items():
         old_task, old_working, old_read, old_written = before.get(slot, [None, False, 0, 0])
         if task == old_task:
             if (working and (read, written) != (old_read, old_written)) or (old_working and not working):
                 return True
-        elif task is not None and (not working or read or written):
+        elif task is not None and (not working or read or written or not in_steps):
             return True
     return False
 

@@ -9,6 +9,8 @@ None of these requests takes a slot that holds cached tokens, wakes a server tha
   while the main loop computes a batch (server_queue::yield_to_queue; server_context_impl::process_single_task).
 - `/slots` wakes a server and counts as use, `/metrics` does not (server_queue, task_resets_idle_timer). So a server
   that may sleep is asked for its slots only while one of them is at work.
+- A server of embeddings or scores keeps no prompt: its smallest request costs nobody a cached token, and is asked while
+  no slot works and nothing waits.
 - `/metrics` begins a new window for its gauges of tokens per second (metrics_reset_bucket), so another server is asked
   for it only if no slot has worked since the last look.
 
@@ -18,7 +20,16 @@ Decision 13: docs/decisions/0013-a-check-costs-no-user-anything.md.
 from __future__ import annotations
 
 import re
-from typing import Any, Dict, List, NamedTuple, Optional, Type, TypeVar  # Python 3.8 has no list[int] at run time
+from typing import (  # Python 3.8 has no list[int] at run time
+    Any,
+    Dict,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Type,
+    TypeVar,
+)
 
 from gate_server import SLOTS_LIMIT, ask, first_key
 
@@ -108,10 +119,19 @@ def number(told: Any, key: str, default: Optional[int] = 0) -> Optional[int]:
     raise NoAnswer(f"/slots: {key} is {value!r:.40}")
 
 
+# What is asked of a server without work, by what it serves. A token in the first slot: llama-server gives new
+# conversations the last of its unused slots.
+SMALLEST: Dict[str, Tuple[str, Dict[str, Any]]] = {
+    "chat": ("/completion", {"prompt": "a", "n_predict": 1, "temperature": 0, "id_slot": 0}),
+    "embedding": ("/embeddings", {"content": "a"}),
+    "reranking": ("/rerank", {"query": "a", "documents": ["a"]}),
+}
+
+
 def gives_token(spec: dict[str, Any], seconds: float) -> bool:
-    """Ask for one token, in the first slot: llama-server gives new conversations the last of its unused slots."""
-    body = {"prompt": "a", "n_predict": 1, "temperature": 0, "id_slot": 0}
-    status, _ = ask(spec["url"], "/completion", first_key(spec), body, seconds)
+    """Ask for one token, or for one vector or score."""
+    path, body = SMALLEST[spec["serves"]]
+    status, _ = ask(spec["url"], path, first_key(spec), body, seconds)
     return 200 <= status < 500 or status in NOT_OFFERED
 
 

@@ -22,7 +22,7 @@ from typing import Any, Callable, Dict, FrozenSet, List, NamedTuple, Optional, S
 import ground
 import hardening_trial
 import instance_files
-from common import APART, read_json, unit_of, without_directives, write_json
+from common import APART, QUIET_LINES, read_json, unit_of, without_directives, write_json
 from hardening_trial import Directive, Unfit
 
 __all__ = ["Unfit", "prepare"]
@@ -226,9 +226,11 @@ def droppable(parts: Sequence[Part], directives: Sequence[Directive]) -> List[st
 
 
 def lines_of(label: str, directives: Sequence[Directive]) -> List[str]:
-    """The unit's lines that belong to a part."""
+    """The unit's lines that belong to a part. What keeps the host's presets away is never dropped: it hides a folder
+    that no driver needs."""
     (names,) = [part.names for part in (*SUSPECTS, *OTHERS) if part.label == label]
-    return [one.line for one in directives if one.name in names or one.line in names]
+    return [one.line for one in directives
+            if (one.name in names or one.line in names) and one.line not in QUIET_LINES]  # fmt: skip
 
 
 def service_directives(unit: str) -> List[Directive]:

@@ -20,6 +20,7 @@ import sys
 from typing import Any, Iterable  # the contract is Python 3.8, whose own Iterable is typing's
 
 import common
+import inherited
 import instance_files
 from common import (
     CURRENT,
@@ -225,6 +226,7 @@ def instance(name: str) -> dict[str, Any]:
         "good_is_whole": has_good_files(name),
         "loaded": hashes(f"{CREDENTIALS}/{unit}", LOADED),
         "deleted": deleted_files(pid),
+        "inherited": inherited.of_process(pid),
     }
 
 

@@ -2,19 +2,21 @@
 
 Contract: `verify.py ask SPEC`, a JSON object {"name": of the instance, "command": [llama-server and its arguments, made
 by `question` in llamafleet/planner/reconcile.py], "environment": {name: value}, "groups": [names], "gpus": [UUIDs of
-NVIDIA GPUs], "room_bytes": what must be free on each of them}; prints one JSON object {"told": {llama.cpp's name of a
-device or kind of host memory: bytes} | null, "why": text if nothing was reported, "room": false if the reason is that
-a GPU had no room beside what runs there, "rejected": the line by which llama-server refuses its arguments or its model,
-or ""}. Exit 0 whatever was reported.
+NVIDIA GPUs], "room_bytes": what must be free on each of them, "beside": "draft" where a draft model is loaded, "head"
+where the model's own guesses, else missing or ""}; prints one JSON object {"told": {llama.cpp's name of a device or
+kind of host memory, "beside " and such a name for what guesses, or "projector": bytes} | null, "why": text if nothing
+was reported, "room": false if the reason is that a GPU had no room beside what runs there, "rejected": the line by
+which llama-server refuses its arguments or its model, or ""}. Exit 0 whatever was reported.
 `verify.py settle QUESTION.json PLAN.json` is for the switch, once the old server is stopped: QUESTION has the same and
 "devices" {llama.cpp's name: the ledger's}, "limits" {the ledger's name: bytes}. The sizes go into PLAN's `verified`.
 Exit 0 within the limits, or if nothing was reported; 1 beyond them, with a line `told: ` and their JSON; 3 if it
 rejects its arguments or its model, with its line.
-Root, systemd, standard library and pynvml; common.py lies beside it.
+Root, systemd, standard library and pynvml; common.py and inherited.py lie beside it.
 
 llama-server first makes the model and its context without memory, if it is to fit its arguments to the memory (its
-default), and prints where the bytes would be (common_memory_breakdown_print at b11434), 0.3 s after its start. It is
-killed there, before it loads anything.
+default), and prints where the bytes would be (common_memory_breakdown_print at b11434), 0.3 s after its start; then it
+does the same for a draft, or for the context of a head (common_fit_params), unless the draft needs the model's own
+matrices: that fails, and is not reported. It is killed there, before it loads anything.
 
 Decision 4: docs/decisions/0004-the-binary-is-asked-before-it-is-trusted.md.
 """
@@ -29,6 +31,7 @@ import threading
 from typing import Any, Iterable  # the contract is Python 3.8, whose own Iterable is typing's
 
 import boot
+import inherited
 from common import systemctl, transient_unit, unit_words, write_json
 
 MIB = 1024**2
@@ -48,10 +51,16 @@ HARDENING = (
     "SystemCallFilter=@system-service", "SystemCallFilter=~@privileged", "SystemCallErrorNumber=EPERM", "TasksMax=2048",
 )  # fmt: skip
 # With the device's total and free memory before the figures, or, on the host, without; in MiB.
+# What a projector takes, weights and compute buffers of all its devices (tools/server/server-context.cpp, load_model);
+# before the rows.
+PROJECTOR = re.compile(r"estimated worst-case memory usage of mmproj is (?P<size>\d+\.\d+) MiB")
 ROW = re.compile(
-    r"common_memory_breakdown_print: \|   - (?P<name>\S+).*?(?P<self>\d+) =\s+\d+ \+\s+\d+ \+\s+\d+\)?"
+    r"common_memory_breakdown_print: \|   - (?P<name>\S+).*?(?P<self>\d+) =\s+(?P<weights>\d+) \+\s+\d+ \+\s+\d+\)?"
     r"(?: \+\s+-?\d+)?\s+\|"
 )
+# Behind the first breakdown: that of what guesses comes after it, or not at all.
+NO_MORE = re.compile(r"failed to measure the memory of the extra model|projected to use |fitting params to free memory")
+BESIDE = "beside "
 # What it prints where it ends because of its arguments (common_params_parse in common/arg.cpp) or of the model's header
 # (llama_model_load in src/llama.cpp): the service would end in the same way.
 REJECTED = re.compile(
@@ -70,7 +79,7 @@ def properties(spec: dict[str, Any]) -> list[str]:
         f"MemoryMax={MEMORY_BYTES}", "MemorySwapMax=0", "Nice=10", "LimitCORE=0",
         f"RuntimeMaxSec={SECONDS}", "TimeoutStopSec=5",
         "NoNewPrivileges=yes", "CapabilityBoundingSet=", "ProtectSystem=strict", "ProtectHome=yes", "PrivateTmp=yes",
-        *HARDENING,
+        *HARDENING, *inherited.DIRECTIVES,
     ]  # fmt: skip
 
 
@@ -100,7 +109,8 @@ def ask(spec: dict[str, Any]) -> dict[str, Any]:
         late.start()
         try:
             assert process.stdout is not None  # for mypy: a pipe was asked for
-            told, tail, rejected = read(line.decode("utf-8", "replace").rstrip() for line in process.stdout)
+            lines = (line.decode("utf-8", "replace").rstrip() for line in process.stdout)
+            told, tail, rejected = read(lines, spec.get("beside", ""))
         finally:
             # It has printed what was asked; next it would load the model.
             systemctl("kill", "--signal=KILL", unit, check=False)
@@ -114,21 +124,29 @@ def ask(spec: dict[str, Any]) -> dict[str, Any]:
     return {"told": None, "why": why, "room": has_room, "rejected": rejected if has_room else ""}
 
 
-def read(lines: Iterable[str]) -> tuple[dict[str, int], list[str], str]:
+def read(lines: Iterable[str], beside: str = "") -> tuple[dict[str, int], list[str], str]:
     """(bytes by name, the last lines, the first line by which it rejects what it was given): the first breakdown only,
-    which is of the flags as they were given."""
+    which is of the flags as they were given, and the one after it where something guesses (`beside`, of the contract).
+    A head's weights are the model's, and counted there."""
     told: dict[str, int] = {}
+    tables, within = 0, False  # breakdowns that are complete, and whether the last line was a row of one
     tail: list[str] = []
     rejected = ""
     for line in lines:
         tail = [*tail, line][-TAIL_LINES:]
         if not rejected and (REJECTED.search(line) or USAGE.search(line)):
             rejected = line.strip()
-        row = ROW.search(line)
+        row, projector = ROW.search(line), PROJECTOR.search(line)
         if row:
-            told[row.group("name")] = int(row.group("self")) * MIB
-        elif told:
+            counted = int(row.group("weights")) if tables and beside == "head" else 0
+            told[(BESIDE if tables else "") + row.group("name")] = (int(row.group("self")) - counted) * MIB
+        elif projector:
+            told["projector"] = int(float(projector.group("size")) * MIB)
+        elif within:
+            tables += 1
+        if tables > bool(beside) or (tables and NO_MORE.search(line)):
             break
+        within = bool(row)
     return (told if "Host" in told else {}), tail, rejected
 
 
@@ -177,7 +195,7 @@ def by_device(told: dict[str, int], spec: dict[str, Any]) -> dict[str, int]:
     """Sums by the ledger's names; what is no device's is the host's."""
     sizes = dict.fromkeys(spec["limits"], 0)
     for name, size in told.items():
-        sizes[spec["devices"].get(name, "host")] += size
+        sizes[spec["devices"].get(name[len(BESIDE) :] if name.startswith(BESIDE) else name, "host")] += size
     return sizes
 
 

@@ -9,14 +9,14 @@ Decision 11: docs/decisions/0011-secrets-never-travel-in-the-open.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from llamafleet.planner.result import Plan
 from llamafleet.settings import extra_flags
-from llamafleet.settings.companions import DRAFT, PROJECTOR
+from llamafleet.settings.companions import DRAFT, PROJECTOR, adapter
 from llamafleet.settings.prompt_files import SETTINGS
-from llamafleet.settings.schema import Instance
+from llamafleet.settings.schema import Adapter, Instance
 
 # Flags of files that are loaded beside a model, by their parts.
 FILE_FLAGS = {PROJECTOR: "--mmproj", DRAFT: "--spec-draft-model"}
@@ -40,7 +40,7 @@ def argv(
         *("--host", _value("--host", instance.listen)),
         *("--port", str(instance.port)),
         *plan.argv,
-        *_companions(companion_paths),
+        *_companions(companion_paths, instance.adapters),
         *("--metrics", "--slots", "--no-ui", "--offline"),
         # At 4 the log has the bytes of every device, which the gate reads; from 5 on it has prompts.
         *(("--log-verbosity", "4") if plan.gpus else ()),
@@ -50,11 +50,21 @@ def argv(
     ]
 
 
-def _companions(paths: Mapping[str, str]) -> Iterator[str]:
-    """The flags that name the files beside the model."""
+def _companions(paths: Mapping[str, str], adapters: Sequence[Adapter]) -> Iterator[str]:
+    """The flags that name the files beside the model. Adapters are numbered by llama-server in this order, from 0."""
     for part, flag in FILE_FLAGS.items():
         if part in paths:
             yield from (flag, _value(flag, paths[part]))
+    numbered = [(adapter(number), one) for number, one in enumerate(adapters, 1)]
+    scaled = [f"{_path(paths[part])}:{one.scale!r}" for part, one in numbered if part in paths]
+    yield from ("--lora-scaled", ",".join(scaled)) if scaled else ()
+
+
+def _path(path: str) -> str:
+    """A path between the commas and colons of --lora-scaled (common/arg.cpp, parse_csv_row)."""
+    if marks := [mark for mark in ',:"' if mark in path]:
+        raise FlagError(f"--lora-scaled: a path should have no {marks[0]}, is {path!r}")
+    return _value("--lora-scaled", path)
 
 
 def _cors(instance: Instance) -> tuple[str, ...]:

@@ -51,6 +51,8 @@ def differences(
         reasons.append("it runs with other arguments")
     elif installed.exe is not None and not installed.exe.startswith(service.release + "/"):
         reasons.append(f"it runs {installed.exe}")
+    if installed.inherited:
+        reasons.append(f"it runs with presets of the host: {', '.join(installed.inherited)}")
     return tuple(reasons)
 
 

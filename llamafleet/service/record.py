@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
 from llamafleet.build.release import MIB, Build
 from llamafleet.host.machine import Gpu
 from llamafleet.hub.source import ModelFiles
+from llamafleet.model import projector
 from llamafleet.planner.flags import device_names
 from llamafleet.planner.result import Plan
 from llamafleet.remote.common import (
@@ -22,8 +24,10 @@ from llamafleet.remote.common import (
     identity_of,
     sha256,
 )
-from llamafleet.service.model_folders import model_folder
+from llamafleet.service.model_folders import companion_paths, model_folder
+from llamafleet.service.speculation import guessing
 from llamafleet.service.trial import told_to_host
+from llamafleet.settings.companions import PROJECTOR, adapter
 from llamafleet.settings.prompt_files import SETTINGS, as_served
 from llamafleet.settings.schema import Instance
 
@@ -46,6 +50,7 @@ def plan_record(
     other. `environment` are the operator's variables, `texts` the instance's credentials by name, of which those that
     are no secrets are in the record by their sha256.
     """
+    paths = companion_paths(model)
     gate: dict[str, Any] = {
         "unit": instance.unit,
         "argv": list(argv),
@@ -62,9 +67,17 @@ def plan_record(
             {"uuid": gpu.uuid, "name": gpu.name, "device": device, **_planned(plan, gpu)}
             for gpu, device in zip(plan.gpus, device_names(plan.backend, len(plan.gpus)), strict=True)
         ],
+        **_vectors(instance, plan),
     }
+    if PROJECTOR in model.companions:
+        gate["modalities"] = list(projector.read(model.companions[PROJECTOR].header).modalities)
     if prompt_files := {name: _sums(name, texts[name]) for name in TEXTS if name in texts}:
         gate["prompt_files"] = prompt_files
+    if instance.speculation != "none":
+        gate["speculation"] = guessing(instance.speculation, argv)
+    if instance.adapters:
+        numbered = enumerate(instance.adapters, 1)
+        gate["adapters"] = [{"path": paths[adapter(number)], "scale": one.scale} for number, one in numbered]
     folders = [path.rsplit("/", 1)[0], *(model_folder(one) for one in model.companions.values())]
     files = [{"path": f"{folder}/{name}", "size_bytes": size, "sha256": sha256}
              for folder, one in zip(folders, model.every, strict=True)
@@ -107,6 +120,17 @@ def without_query(source: str) -> str:
     return source.partition("?")[0] if source.startswith(("http://", "https://")) else source
 
 
+def _vectors(instance: Instance, plan: Plan) -> dict[str, Any]:
+    """What the gate asks of a server of embeddings or scores; nothing for one that writes text, whose record then is
+    that of versions which knew no other."""
+    if instance.serves == "embedding":
+        return {"serves": "embedding", "pooling": plan.pooling, "vector_elements": plan.vector_elements}
+    if instance.serves == "reranking":
+        example = instance.rerank_example
+        return {"serves": "reranking", "rerank_example": asdict(example) if example else None}
+    return {}
+
+
 def record_text(record: dict[str, Any]) -> str:
     """The record as it is written on the host."""
     return json.dumps(record, indent=1) + "\n"
@@ -142,4 +166,5 @@ def _planned(plan: Plan, gpu: Gpu) -> dict[str, int]:
     row = next(row for row in plan.ledger if row.device == f"GPU{gpu.index}")
     parts = {name: getattr(row, name) for name in ("weights_bytes", "kv_bytes", "compute_bytes")}
     held = sum(parts.values()) + min(0, row.staging_bytes)
-    return {"planned_bytes": held, **parts, "staging_bytes": row.staging_bytes}
+    beside = {"beside_bytes": row.beside_bytes} if row.beside_bytes else {}
+    return {"planned_bytes": held + row.beside_bytes, **parts, "staging_bytes": row.staging_bytes, **beside}

@@ -34,6 +34,7 @@ from llamafleet.remote.common import (
     liveness_units,
     plan_path,
 )
+from llamafleet.remote.inherited import DIRECTIVES
 from llamafleet.service.command import unit_escape
 from llamafleet.service.record import credentials
 from llamafleet.settings.environment import assignment
@@ -106,6 +107,7 @@ def unit_values(
         "credentials": credentials(instance),
         "api_keys": credentials(instance).get(API_KEYS),
         "environment": plan.environment,
+        "not_inherited": DIRECTIVES,
         "gpu": bool(plan.gpus),
         "cuda": build.backend == "cuda",
         # A software device compiles its shaders to code of this CPU while it runs.

@@ -29,16 +29,20 @@ _OURS = {
          "GGML_SYCL_NO_PINNED", "GGML_OP_OFFLOAD_MIN_BATCH", "GGML_VK_PREFER_HOST_MEMORY",
          "GGML_VK_ALLOW_SYSMEM_FALLBACK", "GGML_VK_DISABLE_HOST_VISIBLE_VIDMEM", "LLAMA_GRAPH_REUSE_DISABLE"),
         _MEMORY),
-    **dict.fromkeys(("HOME", "XDG_CACHE_HOME", "LLAMA_CACHE"), "the service has a folder of its own for that"),
+    **dict.fromkeys(
+        ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "LLAMA_CACHE"), "the service has a folder of its own for that"),
     **dict.fromkeys(
         ("CREDENTIALS_DIRECTORY", "CACHE_DIRECTORY", "RUNTIME_DIRECTORY", "STATE_DIRECTORY", "INVOCATION_ID",
          "JOURNAL_STREAM", "NOTIFY_SOCKET", "MAINPID", "SYSTEMD_EXEC_PID", "USER", "LOGNAME", "SHELL"), _SYSTEMD),
     "GGML_BACKEND_PATH": "it loads code from elsewhere than the release",
     "LLAMA_SERVER_CHILD_MODE": "llama-server sets it for its own children",
     "LLAMA_SERVER_ROUTER_PORT": "llama-server sets it for its own children",
+    "LLAMA_APP_CMD": "llama-server sets it for its own children",
+    "LLAMA_SERVER_SLOTS_DEBUG": "it lets every client read the prompts of others (/slots)",
     "MTMD_BACKEND_DEVICE": _DEVICES,
 }  # fmt: skip
 _OURS_BEGIN = {
+    "AIP_": "it moves the server to another address",
     "LLAMA_ARG_": "it is a flag of llama-server, which the plan does not know of: give the flag in extra_flags",
     "LD_": "libraries come from the release and the system's folders (/etc/ld.so.conf.d): name the folder there",
     "LISTEN_": _SYSTEMD,

@@ -51,14 +51,25 @@ OWN_PLACE = {
     "--kv-unified-per-slot": "context_tokens", "--split-mode": "split_mode",
     "--chat-template-file": "chat_template_file", "--grammar-file": "grammar_file", "--grammar": "grammar_file",
     "--json-schema-file": "json_schema_file", "--json-schema": "json_schema_file", "--lora": "adapters",
-    "--lora-scaled": "adapters",
+    "--lora-scaled": "adapters", "--mmproj": "projector", "--mmproj-url": "projector",
+    "--image-min-tokens": "image_min_tokens", "--image-max-tokens": "image_max_tokens", "--spec-type": "speculation",
+    "--spec-default": "speculation",
+    "--spec-draft-model": "draft", "--model-draft": "draft", "--spec-draft-hf": "draft",
+    "--spec-draft-n-max": "draft_max_tokens", "--spec-draft-n-min": "draft_min_tokens",
+    "--spec-ngram-mod-n-max": "draft_max_tokens", "--spec-ngram-mod-n-min": "draft_min_tokens",
+    "--spec-draft-type-k": "kv_types", "--spec-draft-type-v": "kv_types", "--spec-draft-threads": "threads",
+    "--spec-draft-threads-batch": "threads",
     "--api-key": "api_key_file", "--api-key-file": "api_key_file", "--hf-token": "hub_token_file",
+    "--embedding": "serves", "--reranking": "serves", "--pooling": "pooling",
     "--ssl-cert-file": "tls_certificate_file", "--ssl-key-file": "tls_key_file", "--ui": "build_ui",
 }  # fmt: skip
 PLANNED = {
     "--n-gpu-layers", "--device", "--tensor-split", "--override-tensor", "--cpu-moe", "--n-cpu-moe",
-    "--n-cpu-ffn", "--main-gpu", "--fit", "--batch-size", "--flash-attn", "--load-mode", "--swa-full", "--mmproj",
-    "--no-kv-offload", "--no-op-offload", "--no-repack",
+    "--n-cpu-ffn", "--main-gpu", "--fit", "--batch-size", "--flash-attn", "--load-mode", "--swa-full",
+    "--mmproj-device", "--mmproj-offload", "--no-mmproj-offload", "--mtmd-batch-max-tokens", "--no-kv-offload",
+    "--spec-draft-ngl", "--spec-draft-device", "--spec-draft-override-tensor", "--spec-draft-cpu-moe",
+    "--spec-draft-n-cpu-moe",
+    "--no-op-offload", "--no-repack",
 }  # fmt: skip
 REFUSED = {
     "--verbose": "it would write prompts, and parts of keys, to the journal",
@@ -67,8 +78,6 @@ REFUSED = {
     "--model-url": "the service downloads nothing",
     "--hf-repo": "the service downloads nothing",
     "--rpc": "the build has no RPC backend, which llama.cpp itself calls insecure",
-    "--embedding": "the gate asks for completions, which such a server refuses",
-    "--reranking": "the gate asks for completions, which such a server refuses",
     "--api-prefix": "the gate asks at the root; a proxy in front can have a prefix",
 }
 

@@ -28,7 +28,7 @@ from llamafleet.remote.common import (
     keeps_secrets,
     unit_of,
 )
-from llamafleet.settings import cache_shape, environment, prompt_files, secrets
+from llamafleet.settings import cache_shape, environment, pictures, prompt_files, secrets, serving, speculation
 from llamafleet.settings import copies as copying
 from llamafleet.settings import extra_flags as extra
 from llamafleet.settings.defaults import MODEL_DEFAULTS, DefaultsError, with_defaults
@@ -340,7 +340,16 @@ class Instance:
         )  # fmt: skip
         files = {setting: getattr(self, setting) for setting in prompt_files.SETTINGS.values()}
         clashes = prompt_files.clashes(files, self.serves, self.extra_flags)
-        validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags, *shape, *clashes])
+        seen = pictures.clashes(
+            has_projector=self.projector is not None, min_tokens=self.image_min_tokens,
+            max_tokens=self.image_max_tokens, serves=self.serves, extra_flags=self.extra_flags,
+        )  # fmt: skip
+        guesses = speculation.problems(
+            self.speculation, has_draft=self.draft is not None, serves=self.serves, most=self.draft_max_tokens,
+            least=self.draft_min_tokens,
+        )  # fmt: skip
+        validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags, *shape, *clashes, *seen, *guesses,
+                           *serving.of_vectors(vars(self))])  # fmt: skip
         return self
 
     def copied(self, count: int | None) -> tuple[Self, ...]:

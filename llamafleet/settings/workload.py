@@ -21,7 +21,13 @@ class Workload:
 
     @classmethod
     def of(cls, instance: Instance, context_tokens: int) -> Workload:
-        """The instance's settings, with prompt and reply shortened in proportion where the context is too small."""
+        """The instance's settings, with prompt and reply shortened in proportion where the context is too small.
+
+        A server of embeddings or scores reads inputs of `prompt_tokens`, and writes nothing.
+        """
+        if instance.serves != "chat":
+            read = min(instance.prompt_tokens, context_tokens)
+            return cls(read, 0, read, instance.concurrency)
         prompt, reply = instance.prompt_tokens, instance.reply_tokens
         if prompt + reply > context_tokens:
             prompt = max(1, prompt * context_tokens // (prompt + reply))

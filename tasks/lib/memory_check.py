@@ -15,12 +15,14 @@ from llamafleet.host import answers
 from llamafleet.host.backends import TRAITS
 from llamafleet.host.installed import InstalledInstance
 from llamafleet.memory.ledger import NO_CORRECTION
+from llamafleet.memory.placement import HOST
 from llamafleet.planner import reconcile
 from llamafleet.planner.result import Plan
 from llamafleet.service import succession, unit
 from llamafleet.service.desired import Serving
 from llamafleet.service.record import record_text
 from llamafleet.service.refusals import Refused
+from llamafleet.settings.companions import PROJECTOR
 from llamafleet.units import MIB
 from tasks.lib import remote
 from tasks.lib.decision import READ_ERRORS, Decision, decision, log_refused, refused_by, replan
@@ -121,14 +123,22 @@ def way_out(rejected: str) -> str:
 
 def spec(now: Decision, plan: Plan) -> dict[str, Any]:
     """What `llamafleet/remote/verify.py` needs to know."""
+    command = now.desired.command(plan)
     return {
         "name": plan.instance,
-        "command": reconcile.question(now.desired.command(plan)),
+        "command": reconcile.question(command),
         "environment": {**now.desired.settings.environment, **plan.environment},
         "groups": unit.groups(plan.backend, now.desired.installed),
         "gpus": [gpu.uuid for gpu in plan.gpus] if plan.backend == "cuda" else [],
-        "room_bytes": TRAITS[plan.backend].overhead_bytes + SPARE_BYTES,
+        "beside": reconcile.beside(command),
+        "room_bytes": TRAITS[plan.backend].overhead_bytes + SPARE_BYTES + _made_beside(plan),
     }
+
+
+def _made_beside(plan: Plan) -> int:
+    """Bytes of a GPU that llama-server takes while it only measures: it makes a projector's buffers for that."""
+    device, size = plan.reported_beside.get(PROJECTOR, (HOST, 0))
+    return size if device != HOST else 0
 
 
 def staged_files(serving: Serving) -> dict[str, str]:

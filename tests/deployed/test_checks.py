@@ -26,6 +26,7 @@ KEY = "feedfacefeedface"
 UNIT = "llama-server-tiny.service"
 KEYS = "/etc/llamafleet/instances/tiny/api-keys"
 MODEL = "/var/lib/llamafleet/models/tiny-0123/tiny.gguf"
+OF_CHAT = tuple(name for name in instance_checks.GATE_CHECKS if name not in ("embedding", "scores"))
 
 
 def settings(**model):
@@ -40,6 +41,7 @@ def settings(**model):
         "api_key_file": "keys",
         "context_tokens": 4096,
         "slots": 1,
+        "projector": "hf:a/b/mmproj.gguf",
         **model,
     }
     return Settings.from_data({**data, "llama_cpp_ref": "b11434", "models": [entry]})
@@ -64,6 +66,7 @@ def plan():
             "slots": 1,
             "backend": "cuda",
             "gpus": [{"uuid": "GPU-1", "name": "A", "planned_bytes": 5}],
+            "modalities": ["vision"],
         },
     }
     return {**record, "identity": instance_checks.identity_of(record), "plan": {"why": []}}
@@ -79,9 +82,7 @@ def healthy():
         "commit": COMMIT,
         "files": {"llama-server": "11", "libggml.so": "22"},
     }
-    verdicts = [
-        {"name": name, "ok": True, "expected": "e", "found": "e", "hint": ""} for name in instance_checks.GATE_CHECKS
-    ]
+    verdicts = [{"name": name, "ok": True, "expected": "e", "found": "e", "hint": ""} for name in OF_CHAT]
     paths = {place.path: {"kind": place.kind, "mode": place.mode, "uid": 0, "gid": 0} for place in wanted.folders()}
     return {
         "euid": 0,
@@ -208,6 +209,7 @@ BROKEN = [
     ("plan_file", (*TINY, "plan", "gate", "url"), "http://127.0.0.1:9", "expected 8080, found 9"),
     ("plan_file", (*TINY, "plan", "gate", "slots"), 4, "expected 1, found 4"),
     ("plan_file", (*TINY, "plan", "gate", "api_keys"), None, "expected True, found False"),
+    ("plan_file", (*TINY, "plan", "gate", "modalities"), [], "a projector in plan.json: expected True, found False"),
     ("plan_file", (*TINY, "plan", "gate", "context_tokens"), 2048, "at least 4096 tokens a slot, found 2048"),
     ("models", (*TINY, "plan", "files"), [], "expected at least one, found nothing"),
     ("models", (*TINY, "models", MODEL), None, "expected a model of 100 bytes, found nothing"),
@@ -272,24 +274,24 @@ def test_a_changed_fact_is_a_problem(check, place, value, message):
     assert any(message in text and text.startswith("web1") for text in found), found
 
 
-@pytest.mark.parametrize("name", instance_checks.GATE_CHECKS)
+@pytest.mark.parametrize("name", OF_CHAT)
 def test_each_verdict_of_the_gate_counts(name):
     facts = healthy()
     verdicts = facts["instances"]["tiny"]["gate"]["checks"]
-    at = instance_checks.GATE_CHECKS.index(name)
+    at = OF_CHAT.index(name)
     verdicts[at] = {"name": name, "ok": False, "expected": "this", "found": "that", "hint": "look there"}
     del verdicts[at + 1 :]
     found = problems_by_check(facts)
     assert found[f"gate {name}"] == [f"web1/tiny: gate: {name}: expected this, found that (look there)"]
     # A check that the gate did not reach has not passed.
-    for later in instance_checks.GATE_CHECKS[at + 1 :]:
+    for later in OF_CHAT[at + 1 :]:
         assert f"the gate stopped at {name}" in found[f"gate {later}"][0]
 
 
 def test_without_its_keys_the_gate_is_not_asked_and_says_so():
     facts = healthy()
     facts["instances"]["tiny"].update(keys=None, gate={"error": "Traceback (most recent call last): ..."})
-    found = [problems_by_check(facts)[f"gate {name}"][0] for name in instance_checks.GATE_CHECKS]
+    found = [problems_by_check(facts)[f"gate {name}"][0] for name in OF_CHAT]
     assert all(text.endswith("expected a result, found no API keys to ask with (deploy again)") for text in found)
 
 
@@ -307,7 +309,7 @@ def test_a_damaged_plan_hides_nothing_else():
 def test_a_gate_that_cannot_be_asked_is_no_success():
     facts = healthy()
     facts["instances"]["tiny"]["gate"] = {"error": "gate.py ended with exit code 3"}
-    assert all("exit code 3" in problems_by_check(facts)[f"gate {name}"][0] for name in instance_checks.GATE_CHECKS)
+    assert all("exit code 3" in problems_by_check(facts)[f"gate {name}"][0] for name in OF_CHAT)
 
 
 def served_with(gate):
@@ -349,10 +351,19 @@ def test_of_a_traceback_the_collector_keeps_the_last_line(collector, monkeypatch
 
 def test_the_gate_asks_what_the_plan_has():
     facts = healthy()
-    facts["instances"]["tiny"]["plan"]["gate"]["gpus"] = []
+    facts["instances"]["tiny"]["plan"]["gate"].update(gpus=[], modalities=[])
     box = checks.Box("web1", settings(api_key_file=None), facts)
     served = checks.served(box, box.settings.models[0])
     assert instance_checks.planned_gate_checks(served) == ("health", "process", "context", "completion", "speed")
+
+
+@pytest.mark.parametrize(("serves", "name"), [("embedding", "embedding"), ("reranking", "scores")])
+def test_the_gate_asks_for_what_the_server_serves(serves, name):
+    facts = healthy()
+    facts["instances"]["tiny"]["plan"]["gate"] |= {"serves": serves, "gpus": [], "modalities": []}
+    box = checks.Box("web1", settings(serves=serves, projector=None), facts)
+    served = checks.served(box, box.settings.models[0])
+    assert instance_checks.planned_gate_checks(served) == ("health", "process", "api key", "context", name, "speed")
 
 
 def test_a_key_file_that_nobody_asked_for_is_found():

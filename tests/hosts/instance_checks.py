@@ -17,7 +17,16 @@ from tests.hosts.checks import AGAIN, Problem, Problems, Served, say
 LOOP_SECONDS = 1800
 # linux/seccomp.h, SECCOMP_MODE_FILTER, as /proc/PID/status shows it.
 SECCOMP_FILTER = 2
-GATE_CHECKS = ("health", "process", "gpu memory", "devices", "api key", "context", "completion", "speed")
+GATE_CHECKS = (
+    "health", "process", "gpu memory", "devices", "api key", "context", "completion", "picture", "embedding", "scores",
+    "speed",
+)  # fmt: skip
+# Why a check does not apply.
+NOT_PLANNED = {
+    "gpu memory": "the plan uses no GPU", "devices": "the plan uses no GPU",
+    "api key": "the settings ask for no API key",
+    **dict.fromkeys(("completion", "picture", "embedding", "scores"), "the model serves something else"),
+}  # fmt: skip
 
 
 def plan_file(served: Served) -> Problems:
@@ -58,6 +67,7 @@ def _as_asked(served: Served, plan: Mapping[str, Any]) -> Problems:
         ("port", requested.port, int(gate["url"].rsplit(":", 1)[-1])),
         ("slots", requested.slots or gate["slots"], gate["slots"]),  # unset: the plan's choice
         ("an API key is required", requested.api_key_file is not None, gate["api_keys"] is not None),
+        ("a projector", requested.projector is not None, bool(gate.get("modalities"))),
     ]
     for what, expected, actual in pairs:
         if expected != actual:
@@ -282,7 +292,12 @@ def planned_gate_checks(served: Served) -> tuple[str, ...]:
     gpus = gate.get("gpus")
     # The gate asks NVML for GPUs with a UUID alone, which a Jetson's may lack.
     nvidia = gpus and gate.get("backend") == "cuda" and any(gpu.get("uuid", True) for gpu in gpus)
-    without = {"gpu memory": not nvidia, "devices": not gpus, "api key": served.instance.api_key_file is None}
+    serves = gate.get("serves", "chat")
+    without = {
+        "gpu memory": not nvidia, "devices": not gpus, "api key": served.instance.api_key_file is None,
+        "completion": serves != "chat", "picture": not gate.get("modalities"), "embedding": serves != "embedding",
+        "scores": serves != "reranking",
+    }  # fmt: skip
     return tuple(name for name in GATE_CHECKS if not without.get(name))
 
 

@@ -100,9 +100,9 @@ def test_liveness(served: checks.Served) -> None:
 
 @pytest.mark.parametrize("name", instance_checks.GATE_CHECKS, ids=lambda name: name.replace(" ", "-"))
 def test_gate(served: checks.Served, name: str) -> None:
-    """The gate's checks, run again: health, arguments, GPU memory, key, context, completion, speed."""
+    """The gate's checks, run again: health, arguments, GPU memory, key, context, answers, speed."""
     if name not in instance_checks.planned_gate_checks(served):
-        pytest.skip("the plan uses no GPU" if name == "gpu memory" else "the settings ask for no API key")
+        pytest.skip(instance_checks.NOT_PLANNED[name])
     if before := instance_checks.reported_at(served, name):
         pytest.skip(f"not reached: see gate: {before}")
     fail_on(instance_checks.gate(served, name))

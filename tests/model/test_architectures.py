@@ -6,11 +6,12 @@ from llamafleet.model.architectures import ARCHITECTURES, architecture_of, neare
 from sandbox import outlines
 from sandbox.layouts import PUBLISHED
 
-OUTLINES = Path(__file__).parents[1] / "oracle" / "architectures"
+ORACLE = Path(__file__).parents[1] / "oracle"
 
 
 def test_verified_are_just_those_that_the_oracle_is_asked_about():
-    outlined = {str(outlines.read(path)["architecture"]) for path in OUTLINES.glob("*.yaml")}
+    files = [*(ORACLE / "architectures").glob("*.yaml"), *(ORACLE / "drafts").glob("*.yaml")]
+    outlined = {str(outlines.read(path)["architecture"]) for path in files}
     asked = outlined | {layout.architecture for layout in PUBLISHED.values()}
     assert {row.name for row in ARCHITECTURES.values() if row.verified} == asked
 

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+from llamafleet.remote import inherited
 from llamafleet.service.command import argv, credential_flags
 from llamafleet.settings import extra_flags as extra
 from sandbox import oracle
@@ -46,3 +47,27 @@ def test_every_flag_that_is_passed_is_known(gpus, takes_value):
     used = {word for word in command if word.startswith("--")}
     assert used - set(takes_value) == set()
     assert len(used) > 20
+
+
+def test_every_variable_that_sets_a_flag_is_kept_from_the_servers():
+    """--help names the variable of each flag, and the flags that can be negated, whose variable has a second name."""
+    text = subprocess.run(
+        [oracle.build().llama_server, "--help"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    entries = re.split(r"\n(?=-)", text)
+    named = {match[1]: entry for entry in entries if (match := re.search(r"\(env:\s+(\w+)\)", entry))}
+    assert len(named) > 130
+    negated = {name.replace("LLAMA_ARG_", "LLAMA_ARG_NO_") for name, entry in named.items()
+               if "--no-" in entry[:80] and "_NO_" not in name}  # fmt: skip
+    assert len(negated) > 15
+    assert (set(named) | negated) - set(inherited.VARIABLES) == set()
+
+
+def test_no_variable_of_the_host_and_no_preset_reaches_a_server(tmp_path):
+    """What the units say, without systemd: XDG_CONFIG_HOME is no folder, and the variables are gone."""
+    (tmp_path / "llama.cpp").mkdir()
+    (tmp_path / "llama.cpp/config.ini").write_text("no-such-type = 1\nctx-size = nonsense\n")
+    command = [oracle.build().llama_server, "--version"]
+    for config, code in ((str(tmp_path), 1), (inherited.NO_CONFIG, 0)):
+        done = subprocess.run(command, capture_output=True, timeout=60, env={"XDG_CONFIG_HOME": config, "HOME": "/"})
+        assert (done.returncode != 0) == bool(code), done.stderr

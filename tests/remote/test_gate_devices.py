@@ -138,3 +138,12 @@ def test_systemd_that_cannot_be_asked_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises((OSError, subprocess.CalledProcessError)):
         gate_devices.invocation("llama-server-tiny.service")
+
+
+def test_a_projector_s_buffers_are_not_the_model_s(host):
+    lines = (LOGS / "vulkan.log").read_text().splitlines()
+    ours = [n for n, line in enumerate(lines) if "compute buffer size" in line][-1]
+    clip = "I reserve_compute_meta:    Vulkan0 compute buffer size = 4096.00 MiB"
+    with_projector = "\n".join([*lines[: ours + 1], clip, *lines[ours + 1 :]])
+    assert host.told("vulkan.log")["found"] == host.told(with_projector)["found"]
+    assert host.told(with_projector)["ok"]

@@ -82,7 +82,7 @@ def spec(model, monkeypatch):
     monkeypatch.setattr(gate_reply, "SPEED_PAUSE", 0.0)
     return {"url": model.url, "api_keys": None, "argv": ["/r1/llama-server", "--threads", "8"], "gpus": [],
             "files": [{"path": "/m/x.gguf", "size_bytes": 9, "sha256": "ab"}], "last": {}, "measured": {},
-            "record": "/g/chat.json", "speed_floor_percent": 40, "predicted_tokens_per_s": 20.0}  # fmt: skip
+            "record": "/g/chat.json", "serves": "chat", "speed_floor_percent": 40, "predicted_tokens_per_s": 20.0}  # fmt: skip
 
 
 # --- the answer ---------------------------------------------------------------------------------

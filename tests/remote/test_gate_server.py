@@ -149,7 +149,7 @@ def test_a_check_says_what_was_wrong_with_the_answer(served, monkeypatch, check)
 
 def test_a_plan_of_a_size_that_no_server_told_is_read_and_one_of_any_length_is_not(tmp_path, monkeypatch):
     path, gate_of = tmp_path / "plan.json", {key: None for key in gate_spec.GATE}
-    gate_of |= {"unit": "llama-server-x.service", "argv": [], "url": "u", "health_seconds": 1, "context_tokens": 1, "slots": 1,
+    gate_of |= {**gate_spec.ABSENT, "unit": "llama-server-x.service", "argv": [], "url": "u", "health_seconds": 1, "context_tokens": 1, "slots": 1,
                 "speed_floor_percent": 0, "backend": "cpu", "gpus": []}  # fmt: skip
     plan = {"schema": 1, "gate": gate_of, "files": [{"path": "/m/x.gguf", "size_bytes": None, "sha256": "ab"}]}
     path.write_text(json.dumps(plan))

@@ -143,7 +143,7 @@ def test_every_directive_of_a_rendered_unit_is_known():
     """A directive that is added to the template must be said to be droppable or not."""
     from tests.service.test_unit import HYBRID, TWO_NODES, made
 
-    kept = {"User", "Group", "Environment", "CacheDirectory", "CacheDirectoryMode", "SyslogIdentifier",
+    kept = {"User", "Group", "Environment", "UnsetEnvironment", "CacheDirectory", "CacheDirectoryMode", "SyslogIdentifier",
             "LogExtraFields", "LogRateLimitIntervalSec", "LogRateLimitBurst", "MemoryMax", "MemorySwapMax", "OOMPolicy", "LimitMEMLOCK", "LimitCORE", "TasksMax",
             "NoNewPrivileges", "CapabilityBoundingSet", "AmbientCapabilities",
             "RestrictSUIDSGID", "SystemCallErrorNumber", "RemoveIPC", "UMask", "ProtectSystem", "ProtectHome",

@@ -56,6 +56,47 @@ def server(folder, lines, then="exec sleep 60"):
     return str(path)
 
 
+WITH_DRAFT = [
+    HEAD,
+    "0.00.1 I common_memory_breakdown_print: |   - CUDA0 (RTX 4090 (24 GB)) | 24105 = 24105 + (19413 = 14550 +    4644 +     219) +      -19413 |",
+    "0.00.1 I common_memory_breakdown_print: |   - Host                     |                    912 =   704 +       0 +     207                |",
+    "0.00.1 I operator(): getting device memory data for the extra model at a context size of 8192:",
+    HEAD,
+    "0.00.1 I common_memory_breakdown_print: |   - CUDA0 (RTX 4090 (24 GB)) | 24105 = 24105 + (14628 = 14550 +      32 +      46) +      -14628 |",
+    "0.00.1 I common_memory_breakdown_print: |   - Host                     |                    720 =   704 +       0 +      16                |",
+    "0.00.1 I common_params_fit_impl: projected to use 19491 MiB of device memory vs. 24105 MiB of free device memory",
+]  # fmt: skip
+UNMEASURED = [
+    *WITH_DRAFT[:4],
+    "0.00.1 W operator(): failed to measure the memory of the extra model, fitting without it: failed to create llama_context from model",
+    *WITH_DRAFT[4:],
+]  # fmt: skip
+OWN = {"CUDA0": 19413 * MIB, "Host": 912 * MIB}
+
+
+@pytest.mark.parametrize(
+    ("lines", "beside", "told"),
+    [
+        (WITH_DRAFT, "draft", {**OWN, "beside CUDA0": 14628 * MIB, "beside Host": 720 * MIB}),
+        (WITH_DRAFT, "head", {**OWN, "beside CUDA0": 78 * MIB, "beside Host": 16 * MIB}),
+        (WITH_DRAFT, "", OWN),
+        (UNMEASURED, "draft", OWN),
+        (WITH_DRAFT[:3], "draft", OWN),
+    ],
+    ids=["a draft", "a head, whose weights are the model's", "nothing beside", "a draft that needs the model", "cut"],
+)
+def test_what_guesses_is_read_too(lines, beside, told):
+    assert verify.read(lines, beside)[0] == told
+
+
+def test_what_guesses_counts_on_its_device():
+    question = {"limits": {"GPU0": 9, "host": 9}, "devices": {"CUDA0": "GPU0"}}
+    assert verify.by_device({"CUDA0": 5, "Host": 1, "beside CUDA0": 3, "beside Host": 2}, question) == {
+        "GPU0": 8,
+        "host": 3,
+    }
+
+
 def test_the_first_breakdown_is_read_and_the_server_ended(host):
     told = verify.ask(spec(server(host, TWO_DEVICES)))
     assert told["told"] == {
@@ -63,6 +104,15 @@ def test_the_first_breakdown_is_read_and_the_server_ended(host):
     }  # fmt: skip
     calls = (host / "calls").read_text().splitlines()
     assert calls[-1] == "systemctl kill --signal=KILL llamafleet-verify-chat.service"
+
+
+def test_what_a_projector_takes_is_read_too(host):
+    line = "0.00.005.1 I srv    load_model: [mtmd] estimated worst-case memory usage of mmproj is 943.75 MiB (took 9.01 ms)"
+    told = verify.ask(spec(server(host, [line, *TWO_DEVICES])))["told"]
+    assert told["projector"] == 943 * MIB + MIB * 3 // 4
+    assert told["Host"] == 912 * MIB
+    # Without the rows of the model it is no answer.
+    assert verify.ask(spec(server(host, [line], then="exit 1")))["told"] is None
 
 
 def test_it_runs_as_the_service_s_user_within_limits(host):

@@ -154,3 +154,16 @@ def test_what_was_asked_for_by_name_is_given(planned):
     command = argv(planned[0], instance, "/m.gguf")
     assert argument(command, "--temp") == "0.2" and argument(command, "--cors-origins") == "https://a.example"
     assert command.count("--cors-origins") == 1 and "--no-cors-credentials" in command
+
+
+def test_adapters_are_one_flag_in_their_order_with_their_scales(planned):
+    plan, _ = planned
+    asked = [{"source": "/a.gguf"}, {"source": "/b.gguf", "scale": 0}, {"source": "/c.gguf", "scale": -0.25}]
+    [instance] = planning.settings({"adapters": asked}).models
+    paths = {f"adapter-{number}": f"/m/{name}.gguf" for number, name in enumerate("abc", 1)}
+    command = argv(plan, instance, "/m.gguf", paths)
+    assert argument(command, "--lora-scaled") == "/m/a.gguf:1.0,/m/b.gguf:0.0,/m/c.gguf:-0.25"
+    assert "--lora-scaled" not in argv(plan, instance, "/m.gguf")
+    for path in ("/m,x.gguf", "/m:x.gguf", '/m"x.gguf'):
+        with pytest.raises(FlagError, match="--lora-scaled: a path should have no"):
+            argv(plan, instance, "/m.gguf", {**paths, "adapter-2": path})

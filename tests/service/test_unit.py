@@ -262,7 +262,7 @@ def test_a_disk_that_is_mounted_late_starts_its_servers(path, name):
 
 
 def test_a_disk_for_models_below_a_hidden_folder_is_seen():
-    (hidden,) = directive(made([], more={"stores": ["/srv/models/m-123"]})[0], "InaccessiblePaths")
+    hidden, _ = directive(made([], more={"stores": ["/srv/models/m-123"]})[0], "InaccessiblePaths")
     assert "-/srv" not in hidden.split() and "-/var/log" in hidden.split()
     assert "-/srv" in directive(made([], more={"stores": ["/mnt/m"]})[0], "InaccessiblePaths")[0].split()
 

@@ -20,6 +20,7 @@ from llamafleet.memory.graph.ggml import F32, I32, Graph, Tensor, apply, get_row
 from llamafleet.memory.graph.layers import Layers
 from llamafleet.memory.graph.mla import latent_attention
 from llamafleet.memory.graph.moe import moe_ffn
+from llamafleet.memory.graph.pooling import pool
 from llamafleet.memory.graph.recurrent import recurrent
 from llamafleet.memory.graph.rwkv import rwkv_layer
 from llamafleet.model.architecture import LayerGraph, Recurrence
@@ -45,7 +46,7 @@ def build(
     row = shape.architecture
     b = Builder(shape, layers, context, backend_of, attention_scratch)
     positions, outputs = ggml.graph_input(I32, b.tokens * b.positions), ggml.graph_input(I32, context.outputs)
-    if not row.has_output:
+    if row.layer_graph is LayerGraph.NORMS_BEHIND:
         return encoder(b, order, positions, outputs)
     cur = b.embeddings()
     recurrent_layers, first_values, layer_input = shape.state.layers, None, layer_inputs(b, cur)
@@ -63,27 +64,34 @@ def build(
             cur = gemma3n_layer(b, cur, layer_input, lambda normed: attention(b, normed, positions))
         else:
             rows = None if row.late_output or layer != order[-1] else outputs
-            cur = _layer(b, cur, positions, rows, recurrent_layers[layer])
+            cur = ordinary_layer(b, cur, positions, rows, recurrent_layers[layer])
             cur = add_layer_input(b, cur, layer_input)
     b.layer = -1
     cur = _output_norm_input(b, cur, outputs)
     cur.output = row.keeps_last_state
     if row.late_output and cur.output:
         cur = get_rows(cur, outputs)
-    cur = b.norm(cur, "output_norm")
+    cur = b.norm(b.norm(cur, "output_norm"), "enc.output_norm")
     cur.output = True
-    if row.late_output and cur.ne[1] != context.outputs:
+    if row.late_output and not row.keeps_last_state:
         cur = get_rows(cur, outputs)
         cur.output = True
-    head = b.weight("output.weight") or ggml.weight(*_tied_output(b))
-    cur = mul_mat(head, cur)
-    if bias := b.weight("output.bias"):
-        cur = apply("add", cur, bias)
-    if shape.caps_logits:
-        cur = apply("scale", apply("unary", apply("scale", cur)))
-    cur.output = True
+    embd = cur
+    if row.computes_logits:
+        cur = logits(b, cur)
+        cur.output = True
     b.graph.expand(cur)
+    pool(b, embd)
     return b.graph
+
+
+def logits(b: Builder, cur: Tensor) -> Tensor:
+    """The logits of normed rows."""
+    head = b.weight("output.weight", -1) or ggml.weight(*_tied_output(b))
+    cur = b.adapted("output.weight", mul_mat(head, cur), mul_mat, cur)
+    if bias := b.weight("output.bias", -1):
+        cur = apply("add", cur, bias)
+    return apply("scale", apply("unary", apply("scale", cur))) if b.shape.caps_logits else cur
 
 
 def _first_layer_input(b: Builder, cur: Tensor) -> Tensor:
@@ -95,7 +103,7 @@ def _first_layer_input(b: Builder, cur: Tensor) -> Tensor:
         return qwen4exp.start(b, cur)
     if kind is LayerGraph.HYPER_CONNECTIONS:
         return repeated_streams(b, cur)
-    return b.norm(cur, "token_embd_norm") if kind is LayerGraph.RWKV else cur
+    return b.norm(cur, "token_embd_norm")
 
 
 def _output_norm_input(b: Builder, cur: Tensor, outputs: Tensor) -> Tensor:
@@ -114,7 +122,11 @@ def _tied_output(b: Builder) -> tuple[str, tuple[int, ...], int]:
     return table.type, table.shape, b.backend_of("output.weight", None)
 
 
-def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None, is_recurrent: bool) -> Tensor:
+def ordinary_layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None, is_recurrent: bool) -> Tensor:
+    """The result of the current layer: attention or a recurrent state, then a feed-forward part or experts.
+
+    `outputs`: numbers of the rows that are still needed after attention; None: all.
+    """
     parts, row = b.layers[b.layer], b.shape.architecture
     if row.recurrence is Recurrence.BESIDE_ATTENTION:
         return _parallel_hybrid_layer(b, inputs, positions, outputs)
@@ -169,11 +181,11 @@ def _after_attention(b: Builder, cur: Tensor, inputs: Tensor, logits: Tensor | N
     if not any(part.startswith("ffn_") and "norm" not in part for part in parts):
         return residual
     if "pre_ffw_norm_2.weight" in parts:
-        cur = ffn_and_experts(b, residual, lambda normed: _ffn(b, normed, ""))
+        cur = ffn_and_experts(b, residual, lambda normed: ffn(b, normed, ""))
         return apply("add", b.norm(cur, "post_ffw_norm"), residual)
     cur = b.norm(residual, "ffn_norm" if sandwich else post_norm)
     if "ffn_norm_exps.weight" in parts:  # a dense part, then experts on the layer's input (src/models/arctic.cpp)
-        residual = apply("add", _ffn(b, cur, ""), residual)
+        residual = apply("add", ffn(b, cur, ""), residual)
         return apply("add", moe_ffn(b, b.norm(inputs, "ffn_norm_exps")), residual)
     cur = b.norm(_ffn_or_experts(b, cur, logits), "post_ffw_norm")
     return apply("add", residual, cur) if row.residual_first_last else apply("add", cur, residual)
@@ -182,23 +194,24 @@ def _after_attention(b: Builder, cur: Tensor, inputs: Tensor, logits: Tensor | N
 def _ffn_or_experts(b: Builder, cur: Tensor, logits: Tensor | None = None) -> Tensor:
     parts = b.layers[b.layer]
     if "ffn_gate_inp.weight" not in parts:
-        return _ffn(b, cur, "")
+        return ffn(b, cur, "")
     if "ffn_up_chexps.weight" in parts:  # chunk experts take the experts' result (src/models/grovemoe.cpp)
         logits = b.linear("ffn_gate_inp", cur)
         out = moe_ffn(b, cur, logits)
         return apply("add", out, apply("scale", moe_ffn(b, out, logits, "chexps")))
     out = moe_ffn(b, cur, logits)
     if "ffn_up_shexp.weight" in parts:
-        shared = _ffn(b, cur, "_shexp")
+        shared = ffn(b, cur, "_shexp")
         if "ffn_gate_inp_shexp.weight" in parts:
             shared = apply("mul", shared, apply("unary", b.linear("ffn_gate_inp_shexp", cur)))
         out = apply("add", out, shared)
     elif "ffn_up.weight" in parts:  # a dense part in parallel to the experts (src/models/grok.cpp)
-        out = apply("scale", apply("add", _ffn(b, cur, ""), out))
+        out = apply("scale", apply("add", ffn(b, cur, ""), out))
     return out
 
 
-def _ffn(b: Builder, cur: Tensor, suffix: str) -> Tensor:
+def ffn(b: Builder, cur: Tensor, suffix: str) -> Tensor:
+    """The layer's feed-forward part, or its shared expert (`suffix`: "_shexp")."""
     parts = b.layers[b.layer]
     up = b.linear(f"ffn_up{suffix}", cur)
     down = parts[f"ffn_down{suffix}.weight"].shape[0]

@@ -6,7 +6,6 @@ from llamafleet.memory.graph import ggml
 from llamafleet.memory.graph.builder import Builder
 from llamafleet.memory.graph.ggml import F16, F32, Tensor, apply, reshape, view
 from llamafleet.memory.graph.minimax_m3 import attend_blocks, is_sparse
-from llamafleet.model.architecture import Cache
 
 Heads = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # q, k, v, gate
 
@@ -25,7 +24,7 @@ def attention(b: Builder, cur: Tensor, positions: Tensor) -> Tensor:
         q, k = apply("rope", q, positions, *factors), apply("rope", k, positions, *factors) if k else None
     elif b.shape.architecture.scales_unrotated_queries:
         q = apply("mul", q, b.query_scales())
-    if k and v and b.shape.architecture.cache is Cache.NONE:
+    if k and v and b.shape.architecture.attends_to_batch:
         attended = _attend_batch(b, q, k, v)
     elif k and v and is_sparse(b):
         attended = attend_blocks(b, cur, q, k, v, positions)
@@ -75,7 +74,8 @@ def _separate_qkv(b: Builder, cur: Tensor) -> Heads:
 def _attend_batch(b: Builder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention among the tokens of the batch, without a cache (llm_graph_input_attn_no_cache)."""
     kind = F16 if b.context.flash_attention else F32
-    mask = b.once("batch mask", lambda: ggml.graph_input(kind, b.tokens, b.tokens))
+    window = b.windows[b.layer] > 0
+    mask = b.once(("batch mask", window), lambda: ggml.graph_input(kind, b.tokens, b.tokens))
     for tensor in (q, k, v):
         b.graph.expand(tensor)
     return b.build_attn_mha(q, k, v, mask, None)

@@ -84,6 +84,13 @@ class Builder:
             raise GraphUnknownError(f"{self.shape.architecture.name}: no tensor blk.{self.layer}.{part}")
         return tensor
 
+    def adapter(self, part: str) -> Tensor:
+        """A matrix of an adapter. Its buffer is not marked as one of weights: the scheduler computes with it where the
+        operations around it are (llama_adapter_lora_init_impl; ggml_backend_sched_backend_id_from_cur)."""
+        tensor = self.need(part)
+        assert tensor.home is not None  # as of all weights
+        return ggml.cache(tensor.type, tensor.ne, tensor.home)
+
     def rope_factors(self) -> tuple[Tensor, ...]:
         """RoPE factors, empty without them: one tensor for all layers of a device (TENSOR_DUPLICATED).
 
@@ -99,12 +106,24 @@ class Builder:
         return (self.once(("factors", home), lambda: ggml.weight(tensor.type, [*tensor.shape, 1, 1, 1][:4], home)),)
 
     def linear(self, part: str, cur: Tensor) -> Tensor:
-        """Multiply by a matrix, then apply its scale and its bias if the model has them."""
-        cur = mul_mat(self.need(f"{part}.weight"), cur)
-        for suffix, op in (("scale", "mul"), ("bias", "add")):
-            if operand := self.weight(f"{part}.{suffix}"):
-                cur = apply(op, cur, operand)
-        return cur
+        """Multiply by a matrix, then apply its scale, its adapters and its bias if the model has them."""
+        res = mul_mat(self.need(f"{part}.weight"), cur)
+        if scale := self.weight(f"{part}.scale"):
+            res = apply("mul", res, scale)
+        res = self.adapted(f"{part}.weight", res, mul_mat, cur)
+        bias = self.weight(f"{part}.bias")
+        return apply("add", res, bias) if bias else res
+
+    def adapted(
+        self, part: str, res: Tensor, product: Callable[[Tensor, Tensor], Tensor], cur: Tensor, *, rows: bool = False
+    ) -> Tensor:
+        """The result of a matrix with what its adapters add to it (build_lora_mm). `product` multiplies `cur`, as for
+        the matrix itself; `rows`: the first one picks rows by `cur` (build_inp_embd)."""
+        for number in self.layers.adapted.get((self.layer, part), ()):
+            a, b = (self.adapter(f"{part}.lora_{one}.{number}") for one in "ab")
+            low = ggml.get_rows(a, cur) if rows else product(a, cur)
+            res = apply("add", res, apply("scale", product(b, low)))
+        return res
 
     def norm(self, cur: Tensor, part: str) -> Tensor:
         """Normalise with the layer's tensors of this name; `cur` unchanged if it has none."""
@@ -152,7 +171,7 @@ class Builder:
 
     def token_rows(self, table: Tensor, ids: Tensor, width: int) -> Tensor:
         """Embedding rows of tokens, padded to the width of image rows."""
-        cur = ggml.get_rows(table, ids)
+        cur = self.adapted("token_embd.weight", ggml.get_rows(table, ids), mul_mat, ids, rows=True)
         return cur if width == self.embd else new("pad", F32, (width, self.tokens), cur)
 
     def with_deepstack(self, cur: Tensor) -> Tensor:

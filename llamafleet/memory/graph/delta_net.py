@@ -28,7 +28,10 @@ def delta_net(b: Builder, cur: Tensor) -> Tensor:
     q, k = (apply("scale", apply("rms_norm", x)) for x in (q, k))
     if keys != values and "ssm_alpha.weight" not in parts:  # repeated only in src/models/qwen3next.cpp
         q, k = (_repeat_heads(x, values // keys) for x in (q, k))
-    result = new("delta_net", F32, (size * values, seq_tokens * slots + size * slots), q, k, v, gate, beta, before)
+    copies = 1 + b.context.rollback
+    result = new(
+        "delta_net", F32, (size * values, seq_tokens * slots + copies * size * slots), q, k, v, gate, beta, before
+    )
     attended = view(
         result, (size, values, seq_tokens, slots), (4 * size, 4 * size * values, 4 * size * values * seq_tokens)
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 from llamafleet.memory.graph.attention import attention
 from llamafleet.memory.graph.builder import Builder, GraphUnknownError
 from llamafleet.memory.graph.ggml import F32, Graph, Tensor, apply, get_rows, new, view
+from llamafleet.memory.graph.moe import moe_ffn
+from llamafleet.memory.graph.pooling import pool
 
 
 def encoder(b: Builder, order: tuple[int, ...], positions: Tensor, outputs: Tensor) -> Graph:
@@ -24,6 +26,7 @@ def encoder(b: Builder, order: tuple[int, ...], positions: Tensor, outputs: Tens
     b.layer = -1
     cur.output = True
     b.graph.expand(cur)
+    pool(b, cur)
     return b.graph
 
 
@@ -47,7 +50,7 @@ def _layer(b: Builder, inputs: Tensor, positions: Tensor, outputs: Tensor | None
 def _feed_forward(b: Builder, cur: Tensor) -> Tensor:
     parts = b.layers[b.layer]
     if "ffn_gate_inp.weight" in parts:
-        raise GraphUnknownError(f"{b.shape.architecture.name}: an encoder with experts")
+        return moe_ffn(b, cur)
     up = b.linear("ffn_up", cur)
     if "ffn_gate.weight" in parts:
         act = apply("glu", b.linear("ffn_gate", cur), up)

@@ -138,7 +138,7 @@ def weight(kind: str, ne: Sequence[int], home: int) -> Tensor:
 
 
 def cache(kind: str, ne: Sequence[int], home: int) -> Tensor:
-    """A tensor of the KV cache or the recurrent state, held by backend `home`."""
+    """A tensor of the KV cache, the recurrent state or an adapter, held by backend `home`."""
     return Tensor("none", kind, _four(ne), home=home)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping
 
 from llamafleet.model.gguf import Header, Tensor
@@ -15,11 +16,19 @@ FIRST_LAYER = ("token_embd_norm.", "per_layer_model_proj.", "per_layer_proj_norm
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight")
 
 
+# The first matrix of an adapter's pair, as `memory/adapters.py` names it.
+ADAPTED = re.compile(r"(.*)\.lora_a\.(\d+)")
+
+
 class Layers:
-    """A header's tensors by layer and name: `layers[3]["attn_q.weight"]`; tensors outside blk.* have layer -1."""
+    """A header's tensors by layer and name: `layers[3]["attn_q.weight"]`; tensors outside blk.* have layer -1.
+
+    `adapted` has the numbers of the adapters that change a tensor, by layer and name.
+    """
 
     def __init__(self, header: Header, *, norm_misnamed: bool) -> None:
         self.parts: dict[int, dict[str, Tensor]] = {}
+        self.adapted: dict[tuple[int, str], list[int]] = {}
         for tensor in header.tensors:
             layer, part = -1, tensor.name
             if part.startswith("blk."):
@@ -30,6 +39,8 @@ class Layers:
             if part.endswith("_norm"):  # falcon-h1 and plamo2 have norms without this suffix
                 part += ".weight"
             self.parts.setdefault(layer, {})[part] = tensor
+            if match := ADAPTED.fullmatch(part):
+                self.adapted.setdefault((layer, match[1]), []).append(int(match[2]))
 
     def __getitem__(self, layer: int) -> Mapping[str, Tensor]:
         return self.parts.get(layer, {})

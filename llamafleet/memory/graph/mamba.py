@@ -124,7 +124,7 @@ def mamba2(b: Builder, cur: Tensor) -> Tensor:
     decay = b.need("ssm_a")
 
     def scan(states: Tensor, ids: Tensor) -> Tensor:
-        total = inner * seq_tokens * slots + state * inner * slots
+        total = inner * seq_tokens * slots + (1 + b.context.rollback) * state * inner * slots
         states_4d = reshape(states, state, size, heads, slots)
         return new("ssm_scan", F32, (total,), states_4d, x, dt, decay, ssm_b, ssm_c, ids)
 

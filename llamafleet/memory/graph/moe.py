@@ -111,6 +111,7 @@ def _expert_linear(b: Builder, part: str, cur: Tensor, ids: Tensor) -> Tensor:
         count, tokens = scale.ne[0], cur.ne[2]
         scales = new("repeat", F32, (1, count, tokens), reshape(scale, 1, count))
         out = apply("mul", out, get_rows(scales, ids))
+    out = b.adapted(f"{part}.weight", out, lambda matrix, x: ggml.mul_mat_id(matrix, x, ids), cur)
     bias = b.weight(f"{part}.bias")
     return apply("add_id", out, bias, ids) if bias else out
 

@@ -1,0 +1,67 @@
+"""Does a server of embeddings or scores read as fast as it should?
+
+Part of gate.py and under its contract: Python 3.8, standard library. Such a server writes nothing: its speed is the
+tokens of an input by the time until the answer. It is kept apart from the speed of servers that write.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from gate_reply import PROMPT, QUICK_SECONDS, QUICK_TRIES, SPEED_PAUSE, SPEED_SECONDS, SPEED_TRIES, Bad, floor, load
+from gate_scores import scored
+from gate_server import result, slots
+from gate_vectors import asked, tokenized
+
+TOKENS = 128  # of the input, about; less where the context is small
+FEW = 16  # tokens that a query and what is between it and a document take
+
+
+def check_reading(spec: dict[str, Any]) -> dict[str, Any] | None:
+    """Compare the best of several tries with the floor, as check_speed does for servers that write."""
+    if spec["serves"] == "chat":
+        return None
+    least, why = floor(spec, "read_speeds")
+    expected = f"at least {least:.1f} tokens/s read ({why})"
+    best, began = 0.0, time.monotonic()
+    try:
+        text, tokens = long_input(spec)
+        for attempt in range(SPEED_TRIES):
+            busy = sum(1 for slot in slots(spec) or [] if slot.get("is_processing"))
+            if busy:
+                return result("speed", True, expected, f"not measured: {busy} slots are busy")
+            best, spent = max(best, tokens / seconds_of(spec, text)), time.monotonic() - began
+            quick = attempt + 1 < QUICK_TRIES and spent < QUICK_SECONDS
+            if spent > SPEED_SECONDS or (best >= least and not quick):
+                break
+            if not quick:
+                time.sleep(SPEED_PAUSE)
+    except Bad as bad:
+        return result("speed", False, *bad.args)
+    if best < least:
+        return result("speed", False, expected, f"{best:.1f} tokens/s{load()}",
+                      "a regression in this llama.cpp, other load (look again when the host is idle) or throttling; "
+                      f"to accept it: rm {spec['record']}, and deploy again")  # fmt: skip
+    spec["measured"]["read_tokens_per_s"] = best
+    # The liveness check waits accordingly for a batch.
+    spec["measured"]["prompt_tokens_per_s"] = best
+    return result("speed", True, expected, f"{best:.1f} tokens/s read")
+
+
+def long_input(spec: dict[str, Any]) -> tuple[str, int]:
+    """A text and its tokens: as many as wanted, and as the context takes. Raises Bad."""
+    once = len(tokenized(spec, PROMPT))
+    times = max(1, min(TOKENS, spec["context_tokens"] - FEW) // once)
+    text = " ".join([PROMPT] * times)
+    return text, len(tokenized(spec, text))
+
+
+def seconds_of(spec: dict[str, Any], text: str) -> float:
+    """The time of one request with this input. Raises Bad."""
+    began = time.monotonic()
+    if spec["serves"] == "reranking":
+        scored(spec, "a", [text])
+    else:
+        asked(spec, text)
+    return max(time.monotonic() - began, 1e-6)

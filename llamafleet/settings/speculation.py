@@ -1,0 +1,32 @@
+"""Rules between the settings of speculation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+# Those that need a file of their own, and those that take lengths from llama.cpp's n-gram flags.
+WITH_DRAFT = ("draft", "eagle3", "dflash", "dspark")
+USUAL_MOST = {"ngram": 64}  # tokens that are guessed at once at most, where the setting does not say (common/common.h)
+OTHER_MOST = 3
+
+
+def problems(
+    kind: str, *, has_draft: bool, serves: str, most: int | None, least: int | None
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with an instance's speculation: the setting and a sentence each."""
+    if kind in WITH_DRAFT and not has_draft:
+        yield "draft", f'missing: with speculation = "{kind}" it names the small model that guesses'
+    if has_draft and kind not in WITH_DRAFT:
+        kinds = ", ".join(f'"{one}"' for one in WITH_DRAFT)
+        yield "draft", f'should be left out with speculation = "{kind}"; it is for {kinds}'
+    if kind != "none" and serves != "chat":
+        yield "speculation", f'should be "none" with serves = "{serves}": such a server writes no tokens'
+    given = {"draft_max_tokens": most, "draft_min_tokens": least}
+    if kind == "none":
+        for name, value in given.items():
+            if value is not None:
+                yield name, 'should be left out with speculation = "none"'
+        return
+    limit = USUAL_MOST.get(kind, OTHER_MOST) if most is None else most
+    if least is not None and least > limit:
+        yield "draft_min_tokens", f"should be at most draft_max_tokens, which is {limit}, is {least}"
