@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +64,8 @@ def compared(path: Path, model: Model, situation: Situation, oracle: Oracle | No
     Raises OracleError if llama-server does not load the model. `oracle`: another release than the pinned one.
     """
     context, counts, spilled = situation
-    if not model.shape.architecture.computes_logits:
-        context = replace(context, pooling=model.shape.pooling)
+    if not (context.pooling or model.shape.architecture.computes_logits):
+        context = context.pooled(model.shape.pooling)
     case = Case(path.stem, "Q8_0", context, counts, tuple(spilled))
     devices, host = usage(model, context, case.placement(model.layers), "cpu")
     theirs = ask(path, case.flags(model.is_moe), len(counts), oracle=oracle)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sandbox.layouts import DELTA_NET, LLAMA3, PUBLISHED, QWEN, SECTIONS, Layout
+from sandbox.layouts import DELTA_NET, LLAMA3, PUBLISHED, QWEN, SECTIONS, TINY, Layout
 
 
 def _with_head(name: str) -> Layout:
@@ -34,4 +34,11 @@ DRAFTS: dict[str, Layout] = {
         _with_head("Qwen3-Next-80B-A3B"),
         _with_head("DeepSeek-R1"),
     )
+}  # fmt: skip
+# Tiny models that can be served, as `layouts.TINY`: drafts for its "dense" one, and one with a head of its own.
+TINY_DRAFTS: dict[str, Layout] = {
+    "draft": replace(TINY["dense"], name="tiny-draft", blocks=2),
+    "other": replace(TINY["dense"], name="tiny-other", blocks=2, vocab=700),
+    "head": replace(TINY["hybrid"], name="tiny-head", blocks=5, nextn=1,
+                    extra={**TINY["hybrid"].extra, "nextn_predict_layers": 1}),
 }  # fmt: skip

@@ -132,7 +132,7 @@ HOW = (
     (r"llamafleet (plan|status) --inventory .*", refused),
     (r"pyinfra (--sudo |--dry --json )?\S*(fleet|local|sandbox)\.py (deploy\.py|llamafleet\.|tasks\.).*", refused),
     (r"pyinfra (.* )?exec -- .*", "pyinfra's own; tests/e2e/test_sandbox.py reaches the hosts"),
-    (r"pyinfra \.\.\.|llamafleet (plan|status)", "the name of a command"),
+    (r"pyinfra \.\.\.( --dry --diff)?|llamafleet (plan|status)", "the name of a command"),
     (r"pytest \S*tests/hosts --inventory .*", refused),
     (r"pytest tests/hosts", "tests/deployed/test_inventory_bridge.py: it asks for an inventory"),
     (r"python llamafleet/remote/probe\.py .*", probes),
@@ -148,7 +148,18 @@ HOW = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("command", "page"), COMMANDS, ids=[f"{page}: {command}"[:90] for command, page in COMMANDS])
+def cases():
+    """The commands. Each start of pyinfra takes two seconds: of the commands that one row refuses, the first is tried in
+    every run, the others in the long one."""
+    seen = set()
+    for command, page in COMMANDS:
+        row = next((pattern for pattern, how in HOW if how is refused and re.fullmatch(pattern, command)), None)
+        marks = [pytest.mark.long] if row in seen else []
+        seen |= {row} if row else set()
+        yield pytest.param(command, page, id=f"{page}: {command}"[:90], marks=marks)
+
+
+@pytest.mark.parametrize(("command", "page"), cases())
 def test_a_command_of_the_documents_works(command, page, checkout):
     how = next((how for pattern, how in HOW if re.fullmatch(pattern, command)), None)
     assert how is not None, f"{page}: how is this command tested? Give it a row in HOW: {command}"

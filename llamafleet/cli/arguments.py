@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import json
 import os
 import re
 import sys
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llamafleet.cli import beside
+from llamafleet.cli.errors import UsageError
 from llamafleet.host import described
 from llamafleet.host.machine import Machine, MachineError
 from llamafleet.hub.network import Network
@@ -25,13 +30,6 @@ from llamafleet.validation import shown
 MOST_CHARACTERS = 2**24
 GGUF = b"GGUF"  # begins a model
 NAME, PORT = "model", 8080  # name and port of the planned instance; nothing is served under them
-
-
-LISTS = ("Listed[", "GpuNames")  # annotations of settings that are lists
-
-
-class UsageError(Exception):
-    """The command line is invalid; the message says what it should be."""
 
 
 def read_machine(argument: str) -> described.Described:
@@ -179,14 +177,29 @@ def _entries(count: int) -> list[dict[str, Any]]:
 
 def _items(key: str, value: Any) -> Any:
     """The value; for a setting that is a list, a single word or words with commas between are a list: "f16,q8_0"."""
-    fields = {**Settings.__dataclass_fields__, **Instance.__dataclass_fields__}
-    if key not in fields or not any(kind in str(fields[key].type) for kind in LISTS):
+    if key in ("projector", "draft", "adapters"):
+        return beside.value(key, value)
+    if key not in _lists():
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return [value]
     if not isinstance(value, str):
         return value
     return [item.strip() for item in value.split(",") if item.strip()]
+
+
+@functools.cache
+def _lists() -> frozenset[str]:
+    """The settings of a host or model that are lists, by their types."""
+    hints = {**typing.get_type_hints(Settings), **typing.get_type_hints(Instance)}
+    return frozenset(key for key, kind in hints.items() if _is_list(kind))
+
+
+def _is_list(kind: Any) -> bool:
+    """Whether a type is a list, or a list or nothing."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return any(_is_list(one) for one in typing.get_args(kind))
+    return typing.get_origin(kind) is tuple
 
 
 def _is_of_instance(key: str) -> bool:

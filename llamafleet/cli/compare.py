@@ -38,20 +38,20 @@ class Option:
         return sum(row.weights_bytes for row in rows[:-1]) / total if total else 0.0
 
     @property
-    def decode_tokens_per_s(self) -> float:
-        """The predicted speed; 0 if the model does not fit."""
-        return self.result.predicted.decode_tokens_per_s if isinstance(self.result, Plan) else 0.0
+    def tokens_per_s(self) -> float:
+        """The predicted speed of writing, or of reading where nothing is written; 0 if the model does not fit."""
+        return self.result.predicted.tokens_per_s if isinstance(self.result, Plan) else 0.0
 
     def serves(self, min_speed: float) -> bool:
-        """Does the model fit, and is it predicted to write at least `min_speed` tokens a second?"""
-        return isinstance(self.result, Plan) and self.decode_tokens_per_s >= min_speed
+        """Does the model fit, and is it predicted to do at least `min_speed` tokens a second?"""
+        return isinstance(self.result, Plan) and self.tokens_per_s >= min_speed
 
 
 def best(options: Sequence[Option], min_speed: float) -> Option | None:
     """Of the options that fit and are fast enough, the one with the most bytes of weights: it is the nearest to the
     unquantised model. None if no option serves."""
     serving = [option for option in options if option.serves(min_speed)]
-    return max(serving, key=lambda option: (option.weights_bytes, option.decode_tokens_per_s), default=None)
+    return max(serving, key=lambda option: (option.weights_bytes, option.tokens_per_s), default=None)
 
 
 def ordered(options: Sequence[Option]) -> list[Option]:

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from llamafleet import stages
-from llamafleet.cli import compare, tables, together
+from llamafleet.cli import beside, compare, tables, together
 from llamafleet.cli.arguments import (
-    UsageError,
     default_data,
     hub_token,
     labels,
@@ -33,11 +32,13 @@ from llamafleet.cli.arguments import (
     settings_for,
     settings_for_all,
 )
+from llamafleet.cli.errors import UsageError
 from llamafleet.cli.what_if import what_if
 from llamafleet.host.described import Described
 from llamafleet.host.machine import MachineError
 from llamafleet.host.speeds import Measurements
 from llamafleet.hub import source
+from llamafleet.hub.source import ModelFiles
 from llamafleet.model.gguf import Header
 from llamafleet.model.gguf_cursor import GgufError
 from llamafleet.planner.copies import with_copies
@@ -107,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
         help="override a setting of the host or of the model, e.g. context_tokens=131072",
     )  # fmt: skip
+    beside.add_flags(plan)
     plan.add_argument("--json", action="store_true", help="print the plan as JSON, schema 1")
     plan.set_defaults(run=plan_command)
     status = commands.add_parser("status", help="show the state of hosts", description=status_command.__doc__)
@@ -131,6 +133,7 @@ def plan_command(options: argparse.Namespace) -> int:
         raise UsageError("--machine: give a model too, such as --model hf:OWNER/REPO/FILE.gguf")
     host = read_machine(options.machine)
     changes = parse_changes(options.changes)
+    changes |= beside.changes(options, changes)
     if options.together or any(key.rpartition(".")[2] == "copies" for key in changes):
         return _together(options, host, changes)
     if options.compare or len(options.model) > 1:
@@ -138,17 +141,17 @@ def plan_command(options: argparse.Namespace) -> int:
     if options.min_speed:
         raise UsageError("--min-speed: needs a comparison: add --compare, or give several models")
     settings = settings_for(options.model[0], default_data(), changes)
-    header = _header(settings)
-    result = _plan(host, settings, settings.models[0], header)
+    model = _read(settings)
+    planner = partial(_plan, host, settings, model)
+    result = planner(settings.models[0], model.header)
     if isinstance(result, Refusal):
         result = replace(result, suggestions=(*result.suggestions, *_siblings_that_fit(host, settings, result)))
     if options.json:
-        out(json_text(result.to_json()))
+        out(json_text({**result.to_json(), **beside.to_json(settings.models[0], model)}))
     else:
-        planner = partial(_plan, host, settings)
         alternatives: tuple[str, ...] = ()
         if isinstance(result, Plan):
-            alternatives = tuple(what_if(planner, settings.models[0], header, result))
+            alternatives = tuple(what_if(planner, settings.models[0], model.header, result))
         alternatives = (*host.notes, *alternatives)
         title = f"{settings.models[0].source} on {host.machine.hostname}"
         out(tables.table(result, title, tables.Look.of(sys.stdout), alternatives))
@@ -162,6 +165,8 @@ def plan_inventory(options: argparse.Namespace) -> int:
             "--inventory: has its own models and settings: leave out --model, --set, --compare, --together and"
             " --min-speed"
         )
+    if given := [flag for flag, (setting, *_) in beside.FLAGS.items() if getattr(options, setting)]:
+        raise UsageError(f"--inventory: has its own settings: leave out {given[0]}")
     return _on_inventory("tasks.lib.over_hosts", options)
 
 
@@ -185,15 +190,18 @@ def _together(options: argparse.Namespace, host: Described, changes: dict[str, A
     if isinstance(settings, Refusal):
         raise UsageError(f"--set copies: {settings.reason}")
     models = labels(options.model, settings)
-    one_each = {one.source: replace(settings, models=(one,)) for one in settings.models}
+    # Copies have the same files, and are read once.
+    one_each = {beside.sources(one): replace(settings, models=(one,)) for one in settings.models}
     with ThreadPoolExecutor(READERS) as pool:
-        read = dict(zip(one_each, pool.map(_header, one_each.values()), strict=True))
-    headers = [read[one.source] for one in settings.models]
+        read = dict(zip(one_each, pool.map(_read, one_each.values()), strict=True))
+    files = [read[beside.sources(one)] for one in settings.models]
     measured = Measurements(host_bytes_per_s=host.host_bytes_per_s)
-    requests = list(zip(settings.models, headers, strict=True))
-    results = plan_host(host.machine, requests, settings, measurements=measured)
+    requests = [(one, model.header) for one, model in zip(settings.models, files, strict=True)]
+    companions = {one.name: beside.headers(model) for one, model in zip(settings.models, files, strict=True)}
+    results = plan_host(host.machine, requests, settings, measurements=measured, companions=companions)
     if options.json:
-        out(json_text(together.to_json(models, results, host.machine.hostname)))
+        told = [beside.to_json(one, model) for one, model in zip(settings.models, files, strict=True)]
+        out(json_text(together.to_json(models, results, host.machine.hostname, told)))
     else:
         out(together.text(models, results, host.machine.hostname, tables.Look.of(sys.stdout)))
     return PLANNED if all(isinstance(result, Plan) for result in results) else REFUSED
@@ -221,44 +229,34 @@ def _options(host: Described, models: Sequence[str], changes: dict[str, Any], pr
     settings = [settings_for(model, data, changes) for model in models]
     compared = []
     with ThreadPoolExecutor(READERS) as pool:
-        for number, header in enumerate(pool.map(_header_or_problem, settings), 1):
-            compared.append(_option(host, settings[number - 1], models[number - 1], header))
+        for number, read in enumerate(pool.map(_read_or_problem, settings), 1):
+            compared.append(_option(host, settings[number - 1], models[number - 1], read))
             if progress:
                 err(f"{number} of {len(models)} headers", end="\r" if number < len(models) else "\n")
     return compared
 
 
-def _option(host: Described, settings: Settings, model: str, header: Header | str) -> compare.Option:
-    if isinstance(header, str):  # the problem of reading it
-        return compare.Option(model, problem=header)
-    return compare.Option(model, header, _plan(host, settings, settings.models[0], header))
+def _option(host: Described, settings: Settings, name: str, read: ModelFiles | str) -> compare.Option:
+    if isinstance(read, str):  # the problem of reading it
+        return compare.Option(name, problem=read)
+    return compare.Option(name, read.header, _plan(host, settings, read, settings.models[0], read.header))
 
 
-def _header_or_problem(settings: Settings) -> Header | str:
+def _read_or_problem(settings: Settings) -> ModelFiles | str:
     try:
-        return _header(settings)
+        return _read(settings)
     except (GgufError, source.SourceError) as error:
         return str(error)
 
 
-def _header(settings: Settings) -> Header:
-    instance, token = settings.models[0], hub_token(settings)
-    files = source.resolve(
-        instance.source,
-        endpoint=settings.hub_endpoint,
-        token=token,
-        mirrors=instance.mirrors,
-        sha256=instance.sha256 or (),
-        network=network(settings),
-    )
-    if files[0].chosen:
-        err(f"{instance.source}: {files[0].chosen} is taken, as llama-server -hf would")
-    return source.read_header(files, token=token, network=network(settings))
+def _read(settings: Settings) -> ModelFiles:
+    return beside.read(settings.models[0], settings.hub_endpoint, hub_token(settings), network(settings))
 
 
-def _plan(host: Described, settings: Settings, instance: Instance, header: Header) -> Plan | Refusal:
-    measured = Measurements(host_bytes_per_s=host.host_bytes_per_s)
-    return plan_host(host.machine, [(instance, header)], settings, measurements=measured)[0]
+def _plan(host: Described, settings: Settings, model: ModelFiles, instance: Instance, header: Header) -> Plan | Refusal:
+    """The plan of an instance; `header` may be that of another quantisation than the model's."""
+    measured, companions = Measurements(host_bytes_per_s=host.host_bytes_per_s), {instance.name: beside.headers(model)}
+    return plan_host(host.machine, [(instance, header)], settings, measurements=measured, companions=companions)[0]
 
 
 def _quantisations(model: str, settings: Settings) -> dict[str, int]:
@@ -281,10 +279,10 @@ def _siblings_that_fit(host: Described, settings: Settings, refusal: Refusal) ->
     smaller = [name for name in sorted(sizes, key=lambda name: -sizes[name]) if sizes[name] < min(available, weights)]
     settings_by_name = {name: replace(settings, models=(replace(settings.models[0], source=name, sha256=None),))
                         for name in smaller[:SIBLINGS_TRIED]}  # fmt: skip
-    siblings = [_option(host, changed, name, _header_or_problem(changed)) for name, changed in settings_by_name.items()]
+    siblings = [_option(host, changed, name, _read_or_problem(changed)) for name, changed in settings_by_name.items()]
     return [
         f"take {option.source}: {option.weights_bytes / tables.GIB:.1f} GiB of weights, at about"
-        f" {tables.rate(option.decode_tokens_per_s)} tokens/s"
+        f" {tables.rate(option.tokens_per_s)} tokens/s"
         for option in siblings
         if isinstance(option.result, Plan)
     ]

@@ -14,7 +14,9 @@ from llamafleet.printable import one_line
 from llamafleet.units import MIB
 
 GIB = 1024 * MIB
+ASLEEP = "asleep"  # active, with its model's memory free until the next request
 COLUMNS = ("host", "instance", "state", "plan", "RAM", "GPU", "tok/s", "restarts", "last gate", "drift")
+LARGEST_SPEED = 1e12  # tokens/s: more is a damaged record
 NOT_KNOWN = LiveInstance(rss_bytes=None, cgroup_bytes=None, gpu_bytes={}, since="", gate=None)
 
 
@@ -23,7 +25,7 @@ class InstanceStatus:
     """The state of one instance: actual values beside planned ones."""
 
     name: str
-    state: str  # systemd's: active, failed, ...; or "not installed"
+    state: str  # systemd's: active, failed, ...; or "asleep", or "not installed"
     plan: str  # the plan in short, see `plan_in_short`
     release: str
     rss_bytes: int | None
@@ -43,7 +45,7 @@ class InstanceStatus:
     @property
     def is_fine(self) -> bool:
         """Is it active, without drift, and did it pass its last gate?"""
-        return self.state == "active" and not self.drift and (self.gate is None or self.gate.ok)
+        return self.state in ("active", ASLEEP) and not self.drift and (self.gate is None or self.gate.ok)
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -104,15 +106,15 @@ def _instance(
         drift = tuple(wanted.services[name]) if name in wanted.services else ("the inventory does not name it",)
     return InstanceStatus(
         name=name,
-        state=(installed.active or "unknown") if installed else "not installed",
+        state=_state(installed, live),
         plan=plan_in_short(record),
         release=record.release,
         rss_bytes=live.rss_bytes,
         cgroup_bytes=live.cgroup_bytes,
         gpu_bytes=live.gpu_problem or live.gpu_bytes,
         planned_gpu_bytes={gpu.uuid: gpu.planned_bytes for gpu in record.gate.gpus} if record.gate else {},
-        tokens_per_s=live.gate.decode_tokens_per_s if live.gate else None,
-        predicted_tokens_per_s=record.plan.predicted.decode_tokens_per_s if record.plan else None,
+        tokens_per_s=_measured(live.gate) if live.gate else None,
+        predicted_tokens_per_s=record.plan.predicted.tokens_per_s if record.plan else None,
         restarts=(installed.restarts if installed else 0) + live.liveness.restarts + live.liveness.by_systemd,
         liveness_restarts=live.liveness.restarts,
         last_liveness_restart=f"{live.liveness.time}: {live.liveness.why}" if live.liveness.restarts else "",
@@ -123,9 +125,23 @@ def _instance(
     )
 
 
+def _measured(gate: Gate) -> float | None:
+    """What the gate measured in tokens/s: written, or read by a server that writes nothing."""
+    read = gate.record.get("read_tokens_per_s")
+    if gate.decode_tokens_per_s is None and isinstance(read, int | float) and 0 < read < LARGEST_SPEED:
+        return float(read)
+    return gate.decode_tokens_per_s
+
+
+def _state(installed: InstalledInstance | None, live: LiveInstance) -> str:
+    if installed is None:
+        return "not installed"
+    return ASLEEP if live.asleep and installed.active == "active" else installed.active or "unknown"
+
+
 def plan_in_short(record: PlanRecord) -> str:
     """The plan of a plan.json, such as "131072 x 1 f16, 37 layers on 1 GPU, cuda"; empty if the record has none. Slots
-    over one pool are "32768 x 8 of 131072"."""
+    over one pool are "32768 x 8 of 131072"; what is no chat comes first, as in "embedding, 8192 x 1 f16, CPU, cpu"."""
     plan, gate = record.plan, record.gate
     if plan is None or gate is None:
         return ""
@@ -135,7 +151,8 @@ def plan_in_short(record: PlanRecord) -> str:
     key = value.get("--cache-type-k", "?")
     kinds = key if value.get("--cache-type-v", key) == key else f"{key}/{value['--cache-type-v']}"
     pool = f" of {value.get('--ctx-size', '?')}" if "--kv-unified" in plan.argv else ""
-    return f"{gate.context_tokens} x {gate.slots}{pool} {kinds}, {layers}, {record.backend}"
+    serves = "" if gate.serves == "chat" else f"{gate.serves}, "
+    return f"{serves}{gate.context_tokens} x {gate.slots}{pool} {kinds}, {layers}, {record.backend}"
 
 
 def table(hosts: Mapping[str, HostStatus]) -> str:

@@ -30,6 +30,7 @@ PARTS = (
     ("S", "staging", "staging_bytes", "35"),
     ("o", "overhead", "overhead_bytes", "36"),
 )
+BESIDE = ("B", "beside the model", "beside_bytes", "91")  # a projector, a draft model, adapters
 RESERVE, FREE = ("r", "90"), "."
 
 
@@ -91,7 +92,7 @@ def table(
 
 def _lines(result: Plan | Refusal, look: Look, alternatives: Sequence[str], measured: str) -> Iterator[str]:
     if result.ledger:
-        yield from _legend(look)
+        yield from _legend(look, any(row.beside_bytes for row in result.ledger))
     for row in result.ledger:
         yield from _device(row, look)
     if isinstance(result, Refusal):
@@ -121,6 +122,9 @@ def _speeds(speeds: Prediction) -> str:
             f"predicted: no speed, since {_gib(speeds.swap_bytes)} GiB would be in swap, and how fast its disk reads "
             "them for every token was not measured"
         )
+    if not speeds.decode_tokens_per_s:
+        how = ", roughly" if speeds.prefill_source == ESTIMATED else f" [{speeds.prefill_source}]"
+        return f"predicted{how}: {read} read; nothing is written"
     if speeds.decode_source == speeds.prefill_source == ESTIMATED:
         return f"predicted, roughly: {written} written, {read} read"
     return f"predicted: {written} written [{speeds.decode_source}], {read} read [{speeds.prefill_source}]"
@@ -131,8 +135,9 @@ def rate(speed: float) -> str:
     return f"{float(f'{speed:.3g}'):g}"
 
 
-def _legend(look: Look) -> Iterator[str]:
-    parts = [f"{look.painted(letter, colour)} {name}" for letter, name, _, colour in PARTS]
+def _legend(look: Look, has_beside: bool) -> Iterator[str]:
+    named = (*PARTS, BESIDE) if has_beside else PARTS
+    parts = [f"{look.painted(letter, colour)} {name}" for letter, name, _, colour in named]
     parts += [f"{look.painted(*RESERVE)} reserve", f"{FREE} free (GiB)"]
     per_row = 3 if look.columns is not None and look.columns < LEGEND_WIDTH else len(parts)
     rows = (parts[start : start + per_row] for start in range(0, len(parts), per_row))
@@ -154,7 +159,7 @@ def bar(row: LedgerRow, look: Look = PLAIN) -> str:
     width = look.bar_width
     scale = width / max(1, row.capacity_bytes)
     pieces, filled, upto = [], 0, 0
-    shares = [(letter, colour, getattr(row, part)) for letter, _, part, colour in PARTS]
+    shares = [(letter, colour, getattr(row, part)) for letter, _, part, colour in (*PARTS, BESIDE)]
     for letter, colour, size in (*shares, (*RESERVE, row.reserve_bytes)):
         upto += size
         end = min(round(upto * scale), width)
@@ -174,7 +179,7 @@ def _overfull(text: str, look: Look) -> str:
 
 def _parts(row: LedgerRow) -> str:
     # Op-offload may need some kilobytes less than without it: no "S -0.0".
-    sizes = [(letter, getattr(row, part)) for letter, _, part, _ in PARTS]
+    sizes = [(letter, getattr(row, part)) for letter, _, part, _ in (*PARTS, BESIDE)]
     parts = [f"{letter} {_gib(size)}" for letter, size in sizes if size > 0 or abs(size) >= 0.05 * GIB]
     state = "free above the reserve" if row.free_bytes >= 0 else "missing to keep the reserve"
     return f"{', '.join(parts)}; {_gib(abs(row.free_bytes))} {state}"
@@ -217,9 +222,10 @@ def _outcome(option: Option, min_speed: float) -> str:
     size = f"{option.weights_bytes / GIB:7.1f} {option.bits_per_weight:5.1f}"
     match option.result:
         case Plan(predicted=speeds):
-            slow = "  too slow" if speeds.decode_tokens_per_s < min_speed else ""
+            slow = "  too slow" if option.tokens_per_s < min_speed else ""
             share = f"{round(100 * option.on_gpus)} %"
-            written, read = rate(speeds.decode_tokens_per_s), rate(speeds.prefill_tokens_per_s)
+            written = rate(speeds.decode_tokens_per_s) if speeds.decode_tokens_per_s else "-"
+            read = rate(speeds.prefill_tokens_per_s)
             return f"{size}  {share:>6}  {written:>7}  {read:>7}{slow}"
         case Refusal(needed_bytes=needed, available_bytes=available, device=device) if needed:
             return f"{size}  does not fit: {(needed - available) // MIB} MiB missing on {device}"

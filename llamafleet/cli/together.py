@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llamafleet.cli import tables
@@ -20,11 +20,17 @@ def text(models: Sequence[str], results: Sequence[Plan | Refusal], machine: str,
     return "\n".join(parts)
 
 
-def to_json(models: Sequence[str], results: Sequence[Plan | Refusal], machine: str) -> dict[str, Any]:
-    """The plans as JSON, schema 1; each `plan` follows the plan contract."""
+def to_json(
+    models: Sequence[str], results: Sequence[Plan | Refusal], machine: str, companions: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The plans as JSON, schema 1; each `plan` follows the plan contract. `companions`: of each the keys of
+    `beside.to_json`."""
     return {
         "schema": SCHEMA,
         "fits": all(result.fits for result in results),
         "machine": machine,
-        "together": [{"model": model, "plan": result.to_json()} for model, result in zip(models, results, strict=True)],
+        "together": [
+            {"model": model, "plan": {**result.to_json(), **beside}}
+            for model, result, beside in zip(models, results, companions, strict=True)
+        ],
     }

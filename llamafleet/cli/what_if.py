@@ -30,7 +30,7 @@ def what_if(planner: Planner, instance: Instance, header: Header, plan: Plan) ->
 def _speed(plan: Plan) -> str:
     if plan.predicted.swap_bytes:
         return "in part from swap, at the speed of a disk"
-    return f"at about {rate(plan.predicted.decode_tokens_per_s)} tokens/s"
+    return f"at about {rate(plan.predicted.tokens_per_s)} tokens/s"
 
 
 def _larger_context(planner: Planner, instance: Instance, header: Header, plan: Plan) -> Iterator[str]:

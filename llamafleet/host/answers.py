@@ -132,6 +132,7 @@ class LiveInstance:
     gate: Annotated[Gate | None, BeforeValidator(_gate_or_problem)]
     gpu_problem: Message = ""  # why there are no `gpu_bytes`
     liveness: Annotated[Restarts, BeforeValidator(_restarts)] = Restarts()
+    asleep: Flag = False
 
     @model_validator(mode="before")
     @classmethod

@@ -59,9 +59,10 @@ class GateSpeeds:
 
 @dataclass(frozen=True)
 class GatedSpeed:
-    """The speeds that gates of an instance measured, tokens/s: the median of the last ones, and the last prompt's."""
+    """The speeds that gates of an instance measured, tokens/s: the median of the last ones, None of a server that
+    writes nothing; and the last prompt's, or the median of the inputs of such a server."""
 
-    decode_tokens_per_s: Rate
+    decode_tokens_per_s: Rate | None
     prompt_tokens_per_s: Rate | None = None
 
 

@@ -54,6 +54,7 @@ class RecordedGate:
     slots: Count
     gpus: Annotated[Listed[RecordedGpu], Field(max_length=256)] = ()
     argv: Arguments = ()  # the whole command line of the service
+    serves: Name = "chat"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,12 @@ class RecordedPrediction:
     """The speed that the plan was made for."""
 
     decode_tokens_per_s: Speed | None = None
+    prefill_tokens_per_s: Speed | None = None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """The speed of writing; of reading where nothing is written."""
+        return self.decode_tokens_per_s or self.prefill_tokens_per_s
 
 
 @dataclass(frozen=True)

@@ -71,10 +71,13 @@ def apart(rows: Sequence[LedgerRow], bare: Sequence[LedgerRow]) -> tuple[LedgerR
     )  # fmt: skip
 
 
-def with_besides(rows: Sequence[LedgerRow], besides: Sequence[Beside], capacity: Capacity) -> tuple[LedgerRow, ...]:
+def with_besides(
+    rows: Sequence[LedgerRow], besides: Sequence[Beside], capacity: Capacity, overhead_bytes: int
+) -> tuple[LedgerRow, ...]:
     """The rows of the model, made with the reduced capacity, as rows of the model and what is beside it.
 
-    A GPU that the model itself does not use gets a row of its own. `capacity` is that before it was reduced.
+    A GPU that the model itself does not use gets a row of its own, with the process's `overhead_bytes` there.
+    `capacity` is that before it was reduced.
     """
     if not besides:
         return tuple(rows)
@@ -83,7 +86,8 @@ def with_besides(rows: Sequence[LedgerRow], besides: Sequence[Beside], capacity:
     own = [_with(row, bytes_of.pop(row.device, 0)) for row in rows[:-1]]
     for gpu, size, reserve in zip(capacity.gpus, capacity.gpu_bytes, capacity.gpu_reserves_bytes, strict=True):
         if extra := bytes_of.pop(f"GPU{gpu.index}", 0):
-            own.append(LedgerRow(f"GPU{gpu.index}", 0, 0, 0, 0, 0, size, size - extra - reserve, reserve, extra))
+            free = size - extra - overhead_bytes - reserve
+            own.append(LedgerRow(f"GPU{gpu.index}", 0, 0, 0, 0, overhead_bytes, size, free, reserve, extra))
     return (*own, _with(rows[-1], host))
 
 

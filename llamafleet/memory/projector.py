@@ -7,6 +7,7 @@ llama-server reports is compared with the size at the start.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ def _of(encoder: Encoder, width: int, on_gpu: bool, flash: bool) -> ProjectorByt
     )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=64)  # the same pictures on every GPU, and with every setting that leaves them alike
 def _compute(encoder: Encoder, picture: Picture, on_gpu: bool, flash: bool) -> tuple[tuple[int, ...], bool]:
     """Bytes of the compute buffer where the encoder is and, on a GPU, of the host's; and whether they are exact."""
     try:

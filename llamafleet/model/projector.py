@@ -46,6 +46,7 @@ class Encoder:
     merge: int
     side: int  # of a picture of fixed size
     warm_up_side: int  # of the picture that llama-server reserves for at its start; of sound: frames
+    min_tokens: int  # of the smallest picture
     max_tokens: int  # of the largest picture that is encoded at once
     window_pattern: int  # each N-th layer has no window; 0: none has
     feature_layers: tuple[int, ...]
@@ -82,6 +83,12 @@ class Projector:
         return tuple(AUDIO if one.hears else VISION for one in self.encoders)
 
     @property
+    def largest_to_smallest(self) -> float:
+        """How much more arithmetic the largest picture takes than the smallest; 1 where pictures have one size."""
+        one = self.vision
+        return _work(one, one.max_tokens) / _work(one, one.min_tokens) if one else 1.0
+
+    @property
     def same_ubatch_tokens(self) -> int:
         """Tokens of a picture that must all be in one ubatch, since they are attended to in both directions; 0: they
         may be divided (mtmd_decode_use_non_causal)."""
@@ -91,6 +98,13 @@ class Projector:
         if one.name == "gemma4v" and self.width in (1536, 2560):  # the smaller models read pictures as text
             return 0
         return one.max_tokens
+
+
+def _work(encoder: Encoder, tokens: int) -> float:
+    """Arithmetic of one picture: each weight for each patch, and attention of all patches to all."""
+    patches = max(1, tokens * encoder.merge**2)
+    weights = sum(tensor.elements for tensor in encoder.tensors)
+    return 2.0 * patches * weights + 4.0 * patches**2 * encoder.embedding * encoder.layers
 
 
 def read(header: Header, min_tokens: int | None = None, max_tokens: int | None = None) -> Projector:
@@ -129,7 +143,8 @@ def _encoder(header: Header, modality: str, min_tokens: int | None, max_tokens: 
         head=keys.optional("attention.head_dim", 0) or (embedding // heads if heads else 0),
         feed_forward=keys.number("feed_forward_length", least=0), layers=layers, patch=patch, merge=merge, side=side,
         warm_up_side=AUDIO_FRAMES if kind.hears else _warm_up_side(kind, patch * merge, side, largest, max_tokens),
-        max_tokens=largest, window_pattern=keys.optional("n_wa_pattern", 0), feature_layers=keys.list("feature_layer"),
+        min_tokens=_min_tokens(kind, keys, patch * merge, largest, min_tokens), max_tokens=largest,
+        window_pattern=keys.optional("n_wa_pattern", 0), feature_layers=keys.list("feature_layer"),
         mel_bins=640 if name == "gemma4ua" else keys.optional("num_mel_bins", 0),
         stack=keys.optional("projector.stack_factor", 0),
         tensors=tuple(_loaded(header.tensors, kind)),
@@ -164,6 +179,14 @@ def _max_tokens(kind: Kind, keys: _Keys, token_side: int, side: int, wanted: int
     if kind.limits and kind.has_longest_edge:
         side = keys.optional("preproc_image_size", side)
     return max(1, math.ceil(side / token_side) ** 2)
+
+
+def _min_tokens(kind: Kind, keys: _Keys, token_side: int, largest: int, wanted: int | None) -> int:
+    """Tokens of the smallest picture; that of the largest where pictures have one size."""
+    if kind.limits and wanted:
+        return min(wanted, largest)
+    pixels = keys.optional("image_min_pixels", 0) if kind.has_pixel_keys else 0
+    return min(largest, max(1, pixels // token_side**2) if pixels else kind.tokens[0] or largest)
 
 
 def _warm_up_side(kind: Kind, token_side: int, side: int, largest: int, wanted: int | None) -> int:

@@ -16,7 +16,10 @@ MOST = 16  # combinations that are planned
 
 def unfit_adapters(asked: Asked) -> Iterator[str]:
     """Adapters that llama.cpp would not load beside the model. Where they go needs no choice: with the layers."""
-    for number, header in adapters.adapters_of(asked.companions).items():
+    found = adapters.adapters_of(asked.companions)
+    if found and asked.instance.split_mode == "tensor":
+        yield "split_mode: what adapters take where matrices are divided over GPUs is not known: set it to layer"
+    for number, header in found.items():
         if why := adapters.unfit(asked.model.header, header):
             yield f"adapters[{number - 1}]: {header.name}: {why}"
 

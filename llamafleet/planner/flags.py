@@ -34,8 +34,10 @@ def planned_flags(
     prompt_cache_mib: int,
     checkpoints: int,
     is_moe: bool,
+    tensors: bool = False,
 ) -> Iterator[str]:
-    """The flags that a plan decides: context, placement, threads. `gpus` is the number of GPUs in use."""
+    """The flags that a plan decides: context, placement, threads. `gpus` is the number of GPUs in use; `tensors`: each
+    computes a part of every layer."""
     yield from _cache_flags(context)
     yield from (
         "--flash-attn",
@@ -48,7 +50,7 @@ def planned_flags(
     yield from ("--threads", str(threads), "--threads-batch", str(threads))
     yield from ("--cache-ram", str(prompt_cache_mib), "--fit", "off", "--load-mode", "none")
     yield from ("--ctx-checkpoints", str(checkpoints))
-    yield from _placement_flags(placement, device_names(backend, gpus), is_moe)
+    yield from _placement_flags(placement, device_names(backend, gpus), is_moe, tensors)
 
 
 def _vector_flags(context: Context) -> Iterator[str]:
@@ -75,13 +77,15 @@ def device_names(backend: str, count: int) -> list[str]:
     return [f"{TRAITS[backend].device_prefix}{number}" for number in range(count)]
 
 
-def _placement_flags(placement: Placement, devices: Sequence[str], is_moe: bool) -> Iterator[str]:
+def _placement_flags(placement: Placement, devices: Sequence[str], is_moe: bool, tensors: bool) -> Iterator[str]:
     if not devices:
         yield from ("--device", "none", "--n-gpu-layers", "0")
         return
     yield from ("--device", ",".join(devices))
     yield from ("--n-gpu-layers", str(placement.gpu_layers))
-    if len(devices) > 1:
+    if tensors:
+        yield from ("--split-mode", "tensor")
+    elif len(devices) > 1:
         yield from ("--split-mode", "layer")
         yield from ("--tensor-split", ",".join(str(count) for count in placement.split()))
     overrides = [_override(sorted(placement.spilled), PATTERNS[is_moe, "all"])]

@@ -29,7 +29,7 @@ from llamafleet.memory.placement import HOST
 from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
-from llamafleet.planner import beside, processors, speculation, vectors
+from llamafleet.planner import beside, processors, projector, speculation, tensor, vectors
 from llamafleet.planner.asked import Asked
 from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate, host_cost
 from llamafleet.planner.backend import capacity_of, environment, no_gpu, resolve_backend
@@ -150,19 +150,15 @@ def _with_companions(case: _Case, asked: Asked) -> Plan | Refusal:
     if wrong := beside.unfit(asked):
         return Refusal(f"{case.instance.name}: {wrong}", instance=case.instance.name)
     case = case.with_adapters(adapters_of(asked.companions))
-    cases = [
-        case.with_besides(besides, contexts)
-        for option in beside.options(asked)
-        for besides, contexts in beside.by_context(option, case.weighted_contexts(option))
-    ]
-    found = [_best_plan(one) for one in cases]
-    plans = [(best.seconds * one.handicap, n, best.plan) for n, (one, best) in enumerate(zip(cases, found, strict=True))
-             if isinstance(best, Timed)]  # fmt: skip
-    if plans:
-        return min(plans, key=lambda item: item[:2])[2]
+    cases, found, plan = _tried(case, asked)
+    if plan is not None:
+        return plan
     refused = found[-1]
-    assert isinstance(refused, tuple), "none of the cases has a plan"
-    return _refuse(cases[-1], *refused)
+    assert not isinstance(refused, Timed), "none of the cases has a plan"
+    refusal = refused if isinstance(refused, Refusal) else _refuse(cases[-1], *refused)
+    less = next((text for text, other in projector.less(asked)
+                 if _tried(replace(case, instance=other.instance), other)[2] is not None), None)  # fmt: skip
+    return replace(refusal, suggestions=(less, *refusal.suggestions)) if less else refusal
 
 
 @dataclass(frozen=True)
@@ -171,6 +167,22 @@ class Timed:
 
     seconds: float
     plan: Plan
+
+
+Found = Timed | Refusal | tuple[Search, Refined]  # what came of planning a case
+
+
+def _tried(case: _Case, asked: Asked) -> tuple[list[_Case], list[Found], Plan | None]:
+    """Every combination of places, what came of each, and the best plan, if there is one."""
+    cases = [
+        case.with_besides(besides, contexts)
+        for option in beside.options(asked)
+        for besides, contexts in beside.by_context(option, case.weighted_contexts(option))
+    ]
+    found = [_best_plan(one) for one in cases]
+    plans = [(best.seconds * one.handicap, n, best.plan) for n, (one, best) in enumerate(zip(cases, found, strict=True))
+             if isinstance(best, Timed)]  # fmt: skip
+    return cases, found, min(plans, key=lambda item: item[:2])[2] if plans else None
 
 
 @dataclass(frozen=True)
@@ -233,7 +245,11 @@ class _Case:
         rows = refined.ledger()
         if self.bare:
             rows = apart(rows, replace(refined.case, model=self.bare).rows(refined.candidate.placement))
-        return with_besides(rows, self.besides, self.whole or self.capacity)
+        return self.with_rows(rows)
+
+    def with_rows(self, rows: Sequence[LedgerRow]) -> tuple[LedgerRow, ...]:
+        """The rows of the model alone, with what is beside it."""
+        return with_besides(rows, self.besides, self.whole or self.capacity, TRAITS[self.backend].overhead_bytes)
 
     def gpus_of(self, order: Sequence[int]) -> tuple[Gpu, ...]:
         """The model's GPUs, and those that only its companions use."""
@@ -282,8 +298,79 @@ class _Case:
         return Search(self.model, self.capacity, self.backend, extra, self.correction, roofline)
 
 
-def _best_plan(case: _Case) -> Timed | tuple[Search, Refined]:
-    """The best plan with its seconds; if no candidate fits, the search and its best candidate."""
+def _best_plan(case: _Case) -> Found:
+    """The best plan with its seconds, by the instance's `split_mode`; if no candidate fits, the refusal, or the search
+    and its best candidate."""
+    if case.instance.split_mode == "layer":
+        return _by_layers(case)
+    if case.instance.split_mode == "tensor":
+        return _by_tensors(case, None)
+    by_layers = _by_layers(case)
+    if not tensor.is_tried(case.model.shape, case.backend) or case.measured.trials:
+        return by_layers
+    other = _by_tensors(case, by_layers if isinstance(by_layers, Timed) else None)
+    if isinstance(other, Refusal) or not tensor.is_proven(case.model.shape, len(other.plan.gpus)):
+        return by_layers
+    slower = isinstance(by_layers, Timed) and by_layers.seconds < other.seconds * tensor.AUTO_GAIN
+    return by_layers if slower else other
+
+
+def _by_tensors(case: _Case, by_layers: Timed | None) -> Timed | Refusal:
+    """The best plan in which each GPU computes a part of every layer. `by_layers`: the one with whole layers."""
+    name, shape = case.instance.name, case.model.shape
+    why_not = tensor.impossible(shape, case.backend, case.capacity, case.instance.kv_types)
+    if case.bare or case.instance.serves != "chat" or case.instance.speculation not in ("none", "ngram"):
+        why_not = "it is planned for chat alone, without adapters and drafts"
+    if why_not:
+        return Refusal(
+            f'{name}: split_mode "tensor": {why_not}',
+            instance=name,
+            suggestions=('set split_mode to "layer" or "auto"',),
+        )
+    weighted_contexts = case.contexts or case.weighted_contexts(case.besides)
+    search = case.search([context for context, _ in weighted_contexts])
+    chosen = tensor.best(search, weighted_contexts)
+    plan = _tensor_plan(case, chosen, by_layers)
+    worst = min(plan.ledger, key=lambda row: row.free_bytes)
+    if worst.free_bytes >= 0:
+        return Timed(chosen.score, plan)
+    needed, available = worst.used_bytes, max(0, worst.used_bytes + worst.free_bytes)
+    return Refusal(
+        f'{name}: {case.model.header.name} with {in_words(chosen.context)} and split_mode "tensor" does not fit on '
+        f"{case.machine.hostname}: {needed // MIB} MiB of {worst.device} needed, {available // MIB} MiB available"
+        " besides the reserve",
+        device=worst.device, needed_bytes=needed, available_bytes=available, ledger=plan.ledger, instance=name,
+        suggestions=('set split_mode to "layer" or "auto": then weights may be on the host', "set a smaller context"),
+    )  # fmt: skip
+
+
+def _tensor_plan(case: _Case, chosen: tensor.Tensors, by_layers: Timed | None) -> Plan:
+    context, model, placement = chosen.context, case.model, tensor.placement(case.model)
+    gpus, cpu = case.gpus_of(chosen.order), case.machine.cpu
+    rows = case.with_rows(chosen.rows)
+    argv = planned_flags(
+        context, placement, backend=case.backend, gpus=len(chosen.order), threads=case.threads,
+        prompt_cache_mib=case.instance.prompt_cache_mib, checkpoints=case.checkpoints(context), is_moe=model.is_moe,
+        tensors=True,
+    )  # fmt: skip
+    seconds = by_layers.plan.chosen_for.workload_seconds if by_layers else None
+    return Plan(
+        instance=case.instance.name, backend=case.backend, argv=(*argv, *_beside_flags(case, gpus)), gpus=gpus,
+        context_tokens=context.tokens, slots=context.slots, kv_type=context.kv_type,
+        ubatch_tokens=context.ubatch_tokens, threads=case.threads,
+        prompt_cache_mib=case.instance.prompt_cache_mib, checkpoints=case.checkpoints(context),
+        placement=placement, is_moe=model.is_moe, mapped_bytes=model.mapped_bytes, ledger=rows,
+        predicted=tensor.predict(chosen.order, context, case.roofline(case.work, case.known)),
+        why=(*tensor.why(chosen, case.capacity, model.shape, seconds), *(one.why for one in case.besides if one.why)),
+        host_bytes=rows[-1].used_bytes + model.mapped_bytes,
+        environment=environment(case.backend, gpus, case.machine),
+        cpus=processors.cpus(cpu, case.instance, placement, alone=case.alone),
+        numa_nodes=processors.numa_nodes(cpu, placement), chosen_for=chosen.predicted,
+    )  # fmt: skip
+
+
+def _by_layers(case: _Case) -> Timed | tuple[Search, Refined]:
+    """The best plan with whole layers on each device; if no candidate fits, the search and its best candidate."""
     weighted_contexts = case.contexts or case.weighted_contexts(case.besides)
     search = case.search([context for context, _ in weighted_contexts])
     handicaps = {replace(context, flash_attention=True): handicap for context, handicap in weighted_contexts}

@@ -7,7 +7,9 @@ picture inside one ubatch) at b11434.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+from llamafleet.host.backends import TRAITS
 from llamafleet.memory.beside import Beside
 from llamafleet.memory.flash_attention import KERNELS, is_used
 from llamafleet.memory.projector import ProjectorBytes, projector_bytes
@@ -20,6 +22,7 @@ TRIED_GPUS = 2  # those with the most memory left
 # Factor on the workload's seconds of a projector on the host: a picture takes seconds there, on a GPU a tenth of one.
 ON_HOST = 1.5
 UBATCH_STEP = 32
+SMALLER_PICTURES = (2048, 1024, 512, 256)  # tokens that are suggested where a plan does not fit
 
 
 def unfit(asked: Asked) -> Iterator[str]:
@@ -43,10 +46,26 @@ def ways(asked: Asked) -> tuple[Beside, ...]:
         return ()
     projector = _read(asked)
     flash = is_used(asked.model.shape, asked.backend)
-    found = [_on_gpu(asked, projector, index, flash) for index in _gpus(asked, projector, flash)]
+    found = [one for index in _gpus(asked, projector, flash)
+             if _has_room(asked, one := _on_gpu(asked, projector, index, flash))]  # fmt: skip
     if not (asked.capacity.unified and found):
         found.append(_on_host(asked, projector, flash))
     return tuple(found)
+
+
+def less(asked: Asked) -> Iterator[tuple[str, Asked]]:
+    """What takes less memory, the least change first: a sentence, and what is asked for then."""
+    if PROJECTOR not in asked.companions:
+        return
+    vision = _read(asked).vision
+    if vision is not None and vision.has_dynamic_size:
+        for tokens in SMALLER_PICTURES:
+            if (asked.instance.image_min_tokens or 0) <= tokens < vision.max_tokens:
+                instance = replace(asked.instance, image_max_tokens=tokens)
+                text = f"set image_max_tokens to {tokens} (now {vision.max_tokens}), and it fits: it sees less detail"
+                yield text, replace(asked, instance=instance)
+    others = {part: one for part, one in asked.companions.items() if part != PROJECTOR}
+    yield "set projector to None, and it fits: the model reads text alone", replace(asked, companions=others)
 
 
 def _read(asked: Asked) -> Projector:
@@ -111,6 +130,14 @@ def _gpus(asked: Asked, projector: Projector, flash: bool) -> list[int]:
     sizes = zip(asked.capacity.gpu_bytes, asked.capacity.gpus, strict=True)
     order = sorted(sizes, key=lambda pair: (-pair[0], pair[1].index))
     return [gpu.index for _, gpu in order[:TRIED_GPUS]]
+
+
+def _has_room(asked: Asked, one: Beside) -> bool:
+    """Would its GPU hold it, with nothing else there? The model may be on others, or on the host."""
+    capacity, least = asked.capacity, TRAITS[asked.backend].overhead_bytes
+    rooms = zip(capacity.gpus, capacity.gpu_bytes, capacity.gpu_reserves_bytes, strict=True)
+    room = {gpu.index: size - reserve for gpu, size, reserve in rooms}
+    return all(size + least <= room[index] for index, size in one.gpu_bytes.items())
 
 
 def _on_gpu(asked: Asked, projector: Projector, index: int, flash: bool) -> Beside:

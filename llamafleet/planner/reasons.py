@@ -87,6 +87,8 @@ def _where(model: Model, placement: Placement) -> str:
         return f"no GPU is used: all {model.layers} layers run on the CPU"
     if None in placement.layer_devices:
         return f"{count} of {model.layers + 1} layers (output included) are on GPUs; the first layers are on the CPU"
+    if model.shape.cache is Cache.NONE:
+        return f"all {model.layers} layers are on GPUs"
     return f"the attention and KV cache of all {model.layers} layers and the output are on GPUs"
 
 

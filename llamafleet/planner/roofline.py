@@ -69,6 +69,11 @@ class Prediction:
             decode_source=MEASURED, prefill_source=MEASURED,
         )  # fmt: skip
 
+    @property
+    def tokens_per_s(self) -> float:
+        """The speed of writing; of reading where nothing is written."""
+        return self.decode_tokens_per_s or self.prefill_tokens_per_s
+
     def to_json(self) -> dict[str, float | bool | str]:
         """For the plan contract: all fields."""
         return asdict(self)

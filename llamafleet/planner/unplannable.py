@@ -29,6 +29,11 @@ def not_a_model(header: Header, shape: Shape) -> Refusal | None:
         return Refusal(reason, suggestions=(main_file,))
     if kind := KINDS.get(str(header.metadata.get("general.type", ""))):
         return Refusal(f"{header.name} is {kind}", suggestions=(main_file,))
+    if shape.architecture.vocabulary_of_target:
+        reason = f"{header.name} is a draft ({header.architecture}): llama-server loads it only beside a model"
+        return Refusal(
+            reason, suggestions=("name the model that it guesses for as the source, and this file as its draft",)
+        )
     if header.architecture not in ARCHITECTURES:
         near = nearest(header.architecture)
         return Refusal(

@@ -5,7 +5,8 @@ fails, and prints {"ok": bool, "checks": [{"name", "ok", "expected", "found", "h
 "decode_tokens_per_s": float | null}; exit 0 good, 1 not. With --record it also writes
 /var/lib/llamafleet/gate/NAME.json: that object, "schema" 1, "time" (UTC), "identity" and "release" of the plan, what
 the next gate compares with, and "last_failure" {"time", "release", "check"}. With --no-floor any speed passes: a server
-that has served before is not rejected for its speed.
+that has served before is not rejected for its speed. A server that sleeps is woken with --record only, which is for one
+that was just started.
 `gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then checks that a planned key is asked for
 and that the process holds memory on the planned GPUs. If the key file is empty, or the driver was not ready at boot,
 the start thus fails: no server serves everybody, or stays on the CPU. The checks run in a transient unit without
@@ -40,10 +41,11 @@ from gate_load import deadline, why_silent
 from gate_nvml import held_by, in_use_on_all
 from gate_picture import check_picture
 from gate_prompt_files import check_prompt_files
-from gate_reading import check_reading
+from gate_reading import check_longest, check_reading
 from gate_reply import REMEMBERED, check_completion, check_speed, speed_key
 from gate_scores import check_scores
 from gate_server import ask, first_key, found_status, is_alive, main_pid, result, trust, unit_state
+from gate_sleep import check_asleep, ends
 from gate_spec import Unreadable, read_spec
 from gate_speculation import check_speculation
 from gate_unit import CONFINED, with_credentials
@@ -163,9 +165,9 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
 
 
 CHECKS = (
-    check_health, check_process, check_gpus, check_devices, check_key, check_context, check_prompt_files,
+    check_health, check_process, check_asleep, check_gpus, check_devices, check_key, check_context, check_prompt_files,
     check_completion, check_adapters, check_speculation, check_picture, check_speed, check_embedding, check_scores,
-    check_reading,
+    check_reading, check_longest,
 )  # fmt: skip
 # The key first: until then a server without keys would serve everybody.
 START_CHECKS = (check_health, check_key, check_gpus, check_devices)
@@ -179,7 +181,7 @@ def unreadable(name: str, error: Exception) -> dict[str, Any]:
 def check(
     spec: dict[str, Any], every: Sequence[Callable[[dict[str, Any]], dict[str, Any] | None]] = CHECKS
 ) -> dict[str, Any]:
-    """The checks in order, up to the first that fails."""
+    """The checks in order, up to the first that fails, or to a server that sleeps."""
     checks = []
     for one in every:
         try:
@@ -188,7 +190,7 @@ def check(
             found = unreadable(one.__name__.replace("check_", "").replace("_", " "), error)
         if found is not None:
             checks.append(found)
-            if not found["ok"]:
+            if ends(found):
                 break
     return {"ok": all(found["ok"] for found in checks), "checks": checks}
 
@@ -233,8 +235,10 @@ def verdict(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         way_out = "deploy again, with the llamafleet that made it or a later one"
         bad = result("plan", False, "a plan.json that this gate knows", str(error), way_out)
         return {}, {"ok": False, "checks": [bad]}
+    spec["deploying"] = "--record" in argv
     if "--no-floor" in argv:
         spec["speed_floor_percent"] = 0
+    spec["wake"] = "--record" in argv
     try:
         trust(spec)
     except (OSError, ValueError) as error:

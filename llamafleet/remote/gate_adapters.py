@@ -18,7 +18,8 @@ TOLERANCE = 1e-6  # llama-server keeps a scale in 32 bits
 
 def check_adapters(spec: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     """The adapters and their scales must be the planned ones, and each must change the answer to a request that asks
-    for it. One that waits for its own words (aLoRA) changes nothing before they come."""
+    for it. One that waits for its own words (aLoRA) changes nothing before they come. Requests for vectors and scores
+    choose no adapters."""
     planned = spec.get("adapters", [])
     if not planned:
         return None
@@ -26,19 +27,25 @@ def check_adapters(spec: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     if not is_planned(planned, told if isinstance(told, list) else []):
         return result("adapters", False, shown(planned), shown(told) if is_list(told) else found_status(status, told),
                       "a client has set other scales (POST /lora-adapters): start the unit again")  # fmt: skip
-    if spec.get("serves", "chat") != "chat":  # requests for vectors and scores name no scales
-        return result("adapters", True, shown(planned), shown(told))
+    if spec.get("serves", "chat") != "chat":
+        return result("adapters", True, shown(planned), "loaded, with these scales")
     try:
-        without = answer(spec, len(planned), None)
-        for number, one in enumerate(told):
-            if one.get("alora_invocation_tokens"):
-                answer(spec, len(planned), number)
-            elif answer(spec, len(planned), number) == without:
-                return result("adapters", False, f"another answer with {planned[number]['path']} than without",
-                              "the same likelihoods", "the adapter changes nothing: its weights are zero")  # fmt: skip
+        dead = changing_nothing(spec, told)
     except Bad as bad:
         return result("adapters", False, *bad.args)
+    if dead:
+        return result("adapters", False, f"another answer with {dead[0]} than without", "the same likelihoods",
+                      "the adapter changes nothing: its weights are zero")  # fmt: skip
     return result("adapters", True, shown(planned), "each changes the answer")
+
+
+def changing_nothing(spec: Dict[str, Any], told: List[Dict[str, Any]]) -> List[str]:
+    """The paths of the adapters that leave a token's likelihoods as they are. Raises Bad where the server does not
+    answer with one."""
+    without = answer(spec, len(told), None)
+    same = [answer(spec, len(told), number) == without for number in range(len(told))]
+    waits = [bool(one.get("alora_invocation_tokens")) for one in told]
+    return [str(one["path"]) for number, one in enumerate(told) if same[number] and not waits[number]]
 
 
 def answer(spec: Dict[str, Any], count: int, number: Optional[int]) -> Dict[int, float]:

@@ -38,6 +38,9 @@ INVALID_DEVICE = re.compile(r"invalid device: (\S+)")
 # estimate from above. A fallback to the CPU holds none of them.
 LEAST_SHARE = 0.9
 MOST_SHARE, MOST_SPARE = 1.1, 256 * MIB
+# With --split-mode tensor one name stands for all GPUs, and a size is that of the GPU that holds most; the plan has
+# upper bounds (ggml/src/ggml-backend-meta.cpp, ggml_backend_meta_device_context).
+SHARED, LEAST_SHARE_OF_BOUND = "Meta(", 0.5
 LOST = "the release has no such backend, the driver is not ready, or the hardening hides the device"
 # What could not be written.
 unwritten: Dict[str, Any] = {}
@@ -55,15 +58,16 @@ def check_devices(spec: dict[str, Any]) -> dict[str, Any] | None:
             False, "the sizes of the server's buffers in its log", "none in the journal of this start",
             "journald keeps nothing of this unit (Storage=, RateLimitBurst=), or the log's format is new",
         )  # fmt: skip
+    shared = next((held for name, held in told.items() if name.startswith(SHARED)), {})
     for gpu in spec["gpus"]:
-        found = told.get(gpu["device"], {})
+        found = told.get(gpu["device"], shared)
         low = gpu["weights_bytes"] + gpu["kv_bytes"]
         beside = gpu.get("beside_bytes", 0)
         high = low + gpu["compute_bytes"] + gpu["staging_bytes"] + (beside if isinstance(beside, int) else 0)
         held = found.get("weights", 0.0) + found.get("context", 0.0)
         name = f"{gpu['device']} ({gpu['name']})"
         expected = f"{low >> 20} MiB of weights and cache on {name}, {high >> 20} MiB with compute"
-        if held < low * LEAST_SHARE:
+        if held < low * (LEAST_SHARE_OF_BOUND if found is shared else LEAST_SHARE):
             return _result(False, expected, _shown(told), f"llama-server runs, in part at least, on the CPU: {LOST}")
         if sum(found.values()) > high * MOST_SHARE + MOST_SPARE:
             return _result(False, expected, _shown(told), "llama.cpp allocates more than was planned: it may run out")

@@ -15,6 +15,7 @@ from gate_server import ask, first_key, found_status, result
 # llama.cpp replaces a condition of two published templates by this one (common_chat_templates_init), which are then
 # no longer the file's bytes.
 PATCHED = "{%- if false %}"
+NAME = "prompt files"
 TOKENS = 4
 SECONDS = 300.0
 # A grammar that waits for what no reply has: neither a text before it nor behind it. So the model answers freely, and
@@ -40,7 +41,7 @@ def check_prompt_files(spec: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     if not files or problem:
         return problem
     names = " and ".join(name.replace("-", " ") for name in sorted(files))
-    return result("prompt files", True, f"the {names} of the plan", "in use")
+    return result(NAME, True, f"the {names} of the plan", "in use")
 
 
 def bad_template(spec: Dict[str, Any], digest: str) -> Optional[Dict[str, Any]]:
@@ -48,7 +49,7 @@ def bad_template(spec: Dict[str, Any], digest: str) -> Optional[Dict[str, Any]]:
     told = props.get("chat_template") if isinstance(props, dict) else None
     if not isinstance(told, str) or (sha256(told.encode()) != digest and PATCHED not in told):
         return result(
-            "chat template", False, f"the template of chat_template_file, SHA-256 {digest[:12]}...",
+            NAME, False, f"the template of chat_template_file, SHA-256 {digest[:12]}...",
             f"{told[:60]!r}..." if isinstance(told, str) else found_status(status, props),
             "the file was changed: deploy again",
         )  # fmt: skip
@@ -56,7 +57,7 @@ def bad_template(spec: Dict[str, Any], digest: str) -> Optional[Dict[str, Any]]:
     status, made = ask(spec["url"], "/apply-template", first_key(spec), body)
     prompt = made.get("prompt") if isinstance(made, dict) else None
     if status != 200 or not isinstance(prompt, str) or not prompt:
-        return result("chat template", False, "a prompt of one message of a user", found_status(status, made),
+        return result(NAME, False, "a prompt of one message of a user", found_status(status, made),
                       "chat_template_file is no template that llama-server can apply")  # fmt: skip
     return None
 
@@ -69,9 +70,9 @@ def bad_grammar(spec: Dict[str, Any], digest: Optional[str]) -> Optional[Dict[st
     settings = found.get("generation_settings")
     grammar = settings.get("grammar") if isinstance(settings, dict) else None
     if status != 200 or not isinstance(grammar, str) or not grammar:
-        return result("grammar", False, "a reply under the grammar of the plan", found_status(status, answer),
+        return result(NAME, False, "a reply under the grammar of the plan", found_status(status, answer),
                       "llama-server cannot follow grammar_file or json_schema_file")  # fmt: skip
     if digest is not None and sha256(grammar.encode()) != digest:
-        return result("grammar", False, f"the grammar of grammar_file, SHA-256 {digest[:12]}...",
+        return result(NAME, False, f"the grammar of grammar_file, SHA-256 {digest[:12]}...",
                       json.dumps(grammar[:60]), "the file was changed: deploy again")  # fmt: skip
     return None

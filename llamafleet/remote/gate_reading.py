@@ -15,6 +15,7 @@ from gate_server import result, slots
 from gate_vectors import asked, tokenized
 
 TOKENS = 128  # of the input, about; less where the context is small
+LONGEST_SECONDS = 60.0  # that a deploy may wait for the answer to the longest input
 FEW = 16  # tokens that a query and what is between it and a document take
 
 
@@ -49,10 +50,29 @@ def check_reading(spec: dict[str, Any]) -> dict[str, Any] | None:
     return result("speed", True, expected, f"{best:.1f} tokens/s read")
 
 
-def long_input(spec: dict[str, Any]) -> tuple[str, int]:
+def check_longest(spec: dict[str, Any]) -> dict[str, Any] | None:
+    """At a deploy, an input that fills the context must get its answer: only then llama-server takes all the memory for
+    the results of its tokens (llama_context::output_reserve). Not where that would take long."""
+    speed = spec["measured"].get("read_tokens_per_s")
+    if spec["serves"] == "chat" or not spec["deploying"] or not speed:
+        return None
+    expected = f"an answer to an input of about {spec['context_tokens']} tokens"
+    seconds = spec["context_tokens"] / speed
+    if seconds > LONGEST_SECONDS:
+        return result("longest input", True, expected, f"not asked: it would take about {seconds:.0f} s")
+    try:
+        text, tokens = long_input(spec, spec["context_tokens"])
+        seconds_of(spec, text)
+    except Bad as bad:
+        hint = f"{bad.args[2]}; where memory ran out, a smaller context_tokens takes less"
+        return result("longest input", False, expected, bad.args[1], hint)
+    return result("longest input", True, expected, f"an answer to {tokens} tokens")
+
+
+def long_input(spec: dict[str, Any], wanted: int = TOKENS) -> tuple[str, int]:
     """A text and its tokens: as many as wanted, and as the context takes. Raises Bad."""
     once = len(tokenized(spec, PROMPT))
-    times = max(1, min(TOKENS, spec["context_tokens"] - FEW) // once)
+    times = max(1, min(wanted, spec["context_tokens"] - FEW) // once)
     text = " ".join([PROMPT] * times)
     return text, len(tokenized(spec, text))
 

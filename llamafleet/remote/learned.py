@@ -66,6 +66,12 @@ def gated() -> Dict[str, Dict[str, Any]]:
         kept: Any = record.get("speeds")
         measured: List[Any] = kept if isinstance(kept, list) else [record.get("decode_tokens_per_s")]
         speeds = [float(speed) for speed in measured if is_rate(speed)]
+        inputs: Any = record.get("read_speeds")
+        read = [float(speed) for speed in inputs if is_rate(speed)] if isinstance(inputs, list) else []
+        if read and not speeds and not later_schema(record, GATE_SCHEMA):  # of a server that writes nothing
+            found[name[: -len(".json")]] = {
+                "decode_tokens_per_s": None, "prompt_tokens_per_s": float(statistics.median(read)),
+            }  # fmt: skip
         if speeds and not later_schema(record, GATE_SCHEMA):
             prompt: Any = record.get("prompt_tokens_per_s")
             found[name[: -len(".json")]] = {

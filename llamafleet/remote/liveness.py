@@ -1,12 +1,12 @@
 """Check that a running instance answers and makes progress, and restart it if not.
 
 Contract: `liveness.py PLAN.json SECONDS`, run by the instance's timer. PLAN.json is plan.json, of which is read: `gate`
-(unit, url, api_keys, tls_certificate, argv, health_seconds, context_tokens, slots, serves) and `batch_tokens`, the most
-tokens that are computed in one piece; only unit and url must be there. A server is fine if it sleeps, if a counter of a
-slot has moved since the last look, or if no slot works and no request waits; one that has no cached token to lose must
-also give a token, and one of embeddings or scores a vector or a score. A server that is not fine for SECONDS is wedged.
-systemd then restarts it: SIGTERM, after the unit's stop timeout SIGKILL. A unit is not checked while it does not run
-(systemd restarts what has ended), loads, or is being switched.
+(unit, url, api_keys, tls_certificate, argv, health_seconds, context_tokens, slots, serves, picture_ratio) and
+`batch_tokens`, the most tokens that are computed in one piece; only unit and url must be there. A server is fine if it
+sleeps, if a counter of a slot has moved since the last look, or if no slot works and no request waits; one that has no
+cached token to lose must also give a token, and one of embeddings or scores a vector or a score. A server that is not
+fine for SECONDS is wedged. systemd then restarts it: SIGTERM, after the unit's stop timeout SIGKILL. A unit is not
+checked while it does not run (systemd restarts what has ended), loads, or is being switched.
 Exit 0 nothing to do, 10 restarted; anything else is a check that failed, of which the last line on stderr says why.
 Writes /run/llamafleet/liveness-NAME.json (the counters that it saw) and, on a restart, /var/lib/llamafleet/gate/
 liveness/NAME.json {"restarts", "by_systemd", "time", "why"}: its own restarts, those of systemd before them, of which
@@ -134,11 +134,14 @@ def read_spec(path: str) -> dict[str, Any]:
 
 def patience(spec: dict[str, Any], seconds: float) -> float:
     """Seconds without progress before a restart: SECONDS, or more if this host needs more for a batch."""
-    speed = positive(read_json(gate_record(instance_of(spec["unit"]))).get("prompt_tokens_per_s"))
+    record = read_json(gate_record(instance_of(spec["unit"])))
+    speed = positive(record.get("prompt_tokens_per_s"))
+    # No counter moves either while a picture is encoded; the gate's was of the smallest size.
+    picture = positive(record.get("picture_seconds")) * positive(spec.get("picture_ratio"))
     # A record of an earlier version lacks the number. No batch is longer than the context of all slots.
     whole = positive(spec.get("context_tokens")) * positive(spec.get("slots"))
     batch = positive(spec["batch_tokens"]) or whole
-    return max(seconds, BATCH_PATIENCE * batch / speed) if speed else seconds
+    return max(seconds, BATCH_PATIENCE * batch / speed if speed else 0.0, BATCH_PATIENCE * picture)
 
 
 def unanswered_patience(spec: dict[str, Any], seconds: float) -> float:

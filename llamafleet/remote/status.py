@@ -2,8 +2,10 @@
 
 Contract: no arguments; prints one JSON object, by instance name {"rss_bytes", "cgroup_bytes": int | null,
 "gpu_bytes": {GPU's UUID: int | null} | text where NVML does not tell, "since": text, "gate": the last gate's record
-(`gate.py`) | null, "liveness": the record of the liveness check's restarts (`liveness.py`) | null}. Changes nothing.
-Python 3.8, standard library, psutil and pynvml; its siblings common.py, gate_nvml.py and survey.py lie beside it.
+(`gate.py`) | null, "liveness": the record of the liveness check's restarts (`liveness.py`) | null, "asleep": whether
+the server has freed its model's memory until the next request}. Changes nothing, and wakes and starts nothing.
+Python 3.8, standard library, psutil and pynvml; its siblings common.py, gate_nvml.py, gate_sleep.py, gate_spec.py,
+liveness_server.py and survey.py lie beside it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,20 @@ def instance(name: str) -> dict[str, Any]:
         "since": shown.get("ActiveEnterTimestamp") or "",
         "gate": read_json(f"{GATES}/{name}.json") or None,
         "liveness": read_json(liveness_record(name)) or None,
+        "asleep": is_asleep(name) if pid else False,
     }
+
+
+def is_asleep(name: str) -> bool:
+    import gate_sleep
+    from gate_spec import Unreadable, read_spec
+    from liveness_server import may_sleep
+
+    try:
+        spec = read_spec(plan_path(name))
+        return may_sleep(spec["argv"]) and gate_sleep.sleeps(spec)
+    except (Unreadable, OSError, ValueError):  # what is wrong with it, others say
+        return False
 
 
 def number(text: str | None) -> int | None:

@@ -68,6 +68,8 @@ REJECTED = re.compile(
     r"error loading model(?: \w+)?: |unknown model architecture|gguf_init_from_\w+: .*(?:invalid|failed to)|"
     r"common_chat_verify_template: failed|failed to initialize chat template"
 )
+# With this split it goes on to load the model (common_params_fit_impl in common/fit.cpp).
+NOT_MEASURED = re.compile(r"not implemented for SPLIT_MODE_TENSOR")
 USAGE = re.compile(r"^\s*usage:", re.MULTILINE)
 NO_ROOM = re.compile(r"out of memory|cudaErrorMemoryAllocation|ErrorOutOfDeviceMemory|hipErrorOutOfMemory")
 
@@ -120,6 +122,8 @@ def ask(spec: dict[str, Any]) -> dict[str, Any]:
         return {"told": told, "why": "", "room": True, "rejected": ""}
     said = "\n".join(tail)
     why = f"it ended without reporting its memory: {said or 'it printed nothing'}"
+    if NOT_MEASURED.search(said):
+        why = "llama.cpp does not measure --split-mode tensor before it loads"
     has_room = not NO_ROOM.search(said)
     return {"told": None, "why": why, "room": has_room, "rejected": rejected if has_room else ""}
 
@@ -136,6 +140,8 @@ def read(lines: Iterable[str], beside: str = "") -> tuple[dict[str, int], list[s
         tail = [*tail, line][-TAIL_LINES:]
         if not rejected and (REJECTED.search(line) or USAGE.search(line)):
             rejected = line.strip()
+        if NOT_MEASURED.search(line):
+            break
         row, projector = ROW.search(line), PROJECTOR.search(line)
         if row:
             counted = int(row.group("weights")) if tables and beside == "head" else 0

@@ -42,6 +42,7 @@ def argv(
         *plan.argv,
         *_companions(companion_paths, instance.adapters),
         *("--metrics", "--slots", "--no-ui", "--offline"),
+        *(("--sleep-idle-seconds", str(instance.sleep_idle_seconds)) if instance.sleep_idle_seconds else ()),
         # At 4 the log has the bytes of every device, which the gate reads; from 5 on it has prompts.
         *(("--log-verbosity", "4") if plan.gpus else ()),
         *_cors(instance),

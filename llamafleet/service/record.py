@@ -70,7 +70,7 @@ def plan_record(
         **_vectors(instance, plan),
     }
     if PROJECTOR in model.companions:
-        gate["modalities"] = list(projector.read(model.companions[PROJECTOR].header).modalities)
+        gate |= _of_projector(instance, model.companions[PROJECTOR])
     if prompt_files := {name: _sums(name, texts[name]) for name in TEXTS if name in texts}:
         gate["prompt_files"] = prompt_files
     if instance.speculation != "none":
@@ -153,6 +153,12 @@ def url_host(address: str) -> str:
     """The address as part of a URL that reaches it from the host itself."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)  # noqa: S104 -- compared with, never bound
     return f"[{reachable}]" if ":" in reachable else reachable
+
+
+def _of_projector(instance: Instance, model: ModelFiles) -> dict[str, Any]:
+    """What the gate asks of a projector, and how much longer the largest picture takes than the gate's."""
+    found = projector.read(model.header, instance.image_min_tokens, instance.image_max_tokens)
+    return {"modalities": list(found.modalities), "picture_ratio": round(found.largest_to_smallest, 1)}
 
 
 def _sums(name: str, text: str) -> dict[str, str]:

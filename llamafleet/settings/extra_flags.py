@@ -59,6 +59,7 @@ OWN_PLACE = {
     "--spec-ngram-mod-n-max": "draft_max_tokens", "--spec-ngram-mod-n-min": "draft_min_tokens",
     "--spec-draft-type-k": "kv_types", "--spec-draft-type-v": "kv_types", "--spec-draft-threads": "threads",
     "--spec-draft-threads-batch": "threads",
+    "--sleep-idle-seconds": "sleep_idle_seconds",
     "--api-key": "api_key_file", "--api-key-file": "api_key_file", "--hf-token": "hub_token_file",
     "--embedding": "serves", "--reranking": "serves", "--pooling": "pooling",
     "--ssl-cert-file": "tls_certificate_file", "--ssl-key-file": "tls_key_file", "--ui": "build_ui",

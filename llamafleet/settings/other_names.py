@@ -15,6 +15,8 @@ def _names() -> Iterator[tuple[str, str]]:
         "threads": "n_threads t threads_batch num_threads",
         "prompt_cache_mib": "cache_ram cram",
         "context_checkpoints_mib": "ctx_checkpoints swa_checkpoints",
+        "serves": "embedding embeddings rerank reranking",
+        "pooling": "pooling_type",
         "name": "alias",
         "listen": "host",
         "api_key_file": "api_key",

@@ -250,6 +250,8 @@ def _projector(value: object) -> object:
 
 OneCompanion = Annotated[Companion, BeforeValidator(_by_source)]
 Idle = Annotated[Whole, Field(ge=1, le=_SECONDS, description="a pause")]
+# Less than its gate may pause. llama-server counts milliseconds in 32 bits (server_context::start_loop).
+Sleep = Annotated[Whole, Field(ge=10, le=2_147_483, description="longer than a gate's pauses; milliseconds in 32 bits")]
 
 
 @with_config(extra="forbid")
@@ -301,7 +303,7 @@ class Instance:
     gpus: GpuNames | None
     copies: Annotated[int | Text, PlainValidator(copying.copies)]
     split_mode: Annotated[Text, one_of(("auto", "layer", "tensor"))]
-    sleep_idle_seconds: Idle | None
+    sleep_idle_seconds: Sleep | None
     start: Annotated[Text, one_of(("boot", "demand"))]
     idle_seconds: Idle
     listen: Annotated[Text, Should("be an IP address, such as 127.0.0.1 or 0.0.0.0", _is_address)]

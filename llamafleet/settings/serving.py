@@ -1,26 +1,16 @@
-"""Rules between an instance's settings of what it serves."""
+"""Rules between the settings of embeddings and reranking."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# Settings that are of use only to a server that writes text, with the values that leave them unset.
-OF_TEXT = {
-    "speculation": "none", "draft": None, "draft_max_tokens": None, "draft_min_tokens": None,
-}  # fmt: skip
-
 
 def of_vectors(instance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What is wrong with an instance's settings of embeddings and reranking: the setting and a sentence each."""
     serves, pooling, example = instance["serves"], instance["pooling"], instance["rerank_example"]
-    if serves == "chat":
-        if pooling is not None:
-            yield "pooling", f'is {pooling!r}, but serves is "chat": set serves to "embedding", or leave pooling out'
-    else:
-        for name, unset in OF_TEXT.items():
-            if instance[name] != unset:
-                yield name, f"is set, but a server with serves = {serves!r} reads text and writes none: leave it out"
+    if serves == "chat" and pooling is not None:
+        yield "pooling", f'is {pooling!r}, but serves is "chat": set serves to "embedding", or leave pooling out'
     if serves == "embedding" and pooling == "rank":
         yield "pooling", 'is "rank", which gives scores: set serves to "reranking", or name another pooling'
     if serves == "reranking" and pooling not in (None, "rank"):

@@ -14,7 +14,7 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +31,7 @@ from pyinfra.context import ctx_config, ctx_host, ctx_inventory, ctx_state
 from pyinfra_cli.inventory import make_inventory
 
 from llamafleet import causes
-from llamafleet.cli import tables, usage
+from llamafleet.cli import beside, tables, usage
 from llamafleet.host.learned import GatedSpeed
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.printable import err, json_text, one_line, out
@@ -48,10 +48,15 @@ class Planned:
 
     result: Plan | Refusal
     measured: GatedSpeed | None
+    companions: Mapping[str, Any] = field(default_factory=dict)  # the key of that name, where there are some
 
     def to_json(self) -> dict[str, Any]:
         """The plan contract, with `measured`."""
-        return {**self.result.to_json(), "measured": asdict(self.measured) if self.measured else None}
+        return {
+            **self.result.to_json(),
+            **self.companions,
+            "measured": asdict(self.measured) if self.measured else None,
+        }
 
 
 def plans(inventory: Path, limit: str | None = None) -> dict[str, dict[str, Planned] | str]:
@@ -69,10 +74,14 @@ def _plans_of(host: Host) -> dict[str, Planned] | str:
         return str(error)
     if isinstance(inputs, Refused):
         return str(inputs)
-    names = [instance.name for instance in inputs.settings.models]
     results = inputs.keep_or_replan(inputs.corrections()).results
-    return {name: Planned(result, inputs.measured_by_gate(result) if isinstance(result, Plan) else None)
-            for name, result in zip(names, results, strict=True)}  # fmt: skip
+    return {
+        one.name: Planned(
+            result, inputs.measured_by_gate(result) if isinstance(result, Plan) else None,
+            beside.to_json(one, inputs.models[one.name]),
+        )
+        for one, result in zip(inputs.settings.models, results, strict=True)
+    }  # fmt: skip
 
 
 def over_hosts(inventory: Path, limit: str | None, action: Callable[[Host], T | str]) -> dict[str, T | str]:

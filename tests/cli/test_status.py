@@ -63,6 +63,12 @@ def test_a_host_as_it_should_be():
     }  # fmt: skip
 
 
+def test_a_server_that_sleeps_is_fine():
+    host = of_host(found(), live(asleep=True), AS_WANTED)
+    assert host.is_fine and line(host)["state"] == "asleep"
+    assert line(of_host(found(active="failed"), live(asleep=True), AS_WANTED))["state"] == "failed"
+
+
 FAILED = {**GOOD, "ok": False, "checks": [{"name": "health", "ok": True}, {"name": "gpu memory", "ok": False}]}
 
 
@@ -210,6 +216,7 @@ def test_the_program_tells_memory_gate_and_since(on_host):
         "since": "Sat",
         "gate": GOOD,
         "liveness": RESTARTED,
+        "asleep": False,
     }
 
 
@@ -313,3 +320,15 @@ def test_types_of_k_and_v_apart_and_a_pool_in_short():
     ]
     record = {**RECORD, "plan": {**RECORD["plan"], "argv": argv}, "gate": {**RECORD["gate"], "gpus": []}}
     assert plan_in_short(PlanRecord.of(record)) == "131072 x 2 of 131072 q8_0/f16, CPU, cuda"
+
+
+def test_an_embedder_is_shown_with_the_speed_of_reading():
+    gate = {**RECORD["gate"], "gpus": [], "serves": "embedding"}
+    plan = {"argv": ["--cache-type-k", "f16"], "predicted": {"decode_tokens_per_s": 0.0, "prefill_tokens_per_s": 99.0}}
+    record = PlanRecord.of({**RECORD, "gate": gate, "plan": plan})
+    measured = {**GOOD, "decode_tokens_per_s": None, "read_tokens_per_s": 812.34}
+    host = of_host(found(record=record), live(gate=measured, gpu_bytes={}), AS_WANTED)
+    assert line(host)["plan"] == "embedding, 131072 x 2 f16, CPU, cuda" and line(host)["tok/s"] == "812.3"
+    assert host.instances[0].predicted_tokens_per_s == 99.0
+    damaged = live(gate={**measured, "read_tokens_per_s": "x"}, gpu_bytes={})
+    assert line(of_host(found(record=record), damaged, AS_WANTED))["tok/s"] == ""

@@ -107,6 +107,11 @@ def test_a_prediction_says_which_of_its_speeds_rest_on_measurements(answers):
     assert "predicted: 23.4 tokens/s written [measured on this host], 1160 tokens/s read [estimated]" in output
 
 
+def test_a_server_that_writes_nothing_has_a_speed_of_reading(answers):
+    output = tables.table(dataclasses.replace(answers[0], predicted=Prediction(0.0, 1158.4)), "t")
+    assert "predicted, roughly: 1160 tokens/s read; nothing is written" in output
+
+
 def test_a_plan_that_swaps_has_no_predicted_speed(answers):
     output = tables.table(dataclasses.replace(answers[0], predicted=Prediction(0.0, 0.0, swap_bytes=3 * 2**30)), "t")
     assert "predicted: no speed, since 3.0 GiB would be in swap, and how fast its disk reads them" in output

@@ -80,3 +80,22 @@ def test_an_instance_on_loopback_is_told_with_the_way_from_here():
 
 def test_with_tls_the_certificate_is_named():
     assert "--cacert /c.pem" in usage.request(instance(tls_certificate_file="/c.pem", tls_key_file="/k"), "box1")
+
+
+@pytest.mark.parametrize(
+    ("asked", "path", "key"),
+    [
+        ({"serves": "embedding"}, "/v1/embeddings", "input"),
+        ({"serves": "embedding", "pooling": "none"}, "/embeddings", "content"),
+        ({"serves": "reranking"}, "/v1/rerank", "documents"),
+    ],
+)
+def test_the_request_is_one_that_the_server_answers(asked, path, key):
+    words = usage.request(instance(**asked), "@local")
+    assert words.endswith(f"http://127.0.0.1:9000{path}") and f'"{key}"' in words
+
+
+def test_of_a_server_that_writes_nothing_the_speed_of_reading_is_told():
+    gate = Gate(True, decode_tokens_per_s=None, record={"prompt_tokens_per_s": 140.6})
+    *_, measured = usage.lines(instance(serves="embedding"), "box1", gate, Prediction(0.0, 72.3))
+    assert measured == "chat, measured: 141 tokens/s read; predicted were 72.3"

@@ -42,6 +42,9 @@ def settings(**model):
         "context_tokens": 4096,
         "slots": 1,
         "projector": "hf:a/b/mmproj.gguf",
+        "speculation": "ngram",
+        "adapters": [{"source": "hf:a/b/l.gguf", "scale": 0.5}],
+        "grammar_file": "/g",
         **model,
     }
     return Settings.from_data({**data, "llama_cpp_ref": "b11434", "models": [entry]})
@@ -67,6 +70,9 @@ def plan():
             "backend": "cuda",
             "gpus": [{"uuid": "GPU-1", "name": "A", "planned_bytes": 5}],
             "modalities": ["vision"],
+            "speculation": {"kind": "ngram", "most": 64, "least": 48, "kv_type": None},
+            "prompt_files": {"grammar": {"sha256": "a", "served_sha256": "a"}},
+            "adapters": [{"path": "/m/a.gguf", "scale": 0.5}],
         },
     }
     return {**record, "identity": instance_checks.identity_of(record), "plan": {"why": []}}
@@ -123,6 +129,7 @@ def healthy():
                     "users": ["llamafleet"],
                     "age_seconds": 50.0,
                     "deleted": [],
+                    "inherited": [],
                     "NoNewPrivs": 1,
                     "Seccomp": 2,
                     "CapInh": 0,
@@ -209,7 +216,10 @@ BROKEN = [
     ("plan_file", (*TINY, "plan", "gate", "url"), "http://127.0.0.1:9", "expected 8080, found 9"),
     ("plan_file", (*TINY, "plan", "gate", "slots"), 4, "expected 1, found 4"),
     ("plan_file", (*TINY, "plan", "gate", "api_keys"), None, "expected True, found False"),
+    ("plan_file", (*TINY, "plan", "gate", "adapters"), [{"path": "/x", "scale": 1}], "scales of adapters in plan.json: expected [0.5], found [1]"),
+    ("plan_file", (*TINY, "plan", "gate", "prompt_files"), {}, "prompt files in plan.json: expected ['grammar'], found nothing"),
     ("plan_file", (*TINY, "plan", "gate", "modalities"), [], "a projector in plan.json: expected True, found False"),
+    ("plan_file", (*TINY, "plan", "gate", "speculation"), None, "speculation in plan.json: expected ngram, found none"),
     ("plan_file", (*TINY, "plan", "gate", "context_tokens"), 2048, "at least 4096 tokens a slot, found 2048"),
     ("models", (*TINY, "plan", "files"), [], "expected at least one, found nothing"),
     ("models", (*TINY, "models", MODEL), None, "expected a model of 100 bytes, found nothing"),
@@ -238,6 +248,7 @@ BROKEN = [
     ("process", (*TINY, "process"), None, "expected a running llama-server, found nothing"),
     ("process", (*TINY, "process", "exe"), "/usr/bin/llama-server", "found /usr/bin/llama-server"),
     ("process", (*TINY, "process", "deleted"), ["/opt/l.so"], "expected nothing, found /opt/l.so"),
+    ("process", (*TINY, "process", "inherited"), ["LLAMA_ARG_HOST"], "expected nothing, found LLAMA_ARG_HOST"),
     ("process", (*TINY, "process", "users"), ["root"], "expected llamafleet, found root"),
     ("hardening", (*TINY, "process"), None, "expected a running llama-server, found nothing"),
     ("hardening", (*TINY, "process", "NoNewPrivs"), 0, "expected 1, found 0"),
@@ -351,7 +362,9 @@ def test_of_a_traceback_the_collector_keeps_the_last_line(collector, monkeypatch
 
 def test_the_gate_asks_what_the_plan_has():
     facts = healthy()
-    facts["instances"]["tiny"]["plan"]["gate"].update(gpus=[], modalities=[])
+    facts["instances"]["tiny"]["plan"]["gate"].update(
+        gpus=[], modalities=[], prompt_files={}, adapters=[], speculation=None
+    )
     box = checks.Box("web1", settings(api_key_file=None), facts)
     served = checks.served(box, box.settings.models[0])
     assert instance_checks.planned_gate_checks(served) == ("health", "process", "context", "completion", "speed")
@@ -360,8 +373,10 @@ def test_the_gate_asks_what_the_plan_has():
 @pytest.mark.parametrize(("serves", "name"), [("embedding", "embedding"), ("reranking", "scores")])
 def test_the_gate_asks_for_what_the_server_serves(serves, name):
     facts = healthy()
-    facts["instances"]["tiny"]["plan"]["gate"] |= {"serves": serves, "gpus": [], "modalities": []}
-    box = checks.Box("web1", settings(serves=serves, projector=None), facts)
+    facts["instances"]["tiny"]["plan"]["gate"] |= {
+        "serves": serves, "gpus": [], "modalities": [], "prompt_files": {}, "adapters": [], "speculation": None,
+    }  # fmt: skip
+    box = checks.Box("web1", settings(serves=serves, projector=None, grammar_file=None, speculation="none"), facts)
     served = checks.served(box, box.settings.models[0])
     assert instance_checks.planned_gate_checks(served) == ("health", "process", "api key", "context", name, "speed")
 

@@ -293,9 +293,18 @@ def process(pid):
         "users": sorted(set(uids)),
         "age_seconds": age(pid),
         "deleted": deleted(pid),
+        "inherited": inherited(pid),
         "CoreLimit": core_limit(pid),
         **{name: int(fields[name], 16 if name.startswith("Cap") else 10) for name in wanted if name in fields},
     }
+
+
+def inherited(pid):
+    """Variables of llama-server that the process was started with, and presets of the host that it sees."""
+    words = (read_text(f"/proc/{pid}/environ") or "").split("\0")
+    names = [word.split("=")[0] for word in words if word.startswith(("LLAMA_ARG_", "LLAMA_API_KEY=", "AIP_MODE="))]
+    path = "/etc/llama.cpp/config.ini"
+    return sorted(names) + ([path] if os.path.exists(f"/proc/{pid}/root{path}") else [])
 
 
 def deleted(pid):

@@ -79,6 +79,7 @@ class MainProcess(TypedDict):
     exe: Text | None
     users: Listed[Text]
     deleted: Listed[Text]
+    inherited: Listed[Text]
     age_seconds: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None
 
 

@@ -10,21 +10,25 @@ from typing import Any
 
 from llamafleet.remote.common import API_KEYS, INSTANCES, RELEASES, UNITS, plan_path
 from llamafleet.service.record import without_query
+from llamafleet.settings.prompt_files import SETTINGS
 from tests.hosts import facts
 from tests.hosts.checks import AGAIN, Problem, Problems, Served, say
 
 # Seconds: a process that systemd restarted within them may be in a loop.
 LOOP_SECONDS = 1800
+# A result of the gate after which it asks a server that sleeps nothing more: llamafleet/remote/gate_sleep.py.
+ASLEEP = "asleep"
 # linux/seccomp.h, SECCOMP_MODE_FILTER, as /proc/PID/status shows it.
 SECCOMP_FILTER = 2
 GATE_CHECKS = (
-    "health", "process", "gpu memory", "devices", "api key", "context", "completion", "picture", "embedding", "scores",
-    "speed",
+    "health", "process", "gpu memory", "devices", "api key", "context", "prompt files", "completion", "adapters",
+    "speculation", "picture", "embedding", "scores", "speed",
 )  # fmt: skip
 # Why a check does not apply.
 NOT_PLANNED = {
     "gpu memory": "the plan uses no GPU", "devices": "the plan uses no GPU",
-    "api key": "the settings ask for no API key",
+    "api key": "the settings ask for no API key", "prompt files": "the settings name none",
+    "adapters": "the settings name none", "speculation": "the settings ask for none",
     **dict.fromkeys(("completion", "picture", "embedding", "scores"), "the model serves something else"),
 }  # fmt: skip
 
@@ -62,12 +66,17 @@ def plan_file(served: Served) -> Problems:
 
 def _as_asked(served: Served, plan: Mapping[str, Any]) -> Problems:
     requested, gate = served.instance, plan["gate"]
+    scales = [one.get("scale") if isinstance(one, dict) else one for one in gate.get("adapters") or ()]
+    files = [name for name, setting in SETTINGS.items() if getattr(requested, setting)]
     pairs = [
         ("model", without_query(requested.source), without_query(plan["source"])),
         ("port", requested.port, int(gate["url"].rsplit(":", 1)[-1])),
         ("slots", requested.slots or gate["slots"], gate["slots"]),  # unset: the plan's choice
         ("an API key is required", requested.api_key_file is not None, gate["api_keys"] is not None),
+        ("speculation", requested.speculation, (gate.get("speculation") or {"kind": "none"})["kind"]),
         ("a projector", requested.projector is not None, bool(gate.get("modalities"))),
+        ("scales of adapters", [one.scale for one in requested.adapters], scales),
+        ("prompt files", sorted(files), sorted(gate.get("prompt_files") or ())),
     ]
     for what, expected, actual in pairs:
         if expected != actual:
@@ -207,6 +216,9 @@ def process(served: Served) -> Problems:
     if actual["deleted"]:
         what = f"files that pid {actual['pid']} runs from although they are gone"
         yield Problem(served.where, what, "nothing", ", ".join(actual["deleted"]), "deploy again, and it restarts")
+    if actual["inherited"]:
+        what = f"presets and variables of the host that pid {actual['pid']} has taken over"
+        yield Problem(served.where, what, "nothing", ", ".join(actual["inherited"]), "deploy again, and it restarts")
     if actual["users"] != ["llamafleet"]:
         yield Problem(served.where, f"user of pid {actual['pid']}", "llamafleet", ", ".join(actual["users"]))
 
@@ -295,8 +307,9 @@ def planned_gate_checks(served: Served) -> tuple[str, ...]:
     serves = gate.get("serves", "chat")
     without = {
         "gpu memory": not nvidia, "devices": not gpus, "api key": served.instance.api_key_file is None,
-        "completion": serves != "chat", "picture": not gate.get("modalities"), "embedding": serves != "embedding",
-        "scores": serves != "reranking",
+        "completion": serves != "chat", "picture": not gate.get("modalities"),
+        "prompt files": not gate.get("prompt_files"), "adapters": not gate.get("adapters"), "embedding": serves != "embedding",
+        "scores": serves != "reranking", "speculation": not gate.get("speculation"),
     }  # fmt: skip
     return tuple(name for name in GATE_CHECKS if not without.get(name))
 
@@ -308,6 +321,8 @@ def reported_at(served: Served, name: str) -> str | None:
     if (isinstance(answer, dict) and "error" in answer) or facts.gate_problems(answer):
         return planned[0] if name != planned[0] else None
     verdicts = {check["name"]: check["ok"] for check in answer["checks"]}
+    if ASLEEP in verdicts and name not in verdicts:
+        return ASLEEP
     failed = [one for one in planned if verdicts.get(one) is False]
     return failed[0] if failed and name not in verdicts else None
 

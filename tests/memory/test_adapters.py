@@ -132,3 +132,8 @@ def test_an_adapter_that_does_not_fit_refuses_the_plan_with_its_place():
     refused = plans(lora(), lora("Qwen3-8B"))
     assert isinstance(refused, Refusal)
     assert refused.reason == ("m: adapters[1]: lora: it was made for the architecture qwen3, and Llama-3.1-8B is llama")
+
+
+def test_matrices_that_are_divided_over_gpus_take_no_adapters():
+    refused = plans(lora(), gpus=(24564, 24564), split_mode="tensor")
+    assert isinstance(refused, Refusal) and "set it to layer" in refused.reason

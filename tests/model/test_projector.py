@@ -83,3 +83,11 @@ def test_a_projector_of_two_encoders_has_both():
     names = [{tensor.name for tensor in one.tensors} for one in found.encoders]
     assert names[0] & names[1] == {"v.patch_embd.weight", "v.patch_embd.weight.1", "v.patch_embd.bias"}
     assert "a.conv1d.1.weight" in names[1] - names[0]
+
+
+def test_how_much_longer_the_largest_picture_takes():
+    assert read(header("gemma-3-4b")).largest_to_smallest == 1
+    # From 8 tokens to 4096: more than in proportion, because all patches attend to all.
+    assert read(header("qwen3-vl-2b")).largest_to_smallest > 2 * 4096 / 8
+    assert read(header("qwen3-vl-2b"), 100, 100).largest_to_smallest == 1
+    assert read(header("voxtral-mini-3b")).largest_to_smallest == 1

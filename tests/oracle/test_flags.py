@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+from llamafleet.planner.plan import plan_host
 from llamafleet.remote import inherited
 from llamafleet.service.command import argv, credential_flags
 from llamafleet.settings import extra_flags as extra
@@ -47,6 +48,21 @@ def test_every_flag_that_is_passed_is_known(gpus, takes_value):
     used = {word for word in command if word.startswith("--")}
     assert used - set(takes_value) == set()
     assert len(used) > 20
+
+
+@pytest.mark.parametrize(
+    ("target", "draft", "kind"),
+    [("Llama-3.1-8B", "Llama-3.2-3B", "draft"), ("GLM-4.5-Air", None, "mtp"), ("Llama-3.1-8B", None, "ngram")],
+)
+@pytest.mark.parametrize("gpus", [(), (98304,)], ids=["no_gpu", "one_gpu"])
+def test_every_flag_of_speculation_is_known(target, draft, kind, gpus, takes_value):
+    asked = planning.settings({"speculation": kind, **({"draft": "/d.gguf"} if draft else {})})
+    headers = {"m0": {"draft": planning.header(draft)}} if draft else {}
+    requests = [(asked.models[0], planning.header(target))]
+    [plan] = plan_host(planning.machine(gpus, ram_gib=256), requests, asked, companions=headers)
+    command = argv(plan, asked.models[0], "/m.gguf", {"draft": "/d.gguf"} if draft else {})
+    used = {word for word in command if word.startswith("--spec")}
+    assert used - set(takes_value) == set() and len(used) >= 3
 
 
 def test_every_variable_that_sets_a_flag_is_kept_from_the_servers():

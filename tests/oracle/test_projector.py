@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from bench.adopting import source
 from llamafleet.memory.projector import projector_bytes
@@ -19,8 +20,11 @@ from llamafleet.model.gguf import read_path
 from llamafleet.model.projector import read
 from llamafleet.model.projector_kinds import KINDS, SPEAKING, SPLIT_KINDS
 from llamafleet.planner import reconcile
+from llamafleet.planner.plan import plan_host
 from llamafleet.remote import verify
-from sandbox import models, oracle, projectors, upstream
+from llamafleet.service.command import argv
+from sandbox import models, oracle, outlines, projectors, upstream
+from tests import planning
 
 pytestmark = pytest.mark.oracle
 
@@ -67,9 +71,12 @@ def reported(text_model, file, *flags, devices=0):
         return by_device, total
 
 
-@pytest.mark.parametrize("name", projectors.PUBLISHED_PROJECTORS)
+EVERY = {**projectors.PUBLISHED_PROJECTORS, **projectors.OTHER_PROJECTORS}
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_llama_server_takes_what_is_planned(name, text_model, tmp_path):
-    file = projectors.write(projectors.PUBLISHED_PROJECTORS[name], tmp_path)
+    file = projectors.write(EVERY[name], tmp_path)
     projector = read(read_path(file))
     for on_gpu, flash in itertools.product((False, True), repeat=2):
         sizes = projector_bytes(projector, on_gpu=on_gpu, flash_attention=flash)
@@ -111,14 +118,65 @@ def test_the_question_of_the_verification_is_answered_with_the_projector(text_mo
     assert told["projector"] == pytest.approx(sizes.at_start, abs=0.02 * MIB)
 
 
-@pytest.mark.parametrize("name", ["gemma-3-4b", "qwen2.5-vl-7b", "voxtral-mini-3b", "pixtral-12b"])
-def test_the_bound_of_a_projector_that_is_not_known_is_above_what_it_takes(name, text_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("llamafleet.memory.graph.projectors.GRAPHS", {})
-    file = projectors.write(projectors.PUBLISHED_PROJECTORS[name], tmp_path)
-    sizes = projector_bytes(read(read_path(file)), on_gpu=False, flash_attention=True)
-    _, total = reported(text_model, file, "--no-mmproj-offload", "--flash-attn", "on")
-    assert not sizes.is_exact
-    assert total * MIB <= sizes.at_start < 12 * total * MIB
+def qwen3_vl_8b(folder):
+    """The text model of Qwen3-VL-8B (config.json on the Hub), whose first layers take parts of a picture's rows."""
+    outline = {
+        "architecture": "qwen3vl", "vocabulary": 151936,
+        "metadata": {
+            "block_count": 36, "context_length": 262144, "embedding_length": 4096, "feed_forward_length": 12288,
+            "attention.head_count": 32, "attention.head_count_kv": 8, "attention.key_length": 128,
+            "attention.value_length": 128, "attention.layer_norm_rms_epsilon": 1e-6,
+            "rope.dimension_sections": [24, 20, 20, 0], "n_deepstack_layers": 3,
+        },
+        "tensors": {"token_embd.weight": [4096, 151936], "output_norm.weight": [4096], "output.weight": [4096, 151936]},
+        "layers": {"all": {
+            "attn_norm.weight": [4096], "attn_q.weight": [4096, 4096], "attn_k.weight": [4096, 1024],
+            "attn_v.weight": [4096, 1024], "attn_q_norm.weight": [128], "attn_k_norm.weight": [128],
+            "attn_output.weight": [4096, 4096], "ffn_norm.weight": [4096], "ffn_gate.weight": [4096, 12288],
+            "ffn_up.weight": [4096, 12288], "ffn_down.weight": [12288, 4096],
+        }},
+    }  # fmt: skip
+    path = folder / "qwen3-vl-8b.yaml"
+    path.write_text(yaml.safe_dump(outline))
+    return outlines.weightless(path, folder)
+
+
+PAIRS = {
+    "gemma-3-12b": lambda folder: models.weightless(folder, "Gemma-3-12B"),
+    "gemma-3-27b": lambda folder: models.weightless(folder, "Gemma-3-27B"),
+    "mistral-small-3.1-24b": lambda folder: models.weightless(folder, "Mistral-Small-24B"),
+    "qwen3-vl-8b": qwen3_vl_8b,
+}
+
+
+@pytest.mark.parametrize("gpus", [(49140,), (16376, 12282), ()], ids=["one_gpu", "two_gpus", "no_gpu"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_model_and_projector_take_what_the_plan_of_this_very_command_line_says(name, gpus, tmp_path):
+    model, projector = PAIRS[name](tmp_path), projectors.write(projectors.PUBLISHED_PROJECTORS[name], tmp_path)
+    asked = planning.settings({"projector": str(projector), "context_tokens": 16384, "prompt_cache_mib": 0})
+    host = planning.machine(gpus, ram_gib=64)
+    [plan] = plan_host(host, [(asked.models[0], read_path(model))], asked,
+                       companions={"m0": {"projector": read_path(projector)}})  # fmt: skip
+    words = ["llama-server", *argv(plan, asked.models[0], str(model), {"projector": str(projector)})]
+    _, *words = (word.replace("CUDA", "RPC") for word in reconcile.question(words))
+    with ExitStack() as stack:
+        rpc = ("--rpc", stack.enter_context(oracle.rpc_server(len(gpus)))) if gpus else ()
+        command = [oracle.build().llama_server, *rpc, *words]
+        process = stack.enter_context(
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        )
+        late = threading.Timer(SECONDS, process.kill)
+        late.start()
+        try:
+            told, tail, _ = verify.read(line.decode(errors="replace").rstrip() for line in process.stdout)
+        finally:
+            late.cancel()
+            process.kill()
+    assert "projector" in told, tail
+    report = reconcile.MemoryReport({name.replace("RPC", "CUDA"): size for name, size in told.items()})
+    verified = reconcile.compare(plan, report)
+    # Whole MiB of each row, rounded down, and three rows on the host.
+    assert all(abs(size) < 5 * MIB for size in verified.differences.values()), verified
 
 
 def test_a_type_that_llama_cpp_does_not_know_is_refused_by_both(text_model, tmp_path):

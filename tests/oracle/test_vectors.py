@@ -7,23 +7,29 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from time import sleep
 
+import gguf
+import openai
 import psutil
 import pytest
 
+from bench.outline_cases import OUTLINES, compared, is_right, situations
 from llamafleet.memory.context import Context
 from llamafleet.memory.ledger import output_bytes
+from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import read_path
 from llamafleet.model.shape import Shape
 from llamafleet.planner.plan import plan_host
 from llamafleet.planner.result import Plan
-from llamafleet.remote import gate, liveness, liveness_server
-from sandbox import models, oracle
+from llamafleet.remote import gate, gate_scores, liveness, liveness_server
+from sandbox import models, oracle, outlines
 from sandbox.embedders import EMBEDDERS, RERANKERS, TINY
 from tests.planning import MIB, machine, settings
 
 pytestmark = pytest.mark.oracle
 
 PUBLISHED = {**EMBEDDERS, **RERANKERS}
+# Other sizes of what is asked about anyway.
+ALIKE = ("bge-small-en-v1.5", "bge-large-en-v1.5", "Qwen3-Embedding-4B", "Qwen3-Embedding-8B", "Qwen3-Reranker-4B")
 # A GPU for all of it, two that share it as a pipeline, none. One prompt cache of each model's whole context fits there.
 MACHINES = {"a GPU": [49140], "two GPUs": [8192, 8192], "no GPU": []}
 ROUNDING_MIB = 0.02  # as in bench/outline_cases.py
@@ -62,7 +68,9 @@ def differences(path, layout, gpus, **instance):
             yield f"{layout.name} {host}: {told}"
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in ALIKE else ()) for name in PUBLISHED]
+)
 def test_llama_server_allocates_what_the_plan_says(name, tmp_path):
     layout = PUBLISHED[name]
     path = models.weightless(tmp_path, layout)
@@ -72,6 +80,17 @@ def test_llama_server_allocates_what_the_plan_says(name, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         found = pool.map(lambda case: list(differences(path, layout, case[0], **case[1])), cases)
         assert [one for some in found for one in some] == []
+
+
+@pytest.mark.parametrize("name", ["gemma4", "granitehybrid", "lfm2", "qwen3vl"])
+def test_any_model_that_writes_can_make_vectors(name, tmp_path):
+    """The logits of all tokens are computed: rows are chosen early or late, and devices may form a pipeline."""
+    path = outlines.weightless(OUTLINES / f"{name}.yaml", tmp_path)
+    model = Model.of(read_path(path))
+    for situation in ("one device, four slots with caches of their own", "two devices"):
+        context, *rest = situations(model.layers)[situation]
+        figures = list(compared(path, model, (context.pooled("mean"), *rest)))
+        assert len(figures) >= 6 and [one for one in figures if not is_right(one[1], one[2], one[3], {})] == []
 
 
 def test_a_long_input_takes_the_memory_that_is_planned_for_results(tmp_path):
@@ -122,6 +141,7 @@ def spec_of(url, told):
         "url": url, "api_keys": None, "context_tokens": 512, "slots": 2, "kv_type": None, "unit": "", "files": [],
         "argv": ["llama-server"], "gpus": [], "speed_floor_percent": 40, "predicted_tokens_per_s": 1.0, "last": {},
         "measured": {}, "record": "/g/tiny.json", "vector_elements": 128, "rerank_example": None, "may_sleep": False,
+        "deploying": True,
         **told,
     }  # fmt: skip
 
@@ -134,10 +154,12 @@ def test_the_gate_and_the_liveness_check_call_a_sound_server_sound(case, tmp_pat
     with served(path, tmp_path, *flags, slots=2) as url:
         spec = spec_of(url, told)
         asked = (gate.check_context, gate.check_completion, gate.check_speed, gate.check_embedding, gate.check_scores,
-                 gate.check_reading)  # fmt: skip
+                 gate.check_reading, gate.check_longest)  # fmt: skip
         found = [one for one in (check(spec) for check in asked) if one is not None]
-        assert [one["ok"] for one in found] == [True, True, True], found
-        assert [one["name"] for one in found] == ["context", "scores" if case == "reranker" else "embedding", "speed"]
+        assert all(one["ok"] for one in found), found
+        own = "scores" if case == "reranker" else "embedding"
+        assert [one["name"] for one in found] == ["context", own, "speed", "longest input"]
+        assert found[-1]["found"].startswith("an answer to ")
         assert spec["measured"]["read_tokens_per_s"] > 10
         before, _ = liveness_server.read_slots(spec)
         # No prompt is kept, so that its own small request costs nobody anything; and it moves the counters.
@@ -160,3 +182,32 @@ def test_a_busy_server_of_vectors_is_not_taken_for_a_wedged_one(tmp_path):
         assert len(working) > 5
         assert all(liveness.moved(working[0], later, in_steps=False) for later in working[-3:])
         assert all(len(one.result()) == 128 for one in load)
+
+
+def test_a_file_that_makes_one_vector_of_all_texts_is_found(tmp_path):
+    path = models.tiny(tmp_path, "embedder")
+    for tensor in gguf.GGUFReader(path, "r+").tensors:
+        if tensor.name in ("token_embd.weight", "position_embd.weight"):
+            tensor.data[:] = 0
+    with served(path, tmp_path, "--embedding", "--pooling", "mean") as url:
+        found = gate.check_embedding(spec_of(url, SERVED["embedder"][1]))
+    assert not found["ok"] and found["expected"] == "another vector for another text"
+
+
+def test_an_example_is_ranked_as_the_server_does_it(tmp_path):
+    texts = ["The weather is fine.", "It rains in Rome."]
+    with served(models.tiny(tmp_path, "reranker"), tmp_path, "--rerank", slots=2) as url:
+        spec = spec_of(url, SERVED["reranker"][1])
+        ranked = sorted(zip(gate_scores.scored(spec, "Where does it rain?", texts), texts, strict=True))
+        (_, low), (_, high) = ranked
+        for relevant, irrelevant, good in ((high, low, True), (low, high, False)):
+            example = {"query": "Where does it rain?", "relevant": relevant, "irrelevant": irrelevant}
+            assert gate.check_scores({**spec, "rerank_example": example})["ok"] is good
+
+
+def test_a_client_of_openai_gets_vectors(tmp_path):
+    with served(models.tiny(tmp_path, "decoder-embedder"), tmp_path, "--embedding", "--pooling", "last") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        answer = client.embeddings.create(model="tiny", input=["a", "b", "a"])
+    one, other, again = (row.embedding for row in answer.data)
+    assert len(one) == 128 and one == pytest.approx(again, abs=1e-4) and one != other

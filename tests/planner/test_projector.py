@@ -54,6 +54,11 @@ def test_it_is_on_the_host_where_the_model_leaves_no_room():
     assert any("a picture takes seconds there" in why for why in found.why)
 
 
+def test_a_gpu_that_is_too_small_for_it_alone_is_not_tried():
+    found = plan(gpus=(9400, 2048), context_tokens=4096)
+    assert "--no-mmproj-offload" in found.argv
+
+
 def test_without_a_gpu_it_is_on_the_host_and_no_place_is_said_to_be_slow():
     found = plan(gpus=())
     assert "--no-mmproj-offload" in found.argv
@@ -63,7 +68,11 @@ def test_without_a_gpu_it_is_on_the_host_and_no_place_is_said_to_be_slow():
 def test_a_second_gpu_takes_it_where_the_first_is_full():
     found = plan(gpus=(9400, 4096), context_tokens=4096)
     assert planning.argument(found.argv, "--mmproj-device") == "CUDA1"
-    assert row(found, "GPU1").beside_bytes > 990 * MIB
+    alone = row(found, "GPU1")
+    assert alone.beside_bytes > 990 * MIB and alone.weights_bytes == 0
+    # The process has a context there too, and the reserve stays.
+    assert alone.overhead_bytes == row(found, "GPU0").overhead_bytes > 0
+    assert alone.free_bytes == 4096 * MIB - alone.used_bytes - alone.reserve_bytes >= 0
     assert [gpu.index for gpu in found.gpus] == [0, 1]
 
 
@@ -151,3 +160,23 @@ def test_a_projector_on_the_host_is_compared_with_the_host():
     assert device == "host"
     verified = compare(found, reported(found, at_start + 300 * MIB))
     assert verified.beyond(only_more=False) == {"host": 300 * MIB}
+
+
+@pytest.mark.parametrize(
+    ("ram_gib", "suggested"),
+    [
+        (11, "set image_max_tokens to 2048 (now 4096), and it fits"),
+        (10, "set image_max_tokens to 256 (now 4096), and it fits"),
+        (9, "set projector to None, and it fits"),
+        (8, "choose a smaller model"),
+    ],
+)
+def test_smaller_pictures_are_suggested_where_the_largest_does_not_fit(ram_gib, suggested):
+    refused = plan(gpus=(), layout="Qwen3-8B", name="glm-4.1v-9b", ram_gib=ram_gib, prompt_cache_mib=0)
+    assert isinstance(refused, Refusal)
+    assert refused.suggestions[0].startswith(suggested)
+    if "image_max_tokens" in suggested:
+        tokens = int(suggested.split(" (")[0].rsplit(" ", 1)[1])
+        again = plan(gpus=(), layout="Qwen3-8B", name="glm-4.1v-9b", ram_gib=ram_gib, prompt_cache_mib=0,
+                     image_max_tokens=tokens)  # fmt: skip
+        assert isinstance(again, Plan)

@@ -1,6 +1,7 @@
 """Where drafts go, what they leave for the model, and what a plan says of them."""
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,7 @@ from llamafleet.model.gguf import read_path
 from llamafleet.planner.plan import plan_host
 from llamafleet.planner.reconcile import MemoryReport, beside, compare
 from llamafleet.service.command import argv
-from sandbox import models
+from sandbox import models, outlines
 from sandbox.draft_layouts import DRAFTS
 from tests import planning
 from tests.planning import MIB, argument
@@ -170,3 +171,12 @@ def test_a_head_is_known_by_its_flags(planned):
 def test_lengths_are_llama_cpps_unless_given(kind, most, least, lengths):
     found = Speculation.of(kind, most, least)
     assert (found.most, found.least) == lengths
+
+
+def test_a_draft_alone_is_no_model(tmp_path):
+    outline = Path(__file__).parents[1] / "oracle" / "drafts" / "eagle3.yaml"
+    asked = planning.settings({})
+    [refusal] = plan_host(
+        planning.machine(), [(asked.models[0], read_path(outlines.weightless(outline, tmp_path)))], asked
+    )
+    assert "is a draft (eagle3)" in refusal.reason and "as its draft" in refusal.suggestions[0]

@@ -40,6 +40,13 @@ def test_without_adapters_nothing_is_asked(server):
     assert check_adapters({"url": server.url, "api_keys": None}) is None
 
 
+def test_of_an_embedding_server_the_list_alone_is_asked(server):
+    spec = {"url": server.url, "api_keys": None, "adapters": [A, B], "serves": "embedding"}
+    assert check_adapters(spec)["ok"] and server.paths == ["/lora-adapters"]
+    server.told = [{"id": 0, **A}]
+    assert not check_adapters(spec)["ok"]
+
+
 def test_each_adapter_is_asked_for_alone(server):
     assert found(server, A, B)["ok"]
     asked = [[one["scale"] for one in body["lora"]] for path, body in server.asked if path == "/completion"]

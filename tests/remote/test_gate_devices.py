@@ -67,6 +67,14 @@ def test_less_than_planned_is_a_fallback_in_part(host):
     assert host.told("vulkan.log", more)["ok"] is False
 
 
+@pytest.mark.parametrize(("mib", "ok"), [(7.0, True), (4.0, True), (2.0, False), (400.0, False)])
+def test_one_name_stands_for_all_gpus_that_split_tensors(host, mib, ok):
+    """The plan's figures are upper bounds there; what is held by nobody is on the CPU."""
+    two = {**SPEC, "gpus": [GPU, {**GPU, "device": "Vulkan1", "name": "second"}]}
+    log = f"x: Meta() model buffer size = {mib} MiB\nx: Meta() KV buffer size = 0.00 MiB\nmodel loaded\n"
+    assert host.told(log, two)["ok"] is ok
+
+
 def test_more_than_planned_is_named_too(host):
     log = "x: Vulkan0 model buffer size = 9000.00 MiB\nx: Vulkan0 KV buffer size = 2.00 MiB\nmodel loaded\n"
     found = host.told(log)

@@ -1,6 +1,7 @@
 """The gate's comparison with and without guesses, asked of a server that counts: after n comes n + 1."""
 
 import gate
+import gate_reply
 import gate_spec
 import pytest
 from gate_speculation import PASSAGE_TOKENS, check_speculation
@@ -108,3 +109,25 @@ def test_plans_of_earlier_versions_have_none():
 )  # fmt: skip
 def test_what_the_gate_takes_of_a_plan(value, is_so):
     assert gate_spec.is_speculation(value) is is_so
+
+
+def places(*told):
+    return {"completion_probabilities": [{"id": 1, "top_logprobs": [{"id": 1, "logprob": -0.1}] if one else []} for one in told]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("speculation", "told", "is_good"),
+    [
+        ({"kind": "draft"}, (True, *(False,) * 11), True),
+        ({"kind": "draft"}, (False, *(True,) * 11), False),  # the first token is never a guess
+        (None, (True, *(False,) * 11), False),
+    ],
+)
+def test_guessed_tokens_have_no_likelihoods(speculation, told, is_good):
+    """llama-server tells those of the tokens that it sampled alone."""
+    spec = {"speculation": speculation}
+    if is_good:
+        gate_reply.check_numbers(spec, places(*told))
+    else:
+        with pytest.raises(gate_reply.Bad):
+            gate_reply.check_numbers(spec, places(*told))

@@ -33,7 +33,9 @@ class Model(Server):
 
     def score(self, query, text):
         chance = random.Random(zlib.crc32(f"{query}{text}".encode()))
-        score = {"tiny": 1e-22, "nan": None, "random": random.random() * 9}.get(self.broken, chance.uniform(-5, 5))
+        score = {"tiny": 1e-22, "nan": None, "infinite": math.inf, "random": random.random() * 9}.get(
+            self.broken, chance.uniform(-5, 5)
+        )
         if text == EXAMPLE["relevant"]:
             return -8.0 if self.broken == "reversed" else 8.0
         return score
@@ -65,7 +67,7 @@ def model():
 def spec_of(model, **told):
     return {"url": model.url, "api_keys": None, "context_tokens": 1024, "files": [], "argv": ["s"], "gpus": [],
             "speed_floor_percent": 40, "predicted_tokens_per_s": 20.0, "last": {}, "measured": {}, "record": "/g/a.json",
-            "serves": "embedding", "pooling": "mean", "vector_elements": LENGTH, "rerank_example": None, **told}  # fmt: skip
+            "serves": "embedding", "pooling": "mean", "vector_elements": LENGTH, "rerank_example": None, "deploying": True, **told}  # fmt: skip
 
 
 def remembered(spec, model, **more):
@@ -130,6 +132,7 @@ def test_a_sound_reranker_passes(model):
     [
         ("error", "200 and scores", "500: "),
         ("nan", "finite scores of 2 documents", "None"),
+        ("infinite", "finite scores of 2 documents", "inf"),
         ("random", "the same scores", "then"),
         ("tiny", "different scores for different documents", "1e-22"),
         ("reversed", "rerank_example", "-8"),
@@ -176,6 +179,19 @@ def test_a_server_that_reads_much_more_slowly_than_before_is_rejected(model):
     assert gate_reading.check_reading(remembered(spec, model, read_speeds=[usual * 2], speeds=[1e9]))["ok"]
     told = gate_reading.check_reading(remembered(spec, model, read_speeds=[usual * 5]))
     assert not told["ok"] and "40 %" in told["expected"] and "tokens/s" in told["found"]
+
+
+@pytest.mark.parametrize("serves", ["embedding", "reranking"])
+def test_a_deploy_asks_for_the_longest_input_where_that_does_not_take_long(model, serves):
+    spec = spec_of(model, serves=serves, measured={"read_tokens_per_s": 100.0})
+    assert gate_reading.check_longest(spec)["found"] == "an answer to 945 tokens"  # of 1024, in pieces of 86
+    assert gate_reading.check_longest({**spec, "deploying": False}) is None
+    slow = gate_reading.check_longest({**spec, "measured": {"read_tokens_per_s": 10.0}})
+    assert slow["ok"] and slow["found"] == "not asked: it would take about 102 s"
+    model.broken = "error"
+    told = gate_reading.check_longest(spec)
+    assert (told["name"], told["ok"]) == ("longest input", False) and "smaller context_tokens" in told["hint"]
+    assert gate_reading.check_longest({**spec, "serves": "chat"}) is None
 
 
 def test_a_busy_reader_is_not_measured(model):

@@ -110,3 +110,9 @@ def test_what_gates_measured_is_told_whatever_was_expected(host):
         "tiny": {"decode_tokens_per_s": 20.0, "prompt_tokens_per_s": 70.0},
         "early": {"decode_tokens_per_s": 12.0, "prompt_tokens_per_s": None},
     }
+
+
+def test_of_a_server_that_writes_nothing_the_speed_of_reading_is_known(host):
+    host.has("gate/vectors.json", {"schema": 1, "ok": True, "speeds": [], "read_speeds": [100.0, 300.0, 200.0, "x"]})
+    assert learned.gated() == {"vectors": {"decode_tokens_per_s": None, "prompt_tokens_per_s": 200.0}}
+    assert learned.gate_speeds() == []

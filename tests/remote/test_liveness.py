@@ -413,6 +413,16 @@ def test_a_slow_host_is_given_the_time_of_its_batches(tmp_path, monkeypatch):
     assert liveness.patience(spec, 120.0) == 3 * 8192 / 16.0
 
 
+def test_a_large_picture_is_waited_for_by_what_the_gate_measured_of_a_small_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "GATES", str(tmp_path))
+    spec = {"unit": UNIT, "batch_tokens": 2048, "picture_ratio": 1300.5}
+    (tmp_path / "chat.json").write_text('{"prompt_tokens_per_s": 1000.0}')
+    assert liveness.patience(spec, 120.0) == 120.0
+    (tmp_path / "chat.json").write_text('{"prompt_tokens_per_s": 1000.0, "picture_seconds": 0.5}')
+    assert liveness.patience(spec, 120.0) == 3 * 0.5 * 1300.5
+    assert liveness.patience({**spec, "picture_ratio": "much"}, 120.0) == 120.0
+
+
 @pytest.mark.parametrize("speed", ['"x"', "[16]", "null", "true", "0", "-16", "NaN", "Infinity", "1" + "0" * 400])
 def test_a_speed_that_is_none_counts_as_unknown(tmp_path, monkeypatch, speed):
     monkeypatch.setattr(common, "GATES", str(tmp_path))
@@ -511,3 +521,44 @@ def test_restarts_that_cannot_be_recorded_stay_with_systemd(check, systemd, monk
     monkeypatch.setattr(liveness, "show", ran(10_000, 3))
     monkeypatch.setattr(liveness, "write_json", full)
     assert check() == 0 and systemd.calls == []
+
+
+class Vectors(LlamaServer):
+    """A server of embeddings or scores, which knows no completions."""
+
+    def respond(self, path, body, headers):
+        if path in ("/embeddings", "/rerank"):
+            return (self.completion, {}) if self.completion else None
+        assert path in ("/props", "/slots", "/metrics")
+        return super().respond(path, body, headers)
+
+
+@pytest.mark.parametrize(("serves", "path"), [("embedding", "/embeddings"), ("reranking", "/rerank")])
+def test_a_server_of_vectors_is_asked_for_one_although_its_slots_hold_tokens(serves, path):
+    """It keeps no prompts that the request could cost."""
+    with serving(Vectors()) as server:
+        spec = {"url": server.url, "api_keys": None, "may_sleep": False, "serves": serves}
+        assert liveness.look(spec, {}, 5.0)[0] is None and server.paths[-1] == path
+        server.completion = 500
+        assert liveness.look(spec, {}, 5.0)[0] == "no slot works, and it gives no answer"
+        server.asked.clear()
+        server.waiting = [3]
+        assert "requests that wait" in liveness.look(spec, {}, 5.0)[0] and path not in server.paths
+        server.slots = [[slot(8, working=True)]]
+        assert "stand still" in liveness.look(spec, {}, 5.0)[0] and path not in server.paths
+
+
+def test_an_input_is_one_batch_so_that_another_task_is_progress():
+    """Whenever a busy server is looked at, nothing of its input is read yet."""
+    before, now = {"0": [4, True, 0, 0]}, {"0": [5, True, 0, 0]}
+    assert not liveness.moved(before, now) and liveness.moved(before, now, in_steps=False)
+    assert not liveness.moved(before, before, in_steps=False)
+
+
+@pytest.mark.parametrize(
+    ("told", "serves"), [({}, "chat"), ({"serves": 5}, "chat"), ({"serves": "embedding"}, "embedding")]
+)
+def test_what_is_served_is_read_from_the_plan(tmp_path, told, serves):
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"schema": 1, "gate": {"unit": UNIT, "url": "http://x", **told}}))
+    assert liveness.read_spec(str(path))["serves"] == serves

@@ -115,6 +115,14 @@ def test_what_a_projector_takes_is_read_too(host):
     assert verify.ask(spec(server(host, [line], then="exit 1")))["told"] is None
 
 
+def test_a_split_that_is_not_measured_is_not_loaded(host):
+    """llama-server would go on, and load the model on the GPUs that serve."""
+    line = "W common_fit_params: failed to fit params: llama_params_fit is not implemented for SPLIT_MODE_TENSOR, abort"
+    told = verify.ask(spec(server(host, ["0.00.0 I loading", line], then="sleep 30")))
+    assert (told["told"], told["rejected"]) == (None, "")
+    assert told["why"] == "llama.cpp does not measure --split-mode tensor before it loads"
+
+
 def test_it_runs_as_the_service_s_user_within_limits(host):
     verify.ask(spec(server(host, TWO_DEVICES), "--ctx-size", "512"))
     [called] = [line for line in (host / "calls").read_text().splitlines() if line.startswith("systemd-run")]

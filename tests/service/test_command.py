@@ -1,5 +1,6 @@
 """The command line: complete, explicit, unquoted; and what systemd makes of an escaped argument."""
 
+import dataclasses
 import shutil
 import subprocess
 
@@ -167,3 +168,10 @@ def test_adapters_are_one_flag_in_their_order_with_their_scales(planned):
     for path in ("/m,x.gguf", "/m:x.gguf", '/m"x.gguf'):
         with pytest.raises(FlagError, match="--lora-scaled: a path should have no"):
             argv(plan, instance, "/m.gguf", {**paths, "adapter-2": path})
+
+
+def test_a_server_may_sleep_where_that_was_asked_for(planned):
+    plan, instance = planned
+    assert "--sleep-idle-seconds" not in argv(plan, instance, "/m.gguf")
+    asked = dataclasses.replace(instance, sleep_idle_seconds=900)
+    assert argument(argv(plan, asked, "/m.gguf"), "--sleep-idle-seconds") == "900"

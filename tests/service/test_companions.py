@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from llamafleet.host.left import Left
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.memory.beside import Beside
+from llamafleet.model.gguf import read_path
 from llamafleet.planner import beside
 from llamafleet.planner.result import Refusal
 from llamafleet.remote.common import MODELS
@@ -18,6 +20,7 @@ from llamafleet.service.companions import with_companions
 from llamafleet.service.desired import Desired
 from llamafleet.sources import SourceError
 from llamafleet.units import GIB
+from sandbox import adapters
 from tests import planning
 from tests.service.test_desired import decide, survey
 
@@ -160,7 +163,7 @@ def test_what_is_beside_the_model_is_taken_off_its_devices(monkeypatch):
 def test_a_gpu_that_only_a_companion_uses_is_one_of_the_plan(monkeypatch):
     plan = planned(monkeypatch, Beside("draft", {1: 3 * GIB}, flags=("--x", "{GPU1}")))
     assert [row.device for row in plan.ledger] == ["GPU0", "GPU1", "host"]
-    assert rows(plan)["GPU1"].used_bytes == 3 * GIB and [gpu.index for gpu in plan.gpus] == [0, 1]
+    assert rows(plan)["GPU1"].beside_bytes == 3 * GIB and [gpu.index for gpu in plan.gpus] == [0, 1]
     assert planning.argument(plan.argv, "--device") == "CUDA0" and planning.argument(plan.argv, "--x") == "CUDA1"
     assert plan.environment["CUDA_VISIBLE_DEVICES"].count(",") == 1
 
@@ -188,3 +191,28 @@ def test_a_companion_that_does_not_fit_the_model_is_a_refusal(monkeypatch):
     monkeypatch.setattr(beside, "UNFIT", (lambda asked: iter(["the draft has another vocabulary"]),))
     [plan] = planning.plans(planning.machine(), [("Qwen3-8B",)], planning.settings({}))
     assert isinstance(plan, Refusal) and plan.reason == "m0: the draft has another vocabulary"
+
+
+def test_adapters_are_in_the_command_the_record_and_its_identity(tmp_path):
+    def decided(*scales):
+        entries = [{"source": f"hf:a/l/{name}.gguf", "scale": scale} for name, scale in zip("xy", scales, strict=True)]
+        settings = planning.settings({"source": "hf:a/b/m.gguf", "context_tokens": 4096, "adapters": entries})
+        loras = {}
+        for name in "xy":
+            header = read_path(adapters.lora(tmp_path, "Qwen3-8B", name=name))
+            loras[name] = ModelFiles(
+                (RemoteFile(f"{name}.gguf", f"https://x/{name}", 5, name.replace("x", "e").replace("y", "f") * 64),),
+                header,
+            )
+        parts = {f"adapter-{number}": loras[name] for number, name in enumerate("xy", 1)}
+        return decide(settings, survey([{}]), {"m0": replace(files("m.gguf"), companions=parts)}).servings[0]
+
+    serving = decided(1, 0)
+    folders = [folder for folder in serving.models if "/x-" in folder or "/y-" in folder]
+    wanted = [{"path": f"{folders[0]}/x.gguf", "scale": 1}, {"path": f"{folders[1]}/y.gguf", "scale": 0}]
+    assert serving.record["gate"]["adapters"] == wanted
+    scaled = f"{wanted[0]['path']}:1.0,{wanted[1]['path']}:0.0"
+    assert planning.argument(serving.service.argv, "--lora-scaled") == scaled
+    assert [one["path"] for one in serving.record["files"]][1:] == [one["path"] for one in wanted]
+    assert serving.service.identity != decided(1, 0.5).service.identity == decided(1, 0.5).service.identity
+    assert serving.plan.ledger[0].beside_bytes > 0

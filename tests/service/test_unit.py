@@ -287,6 +287,26 @@ def test_variables_are_part_of_what_a_plan_record_stands_for():
     assert record(environment={"A": "1"})["identity"] != plain["identity"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({}, {}),
+        (
+            {"serves": "embedding", "pooling": "last"},
+            {"serves": "embedding", "pooling": "last", "vector_elements": 4096},
+        ),
+    ],
+)
+def test_the_gate_is_told_what_is_served_and_of_a_chat_nothing_new(asked, told):
+    _, record, _ = made([], **asked)
+    assert {
+        key: value
+        for key, value in record["gate"].items()
+        if key in ("serves", "pooling", "vector_elements", "rerank_example")
+    } == told
+    assert (record["plan"]["expected"] is None) is bool(told)
+
+
 def test_keys_come_as_a_credential_and_only_where_there_are_keys():
     assert not directive(made([])[0], "LoadCredential")
     (credential,) = directive(made([], api_key_file="/home/me/keys")[0], "LoadCredential")

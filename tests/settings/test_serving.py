@@ -25,7 +25,7 @@ def of(**model):
         ({"serves": "embedding", "rerank_example": EXAMPLE}, "rerank_example", "'embedding'"),
         ({"serves": "reranking", "rerank_example": {**EXAMPLE, "irrelevant": "a"}}, "rerank_example", "two texts"),
         ({"serves": "reranking", "rerank_example": {"query": "q"}}, "rerank_example", "relevant"),
-        ({"serves": "embedding", "speculation": "ngram"}, "speculation", "writes none"),
+        ({"serves": "embedding", "speculation": "ngram"}, "speculation", "writes no tokens"),
         ({"serves": "reranking", "projector": "hf:a/b/mmproj.gguf"}, "projector", "leave it out"),
         ({"serves": "embedding", "extra_flags": ["--pooling mean"]}, "extra_flags", "the setting pooling"),
         ({"extra_flags": ["--embedding"]}, "extra_flags", "the setting serves"),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from llamafleet.memory.graph import ggml
 from llamafleet.memory.graph.builder import GraphUnknownError
+from llamafleet.memory.graph.gemma4_audio import gemma4_audio
 from llamafleet.memory.graph.ggml import F16, F32, I32, Graph, Tensor, apply, cont, mul_mat, new, permute, reshape, view
 from llamafleet.memory.graph.tower import LAYER, RMS, Picture, Tower, conv_1d, conv_2d, rope_2d
 from llamafleet.model.projector import Encoder
@@ -316,6 +317,7 @@ GRAPHS: dict[str, Callable[[Tower], Tensor]] = {
     **dict.fromkeys(("ultravox", "voxtral", "qwen2a", "musicflamingo"), _whisper),
     "qwen3vl_merger": _qwen3vl,
     "gemma4v": _gemma4v,
+    "gemma4a": gemma4_audio,
     "gemma4uv": _gemma4uv,
     "gemma4ua": _gemma4ua,
     "internvl": _internvl,

@@ -39,7 +39,7 @@ class Tower:
         self.graph = Graph()
         self.prefix = "a" if encoder.hears else "v"
         self.tensors = {one.name: one for one in encoder.tensors}
-        self.clamps = encoder.name == "gemma4v"
+        self.clamps = encoder.name in ("gemma4v", "gemma4a")
 
     # Leafs
 
