@@ -306,7 +306,8 @@ def _best_plan(case: _Case) -> Found:
     if case.instance.split_mode == "tensor":
         return _by_tensors(case, None)
     by_layers = _by_layers(case)
-    if not tensor.is_tried(case.model.shape, case.backend) or case.measured.trials:
+    guesses = case.instance.speculation not in ("none", "ngram")  # drafts and heads beside split tensors are not known
+    if guesses or not tensor.is_tried(case.model.shape, case.backend) or case.measured.trials:
         return by_layers
     other = _by_tensors(case, by_layers if isinstance(by_layers, Timed) else None)
     if isinstance(other, Refusal) or not tensor.is_proven(case.model.shape, len(other.plan.gpus)):
@@ -361,7 +362,10 @@ def _tensor_plan(case: _Case, chosen: tensor.Tensors, by_layers: Timed | None) -
         prompt_cache_mib=case.instance.prompt_cache_mib, checkpoints=case.checkpoints(context),
         placement=placement, is_moe=model.is_moe, mapped_bytes=model.mapped_bytes, ledger=rows,
         predicted=tensor.predict(chosen.order, context, case.roofline(case.work, case.known)),
-        why=(*tensor.why(chosen, case.capacity, model.shape, seconds), *(one.why for one in case.besides if one.why)),
+        why=(
+            *tensor.why(chosen, case.capacity, model.shape, case.work, seconds),
+            *(one.why for one in case.besides if one.why),
+        ),
         host_bytes=rows[-1].used_bytes + model.mapped_bytes,
         environment=environment(case.backend, gpus, case.machine),
         cpus=processors.cpus(cpu, case.instance, placement, alone=case.alone),
