@@ -4,6 +4,8 @@ a server of ours, whose every flag is planned.
 Contract: a module of verify.py and survey.py, and of the operator's side, which writes the units. The names are those
 of b11434 (`set_env` in common/arg.cpp; `getenv` in common/common.cpp, tools/server/*.cpp and ggml/src). Python 3.8,
 standard library; common.py beside it.
+
+Decision 3: docs/decisions/0003-flags-are-static.md.
 """
 
 from __future__ import annotations
