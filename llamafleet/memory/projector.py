@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llamafleet.memory.graph.allocation import buffer_bytes
 from llamafleet.memory.graph.builder import GraphUnknownError
@@ -94,18 +94,25 @@ def _at_start(encoder: Encoder) -> Picture:
 
 
 def _largest(encoder: Encoder) -> Iterator[Picture]:
-    """The largest single picture, and as many of the size of the start as are encoded together."""
+    """The picture of the start, the largest one, and as many of these as are encoded together."""
     yield _at_start(encoder)
     if encoder.hears:
         return
     tokens, merge = encoder.max_tokens, encoder.merge
     across = _near_square(tokens)
-    count = max(1, BATCH_TOKENS // tokens) if encoder.kind.batches else 1
     if encoder.kind.tokens[1] or encoder.kind.has_pixel_keys or encoder.has_dynamic_size:
-        yield Picture(across * merge, tokens // across * merge, count)
+        largest = Picture(across * merge, tokens // across * merge)
     else:
         side = encoder.side // encoder.patch
-        yield Picture(side, side, count)
+        largest = Picture(side, side)
+    yield largest
+    if (count := _at_once(encoder)) > 1:
+        yield replace(largest, count=count)
+
+
+def _at_once(encoder: Encoder) -> int:
+    """Pictures of the largest size that are encoded together: of a batch, or frames of a film."""
+    return max(1, BATCH_TOKENS // encoder.max_tokens) if encoder.kind.batches else encoder.kind.frames
 
 
 def _near_square(count: int) -> int:
@@ -118,7 +125,7 @@ def _pictures(encoder: Encoder, width: int) -> int:
     if encoder.hears:
         return SOUND_BYTES
     pixels = encoder.max_tokens * (encoder.merge * encoder.patch) ** 2
-    count = max(1, BATCH_TOKENS // encoder.max_tokens) if encoder.kind.batches else 1
+    count = _at_once(encoder)
     return SENT_PICTURE_BYTES + count * (pixels * 3 * (1 + 4 + 4) + encoder.max_tokens * width * 4 * 2)
 
 

@@ -23,6 +23,7 @@ class Kind:
     output: tuple[str, int] = ("", 0)  # the tensor and the dimension that is the width of its embeddings
     causal: bool = True  # False: all tokens of a picture must be in one ubatch
     batches: bool = False  # encodes several pictures of equal size at once
+    frames: int = 1  # of a film that are encoded as one picture (clip_model_n_temporal_merge)
     hears: bool = False
     windowed: bool = False  # some layers have a mask
     limits: bool = False  # --image-min-tokens and --image-max-tokens change its pictures
@@ -41,10 +42,10 @@ KINDS: dict[str, Kind] = {
     "ldpv2": Kind(output=("mm.model.peg.0.bias", 0)),
     "resampler": Kind(output=("resampler.proj.weight", 0)),
     "adapter": Kind(output=("adapter.linear.dense_4h_to_h.weight", 1)),
-    "qwen2vl_merger": Kind(output=("mm.2.bias", 0), **_QWEN),
-    "qwen2.5vl_merger": Kind(output=("mm.2.bias", 0), windowed=True, **_QWEN),
-    "qwen3vl_merger": Kind(output=("mm.2.bias", 0), **_QWEN),
-    "ling3vl": Kind(output=("mm.2.bias", 0), **_QWEN),
+    "qwen2vl_merger": Kind(output=("mm.2.bias", 0), frames=2, **_QWEN),
+    "qwen2.5vl_merger": Kind(output=("mm.2.bias", 0), frames=2, windowed=True, **_QWEN),
+    "qwen3vl_merger": Kind(output=("mm.2.bias", 0), frames=2, **_QWEN),
+    "ling3vl": Kind(output=("mm.2.bias", 0), frames=2, **_QWEN),
     "step3vl": Kind(merge=4, merge_key=SCALE, has_longest_edge=True, output=_FC),
     "gemma3": Kind(merge=4, merge_key=SCALE, output=("mm.input_projection.weight", 0), causal=False),
     "gemma3nv": Kind(merge_key=SCALE, output=("mm.input_projection.weight", 0)),

@@ -179,10 +179,27 @@ def _tried(case: _Case, asked: Asked) -> tuple[list[_Case], list[Found], Plan | 
         for option in beside.options(asked)
         for besides, contexts in beside.by_context(option, case.weighted_contexts(option))
     ]
-    found = [_best_plan(one) for one in cases]
+    found = [_where_needed(one, _best_plan(one)) for one in cases]
     plans = [(best.seconds * one.handicap, n, best.plan) for n, (one, best) in enumerate(zip(cases, found, strict=True))
              if isinstance(best, Timed)]  # fmt: skip
     return cases, found, min(plans, key=lambda item: item[:2])[2] if plans else None
+
+
+def _where_needed(case: _Case, found: Found) -> Found:
+    """A refusal in place of a plan whose output matrix lies where a companion cannot read it."""
+    if not isinstance(found, Timed):
+        return found
+    device, plan = found.plan.placement.layer_devices[-1], found.plan
+    place = HOST if device is None else f"GPU{plan.gpus[device].index}"
+    wrong = next((one for one in case.besides if one.output_on not in (None, place)), None)
+    if wrong is None:
+        return found
+    return Refusal(
+        f"{plan.instance}: {wrong.part}: it has no output matrix of its own, and could not read the model's on {place} "
+        f"from {wrong.output_on}",
+        instance=plan.instance,
+        suggestions=("choose a file with an output matrix of its own, or fewer gpus",),
+    )
 
 
 @dataclass(frozen=True)
@@ -229,6 +246,16 @@ class _Case:
             whole_inputs=vectors.needs_whole_inputs(shape, pooling),
         )  # fmt: skip
         return [(self.served(context), handicap) for context, handicap in every]
+
+    def where_needed(self, candidates: list[Candidate]) -> list[Candidate]:
+        """The candidates with the output matrix where companions read it; all of them where none has it there."""
+        needed = {one.output_on for one in self.besides} - {None}
+        near = [one for one in candidates if needed <= {self._output_on(one)}]
+        return near or candidates
+
+    def _output_on(self, candidate: Candidate) -> str:
+        device = candidate.placement.layer_devices[-1]
+        return HOST if device is None else f"GPU{self.capacity.gpus[candidate.order[device]].index}"
 
     def checkpoint(self, context: Context) -> int:
         """Bytes of a context checkpoint, with what companions add to it; 0 where llama-server makes none."""
@@ -306,7 +333,8 @@ def _best_plan(case: _Case) -> Found:
     if case.instance.split_mode == "tensor":
         return _by_tensors(case, None)
     by_layers = _by_layers(case)
-    if not tensor.is_tried(case.model.shape, case.backend) or case.measured.trials:
+    guesses = case.instance.speculation not in ("none", "ngram")  # drafts and heads beside split tensors are not known
+    if guesses or not tensor.is_tried(case.model.shape, case.backend) or case.measured.trials:
         return by_layers
     other = _by_tensors(case, by_layers if isinstance(by_layers, Timed) else None)
     if isinstance(other, Refusal) or not tensor.is_proven(case.model.shape, len(other.plan.gpus)):
@@ -361,7 +389,10 @@ def _tensor_plan(case: _Case, chosen: tensor.Tensors, by_layers: Timed | None) -
         prompt_cache_mib=case.instance.prompt_cache_mib, checkpoints=case.checkpoints(context),
         placement=placement, is_moe=model.is_moe, mapped_bytes=model.mapped_bytes, ledger=rows,
         predicted=tensor.predict(chosen.order, context, case.roofline(case.work, case.known)),
-        why=(*tensor.why(chosen, case.capacity, model.shape, seconds), *(one.why for one in case.besides if one.why)),
+        why=(
+            *tensor.why(chosen, case.capacity, model.shape, case.work, seconds),
+            *(one.why for one in case.besides if one.why),
+        ),
         host_bytes=rows[-1].used_bytes + model.mapped_bytes,
         environment=environment(case.backend, gpus, case.machine),
         cpus=processors.cpus(cpu, case.instance, placement, alone=case.alone),
@@ -374,7 +405,7 @@ def _by_layers(case: _Case) -> Timed | tuple[Search, Refined]:
     weighted_contexts = case.contexts or case.weighted_contexts(case.besides)
     search = case.search([context for context, _ in weighted_contexts])
     handicaps = {replace(context, flash_attention=True): handicap for context, handicap in weighted_contexts}
-    candidates = search.candidates(weighted_contexts)
+    candidates = case.where_needed(search.candidates(weighted_contexts))
     plans: list[tuple[float, int, Plan]] = []
     refused: Refined | None = None
     for rank, candidate in enumerate(_worth_refining(candidates)):

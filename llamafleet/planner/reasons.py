@@ -123,7 +123,7 @@ def _gpus(decision: Decision) -> Iterator[str]:
     capacity, chosen = decision.capacity, decision.chosen
     if decision.instance.gpus is not None:
         left = " and ".join(f"GPU{gpu.index}" for gpu in capacity.gpus)
-        yield f"its gpus leave it {left or 'no GPU'}"
+        yield f"it may use {left} alone: gpus says so" if left else "it uses no GPU: gpus says so"
     if len(capacity.gpus) < 2 or not chosen.order:
         return
     names = [f"GPU{gpu.index}" for gpu in capacity.gpus]

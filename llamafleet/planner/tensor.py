@@ -17,7 +17,9 @@ from llamafleet.memory.tensor_split import LOADED, UNSUPPORTED, split
 from llamafleet.memory.weights import Model
 from llamafleet.model.shape import Shape
 from llamafleet.planner.estimate import Budgets
+from llamafleet.planner.pools import in_words, running_out
 from llamafleet.planner.roofline import Prediction, Roofline
+from llamafleet.settings.workload import Workload
 
 AUTO_GAIN = 1.1  # "auto" takes it where the workload is predicted to be this much faster: it is experimental
 # Two sums over all GPUs for each layer and token. A 27B on two cards writes 33.3 tokens/s by layers and 48.8 so: 0.1 ms
@@ -85,7 +87,9 @@ def is_proven(shape: Shape, count: int) -> bool:
     return count <= LOADED.get(shape.architecture.name, 0)
 
 
-def why(chosen: Tensors, capacity: Capacity, shape: Shape, seconds_by_layers: float | None) -> Iterator[str]:
+def why(
+    chosen: Tensors, capacity: Capacity, shape: Shape, work: Workload, seconds_by_layers: float | None
+) -> Iterator[str]:
     """Sentences for the plan; `seconds_by_layers`: the workload's with whole layers on GPUs, where that fits."""
     names = " and ".join(f"GPU{capacity.gpus[n].index}" for n in chosen.order)
     compared = f", {seconds_by_layers:.1f} s with whole layers on each" if seconds_by_layers is not None else ""
@@ -93,6 +97,8 @@ def why(chosen: Tensors, capacity: Capacity, shape: Shape, seconds_by_layers: fl
         f"each of {names} computes a part of every layer (--split-mode tensor, experimental in llama.cpp): the"
         f" workload takes {chosen.predicted.workload_seconds:.1f} s, predicted{compared}"
     )
+    yield f"KV cache {chosen.context.kv_type}: {in_words(chosen.context)}"
+    yield from running_out(chosen.context, work)
     yield (
         "the GPUs' bytes are upper bounds: cuts between heads are uneven, and llama-server does not measure this split "
         "before it loads, so the gate compares what it allocates"

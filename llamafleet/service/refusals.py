@@ -136,7 +136,8 @@ def unverified(instance: Instance, model: ModelFiles) -> Refused:
 
 def no_backend(refusal: Refusal) -> Refused:
     """No backend can be chosen for the host."""
-    return Refused.because("; ".join([f"the host: {refusal.reason}", *refusal.suggestions]))
+    reason = refusal.reason if refusal.reason.startswith("models: ") else f"the host: {refusal.reason}"
+    return Refused.because("; ".join([reason, *refusal.suggestions]))
 
 
 def no_plan(refusal: Refusal) -> Refused:

@@ -11,6 +11,8 @@ def _names() -> Iterator[tuple[str, str]]:
         "context_tokens": "n_ctx ctx ctx_size context_size num_ctx context_length max_model_len c",
         "slots": "n_parallel parallel np num_parallel n_slots",
         "kv_types": "cache_type_k cache_type_v ctk ctv cache_type kv_type kv_cache_type type_k type_v",
+        "kv_unified": "kvu unified_kv",
+        "split_mode": "sm",
         "ubatch_tokens": "n_ubatch ubatch ubatch_size ub batch batch_size n_batch b",
         "threads": "n_threads t threads_batch num_threads",
         "prompt_cache_mib": "cache_ram cram",
@@ -25,7 +27,7 @@ def _names() -> Iterator[tuple[str, str]]:
     for setting, words in settings.items():
         yield from ((word, f"it is `{setting}` here") for word in words.split())
     decided = (
-        "ngl n_gpu_layers gpu_layers n_cpu_moe ncmoe cpu_moe tensor_split ts override_tensor ot split_mode fa"
+        "ngl n_gpu_layers gpu_layers n_cpu_moe ncmoe cpu_moe tensor_split ts override_tensor ot fa"
         " flash_attn fit load_mode mmap no_mmap mlock"
     )
     yield from ((word, "the plan decides it") for word in decided.split())

@@ -347,8 +347,8 @@ class Instance:
             max_tokens=self.image_max_tokens, serves=self.serves, extra_flags=self.extra_flags,
         )  # fmt: skip
         guesses = speculation.problems(
-            self.speculation, has_draft=self.draft is not None, serves=self.serves, most=self.draft_max_tokens,
-            least=self.draft_min_tokens,
+            self.speculation, has_draft=self.draft is not None, serves=self.serves, split_mode=self.split_mode,
+            most=self.draft_max_tokens,            least=self.draft_min_tokens,
         )  # fmt: skip
         validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags, *shape, *clashes, *seen, *guesses,
                            *serving.of_vectors(vars(self))])  # fmt: skip

@@ -4,11 +4,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from bench.oracle_cases import Case
 from bench.outline_cases import OUTLINES, cache_shapes, compared, is_right
+from llamafleet.memory.context import Context
 from llamafleet.memory.kv_cache import has_one_type, takes_cache_of
 from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import read_path
 from sandbox import outlines
+from sandbox.layouts import PUBLISHED
 from sandbox.oracle import OracleError
 
 pytestmark = pytest.mark.oracle
@@ -50,3 +53,24 @@ def test_mla_has_one_type_for_k_and_v(outline, tmp_path):
     situation = cache_shapes(model.layers)["K of q8_0, V of f16, two slots"]
     with pytest.raises(OracleError, match="does not support different K"):
         list(compared(path, model, situation))
+
+
+POOL = {"unified": True, "pool_tokens": 16384}
+LARGE = [  # published layouts: dense, windows, a recurrent state in most layers, MLA; on one device, two, and in part
+    ("Llama-3.1-8B", Context(8192, 1, "q8_0/f16", 512), (33,)),
+    ("Llama-3.1-8B", Context(32768, 8, "f16", 512, unified=True, pool_tokens=65536), (20,)),
+    ("Gemma-3-27B", Context(8192, 2, "f16/q8_0", 512), (30, 33)),
+    ("Gemma-3-12B", Context(8192, 4, "f16", 512, **POOL), (49,)),
+    ("gpt-oss-120b", Context(8192, 4, "q8_0/f16", 512, **POOL), (37,)),
+    ("Qwen3-Next-80B-A3B", Context(8192, 2, "q8_0/f16", 512), (49,)),
+    ("Qwen3.6-35B-A3B", Context(16384, 4, "f16/q8_0", 512, **POOL), (41,)),
+    ("DeepSeek-R1", Context(8192, 4, "q8_0", 512, **POOL), (62,)),
+]
+
+
+@pytest.mark.parametrize(("layout", "context", "counts"), LARGE, ids=[f"{one[0]} {one[1].kv_type}" for one in LARGE])
+def test_published_layouts(layout, context, counts, tmp_path):
+    quant = next(iter(PUBLISHED[layout].sizes), PUBLISHED[layout].quant)
+    rows = Case(layout, quant, context, counts).compare(tmp_path)
+    assert [(row.device, row.part, row.ours_bytes, row.theirs_mib) for row in rows if not row.is_good] == []
+    assert sum(row.theirs_mib for row in rows if row.part == "kv") > 400

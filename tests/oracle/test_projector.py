@@ -89,13 +89,17 @@ def test_llama_server_takes_what_is_planned(name, text_model, tmp_path):
 @pytest.mark.parametrize(("name", "tokens"), SIZES)
 def test_other_sizes_of_pictures_take_what_is_planned(name, tokens, text_model, tmp_path):
     file = projectors.write(projectors.PUBLISHED_PROJECTORS[name], tmp_path)
-    sizes = projector_bytes(read(read_path(file), max_tokens=tokens), on_gpu=True, flash_attention=True)
+    projector = read(read_path(file), max_tokens=tokens)
+    sizes = projector_bytes(projector, on_gpu=True, flash_attention=True)
     flags = ("--mmproj-device", "RPC0", "--flash-attn", "on", "--image-max-tokens", str(tokens))
     by_device, total = reported(text_model, file, *flags, devices=1)
     assert sizes.at_start / MIB == pytest.approx(total, abs=0.02)
-    # The square of this many tokens is the largest picture too.
-    assert (sizes.weights + sizes.compute) / MIB == pytest.approx(by_device["RPC0"], abs=0.02)
-    assert sizes.host_compute / MIB == pytest.approx(by_device["CPU"], abs=0.02)
+    # The square of this many tokens is the largest picture too; of a film two frames of it are encoded together.
+    there, here = (sizes.weights + sizes.compute) / MIB, sizes.host_compute / MIB
+    if projector.encoders[0].kind.frames == 1:
+        assert (there, here) == (pytest.approx(by_device["RPC0"], abs=0.02), pytest.approx(by_device["CPU"], abs=0.02))
+    else:
+        assert by_device["RPC0"] <= there + 0.02 and by_device["CPU"] < here
 
 
 def test_the_question_of_the_verification_is_answered_with_the_projector(text_model, tmp_path):

@@ -35,7 +35,7 @@ def test_one_copy_for_each_gpu():
     assert second.environment["CUDA_VISIBLE_DEVICES"] == "GPU-1"
     assert first.argv == second.argv  # each takes its own GPU's memory
     assert [row.device for row in second.ledger] == ["GPU1", "host"]
-    assert "its gpus leave it GPU1" in second.why
+    assert "it may use GPU1 alone: gpus says so" in second.why
 
 
 def test_a_model_that_needs_more_than_one_gpu_keeps_to_its_own():
@@ -121,13 +121,13 @@ def test_what_copies_should_be(copies):
 def test_an_instance_keeps_to_its_gpus(name):
     first, second = planned(planning.machine(TWO), {**SMALL, "gpus": [name]}, SMALL)
     assert used([first, second]) == [("m0", [1]), ("m1", [0])]
-    assert first.environment["CUDA_VISIBLE_DEVICES"] == "GPU-1" and "its gpus leave it GPU1" in first.why
+    assert first.environment["CUDA_VISIBLE_DEVICES"] == "GPU-1" and "it may use GPU1 alone: gpus says so" in first.why
 
 
 def test_an_instance_without_a_gpu_runs_on_the_processor():
     [plan] = planned(planning.machine(TWO), {**SMALL, "gpus": []})
     assert isinstance(plan, Plan) and plan.gpus == () and planning.argument(plan.argv, "--device") == "none"
-    assert plan.environment["CUDA_VISIBLE_DEVICES"] == "" and "its gpus leave it no GPU" in plan.why
+    assert plan.environment["CUDA_VISIBLE_DEVICES"] == "" and "it uses no GPU: gpus says so" in plan.why
     shared = planning.machine([{"unified_memory": True}])
     [plan] = planned(shared, {**SMALL, "gpus": []})
     assert plan.gpus == () and plan.ledger[-1].used_bytes < plan.ledger[-1].capacity_bytes

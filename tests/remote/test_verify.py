@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -118,7 +119,9 @@ def test_what_a_projector_takes_is_read_too(host):
 def test_a_split_that_is_not_measured_is_not_loaded(host):
     """llama-server would go on, and load the model on the GPUs that serve."""
     line = "W common_fit_params: failed to fit params: llama_params_fit is not implemented for SPLIT_MODE_TENSOR, abort"
+    began = time.monotonic()
     told = verify.ask(spec(server(host, ["0.00.0 I loading", line], then="sleep 30")))
+    assert time.monotonic() - began < 20
     assert (told["told"], told["rejected"]) == (None, "")
     assert told["why"] == "llama.cpp does not measure --split-mode tensor before it loads"
 

@@ -89,9 +89,10 @@ def _merge_order(t: Tower, cur: Tensor) -> Tensor:
 
 
 def _two_frames(t: Tower) -> Tensor:
-    """A still picture as two frames of a film (build_inp_with_temporal_merge)."""
+    """A picture as two equal frames of a film, or two frames (build_inp_with_temporal_merge)."""
     raw = t.raw_input()
-    cur = apply("add", t.patched(raw), t.patched(raw, "v.patch_embd.weight.1"))
+    frames = [view(raw, raw.ne[:3], raw.nb[1:3]) for _ in range(2)] if t.picture.count > 1 else [raw, raw]
+    cur = apply("add", t.patched(frames[0]), t.patched(frames[1], "v.patch_embd.weight.1"))
     return _merge_order(t, permute(cur, 1, 2, 0, 3))
 
 
