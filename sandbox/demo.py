@@ -14,12 +14,13 @@ import time
 import urllib.request
 from pathlib import Path
 
-from sandbox import hosts, outside
+from sandbox import hosts, outside, real_models
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 INVENTORY = "inventory/sandbox.py"
 PROMPT = "Once upon a time"
+MAX_TOKENS = 40
 
 
 def step(text: str) -> None:
@@ -34,15 +35,16 @@ def command(*words: str) -> None:
         raise SystemExit(f"`{' '.join(words)}` failed with exit code {done.returncode}")
 
 
-def completion(address: str, port: int) -> str:
-    """The model's completion of PROMPT."""
-    body = json.dumps({"prompt": PROMPT, "max_tokens": 12, "temperature": 0}).encode()
+def sentence(address: str, port: int) -> str:
+    """PROMPT and what the model writes after it, up to the first full stop."""
+    body = json.dumps({"prompt": PROMPT, "max_tokens": MAX_TOKENS, "temperature": 0, "stop": ["."]}).encode()
     request = urllib.request.Request(
         f"http://{address}:{port}/v1/completions", body, {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
-        text: str = json.loads(answer.read())["choices"][0]["text"]
-    return text
+        choice = json.loads(answer.read())["choices"][0]
+    text: str = choice["text"]
+    return PROMPT + text + ("." if choice["finish_reason"] == "stop" else " ...")
 
 
 def no_change_run() -> None:
@@ -61,19 +63,23 @@ def no_change_run() -> None:
 
 def main() -> None:
     began = time.monotonic()
-    step("two bare Debian hosts with systemd and SSH")
     hosts.prepare()
-    outside.start()
+    step("a real model, Gemma 3 270M: 238 MB are downloaded once, under the Gemma Terms of Use")
     try:
+        outside.start(real=True)
+    except real_models.RealModelError as error:
+        raise SystemExit(f"error: {error}") from error
+    try:
+        step("two bare Debian hosts with systemd and SSH")
         outside.BUILDS.mkdir(parents=True, exist_ok=True)
         up = hosts.up(2, binds=[f"{outside.BUILDS}:{outside.BUILDS_ON_HOST}"])
-        step("deploy: probe, plan, compile llama.cpp, fetch the models, serve")
+        step("deploy: probe, plan, compile llama.cpp, fetch the model, serve")
         command("pyinfra", "-y", INVENTORY, "deploy.py")
         step("the plans of the hosts")
         command("llamafleet", "plan", "--inventory", INVENTORY)
-        step(f"a completion of {PROMPT!r} from each host (the models are random: the text has no meaning)")
+        step(f"each host completes {PROMPT!r}")
         for host in up:
-            print(f"{host.name}: {completion(host.address, 8080)!r}")
+            print(f"{host.name}: {sentence(host.address, 8080)}")
         step("check the deployed hosts")
         command("pytest", "-q", "tests/hosts", "--inventory", INVENTORY)
         step("a second run changes nothing")

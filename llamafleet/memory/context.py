@@ -38,6 +38,7 @@ class Context:
     rollback: int = 0  # further copies of each recurrent state, to take guesses back (n_rs_seq)
     head: bool = False  # the model's own draft head has a context, too: the same cells, slots and cache type
     kept: int = 0  # hidden states of all tokens that a draft reads
+    sampled: bool = False  # a draft's backend picks its tokens
     pooling: str = ""  # of a server of embeddings or scores (--pooling); "": the server writes text
 
     @property

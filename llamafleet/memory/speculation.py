@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from llamafleet.memory.checkpoints import checkpoint_bytes
 from llamafleet.memory.context import Context
-from llamafleet.memory.ledger import FLOAT_BYTES, usage
+from llamafleet.memory.ledger import FLOAT_BYTES, Usage, usage
 from llamafleet.memory.placement import Placement
 from llamafleet.memory.weights import X86_TYPES, Model
 from llamafleet.model import speculation as kinds
@@ -96,7 +96,7 @@ class Draft:
 
     gpu_bytes: int
     host_bytes: int
-    gpu_reported: int  # of them what llama-server reports: weights, cache and buffers
+    gpu_reported: int  # of them what llama-server reports before it loads
     host_reported: int
 
     @classmethod
@@ -105,13 +105,20 @@ class Draft:
     ) -> Draft:
         """The draft whole on one GPU, or whole on the host. `context`: its own (`Speculation.of_draft`)."""
         placement = Placement.of((0 if on_gpu else None,) * (model.layers + 1))
-        devices, host = usage(model, context, placement, backend, 0, repacked)
+        reads = bool(kinds.target_layers(model.header))  # those are sampled by their backend, with further buffers
+        first, later = (
+            usage(model, replace(context, sampled=sampled), placement, backend, 0, repacked)
+            for sampled in (False, reads)
+        )
         hidden = encoder_bytes(model, context)
-        gpu = devices[0] if on_gpu else None
-        gpu_told = gpu.weights_bytes + gpu.kv_bytes + gpu.compute_bytes + gpu.staging_bytes if gpu else 0
-        host_told = host.weights_bytes + host.kv_bytes + host.compute_bytes
-        more = max(0, hidden - (gpu.compute_bytes if gpu else 0)) if gpu else 0
-        return cls(gpu_told + more, host_told + hidden, gpu_told, host_told)
+        gpu_told, gpu = (_held(devices[0]) if on_gpu else 0 for devices, _ in (first, later))
+        more = max(0, hidden - later[0][0].compute_bytes) if on_gpu else 0
+        return cls(gpu + more, _held(later[1]) + hidden, gpu_told, _held(first[1]))
+
+
+def _held(used: Usage) -> int:
+    """What llama-server itself counts: without overhead."""
+    return used.weights_bytes + used.kv_bytes + used.compute_bytes + used.staging_bytes
 
 
 def encoder_bytes(model: Model, context: Context) -> int:

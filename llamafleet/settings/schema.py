@@ -38,6 +38,7 @@ from llamafleet.validation import Flag, Listed, Should, Whole, one_of
 
 BACKENDS = ("auto", "cuda", "hip", "vulkan", "cpu")
 SERVES = ("chat", "embedding", "reranking")
+BOOT, DEMAND = "boot", "demand"
 # common/arg.cpp, --pooling.
 POOLINGS = ("none", "mean", "cls", "last", "rank")
 SPECULATIONS = ("none", "ngram", "mtp", "draft", "eagle3", "dflash", "dspark")
@@ -304,7 +305,7 @@ class Instance:
     copies: Annotated[int | Text, PlainValidator(copying.copies)]
     split_mode: Annotated[Text, one_of(("auto", "layer", "tensor"))]
     sleep_idle_seconds: Sleep | None
-    start: Annotated[Text, one_of(("boot", "demand"))]
+    start: Annotated[Text, one_of((BOOT, DEMAND))]
     idle_seconds: Idle
     listen: Annotated[Text, Should("be an IP address, such as 127.0.0.1 or 0.0.0.0", _is_address)]
     allowed_clients: Listed[
@@ -347,8 +348,8 @@ class Instance:
             max_tokens=self.image_max_tokens, serves=self.serves, extra_flags=self.extra_flags,
         )  # fmt: skip
         guesses = speculation.problems(
-            self.speculation, has_draft=self.draft is not None, serves=self.serves, most=self.draft_max_tokens,
-            least=self.draft_min_tokens,
+            self.speculation, has_draft=self.draft is not None, serves=self.serves, split_mode=self.split_mode,
+            most=self.draft_max_tokens,            least=self.draft_min_tokens,
         )  # fmt: skip
         validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags, *shape, *clashes, *seen, *guesses,
                            *serving.of_vectors(vars(self))])  # fmt: skip

@@ -11,7 +11,7 @@ OTHER_MOST = 3
 
 
 def problems(
-    kind: str, *, has_draft: bool, serves: str, most: int | None, least: int | None
+    kind: str, *, has_draft: bool, serves: str, split_mode: str, most: int | None, least: int | None
 ) -> Iterator[tuple[str, str]]:
     """What is wrong with an instance's speculation: the setting and a sentence each."""
     if kind in WITH_DRAFT and not has_draft:
@@ -21,6 +21,8 @@ def problems(
         yield "draft", f'should be left out with speculation = "{kind}"; it is for {kinds}'
     if kind != "none" and serves != "chat":
         yield "speculation", f'should be "none" with serves = "{serves}": such a server writes no tokens'
+    if kind not in ("none", "ngram") and split_mode == "tensor":
+        yield "split_mode", f'should be "layer" or "auto" with speculation = "{kind}": what it takes else is not known'
     given = {"draft_max_tokens": most, "draft_min_tokens": least}
     if kind == "none":
         for name, value in given.items():

@@ -55,6 +55,7 @@ def test_each_token_is_asked_for_alone_behind_those_before_it(server):
     checked(server)
     asked = [body for path, body in server.asked if path == "/completion"]
     first, alone = asked[0], asked[1:]
+    assert [body["cache_prompt"] for body in asked] == [False, False, *(True,) * 11]
     assert first["n_predict"] == 12 and {body["n_predict"] for body in alone} == {1}
     assert [len(body["prompt"]) - len(first["prompt"]) for body in alone] == list(range(12))
     assert first["prompt"][:PASSAGE_TOKENS] == first["prompt"][PASSAGE_TOKENS : 2 * PASSAGE_TOKENS]

@@ -17,6 +17,8 @@ WRONG = {
     "least above most": (
         {"speculation": "mtp", "draft_max_tokens": 2, "draft_min_tokens": 3}, "models[0].draft_min_tokens", "at most"),
     "least above llama.cpp's most": ({"speculation": "mtp", "draft_min_tokens": 4}, "models[0].draft_min_tokens", "which is 3"),
+    "a head beside split tensors": (
+        {"speculation": "mtp", "split_mode": "tensor"}, "models[0].split_mode", 'should be "layer" or "auto"'),
     "an unknown kind": ({"speculation": "medusa"}, "models[0].speculation", "eagle3"),
 }  # fmt: skip
 

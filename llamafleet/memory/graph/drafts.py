@@ -12,7 +12,7 @@ from llamafleet.memory.graph import ggml
 from llamafleet.memory.graph.assemble import ffn, ordinary_layer
 from llamafleet.memory.graph.attention import attention
 from llamafleet.memory.graph.builder import BackendOf, Builder, GraphUnknownError
-from llamafleet.memory.graph.ggml import F32, I32, Graph, Tensor, apply, get_rows, mul_mat, reshape
+from llamafleet.memory.graph.ggml import F32, I32, Graph, Tensor, apply, get_rows, mul_mat, new, reshape
 from llamafleet.memory.graph.layers import Layers
 from llamafleet.model.architecture import LayerGraph
 from llamafleet.model.shape import Shape
@@ -35,7 +35,10 @@ def build_draft(
     b = Builder(shape, layers, context, backend_of, attention_scratch)
     positions = ggml.graph_input(I32, b.tokens * b.positions)
     is_eagle3 = shape.architecture.layer_graph is LayerGraph.EAGLE3
-    b.graph.expand(eagle3(b, positions) if is_eagle3 else dflash(b, order, positions))
+    cur = eagle3(b, positions) if is_eagle3 else dflash(b, order, positions)
+    b.graph.expand(cur)
+    if context.sampled:  # a copy of the logits with a row more, of which each slot's are sampled (build_sampling)
+        b.graph.expand(new("pad", F32, (cur.ne[0], cur.ne[1] + 1), cur))
     return b.graph
 
 
