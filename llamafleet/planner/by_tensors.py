@@ -1,0 +1,68 @@
+"""The best plan in which each GPU computes a part of every layer (`--split-mode tensor`)."""
+
+from __future__ import annotations
+
+from llamafleet.planner import processors, tensor
+from llamafleet.planner.backend import environment
+from llamafleet.planner.flags import planned_flags
+from llamafleet.planner.pools import in_words
+from llamafleet.planner.result import Plan, Refusal
+from llamafleet.planner.situation import Situation, Timed
+from llamafleet.units import MIB
+
+
+def plan_by_tensors(case: Situation, by_layers: Timed | None) -> Timed | Refusal:
+    """The best plan in which each GPU computes a part of every layer. `by_layers`: the one with whole layers."""
+    name, shape = case.instance.name, case.model.shape
+    why_not = tensor.impossible(shape, case.backend, case.capacity, case.instance.kv_types)
+    if case.bare or case.instance.serves != "chat" or case.instance.speculation not in ("none", "ngram"):
+        why_not = "it is planned for chat alone, without adapters and drafts"
+    if why_not:
+        return Refusal(
+            f'{name}: split_mode "tensor": {why_not}',
+            instance=name,
+            suggestions=('set split_mode to "layer" or "auto"',),
+        )
+    weighted_contexts = case.contexts or case.weighted_contexts(case.besides)
+    search = case.search([context for context, _ in weighted_contexts])
+    chosen = tensor.best(search, weighted_contexts)
+    plan = _tensor_plan(case, chosen, by_layers)
+    worst = min(plan.ledger, key=lambda row: row.free_bytes)
+    if worst.free_bytes >= 0:
+        return Timed(chosen.score, plan)
+    needed, available = worst.used_bytes, max(0, worst.used_bytes + worst.free_bytes)
+    return Refusal(
+        f'{name}: {case.model.header.name} with {in_words(chosen.context)} and split_mode "tensor" does not fit on '
+        f"{case.machine.hostname}: {needed // MIB} MiB of {worst.device} needed, {available // MIB} MiB available"
+        " besides the reserve",
+        device=worst.device, needed_bytes=needed, available_bytes=available, ledger=plan.ledger, instance=name,
+        suggestions=('set split_mode to "layer" or "auto": then weights may be on the host', "set a smaller context"),
+    )  # fmt: skip
+
+
+def _tensor_plan(case: Situation, chosen: tensor.Tensors, by_layers: Timed | None) -> Plan:
+    context, model, placement = chosen.context, case.model, tensor.placement(case.model)
+    gpus, cpu = case.gpus_of(chosen.order), case.machine.cpu
+    rows = case.with_rows(chosen.rows)
+    argv = planned_flags(
+        context, placement, backend=case.backend, gpus=len(chosen.order), threads=case.threads,
+        prompt_cache_mib=case.instance.prompt_cache_mib, checkpoints=case.checkpoints(context), is_moe=model.is_moe,
+        tensors=True,
+    )  # fmt: skip
+    seconds = by_layers.plan.chosen_for.workload_seconds if by_layers else None
+    return Plan(
+        instance=case.instance.name, backend=case.backend, argv=(*argv, *case.beside_flags(gpus)), gpus=gpus,
+        context_tokens=context.tokens, slots=context.slots, kv_type=context.kv_type,
+        ubatch_tokens=context.ubatch_tokens, threads=case.threads,
+        prompt_cache_mib=case.instance.prompt_cache_mib, checkpoints=case.checkpoints(context),
+        placement=placement, is_moe=model.is_moe, mapped_bytes=model.mapped_bytes, ledger=rows,
+        predicted=tensor.predict(chosen.order, context, case.roofline(case.work, case.known)),
+        why=(
+            *tensor.why(chosen, case.capacity, model.shape, case.work, seconds),
+            *(one.why for one in case.besides if one.why),
+        ),
+        host_bytes=rows[-1].used_bytes + model.mapped_bytes,
+        environment=environment(case.backend, gpus, case.machine),
+        cpus=processors.cpus(cpu, case.instance, placement, alone=case.alone),
+        numa_nodes=processors.numa_nodes(cpu, placement), chosen_for=chosen.predicted,
+    )  # fmt: skip
