@@ -18,8 +18,8 @@ from llamafleet.memory.graph import allocation, mla, moe, qwen4exp
 from llamafleet.model import gguf, header_checks
 from llamafleet.model.architectures import ARCHITECTURES
 from llamafleet.model.ggml_types import GGML_TYPES
-from llamafleet.planner import estimate, flags, plan
-from llamafleet.settings.schema import KV_TYPES
+from llamafleet.planner import estimate, flags, situation
+from llamafleet.settings.kinds import KV_TYPES
 
 Read = Callable[[str], str]  # a file of the tree, "" if it is not there
 
@@ -53,7 +53,7 @@ CONSTANTS = (
              "common/common.h", r"int32_t n_ubatch\s*=\s*(\d+);"),
     Constant("inventory/group_data/all.py, prompt_cache_mib (llama.cpp's default, in the comment)", "8192",
              "common/common.h", r"int32_t cache_ram_mib\s*=\s*(\d+);"),
-    Constant("llamafleet/planner/plan.py, MOST_CHECKPOINTS", str(plan.MOST_CHECKPOINTS),
+    Constant("llamafleet/planner/situation.py, MOST_CHECKPOINTS", str(situation.MOST_CHECKPOINTS),
              "common/common.h", r"int32_t n_ctx_checkpoints\s*=\s*(\d+);"),
     Constant("llamafleet/memory/context.py, PAD_CELLS (of a slot)", str(context.PAD_CELLS),
              "src/llama-context.cpp", r"cparams\.n_ctx(?:_seq)?\s*=\s*GGML_PAD\(cparams\.n_ctx(?:_seq)?, (\d+)\)"),
@@ -116,7 +116,7 @@ CONSTANTS = (
              "src/llama-model-loader.cpp", r"auto_min_size = (\d+)ull \* 1024 \* 1024 \* 1024"),
     Constant("llamafleet/memory/graph/qwen4exp.py, POOL_PADDING", str(qwen4exp.POOL_PADDING),
              "src/llama-memory-hybrid-idx.cpp", r"GGML_PAD\(n_pool \+ 1, (\d+)u\)"),
-    Constant("llamafleet/settings/schema.py, KV_TYPES", " ".join(KV_TYPES),
+    Constant("llamafleet/settings/kinds.py, KV_TYPES", " ".join(KV_TYPES),
              "common/arg.cpp", r"GGML_TYPE_(\w+)", within=r"(?s)kv_cache_types = \{(.*?)\};"),
     Constant("llamafleet/model/ggml_types.py, GGML_TYPES",
              " ".join(f"{name}={number}" for number, (name, *_) in GGML_TYPES.items()),

@@ -16,7 +16,8 @@ from llamafleet.model.gguf import Header
 from llamafleet.printable import err
 from llamafleet.service.companions import with_companions
 from llamafleet.settings.companions import companions
-from llamafleet.settings.schema import AUTO, Instance
+from llamafleet.settings.kinds import AUTO
+from llamafleet.settings.schema import Instance
 
 # The flags, each with its setting, and what it takes.
 FLAGS = {

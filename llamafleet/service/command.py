@@ -16,8 +16,9 @@ from llamafleet.planner.result import Plan
 from llamafleet.remote.common import server_socket
 from llamafleet.settings import extra_flags
 from llamafleet.settings.companions import DRAFT, PROJECTOR, adapter
+from llamafleet.settings.kinds import Adapter
 from llamafleet.settings.prompt_files import SETTINGS
-from llamafleet.settings.schema import DEMAND, Adapter, Instance
+from llamafleet.settings.schema import DEMAND, Instance
 
 # Flags of files that are loaded beside a model, by their parts.
 FILE_FLAGS = {PROJECTOR: "--mmproj", DRAFT: "--spec-draft-model"}

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from llamafleet.hub.source import ModelFiles
 from llamafleet.settings.companions import as_instances
-from llamafleet.settings.schema import AUTO, Companion, Instance
+from llamafleet.settings.kinds import AUTO, Companion
+from llamafleet.settings.schema import Instance
 
 
 def with_companions(

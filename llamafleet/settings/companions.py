@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llamafleet.settings.schema import Companion, Instance
+from llamafleet.settings.kinds import Companion
+from llamafleet.settings.schema import Instance
 
 PROJECTOR, DRAFT = "projector", "draft"
 

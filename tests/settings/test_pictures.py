@@ -2,7 +2,8 @@
 
 import pytest
 
-from llamafleet.settings.schema import AUTO, Companion, SettingsError
+from llamafleet.settings.kinds import AUTO, Companion
+from llamafleet.settings.schema import SettingsError
 from tests import planning
 
 
