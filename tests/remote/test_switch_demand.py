@@ -137,9 +137,9 @@ def test_one_that_did_not_run_is_put_back_and_is_not_started(host):
     switch.install([NAME])
     host.stop(UNIT)
     stage("2", serves=False)
-    with pytest.raises(switch.Failed, match="put back"):
+    with pytest.raises(switch.Failed, match="put back, and starts when it is asked for"):
         switch.install([NAME])
-    assert host.serving is None and is_ready(host)
+    assert host.serving is None and is_ready(host) and ("reset-failed", UNIT) in host.calls
     assert json.loads(instance_files.installed(NAME)["plan.json"])["version"] == "1"
 
 
