@@ -53,8 +53,8 @@ def cache_shapes(layers: int) -> dict[str, Situation]:
         "a pool of 1.5 contexts for four slots": (Context(4096, 4, "f16", 512, **pool), (all_,), ()),
         "a pool of 1.5 contexts for three slots, no flash attention": (
             Context(4096, 3, "f16", 512, flash_attention=False, **pool), (all_,), ()),
-        "a pool below the ubatch, two devices": (
-            Context(512, 4, "q8_0", 2048, unified=True, pool_tokens=1000), (half, all_ - half), ()),
+        "a pool below the ubatch": (
+            Context(512, 4, "q8_0", 2048, unified=True, pool_tokens=1000), (all_,), ()),
     }  # fmt: skip
 
 

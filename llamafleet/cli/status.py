@@ -16,6 +16,8 @@ from llamafleet.units import MIB
 GIB = 1024 * MIB
 ASLEEP = "asleep"  # active, with its model's memory free until the next request
 COLUMNS = ("host", "instance", "state", "plan", "RAM", "GPU", "tok/s", "restarts", "last gate", "drift")
+ON_DEMAND = "on demand, {}"  # of a server that runs while it is used
+FINE = ("active", ASLEEP, *map(ON_DEMAND.format, ("stopped", "up", ASLEEP, "activating", "deactivating")))
 LARGEST_SPEED = 1e12  # tokens/s: more is a damaged record
 NOT_KNOWN = LiveInstance(rss_bytes=None, cgroup_bytes=None, gpu_bytes={}, since="", gate=None)
 
@@ -25,7 +27,7 @@ class InstanceStatus:
     """The state of one instance: actual values beside planned ones."""
 
     name: str
-    state: str  # systemd's: active, failed, ...; or "asleep", or "not installed"
+    state: str  # systemd's: active, failed, ...; or "asleep", "on demand, stopped", "not installed"
     plan: str  # the plan in short, see `plan_in_short`
     release: str
     rss_bytes: int | None
@@ -45,7 +47,7 @@ class InstanceStatus:
     @property
     def is_fine(self) -> bool:
         """Is it active, without drift, and did it pass its last gate?"""
-        return self.state in ("active", ASLEEP) and not self.drift and (self.gate is None or self.gate.ok)
+        return self.state in FINE and not self.drift and (self.gate is None or self.gate.ok)
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -136,7 +138,10 @@ def _measured(gate: Gate) -> float | None:
 def _state(installed: InstalledInstance | None, live: LiveInstance) -> str:
     if installed is None:
         return "not installed"
-    return ASLEEP if live.asleep and installed.active == "active" else installed.active or "unknown"
+    state = ASLEEP if live.asleep and installed.active == "active" else installed.active or "unknown"
+    if not installed.is_on_demand:
+        return state
+    return ON_DEMAND.format({"inactive": "stopped", "active": "up"}.get(state, state))
 
 
 def plan_in_short(record: PlanRecord) -> str:

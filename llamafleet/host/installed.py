@@ -184,6 +184,18 @@ class InstalledInstance:
     deleted: Many[Path] = ()
     # Variables and presets of the host that the running server may have taken over.
     inherited: Many[Name] = ()
+    # Of an instance that starts on demand: hashes of its further units by name, installed and last good ones, their
+    # drop-ins, and the state of its socket.
+    demand_sha256: Table[Sha256] = field(default_factory=dict)
+    good_demand_sha256: Table[Sha256] = field(default_factory=dict)
+    demand_drop_ins: Many[Path] = ()
+    socket: Name | None = None
+    socket_enabled: Name | None = None
+
+    @property
+    def is_on_demand(self) -> bool:
+        """Whether it starts when it is asked, and stops when nobody uses it."""
+        return bool(self.demand_sha256)
 
 
 @dataclass(frozen=True)

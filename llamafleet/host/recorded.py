@@ -56,6 +56,12 @@ class RecordedGate:
     argv: Arguments = ()  # the whole command line of the service
     serves: Name = "chat"
 
+    @property
+    def port(self) -> int | None:
+        """Where clients reach it; None where the record does not say."""
+        value = self.argv[self.argv.index("--port") + 1] if "--port" in self.argv[:-1] else ""
+        return int(value) if value.isascii() and value.isdigit() and len(value) < 6 else None
+
 
 @dataclass(frozen=True)
 class RecordedPrediction:

@@ -28,6 +28,7 @@ class Beside:
     # Where llama-server reports it device by device, as the model itself: bytes by the ledger's device names.
     reported_rows: Mapping[str, int] = field(default_factory=dict)
     checkpoint_bytes: int = 0  # what it adds to each context checkpoint
+    output_on: str | None = None  # the ledger's device that must hold the model's output matrix, which it reads too
     # What it takes with a context, where that is not always the same; None: it does not fit there.
     at: Callable[[Context], Beside | None] | None = field(default=None, compare=False, repr=False)
 

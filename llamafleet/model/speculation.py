@@ -55,6 +55,16 @@ def target_layers(draft: Header) -> tuple[int, ...]:
     return tuple(int(one) for one in layers if isinstance(one, int)) if isinstance(layers, tuple) else ()
 
 
+def shares_output(draft: Header) -> bool:
+    """Does the draft read the output matrix of its target, since it has none of its own?
+
+    llama.cpp can compute with it only on the device that holds it (src/models/dflash.cpp, load_arch_tensors).
+    """
+    names = {tensor.name for tensor in draft.tensors}
+    tied = draft.architecture == DFLASH and "token_embd.weight" in names
+    return "output.weight" not in names and not tied
+
+
 def _without_head(target: Header) -> Iterator[str]:
     shape = Shape.of(target)
     head = f"blk.{shape.trunk_layers}.nextn.eh_proj.weight"

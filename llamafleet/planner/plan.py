@@ -23,6 +23,7 @@ from llamafleet.memory.beside import Beside, apart, reduced, taken, with_besides
 from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.checkpoints import checkpoint_bytes
 from llamafleet.memory.context import Context
+from llamafleet.memory.demand import Demand
 from llamafleet.memory.flash_attention import is_used, takes_cache_on
 from llamafleet.memory.ledger import NO_CORRECTION, Correction, LedgerRow
 from llamafleet.memory.placement import HOST
@@ -43,8 +44,9 @@ from llamafleet.planner.result import BESIDE, Plan, Refusal
 from llamafleet.planner.roofline import Prediction, Roofline
 from llamafleet.planner.search import Candidate, Search, contexts
 from llamafleet.planner.suggestions import Change, Short, suggestions
+from llamafleet.planner.together import with_sentences
 from llamafleet.planner.unplannable import beyond, no_cache, not_a_model
-from llamafleet.settings.schema import Instance, Settings
+from llamafleet.settings.schema import DEMAND, Instance, Settings
 from llamafleet.settings.workload import Workload
 from llamafleet.units import MIB
 
@@ -65,7 +67,9 @@ def plan_host(
 ) -> tuple[Plan | Refusal, ...]:
     """A plan or a refusal for each instance, in the order of `requests`.
 
-    Instances get memory by priority, then in the order of `requests`. `corrections`, by instance name, correct the
+    Instances that start with the host get memory by priority, then in the order of `requests`. Each of those that start
+    on demand is planned for all that is left then: which of them may be up together, the host decides when one is asked
+    for (`Plan.demand`). `corrections`, by instance name, correct the
     ledger by what the built llama-server reported for earlier plans. `measurements` are of this host. `known`: what the
     speeds are predicted with, where that is not what plans are chosen with: later measurements change no plan.
     `companions`: by instance name, the headers of what is loaded beside its model, by their parts.
@@ -81,7 +85,7 @@ def plan_host(
     results: dict[int, Plan | Refusal] = {}
     earlier: tuple[Plan, ...] = ()
     notes = (*left_out(machine, backend, settings), *machine.notes)
-    for position, (instance, header) in sorted(enumerate(requests), key=lambda item: (-item[1][0].priority, item[0])):
+    for position, (instance, header) in sorted(enumerate(requests), key=_turn):
         own = [number for number, gpu in enumerate(capacity.gpus) if is_one_of(gpu, instance.gpus)]
         if wrong := withheld(instance, gpus, machine, backend, settings):
             refusal = Refusal(f"{instance.name}: {wrong}", instance=instance.name, problems=machine.problems)
@@ -93,11 +97,18 @@ def plan_host(
             machine, backend, _only(capacity, own), instance, header, correction, measurements, later, alone, earlier,
             companions.get(instance.name, {}),
         )  # fmt: skip
-        if isinstance(result, Plan):
+        if isinstance(result, Plan) and instance.start == DEMAND:
+            result = replace(result, demand=Demand.of(result.ledger, unified=_only(capacity, own).unified))
+        elif isinstance(result, Plan):
             capacity = capacity.without(result.ledger)
             earlier = (*earlier, result)
         results[position] = replace(result, why=(*result.why, *notes), problems=machine.problems)
-    return tuple(results[position] for position in range(len(requests)))
+    return with_sentences([results[position] for position in range(len(requests))])
+
+
+def _turn(item: tuple[int, tuple[Instance, Header]]) -> tuple[bool, int, int]:
+    position, (instance, _) = item
+    return instance.start == DEMAND, -instance.priority, position
 
 
 def _only(capacity: Capacity, own: Sequence[int]) -> Capacity:
@@ -179,10 +190,27 @@ def _tried(case: _Case, asked: Asked) -> tuple[list[_Case], list[Found], Plan | 
         for option in beside.options(asked)
         for besides, contexts in beside.by_context(option, case.weighted_contexts(option))
     ]
-    found = [_best_plan(one) for one in cases]
+    found = [_where_needed(one, _best_plan(one)) for one in cases]
     plans = [(best.seconds * one.handicap, n, best.plan) for n, (one, best) in enumerate(zip(cases, found, strict=True))
              if isinstance(best, Timed)]  # fmt: skip
     return cases, found, min(plans, key=lambda item: item[:2])[2] if plans else None
+
+
+def _where_needed(case: _Case, found: Found) -> Found:
+    """A refusal in place of a plan whose output matrix lies where a companion cannot read it."""
+    if not isinstance(found, Timed):
+        return found
+    device, plan = found.plan.placement.layer_devices[-1], found.plan
+    place = HOST if device is None else f"GPU{plan.gpus[device].index}"
+    wrong = next((one for one in case.besides if one.output_on not in (None, place)), None)
+    if wrong is None:
+        return found
+    return Refusal(
+        f"{plan.instance}: {wrong.part}: it has no output matrix of its own, and could not read the model's on {place} "
+        f"from {wrong.output_on}",
+        instance=plan.instance,
+        suggestions=("choose a file with an output matrix of its own, or fewer gpus",),
+    )
 
 
 @dataclass(frozen=True)
@@ -229,6 +257,16 @@ class _Case:
             whole_inputs=vectors.needs_whole_inputs(shape, pooling),
         )  # fmt: skip
         return [(self.served(context), handicap) for context, handicap in every]
+
+    def where_needed(self, candidates: list[Candidate]) -> list[Candidate]:
+        """The candidates with the output matrix where companions read it; all of them where none has it there."""
+        needed = {one.output_on for one in self.besides} - {None}
+        near = [one for one in candidates if needed <= {self._output_on(one)}]
+        return near or candidates
+
+    def _output_on(self, candidate: Candidate) -> str:
+        device = candidate.placement.layer_devices[-1]
+        return HOST if device is None else f"GPU{self.capacity.gpus[candidate.order[device]].index}"
 
     def checkpoint(self, context: Context) -> int:
         """Bytes of a context checkpoint, with what companions add to it; 0 where llama-server makes none."""
@@ -378,7 +416,7 @@ def _by_layers(case: _Case) -> Timed | tuple[Search, Refined]:
     weighted_contexts = case.contexts or case.weighted_contexts(case.besides)
     search = case.search([context for context, _ in weighted_contexts])
     handicaps = {replace(context, flash_attention=True): handicap for context, handicap in weighted_contexts}
-    candidates = search.candidates(weighted_contexts)
+    candidates = case.where_needed(search.candidates(weighted_contexts))
     plans: list[tuple[float, int, Plan]] = []
     refused: Refined | None = None
     for rank, candidate in enumerate(_worth_refining(candidates)):

@@ -11,6 +11,7 @@ from typing import Any
 
 from llamafleet.host.learned import Expected
 from llamafleet.host.machine import Gpu
+from llamafleet.memory.demand import Demand
 from llamafleet.memory.ledger import LedgerRow
 from llamafleet.memory.placement import HOST, Placement
 from llamafleet.planner.roofline import Prediction
@@ -79,6 +80,7 @@ class Plan:
     pooling: str = ""  # of a server of embeddings or scores; "": the server writes text
     vector_elements: int = 0  # of an embedding
     problems: tuple[str, ...] = ()  # what is wrong with the host, as its probe found, each with the way out
+    demand: Demand | None = None  # of a model that starts on demand: what it shares with the others of its kind
     # What llama-server reports of what is beside the model, by its part: the ledger's device, and bytes.
     reported_beside: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 

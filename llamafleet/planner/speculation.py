@@ -94,6 +94,7 @@ def _placed(asked: Asked, speculation: Speculation, model: Model, place: int | N
     rows = speculation.rows_bytes(asked.model.shape, context, model.shape)
     rows += speculation.checkpoints_bytes(asked.model.shape, context)
     host_bytes, host_flags = taken.host_bytes + rows, ("--spec-draft-device", "none", "--spec-draft-ngl", "0")
+    shares = speculation.kind in kinds.READERS and kinds.shares_output(model.header)
     name, checkpoint = model.shape.name, checkpoint_bytes(model.shape, own)
     if place is None:
         return Beside(
@@ -104,6 +105,7 @@ def _placed(asked: Asked, speculation: Speculation, model: Model, place: int | N
             handicap=ON_HOST if asked.capacity.gpus else 1.0,
             reported_rows={HOST: taken.host_reported},
             checkpoint_bytes=checkpoint,
+            output_on=HOST if shares else None,
         )
     index = asked.capacity.gpus[place].index
     gpu_flags = ("--spec-draft-device", f"{{GPU{index}}}", "--spec-draft-ngl", str(model.layers + 1))
@@ -115,6 +117,7 @@ def _placed(asked: Asked, speculation: Speculation, model: Model, place: int | N
         why=_why(speculation, f"by {name} on GPU{index}", f"{taken.gpu_bytes // MIB} MiB"),
         reported_rows={f"GPU{index}": taken.gpu_reported, HOST: taken.host_reported},
         checkpoint_bytes=checkpoint,
+        output_on=f"GPU{index}" if shares else None,
     )
 
 

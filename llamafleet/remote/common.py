@@ -112,6 +112,7 @@ USER = "llamafleet"
 MADE_BY = "# Made by llamafleet"  # the first line of every unit that we made begins so
 PREFIX, SUFFIX = "llama-server-", ".service"
 LIVENESS = ("-liveness.service", "-liveness.timer")  # ends of the names of an instance's liveness units
+DEMAND = "llamafleet-demand-"  # begins the names of the units before a server that starts on demand
 # The credentials of a unit, and the files of an instance's folder that hold them.
 API_KEYS, TLS_CERTIFICATE, TLS_KEY = "api-keys", "tls-certificate", "tls-key"
 SECRETS = (API_KEYS, TLS_CERTIFICATE, TLS_KEY)
@@ -132,6 +133,27 @@ def instance_of(unit: str) -> str:
 def liveness_units(instance: str) -> List[str]:
     """The service and the timer of an instance's liveness check."""
     return [PREFIX + instance + end for end in LIVENESS]
+
+
+def demand_units(instance: str) -> List[str]:
+    """The socket at which clients reach a server that starts on demand, and the service that hands their connections
+    on. No instance can have such a unit's name."""
+    return [f"{DEMAND}{instance}.socket", f"{DEMAND}{instance}.service"]
+
+
+def is_on_demand(instance: str) -> bool:
+    """Whether the installed instance is one that starts on demand."""
+    return os.path.lexists(f"{UNITS}/{demand_units(instance)[0]}")
+
+
+def server_folder(instance: str) -> str:
+    """The folder that a unit on demand makes for its server's own socket, by its RuntimeDirectory=."""
+    return f"/run/{PREFIX}{instance}"
+
+
+def server_socket(instance: str) -> str:
+    """Where a server on demand listens itself. llama-server takes what ends in .sock for such a path."""
+    return f"{server_folder(instance)}/http.sock"
 
 
 def transient_unit(purpose: str, name: str) -> str:
@@ -247,9 +269,9 @@ def later_schema(record: Dict[str, Any], known: int) -> Optional[str]:
 # that differs from the wanted one in these alone is replaced while its server runs on.
 QUIET = frozenset((
     "Description", "Documentation", "Wants", "After", "RequiresMountsFor", "StartLimitIntervalSec", "StartLimitBurst",
-    "AssertFileNotEmpty", "AssertPathExists", "ExecStartPre", "ExecStartPost", "TimeoutStartSec", "TimeoutStopSec",
-    "Restart", "RestartSec", "RestartSteps", "RestartMaxDelaySec", "LogRateLimitIntervalSec", "LogRateLimitBurst",
-    "UnsetEnvironment",
+    "AssertFileNotEmpty", "AssertPathExists", "ExecCondition", "ExecStartPre", "ExecStartPost", "TimeoutStartSec",
+    "TimeoutStopSec", "Restart", "RestartSec", "RestartSteps", "RestartMaxDelaySec", "LogRateLimitIntervalSec",
+    "LogRateLimitBurst", "UnsetEnvironment",
 ))  # fmt: skip
 # Lines that count at the next start alone, of directives of which other lines do not: see inherited.py.
 QUIET_LINES = frozenset(("Environment=XDG_CONFIG_HOME=/dev/null", "InaccessiblePaths=-/etc/llama.cpp"))

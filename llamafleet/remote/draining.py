@@ -34,7 +34,7 @@ from typing import Iterator, NamedTuple, Optional, Sequence, Tuple  # the contra
 from urllib.parse import urlsplit
 
 import gate_server
-from common import plan_path, show, unit_of
+from common import demand_units, is_on_demand, plan_path, show, unit_of
 from gate_spec import Unreadable, read_spec
 
 # How often a server is asked, how long it may take to answer, and how long it must be idle: a reply's last bytes are
@@ -48,6 +48,7 @@ PIDFD_OPEN, PIDFD_GETFD = 434, 438
 OWN_PORTS = 64
 NOBODY = 65534
 ANSWER_BYTES = 1 << 20
+LISTEN = "0A"  # TCP_LISTEN
 BUSY = re.compile(rb"^llamacpp:requests_(?:processing|deferred) (\d{1,9})$", re.MULTILINE)
 
 
@@ -58,8 +59,9 @@ class Server(NamedTuple):
     url: str
     key: Optional[str]
     context: Optional[ssl.SSLContext]
-    listener: Optional[socket.socket]  # its own listening socket; None where the kernel does not give it
+    listener: Optional[socket.socket]  # the socket that clients reach; None where the kernel does not give it
     first_port: int  # of OWN_PORTS
+    path: Optional[str] = None  # of its own socket, if it starts on demand: clients reach another process's
 
 
 class Draining:
@@ -99,7 +101,8 @@ def running(name: str) -> Optional[Server]:
         gate_server.trust(spec)
         context = gate_server.trusted(spec["url"])
         first = random.randrange(33000, 60000 - OWN_PORTS)  # noqa: S311 -- no secret
-        return Server(name, spec["url"], gate_server.first_key(spec), context, listener_of(pid), first)
+        key, listener = gate_server.first_key(spec), listener_of(door_of(name) or pid)
+        return Server(name, spec["url"], key, context, listener, first, spec["socket"])
     except (Unreadable, OSError, ValueError) as error:
         print(f"{unit_of(name)} is stopped without waiting for its replies: {error}", flush=True)
         return None
@@ -107,8 +110,17 @@ def running(name: str) -> Optional[Server]:
 
 def pid_of(name: str) -> int:
     """The process of the instance's server; 0 where none serves, or where systemd does not answer."""
+    return _main_pid(unit_of(name))
+
+
+def door_of(name: str) -> int:
+    """The process that clients reach, of a server that starts on demand; 0 where there is none."""
+    return _main_pid(demand_units(name)[1]) if is_on_demand(name) else 0
+
+
+def _main_pid(unit: str) -> int:
     try:
-        shown = show(unit_of(name), "ActiveState", "MainPID", seconds=30.0)
+        shown = show(unit, "ActiveState", "MainPID", seconds=30.0)
     except (OSError, subprocess.SubprocessError):
         return 0
     return int(shown.get("MainPID") or 0) if shown.get("ActiveState") == "active" else 0
@@ -143,12 +155,18 @@ def listener_of(pid: int) -> Optional[socket.socket]:
 
 def _listening(pid: int) -> Iterator[str]:
     """What /proc/PID/fd calls the listening sockets of the process's network."""
+    return (f"socket:[{inode}]" for state, inode, _ in sockets(pid) if state == LISTEN)
+
+
+def sockets(pid: int) -> Iterator[Tuple[str, str, int]]:
+    """State and inode of the TCP sockets of the process's network, and what nobody has read or accepted of them yet:
+    of a socket that listens, connections."""
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}") as file:
             for line in file:
                 words = line.split()
-                if len(words) > 9 and words[3] == "0A":  # TCP_LISTEN
-                    yield f"socket:[{words[9]}]"
+                if len(words) > 9 and words[0] != "sl":
+                    yield words[3], words[9], int(words[4].partition(":")[2], 16)
 
 
 def hold(server: Server) -> None:
@@ -186,7 +204,7 @@ def _detach(listener: socket.socket) -> None:
 
 def let_in(name: str) -> None:
     """Let the instance's server take connections again, if it was held when a switch was cut off."""
-    pid = pid_of(name)
+    pid = door_of(name) or pid_of(name)
     listener = listener_of(pid) if pid else None
     if listener is not None:
         with listener:
@@ -196,13 +214,14 @@ def let_in(name: str) -> None:
 # --- running replies ------------------------------------------------------------------------------
 
 
-def wait(servers: Sequence[Server], seconds: float) -> None:
-    """Wait until no server is at work, `seconds` at most. The answers are read by a child without root's rights."""
+def wait(servers: Sequence[Server], seconds: float, certain: bool = False) -> bool:
+    """Wait until no server is at work, `seconds` at most; whether none is. The answers are read by a child without
+    root's rights. `certain`: a server that does not answer is at work."""
     "x".encode("idna")  # loads what sockets need: nobody may not be able to read Python's own files
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        _as_nobody(servers, writer)
+        _as_nobody(servers, writer, certain)
     os.close(writer)
     over, shown = time.monotonic() + seconds, 0.0
     what = ", ".join(unit_of(server.name) for server in servers)
@@ -212,10 +231,11 @@ def wait(servers: Sequence[Server], seconds: float) -> None:
             if number and time.monotonic() - shown > SHOWN_SECONDS:
                 shown = time.monotonic()
                 print(f"{what}: waiting for {number} running requests, {left:.0f} s at most", flush=True)
-            if number == 0:
-                break
-        else:
+            if number <= 0:
+                return number == 0 or not certain
+        if not certain:
             print(f"{what}: stopped after {seconds:.0f} s although requests are running", flush=True)
+        return False
     finally:
         os.close(reader)
         with contextlib.suppress(ProcessLookupError):
@@ -224,7 +244,7 @@ def wait(servers: Sequence[Server], seconds: float) -> None:
 
 
 def _counts(reader: int, over: float) -> Iterator[int]:
-    """What the child counts, until the time is over; 0 where it has ended."""
+    """What the child counts, until the time is over; -1 where it has ended."""
     rest = b""
     while time.monotonic() < over:
         ready, _, _ = select.select([reader], [], [], max(0.0, over - time.monotonic()))
@@ -232,14 +252,14 @@ def _counts(reader: int, over: float) -> Iterator[int]:
             return
         part = os.read(reader, 4096)
         if not part:
-            yield 0
+            yield -1
             return
         *lines, rest = (rest + part)[-4096:].split(b"\n")
         for line in lines:
             yield int(line) if line.isdigit() and len(line) < 10 else 0
 
 
-def _as_nobody(servers: Sequence[Server], writer: int) -> None:
+def _as_nobody(servers: Sequence[Server], writer: int, certain: bool) -> None:
     """The child's work; it never returns."""
     try:
         for one in (signal.SIGTERM, signal.SIGINT):
@@ -251,7 +271,7 @@ def _as_nobody(servers: Sequence[Server], writer: int) -> None:
         asking = [Asking(server) for server in servers]
         last_at_work = time.monotonic()
         while True:
-            number = sum(one.requests() for one in asking)
+            number = sum(one.requests() or int(certain and one.is_silent) for one in asking)
             if number:
                 last_at_work = time.monotonic()
                 os.write(writer, b"%d\n" % min(number, 10**8))
@@ -298,7 +318,10 @@ class Asking:
         parts = urlsplit(self.server.url)
         host = parts.hostname or ""
         connection = HTTPConnection(host, parts.port)
-        sock = self._socket((host, parts.port or 0))
+        if self.server.path:
+            sock = gate_server.unix_connection(self.server.path, ANSWER_SECONDS)
+        else:
+            sock = self._socket((host, parts.port or 0))
         connection.sock = self.server.context.wrap_socket(sock) if self.server.context else sock
         return connection
 

@@ -46,13 +46,17 @@ def is_alive(state: str) -> bool:
     return state.startswith(("active/", "activating/")) and state != "activating/auto-restart"
 
 
-# By the server's URL: what its certificate is checked with.
+# By the server's URL: what its certificate is checked with, and the path of its own socket where it has one.
 _trusted: dict[str, ssl.SSLContext] = {}
+_sockets: dict[str, str] = {}
 
 
 def trust(spec: dict[str, Any]) -> None:
     """Accept from now on the installed certificate and no other, whoever signed it. Its name is not compared, since
-    the host asks by address."""
+    the host asks by address. A server that starts on demand is asked at its own socket: a connection to the address
+    that clients use would start it."""
+    if spec.get("socket"):
+        _sockets[spec["url"]] = spec["socket"]
     if not spec.get("tls_certificate"):
         return
     end = "-----END CERTIFICATE-----"
@@ -114,7 +118,8 @@ def connected(url: str, seconds: float) -> Iterator[http.client.HTTPConnection]:
     """A connection to the host's own server, by no proxy, that is shut down after `seconds`, whatever it does then."""
     parts = urlsplit(url)
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    sock = socket.create_connection((host, port), timeout=seconds)
+    path = _sockets.get(url)
+    sock = unix_connection(path, seconds) if path else socket.create_connection((host, port), timeout=seconds)
     second = sock.dup()  # TLS takes the first descriptor over
     timer = threading.Timer(seconds, shut_down, [second])
     timer.daemon = True
@@ -131,6 +136,17 @@ def connected(url: str, seconds: float) -> Iterator[http.client.HTTPConnection]:
         connection.close()
         sock.close()
         second.close()
+
+
+def unix_connection(path: str, seconds: float) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.settimeout(seconds)
+        sock.connect(path)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def shut_down(sock: socket.socket) -> None:

@@ -80,7 +80,7 @@ GATE: Dict[str, Form] = {
     "unit": ("the name of a unit of ours", is_unit), "argv": ("a list of texts", is_texts), "url": TEXT,
     "api_keys": PATH, "tls_certificate": PATH, "health_seconds": NUMBER, "context_tokens": NUMBER, "slots": NUMBER,
     "kv_type": PATH, "speed_floor_percent": NUMBER, "backend": TEXT,
-    "gpus": ("a list of objects", lambda value: isinstance(value, list)),
+    "socket": PATH, "gpus": ("a list of objects", lambda value: isinstance(value, list)),
     "speculation": ("null, or an object with kind, least and kv_type", is_speculation),
     "adapters": ("a list of objects with path and scale", is_adapters),
     "prompt_files": ("an object of objects with sha256 and served_sha256", is_prompt_files),
@@ -95,8 +95,8 @@ SIZE: Form = ("a number or null", lambda value: value is None or is_number(value
 FILE = {"path": TEXT, "size_bytes": SIZE, "sha256": PATH}
 # What plans of earlier versions lack, and those of servers that need it not.
 ABSENT: Dict[str, Any] = {
-    "tls_certificate": None, "kv_type": None, "speed_floor_percent": 0, "prompt_files": {}, "adapters": [],
-    "modalities": [], "serves": "chat", "pooling": "", "vector_elements": 0, "rerank_example": None,
+    "socket": None, "tls_certificate": None, "kv_type": None, "speed_floor_percent": 0, "prompt_files": {},
+    "adapters": [], "modalities": [], "serves": "chat", "pooling": "", "vector_elements": 0, "rerank_example": None,
     "speculation": None,
 }  # fmt: skip
 

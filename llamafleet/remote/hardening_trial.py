@@ -2,14 +2,16 @@
 
 Contract: `Trial(name, trial)` is used in a `with` block. `name` is the instance's; `trial` is the key of that name in
 plan.json: {"list_devices": the command that lists devices, "devices": the names that it must list, "serve": the command
-that serves a tiny model, in which {model} stands for the model's path and {port} for a free port of "host"}.
+that serves a tiny model, in which {model} stands for the model's path, {port} for a free port of "host", and {socket}
+for the path of a socket in the unit's own RuntimeDirectory=}.
 `run(directives)` returns None where every device is listed and the tiny model answers, else the reason. The model and
 the unit are gone after the block. Raises `Unfit` where systemd-run itself cannot be used. Root, systemd, standard
-library; boot.py, common.py, confined.py and tiny_gguf.py lie beside it.
+library; boot.py, common.py, confined.py, gate_server.py and tiny_gguf.py lie beside it.
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -18,20 +20,23 @@ import socket
 import subprocess
 import tempfile
 import time
-import urllib.error
-import urllib.request
+from contextlib import ExitStack
 from typing import IO, Any, Dict, List, NamedTuple, Optional, Sequence, Set
+from urllib.parse import urlsplit
 
 import boot
+import gate_server
 import tiny_gguf
 from common import MODELS, transient_unit, unit_words
 from confined import UNKNOWN, forget
 
+ANSWER_BYTES = 1 << 20
 # Deadlines, seconds: a device list comes at once, a CUDA context can take ten seconds on a cold driver.
 LIST_SECONDS, ANSWER_SECONDS, STOP_SECONDS = 60, 60, 10
 # Directives that are no hardening: what is started, when it is started again, and files that are installed later.
-NOT_TRIED = ("Type", "ExecStart", "ExecStartPre", "ExecStartPost", "TimeoutStartSec", "TimeoutStopSec", "Restart",
-             "RestartSec", "RestartSteps", "RestartMaxDelaySec", "LoadCredential", "WatchdogSec")  # fmt: skip
+NOT_TRIED = ("Type", "ExecStart", "ExecCondition", "ExecStartPre", "ExecStartPost", "TimeoutStartSec", "TimeoutStopSec",
+             "Restart", "RestartSec", "RestartSteps", "RestartMaxDelaySec", "LoadCredential", "WatchdogSec",
+             "RuntimeDirectory")  # fmt: skip
 # Messages of llama.cpp's backends when a device has no memory left.
 NO_MEMORY = re.compile(r"out of memory|cudaMalloc failed|failed to allocate|ErrorOutOfDeviceMemory", re.IGNORECASE)
 # Lines that systemd-run itself prints at the end of a unit.
@@ -58,6 +63,7 @@ class Trial:
         self.trial = trial
         self.devices: List[str] = trial["devices"]  # the planned ones, as llama-server names them
         self.folder = f"{MODELS}/.preflight-{name}"
+        self.socket = f"/run/llamafleet-preflight-{name}/http.sock"
         self.ignored: Set[str] = set()  # directives that this systemd does not know
         self.checked: List[str] = []  # what the last run that worked has seen
 
@@ -111,20 +117,22 @@ class Trial:
         port = free_port(host)
         bound = [Directive(one.name, f"tcp:{port}") if one.name == "SocketBindAllow" else one for one in directives]
         with self.started(self.command(port), bound) as process:
-            why = completion(process, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+            path = self.socket if "{socket}" in self.trial["serve"] else None
+            why = completion(process, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", path)
             self.stop()
             code = process.wait(STOP_SECONDS)
             return why and f"a tiny model: {why}: {how_it_ended(process.said(), code)}"
 
     def command(self, port: int) -> List[str]:
         """The command that serves the tiny model, with its path and this port."""
-        known = {"{model}": f"{self.folder}/tiny.gguf", "{port}": str(port)}
+        known = {"{model}": f"{self.folder}/tiny.gguf", "{port}": str(port), "{socket}": self.socket}
         return [known.get(word, word) for word in self.trial["serve"]]
 
     def started(self, command: Sequence[str], directives: Sequence[Directive]) -> "Started":
         tried = [one for one in directives if one.name not in (*NOT_TRIED, *self.ignored)]
         return Started(self.unit, [
             "systemd-run", "--collect", "--pipe", "--wait", f"--unit={self.unit}", "--property=Type=exec",
+            f"--property=RuntimeDirectory={os.path.basename(os.path.dirname(self.socket))}",
             f"--property=TimeoutStopSec={STOP_SECONDS}", f"--property=RuntimeMaxSec={ANSWER_SECONDS + 30}",
             *(f"--property={one.line}" for one in tried), "--", *unit_words(command),
         ])  # fmt: skip
@@ -163,8 +171,9 @@ class Started:
         return self.output.read().decode("utf-8", "replace")
 
 
-def completion(process: Started, url: str) -> Optional[str]:
-    """Ask for four tokens until the server has loaded; the reason why they do not come, or None."""
+def completion(process: Started, url: str, path: Optional[str] = None) -> Optional[str]:
+    """Ask for four tokens until the server has loaded; the reason why they do not come, or None. `path`: of its socket,
+    where it has one in place of the URL's port."""
     deadline = time.monotonic() + ANSWER_SECONDS
     body = {"prompt": "Hello", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
     said: Any = "nothing"
@@ -172,18 +181,22 @@ def completion(process: Started, url: str) -> Optional[str]:
         if process.wait(0) is not None:
             return "the server ends"
         try:
-            request = urllib.request.Request(
-                f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-            )
-            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-            with opener.open(request, timeout=ANSWER_SECONDS) as answer:
-                tokens = json.loads(answer.read())["usage"]["completion_tokens"]
-            return None if tokens == 4 else f"it answers with {tokens} tokens instead of 4"
-        except urllib.error.HTTPError as error:
-            if error.code != 503:  # 503: it loads
-                return f"it answers {error.code}"
+            with ExitStack() as stack:
+                connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=ANSWER_SECONDS)
+                stack.callback(connection.close)
+                if path:
+                    connection.sock = gate_server.unix_connection(path, ANSWER_SECONDS)
+                headers = {"Content-Type": "application/json"}
+                connection.request("POST", "/v1/completions", json.dumps(body).encode(), headers)
+                answer = connection.getresponse()
+                text = answer.read(ANSWER_BYTES)
+            if answer.status == 200:
+                tokens = json.loads(text)["usage"]["completion_tokens"]
+                return None if tokens == 4 else f"it answers with {tokens} tokens instead of 4"
+            if answer.status != 503:  # 503: it loads
+                return f"it answers {answer.status}"
             said = "503"
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
             said = error
         time.sleep(0.1)
     return f"no answer within {ANSWER_SECONDS} s ({said})"

@@ -1,8 +1,8 @@
 """The files of an instance: where they are, whether they are whole, and the last ones that passed the gate.
 
 Contract: a module of switch.py, transaction.py, preflight.py and survey.py. An instance's files are a mapping of name
-to content: the unit, the units of its liveness check where it has one, plan.json, and the credentials that its unit
-loads. Changes nothing. Python 3.8, standard library; common.py beside it.
+to content: the unit, the units of its liveness check and of its start on demand where it has them, plan.json, and the
+credentials that its unit loads. Changes nothing. Python 3.8, standard library; common.py beside it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,13 @@ def places(name: str) -> Dict[str, Tuple[str, int]]:
     return {
         **{loaded: (f"{folder}/{loaded}", 0o600) for loaded in common.LOADED},
         PLAN: (f"{folder}/{PLAN}", 0o644),
-        **{unit: (f"{common.UNITS}/{unit}", 0o644) for unit in (*common.liveness_units(name), common.unit_of(name))},
+        **{unit: (f"{common.UNITS}/{unit}", 0o644) for unit in units_of(name)},
     }
+
+
+def units_of(name: str) -> List[str]:
+    """All units that an instance may have, its server's last."""
+    return [*common.liveness_units(name), *common.demand_units(name), common.unit_of(name)]
 
 
 def installed(name: str) -> Files:
@@ -82,7 +87,7 @@ def previous(name: str) -> Optional[Files]:
 def damage(name: str, files: Files) -> Optional[str]:
     """Why these files are not a whole instance; None where they are."""
     unit = common.unit_of(name)
-    for one in (unit, *common.liveness_units(name)):
+    for one in units_of(name):
         if one in files and not files[one].startswith(common.MADE_BY.encode()):
             return f"{one} does not begin with {common.MADE_BY!r}"
     if unit not in files:
@@ -157,7 +162,9 @@ def is_ours(unit: str, folder: Optional[str] = None) -> bool:
 
 
 def _instance_of(unit: str) -> Optional[str]:
-    """The instance whose unit this is, or whose liveness check's."""
+    """The instance whose unit this is, also one of its liveness check or of its start on demand."""
+    if unit.startswith(common.DEMAND):
+        return unit[len(common.DEMAND) :].rpartition(".")[0]
     for end in (*common.LIVENESS, common.SUFFIX):
         if unit.startswith(common.PREFIX) and unit.endswith(end):
             return unit[len(common.PREFIX) : -len(end)]

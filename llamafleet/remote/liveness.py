@@ -1,7 +1,7 @@
 """Check that a running instance answers and makes progress, and restart it if not.
 
 Contract: `liveness.py PLAN.json SECONDS`, run by the instance's timer. PLAN.json is plan.json, of which is read: `gate`
-(unit, url, api_keys, tls_certificate, argv, health_seconds, context_tokens, slots, serves, picture_ratio) and
+(unit, url, socket, api_keys, tls_certificate, argv, health_seconds, context_tokens, slots, serves, picture_ratio) and
 `batch_tokens`, the most tokens that are computed in one piece; only unit and url must be there. A server is fine if it
 sleeps, if a counter of a slot has moved since the last look, or if no slot works and no request waits; one that has no
 cached token to lose must also give a token, and one of embeddings or scores a vector or a score. A server that is not
@@ -120,10 +120,11 @@ def read_spec(path: str) -> dict[str, Any]:
         raise ValueError(f"{path} has no gate with a unit and a url: run the deploy again")
     if later := later_schema(plan, PLAN_SCHEMA):
         raise ValueError(f"{path}: {later}")
-    spec = {"api_keys": None, "tls_certificate": None, "argv": [], **gate, "batch_tokens": plan.get("batch_tokens")}
+    absent: dict[str, Any] = {"api_keys": None, "tls_certificate": None, "socket": None, "argv": []}
+    spec = {**absent, **gate, "batch_tokens": plan.get("batch_tokens")}
     if spec.get("serves") not in SMALLEST:
         spec["serves"] = "chat"
-    texts = [spec[key] for key in ("api_keys", "tls_certificate") if spec[key] is not None]
+    texts = [spec[key] for key in ("api_keys", "tls_certificate", "socket") if spec[key] is not None]
     if not isinstance(spec["argv"], list) or not all(isinstance(word, str) for word in [*texts, *spec["argv"]]):
         raise ValueError(f"{path}: its gate has paths or arguments that are no texts: run the deploy again")
     return spec

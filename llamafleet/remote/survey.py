@@ -35,6 +35,7 @@ from common import (
     SUFFIX,
     UNITS,
     USER,
+    demand_units,
     listing,
     liveness_units,
     plan_path,
@@ -195,6 +196,8 @@ def is_ours(unit: str) -> bool:
 def instance(name: str) -> dict[str, Any]:
     unit, record = common.unit_of(name), instance_files.record(name)
     timer = show(liveness_units(name)[1], "ActiveState", "UnitFileState")
+    on_demand = common.is_on_demand(name)
+    socket = show(demand_units(name)[0], "ActiveState", "UnitFileState") if on_demand else {}
     shown = show(unit, "ActiveState", "SubState", "UnitFileState", "MainPID", "NRestarts", "DropInPaths",
                  "NeedDaemonReload")  # fmt: skip
     pid = int(shown.get("MainPID") or 0)
@@ -209,6 +212,11 @@ def instance(name: str) -> dict[str, Any]:
         "liveness": timer.get("ActiveState"),
         "liveness_enabled": timer.get("UnitFileState"),
         "liveness_drop_ins": [path for one in liveness_units(name) for path in common.drop_ins(one)],
+        "demand_sha256": hashes(UNITS, demand_units(name)),
+        "good_demand_sha256": hashes(f"{GOOD}/{name}", demand_units(name)),
+        "demand_drop_ins": [path for one in demand_units(name) for path in common.drop_ins(one)],
+        "socket": socket.get("ActiveState"),
+        "socket_enabled": socket.get("UnitFileState"),
         "active": shown.get("ActiveState"),
         "sub": shown.get("SubState"),
         "enabled": shown.get("UnitFileState"),

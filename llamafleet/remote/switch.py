@@ -33,10 +33,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from typing import Dict, Iterator, List, Optional, Sequence  # the contract is Python 3.8, whose own are typing's
+from typing import Any, Dict, Iterator, List, Optional, Sequence  # the contract is Python 3.8, whose own are typing's
 
 import common
 import instance_files
+import room
 import starting
 import switch_back
 import switch_checks
@@ -70,6 +71,7 @@ def install(
                     transaction.remember(name, old[name])
             switch_back.begin(old, leaving)
             drained = Draining(everyone, drain)
+            make_way(names)
             ask(names, leaving, drained)
             replace(names)
             for name in leaving:
@@ -130,6 +132,7 @@ def ask(names: Sequence[str], leaving: Sequence[str], drain: Draining) -> None:
     asked = [name for name in names if os.path.exists(questions[name])]
     if not asked:
         return
+    clear(names)
     print(f"asking llama-server, with {', '.join(map(unit_of, [*names, *leaving]))} stopped", flush=True)
     stop_all([*names, *leaving], drain)
     for name in asked:
@@ -140,6 +143,37 @@ def ask(names: Sequence[str], leaving: Sequence[str], drain: Draining) -> None:
             raise Failed(f"llama-server rejects what {unit_of(name)} would give it")
         if done.returncode:
             raise Failed(f"the plan of {unit_of(name)} does not fit")
+
+
+def clear(names: Sequence[str]) -> None:
+    """Stop all other servers that started on demand, when their running replies have ended. Raises Failed."""
+    problem = room.make(names[0], besides=names, alone=True)
+    if problem is not None:
+        raise Failed(problem)
+
+
+def make_way(names: Sequence[str]) -> None:
+    """Where an instance that starts with the host is new or needs more than before: stop what started on demand, which
+    was planned beside less."""
+    if any(grows(name) for name in names):
+        clear(names)
+
+
+def grows(name: str) -> bool:
+    """Whether a staged instance that starts with the host needs more on a device than the installed one."""
+    if common.demand_units(name)[0] in staged_files(name):
+        return False
+    new, old = (used(common.read_json(path)) for path in (f"{common.STAGED}/{name}/{PLAN}", common.plan_path(name)))
+    return any(size > old.get(device, 0) or common.is_on_demand(name) for device, size in new.items())
+
+
+def used(record: Dict[str, Any]) -> Dict[str, int]:
+    """What a plan.json takes of each device, in bytes; nothing where it does not say."""
+    plan = record.get("plan")
+    rows = plan.get("ledger") if isinstance(plan, dict) else None
+    parts = [f"{part}_bytes" for part in ("weights", "kv", "compute", "staging", "overhead", "beside")]
+    return {str(row.get("device")): sum(size for part in parts if isinstance(size := row.get(part), int))
+            for row in rows or [] if isinstance(row, dict)}  # fmt: skip
 
 
 def staged_files(name: str) -> Files:
@@ -209,14 +243,19 @@ def replace_quietly(name: str, only: Sequence[str]) -> None:
             remove_drop_ins(name, new)
             systemctl("daemon-reload")
             if unit_of(name) in only:
-                systemctl("enable", "--quiet", unit_of(name))
-                transaction.sync_enabled(name)
-                if good is None and (problem := starting.gate(name)):
+                starting.enable(name)
+                starting.open_door(name)
+                if good is None and (problem := prove(name)):
                     raise Failed(f"{unit_of(name)} runs, but does not pass the gate: {problem}")
             transaction.pass_gate([name])
         finish([name])
     finally:
         shutil.rmtree(f"{common.STAGED}/{name}", ignore_errors=True)
+
+
+def prove(name: str) -> Optional[str]:
+    """Run the gate on the server as it runs; one that starts on demand is started for it."""
+    return starting.start_on_demand(name) if common.is_on_demand(name) else starting.gate(name)
 
 
 def has_same_core(name: str, one: Files, other: Files) -> bool:
@@ -228,7 +267,7 @@ def has_same_core(name: str, one: Files, other: Files) -> bool:
 def remove_drop_ins(name: str, files: Files) -> None:
     """Remove the drop-ins of the instance's units, but for those of its server that plan.json allows."""
     allowed = (instance_files.plan(files) or {}).get("allowed_drop_ins") or []
-    for unit in (unit_of(name), *liveness_units(name)):
+    for unit in instance_files.units_of(name):
         for path in common.drop_ins(unit):
             if unit != unit_of(name) or os.path.basename(path) not in allowed:
                 transaction.remove(path)
@@ -267,14 +306,15 @@ def remove(name: str, after: Sequence[str] = (), drain: float = 0.0) -> None:
         settle(name)
     unwatch(name)
     unit = f"{common.UNITS}/{unit_of(name)}"
-    if drain:
+    if drain or starting.doors([name]):
         starting.stop([name], Draining([name], drain))
     is_sound = os.path.isfile(unit) and not starting.is_empty(unit)
     systemctl("disable", "--quiet", "--now", unit_of(name), check=is_sound)
     transaction.forget(name)
     transaction.remove_files([
-        *(f"{common.UNITS}/{unit}" for unit in liveness_units(name)), common.gate_record(name),
-        common.liveness_record(name), f"{common.RUN}/liveness-{name}.json",
+        *(f"{common.UNITS}/{unit}" for unit in instance_files.units_of(name) if unit != unit_of(name)),
+        common.gate_record(name), common.liveness_record(name), f"{common.RUN}/liveness-{name}.json",
+        f"{common.RUN}/room-{name}",
     ])  # fmt: skip
     for folder in (f"{common.INSTANCES}/{name}", f"{common.STAGED}/{name}", f"{common.CACHES}/llama-server-{name}"):
         transaction.remove_folder(folder)

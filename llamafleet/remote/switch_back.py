@@ -154,14 +154,26 @@ def _start_old(before: Notes, prove: bool) -> str:
         draining.let_in(name)
     for name in before:
         if name not in old:
+            for socket in starting.doors([name]):
+                systemctl("disable", "--quiet", "--now", *wait, socket, check=False)
             systemctl("disable", "--quiet", "--now", *wait, unit_of(name), check=False)
     if not old:
         return f"there was no previous one, so it was stopped; its log: journalctl -u {unit_of(next(iter(before)))}"
-    stopped = [name for name in old if name not in serve_on]
+    idle = [name for name in old if common.is_on_demand(name) and not before[name]["invocation"]]
+    stopped = [name for name in old if name not in (*serve_on, *idle)]
+    _let_start(idle, wait)
     problems = _start_again(stopped, prove)
     for name in old:
         starting.start_watching(name, *wait, check=False)  # also if it does not serve: a later check may restart it
     return _told(stopped, problems, prove, several=len(before) > 1)
+
+
+def _let_start(names: Sequence[str], wait: Sequence[str]) -> None:
+    """Let instances start on demand that did not run before."""
+    for name in names:
+        systemctl("stop", *wait, unit_of(name), check=False)
+        starting.enable(name)
+        starting.open_door(name, *wait, check=False)
 
 
 def _start_again(names: Sequence[str], prove: bool) -> List[Tuple[str, str]]:
@@ -172,6 +184,9 @@ def _start_again(names: Sequence[str], prove: bool) -> List[Tuple[str, str]]:
         systemctl("stop", *map(unit_of, names), check=False)
     problems = []
     for name in names:
+        if not prove and common.is_on_demand(name):
+            _let_start([name], ["--no-block"])
+            continue
         if not prove:
             systemctl("enable", "--quiet", unit_of(name), check=False)
             transaction.sync_enabled(name)

@@ -42,11 +42,12 @@ def check(names: Sequence[str]) -> None:
 
 
 def verify(name: str) -> None:
-    """Have systemd-analyze check the staged unit."""
+    """Have systemd-analyze check the staged unit, and those that start it on demand."""
+    paths = [f"{common.STAGED}/{name}/{unit}" for unit in (unit_of(name), *common.demand_units(name))]
     # Errors in units that ours only mentions do not count; systemd 250 and later can leave them out.
     for options in (["--recursive-errors=no"], []):
         done = subprocess.run(
-            ["systemd-analyze", "verify", *options, f"{common.STAGED}/{name}/{unit_of(name)}"],
+            ["systemd-analyze", "verify", *options, *filter(os.path.exists, paths)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         if "unrecognized option" not in done.stdout:

@@ -39,7 +39,7 @@ import instance_files
 from instance_files import MANIFEST, PASSED, Files, places
 
 PREPARING, SWITCHING, BEFORE = "/.preparing", "/.switching", "/.before"
-WANTED_BY = "multi-user.target.wants"
+WANTED_BY, SOCKETS_WANTED_BY = "multi-user.target.wants", "sockets.target.wants"
 
 
 class Lost(Exception):
@@ -283,7 +283,7 @@ def forget(name: str) -> None:
     forget_before(name)
     remove_folder(f"{common.GOOD}/{name}")
     unit, timer = common.unit_of(name), common.liveness_units(name)[1]
-    remove_files([f"{common.UNITS}/{WANTED_BY}/{unit}", f"{common.UNITS}/{unit}.wants/{timer}"])
+    remove_files([f"{common.UNITS}/{WANTED_BY}/{unit}", f"{common.UNITS}/{unit}.wants/{timer}", socket_link(name)])
     with contextlib.suppress(OSError):
         os.rmdir(f"{common.UNITS}/{unit}.wants")  # if nobody else has a link there
 
@@ -295,9 +295,16 @@ def sync(name: str) -> None:
             common.sync(folder)
 
 
+def socket_link(name: str) -> str:
+    """The link that `systemctl enable` makes for the socket of an instance that starts on demand."""
+    return f"{common.UNITS}/{SOCKETS_WANTED_BY}/{common.demand_units(name)[0]}"
+
+
 def sync_enabled(name: str) -> None:
     """Let the links that `systemctl enable` makes survive a power cut."""
-    for folder in (f"{common.UNITS}/{WANTED_BY}", f"{common.UNITS}/{common.unit_of(name)}.wants", common.UNITS):
+    of_server = (f"{common.UNITS}/{WANTED_BY}", f"{common.UNITS}/{common.unit_of(name)}.wants")
+    of_socket = (os.path.dirname(socket_link(name)),) if common.is_on_demand(name) else ()
+    for folder in (*of_server, *of_socket, common.UNITS):
         if os.path.isdir(folder):
             common.sync(folder)
 

@@ -15,7 +15,7 @@ from llamafleet.service.desired import Desired, Service, Serving
 from llamafleet.service.instance_changes import differences, liveness_differences, quiet_differences
 
 # Keys of plan.json beside its identity by which the host's programs work.
-TOLD_TO_HOST = ("trial", "batch_tokens", "allowed_drop_ins")
+TOLD_TO_HOST = ("trial", "batch_tokens", "allowed_drop_ins", "demand")
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,9 @@ def _places(desired: Desired, installed: Installed, build: bool) -> tuple[wanted
     files = record.get("files") if not build else None
     names = [name for name in files if isinstance(name, str)] if isinstance(files, Mapping) else []
     instances = [
-        wanted.Instance(serving.name, tuple(serving.service.secrets), bool(serving.service.liveness))
+        wanted.Instance(
+            serving.name, tuple(serving.service.secrets), bool(serving.service.liveness), bool(serving.service.demand)
+        )
         for serving in desired.servings
     ]
     models = [path for serving in desired.servings for path in _model_files(serving)]

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from llamafleet.planner.result import Plan
+from llamafleet.remote.common import server_socket
 from llamafleet.settings import extra_flags
 from llamafleet.settings.companions import DRAFT, PROJECTOR, adapter
 from llamafleet.settings.prompt_files import SETTINGS
-from llamafleet.settings.schema import Adapter, Instance
+from llamafleet.settings.schema import DEMAND, Adapter, Instance
 
 # Flags of files that are loaded beside a model, by their parts.
 FILE_FLAGS = {PROJECTOR: "--mmproj", DRAFT: "--spec-draft-model"}
@@ -37,7 +38,7 @@ def argv(
     return [
         *("--model", _value("--model", model_path)),
         *("--alias", _value("--alias", instance.name)),
-        *("--host", _value("--host", instance.listen)),
+        *("--host", _value("--host", server_socket(instance.name) if instance.start == DEMAND else instance.listen)),
         *("--port", str(instance.port)),
         *plan.argv,
         *_companions(companion_paths, instance.adapters),

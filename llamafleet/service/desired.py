@@ -23,9 +23,10 @@ from llamafleet.memory.ledger import Correction
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Plan
 from llamafleet.planner.stability import Choice
-from llamafleet.remote.common import identity_of, unit_of
+from llamafleet.remote.common import demand_units, identity_of, unit_of
 from llamafleet.service import command, refusals
 from llamafleet.service.building import Run, building, is_cached
+from llamafleet.service.demand import demand_texts, too_old
 from llamafleet.service.model_folders import companion_paths, model_folder, model_path, mount_of, stores
 from llamafleet.service.plan_inputs import PlanInputs
 from llamafleet.service.record import plan_record, record_text
@@ -48,6 +49,8 @@ class Service:
     release: str
     # Units of its liveness check by name; empty where none is wanted.
     liveness: Mapping[str, str]
+    # Units by name that start it on demand; empty where it starts with the host.
+    demand: Mapping[str, str] = field(default_factory=dict)
     # Of the plan record: names one state of the service.
     identity: str = ""
     # The hashes that what plan.json has of it may have: earlier versions wrote the query of an address, too.
@@ -204,7 +207,7 @@ def _in_the_way(inputs: PlanInputs) -> Iterator[Refused]:
     """Units and programs of others that the host has where an instance should be."""
     installed, instances = inputs.survey.installed, inputs.settings.models
     # No two of our instances are to have one port: what another one of ours holds, it gives up in this run.
-    ours = {unit_of(name) for name in installed.instances}
+    ours = {unit for name in installed.instances for unit in (unit_of(name), demand_units(name)[1])}
     for instance in instances:
         refused = refusals.foreign_unit(instance, installed.foreign_units)
         there = installed.instances.get(instance.name)
@@ -213,9 +216,16 @@ def _in_the_way(inputs: PlanInputs) -> Iterator[Refused]:
             refused = refused or refusals.no_disk(instance, folder, installed.paths.get(folder))
         refused = refused or (refusals.foreign_drop_in(instance, there.drop_ins) if there else None)
         refused = refused or refusals.no_address(instance, installed.unbindable)
-        refused = refused or refusals.port_taken(instance, installed.listeners, ours)
+        refused = refused or refusals.port_taken(instance, installed.listeners, ours, _opened(installed))
+        refused = refused or too_old(instance, installed)
         if refused:
             yield refused
+
+
+def _opened(installed: Installed) -> set[int]:
+    """The ports at which systemd listens for our instances that start on demand."""
+    return {one.record.gate.port for one in installed.instances.values()
+            if one.socket == "active" and one.record and one.record.gate and one.record.gate.port}  # fmt: skip
 
 
 def to_ask(inputs: PlanInputs, outcome: Desired | Refused) -> tuple[Need, ...]:
@@ -265,6 +275,7 @@ def _serving(
         ),
         plan_json=record_text(record), secrets=desired.run.secrets.get(instance.name, {}), argv=argv,
         release=build.release, liveness=liveness_texts(render, instance, settings, desired.run.helpers),
+        demand=demand_texts(render, instance, settings, desired.run.helpers),
         identity=record["identity"], identities=frozenset((record["identity"], identity_of(record))),
         allowed_drop_ins=instance.allowed_drop_ins,
     )  # fmt: skip

@@ -45,8 +45,10 @@ def differences(
     reasons += _credentials_differ(service, installed, loaded=False)
     if drop_ins := _not_allowed(service, installed.drop_ins):
         reasons.append(f"drop-ins change its unit: {', '.join(drop_ins)}")
+    reasons += _socket_differs(service, installed)
     if installed.active != "active":
-        reasons.append(f"it is {installed.active or 'not active'}")
+        # One that starts on demand may be stopped; where a start has failed, the next connection is the next try.
+        reasons += [] if service.demand and installed.is_on_demand else [f"it is {installed.active or 'not active'}"]
     elif installed.argv != service.argv:
         reasons.append("it runs with other arguments")
     elif installed.exe is not None and not installed.exe.startswith(service.release + "/"):
@@ -54,6 +56,16 @@ def differences(
     if installed.inherited:
         reasons.append(f"it runs with presets of the host: {', '.join(installed.inherited)}")
     return tuple(reasons)
+
+
+def _socket_differs(service: Service, installed: InstalledInstance) -> Iterator[str]:
+    """Whether clients reach it in another way than they should: by its own port, or by a socket that starts it."""
+    if installed.is_on_demand and not service.demand:
+        yield "it starts on demand"
+    elif service.demand:
+        socket, text = next(iter(service.demand.items()))
+        if installed.demand_sha256.get(socket) != sha256(text):
+            yield "the socket that starts it is missing or differs"
 
 
 def _credentials_differ(service: Service, installed: InstalledInstance, loaded: bool) -> list[str]:
@@ -140,7 +152,9 @@ def _quiet_differences(service: Service, installed: InstalledInstance) -> Iterat
         yield f"drop-ins would change its unit at its next start: {', '.join(drop_ins)}"
     elif installed.stale:
         yield "systemd has not read its unit again since a file of it changed"
-    if installed.enabled != "enabled":
+    if service.demand:
+        yield from _demand_differs(service, installed)
+    elif installed.enabled != "enabled":
         yield f"it is {installed.enabled or 'not enabled'}"
     sums = {name: sha256(text) for name, text in service.liveness.items()}
     good = installed.good_liveness_sha256
@@ -148,6 +162,24 @@ def _quiet_differences(service: Service, installed: InstalledInstance) -> Iterat
         installed.liveness_sha256.get(name) == digest != good.get(name) for name, digest in sums.items()
     ):
         yield "the files to go back to are damaged or missing"
+
+
+def _demand_differs(service: Service, installed: InstalledInstance) -> Iterator[str]:
+    """What is wrong with the units that start it, but for a socket that clients would notice."""
+    if installed.enabled == "enabled":
+        yield "it starts with the host"
+    sums, good = {name: sha256(text) for name, text in service.demand.items()}, installed.good_demand_sha256
+    there = installed.demand_sha256
+    if [there.get(name) for name in list(sums)[1:]] != list(sums.values())[1:]:
+        yield "what hands its connections on differs"
+    elif any(there[name] == digest != good.get(name) for name, digest in sums.items() if name in there):
+        yield "the files to go back to are damaged or missing"
+    if installed.demand_drop_ins:
+        yield f"drop-ins change how it starts: {', '.join(installed.demand_drop_ins)}"
+    if installed.socket != "active":
+        yield f"its socket is {installed.socket or 'not active'}"
+    elif installed.socket_enabled != "enabled":
+        yield f"its socket is {installed.socket_enabled or 'not enabled'}"
 
 
 def _plan_differs(service: Service, installed: InstalledInstance) -> Iterator[str]:
@@ -170,7 +202,8 @@ def liveness_differences(service: Service, installed: InstalledInstance) -> tupl
         reasons.append("its liveness check differs")
     if installed.liveness_drop_ins:
         reasons.append(f"drop-ins change its liveness check: {', '.join(installed.liveness_drop_ins)}")
-    if wanted and installed.liveness != "active":
+    runs = not installed.is_on_demand or installed.active == "active"  # the timer stops with it
+    if wanted and runs and installed.liveness != "active":
         reasons.append(f"its liveness timer is {installed.liveness or 'not active'}")
     elif wanted and installed.liveness_enabled != "enabled":
         reasons.append(f"its liveness timer is {installed.liveness_enabled or 'not enabled'}")

@@ -22,6 +22,7 @@ from llamafleet.remote.common import (
     TLS_CERTIFICATE,
     TLS_KEY,
     identity_of,
+    server_socket,
     sha256,
 )
 from llamafleet.service.model_folders import companion_paths, model_folder
@@ -29,7 +30,7 @@ from llamafleet.service.speculation import guessing
 from llamafleet.service.trial import told_to_host
 from llamafleet.settings.companions import PROJECTOR, adapter
 from llamafleet.settings.prompt_files import SETTINGS, as_served
-from llamafleet.settings.schema import Instance
+from llamafleet.settings.schema import DEMAND, Instance
 
 # Nobody serves from a slower disk; bytes per second. The gate measures the disk, and waits less.
 SLOWEST_LOAD = 10 * MIB
@@ -79,6 +80,8 @@ def plan_record(
         numbered = enumerate(instance.adapters, 1)
         gate["adapters"] = [{"path": paths[adapter(number)], "scale": one.scale} for number, one in numbered]
     folders = [path.rsplit("/", 1)[0], *(model_folder(one) for one in model.companions.values())]
+    if instance.start == DEMAND:
+        gate["socket"] = server_socket(instance.name)
     files = [{"path": f"{folder}/{name}", "size_bytes": size, "sha256": sha256}
              for folder, one in zip(folders, model.every, strict=True)
              for name, size, sha256 in one.recorded]  # fmt: skip
@@ -102,7 +105,8 @@ def plan_record(
         record["source"] = public
         record["public_identity"] = identity_of(record)
     told = {**told_to_host(argv, alone), "allowed_drop_ins": list(instance.allowed_drop_ins)}
-    return {**record, "identity": identity, **told, "plan": chosen_plan(plan)}
+    demand = {"demand": plan.demand.to_json()} if plan.demand else {}
+    return {**record, "identity": identity, **told, **demand, "plan": chosen_plan(plan)}
 
 
 def chosen_plan(plan: Plan) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from llamafleet.remote.common import LOCK, MODEL_FILE_RULE, drop_in_folders, is_
 from llamafleet.settings.schema import Instance, Settings
 from llamafleet.sources import shown
 
+SYSTEMD = 1  # its process
 WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 -- compared with, never bound
 
 
@@ -264,9 +265,13 @@ def no_address(instance: Instance, unbindable: Mapping[str, str]) -> Refused | N
     )
 
 
-def port_taken(instance: Instance, listeners: Sequence[Listener], ours: Collection[str]) -> Refused | None:
-    """Whether another program listens where the instance should; `ours` are units that give up their ports."""
-    listener = _listener(instance, listeners, ours)
+def port_taken(
+    instance: Instance, listeners: Sequence[Listener], ours: Collection[str], opened: Collection[int] = ()
+) -> Refused | None:
+    """Whether another program listens where the instance should; `ours` are units that give up their ports, `opened`
+    ports at which systemd listens for them."""
+    others = [one for one in listeners if not (one.pid == SYSTEMD and one.port in opened)]
+    listener = _listener(instance, others, ours)
     if listener is None:
         return None
     who = listener.unit or listener.process or "another program"

@@ -70,7 +70,10 @@ def _ports(name: str, instance: InstalledInstance, listeners: Iterable[Listener]
 
 def _memory_needs(desired: Desired, changes: Changes, giving: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Instances that do not fit beside the installed ones as they are, with those that give up memory."""
-    plans = {serving.name: serving.plan for serving in desired.servings}
+    installed = desired.installed.instances
+    # What starts on demand makes room by itself (room.py on the host).
+    plans = {serving.name: serving.plan for serving in desired.servings if serving.plan.demand is None}
+    giving = [name for name in giving if not installed[name].is_on_demand]
     new = {name: _planned(plan) for name, plan in plans.items()}
     old = {name: _recorded(desired.installed.instances[name]) for name in giving}
     capacity = _capacity(plans.values())

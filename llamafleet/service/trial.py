@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-# Words that the host replaces: the path of its tiny model, and a free port.
-MODEL, PORT = "{model}", "{port}"
+# Words that the host replaces: the path of its tiny model, a free port, and the path of a socket.
+MODEL, PORT, SOCKET = "{model}", "{port}", "{socket}"
 # Flags of the plan that are tried with their values; all others are about the real model.
 CARRIED = ("--device", "--split-mode", "--cache-type-k", "--cache-type-v", "--flash-attn", "--load-mode", "--fit")
 
@@ -24,12 +24,15 @@ def told_to_host(argv: Sequence[str], alone: bool) -> dict[str, Any]:
 def trial(argv: Sequence[str]) -> dict[str, Any]:
     """How the release is tried: what lists its devices, which must be listed, and what serves the tiny model on them.
 
-    One thread, since a busy host is not what is tried; on the loopback of the service's address family, `host`.
+    One thread, since a busy host is not what is tried; on the loopback of the service's address family, `host`, or, of
+    a server that listens at a path, at one.
     """
     devices = (value_of(argv, "--device") or "none").replace("none", "").split(",")
     devices = [name for name in devices if name]
-    host = "::1" if ":" in (value_of(argv, "--host") or "") else "127.0.0.1"
-    serve = [argv[0], "--model", MODEL, "--host", host, "--port", PORT, "--ctx-size", "256", "--parallel", "1",
+    asked = value_of(argv, "--host") or ""
+    host = "::1" if ":" in asked else "127.0.0.1"
+    listen = SOCKET if asked.startswith("/") else host
+    serve = [argv[0], "--model", MODEL, "--host", listen, "--port", PORT, "--ctx-size", "256", "--parallel", "1",
              "--threads", "1", "--cache-ram", "0", "--offline", "--no-ui",
              "--n-gpu-layers", "99" if devices else "0"]  # fmt: skip
     carried = [(flag, value) for flag in CARRIED if (value := value_of(argv, flag)) is not None]

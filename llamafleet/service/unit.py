@@ -30,6 +30,7 @@ from llamafleet.remote.common import (
     RUN,
     SOURCE,
     STAGED,
+    demand_units,
     helper,
     liveness_units,
     plan_path,
@@ -38,7 +39,7 @@ from llamafleet.remote.inherited import DIRECTIVES
 from llamafleet.service.command import unit_escape
 from llamafleet.service.record import credentials
 from llamafleet.settings.environment import assignment
-from llamafleet.settings.schema import Instance, Settings
+from llamafleet.settings.schema import DEMAND, Instance, Settings
 
 # From a template's name and its values to the text.
 Renderer = Callable[[str, Mapping[str, Any]], str]
@@ -57,6 +58,9 @@ BACKEND_LIBRARIES = {"cuda": ("-/usr/local",), "hip": ("-/opt/rocm",), "vulkan":
 _OURS = (ETC, HELPERS, RUN, BUILD, GOOD, JOBS, SOURCE, STAGED)
 _SYSTEM = ("/boot", "/etc/ssh", "/etc/ssl/private", "/srv", "/var/backups", "/var/log", "/var/spool")
 HIDDEN = tuple(f"-{path}" for path in sorted((*_OURS, *_SYSTEM)))
+
+# What making room for a server that starts on demand may take at most, with the wait for others that do the same.
+ROOM_SECONDS = 240
 
 # What a liveness check may take at most beside its own patience, which is longer on a slow host.
 LIVENESS_END_SECONDS = 24 * 3600
@@ -95,15 +99,17 @@ def unit_values(
     *, allow_swap: bool, python: str = SYSTEM_PYTHON,
 ) -> dict[str, Any]:  # fmt: skip
     """What the template of the unit names."""
-    gate = record["gate"]
+    gate, on_demand = record["gate"], instance.start == DEMAND
     start_check = (helper("gate.py", helpers), "start", plan_path(instance.name))
     return {
         "instance": instance,
         "identity": record["identity"],
         "command": [unit_escape(argument) for argument in gate["argv"]],
-        "python": _path_of(python),
+        "python": path_of(python),
         "started": [unit_escape(word) for word in start_check],
-        "start_seconds": gate["health_seconds"] + 30,
+        "start_seconds": gate["health_seconds"] + (ROOM_SECONDS if on_demand else 30),
+        "demand": demand_units(instance.name)[1] if on_demand else None,
+        "room": [unit_escape(word) for word in (helper("room.py", helpers), instance.name)],
         "credentials": credentials(instance),
         "api_keys": credentials(instance).get(API_KEYS),
         "environment": plan.environment,
@@ -116,11 +122,11 @@ def unit_values(
         "groups": groups(build.backend, installed),
         "minors": [installed.nvidia_minors.get(gpu.pci_bus_id.lower(), gpu.index) for gpu in plan.gpus],
         "after": _after(instance.listen, build.backend, bool(plan.gpus), installed),
-        "restart": RESTART if _systemd(installed) >= RESTART_STEPS_SINCE else OLD_RESTART,
+        "restart": {} if on_demand else RESTART if systemd(installed) >= RESTART_STEPS_SINCE else OLD_RESTART,
         "release": build.release,
         "libraries": _libraries(build),
-        "families": _families(instance.listen, bool(plan.gpus)),
-        "clients": _clients(instance),
+        "families": ("AF_UNIX",) if on_demand else families(instance.listen, bool(plan.gpus)),
+        "clients": clients(instance),
         "cpus": plan.cpus,
         "numa_nodes": plan.numa_nodes,
         "memory_max_bytes": int(plan.host_bytes * MEMORY_MARGIN) + MEMORY_SPARE,
@@ -128,7 +134,7 @@ def unit_values(
     }
 
 
-def _path_of(python: str) -> str:
+def path_of(python: str) -> str:
     """The setting `python` as a unit has it: systemd of old wants a path."""
     return "/usr/bin/python3" if python == SYSTEM_PYTHON else python
 
@@ -162,7 +168,7 @@ def _after(listen: str, backend: str, gpu: bool, installed: Installed) -> tuple[
     return tuple(dict.fromkeys((*own, *(unit for kind in kinds for unit in installed.boot_units.get(kind, ())))))
 
 
-def _systemd(installed: Installed) -> int:
+def systemd(installed: Installed) -> int:
     """The number of the host's systemd; 0 where it is not known."""
     found = re.match(r"\d{1,6}", installed.ground.get("systemd") or "")
     return int(found[0]) if found else 0
@@ -174,7 +180,7 @@ def _libraries(build: Build) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*LIBRARIES, *BACKEND_LIBRARIES.get(build.backend, ()), *toolkit)))
 
 
-def _families(listen: str, gpu: bool) -> tuple[str, ...]:
+def families(listen: str, gpu: bool) -> tuple[str, ...]:
     """Socket families: that of the address; AF_UNIX for daemons that GPU drivers speak with (MPS, persistenced)."""
     own = "AF_INET6" if ":" in listen else "AF_INET"
     return (own, "AF_UNIX") if gpu else (own,)
@@ -186,7 +192,7 @@ def address_from_host(listen: str) -> str:
     return "localhost" if address.is_loopback or address.is_unspecified else str(address)
 
 
-def _clients(instance: Instance) -> tuple[str, ...]:
+def clients(instance: Instance) -> tuple[str, ...]:
     """Who may speak with the server, as IPAddressAllow= takes it; empty where everybody may."""
     if ipaddress.ip_address(instance.listen).is_loopback:
         return ("localhost",)
@@ -204,11 +210,11 @@ def liveness_texts(render: Renderer, instance: Instance, settings: Settings, hel
     words = (helper("liveness.py", helpers), plan_path(instance.name), str(settings.liveness_seconds))
     values = {
         "instance": instance,
-        "python": _path_of(settings.python),
+        "python": path_of(settings.python),
         "command": [unit_escape(word) for word in words],
         "interval_seconds": settings.liveness_interval_seconds,
         "end_seconds": settings.liveness_seconds + LIVENESS_END_SECONDS,
-        "family": _families(instance.listen, gpu=False)[0],
+        "family": families(instance.listen, gpu=False)[0],
         "address": address_from_host(instance.listen),
     }
     templates = ("llama-server-liveness.service.j2", "llama-server-liveness.timer.j2")

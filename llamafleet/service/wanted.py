@@ -23,6 +23,7 @@ from llamafleet.remote.common import (
     RUN,
     SOURCE,
     UNITS,
+    demand_units,
     liveness_units,
     plan_path,
     unit_of,
@@ -53,6 +54,7 @@ class Instance:
     name: str
     secrets: Collection[str]  # the names of its credentials
     watched: bool  # whether it has a liveness check
+    on_demand: bool = False  # whether it has the units that start it
 
 
 def places(instances: Iterable[Instance], helpers: str, release: str, files: Collection[str],
@@ -95,7 +97,11 @@ def _models(paths: Iterable[str]) -> Iterator[Place]:
 
 def _instance(one: Instance) -> Iterator[Place]:
     name, good = one.name, f"{GOOD}/{one.name}"
-    units = (unit_of(name), *(liveness_units(name) if one.watched else ()))
+    units = (
+        unit_of(name),
+        *(liveness_units(name) if one.watched else ()),
+        *(demand_units(name) if one.on_demand else ()),
+    )
     yield Place(f"{INSTANCES}/{name}", "folder", instance=name, needed=False)
     for secret in sorted(one.secrets):
         yield Place(f"{INSTANCES}/{name}/{secret}", "file", 0o600, instance=name, needed=False)

@@ -38,6 +38,7 @@ from llamafleet.validation import Flag, Listed, Should, Whole, one_of
 
 BACKENDS = ("auto", "cuda", "hip", "vulkan", "cpu")
 SERVES = ("chat", "embedding", "reranking")
+BOOT, DEMAND = "boot", "demand"
 # common/arg.cpp, --pooling.
 POOLINGS = ("none", "mean", "cls", "last", "rank")
 SPECULATIONS = ("none", "ngram", "mtp", "draft", "eagle3", "dflash", "dspark")
@@ -304,7 +305,7 @@ class Instance:
     copies: Annotated[int | Text, PlainValidator(copying.copies)]
     split_mode: Annotated[Text, one_of(("auto", "layer", "tensor"))]
     sleep_idle_seconds: Sleep | None
-    start: Annotated[Text, one_of(("boot", "demand"))]
+    start: Annotated[Text, one_of((BOOT, DEMAND))]
     idle_seconds: Idle
     listen: Annotated[Text, Should("be an IP address, such as 127.0.0.1 or 0.0.0.0", _is_address)]
     allowed_clients: Listed[

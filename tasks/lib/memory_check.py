@@ -145,7 +145,7 @@ def staged_files(serving: Serving) -> dict[str, str]:
     """The files that are staged for an instance, by name; question.json among them where llama-server must be asked
     in the switch, since it could not be asked beside the running server."""
     staged = {serving.service.unit: serving.service.unit_text, "plan.json": serving.service.plan_json}
-    staged |= serving.service.liveness
+    staged |= {**serving.service.liveness, **serving.service.demand}
     now = _now()
     verified = serving.verified
     if verified is not None and not verified.room and _makes_room(now, serving.name):
@@ -154,18 +154,19 @@ def staged_files(serving: Serving) -> dict[str, str]:
 
 
 def _makes_room(now: Decision, name: str) -> bool:
-    """Whether a server of ours runs that is stopped in the instance's switch."""
+    """Whether a server of ours runs that is stopped in the instance's switch, as all are that started on demand."""
+    instances = now.desired.installed.instances
     handovers = succession.handovers(now.desired, now.changes)
     stopped = next(({*one.names, *one.leaving} for one in handovers if name in one.names), {name})
-    return any(now.desired.installed.instances[one].active == "active"
-               for one in stopped if one in now.desired.installed.instances)  # fmt: skip
+    return any(one.active == "active" and (one.is_on_demand or other in stopped) for other, one in instances.items())
 
 
 def refreshed_files(serving: Serving) -> dict[str, str]:
     """The files that replace those of an instance whose server runs on, by name."""
     service = serving.service
     record = {**kept_keys(_now().desired.installed.instances[serving.name]), **serving.record}
-    return {service.unit: service.unit_text, "plan.json": record_text(record), **service.liveness}
+    return {service.unit: service.unit_text, "plan.json": record_text(record), **service.liveness,
+            **service.demand}  # fmt: skip
 
 
 def changed_records() -> dict[str, str]:

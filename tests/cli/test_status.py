@@ -69,6 +69,19 @@ def test_a_server_that_sleeps_is_fine():
     assert line(of_host(found(active="failed"), live(asleep=True), AS_WANTED))["state"] == "failed"
 
 
+@pytest.mark.parametrize(
+    ("active", "state", "fine"),
+    [
+        ("inactive", "on demand, stopped", True),
+        ("active", "on demand, up", True),
+        ("failed", "on demand, failed", False),
+    ],
+)
+def test_a_server_on_demand_may_be_stopped(active, state, fine):
+    host = of_host(found(active=active, demand_sha256={"llamafleet-demand-demo.socket": "0" * 64}), live(), AS_WANTED)
+    assert line(host)["state"] == state and host.is_fine is fine
+
+
 FAILED = {**GOOD, "ok": False, "checks": [{"name": "health", "ok": True}, {"name": "gpu memory", "ok": False}]}
 
 

@@ -150,6 +150,7 @@ def healthy():
                     "units": ["s", "t"],
                     "as_kept": True,
                 },
+                "demand": {"active": "inactive", "enabled": "", "drop_ins": [], "units": [], "as_kept": True},
                 "gate": {"ok": True, "checks": verdicts},
             }
         },
@@ -428,6 +429,55 @@ def test_addresses_are_compared_not_texts(listen):
     facts = healthy()
     facts["instances"]["tiny"]["listening"] = [["::1", 8080]]
     assert not problems_by_check(facts, settings(listen=listen))["listening"]
+
+
+# --- a server that starts on demand ---------------------------------------------------------------
+
+OPEN = {"active": "active", "enabled": "enabled", "drop_ins": [], "units": ["s", "c"], "as_kept": True}
+
+
+def on_demand(**changes):
+    """A host whose server nobody uses now; `changes` are of its facts."""
+    known = healthy()
+    tiny = known["instances"]["tiny"]
+    tiny["state"].update(ActiveState="inactive", SubState="dead", UnitFileState="static")
+    tiny["liveness"]["active"] = "inactive"
+    tiny.update(demand=OPEN, process=None, gate=None, allowed_origin=None)
+    tiny.update(changes)
+    return known
+
+
+def found_of(known):
+    box = checks.Box("web1", settings(start="demand"), known)
+    served = checks.served(box, box.settings.models[0])
+    every = (instance_checks.running, instance_checks.process, instance_checks.hardening, instance_checks.origins,
+             instance_checks.listening, instance_checks.liveness)  # fmt: skip
+    return [str(problem) for check in every for problem in check(served)]
+
+
+def test_a_server_that_nobody_uses_has_no_problem():
+    assert found_of(on_demand()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"demand": {**OPEN, "active": "inactive"}}, "a socket that is active and enabled, found one that is inactive"),
+        ({"demand": {**OPEN, "enabled": "disabled"}}, "found one that is active and disabled"),
+        ({"demand": {**OPEN, "as_kept": False}}, "the units that last passed the gate, found other texts"),
+        ({"demand": {**OPEN, "units": ["s"]}}, "expected socket and service"),
+        ({"demand": {**OPEN, "drop_ins": ["/x.conf"]}}, "expected no drop-ins, found /x.conf"),
+        ({"listening": []}, "listens on"),
+    ],
+)
+def test_what_is_wrong_with_it_is_named(changes, message):
+    assert any(message in text for text in found_of(on_demand(**changes)))
+
+
+def test_one_that_runs_or_has_failed_is_looked_at():
+    known = on_demand()
+    known["instances"]["tiny"]["state"]["ActiveState"] = "failed"
+    assert any("expected active, found failed" in text for text in found_of(known))
 
 
 # --- answers and records that are no good -------------------------------------------------------

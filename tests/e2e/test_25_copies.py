@@ -1,26 +1,29 @@
 """Two copies of a model on a host, K and V of different types over one pool; then one again."""
 
+import itertools
+
 import pytest
 
+from tests.e2e import deploying
 from tests.e2e.deploying import PORT, ask, main_pid, on, pyinfra, serves
 
 TWO = (PORT, PORT + 1)
 
 
 @pytest.fixture(scope="module")
-def deploy(builder, outside, settings, inventory):
-    """Deploys so many copies of the tiny model; further settings are the model's."""
+def host(deployed):
+    return deployed[0]
 
-    def run(copies, **model):
-        asked = {
-            "copies": copies,
-            "slots": 3,
-            "kv_types": ["q8_0/f16"],
-            "kv_unified": True,
-            "pool_tokens": 1536,
-            **model,
-        }
-        return pyinfra(inventory((builder, settings(builder, model=asked))))
+
+@pytest.fixture(scope="module")
+def deploy(host, outside, tmp_path_factory):
+    """Deploys so many copies of the tiny model, whose three slots share a pool."""
+    folder, count = tmp_path_factory.mktemp("copies"), itertools.count()
+    shape = {"slots": 3, "kv_types": ["q8_0/f16"], "kv_unified": True, "pool_tokens": 1536}
+
+    def run(copies):
+        data = deploying.settings(outside, host, model={**shape, "copies": copies})
+        return pyinfra(deploying.write_inventory(folder / f"inventory{next(count)}.py", [(host, data)]))
 
     return run
 
@@ -30,8 +33,7 @@ def units(host):
     return [line.split()[0] for line in shown.splitlines()]
 
 
-def test_two_copies_serve_on_ports_counted_up_and_one_is_left(deploy, builder):
-    host = builder
+def test_two_copies_serve_on_ports_counted_up_and_one_is_left(deploy, host):
     first = deploy(2)
     assert first.code == 0, first.text
     assert units(host) == ["llama-server-tiny-1.service", "llama-server-tiny-2.service"]

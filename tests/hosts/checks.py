@@ -17,7 +17,7 @@ from llamafleet.printable import printable
 from llamafleet.remote.common import CURRENT, HELPERS, RUN, STAGED
 from llamafleet.service import wanted
 from llamafleet.service.record import credentials
-from llamafleet.settings.schema import Instance, Settings
+from llamafleet.settings.schema import DEMAND, Instance, Settings
 from tests.hosts import facts
 
 AGAIN = "changed by hand? deploy again"
@@ -64,6 +64,11 @@ class Served:
     facts: Mapping[str, Any]
     release: str | None  # build key of the host's current release; None if there is none
     watched: bool  # whether the settings ask for a liveness check
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it starts on demand, and nobody uses it now."""
+        return self.instance.start == DEMAND and self.facts["state"].get("ActiveState") == "inactive"
 
     @property
     def plan(self) -> Mapping[str, Any]:
@@ -158,7 +163,9 @@ def _places(box: Box) -> tuple[wanted.Place, ...]:
     plans = [served(box, instance).plan for instance in box.settings.models]
     models = [file["path"] for plan in plans for file in plan.get("files", [])]
     instances = [
-        wanted.Instance(instance.name, tuple(credentials(instance)), box.settings.liveness_seconds > 0)
+        wanted.Instance(
+            instance.name, tuple(credentials(instance)), box.settings.liveness_seconds > 0, instance.start == DEMAND
+        )
         for instance in box.settings.models
     ]
     key = str(current.get("target", "")).rpartition("/")[2]

@@ -52,6 +52,7 @@ def tree():
     yield from (OPT, ETC, VAR, RUN)
     yield from glob.glob(UNITS + "/llama-server-*.service")
     yield from glob.glob(UNITS + "/llama-server-*.timer")
+    yield from glob.glob(UNITS + "/llamafleet-demand-*")
     for root in (OPT, ETC, VAR):
         for folder, folders, files in os.walk(root):
             yield from (os.path.join(folder, name) for name in folders + files)
@@ -204,12 +205,14 @@ def instance(name, quick):
         "unit": unit_file(unit),
         "state": shown,
         "process": process(pid),
-        "listening": listening(pid),
+        "listening": listening(1, gate_of(plan)) if gate_of(plan).get("socket") else listening(pid),
         "keys": keys(folder + "/api-keys"),
         "models": {path: model(path, quick) for path in sorted({*paths(plan), *paths(kept)})},
         "liveness": liveness(name),
-        "gate": gate(folder + "/plan.json", gate_of(plan)),
-        "allowed_origin": allowed_origin(gate_of(plan).get("url")),
+        "demand": demand(name),
+        # A server that starts on demand, and does not run, is not started for a check.
+        "gate": gate(folder + "/plan.json", gate_of(plan)) if pid or not gate_of(plan).get("socket") else None,
+        "allowed_origin": allowed_origin(gate_of(plan).get("url"), gate_of(plan).get("socket")),
     }
 
 
@@ -233,6 +236,20 @@ def liveness(name):
     return {
         "active": timer.get("ActiveState"),
         "enabled": timer.get("UnitFileState"),
+        "drop_ins": [path for unit in units for path in drop_ins(unit)],
+        "units": [unit for unit in units if texts[unit] is not None],
+        "as_kept": all(texts[unit] == read_text(f"{VAR}/good/{name}/{unit}") for unit in units),
+    }
+
+
+def demand(name):
+    """State of the socket that starts the server, and whether its units are those that last passed the gate."""
+    units = [f"llamafleet-demand-{name}.{kind}" for kind in ("socket", "service")]
+    texts = {unit: read_text(f"{UNITS}/{unit}") for unit in units}
+    socket_unit = show(units[0])
+    return {
+        "active": socket_unit.get("ActiveState"),
+        "enabled": socket_unit.get("UnitFileState"),
         "drop_ins": [path for unit in units for path in drop_ins(unit)],
         "units": [unit for unit in units if texts[unit] is not None],
         "as_kept": all(texts[unit] == read_text(f"{VAR}/good/{name}/{unit}") for unit in units),
@@ -328,8 +345,9 @@ def age(pid):
     return round(time.clock_gettime(time.CLOCK_BOOTTIME) - started, 1)
 
 
-def listening(pid):
-    """[address, port] of every TCP socket on which the process listens."""
+def listening(pid, spec=None):
+    """[address, port] of every TCP socket on which the process listens; with a plan's `gate`, of those at its port."""
+    own = int(str(spec.get("url")).rpartition(":")[2] or 0) if spec else None
     inodes = set()
     for number in listing(f"/proc/{pid}/fd") if pid else []:
         try:
@@ -342,7 +360,8 @@ def listening(pid):
             words = line.split()
             if words[3] == LISTEN and f"socket:[{words[9]}]" in inodes:
                 address, port = words[1].split(":")
-                sockets.append([ip_text(address), int(port, 16)])
+                if own in (None, int(port, 16)):
+                    sockets.append([ip_text(address), int(port, 16)])
     return sorted(sockets)
 
 
@@ -378,10 +397,13 @@ def model(path, quick):
     return {**file, "noted_sha256": note.get("sha256") if unchanged else None, "sha256": _hashed.get(path)}
 
 
-def allowed_origin(url):
-    """The server's Access-Control-Allow-Origin for a web page of another site; null if the server does not answer."""
+def allowed_origin(url, path=None):
+    """The server's Access-Control-Allow-Origin for a web page of another site; null if the server does not answer.
+    `path`: of its own socket, where it has one. There a connection starts nothing."""
     if not isinstance(url, str) or not url:
         return None
+    if path:
+        return origin_at(url, path)
     request = urllib.request.Request(
         f"{url}/v1/completions", headers={"Origin": "http://other.example"}, method="OPTIONS"
     )
@@ -393,6 +415,23 @@ def allowed_origin(url):
             return answer.headers.get("Access-Control-Allow-Origin", "")
     except (OSError, ValueError, http.client.HTTPException):
         return None
+
+
+def origin_at(url, path):
+    connection = http.client.HTTPConnection("localhost", timeout=30)
+    try:
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(30)
+        sock.connect(path)
+        unverified = ssl.create_default_context()
+        unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
+        connection.sock = unverified.wrap_socket(sock) if url.startswith("https:") else sock
+        connection.request("OPTIONS", "/v1/completions", headers={"Origin": "http://other.example"})
+        return connection.getresponse().getheader("Access-Control-Allow-Origin", "")
+    except (OSError, ValueError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
 
 
 def gate(plan, spec):

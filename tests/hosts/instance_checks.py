@@ -11,6 +11,7 @@ from typing import Any
 from llamafleet.remote.common import API_KEYS, INSTANCES, RELEASES, UNITS, plan_path
 from llamafleet.service.record import without_query
 from llamafleet.settings.prompt_files import SETTINGS
+from llamafleet.settings.schema import DEMAND
 from tests.hosts import facts
 from tests.hosts.checks import AGAIN, Problem, Problems, Served, say
 
@@ -103,6 +104,7 @@ def identity_of(plan: Mapping[str, Any]) -> str:
             "trial",
             "batch_tokens",
             "allowed_drop_ins",
+            "demand",
         ),
     )
     record = {key: value for key, value in plan.items() if key not in left_out}
@@ -183,7 +185,12 @@ def unit(served: Served) -> Problems:
 def running(served: Served) -> Problems:
     """The unit runs, is enabled for the next boot, and was not restarted lately."""
     state, process = served.facts["state"], served.facts["process"]
-    for name, expected in (("ActiveState", "active"), ("SubState", "running"), ("UnitFileState", "enabled")):
+    if served.instance.start == DEMAND:
+        yield from _on_demand(served)
+        wanted = [("ActiveState", "active"), ("SubState", "running")] if not served.is_stopped else []
+    else:
+        wanted = [("ActiveState", "active"), ("SubState", "running"), ("UnitFileState", "enabled")]
+    for name, expected in wanted:
         if state.get(name) != expected:
             yield Problem(
                 served.where,
@@ -203,8 +210,28 @@ def running(served: Served) -> Problems:
         )
 
 
+def _on_demand(served: Served) -> Problems:
+    """The socket that starts the server listens, also after the next boot, and its units are unchanged."""
+    actual, units = served.facts["demand"], f"units llamafleet-demand-{served.instance.name}.*"
+    if served.facts["state"].get("UnitFileState") == "enabled":
+        yield Problem(served.where, f"UnitFileState of {served.instance.unit}", "static", "enabled", AGAIN)
+    if actual["drop_ins"]:
+        yield Problem(served.where, units, "no drop-ins", ", ".join(actual["drop_ins"]), AGAIN)
+    if len(actual["units"]) != 2:
+        yield Problem(served.where, units, "socket and service", actual["units"], "deploy again")
+    elif not actual["as_kept"]:
+        yield Problem(served.where, units, "the units that last passed the gate", "other texts", AGAIN)
+    elif (actual["active"], actual["enabled"]) != ("active", "enabled"):
+        found = f"one that is {actual['active']} and {actual['enabled']}"
+        yield Problem(
+            served.where, units, "a socket that is active and enabled", found, "stopped by hand? deploy again"
+        )
+
+
 def process(served: Served) -> Problems:
     """The main process runs llama-server of the planned release, as the user llamafleet."""
+    if served.is_stopped:
+        return
     actual = served.facts["process"]
     if actual is None:
         yield Problem(served.where, "process", "a running llama-server", None)
@@ -225,6 +252,8 @@ def process(served: Served) -> Problems:
 
 def hardening(served: Served) -> Problems:
     """The kernel shows the hardening in /proc: no new privileges, a system call filter, no capability, no core file."""
+    if served.is_stopped:
+        return
     actual = served.facts["process"]
     if actual is None:
         yield Problem(served.where, "process", "a running llama-server", None)
@@ -249,7 +278,7 @@ def hardening(served: Served) -> Problems:
 def origins(served: Served) -> Problems:
     """Web pages of other sites may not read the server's answers, unless `dangerous_flags` names their origins."""
     requested = [flag for flag in served.instance.dangerous_flags if flag.startswith("--cors-origins ")]
-    if served.facts["allowed_origin"] != "none" and not requested:
+    if served.facts["allowed_origin"] != "none" and not requested and not served.is_stopped:
         yield Problem(served.where, "origin whose pages may read answers", "none", served.facts["allowed_origin"])
 
 
@@ -360,7 +389,7 @@ def liveness(served: Served) -> Problems:
         yield Problem(
             served.where, units, "the units that last passed the gate", "other texts", "edited by hand? deploy again"
         )
-    elif wanted and actual["active"] != "active":
+    elif wanted and actual["active"] != "active" and not served.is_stopped:
         yield Problem(served.where, units, "an active timer", actual["active"], "stopped by hand? deploy again")
     elif wanted and actual["enabled"] != "enabled":
         yield Problem(served.where, units, "an enabled timer", actual["enabled"], "disabled by hand? deploy again")

@@ -4,11 +4,13 @@ Weights of drafts that read hidden states are zeros: what they guess is always w
 """
 
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import gate_speculation
 import pytest
+import verify
 
 from llamafleet.memory.context import Context
 from llamafleet.memory.ledger import usage
@@ -16,10 +18,14 @@ from llamafleet.memory.placement import Placement
 from llamafleet.memory.speculation import TYPES, Speculation
 from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import read_path
+from llamafleet.planner import reconcile
+from llamafleet.planner.plan import plan_host
+from llamafleet.service.command import argv
 from llamafleet.units import MIB
 from sandbox import models, oracle, outlines
-from sandbox.draft_layouts import TINY_DRAFTS
+from sandbox.draft_layouts import DRAFTS, TINY_DRAFTS
 from sandbox.layouts import TINY, Layout
+from tests import planning
 
 pytestmark = pytest.mark.oracle
 # As wide as the outlines' drafts, with the layers that they read.
@@ -27,8 +33,9 @@ WIDE = Layout("tiny-wide", "llama", blocks=7, embd=512, heads=8, kv_heads=2, hea
               context=8192, rope_base=10000.0, quant="F16")  # fmt: skip
 READERS = {
     "eagle3": "eagle3", "eagle3-whole-vocabulary": "eagle3", "dflash": "dflash", "dflash-windows": "dflash",
-    "dspark": "dspark",
+    "dspark": "dspark", "eagle3 shared": "eagle3", "dflash shared": "dflash",
 }  # fmt: skip
+OWN = ("  token_embd.", "  output.", "  d2t")
 BUFFER = re.compile(r"sched_reserve: +CPU compute buffer size = +([\d.]+) MiB")
 CONTEXT = Context(2048, 1, "f16", 512)
 
@@ -57,11 +64,21 @@ def on_host(path, context, *, head=False):
     return usage(model, context, Placement.of((None,) * (model.layers + 1)), "cpu")[1]
 
 
+def made(folder, name):
+    """The draft of an outline; with "shared" behind its name without embedding and output matrix."""
+    outline = Path(__file__).parent / "drafts" / f"{name.partition(' ')[0]}.yaml"
+    if name.endswith("shared"):
+        lines = outline.read_text().splitlines()
+        outline = folder / f"shared-{outline.name}"
+        outline.write_text("\n".join(line for line in lines if not line.startswith(OWN)))
+    return outlines.weightless(outline, folder)
+
+
 @pytest.mark.parametrize("outline", READERS)
 def test_drafts_that_read_hidden_states_take_what_the_ledger_says(outline, folder):
     """The draft's buffers grow when its tokens are sampled, the model's when its hidden states are kept."""
     kind, target = READERS[outline], models.make(WIDE, folder, seed=0)
-    draft = outlines.weightless(Path(__file__).parent / "drafts" / f"{outline}.yaml", folder)
+    draft = made(folder, outline)
     found, guesses, buffers = served(folder, kind, target, draft)
     assert found["ok"] and guesses["drafted"] > 0, found
     speculation = Speculation(kind, 3, 0)
@@ -102,3 +119,25 @@ def test_a_draft_of_another_vocabulary_is_not_used_and_the_gate_says_so(folder):
     other = models.make(TINY_DRAFTS["other"], folder, seed=1)
     found, guesses, _ = served(folder, "draft", models.tiny(folder, "dense"), other)
     assert not found["ok"] and guesses is None and "could not use the draft" in found["hint"]
+
+
+@pytest.mark.parametrize(
+    ("target", "draft", "kind"),
+    [("Llama-3.1-8B", "Llama-3.2-1B", "draft"), ("GLM-4.5-Air", None, "mtp"), ("Llama-3.1-8B", None, "ngram"),
+     ("Qwen3.5-4B-MTP", None, "mtp")],
+)  # fmt: skip
+def test_what_the_server_reports_is_what_was_planned(target, draft, kind, folder):
+    """The whole way of the stage "verify", but for the host: the plan's own command line is asked and compared."""
+    paths = [models.weightless(folder, DRAFTS.get(name, name)) for name in (target, draft) if name]
+    asked = planning.settings({"speculation": kind, "context_tokens": 8192, **({"draft": "/d.gguf"} if draft else {})})
+    headers = {"m0": {"draft": read_path(paths[1])}} if draft else {}
+    machine = planning.machine(ram_gib=256)
+    [plan] = plan_host(machine, [(asked.models[0], read_path(paths[0]))], asked, companions=headers)
+    command = argv(plan, asked.models[0], str(paths[0]), {"draft": str(paths[1])} if draft else {})
+    words = [str(oracle.build().llama_server), *reconcile.question(command)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        told, tail, _ = verify.read(map(str.rstrip, process.stdout), reconcile.beside(command))
+        process.kill()
+    assert told, tail
+    assert any(name.startswith("beside ") for name in told) is (kind != "ngram")
+    assert reconcile.compare(plan, reconcile.MemoryReport(told)).beyond(only_more=False) == {}

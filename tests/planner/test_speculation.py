@@ -180,3 +180,25 @@ def test_a_draft_alone_is_no_model(tmp_path):
         planning.machine(), [(asked.models[0], read_path(outlines.weightless(outline, tmp_path)))], asked
     )
     assert "is a draft (eagle3)" in refusal.reason and "as its draft" in refusal.suggestions[0]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """An EAGLE-3 draft for Llama 3.3 70B that has neither embedding nor output matrix."""
+    text = (Path(__file__).parents[1] / "oracle" / "drafts" / "published" / "llama-3.3-70b-eagle3.yaml").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith(("  token_embd", "  output.weight", "  d2t"))]
+    outline = tmp_path_factory.mktemp("outline") / "shared.yaml"
+    outline.write_text(
+        "\n".join(lines).replace("embedding_length: 6144", "embedding_length: 8192").replace("6144", "8192")
+    )
+    return read_path(outlines.weightless(outline, outline.parent))
+
+
+@pytest.mark.parametrize(("gpus", "device"), [([49140], "CUDA0"), ([24564, 24564, 24564], "CUDA2"), ([], "none")])
+def test_a_draft_that_reads_the_models_output_matrix_lies_where_that_lies(gpus, device, header, shared):
+    asked = planning.settings({"speculation": "eagle3", "draft": "/d.gguf", "context_tokens": 4096})
+    requests = [(asked.models[0], header("Llama-3.3-70B"))]
+    [plan] = plan_host(planning.machine(gpus, ram_gib=128), requests, asked, companions={"m0": {"draft": shared}})
+    assert plan.fits, plan.reason
+    output = plan.placement.layer_devices[-1]
+    assert argument(plan.argv, "--spec-draft-device") == device == ("none" if output is None else f"CUDA{output}")

@@ -13,6 +13,7 @@ from llamafleet.service.unit import liveness_texts
 from tasks.lib.templates import render
 from tests import planning
 from tests.exposure import exposure, of_directives
+from tests.service import test_demand
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "hardening.md"
 UNIT = "llama-server-m0.service"
@@ -45,6 +46,9 @@ def gate(folder, monkeypatch, gpus=(), user="DynamicUser=yes"):
 UNITS = {
     "liveness check, server on loopback": lambda folder, _: liveness("127.0.0.1", folder),
     "liveness check, server on another address": lambda folder, _: liveness("10.0.0.7", folder),
+    "handing connections on to a server on demand": lambda folder, _: exposure(
+        test_demand.texts(listen="0.0.0.0", allow_unauthenticated=True)[test_demand.HANDS_ON], folder
+    ),
     "gate and start check, without a GPU": gate,
     "gate and start check, with an NVIDIA GPU": lambda folder, patch: gate(folder, patch, [{}]),
     "gate and start check, as nobody, without a GPU": lambda folder, patch: gate(folder, patch, user="User=nobody"),
