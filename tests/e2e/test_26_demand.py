@@ -18,7 +18,7 @@ PORTS = dict(zip(NAMES, range(PORT, PORT + 3), strict=True))
 IDLE_SECONDS = 15
 # Of each model; the room for all is a bit more than two of them.
 CACHE_MIB, ROOM_MIB = 1000, 2600
-LONG_TOKENS = 3000
+LONG_TOKENS = 1500
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,13 @@ def completion(host, name, tokens=4):
     return status, (answer.get("usage") or {}).get("completion_tokens")
 
 
+def patient_completion(host, name):
+    """As a client that comes again where it is told to, or where it has lost patience."""
+    while (answer := completion(host, name))[0] in (0, 503):
+        time.sleep(5)
+    return answer
+
+
 class Reply(threading.Thread):
     """A long reply that comes in pieces; how it began and ended."""
 
@@ -115,7 +122,7 @@ def test_a_running_reply_is_never_cut(host, deployed):
     for reply in replies:
         reply.start()
     until(lambda: all(reply.began for reply in replies), 30)
-    assert completion(host, "three") == (200, 4)
+    assert patient_completion(host, "three") == (200, 4)
     answered = time.monotonic()
     for reply in replies:
         reply.join()
