@@ -2,6 +2,8 @@
 reply, and are gone when nobody uses them."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -153,3 +155,26 @@ def test_after_a_reboot_nothing_runs_until_it_is_asked(host, deployed):
     assert completion(host, "two") == (200, 4)
     assert up(host) == {"two"}
     assert pyinfra(deployed, "--dry").changed() == []
+
+
+def checked_hosts(written):
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/hosts", "--inventory", str(written)]
+    done = subprocess.run(words, cwd=deploying.ROOT, env=deploying.environment(), capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_checks_of_deployed_hosts_start_nothing(host, deployed):
+    before = up(host)
+    code, text = checked_hosts(deployed)
+    assert code == 0, text
+    assert before >= up(host)
+
+
+def test_an_uninstall_leaves_no_socket(host, deployed):
+    assert completion(host, "one") == (200, 4)
+    done = pyinfra(deployed, deploy="tasks.uninstall.uninstall")
+    assert done.code == 0, done.text
+    left = on(host, "sh", "-c", "ls -d /run/llama-server-* /etc/systemd/system/*lama* 2>/dev/null; "
+                                "systemctl list-units --all --no-legend 'llama*'; true")  # fmt: skip
+    assert left == ""
+    assert completion(host, "one")[0] == 0 and servers(host) == 0

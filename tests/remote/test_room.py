@@ -223,7 +223,16 @@ def test_the_program_says_why(host, monkeypatch, capsys):
     monkeypatch.setattr(room.make, "__defaults__", (0.2, (), False))
     assert room.main(["a"]) == 1 and "starts or ends" in capsys.readouterr().out
     host.states["b"] = ("inactive", "dead", 0)
-    assert room.main(["a"]) == 0
+    for name in os.listdir(common.RUN):
+        os.unlink(f"{common.RUN}/{name}")
+    os.rmdir(common.RUN)
+    before = os.umask(0)
+    try:
+        assert room.main(["a"]) == 0
+    finally:
+        os.umask(before)
+    modes = {os.stat(path).st_mode & 0o777 for path in (common.RUN, f"{common.RUN}/room.lock", f"{common.RUN}/room-a")}
+    assert modes == {0o755, 0o644}, "nobody else may write there, whatever the unit's umask"
 
 
 # --- who has a connection -------------------------------------------------------------------------------
