@@ -108,7 +108,7 @@ model_defaults = {
     # "tensor" where llama.cpp has it for this model and it is predicted to be faster.
     "split_mode": "layer",
     # Seconds without a request after which llama-server frees the model's memory; the next request loads it again. Its
-    # memory stays planned. None: never.
+    # memory stays planned. From 10; None: never.
     "sleep_idle_seconds": None,
     # "boot": the server runs from the boot on. "demand": it starts at the first connection, and stops after
     # `idle_seconds` without one. The memory of models that are started on demand may be more than the host has: those

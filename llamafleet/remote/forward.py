@@ -41,6 +41,9 @@ WHY = "the model cannot be started now: others are at work, or its start has fai
 
 def main(argv: List[str]) -> int:
     path, seconds = argv[0], int(argv[1])
+    if os.environ.get("LISTEN_FDS") != "1":
+        print("systemd has opened no socket for it: systemctl status llamafleet-demand-*.socket says why", flush=True)
+        return 1
     listener = socket.socket(fileno=LISTENER)
     with contextlib.suppress(OSError):  # of a program that held connections back and was killed
         listener.setsockopt(socket.SOL_SOCKET, 27, 0)  # SO_DETACH_FILTER

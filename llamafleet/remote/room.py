@@ -246,6 +246,7 @@ def own_sockets(pid: int) -> Iterator[Tuple[str, int]]:
 
 
 def main(argv: List[str]) -> int:
+    os.umask(0o022)  # the server's unit has another one
     try:
         why = make(argv[0])
     except (OSError, subprocess.SubprocessError) as error:

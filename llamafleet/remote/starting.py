@@ -100,7 +100,7 @@ def start_and_check(names: Sequence[str], *options: str, drain: Optional[Drainin
         if problem is not None:
             return problem if len(names) == 1 else f"{unit_of(name)}: {problem}"
         if name not in at_boot and len(names) > 1:  # the next one may need its memory
-            systemctl("stop", unit_of(name))
+            stop([name], Draining())
     for name in names:
         open_door(name)
     return None
@@ -110,6 +110,7 @@ def start_on_demand(name: str, *options: str) -> Optional[str]:
     """Make room for the instance, start it, unless it runs, and run the gate; as `start_and_check`."""
     problem = room.make(name)
     if problem is None:
+        open_door(name)
         systemctl("start", unit_of(name), check=False)
         problem = gate(name, *options)
     return problem

@@ -165,6 +165,8 @@ def _start_old(before: Notes, prove: bool) -> str:
     problems = _start_again(stopped, prove)
     for name in old:
         starting.start_watching(name, *wait, check=False)  # also if it does not serve: a later check may restart it
+    if len(idle) == len(before):
+        return "what was there before was put back, and starts when it is asked for"
     return _told(stopped, problems, prove, several=len(before) > 1)
 
 
@@ -172,6 +174,7 @@ def _let_start(names: Sequence[str], wait: Sequence[str]) -> None:
     """Let instances start on demand that did not run before."""
     for name in names:
         systemctl("stop", *wait, unit_of(name), check=False)
+        systemctl("reset-failed", unit_of(name), check=False)
         starting.enable(name)
         starting.open_door(name, *wait, check=False)
 

@@ -26,6 +26,7 @@ def demand_texts(render: Renderer, instance: Instance, settings: Settings, helpe
     found = credentials(instance)
     values = {
         "instance": instance,
+        "socket": demand_units(instance.name)[0],
         "address": listen_stream(instance).replace("%", "%%"),
         "clients": clients(instance),
         "python": path_of(settings.python),

@@ -14,7 +14,7 @@ import time
 import psutil
 import pytest
 
-from llamafleet.remote import gate_server, liveness
+from llamafleet.remote import gate_server, gate_sleep, liveness
 from sandbox import models, oracle
 from sandbox.layouts import TINY
 
@@ -151,6 +151,19 @@ def test_a_sleeping_server_sleeps_on(serving, check):
         until(lambda: ask(url, "/props")["is_sleeping"])
         assert [check(server) for _ in range(LOOKS)] == [0] * LOOKS
         assert ask(url, "/props")["is_sleeping"]
+
+
+def test_the_gate_lets_a_server_sleep_and_a_switch_wakes_it(serving):
+    with serving("--sleep-idle-seconds", "1") as server:
+        url, process = server
+        spec = {"url": url, "api_keys": None, "argv": process.cmdline(), "health_seconds": 60}
+        turn(url, CONVERSATION)
+        until(lambda: ask(url, "/props")["is_sleeping"])
+        resident = process.memory_info().rss
+        assert [gate_sleep.check_asleep(spec)["name"] for _ in range(LOOKS)] == ["asleep"] * LOOKS
+        assert ask(url, "/props")["is_sleeping"]
+        assert gate_sleep.check_asleep({**spec, "wake": True}) is None
+        assert process.memory_info().rss > resident, "the model is loaded again"
 
 
 def test_looks_do_not_keep_a_server_awake(serving, check):

@@ -108,12 +108,12 @@ def test_what_llama_server_reports_of_it_while_it_only_measures():
 
 def test_an_encoder_has_neither_cache_nor_output_matrix():
     """bge-reranker-v2-m3 was planned 488 MiB too high: the embedding is no output matrix."""
-    answer = plan("bge-reranker-v2-m3", "rtx3060,ram=32GB,cores=8", ubatch_tokens=512)
+    answer = plan("bge-reranker-v2-m3", "rtx3060,ram=32GB,cores=8", serves="reranking", context_tokens=512)
     assert mib(answer, "weights") == 579  # 1067 with an output matrix
     assert (mib(answer, "weights", -1), mib(answer, "kv"), mib(answer, "kv", -1)) == (520, 0, 0)
     assert (mib(answer, "compute"), mib(answer, "compute", -1)) == (12, 10)  # llama-server: 12.50 and 10.51
     why = "\n".join(answer.why)
-    assert "'bert' is an encoder" in why and "upper bound" not in why
+    assert "serves scores (pooling rank): inputs of up to 512 tokens, no KV cache" in why and "upper bound" not in why
 
 
 def test_flash_next_is_exact():

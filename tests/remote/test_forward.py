@@ -185,3 +185,9 @@ def test_a_server_that_has_not_started_is_told(listener, tmp_path):
     finally:
         program.kill()
         program.wait()
+
+
+def test_without_a_socket_of_systemd_s_it_says_so(monkeypatch, capsys):
+    monkeypatch.delenv("LISTEN_FDS", raising=False)
+    assert forward.main(["/s", "60"]) == 1
+    assert "systemctl status" in capsys.readouterr().out

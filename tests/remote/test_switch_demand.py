@@ -137,9 +137,9 @@ def test_one_that_did_not_run_is_put_back_and_is_not_started(host):
     switch.install([NAME])
     host.stop(UNIT)
     stage("2", serves=False)
-    with pytest.raises(switch.Failed, match="put back"):
+    with pytest.raises(switch.Failed, match="put back, and starts when it is asked for"):
         switch.install([NAME])
-    assert host.serving is None and is_ready(host)
+    assert host.serving is None and is_ready(host) and ("reset-failed", UNIT) in host.calls
     assert json.loads(instance_files.installed(NAME)["plan.json"])["version"] == "1"
 
 
@@ -210,19 +210,19 @@ def test_a_stopped_one_is_refreshed_without_a_start_and_without_its_timer(host):
 
 
 def test_two_of_a_switch_are_started_one_after_another(host, monkeypatch):
+    """Each with its socket, which is closed until both have passed: a client would start it in the next one's way."""
     events = []
-    monkeypatch.setattr(starting, "is_on_demand", None, raising=False)
     monkeypatch.setattr(common, "is_on_demand", lambda name: True)
     monkeypatch.setattr(starting, "enable", lambda name: None)
-    monkeypatch.setattr(starting, "open_door", lambda name: events.append(("open", name)))
-    monkeypatch.setattr(starting, "doors", lambda names: [])
     monkeypatch.setattr(starting, "gate", lambda name, *options: events.append(("gate", name)))
     monkeypatch.setattr(starting, "systemctl", lambda verb, *units, check=True: events.append((verb, *units)))
     assert starting.start_and_check(["a", "b"]) is None
-    unit = common.unit_of
+    [(a, b), (door, other)] = (map(common.unit_of, "ab"), (common.demand_units(name)[0] for name in "ab"))
     assert [one for one in events if one[0] != "reset-failed"] == [
-        ("stop", unit("a"), unit("b")), ("start", unit("a")), ("gate", "a"), ("stop", unit("a")),
-        ("start", unit("b")), ("gate", "b"), ("stop", unit("b")), ("open", "a"), ("open", "b"),
+        ("stop", door, other), ("stop", a, b),
+        ("start", door), ("start", a), ("gate", "a"), ("stop", door), ("stop", a),
+        ("start", other), ("start", b), ("gate", "b"), ("stop", other), ("stop", b),
+        ("start", door), ("start", other),
     ]  # fmt: skip
 
 
