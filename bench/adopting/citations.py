@@ -21,7 +21,7 @@ KINDS = frozenset({".py", ".md", ".j2", ".yaml"})
 FOREIGN = frozenset({
     "cuda_runtime.h", "cublas_v2.h", "host_config.h", "math_functions.h", "hip_version.h", "hipblas.h", "rocblas.h",
     "mathcalls.h", "vulkan_core.h", "nvml.h", "seccomp.h", "proc_ns.h", "fs.h", "pciids.h", "sched.h",
-    "fake_nvml.c", "fake_vulkan.c", "hollow.c",
+    "fake_nvml.c", "fake_vulkan.c", "hollow.c", "socket-proxyd.c",
 })  # fmt: skip
 PROJECT = "llama.cpp"  # the name of the project, and of a file in src/models
 

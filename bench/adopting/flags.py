@@ -14,7 +14,7 @@ from llamafleet.settings import extra_flags
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = "llamafleet/settings/extra_flags.py"
 DEFINITIONS = "common/arg.cpp"  # in the tree of llama.cpp
-GIT = "llamafleet/remote/git_pack.py"  # git's flags only
+OTHERS = ("llamafleet/remote/git_pack.py", "llamafleet/cli/beside.py")  # flags of git and of our own command only
 PLANNED = ("llamafleet/planner/flags.py", "llamafleet/service/command.py")  # llama-server's flags only
 _NAMES = re.compile(r"(-{1,2}[A-Za-z][\w.-]*)(?:,\s+(?=-))?")
 # Not short ones of one letter: those are other programs'.
@@ -64,7 +64,7 @@ def passed(root: Path = ROOT) -> dict[str, str]:
         for folder in ("llamafleet", "tasks")
         for path in root.glob(f"{folder}/**/*.py")
     ]
-    for where in sorted(set(modules) - {TABLES, GIT}, key=lambda where: (where not in PLANNED, where)):
+    for where in sorted(set(modules) - {TABLES, *OTHERS}, key=lambda where: (where not in PLANNED, where)):
         for node in ast.walk(ast.parse((root / where).read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and _LITERAL.fullmatch(node.value):
                 found.setdefault(node.value, where)

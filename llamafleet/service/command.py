@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from llamafleet.planner.result import Plan
-from llamafleet.remote.common import server_socket
+from llamafleet.remote.common import CHAT_TEMPLATE, GRAMMAR, JSON_SCHEMA, server_socket
 from llamafleet.settings import extra_flags
 from llamafleet.settings.companions import DRAFT, PROJECTOR, adapter
 from llamafleet.settings.kinds import Adapter
@@ -22,6 +22,10 @@ from llamafleet.settings.schema import DEMAND, Instance
 
 # Flags of files that are loaded beside a model, by their parts.
 FILE_FLAGS = {PROJECTOR: "--mmproj", DRAFT: "--spec-draft-model"}
+# ... and of the operator's, by the names of their credentials.
+TEXT_FLAGS = {
+    CHAT_TEMPLATE: "--chat-template-file", GRAMMAR: "--grammar-file", JSON_SCHEMA: "--json-schema-file",
+}  # fmt: skip
 
 
 class FlagError(ValueError):
@@ -86,7 +90,7 @@ def credential_flags(instance: Instance) -> list[str]:
     if instance.tls_certificate_file:
         flags += ["--ssl-cert-file", f"{folder}/tls-certificate", "--ssl-key-file", f"{folder}/tls-key"]
     for name, setting in SETTINGS.items():
-        flags += [f"--{name}-file", f"{folder}/{name}"] if getattr(instance, setting) else []
+        flags += [TEXT_FLAGS[name], f"{folder}/{name}"] if getattr(instance, setting) else []
     return flags
 
 

@@ -106,6 +106,7 @@ def test_a_plain_address_needs_a_sum(run_with, outside):
     assert not [name for name in done.changed() if "Fetch" in name or "Build" in name]
 
 
+@pytest.mark.long
 def test_connection_cut_in_mid_download_is_resumed(settings, inventory, outside, bad):
     path = outside.sources["moe"].removeprefix("hf:")
     on(bad, "sh", "-c", "rm -rf /var/lib/llamafleet/models/tiny-moe-*")

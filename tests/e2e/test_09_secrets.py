@@ -284,6 +284,7 @@ def test_a_new_key_is_a_restart_of_that_instance_alone(asked, inventory, host, k
     assert pyinfra(written).changed() == []
 
 
+@pytest.mark.long
 def test_the_key_may_come_from_the_environment(asked, inventory, host):
     written = inventory((host, asked(api_key_file="env:FLEET_KEYS")))
     words = [*command(written, "-y")]

@@ -40,12 +40,14 @@ ALL = adapters.ALL_LINEAR
 @pytest.mark.parametrize(
     ("layout", "ranks", "on_gpu"),  # ranks: (rank, matrices) of each adapter; on_gpu: layers with the output
     [
-        pytest.param(LLAMA, ((16, ALL),), 4, id="Llama-3.1-8B-r16"),
-        pytest.param(LLAMA, ((8, ALL), (64, QV)), 2, id="Llama-3.1-8B-r8-and-r64-in-part-on-the-host"),
-        pytest.param(QWEN, ((64, ALL),), 4, id="Qwen2.5-7B-r64"),
+        pytest.param(LLAMA, ((16, ALL),), 4, id="Llama-3.1-8B-r16", marks=pytest.mark.long),
+        pytest.param(
+            LLAMA, ((8, ALL), (64, QV)), 2, id="Llama-3.1-8B-r8-and-r64-in-part-on-the-host", marks=pytest.mark.long
+        ),
+        pytest.param(QWEN, ((64, ALL),), 4, id="Qwen2.5-7B-r64", marks=pytest.mark.long),
         pytest.param(MISTRAL, ((64, ALL),), 0, id="Mistral-7B-r64-on-the-host"),
         pytest.param(MISTRAL, ((16, OUTSIDE),), 2, id="Mistral-7B-r16-of-input-and-output"),
-        pytest.param(OLMOE, ((8, ALL),), 2, id="OLMoE-r8-experts-in-part-on-the-host"),
+        pytest.param(OLMOE, ((8, ALL),), 2, id="OLMoE-r8-experts-in-part-on-the-host", marks=pytest.mark.long),
     ],
 )
 def test_adapters_take_what_is_planned(layout, ranks, on_gpu, tmp_path):

@@ -38,7 +38,7 @@ def test_a_server_is_replaced_under_load(tmp_path, monkeypatch):
     model, port = models.make(TINY["dense"], tmp_path, seed=0), oracle.free_port()
     command = [oracle.build().llama_server, "--model", model, "--host", "127.0.0.1", "--port", str(port), "--ctx-size",
                "4096", "--parallel", str(CLIENTS), "--threads", "1", "--metrics", "--no-ui", "--offline"]  # fmt: skip
-    spec = {"url": f"http://127.0.0.1:{port}", "api_keys": None, "tls_certificate": None}
+    spec = {"url": f"http://127.0.0.1:{port}", "api_keys": None, "tls_certificate": None, "socket": None}
     monkeypatch.setattr(draining, "read_spec", lambda path: spec)
     until, found = threading.Event(), []
     clients = [threading.Thread(target=asks, args=(port, until, found)) for _ in range(CLIENTS)]
