@@ -102,6 +102,14 @@ def read_text(text):
         yield {"name": name.strip(), "changed": told["Success"], "failed": told["Error:"]}
 
 
+def shipped_checks(inventory, *options):
+    """What `tests/hosts` says of an inventory's hosts."""
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/hosts", *options]
+    return subprocess.run(
+        [*words, "--inventory", str(inventory)], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+
+
 def ask(host, path, body=None, key=None, port=PORT):
     """(status, JSON) of the host's server."""
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}

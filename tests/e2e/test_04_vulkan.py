@@ -10,7 +10,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 import tarfile
 import time
 
@@ -20,7 +19,7 @@ from bench import staging
 from sandbox import oracle_build, upstream
 from tasks.lib import builds as known_builds
 from tests import fake_nvml
-from tests.e2e.deploying import PORT, ROOT, ask, environment, main_pid, on, pyinfra, serves
+from tests.e2e.deploying import PORT, ROOT, ask, main_pid, on, pyinfra, serves, shipped_checks
 
 pytestmark = [pytest.mark.vulkan, pytest.mark.long]
 
@@ -215,8 +214,7 @@ def test_a_second_run_changes_nothing_and_the_shipped_checks_pass(host, wanted):
     run = pyinfra(written)
     assert run.code == 0 and run.changed() == [], run.text
     assert main_pid(host, "tiny") == pid
-    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/hosts", "--inventory", str(written)]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = shipped_checks(written)
     assert done.returncode == 0, done.stdout[-4000:]
 
 

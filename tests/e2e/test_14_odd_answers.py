@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.e2e.deploying import ROOT, environment, main_pid, on, pyinfra, serves
+from tests.e2e.deploying import ROOT, environment, main_pid, on, pyinfra, serves, shipped_checks
 
 # Before /usr/bin in the path of commands over SSH.
 PYTHON = "/usr/local/bin/python3"
@@ -100,11 +100,7 @@ def test_a_damaged_plan_json_fails_the_shipped_checks_by_a_line(pair, inventory_
     broken = {**json.loads(kept), "gate": ["\x1b[2J"]}
     try:
         pair[1].run(["sh", "-c", f"cat > {PLAN}"], input=json.dumps(broken))
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/hosts", "--quick",
-             "--inventory", str(inventory_of_both), "--limit", pair[1].name],
-            cwd=ROOT, env=environment(), capture_output=True, text=True,
-        )  # fmt: skip
+        done = shipped_checks(inventory_of_both, "--quick", "--limit", pair[1].name)
     finally:
         pair[1].run(["sh", "-c", f"cat > {PLAN}"], input=kept + "\n")
     check_clean(done.stdout + done.stderr)

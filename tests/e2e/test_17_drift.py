@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.e2e import deploying
-from tests.e2e.deploying import ROOT, environment, main_pid, pyinfra, serves
+from tests.e2e.deploying import ROOT, environment, main_pid, pyinfra, serves, shipped_checks
 
 ETC, VAR, OPT = "/etc/llamafleet", "/var/lib/llamafleet", "/opt/llamafleet"
 UNITS, PLAN = "/etc/systemd/system", f"{ETC}/instances/tiny/plan.json"
@@ -182,18 +182,7 @@ def status(inventory, host):
 
 def checks(inventory):
     """What tests/hosts says; empty where all is well."""
-    words = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--no-header",
-        "tests/hosts",
-        "--inventory",
-    ]
-    done = subprocess.run([*words, str(inventory)], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = shipped_checks(inventory, "--no-header")
     assert done.returncode in (0, 1), done.stdout + done.stderr
     return done.stdout if done.returncode else ""
 

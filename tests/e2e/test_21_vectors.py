@@ -3,8 +3,6 @@ vector of every text, and one that ranks an example wrongly, are put back."""
 
 import json
 import shutil
-import subprocess
-import sys
 
 import gguf
 import openai
@@ -12,7 +10,7 @@ import pytest
 
 from sandbox import models
 from tests.e2e import deploying
-from tests.e2e.deploying import ROOT, ask, environment, main_pid, on, pyinfra, serves
+from tests.e2e.deploying import ask, main_pid, on, pyinfra, serves, shipped_checks
 
 EMBEDDER, RERANKER = 8081, 8082
 TEXTS = ["The weather is fine.", "It rains in Rome."]
@@ -106,8 +104,7 @@ def test_a_second_run_changes_nothing_and_the_shipped_checks_pass(host, wanted):
     run = pyinfra(written)
     assert run.code == 0 and run.changed(host.name) == [], run.text
     assert pids == [main_pid(host, name) for name in ("vectors", "scores")]
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/hosts", "--inventory", str(written)]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = shipped_checks(written)
     assert done.returncode == 0, done.stdout[-4000:]
     for name in ("vectors", "scores"):  # each asks for a vector or a score
         plan = f"/etc/llamafleet/instances/{name}/plan.json"

@@ -2,15 +2,13 @@
 
 import base64
 import json
-import subprocess
-import sys
 
 import openai
 import pytest
 
 from llamafleet.remote import gate_picture
 from sandbox import models, projectors
-from tests.e2e.deploying import PORT, ROOT, ask, environment, main_pid, on, pyinfra, serves
+from tests.e2e.deploying import PORT, ask, main_pid, on, pyinfra, serves, shipped_checks
 
 REPOSITORY = "llamafleet/tiny-vision-GGUF"
 WIDTH = 256  # of the model's embeddings
@@ -98,8 +96,7 @@ def test_a_second_run_changes_nothing_and_the_shipped_checks_pass(host, wanted):
     written, pid = wanted("auto"), main_pid(host, "tiny")
     run = pyinfra(written)
     assert run.code == 0 and run.changed(host.name) == [] and main_pid(host, "tiny") == pid, run.text
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/hosts", "--inventory", str(written)]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = shipped_checks(written)
     assert done.returncode == 0, done.stdout[-4000:]
 
 

@@ -4,14 +4,12 @@ Random weights guess nothing right; that guesses are made, checked, and change n
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from sandbox import models
 from sandbox.draft_layouts import TINY_DRAFTS
-from tests.e2e.deploying import PORT, ROOT, ask, environment, main_pid, on, pyinfra, serves
+from tests.e2e.deploying import PORT, ask, main_pid, on, pyinfra, serves, shipped_checks
 
 PORTS = {"tiny": PORT, "head": PORT + 1, "grams": PORT + 2}
 # A key of the tokenizer and its value (gguf's type 7, a boolean).
@@ -88,8 +86,7 @@ def test_a_second_run_changes_nothing_and_the_shipped_checks_pass(host, wanted):
     written, pid = wanted(), main_pid(host, "tiny")
     run = pyinfra(written)
     assert run.code == 0 and run.changed(host.name) == [] and main_pid(host, "tiny") == pid, run.text
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/hosts", "--inventory", str(written)]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = shipped_checks(written)
     assert done.returncode == 0, done.stdout[-4000:]
 
 

@@ -2,13 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 
 from sandbox import adapters
-from tests.e2e.deploying import ROOT, ask, environment, main_pid, on, pyinfra, serves
+from tests.e2e.deploying import ask, main_pid, on, pyinfra, serves, shipped_checks
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}REPLY:\n"
 FOLDER = "/etc/llamafleet/instances/tiny"
@@ -105,8 +103,7 @@ def test_a_second_run_changes_nothing_and_the_shipped_checks_pass(host, wanted):
     written, pid = wanted(), main_pid(host, "tiny")
     run = pyinfra(written)
     assert run.code == 0 and run.changed(host.name) == [] and main_pid(host, "tiny") == pid, run.text
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/hosts", "--inventory", str(written)]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = shipped_checks(written)
     assert done.returncode == 0, done.stdout[-4000:]
 
 

@@ -2,8 +2,6 @@
 reply, and are gone when nobody uses them."""
 
 import json
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -158,8 +156,7 @@ def test_after_a_reboot_nothing_runs_until_it_is_asked(host, deployed):
 
 
 def checked_hosts(written):
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/hosts", "--inventory", str(written)]
-    done = subprocess.run(words, cwd=deploying.ROOT, env=deploying.environment(), capture_output=True, text=True)
+    done = deploying.shipped_checks(written)
     return done.returncode, done.stdout + done.stderr
 
 

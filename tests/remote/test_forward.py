@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -111,14 +112,19 @@ class Echo(threading.Thread):
         client.close()
 
 
+@contextlib.contextmanager
 def started(listener, path, seconds):
-    """The program as systemd starts it: its listening socket is descriptor 3."""
-
+    """The program as systemd starts it, for a block: its listening socket is descriptor 3."""
     start = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
-    return subprocess.Popen(
+    program = subprocess.Popen(
         [sys.executable, "-c", start, str(listener.fileno()), "-s", "-E", "-B", forward.__file__, path, str(seconds)],
         pass_fds=[listener.fileno()], env={**os.environ, "LISTEN_FDS": "1"},
     )  # fmt: skip
+    try:
+        yield program
+    finally:
+        program.kill()
+        program.wait()
 
 
 proxied = pytest.mark.skipif(
@@ -130,8 +136,7 @@ proxied = pytest.mark.skipif(
 def test_bytes_go_to_the_server_and_back_until_nobody_is_connected(listener, tmp_path):
     path = str(tmp_path / "http.sock")
     Echo(path).start()
-    program = started(listener, path, 2)
-    try:
+    with started(listener, path, 2) as program:
         with socket.create_connection(listener.getsockname(), timeout=10) as client:
             client.sendall(b"hello")
             assert client.recv(100) == b"hello"
@@ -141,50 +146,37 @@ def test_bytes_go_to_the_server_and_back_until_nobody_is_connected(listener, tmp
         began = time.monotonic()
         assert program.wait(10) == 0
         assert 1.5 < time.monotonic() - began < 5
-    finally:
-        program.kill()
-        program.wait()
 
 
 @proxied
 def test_without_any_connection_it_ends_too(listener, tmp_path):
     path = str(tmp_path / "http.sock")
     Echo(path).start()
-    program = started(listener, path, 1)
-    try:
+    with started(listener, path, 1) as program:
         assert program.wait(10) == 0
-    finally:
-        program.kill()
-        program.wait()
 
 
 @proxied
 def test_it_ends_with_the_server(listener, tmp_path):
     path = str(tmp_path / "http.sock")
     Echo(path).start()
-    program = started(listener, path, 60)
-    try:
-        with socket.create_connection(listener.getsockname(), timeout=10) as client:
-            client.sendall(b"hello")
-            assert client.recv(100) == b"hello"
-            os.unlink(path)
-            assert program.wait(10) == 0
-    finally:
-        program.kill()
-        program.wait()
+    with (
+        started(listener, path, 60) as program,
+        socket.create_connection(listener.getsockname(), timeout=10) as client,
+    ):
+        client.sendall(b"hello")
+        assert client.recv(100) == b"hello"
+        os.unlink(path)
+        assert program.wait(10) == 0
 
 
 def test_a_server_that_has_not_started_is_told(listener, tmp_path):
-    program = started(listener, str(tmp_path / "http.sock"), 60)
-    try:
+    with started(listener, str(tmp_path / "http.sock"), 60) as program:
         client = http.client.HTTPConnection(*listener.getsockname(), timeout=10)
         client.request("POST", "/v1/completions", "{}")
         assert client.getresponse().status == 503
         client.close()
         assert program.wait(forward.PAUSE_SECONDS + 10) == 0
-    finally:
-        program.kill()
-        program.wait()
 
 
 def test_without_a_socket_of_systemd_s_it_says_so(monkeypatch, capsys):
