@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from gate_reply import PROMPT, QUICK_SECONDS, QUICK_TRIES, SPEED_PAUSE, SPEED_SECONDS, SPEED_TRIES, Bad, floor, load
+from gate_reply import PROMPT, Bad, best_of_tries, floor, load
 from gate_scores import scored
-from gate_server import result, slots
+from gate_server import result
 from gate_vectors import asked, tokenized
 
 TOKENS = 128  # of the input, about; less where the context is small
@@ -25,21 +25,13 @@ def check_reading(spec: dict[str, Any]) -> dict[str, Any] | None:
         return None
     least, why = floor(spec, "read_speeds")
     expected = f"at least {least:.1f} tokens/s read ({why})"
-    best, began = 0.0, time.monotonic()
     try:
         text, tokens = long_input(spec)
-        for attempt in range(SPEED_TRIES):
-            busy = sum(1 for slot in slots(spec) or [] if slot.get("is_processing"))
-            if busy:
-                return result("speed", True, expected, f"not measured: {busy} slots are busy")
-            best, spent = max(best, tokens / seconds_of(spec, text)), time.monotonic() - began
-            quick = attempt + 1 < QUICK_TRIES and spent < QUICK_SECONDS
-            if spent > SPEED_SECONDS or (best >= least and not quick):
-                break
-            if not quick:
-                time.sleep(SPEED_PAUSE)
+        best, busy = best_of_tries(spec, least, lambda: tokens / seconds_of(spec, text))
     except Bad as bad:
         return result("speed", False, *bad.args)
+    if busy:
+        return result("speed", True, expected, f"not measured: {busy} slots are busy")
     if best < least:
         return result("speed", False, expected, f"{best:.1f} tokens/s{load()}",
                       "a regression in this llama.cpp, other load (look again when the host is idle) or throttling; "

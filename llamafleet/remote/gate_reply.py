@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 import time
-from typing import Any
+from typing import Any, Callable, Tuple  # the contract is Python 3.8, whose own are typing's
 
 from gate_prompt_files import free
 from gate_server import ask, first_key, result, slots
@@ -208,6 +208,22 @@ def load() -> str:
         return ""
 
 
+def best_of_tries(spec: dict[str, Any], least: float, measure: Callable[[], float]) -> Tuple[float, int]:
+    """The best of several measured speeds, and the slots that are busy: then there is none. `measure` may raise Bad."""
+    best, began = 0.0, time.monotonic()
+    for attempt in range(SPEED_TRIES):
+        busy = sum(1 for slot in slots(spec) or [] if slot.get("is_processing"))
+        if busy:
+            return 0.0, busy
+        best, spent = max(best, measure()), time.monotonic() - began
+        quick = attempt + 1 < QUICK_TRIES and spent < QUICK_SECONDS
+        if spent > SPEED_SECONDS or (best >= least and not quick):
+            break
+        if not quick:
+            time.sleep(SPEED_PAUSE)
+    return best, 0
+
+
 def check_speed(spec: dict[str, Any]) -> dict[str, Any] | None:
     """Of a server that writes: compare the best of several tries with the floor, so that short load on the host does
     not count. A server with busy slots is not measured."""
@@ -215,22 +231,19 @@ def check_speed(spec: dict[str, Any]) -> dict[str, Any] | None:
         return None
     least, why = floor(spec)
     expected = f"at least {least:.1f} tokens/s ({why})"
-    best, began = 0.0, time.monotonic()
-    for attempt in range(SPEED_TRIES):
-        busy = sum(1 for slot in slots(spec) or [] if slot.get("is_processing"))
-        if busy:
-            return result("speed", True, expected, f"not measured: {busy} slots are busy")
-        try:
-            answer = complete(spec, PROMPT, SPEED_TOKENS, 0)
-        except Bad as bad:
-            return result("speed", False, *bad.args)
+
+    def write() -> float:
+        answer = complete(spec, PROMPT, SPEED_TOKENS, 0)
         heard(spec, answer)
-        best, spent = max(best, answer["timings"]["predicted_per_second"]), time.monotonic() - began
-        quick = attempt + 1 < QUICK_TRIES and spent < QUICK_SECONDS
-        if spent > SPEED_SECONDS or (best >= least and not quick):
-            break
-        if not quick:
-            time.sleep(SPEED_PAUSE)
+        speed: float = answer["timings"]["predicted_per_second"]
+        return speed
+
+    try:
+        best, busy = best_of_tries(spec, least, write)
+    except Bad as bad:
+        return result("speed", False, *bad.args)
+    if busy:
+        return result("speed", True, expected, f"not measured: {busy} slots are busy")
     if best < least:
         return result("speed", False, expected, f"{best:.1f} tokens/s{load()}",
                       "a regression in this llama.cpp, other load (look again when the host is idle), throttling or "

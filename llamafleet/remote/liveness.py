@@ -12,7 +12,7 @@ Writes /run/llamafleet/liveness-NAME.json (the counters that it saw) and, on a r
 liveness/NAME.json {"restarts", "by_systemd", "time", "why"}: its own restarts, those of systemd before them, of which
 systemd forgets the number with each of ours, and when and why the last one was. Where systemd has restarted a server
 that has run well for SETTLED_SECONDS, the number goes there too, and systemd's pauses begin anew. Root, standard
-library; common.py, gate_server.py and liveness_server.py lie beside it.
+library; common.py, gate_server.py, liveness_server.py and switch_lock.py lie beside it.
 
 `/health` can answer 200 on a server whose GPU hangs; `/slots` too, also while a batch is computed. So only counters
 that move prove that a server at work gets on, and a long queue does not prove the contrary. Whether the GPU of a
@@ -24,14 +24,12 @@ Decision 13: docs/decisions/0013-a-check-costs-no-user-anything.md.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
-from typing import Any, Iterator, Optional, Tuple  # the contract is Python 3.8, whose own are typing's
+from typing import Any, Optional, Tuple  # the contract is Python 3.8, whose own are typing's
 
 from common import (
     PLAN_SCHEMA,
@@ -60,6 +58,7 @@ from liveness_server import (
     queue,
     read_slots,
 )
+from switch_lock import unswitched
 
 FINE, FAILED, RESTARTED = 0, 1, 10
 POLL_SECONDS = 1.0
@@ -97,7 +96,7 @@ def check(spec: dict[str, Any], seconds: float) -> int:
     try:
         trouble, now = wait_for_life(spec, before, patience(spec, seconds))
     except Refused:
-        with instance_lock(instance_of(spec["unit"])) as held:
+        with unswitched(instance_of(spec["unit"])) as held:
             if held:
                 raise
         return FINE  # a deploy is at work, and the keys are already the new ones
@@ -241,22 +240,10 @@ def note(spec: dict[str, Any], pid: int, slots: Slots) -> None:
 # --- the restart ----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def instance_lock(name: str) -> Iterator[bool]:
-    """Hold the instance's lock for the block; False, without it, where a deploy has it."""
-    with open(f"{RUN}/switch-{name}.lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
 def restart(unit: str, pid: int, why: str) -> bool:
     """Restart the unit, unless a deploy holds its lock or its process has changed. True if restarted."""
     name = instance_of(unit)
-    with instance_lock(name) as held:
+    with unswitched(name) as held:
         if not held or unit_state(unit) != "active/running" or main_pid(unit) != pid:
             return False
         print(f"{unit} is wedged: {why}; restarting it", flush=True)

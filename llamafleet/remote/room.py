@@ -7,7 +7,7 @@ plan.json's `demand`: {"needs_bytes", "room_bytes"}, by device. A server without
 HOLD_AFTER_SECONDS new connections of those in the way are held where the kernel allows that (draining.py), and they are
 stopped when no slot is at work and no request waits. What hands their connections on is frozen for the last look. So no
 reply is cut, and nothing that is being switched is touched. The decision is made under a lock of the host. Root, the
-standard library, Python 3.8; common.py, draining.py and what it needs lie beside it.
+standard library, Python 3.8; common.py, switch_lock.py, draining.py and what it needs lie beside it.
 
 Decision 22: docs/decisions/0022-a-server-starts-when-it-is-asked.md.
 """
@@ -28,6 +28,7 @@ from typing import Any, Callable, Iterator, List, Mapping, NamedTuple, Optional,
 import common
 import draining
 from common import demand_units, plan_path, read_json, show, systemctl, unit_of
+from switch_lock import unswitched
 
 ROOM_SECONDS = 60.0  # then those who wait for the start are told to come back
 HOLD_AFTER_SECONDS = 10.0
@@ -195,18 +196,6 @@ def leave(names: Sequence[str], seconds: float) -> bool:
 def send(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-
-
-@contextlib.contextmanager
-def unswitched(name: str) -> Iterator[bool]:
-    """Keep the instance from being switched for the block; False where that is under way."""
-    with open(f"{common.RUN}/switch-{name}.lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 def looks_unused(name: str) -> bool:

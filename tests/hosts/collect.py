@@ -231,25 +231,22 @@ def gate_of(plan):
 def liveness(name):
     """State of the timer, and whether both units of the liveness check are those that last passed the gate."""
     units = [f"llama-server-{name}-liveness.{kind}" for kind in ("service", "timer")]
-    texts = {unit: read_text(f"{UNITS}/{unit}") for unit in units}
-    timer = show(units[1])
-    return {
-        "active": timer.get("ActiveState"),
-        "enabled": timer.get("UnitFileState"),
-        "drop_ins": [path for unit in units for path in drop_ins(unit)],
-        "units": [unit for unit in units if texts[unit] is not None],
-        "as_kept": all(texts[unit] == read_text(f"{VAR}/good/{name}/{unit}") for unit in units),
-    }
+    return beside_server(name, units, units[1])
 
 
 def demand(name):
     """State of the socket that starts the server, and whether its units are those that last passed the gate."""
     units = [f"llamafleet-demand-{name}.{kind}" for kind in ("socket", "service")]
+    return beside_server(name, units, units[0])
+
+
+def beside_server(name, units, enabled):
+    """State of the units of an instance beside its server: of the one that systemd enables, and whether all are kept."""
     texts = {unit: read_text(f"{UNITS}/{unit}") for unit in units}
-    socket_unit = show(units[0])
+    shown = show(enabled)
     return {
-        "active": socket_unit.get("ActiveState"),
-        "enabled": socket_unit.get("UnitFileState"),
+        "active": shown.get("ActiveState"),
+        "enabled": shown.get("UnitFileState"),
         "drop_ins": [path for unit in units for path in drop_ins(unit)],
         "units": [unit for unit in units if texts[unit] is not None],
         "as_kept": all(texts[unit] == read_text(f"{VAR}/good/{name}/{unit}") for unit in units),

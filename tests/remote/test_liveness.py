@@ -99,7 +99,8 @@ def gate(server):
 @pytest.fixture
 def check(gate, systemd, tmp_path, monkeypatch):
     """One run of the liveness check; its exit code."""
-    monkeypatch.setattr(liveness, "RUN", str(tmp_path / "run"))
+    for module in (liveness, common):
+        monkeypatch.setattr(module, "RUN", str(tmp_path / "run"))
     monkeypatch.setattr(common, "GATES", str(tmp_path / "gate"))
     monkeypatch.setattr(liveness, "POLL_SECONDS", 0.02)
 
