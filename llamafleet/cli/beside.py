@@ -87,11 +87,11 @@ def read(instance: Instance, endpoint: str, token: str | None, network: Network)
     """The headers of the model and of what is loaded beside it. Raises `SourceError` and `GgufError`."""
 
     def look_up(one: Instance) -> ModelFiles:
-        files = source.resolve(one.source, endpoint=endpoint, token=token, mirrors=one.mirrors, sha256=one.sha256 or (),
-                               network=network)  # fmt: skip
-        if files[0].chosen:
-            err(f"{one.source}: {files[0].chosen} is taken, as llama-server -hf would")
-        return ModelFiles(files, source.read_header(files, token=token, network=network))
+        model = source.read_model(one.source, endpoint=endpoint, token=token, mirrors=one.mirrors,
+                                  sha256=one.sha256 or (), network=network)  # fmt: skip
+        if chosen := model.files[0].chosen:
+            err(f"{one.source}: {chosen} is taken, as llama-server -hf would")
+        return model
 
     def projector_of(model: str) -> str:
         found = source.projector_of(model, endpoint=endpoint, token=token, network=network)

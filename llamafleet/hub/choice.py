@@ -39,12 +39,7 @@ def _is_first_of_model(name: str) -> bool:
 
 
 def best_projector(names: Sequence[str], model: str) -> str | None:
-    """The projector for a repository's file `model`, of the repository's files in the hub's order; None without one."""
-    return best_sibling(names, model, "mmproj")
-
-
-def best_sibling(names: Sequence[str], model: str, keyword: str) -> str | None:
-    """The file with `keyword` in its path that accompanies `model`; None without one.
+    """The projector for a repository's file `model`, of the repository's files in the hub's order; None without one.
 
     It lies in the model's folder or in one above: the nearest folder counts first, then the nearest quantisation, then
     the hub's order.
@@ -53,7 +48,7 @@ def best_sibling(names: Sequence[str], model: str, keyword: str) -> str | None:
     found: list[tuple[int, int, str]] = []
     for name in names:
         of_name = name.split("/")[:-1]
-        if name.endswith(".gguf") and keyword in name and of_name == folders[: len(of_name)]:
+        if name.endswith(".gguf") and "mmproj" in name and of_name == folders[: len(of_name)]:
             found.append((-len(of_name), abs(_bits(name) - bits), name))
     return min(found, key=lambda one: one[:2])[2] if found else None
 

@@ -34,6 +34,7 @@ __all__ = [
     "parse",
     "quantisations",
     "read_header",
+    "read_model",
     "resolve",
     "siblings",
 ]
@@ -470,6 +471,14 @@ def read_header(
         except SourceError as error:
             problems.append(str(error))
     raise SourceError("; ".join(problems))
+
+
+def read_model(
+    source: str, *, endpoint: str, token: str | None, mirrors: Sequence[str], sha256: Sequence[str], network: Network
+) -> ModelFiles:
+    """A model's files, without a download, and its header. Raises `SourceError` or `GgufError`."""
+    files = resolve(source, endpoint=endpoint, token=token, mirrors=mirrors, sha256=sha256, network=network)
+    return ModelFiles(files, read_header(files, token=token, network=network))
 
 
 def _source(file: RemoteFile, address: int, web: Web) -> gguf.ByteSource:

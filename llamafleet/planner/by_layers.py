@@ -9,8 +9,6 @@ from functools import partial
 from llamafleet.memory.context import Context
 from llamafleet.planner import processors
 from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate
-from llamafleet.planner.backend import environment
-from llamafleet.planner.flags import planned_flags
 from llamafleet.planner.reasons import Decision, why
 from llamafleet.planner.refine import HOPELESS_BYTES, Refined, refine
 from llamafleet.planner.result import Plan
@@ -87,54 +85,21 @@ def _plan(
     laid_out: Callable[[Candidate], tuple[Candidate, bool]],
 ) -> Plan:
     candidate, placement, rows = refined.candidate, refined.candidate.placement, refined.ledger()
-    gpus = case.gpus_of(candidate.order)
     context, cpu = candidate.context, case.machine.cpu
-    cpus = processors.cpus(cpu, case.instance, placement, alone=case.alone)
-    nodes = processors.numa_nodes(cpu, placement)
     decision = Decision(
         case.machine, case.backend, case.instance, case.model, case.capacity, case.work,
         candidate, candidates, laid_out, placement, rows, case.threads,
-        [gpu.link_bytes_per_s for gpu in search.roofline.rates.gpus], cpus, nodes,
+        [gpu.link_bytes_per_s for gpu in search.roofline.rates.gpus],
+        processors.cpus(cpu, case.instance, placement, alone=case.alone), processors.numa_nodes(cpu, placement),
     )  # fmt: skip
-    mapped = 0 if case.capacity.unified else case.model.mapped_bytes
     # What is beyond the RAM, less the reserve.
     swap_bytes = max(0, case.capacity.swap_bytes - rows[-1].free_bytes) if case.capacity.swap_bytes else 0
-    argv = planned_flags(
-        context, placement, backend=case.backend, gpus=len(candidate.order), threads=case.threads,
-        prompt_cache_mib=case.instance.prompt_cache_mib, checkpoints=case.checkpoints(context),
-        is_moe=case.model.is_moe,
+    gpus, at_gate = case.gpus_of(candidate.order), None
+    if not context.pooling:
+        roofline = case.roofline(GATE_WORK, case.measured, by_type=True)
+        at_gate = expected_at_gate(roofline, candidate, gpus[: len(candidate.order)])
+    return case.plan(
+        context, placement, candidate.order, case.ledger(refined), why(decision),
+        predicted=case.predicted(candidate, swap_bytes), reported_beside=case.reported(gpus),
+        chosen_for=search.roofline.predict(candidate.order, candidate.segments, context), at_gate=at_gate,
     )  # fmt: skip
-    rows = case.ledger(refined)
-    return Plan(
-        instance=case.instance.name,
-        backend=case.backend,
-        argv=(*argv, *case.beside_flags(gpus)),
-        gpus=gpus,
-        context_tokens=context.tokens,
-        slots=context.slots,
-        kv_type=context.kv_type,
-        pooling=context.pooling,
-        vector_elements=case.model.shape.embedding_out if context.pooling else 0,
-        ubatch_tokens=context.ubatch_tokens,
-        threads=case.threads,
-        prompt_cache_mib=case.instance.prompt_cache_mib,
-        checkpoints=case.checkpoints(context),
-        placement=placement,
-        is_moe=case.model.is_moe,
-        mapped_bytes=mapped,
-        ledger=rows,
-        predicted=case.predicted(candidate, swap_bytes),
-        why=(*why(decision), *(one.why for one in case.besides if one.why)),
-        # With room for the pages of mapped tensors, which count as the service's.
-        host_bytes=sum(row.used_bytes for row in (rows if case.capacity.unified else rows[-1:])) + mapped,
-        environment=environment(case.backend, gpus, case.machine),
-        cpus=cpus,
-        numa_nodes=nodes,
-        reported_beside=case.reported(gpus),
-        chosen_for=search.roofline.predict(candidate.order, candidate.segments, context),
-        at_gate=None
-        if context.pooling
-        else expected_at_gate(
-            case.roofline(GATE_WORK, case.measured, by_type=True), candidate, gpus[: len(candidate.order)]
-        ),
-    )

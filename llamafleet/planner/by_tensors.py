@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from llamafleet.planner import processors, tensor
-from llamafleet.planner.backend import environment
-from llamafleet.planner.flags import planned_flags
+from llamafleet.planner import tensor
 from llamafleet.planner.pools import in_words
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.planner.situation import Situation, Timed
@@ -41,28 +39,10 @@ def plan_by_tensors(case: Situation, by_layers: Timed | None) -> Timed | Refusal
 
 
 def _tensor_plan(case: Situation, chosen: tensor.Tensors, by_layers: Timed | None) -> Plan:
-    context, model, placement = chosen.context, case.model, tensor.placement(case.model)
-    gpus, cpu = case.gpus_of(chosen.order), case.machine.cpu
-    rows = case.with_rows(chosen.rows)
-    argv = planned_flags(
-        context, placement, backend=case.backend, gpus=len(chosen.order), threads=case.threads,
-        prompt_cache_mib=case.instance.prompt_cache_mib, checkpoints=case.checkpoints(context), is_moe=model.is_moe,
-        tensors=True,
-    )  # fmt: skip
     seconds = by_layers.plan.chosen_for.workload_seconds if by_layers else None
-    return Plan(
-        instance=case.instance.name, backend=case.backend, argv=(*argv, *case.beside_flags(gpus)), gpus=gpus,
-        context_tokens=context.tokens, slots=context.slots, kv_type=context.kv_type,
-        ubatch_tokens=context.ubatch_tokens, threads=case.threads,
-        prompt_cache_mib=case.instance.prompt_cache_mib, checkpoints=case.checkpoints(context),
-        placement=placement, is_moe=model.is_moe, mapped_bytes=model.mapped_bytes, ledger=rows,
-        predicted=tensor.predict(chosen.order, context, case.roofline(case.work, case.known)),
-        why=(
-            *tensor.why(chosen, case.capacity, model.shape, case.work, seconds),
-            *(one.why for one in case.besides if one.why),
-        ),
-        host_bytes=rows[-1].used_bytes + model.mapped_bytes,
-        environment=environment(case.backend, gpus, case.machine),
-        cpus=processors.cpus(cpu, case.instance, placement, alone=case.alone),
-        numa_nodes=processors.numa_nodes(cpu, placement), chosen_for=chosen.predicted,
+    return case.plan(
+        chosen.context, tensor.placement(case.model), chosen.order, case.with_rows(chosen.rows),
+        tensor.why(chosen, case.capacity, case.model.shape, case.work, seconds), tensors=True,
+        predicted=tensor.predict(chosen.order, chosen.context, case.roofline(case.work, case.known)),
+        chosen_for=chosen.predicted,
     )  # fmt: skip

@@ -56,10 +56,10 @@ def plan_host(
 
     Instances that start with the host get memory by priority, then in the order of `requests`. Each of those that start
     on demand is planned for all that is left then: which of them may be up together, the host decides when one is asked
-    for (`Plan.demand`). `corrections`, by instance name, correct the
-    ledger by what the built llama-server reported for earlier plans. `measurements` are of this host. `known`: what the
-    speeds are predicted with, where that is not what plans are chosen with: later measurements change no plan.
-    `companions`: by instance name, the headers of what is loaded beside its model, by their parts.
+    for (`Plan.demand`). `corrections`, by instance name, correct the ledger by what the built llama-server reported for
+    earlier plans. `measurements` are of this host. `known`: what the speeds are predicted with, where that is not what
+    plans are chosen with: later measurements change no plan. `companions`: by instance name, the headers of what is
+    loaded beside its model, by their parts.
     """
     backend = resolve_backend(machine, settings)
     if isinstance(backend, Refusal):
@@ -200,8 +200,7 @@ def _best_plan(case: Situation) -> Found:
     if case.instance.split_mode == "tensor":
         return plan_by_tensors(case, None)
     by_layers = plan_by_layers(case)
-    guesses = case.instance.speculation not in ("none", "ngram")  # drafts and heads beside split tensors are not known
-    if guesses or not tensor.is_tried(case.model.shape, case.backend) or case.measured.trials:
+    if not tensor.is_tried(case.model.shape, case.backend) or case.measured.trials:
         return by_layers
     other = plan_by_tensors(case, by_layers if isinstance(by_layers, Timed) else None)
     if isinstance(other, Refusal) or not tensor.is_proven(case.model.shape, len(other.plan.gpus)):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from llamafleet.host.backends import TRAITS
 from llamafleet.memory.beside import Beside
 from llamafleet.memory.flash_attention import KERNELS, is_used
 from llamafleet.memory.projector import ProjectorBytes, projector_bytes
@@ -46,8 +45,7 @@ def ways(asked: Asked) -> tuple[Beside, ...]:
         return ()
     projector = _read(asked)
     flash = is_used(asked.model.shape, asked.backend)
-    found = [one for index in _gpus(asked, projector, flash)
-             if _has_room(asked, one := _on_gpu(asked, projector, index, flash))]  # fmt: skip
+    found = [*_on_gpus(asked, projector, flash)]
     if not (asked.capacity.unified and found):
         found.append(_on_host(asked, projector, flash))
     return tuple(found)
@@ -92,9 +90,7 @@ def _limits(asked: Asked, projector: Projector) -> Iterator[str]:
         if vision is None:
             yield f"{name}: the projector hears and does not see; leave it out"
         elif not vision.has_dynamic_size:
-            yield (
-                f"{name}: pictures of {vision.name} have one size, {vision.max_tokens} tokens each; leave it out"
-            )  # fmt: skip
+            yield f"{name}: pictures of {vision.name} have one size, {vision.max_tokens} tokens each; leave it out"
     least = one.image_min_tokens
     if vision is not None and least is not None and least > vision.max_tokens:
         yield (
@@ -122,32 +118,28 @@ def _ubatch(asked: Asked, projector: Projector) -> Iterator[str]:
 
 
 def _gpus(asked: Asked, projector: Projector, flash: bool) -> list[int]:
-    """The indexes of the GPUs worth a try: those with the most memory, where they compute the attention themselves."""
+    """The positions in the capacity of the GPUs worth a try: those with the most memory, where they compute the
+    attention themselves."""
     kernel = KERNELS.get(asked.backend)
     heads = [(one.head, one.head, max(1, one.heads // max(1, one.kv_heads))) for one in projector.encoders]
     if flash and kernel and not all(kernel(*head) for head in heads if head[0]):
         return []
-    sizes = zip(asked.capacity.gpu_bytes, asked.capacity.gpus, strict=True)
-    order = sorted(sizes, key=lambda pair: (-pair[0], pair[1].index))
-    return [gpu.index for _, gpu in order[:TRIED_GPUS]]
+    capacity = asked.capacity
+    order = sorted(range(len(capacity.gpus)), key=lambda n: (-capacity.gpu_bytes[n], capacity.gpus[n].index))
+    return order[:TRIED_GPUS]
 
 
-def _has_room(asked: Asked, one: Beside) -> bool:
-    """Would its GPU hold it, with nothing else there? The model may be on others, or on the host."""
-    capacity, least = asked.capacity, TRAITS[asked.backend].overhead_bytes
-    rooms = zip(capacity.gpus, capacity.gpu_bytes, capacity.gpu_reserves_bytes, strict=True)
-    room = {gpu.index: size - reserve for gpu, size, reserve in rooms}
-    return all(size + least <= room[index] for index, size in one.gpu_bytes.items())
-
-
-def _on_gpu(asked: Asked, projector: Projector, index: int, flash: bool) -> Beside:
-    sizes = projector_bytes(projector, on_gpu=True, flash_attention=flash)
-    return Beside(
-        PROJECTOR, {index: sizes.there}, _host_bytes(asked, sizes.host_compute, sizes.pictures),
-        ("--mmproj-device", f"{{GPU{index}}}", *_limit_flags(asked)),
-        f"projector on GPU{index}: {_said(projector, sizes)}",
-        least_ubatch=_least_ubatch(projector), reported=(f"GPU{index}", sizes.at_start),
-    )  # fmt: skip
+def _on_gpus(asked: Asked, projector: Projector, flash: bool) -> Iterator[Beside]:
+    for position in _gpus(asked, projector, flash):
+        sizes = projector_bytes(projector, on_gpu=True, flash_attention=flash)
+        index = asked.capacity.gpus[position].index
+        if asked.has_room(position, sizes.there):
+            yield Beside(
+                PROJECTOR, {index: sizes.there}, _host_bytes(asked, sizes.host_compute, sizes.pictures),
+                ("--mmproj-device", f"{{GPU{index}}}", *_limit_flags(asked)),
+                f"projector on GPU{index}: {_said(projector, sizes)}",
+                least_ubatch=_least_ubatch(projector), reported=(f"GPU{index}", sizes.at_start),
+            )  # fmt: skip
 
 
 def _on_host(asked: Asked, projector: Projector, flash: bool) -> Beside:

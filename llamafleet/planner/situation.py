@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from llamafleet.host.backends import TRAITS
 from llamafleet.host.machine import Gpu, Machine
@@ -16,13 +17,14 @@ from llamafleet.memory.checkpoints import checkpoint_bytes
 from llamafleet.memory.context import Context
 from llamafleet.memory.flash_attention import is_used
 from llamafleet.memory.ledger import Correction, LedgerRow
-from llamafleet.memory.placement import HOST
+from llamafleet.memory.placement import HOST, Placement
 from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header
 from llamafleet.planner import processors, speculation, vectors
 from llamafleet.planner.at_gate import host_cost
+from llamafleet.planner.backend import environment
 from llamafleet.planner.beside import Weighted
-from llamafleet.planner.flags import device_names
+from llamafleet.planner.flags import device_names, planned_flags
 from llamafleet.planner.refine import Refined
 from llamafleet.planner.result import BESIDE, Plan
 from llamafleet.planner.roofline import Prediction, Roofline
@@ -159,15 +161,46 @@ class Situation:
         extra = self.instance.prompt_cache_mib * MIB + self.checkpoints_bytes(contexts)
         return Search(self.model, self.capacity, self.backend, extra, self.correction, roofline)
 
+    def _names(self, gpus: Sequence[Gpu]) -> dict[str, str]:
+        """llama.cpp's names of the GPUs in use, by the ledger's."""
+        return {f"GPU{gpu.index}": name for gpu, name in zip(gpus, device_names(self.backend, len(gpus)), strict=True)}
+
+    def plan(
+        self, context: Context, placement: Placement, order: Sequence[int], rows: tuple[LedgerRow, ...],
+        reasons: Iterable[str], *, tensors: bool = False, **others: Any,
+    ) -> Plan:  # fmt: skip
+        """The plan with this context and placement on the GPUs of this order. `rows`: its ledger, with what is beside
+        the model; `tensors`: each GPU computes a part of every layer; `others`: further fields of the plan."""
+        gpus, cpu, model, one = self.gpus_of(order), self.machine.cpu, self.model, self.instance
+        argv = planned_flags(
+            context, placement, backend=self.backend, gpus=len(order), threads=self.threads,
+            prompt_cache_mib=one.prompt_cache_mib, checkpoints=self.checkpoints(context), is_moe=model.is_moe,
+            tensors=tensors,
+        )  # fmt: skip
+        mapped = 0 if self.capacity.unified else model.mapped_bytes
+        return Plan(
+            instance=one.name, backend=self.backend, argv=(*argv, *self.beside_flags(gpus)), gpus=gpus,
+            context_tokens=context.tokens, slots=context.slots, kv_type=context.kv_type, pooling=context.pooling,
+            vector_elements=model.shape.embedding_out if context.pooling else 0, ubatch_tokens=context.ubatch_tokens,
+            threads=self.threads, prompt_cache_mib=one.prompt_cache_mib, checkpoints=self.checkpoints(context),
+            placement=placement, is_moe=model.is_moe, mapped_bytes=mapped, ledger=rows,
+            why=(*reasons, *(beside.why for beside in self.besides if beside.why)),
+            # With room for the pages of mapped tensors, which count as the service's.
+            host_bytes=sum(row.used_bytes for row in (rows if self.capacity.unified else rows[-1:])) + mapped,
+            environment=environment(self.backend, gpus, self.machine),
+            cpus=processors.cpus(cpu, one, placement, alone=self.alone),
+            numa_nodes=processors.numa_nodes(cpu, placement), **others,
+        )  # fmt: skip
+
     def beside_flags(self, gpus: Sequence[Gpu]) -> Iterator[str]:
         """The flags of what is beside the model, with llama.cpp's names of the GPUs."""
-        names = {f"GPU{gpu.index}": name for gpu, name in zip(gpus, device_names(self.backend, len(gpus)), strict=True)}
+        names = self._names(gpus)
         for one in self.besides:
             yield from (flag.format(**names) for flag in one.flags)
 
     def reported(self, gpus: Sequence[Gpu]) -> dict[str, tuple[str, int]]:
         """What llama-server reports of what is beside the model, by its own names: the ledger's device, and bytes."""
-        names = {f"GPU{gpu.index}": name for gpu, name in zip(gpus, device_names(self.backend, len(gpus)), strict=True)}
+        names = self._names(gpus)
         whole = {one.part: one.reported for one in self.besides if one.reported}
         rows = {BESIDE + names.get(device, "Host"): (device, size)
                 for one in self.besides for device, size in one.reported_rows.items()}  # fmt: skip

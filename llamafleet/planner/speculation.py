@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from llamafleet.host.backends import TRAITS
 from llamafleet.memory.beside import Beside
 from llamafleet.memory.checkpoints import checkpoint_bytes
 from llamafleet.memory.context import Context, types_of
@@ -89,7 +88,7 @@ def _placed(asked: Asked, speculation: Speculation, model: Model, place: int | N
     kv_type = context.kv_type if takes_cache_on(model.shape, context.kv_type, asked.backend) else "f16"
     own = speculation.of_draft(context, kv_type)
     taken = Draft.of(model, own, asked.backend, asked.capacity.repacked, on_gpu=place is not None)
-    if place is not None and not asked.capacity.unified and not _fits(asked, place, taken.gpu_bytes):
+    if place is not None and not asked.capacity.unified and not asked.has_room(place, taken.gpu_bytes):
         return None
     rows = speculation.rows_bytes(asked.model.shape, context, model.shape)
     rows += speculation.checkpoints_bytes(asked.model.shape, context)
@@ -121,18 +120,15 @@ def _placed(asked: Asked, speculation: Speculation, model: Model, place: int | N
     )
 
 
-def _fits(asked: Asked, place: int, size: int) -> bool:
-    """Does the GPU hold the draft, and what a process takes on a GPU?"""
-    overhead = TRAITS[asked.backend].overhead_bytes
-    return size + overhead + asked.capacity.gpu_reserves_bytes[place] <= asked.capacity.gpu_bytes[place]
+def length_flags(kind: str) -> tuple[str, str]:
+    """The flags of the most and of the fewest tokens that are guessed at once."""
+    lengths = "--spec-ngram-mod-n" if kind == NGRAM else "--spec-draft-n"
+    return f"{lengths}-max", f"{lengths}-min"
 
 
 def _flags(speculation: Speculation) -> tuple[str, ...]:
-    lengths = "--spec-ngram-mod-n" if speculation.kind == NGRAM else "--spec-draft-n"
-    return (
-        "--spec-type", TYPES[speculation.kind],
-        f"{lengths}-max", str(speculation.most), f"{lengths}-min", str(speculation.least),
-    )  # fmt: skip
+    most, least = length_flags(speculation.kind)
+    return "--spec-type", TYPES[speculation.kind], most, str(speculation.most), least, str(speculation.least)
 
 
 def _cache_flags(kv_type: str) -> tuple[str, ...]:

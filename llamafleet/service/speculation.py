@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llamafleet.planner.speculation import length_flags
 from llamafleet.service.trial import value_of
 
 
@@ -13,7 +14,6 @@ def guessing(kind: str, argv: Sequence[str]) -> dict[str, Any]:
 
     `kind`: the setting; `argv`: the whole command line.
     """
-    lengths = "--spec-ngram-mod-n" if kind == "ngram" else "--spec-draft-n"
-    most, least = (int(value_of(argv, f"{lengths}-{end}") or 0) for end in ("max", "min"))
+    most, least = (int(value_of(argv, flag) or 0) for flag in length_flags(kind))
     key, value = (value_of(argv, f"--spec-draft-type-{part}") for part in "kv")
     return {"kind": kind, "most": most, "least": least, "kv_type": key if key == value else f"{key}/{value}"}

@@ -162,7 +162,7 @@ class Instance:
         )  # fmt: skip
         guesses = speculation.problems(
             self.speculation, has_draft=self.draft is not None, serves=self.serves, split_mode=self.split_mode,
-            most=self.draft_max_tokens,            least=self.draft_min_tokens,
+            most=self.draft_max_tokens, least=self.draft_min_tokens,
         )  # fmt: skip
         validation.refuse([*self._open_doors(), *self._half_of_tls(), *flags, *shape, *clashes, *seen, *guesses,
                            *serving.of_vectors(vars(self))])  # fmt: skip
@@ -286,7 +286,6 @@ class Settings:
         except ValidationError as error:
             found = validation.problems(error, cls, _WORDS)
             raise SettingsError([str(one) if one.path else f"settings: {one.text}" for one in found]) from None
-
         return settings.with_copies({})
 
     @model_validator(mode="after")

@@ -90,11 +90,10 @@ def model(instance: Instance, settings: Settings) -> source.ModelFiles:
 
 def _read_model(instance: Instance, settings: Settings) -> source.ModelFiles:
     token, way = secrets.hub_token(settings.hub_token_file, settings.hub_endpoint), network(settings)
-    files = source.resolve(
+    return source.read_model(
         instance.source, endpoint=settings.hub_endpoint, token=token,
         mirrors=instance.mirrors, sha256=instance.sha256 or (), network=way,
     )  # fmt: skip
-    return source.ModelFiles(files, source.read_header(files, token=token, network=way))
 
 
 def projector(of: str, settings: Settings) -> str:
