@@ -11,6 +11,7 @@ import json
 import signal
 import time
 
+import common
 import psutil
 import pytest
 
@@ -59,8 +60,9 @@ def started(word):
 def check(tmp_path, monkeypatch):
     """One look at the server of (URL, process); its exit code. `restarts` has what systemd was told."""
     restarts = []
-    monkeypatch.setattr(liveness, "RUN", str(tmp_path / "run"))
-    monkeypatch.setattr("common.GATES", str(tmp_path / "gate"))
+    for module in (liveness, common):
+        monkeypatch.setattr(module, "RUN", str(tmp_path / "run"))
+    monkeypatch.setattr(common, "GATES", str(tmp_path / "gate"))
     monkeypatch.setattr(liveness, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(liveness, "unit_state", lambda unit: "active/running")
     monkeypatch.setattr(liveness, "systemctl", lambda *words: restarts.append(words))

@@ -511,8 +511,8 @@ def test_token_is_not_shown_to_a_mirror(hub, url, job, tmp_path):
 @pytest.mark.parametrize("with_token", [True, False])
 def test_expired_signature_is_renewed(hub, url, job, with_token):
     hub.fault(KEY, close_at=10**6)
-    hub.link_seconds = 0.3
-    job.spec["retry_delay_s"] = 0.5  # by then the first address has expired
+    hub.link_seconds = 1.5
+    job.spec["retry_delay_s"] = 2.0  # by then the first address has expired
     if with_token:
         job.token(hub.url)
     assert job.want(url).run() == 0, job.text()
