@@ -18,6 +18,9 @@ nearest known key.
 models = []
 
 model_defaults = {
+    # A named workload for the four keys of the workload below: "chat", "agent", "rag" or "batch"; a key that you set
+    # comes first. None: their defaults.
+    "profile": None,
     # Tokens that one request may use, prompt and reply together; every slot gets this many. The plan
     # never takes fewer than you set. None: what the model was trained for, 32768 at most.
     "context_tokens": None,
@@ -50,9 +53,24 @@ model_defaults = {
     # ubatch reads a prompt faster, above all with experts in RAM, and takes more memory. None: the plan
     # chooses from 256 to 8192 by the workload.
     "ubatch_tokens": None,
+    # Tokens that are put together to one batch, at least `ubatch_tokens` (--batch-size). None: 2048, llama.cpp's.
+    "batch_tokens": None,
     # Threads for the CPU part. None: one for each physical core; on a hybrid processor one for each
     # performance core, and only on these cores. More threads are slower.
     "threads": None,
+    # Threads while a prompt is read. None: as many as `threads`.
+    "threads_batch": None,
+    # The CPUs that the server may run on, such as "0-5,12". None: the plan chooses.
+    "cpus": None,
+    # Memory on a host with several NUMA nodes: "interleave" over all, "local" as the kernel gives it, or "auto": the
+    # plan chooses.
+    "numa": "auto",
+    # How the model is loaded: "none" reads it into the server's own memory, "mlock" keeps it there too.
+    "load_mode": "none",
+    # True: a GPU computes large batches with weights that are in RAM, too. False: never (--no-op-offload).
+    "op_offload": True,
+    # Layers whose experts (of a dense model: FFN) stay in RAM, the last ones. None: the plan chooses.
+    "spilled_layers": None,
     # RAM for llama-server's prompt cache, MiB. llama.cpp's own default is 8192, and its fit does not count it.
     "prompt_cache_mib": 1024,
     # RAM for the context checkpoints of all slots, MiB. A model with attention windows or recurrent layers
@@ -78,13 +96,20 @@ model_defaults = {
     "image_max_tokens": None,
     # Tokens are guessed ahead, and checked by the model together: "none", "ngram" (from what the conversation repeats),
     # "mtp" (by the model's own head), "draft" (a small model with the same vocabulary), "eagle3", "dflash" or "dspark"
-    # (small models made for this one). The text stays the same. Only measuring tells whether it pays.
+    # (small models made for this one). The text stays the same. Only measuring tells whether it pays: with "auto" a
+    # tune measures what the model and its `draft` can do, and until then nothing is guessed.
     "speculation": "none",
     # The small model of "draft", "eagle3", "dflash" and "dspark": a source, or a dictionary as of `projector`.
     "draft": None,
     # Most and fewest tokens that are guessed at once. None: llama.cpp's defaults.
     "draft_max_tokens": None,
     "draft_min_tokens": None,
+    # File on *your* machine with a text such as the server's users send: a tune measures speculation with it. Without
+    # it a tune has random words, which no speculation guesses.
+    "tune_prompt_file": None,
+    # A new build, driver or kernel that serves slower than the last good one is turned away. This commit of llama.cpp
+    # (or tag, as in `llama_cpp_ref`) may. None: no one.
+    "accept_slower": None,
     # LoRA adapters, each a source or {"source": ..., "scale": 0.5} with the keys of `projector`. The scale is 1 unless
     # it is given; with 0 an adapter is loaded, and used by requests that ask for it.
     "adapters": [],
@@ -249,6 +274,20 @@ liveness_interval_seconds = 60
 # connections wait meanwhile, and reach the next server; see docs/operations.md, "A switch under load". 0: replies are
 # cut. 30: most replies end within it.
 drain_seconds = 30
+
+# --- tuning ----------------------------------------------------------------------------------
+
+# Measure on the host what serves the workload fastest, and install that: "never"; "missing": where there is no
+# measurement of this very model, build, hardware and workload; "always". `pyinfra INVENTORY tasks.tune.tune` measures
+# whatever is set here.
+tune = "never"
+# The longest that measuring one model may take, minutes.
+tune_minutes = 20
+# May a running service be stopped while its model is measured? It is put back afterwards, whatever happens. False: only
+# models that do not run yet are measured.
+tune_stops_service = False
+# The time of day in which a service may be stopped for it, by the host's clock, such as "02:00-05:00". None: any.
+tune_window = None
 
 # --- leaving ---------------------------------------------------------------------------------
 

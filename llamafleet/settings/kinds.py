@@ -187,6 +187,19 @@ ModelsDir = Annotated[
 UbatchTokens = Annotated[
     Whole, Field(ge=32, le=65536, description="well around the 256 to 8192 that a plan chooses from")
 ]
+Threads = Annotated[Whole, Field(ge=1, le=4096, description="more than any host has")]
+# As systemd's CPUAffinity= and /sys/devices/system/cpu have it.
+Cpus = Annotated[
+    Text,
+    Should(
+        "be numbers and ranges of CPUs, such as 0-5,12",
+        functools.partial(re.fullmatch, r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*"),
+    ),
+]
+_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]"
+DayWindow = Annotated[
+    Text, Should("be two times of a day, such as 02:00-05:00", functools.partial(re.fullmatch, f"{_TIME}-{_TIME}"))
+]
 
 
 @with_config(extra="forbid")

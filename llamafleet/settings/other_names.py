@@ -13,8 +13,11 @@ def _names() -> Iterator[tuple[str, str]]:
         "kv_types": "cache_type_k cache_type_v ctk ctv cache_type kv_type kv_cache_type type_k type_v",
         "kv_unified": "kvu unified_kv",
         "split_mode": "sm",
-        "ubatch_tokens": "n_ubatch ubatch ubatch_size ub batch batch_size n_batch b",
-        "threads": "n_threads t threads_batch num_threads",
+        "ubatch_tokens": "n_ubatch ubatch ubatch_size ub",
+        "batch_tokens": "batch batch_size n_batch b",
+        "threads": "n_threads t num_threads",
+        "threads_batch": "tb",
+        "cpus": "cpu_range cpu_mask",
         "prompt_cache_mib": "cache_ram cram",
         "context_checkpoints_mib": "ctx_checkpoints swa_checkpoints",
         "serves": "embedding embeddings rerank reranking",
@@ -28,7 +31,7 @@ def _names() -> Iterator[tuple[str, str]]:
         yield from ((word, f"it is `{setting}` here") for word in words.split())
     decided = (
         "ngl n_gpu_layers gpu_layers n_cpu_moe ncmoe cpu_moe tensor_split ts override_tensor ot fa"
-        " flash_attn fit load_mode mmap no_mmap mlock"
+        " flash_attn fit mmap no_mmap mlock"
     )
     yield from ((word, "the plan decides it") for word in decided.split())
 

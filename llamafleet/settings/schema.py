@@ -32,6 +32,8 @@ from llamafleet.settings.kinds import (
     CacheMib,
     Companion,
     ContextTokens,
+    Cpus,
+    DayWindow,
     GitArgument,
     GpuNames,
     GpuReserve,
@@ -48,6 +50,7 @@ from llamafleet.settings.kinds import (
     Slots,
     Source,
     Text,
+    Threads,
     Tokens,
     UbatchTokens,
     Variables,
@@ -64,7 +67,9 @@ SERVES = ("chat", "embedding", "reranking")
 BOOT, DEMAND = "boot", "demand"
 # common/arg.cpp, --pooling.
 POOLINGS = ("none", "mean", "cls", "last", "rank")
-SPECULATIONS = ("none", "ngram", "mtp", "draft", "eagle3", "dflash", "dspark")
+SPECULATIONS = ("none", "auto", "ngram", "mtp", "draft", "eagle3", "dflash", "dspark")
+PROFILES = ("chat", "agent", "rag", "batch")
+NEVER, MISSING, ALWAYS = "never", "missing", "always"
 
 # Names that belong to pyinfra and its connectors, not to us.
 _FOREIGN_PREFIXES = ("_", "ssh_", "dockerssh_", "docker_", "chroot_", "local_", "vagrant_", "winrm_")
@@ -86,6 +91,7 @@ class Instance:
     name: Name
     source: Source
     port: Annotated[Whole, Field(ge=1, le=65535, description="TCP's; with 0 the kernel would choose")]
+    profile: Annotated[Text, one_of(PROFILES)] | None
     priority: Annotated[Whole, Field(ge=-1000, le=1000, description="an order; more would be a slip of the keyboard")]
     context_tokens: ContextTokens | None
     prompt_tokens: Tokens
@@ -95,7 +101,14 @@ class Instance:
     slots: Slots | None
     kv_types: Annotated[Listed[KvType], Should("name at least one type", bool)]
     ubatch_tokens: UbatchTokens | None
-    threads: Annotated[Whole, Field(ge=1, le=4096, description="more than any host has")] | None
+    batch_tokens: UbatchTokens | None
+    threads: Threads | None
+    threads_batch: Threads | None
+    cpus: Cpus | None
+    numa: Annotated[Text, one_of(("auto", "interleave", "local"))]
+    load_mode: Annotated[Text, one_of(("none", "mlock"))]
+    op_offload: Flag
+    spilled_layers: Annotated[Whole, Field(ge=0, le=4096, description="more than any model has")] | None
     prompt_cache_mib: CacheMib
     context_checkpoints_mib: CacheMib
     serves: Annotated[Text, one_of(SERVES)]
@@ -108,6 +121,8 @@ class Instance:
     draft: OneCompanion | None
     draft_max_tokens: Annotated[Whole, Field(ge=1, le=1024, description="far beyond what any draft gets right")] | None
     draft_min_tokens: Annotated[Whole, Field(ge=0, le=1024, description="0: as few as the draft is sure of")] | None
+    tune_prompt_file: Text | None
+    accept_slower: GitArgument | None
     adapters: Annotated[Listed[Annotated[Adapter, BeforeValidator(by_source)]], Field(max_length=64)]
     chat_template_file: Text | None
     grammar_file: Text | None
@@ -256,6 +271,10 @@ class Settings:
         Whole, Field(ge=1, le=LONGEST, description="systemd's timer has no pause of 0")
     ]
     drain_seconds: Annotated[Whole, Field(ge=0, le=3600, description="0: replies are cut; nobody waits longer")]
+    tune: Annotated[Text, one_of((NEVER, MISSING, ALWAYS))]
+    tune_minutes: Annotated[Whole, Field(ge=1, le=1440, description="a day")]
+    tune_stops_service: Flag
+    tune_window: DayWindow | None
     allow_empty_models: Flag
     uninstall_models: Flag
     environment: Variables
