@@ -1,0 +1,1 @@
+"""What to measure next, and what a measurement is worth."""
