@@ -221,7 +221,8 @@ def _processors(decision: Decision) -> Iterator[str]:
         "set by threads" if decision.instance.threads else "one for each physical (performance) core; more are slower"
     )
     if decision.cpus:
-        yield f"runs only on CPUs {decision.cpus}, the performance cores: every step waits for its slowest thread"
+        usual = "the performance cores: every step waits for its slowest thread"
+        yield f"runs only on CPUs {decision.cpus}, {'set by cpus' if decision.instance.cpus else usual}"
     if decision.numa_nodes:
         yield f"memory is spread over NUMA nodes {decision.numa_nodes}: threads on all nodes read the weights"
 

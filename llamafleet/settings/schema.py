@@ -167,7 +167,7 @@ class Instance:
         flags = extra.problems(self.extra_flags, self.dangerous_flags, self.api_key_file is not None)
         shape = cache_shape.problems(
             kv_unified=self.kv_unified, pool_tokens=self.pool_tokens, context_tokens=self.context_tokens,
-            live_tokens=self.live_tokens,
+            live_tokens=self.live_tokens, batch_tokens=self.batch_tokens, ubatch_tokens=self.ubatch_tokens,
         )  # fmt: skip
         files = {setting: getattr(self, setting) for setting in prompt_files.SETTINGS.values()}
         clashes = prompt_files.clashes(files, self.serves, self.extra_flags)
