@@ -7,7 +7,19 @@ import random
 
 import pytest
 
-from llamafleet.tuning.race import BASELINE, ERROR_RATE, Measure, Trial, Verdict, interval, next_step
+from llamafleet.tuning.race import (
+    BASELINE,
+    ERROR_RATE,
+    FINAL,
+    SINGLE,
+    Batch,
+    Screened,
+    Trial,
+    Verdict,
+    combinations,
+    interval,
+    next_step,
+)  # fmt: skip
 
 
 class Host:
@@ -29,12 +41,18 @@ class Host:
         return self.truth[candidate] * factor
 
 
-def race(host, budget, trials=(), lost=()):
-    """The verdict and all trials. `lost`: candidates that crash."""
+def nothing(screened):
+    """Nothing is put together."""
+    return ()
+
+
+def race(host, budget, trials=(), lost=(), dimensions=None, combine=nothing):
+    """The verdict and all trials. `lost`: candidates that crash; `dimensions`: of the first stage's candidates."""
     trials = list(trials)
-    while isinstance(step := next_step(len(host.truth), budget, trials), Measure):
-        seconds = None if step.candidate in lost else host.seconds(step.candidate)
-        trials.append(Trial(step.candidate, seconds, step.final))
+    dimensions = dimensions or [0, *[1] * (len(host.truth) - 1)]
+    while isinstance(step := next_step(dimensions, budget, trials, combine), Batch):
+        for one in step.candidates:
+            trials.append(Trial(one, None if one in lost else host.seconds(one), step.stage))
     return step, trials
 
 
@@ -70,14 +88,11 @@ def test_what_is_no_faster_is_hardly_ever_installed(races, noise):
 def test_an_interrupted_race_goes_on_where_it_was():
     host = Host(truths(3, 8), 3)
     whole, trials = race(host, 60)
-    for cut in (1, 7, 20, len(trials) - 1):
-        replay = iter(trials[cut:])
-        kept = list(trials[:cut])
-        while isinstance(step := next_step(8, 60, kept), Measure):
-            following = next(replay)
-            assert (step.candidate, step.final) == (following.candidate, following.final)
-            kept.append(following)
-        assert step == whole
+    for cut in range(len(trials)):
+        step = next_step([0, *[1] * 7], 60, trials[:cut], nothing)
+        following = trials[cut : cut + len(step.candidates)]
+        assert [(trial.candidate, trial.stage) for trial in following] == [(one, step.stage) for one in step.candidates]
+    assert next_step([0, *[1] * 7], 60, trials, nothing) == whole
 
 
 def test_a_candidate_that_crashes_is_lost_and_not_the_race():
@@ -90,14 +105,14 @@ def test_a_candidate_that_crashes_is_lost_and_not_the_race():
 def test_a_candidate_that_crashes_in_the_final_does_not_win():
     host = Host([10.0, 5.0], 1)
     _, trials = race(host, 60)
-    first = next(n for n, trial in enumerate(trials) if trial.final and trial.candidate == 1)
-    verdict = next_step(2, 60, [*trials[:first], Trial(1, None, final=True)])
+    first = next(n for n, trial in enumerate(trials) if trial.stage == FINAL and trial.candidate == 1)
+    verdict = next_step([0, 1], 60, [*trials[:first], Trial(1, None, FINAL)], nothing)
     assert verdict == Verdict(BASELINE, 1, 1, 1, "candidate 1 failed in the final")
 
 
 def test_a_baseline_that_does_not_run_loses_to_what_does():
     verdict, trials = race(Host([10.0, 12.0, 11.0], 1), 60, lost={0})
-    assert verdict.winner == 2 and verdict.why == "the baseline does not run" and len(trials) == 3
+    assert verdict.winner == 2 and verdict.why == "the baseline does not run" and len(trials) == 6
     assert race(Host([10.0, 12.0], 1), 60, lost={0, 1})[0].winner == BASELINE
 
 
@@ -120,3 +135,56 @@ def test_an_outlier_is_drawn_in():
     ratios = [0.10, 0.11, 0.09, 0.10, 0.12, 2.0]
     low, middle, high = interval(ratios, 4.773)
     assert low < 0.105 < high and middle < 0.2
+
+
+def test_a_baseline_that_fails_once_runs_the_next_time():
+    host = Host([10.0, 5.0, 8.0], 1)
+    trials = [Trial(0, None, SINGLE), Trial(1, 5.0, SINGLE), Trial(2, 8.0, SINGLE)]
+    verdict, _ = race(host, 60, trials)
+    assert verdict.winner == 1 and 1.5 < verdict.gain < 2.5
+
+
+# --- what is put together ---------------------------------------------------------------------------
+
+
+class Dimensions:
+    """Candidates that each change one of three things, and what is made of the best of each."""
+
+    def __init__(self, seed):
+        chance = random.Random(seed)
+        self.effects = [math.exp(chance.gauss(0, 0.12)) for _ in range(9)]  # of 1 to 9; three of each dimension
+        self.truth = [10.0, *(10.0 * effect for effect in self.effects), 10.0]
+        self.made = None
+
+    def combine(self, screened):
+        """Numbers from 10 on: what `combinations` puts together."""
+        made = combinations(screened, {one: (one + 2) // 3 for one in range(1, 10)})
+        self.truth[10:] = [10.0 * math.prod(self.effects[one - 1] for one in members) for members in made]
+        return range(10, 10 + len(made))
+
+    @property
+    def best(self):
+        """The least seconds that any candidate or combination of the best has."""
+        best = [min(1.0, *self.effects[3 * number : 3 * number + 3]) for number in range(3)]
+        return 10.0 * math.prod(best)
+
+
+def test_what_won_apart_is_put_together_and_wins():
+    """The best of all that was measured, within 2 %; and hardly ever far from the best that could be put together."""
+    right = near = 0
+    for seed in range(100):
+        several = Dimensions(seed)
+        host = Host(several.truth, seed)
+        verdict, trials = race(host, 100, dimensions=[0, 1, 1, 1, 2, 2, 2, 3, 3, 3], combine=several.combine)
+        right += host.truth[verdict.winner] <= 1.02 * min(host.truth)
+        near += host.truth[verdict.winner] <= 1.05 * several.best
+        assert len(trials) <= 100
+    assert right >= 95 and near >= 95, (right, near)
+
+
+def test_combinations():
+    """The best of each dimension, without the weakest, and with second bests where they are close."""
+    found = Screened(3, (), {0: 0.0, 1: -0.10, 2: -0.09, 3: -0.3, 4: -0.02, 5: 0.1, 6: -0.01})
+    dimensions = {0: 0, 1: 1, 2: 1, 3: 2, 4: 3, 5: 3, 6: 3}
+    assert combinations(found, dimensions) == [(3, 1, 4), (3, 1), (3, 1, 6)]
+    assert combinations(Screened(1, (), {0: 0.0, 1: -0.1, 5: 0.2}), {0: 0, 1: 1, 5: 3}) == []
