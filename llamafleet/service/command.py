@@ -18,7 +18,7 @@ from llamafleet.settings import extra_flags
 from llamafleet.settings.companions import DRAFT, PROJECTOR, adapter
 from llamafleet.settings.prompt_files import SETTINGS
 from llamafleet.settings.schema import DEMAND, Instance
-from llamafleet.settings.speculation import GUESSES_NOTHING
+from llamafleet.settings.speculation import WITH_DRAFT
 
 # Flags of files that are loaded beside a model, by their parts.
 FILE_FLAGS = {PROJECTOR: "--mmproj", DRAFT: "--spec-draft-model"}
@@ -60,7 +60,7 @@ def argv(
 def _companions(paths: Mapping[str, str], instance: Instance) -> Iterator[str]:
     """The flags that name the files beside the model. Adapters are numbered by llama-server in this order, from 0."""
     for part, flag in FILE_FLAGS.items():
-        if part in paths and not (part == DRAFT and instance.speculation in GUESSES_NOTHING):
+        if part in paths and (part != DRAFT or instance.speculation in WITH_DRAFT):
             yield from (flag, _value(flag, paths[part]))
     numbered = [(adapter(number), one) for number, one in enumerate(instance.adapters, 1)]
     scaled = [f"{_path(paths[part])}:{one.scale!r}" for part, one in numbered if part in paths]
