@@ -59,6 +59,7 @@ from llamafleet.settings.kinds import (
     projector_file,
 )
 from llamafleet.settings.other_names import LLAMA_CPP_NAMES
+from llamafleet.settings.profiles import PROFILES, filled
 from llamafleet.validation import Flag, Listed, Should, Whole, one_of
 
 BACKENDS = ("auto", "cuda", "hip", "vulkan", "cpu")
@@ -88,6 +89,7 @@ class Instance:
     name: Name
     source: Source
     port: Annotated[Whole, Field(ge=1, le=65535, description="TCP's; with 0 the kernel would choose")]
+    profile: Annotated[Text, one_of(tuple(PROFILES))] | None
     priority: Annotated[Whole, Field(ge=-1000, le=1000, description="an order; more would be a slip of the keyboard")]
     context_tokens: ContextTokens | None
     prompt_tokens: Tokens
@@ -289,7 +291,7 @@ class Settings:
             why = "cannot be a default: give it in the entry of each model that may do without a known sha256"
             raise SettingsError([f"model_defaults.allow_unverified: {why}"])
         if isinstance(ours.get("models"), list | tuple):
-            ours["models"] = [{**defaults, **one} if isinstance(one, Mapping) else one for one in ours["models"]]
+            ours["models"] = [filled(one, defaults) if isinstance(one, Mapping) else one for one in ours["models"]]
         try:
             settings = _adapter().validate_python(ours)
         except ValidationError as error:
