@@ -44,12 +44,9 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Candidate(Change):
     """A change with its plan. The baseline's has the flags of llama-server as it ships."""
 
-    label: str
-    dimension: str
-    settings: Mapping[str, Any]
     plan: Plan
 
 

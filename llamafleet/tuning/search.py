@@ -21,9 +21,7 @@ from llamafleet.tuning.race import (
     Screened,
     Trial,
     Verdict,
-    interval,
     next_step,
-    pairs,
     so_far,
 )
 
@@ -131,15 +129,7 @@ def progress(now: Course, measured: Sequence[Measured], budget_seconds: float) -
     )  # fmt: skip
 
 
-# --- measured again ---------------------------------------------------------------------------------
-
-STUDENT_5 = 2.571  # two-sided 95 % for 5 degrees of freedom: six pairs
-
-
-def ratio(trials: Sequence[Trial]) -> tuple[float, float, float]:
-    """Of pairs that were measured in turns, the baseline's seconds by the other's: low end, middle, high end."""
-    low, middle, high = interval(pairs(trials), STUDENT_5)
-    return math.exp(low), math.exp(middle), math.exp(high)
+# --- what is installed ------------------------------------------------------------------------------
 
 
 def installed(now: Course, trials: Sequence[Trial]) -> Candidate:
