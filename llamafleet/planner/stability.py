@@ -56,15 +56,26 @@ _ADDED_INSTANCE_SETTINGS: Mapping[str, Any] = {
 def inputs_key(machine: Machine, settings: Settings, instance: Instance, model: Mapping[str, Any]) -> str:
     """A hash of all inputs of a plan except memory, 16 hex digits. `model` has the model's files and their sizes."""
     inputs = {
-        "instance": _without(
-            asdict(instance), {*_UNRELATED_INSTANCE_SETTINGS, *_unset(instance, _ADDED_INSTANCE_SETTINGS)}
-        ),
-        "settings": _without(asdict(settings), {*_UNRELATED_SETTINGS, *_unset(settings, _ADDED_SETTINGS)}),
+        "instance": _instance(instance),
+        "settings": _settings(settings),
         "model": model,
         "cpu": asdict(machine.cpu),
         "gpus": [[gpu.uuid, gpu.name, gpu.problem] for gpu in machine.gpus],
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=list).encode()).hexdigest()[:16]
+
+
+def asked_for(settings: Settings, instance: Instance) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings that a plan depends on, of the host and of the instance."""
+    return _settings(settings), _instance(instance)
+
+
+def _instance(instance: Instance) -> dict[str, Any]:
+    return _without(asdict(instance), {*_UNRELATED_INSTANCE_SETTINGS, *_unset(instance, _ADDED_INSTANCE_SETTINGS)})
+
+
+def _settings(settings: Settings) -> dict[str, Any]:
+    return _without(asdict(settings), {*_UNRELATED_SETTINGS, *_unset(settings, _ADDED_SETTINGS)})
 
 
 def _unset(settings: Settings | Instance, added: Mapping[str, Any]) -> set[str]:
