@@ -33,6 +33,7 @@ from llamafleet.settings.kinds import (
     Companion,
     ContextTokens,
     Cpus,
+    DayWindow,
     GitArgument,
     GpuNames,
     GpuReserve,
@@ -67,7 +68,8 @@ SERVES = ("chat", "embedding", "reranking")
 BOOT, DEMAND = "boot", "demand"
 # common/arg.cpp, --pooling.
 POOLINGS = ("none", "mean", "cls", "last", "rank")
-SPECULATIONS = ("none", "ngram", "mtp", "draft", "eagle3", "dflash", "dspark")
+SPECULATIONS = ("none", "auto", "ngram", "mtp", "draft", "eagle3", "dflash", "dspark")
+NEVER, MISSING, ALWAYS = "never", "missing", "always"
 
 # Names that belong to pyinfra and its connectors, not to us.
 _FOREIGN_PREFIXES = ("_", "ssh_", "dockerssh_", "docker_", "chroot_", "local_", "vagrant_", "winrm_")
@@ -119,6 +121,8 @@ class Instance:
     draft: OneCompanion | None
     draft_max_tokens: Annotated[Whole, Field(ge=1, le=1024, description="far beyond what any draft gets right")] | None
     draft_min_tokens: Annotated[Whole, Field(ge=0, le=1024, description="0: as few as the draft is sure of")] | None
+    tune_prompt_file: Text | None
+    accept_slower: GitArgument | None
     adapters: Annotated[Listed[Annotated[Adapter, BeforeValidator(by_source)]], Field(max_length=64)]
     chat_template_file: Text | None
     grammar_file: Text | None
@@ -267,6 +271,10 @@ class Settings:
         Whole, Field(ge=1, le=LONGEST, description="systemd's timer has no pause of 0")
     ]
     drain_seconds: Annotated[Whole, Field(ge=0, le=3600, description="0: replies are cut; nobody waits longer")]
+    tune: Annotated[Text, one_of((NEVER, MISSING, ALWAYS))]
+    tune_minutes: Annotated[Whole, Field(ge=1, le=1440, description="a day")]
+    tune_stops_service: Flag
+    tune_window: DayWindow | None
     allow_empty_models: Flag
     uninstall_models: Flag
     environment: Variables

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 
 from llamafleet.planner.result import Plan, Refusal
-from llamafleet.settings.speculation import AUTO
 from llamafleet.tuning import candidates as tuning
 from llamafleet.tuning.race import Batch, Screened, Trial, Verdict
 from llamafleet.tuning.search import Course, Measured, affordable, course, installed, progress
@@ -18,11 +17,7 @@ MOE, DENSE = ("gpt-oss-20b",), ("Qwen3-8B", "Q4_K_M")
 def asked(layout=DENSE, gpus=(), cpu=(), drafts=(), **instance):
     """An instance, its planner and its machine."""
     host = planning.machine(gpus, cpu=cpu)
-    auto = instance.get("speculation") == AUTO  # no value of the setting: a tune plans with it
-    instance |= {"speculation": "draft" if drafts else "none"} if auto else {}
     settings = planning.settings({"context_tokens": 8192, **instance}, backend="cuda" if gpus else "cpu")
-    if auto:
-        settings = replace(settings, models=(replace(settings.models[0], speculation=AUTO),))
     companions = {"m0": {"draft": planning.header(*drafts)}} if drafts else {}
     requests = [(settings.models[0], planning.header(*layout))]
     planner = tuning.planner_of(host, requests, settings, "m0", companions)
@@ -56,7 +51,7 @@ def test_the_baseline_is_llama_server_as_it_ships_and_the_second_is_the_plan():
 )  # fmt: skip
 def test_what_the_operator_set_is_not_varied(given, dimension):
     open_case = {"slots": {"concurrency": 4}, "cache": {"kv_types": ["f16", "q8_0"]},
-                 "speculation": {"speculation": AUTO}}.get(dimension, {})  # fmt: skip
+                 "speculation": {"speculation": "auto"}}.get(dimension, {})  # fmt: skip
     assert dimension in {one.dimension for one in found(**open_case)[0]}, "it is varied where it is left open"
     assert dimension not in {one.dimension for one in found(**given)[0]}
 
@@ -70,7 +65,7 @@ def test_every_candidate_is_within_the_ledger():
 
 
 def test_what_can_be_guessed_is_tried():
-    made, lost = found(speculation=AUTO, drafts=("Qwen3-0.6B",), draft="/d.gguf")
+    made, lost = found(speculation="auto", drafts=("Qwen3-0.6B",), draft="/d.gguf")
     kinds = {one.settings["speculation"] for one in made if one.dimension == "speculation"}
     assert kinds == {"ngram", "draft"} and any("draft head" in one.why for one in lost)
     by_kind = {one.settings["speculation"]: one.plan.argv for one in made if one.dimension == "speculation"}
