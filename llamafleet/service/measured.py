@@ -16,9 +16,12 @@ from llamafleet.service.plan_inputs import PlanInputs
 from llamafleet.service.refusals import Refused
 from llamafleet.settings.schema import NEVER, Instance
 from llamafleet.settings.workload import Workload
-from llamafleet.tuning.candidates import changes
+from llamafleet.tuning.candidates import DEFAULTS, changes
 from llamafleet.tuning.record import Fingerprint
 from llamafleet.tuning.records import Tuning, in_words, tuning_of, without
+
+# Names of what a tune changes, as many.
+PLURALS = {"ubatch": "ubatches", "cache": "types of the cache", "split": "splits between GPUs", "numa": "NUMA policies"}
 
 Planned = tuple[PlanInputs, Choice, Mapping[str, Correction]]
 
@@ -98,7 +101,8 @@ def chance(inputs: PlanInputs, plan: Plan) -> str:
     if inputs.settings.tune != NEVER or (tuning and tuning.state != "none") or not is_tunable(instance):
         return ""
     headers = inputs.companions().get(plan.instance, {})
-    tried = dict.fromkeys(one.dimension for one in changes(instance, plan, inputs.survey.machine, headers))
+    found = changes(instance, plan, inputs.survey.machine, headers)
+    tried = dict.fromkeys(PLURALS.get(one.dimension, one.dimension) for one in found if one.dimension != DEFAULTS)
     if not tried:
         return ""
     return (

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-import click
+from click.exceptions import ClickException, Exit
 from pyinfra_cli.cli import cli
 
 from llamafleet.host.answers import AnswerError, json_value
@@ -44,7 +44,7 @@ def _of_run(words: list[str]) -> Path | None:
     try:
         with cli.make_context("pyinfra", list(words), resilient_parsing=True) as context:
             inventory = context.params.get("inventory")
-    except (click.ClickException, click.exceptions.Exit):
+    except (ClickException, Exit):
         return None
     return Path(inventory) if inventory else None
 
