@@ -13,6 +13,7 @@ from llamafleet.cli import tables, usage
 from llamafleet.planner import stability
 from llamafleet.service.desired import Serving
 from llamafleet.service.measured import chance
+from llamafleet.service.tune import in_lines, to_measure, wishes
 from tasks.lib import text_diffs
 from tasks.lib.decision import Decision, decision
 from tasks.lib.usage import left_to_do, reached_by
@@ -42,7 +43,7 @@ def lines(now: Decision, name: str, reached: str, *, everything: bool) -> Iterat
             chances = [one] if (one := chance(now.desired.inputs, serving.plan)) else []
             title = f"{serving.name} on {name}"
             yield tables.table(plain, title, alternatives=chances, measured=_measured(now, serving))
-    if not now.changes.any and not now.changes.note:
+    if not now.changes.any and not now.changes.note and not to_measure(now.desired, as_set=True):
         yield _in_one_line(now, reached)
     if not now.changes.any:  # else it is said at the end
         yield from left_to_do(now.desired, now.desired.installed.left)
@@ -51,6 +52,7 @@ def lines(now: Decision, name: str, reached: str, *, everything: bool) -> Iterat
 
 def _to_do(now: Decision, everything: bool) -> Iterator[str]:
     changes, desired = now.changes, now.desired
+    yield from in_lines(wishes(desired, as_set=True))
     if everything or changes.any:
         yield from desired.inputs.notes
         yield from (desired.why,) if desired.why else ()
