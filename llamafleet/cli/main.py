@@ -116,7 +116,18 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--limit", help="show only this host or group")
     status.add_argument("--json", action="store_true", help="print all data as JSON")
     status.set_defaults(run=status_command)
+    tuned = commands.add_parser("tuned", help="show what was measured where", description=tuned_command.__doc__)
+    tuned.add_argument("--inventory", type=Path, required=True, help="a pyinfra inventory")
+    tuned.add_argument("--limit", help="show only this host or group")
+    tuned.add_argument("--json", action="store_true", help="print all data as JSON")
+    tuned.set_defaults(run=tuned_command)
     return parser
+
+
+def tuned_command(options: argparse.Namespace) -> int:
+    """Show for every instance of every host what a tune has measured: the winner with its gain over llama-server as it
+    ships, when, and whether it still holds. Nothing is changed, nothing is measured."""
+    return _on_inventory("tasks.tuned", options)
 
 
 def status_command(options: argparse.Namespace) -> int:

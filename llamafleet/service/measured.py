@@ -1,4 +1,7 @@
-"""Plans with what tunes measured: each instance gets the settings of its record, where that holds on this host now."""
+"""Plans with what tunes measured: each instance gets the settings of its record, where that holds on this host now.
+
+Decision 23: docs/decisions/0023-tuned-by-measurement.md.
+"""
 
 from __future__ import annotations
 

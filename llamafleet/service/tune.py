@@ -2,6 +2,8 @@
 
 Pure. `llamafleet/tuning/` decides what comes next, `llamafleet/remote/tune.py` measures; its contract is the form of a
 spec and of a trial.
+
+Decision 23: docs/decisions/0023-tuned-by-measurement.md.
 """
 
 from __future__ import annotations
