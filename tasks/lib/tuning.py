@@ -153,7 +153,7 @@ def _write(host: Host, name: str, record: dict[str, object]) -> None:
         raise remote.RemoteError(f"{tuned_path(name)} cannot be written: {remote.explain(out, err)}")
     try:
         path = records.keep(host.name, name, record)
-        host.log(f"{name}: measured: the record is in {tuned_path(name)} on the host and in {path}")
+        host.log(f"{name}: the record is in {tuned_path(name)} on the host and in {path}")
     except OSError as error:
         host.log(f"{name}: the copy of its record cannot be written here: {error}", logger.warning)
 
@@ -167,6 +167,9 @@ def _go_on(host: Host, before: Decision, name: str, record: dict[str, object], *
     if not isinstance(after, Decision):
         decision.log_refused(host, after)
         return False
+    old, new = (next(one.plan for one in now.desired.servings if one.name == name) for now in (before, after))
+    if flags := memory_check.changed_flags(old, new):
+        host.log(f"{name}: planned with it: {' '.join(flags)}")
     if not installs:
         changed = name in after.changes.services
         host.log(f"{name}: {'deploy.py installs what won' if changed else 'what won is what it runs with'}")

@@ -116,7 +116,5 @@ def test_a_host_that_cannot_be_used_is_named_with_its_records(tmp_path):
     words = [sys.executable, "-m", "llamafleet.cli", "tuned", "--inventory", str(tmp_path / "fleet.py")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done.stderr
-    assert (
-        "@local  m0        not compared  2 threads" in done.stdout and "models[0].slot: unknown" in done.stdout
-    )
+    assert "@local  m0        not compared  2 threads" in done.stdout and "models[0].slot: unknown" in done.stdout
     assert f"{tmp_path}/tuned/gpu2.json is damaged" in done.stdout

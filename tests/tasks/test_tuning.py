@@ -112,6 +112,7 @@ def test_what_is_fastest_is_found_recorded_in_both_places_and_planned(box, tmp_p
     record = json.loads(box.files["/var/lib/llamafleet/tuned/m0.json"])
     assert record == kept(tmp_path) and Tuned.of(record).settings == {"threads": 5}
     assert record["winner"]["gain"] == pytest.approx(2.0) and record["winner"]["low"] > 1.5
+    assert "m0: planned with it: --threads 5 --threads-batch 5" in box.lines
     assert record["trials"] == box.trials["m0", next(iter(box.trials))[1]]
     said = [line for line in box.lines if line.startswith("m0: 5 threads: 2.00 times as fast as llama-server")]
     assert len(said) == 1 and said[0].endswith(f"{len(record['trials'])} trials")
