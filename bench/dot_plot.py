@@ -14,7 +14,7 @@ def svg(title: str, axis: str, names: Sequence[str], series: Mapping[str, Sequen
     """The plot as SVG text; a value of "" gets no dot."""
     assert len(series) <= len(COLOURS)
     known = [float(str(value)) for values in series.values() for value in values if value != ""]
-    low, high = min(0.0, *known), max(0.0, *known)
+    low, high = min([0.0, *known]), max([0.0, *known])
     step = _step(max(high - low, 1.0) / TICKS)
     low, high = step * (low // step), step * max(1, -(-high // step))
     height = TOP + ROW * len(names) + 40

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +23,11 @@ from llamafleet.units import MIB
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = re.compile(r"^\s+(\w+?\d+): (.*) \((\d+) MiB, (\d+) MiB free\)", re.M)  # of --list-devices
-BUFFER = re.compile(r" (\w+\d) (?:model|KV|RS|compute) buffer size = +([\d.]+) MiB")
-HELD_SECONDS = 60.0  # for the holder to answer
-STEP_BYTES = 1 << 30
+# common_memory_breakdown_print: device, total, free, and what the server itself allocated on it
+ALLOCATED = re.compile(r"\| +- (\w+) .*\| +\d+ = +\d+ \+ \( *(\d+) =")
+FIRST_OF_CUDA = {"CUDA_VISIBLE_DEVICES": "0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # NVML's order
+END_SECONDS = 60.0  # for the holder
+STEP_BYTES, PAGE_BYTES = 1 << 30, 2 << 20  # that are allocated at a time, and that CUDA allocates at least
 
 
 class CardError(RuntimeError):
@@ -70,19 +73,22 @@ class Card:
         return replace(host, gpus=(limited,), vulkan=None, pci_gpus=(), problems=(), notes=())
 
 
-def allocated_mib(log: str, device: str) -> float:
-    """MiB that a server said it allocated on the device; what is logged again after a change of the plan of --fit is
-    counted by its last figures, one for each kind of buffer."""
-    found: dict[str, float] = {}
-    for line in log.splitlines():
-        if (match := BUFFER.search(line)) and match[1] == device:
-            found[line.split("buffer size")[0][-24:]] = float(match[2])
-    return sum(found.values())
+def allocated_mib(log: str, device: str) -> int:
+    """MiB that a server allocated on the device, by the last table in its log; 0 where there is none."""
+    return next((int(match[2]) for match in reversed([*ALLOCATED.finditer(log)]) if match[1] == device), 0)
 
 
-def find(server: Path, backend: str, environment: dict[str, str]) -> Card:
-    """The first device of the backend. Raises CardError."""
-    done = subprocess.run([str(server), "--list-devices"], capture_output=True, text=True, env=environment, timeout=120)
+def environment(backend: str, work: Path) -> dict[str, str]:
+    """That llama-server has the first card alone. Mesa keeps compiled shaders for the next server in `work`."""
+    if backend == "cuda":
+        return FIRST_OF_CUDA
+    return {TRAITS[backend].visible_variable or "": "0", "MESA_SHADER_CACHE_DIR": str(work / "shaders")}
+
+
+def find(server: Path, backend: str, variables: Mapping[str, str]) -> Card:
+    """The first device of the backend, as llama-server lists it. Raises CardError."""
+    done = subprocess.run([str(server), "--list-devices"], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, **variables})  # fmt: skip
     prefix = TRAITS[backend].device_prefix
     for match in DEVICE.finditer(done.stdout + done.stderr):
         if match[1].startswith(prefix):
@@ -106,7 +112,8 @@ def limited(card: Card, limit_mib: int) -> Iterator[None]:
         yield
         return
     command = [sys.executable, "-m", "bench.gpu_proof.card", str(limit_mib)]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **FIRST_OF_CUDA}, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:  # fmt: skip
         assert holder.stdout is not None and holder.stdin is not None  # pipes were asked for
         try:
             answer = holder.stdout.readline()
@@ -117,15 +124,14 @@ def limited(card: Card, limit_mib: int) -> Iterator[None]:
         finally:
             holder.stdin.close()
             try:
-                holder.wait(HELD_SECONDS)
+                holder.wait(END_SECONDS)
             except subprocess.TimeoutExpired:
                 holder.kill()
 
 
-def hold(limit_mib: int) -> None:
-    """Allocate device memory until `limit_mib` are free, say so as one line of JSON, and keep it until standard input
-    ends. The process's own context counts as held. Raises CardError."""
-    cuda = ctypes.CDLL("libcuda.so.1")
+def hold(cuda: ctypes.CDLL, limit_mib: int) -> int:
+    """Allocate device memory until `limit_mib` are free; the free MiB then. `cuda` is the driver's library. The context
+    of this process counts as held. Raises CardError."""
     device, context = ctypes.c_int(), ctypes.c_void_p()
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     _call(cuda, "cuInit", 0)
@@ -135,12 +141,11 @@ def hold(limit_mib: int) -> None:
     _call(cuda, "cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
     if free.value < limit_mib * MIB:
         raise CardError(f"{free.value // MIB} MiB are free, {limit_mib} are to be left")
-    while (more := free.value - limit_mib * MIB) >= 2 * MIB:
-        place = ctypes.c_uint64()
-        _call(cuda, "cuMemAlloc_v2", ctypes.byref(place), ctypes.c_size_t(min(more, STEP_BYTES)))
+    while (more := free.value - limit_mib * MIB) >= PAGE_BYTES:
+        place, size = ctypes.c_uint64(), min(more // PAGE_BYTES * PAGE_BYTES, STEP_BYTES)
+        _call(cuda, "cuMemAlloc_v2", ctypes.byref(place), ctypes.c_size_t(size))
         _call(cuda, "cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
-    print(json.dumps({"free_mib": free.value // MIB, "total_mib": total.value // MIB}), flush=True)
-    sys.stdin.read()
+    return free.value // MIB
 
 
 def _call(library: ctypes.CDLL, name: str, *arguments: object) -> None:
@@ -150,7 +155,8 @@ def _call(library: ctypes.CDLL, name: str, *arguments: object) -> None:
 
 if __name__ == "__main__":
     try:
-        hold(int(sys.argv[1]))
+        print(json.dumps({"free_mib": hold(ctypes.CDLL("libcuda.so.1"), int(sys.argv[1]))}), flush=True)
+        sys.stdin.read()  # it ends with the one who started it
     except (CardError, OSError) as problem:
         print(json.dumps({"error": str(problem)}), flush=True)
         sys.exit(1)

@@ -91,9 +91,8 @@ def _value(kind: object, text: str) -> object:
 
 def add(path: Path, one: Row) -> None:
     """Write a row behind the others, and the heading before the first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists() or not path.stat().st_size
-    ends = is_new or path.read_bytes().endswith(b"\n")
+    ends = is_new or path.read_bytes().endswith(b"\n")  # a line that was cut off ends here
     with path.open("a", newline="") as file:
         if not ends:
             file.write("\n")
@@ -106,7 +105,7 @@ def add(path: Path, one: Row) -> None:
 def plot(rows: Sequence[Row], what: str) -> str:
     """SVG: for each model, limit and context, tokens a second (`what`: prefill or decode) of each approach."""
     places = list(dict.fromkeys((one.model, one.limit_mib, one.context) for one in rows))
-    names = [f"{model}, {limit / 1024:g} GB, {context // 1024}k" for model, limit, context in places]
+    names = [f"{model}, {limit / 1024:.3g} GB, {context} tokens" for model, limit, context in places]
     by_cell = {one.cell: getattr(one, what) for one in rows}
     series = {
         approach: [by_cell.get(Cell(*place, approach), "") for place in places]

@@ -22,7 +22,7 @@ ALIGNMENT_BYTES = 32
 # A weight's standard deviation, where the block's own factor (d) is 1 and everything else in it is random.
 DEVIATIONS = {Q.Q8_0: 73.9, Q.Q4_K: 257.0, Q.Q6_K: 1366.0, Q.Q5_0: 9.2}
 MXFP4_DEVIATION = 2.9
-SMALL: dict[str, Any] = {"vocab": 4096, "blocks": 8}
+SMALL: dict[str, Any] = {"vocab": 4096, "blocks": 4}
 
 
 def layouts(scale: str) -> dict[str, Layout]:
