@@ -147,7 +147,7 @@ def driver(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("limit", [8192, 12288, 24001])
+@pytest.mark.parametrize("limit", [8192, 12288, 24001, 24270])
 def test_the_rest_is_held_to_the_last_page_that_cuda_allocates(driver, limit):
     assert 0 <= card.hold(ctypes.CDLL(str(driver / "libcuda.so.1")), limit) - limit < 2
 
