@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from bench.gpu_proof import building, card, cells, rows, shapes
@@ -132,7 +133,8 @@ def _prepared(options: argparse.Namespace, over: float) -> tuple[Proof, dict[str
     )
     say(f"llama-server: {server} ({time.monotonic() - began:.0f} s)")
     variables = card.environment(backend, work)
-    device = card.find(server.absolute(), backend, variables)
+    find = partial(card.find, server.absolute(), backend, variables)
+    device = find()
     say(f"card: {device.device}, {device.name}, {device.free_mib} of {device.total_mib} MiB free")
 
     def launch(model: Model) -> Launch:
@@ -140,7 +142,7 @@ def _prepared(options: argparse.Namespace, over: float) -> tuple[Proof, dict[str
         return Launch(server.absolute(), model.path, vocabulary, variables, work, over)
 
     proof = Proof(
-        rows.Setting(device.name, building.TAG, options.scale), device, host, launch,
+        rows.Setting(device.name, building.TAG, options.scale), device, find, host, launch,
         lambda context: cells.workload(context, scale.prompt, scale.reply, scale.runs),
         options.tune_seconds or scale.tune_seconds, scale.reserve_mib, say,
     )  # fmt: skip

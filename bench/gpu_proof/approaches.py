@@ -50,6 +50,7 @@ class Proof:
 
     setting: Setting
     card: Card
+    find: Callable[[], Card]  # the card as it is now
     host: Machine
     launch: Callable[[Model], Launch]
     workload: Callable[[int], Workload]  # by the context in tokens
@@ -77,6 +78,10 @@ class Proof:
         if self.card.is_over(figures.log, cell.limit_mib):
             raise Failed(f"more than {cell.limit_mib} MiB were allocated on the card")
         return figures
+
+    def fit_flags(self, cell: Cell) -> list[str]:
+        """What --fit needs where the limit is emulated, by the memory that is free now."""
+        return self.find().fit_flags(cell.limit_mib) if self.card.emulated else []
 
     def loads(self, cell: Cell, model: Model, flags: Sequence[str]) -> bool:
         """Does a server load within the limit?"""
@@ -134,7 +139,7 @@ def tuned(proof: Proof, cell: Cell, model: Model) -> Chosen:
 def _trial(proof: Proof, cell: Cell, model: Model, one: Candidate, number: int, stage: int) -> Measured:
     """One server, one run; a failure is a trial without seconds."""
     began, seconds = time.monotonic(), None
-    flags = [*one.plan.argv, *(proof.card.fit_flags(cell.limit_mib) if one.label == SHIPPED else [])]
+    flags = [*one.plan.argv, *(proof.fit_flags(cell) if one.label == SHIPPED else [])]
     try:
         figures = proof.measured(cell, model, flags, one.plan.cpus, runs=1)
         seconds = figures.seconds(proof.workload(cell.context))
@@ -157,7 +162,7 @@ def placed(plan: Plan) -> str:
 
 def fit(proof: Proof, cell: Cell, model: Model) -> Chosen:
     """llama-server as it ships."""
-    flags = [*cells.shipped(cell.context), *proof.card.fit_flags(cell.limit_mib)]
+    flags = [*cells.shipped(cell.context), *proof.fit_flags(cell)]
     return "its own", flags, proof.measured(cell, model, flags)
 
 
