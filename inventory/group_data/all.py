@@ -18,9 +18,6 @@ nearest known key.
 models = []
 
 model_defaults = {
-    # A named workload for the four keys of the workload below: "chat", "agent", "rag" or "batch"; a key that you set
-    # comes first. None: their defaults.
-    "profile": None,
     # Tokens that one request may use, prompt and reply together; every slot gets this many. The plan
     # never takes fewer than you set. None: what the model was trained for, 32768 at most.
     "context_tokens": None,
@@ -28,6 +25,10 @@ model_defaults = {
     # memory that it can use; instances with equal priority in the order of `models`.
     "priority": 0,
     # --- the workload: the plan minimises its time ---
+    # A named workload for the next four keys: "chat", "agent", "rag" or "batch" (docs/planning.md has their values). A
+    # key in the model's entry comes first, and so does one in `model_defaults` with another value than here. None:
+    # the values here.
+    "profile": None,
     # Prompt tokens of a typical request, without those that are in the prompt cache already. A long
     # prompt makes a larger ubatch worth its memory. 2048: a question with a page or a file, or one
     # step of a chat with tools.

@@ -39,6 +39,8 @@ class Context:
     head: bool = False  # the model's own draft head has a context, too: the same cells, slots and cache type
     kept: int = 0  # hidden states of all tokens that a draft reads
     sampled: bool = False  # a draft's backend picks its tokens
+    batch_size: int = 0  # tokens that a server hands over together; 0: llama.cpp's own number
+    op_offload: bool = True  # a device computes large batches with the host's weights, where its backend can
     pooling: str = ""  # of a server of embeddings or scores (--pooling); "": the server writes text
 
     @property
@@ -77,7 +79,16 @@ class Context:
     @property
     def batch(self) -> int:
         """Tokens that a server hands over together (--batch-size), at most the number of cells."""
-        return min(max(DEFAULT_BATCH_TOKENS, self.ubatch_tokens), self.stream_cells * self.streams)
+        return min(self._batch_size, self.stream_cells * self.streams)
+
+    @property
+    def handed_over(self) -> int:
+        """Value of --batch-size: an embedding's or score's ubatch, since an input is computed at once."""
+        return self.ubatch_tokens if self.pooling else self._batch_size
+
+    @property
+    def _batch_size(self) -> int:
+        return max(self.batch_size or DEFAULT_BATCH_TOKENS, self.ubatch_tokens)
 
     @property
     def batch_tokens(self) -> int:

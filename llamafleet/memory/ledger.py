@@ -164,7 +164,7 @@ def buffers(
     """
     traits = TRAITS[backend]
     plain = Rules(attention_scratch=traits.attention_scratch)
-    stages = traits.op_offload and bool(placement.devices) and placement.uses_host
+    stages = traits.op_offload and context.op_offload and bool(placement.devices) and placement.uses_host
     whole = model.compute.bytes(context, placement, replace(plain, op_offload=stages), roughly=roughly)
     if not (stages and separate_staging):
         return Buffers(whole, (0,) * len(whole))

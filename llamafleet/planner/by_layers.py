@@ -10,7 +10,7 @@ from llamafleet.memory.context import Context
 from llamafleet.planner import processors
 from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate
 from llamafleet.planner.reasons import Decision, why
-from llamafleet.planner.refine import HOPELESS_BYTES, Refined, refine
+from llamafleet.planner.refine import HOPELESS_BYTES, Refined, refine, with_spilled
 from llamafleet.planner.result import Plan
 from llamafleet.planner.roofline import Prediction
 from llamafleet.planner.search import Candidate, Search
@@ -32,7 +32,7 @@ def plan_by_layers(case: Situation) -> Timed | tuple[Search, Refined]:
     plans: list[tuple[float, int, Plan]] = []
     refused: Refined | None = None
     for rank, candidate in enumerate(_worth_refining(candidates)):
-        refined = refine(search, candidate, handicaps[replace(candidate.context, flash_attention=True)])
+        refined = _refined(case, search, candidate, handicaps[replace(candidate.context, flash_attention=True)])
         if any(row.free_bytes < 0 for row in refined.rows):
             refused = refused or refined
             if candidate.host_short_bytes > HOPELESS_BYTES:
@@ -49,6 +49,12 @@ def plan_by_layers(case: Situation) -> Timed | tuple[Search, Refined]:
         return Timed(seconds, plan)
     assert refused is not None, "the search returns at least one candidate, and each was refused"
     return search, refused
+
+
+def _refined(case: Situation, search: Search, candidate: Candidate, handicap: float) -> Refined:
+    if case.instance.spilled_layers is None:
+        return refine(search, candidate, handicap)
+    return with_spilled(search, candidate, case.instance.spilled_layers, handicap)
 
 
 def _worth_refining(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -90,7 +96,8 @@ def _plan(
         case.machine, case.backend, case.instance, case.model, case.capacity, case.work,
         candidate, candidates, laid_out, placement, rows, case.threads,
         [gpu.link_bytes_per_s for gpu in search.roofline.rates.gpus],
-        processors.cpus(cpu, case.instance, placement, alone=case.alone), processors.numa_nodes(cpu, placement),
+        processors.cpus(cpu, case.instance, placement, alone=case.alone),
+        processors.numa_nodes(cpu, case.instance, placement),
     )  # fmt: skip
     # What is beyond the RAM, less the reserve.
     swap_bytes = max(0, case.capacity.swap_bytes - rows[-1].free_bytes) if case.capacity.swap_bytes else 0

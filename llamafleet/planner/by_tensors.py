@@ -6,6 +6,7 @@ from llamafleet.planner import tensor
 from llamafleet.planner.pools import in_words
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.planner.situation import Situation, Timed
+from llamafleet.settings.speculation import WITHOUT_MEMORY
 from llamafleet.units import MIB
 
 
@@ -13,7 +14,7 @@ def plan_by_tensors(case: Situation, by_layers: Timed | None) -> Timed | Refusal
     """The best plan in which each GPU computes a part of every layer. `by_layers`: the one with whole layers."""
     name, shape = case.instance.name, case.model.shape
     why_not = tensor.impossible(shape, case.backend, case.capacity, case.instance.kv_types)
-    if case.bare or case.instance.serves != "chat" or case.instance.speculation not in ("none", "ngram"):
+    if case.bare or case.instance.serves != "chat" or case.instance.speculation not in WITHOUT_MEMORY:
         why_not = "it is planned for chat alone, without adapters and drafts"
     if why_not:
         return Refusal(

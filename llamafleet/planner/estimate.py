@@ -103,7 +103,7 @@ class Budgets:
         traits, pipelined = TRAITS[self.backend], count > 1 and kind == "none"
         inner = self.buffers.compute(context, output=False, pipelined=pipelined) + traits.overhead_bytes
         last = self.buffers.compute(context, output=True, pipelined=pipelined) + traits.overhead_bytes
-        staging = self.buffers.staging(kind) if traits.op_offload else 0
+        staging = self.buffers.staging(kind) if traits.op_offload and context.op_offload else 0
         if context.head:  # the head's own buffers
             last += self.buffers.compute(replace(context, drafted=0), output=True, pipelined=pipelined)
         devices = [inner] * (count - 1) + [last] if count else []

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from llamafleet.host.backends import TRAITS
-from llamafleet.memory.context import DEFAULT_BATCH_TOKENS, Context
+from llamafleet.memory.context import Context
 from llamafleet.memory.placement import Placement
 
 # Tensors of a layer that --override-tensor puts on the CPU, by (is a mixture of experts, part of the experts or FFN).
@@ -30,27 +30,30 @@ def planned_flags(
     *,
     backend: str,
     gpus: int,
-    threads: int,
+    threads: tuple[int, int],
+    load_mode: str,
     prompt_cache_mib: int,
     checkpoints: int,
     is_moe: bool,
     tensors: bool = False,
 ) -> Iterator[str]:
-    """The flags that a plan decides: context, placement, threads. `gpus` is the number of GPUs in use; `tensors`: each
-    computes a part of every layer."""
+    """The flags that a plan decides: context, placement, threads. `gpus` is the number of GPUs in use; `threads`: while
+    a reply is written, and while a prompt is read; `tensors`: each GPU computes a part of every layer."""
     yield from _cache_flags(context)
     yield from (
         "--flash-attn",
         "on" if context.flash_attention else "off",
         "--batch-size",
-        str(context.ubatch_tokens if context.pooling else max(DEFAULT_BATCH_TOKENS, context.ubatch_tokens)),
+        str(context.handed_over),
     )
     yield from ("--ubatch-size", str(context.ubatch_tokens))
     yield from _vector_flags(context)
-    yield from ("--threads", str(threads), "--threads-batch", str(threads))
-    yield from ("--cache-ram", str(prompt_cache_mib), "--fit", "off", "--load-mode", "none")
+    yield from ("--threads", str(threads[0]), "--threads-batch", str(threads[1]))
+    yield from ("--cache-ram", str(prompt_cache_mib), "--fit", "off", "--load-mode", load_mode)
     yield from ("--ctx-checkpoints", str(checkpoints))
     yield from _placement_flags(placement, device_names(backend, gpus), is_moe, tensors)
+    if not context.op_offload:
+        yield "--no-op-offload"
 
 
 def _vector_flags(context: Context) -> Iterator[str]:

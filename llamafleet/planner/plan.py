@@ -38,7 +38,7 @@ from llamafleet.planner.search import Search
 from llamafleet.planner.situation import Situation, Timed
 from llamafleet.planner.suggestions import Change, Short, suggestions
 from llamafleet.planner.together import with_sentences
-from llamafleet.planner.unplannable import beyond, no_cache, not_a_model
+from llamafleet.planner.unplannable import beyond, no_cache, not_a_model, nothing_to_spill
 from llamafleet.settings.schema import DEMAND, Instance, Settings
 from llamafleet.units import MIB
 
@@ -135,6 +135,8 @@ def _plan_instance(
         return no_cache(instance, header, shape, backend)
     instance = vectors.as_planned(replace(instance, kv_types=usable))
     model = Model.of(header, head=speculation.uses_head(instance))
+    if wrong := nothing_to_spill(instance, model, len(capacity.gpus)):
+        return Refusal(f"{instance.name}: {wrong}", instance=instance.name)
     asked = Asked(backend, capacity, instance, model, tokens, companions)
     case = Situation(
         machine, backend, capacity, instance, model, tokens, correction, measured, known, alone, earlier,

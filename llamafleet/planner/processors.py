@@ -18,17 +18,26 @@ def threads(cpu: Cpu, instance: Instance) -> int:
     return instance.threads or max(1, cpu.performance_cores or cpu.physical_cores)
 
 
+def numbers(cpus: str) -> list[int]:
+    """The numbers of a list of CPUs such as "0-5,12"."""
+    ends = [[int(end) for end in part.split("-")] for part in cpus.split(",") if part]
+    return [number for end in ends for number in range(end[0], end[-1] + 1)]
+
+
 def cpus(cpu: Cpu, instance: Instance, placement: Placement, *, alone: bool) -> str:
     """The CPUs that the server may run on, such as "0-11"; empty: all CPUs.
 
     Models that share a host get no CPU list: restricted to the same few cores their threads would wait for each other.
     """
+    if instance.cpus:
+        return instance.cpus
     return cpu.performance_cpus if alone and not instance.threads and computes(placement) else ""
 
 
-def numa_nodes(cpu: Cpu, placement: Placement) -> str:
+def numa_nodes(cpu: Cpu, instance: Instance, placement: Placement) -> str:
     """The NUMA nodes to spread the server's memory over, such as "0-1"; empty: the kernel decides."""
-    return (cpu.numa_node_list or "all") if cpu.numa_nodes > 1 and computes(placement) else ""
+    asked = computes(placement) if instance.numa == "auto" else instance.numa == "interleave"
+    return (cpu.numa_node_list or "all") if cpu.numa_nodes > 1 and asked else ""
 
 
 def computes(placement: Placement) -> bool:

@@ -221,7 +221,8 @@ def _processors(decision: Decision) -> Iterator[str]:
         "set by threads" if decision.instance.threads else "one for each physical (performance) core; more are slower"
     )
     if decision.cpus:
-        yield f"runs only on CPUs {decision.cpus}, the performance cores: every step waits for its slowest thread"
+        usual = "the performance cores: every step waits for its slowest thread"
+        yield f"runs only on CPUs {decision.cpus}, {'set by cpus' if decision.instance.cpus else usual}"
     if decision.numa_nodes:
         yield f"memory is spread over NUMA nodes {decision.numa_nodes}: threads on all nodes read the weights"
 
@@ -229,10 +230,11 @@ def _processors(decision: Decision) -> Iterator[str]:
 def _workload(decision: Decision) -> str:
     work = decision.work
     concurrent = f", {work.concurrency} requests at once" if work.concurrency > 1 else ""
+    name = f"the workload (profile {profile})" if (profile := decision.instance.profile) else "the workload"
     if decision.chosen.context.pooling:
-        return f"the workload: each request is an input of {work.prompt_tokens} tokens{concurrent}"
+        return f"{name}: each request is an input of {work.prompt_tokens} tokens{concurrent}"
     return (
-        f"the workload: each request reads {work.prompt_tokens} tokens and writes {work.reply_tokens}{concurrent},"
+        f"{name}: each request reads {work.prompt_tokens} tokens and writes {work.reply_tokens}{concurrent},"
         f" with {work.live_tokens} tokens in the KV cache"
     )
 

@@ -81,6 +81,37 @@ def refine(search: Search, candidate: Candidate, handicap: float) -> Refined:
     return refined
 
 
+def with_spilled(search: Search, candidate: Candidate, count: int, handicap: float) -> Refined:
+    """The candidate with the experts (FFN) of exactly `count` layers on the host, or of all, where there are fewer.
+
+    They are taken in turn from the GPU that has the most, and given back to the one that has the fewest.
+    """
+    movable, segments = search.movable, list(candidate.segments)
+
+    def kept(position: int) -> list[int]:
+        one = segments[position]
+        return [layer for layer in movable if one.lo <= layer < one.keep]
+
+    def spilled(position: int) -> list[int]:
+        one = segments[position]
+        return [layer for layer in movable if one.keep <= layer < one.hi]
+
+    on_gpus = [position for position, one in enumerate(segments) if one.device is not None]
+    for position in on_gpus:
+        segments[position] = replace(segments[position], part="")
+    while on_gpus and sum(len(spilled(position)) for position in on_gpus) < count:
+        most = max(on_gpus, key=lambda position: len(kept(position)))
+        if not kept(most):
+            break
+        segments[most] = replace(segments[most], keep=kept(most)[-1])
+    while sum(len(spilled(position)) for position in on_gpus) > count:
+        fewest = min((one for one in on_gpus if spilled(one)), key=lambda position: len(kept(position)))
+        rest = spilled(fewest)[1:]
+        segments[fewest] = replace(segments[fewest], keep=rest[0] if rest else segments[fewest].hi)
+    fixed = search.evaluate(candidate.context, candidate.order, tuple(segments), handicap)
+    return _checked(_case(search, fixed), fixed)
+
+
 def _case(search: Search, candidate: Candidate) -> Case:
     capacity = search.capacity.only(candidate.order)
     return Case(search.model, candidate.context, capacity, search.backend, search.extra_bytes, search.correction)

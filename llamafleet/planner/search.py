@@ -273,7 +273,9 @@ def contexts(
         for slots in _slots(instance, work):
             for ubatch in _ubatches(instance, tokens, work, tokens if whole_inputs else least_ubatch):
                 handicap = LATER_KV_TYPE**position * OTHER_UBATCH ** abs(_doublings(ubatch))
-                context = with_pool(Context(tokens, slots, kv_type, ubatch, flash_attention), instance, trained)
+                asked = Context(tokens, slots, kv_type, ubatch, flash_attention, batch_size=instance.batch_tokens or 0,
+                                op_offload=instance.op_offload)  # fmt: skip
+                context = with_pool(asked, instance, trained)
                 if whole_inputs and instance.ubatch_tokens is None:
                     context = replace(context, ubatch_tokens=context.tokens)
                 weighted_contexts.append((context.pooled(pooling), handicap))
@@ -294,6 +296,8 @@ def _ubatches(instance: Instance, tokens: int, work: Workload, least: int) -> li
         return [instance.ubatch_tokens]
     # A larger ubatch than the smallest that holds the whole prompt is of no use.
     largest = min(tokens, next((size for size in sorted(UBATCHES) if size >= work.prompt_tokens), UBATCHES[-1]))
+    if instance.batch_tokens is not None:
+        largest = min(largest, instance.batch_tokens)
     return [size for size in UBATCHES if least <= size <= largest] or [max(256, least)]
 
 

@@ -128,6 +128,11 @@ class Situation:
         """Threads of the processor's part."""
         return processors.threads(self.machine.cpu, self.instance)
 
+    @property
+    def op_offload(self) -> bool:
+        """Does a GPU compute large batches with the host's weights?"""
+        return TRAITS[self.backend].op_offload and self.instance.op_offload
+
     def checkpoints(self, context: Context) -> int:
         """Context checkpoints of each slot: as many as fit into `context_checkpoints_mib` for all slots together."""
         if context.pooling:
@@ -146,7 +151,7 @@ class Situation:
         machine_rates = rates(self.machine.cpu, self.capacity.gpus, self.threads, measured)
         if by_type:
             machine_rates = replace(machine_rates, host_flops=machine_rates.host_flops / host_cost(self.model))
-        return Roofline(self.model, work, machine_rates, op_offload=TRAITS[self.backend].op_offload)
+        return Roofline(self.model, work, machine_rates, op_offload=self.op_offload)
 
     def predicted(self, candidate: Candidate, swap_bytes: int) -> Prediction:
         """The speed by all that is known of the host; none for a plan that swaps, since no disk was measured."""
@@ -173,9 +178,9 @@ class Situation:
         the model; `tensors`: each GPU computes a part of every layer; `others`: further fields of the plan."""
         gpus, cpu, model, one = self.gpus_of(order), self.machine.cpu, self.model, self.instance
         argv = planned_flags(
-            context, placement, backend=self.backend, gpus=len(order), threads=self.threads,
-            prompt_cache_mib=one.prompt_cache_mib, checkpoints=self.checkpoints(context), is_moe=model.is_moe,
-            tensors=tensors,
+            context, placement, backend=self.backend, gpus=len(order), load_mode=one.load_mode,
+            threads=(self.threads, one.threads_batch or self.threads), prompt_cache_mib=one.prompt_cache_mib,
+            checkpoints=self.checkpoints(context), is_moe=model.is_moe, tensors=tensors,
         )  # fmt: skip
         mapped = 0 if self.capacity.unified else model.mapped_bytes
         return Plan(
@@ -189,7 +194,7 @@ class Situation:
             host_bytes=sum(row.used_bytes for row in (rows if self.capacity.unified else rows[-1:])) + mapped,
             environment=environment(self.backend, gpus, self.machine),
             cpus=processors.cpus(cpu, one, placement, alone=self.alone),
-            numa_nodes=processors.numa_nodes(cpu, placement), **others,
+            numa_nodes=processors.numa_nodes(cpu, one, placement), **others,
         )  # fmt: skip
 
     def beside_flags(self, gpus: Sequence[Gpu]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from llamafleet.model import speculation as kinds
 from llamafleet.planner.asked import Asked
 from llamafleet.settings.companions import DRAFT
 from llamafleet.settings.schema import Instance
+from llamafleet.settings.speculation import WITH_DRAFT
 from llamafleet.units import MIB
 
 PART = "speculation"
@@ -52,7 +53,7 @@ def ways(asked: Asked) -> Sequence[Beside]:
     speculation = of(asked.instance)
     if speculation is None:
         return ()
-    draft = asked.companions.get(DRAFT)
+    draft = asked.companions.get(DRAFT) if speculation.kind in WITH_DRAFT else None
     if draft is None:
         return (Beside(PART, at=partial(_without_draft, asked, speculation)),)
     model = Model.of(draft)

@@ -6,9 +6,11 @@ from __future__ import annotations
 from llamafleet.host.machine import Machine
 from llamafleet.memory.flash_attention import RATIO_DECIDES, lacking
 from llamafleet.memory.kv_cache import has_one_type, takes_cache_of
+from llamafleet.memory.weights import Model
 from llamafleet.model.architectures import ARCHITECTURES, PROJECTOR, RELEASE, nearest
 from llamafleet.model.gguf import Header
 from llamafleet.model.shape import Shape
+from llamafleet.planner.processors import numbers
 from llamafleet.planner.result import Refusal
 from llamafleet.settings.schema import Instance
 
@@ -72,13 +74,27 @@ def without_kernel(backend: str, head: tuple[int, int, int]) -> str:
     return f"llama.cpp's {backend} backend has no flash attention for heads of {sizes}{shared}"
 
 
+def nothing_to_spill(instance: Instance, model: Model, gpus: int) -> str:
+    """Why `spilled_layers` layers cannot have experts (FFN) in RAM beside a GPU; empty if they can."""
+    asked, movable = instance.spilled_layers, sum(size > 0 for size in model.spill_bytes)
+    if asked is None or (gpus and asked <= movable):
+        return ""
+    if not gpus:
+        return f"spilled_layers: {asked}, but the plan uses no GPU: leave it out"
+    return f"spilled_layers: {asked} is more than the {movable} layers that have experts or an FFN: set at most that"
+
+
 def beyond(instance: Instance, machine: Machine, context_tokens: int) -> str:
     """Which setting asks for more than the host or the context has; empty if none does."""
-    if instance.threads is not None and instance.threads > machine.cpu.logical_cores:
-        return (
-            f"threads: {instance.threads} is more than the {machine.cpu.logical_cores} logical cores of "
-            f"{machine.hostname}: leave it out, or set at most that"
-        )
+    most = machine.cpu.logical_cores
+    for key, threads in (("threads", instance.threads), ("threads_batch", instance.threads_batch)):
+        if threads is not None and threads > most:
+            return (
+                f"{key}: {threads} is more than the {most} logical cores of "
+                f"{machine.hostname}: leave it out, or set at most that"
+            )
+    if instance.cpus and not numbers(instance.cpus):
+        return f"cpus: {instance.cpus} names no CPU: give the lower number of each range first"
     if instance.live_tokens is not None and instance.live_tokens > context_tokens:
         return (
             f"live_tokens: {instance.live_tokens} is more than a slot's context of {context_tokens} tokens: leave it "

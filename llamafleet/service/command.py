@@ -9,16 +9,16 @@ Decision 11: docs/decisions/0011-secrets-never-travel-in-the-open.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 from llamafleet.planner.result import Plan
 from llamafleet.remote.common import CHAT_TEMPLATE, GRAMMAR, JSON_SCHEMA, server_socket
 from llamafleet.settings import extra_flags
 from llamafleet.settings.companions import DRAFT, PROJECTOR, adapter
-from llamafleet.settings.kinds import Adapter
 from llamafleet.settings.prompt_files import SETTINGS
 from llamafleet.settings.schema import DEMAND, Instance
+from llamafleet.settings.speculation import WITH_DRAFT
 
 # Flags of files that are loaded beside a model, by their parts.
 FILE_FLAGS = {PROJECTOR: "--mmproj", DRAFT: "--spec-draft-model"}
@@ -46,7 +46,7 @@ def argv(
         *("--host", _value("--host", server_socket(instance.name) if instance.start == DEMAND else instance.listen)),
         *("--port", str(instance.port)),
         *plan.argv,
-        *_companions(companion_paths, instance.adapters),
+        *_companions(companion_paths, instance),
         *("--metrics", "--slots", "--no-ui", "--offline"),
         *(("--sleep-idle-seconds", str(instance.sleep_idle_seconds)) if instance.sleep_idle_seconds else ()),
         # At 4 the log has the bytes of every device, which the gate reads; from 5 on it has prompts.
@@ -57,12 +57,12 @@ def argv(
     ]
 
 
-def _companions(paths: Mapping[str, str], adapters: Sequence[Adapter]) -> Iterator[str]:
+def _companions(paths: Mapping[str, str], instance: Instance) -> Iterator[str]:
     """The flags that name the files beside the model. Adapters are numbered by llama-server in this order, from 0."""
     for part, flag in FILE_FLAGS.items():
-        if part in paths:
+        if part in paths and (part != DRAFT or instance.speculation in WITH_DRAFT):
             yield from (flag, _value(flag, paths[part]))
-    numbered = [(adapter(number), one) for number, one in enumerate(adapters, 1)]
+    numbered = [(adapter(number), one) for number, one in enumerate(instance.adapters, 1)]
     scaled = [f"{_path(paths[part])}:{one.scale!r}" for part, one in numbered if part in paths]
     yield from ("--lora-scaled", ",".join(scaled)) if scaled else ()
 

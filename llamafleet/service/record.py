@@ -31,6 +31,7 @@ from llamafleet.service.trial import told_to_host
 from llamafleet.settings.companions import PROJECTOR, adapter
 from llamafleet.settings.prompt_files import SETTINGS, as_served
 from llamafleet.settings.schema import DEMAND, Instance
+from llamafleet.settings.speculation import GUESSES_NOTHING
 
 # Nobody serves from a slower disk; bytes per second. The gate measures the disk, and waits less.
 SLOWEST_LOAD = 10 * MIB
@@ -74,7 +75,7 @@ def plan_record(
         gate |= _of_projector(instance, model.companions[PROJECTOR])
     if prompt_files := {name: _sums(name, texts[name]) for name in TEXTS if name in texts}:
         gate["prompt_files"] = prompt_files
-    if instance.speculation != "none":
+    if instance.speculation not in GUESSES_NOTHING:
         gate["speculation"] = guessing(instance.speculation, argv)
     if instance.adapters:
         numbered = enumerate(instance.adapters, 1)

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 
 
 def problems(
-    *, kv_unified: bool, pool_tokens: int | None, context_tokens: int | None, live_tokens: int | None
-) -> Iterator[tuple[str, str]]:
+    *, kv_unified: bool, pool_tokens: int | None, context_tokens: int | None, live_tokens: int | None,
+    batch_tokens: int | None, ubatch_tokens: int | None,
+) -> Iterator[tuple[str, str]]:  # fmt: skip
     """The key and a sentence for each setting of an instance that another one contradicts."""
+    if batch_tokens is not None and ubatch_tokens is not None and batch_tokens < ubatch_tokens:
+        yield "batch_tokens", f"{batch_tokens} is less than ubatch_tokens, {ubatch_tokens}: a batch has whole ubatches"
     if pool_tokens is None:
         return
     if not kv_unified:

@@ -46,7 +46,8 @@ DANGEROUS = {
 OWN_PLACE = {
     "--model": "source", "--alias": "name", "--host": "listen", "--port": "port", "--ctx-size": "context_tokens",
     "--parallel": "slots", "--cache-type-k": "kv_types", "--cache-type-v": "kv_types", "--threads": "threads",
-    "--threads-batch": "threads", "--ubatch-size": "ubatch_tokens", "--cache-ram": "prompt_cache_mib",
+    "--threads-batch": "threads_batch", "--ubatch-size": "ubatch_tokens", "--cache-ram": "prompt_cache_mib",
+    "--batch-size": "batch_tokens", "--load-mode": "load_mode", "--no-op-offload": "op_offload",
     "--ctx-checkpoints": "context_checkpoints_mib", "--kv-unified": "kv_unified", "--no-kv-unified": "kv_unified",
     "--kv-unified-per-slot": "context_tokens", "--split-mode": "split_mode",
     "--chat-template-file": "chat_template_file", "--grammar-file": "grammar_file", "--grammar": "grammar_file",
@@ -66,11 +67,11 @@ OWN_PLACE = {
 }  # fmt: skip
 PLANNED = {
     "--n-gpu-layers", "--device", "--tensor-split", "--override-tensor", "--cpu-moe", "--n-cpu-moe",
-    "--n-cpu-ffn", "--main-gpu", "--fit", "--batch-size", "--flash-attn", "--load-mode", "--swa-full",
+    "--n-cpu-ffn", "--main-gpu", "--fit", "--flash-attn", "--swa-full",
     "--mmproj-device", "--mmproj-offload", "--no-mmproj-offload", "--mtmd-batch-max-tokens", "--no-kv-offload",
     "--spec-draft-ngl", "--spec-draft-device", "--spec-draft-override-tensor", "--spec-draft-cpu-moe",
     "--spec-draft-n-cpu-moe",
-    "--no-op-offload", "--no-repack",
+    "--no-repack",
 }  # fmt: skip
 REFUSED = {
     "--verbose": "it would write prompts, and parts of keys, to the journal",

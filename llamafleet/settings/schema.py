@@ -60,6 +60,7 @@ from llamafleet.settings.kinds import (
     projector_file,
 )
 from llamafleet.settings.other_names import LLAMA_CPP_NAMES
+from llamafleet.settings.profiles import PROFILES, filled
 from llamafleet.validation import Flag, Listed, Should, Whole, one_of
 
 BACKENDS = ("auto", "cuda", "hip", "vulkan", "cpu")
@@ -68,7 +69,6 @@ BOOT, DEMAND = "boot", "demand"
 # common/arg.cpp, --pooling.
 POOLINGS = ("none", "mean", "cls", "last", "rank")
 SPECULATIONS = ("none", "auto", "ngram", "mtp", "draft", "eagle3", "dflash", "dspark")
-PROFILES = ("chat", "agent", "rag", "batch")
 NEVER, MISSING, ALWAYS = "never", "missing", "always"
 
 # Names that belong to pyinfra and its connectors, not to us.
@@ -91,7 +91,7 @@ class Instance:
     name: Name
     source: Source
     port: Annotated[Whole, Field(ge=1, le=65535, description="TCP's; with 0 the kernel would choose")]
-    profile: Annotated[Text, one_of(PROFILES)] | None
+    profile: Annotated[Text, one_of(tuple(PROFILES))] | None
     priority: Annotated[Whole, Field(ge=-1000, le=1000, description="an order; more would be a slip of the keyboard")]
     context_tokens: ContextTokens | None
     prompt_tokens: Tokens
@@ -167,7 +167,7 @@ class Instance:
         flags = extra.problems(self.extra_flags, self.dangerous_flags, self.api_key_file is not None)
         shape = cache_shape.problems(
             kv_unified=self.kv_unified, pool_tokens=self.pool_tokens, context_tokens=self.context_tokens,
-            live_tokens=self.live_tokens,
+            live_tokens=self.live_tokens, batch_tokens=self.batch_tokens, ubatch_tokens=self.ubatch_tokens,
         )  # fmt: skip
         files = {setting: getattr(self, setting) for setting in prompt_files.SETTINGS.values()}
         clashes = prompt_files.clashes(files, self.serves, self.extra_flags)
@@ -299,7 +299,7 @@ class Settings:
             why = "cannot be a default: give it in the entry of each model that may do without a known sha256"
             raise SettingsError([f"model_defaults.allow_unverified: {why}"])
         if isinstance(ours.get("models"), list | tuple):
-            ours["models"] = [{**defaults, **one} if isinstance(one, Mapping) else one for one in ours["models"]]
+            ours["models"] = [filled(one, defaults) if isinstance(one, Mapping) else one for one in ours["models"]]
         try:
             settings = _adapter().validate_python(ours)
         except ValidationError as error:

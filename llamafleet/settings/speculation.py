@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 # Those that need a file of their own, and those that take lengths from llama.cpp's n-gram flags.
 AUTO = "auto"  # none, until a tune has measured what pays
+GUESSES_NOTHING = ("none", AUTO)
+WITHOUT_MEMORY = (*GUESSES_NOTHING, "ngram")  # on GPUs
 WITH_DRAFT = ("draft", "eagle3", "dflash", "dspark")
 USUAL_MOST = {"ngram": 64}  # tokens that are guessed at once at most, where the setting does not say (common/common.h)
 OTHER_MOST = 3
@@ -22,10 +24,10 @@ def problems(
         yield "draft", f'should be left out with speculation = "{kind}"; it is for {kinds}'
     if kind != "none" and serves != "chat":
         yield "speculation", f'should be "none" with serves = "{serves}": such a server writes no tokens'
-    if kind not in ("none", AUTO, "ngram") and split_mode == "tensor":
+    if kind not in WITHOUT_MEMORY and split_mode == "tensor":
         yield "split_mode", f'should be "layer" or "auto" with speculation = "{kind}": what it takes else is not known'
     given = {"draft_max_tokens": most, "draft_min_tokens": least}
-    if kind in ("none", AUTO):
+    if kind in GUESSES_NOTHING:
         for name, value in given.items():
             if value is not None:
                 yield name, f'should be left out with speculation = "{kind}"'

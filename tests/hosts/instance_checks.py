@@ -12,6 +12,7 @@ from llamafleet.remote.common import API_KEYS, INSTANCES, RELEASES, UNITS, plan_
 from llamafleet.service.record import without_query
 from llamafleet.settings.prompt_files import SETTINGS
 from llamafleet.settings.schema import DEMAND
+from llamafleet.settings.speculation import AUTO
 from tests.hosts import facts
 from tests.hosts.checks import AGAIN, Problem, Problems, Served, say
 
@@ -69,12 +70,13 @@ def _as_asked(served: Served, plan: Mapping[str, Any]) -> Problems:
     requested, gate = served.instance, plan["gate"]
     scales = [one.get("scale") if isinstance(one, dict) else one for one in gate.get("adapters") or ()]
     files = [name for name, setting in SETTINGS.items() if getattr(requested, setting)]
+    guessed = (gate.get("speculation") or {"kind": "none"})["kind"]
     pairs = [
         ("model", without_query(requested.source), without_query(plan["source"])),
         ("port", requested.port, int(gate["url"].rsplit(":", 1)[-1])),
         ("slots", requested.slots or gate["slots"], gate["slots"]),  # unset: the plan's choice
         ("an API key is required", requested.api_key_file is not None, gate["api_keys"] is not None),
-        ("speculation", requested.speculation, (gate.get("speculation") or {"kind": "none"})["kind"]),
+        ("speculation", guessed if requested.speculation == AUTO else requested.speculation, guessed),
         ("a projector", requested.projector is not None, bool(gate.get("modalities"))),
         ("scales of adapters", [one.scale for one in requested.adapters], scales),
         ("prompt files", sorted(files), sorted(gate.get("prompt_files") or ())),

@@ -87,8 +87,9 @@ def with_placement(plan, placement):
     """The plan with another placement, and with the flags for it."""
     context = context_of(plan)
     argv = tuple(planned_flags(
-        context, placement, backend=plan.backend, gpus=len(plan.gpus), threads=plan.threads,
-        prompt_cache_mib=plan.prompt_cache_mib, checkpoints=plan.checkpoints, is_moe=plan.is_moe,
+        context, placement, backend=plan.backend, gpus=len(plan.gpus), threads=(plan.threads, plan.threads),
+        load_mode="none", prompt_cache_mib=plan.prompt_cache_mib, checkpoints=plan.checkpoints,
+        is_moe=plan.is_moe,
     ))  # fmt: skip
     assert argv != plan.argv
     return replace(plan, placement=placement, argv=argv)
