@@ -1,16 +1,17 @@
 """The waves of a rollout: which hosts change together, and in which order.
 
-A model that several hosts serve never goes away as a whole: of its hosts at most half, rounded down, but one at least,
-are in one wave. A wave that would need more hosts than that allows is followed by further ones.
+A model that several hosts serve never goes away as a whole: of the hosts that serve it at most half, rounded down, but
+one at least, are in one wave. The last host that serves a model comes after those that will serve it too. A wave that
+would need more hosts than that allows is followed by further ones.
 
-Decision 12 of the design: a fleet moves in waves, and the first failure stops it.
+Decision 12: docs/decisions/0012-a-fleet-moves-in-waves.md.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -23,10 +24,12 @@ class WavesError(ValueError):
 
 @dataclass(frozen=True)
 class Member:
-    """A host that is rolled out, and the names of the models that it serves."""
+    """A host that is rolled out, with names of models."""
 
     name: str
-    models: frozenset[str]
+    models: frozenset[str]  # it serves them now, and does not while it changes
+    gains: frozenset[str] = frozenset()  # it serves them afterwards only
+    loses: frozenset[str] = frozenset()  # of `models`, those that it does not serve afterwards
 
 
 @dataclass(frozen=True)
@@ -62,40 +65,76 @@ def sizes(text: str) -> tuple[Size, ...]:
     return tuple(found)
 
 
-def waves(members: Sequence[Member], asked: Sequence[Size]) -> tuple[tuple[str, ...], ...]:
-    """The hosts' names, wave by wave. What the sizes leave is done in waves as large as the models allow."""
-    total, left = len(members), list(members)
-    replicas = Counter(model for member in members for model in member.models)
-    order = list(asked)
+def waves(
+    members: Sequence[Member], asked: Sequence[Size], serving: Mapping[str, int] | None = None
+) -> tuple[tuple[str, ...], ...]:
+    """The hosts' names, wave by wave. What the sizes leave is done in waves as large as the models allow.
+
+    `serving`: by model, how many hosts serve it now, also those that are not rolled out; without it, the members alone.
+    """
+    now = Counter(replicas(members) if serving is None else serving)
+    total, left, order = len(members), list(members), list(asked)
     made: list[tuple[str, ...]] = []
     while left:
         done = total - len(left)
         until = order[0].until(done, total) if order else total
-        wave = _wave(left, until - done, replicas)
+        wave = _wave(left, until - done, now)
         made.append(tuple(member.name for member in wave))
         left = [member for member in left if member not in wave]
+        now.update(model for member in wave for model in member.gains)
+        now.subtract(model for member in wave for model in member.loses)
         if order and total - len(left) >= until:  # else the models allowed fewer: more waves of this size follow
             order.pop(0)
     return tuple(made)
 
 
-def _wave(left: Sequence[Member], count: int, replicas: Counter[str]) -> list[Member]:
+def replicas(members: Sequence[Member]) -> Counter[str]:
+    """By model, how many of these hosts serve it now."""
+    return Counter(model for member in members for model in member.models)
+
+
+def _wave(left: Sequence[Member], count: int, serving: Counter[str]) -> list[Member]:
     """At most so many hosts, those first whose models have the most other hosts: they are missed least."""
+    coming = Counter(model for member in left for model in member.gains)
     away: Counter[str] = Counter()
     wave: list[Member] = []
-    for member in sorted(left, key=lambda one: -min((replicas[model] for model in one.models), default=0)):
-        if len(wave) < count and (not wave or all(away[model] < most_away(replicas[model]) for model in member.models)):
+    order = sorted(left, key=lambda one: _missed(one, serving))
+    for member in order:
+        if len(wave) < count and all(_can_go(model, away, serving, coming) for model in member.models):
             wave.append(member)
             away.update(member.models)
+    return wave or _that_exchange(order)
+
+
+def _missed(member: Member, serving: Counter[str]) -> tuple[bool, int]:
+    """How much the host is missed: one that serves nothing yet least."""
+    is_new = bool(member.gains and not member.models)
+    return not is_new, -min((serving[model] for model in member.models), default=0)
+
+
+def _can_go(model: str, away: Counter[str], serving: Counter[str], coming: Counter[str]) -> bool:
+    """May one more host of the model be in a wave from which so many of the model are already?"""
+    is_last = serving[model] - away[model] <= 1
+    return away[model] < most_away(serving[model]) and not (is_last and coming[model])
+
+
+def _that_exchange(order: Sequence[Member]) -> list[Member]:
+    """The first host, where each waits for another one; with those that take over models from it, and so on: within one
+    run a model leaves its host after it serves on the other one."""
+    wave = [order[0]]
+    for member in wave:
+        wave += [one for one in order if one not in wave and one.gains & member.loses]
     return wave
 
 
-def most_away(replicas: int) -> int:
+def most_away(serving: int) -> int:
     """Hosts of one model that may be away at a time."""
-    return max(1, replicas // 2)
+    return max(1, serving // 2)
 
 
-def alone(members: Sequence[Member]) -> Iterator[tuple[str, str]]:
-    """Host and model where no other host serves the model: it is away while its host changes."""
-    replicas = Counter(model for member in members for model in member.models)
-    yield from ((one.name, model) for one in members for model in sorted(one.models) if replicas[model] == 1)
+def alone(members: Sequence[Member], serving: Mapping[str, int] | None = None) -> Iterator[tuple[str, str]]:
+    """Host and model where no other host serves the model before: it is away while its host changes."""
+    now = replicas(members) if serving is None else serving
+    coming = {model for member in members for model in member.gains}
+    for member in members:
+        yield from ((member.name, one) for one in sorted(member.models - coming) if now.get(one, 0) <= 1)
