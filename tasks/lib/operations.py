@@ -31,7 +31,7 @@ from llamafleet.planner.reconcile import ROUNDS
 from llamafleet.remote.common import GOOD, JOBS, LOADED, STAGED, plan_path, unit_of
 from llamafleet.service import wanted
 from llamafleet.service.succession import Handover
-from tasks.lib import builds, host_lock, jobs, lookups, moves, paths, remote, sending, switching
+from tasks.lib import builds, gateway_drains, host_lock, jobs, lookups, moves, paths, remote, sending, switching
 
 Commands = Generator[remote.HostCommand | FunctionCommand, None, None]
 
@@ -408,7 +408,8 @@ def _remove(state: State, host: Host, instance: str, handover: Handover, options
     if not why:
         words = ["remove", instance, *options.words()]
         words += ["--after", ",".join(handover.names)] if handover.names else []
-        return jobs.follow(state, host, jobs.name_of("remove", instance), remote.words("switch.py", *words))
+        with gateway_drains.drained(host, [instance], strict=False, even_last=True, back=False):
+            return jobs.follow(state, host, jobs.name_of("remove", instance), remote.words("switch.py", *words))
     if not handover.names:
         host.log(f"{unit_of(instance)} stays: {why[0]}. Run again when it can", logger.warning)
         return True

@@ -10,7 +10,7 @@ Decision 12: docs/decisions/0012-a-fleet-moves-in-waves.md.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import gevent
@@ -20,7 +20,7 @@ from pyinfra.api.state import BaseStateCallback, State
 from llamafleet.fleet import waves
 from llamafleet.settings.copies import model_of
 from llamafleet.settings.schema import CUT, Settings
-from tasks.lib import decision, remote
+from tasks.lib import decision, gateway_drains, remote
 
 LOOK_SECONDS = 0.2
 
@@ -71,7 +71,7 @@ def in_rollout() -> bool:
 
 
 @contextlib.contextmanager
-def turn(host: Host, names: Iterable[str], at_once: int | None) -> Iterator[None]:
+def turn(host: Host, names: Collection[str], at_once: int | None) -> Iterator[None]:
     """A block in which the host switches these instances; entered when it may. Raises `RemoteError` in a rollout where
     another host has failed."""
     if not any(isinstance(handler, _Failures) for handler in host.state.callback_handlers):
@@ -86,7 +86,9 @@ def turn(host: Host, names: Iterable[str], at_once: int | None) -> Iterator[None
         raise remote.RemoteError(f"nothing is switched here, because {_failed[0]} failed before: a rollout ends there")
     _away[host.name] = models
     try:
-        yield
+        is_alone = any(hosts_of(host, model) < 2 for model in models)
+        with gateway_drains.drained(host, names, strict=_in_rollout, even_last=is_alone):
+            yield
     finally:
         del _away[host.name]
 

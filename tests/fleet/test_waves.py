@@ -67,6 +67,61 @@ def test_of_a_model_with_several_hosts_some_always_stay(seed):
         assert all(count <= max(1, replicas[model] // 2) for model, count in away.items()), wave
 
 
+def member(name, models="", gains="", loses=""):
+    return Member(name, frozenset(models), frozenset(gains), frozenset(loses))
+
+
+def test_hosts_that_are_done_count_as_hosts_of_their_models():
+    left = fleet(c="x", d="x")
+    assert waves(left, sizes("100%")) == (("c",), ("d",))
+    assert waves(left, sizes("100%"), {"x": 4}) == (("c", "d"),)
+    assert list(alone(fleet(a="x"), {"x": 2})) == []
+
+
+def test_the_last_server_of_a_model_waits_for_those_that_will_serve_it():
+    """A host whose server does not run comes first, and so does one that gets its first model."""
+    assert waves([member("a", "x"), member("b", gains="x")], sizes("100%")) == (("b",), ("a",))
+    assert list(alone([member("a", "x"), member("b", gains="x")])) == []
+
+
+def test_what_a_wave_brings_counts_in_the_next_one_and_what_it_takes_does_not():
+    brought = [member("a", gains="x"), member("b", gains="x"), member("c", gains="x"), *fleet(d="x", e="x")]
+    assert waves(brought, sizes("3,100%")) == (("a", "b", "c"), ("d", "e"))
+    taken = [member("a", "x", loses="x"), member("b", "x", loses="x"), *fleet(c="x", d="x")]
+    assert waves(taken, sizes("2,100%")) == (("a", "b"), ("c",), ("d",))
+
+
+def test_a_model_moves_after_its_successor_serves():
+    assert waves([member("a", "x", loses="x"), member("b", gains="x")], sizes("100%")) == (("b",), ("a",))
+
+
+def test_hosts_that_exchange_their_models_change_in_one_wave():
+    """Within a run each model leaves after it serves on the other host; whoever has nothing to do with it waits."""
+    exchange = [member("a", "x", "y", "x"), member("b", "y", "z", "y"), member("c", "z", "x", "z")]
+    assert waves(exchange, sizes("1"))[0] == ("a", "c", "b")
+    assert waves([*exchange, *fleet(d="w", e="w")], sizes("1"))[-1] == ("a", "c", "b")
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_with_moves_every_host_changes_once_and_a_model_goes_away_only_with_its_last_host(seed):
+    chance = random.Random(seed)
+    hosts = []
+    for number in range(chance.randint(1, 20)):
+        models, gains = (frozenset(chance.sample("uvwxyz", chance.randint(0, 2))) for _ in range(2))
+        loses = frozenset(model for model in models if chance.random() < 0.3)
+        hosts.append(Member(f"h{number}", models, gains - models, loses))
+    made = waves(hosts, sizes(chance.choice([USUAL, "1", "100%", "3,50%"])))
+    assert sorted(name for wave in made for name in wave) == sorted(host.name for host in hosts)
+    of, serving = {host.name: host for host in hosts}, Counter(model for host in hosts for model in host.models)
+    for wave in made:
+        away = Counter(model for name in wave for model in of[name].models)
+        for model, count in away.items():
+            exchanged = any(model in of[name].gains for name in wave)
+            assert count < serving[model] or serving[model] == 1 or exchanged, (wave, model)
+        serving.update(model for name in wave for model in of[name].gains)
+        serving.subtract(model for name in wave for model in of[name].loses)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [("", "''"), ("0", "'0'"), ("101%", "'101%'"), ("1,x", "'x'"), ("-1", "'-1'"), ("50%,25%", "25% should be more"),

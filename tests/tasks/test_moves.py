@@ -20,6 +20,8 @@ class Data:
 
 
 class Host:
+    groups = ()
+
     def __init__(self, name, state, *wanted):
         self.name, self.state, self.lines = name, state, []
         self.data = Data([{"name": one, "source": f"hf:o/r/{one}.gguf"} for one in wanted])

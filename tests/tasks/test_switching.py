@@ -11,6 +11,8 @@ from tasks.lib.remote import RemoteError
 
 
 class Host:
+    groups = ()
+
     def __init__(self, name, state, wanted):
         self.name, self.state, self.lines = name, state, []
         self.data = SimpleNamespace(
