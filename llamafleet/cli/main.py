@@ -1,8 +1,8 @@
 """The command `llamafleet`, for tasks that pyinfra does not have.
 
 `llamafleet plan` shows a plan before a machine is bought or a host is changed; `llamafleet status` shows the state of
-an inventory's hosts. Exit status: 0 a plan, or everything is fine; 1 something is not fine; 2 bad input; 3 a refusal;
-130 after Ctrl-C.
+an inventory's hosts, `llamafleet workload` what their servers were asked for. Exit status: 0 a plan, or everything is
+fine; 1 something is not fine; 2 bad input; 3 a refusal; 130 after Ctrl-C.
 
 Decision 15: docs/decisions/0015-pyinfra-stays-visible.md.
 """
@@ -116,6 +116,14 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--limit", help="show only this host or group")
     status.add_argument("--json", action="store_true", help="print all data as JSON")
     status.set_defaults(run=status_command)
+    workload = commands.add_parser(
+        "workload", help="show what servers were asked for", description=workload_command.__doc__
+    )
+    workload.add_argument("--inventory", type=Path, required=True, help="a pyinfra inventory")
+    workload.add_argument("--limit", help="show only this host or group")
+    workload.add_argument("--since", help="in journalctl's words, such as 2026-11-20 (default: 7 days ago)")
+    workload.add_argument("--json", action="store_true", help="print all data as JSON")
+    workload.set_defaults(run=workload_command)
     return parser
 
 
@@ -123,6 +131,12 @@ def status_command(options: argparse.Namespace) -> int:
     """Show for every instance of every host: plan, memory, speed, restarts, last gate, drift. Nothing is changed. Exit
     status 0 if every instance is fine, else 1."""
     return _on_inventory("tasks.status", options)
+
+
+def workload_command(options: argparse.Namespace) -> int:
+    """Show for every instance of every host what its server was asked for, from the host's journal, and the settings of
+    the workload that fit. Nothing is changed. Exit status 0 if every host could be read, else 1."""
+    return _on_inventory("tasks.workload", options, *(["--since", options.since] if options.since else []))
 
 
 def plan_command(options: argparse.Namespace) -> int:
@@ -170,15 +184,15 @@ def plan_inventory(options: argparse.Namespace) -> int:
     return _on_inventory("tasks.lib.over_hosts", options)
 
 
-def _on_inventory(module: str, options: argparse.Namespace) -> int:
-    """Run a module of `tasks` in its own process and return its exit status: pyinfra patches the standard library's
-    sockets, and that must happen before they are used."""
+def _on_inventory(module: str, options: argparse.Namespace, *more: str) -> int:
+    """Run a module of `tasks` with these arguments in its own process and return its exit status: pyinfra patches the
+    standard library's sockets, and that must happen before they are used."""
     if not options.inventory.is_file():
         raise UsageError(f"--inventory: there is no such inventory file: {options.inventory} (looked in {Path.cwd()})")
     # -P: a module of the current folder, which may be a stranger's, is not taken for one of ours or of Python.
     command = [sys.executable, "-P", "-m", module, str(options.inventory)]
     command += ["--limit", options.limit] if options.limit else []
-    command += ["--json"] if options.json else []
+    command += [*(["--json"] if options.json else []), *more]
     path = os.pathsep.join([str(stages.FOLDER), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
 
