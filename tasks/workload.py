@@ -22,8 +22,8 @@ from llamafleet.host import answers
 from llamafleet.host.answers import Observed
 from llamafleet.host.installed import Installed
 from llamafleet.printable import err, json_text, out
-from llamafleet.settings.observed import fitting
 from llamafleet.settings.schema import Settings, SettingsError
+from llamafleet.tuning.observed import fitting
 from tasks.lib import ends, facts, lookups, remote, sending
 from tasks.lib.decision import READ_ERRORS
 from tasks.lib.over_hosts import over_hosts, parse

@@ -9,7 +9,7 @@ from typing import Any
 
 from llamafleet.host.answers import Figures, Observed
 from llamafleet.printable import one_line
-from llamafleet.settings.observed import Fitting
+from llamafleet.tuning.observed import Fitting
 
 KEYS = ("prompt_tokens", "live_tokens", "reply_tokens", "concurrency")
 COLUMNS = ("host", "instance", "requests", *KEYS, "nearest profile")

@@ -3,8 +3,8 @@
 import json
 
 from llamafleet.cli.workload import HostWorkload, InstanceWorkload, table
-from llamafleet.settings.observed import fitting
-from tests.settings.test_observed import observed
+from llamafleet.tuning.observed import fitting
+from tests.tuning.test_observed import observed
 
 NOW = {"prompt_tokens": 2048, "live_tokens": None, "reply_tokens": 512, "concurrency": 1}
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from llamafleet.host.answers import Figures, Observed
-from llamafleet.settings.observed import fitting, rounded
 from llamafleet.settings.profiles import PROFILES
+from llamafleet.tuning.observed import fitting, rounded
 
 
 def same(value, p90=None):
