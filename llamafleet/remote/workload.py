@@ -28,7 +28,7 @@ from common import plan_path, read_json, unit_of
 LINE = re.compile(r"(\d{1,12}\.\d+) \S+ \S+\[(\d{1,10})\]: (.*)")
 SLOT = re.compile(r"slot +(\w+): id +\d+ \| task (\d{1,18}) \|(.*)")
 READ = re.compile(r"prompt eval time = .*?/ +(\d{1,9}) tokens")
-WRITTEN = re.compile(r"(?<!prompt )eval time = .*?/ +(\d{1,9}) (?:tokens|runs)")
+WRITTEN = re.compile(r"eval time = .*?/ +(\d{1,9}) (?:tokens|runs)")
 HELD = re.compile(r"stop processing: n_(?:tokens|past) = (\d{1,9})")
 CHECK_TOKENS = 4  # in a slot, at most, after a request of the liveness check (liveness_server.py, SMALLEST)
 QUANTILES = (("p10", 0.1), ("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
