@@ -1,8 +1,8 @@
 """The command `llamafleet`, for tasks that pyinfra does not have.
 
 `llamafleet plan` shows a plan before a machine is bought or a host is changed; `llamafleet status` shows the state of
-an inventory's hosts. Exit status: 0 a plan, or everything is fine; 1 something is not fine; 2 bad input; 3 a refusal;
-130 after Ctrl-C.
+an inventory's hosts, `llamafleet report` writes a page about them. Exit status: 0 a plan, a page, or everything is
+fine; 1 something is not fine; 2 bad input; 3 a refusal; 130 after Ctrl-C.
 
 Decision 15: docs/decisions/0015-pyinfra-stays-visible.md.
 """
@@ -116,6 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--limit", help="show only this host or group")
     status.add_argument("--json", action="store_true", help="print all data as JSON")
     status.set_defaults(run=status_command)
+    report = commands.add_parser("report", help="write a page about hosts", description=report_command.__doc__)
+    report.add_argument("--inventory", type=Path, required=True, help="a pyinfra inventory")
+    report.add_argument("--limit", help="write about this host or group alone")
+    report.add_argument("--output", default="report.html", help="the file to write, report.html unless named")
+    report.set_defaults(run=report_command, json=False)
     return parser
 
 
@@ -123,6 +128,12 @@ def status_command(options: argparse.Namespace) -> int:
     """Show for every instance of every host: plan, memory, speed, restarts, last gate, drift. Nothing is changed. Exit
     status 0 if every instance is fine, else 1."""
     return _on_inventory("tasks.status", options)
+
+
+def report_command(options: argparse.Namespace) -> int:
+    """Write one HTML page about the hosts of an inventory: plans, memory, speed beside llama-server's own defaults, and
+    what tunes measured. No host is changed. Exit status 0 if every host was read, else 1."""
+    return _on_inventory("tasks.report", options, "--output", options.output)
 
 
 def plan_command(options: argparse.Namespace) -> int:
@@ -170,13 +181,13 @@ def plan_inventory(options: argparse.Namespace) -> int:
     return _on_inventory("tasks.lib.over_hosts", options)
 
 
-def _on_inventory(module: str, options: argparse.Namespace) -> int:
+def _on_inventory(module: str, options: argparse.Namespace, *more: str) -> int:
     """Run a module of `tasks` in its own process and return its exit status: pyinfra patches the standard library's
     sockets, and that must happen before they are used."""
     if not options.inventory.is_file():
         raise UsageError(f"--inventory: there is no such inventory file: {options.inventory} (looked in {Path.cwd()})")
     # -P: a module of the current folder, which may be a stranger's, is not taken for one of ours or of Python.
-    command = [sys.executable, "-P", "-m", module, str(options.inventory)]
+    command = [sys.executable, "-P", "-m", module, str(options.inventory), *more]
     command += ["--limit", options.limit] if options.limit else []
     command += ["--json"] if options.json else []
     path = os.pathsep.join([str(stages.FOLDER), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
