@@ -91,18 +91,11 @@ def test_a_limit_that_names_nobody_is_bad_input(tmp_path, monkeypatch, capsys):
 
 
 def test_the_command_passes_inventory_limit_and_output(tmp_path, monkeypatch):
-    (tmp_path / "fleet.py").write_text(GONE)
     asked = []
     monkeypatch.setattr(
-        cli.subprocess, "run", lambda words, **more: asked.append(words) or subprocess.CompletedProcess([], 0)
+        cli, "_on_inventory", lambda module, options, *words: asked.append((module, options, words)) or 5
     )
-    assert cli.main(["report", "--inventory", str(tmp_path / "fleet.py"), "--limit", "gpu*"]) == 0
-    module = asked[0].index("tasks.report")
-    assert asked[0][module:] == [
-        "tasks.report",
-        str(tmp_path / "fleet.py"),
-        "--output",
-        "report.html",
-        "--limit",
-        "gpu*",
-    ]
+    assert cli.main(["report", "--inventory", "fleet.py", "--limit", "gpu*"]) == 5
+    [(module, options, words)] = asked
+    assert (module, str(options.inventory), options.limit) == ("tasks.report", "fleet.py", "gpu*")
+    assert words == ("--output", "report.html") and not options.json
