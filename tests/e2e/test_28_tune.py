@@ -76,7 +76,7 @@ def test_a_deploy_measures_what_does_not_run_yet_and_installs_what_won(host, wan
     assert main_pid(host, "tiny") == pid and serves(host, FRESH["port"])
     found = record(host)
     assert found == json.loads((folder / "tuned" / f"{host.name}.json").read_text())["fresh"]
-    assert len(found["trials"]) == len(trials(host)) >= 6, found["why"]
+    assert len(found["trials"]) == len(trials(host)) >= 2, found["why"]
     assert f"fresh: {found['winner']['label']}: " in run.text and "fresh: the record is in " in run.text
     assert sum(one["took_seconds"] for one in found["trials"]) <= 60
     plan = json.loads(on(host, "cat", "/etc/llamafleet/instances/fresh/plan.json"))
