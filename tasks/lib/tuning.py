@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 from pyinfra import logger
 from pyinfra.api.host import Host
@@ -25,7 +24,7 @@ from llamafleet.service.tune import Subject
 from llamafleet.tuning.race import Batch, Verdict
 from llamafleet.tuning.record import Tuned, record_text
 from llamafleet.tuning.records import Kept, in_words, read
-from llamafleet.tuning.search import Course, Measured, over, progress
+from llamafleet.tuning.search import Course, Measured, progress
 from tasks.lib import decision, jobs, lookups, memory_check, records, remote, sending, templates
 from tasks.lib.decision import READ_ERRORS, Decision
 from tasks.lib.this_run import this_run
@@ -82,8 +81,8 @@ def _measured(state: State, host: Host, one: Subject) -> tuple[Course, Sequence[
         course = one.course(measured)
         if isinstance(course.step, Verdict):
             return course, trials, ""
-        if len(measured) == before:  # the host has no time for another trial
-            return replace(course, step=over([each.trial for each in measured])), trials, ""
+        if len(measured) == before:  # something else happens on the host, as the job has noted
+            return course, trials, "the host ended a batch without a trial"
         before = len(measured)
         if measured:
             host.log(_bar(one, course, measured))

@@ -28,7 +28,7 @@ class Box:
     def __init__(self, seconds):
         self.name, self.lines, self.failed = "box1", [], []
         self.trials, self.files, self.ended = {}, {}, []
-        self.jobs, self.seconds, self.exit, self.quits = [], seconds, DONE, None
+        self.jobs, self.seconds, self.exit, self.quits, self.disturbed = [], seconds, DONE, None, None
 
     def log(self, text, *_):
         self.lines.append(text)
@@ -60,6 +60,8 @@ class Box:
                 break
             if self.quits == len(there):
                 raise KeyboardInterrupt
+            if self.disturbed == len(there):
+                break
             if one["id"] not in {each["id"] for each in there}:
                 seconds = self.seconds(one["argv"])
                 there.append({
@@ -170,6 +172,14 @@ def test_what_cannot_be_measured_now_is_said_and_nothing_fails(box, tmp_path, co
     box.exit = Job("ended", code, "", ("a line", f"error: {why}"), f"exit code {code}")
     assert measure(box) and box.failed == [] and not (tmp_path / "tuned").exists()
     assert box.lines[-1] == f"m0 is not measured now: {why}"
+
+
+def test_a_batch_that_something_else_ends_proves_nothing(box, tmp_path):
+    box.disturbed = 9
+    assert measure(box) and not (tmp_path / "tuned").exists() and len(box.jobs) < 5
+    assert box.lines[-1] == "m0 is not measured to the end now: the host ended a batch without a trial"
+    box.disturbed = None
+    assert measure(box) and kept(tmp_path)["settings"] == {"threads": 5}
 
 
 def test_a_runner_that_fails_fails_the_host(box):
