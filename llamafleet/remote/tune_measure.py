@@ -1,12 +1,12 @@
 """Measure a running llama-server with a workload: as many requests at a time, as deep in the context, as it says.
 
 A module of tune.py and under its contract: Python 3.8, standard library; gate_server.py and tune_prompts.py lie beside
-it. The server is of the tune alone. All requests of a turn begin together; where there are fewer slots than users, those
-who find no slot free wait, as they would. Before a turn the server reads what is below the depth, for each user; that is
-not measured. It chooses the slots itself, as for any client: what it put aside in RAM it finds again only so
-(server_context::get_available_slot). Models that keep a state or a window instead of all cells cannot go back in their cache
-(server_context::update_slots, checkpoints): they read that anew before each turn, and the request itself is behind it.
-What the server reads again within a request is measured and told as `reread_tokens`.
+it. The server is of the tune alone. All requests of a turn begin together; where there are fewer slots than users,
+those who find no slot free wait, as they would. Before a turn the server reads what is below the depth, for each user;
+that is not measured. It chooses the slots itself, as for any client: what it put aside in RAM it finds again only so
+(server_context::get_available_slot). Models that keep a state or a window instead of all cells cannot go back in their
+cache (server_context::update_slots, checkpoints): they read that anew before each turn, and the request itself is
+behind it. What the server reads again within a request is measured and told as `reread_tokens`.
 """
 
 from __future__ import annotations
