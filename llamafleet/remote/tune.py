@@ -230,7 +230,8 @@ def with_server(spec: Dict[str, Any], trial: Dict[str, Any], texts: List[str]) -
     with tune_server.Server(spec["instance"], spec, trial, _unknown) as server:
         try:
             load_seconds = server.ready(over)
-            figures = repeated(turn_of(spec, server.place.url, texts), over, 1 if texts else MOST_REPETITIONS)
+            most = 1 if texts else MOST_REPETITIONS
+            figures = repeated(turn_of(spec, server.place.url, texts), over, most)
             return {**figures, "load_seconds": load_seconds, "peak_bytes": server.peak_bytes()}
         except Failed as error:
             ended = server.ended(tune_server.END_SECONDS)
@@ -274,7 +275,7 @@ def repeated(turn: Turn, over: float, most: int) -> Dict[str, Any]:
 
 def texts_of(spec: Dict[str, Any]) -> List[str]:
     """The messages that users send; none without a text. Raises Failed where there is nothing in it, OSError."""
-    if not spec["text"]:
+    if not spec["text"] or spec.get("serves", "text") != "text":
         return []
     with open(spec["text"], "rb") as file:
         found = tune_prompts.messages(file.read(TEXT_BYTES).decode("utf-8", "replace"))

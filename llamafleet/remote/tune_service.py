@@ -36,7 +36,9 @@ from switch_lock import unswitched
 
 DONE, FAILED, RUNS, CLOSED, HELD = 0, 1, 3, 4, 5  # exit codes of tune.py
 LOCK_SECONDS = 60.0  # to wait for whoever else has the instance's lock
-LATE_SECONDS = 60.0  # after the time that the job said, until the guard takes over
+# Beside the trial's time: to wait for an idle host or for room, and to start and stop the server. Then the guard takes
+# over from a job that says nothing more.
+LATE_SECONDS = 180.0
 POLL_SECONDS = 1.0
 AGAIN_SECONDS = 30.0  # between two tries to start a service that does not start
 START_SECONDS = 60.0  # that a service takes to start, where no trial has told how long it loads
@@ -102,7 +104,7 @@ class Aside:
             stack.enter_context(locked(self.name))
             if why := self.others():
                 raise Refused(HELD, why)
-            if is_aside(self.name):
+            if is_aside(self.name) and self.has_time():
                 self.renew()
                 guarded(self.name)
             else:
@@ -113,10 +115,10 @@ class Aside:
             self.stack = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: Optional[type], *_: object) -> None:
         with self.stack:
             note = common.read_json(note_path(self.name))
-            if note and self.stays > 0 and is_aside(self.name):
+            if note and self.stays > 0 and kind is None and is_aside(self.name):
                 seconds = min(self.stays, max(0.0, left_of(self.window) - self.start_seconds))
                 common.write_json(note_path(self.name), {**note, "waits": True, "until": lock.now() + seconds})
             elif note and (why := put_back(self.name)):

@@ -104,7 +104,8 @@ def until(true, seconds):
 def test_planted_candidates_fail_by_name_and_the_batch_ends(tune, host):
     ended = tune.run([
         tune.candidate("the plan"),
-        tune.candidate("slow", more=["CPUQuota=8%"]),
+        # Of eight threads on fewer cores most wait for those that do not run.
+        tune.candidate("slow", argv=[*tune.of_service["argv"], "--threads", "8", "--threads-batch", "8"]),
         tune.candidate("crashes at once", argv=[*tune.of_service["argv"], "--no-such-flag"]),
         tune.candidate("crashes at work", more=["LimitCPU=1"]),
         tune.candidate("hangs", argv=["/usr/bin/sleep", "1000"], drop=["NoExecPaths", "ExecPaths"]),
@@ -113,8 +114,8 @@ def test_planted_candidates_fail_by_name_and_the_batch_ends(tune, host):
     ], trial_seconds=25)  # fmt: skip
     assert ended["exit_code"] == 0, ended
     plan, slow, at_once, at_work, hangs, memory, again = tune.trials()
-    assert plan["error"] is None and again["error"] is None and slow["error"] is None
-    assert plan["seconds"] < slow["seconds"]
+    assert plan["error"] is None and again["error"] is None
+    assert slow["seconds"] is None or slow["seconds"] > min(plan["seconds"], again["seconds"])
     assert "no-such-flag" in at_once["error"] and "the server ended" in at_work["error"]
     assert "did not load its model within" in hangs["error"] and "out of memory" in memory["error"]
     assert "MemoryMax=12M" in memory["error"]

@@ -291,12 +291,28 @@ def test_between_batches_it_stays_stopped_for_a_while(systemd):
     assert systemd.states[UNIT] == "inactive"
     with Aside(NAME, spec(stays_stopped_seconds=30)):
         assert len(systemd.drained) == 1, "it was stopped once"
-        systemd.now += 60
+        systemd.now += 60  # less than a trial may take
         time.sleep(0.1)
         assert systemd.states[UNIT] == "inactive", "a batch is at work"
     systemd.now += 31
     guard.join(5)
     assert systemd.states[UNIT] == "active" and not guard.is_alive()
+
+
+def test_a_next_batch_that_comes_too_late_for_the_window_is_refused(systemd, monkeypatch):
+    monkeypatch.setattr(tune_service, "left_of", lambda window, now=None: 3600)
+    with Aside(NAME, spec(stays_stopped_seconds=30, window="02:00-05:00")):
+        monkeypatch.setattr(tune_service, "left_of", lambda window, now=None: 100)
+    assert systemd.states[UNIT] == "inactive"
+    with pytest.raises(Refused) as refused, Aside(NAME, spec(window="02:00-05:00")):
+        pytest.fail("too late")
+    assert refused.value.code == tune_service.CLOSED and systemd.states[UNIT] == "active"
+
+
+def test_a_batch_that_fails_puts_back_at_once(systemd):
+    with pytest.raises(OSError), Aside(NAME, spec(stays_stopped_seconds=300)):
+        raise OSError
+    assert systemd.states[UNIT] == "active" and not systemd.note
 
 
 def test_end_puts_back_at_once_and_again_does_nothing(systemd):
