@@ -104,23 +104,22 @@ def until(true, seconds):
 def test_planted_candidates_fail_by_name_and_the_batch_ends(tune, host):
     ended = tune.run([
         tune.candidate("the plan"),
-        # Of eight threads on fewer cores most wait for those that do not run.
-        tune.candidate("slow", argv=[*tune.of_service["argv"], "--threads", "8", "--threads-batch", "8"]),
+        tune.candidate("slow", argv=[*tune.of_service["argv"], "--batch-size", "2", "--ubatch-size", "2"]),
         tune.candidate("crashes at once", argv=[*tune.of_service["argv"], "--no-such-flag"]),
         tune.candidate("crashes at work", more=["LimitCPU=1"]),
         tune.candidate("hangs", argv=["/usr/bin/sleep", "1000"], drop=["NoExecPaths", "ExecPaths"]),
-        tune.candidate("runs out of memory", drop=["MemoryMax"], more=["MemoryMax=12M"]),
+        tune.candidate("runs out of memory", drop=["MemoryMax"], more=["MemoryMax=3M"]),
         tune.candidate("the plan again"),
-    ], trial_seconds=25)  # fmt: skip
+    ], trial_seconds=25, workload={"prompt": 700, "reply": 16, "depth": 128, "concurrency": 2})  # fmt: skip
     assert ended["exit_code"] == 0, ended
     plan, slow, at_once, at_work, hangs, memory, again = tune.trials()
     assert plan["error"] is None and again["error"] is None
     assert slow["seconds"] is None or slow["seconds"] > min(plan["seconds"], again["seconds"])
     assert "no-such-flag" in at_once["error"] and "the server ended" in at_work["error"]
     assert "did not load its model within" in hangs["error"] and "out of memory" in memory["error"]
-    assert "MemoryMax=12M" in memory["error"]
+    assert "MemoryMax=3M" in memory["error"]
     assert all(one["seconds"] is None for one in (at_once, at_work, hangs, memory))
-    assert plan["reply_tokens"] == 64 and abs(plan["prompt_tokens"] - 256) <= 4 and plan["reread_tokens"] <= 4
+    assert plan["reply_tokens"] == 16 and abs(plan["prompt_tokens"] - 700) <= 4 and plan["reread_tokens"] <= 4
     assert plan["peak_bytes"] > 2**20 and plan["load_seconds"] > 0 and plan["state"]["busy_cpus"] >= 0
     assert serves(host)
     until(lambda: not tune.units(), 10)
