@@ -12,7 +12,7 @@ import time
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import gate_server
-from common import TEXTS, show, transient_unit, unit_words
+from common import TEXTS, show, transient_unit, unit_words, whole_number
 from confined import UNKNOWN, forget
 from hardening_trial import NO_MEMORY, NOT_TRIED, Started, free_port, how_it_ended
 from tune_prompts import Failed
@@ -99,8 +99,8 @@ class Server:
         return found[1] if found and found[1] in map(name_of, self.lines) else None
 
     def peak_bytes(self) -> Optional[int]:
-        peak = show(self.place.unit, "MemoryPeak").get("MemoryPeak", "")
-        return int(peak) if peak.isdigit() else None
+        """None where systemd or the kernel does not count it; a number without an end says the same."""
+        return whole_number(show(self.place.unit, "MemoryPeak").get("MemoryPeak"))
 
 
 def why(said: str, code: int, lines: Sequence[str]) -> str:

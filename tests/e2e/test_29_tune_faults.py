@@ -102,13 +102,17 @@ def until(true, seconds):
 
 
 def test_planted_candidates_fail_by_name_and_the_batch_ends(tune, host):
+    """Out of memory inside the unit's own limit; where the machine cannot enforce that, inside an address space as
+    small, which the server may call anything."""
+    enforced = "memory" in on(host, "cat", "/sys/fs/cgroup/cgroup.controllers").split()
+    small = "MemoryMax=3M" if enforced else "LimitAS=60M"
     ended = tune.run([
         tune.candidate("the plan"),
         tune.candidate("slow", argv=[*tune.of_service["argv"], "--batch-size", "2", "--ubatch-size", "2"]),
         tune.candidate("crashes at once", argv=[*tune.of_service["argv"], "--no-such-flag"]),
         tune.candidate("crashes at work", more=["LimitCPU=1"]),
         tune.candidate("hangs", argv=["/usr/bin/sleep", "1000"], drop=["NoExecPaths", "ExecPaths"]),
-        tune.candidate("runs out of memory", drop=["MemoryMax"], more=["MemoryMax=3M"]),
+        tune.candidate("runs out of memory", drop=["MemoryMax"], more=[small]),
         tune.candidate("the plan again"),
     ], trial_seconds=25, workload={"prompt": 700, "reply": 16, "depth": 128, "concurrency": 2})  # fmt: skip
     assert ended["exit_code"] == 0, ended
@@ -116,11 +120,12 @@ def test_planted_candidates_fail_by_name_and_the_batch_ends(tune, host):
     assert plan["error"] is None and again["error"] is None
     assert slow["seconds"] is None or slow["seconds"] > min(plan["seconds"], again["seconds"])
     assert "no-such-flag" in at_once["error"] and "the server ended" in at_work["error"]
-    assert "did not load its model within" in hangs["error"] and "out of memory" in memory["error"]
-    assert "MemoryMax=3M" in memory["error"]
+    assert "did not load its model within" in hangs["error"]
+    assert ("out of memory" in memory["error"] and small in memory["error"]) if enforced else memory["error"]
     assert all(one["seconds"] is None for one in (at_once, at_work, hangs, memory))
     assert plan["reply_tokens"] == 16 and abs(plan["prompt_tokens"] - 700) <= 4 and plan["reread_tokens"] <= 4
-    assert plan["peak_bytes"] > 2**20 and plan["load_seconds"] > 0 and plan["state"]["busy_cpus"] >= 0
+    assert plan["load_seconds"] > 0 and plan["state"]["busy_cpus"] >= 0
+    assert plan["peak_bytes"] > 2**20 if enforced else plan["peak_bytes"] is None
     assert serves(host)
     until(lambda: not tune.units(), 10)
 

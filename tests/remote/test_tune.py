@@ -158,6 +158,12 @@ def test_a_trial_has_exact_counts_and_the_seconds_that_a_user_feels(machine, run
     assert all(body["ignore_eos"] for body in machine.measured)
 
 
+@pytest.mark.parametrize("told", ["[not set]", "18446744073709551615", ""])
+def test_memory_that_nobody_counts_is_not_known(told, machine, run, monkeypatch):
+    monkeypatch.setattr(tune_server, "show", lambda unit, *names: {"MemoryPeak": told})
+    assert run("plan")[0]["peak_bytes"] is None
+
+
 def test_what_the_server_reads_again_of_the_depth_is_told(machine, run):
     machine.reread = 10
     assert run("plan")[0]["reread_tokens"] == 10
@@ -241,7 +247,7 @@ def test_a_directive_that_systemd_does_not_know_is_left_out_as_of_a_unit_file(ma
 )
 def test_a_server_that_does_not_work_is_a_lost_trial_and_not_the_end(plant, said, machine, run):
     plant(machine)
-    good, bad, after = run("good", "bad", "after", trial_seconds=1.0)
+    good, bad, after = run("good", "bad", "after", trial_seconds=4.0 if machine.hangs else 60.0)
     assert said in bad["error"] and bad["seconds"] is None
     assert good["error"] is None and after["error"] is None
 
