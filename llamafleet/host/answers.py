@@ -159,6 +159,15 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Counters:
+    """Tokens that a server has counted since its start: read, taken from its cache, written. Six digits of each."""
+
+    prompt_tokens: Amount
+    cached_tokens: Amount
+    reply_tokens: Amount
+
+
+@dataclass(frozen=True)
 class Observed:
     """What `workload.py` says of an instance: what its server was asked for between two unix times."""
 
@@ -171,6 +180,7 @@ class Observed:
     reply_tokens: Figures | None
     live_tokens: Figures | None
     concurrency: Figures | None
+    counters: Counters | None = None
 
 
 @dataclass(frozen=True)
