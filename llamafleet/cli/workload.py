@@ -73,7 +73,7 @@ def _below(host: HostWorkload) -> Iterator[str]:
         found = one.observed
         if found.counters is not None:
             read, cached, wrote = (f"{getattr(found.counters, key):,.0f}" for key in COUNTED)
-            yield f"{name}: since its start it has read {read} tokens, taken {cached} from its cache, and written {wrote}"
+            yield f"{name}: since its start it has read {read} tokens, taken {cached} from its cache, written {wrote}"
         if one.fitting is None:
             yield f"{name}: the journal has no request of a user in this time"
             continue

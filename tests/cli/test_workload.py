@@ -45,7 +45,7 @@ def test_an_instance_that_nobody_asked_is_said():
 def test_counters_are_of_the_running_server():
     found = replace(observed(), counters=Counters(3751440.0, 89012000.0, 1047820.0))
     assert (
-        "gpu1: code: since its start it has read 3,751,440 tokens, taken 89,012,000 from its cache, and written 1,047,820"
+        "gpu1: code: since its start it has read 3,751,440 tokens, taken 89,012,000 from its cache, written 1,047,820"
         in table({"gpu1": HostWorkload({"code": one(found)})}).splitlines()
     )
 
