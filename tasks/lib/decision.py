@@ -241,7 +241,7 @@ def read_run(host: Host, inputs: PlanInputs) -> Run:
     """What only a deployment needs: the commit, the secrets, and who else is at work. Raises one of `READ_ERRORS`."""
     holder = inputs.survey.installed.lock
     return Run(
-        helpers=payload.helpers_key(),
+        helpers=lookups.helpers_key(),
         oldest_python=payload.HELPERS_PYTHON,
         commit=_commit(host, inputs.settings),
         secrets={instance.name: lookups.instance_secrets(instance) for instance in inputs.settings.models},
