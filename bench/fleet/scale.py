@@ -10,29 +10,26 @@ which everything is as planned. So no work of hosts is in the figures, and all o
 from __future__ import annotations
 
 import csv
-import multiprocessing
+import json
 import os
+import socket
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 from typing import Any
 
 import paramiko
 
-from bench.fleet.converged import Converged
-from bench.fleet.ssh import Servers
-from sandbox import models
-from sandbox.hub import Hub
-
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "bench" / "results" / "fleet_scale.csv"
 COUNTS = (10, 100, 1000)
 COMMIT = "c" * 40
+CONTROL = "control"  # in the fleet's folder: the socket that tells what the hosts were asked
 # Machines with the model that each serves, in turn.
 KINDS = (
     ("rtx4090,ram=64GB,cores=8", "Qwen3-8B"),
@@ -64,44 +61,26 @@ def settings(number: int, hub: str, files: Mapping[str, str]) -> dict[str, Any]:
 
 
 @contextmanager
-def fleet(count: int, folder: Path) -> Iterator[tuple[Path, Connection]]:
-    """So many hosts, served by a process of their own: their inventory, and a connection that gives, for each message,
-    how often each program was run on the hosts."""
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(count, folder, theirs), daemon=True)
-    process.start()
-    theirs.close()
+def fleet(count: int, folder: Path) -> Iterator[Path]:
+    """So many hosts, served by a process of their own, and their inventory; `asked` has what was run on them."""
+    process = Popen([sys.executable, "-m", "bench.fleet.serve", str(count), str(folder)], cwd=ROOT, stdin=DEVNULL)
     try:
-        assert ours.recv() == "ready"
-        yield folder / "inventory.py", ours
+        while not (folder / CONTROL).exists():
+            if process.poll() is not None:
+                raise SystemExit("the simulated hosts could not be started")
+            time.sleep(0.1)
+        yield folder / "inventory.py"
     finally:
-        ours.close()
-        process.join(30)
-        process.kill()
+        process.terminate()
+        process.wait()
 
 
-def serve(count: int, folder: Path, controller: Connection) -> None:
-    """Answer for the hosts until the controller has closed its end."""
-    with Hub() as hub:
-        files = {}
-        for layout in {layout for _, layout in KINDS[:count]}:
-            path = models.weightless(folder, layout)
-            hub.add(f"bench/{layout}", path.name, path)
-            files[layout] = path.name
-        data = [settings(number, hub.url, files) for number in range(count)]
-        answers = {
-            address(number): Converged(f"host{number}", KINDS[number % len(KINDS)][0], one, COMMIT)
-            for number, one in enumerate(data)
-        }
-        with Servers(answers) as servers:
-            servers.write_known_hosts(folder / "known_hosts")
-            write_inventory(folder, data, [servers.port(address(number)) for number in range(count)])
-            controller.send("ready")
-            try:
-                while controller.recv():
-                    controller.send(servers.asked)
-            except EOFError:
-                return
+def asked(folder: Path) -> Counter[str]:
+    """How often each program was run on the hosts until now."""
+    with socket.socket(socket.AF_UNIX) as control:
+        control.connect(str(folder / CONTROL))
+        with control.makefile() as answer:
+            return Counter(json.load(answer))
 
 
 def write_inventory(folder: Path, data: Sequence[Mapping[str, Any]], ports: Sequence[int]) -> None:
@@ -135,21 +114,15 @@ def run(kind: str, inventory: Path) -> tuple[dict[str, float], str]:
 
 def measure(count: int) -> Iterator[dict[str, object]]:
     """A row for each kind of run. Raises SystemExit where a run finds that something differs."""
-    with tempfile.TemporaryDirectory() as folder, fleet(count, Path(folder)) as (inventory, hosts):
+    with tempfile.TemporaryDirectory() as made, fleet(count, folder := Path(made)) as inventory:
         for kind in RUNS:
-            before = asked(hosts)
+            before = asked(folder)
             figures, text = run(kind, inventory)
             if kind == "deploy" and text.count("nothing to do: everything is as planned") != count:
                 raise SystemExit(f"a run over {count} hosts has something to do:\n{text[-4000:]}")
-            commands = sum((asked(hosts) - before).values()) / count
+            commands = sum((asked(folder) - before).values()) / count
             yield {"hosts": count, "run": kind, **figures, "cpu_ms_per_host": round(1000 * figures["cpu_s"] / count, 1),
                    "commands_per_host": commands}  # fmt: skip
-
-
-def asked(hosts: Connection) -> Any:
-    """How often each program was run on the hosts until now."""
-    hosts.send(True)
-    return hosts.recv()
 
 
 def main(counts: Sequence[int]) -> None:

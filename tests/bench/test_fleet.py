@@ -61,7 +61,7 @@ def test_a_run_without_changes_sends_one_command_to_each_host_and_status_two():
 
 
 def test_a_run_that_would_change_something_is_no_measurement(monkeypatch):
-    monkeypatch.setattr(scale, "fleet", lambda count, folder: contextlib.nullcontext((folder, None)))
+    monkeypatch.setattr(scale, "fleet", lambda count, folder: contextlib.nullcontext(folder))
     monkeypatch.setattr(scale, "asked", lambda hosts: Counter())
     monkeypatch.setattr(scale, "run", lambda kind, inventory: ({"cpu_s": 1.0}, "[host0] to do: serve chat"))
     with pytest.raises(SystemExit, match="a run over 1 hosts has something to do"):
