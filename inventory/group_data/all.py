@@ -100,6 +100,9 @@ model_defaults = {
     # Most and fewest tokens that are guessed at once. None: llama.cpp's defaults.
     "draft_max_tokens": None,
     "draft_min_tokens": None,
+    # A new build, driver or kernel that serves slower than the last good one is turned away. This commit of llama.cpp
+    # (or tag, as in `llama_cpp_ref`) may. None: no one.
+    "accept_slower": None,
     # LoRA adapters, each a source or {"source": ..., "scale": 0.5} with the keys of `projector`. The scale is 1 unless
     # it is given; with 0 an adapter is loaded, and used by requests that ask for it.
     "adapters": [],

@@ -35,7 +35,8 @@ SAME_TOTAL_SHARE = 0.01
 # Settings that do not affect a plan: a plan is not made again for the memory of now because one of them changes.
 _UNRELATED_INSTANCE_SETTINGS = {"name", "source", "port", "listen", "allowed_clients", "api_key_file", "sha256",
                           "mirrors", "allow_unverified", "tls_certificate_file", "tls_key_file",
-                          "allowed_drop_ins", "sleep_idle_seconds", "idle_seconds", "rerank_example"}  # fmt: skip
+                          "allowed_drop_ins", "sleep_idle_seconds", "idle_seconds", "rerank_example",
+                          "accept_slower"}  # fmt: skip
 _UNRELATED_SETTINGS = {"models", "llama_cpp_repository", "llama_cpp_ref", "build_ui", "build_jobs", "build_cache",
               "keep_releases", "hub_endpoint", "hub_token_file", "cuda_toolkit", "drain_seconds",
               "allow_empty_models", "environment", "models_dir", "proxy", "no_proxy", "ca_file", "python"}  # fmt: skip

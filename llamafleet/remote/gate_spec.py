@@ -118,6 +118,7 @@ def read_spec(path: str) -> Dict[str, Any]:
     instance = instance_of(gate["unit"])
     return {
         **gate, "files": plan.get("files", []), "identity": plan.get("identity"), "release": plan.get("release"),
+        "commit": plan.get("commit"), "accept_slower": plan.get("accept_slower"),
         "predicted_tokens_per_s": predicted_speed(plan, gate["serves"]), "expected": expected_speed(plan),
         "record": gate_record(instance),
         "last": usable(read_json(gate_record(instance))), "measured": {},
@@ -180,12 +181,31 @@ def is_kept(value: Any, key: str) -> bool:
     return isinstance(numbers, list) and bool(numbers) and all(map(is_number, numbers))
 
 
+def is_pace(value: Any) -> bool:
+    """A pace, as gate_pace.py keeps it."""
+    if not isinstance(value, dict) or not isinstance(value.get("key"), str):
+        return False
+    texts = all(isinstance(value.get(one), str) for one in ("driver", "kernel"))
+    return (
+        texts
+        and {"release", "commit"} <= value.keys()
+        and all(is_speeds(value.get(kind)) for kind in ("prompt", "decode"))
+    )
+
+
+def is_speeds(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(one, (int, float)) and not isinstance(one, bool) and 0 < one < 1e18 for one in value
+    )  # fmt: skip
+
+
 # What later gates compare with.
 COMPARED: Dict[str, Callable[[Any], bool]] = {
     "speeds": lambda value: isinstance(value, list) and all(map(is_number, value)),
     "prompt_tokens_per_s": lambda value: is_number(value) and value > 0,
     "first": is_first,
     "read_speeds": lambda value: isinstance(value, list) and all(map(is_number, value)),
+    "pace": is_pace,
     "first_vector": lambda value: is_kept(value, "vector"),
     "first_scores": lambda value: is_kept(value, "scores"),
 }

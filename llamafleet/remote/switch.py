@@ -70,6 +70,8 @@ def install(
                 for name in names:
                     transaction.remember(name, old[name])
             switch_back.begin(old, leaving)
+            for name in names:
+                starting.measure_old(name, f"{common.STAGED}/{name}/{PLAN}")
             drained = Draining(everyone, drain)
             make_way(names)
             ask(names, leaving, drained)

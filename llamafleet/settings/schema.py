@@ -117,6 +117,7 @@ class Instance:
     draft: OneCompanion | None
     draft_max_tokens: Annotated[Whole, Field(ge=1, le=1024, description="far beyond what any draft gets right")] | None
     draft_min_tokens: Annotated[Whole, Field(ge=0, le=1024, description="0: as few as the draft is sure of")] | None
+    accept_slower: GitArgument | None
     adapters: Annotated[Listed[Annotated[Adapter, BeforeValidator(by_source)]], Field(max_length=64)]
     chat_template_file: Text | None
     grammar_file: Text | None
