@@ -9,6 +9,7 @@ from pathlib import Path
 from bench.oracle_cases import Case
 from bench.outline_cases import Figure
 from llamafleet.memory.context import Context
+from llamafleet.memory.flash_attention import takes_cache_on
 from llamafleet.memory.ledger import Usage, usage
 from llamafleet.memory.placement import Placement
 from llamafleet.memory.speculation import NGRAM, TYPES, Speculation
@@ -46,7 +47,7 @@ class Guessing:
             return
         if draft:
             place = Placement.of((None if self.draft_on is None else 0,) * (draft.layers + 1))
-            on_devices, on_host = usage(draft, speculation.of_draft(served, self.context.kv_type), place, "cpu")
+            on_devices, on_host = usage(draft, speculation.of_draft(served, self._kv_type(draft)), place, "cpu")
             yield from _compared(draft.shape.name, theirs.beside, on_devices, on_host)
         else:
             both, both_host = usage(target, served, placement, "cpu")
@@ -56,12 +57,18 @@ class Guessing:
     def _flags(self, target: Model, draft: Model | None) -> list[str]:
         lengths = "--spec-ngram-mod-n-max" if self.kind == NGRAM else "--spec-draft-n-max"
         flags = ["--spec-type", TYPES[self.kind], lengths, str(self.most)]
-        flags += ["-ctkd", self.context.kv_type, "-ctvd", self.context.kv_type]
+        kv_type = self._kv_type(draft)
+        flags += ["-ctkd", kv_type, "-ctvd", kv_type]
         if draft:
             on_host = self.draft_on is None
             flags += ["-md", str(self.draft), "--spec-draft-device", "none" if on_host else f"RPC{self.draft_on}"]
             flags += ["--spec-draft-ngl", "0" if on_host else str(draft.layers + 1)]
         return flags
+
+    def _kv_type(self, draft: Model | None) -> str:
+        """The type of the draft's cache: f16 where its heads do not divide into blocks of the model's type."""
+        takes = draft is None or takes_cache_on(draft.shape, self.context.kv_type, "cpu")
+        return self.context.kv_type if takes else "f16"
 
 
 def _less(both: Usage, alone: Usage) -> Usage:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sandbox.layouts import DELTA_NET, LLAMA3, PUBLISHED, QWEN, SECTIONS, TINY, Layout
+from sandbox.layouts import DELTA_NET, LLAMA3, PUBLISHED, QWEN, QWEN3, SECTIONS, TINY, Layout
 
 
 def _with_head(name: str) -> Layout:
@@ -27,6 +27,7 @@ DRAFTS: dict[str, Layout] = {
                tied=True, **QWEN, context=32768),
         Layout("Qwen2.5-Coder-0.5B", "qwen2", blocks=24, embd=896, heads=14, kv_heads=2, ff=4864, qkv_biases=True,
                tied=True, **(QWEN | {"head_dim": 64}), context=32768),
+        Layout("Qwen3-4B", "qwen3", blocks=36, embd=2560, heads=32, kv_heads=8, ff=9728, tied=True, **QWEN3),
         Layout("Qwen3.5-4B-MTP", "qwen35", blocks=33, nextn=1, embd=2560, heads=16, kv_heads=4, head_dim=256, ff=9216,
                vocab=248320, context=262144, rope_base=1e7, tied=True,
                extra={**DELTA_NET, **SECTIONS, "nextn_predict_layers": 1}),

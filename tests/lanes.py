@@ -34,7 +34,9 @@ FURTHER = {
         "test_27_real_models",
     ),
 }  # fmt: skip
-ASKS_TOO = "fourth"  # the lane whose hosts are done first
+# Oracle tests of lanes whose hosts are done first; the others are in the lane that computes. By then test_05_uninstall
+# has compiled what they need.
+ASK_TOO = {"first": "test_speculation.py", "second": "test_projector.py", "fourth": "test_ad*.py"}
 # Before what computes: all lanes with hosts wait for the first one's compilation, which must not wait itself.
 GIVE_WAY = ["nice", "-n", "10"]
 ADDRESSES = 10  # of a lane's hosts
@@ -88,15 +90,15 @@ def lanes() -> list[Lane]:
     """What runs side by side. Every test but those of CUDA and the long ones is in exactly one lane."""
     ours = "not cuda and not long"
     hosts, oracle = [*PYTEST, "-m", f"e2e and {ours}"], [*GIVE_WAY, *PYTEST, "-m", f"oracle and not e2e and {ours}"]
-    # Two processes ask llama-server; by then test_05_uninstall has compiled what they need.
-    others = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/oracle/test_ad*.py"))
+    asking = {lane: sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"tests/oracle/{names}"))
+              for lane, names in ASK_TOO.items()}  # fmt: skip
     elsewhere = [file(name) for names in FURTHER.values() for name in names]
     return [
-        Lane("first", [[*hosts, "tests/e2e", *(f"--ignore={one}" for one in elsewhere)]]),
+        Lane("first", [[*hosts, "tests/e2e", *(f"--ignore={one}" for one in elsewhere)], [*oracle, *asking["first"]]]),
         *(
             Lane(
                 name,
-                [[*hosts, *map(file, FURTHER[name])], *([[*oracle, *others]] if name == ASKS_TOO else [])],
+                [[*hosts, *map(file, FURTHER[name])], *([[*oracle, *asking[name]]] if name in asking else [])],
                 own_hosts(number, name),
             )
             for number, name in enumerate(FURTHER)
@@ -106,7 +108,7 @@ def lanes() -> list[Lane]:
             [
                 [*GIVE_WAY, "make", "--no-print-directory", "check"],
                 [*GIVE_WAY, *PYTEST, "-m", f"not e2e and not oracle and {ours}"],
-                [*oracle, *(f"--ignore={one}" for one in others)],
+                [*oracle, *(f"--ignore={one}" for files in asking.values() for one in files)],
             ],
         ),
     ]

@@ -18,7 +18,7 @@ from llamafleet.memory.graph import allocation, mla, moe, qwen4exp
 from llamafleet.model import gguf, header_checks
 from llamafleet.model.architectures import ARCHITECTURES
 from llamafleet.model.ggml_types import GGML_TYPES
-from llamafleet.planner import estimate, flags, situation
+from llamafleet.planner import estimate, situation
 from llamafleet.settings.kinds import KV_TYPES
 
 Read = Callable[[str], str]  # a file of the tree, "" if it is not there
@@ -47,7 +47,7 @@ class Constant:
 
 
 CONSTANTS = (
-    Constant("llamafleet/planner/flags.py, DEFAULT_BATCH_TOKENS", str(flags.DEFAULT_BATCH_TOKENS),
+    Constant("llamafleet/memory/context.py, DEFAULT_BATCH_TOKENS", str(context.DEFAULT_BATCH_TOKENS),
              "common/common.h", r"int32_t n_batch\s*=\s*(\d+);"),
     Constant("inventory/group_data/all.py, ubatch_tokens (llama.cpp's default, in the comment)", "512",
              "common/common.h", r"int32_t n_ubatch\s*=\s*(\d+);"),

@@ -25,6 +25,10 @@ model_defaults = {
     # memory that it can use; instances with equal priority in the order of `models`.
     "priority": 0,
     # --- the workload: the plan minimises its time ---
+    # A named workload for the next four keys: "chat", "agent", "rag" or "batch" (docs/planning.md has their values). A
+    # key in the model's entry comes first, and so does one in `model_defaults` with another value than here. None:
+    # the values here.
+    "profile": None,
     # Prompt tokens of a typical request, without those that are in the prompt cache already. A long
     # prompt makes a larger ubatch worth its memory. 2048: a question with a page or a file, or one
     # step of a chat with tools.
@@ -93,13 +97,17 @@ model_defaults = {
     "image_max_tokens": None,
     # Tokens are guessed ahead, and checked by the model together: "none", "ngram" (from what the conversation repeats),
     # "mtp" (by the model's own head), "draft" (a small model with the same vocabulary), "eagle3", "dflash" or "dspark"
-    # (small models made for this one). The text stays the same. Only measuring tells whether it pays.
+    # (small models made for this one). The text stays the same. Only measuring tells whether it pays: with "auto" a
+    # tune measures what the model and its `draft` can do, and until then nothing is guessed.
     "speculation": "none",
     # The small model of "draft", "eagle3", "dflash" and "dspark": a source, or a dictionary as of `projector`.
     "draft": None,
     # Most and fewest tokens that are guessed at once. None: llama.cpp's defaults.
     "draft_max_tokens": None,
     "draft_min_tokens": None,
+    # File on *your* machine with a text such as the server's users send: a tune measures speculation with it. Without
+    # it a tune has random words, which no speculation guesses.
+    "tune_prompt_file": None,
     # A new build, driver or kernel that serves slower than the last good one is turned away. This commit of llama.cpp
     # (or tag, as in `llama_cpp_ref`) may. None: no one.
     "accept_slower": None,
@@ -267,6 +275,20 @@ liveness_interval_seconds = 60
 # connections wait meanwhile, and reach the next server; see docs/operations.md, "A switch under load". 0: replies are
 # cut. 30: most replies end within it.
 drain_seconds = 30
+
+# --- tuning ----------------------------------------------------------------------------------
+
+# Measure on the host what serves the workload fastest, and install that: "never"; "missing": where there is no
+# measurement of this very model, build, hardware and workload; "always". `pyinfra INVENTORY tasks.tune.tune` measures
+# whatever is set here.
+tune = "never"
+# The longest that measuring one model may take, minutes.
+tune_minutes = 20
+# May a running service be stopped while its model is measured? It is put back afterwards, whatever happens. False: only
+# models that do not run yet are measured.
+tune_stops_service = False
+# The time of day in which a service may be stopped for it, by the host's clock, such as "02:00-05:00". None: any.
+tune_window = None
 
 # --- leaving ---------------------------------------------------------------------------------
 

@@ -79,13 +79,15 @@ class Context:
     @property
     def batch(self) -> int:
         """Tokens that a server hands over together (--batch-size), at most the number of cells."""
-        return min(max(self.batch_size or DEFAULT_BATCH_TOKENS, self.ubatch_tokens), self.stream_cells * self.streams)
+        return min(self._batch_size, self.stream_cells * self.streams)
 
     @property
     def handed_over(self) -> int:
         """Value of --batch-size: an embedding's or score's ubatch, since an input is computed at once."""
-        if self.pooling:
-            return self.ubatch_tokens
+        return self.ubatch_tokens if self.pooling else self._batch_size
+
+    @property
+    def _batch_size(self) -> int:
         return max(self.batch_size or DEFAULT_BATCH_TOKENS, self.ubatch_tokens)
 
     @property

@@ -230,10 +230,11 @@ def _processors(decision: Decision) -> Iterator[str]:
 def _workload(decision: Decision) -> str:
     work = decision.work
     concurrent = f", {work.concurrency} requests at once" if work.concurrency > 1 else ""
+    name = f"the workload (profile {profile})" if (profile := decision.instance.profile) else "the workload"
     if decision.chosen.context.pooling:
-        return f"the workload: each request is an input of {work.prompt_tokens} tokens{concurrent}"
+        return f"{name}: each request is an input of {work.prompt_tokens} tokens{concurrent}"
     return (
-        f"the workload: each request reads {work.prompt_tokens} tokens and writes {work.reply_tokens}{concurrent},"
+        f"{name}: each request reads {work.prompt_tokens} tokens and writes {work.reply_tokens}{concurrent},"
         f" with {work.live_tokens} tokens in the KV cache"
     )
 

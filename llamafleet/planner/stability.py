@@ -36,10 +36,11 @@ SAME_TOTAL_SHARE = 0.01
 _UNRELATED_INSTANCE_SETTINGS = {"name", "source", "port", "listen", "allowed_clients", "api_key_file", "sha256",
                           "mirrors", "allow_unverified", "tls_certificate_file", "tls_key_file",
                           "allowed_drop_ins", "sleep_idle_seconds", "idle_seconds", "rerank_example",
-                          "accept_slower"}  # fmt: skip
+                          "tune_prompt_file", "accept_slower"}  # fmt: skip
 _UNRELATED_SETTINGS = {"models", "llama_cpp_repository", "llama_cpp_ref", "build_ui", "build_jobs", "build_cache",
               "keep_releases", "hub_endpoint", "hub_token_file", "cuda_toolkit", "drain_seconds",
-              "allow_empty_models", "environment", "models_dir", "proxy", "no_proxy", "ca_file", "python"}  # fmt: skip
+              "allow_empty_models", "environment", "models_dir", "proxy", "no_proxy", "ca_file", "python",
+              "tune", "tune_minutes", "tune_stops_service", "tune_window"}  # fmt: skip
 
 
 # Settings that later versions added: with these values they are no part of the hash, which so is that of before.
@@ -50,22 +51,33 @@ _ADDED_INSTANCE_SETTINGS: Mapping[str, Any] = {
     "adapters": (), "chat_template_file": None, "grammar_file": None, "json_schema_file": None, "kv_unified": False,
     "pool_tokens": None, "gpus": None, "copies": 1, "split_mode": "layer", "start": "boot",
     "batch_tokens": None, "threads_batch": None, "cpus": None, "numa": "auto", "load_mode": "none", "op_offload": True,
-    "spilled_layers": None,
+    "spilled_layers": None, "profile": None,
 }  # fmt: skip
 
 
 def inputs_key(machine: Machine, settings: Settings, instance: Instance, model: Mapping[str, Any]) -> str:
     """A hash of all inputs of a plan except memory, 16 hex digits. `model` has the model's files and their sizes."""
     inputs = {
-        "instance": _without(
-            asdict(instance), {*_UNRELATED_INSTANCE_SETTINGS, *_unset(instance, _ADDED_INSTANCE_SETTINGS)}
-        ),
-        "settings": _without(asdict(settings), {*_UNRELATED_SETTINGS, *_unset(settings, _ADDED_SETTINGS)}),
+        "instance": _instance(instance),
+        "settings": _settings(settings),
         "model": model,
         "cpu": asdict(machine.cpu),
         "gpus": [[gpu.uuid, gpu.name, gpu.problem] for gpu in machine.gpus],
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=list).encode()).hexdigest()[:16]
+
+
+def asked_for(settings: Settings, instance: Instance) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings that a plan depends on, of the host and of the instance."""
+    return _settings(settings), _instance(instance)
+
+
+def _instance(instance: Instance) -> dict[str, Any]:
+    return _without(asdict(instance), {*_UNRELATED_INSTANCE_SETTINGS, *_unset(instance, _ADDED_INSTANCE_SETTINGS)})
+
+
+def _settings(settings: Settings) -> dict[str, Any]:
+    return _without(asdict(settings), {*_UNRELATED_SETTINGS, *_unset(settings, _ADDED_SETTINGS)})
 
 
 def _unset(settings: Settings | Instance, added: Mapping[str, Any]) -> set[str]:

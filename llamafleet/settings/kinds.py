@@ -196,6 +196,10 @@ Cpus = Annotated[
         functools.partial(re.fullmatch, r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*"),
     ),
 ]
+_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]"
+DayWindow = Annotated[
+    Text, Should("be two times of a day, such as 02:00-05:00", functools.partial(re.fullmatch, f"{_TIME}-{_TIME}"))
+]
 
 
 @with_config(extra="forbid")

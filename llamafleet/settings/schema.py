@@ -33,6 +33,7 @@ from llamafleet.settings.kinds import (
     Companion,
     ContextTokens,
     Cpus,
+    DayWindow,
     GitArgument,
     GpuNames,
     GpuReserve,
@@ -59,6 +60,7 @@ from llamafleet.settings.kinds import (
     projector_file,
 )
 from llamafleet.settings.other_names import LLAMA_CPP_NAMES
+from llamafleet.settings.profiles import PROFILES, filled
 from llamafleet.validation import Flag, Listed, Should, Whole, one_of
 
 BACKENDS = ("auto", "cuda", "hip", "vulkan", "cpu")
@@ -66,7 +68,8 @@ SERVES = ("chat", "embedding", "reranking")
 BOOT, DEMAND = "boot", "demand"
 # common/arg.cpp, --pooling.
 POOLINGS = ("none", "mean", "cls", "last", "rank")
-SPECULATIONS = ("none", "ngram", "mtp", "draft", "eagle3", "dflash", "dspark")
+SPECULATIONS = ("none", "auto", "ngram", "mtp", "draft", "eagle3", "dflash", "dspark")
+NEVER, MISSING, ALWAYS = "never", "missing", "always"
 
 # Names that belong to pyinfra and its connectors, not to us.
 _FOREIGN_PREFIXES = ("_", "ssh_", "dockerssh_", "docker_", "chroot_", "local_", "vagrant_", "winrm_")
@@ -88,6 +91,7 @@ class Instance:
     name: Name
     source: Source
     port: Annotated[Whole, Field(ge=1, le=65535, description="TCP's; with 0 the kernel would choose")]
+    profile: Annotated[Text, one_of(tuple(PROFILES))] | None
     priority: Annotated[Whole, Field(ge=-1000, le=1000, description="an order; more would be a slip of the keyboard")]
     context_tokens: ContextTokens | None
     prompt_tokens: Tokens
@@ -117,6 +121,7 @@ class Instance:
     draft: OneCompanion | None
     draft_max_tokens: Annotated[Whole, Field(ge=1, le=1024, description="far beyond what any draft gets right")] | None
     draft_min_tokens: Annotated[Whole, Field(ge=0, le=1024, description="0: as few as the draft is sure of")] | None
+    tune_prompt_file: Text | None
     accept_slower: GitArgument | None
     adapters: Annotated[Listed[Annotated[Adapter, BeforeValidator(by_source)]], Field(max_length=64)]
     chat_template_file: Text | None
@@ -266,6 +271,10 @@ class Settings:
         Whole, Field(ge=1, le=LONGEST, description="systemd's timer has no pause of 0")
     ]
     drain_seconds: Annotated[Whole, Field(ge=0, le=3600, description="0: replies are cut; nobody waits longer")]
+    tune: Annotated[Text, one_of((NEVER, MISSING, ALWAYS))]
+    tune_minutes: Annotated[Whole, Field(ge=1, le=1440, description="a day")]
+    tune_stops_service: Flag
+    tune_window: DayWindow | None
     allow_empty_models: Flag
     uninstall_models: Flag
     environment: Variables
@@ -290,7 +299,7 @@ class Settings:
             why = "cannot be a default: give it in the entry of each model that may do without a known sha256"
             raise SettingsError([f"model_defaults.allow_unverified: {why}"])
         if isinstance(ours.get("models"), list | tuple):
-            ours["models"] = [{**defaults, **one} if isinstance(one, Mapping) else one for one in ours["models"]]
+            ours["models"] = [filled(one, defaults) if isinstance(one, Mapping) else one for one in ours["models"]]
         try:
             settings = _adapter().validate_python(ours)
         except ValidationError as error:

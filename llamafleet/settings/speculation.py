@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 # Those that need a file of their own, and those that take lengths from llama.cpp's n-gram flags.
-AUTO = "auto"  # of a tune, which measures what pays: nothing is guessed until then; no value of the setting
+AUTO = "auto"  # none, until a tune has measured what pays
 GUESSES_NOTHING = ("none", AUTO)
 WITHOUT_MEMORY = (*GUESSES_NOTHING, "ngram")  # on GPUs
 WITH_DRAFT = ("draft", "eagle3", "dflash", "dspark")
@@ -19,8 +19,8 @@ def problems(
     """What is wrong with an instance's speculation: the setting and a sentence each."""
     if kind in WITH_DRAFT and not has_draft:
         yield "draft", f'missing: with speculation = "{kind}" it names the small model that guesses'
-    if has_draft and kind not in WITH_DRAFT:
-        kinds = ", ".join(f'"{one}"' for one in WITH_DRAFT)
+    if has_draft and kind not in (*WITH_DRAFT, AUTO):
+        kinds = ", ".join(f'"{one}"' for one in (*WITH_DRAFT, AUTO))
         yield "draft", f'should be left out with speculation = "{kind}"; it is for {kinds}'
     if kind != "none" and serves != "chat":
         yield "speculation", f'should be "none" with serves = "{serves}": such a server writes no tokens'

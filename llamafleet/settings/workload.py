@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llamafleet.settings.profiles import LIVE, PROFILES
 from llamafleet.settings.schema import Instance
 
 
@@ -33,9 +34,10 @@ class Workload:
             prompt = max(1, prompt * context_tokens // (prompt + reply))
             reply = max(1, context_tokens - prompt)
         least = prompt + reply // 2
-        live = least if instance.live_tokens is None else instance.live_tokens
-        if instance.live_tokens is None:
-            live = max(least, context_tokens // 4)
+        live = instance.live_tokens
+        if live is None:
+            usual = PROFILES[instance.profile][LIVE] if instance.profile else context_tokens // 4
+            live = max(least, usual)
         return cls(prompt, reply, min(live, context_tokens), instance.concurrency)
 
     @property

@@ -23,6 +23,7 @@ from llamafleet.settings.speculation import AUTO
 from llamafleet.tuning.race import BASELINE, Screened, combinations
 
 SHIPPED, PLANNED = "llama-server as it ships", "the plan"
+DEFAULTS = "defaults"  # a dimension that is not combined with others: it sets what several of them do
 PLANNED_NUMBER = 1  # of the planner's best, to which the changes are made
 DEFAULT_UBATCH, DEFAULT_BATCH = 512, 2048  # common/common.h, n_ubatch and n_batch
 LEAST_UBATCH, MOST_UBATCH = 64, 8192
@@ -43,12 +44,9 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Candidate(Change):
     """A change with its plan. The baseline's has the flags of llama-server as it ships."""
 
-    label: str
-    dimension: str
-    settings: Mapping[str, Any]
     plan: Plan
 
 
@@ -113,7 +111,8 @@ def combined(instance: Instance, planner: Planner, found: Sequence[Candidate], s
     """What won in each dimension, put together and planned; those that do not fit, or are the same as another one, are
     left out."""
     made: list[Candidate] = []
-    for members in combinations(screened, dict(enumerate(dimensions(found)))):
+    of = {n: 0 if found[n].dimension == DEFAULTS else one for n, one in enumerate(dimensions(found))}
+    for members in combinations(screened, of):
         several = [found[member] for member in members]
         settings = {key: value for one in several for key, value in one.settings.items()}
         whole = with_change(instance, planner, Change(" + ".join(one.label for one in several), "", settings))
@@ -153,6 +152,8 @@ def shipped_flags(plan: Plan) -> tuple[str, ...]:
 
 def changes(instance: Instance, plan: Plan, machine: Machine, companions: Mapping[str, Header]) -> Iterator[Change]:
     """Changes of what the operator left open, the promising ones first."""
+    if not plan.pooling:
+        yield from _defaults(instance, machine.cpu)
     if instance.speculation == AUTO:
         yield from _guesses(instance, companions)
     if instance.threads is None and computes(plan.placement):
@@ -174,6 +175,17 @@ def changes(instance: Instance, plan: Plan, machine: Machine, companions: Mappin
         yield Change("no op-offload", "op-offload", {"op_offload": False})
     if instance.numa == "auto" and plan.numa_nodes:
         yield Change("memory of the own NUMA node", "numa", {"numa": "local"})
+
+
+def _defaults(instance: Instance, cpu: Cpu) -> Iterator[Change]:
+    """Planned flags with llama-server's own numbers, for a host where these are better than the plan's. Its threads are
+    the physical cores, of a hybrid the performance cores (common/common.cpp, common_cpu_get_num_math)."""
+    usual = {"ubatch_tokens": min(DEFAULT_UBATCH, instance.batch_tokens or DEFAULT_BATCH),
+             "batch_tokens": max(DEFAULT_BATCH, instance.ubatch_tokens or 0),
+             "threads": max(1, cpu.performance_cores or cpu.physical_cores)}  # fmt: skip
+    opened = {key: value for key, value in usual.items() if getattr(instance, key) is None}
+    if opened:
+        yield Change("as llama-server by default", DEFAULTS, opened)
 
 
 def _guesses(instance: Instance, companions: Mapping[str, Header]) -> Iterator[Change]:

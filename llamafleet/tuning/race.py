@@ -6,9 +6,10 @@ something else runs for the length of a trial.
 
 Screening measures candidates in rounds, each round in the opposite order of the one before, and compares within a
 round only, so that drift cancels. Each candidate changes one thing, its dimension. Who is clearly slower than another
-of its dimension, or than no change at all, leaves, and who fails. What won in each dimension is then put together by
-the caller, and the combinations are screened beside the leaders. The final measures the leader and the
-baseline again in pairs, with nothing of the screening counted: whoever is the best of many by luck has no luck there.
+of its dimension, or than no change at all, leaves. A trial that fails is measured again at the end of its round; who
+fails twice leaves. What won in each dimension is then put together by the caller, and the combinations are screened
+beside the leaders. The final measures the leader and the baseline again in pairs, with nothing of the screening
+counted: whoever is the best of many by luck has no luck there. A pair with a trial that failed does not count.
 Decided is at four points, each with a quarter of the rate of errors (Bonferroni), by Student's t on the logarithms of
 the ratios.
 """
@@ -16,6 +17,7 @@ the ratios.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median, stdev
@@ -38,7 +40,7 @@ MOST_COMBINED = 3  # combinations
 COMBINED_TRIALS = ROUNDS_BEFORE_A_CUT * (2 + MOST_COMBINED)  # that the first stage leaves to the second
 FINAL_TRIALS = 2 * 13  # that the screening leaves to the final, or half of the budget
 OUTLIER = 3.0  # robust standard deviations, beyond which a ratio counts as that many
-BASELINE_FAILURES = 2  # rounds in which the baseline fails before it counts as one that does not run
+FAILURES = 2  # trials of a candidate that fail before it is out; of the baseline, one after another
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def next_step(
         return last
     if last.leader == BASELINE:
         return Verdict(BASELINE, 1, 1, 1, "no candidate is faster")
-    return _final(last.leader, budget - len(by_stage[SINGLE]) - len(by_stage[COMBINED]), by_stage[FINAL])
+    final = _of(last.leader, by_stage[FINAL])
+    return _final(last.leader, budget - len(trials) + len(final), final)
 
 
 # --- screening --------------------------------------------------------------------------------------
@@ -118,37 +121,61 @@ def screened(
     dimensions: Mapping[int, int], base: int, stage: int, limit: int, trials: Sequence[Trial]
 ) -> Batch | Verdict | Screened:
     """The rest of the round, or what was found. `limit`: trials, at most, but for the least number of rounds."""
-    alive, at, number, failures = list(dimensions), 0, 0, 0
+    alive, at = list(dimensions), 0
     rounds: list[dict[int, float]] = []
-    failed: set[int] = set()
+    failures: Counter[int] = Counter()
     while True:
-        order = alive if number % 2 == 0 else alive[::-1]
-        found = {trial.candidate: trial.seconds for trial in trials[at : at + len(order)]}
-        if len(found) < len(order):
-            return Batch(tuple(one for one in order if one not in found), stage)
-        at, number = at + len(order), number + 1
-        seconds = {one: math.log(took) for one in order if (took := found[one]) is not None}
-        failed |= set(order) - set(seconds) - {BASELINE}
-        alive = [one for one in alive if one not in failed]
-        if alive == [BASELINE] and BASELINE not in seconds:
-            return Verdict(BASELINE, 1, 1, 1, "no candidate runs")
+        order = alive if len(rounds) % 2 == 0 else alive[::-1]
+        seconds, missing, at = _round(order, failures, trials, at)
+        if missing:
+            return Batch(missing, stage)
+        alive = [one for one in alive if one in seconds]
         if BASELINE not in seconds:
-            failures += 1
-            if failures == BASELINE_FAILURES:
-                fastest = min(seconds, key=lambda one: seconds[one])
-                return Verdict(fastest, math.inf, math.inf, math.inf, "the baseline does not run")
-            continue  # there is nothing to compare this round with
+            return _without_baseline(seconds, compared=bool(rounds))
         rounds.append(seconds)
         alive = _cut(alive, dimensions, base, rounds)
         contenders = _contenders(alive, dimensions)
         enough = len(rounds) >= ROUNDS_BEFORE_A_CUT and (at + len(alive) > limit or not contenders)
         if enough or alive == [BASELINE]:
-            measured = [one for one in dimensions if one in rounds[0] and one not in failed]
+            measured = [one for one in dimensions if one in rounds[0] and failures[one] < FAILURES]
             effects = _effects(measured, alive, rounds)
             leader = min(alive, key=lambda one: effects[one])
             rest = tuple(one for one in contenders if effects[one] < effects[BASELINE])
             known = effects.get(base, effects[BASELINE])
             return Screened(leader, rest, {one: effect - known for one, effect in effects.items()})
+
+
+def _round(
+    order: Sequence[int], failures: Counter[int], trials: Sequence[Trial], at: int
+) -> tuple[dict[int, float], tuple[int, ...], int]:
+    """A round from trial `at` on: logarithms of seconds by candidate, who is still to be measured, and where it ends.
+    Who failed is counted, and comes again at the end, but for those who are out."""
+    seconds: dict[int, float] = {}
+    waiting = list(order)
+    while waiting and at < len(trials):
+        trial, at = trials[at], at + 1
+        if trial.candidate not in waiting:  # of a tune with another budget
+            continue
+        waiting.remove(trial.candidate)
+        if trial.seconds is not None:
+            seconds[trial.candidate] = math.log(trial.seconds)
+            continue
+        failures[trial.candidate] += 1
+        if failures[trial.candidate] < FAILURES:
+            waiting.append(trial.candidate)
+    if BASELINE in seconds:
+        failures[BASELINE] = 0
+    return seconds, tuple(waiting), at
+
+
+def _without_baseline(seconds: Mapping[int, float], *, compared: bool) -> Verdict:
+    """The verdict where the baseline fails: the fastest wins only where the baseline never ran."""
+    if compared:
+        return Verdict(BASELINE, 1, 0, math.inf, "the baseline fails now, so that nothing can be proven")
+    if not seconds:
+        return Verdict(BASELINE, 1, 1, 1, "no candidate runs")
+    fastest = min(seconds, key=lambda one: seconds[one])
+    return Verdict(fastest, math.inf, math.inf, math.inf, "the baseline does not run")
 
 
 def combinations(screened: Screened, dimensions: Mapping[int, int]) -> list[tuple[int, ...]]:
@@ -238,16 +265,17 @@ def _middle(values: Sequence[float]) -> float:
 
 def _final(leader: int, budget: int, trials: Sequence[Trial]) -> Batch | Verdict:
     """Pairs of leader and baseline, in turn begun by the one and the other."""
-    if any(trial.seconds is None for trial in trials):
-        lost = next(trial.candidate for trial in trials if trial.seconds is None)
-        if lost == leader:
-            return Verdict(BASELINE, 1, 1, 1, f"candidate {leader} failed in the final")
-        return Verdict(leader, math.inf, math.inf, math.inf, "the baseline does not run")
-    points = [look for look in LOOKS if 2 * look <= budget]
+    failed = Counter(trial.candidate for trial in trials if trial.seconds is None)
+    if failed[leader] >= FAILURES:
+        return Verdict(BASELINE, 1, 1, 1, f"candidate {leader} failed in the final")
+    if failed[BASELINE] >= FAILURES:
+        return _without_baseline({}, compared=True)
     ratios = pairs(trials)
+    lost = len(trials) // 2 - len(ratios)
+    points = [look for look in LOOKS if 2 * (look + lost) <= budget]
     for look in points:
         if look > len(ratios):
-            ahead = [one for number in range(look) for one in _pair(leader, number)]
+            ahead = [one for number in range(look + lost) for one in _pair(leader, number)]
             return Batch(tuple(ahead[len(trials) :]), FINAL)
         low, middle, high = interval(ratios[:look], LOOKS[look])
         last = look == points[-1]
@@ -259,17 +287,36 @@ def _final(leader: int, budget: int, trials: Sequence[Trial]) -> Batch | Verdict
     return Verdict(BASELINE, 1, 0, math.inf, "the budget is too small for a final")
 
 
+def _of(leader: int, trials: Sequence[Trial]) -> list[Trial]:
+    """The leader's pairs; those of another one are of a tune with another budget."""
+    kept: list[Trial] = []
+    for one in trials:
+        if one.candidate == _pair(leader, len(kept) // 2)[len(kept) % 2]:
+            kept.append(one)
+        elif one.candidate not in (leader, BASELINE):
+            kept = kept[: len(kept) // 2 * 2]  # the other half of this pair is not the leader's
+    return kept
+
+
 def _pair(leader: int, number: int) -> tuple[int, int]:
     return (leader, BASELINE) if number % 2 == 0 else (BASELINE, leader)
 
 
+def so_far(trials: Sequence[Trial]) -> Verdict:
+    """What these trials of a final prove, where no more will come."""
+    leader = next((trial.candidate for trial in trials if trial.candidate != BASELINE), BASELINE)
+    step = _final(leader, len(trials), trials)
+    assert isinstance(step, Verdict), "a final asks for no more trials than its budget"
+    return step
+
+
 def pairs(trials: Sequence[Trial]) -> list[float]:
-    """Logarithms of the baseline's seconds by the leader's."""
+    """Logarithms of the baseline's seconds by the leader's; pairs with a trial that failed are left out."""
     ratios = []
     for one, other in zip(trials[::2], trials[1::2], strict=False):
-        assert one.seconds is not None and other.seconds is not None
-        sign = 1 if one.candidate == BASELINE else -1
-        ratios.append(sign * math.log(one.seconds / other.seconds))
+        if one.seconds is not None and other.seconds is not None:
+            sign = 1 if one.candidate == BASELINE else -1
+            ratios.append(sign * math.log(one.seconds / other.seconds))
     return ratios
 
 

@@ -10,10 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from llamafleet.planner.result import Plan
 from llamafleet.settings.schema import Instance
 from llamafleet.tuning.candidates import PLANNED_NUMBER, Candidate, Planner, combined, dimensions
-from llamafleet.tuning.race import BASELINE, FINAL, Batch, Combine, Screened, Trial, Verdict, interval, next_step, pairs
+from llamafleet.tuning.race import (
+    BASELINE,
+    FINAL,
+    LOOKS,
+    WORTH,
+    Batch,
+    Screened,
+    Trial,
+    Verdict,
+    next_step,
+    so_far,
+)
 
 MOST_CANDIDATES = 14
 # Rounds that each of the first candidates is in, before the others have left: what a small budget is divided by.
@@ -69,7 +79,7 @@ def course(
     spent = sum(one.took_seconds for one in measured)
     typical = median(one.took_seconds for one in measured) if measured else 0.0
     if isinstance(step, Batch) and spent + typical > budget_seconds:
-        step = over(dimensions(found), trials, combine)
+        step = over(trials)
     return Course(tuple(several), step, budget)
 
 
@@ -80,12 +90,11 @@ def trials_of(first: Sequence[Measured], budget_seconds: float, count: int) -> i
     return max(1, int(budget_seconds / max(0.1, median(one.took_seconds for one in first))))
 
 
-def over(of: Sequence[int], trials: Sequence[Trial], combine: Combine) -> Verdict:
+def over(trials: Sequence[Trial]) -> Verdict:
     """The verdict where the time is over: what the pairs so far prove, else that nothing is proven."""
     final = [trial for trial in trials if trial.stage == FINAL]
-    step = next_step(of, len(trials), trials, combine, PLANNED_NUMBER) if final else None
-    if isinstance(step, Verdict):
-        return step
+    if len(final) >= 2 * min(LOOKS):
+        return so_far(final)
     return Verdict(BASELINE, 1, 0, math.inf, "the time was over before anything was proven: set a larger tune_minutes")
 
 
@@ -120,18 +129,32 @@ def progress(now: Course, measured: Sequence[Measured], budget_seconds: float) -
     )  # fmt: skip
 
 
-# --- measured again ---------------------------------------------------------------------------------
-
-STUDENT_5 = 2.571  # two-sided 95 % for 5 degrees of freedom: six pairs
+# --- what is installed ------------------------------------------------------------------------------
 
 
-def ratio(trials: Sequence[Trial]) -> tuple[float, float, float]:
-    """Of pairs that were measured in turns, the baseline's seconds by the other's: low end, middle, high end."""
-    low, middle, high = interval(pairs(trials), STUDENT_5)
-    return math.exp(low), math.exp(middle), math.exp(high)
+def installed(now: Course, trials: Sequence[Trial]) -> Candidate:
+    """What is installed: the winner; else the plan, or where that was measured slower than llama-server as it ships,
+    the first candidate that was not; where all were, the one that was slower by the least."""
+    if now.winner is not None:
+        return now.winner
+    slower = _against_baseline(trials)
+    if not slower:
+        return now.candidates[PLANNED_NUMBER]
+    number = next((one for one in sorted(slower) if slower[one] < WORTH), min(slower, key=lambda one: slower[one]))
+    return now.candidates[number]
 
 
-def installed(now: Course) -> Plan:
-    """The plan that is installed: the winner's, else the planner's best."""
-    winner = now.winner
-    return (winner or now.candidates[PLANNED_NUMBER]).plan
+def _against_baseline(trials: Sequence[Trial]) -> dict[int, float]:
+    """By candidate, the median of the logarithms of its seconds by those of the baseline's nearest trial. Those that
+    failed are left out, once in their last trial."""
+    base = [(n, one.seconds) for n, one in enumerate(trials) if one.candidate == BASELINE and one.seconds is not None]
+    ratios: dict[int, list[float]] = {}
+    for position, trial in enumerate(trials) if base else ():
+        if trial.candidate == BASELINE:
+            continue
+        if trial.seconds is None:
+            ratios.pop(trial.candidate, None)
+            continue
+        near = min(base, key=lambda item: abs(item[0] - position))[1]
+        ratios.setdefault(trial.candidate, []).append(math.log(trial.seconds / near))
+    return {candidate: median(found) for candidate, found in ratios.items()}

@@ -103,21 +103,33 @@ def test_published_models_with_a_small_one(target, draft, folder):
     [
         ("gpt-oss-120b", "gpt-oss-120b-eagle3", "eagle3"),
         ("Llama-3.3-70B", "llama-3.3-70b-eagle3", "eagle3"),
+        ("Qwen3-32B", "qwen3-32b-eagle3", "eagle3"),
+        ("Qwen3-235B-A22B", "qwen3-235b-a22b-eagle3", "eagle3"),
+        ("Llama-3.1-8B", "llama-3.1-8b-eagle3", "eagle3"),
+        ("gpt-oss-20b", "gpt-oss-20b-eagle3", "eagle3"),
         ("Qwen3-8B", "qwen3-8b-dflash", "dflash"),
+        ("Qwen3-4B", "qwen3-4b-dflash", "dflash"),
+        ("Qwen3.6-27B", "qwen3.6-27b-dflash", "dflash"),
+        ("Qwen3.6-35B-A3B", "qwen3.6-35b-a3b-dflash", "dflash"),
         ("Qwen3-8B", "qwen3-8b-dspark", "dspark"),
+        ("Qwen3-4B", "qwen3-4b-dspark", "dspark"),
+        ("Qwen3.6-27B", "qwen3.6-27b-dspark", "dspark"),
+        ("Qwen3.5-4B", "qwen3.5-4b-dspark", "dspark"),
     ],
 )
 def test_published_models_with_a_draft_made_for_them(target, draft, kind, folder):
     outline = Path(__file__).parent / "drafts" / "published" / f"{draft}.yaml"
-    paths = models.weightless(folder, target), outlines.weightless(outline, folder)
+    paths = models.weightless(folder, DRAFTS.get(target, target)), outlines.weightless(outline, folder)
     layers = Shape.of(read_path(paths[0])).layers + 1
     cases = [Guessing(paths[0], kind, CONTEXTS[name], (layers,), paths[1], 0, 7) for name in ("one slot", "four slots")]
     assert wrong(cases) == []
 
 
-def test_n_grams_take_logits_alone(folder):
-    target = models.weightless(folder, "Llama-3.1-8B")
-    cases = [Guessing(target, "ngram", context, (33,), most=64) for context in CONTEXTS.values()]
+@pytest.mark.parametrize("target", ["Llama-3.1-8B", "gpt-oss-20b", "Qwen3-30B-A3B", "Gemma-3-12B"])
+def test_n_grams_take_logits_alone(target, folder):
+    path = models.weightless(folder, target)
+    layers = Shape.of(read_path(path)).layers + 1
+    cases = [Guessing(path, "ngram", context, (layers,), most=64) for context in CONTEXTS.values()]
     assert wrong(cases) == []
 
 

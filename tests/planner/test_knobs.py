@@ -1,12 +1,9 @@
 """Settings that decide what a plan else decides by itself: what they put on the command line, and what is refused."""
 
-from dataclasses import replace
-
 import pytest
 
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.settings.schema import SettingsError
-from llamafleet.settings.speculation import AUTO
 from tests import planning
 
 MOE, DENSE = ("gpt-oss-20b",), ("Qwen3-8B", "Q4_K_M")
@@ -19,10 +16,7 @@ def layout(moe):
 def planned(moe=False, gpus=(), cpu=(), ram_gib=64, **asked):
     """The plan or refusal of one model with these settings."""
     host = planning.machine(gpus, cpu=cpu, ram_gib=ram_gib)
-    auto = asked.pop("speculation", "none") == AUTO  # no value of the setting: a tune plans with it
     settings = planning.settings({"context_tokens": 8192, **asked}, backend="cuda" if gpus else "cpu")
-    if auto:
-        settings = replace(settings, models=(replace(settings.models[0], speculation=AUTO),))
     return planning.plans(host, [layout(moe)], settings)[0]
 
 
@@ -108,6 +102,6 @@ def test_a_batch_has_whole_ubatches():
 
 
 def test_what_a_tune_is_to_choose_is_not_guessed_before():
-    """With "auto" nothing is planned for it."""
-    plan = planned(speculation=AUTO)
+    """With "auto" the draft is there, and nothing is planned for it."""
+    plan = planned(speculation="auto", draft="/d.gguf")
     assert plan.argv == planned().argv and plan.ledger == planned().ledger

@@ -6,10 +6,9 @@ from dataclasses import replace
 import pytest
 
 from llamafleet.planner.result import Plan, Refusal
-from llamafleet.settings.speculation import AUTO
 from llamafleet.tuning import candidates as tuning
 from llamafleet.tuning.race import Batch, Screened, Trial, Verdict
-from llamafleet.tuning.search import Measured, affordable, course, progress
+from llamafleet.tuning.search import Course, Measured, affordable, course, installed, progress
 from tests import planning
 
 MOE, DENSE = ("gpt-oss-20b",), ("Qwen3-8B", "Q4_K_M")
@@ -18,11 +17,7 @@ MOE, DENSE = ("gpt-oss-20b",), ("Qwen3-8B", "Q4_K_M")
 def asked(layout=DENSE, gpus=(), cpu=(), drafts=(), **instance):
     """An instance, its planner and its machine."""
     host = planning.machine(gpus, cpu=cpu)
-    auto = instance.get("speculation") == AUTO  # no value of the setting: a tune plans with it
-    instance |= {"speculation": "draft" if drafts else "none"} if auto else {}
     settings = planning.settings({"context_tokens": 8192, **instance}, backend="cuda" if gpus else "cpu")
-    if auto:
-        settings = replace(settings, models=(replace(settings.models[0], speculation=AUTO),))
     companions = {"m0": {"draft": planning.header(*drafts)}} if drafts else {}
     requests = [(settings.models[0], planning.header(*layout))]
     planner = tuning.planner_of(host, requests, settings, "m0", companions)
@@ -56,7 +51,7 @@ def test_the_baseline_is_llama_server_as_it_ships_and_the_second_is_the_plan():
 )  # fmt: skip
 def test_what_the_operator_set_is_not_varied(given, dimension):
     open_case = {"slots": {"concurrency": 4}, "cache": {"kv_types": ["f16", "q8_0"]},
-                 "speculation": {"speculation": AUTO}}.get(dimension, {})  # fmt: skip
+                 "speculation": {"speculation": "auto"}}.get(dimension, {})  # fmt: skip
     assert dimension in {one.dimension for one in found(**open_case)[0]}, "it is varied where it is left open"
     assert dimension not in {one.dimension for one in found(**given)[0]}
 
@@ -70,7 +65,7 @@ def test_every_candidate_is_within_the_ledger():
 
 
 def test_what_can_be_guessed_is_tried():
-    made, lost = found(speculation=AUTO, drafts=("Qwen3-0.6B",), draft="/d.gguf")
+    made, lost = found(speculation="auto", drafts=("Qwen3-0.6B",), draft="/d.gguf")
     kinds = {one.settings["speculation"] for one in made if one.dimension == "speculation"}
     assert kinds == {"ngram", "draft"} and any("draft head" in one.why for one in lost)
     by_kind = {one.settings["speculation"]: one.plan.argv for one in made if one.dimension == "speculation"}
@@ -164,3 +159,38 @@ def test_where_the_time_is_over_before_a_final_nothing_is_installed():
     late = [replace(one, took_seconds=120.0) for one in measured[: 2 * len(first) + 1]]
     over = course(instance, planner, first, late, 120.0 * len(late) + 60)
     assert over.winner is None and "tune_minutes" in over.step.why and over.step.high == math.inf
+
+
+# --- what is installed ------------------------------------------------------------------------------
+
+
+def over_without_winner(*trials):
+    made, _ = found(layout=MOE, gpus=(8192,), prompt_tokens=8000)
+    return made, installed(Course(made, Verdict(0, 1, 1, 1, "none"), 100), [Trial(*one) for one in trials])
+
+
+def test_where_nothing_is_proven_faster_the_plan_stays():
+    made, kept = over_without_winner((0, 10.0), (1, 10.1), (2, 9.9))
+    assert kept is made[1] and over_without_winner()[1].label == tuning.PLANNED
+
+
+def test_a_plan_that_is_slower_than_the_default_is_not_installed():
+    """Drift makes all trials of the second round slower; each is compared with the baseline beside it."""
+    made, kept = over_without_winner((0, 10.0), (1, 13.0), (2, 10.1), (2, 20.1), (1, 26.0), (0, 20.0))
+    assert kept is made[2] and kept.label == "as llama-server by default"
+    assert planning.argument(kept.plan.argv, "--ubatch-size") == "512"
+    assert over_without_winner((0, 10.0), (1, 13.0), (2, 12.0))[1].label == kept.label, "slower by the least"
+    assert over_without_winner((0, 10.0), (1, 13.0), (2, None))[1].label == tuning.PLANNED, "it runs"
+
+
+@pytest.mark.parametrize(
+    ("given", "settings"),
+    [({}, {"ubatch_tokens": 512, "batch_tokens": 2048, "threads": 6}),
+     ({"threads": 3}, {"ubatch_tokens": 512, "batch_tokens": 2048}),
+     ({"batch_tokens": 256}, {"ubatch_tokens": 256, "threads": 6}),
+     ({"ubatch_tokens": 4096}, {"batch_tokens": 4096, "threads": 6})],
+)  # fmt: skip
+def test_the_defaults_of_llama_server_leave_alone_what_the_operator_set(given, settings):
+    instance, host, planner, companions = asked(**given)
+    changes = list(tuning.changes(instance, planner(instance), host, companions))
+    assert [one.settings for one in changes if one.dimension == tuning.DEFAULTS] == [settings]

@@ -19,7 +19,9 @@ from llamafleet.tuning.race import (
     combinations,
     interval,
     next_step,
+    so_far,
 )  # fmt: skip
+from llamafleet.tuning.search import over
 
 
 class Host:
@@ -98,7 +100,7 @@ def test_an_interrupted_race_goes_on_where_it_was():
 def test_a_candidate_that_crashes_is_lost_and_not_the_race():
     host = Host([10.0, 5.0, 8.0, 9.0], 1)
     verdict, trials = race(host, 60, lost={1})
-    assert verdict.winner == 2 and sum(trial.candidate == 1 for trial in trials) == 1
+    assert verdict.winner == 2 and sum(trial.candidate == 1 for trial in trials) == 2
     assert 1.1 < verdict.low <= verdict.gain <= verdict.high < 1.4
 
 
@@ -106,13 +108,63 @@ def test_a_candidate_that_crashes_in_the_final_does_not_win():
     host = Host([10.0, 5.0], 1)
     _, trials = race(host, 60)
     first = next(n for n, trial in enumerate(trials) if trial.stage == FINAL and trial.candidate == 1)
-    verdict = next_step([0, 1], 60, [*trials[:first], Trial(1, None, FINAL)], nothing)
+    once = [*trials[:first], Trial(1, None, FINAL), Trial(0, 10.0, FINAL)]
+    step = next_step([0, 1], 60, once, nothing)
+    assert isinstance(step, Batch) and step.candidates[:2] == (0, 1), "one failure costs a pair"
+    verdict = next_step([0, 1], 60, [*once, Trial(0, 10.0, FINAL), Trial(1, None, FINAL)], nothing)
     assert verdict == Verdict(BASELINE, 1, 1, 1, "candidate 1 failed in the final")
+
+
+def test_a_baseline_that_fails_in_the_final_proves_nothing():
+    """One failure costs a pair; with two the leader is not installed without a proof."""
+    _, trials = race(Host([10.0, 5.0], 1), 60)
+    before = [trial for trial in trials if trial.stage != FINAL]
+    lost = [Trial(1, 5.0, FINAL), Trial(0, None, FINAL)]
+    verdict, _ = race(Host([10.0, 5.0], 2), 60, [*before, *lost])
+    assert verdict.winner == 1 and 1.8 < verdict.low < verdict.high < 2.2
+    verdict = next_step([0, 1], 60, [*before, *lost, Trial(0, None, FINAL), Trial(1, 5.0, FINAL)], nothing)
+    assert verdict.winner == BASELINE and "proven" in verdict.why
+
+
+def test_a_baseline_that_ran_and_fails_later_proves_nothing():
+    ran = [Trial(0, 10.0), Trial(1, 5.0), Trial(2, 8.0)]
+    verdict = next_step([0, 1, 1], 60, [*ran, Trial(2, 8.0), Trial(1, 5.0), Trial(0, None), Trial(0, None)], nothing)
+    assert verdict.winner == BASELINE and "proven" in verdict.why
+
+
+def test_a_candidate_that_fails_once_may_win():
+    host = Host([10.0, 5.0, 8.0], 1)
+    once = [Trial(0, 10.0), Trial(1, None), Trial(2, 8.0)]
+    assert next_step([0, 1, 1], 60, once, nothing) == Batch((1,), SINGLE), "in the same round"
+    assert race(host, 60, once)[0].winner == 1
+
+
+def test_trials_of_another_budget_break_nothing():
+    """What is measured with one budget is read with another: the winner is the one whose pairs were measured."""
+    wrong = 0
+    for seed in range(40):
+        host = Host(truths(seed, 12, 0.05), seed)
+        _, trials = race(host, 120)
+        for budget in (40, 60, 90, 200):
+            verdict, _ = race(Host(host.truth, seed + 1), budget, trials)
+            wrong += host.truth[verdict.winner] > 10.0
+    assert wrong == 0
+
+
+def test_where_no_more_trials_come_the_pairs_so_far_decide():
+    _, trials = race(Host([10.0, 9.0], 4, noise=0.05), 80)
+    final = [trial for trial in trials if trial.stage == FINAL]
+    assert so_far([trial for trial in final if trial.candidate == 1][:1]).winner == BASELINE
+    clear = [Trial(one, seconds, FINAL) for _ in range(3)
+             for one, seconds in ((7, 5.0), (0, 10.0), (0, 10.1), (7, 5.1))]  # fmt: skip
+    verdict = so_far(clear)
+    assert verdict.winner == 7 and 1.9 < verdict.low < 2.1
+    assert so_far(clear[:-1]).winner == BASELINE, "five pairs are too few"
 
 
 def test_a_baseline_that_does_not_run_loses_to_what_does():
     verdict, trials = race(Host([10.0, 12.0, 11.0], 1), 60, lost={0})
-    assert verdict.winner == 2 and verdict.why == "the baseline does not run" and len(trials) == 6
+    assert verdict.winner == 2 and verdict.why == "the baseline does not run" and len(trials) == 4
     assert race(Host([10.0, 12.0], 1), 60, lost={0, 1})[0].winner == BASELINE
 
 
@@ -188,3 +240,18 @@ def test_combinations():
     dimensions = {0: 0, 1: 1, 2: 1, 3: 2, 4: 3, 5: 3, 6: 3}
     assert combinations(found, dimensions) == [(3, 1, 4), (3, 1), (3, 1, 6)]
     assert combinations(Screened(1, (), {0: 0.0, 1: -0.1, 5: 0.2}), {0: 0, 1: 1, 5: 3}) == []
+
+
+def test_the_end_of_the_time_names_the_leader_whose_pairs_were_measured():
+    """Never another one that led while the screening was shorter."""
+    named = 0
+    for seed in range(30):
+        host, trials = Host(truths(seed, 12, 0.05), seed), []
+        while isinstance(step := next_step([0, 0, *[1] * 10], 120, trials, nothing, 1), Batch):
+            trials += [Trial(one, host.seconds(one), step.stage) for one in step.candidates]
+        final = [trial for trial in trials if trial.stage == FINAL][:12]
+        if len(final) == 12:
+            winner = over([trial for trial in trials if trial.stage != FINAL] + final).winner
+            assert winner in {trial.candidate for trial in final}
+            named += winner != BASELINE
+    assert named >= 10
