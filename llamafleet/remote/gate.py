@@ -8,7 +8,9 @@ the next gate compares with, and "last_failure" {"time", "release", "check"}. Wi
 that has served before is not rejected for its speed. A server that sleeps is woken with --record only, which is for one
 that was just started.
 `gate.py pace PLAN.json` measures a running server before another build takes its place, and keeps its pace in the
-record (gate_pace.py); it prints the same object, and fails where that cannot be done without cost to a user.
+record (gate_pace.py); `gate.py again PLAN.json` measures one that runs under another driver or kernel than before, and
+keeps "slower", a text that is empty where it is not. Both print the same object, and fail where nothing can be
+measured now.
 `gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then checks that a planned key is asked for
 and that the process holds memory on the planned GPUs. If the key file is empty, or the driver was not ready at boot,
 the start thus fails: no server serves everybody, or stays on the CPU. The checks run in a transient unit without
@@ -41,7 +43,7 @@ from gate_adapters import check_adapters
 from gate_devices import cause_of_end, check_devices
 from gate_load import deadline, why_silent
 from gate_nvml import held_by, in_use_on_all
-from gate_pace import check_old_pace, check_pace
+from gate_pace import check_again, check_old_pace, check_pace
 from gate_picture import check_picture
 from gate_prompt_files import check_prompt_files
 from gate_reading import check_longest, check_reading
@@ -216,6 +218,8 @@ def record_of(spec: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         if spec["serves"] != "chat":
             record["read_speeds"] = reading_speeds(spec, key)
         record.update(measured, speed_key=key, speeds=speeds[-REMEMBERED:], expected=spec["expected"])
+        if "pace" in measured:  # what was said of an earlier build
+            record["slower"] = ""
     else:
         record["last_failure"] = {"time": now, "release": spec["release"], "check": found["checks"][-1]}
     return record
@@ -246,7 +250,8 @@ def verdict(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         trust(spec)
     except (OSError, ValueError) as error:
         return spec, {"ok": False, "checks": [unreadable("certificate", error)]}
-    return spec, check(spec, {"check": CHECKS, "start": START_CHECKS, "pace": (check_old_pace,)}[argv[0]])
+    by_verb = {"check": CHECKS, "start": START_CHECKS, "pace": (check_old_pace,), "again": (check_again,)}
+    return spec, check(spec, by_verb[argv[0]])
 
 
 def examine(argv: list[str]) -> dict[str, Any]:
@@ -255,7 +260,7 @@ def examine(argv: list[str]) -> dict[str, Any]:
     if argv[0] != "start":
         found["decode_tokens_per_s"] = spec.get("measured", {}).get("decode_tokens_per_s")
     record = record_of(spec, found) if spec and argv[0] == "check" and "--record" in argv else None
-    if argv[0] == "pace" and spec and found["ok"]:
+    if argv[0] in ("pace", "again") and spec and found["ok"]:
         record = {**spec["last"], **spec["measured"]}
     return {"found": found, "record": record, "devices": gate_devices.unwritten}
 

@@ -186,16 +186,21 @@ def is_pace(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("key"), str):
         return False
     texts = all(isinstance(value.get(one), str) for one in ("driver", "kernel"))
+    sizes = value.get("tokens")
     return (
         texts
         and {"release", "commit"} <= value.keys()
+        and is_number(value.get("time"))
+        and isinstance(sizes, list) and len(sizes) == 2 and all(type(one) is int and 0 < one < 2**20 for one in sizes)
         and all(is_speeds(value.get(kind)) for kind in ("prompt", "decode"))
-    )
+        and isinstance(value.get("others"), list)
+        and all(one is None or (is_number(one) and 0 <= one < 2**20) for one in value["others"])
+    )  # fmt: skip
 
 
 def is_speeds(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(
-        isinstance(one, (int, float)) and not isinstance(one, bool) and 0 < one < 1e18 for one in value
+        is_number(one) and 0 < one < 1e18 for one in value
     )  # fmt: skip
 
 
@@ -206,6 +211,8 @@ COMPARED: Dict[str, Callable[[Any], bool]] = {
     "first": is_first,
     "read_speeds": lambda value: isinstance(value, list) and all(map(is_number, value)),
     "pace": is_pace,
+    "pace_again": is_pace,
+    "slower": lambda value: isinstance(value, str),
     "first_vector": lambda value: is_kept(value, "vector"),
     "first_scores": lambda value: is_kept(value, "scores"),
 }

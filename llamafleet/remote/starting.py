@@ -8,7 +8,6 @@ Decision 7: docs/decisions/0007-health-is-not-enough.md.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -130,30 +129,11 @@ def gate(name: str, *options: str) -> Optional[str]:
         print(f"gate {check['name']}: {'ok' if check['ok'] else 'FAILED'}", flush=True)
     for check in checks:
         if check["name"] == "pace" and check["ok"] and check["hint"]:
-            print(f"note: {unit_of(name)}: {check['expected']}; now {check['found']}: {check['hint']}", flush=True)
+            print(f"note: {unit_of(name)}: {check['hint']}: {check['found']}", flush=True)
     bad = [check for check in checks if not check["ok"]]
     if not bad:
         return None
     return f"{bad[0]['name']}: expected {bad[0]['expected']}, found {bad[0]['found']} ({bad[0]['hint']})"
-
-
-def measure_old(name: str, staged: str) -> None:
-    """Where another build is to take the place of a server that runs, measure it for the new one's gate. What cannot be
-    measured, the last gate's record says."""
-    old, new = common.read_json(common.plan_path(name)), common.read_json(staged)
-    if not old or not new or old.get("release") == new.get("release") or not serving_since(name):
-        return
-    wanted = new.get("gate")
-    wanted = wanted if isinstance(wanted, dict) else {}
-    if not wanted.get("speed_floor_percent") or wanted.get("serves", "chat") != "chat":
-        return
-    done = subprocess.run(
-        [sys.executable, "-s", "-E", "-B", GATE, "pace", common.plan_path(name)], stdout=subprocess.PIPE, text=True
-    )  # fmt: skip
-    with contextlib.suppress(ValueError, TypeError, KeyError, IndexError):
-        check = json.loads(done.stdout)["checks"][0]
-        told = f": {check['hint']}" if check["hint"] else ""
-        print(f"{unit_of(name)} before the switch: {check['found']}{told}", flush=True)
 
 
 def serving_since(name: str) -> str:
