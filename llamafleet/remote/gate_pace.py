@@ -39,7 +39,7 @@ REQUESTS, LEAST, MOST_SECONDS = 8, 5, 20.0
 # A server that hangs is not waited for: the gate and the liveness check say so.
 ANSWER_SECONDS = 60.0
 # So long is waited for requests to end, and for other programs to compute no more than beside the old server.
-IDLE_SECONDS, PAUSE_SECONDS, QUIET_SECONDS = 10.0, 1.0, 60.0
+IDLE_SECONDS, PAUSE_SECONDS, QUIET_SECONDS = 10.0, 1.0, 40.0
 # A new server that seems slower is measured so often, each time anew: it fails if it was slower each time.
 ROUNDS, ROUND_PAUSE_SECONDS = 3, 3.0
 GPU_IDLE_PERCENT = 10
