@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from typing import Any, Dict, List, Optional  # the contract is Python 3.8, whose own are typing's
+from typing import Any, Dict, List, Optional, Tuple  # the contract is Python 3.8, whose own are typing's
 
 from gate_nvml import used_by_others
 from gate_reply import SECONDS, Bad, complete, speed_key
@@ -33,15 +33,15 @@ from liveness_server import may_sleep
 
 # Each request reads and writes for about so long, by the speeds that the gate has measured.
 REQUEST_SECONDS = 0.5
-LEAST_PROMPT, MOST_PROMPT, LEAST_REPLY, MOST_REPLY = 32, 1024, 8, 128
+LEAST_PROMPT, MOST_PROMPT, LEAST_REPLY, MOST_REPLY = 32, 512, 8, 64
 # Requests of a pace, fewer where they take longer than MOST_SECONDS.
 REQUESTS, LEAST, MOST_SECONDS = 8, 3, 20.0
 # An old server that hangs is not waited for.
 OLD_SECONDS = 60.0
 # So long is waited for requests to end, and are requests tried that do not count.
 IDLE_SECONDS, PAUSE_SECONDS, QUIET_SECONDS = 10.0, 1.0, 40.0
-# A new server that seems slower is measured so often, each time anew: it fails if it was slower each time.
-ROUNDS, ROUND_PAUSE_SECONDS = 3, 3.0
+# A new server that seems slower is measured anew so often, or for so long. It fails if it was slower each time.
+ROUNDS, ROUND_PAUSE_SECONDS, ROUNDS_SECONDS = 3, 3.0, 60.0
 GPU_IDLE_PERCENT = 10
 EXPECTED = "as fast as the last good one"
 WORDS = "the of and to in is was for on that with as by at from it an be this which or are not have had but one"
@@ -188,19 +188,24 @@ def check_pace(spec: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     if old is not None and not differs(old, now):
         return None  # measured before
     try:
-        new = measure(spec, old)
-        worse = slower(old, new, cpus()) if old else []
-        for _ in range(ROUNDS - 1 if old and worse and is_pair(old, new) else 0):
-            time.sleep(ROUND_PAUSE_SECONDS)
-            new = measure(spec, old)
-            worse = slower(old, new, cpus())
-            if not worse:
-                break
+        new, worse = measured_against(spec, old)
     except Busy as busy:
         return result("pace", True, EXPECTED, f"not measured: {busy}", "nothing was compared" if old else "")
     except Bad as bad:
         return result("pace", False, *bad.args)
     return compared(spec, old, new, worse)
+
+
+def measured_against(spec: Dict[str, Any], old: Optional[Dict[str, Any]]) -> Tuple[Dict[str, Any], List[str]]:
+    """The server's pace, and the kinds of speed at which it is slower than the old one. Raises Busy, Bad."""
+    over = time.monotonic() + ROUNDS_SECONDS
+    for number in range(ROUNDS):
+        time.sleep(ROUND_PAUSE_SECONDS if number else 0.0)
+        new = measure(spec, old)
+        worse = slower(old, new, cpus()) if old else []
+        if not old or not worse or not is_pair(old, new) or time.monotonic() >= over:
+            break
+    return new, worse
 
 
 def compared(
@@ -218,7 +223,7 @@ def compared(
         hint = "slower, accepted by accept_slower"
     else:
         return result("pace", False, f"{expected}, and no slower by more than the spread", found,
-                      f"in {ROUNDS} rounds{beside(old, new)}: a regression in this llama.cpp; to accept it: "
+                      f"each time{beside(old, new)}: a regression in this llama.cpp; to accept it: "
                       f'accept_slower = "{spec["commit"]}" of this model, and deploy again')  # fmt: skip
     spec["measured"]["pace"] = new
     return result("pace", True, expected, found, hint)

@@ -27,7 +27,7 @@ extern "C" float * llama_get_logits_ith(llama_context * ctx, int i) {
     return logits;
 }
 """
-MUCH, LITTLE = 12, 2
+MUCH, LITTLE = 8, 2
 TRIES = 5  # until nothing else computes
 
 

@@ -148,14 +148,21 @@ def test_both_read_and_write_as_many_tokens_and_nothing_of_the_cache(spec, model
     [
         ({}, 4096, [32, 8]),
         ({"prompt_tokens_per_s": 300.0, "decode_tokens_per_s": 40.0}, 4096, [150, 20]),
-        ({"prompt_tokens_per_s": 9000.0, "decode_tokens_per_s": 900.0}, 4096, [1024, 128]),
-        ({"prompt_tokens_per_s": 9000.0, "decode_tokens_per_s": 900.0}, 256, [120, 128]),
+        ({"prompt_tokens_per_s": 9000.0, "decode_tokens_per_s": 900.0}, 4096, [512, 64]),
+        ({"prompt_tokens_per_s": 9000.0, "decode_tokens_per_s": 900.0}, 256, [184, 64]),
     ],
 )
 def test_a_request_takes_about_half_a_second_for_reading_and_for_writing(spec, known, context, sizes):
     assert gate_pace.sizes_for({**spec, "measured": known, "context_tokens": context}) == sizes
     last = {"prompt_tokens_per_s": 90.0, "speeds": [10.0, 24.0, 99.0]}
     assert gate_pace.sizes_for({**spec, "last": last}) == [45, 12]
+
+
+def test_a_server_that_is_slower_for_a_minute_is_not_measured_again(spec, model, monkeypatch):
+    monkeypatch.setattr(gate_pace, "ROUNDS_SECONDS", 0.0)
+    model.speeds = [10.0]
+    assert not gate_pace.check_pace(before(spec, [20.0] * 5))["ok"]
+    assert len(model.bodies) == 1 + gate_pace.REQUESTS
 
 
 def test_a_slow_server_is_measured_by_fewer_requests(spec, model, monkeypatch):
