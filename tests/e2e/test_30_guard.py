@@ -60,6 +60,11 @@ def change_pace(host, **changes):
     on(host, "python3", "-c", write, RECORD, json.dumps(record))
 
 
+def current(host):
+    """The key of the release that is installed."""
+    return on(host, "readlink", "/opt/llamafleet/current").rpartition("/")[2]
+
+
 def of_pace(run):
     return [line for line in run.text.splitlines() if "tokens/s written" in line or "nothing was compared" in line]
 
@@ -72,7 +77,7 @@ def check_put_back(run, host, commit, release):
     [told] = [line for line in run.text.splitlines() if "did not pass the gate" in line]
     assert run.code != 0 and "pace: expected" in told and f'accept_slower = "{commit}"' in told, told
     assert "the previous one was put back and serves" in told and serves(host)
-    assert on(host, "readlink", "/opt/llamafleet/current") == release
+    assert current(host) == release
     record = gate(host)
     assert record["ok"] and record["pace"]["release"] == release == record["release"]
     assert record["last_failure"]["check"]["name"] == "pace"
@@ -86,7 +91,7 @@ def only_the_record_counts(host):
 
 def test_a_slower_build_is_put_back(data, inventory, outside, host):
     assert pyinfra(inventory((host, data))).code == 0
-    release = on(host, "readlink", "/opt/llamafleet/current")
+    release = current(host)
     only_the_record_counts(host)
     commit, tag = slower(outside, MUCH)
     check_put_back(pyinfra(inventory((host, {**data, "llama_cpp_ref": tag}))), host, commit, release)
@@ -95,7 +100,7 @@ def test_a_slower_build_is_put_back(data, inventory, outside, host):
 @pytest.mark.long
 def test_a_slower_build_is_installed_where_it_is_accepted(data, inventory, outside, host):
     assert pyinfra(inventory((host, data))).code == 0
-    release = on(host, "readlink", "/opt/llamafleet/current")
+    release = current(host)
     only_the_record_counts(host)
     commit, tag = slower(outside, MUCH)
     model = {**data["models"][0], "accept_slower": commit[:10]}
@@ -124,7 +129,7 @@ def test_a_build_that_is_little_slower_is_put_back_where_the_host_is_quiet(data,
     commit, tag = slower(outside, 1 + LITTLE)
     for _ in range(TRIES):
         assert pyinfra(inventory((host, data))).code == 0
-        release, before = on(host, "readlink", "/opt/llamafleet/current"), main_pid(host, "tiny")
+        release, before = current(host), main_pid(host, "tiny")
         run = pyinfra(inventory((host, {**data, "llama_cpp_ref": tag})))
         print(*of_pace(run), sep="\n", flush=True)
         if run.code != 0:
