@@ -32,6 +32,9 @@ MAX_CHARACTERS = 16 * 2**20
 MAX_DEPTH = 60
 
 Line = Annotated[Text, Field(max_length=65536), BeforeValidator(readable)]
+# Tokens, requests or seconds: a mean has a fraction.
+Amount = Annotated[float, Field(strict=True, ge=0, le=1e12, allow_inf_nan=False, description="of the host's journal")]
+Counted = Annotated[Whole, Field(ge=0, le=2**63)]
 Lines = Annotated[Listed[Line], Field(max_length=1000)]
 
 
@@ -145,6 +148,33 @@ class LiveInstance:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """Mean and quantiles of what several requests had."""
+
+    mean: Amount
+    p10: Amount
+    p50: Amount
+    p90: Amount
+    p99: Amount
+    max: Amount
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What `workload.py` says of an instance: what its server was asked for between two unix times."""
+
+    since: Amount | None
+    until: Amount | None
+    requests: Counted
+    cut_short: Counted
+    checks: Counted
+    prompt_tokens: Figures | None
+    reply_tokens: Figures | None
+    live_tokens: Figures | None
+    concurrency: Figures | None
+
+
+@dataclass(frozen=True)
 class Removable:
     """What `uninstall.py find` found."""
 
@@ -154,6 +184,17 @@ class Removable:
     paths: Many[Path]
     models: Many[Path]
     user: Flag
+
+
+@dataclass(frozen=True)
+class GatewayServer:
+    """What `gateway_admin.py` says of a server of the gateway: whether it gets requests, and for how many seconds it
+    does not, where that was lent."""
+
+    up: Flag
+    drained: Flag
+    drained_seconds: Annotated[Whole, Field(ge=0, le=2**31 - 1)] | None
+    check: Message = ""  # what the last check of its health said
 
 
 @dataclass(frozen=True)
@@ -196,6 +237,11 @@ def status(line: str) -> Mapping[str, LiveInstance]:
     return cast("Mapping[str, LiveInstance]", _read(line, "status.py", Table[LiveInstance]))
 
 
+def observed(line: str) -> Mapping[str, Observed]:
+    """By instance, what `workload.py` prints."""
+    return cast("Mapping[str, Observed]", _read(line, "workload.py", Table[Observed]))
+
+
 def removable(line: str) -> Removable:
     """What `uninstall.py find` prints."""
     return cast(Removable, _read(line, "uninstall.py", Removable))
@@ -209,6 +255,11 @@ def offers(line: str) -> Mapping[str, Offer]:
 def built(line: str) -> Built:
     """The digest of a release, as `build.py digest` prints it."""
     return cast(Built, _read(line, "build.py", Built))
+
+
+def gateway_servers(line: str) -> Mapping[str, GatewayServer]:
+    """The servers of a gateway by their names HOST/INSTANCE, as `gateway_admin.py` prints them."""
+    return cast("Mapping[str, GatewayServer]", _read(line, "gateway_admin.py", Table[GatewayServer]))
 
 
 def left(line: str) -> Left:

@@ -84,6 +84,8 @@ def decision() -> Decision | None:
         if host not in _decisions:
             decided = decide(host)
             _decisions[host] = decided if isinstance(decided, Decision) else None
+            if isinstance(decided, Decision):
+                _note_build(host, decided)
             if isinstance(decided, Refused):
                 log_refused(host, decided)
                 host.state.fail_hosts({host})  # raises where no host is left
@@ -140,10 +142,7 @@ def decide(host: Host) -> Decision | Refused:
         inputs = read_inputs(host)
         if isinstance(inputs, Refused):
             return inputs
-        decided = _decided(_desired(host, inputs))
-        if isinstance(decided, Decision):
-            _note_build(host, decided)
-        return decided
+        return _decided(_desired(host, inputs))
     except READ_ERRORS as error:
         return refused_by(error)
     except Exception as error:  # whatever it is, the other hosts' run must go on
