@@ -129,6 +129,11 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--limit", help="show only this host or group")
     status.add_argument("--json", action="store_true", help="print all data as JSON")
     status.set_defaults(run=status_command)
+    tuned = commands.add_parser("tuned", help="show what was measured where", description=tuned_command.__doc__)
+    tuned.add_argument("--inventory", type=Path, required=True, help="a pyinfra inventory")
+    tuned.add_argument("--limit", help="show only this host or group")
+    tuned.add_argument("--json", action="store_true", help="print all data as JSON")
+    tuned.set_defaults(run=tuned_command)
     workload = commands.add_parser(
         "workload", help="show what servers were asked for", description=workload_command.__doc__
     )
@@ -155,6 +160,12 @@ def _parser() -> argparse.ArgumentParser:
     rollout.add_argument("--json", action="store_true", help="print the waves and their end as JSON")
     rollout.set_defaults(run=rollout_command)
     return parser
+
+
+def tuned_command(options: argparse.Namespace) -> int:
+    """Show for every instance of every host what a tune has measured: the winner with its gain over llama-server as it
+    ships, when, and whether it still holds. Nothing is changed, nothing is measured."""
+    return _on_inventory("tasks.tuned", options)
 
 
 def status_command(options: argparse.Namespace) -> int:

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from typing_extensions import TypedDict
 
 from llamafleet import validation
 from llamafleet.host.installed import Holder, Installed, Many, Offer, Path, Sha256, Survey, Table, UserId
@@ -204,6 +205,26 @@ class Built:
     digest: Sha256
 
 
+class Trial(TypedDict):
+    """One measurement of a tune, as `tune.py` writes it, with more that is kept as it is: the candidate's number, the
+    workload's seconds, None where it failed, and how long it took with loading."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]  # figures for the record
+    id: Annotated[Whole, Field(ge=0, le=2**31)]
+    candidate: Annotated[Whole, Field(ge=0, le=2**31)]
+    label: Label
+    stage: Annotated[Whole, Field(ge=1, le=3)]
+    error: Message | None
+    seconds: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None
+    took_seconds: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+    prompt_tokens_per_s: Speed | None
+    decode_tokens_per_s: Speed | None
+
+
+# A tune of a day has some ten thousand.
+Trials = Annotated[Listed[Trial], Field(max_length=100_000)]
+
+
 def survey(line: str) -> Survey:
     """What `survey.py` prints. Raises `AnswerError`, and `MachineError` with the path of an unusable value."""
     found = json_value(line, "survey.py")
@@ -265,6 +286,11 @@ def gateway_servers(line: str) -> Mapping[str, GatewayServer]:
 def left(line: str) -> Left:
     """What is left for people to do, as `left.py` prints it."""
     return cast(Left, _read(line, "left.py", Left))
+
+
+def trials(line: str) -> tuple[Trial, ...]:
+    """The trials of a tune, as `tune.py read` prints them."""
+    return cast("tuple[Trial, ...]", _read(line, "tune.py", Trials))
 
 
 def gate(line: str) -> Gate:
