@@ -88,6 +88,7 @@ class Gate:
     checks: Annotated[Listed[Verdict], Field(max_length=1000)] = ()
     time: Label = ""
     decode_tokens_per_s: Speed | None = None
+    slower: Message = ""  # since another driver or kernel has booted
     schema: Annotated[Whole, Field(ge=1, le=GATE_SCHEMA)] = GATE_SCHEMA
     problem: str = ""
     record: Mapping[str, Any] = field(default_factory=dict)  # all of it, as the host has it
