@@ -162,6 +162,19 @@ class Built:
     digest: Sha256
 
 
+@dataclass(frozen=True)
+class Gateway:
+    """What `gateway_apply.py show` says of a host's gateway: HAProxy's version, the digest of the configuration in
+    service, the SHA-256 of the unit, and the record of its servers, each None or empty where there is none."""
+
+    version: Label | None
+    digest: Label | None
+    active: Flag
+    enabled: Flag
+    unit: Sha256 | None
+    servers: Mapping[str, Any]
+
+
 def survey(line: str) -> Survey:
     """What `survey.py` prints. Raises `AnswerError`, and `MachineError` with the path of an unusable value."""
     found = json_value(line, "survey.py")
@@ -213,6 +226,11 @@ def built(line: str) -> Built:
 def left(line: str) -> Left:
     """What is left for people to do, as `left.py` prints it."""
     return cast(Left, _read(line, "left.py", Left))
+
+
+def gateway(line: str) -> Gateway:
+    """The state that `gateway_apply.py show` prints."""
+    return cast(Gateway, _read(line, "gateway_apply.py", Gateway))
 
 
 def gate(line: str) -> Gate:

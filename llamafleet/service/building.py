@@ -49,7 +49,9 @@ class Building:
 
 
 def building(inputs: PlanInputs, run: Run) -> Building | Refused:
-    """What the host is to compile, or why it cannot."""
+    """What the host is to compile, or why it cannot. A host without models compiles nothing and lacks nothing."""
+    if not inputs.settings.models:
+        return Building(_build(inputs, run.commit, None, ()), None, (), None)
     toolkit = _toolkit(inputs, run)
     if isinstance(toolkit, cuda_toolkit.Unsuitable):
         return refusals.no_toolkit(toolkit)
