@@ -156,6 +156,17 @@ class Removable:
 
 
 @dataclass(frozen=True)
+class GatewayServer:
+    """What `gateway_admin.py` says of a server of the gateway: whether it gets requests, and for how many seconds it
+    does not, where that was lent."""
+
+    up: Flag
+    drained: Flag
+    drained_seconds: Annotated[Whole, Field(ge=0, le=2**31 - 1)] | None
+    check: Message = ""  # what the last check of its health said
+
+
+@dataclass(frozen=True)
 class Built:
     """What `build.py digest` says of a release: the SHA-256 of its release.json."""
 
@@ -221,6 +232,11 @@ def offers(line: str) -> Mapping[str, Offer]:
 def built(line: str) -> Built:
     """The digest of a release, as `build.py digest` prints it."""
     return cast(Built, _read(line, "build.py", Built))
+
+
+def gateway_servers(line: str) -> Mapping[str, GatewayServer]:
+    """The servers of a gateway by their names HOST/INSTANCE, as `gateway_admin.py` prints them."""
+    return cast("Mapping[str, GatewayServer]", _read(line, "gateway_admin.py", Table[GatewayServer]))
 
 
 def left(line: str) -> Left:

@@ -16,6 +16,7 @@ from llamafleet.remote.common import GATEWAY, GATEWAY_UNIT, TLS_CERTIFICATE, TLS
 from llamafleet.service.command import unit_escape
 from llamafleet.service.unit import path_of
 from llamafleet.settings import secrets
+from llamafleet.settings.copies import model_of
 from llamafleet.settings.schema import Instance, Settings, SettingsError
 from tasks.lib import certificates, decision, jobs, lookups, moves, operations, remote, sending, templates
 from tasks.lib.usage import reached_by
@@ -144,10 +145,10 @@ def _offered(gateway_host: Host, host: Host) -> tuple[Offered, ...] | None:
     now = decision.of_other(host)
     if now is None or host not in state.active_hosts:
         return None
-    names = dict(_models(host.data.dict()))
+    copied = _copied(host.data.dict())
     return tuple(
         Offered(
-            instance=one.instance, model=_model_of(one.name, names), slots=one.plan.slots,
+            instance=one.instance, model=model_of(one.name, copied), slots=one.plan.slots,
             context_tokens=one.plan.context_tokens, load_seconds=one.record["gate"]["health_seconds"],
             serves_it=one.name not in now.changes.services or _is_served(gateway_host, host, one.name),
         )
@@ -161,17 +162,10 @@ def _is_served(gateway_host: Host, host: Host, name: str) -> bool:
     return moves.serves(host, name) if host.state.is_executing else decision.makes(gateway_host, "services")
 
 
-def _models(data: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
-    """The names in `models`, and whether each is served as copies."""
+def _copied(data: Mapping[str, Any]) -> set[str]:
+    """The names in `models` of those that are served as copies."""
     default = (data.get("model_defaults") or {}).get("copies", 1)
-    for one in data.get("models") or ():
-        yield one["name"], one.get("copies", default) != 1
-
-
-def _model_of(instance: str, names: Mapping[str, bool]) -> str:
-    """The model of an instance: its own name, or that of what it is a copy of."""
-    stem, _, number = instance.rpartition("-")
-    return stem if instance not in names and number.isdigit() and names.get(stem) else instance
+    return {one["name"] for one in data.get("models") or () if one.get("copies", default) != 1}
 
 
 # --- secrets -----------------------------------------------------------------------------------------
