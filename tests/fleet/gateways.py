@@ -6,6 +6,7 @@ import http.server
 import json
 import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -193,6 +194,19 @@ class Gateway:
             connection.connect(str(self.run / "admin.sock"))
             connection.sendall(command.encode() + b"\n")
             return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+
+    def reload(self):
+        """Until another process takes new connections. HAProxy's master hears no signal in its first moments."""
+        old, asked = self.process_number(), 0.0
+
+        def is_new():
+            nonlocal asked
+            if time.monotonic() - asked > 3:
+                self.process.send_signal(signal.SIGUSR2)
+                asked = time.monotonic()
+            return self.process_number() not in (0, old)
+
+        until(is_new)
 
     def process_number(self):
         """Of the process that takes new connections; 0 while there is none."""

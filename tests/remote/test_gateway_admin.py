@@ -1,8 +1,6 @@
 """Draining servers of a real HAProxy through its runtime API, in the place of a host's gateway."""
 
 import json
-import os
-import signal
 import threading
 
 import common
@@ -99,19 +97,13 @@ def test_an_unknown_server_changes_nothing(gateway, capsys, timers):
     assert (timers, admin(capsys, "show")[1]["gpu1/tiny"]["drained"]) == ({}, False)
 
 
-def reload(gateway):
-    old = gateway.process_number()
-    os.kill(gateway.process.pid, signal.SIGUSR2)
-    until(lambda: gateway.process_number() not in (0, old))
-
-
 def test_a_reload_keeps_a_drain_and_an_undrain(gateway, stand_ins, capsys):
     admin(capsys, "drain", "gpu1/tiny")
-    reload(gateway)
+    gateway.reload()
     assert admin(capsys, "show")[1]["gpu1/tiny"]["drained"]
     assert servers_of(gateway) == {"gpu2"}
     admin(capsys, "undrain", "gpu1/tiny")
-    reload(gateway)
+    gateway.reload()
     assert not admin(capsys, "show")[1]["gpu1/tiny"]["drained"]
 
 
@@ -152,6 +144,6 @@ def test_a_server_s_new_port_is_not_replaced_by_the_old_one_of_the_state(gateway
         stand_ins[0].shutdown()
         gateway.write([server(moved), server(stand_ins[1])])
         gateway_admin.save({place: moved.server_port})
-        reload(gateway)
+        gateway.reload()
         servers_of(gateway)
         assert moved.seen and not stand_ins[0].seen

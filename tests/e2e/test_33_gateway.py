@@ -7,7 +7,7 @@ import pytest
 
 from sandbox import oracle_build
 from tests.e2e import deploying
-from tests.e2e.conftest import FIRST_ADDRESS, PREFIX
+from tests.e2e.conftest import PREFIX
 from tests.e2e.deploying import ask, connection, on, pyinfra
 from tests.fleet.gateways import until
 
