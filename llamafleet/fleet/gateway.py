@@ -3,7 +3,7 @@
 A host that is not part of a run, or failed in it, keeps the servers that the gateway knows of it; a host that the
 inventory no longer has loses them.
 
-Decision 23: docs/decisions/0023-a-gateway-of-standard-parts.md.
+Decision 24: docs/decisions/0024-a-gateway-of-standard-parts.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 HAProxy 2.4 and later read it. Keys are in files of root's: those of clients as SHA-256 alone, those of servers as they
 are. The folder's name is a digest of all.
 
-Decision 23: docs/decisions/0023-a-gateway-of-standard-parts.md.
+Decision 24: docs/decisions/0024-a-gateway-of-standard-parts.md.
 """
 
 from __future__ import annotations

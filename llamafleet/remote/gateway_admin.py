@@ -20,7 +20,7 @@ Exit 0 done, also where it was so already; 1 failed; 3 nothing was changed, beca
 up (`--even-last` does it); 4 the gateway has no server of that name. Of 1, 3 and 4 the last line on stderr says why,
 and begins with `error: `. Root, systemd, the standard library, Python 3.8; common.py lies beside it.
 
-Decision 23: docs/decisions/0023-a-gateway-of-standard-parts.md.
+Decision 24: docs/decisions/0024-a-gateway-of-standard-parts.md.
 """
 
 from __future__ import annotations

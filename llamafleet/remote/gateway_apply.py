@@ -8,7 +8,7 @@ with `note: ` before what the operator should know; the last line of a failure b
 gateway runs with this configuration; 1 failed, and it runs with the one that it had. Killed at any point it can be run
 again. Root, systemd, HAProxy 2.4 or later; the standard library, Python 3.8; common.py and gateway_admin.py beside it.
 
-Decision 23: docs/decisions/0023-a-gateway-of-standard-parts.md.
+Decision 24: docs/decisions/0024-a-gateway-of-standard-parts.md.
 """
 
 from __future__ import annotations
