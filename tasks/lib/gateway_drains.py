@@ -71,8 +71,14 @@ def drained(host: Host, names: Iterable[str], strict: bool, even_last: bool, bac
 
 
 def _ours(servers: Iterable[str], there: Mapping[str, GatewayServer]) -> list[str]:
-    """Of these servers those that the gateway has, and nobody else has drained for longer."""
-    return [name for name in servers if name in there and (there[name].drained_seconds or 0) <= LEASE_SECONDS]
+    """Of these servers those that the gateway has, and that nobody else has taken out for longer."""
+    return [name for name in servers if name in there and not _is_others(there[name])]
+
+
+def _is_others(server: GatewayServer) -> bool:
+    return (
+        server.drained and not 0 <= (-1 if server.drained_seconds is None else server.drained_seconds) <= LEASE_SECONDS
+    )
 
 
 @contextlib.contextmanager
