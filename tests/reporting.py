@@ -13,8 +13,10 @@ from llamafleet.host.learned import GatedSpeed
 from llamafleet.planner.curves import curves
 from llamafleet.settings.workload import Workload
 from llamafleet.tuning.record import Fingerprint, Tuned
+from llamafleet.tuning.records import Kept
 from tests import planning
 
+NOTHING_KEPT = Kept()
 NOW = 1_796_000_000.0
 HOSTILE = "<script>alert('x')</script>\"'&amp;\u202egpj\x1b[31m</style><img src=x onerror=alert(1)>"
 LONG = "a-name-that-" + "goes-on-and-on-" * 12

@@ -12,6 +12,7 @@ from llamafleet.cli.reported import HostFacts, InstanceFacts, Measured
 from llamafleet.cli.status import HostStatus, InstanceStatus
 from llamafleet.cli.tables import rate
 from llamafleet.host.machine import Machine
+from llamafleet.tuning.records import in_words
 from llamafleet.tuning.tried import Tried, tried
 
 GOOD, BAD, WARNING, PLAIN = "good", "bad", "warning", "plain"
@@ -226,11 +227,9 @@ def _state(status: InstanceStatus) -> Iterator[Fact]:
 
 
 def _of_tune(measured: Measured) -> Iterator[Fact]:
-    record, winner = measured.record, measured.record.winner
-    gain = figures.gain_of(record)
-    how = f"{figures.times(gain)} times as fast as {figures.SHIPPED}" if gain else f"{figures.SHIPPED} did not run"
+    record = measured.record
     where = f", {measured.where}" if measured.where else ""
-    yield "tune", f"{winner.label}: {how}; {_moment(record.ended)}{where}"
+    yield "tune", f"{in_words(record)}; {_moment(record.ended)}{where}"
     if record.settings:
         yield "chosen", ", ".join(f"{key} = {_shown(value)}" for key, value in record.settings.items())
 

@@ -50,7 +50,7 @@ def html(page: Page) -> str:
 def _environment() -> Environment:
     made = Environment(
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        autoescape=True, finalize=_shown,
+        autoescape=True, finalize=_shown, keep_trailing_newline=True,
     )  # fmt: skip
     made.filters["drawn"] = drawn
     return made

@@ -169,7 +169,7 @@ def test_a_baseline_that_does_not_run_has_no_ratio():
     hosts = {"cpu1": HostFacts(box.status, box.machine, (replace(one, measured=Measured(record, "", ())),))}
     report = reporting.report(hosts)
     assert report.gains is None and report.lines[0].tune.text == "the default does not run"
-    assert "llama-server as it ships did not run" in dict(report.hosts[0].instances[0].facts)["tune"]
+    assert "llama-server as it ships does not run here" in dict(report.hosts[0].instances[0].facts)["tune"]
 
 
 def test_a_gain_that_is_not_proven_is_not_praised():
