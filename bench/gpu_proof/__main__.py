@@ -62,7 +62,7 @@ class Scale:
 
 SCALES = {
     "real": Scale((8192, 12288, 24576), (1024, 32768), 2048, 48, 3, None, 300.0, 38 * 1024),
-    "tiny": Scale((276, 288, 320), (256, 512), 48, 8, 2, 0, 60.0, 512),
+    "tiny": Scale((288, 304, 336), (256, 512), 48, 8, 2, 0, 60.0, 512),
 }
 
 
@@ -132,7 +132,7 @@ def _prepared(options: argparse.Namespace, over: float) -> tuple[Proof, dict[str
         min(over, began + BUILD_SECONDS),
     )
     say(f"llama-server: {server} ({time.monotonic() - began:.0f} s)")
-    variables = card.environment(backend, work)
+    variables = card.environment(backend, work) | ({} if options.server else building.libraries(backend, host))
     find = partial(card.find, server.absolute(), backend, variables)
     device = find()
     say(f"card: {device.device}, {device.name}, {device.free_mib} of {device.total_mib} MiB free")
@@ -158,7 +158,7 @@ def _lacking(options: argparse.Namespace, host: Machine) -> Iterator[str]:
         elif gpu.problem or gpu.unified_memory:
             yield f"memory of its own that can be held: {gpu.name}: {gpu.problem or 'it has the memory of the CPU'}"
     if not options.server:
-        yield from building.lacking(options.backend, options.source)
+        yield from building.lacking(options.backend, options.source, host)
     elif not options.server.is_file():
         yield f"{options.server}, which --server names"
     written = sum(one.stat().st_blocks * 512 for one in options.work.glob("*.gguf"))
@@ -204,11 +204,17 @@ def _measured(
         limit = 0
         while now := fitting():
             cell = now[0]
-            left.remove(cell)
             if cell.limit_mib != limit:
                 held.close()
-                held.enter_context(card.limited(proof.card, cell.limit_mib))
+                try:
+                    held.enter_context(card.limited(proof.card, cell.limit_mib))
+                except card.CardError as error:
+                    say(f"{cell.limit_mib} MiB: left out: {error}")
+                    left[:] = [one for one in left if one.limit_mib != cell.limit_mib]
+                    limit = 0
+                    continue
                 limit = cell.limit_mib
+            left.remove(cell)
             say(f"{cell} ({over - time.monotonic():.0f} s left)")
             row = proof.row(cell, models[cell.model])
             if row.error and time.monotonic() >= over:
