@@ -94,10 +94,9 @@ def page(title: str, hosts: Mapping[str, HostFacts], now: float) -> Page:
     tuned = [(f"{host}: {one.name}" if len(facts.instances) > 1 else host, one.measured.record)
              for host, facts in hosts.items() for one in facts.instances if one.measured]  # fmt: skip
     sections = tuple(_host(f"host-{n}", name, facts) for n, (name, facts) in enumerate(hosts.items(), 1))
-    lines = tuple(
-        line for section, facts in zip(sections, hosts.values(), strict=True) for line in _lines(section, facts)
-    )
-    return Page(title, _moment(now), tuple(_counts(hosts)), lines, figures.gains(tuned), sections)
+    lines = [line for section, facts in zip(sections, hosts.values(), strict=True) for line in _lines(section, facts)]
+    lines.sort(key=lambda line: line.state.kind != BAD)  # what is to be looked at comes first
+    return Page(title, _moment(now), tuple(_counts(hosts)), tuple(lines), figures.gains(tuned), sections)
 
 
 def _counts(hosts: Mapping[str, HostFacts]) -> Iterator[tuple[int, str, str]]:
@@ -155,13 +154,22 @@ def _machine(machine: Machine, status: HostStatus) -> Iterator[Fact]:
 def _instance(anchor: str, one: InstanceFacts) -> InstanceSection:
     found = tried(one.measured.record) if one.measured else ()
     status = one.status
-    remarks = [f"a run would change: {'; '.join(status.drift)}"] if status and status.drift else []
+    remarks = list(_remarks(status)) if status else []
     if one.measured and one.measured.stale:
         remarks.append(f"what was measured no longer holds: {'; '.join(one.measured.stale)}")
     return InstanceSection(
         anchor, one.name, tuple(_badges(one)), tuple(_facts(one)), (*remarks, *one.problems),
         tuple(_figures(one, found)), _tried(found), one.why, " ".join(one.argv),
     )  # fmt: skip
+
+
+def _remarks(status: InstanceStatus) -> Iterator[str]:
+    if status.drift:
+        yield f"a run would change: {'; '.join(status.drift)}"
+    if status.gate is not None and status.gate.problem:
+        yield f"the last gate is not known: {status.gate.problem}"
+    if status.liveness_restarts:
+        yield f"restarted {status.liveness_restarts} times by the liveness check, last {status.last_liveness_restart}"
 
 
 def _badges(one: InstanceFacts) -> Iterator[Badge]:
@@ -204,6 +212,8 @@ def _facts(one: InstanceFacts) -> Iterator[Fact]:
         )
     if one.measured:
         yield from _of_tune(one.measured)
+    elif one.chance:
+        yield "tune", one.chance
 
 
 def _state(status: InstanceStatus) -> Iterator[Fact]:
@@ -221,7 +231,7 @@ def _state(status: InstanceStatus) -> Iterator[Fact]:
             yield f"GPU memory{many}", f"{held} in use, {gib(planned)} GiB planned"
     if status.gate is not None:
         failed = next((check.name for check in status.gate.checks if not check.ok), "")
-        verdict = status.gate.problem or (f"failed: {failed}" if not status.gate.ok else "good")
+        verdict = "not known" if status.gate.problem else "good" if status.gate.ok else f"failed: {failed}"
         yield "last gate", f"{verdict} {status.gate.time}".strip()
     yield "restarts", str(status.restarts)
 
