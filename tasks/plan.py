@@ -12,7 +12,8 @@ from pyinfra.context import ctx_host
 from llamafleet.cli import tables, usage
 from llamafleet.planner import stability
 from llamafleet.service.desired import Serving
-from llamafleet.service.measured import chance
+from llamafleet.service.measured import chance, tuning_notes
+from llamafleet.service.tune import in_lines, to_measure, wishes
 from tasks.lib import switching, text_diffs
 from tasks.lib.decision import Decision, decision
 from tasks.lib.usage import left_to_do, reached_by
@@ -45,7 +46,7 @@ def lines(now: Decision, name: str, reached: str, *, everything: bool) -> Iterat
             chances = [one] if (one := chance(now.desired.inputs, serving.plan)) else []
             title = f"{serving.name} on {name}"
             yield tables.table(plain, title, alternatives=chances, measured=_measured(now, serving))
-    if not now.changes.any and not now.changes.note:
+    if not now.changes.any and not now.changes.note and not to_measure(now.desired, as_set=True):
         yield _in_one_line(now, reached)
     if not now.changes.any:  # else it is said at the end
         yield from left_to_do(now.desired, now.desired.installed.left)
@@ -54,11 +55,13 @@ def lines(now: Decision, name: str, reached: str, *, everything: bool) -> Iterat
 
 def _to_do(now: Decision, everything: bool) -> Iterator[str]:
     changes, desired = now.changes, now.desired
+    yield from in_lines(wishes(desired, as_set=True))
     if everything or changes.any:
         yield from desired.inputs.notes
         yield from (desired.why,) if desired.why else ()
     else:
         yield from (f"the host: {problem}" for problem in desired.machine.problems)
+        yield from tuning_notes(desired.inputs)
     yield from (f"to do: {phrase}" for phrase in changes.to_do())
 
 

@@ -11,6 +11,7 @@ from llamafleet.remote.common import unit_of
 from llamafleet.service import succession
 from llamafleet.service.desired import Serving
 from llamafleet.service.succession import Handover
+from llamafleet.service.tune import to_measure
 from tasks.lib import memory_check, moves, operations, switching, usage
 from tasks.lib.decision import decision, for_stage
 
@@ -24,6 +25,7 @@ def service() -> None:
     moves.watch(ctx_host.get().state)
     options = switching.Options.of(now.desired.settings)
     handovers = succession.handovers(now.desired, now.changes)
+    changes_any = now.changes.any or bool(to_measure(now.desired, as_set=True))  # a tune may lead to another plan
     for handover in operations.each(handovers, lambda one: one.names[0]):
         serve(handover, options)
     for serving in operations.each(now.desired.servings, lambda serving: serving.name):
@@ -41,9 +43,9 @@ def service() -> None:
         name=f"Make build {now.desired.build.key} the current release", needed=now.changes.current,
         key=now.desired.build.key, keep=now.desired.settings.keep_releases,
     )  # fmt: skip
-    operations.release_lock(name="Release the host's lock", needed=now.changes.any or bool(now.changes.note))
+    operations.release_lock(name="Release the host's lock", needed=changes_any or bool(now.changes.note))
     usage.tell_usage(
-        name="Say how to use what was installed", needed=now.changes.any, servings=installed_now, desired=now.desired
+        name="Say how to use what was installed", needed=changes_any, servings=installed_now, desired=now.desired
     )  # fmt: skip
 
 

@@ -193,7 +193,7 @@ def use_removable(host, line):
 def use_job(host, line):
     """What is logged of a job that has ended, or was seen in this state last."""
     log = Host()
-    jobs._told(log, "build-key", answers.job(line))
+    jobs.told(log, "build-key", answers.job(line))
     return "\n".join(["", *log.lines])
 
 

@@ -1,9 +1,9 @@
 """The command `llamafleet`, for tasks that pyinfra does not have.
 
 `llamafleet plan` shows a plan before a machine is bought or a host is changed; `llamafleet status` shows the state of
-an inventory's hosts, `llamafleet report` writes a page about them; `llamafleet rollout` deploys to them wave by wave.
-Exit status: 0 a plan, a page, or everything is fine; 1 something is not fine; 2 bad input; 3 a refusal; 130 after
-Ctrl-C.
+an inventory's hosts, `llamafleet workload` what their servers were asked for, `llamafleet report` writes a page about
+them; `llamafleet rollout` deploys to them wave by wave. Exit status: 0 a plan, a page, or everything is fine; 1
+something is not fine; 2 bad input; 3 a refusal; 130 after Ctrl-C.
 
 Decision 15: docs/decisions/0015-pyinfra-stays-visible.md.
 """
@@ -129,6 +129,19 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--limit", help="show only this host or group")
     status.add_argument("--json", action="store_true", help="print all data as JSON")
     status.set_defaults(run=status_command)
+    tuned = commands.add_parser("tuned", help="show what was measured where", description=tuned_command.__doc__)
+    tuned.add_argument("--inventory", type=Path, required=True, help="a pyinfra inventory")
+    tuned.add_argument("--limit", help="show only this host or group")
+    tuned.add_argument("--json", action="store_true", help="print all data as JSON")
+    tuned.set_defaults(run=tuned_command)
+    workload = commands.add_parser(
+        "workload", help="show what servers were asked for", description=workload_command.__doc__
+    )
+    workload.add_argument("--inventory", type=Path, required=True, help="a pyinfra inventory")
+    workload.add_argument("--limit", help="show only this host or group")
+    workload.add_argument("--since", help="in journalctl's words, such as 2026-11-20 (default: 7 days ago)")
+    workload.add_argument("--json", action="store_true", help="print all data as JSON")
+    workload.set_defaults(run=workload_command)
     report = commands.add_parser("report", help="write a page about hosts", description=report_command.__doc__)
     report.add_argument("--inventory", type=Path, required=True, help="a pyinfra inventory")
     report.add_argument("--limit", help="write about this host or group alone")
@@ -149,10 +162,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def tuned_command(options: argparse.Namespace) -> int:
+    """Show for every instance of every host what a tune has measured: the winner with its gain over llama-server as it
+    ships, when, and whether it still holds. Nothing is changed, nothing is measured."""
+    return _on_inventory("tasks.tuned", options)
+
+
 def status_command(options: argparse.Namespace) -> int:
     """Show for every instance of every host: plan, memory, speed, restarts, last gate, drift. Nothing is changed. Exit
     status 0 if every instance is fine, else 1."""
     return _on_inventory("tasks.status", options)
+
+
+def workload_command(options: argparse.Namespace) -> int:
+    """Show for every instance of every host what its server was asked for, from the host's journal, and the settings of
+    the workload that fit. Nothing is changed. Exit status 0 if every host could be read, else 1."""
+    return _on_inventory("tasks.workload", options, *([f"--since={options.since}"] if options.since else []))
 
 
 def report_command(options: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ from llamafleet import payload
 from llamafleet.host import answers
 from llamafleet.hub.network import Network
 from llamafleet.planner.reconcile import ROUNDS
-from llamafleet.remote.common import GOOD, JOBS, LOADED, STAGED, plan_path, unit_of
+from llamafleet.remote.common import GOOD, LOADED, STAGED, plan_path, unit_of
 from llamafleet.service import wanted
 from llamafleet.service.succession import Handover
 from tasks.lib import builds, gateway_drains, host_lock, jobs, lookups, moves, paths, remote, sending, switching
@@ -209,8 +209,8 @@ def run_job(
         return _as_wanted(f"{job} is not needed")
     name = jobs.name_of(*job.split("-", 1))
     if spec is not None:
-        yield _sent_spec(name, spec)
-        arguments = (_spec_path(name), *arguments)
+        yield jobs.sent_spec(name, spec)
+        arguments = (jobs.spec_path(name), *arguments)
     yield call(jobs.follow, name, remote.words(program, *arguments), secret, *_by(network)[1:])
 
 
@@ -236,17 +236,8 @@ def build_release(needed: bool, job: str, spec: dict[str, Any], network: Network
     if not needed:
         return _as_wanted("the host has the release")
     name = jobs.name_of(*job.split("-", 1))
-    yield _sent_spec(name, spec)
+    yield jobs.sent_spec(name, spec)
     yield call(_build, name, spec["key"], spec["build_cache"], network)
-
-
-def _spec_path(job: str) -> str:
-    """Where a host has what a job is asked for; the job's name is as `jobs.name_of` gives it."""
-    return f"{JOBS}/{job}.json"
-
-
-def _sent_spec(job: str, spec: dict[str, Any]) -> remote.HostCommand:
-    return sending.received({_spec_path(job): (0o644, json.dumps(spec).encode())})
 
 
 class _NotBuiltError(Exception):
@@ -258,7 +249,7 @@ def _build(state: State, host: Host, job: str, key: str, cache: str | None, netw
     does not give it."""
     try:
         with builds.turn(host, key, cache):
-            command = remote.words("build.py", _spec_path(job), *builds.known(key))
+            command = remote.words("build.py", jobs.spec_path(job), *builds.known(key))
             if not jobs.follow(state, host, job, command, None, network):
                 raise _NotBuiltError
             if cache is not None:
@@ -275,6 +266,15 @@ def ask_server(needed: bool, check: Callable[[Host], bool]) -> Commands:
     if not needed:
         return _as_wanted("no new plan is to be verified")
     yield call(lambda state, host: check(host))
+
+
+@change
+def tune(names: tuple[str, ...], measure: Callable[[State, Host, str], bool]) -> Commands:
+    """Measure these instances, one after another."""
+    for name in names:
+        yield call(measure, name)
+    if not names:
+        _as_wanted("nothing is to be measured")
 
 
 @change

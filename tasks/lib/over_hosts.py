@@ -149,12 +149,14 @@ def _in_context(host: Host, action: Callable[[Host], T | str]) -> T | str:
             return f"cannot be read: {remote.said(error)}"
 
 
-def parse(description: str, arguments: list[str]) -> argparse.Namespace:
-    """The options of a command over an inventory: inventory, limit, json."""
+def parse(description: str, arguments: list[str], **more: str) -> argparse.Namespace:
+    """The options of a command over an inventory: inventory, limit, json; `more`: others by name, with defaults."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("inventory", type=Path)
     parser.add_argument("--limit")
     parser.add_argument("--json", action="store_true")
+    for name, default in more.items():
+        parser.add_argument(f"--{name}", default=default)
     return parser.parse_args(arguments)
 
 

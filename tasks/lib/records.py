@@ -1,4 +1,7 @@
-"""The operator's records of tunes: `tuned/HOST.json` beside the inventory, by instance; they may be committed."""
+"""The operator's records of tunes: `tuned/HOST.json` beside the inventory, by instance; they may be committed.
+
+Decision 23: docs/decisions/0023-tuned-by-measurement.md.
+"""
 
 from __future__ import annotations
 
