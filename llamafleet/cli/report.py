@@ -13,7 +13,7 @@ from llamafleet.cli.status import HostStatus, InstanceStatus
 from llamafleet.cli.tables import rate
 from llamafleet.host.machine import Machine
 from llamafleet.tuning.records import in_words
-from llamafleet.tuning.tried import Tried, tried
+from llamafleet.tuning.tried import Tried, not_run, tried, why_ended
 
 GOOD, BAD, WARNING, PLAIN = "good", "bad", "warning", "plain"
 Fact = tuple[str, str]
@@ -159,7 +159,7 @@ def _instance(anchor: str, one: InstanceFacts) -> InstanceSection:
         remarks.append(f"what was measured no longer holds: {'; '.join(one.measured.stale)}")
     return InstanceSection(
         anchor, one.name, tuple(_badges(one)), tuple(_facts(one)), (*remarks, *one.problems),
-        tuple(_figures(one, found)), _tried(found), one.why, " ".join(one.argv),
+        tuple(_figures(one, found)), _tried(found, one), one.why, " ".join(one.argv),
     )  # fmt: skip
 
 
@@ -239,7 +239,8 @@ def _state(status: InstanceStatus) -> Iterator[Fact]:
 def _of_tune(measured: Measured) -> Iterator[Fact]:
     record = measured.record
     where = f", {measured.where}" if measured.where else ""
-    yield "tune", f"{in_words(record)}; {_moment(record.ended)}{where}"
+    why = why_ended(record)
+    yield "tune", f"{in_words(record)}{f' ({why})' if why else ''}; {_moment(record.ended)}{where}"
     if record.settings:
         yield "chosen", ", ".join(f"{key} = {_shown(value)}" for key, value in record.settings.items())
 
@@ -268,18 +269,20 @@ def _figures(one: InstanceFacts, found: tuple[Tried, ...]) -> Iterator[Figure]:
     yield from figures.curves(one.curves, one.work, one.gated, record)
 
 
-def _tried(found: tuple[Tried, ...]) -> Table | None:
-    """Everything that a tune tried, and what was lost."""
-    rows = tuple(
+def _tried(found: tuple[Tried, ...], one: InstanceFacts) -> Table | None:
+    """Everything that a tune tried, what was lost, and what did not fit."""
+    rows = [
         (
-            one.label, figures.times(one.speed), figures.spread(one.decode_tokens_per_s),
-            figures.spread(one.prompt_tokens_per_s), "" if one.accepted is None else f"{one.accepted:.0%}",
-            f"{one.trials}, {one.throttled} while the host was slowed" if one.throttled else str(one.trials),
-            f"{one.lost}: {one.why_lost}" if one.lost else "",
+            each.label, figures.times(each.speed), figures.spread(each.decode_tokens_per_s),
+            figures.spread(each.prompt_tokens_per_s), "" if each.accepted is None else f"{each.accepted:.0%}",
+            f"{each.trials}, {each.throttled} while the host was slowed" if each.throttled else str(each.trials),
+            f"{each.lost}: {each.why_lost}" if each.lost else "",
         )
-        for one in found
-    )  # fmt: skip
-    return Table("What was tried, and what was lost", TRIED, rows) if rows else None
+        for each in found
+    ]  # fmt: skip
+    left_out = not_run(one.measured.record) if one.measured else ()
+    rows += [(each.label, "", "", "", "", "0", f"not run: {each.why}") for each in left_out]
+    return Table("What was tried, and what was lost", TRIED, tuple(rows)) if rows else None
 
 
 def _moment(seconds: float) -> str:

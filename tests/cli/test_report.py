@@ -177,9 +177,15 @@ def test_a_gain_that_is_not_proven_is_not_praised():
     box = reporting.cpu_box()
     [one] = box.instances
     record = one.measured.record
-    record = replace(record, winner=replace(record.winner, gain=1.0, low=1.0, high=1.0))
+    record = replace(record, winner=replace(record.winner, gain=1.0, low=0.0, high=None),
+                     raw={**record.raw, "why": "candidate 7: not proven faster in 19 pairs",
+                          "not_run": [{"label": "4 slots", "why": "it does not fit"}]})  # fmt: skip
     hosts = {"cpu1": HostFacts(box.status, box.machine, (replace(one, measured=Measured(record, "", ())),))}
-    assert reporting.report(hosts).lines[0].tune.text == "no gain proven"
+    report = reporting.report(hosts)
+    assert report.lines[0].tune.text == "no gain proven" and report.gains.rows[0][1] == "1.00 (1.00 to 1.00)"
+    [shown] = report.hosts[0].instances
+    assert "(guesses by n-grams, up to 16 + ubatch 1024: not proven faster in 19 pairs); " in dict(shown.facts)["tune"]
+    assert shown.tried.rows[-1] == ("4 slots", "", "", "", "", "0", "not run: it does not fit")
 
 
 def test_a_long_chart_ends_and_its_table_does_not():
