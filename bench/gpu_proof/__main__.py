@@ -62,7 +62,7 @@ class Scale:
 
 SCALES = {
     "real": Scale((8192, 12288, 24576), (1024, 32768), 2048, 48, 3, None, 300.0, 38 * 1024),
-    "tiny": Scale((276, 288, 320), (256, 512), 48, 8, 2, 0, 60.0, 512),
+    "tiny": Scale((288, 304, 336), (256, 512), 48, 8, 2, 0, 60.0, 512),
 }
 
 
@@ -204,11 +204,17 @@ def _measured(
         limit = 0
         while now := fitting():
             cell = now[0]
-            left.remove(cell)
             if cell.limit_mib != limit:
                 held.close()
-                held.enter_context(card.limited(proof.card, cell.limit_mib))
+                try:
+                    held.enter_context(card.limited(proof.card, cell.limit_mib))
+                except card.CardError as error:
+                    say(f"{cell.limit_mib} MiB: left out: {error}")
+                    left[:] = [one for one in left if one.limit_mib != cell.limit_mib]
+                    limit = 0
+                    continue
                 limit = cell.limit_mib
+            left.remove(cell)
             say(f"{cell} ({over - time.monotonic():.0f} s left)")
             row = proof.row(cell, models[cell.model])
             if row.error and time.monotonic() >= over:

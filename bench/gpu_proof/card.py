@@ -1,7 +1,8 @@
 """The card, limited to less memory than it has: the rest is held by another process, or by flags where it cannot be.
 
 On CUDA a process of ours (this file as a program) allocates the rest by the driver's own library. Elsewhere the limit
-is emulated: --fit is given a margin that leaves the limit, and what a server by hand allocated is read in its log.
+is emulated: --fit is given a margin that leaves the limit, and what a server allocated is read in its log. The free
+memory of a software device is the machine's, so that --fit is limited only while others allocate and free little.
 """
 
 from __future__ import annotations

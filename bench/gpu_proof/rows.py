@@ -102,10 +102,15 @@ def add(path: Path, one: Row) -> None:
         writer.writerow(asdict(one))
 
 
+def _short(number: int, thousands: str, ones: str) -> str:
+    """A number in 1024s where it is so many, so that a name has room beside the plot."""
+    return f"{number // 1024} {thousands}" if number % 1024 == 0 else f"{number} {ones}".rstrip()
+
+
 def plot(rows: Sequence[Row], what: str) -> str:
     """SVG: for each model, limit and context, tokens a second (`what`: prefill or decode) of each approach."""
-    places = list(dict.fromkeys((one.model, one.limit_mib, one.context) for one in rows))
-    names = [f"{model}, {limit / 1024:.3g} GB, {context} tokens" for model, limit, context in places]
+    places = sorted({(one.model, one.limit_mib, one.context) for one in rows})
+    names = [f"{model}, {_short(limit, 'GB', 'MiB')}, {_short(context, 'k', '')}" for model, limit, context in places]
     by_cell = {one.cell: getattr(one, what) for one in rows}
     series = {
         approach: [by_cell.get(Cell(*place, approach), "") for place in places]

@@ -108,8 +108,8 @@ model_defaults = {
     # File on *your* machine with a text such as the server's users send: a tune measures speculation with it. Without
     # it a tune has random words, which no speculation guesses.
     "tune_prompt_file": None,
-    # A new build, driver or kernel that serves slower than the last good one is turned away. This commit of llama.cpp
-    # (or tag, as in `llama_cpp_ref`) may. None: no one.
+    # A new build that serves slower than the one before it is turned away. This commit of llama.cpp (or tag, as in
+    # `llama_cpp_ref`) is not. None: every one is.
     "accept_slower": None,
     # LoRA adapters, each a source or {"source": ..., "scale": 0.5} with the keys of `projector`. The scale is 1 unless
     # it is given; with 0 an adapter is loaded, and used by requests that ask for it.

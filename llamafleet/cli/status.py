@@ -190,6 +190,8 @@ def _remarks(host: HostStatus) -> Iterator[str]:
     for instance in host.instances:
         if instance.gate is not None and instance.gate.problem:
             yield f"{instance.name}: the last gate is not known: {instance.gate.problem}"
+        if instance.gate is not None and instance.gate.slower:
+            yield f"{instance.name}: {instance.gate.slower}"
         if instance.liveness_restarts:
             yield (f"{instance.name}: restarted {instance.liveness_restarts} times by the liveness check, "
                    f"last {instance.last_liveness_restart}")  # fmt: skip

@@ -88,6 +88,7 @@ class Gate:
     checks: Annotated[Listed[Verdict], Field(max_length=1000)] = ()
     time: Label = ""
     decode_tokens_per_s: Speed | None = None
+    slower: Message = ""  # since another driver or kernel has booted
     schema: Annotated[Whole, Field(ge=1, le=GATE_SCHEMA)] = GATE_SCHEMA
     problem: str = ""
     record: Mapping[str, Any] = field(default_factory=dict)  # all of it, as the host has it
@@ -160,6 +161,15 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Counters:
+    """Tokens that a server has counted since its start: read, taken from its cache, written. Six digits of each."""
+
+    prompt_tokens: Amount
+    cached_tokens: Amount
+    reply_tokens: Amount
+
+
+@dataclass(frozen=True)
 class Observed:
     """What `workload.py` says of an instance: what its server was asked for between two unix times."""
 
@@ -172,6 +182,7 @@ class Observed:
     reply_tokens: Figures | None
     live_tokens: Figures | None
     concurrency: Figures | None
+    counters: Counters | None = None
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence  # the contract
 
 import common
 import instance_files
+import pace
 import room
 import starting
 import switch_back
@@ -70,6 +71,9 @@ def install(
                 for name in names:
                     transaction.remember(name, old[name])
             switch_back.begin(old, leaving)
+            for name in names if "--no-floor" not in options else ():
+                if starting.serving_since(name):
+                    pace.measure_old(name, f"{common.STAGED}/{name}/{PLAN}")
             drained = Draining(everyone, drain, overdue)
             make_way(names)
             ask(names, leaving, drained)

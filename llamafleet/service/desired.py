@@ -30,7 +30,7 @@ from llamafleet.service.demand import demand_texts, too_old
 from llamafleet.service.measured import has_records, tuning_notes, with_records
 from llamafleet.service.model_folders import companion_paths, model_folder, model_path, mount_of, stores
 from llamafleet.service.plan_inputs import PlanInputs
-from llamafleet.service.record import plan_record, record_text
+from llamafleet.service.record import accepted, plan_record, record_text
 from llamafleet.service.refusals import Refused
 from llamafleet.service.unit import Renderer, liveness_texts, unit_text
 from llamafleet.settings.schema import Instance, Settings
@@ -286,6 +286,7 @@ def _serving(
             "rates": inputs.rates().to_json(),
         },
         "verified": verified.to_json() if verified else desired.remembered(plan),
+        **accepted(instance.accept_slower, settings.llama_cpp_ref, build.commit),
     }
     service = Service(
         name=instance.name,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from gevent.lock import RLock
 from pyinfra import logger
@@ -77,6 +78,7 @@ NEEDS = {"toolkit": ("helpers",), "build": ("helpers", "packages", "toolkit"), "
 _decisions: dict[Host, Decision | None] = {}
 _made: dict[Host, set[str]] = {}  # parts of `Changes` that stages of this run make
 _locks: dict[Host, RLock] = {}
+_words_of: WeakKeyDictionary[State, Mapping[str, set[Host]]] = WeakKeyDictionary()
 
 
 def decision() -> Decision | None:
@@ -266,7 +268,7 @@ def read_run(host: Host, inputs: PlanInputs) -> Run:
     """What only a deployment needs: the commit, the secrets, and who else is at work. Raises one of `READ_ERRORS`."""
     holder = inputs.survey.installed.lock
     return Run(
-        helpers=payload.helpers_key(),
+        helpers=lookups.helpers_key(),
         oldest_python=payload.HELPERS_PYTHON,
         commit=_commit(host, inputs.settings),
         secrets={instance.name: lookups.instance_secrets(instance) for instance in inputs.settings.models},
@@ -286,8 +288,19 @@ def _run(host: Host, inputs: PlanInputs) -> Run:
     run = read_run(host, inputs)
     if inputs.settings.models:
         return run
-    others = [one for one in hosts_of_run(host.state) if one is not host]
-    return replace(run, elsewhere=frozenset(word for one in others for model in wanted_models(one) for word in model))
+    return replace(run, elsewhere=frozenset(word for word, hosts in _words(host.state).items() if hosts - {host}))
+
+
+def _words(state: State) -> Mapping[str, set[Host]]:
+    """The hosts of the run by names and sources of the models that they are to serve: collected once, since many hosts
+    may have none."""
+    if state not in _words_of:
+        words: dict[str, set[Host]] = {}
+        for host in hosts_of_run(state):
+            for word in (word for model in wanted_models(host) for word in model):
+                words.setdefault(word, set()).add(host)
+        _words_of[state] = words
+    return _words_of[state]
 
 
 def hosts_of_run(state: State) -> list[Host]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from gevent.lock import RLock
 
-from llamafleet import causes
+from llamafleet import causes, payload
 from llamafleet.hub import source
 from llamafleet.hub.network import Network
 from llamafleet.remote.common import API_KEYS
@@ -56,6 +56,11 @@ def commit(settings: Settings) -> str:
         return ref
     way = network(settings)
     return once(("commit", repository, ref, way), lambda: _ls_remote(repository, ref, way))
+
+
+def helpers_key() -> str:
+    """The name of our helpers on hosts, see `payload.helpers_key`: made of a hundred files, and the same for all."""
+    return once("the key of the helpers", payload.helpers_key)
 
 
 def network(settings: Settings) -> Network:

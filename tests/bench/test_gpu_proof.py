@@ -215,7 +215,7 @@ def test_the_plot_has_a_row_for_each_place_and_a_dot_for_each_figure():
     found[-1] = rows.row(SETTING, found[-1].cell, 1.0, error="failed")
     picture = ET.fromstring(rows.plot(found, "decode"))
     texts = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"moe, 8 GB, 1024 tokens", "moe, 12 GB, 1024 tokens", *cells.APPROACHES} <= set(texts)
+    assert {"moe, 8 GB, 1 k", "moe, 12 GB, 1 k", *cells.APPROACHES} <= set(texts)
     dots = [dot for dot in picture.iter("{http://www.w3.org/2000/svg}circle") if dot.get("cy") != "60"]
     assert len(dots) == 2 * len(cells.APPROACHES) - 1
 

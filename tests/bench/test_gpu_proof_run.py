@@ -124,6 +124,20 @@ def test_what_has_no_time_is_left_and_said(proof, capsys):
     assert not (proof.work / "gpu_proof.csv").exists() and not proof.starts.exists()
 
 
+def test_a_limit_that_the_card_cannot_have_costs_no_other_cell(proof, capsys, monkeypatch):
+    limited = card.limited
+
+    def refusing(one, limit):
+        if limit == LIMIT:
+            raise card.CardError("290 MiB are free, 296 are to be left")
+        return limited(one, limit)
+
+    monkeypatch.setattr(card, "limited", refusing)
+    assert proof("--limits", "296", "400", "--approaches", PLANNED) == 0
+    assert [one.limit_mib for one in read(proof).values()] == [400]
+    assert "296 MiB: left out: 290 MiB are free" in capsys.readouterr().err
+
+
 def test_more_than_the_limit_is_no_result(proof):
     assert proof("--limits", "280", "--approaches", FIT) == 0  # 24 MiB of buffers, and it takes 30
     assert read(proof)[FIT].error == "more than 280 MiB were allocated on the card"

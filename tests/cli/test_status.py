@@ -226,6 +226,20 @@ def test_where_nvml_does_not_tell_the_servers_own_log_does(on_host, monkeypatch)
     assert program.status()["demo"]["gpu_bytes"] == {"GPU-1": 5, "GPU-3": None}
 
 
+def test_a_server_that_is_slower_under_this_kernel_is_named_and_fine(on_host, monkeypatch):
+    record = {
+        **GOOD,
+        "slower": "slower since the kernel",
+        "pace_again": {"kernel": os.uname().release, "driver": "570"},
+    }
+    files = {f"{program.GATES}/demo.json": record}
+    monkeypatch.setattr(program, "read_json", lambda path: files.get(path, {}))
+    for driver, told in (("570", True), ("575", False)):
+        monkeypatch.setitem(sys.modules, "gate_pace", types.SimpleNamespace(driver=lambda driver=driver: driver))
+        host = of_host(found(), live(gate=program.status()["demo"]["gate"]), AS_WANTED)
+        assert host.is_fine and ("box1: demo: slower since the kernel" in table({"box1": host})) is told
+
+
 def test_the_program_tells_memory_gate_and_since(on_host):
     states = json.loads(json.dumps(program.status()))
     assert list(states) == ["demo"]

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import gevent
 import pytest
+from pyinfra.api.state import State
 from pyinfra.context import ctx_host
 
 from llamafleet import payload
@@ -256,6 +257,26 @@ def test_a_run_brings_its_helpers_and_each_model_s_secrets(read, tmp_path):
     run = decision.decide(Host(models=[{**MODEL, "api_key_file": str(keys)}])).desired.run
     assert run.secrets == {"m0": {"api-keys": "key-number-one\nkey-number-two\n"}}
     assert (run.helpers, run.oldest_python, run.commit) == (payload.helpers_key(), payload.HELPERS_PYTHON, "c" * 40)
+
+
+def test_what_other_hosts_are_to_serve_is_collected_once_for_all_hosts_without_models():
+    """A fleet that is emptied would else read each host's data for each host."""
+    read = []
+
+    class Wanting(Host):
+        def __init__(self, name, **data):
+            super().__init__(**data)
+            self.name, own = name, self.data
+            self.data = types.SimpleNamespace(dict=lambda: read.append(name) or own.dict())
+
+    state = State()
+    state.limit_hosts = None
+    one = {**MODEL, "name": "one", "source": "hf:o/r/one.gguf"}
+    state.inventory = [Wanting("a", models=[]), Wanting("b", models=[one]), Wanting("c", models=[one, MODEL])]
+    _, b, c = state.inventory
+    words = [decision._words(state) for _ in range(100)][-1]
+    assert words["one"] == {b, c} and words["hf:o/r/one.gguf"] == {b, c} and words[MODEL["name"]] == {c}
+    assert read == ["a", "b", "c"]
 
 
 # --- records of tunes -----------------------------------------------------------------------------
