@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from llamafleet.cli import figures
 from llamafleet.cli.figures import Figure, gib
 from llamafleet.cli.reported import HostFacts, InstanceFacts, Measured
-from llamafleet.cli.status import HostStatus, InstanceStatus
+from llamafleet.cli.status import HostStatus, InstanceStatus, remarks_of
 from llamafleet.cli.tables import rate
 from llamafleet.host.machine import Machine
 from llamafleet.tuning.records import in_words
@@ -154,22 +154,14 @@ def _machine(machine: Machine, status: HostStatus) -> Iterator[Fact]:
 def _instance(anchor: str, one: InstanceFacts) -> InstanceSection:
     found = tried(one.measured.record) if one.measured else ()
     status = one.status
-    remarks = list(_remarks(status)) if status else []
+    remarks = [f"a run would change: {'; '.join(status.drift)}"] if status and status.drift else []
+    remarks += remarks_of(status) if status else []
     if one.measured and one.measured.stale:
         remarks.append(f"what was measured no longer holds: {'; '.join(one.measured.stale)}")
     return InstanceSection(
         anchor, one.name, tuple(_badges(one)), tuple(_facts(one)), (*remarks, *one.problems),
         tuple(_figures(one, found)), _tried(found, one), one.why, " ".join(one.argv),
     )  # fmt: skip
-
-
-def _remarks(status: InstanceStatus) -> Iterator[str]:
-    if status.drift:
-        yield f"a run would change: {'; '.join(status.drift)}"
-    if status.gate is not None and status.gate.problem:
-        yield f"the last gate is not known: {status.gate.problem}"
-    if status.liveness_restarts:
-        yield f"restarted {status.liveness_restarts} times by the liveness check, last {status.last_liveness_restart}"
 
 
 def _badges(one: InstanceFacts) -> Iterator[Badge]:
