@@ -243,7 +243,10 @@ def read_inputs(host: Host) -> PlanInputs | Refused:
         for instance in expanded.models
     }
     prompts = {one.name: sha256(lookups.tune_prompt(one).encode()) for one in expanded.models if one.tune_prompt_file}
-    return plan_inputs(expanded, survey, models, records.kept(), prompts)
+    kept = records.kept()
+    inputs = plan_inputs(expanded, survey, models, kept, prompts)
+    problems = kept.problems.get(host.name, ())
+    return inputs if isinstance(inputs, Refused) else replace(inputs, notes=(*inputs.notes, *problems))
 
 
 def _files(host: Host, settings: Settings, instance: Instance) -> ModelFiles:
