@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from llamafleet.cli import figures
 from llamafleet.cli.figures import Figure, gib
 from llamafleet.cli.reported import HostFacts, InstanceFacts, Measured
-from llamafleet.cli.status import HostStatus, InstanceStatus, remarks_of
+from llamafleet.cli.status import HostStatus, InstanceStatus, remarks_of, space
 from llamafleet.cli.tables import rate
 from llamafleet.host.machine import Machine
 from llamafleet.tuning.records import in_words
 from llamafleet.tuning.tried import Tried, not_run, tried, why_ended
+from llamafleet.units import GIB, MIB
 
 GOOD, BAD, WARNING, PLAIN = "good", "bad", "warning", "plain"
 Fact = tuple[str, str]
@@ -147,8 +148,8 @@ def _machine(machine: Machine, status: HostStatus) -> Iterator[Fact]:
         "system",
         f"{machine.os.id} {machine.os.version}".strip() + (f", {machine.os.kernel}" * bool(machine.os.kernel)),
     )
-    for path, free in status.free_bytes.items():
-        yield "disk", f"{gib(free)} GiB free at {path}"
+    if status.free_bytes:
+        yield "disk", space(status)
 
 
 def _instance(anchor: str, one: InstanceFacts) -> InstanceSection:
@@ -211,8 +212,9 @@ def _facts(one: InstanceFacts) -> Iterator[Fact]:
 def _state(status: InstanceStatus) -> Iterator[Fact]:
     if status.plan:
         yield "plan", status.plan
-    if status.cgroup_bytes is not None or status.rss_bytes is not None:
-        yield "RAM in use", f"{gib(status.rss_bytes or 0 if status.cgroup_bytes is None else status.cgroup_bytes)} GiB"
+    used = status.rss_bytes if status.cgroup_bytes is None else status.cgroup_bytes
+    if used is not None:
+        yield "RAM in use", f"{gib(used)} GiB" if used >= GIB else f"{used / MIB:.0f} MiB"
     if isinstance(status.gpu_bytes, str):
         yield "GPU memory", status.gpu_bytes
     else:

@@ -191,7 +191,7 @@ def _remarks(host: HostStatus) -> Iterator[str]:
         yield from (f"{instance.name}: {remark}" for remark in remarks_of(instance))
         yield from (f"{instance.name}: {note}" for note in instance.tuned.get("notes", ()))
     if host.free_bytes:
-        yield _space(host)
+        yield space(host)
     if host.drift:
         yield f"a run would change: {'; '.join(host.drift)}"
 
@@ -207,7 +207,7 @@ def remarks_of(instance: InstanceStatus) -> Iterator[str]:
                f"last {instance.last_liveness_restart}")  # fmt: skip
 
 
-def _space(host: HostStatus) -> str:
+def space(host: HostStatus) -> str:
     """The free space, equal values once: two folders are mostly on one disk."""
     paths: dict[str, list[str]] = {}
     for path, free in host.free_bytes.items():

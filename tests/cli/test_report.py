@@ -223,3 +223,14 @@ def test_what_is_wrong_with_an_instance_is_a_remark():
         "restarted 2 times by the liveness check, last 2026-11-21: no sign of life",
     )
     assert dict(shown.facts)["last gate"] == "not known" and dict(shown.facts)["tune"] == "not measured: try"
+
+
+def test_memory_and_disks_are_said_in_units_that_show_them():
+    box = reporting.cpu_box()
+    [one] = box.instances
+    status = replace(one.status, cgroup_bytes=None, rss_bytes=300 * 2**20)
+    free = {"/opt": 50 * GIB, "/var/lib/llamafleet": 50 * GIB}
+    hosts = {"cpu1": HostFacts(replace(box.status, free_bytes=free), box.machine, (replace(one, status=status),))}
+    host, shown = section(hosts, "cpu1")
+    assert dict(shown.facts)["RAM in use"] == "300 MiB"
+    assert dict(host.facts)["disk"] == "50.0 GiB free at /opt and /var/lib/llamafleet"
