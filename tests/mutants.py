@@ -12,7 +12,11 @@ from functools import cache
 from unittest import mock
 
 from llamafleet.cli import tables
+from llamafleet.cli.report import page
+from llamafleet.cli.reported import host_facts
 from llamafleet.cli.status import Wanted, of_host, table
+from llamafleet.cli.workload import HostWorkload, InstanceWorkload
+from llamafleet.cli.workload import table as workload_table
 from llamafleet.host import answers
 from llamafleet.host.machine import MachineError
 from llamafleet.hub.source import ModelFiles, RemoteFile
@@ -30,13 +34,16 @@ from llamafleet.service.instance_changes import sha256
 from llamafleet.service.model_folders import model_path
 from llamafleet.service.record import record_text
 from llamafleet.service.refusals import Refused, held_by
-from tasks import status, uninstall
-from tasks.lib import jobs, memory_check, remote
+from llamafleet.tuning.observed import fitting
+from llamafleet.tuning.records import Kept
+from tasks import uninstall
+from tasks.lib import jobs, memory_check, remote, state
 from tasks.lib.templates import render
 from tasks.lib.this_run import is_ours_or_dead
 from tests import planning
 from tests.host.test_answers import ANSWERS, GATE
 from tests.tasks.test_memory_check import Host
+from tests.tuning.test_record import value
 
 RUN = Run(helpers="h1", oldest_python=(3, 9), commit="c" * 40, secrets={"m0": {"api-keys": "secret\n"}}, holder=None)
 GROUND = {"systemd": "257", "kernel": "6.12", "driver": "580.159.04"}
@@ -50,6 +57,7 @@ BARE = {
     "current": None, "cached_builds": {"0123456789abcdef": ["5e" * 32]}, "models": {}, "instances": {}, "listeners": [], "device_classes": ["nvidia"],
     "ground": GROUND, "gpu_groups": ["render", "video"], "foreign_units": [], "toolkits": [TOOLKIT], "release_digests": {},
     "compiler": "14.2.0", "tools": {"g++": "14.2.0", "cmake": "3.31.6"}, "rocm": [{"path": "/opt/rocm", "version": "6.3", "compiler": None, "hipblas": True, "rocblas": True}],
+    "tuned": {"m0": value({"threads": 2})},
 }  # fmt: skip
 SYSTEM = {"package_manager": "apt", "python": "3.13.5", "disks": [{"path": "/opt", "free_bytes": 2**40}]}
 AMD = {"vendor": "amd", "compute_capability": None, "gfx": "gfx1100", "name": "Radeon RX 7900 XTX"}
@@ -136,7 +144,8 @@ def boxes():
 
 
 def use_survey(host, line):
-    """Decide, compare, and show: the deploy's table, `llamafleet plan --inventory` and `llamafleet status`."""
+    """Decide, compare, and show: the deploy's table, `llamafleet plan --inventory`, `llamafleet status`
+    and `llamafleet report`."""
     read = inputs(host, line)
     desired = read if isinstance(read, Refused) else desire(read, RUN, render)
     if isinstance(desired, Refused):
@@ -150,9 +159,11 @@ def use_survey(host, line):
             json.loads(record_text({**kept, **serving.record}))
         shown = [tables.table(serving.plan, "m0 on box") for serving in desired.servings]
         shown += [desired.why, json_text([serving.plan.to_json() for serving in desired.servings]), repr(changes)]
-        wanted = status.wanted(desired, changes)
-    found = answers.survey(line).installed
-    shown += shown_status(of_host(found, {}, wanted))
+        wanted = state.wanted(desired, changes)
+    told = answers.survey(line)
+    status = of_host(told.installed, {}, wanted)
+    shown += shown_status(status)
+    shown.append(repr(page("box", {"box": host_facts("box", status, told, None, Kept())}, 0.0)))
     return "\n".join(shown)
 
 
@@ -166,6 +177,12 @@ def use_status(host, line):
     live = answers.status(line)
     found = answers.survey(json.dumps(host.survey)).installed
     return "\n".join(shown_status(of_host(found, live, Wanted({"m0": ()}))))
+
+
+def use_observed(host, line):
+    found = {name: InstanceWorkload(one, fitting(one, 4)) for name, one in answers.observed(line).items()}
+    shown = {"box": HostWorkload(found)}
+    return "\n".join([workload_table(shown), json_text(shown["box"].to_json())])
 
 
 def use_holder(host, line):
@@ -185,7 +202,7 @@ def use_removable(host, line):
 def use_job(host, line):
     """What is logged of a job that has ended, or was seen in this state last."""
     log = Host()
-    jobs._told(log, "build-key", answers.job(line))
+    jobs.told(log, "build-key", answers.job(line))
     return "\n".join(["", *log.lines])
 
 

@@ -108,8 +108,8 @@ model_defaults = {
     # File on *your* machine with a text such as the server's users send: a tune measures speculation with it. Without
     # it a tune has random words, which no speculation guesses.
     "tune_prompt_file": None,
-    # A new build, driver or kernel that serves slower than the last good one is turned away. This commit of llama.cpp
-    # (or tag, as in `llama_cpp_ref`) may. None: no one.
+    # A new build that serves slower than the one before it is turned away. This commit of llama.cpp (or tag, as in
+    # `llama_cpp_ref`) is not. None: every one is.
     "accept_slower": None,
     # LoRA adapters, each a source or {"source": ..., "scale": 0.5} with the keys of `projector`. The scale is 1 unless
     # it is given; with 0 an adapter is loaded, and used by requests that ask for it.
@@ -275,6 +275,12 @@ liveness_interval_seconds = 60
 # connections wait meanwhile, and reach the next server; see docs/operations.md, "A switch under load". 0: replies are
 # cut. 30: most replies end within it.
 drain_seconds = 30
+# What happens to a server whose replies still run after that: "cut": it is stopped; "wait": the switch waits on, up to
+# twelve hours; "stop": the server stays, and the host fails.
+drain_overdue = "cut"
+# The most hosts of one run that switch a service at the same time. None: as many as leave each model with half of the
+# hosts that serve it, rounded up, but one of a model at a time at least. See docs/rollout.md.
+switch_at_once = None
 
 # --- tuning ----------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ owner has put into /usr/local does as well.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -146,6 +147,7 @@ def all_needs() -> dict[str, Need]:
     return {need.name: need for need in every}
 
 
-def asked_of_hosts() -> dict[str, dict[str, Any]]:
+@functools.cache
+def asked_of_hosts() -> Mapping[str, Mapping[str, Any]]:
     """What the survey is asked, by package manager: it reports what is missing."""
     return {manager: {name: need.to_json(manager) for name, need in all_needs().items()} for manager in MANAGERS}

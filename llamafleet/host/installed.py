@@ -197,6 +197,11 @@ class InstalledInstance:
         """Whether it starts when it is asked, and stops when nobody uses it."""
         return bool(self.demand_sha256)
 
+    @property
+    def serves(self) -> bool:
+        """Whether clients are answered, if need be after a start."""
+        return (self.socket if self.is_on_demand else self.active) == "active"
+
 
 @dataclass(frozen=True)
 class Listener:
@@ -263,6 +268,8 @@ class Installed:
     gated: Table[GatedSpeed] = field(default_factory=dict)
     # The number of each NVIDIA GPU's device node, by bus id.
     nvidia_minors: Table[Annotated[Whole, Field(ge=0, le=255)]] = field(default_factory=dict)
+    # The records of tunes by instance, as the host has them; `llamafleet/tuning/record.py` reads one.
+    tuned: Table[Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, data: object) -> Installed:

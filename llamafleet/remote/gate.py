@@ -7,17 +7,21 @@ fails, and prints {"ok": bool, "checks": [{"name", "ok", "expected", "found", "h
 the next gate compares with, and "last_failure" {"time", "release", "check"}. With --no-floor any speed passes: a server
 that has served before is not rejected for its speed. A server that sleeps is woken with --record only, which is for one
 that was just started.
+`gate.py pace PLAN.json` measures a running server before another build takes its place, and keeps its pace in the
+record (gate_pace.py); `gate.py again PLAN.json` measures one that runs under another driver or kernel than before, and
+keeps "slower", a text that is empty where it is not. Both print the same object, and fail where nothing can be
+measured now.
 `gate.py start PLAN.json`, the unit's ExecStartPost, waits for /health and then checks that a planned key is asked for
 and that the process holds memory on the planned GPUs. If the key file is empty, or the driver was not ready at boot,
 the start thus fails: no server serves everybody, or stays on the CPU. The checks run in a transient unit without
 root's rights (gate_unit.py); what they find is written here.
 
-PLAN.json is plan.json, of which is read: identity, release, files, plan.predicted, and `gate`: unit, argv, url,
-api_keys and tls_certificate (path | null), health_seconds (the most that loading may take), context_tokens (of one
-slot), slots, kv_type, speed_floor_percent, backend, serves ("chat" where it is missing; "embedding" with pooling and
-vector_elements, or "reranking" with rerank_example), gpus [{"uuid", "name", "planned_bytes", and what gate_devices.py
-reads}], and what gate_prompt_files.py, gate_adapters.py and gate_speculation.py read. Standard library, psutil and
-pynvml; common.py and gate_*.py lie beside it.
+PLAN.json is plan.json, of which is read: identity, release, commit, accept_slower (that commit | null), files,
+plan.predicted, and `gate`: unit, argv, url, api_keys and tls_certificate (path | null), health_seconds (the most that
+loading may take), context_tokens (of one slot), slots, kv_type, speed_floor_percent, backend, serves ("chat" where it
+is missing; "embedding" with pooling and vector_elements, or "reranking" with rerank_example), gpus [{"uuid", "name",
+"planned_bytes", and what gate_devices.py reads}], and what gate_prompt_files.py, gate_adapters.py and
+gate_speculation.py read. Standard library, psutil and pynvml; common.py and gate_*.py lie beside it.
 
 `/health` alone proves little: llama-server answers 200 also after it silently fell back to the CPU.
 
@@ -39,6 +43,7 @@ from gate_adapters import check_adapters
 from gate_devices import cause_of_end, check_devices
 from gate_load import deadline, why_silent
 from gate_nvml import held_by, in_use_on_all
+from gate_pace import check_again, check_old_pace, check_pace
 from gate_picture import check_picture
 from gate_prompt_files import check_prompt_files
 from gate_reading import check_longest, check_reading
@@ -166,8 +171,8 @@ def check_gpus(spec: dict[str, Any]) -> dict[str, Any] | None:
 
 CHECKS = (
     check_health, check_process, check_asleep, check_gpus, check_devices, check_key, check_context, check_prompt_files,
-    check_completion, check_adapters, check_speculation, check_picture, check_speed, check_embedding, check_scores,
-    check_reading, check_longest,
+    check_completion, check_adapters, check_speculation, check_picture, check_speed, check_pace, check_embedding,
+    check_scores, check_reading, check_longest,
 )  # fmt: skip
 # The key first: until then a server without keys would serve everybody.
 START_CHECKS = (check_health, check_key, check_gpus, check_devices)
@@ -213,6 +218,8 @@ def record_of(spec: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         if spec["serves"] != "chat":
             record["read_speeds"] = reading_speeds(spec, key)
         record.update(measured, speed_key=key, speeds=speeds[-REMEMBERED:], expected=spec["expected"])
+        if "pace" in measured:  # what was said of an earlier build
+            record["slower"] = ""
     else:
         record["last_failure"] = {"time": now, "release": spec["release"], "check": found["checks"][-1]}
     return record
@@ -243,15 +250,18 @@ def verdict(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         trust(spec)
     except (OSError, ValueError) as error:
         return spec, {"ok": False, "checks": [unreadable("certificate", error)]}
-    return spec, check(spec, CHECKS if argv[0] == "check" else START_CHECKS)
+    by_verb = {"check": CHECKS, "start": START_CHECKS, "pace": (check_old_pace,), "again": (check_again,)}
+    return spec, check(spec, by_verb[argv[0]])
 
 
 def examine(argv: list[str]) -> dict[str, Any]:
     """Run the checks; {"found": the verdict, "record": what to remember of it | null, "devices": what the log told}."""
     spec, found = verdict(argv)
-    if argv[0] == "check":
+    if argv[0] != "start":
         found["decode_tokens_per_s"] = spec.get("measured", {}).get("decode_tokens_per_s")
     record = record_of(spec, found) if spec and argv[0] == "check" and "--record" in argv else None
+    if argv[0] in ("pace", "again") and spec and found["ok"]:
+        record = {**spec["last"], **spec["measured"]}
     return {"found": found, "record": record, "devices": gate_devices.unwritten}
 
 
@@ -260,7 +270,7 @@ def conclude(argv: list[str], examined: dict[str, Any]) -> int:
     found = examined["found"]
     if examined["devices"]:
         gate_devices.keep(read_spec(argv[1])["unit"], examined["devices"])
-    if argv[0] == "check":
+    if argv[0] != "start":
         if examined["record"] is not None:
             write_json(read_spec(argv[1])["record"], examined["record"])
         print(json.dumps(found))

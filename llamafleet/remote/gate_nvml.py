@@ -5,7 +5,7 @@ Part of gate.py and status.py and under their contracts: Python 3.8, pynvml, the
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterator, Optional, Tuple, Union  # Python 3.8's own are not generic
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Union  # Python 3.8's own are not generic
 
 from common import sees_all_processes
 
@@ -42,6 +42,18 @@ def in_use_on_all() -> Dict[str, int]:
 
     found = by_uuid(in_use)
     return {} if isinstance(found, str) else {uuid: size for uuid, size in found.items() if size is not None}
+
+
+def used_by_others(uuids: Sequence[str]) -> Dict[str, int]:
+    """Percent of the last second in which each of these GPUs computed, by UUID, while our server did not; without those
+    of which NVML does not tell it, as of MIG instances."""
+
+    def used(pynvml: Any, device: Any) -> Optional[int]:
+        return int(pynvml.nvmlDeviceGetUtilizationRates(device).gpu)
+
+    found = by_uuid(used)
+    found = {} if isinstance(found, str) else found
+    return {uuid: percent for uuid in uuids if (percent := found.get(uuid)) is not None}
 
 
 def by_uuid(ask: Any) -> Held:

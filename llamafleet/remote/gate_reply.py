@@ -41,7 +41,9 @@ class Bad(Exception):
     """No healthy model gives this answer. Arguments: expected, found, and the usual cause."""
 
 
-def complete(spec: dict[str, Any], prompt: str | list[int], tokens: int, top: int = TOP, **more: Any) -> dict[str, Any]:
+def complete(
+    spec: dict[str, Any], prompt: str | list[int], tokens: int, top: int = TOP, seconds: float = SECONDS, **more: Any
+) -> dict[str, Any]:
     """The server's answer with greedy sampling and without its prompt cache. Raises Bad if it has not all tokens.
 
     `more`: what the request says beside."""
@@ -50,7 +52,7 @@ def complete(spec: dict[str, Any], prompt: str | list[int], tokens: int, top: in
         "cache_prompt": False, "return_tokens": True, "repeat_penalty": 1.0, "presence_penalty": 0.0,
         "frequency_penalty": 0.0, **free(spec), **more,
     }  # fmt: skip
-    status, answer = ask(spec["url"], "/completion", first_key(spec), body, SECONDS)
+    status, answer = ask(spec["url"], "/completion", first_key(spec), body, seconds)
     found = answer if isinstance(answer, dict) else {}
     if status != 200 or found.get("tokens_predicted") != tokens:
         hint = str(answer)[:300] if status != 200 else "it ended early: its context is full, or it stopped by itself"

@@ -118,6 +118,7 @@ def read_spec(path: str) -> Dict[str, Any]:
     instance = instance_of(gate["unit"])
     return {
         **gate, "files": plan.get("files", []), "identity": plan.get("identity"), "release": plan.get("release"),
+        "commit": plan.get("commit"), "accept_slower": plan.get("accept_slower"),
         "predicted_tokens_per_s": predicted_speed(plan, gate["serves"]), "expected": expected_speed(plan),
         "record": gate_record(instance),
         "last": usable(read_json(gate_record(instance))), "measured": {},
@@ -180,12 +181,38 @@ def is_kept(value: Any, key: str) -> bool:
     return isinstance(numbers, list) and bool(numbers) and all(map(is_number, numbers))
 
 
+def is_pace(value: Any) -> bool:
+    """A pace, as gate_pace.py keeps it."""
+    if not isinstance(value, dict) or not isinstance(value.get("key"), str):
+        return False
+    texts = all(isinstance(value.get(one), str) for one in ("driver", "kernel"))
+    sizes = value.get("tokens")
+    return (
+        texts
+        and {"release", "commit"} <= value.keys()
+        and is_number(value.get("time"))
+        and isinstance(sizes, list) and len(sizes) == 2 and all(type(one) is int and 0 < one < 2**20 for one in sizes)
+        and all(is_speeds(value.get(kind)) for kind in ("prompt", "decode"))
+        and isinstance(value.get("others"), list)
+        and all(one is None or (is_number(one) and 0 <= one < 2**20) for one in value["others"])
+    )  # fmt: skip
+
+
+def is_speeds(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(
+        is_number(one) and 0 < one < 1e18 for one in value
+    )  # fmt: skip
+
+
 # What later gates compare with.
 COMPARED: Dict[str, Callable[[Any], bool]] = {
     "speeds": lambda value: isinstance(value, list) and all(map(is_number, value)),
     "prompt_tokens_per_s": lambda value: is_number(value) and value > 0,
     "first": is_first,
     "read_speeds": lambda value: isinstance(value, list) and all(map(is_number, value)),
+    "pace": is_pace,
+    "pace_again": is_pace,
+    "slower": lambda value: isinstance(value, str),
     "first_vector": lambda value: is_kept(value, "vector"),
     "first_scores": lambda value: is_kept(value, "scores"),
 }

@@ -11,8 +11,9 @@ Exit 0 nothing to do, 10 restarted; anything else is a check that failed, of whi
 Writes /run/llamafleet/liveness-NAME.json (the counters that it saw) and, on a restart, /var/lib/llamafleet/gate/
 liveness/NAME.json {"restarts", "by_systemd", "time", "why"}: its own restarts, those of systemd before them, of which
 systemd forgets the number with each of ours, and when and why the last one was. Where systemd has restarted a server
-that has run well for SETTLED_SECONDS, the number goes there too, and systemd's pauses begin anew. Root, standard
-library; common.py, gate_server.py, liveness_server.py and switch_lock.py lie beside it.
+that has run well for SETTLED_SECONDS, the number goes there too, and systemd's pauses begin anew. A server without a
+cached token that runs under another driver or kernel than before is measured, once (pace.py). Root, standard library;
+common.py, gate_server.py, liveness_server.py, pace.py and switch_lock.py lie beside it.
 
 `/health` can answer 200 on a server whose GPU hangs; `/slots` too, also while a batch is computed. So only counters
 that move prove that a server at work gets on, and a long queue does not prove the contrary. Whether the GPU of a
@@ -31,6 +32,7 @@ import sys
 import time
 from typing import Any, Optional, Tuple  # the contract is Python 3.8, whose own are typing's
 
+import pace
 from common import (
     PLAN_SCHEMA,
     RUN,
@@ -103,6 +105,8 @@ def check(spec: dict[str, Any], seconds: float) -> int:
     if trouble is None:
         note(spec, pid, now)
         begin_anew(spec["unit"])
+        if spec.get("bare"):
+            pace.measure_again(instance_of(spec["unit"]))
         return FINE
     return RESTARTED if restart(spec["unit"], pid, trouble) else FINE
 
@@ -187,6 +191,7 @@ def look(spec: dict[str, Any], before: Slots, seconds: float) -> Tuple[Optional[
         if not told.working:
             return waits(told.waiting), {}
     now, bare = read_slots(spec)
+    spec["bare"] = bare
     keeps_prompts = spec["serves"] == "chat"
     if before and moved(before, now, keeps_prompts):
         return None, now

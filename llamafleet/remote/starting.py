@@ -127,6 +127,9 @@ def gate(name: str, *options: str) -> Optional[str]:
         return f"the gate itself failed with exit code {done.returncode}"
     for check in checks:
         print(f"gate {check['name']}: {'ok' if check['ok'] else 'FAILED'}", flush=True)
+    for check in checks:
+        if check["name"] == "pace" and check["ok"] and check["hint"]:
+            print(f"note: {unit_of(name)}: {check['hint']}: {check['found']}", flush=True)
     bad = [check for check in checks if not check["ok"]]
     if not bad:
         return None

@@ -4,13 +4,14 @@ Contract: no arguments; prints one JSON object, by instance name {"rss_bytes", "
 "gpu_bytes": {GPU's UUID: int | null} | text where NVML does not tell, "since": text, "gate": the last gate's record
 (`gate.py`) | null, "liveness": the record of the liveness check's restarts (`liveness.py`) | null, "asleep": whether
 the server has freed its model's memory until the next request}. Changes nothing, and wakes and starts nothing.
-Python 3.8, standard library, psutil and pynvml; its siblings common.py, gate_nvml.py, gate_sleep.py, gate_spec.py,
-liveness_server.py and survey.py lie beside it.
+Python 3.8, standard library, psutil and pynvml; its siblings common.py, gate_nvml.py, gate_pace.py, gate_sleep.py,
+gate_spec.py, liveness_server.py and survey.py lie beside it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from common import GATES, RUN, invocation, liveness_record, plan_path, read_json, unit_of
@@ -37,10 +38,22 @@ def instance(name: str) -> dict[str, Any]:
         "cgroup_bytes": number(shown.get("MemoryCurrent")),
         "gpu_bytes": gpu_bytes(pid, unit_of(name), gate) if planned and pid else {},
         "since": shown.get("ActiveEnterTimestamp") or "",
-        "gate": read_json(f"{GATES}/{name}.json") or None,
+        "gate": of_now(read_json(f"{GATES}/{name}.json")) or None,
         "liveness": read_json(liveness_record(name)) or None,
         "asleep": is_asleep(name) if pid else False,
     }
+
+
+def of_now(record: dict[str, Any]) -> dict[str, Any]:
+    """The gate's record without "slower" where the host no longer runs the driver and the kernel that this is of."""
+    if not record.get("slower"):
+        return record
+    from gate_pace import driver
+
+    again = record.get("pace_again")
+    again = again if isinstance(again, dict) else {}
+    same = (again.get("kernel"), again.get("driver")) == (os.uname().release, driver())
+    return record if same else {**record, "slower": ""}
 
 
 def is_asleep(name: str) -> bool:

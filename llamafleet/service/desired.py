@@ -22,14 +22,15 @@ from llamafleet.hub.source import ModelFiles
 from llamafleet.memory.ledger import Correction
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Plan
-from llamafleet.planner.stability import Choice
+from llamafleet.planner.stability import Choice, RecordedMemory
 from llamafleet.remote.common import demand_units, identity_of, unit_of
 from llamafleet.service import command, refusals
 from llamafleet.service.building import Run, building, is_cached
 from llamafleet.service.demand import demand_texts, too_old
+from llamafleet.service.measured import has_records, tuning_notes, with_records
 from llamafleet.service.model_folders import companion_paths, model_folder, model_path, mount_of, stores
 from llamafleet.service.plan_inputs import PlanInputs
-from llamafleet.service.record import plan_record, record_text
+from llamafleet.service.record import accepted, plan_record, record_text
 from llamafleet.service.refusals import Refused
 from llamafleet.service.unit import Renderer, liveness_texts, unit_text
 from llamafleet.settings.schema import Instance, Settings
@@ -172,13 +173,15 @@ def _desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused
         return refused
     corrections = inputs.corrections()
     choice = inputs.keep_or_replan(corrections)
-    if refused := next(_unplanned(choice), None):
+    refused = next(_unplanned(choice), None)
+    if refused and not has_records(inputs):  # what was measured may need less
         return refused
     made = building(inputs, run)
     if isinstance(made, Refused):
-        return made
+        return refused or made
+    inputs, choice, known = with_records(inputs, made.build.key, choice, corrections)
     bare = Desired(inputs, run, made.build, made.install_toolkit, made.lacking, hip=made.hip)
-    return with_plans(bare, choice, corrections, {}, render)
+    return with_plans(bare, choice, known, {}, render)
 
 
 def with_plans(
@@ -239,6 +242,25 @@ def to_ask(inputs: PlanInputs, outcome: Desired | Refused) -> tuple[Need, ...]:
     return ()
 
 
+def service_of(desired: Desired, instance: Instance, plan: Plan, render: Renderer) -> Service:
+    """The service of the host's instance of that name with other settings and another plan, installed or not."""
+    models = tuple(instance if one.name == instance.name else one for one in desired.settings.models)
+    other = replace(desired, inputs=desired.inputs.with_settings(replace(desired.settings, models=models)))
+    choice = Choice((plan,), RecordedMemory.of(desired.machine))
+    return _serving(other, choice, instance, plan, None, render).service
+
+
+def with_record(desired: Desired, name: str, record: Mapping[str, Any], render: Renderer) -> Desired | Refused:
+    """The same host with a new record of an instance, and the plans that follow."""
+    installed = replace(desired.installed, tuned={**desired.installed.tuned, name: record})
+    inputs = replace(desired.inputs.as_asked(), survey=replace(desired.inputs.survey, installed=installed))
+    notes = tuple(note for note in inputs.notes if note not in tuning_notes(desired.inputs))
+    inputs = replace(inputs, notes=notes)
+    choice = inputs.keep_or_replan(desired.corrections)
+    inputs, choice, corrections = with_records(inputs, desired.build.key, choice, desired.corrections)
+    return with_plans(replace(desired, inputs=inputs), choice, corrections, {}, render)
+
+
 def _serving(
     desired: Desired, choice: Choice, instance: Instance, plan: Plan, verified: Verified | None, render: Renderer
 ) -> Serving:  # fmt: skip
@@ -264,6 +286,7 @@ def _serving(
             "rates": inputs.rates().to_json(),
         },
         "verified": verified.to_json() if verified else desired.remembered(plan),
+        **accepted(instance.accept_slower, settings.llama_cpp_ref, build.commit),
     }
     service = Service(
         name=instance.name,

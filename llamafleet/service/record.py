@@ -37,6 +37,7 @@ from llamafleet.settings.speculation import GUESSES_NOTHING
 SLOWEST_LOAD = 10 * MIB
 # Before a server answers: start, warm-up, GPU initialisation, seconds.
 START_SECONDS = 60
+SHORT_COMMIT = 7  # digits, as git shows a commit
 
 
 def plan_record(
@@ -116,6 +117,13 @@ def chosen_plan(plan: Plan) -> dict[str, Any]:
     expected = plan.at_gate.to_json() if plan.at_gate else None
     told = {key: value for key, value in plan.to_json().items() if key != "problems"}  # those of the host, not its own
     return {**told, "predicted": plan.chosen_for.to_json(), "expected": expected}
+
+
+def accepted(asked: str | None, ref: str, commit: str) -> dict[str, str]:
+    """What plan.json says of `accept_slower`, outside of `identity`: this build's commit, if it is the one that is
+    named, as in `llama_cpp_ref`, whole or by its first digits; else nothing."""
+    named = asked is not None and (asked == ref or (len(asked) >= SHORT_COMMIT and commit.startswith(asked)))
+    return {"accept_slower": commit} if named else {}
 
 
 def without_query(source: str) -> str:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import re
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from gevent.lock import RLock
 from pyinfra import logger
@@ -32,7 +33,8 @@ from llamafleet.planner.copies import with_copies
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Refusal
 from llamafleet.planner.stability import Choice
-from llamafleet.service import disks
+from llamafleet.remote.common import sha256
+from llamafleet.service import disks, measured
 from llamafleet.service.building import Run
 from llamafleet.service.changes import Changes, changes_needed
 from llamafleet.service.companions import with_companions
@@ -44,7 +46,7 @@ from llamafleet.settings.prompt_files import PromptFileError
 from llamafleet.settings.schema import Instance, Settings, SettingsError
 from llamafleet.settings.secrets import SecretError
 from llamafleet.sources import SourceError
-from tasks.lib import builds, ends, facts, lookups, paths, remote, templates
+from tasks.lib import builds, ends, facts, lookups, paths, records, remote, templates
 from tasks.lib.certificates import CertificateError
 from tasks.lib.this_run import is_ours_or_dead
 
@@ -66,13 +68,17 @@ class Decision:
 MAKES = {"bootstrap": ("helpers", "user", "packages"), "toolkit": ("toolkit",), "build": ("build",),
          "model": ("models",), "verify": ("verify",),
          "service": ("services", "refreshed", "liveness", "removed", "current")}  # fmt: skip
+# Of these the very version is needed, not one that an earlier run left.
+EXACT = {"tune": ("helpers",)}
 NEEDS = {"toolkit": ("helpers",), "build": ("helpers", "packages", "toolkit"), "model": ("helpers",),
          "verify": ("helpers", "user", "build", "models"),
+         "tune": ("helpers", "user", "build", "models"),
          "service": ("helpers", "user", "build", "models")}  # fmt: skip
 
 _decisions: dict[Host, Decision | None] = {}
 _made: dict[Host, set[str]] = {}  # parts of `Changes` that stages of this run make
 _locks: dict[Host, RLock] = {}
+_words_of: WeakKeyDictionary[State, Mapping[str, set[Host]]] = WeakKeyDictionary()
 
 
 def decision() -> Decision | None:
@@ -83,6 +89,8 @@ def decision() -> Decision | None:
         if host not in _decisions:
             decided = decide(host)
             _decisions[host] = decided if isinstance(decided, Decision) else None
+            if isinstance(decided, Decision):
+                _note_build(host, decided)
             if isinstance(decided, Refused):
                 log_refused(host, decided)
                 host.state.fail_hosts({host})  # raises where no host is left
@@ -94,15 +102,16 @@ def of(host: Host) -> Decision | None:
     return _decisions.get(host)
 
 
-def for_stage(stage: str) -> Decision | None:
+def for_stage(stage: str, is_needed: Callable[[Decision], bool] | None = None) -> Decision | None:
     """As `decision`, for a stage that changes the host. Refuses a host on which an earlier stage has to come first, and
-    is no part of this run."""
+    is no part of this run. `is_needed`: whether the stage has anything to do, where `Changes` do not say it."""
     host, now = ctx_host.get(), decision()
     if now is None:
         return None
     made = _made.setdefault(host, set())
-    missing = [part for part in NEEDS.get(stage, ()) if part not in made and _is_missing(part, now)]
-    if missing and any(getattr(now.changes, part) for part in MAKES[stage]):
+    missing = [part for part in NEEDS.get(stage, ()) if part not in made and _is_missing(part, now, stage)]
+    works = is_needed(now) if is_needed else any(getattr(now.changes, part) for part in MAKES[stage])
+    if missing and works:
         first = [f"tasks.{one}.{one}" for one, parts in MAKES.items() if set(parts) & set(missing)]
         log_refused(host, Refused.because(
             f"run deploy.py first, or {', '.join(first)}: the stage {stage} needs what is not there yet or no longer "
@@ -111,13 +120,14 @@ def for_stage(stage: str) -> Decision | None:
         _decisions[host] = None
         host.state.fail_hosts({host})
         return None
-    made.update(MAKES[stage])
+    made.update(MAKES.get(stage, ()))
     return now
 
 
-def _is_missing(part: str, now: Decision) -> bool:
-    """Whether a part must be made before other stages; helpers of another version do as well."""
-    return bool(getattr(now.changes, part)) and not (part == "helpers" and now.desired.installed.helpers is not None)
+def _is_missing(part: str, now: Decision, stage: str) -> bool:
+    """Whether a part must be made before the stage; helpers of another version do as well for most of them."""
+    other = part == "helpers" and now.desired.installed.helpers is not None and part not in EXACT.get(stage, ())
+    return bool(getattr(now.changes, part)) and not other
 
 
 def replan(
@@ -126,8 +136,13 @@ def replan(
     """Go on with plans that llama-server itself was asked about."""
     host, now = ctx_host.get(), decision()
     assert host is not None and now is not None, "a host that was refused has nothing to verify"
+    return go_on(host, with_plans(now.desired, choice, corrections, verified, templates.render))
+
+
+def go_on(host: Host, desired: Desired | Refused) -> Decision | Refused:
+    """Let later stages go on with this, unless it is a refusal."""
     with _locks[host]:
-        decided = _decided(with_plans(now.desired, choice, corrections, verified, templates.render))
+        decided = _decided(desired)
         if isinstance(decided, Decision):
             _decisions[host] = decided
     return decided
@@ -139,10 +154,7 @@ def decide(host: Host) -> Decision | Refused:
         inputs = read_inputs(host)
         if isinstance(inputs, Refused):
             return inputs
-        decided = _decided(_desired(host, inputs))
-        if isinstance(decided, Decision):
-            _note_build(host, decided)
-        return decided
+        return _decided(_desired(host, inputs))
     except READ_ERRORS as error:
         return refused_by(error)
     except Exception as error:  # whatever it is, the other hosts' run must go on
@@ -230,18 +242,33 @@ def read_inputs(host: Host) -> PlanInputs | Refused:
         )
         for instance in expanded.models
     }
-    return plan_inputs(expanded, survey, models)
+    prompts = {one.name: sha256(lookups.tune_prompt(one).encode()) for one in expanded.models if one.tune_prompt_file}
+    return plan_inputs(expanded, survey, models, records.kept(), prompts)
 
 
 def _files(host: Host, settings: Settings, instance: Instance) -> ModelFiles:
     return paths.model(host, instance) if is_path(instance) else lookups.model(instance, settings)
 
 
+def with_measured(host: Host, inputs: PlanInputs) -> tuple[PlanInputs, Choice, str]:
+    """The inputs with the records of tunes that hold, their plans, and why records cannot be compared, empty where they
+    are. The commit is looked up only where there are records."""
+    if not measured.has_records(inputs):
+        return inputs, inputs.keep_or_replan(inputs.corrections()), ""
+    try:
+        commit = _commit(host, inputs.settings)
+    except (lookups.LookupFailed, SourceError, remote.RemoteError) as error:
+        unknown = f"what was measured is not compared: {error}"
+        return inputs, inputs.keep_or_replan(inputs.corrections()), unknown
+    (inputs, choice, _), unknown = measured.with_commit(inputs, commit)
+    return inputs, choice, unknown
+
+
 def read_run(host: Host, inputs: PlanInputs) -> Run:
     """What only a deployment needs: the commit, the secrets, and who else is at work. Raises one of `READ_ERRORS`."""
     holder = inputs.survey.installed.lock
     return Run(
-        helpers=payload.helpers_key(),
+        helpers=lookups.helpers_key(),
         oldest_python=payload.HELPERS_PYTHON,
         commit=_commit(host, inputs.settings),
         secrets={instance.name: lookups.instance_secrets(instance) for instance in inputs.settings.models},
@@ -261,8 +288,19 @@ def _run(host: Host, inputs: PlanInputs) -> Run:
     run = read_run(host, inputs)
     if inputs.settings.models:
         return run
-    others = [one for one in hosts_of_run(host.state) if one is not host]
-    return replace(run, elsewhere=frozenset(word for one in others for model in wanted_models(one) for word in model))
+    return replace(run, elsewhere=frozenset(word for word, hosts in _words(host.state).items() if hosts - {host}))
+
+
+def _words(state: State) -> Mapping[str, set[Host]]:
+    """The hosts of the run by names and sources of the models that they are to serve: collected once, since many hosts
+    may have none."""
+    if state not in _words_of:
+        words: dict[str, set[Host]] = {}
+        for host in hosts_of_run(state):
+            for word in (word for model in wanted_models(host) for word in model):
+                words.setdefault(word, set()).add(host)
+        _words_of[state] = words
+    return _words_of[state]
 
 
 def hosts_of_run(state: State) -> list[Host]:

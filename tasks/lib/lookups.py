@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from gevent.lock import RLock
 
-from llamafleet import causes
+from llamafleet import causes, payload
 from llamafleet.hub import source
 from llamafleet.hub.network import Network
 from llamafleet.remote.common import API_KEYS
@@ -19,6 +19,9 @@ from llamafleet.settings.schema import Instance, Settings
 from tasks.lib import certificates
 
 T = TypeVar("T")
+
+# Of the text of a tune's prompts: more than any context holds.
+MOST_TUNE_PROMPT = 4 * 2**20
 
 
 class LookupFailed(Exception):
@@ -53,6 +56,11 @@ def commit(settings: Settings) -> str:
         return ref
     way = network(settings)
     return once(("commit", repository, ref, way), lambda: _ls_remote(repository, ref, way))
+
+
+def helpers_key() -> str:
+    """The name of our helpers on hosts, see `payload.helpers_key`: made of a hundred files, and the same for all."""
+    return once("the key of the helpers", payload.helpers_key)
 
 
 def network(settings: Settings) -> Network:
@@ -127,3 +135,11 @@ def instance_secrets(instance: Instance) -> dict[str, str]:
         if place := getattr(instance, setting):
             texts[name] = prompt_files.read(place, f"models: {instance.name}: {setting}", name)
     return texts
+
+
+def tune_prompt(instance: Instance) -> str:
+    """The text of which a tune of the instance makes its prompts. Raises `PromptFileError`."""
+    assert instance.tune_prompt_file is not None, "an instance without such a text is measured with random words"
+    return prompt_files.text_of(
+        instance.tune_prompt_file, f"models: {instance.name}: tune_prompt_file", MOST_TUNE_PROMPT
+    )

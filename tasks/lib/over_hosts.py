@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -35,9 +35,10 @@ from llamafleet.cli import beside, tables, usage
 from llamafleet.host.learned import GatedSpeed
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.printable import err, json_text, one_line, out
+from llamafleet.service.measured import chance, to_json
 from llamafleet.service.refusals import Refused
-from tasks.lib import ends, remote
-from tasks.lib.decision import READ_ERRORS, read_inputs
+from tasks.lib import ends, records, remote
+from tasks.lib.decision import READ_ERRORS, read_inputs, with_measured
 
 T = TypeVar("T")
 
@@ -49,6 +50,8 @@ class Planned:
     result: Plan | Refusal
     measured: GatedSpeed | None
     companions: Mapping[str, Any] = field(default_factory=dict)  # the key of that name, where there are some
+    tuned: Mapping[str, Any] = field(default_factory=dict)  # what measurements say of it, see `measured.to_json`
+    chance: str = ""  # what measuring would try
 
     def to_json(self) -> dict[str, Any]:
         """The plan contract, with `measured`."""
@@ -56,6 +59,7 @@ class Planned:
             **self.result.to_json(),
             **self.companions,
             "measured": asdict(self.measured) if self.measured else None,
+            **({"tuned": dict(self.tuned)} if self.tuned else {}),
         }
 
 
@@ -70,28 +74,34 @@ def plans(inventory: Path, limit: str | None = None) -> dict[str, dict[str, Plan
 def _plans_of(host: Host) -> dict[str, Planned] | str:
     try:
         inputs = read_inputs(host)
+        if isinstance(inputs, Refused):
+            return str(inputs)
+        inputs, choice, unknown = with_measured(host, inputs)
     except READ_ERRORS as error:
         return str(error)
-    if isinstance(inputs, Refused):
-        return str(inputs)
-    results = inputs.keep_or_replan(inputs.corrections()).results
     return {
         one.name: Planned(
             result, inputs.measured_by_gate(result) if isinstance(result, Plan) else None,
-            beside.to_json(one, inputs.models[one.name]),
+            beside.to_json(one, inputs.models[one.name]), to_json(inputs.tunings.get(one.name), unknown),
+            chance(inputs, result) if isinstance(result, Plan) else "",
         )
-        for one, result in zip(inputs.settings.models, results, strict=True)
+        for one, result in zip(inputs.settings.models, choice.results, strict=True)
     }  # fmt: skip
 
 
-def over_hosts(inventory: Path, limit: str | None, action: Callable[[Host], T | str]) -> dict[str, T | str]:
-    """The action's result by host name, all hosts at once; a sentence for a host that cannot be reached. `limit` is a
-    group, or a host's name, which may have `*`, as pyinfra's. Raises PyinfraError, also where no host is left."""
+def over_hosts(
+    inventory: Path, limit: str | Sequence[str] | None, action: Callable[[Host], T | str], exclude: Sequence[str] = ()
+) -> dict[str, T | str]:
+    """The action's result by host name, all hosts at once; a sentence for a host that cannot be reached. `limit` and
+    `exclude` are groups, or hosts' names, which may have `*`, as pyinfra's. Raises PyinfraError, also where no host is
+    left."""
+    records.of_inventory(inventory)
+    limits = (limit,) if isinstance(limit, str) else limit
     state = State(check_for_changes=False)
     with ctx_state.use(state), ctx_config.use(Config()):
-        hosts = _read(inventory)
+        hosts = read(inventory)
         with ctx_inventory.use(hosts):
-            wanted = [host for host in hosts if limit is None or limit in host.groups or fnmatch(host.name, limit)]
+            wanted = [host for host in hosts if (not limits or _is_one(host, limits)) and not _is_one(host, exclude)]
             state.init(hosts, ctx_config.get(), initial_limit=wanted)
             state.set_stage(StateStage.Connect)
             # Raises where no host can be reached; the result names each of them.
@@ -106,7 +116,11 @@ def over_hosts(inventory: Path, limit: str | None, action: Callable[[Host], T | 
                 disconnect_all(state)
 
 
-def _read(inventory: Path) -> Inventory:
+def _is_one(host: Host, patterns: Sequence[str]) -> bool:
+    return any(one in host.groups or fnmatch(host.name, one) for one in patterns)
+
+
+def read(inventory: Path) -> Inventory:
     """The hosts of the inventory, which is Python and is run. Raises PyinfraError with the line that fails."""
     try:
         return make_inventory(str(inventory), cwd=str(project_of(inventory)))
@@ -135,12 +149,14 @@ def _in_context(host: Host, action: Callable[[Host], T | str]) -> T | str:
             return f"cannot be read: {remote.said(error)}"
 
 
-def parse(description: str, arguments: list[str]) -> argparse.Namespace:
-    """The options of a command over an inventory: inventory, limit, json."""
+def parse(description: str, arguments: list[str], **more: str) -> argparse.Namespace:
+    """The options of a command over an inventory: inventory, limit, json; `more`: others by name, with defaults."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("inventory", type=Path)
     parser.add_argument("--limit")
     parser.add_argument("--json", action="store_true")
+    for name, default in more.items():
+        parser.add_argument(f"--{name}", default=default)
     return parser.parse_args(arguments)
 
 
@@ -176,9 +192,12 @@ def _as_text(host: str, answers: Mapping[str, Planned] | str) -> str:
     if isinstance(answers, str):
         return one_line(f"{host}: {answers}")
     return "\n".join(
-        tables.table(answer.result, f"{name} on {host}", measured=usage.speeds(answer.measured))
+        tables.table(
+            answer.result, f"{name} on {host}", measured=usage.speeds(answer.measured),
+            alternatives=[*answer.tuned.get("notes", ()), *([answer.chance] if answer.chance else [])],
+        )
         for name, answer in answers.items()
-    )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

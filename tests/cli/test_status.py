@@ -107,6 +107,13 @@ def test_a_damaged_record_of_the_gate_is_named_and_hides_nothing_else():
     assert json.loads(json.dumps(host.to_json()))["instances"]["demo"]["gate"] == {"ok": 7}
 
 
+def test_a_measurement_that_no_longer_holds_is_named_and_is_no_drift():
+    tuned = {"state": "stale", "stale": ["another kernel"], "notes": ["what was measured no longer holds"]}
+    host = of_host(found(), live(), Wanted({"demo": ()}, tuned={"demo": tuned}))
+    assert host.is_fine and "box1: demo: what was measured no longer holds" in table({"box1": host}).splitlines()
+    assert json.loads(json.dumps(host.to_json()))["instances"]["demo"]["tuned"] == tuned
+
+
 def test_a_wanted_instance_that_is_not_installed_has_a_line():
     host = of_host(dataclasses.replace(INSTALLED, instances={}), {}, Wanted({"demo": ("it is not installed",)}))
     assert not host.is_fine
@@ -219,6 +226,20 @@ def test_where_nvml_does_not_tell_the_servers_own_log_does(on_host, monkeypatch)
     assert program.status()["demo"]["gpu_bytes"] == {"GPU-1": 5, "GPU-3": None}
 
 
+def test_a_server_that_is_slower_under_this_kernel_is_named_and_fine(on_host, monkeypatch):
+    record = {
+        **GOOD,
+        "slower": "slower since the kernel",
+        "pace_again": {"kernel": os.uname().release, "driver": "570"},
+    }
+    files = {f"{program.GATES}/demo.json": record}
+    monkeypatch.setattr(program, "read_json", lambda path: files.get(path, {}))
+    for driver, told in (("570", True), ("575", False)):
+        monkeypatch.setitem(sys.modules, "gate_pace", types.SimpleNamespace(driver=lambda driver=driver: driver))
+        host = of_host(found(), live(gate=program.status()["demo"]["gate"]), AS_WANTED)
+        assert host.is_fine and ("box1: demo: slower since the kernel" in table({"box1": host})) is told
+
+
 def test_the_program_tells_memory_gate_and_since(on_host):
     states = json.loads(json.dumps(program.status()))
     assert list(states) == ["demo"]
@@ -282,7 +303,7 @@ def test_a_host_that_does_not_answer_is_named_and_exits_1(tmp_path):
         ("hosts = []", "fleet.py: the inventory has no host"),
     ],
 )
-@pytest.mark.parametrize("module", ["tasks.status", "tasks.lib.over_hosts"])
+@pytest.mark.parametrize("module", ["tasks.status", "tasks.lib.over_hosts", "tasks.rollout", "tasks.report"])
 def test_an_inventory_that_cannot_be_used_is_bad_input_with_a_line(tmp_path, module, text, says):
     (tmp_path / "fleet.py").write_text(text)
     words = [sys.executable, "-m", module, str(tmp_path / "fleet.py")]
@@ -297,7 +318,7 @@ def test_a_limit_that_names_nobody_is_bad_input(tmp_path):
     assert done.returncode == 2 and "nobody" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["status", "plan"])
+@pytest.mark.parametrize("command", ["status", "plan", "rollout", "report"])
 def test_ctrl_c_while_a_host_is_silent_ends_within_seconds_with_130(tmp_path, command):
     """A host that accepts the connection and says nothing: as a terminal does, all processes get the signal."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

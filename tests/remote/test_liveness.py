@@ -524,6 +524,17 @@ def test_restarts_that_cannot_be_recorded_stay_with_systemd(check, systemd, monk
     assert check() == 0 and systemd.calls == []
 
 
+@pytest.mark.parametrize(("slots", "asked"), [([slot(None)], ["chat"]), ([slot(1)], []), ([slot(1, working=True)], [])])
+def test_a_server_without_a_cached_token_may_be_measured_under_another_kernel(
+    server, check, systemd, slots, asked, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(liveness.pace, "measure_again", seen.append)
+    server.slots = [slots]
+    check(SHORT)
+    assert seen == asked
+
+
 class Vectors(LlamaServer):
     """A server of embeddings or scores, which knows no completions."""
 

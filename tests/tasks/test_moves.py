@@ -8,6 +8,7 @@ import pytest
 from llamafleet.host.recorded import PlanRecord
 from llamafleet.service.succession import Handover
 from tasks.lib import decision, jobs, moves, operations
+from tasks.lib.switching import Options
 
 
 class Data:
@@ -19,6 +20,8 @@ class Data:
 
 
 class Host:
+    groups = ()
+
     def __init__(self, name, state, *wanted):
         self.name, self.state, self.lines = name, state, []
         self.data = Data([{"name": one, "source": f"hf:o/r/{one}.gguf"} for one in wanted])
@@ -138,7 +141,7 @@ def served_as(host, **sources):
 def test_copies_on_another_host_take_over(fleet):
     a, b = fleet("a", ["x"]), fleet("b", [], "x")
     served_as(b, x_1="x", x_2="x")
-    assert {name for _, name in moves._successors(a, "x")} == {"x-1", "x-2"}
+    assert {name for _, name in moves._successors(a, "x", moves._new([a, b]))} == {"x-1", "x-2"}
 
 
 def test_an_instance_that_becomes_copies_waits_for_nobody(fleet):
@@ -169,19 +172,30 @@ def switch_py(command):
 
 def test_an_instance_that_leaves_is_removed_by_a_job_that_drains(fleet, followed):
     a = fleet("a", ["x"])
-    assert operations._remove(None, a, "x", Handover(("y",), ("x",)), 30)
-    assert [switch_py(one) for one in followed] == [["switch.py", "remove", "x", "--drain", "30", "--after", "y"]]
+    assert operations._remove(None, a, "x", Handover(("y",), ("x",)), Options(30, "stop", None))
+    assert [switch_py(one) for one in followed] == [
+        ["switch.py", "remove", "x", "--drain", "30", "--overdue", "stop", "--after", "y"]
+    ]
 
 
 def test_an_instance_that_stays_is_told_and_nothing_is_done(fleet, followed):
     a, _ = fleet("a", ["x"]), fleet("b", [], "x", refused=True)
-    assert operations._remove(None, a, "x", Handover(()), 30) is True
+    assert operations._remove(None, a, "x", Handover(()), Options(30, "cut", None)) is True
     assert followed == [] and "llama-server-x.service stays: x does not serve on b" in a.lines[0]
 
 
 def test_a_switch_that_took_the_place_of_one_that_stays_is_taken_back(fleet, followed):
     a, _ = fleet("a", ["x"], "y"), fleet("b", [], "x", refused=True)
     moves.passed(a, Handover(("y",), ("x",)))
-    assert operations._remove(None, a, "x", Handover(("y",), ("x",)), 0) is False
+    assert operations._remove(None, a, "x", Handover(("y",), ("x",)), Options(0, "stop", None)) is False
     assert [switch_py(one) for one in followed] == [["switch.py", "undo", "y", "--leaving", "x"]]
     assert "llama-server-x.service came back in place of llama-server-y.service: x does not serve on b" in a.lines[-1]
+
+
+def test_a_model_that_every_host_of_a_large_fleet_gives_up_is_compared_with_each_host_once(fleet, monkeypatch):
+    """Every one of them asks what stays: by comparing each with each, a thousand hosts would wait for minutes."""
+    hosts = [fleet(f"h{n}", ["x"]) for n in range(100)]
+    asked = []
+    monkeypatch.setattr(moves, "_wanted", lambda host: asked.append(host.name) or decision.wanted_models(host))
+    assert moves.staying(hosts[0]) == {}
+    assert len(asked) <= 2 * len(hosts)
