@@ -131,7 +131,8 @@ def test_a_service_is_stopped_where_it_may_be_and_put_back(host, wanted):
 @pytest.mark.long
 @pytest.mark.parametrize("least", [1, 6])
 def test_a_run_that_is_killed_is_gone_on_with(host, wanted, least, tmp_path):
-    inventory = wanted({"name": "killed", "port": PORT + 6, "reply_tokens": 5 + least})
+    name, port = f"killed{least}", PORT + 5 + least
+    inventory = wanted({"name": name, "port": port, "reply_tokens": 5 + least})
     log = tmp_path / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -142,14 +143,14 @@ def test_a_run_that_is_killed_is_gone_on_with(host, wanted, least, tmp_path):
         done = []
         while len(done) < least and process.poll() is None and time.monotonic() < over:
             time.sleep(0.5)
-            told = host.run(["cat", "/var/lib/llamafleet/tune/killed/trials.jsonl"]).stdout.splitlines()[1:]
+            told = host.run(["cat", f"/var/lib/llamafleet/tune/{name}/trials.jsonl"]).stdout.splitlines()[1:]
             done = [line for line in told if line.endswith("}")]
         assert len(done) >= least and process.poll() is None, log.read_text()
     finally:
         process.kill()
         process.wait()
     run = pyinfra(inventory)
-    assert run.code == 0 and serves(host, PORT + 6), run.text
-    assert trials(host, "killed")[: len(done)] == done
-    ids = [json.loads(line)["id"] for line in trials(host, "killed")]
-    assert ids == list(range(len(ids))) and len(record(host, "killed")["trials"]) == len(ids)
+    assert run.code == 0 and serves(host, port), run.text
+    assert trials(host, name)[: len(done)] == done
+    ids = [json.loads(line)["id"] for line in trials(host, name)]
+    assert ids == list(range(len(ids))) and len(record(host, name)["trials"]) == len(ids)
