@@ -1,5 +1,6 @@
 """A tune from its first batch to the record, with a host that answers as `tune.py` does."""
 
+import contextlib
 import json
 import types
 
@@ -11,7 +12,7 @@ from llamafleet.service import tune
 from llamafleet.tuning.candidates import SHIPPED
 from llamafleet.tuning.record import Tuned
 from llamafleet.tuning.records import Kept
-from tasks.lib import decision, jobs, lookups, memory_check, records, remote, sending, tuning
+from tasks.lib import decision, jobs, lookups, memory_check, records, remote, sending, switching, tuning
 from tasks.lib.decision import Decision, changes_needed
 from tests.planning import argument
 from tests.service.test_changes import INSTANCE
@@ -27,9 +28,15 @@ class Box:
 
     def __init__(self, seconds):
         self.name, self.lines, self.failed = "box1", [], []
-        self.trials, self.files, self.ended = {}, {}, []
+        self.trials, self.files, self.ended, self.turns = {}, {}, [], []
         self.jobs, self.seconds, self.exit, self.quits, self.disturbed = [], seconds, DONE, None, None
         self.took = 4.0
+
+    @contextlib.contextmanager
+    def turn(self, host, names, at_once):
+        self.turns.append((names, at_once))
+        yield
+        self.turns.append(f"ended {', '.join(self.ended)}")
 
     def log(self, text, *_):
         self.lines.append(text)
@@ -88,6 +95,7 @@ def box(monkeypatch, tmp_path):
     monkeypatch.setattr(jobs, "ended", one.job)
     monkeypatch.setattr(jobs, "hold", lambda state, host: True)
     monkeypatch.setattr(memory_check, "check_plans", lambda host: True)
+    monkeypatch.setattr(switching, "turn", one.turn)
     monkeypatch.setattr(records, "folder", lambda: tmp_path / "tuned")
     monkeypatch.setattr(decision, "_decisions", {})
     monkeypatch.setattr(decision, "_locks", {one: decision.RLock()})
@@ -288,3 +296,15 @@ def test_only_what_is_to_be_measured_needs_the_host_s_programs_of_this_version(b
     now = Decision(desired, changes_needed(desired, desired.installed))
     assert now.changes.helpers and tune.to_measure(desired, as_set=True) == ("m0",)
     assert decision._is_missing("helpers", now, "tune") and not decision._is_missing("helpers", now, "service")
+
+
+def test_a_running_service_is_stopped_in_the_host_s_turn_and_runs_again_at_its_end(box):
+    decide(box, survey(instances={"m0": INSTANCE}), tune_stops_service=True, switch_at_once=3)
+    assert measure(box) and box.turns == [(["m0"], 3), "ended m0"]
+    assert measure(box) and len(box.turns) == 2  # it is measured already
+
+
+@pytest.mark.parametrize("asked", [{"tune_stops_service": True}, {"tune_stops_service": False}])
+def test_where_nothing_is_stopped_nobody_is_waited_for(box, asked):
+    decide(box, survey(instances={} if asked["tune_stops_service"] else {"m0": INSTANCE}), **asked)
+    assert measure(box) and box.turns == []
