@@ -139,6 +139,7 @@ def tell_gateways(
     def act(state: State) -> None:
         load_func(state, stages.gateway)
         if not dry and not state.failed_hosts:
+            gateway_drains.put_back(state, rollout)
             _execute(state)
             missing.update(gateway_drains.not_up(state, names))
 

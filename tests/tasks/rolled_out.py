@@ -95,7 +95,7 @@ def ask(host, verb, *words):
     if verb != "show":
         note(f"gateway: {verb} {', '.join(servers)}")
     return {
-        f"{name}/x": GatewayServer(up=one.get("up", True), drained=False, drained_seconds=None, check="L4TOUT")
+        f"{name}/x": GatewayServer(up=one.get("up", True), drained="left" in one, drained_seconds=one.get("left"), check="L4TOUT")
         for name, one in fleet().items() if name != host.name
     }  # fmt: skip
 
