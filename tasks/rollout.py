@@ -154,8 +154,11 @@ def roll_out(inventory: Path, rollout: Rollout) -> End:
         logger.info(f"--> {rollout.title(number).capitalize()}")
         wave = deploy(inventory, names, rollout.hosts)
         failed = dict(wave.failed)
-        if wave.was_executed:
-            failed |= tell_gateways(inventory, set(names) - set(failed), rollout.hosts)
+        if (
+            wave.was_executed
+        ):  # at the end of all hosts: an earlier rollout may have ended before its gateways were told
+            told = rollout.hosts if number == len(rollout.waves) else names
+            failed |= tell_gateways(inventory, set(told) - set(failed), rollout.hosts)
         if failed:
             return End(rollout, number, failed, wave.was_executed)
     return End(rollout, len(rollout.waves))

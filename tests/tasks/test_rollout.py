@@ -168,7 +168,7 @@ def test_each_host_leaves_the_gateway_while_it_switches_and_the_gateway_learns_o
     assert run.returncode == 0 and fleet.done >= {"a", "b"}, run.stdout + run.stderr
     assert fleet.told == [
         "drain @fake/a/x", "undrain @fake/a/x", "learns of @fake/a",
-        "drain @fake/b/x", "undrain @fake/b/x", "learns of @fake/b",
+        "drain @fake/b/x", "undrain @fake/b/x", "learns of @fake/a, @fake/b",
     ]  # fmt: skip
     assert fleet.roll_out().returncode == 0 and fleet.told[6:] == ["learns of @fake/a, @fake/b"]
     assert fleet.roll_out("--dry").returncode == 0 and len(fleet.told) == 7
