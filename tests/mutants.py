@@ -12,9 +12,10 @@ from functools import cache
 from unittest import mock
 
 from llamafleet.cli import tables
+from llamafleet.cli.fleet_status import page as table
 from llamafleet.cli.report import page
 from llamafleet.cli.reported import host_facts
-from llamafleet.cli.status import Wanted, of_host, table
+from llamafleet.cli.status import Wanted, of_host
 from llamafleet.host import answers
 from llamafleet.host.machine import MachineError
 from llamafleet.hub.source import ModelFiles, RemoteFile
