@@ -319,6 +319,13 @@ def test_where_nothing_was_measured_no_commit_is_asked_for(read, monkeypatch):
     assert len(choice.results) == 1 and unknown == ""
 
 
+def test_a_damaged_file_of_the_host_s_records_is_named(read, monkeypatch):
+    kept = Kept.of({"box1": ("tuned/box1.json", None), "box2": ("tuned/box2.json", None)})
+    monkeypatch.setattr(records, "kept", lambda: kept)
+    [note] = decision.read_inputs(Host()).notes
+    assert note == "tuned/box1.json is damaged: its records are not used; restore or remove it"
+
+
 def test_the_text_of_a_tune_s_prompts_is_known_by_its_sum(read, tmp_path):
     text = tmp_path / "prompts.txt"
     text.write_text("Hello")
