@@ -106,7 +106,7 @@ def _drift(hosts: Hosts) -> str:
     for host in hosts.values():
         phrases.update({*host.drift, *(f"{one.name}: {why}" for one in host.instances for why in one.drift)})
     drifted = sum(bool(host.drift or any(one.drift for one in host.instances)) for host in hosts.values())
-    unknown = sum(bool(host.problem) for host in hosts.values())
+    unknown = sum(not host.is_compared for host in hosts.values())
     text = f"{drifted} of {len(hosts)} hosts" if drifted else "none"
     if phrases:
         named = [f"{phrase} ({count})" for phrase, count in phrases.most_common(PHRASES)]

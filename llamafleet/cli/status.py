@@ -76,6 +76,7 @@ class HostStatus:
     problems: tuple[str, ...] = ()  # what the probe found wrong with the host, each with the way out
     # Of a host that could not be read: the sources of the instances that the inventory names, by their names.
     expected: Mapping[str, str] = field(default_factory=dict)
+    is_compared: bool = False  # with the inventory: else its drift is not known
 
     @property
     def state(self) -> str:
@@ -121,7 +122,7 @@ def of_host(
     there = installed.instances
     names = [*there, *(name for name in (wanted.services if wanted else ()) if name not in there)]
     instances = tuple(_instance(name, there.get(name), live.get(name, NOT_KNOWN), wanted) for name in names)
-    return HostStatus(instances, wanted.host if wanted else (), problem)
+    return HostStatus(instances, wanted.host if wanted else (), problem, is_compared=wanted is not None)
 
 
 def _instance(

@@ -26,7 +26,9 @@ def instance(name="chat", **changes):
 
 
 def host(*instances, **changes):
-    return dataclasses.replace(HostStatus(instances or (instance(),), free_bytes={"/opt": 5 * GIB}), **changes)
+    return dataclasses.replace(
+        HostStatus(instances or (instance(),), free_bytes={"/opt": 5 * GIB}, is_compared=True), **changes
+    )
 
 
 LOST = HostStatus(problem="cannot be reached: no route", expected={"chat": "hf:o/r/chat.gguf"})
@@ -35,7 +37,7 @@ CASES = {
     "cannot be read": LOST,
     "not serving": host(instance(state="failed")),
     "failed its gate": host(instance(gate=Gate(False))),
-    "has a problem": host(problem="cannot be compared with the inventory: no such model"),
+    "has a problem": host(problem="cannot be compared with the inventory: no such model", is_compared=False),
     "differs": host(instance(drift=("its unit differs",))),
     "fine": host(),
 }
