@@ -18,9 +18,9 @@ from llamafleet.cli.status import (
     InstanceStatus,
     gate_of,
     ram_of,
-    remarks_of,
+    remarks,
     rows_of,
-    space_of,
+    space,
 )
 from llamafleet.cli.tables import PLAIN, Look
 from llamafleet.printable import one_line
@@ -42,12 +42,12 @@ def page(hosts: Hosts, look: Look = PLAIN, everything: bool = False) -> str:
     lines = [look.wrapped(line) for line in summary(hosts)] + [""] if len(hosts) > 1 else []
     groups = folded(hosts, everything)
     rows = [tuple(map(one_line, row)) for group in groups for row in group.rows()]
-    remarks = [f"{group.label}: {remark}" for group in groups for remark in group.remarks()]
+    below = [f"{group.label}: {remark}" for group in groups for remark in group.remarks()]
     if not _fits((COLUMNS, *rows), look):
-        remarks = [f"{row[0]}: {row[1]}: {row[DRIFT]}" for row in rows if row[DRIFT] not in ("none", "")] + remarks
+        below = [f"{row[0]}: {row[1]}: {row[DRIFT]}" for row in rows if row[DRIFT] not in ("none", "")] + below
         rows = [(*row[:DRIFT], BELOW if row[DRIFT] not in ("none", "") else row[DRIFT]) for row in rows]
     lines += _aligned(_narrowed((COLUMNS, *rows), look))
-    return "\n".join([*lines, *(look.wrapped(remark) for remark in remarks)])
+    return "\n".join([*lines, *(look.wrapped(remark) for remark in below)])
 
 
 # --- the summary --------------------------------------------------------------------------------
@@ -147,13 +147,13 @@ class Group:
                 yield tuple((cells | _ranges(instances[number]))[column] for column in COLUMNS)
 
     def remarks(self) -> Iterator[str]:
-        """As `remarks_of`; of several hosts the least free space."""
+        """As those of one host; of several the least free space."""
         first, *others = self.hosts.values()
         if not others:
-            yield from remarks_of(first)
+            yield from remarks(first)
         elif first.free_bytes:
             least = {path: min(host.free_bytes[path] for host in self.hosts.values()) for path in first.free_bytes}
-            yield f"at least {space_of(HostStatus(free_bytes=least))}"
+            yield f"at least {space(HostStatus(free_bytes=least))}"
 
 
 def folded(hosts: Hosts, everything: bool = False) -> list[Group]:
@@ -170,7 +170,7 @@ def folded(hosts: Hosts, everything: bool = False) -> list[Group]:
 
 def _may_fold(host: HostStatus) -> bool:
     """Is there nothing to say of it, but its free space?"""
-    said = [remark for remark in remarks_of(host) if not host.free_bytes or remark != space_of(host)]
+    said = [remark for remark in remarks(host) if not host.free_bytes or remark != space(host)]
     return host.is_fine and bool(host.instances) and not said and not any(one.restarts for one in host.instances)
 
 

@@ -60,7 +60,10 @@ def tune_instance(state: State, host: Host, name: str, *, installs: bool) -> boo
     if record is None:
         errors = dict.fromkeys(trial["error"] for trial in trials if trial["error"])
         told = "; ".join(list(errors)[-3:]) or course.step.why
-        host.log(f"{name}: nothing could be measured, so that its plan stays: {told}", logger.warning)
+        host.log(
+            f"{name}: nothing could be measured, so that its plan stays: {told}; where a trial needs more time, set a "
+            "larger tune_minutes", logger.warning,
+        )  # fmt: skip
         return installs or remote.fail(host, f"{name}: nothing could be measured")
     _write(host, name, record)
     used = Tuned.of(json.loads(json.dumps(record)))
