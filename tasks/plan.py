@@ -12,6 +12,7 @@ from pyinfra.context import ctx_host
 from llamafleet.cli import tables, usage
 from llamafleet.planner import stability
 from llamafleet.service.desired import Serving
+from llamafleet.service.measured import chance
 from tasks.lib import text_diffs
 from tasks.lib.decision import Decision, decision
 from tasks.lib.usage import left_to_do, reached_by
@@ -38,7 +39,9 @@ def lines(now: Decision, name: str, reached: str, *, everything: bool) -> Iterat
         if everything or serving.name in now.changes.services:
             # What is wrong with the host is said once, by its notes.
             plain = replace(serving.plan, problems=())
-            yield tables.table(plain, f"{serving.name} on {name}", measured=_measured(now, serving))
+            chances = [one] if (one := chance(now.desired.inputs, serving.plan)) else []
+            title = f"{serving.name} on {name}"
+            yield tables.table(plain, title, alternatives=chances, measured=_measured(now, serving))
     if not now.changes.any and not now.changes.note:
         yield _in_one_line(now, reached)
     if not now.changes.any:  # else it is said at the end

@@ -25,6 +25,7 @@ from llamafleet.host.machine import Machine
 from llamafleet.printable import err, json_text, out
 from llamafleet.service.changes import Changes
 from llamafleet.service.desired import Desired
+from llamafleet.service.measured import to_json
 from llamafleet.service.refusals import Refused
 from llamafleet.settings.schema import Settings, SettingsError
 from tasks.lib import ends, facts, remote
@@ -46,7 +47,8 @@ def look(host: Host) -> HostStatus | str:
 def wanted(desired: Desired, changes: Changes) -> Wanted:
     """What a run would change, as `--dry` says it."""
     services = {serving.name: changes.of_instance(serving.name) for serving in desired.servings}
-    return Wanted(services, changes.of_host())
+    tuned = {name: to_json(tuning) for name, tuning in desired.inputs.tunings.items()}
+    return Wanted(services, changes.of_host(), tuned)
 
 
 def _without_plan(host: Host, problem: str) -> HostStatus | str:

@@ -37,6 +37,7 @@ from tasks.lib.this_run import is_ours_or_dead
 from tests import planning
 from tests.host.test_answers import ANSWERS, GATE
 from tests.tasks.test_memory_check import Host
+from tests.tuning.test_record import value
 
 RUN = Run(helpers="h1", oldest_python=(3, 9), commit="c" * 40, secrets={"m0": {"api-keys": "secret\n"}}, holder=None)
 GROUND = {"systemd": "257", "kernel": "6.12", "driver": "580.159.04"}
@@ -50,6 +51,7 @@ BARE = {
     "current": None, "cached_builds": {"0123456789abcdef": ["5e" * 32]}, "models": {}, "instances": {}, "listeners": [], "device_classes": ["nvidia"],
     "ground": GROUND, "gpu_groups": ["render", "video"], "foreign_units": [], "toolkits": [TOOLKIT], "release_digests": {},
     "compiler": "14.2.0", "tools": {"g++": "14.2.0", "cmake": "3.31.6"}, "rocm": [{"path": "/opt/rocm", "version": "6.3", "compiler": None, "hipblas": True, "rocblas": True}],
+    "tuned": {"m0": value({"threads": 2})},
 }  # fmt: skip
 SYSTEM = {"package_manager": "apt", "python": "3.13.5", "disks": [{"path": "/opt", "free_bytes": 2**40}]}
 AMD = {"vendor": "amd", "compute_capability": None, "gfx": "gfx1100", "name": "Radeon RX 7900 XTX"}

@@ -132,7 +132,7 @@ HOW = (
     (r"llamafleet (plan|status) --inventory .*", refused),
     (r"pyinfra (--sudo |--dry --json )?\S*(fleet|local|sandbox)\.py (deploy\.py|llamafleet\.|tasks\.).*", refused),
     (r"pyinfra (.* )?exec -- .*", "pyinfra's own; tests/e2e/test_sandbox.py reaches the hosts"),
-    (r"pyinfra \.\.\.( --dry --diff)?|llamafleet (plan|status)", "the name of a command"),
+    (r"pyinfra \.\.\.( --dry --diff)?|llamafleet (plan|status)( --inventory)?", "the name of a command"),
     (r"pytest \S*tests/hosts --inventory .*", refused),
     (r"pytest tests/hosts", "tests/deployed/test_inventory_bridge.py: it asks for an inventory"),
     (r"python llamafleet/remote/probe\.py .*", probes),

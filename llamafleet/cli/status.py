@@ -43,6 +43,7 @@ class InstanceStatus:
     gate: Gate | None  # the record of the last gate
     verified: bool  # did llama-server report its memory before the plan was installed?
     drift: tuple[str, ...]
+    tuned: Mapping[str, Any] = field(default_factory=dict)  # what measurements say of it, see service/measured.py
 
     @property
     def is_fine(self) -> bool:
@@ -84,6 +85,7 @@ class Wanted:
     # Reasons to install or restart each instance; no reasons: it is as planned.
     services: Mapping[str, Sequence[str]] = field(default_factory=dict)
     host: tuple[str, ...] = ()  # other changes, by name
+    tuned: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by instance, what measurements say of it
 
 
 def of_host(
@@ -124,6 +126,7 @@ def _instance(
         gate=live.gate,
         verified=bool(record.verified and record.verified.binary_bytes),
         drift=drift,
+        tuned=wanted.tuned.get(name, {}) if wanted else {},
     )
 
 
@@ -192,6 +195,7 @@ def _remarks(host: HostStatus) -> Iterator[str]:
         if instance.liveness_restarts:
             yield (f"{instance.name}: restarted {instance.liveness_restarts} times by the liveness check, "
                    f"last {instance.last_liveness_restart}")  # fmt: skip
+        yield from (f"{instance.name}: {note}" for note in instance.tuned.get("notes", ()))
     if host.free_bytes:
         yield _space(host)
     if host.drift:

@@ -263,6 +263,8 @@ class Installed:
     gated: Table[GatedSpeed] = field(default_factory=dict)
     # The number of each NVIDIA GPU's device node, by bus id.
     nvidia_minors: Table[Annotated[Whole, Field(ge=0, le=255)]] = field(default_factory=dict)
+    # The records of tunes by instance, as the host has them; `llamafleet/tuning/record.py` reads one.
+    tuned: Table[Mapping[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, data: object) -> Installed:

@@ -39,6 +39,7 @@ JOBS = VAR + "/jobs"  # what detached work is asked, its log and its exit code
 STAGED = VAR + "/staged"  # an instance's new files before the switch
 GOOD = VAR + "/good"  # an instance's last files that passed the gate
 GATES = VAR + "/gate"  # the records of the gate and of the liveness check
+TUNED = VAR + "/tuned"  # the records of tunes
 
 RUN = "/run/llamafleet"
 LOCK = RUN + "/lock.json"
@@ -94,6 +95,11 @@ def plan_path(instance: str) -> str:
 def gate_record(instance: str) -> str:
     """Where the gate keeps what it measured of an instance."""
     return f"{GATES}/{instance}.json"
+
+
+def tuned_path(instance: str) -> str:
+    """What a tune of an instance measured, and what won."""
+    return f"{TUNED}/{instance}.json"
 
 
 def liveness_record(instance: str) -> str:

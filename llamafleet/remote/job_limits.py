@@ -1,7 +1,7 @@
 """What a job on this host may use and write: the directives of its transient unit.
 
 Contract: a module, no program. `for_job(name)` gives them for systemd-run's --property; the kind of a job is the first
-word of its name: "build", "checkout", "fetch", "packages", "toolkit", and "switch", "refresh" and "watch" (units of
+word of its name: "build", "checkout", "fetch", "packages", "toolkit", "tune", and "switch", "refresh" and "watch" (of
 instances). An unknown kind has the limits of a switch. All are known to systemd 247. Python 3.8, standard library;
 common.py lies beside it.
 
@@ -23,9 +23,9 @@ from common import BUILD, ETC, JOBS, MODELS, RELEASES, RUN, SOURCE, UNITS, VAR, 
 
 GIB = 1 << 30
 # Seconds that a job may take, by its kind. A checkout of one commit is some 30 MB, packages are some 100 MB, a CUDA
-# toolkit 8 GB; a download ends itself after seven days; a liveness check is installed in a moment.
+# toolkit 8 GB; a download ends itself after seven days; a liveness check is installed in a moment; a tune has a day.
 LONGEST = {"build": 12 * 3600, "checkout": 3600, "fetch": 170 * 3600, "packages": 3600, "toolkit": 4 * 3600,
-           "switch": 24 * 3600, "refresh": 600, "watch": 600}  # fmt: skip
+           "switch": 24 * 3600, "refresh": 600, "watch": 600, "tune": 26 * 3600}  # fmt: skip
 # A compiler needs as much at the least, or nothing can be built on a full host.
 LEAST_BYTES = GIB
 # Left free for the system.

@@ -33,6 +33,7 @@ from common import (
     PREFIX,
     RELEASES,
     SUFFIX,
+    TUNED,
     UNITS,
     USER,
     demand_units,
@@ -95,6 +96,7 @@ def main(argv: list[str]) -> None:
         "gated": learned.gated(),
         "unbindable": unbindable(asked.get("addresses", [])),
         "left": left.left(asked.get("left", {})),
+        "tuned": tuned(),
     }
     print(json.dumps({"machine": machine, "found": found}))
 
@@ -293,6 +295,12 @@ def listeners() -> list[dict[str, Any]]:
             found.append({"address": connection.laddr.ip, "port": connection.laddr.port, "pid": pid,
                           "process": process_name(pid), "unit": unit_of(pid)})  # fmt: skip
     return found
+
+
+def tuned() -> dict[str, dict[str, Any]]:
+    """The records of tunes by instance, without their trials; an empty object of a damaged file."""
+    found = {name[: -len(".json")]: read_json(f"{TUNED}/{name}") for name in listing(TUNED) if name.endswith(".json")}
+    return {name: {key: value for key, value in record.items() if key != "trials"} for name, record in found.items()}
 
 
 def unbindable(addresses: list[str]) -> dict[str, str]:

@@ -2,20 +2,43 @@
 
 Contract: `tune.py run SPEC.json` runs the trials that the spec lists and that are not measured yet, one after another,
 and appends each to the tune's file (tune_trials.py); `tune.py read NAME KEY` prints the trials of the tune as a JSON
-list. The spec: {"schema": 1, "instance": NAME, "key": 16 hexadecimal digits of what is measured on, "trials": [{"id",
-"candidate", "label", "stage", "argv": [llama-server and its arguments, with {port} for the port], "environment"}],
-"directives": [those of the service's unit, as lines], "workload": {"prompt", "reply", "depth", "concurrency"}, "text":
-path of a text that prompts are cut from, or null, "trial_seconds": the longest that one may take, "budget_seconds": of
-all trials of the tune together}.
+list; `tune.py end NAME` puts the service of the instance back, where a tune has stopped it.
 
-A trial: {"id", "candidate", "label", "stage", "error": text | null, "seconds": of the workload, or null,
-"prompt_tokens_per_s", "decode_tokens_per_s", "drafted", "accepted", "spread": of the repetitions, a factor,
-"load_seconds", "peak_bytes", "load_average", "started": unix time, "took_seconds"}. A server that crashes, hangs or
-runs out of memory is a trial with an error; no trial begins that would probably end after the budget.
+The spec: {"schema": 1, "instance": NAME, "key": 16 hexadecimal digits of what is measured on, "trials": [{"id",
+"candidate", "label", "stage", "argv", "environment", "directives": those of this trial, where they differ}],
+"directives": lines of [Service] of the service's unit, "workload": {"prompt", "reply", "depth", "concurrency"}, "text":
+path of a text of prompts, or null, "trial_seconds": the longest that one may take, "budget_seconds": of all trials of
+the tune together}. It may have: "serves": "text" (default), "embedding" or "reranking"; "host": the loopback address
+that a trial listens at (127.0.0.1); "run": of the host's lock: where another run takes that, the batch ends, and the
+trial under way is not recorded; "stops": whether the service may be stopped where it runs (false); "window":
+"HH:MM-HH:MM" by the host's clock, in which it may be stopped (null: always); "drain_seconds": what its running replies
+get to end (0); "stays_stopped_seconds": after the batch the service is put back when this time is over (0: at once), so
+that the next batch or `end` comes first; "idle_seconds": the longest wait for an idle host before a trial (30).
 
-Prints a line for each trial. Exit 0, also where trials failed; 1 where nothing can be measured at all, with the reason
-after `error: `. Root, systemd, the standard library, Python 3.8; common.py, confined.py, gate_server.py,
-hardening_trial.py, tune_measure.py and tune_trials.py lie beside it.
+`argv` is llama-server and its arguments, as llamafleet.service.trial.measured() makes them of a service's: {port} is
+replaced by a free port, {host} by "host", {socket} by the path of a socket in the unit's own RuntimeDirectory=, and
+{credentials} by the folder of the files that its LoadCredential= names. Keys and certificates are left out.
+
+The text: user's messages, divided by lines that are a % alone. Each message is sent whole, through the model's chat
+template, in place of the workload's prompt; the reply may end early. User N of those that come at once sends message N;
+those for whom there is none send words by chance, as all do without a text: then prompts and replies have the
+workload's tokens exactly.
+
+A trial: {"id", "candidate", "label", "stage", "error": text | null, "seconds": of the workload as the user feels it who
+waits longest, or null, "prompt_tokens_per_s", "decode_tokens_per_s": of all users together, or null, "inputs_per_s": of
+embeddings and scores, else null, "prompt_tokens", "reply_tokens": of one request as measured, "reread_tokens": of the
+depth that the server had not kept, "drafted", "accepted", "spread": of the repetitions, a factor, "load_seconds",
+"peak_bytes", "joules": of one workload, or null, "state": {"waited_seconds", "busy_cpus" before the trial, "is_idle",
+"celsius", "mhz", "throttled": text | null, "gpus": {UUID: {"celsius", "mhz", "throttled"}}}, "load_average", "started":
+unix time, "took_seconds"}. Any figure may be null. A server that crashes, hangs or runs out of memory is a trial with
+an error, which names it; no trial begins that would probably end after the budget.
+
+Prints a line for each trial, and the reason of an end after `error: `. Exit 0: done, also where trials failed, the
+budget is spent or another run came; 1: nothing can be measured; 3: the service runs, and "stops" is false; 4: it runs,
+and no trial ends inside the window from now on; 5: another run holds the host already, or the instance is being
+switched. What was measured stays in each case, and the service that was stopped runs again, whatever happens to this
+program: tune_service.py. Root, systemd, the standard library, Python 3.8; common.py and the modules that this imports
+lie beside it.
 """
 
 from __future__ import annotations

@@ -50,19 +50,30 @@ class Building:
 
 def building(inputs: PlanInputs, run: Run) -> Building | Refused:
     """What the host is to compile, or why it cannot."""
-    toolkit = _toolkit(inputs, run)
-    if isinstance(toolkit, cuda_toolkit.Unsuitable):
-        return refusals.no_toolkit(toolkit)
-    architectures = _architectures(inputs, only_used(inputs.survey.machine, inputs.backend, inputs.settings))
-    if inputs.backend == "hip" and not architectures:
-        return refusals.no_hip_target()
-    build = _build(inputs, run.commit, toolkit, architectures)
+    outcome = wanted_build(inputs, run)
+    if isinstance(outcome, Refused):
+        return outcome
+    build, toolkit = outcome
     install = toolkit if isinstance(toolkit, cuda_toolkit.Install) else None
     hip, lacking = _hip(inputs, build, run), _lacking(inputs.survey, build, run)
     if isinstance(hip, NoHip):
         return refusals.no_hip(hip)
     refused = refusals.no_packages(lacking, run.offers, inputs.survey.machine) or _old_tools(inputs, build, run)
     return refused or Building(build, install, lacking, hip)
+
+
+Toolkit = cuda_toolkit.Toolkit | cuda_toolkit.Install | None
+
+
+def wanted_build(inputs: PlanInputs, run: Run) -> tuple[Build, Toolkit] | Refused:
+    """The build that the host is to have, and the CUDA toolkit to compile it with, whether or not it can."""
+    toolkit = _toolkit(inputs, run)
+    if isinstance(toolkit, cuda_toolkit.Unsuitable):
+        return refusals.no_toolkit(toolkit)
+    architectures = _architectures(inputs, only_used(inputs.survey.machine, inputs.backend, inputs.settings))
+    if inputs.backend == "hip" and not architectures:
+        return refusals.no_hip_target()
+    return _build(inputs, run.commit, toolkit, architectures), toolkit
 
 
 def _old_tools(inputs: PlanInputs, build: Build, run: Run) -> Refused | None:
@@ -74,9 +85,7 @@ def _old_tools(inputs: PlanInputs, build: Build, run: Run) -> Refused | None:
     return refusals.old_tools(build.backend, {**coming, **there})
 
 
-def _toolkit(
-    inputs: PlanInputs, run: Run
-) -> cuda_toolkit.Toolkit | cuda_toolkit.Install | cuda_toolkit.Unsuitable | None:
+def _toolkit(inputs: PlanInputs, run: Run) -> Toolkit | cuda_toolkit.Unsuitable:
     """The CUDA toolkit to compile with; None for other backends."""
     if inputs.backend != "cuda":
         return None
@@ -105,8 +114,7 @@ def _architectures(inputs: PlanInputs, machine: Machine) -> tuple[str, ...]:
 
 
 def _build(
-    inputs: PlanInputs, commit: str, toolkit: cuda_toolkit.Toolkit | cuda_toolkit.Install | None,
-    architectures: tuple[str, ...],
+    inputs: PlanInputs, commit: str, toolkit: Toolkit, architectures: tuple[str, ...]
 ) -> Build:  # fmt: skip
     settings, machine = inputs.settings, inputs.survey.machine
     return Build(

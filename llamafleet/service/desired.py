@@ -27,6 +27,7 @@ from llamafleet.remote.common import demand_units, identity_of, unit_of
 from llamafleet.service import command, refusals
 from llamafleet.service.building import Run, building, is_cached
 from llamafleet.service.demand import demand_texts, too_old
+from llamafleet.service.measured import has_records, with_records
 from llamafleet.service.model_folders import companion_paths, model_folder, model_path, mount_of, stores
 from llamafleet.service.plan_inputs import PlanInputs
 from llamafleet.service.record import accepted, plan_record, record_text
@@ -172,13 +173,15 @@ def _desire(inputs: PlanInputs, run: Run, render: Renderer) -> Desired | Refused
         return refused
     corrections = inputs.corrections()
     choice = inputs.keep_or_replan(corrections)
-    if refused := next(_unplanned(choice), None):
+    refused = next(_unplanned(choice), None)
+    if refused and not has_records(inputs):  # what was measured may need less
         return refused
     made = building(inputs, run)
     if isinstance(made, Refused):
-        return made
+        return refused or made
+    inputs, choice, known = with_records(inputs, made.build.key, choice, corrections)
     bare = Desired(inputs, run, made.build, made.install_toolkit, made.lacking, hip=made.hip)
-    return with_plans(bare, choice, corrections, {}, render)
+    return with_plans(bare, choice, known, {}, render)
 
 
 def with_plans(

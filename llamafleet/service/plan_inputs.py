@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from llamafleet.host import learned
 from llamafleet.host.installed import Installed, Survey
+from llamafleet.host.machine import Machine
 from llamafleet.host.recorded import PlanRecord
 from llamafleet.host.speeds import Measurements
 from llamafleet.hub.source import ModelFiles
 from llamafleet.memory.ledger import Correction
+from llamafleet.model.gguf import Header
 from llamafleet.planner import stability
 from llamafleet.planner.backend import resolve_backend
 from llamafleet.planner.plan import plan_host
@@ -19,6 +22,7 @@ from llamafleet.remote.common import MODELS
 from llamafleet.service.refusals import Refused, diagnosed, no_backend, unusable_file, unverified
 from llamafleet.settings.companions import as_instances
 from llamafleet.settings.schema import Instance, Settings
+from llamafleet.tuning.records import Kept, Tuning, reason
 
 
 @dataclass(frozen=True)
@@ -31,22 +35,52 @@ class PlanInputs:
     models: Mapping[str, ModelFiles]  # by instance name
     keys: Mapping[str, str]  # by instance name: a hash of what its plan is made from, see stability.inputs_key
     notes: tuple[str, ...] = field(default=())  # what the operator should know of host and models, a sentence each
+    kept: Kept = field(default_factory=Kept)  # the operator's records of tunes
+    # By instance name, the SHA-256 of the text that a tune of it has as its prompts.
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    # By instance name, what measurements say; empty until the build is known, see `with_records` in measured.py. Then
+    # `settings` have the settings of the records.
+    tunings: Mapping[str, Tuning] = field(default_factory=dict)
 
     def keep_or_replan(self, corrections: Mapping[str, Correction]) -> stability.Choice:
         """A plan or refusal for each instance; installed plans are kept where they still hold.
 
         `corrections`: by instance name, what llama-server allocates beyond the ledger.
         """
-        requests = [(instance, self.models[instance.name].header) for instance in self.settings.models]
-        return stability.keep_or_replan(
+        chosen, known, companions = self.rates().chosen.measurements(), self.measured(), self.companions()
+        choice = stability.keep_or_replan(
             self.survey.machine, self.settings,
             lambda machine: plan_host(
-                machine, requests, self.settings, corrections, self.rates().chosen.measurements(), self.measured(),
-                {name: {part: one.header for part, one in model.companions.items()}
-                 for name, model in self.models.items()},
+                machine, self.requests(), self.settings, corrections, chosen, known, companions
             ),
             self._installed_plans(),
         )  # fmt: skip
+        return replace(choice, results=tuple(map(self._with_reason, choice.results)))
+
+    def requests(self) -> list[tuple[Instance, Header]]:
+        """What is planned together: each instance with its model's header."""
+        return [(instance, self.models[instance.name].header) for instance in self.settings.models]
+
+    def companions(self) -> dict[str, dict[str, Header]]:
+        """By instance name, the headers of what is loaded beside its model, by their parts."""
+        return {name: {part: one.header for part, one in model.companions.items()}
+                for name, model in self.models.items()}  # fmt: skip
+
+    def _with_reason(self, result: Plan | Refusal) -> Plan | Refusal:
+        """The plan with what was measured of it."""
+        tuning = self.tunings.get(result.instance)
+        return replace(result, why=(reason(tuning), *result.why)) if tuning and tuning.record else result
+
+    def with_settings(self, settings: Settings) -> PlanInputs:
+        """The same host and models with other settings of plans."""
+        keys = _keys(self.survey.machine, self.backend, settings, self.models)
+        return replace(self, settings=settings, keys=keys)
+
+    def as_asked(self) -> PlanInputs:
+        """Without what was measured: the instances as the operator wrote them."""
+        models = tuple(self.tunings[one.name].asked if one.name in self.tunings else one
+                       for one in self.settings.models)  # fmt: skip
+        return replace(self, tunings={}).with_settings(replace(self.settings, models=models))
 
     def measured(self) -> Measurements:
         """What is known of the host's speed now, from the survey's probe and the gates."""
@@ -88,10 +122,15 @@ class PlanInputs:
         return {name: plan for name, plan in plans.items() if plan is not None}
 
 
-def plan_inputs(settings: Settings, survey: Survey, models: Mapping[str, ModelFiles]) -> PlanInputs | Refused:
+def plan_inputs(
+    settings: Settings, survey: Survey, models: Mapping[str, ModelFiles], kept: Kept | None = None,
+    prompts: Mapping[str, str] = MappingProxyType({}),
+) -> PlanInputs | Refused:  # fmt: skip
     """From what was read. A refusal has what the probe found wrong with the host."""
     inputs = _plan_inputs(settings, survey, models)
-    return diagnosed(inputs, survey.machine) if isinstance(inputs, Refused) else inputs
+    if isinstance(inputs, Refused):
+        return diagnosed(inputs, survey.machine)
+    return replace(inputs, kept=kept or Kept(), prompts=prompts)
 
 
 def _plan_inputs(settings: Settings, survey: Survey, models: Mapping[str, ModelFiles]) -> PlanInputs | Refused:
@@ -105,16 +144,23 @@ def _plan_inputs(settings: Settings, survey: Survey, models: Mapping[str, ModelF
             return outcome
         models[instance.name], found = outcome
         notes += found
-    keys = {
-        instance.name: stability.inputs_key(survey.machine, settings, instance, {
+    keys = _keys(survey.machine, backend, settings, models)
+    problems = [f"the host: {text}" for text in survey.machine.problems]
+    return PlanInputs(settings, survey, backend, models, keys, (*problems, *notes))
+
+
+def _keys(
+    machine: Machine, backend: str, settings: Settings, models: Mapping[str, ModelFiles]
+) -> dict[str, str]:  # fmt: skip
+    """By instance name, a hash of what its plan is made from."""
+    return {
+        instance.name: stability.inputs_key(machine, settings, instance, {
             "backend": backend,
             "files": [list(file) for file in models[instance.name].recorded],
             **{part: [list(file) for file in one.recorded] for part, one in models[instance.name].companions.items()},
         })
         for instance in settings.models
     }  # fmt: skip
-    problems = [f"the host: {text}" for text in survey.machine.problems]
-    return PlanInputs(settings, survey, backend, models, keys, (*problems, *notes))
 
 
 def _checked(instance: Instance, model: ModelFiles, installed: Installed) -> tuple[ModelFiles, list[str]] | Refused:

@@ -11,6 +11,13 @@ from typing import Any
 
 # Words that the host replaces: the path of its tiny model, a free port, and the path of a socket.
 MODEL, PORT, SOCKET = "{model}", "{port}", "{socket}"
+# In a trial that is measured: an address of loopback, and the folder of the unit's credentials.
+HOST, CREDENTIALS = "{host}", "{credentials}"
+CREDENTIALS_FOLDER = "/run/credentials/"  # systemd's, with one for each unit
+# Of a trial that is measured no other program asks, and it has an address of its own.
+SECRET_FLAGS = ("--api-key-file", "--ssl-cert-file", "--ssl-key-file")
+# They decide what is written. Words by chance are followed by anything.
+SHAPING_FLAGS = ("--grammar-file", "--json-schema-file")
 # Flags of the plan that are tried with their values; all others are about the real model.
 CARRIED = ("--device", "--split-mode", "--cache-type-k", "--cache-type-v", "--flash-attn", "--load-mode", "--fit")
 
@@ -42,6 +49,22 @@ def trial(argv: Sequence[str]) -> dict[str, Any]:
         "list_devices": [argv[0], "--list-devices"],
         "serve": [*serve, *(word for pair in carried for word in pair)],
     }
+
+
+def measured(argv: Sequence[str], has_text: bool) -> dict[str, Any]:
+    """The keys "host" and "argv" of a trial of a tune (remote/tune.py), from the service's whole command line: without
+    keys and certificates, at the loopback of the same address family, or at a path where the service listens at one.
+    `has_text`: the prompts are the operator's, so that what shapes replies, such as a grammar, stays."""
+    asked = value_of(argv, "--host") or ""
+    replaced = {"--host": SOCKET if asked.startswith("/") else HOST, "--port": PORT}
+    left_out = (*SECRET_FLAGS, *(() if has_text else SHAPING_FLAGS))
+    words: list[str] = []
+    for before, word in zip(("", *argv), argv, strict=False):
+        if word in left_out or before in left_out:
+            continue
+        kept = replaced.get(before, word)
+        words.append(CREDENTIALS + kept[kept.rindex("/") :] if kept.startswith(CREDENTIALS_FOLDER) else kept)
+    return {"host": "::1" if ":" in asked else "127.0.0.1", "argv": words}
 
 
 def batch_tokens(argv: Sequence[str]) -> int:

@@ -53,7 +53,7 @@ def read(place: str, setting: str, kind: str) -> str:
 
     Raises `PromptFileError` where it is missing, unreadable, empty, too long, no UTF-8, or not what its kind should be.
     """
-    text = _text(place, setting)
+    text = text_of(place, setting)
     if kind == JSON_SCHEMA:
         _is_schema(text, f"{setting}: {place}")
     elif kind == GRAMMAR:
@@ -69,21 +69,22 @@ def as_served(kind: str, text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
 
 
-def _text(place: str, setting: str) -> str:
+def text_of(place: str, setting: str, limit_bytes: int = LIMIT_BYTES) -> str:
+    """The text of a file of no particular kind. Raises as `read` does."""
     try:
         path = Path(place).expanduser()
         if not stat.S_ISREG(path.stat().st_mode):
             raise PromptFileError(f"{setting}: {place} is not a file")
         with path.open("rb") as file:
-            data = file.read(LIMIT_BYTES + 1)
+            data = file.read(limit_bytes + 1)
     except FileNotFoundError as error:
         raise PromptFileError(f"{setting}: there is no file {place} on this machine") from error
     except OSError as error:
         raise PromptFileError(f"{setting}: cannot read {place}: {error.strerror}") from error
     except (RuntimeError, ValueError) as error:  # "~name" of no user, a zero byte
         raise PromptFileError(f"{setting}: cannot read {place}: {error}") from error
-    if len(data) > LIMIT_BYTES:
-        raise PromptFileError(f"{setting}: {place} has more than {LIMIT_BYTES >> 10} KiB, the most that is sent")
+    if len(data) > limit_bytes:
+        raise PromptFileError(f"{setting}: {place} has more than {limit_bytes >> 10} KiB, the most that is sent")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:

@@ -119,8 +119,9 @@ class Fingerprint:
 
     @property
     def key(self) -> str:
-        """16 hexadecimal digits, by which trials of the same measurement are known."""
-        return _hash({**asdict(self), "gpus": [[gpu.name, gpu.memory_total_bytes] for gpu in self.gpus]})
+        """16 hexadecimal digits, by which trials of the same measurement are known. Memory counts in whole GiB: kernels
+        and drivers reserve some MiB more or less at each boot."""
+        return _hash({**asdict(self), "gpus": _gpus(self), "ram_bytes": round(self.ram_bytes / GIB)})
 
 
 @dataclass(frozen=True)

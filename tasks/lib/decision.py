@@ -32,7 +32,8 @@ from llamafleet.planner.copies import with_copies
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Refusal
 from llamafleet.planner.stability import Choice
-from llamafleet.service import disks
+from llamafleet.remote.common import sha256
+from llamafleet.service import disks, measured
 from llamafleet.service.building import Run
 from llamafleet.service.changes import Changes, changes_needed
 from llamafleet.service.companions import with_companions
@@ -44,7 +45,7 @@ from llamafleet.settings.prompt_files import PromptFileError
 from llamafleet.settings.schema import Instance, Settings, SettingsError
 from llamafleet.settings.secrets import SecretError
 from llamafleet.sources import SourceError
-from tasks.lib import builds, ends, facts, lookups, paths, remote, templates
+from tasks.lib import builds, ends, facts, lookups, paths, records, remote, templates
 from tasks.lib.certificates import CertificateError
 from tasks.lib.this_run import is_ours_or_dead
 
@@ -230,11 +231,26 @@ def read_inputs(host: Host) -> PlanInputs | Refused:
         )
         for instance in expanded.models
     }
-    return plan_inputs(expanded, survey, models)
+    prompts = {one.name: sha256(lookups.tune_prompt(one).encode()) for one in expanded.models if one.tune_prompt_file}
+    return plan_inputs(expanded, survey, models, records.kept(), prompts)
 
 
 def _files(host: Host, settings: Settings, instance: Instance) -> ModelFiles:
     return paths.model(host, instance) if is_path(instance) else lookups.model(instance, settings)
+
+
+def with_measured(host: Host, inputs: PlanInputs) -> tuple[PlanInputs, Choice, str]:
+    """The inputs with the records of tunes that hold, their plans, and why records cannot be compared, empty where they
+    are. The commit is looked up only where there are records."""
+    if not measured.has_records(inputs):
+        return inputs, inputs.keep_or_replan(inputs.corrections()), ""
+    try:
+        commit = _commit(host, inputs.settings)
+    except (lookups.LookupFailed, SourceError, remote.RemoteError) as error:
+        unknown = f"what was measured is not compared: {error}"
+        return inputs, inputs.keep_or_replan(inputs.corrections()), unknown
+    (inputs, choice, _), unknown = measured.with_commit(inputs, commit)
+    return inputs, choice, unknown
 
 
 def read_run(host: Host, inputs: PlanInputs) -> Run:

@@ -20,6 +20,9 @@ from tasks.lib import certificates
 
 T = TypeVar("T")
 
+# Of the text of a tune's prompts: more than any context holds.
+MOST_TUNE_PROMPT = 4 * 2**20
+
 
 class LookupFailed(Exception):
     """A commit or model cannot be looked up; the text names it, why, and the way out."""
@@ -127,3 +130,11 @@ def instance_secrets(instance: Instance) -> dict[str, str]:
         if place := getattr(instance, setting):
             texts[name] = prompt_files.read(place, f"models: {instance.name}: {setting}", name)
     return texts
+
+
+def tune_prompt(instance: Instance) -> str:
+    """The text of which a tune of the instance makes its prompts. Raises `PromptFileError`."""
+    assert instance.tune_prompt_file is not None, "an instance without such a text is measured with random words"
+    return prompt_files.text_of(
+        instance.tune_prompt_file, f"models: {instance.name}: tune_prompt_file", MOST_TUNE_PROMPT
+    )

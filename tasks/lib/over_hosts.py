@@ -35,9 +35,10 @@ from llamafleet.cli import beside, tables, usage
 from llamafleet.host.learned import GatedSpeed
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.printable import err, json_text, one_line, out
+from llamafleet.service.measured import chance, to_json
 from llamafleet.service.refusals import Refused
-from tasks.lib import ends, remote
-from tasks.lib.decision import READ_ERRORS, read_inputs
+from tasks.lib import ends, records, remote
+from tasks.lib.decision import READ_ERRORS, read_inputs, with_measured
 
 T = TypeVar("T")
 
@@ -49,6 +50,8 @@ class Planned:
     result: Plan | Refusal
     measured: GatedSpeed | None
     companions: Mapping[str, Any] = field(default_factory=dict)  # the key of that name, where there are some
+    tuned: Mapping[str, Any] = field(default_factory=dict)  # what measurements say of it, see `measured.to_json`
+    chance: str = ""  # what measuring would try
 
     def to_json(self) -> dict[str, Any]:
         """The plan contract, with `measured`."""
@@ -56,6 +59,7 @@ class Planned:
             **self.result.to_json(),
             **self.companions,
             "measured": asdict(self.measured) if self.measured else None,
+            **({"tuned": dict(self.tuned)} if self.tuned else {}),
         }
 
 
@@ -70,23 +74,25 @@ def plans(inventory: Path, limit: str | None = None) -> dict[str, dict[str, Plan
 def _plans_of(host: Host) -> dict[str, Planned] | str:
     try:
         inputs = read_inputs(host)
+        if isinstance(inputs, Refused):
+            return str(inputs)
+        inputs, choice, unknown = with_measured(host, inputs)
     except READ_ERRORS as error:
         return str(error)
-    if isinstance(inputs, Refused):
-        return str(inputs)
-    results = inputs.keep_or_replan(inputs.corrections()).results
     return {
         one.name: Planned(
             result, inputs.measured_by_gate(result) if isinstance(result, Plan) else None,
-            beside.to_json(one, inputs.models[one.name]),
+            beside.to_json(one, inputs.models[one.name]), to_json(inputs.tunings.get(one.name), unknown),
+            chance(inputs, result) if isinstance(result, Plan) else "",
         )
-        for one, result in zip(inputs.settings.models, results, strict=True)
+        for one, result in zip(inputs.settings.models, choice.results, strict=True)
     }  # fmt: skip
 
 
 def over_hosts(inventory: Path, limit: str | None, action: Callable[[Host], T | str]) -> dict[str, T | str]:
     """The action's result by host name, all hosts at once; a sentence for a host that cannot be reached. `limit` is a
     group, or a host's name, which may have `*`, as pyinfra's. Raises PyinfraError, also where no host is left."""
+    records.of_inventory(inventory)
     state = State(check_for_changes=False)
     with ctx_state.use(state), ctx_config.use(Config()):
         hosts = _read(inventory)
@@ -176,9 +182,12 @@ def _as_text(host: str, answers: Mapping[str, Planned] | str) -> str:
     if isinstance(answers, str):
         return one_line(f"{host}: {answers}")
     return "\n".join(
-        tables.table(answer.result, f"{name} on {host}", measured=usage.speeds(answer.measured))
+        tables.table(
+            answer.result, f"{name} on {host}", measured=usage.speeds(answer.measured),
+            alternatives=[*answer.tuned.get("notes", ()), *([answer.chance] if answer.chance else [])],
+        )
         for name, answer in answers.items()
-    )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

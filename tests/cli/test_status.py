@@ -107,6 +107,13 @@ def test_a_damaged_record_of_the_gate_is_named_and_hides_nothing_else():
     assert json.loads(json.dumps(host.to_json()))["instances"]["demo"]["gate"] == {"ok": 7}
 
 
+def test_a_measurement_that_no_longer_holds_is_named_and_is_no_drift():
+    tuned = {"state": "stale", "stale": ["another kernel"], "notes": ["what was measured no longer holds"]}
+    host = of_host(found(), live(), Wanted({"demo": ()}, tuned={"demo": tuned}))
+    assert host.is_fine and "box1: demo: what was measured no longer holds" in table({"box1": host}).splitlines()
+    assert json.loads(json.dumps(host.to_json()))["instances"]["demo"]["tuned"] == tuned
+
+
 def test_a_wanted_instance_that_is_not_installed_has_a_line():
     host = of_host(dataclasses.replace(INSTALLED, instances={}), {}, Wanted({"demo": ("it is not installed",)}))
     assert not host.is_fine

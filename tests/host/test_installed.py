@@ -53,6 +53,7 @@ ANSWER = {
     "gated": {"demo": {"decode_tokens_per_s": 20.0, "prompt_tokens_per_s": None}},
     "nvidia_minors": {"0000:01:00.0": 0},
     "boot_units": {"gpu": ["nvidia-fabricmanager.service"], "network": ["openvpn-client@a\\x2db.service"]},
+    "tuned": {"demo": {"schema": 1, "settings": {"threads": 2}}},
 }  # fmt: skip
 
 

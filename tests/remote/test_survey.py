@@ -202,3 +202,17 @@ def test_a_listener_may_have_any_name():
 )
 def test_whose_service_a_process_is(cgroups, service):
     assert survey.service_in(cgroups) == service
+
+
+def test_records_of_tunes_are_told_without_their_trials_and_damaged_ones_as_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(survey, "TUNED", str(tmp_path))
+    (tmp_path / "chat.json").write_text(json.dumps({"schema": 1, "trials": [1, 2], "settings": {"threads": 2}}))
+    (tmp_path / "code.json").write_text('{"schema": 1')
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "other.txt").write_text("{}")
+    assert survey.tuned() == {"chat": {"schema": 1, "settings": {"threads": 2}}, "code": {}, "list": {}}
+
+
+def test_a_host_that_was_never_tuned_has_no_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(survey, "TUNED", str(tmp_path / "tuned"))
+    assert survey.tuned() == {}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llamafleet.service.trial import MODEL, PORT, batch_tokens, told_to_host, trial
+from llamafleet.service.trial import MODEL, PORT, batch_tokens, measured, told_to_host, trial
 from tests.service.test_unit import made
 
 REMOTE = Path(__file__).parents[2] / "llamafleet" / "remote"
@@ -34,6 +34,32 @@ def test_without_a_gpu_no_device_has_to_be_listed():
 def test_it_is_tried_on_the_loopback_of_its_address_family(listen, host):
     found = trial(["x", "--host", listen])
     assert found["host"] == value(found["serve"], "--host") == host
+
+
+KEYS = "/run/credentials/llama-server-chat.service"
+
+
+def test_what_is_measured_is_the_service_s_command_line_without_keys_at_an_address_of_its_own():
+    argv = made([24564])[2]
+    found = measured([*argv, "--api-key-file", f"{KEYS}/api-keys", "--ssl-cert-file", f"{KEYS}/tls-certificate",
+                      "--ssl-key-file", f"{KEYS}/tls-key", "--ui"], has_text=True)  # fmt: skip
+    at = {argv.index("--host") + 1: "{host}", argv.index("--port") + 1: "{port}"}
+    assert found == {"host": "127.0.0.1", "argv": [*(at.get(n, word) for n, word in enumerate(argv)), "--ui"]}
+
+
+def test_a_server_on_demand_is_measured_at_a_path_and_ipv6_at_its_loopback():
+    assert measured(["x", "--host", "/run/llama-server-a/http.sock", "--port", "8080"], False)["argv"] == [
+        "x", "--host", "{socket}", "--port", "{port}"
+    ]  # fmt: skip
+    assert measured(["x", "--host", "fe80::1%eth0", "--port", "1"], False)["host"] == "::1"
+
+
+@pytest.mark.parametrize("has_text", [True, False])
+def test_a_chat_template_is_measured_and_a_grammar_where_the_prompts_are_real(has_text):
+    texts = ["--chat-template-file", f"{KEYS}/chat-template", "--grammar-file", f"{KEYS}/grammar"]
+    found = measured(["x", "--host", "127.0.0.1", "--port", "1", *texts], has_text)["argv"][5:]
+    assert found[:2] == ["--chat-template-file", "{credentials}/chat-template"]
+    assert found[2:] == (["--grammar-file", "{credentials}/grammar"] if has_text else [])
 
 
 def test_a_batch_is_never_longer_than_the_context():

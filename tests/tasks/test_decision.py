@@ -10,13 +10,19 @@ from pyinfra.context import ctx_host
 from llamafleet import payload
 from llamafleet.host.installed import Holder, Offer
 from llamafleet.hub.source import ModelFiles, RemoteFile
+from llamafleet.remote.common import sha256
+from llamafleet.service import measured
+from llamafleet.service.building import Run
 from llamafleet.service.refusals import Refused
+from llamafleet.tuning.records import Kept
 from llamafleet.validation import Problem
-from tasks.lib import decision, ends, facts, lookups, remote
+from tasks.lib import decision, ends, facts, lookups, records, remote
 from tasks.lib.decision import READ_ERRORS, Decision
 from tasks.lib.this_run import this_run
 from tests import planning
+from tests.planning import argument
 from tests.service.test_desired import survey
+from tests.tuning.test_record import value
 
 MODEL = {"name": "m0", "source": "hf:a/b/m.gguf", "port": 9000, "context_tokens": 4096}
 
@@ -250,3 +256,54 @@ def test_a_run_brings_its_helpers_and_each_model_s_secrets(read, tmp_path):
     run = decision.decide(Host(models=[{**MODEL, "api_key_file": str(keys)}])).desired.run
     assert run.secrets == {"m0": {"api-keys": "key-number-one\nkey-number-two\n"}}
     assert (run.helpers, run.oldest_python, run.commit) == (payload.helpers_key(), payload.HELPERS_PYTHON, "c" * 40)
+
+
+# --- records of tunes -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tuned(read, monkeypatch):
+    """The operator has a record of another host that is alike."""
+    inputs = decision.read_inputs(Host())
+    instance = inputs.settings.models[0]
+    build = measured.wanted_build(inputs, Run("", (), "c" * 40, {}, None))[0].key
+    record = value({"threads": 2}, of=measured.fingerprint(inputs, instance, build))
+    kept = Kept.of({"gpu2": ("tuned/gpu2.json", {"m0": record})})
+    monkeypatch.setattr(records, "kept", lambda: kept)
+    return read
+
+
+def test_a_deploy_and_a_plan_of_an_inventory_have_the_same_plan_of_a_record(tuned):
+    host = Host()
+    with ctx_host.use(host):
+        deployed = decision.decision()
+    planned, choice, unknown = decision.with_measured(host, decision.read_inputs(host))
+    assert deployed.desired.servings[0].plan.argv == choice.results[0].argv and unknown == ""
+    assert argument(choice.results[0].argv, "--threads") == "2" and planned.tunings["m0"].where == "on gpu2"
+
+
+def test_without_the_commit_a_plan_of_an_inventory_says_that_records_are_not_compared(tuned, monkeypatch):
+    def fails(settings):
+        raise lookups.LookupFailed("llama_cpp_repository: cannot ask")
+
+    monkeypatch.setattr(lookups, "commit", fails)
+    planned, choice, unknown = decision.with_measured(Host(), decision.read_inputs(Host()))
+    assert unknown == "what was measured is not compared: llama_cpp_repository: cannot ask"
+    assert argument(choice.results[0].argv, "--threads") != "2" and planned.tunings == {}
+
+
+def test_where_nothing_was_measured_no_commit_is_asked_for(read, monkeypatch):
+    monkeypatch.setattr(lookups, "commit", None)
+    _, choice, unknown = decision.with_measured(Host(), decision.read_inputs(Host()))
+    assert len(choice.results) == 1 and unknown == ""
+
+
+def test_the_text_of_a_tune_s_prompts_is_known_by_its_sum(read, tmp_path):
+    text = tmp_path / "prompts.txt"
+    text.write_text("Hello")
+    host = Host(models=[{**MODEL, "tune_prompt_file": str(text)}])
+    assert decision.read_inputs(host).prompts == {"m0": sha256(b"Hello")}
+    text.unlink()
+    refused = decision.decide(host)
+    assert isinstance(refused, Refused)
+    assert str(refused) == f"models: m0: tune_prompt_file: there is no file {text} on this machine"
