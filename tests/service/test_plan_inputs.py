@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from llamafleet.host.learned import Bandwidth, Expected, GateSpeeds
+from llamafleet.host.learned import Bandwidth, Expected, MeasuredSpeeds
 from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.service.changes import changes_needed
@@ -15,7 +15,7 @@ from tests.service.test_desired import decide, survey
 
 GPUS = [{"total_mib": 24564}]
 HARDWARE = "a box"
-SLOW = GateSpeeds("old", 1.0, 10.0, Expected(10.0, 100.0, "host", 20e9, 1e12))
+SLOW = MeasuredSpeeds("old", 1.0, 10.0, Expected(10.0, 100.0, "host", 20e9, 1e12))
 
 
 def decided(bandwidth=None, gates=(), record=None, layout="gpt-oss-120b"):
