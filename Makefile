@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # a compiler for the oracle and the fake NVML.
 PACKAGES := mmdebstrap systemd-container openssh-client git curl cmake ninja-build g++ gcc libc6-dev libgomp1
 # And the tests alone: file systems for the power cuts, other distributions' package managers.
-test test-long: PACKAGES += e2fsprogs xfsprogs dnf zypper pacman-package-manager createrepo-c rpm
+test test-long: PACKAGES += e2fsprogs xfsprogs dnf zypper pacman-package-manager createrepo-c rpm chromium
 
 .PHONY: help demo test test-offline test-long test-cuda check check-style check-types check-imports lock
 .PHONY: sandbox-up sandbox-down prepared packages

@@ -9,7 +9,7 @@ package, this file is `llamafleet.deploy`, and a stage `llamafleet.stages.build`
 Decision 15: docs/decisions/0015-pyinfra-stays-visible.md.
 """
 
-from llamafleet.stages import bootstrap, build, model, plan, service, toolkit, verify
+from llamafleet.stages import bootstrap, build, model, plan, service, toolkit, tune, verify
 
 plan()  # first: a host that cannot hold its models is refused before anything is changed
 bootstrap()
@@ -17,4 +17,5 @@ toolkit()
 build()
 model()
 verify()  # the built llama-server itself is asked; where it disagrees, what follows is planned again
+tune(as_set=True)  # measured on the host, where the setting `tune` says so; what won is installed
 service()  # last: the old services run until the new ones have passed the gate

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from xml.sax.saxutils import escape
 
 ROW, LEFT, WIDTH, TOP = 20, 210, 640, 96  # pixels
-COLOURS = ("#0b7a3b", "#c2410c", "#e9a76b")
+COLOURS = ("#0b7a3b", "#c2410c", "#e9a76b", "#1d4ed8", "#7c3aed", "#555555")  # of so many series at most
 TICKS = 6
 
 
 def svg(title: str, axis: str, names: Sequence[str], series: Mapping[str, Sequence[object]]) -> str:
     """The plot as SVG text; a value of "" gets no dot."""
+    assert len(series) <= len(COLOURS)
     known = [float(str(value)) for values in series.values() for value in values if value != ""]
-    low, high = min(0.0, *known), max(0.0, *known)
+    low, high = min([0.0, *known]), max([0.0, *known])
     step = _step(max(high - low, 1.0) / TICKS)
     low, high = step * (low // step), step * max(1, -(-high // step))
     height = TOP + ROW * len(names) + 40
@@ -29,7 +30,7 @@ def svg(title: str, axis: str, names: Sequence[str], series: Mapping[str, Sequen
         f'<text x="12" y="42" fill="#555">{escape(axis)}</text>',
     ]
     at = 12
-    for name, colour in zip(series, COLOURS, strict=True):
+    for name, colour in zip(series, COLOURS, strict=False):
         parts.append(f'<circle cx="{at + 5}" cy="60" r="5" fill="{colour}"/>')
         parts.append(f'<text x="{at + 16}" y="64">{escape(name)}</text>')
         at += 40 + 7 * len(name)
@@ -41,7 +42,7 @@ def svg(title: str, axis: str, names: Sequence[str], series: Mapping[str, Sequen
     for row, name in enumerate(names):
         y = TOP + ROW * row
         parts.append(f'<text x="{LEFT - 10}" y="{y + 4}" text-anchor="end">{escape(name)}</text>')
-        for values, colour in reversed(list(zip(series.values(), COLOURS, strict=True))):
+        for values, colour in reversed(list(zip(series.values(), COLOURS, strict=False))):
             if values[row] != "":
                 parts.append(f'<circle cx="{x(float(str(values[row]))):.1f}" cy="{y}" r="5" fill="{colour}"/>')
     return "\n".join([*parts, "</svg>", ""])

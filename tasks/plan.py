@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pyinfra import host
+from pyinfra import host, logger
 from pyinfra.api.deploy import deploy
 from pyinfra.context import ctx_host
 
 from llamafleet.cli import tables, usage
 from llamafleet.planner import stability
 from llamafleet.service.desired import Serving
-from llamafleet.service.measured import chance
-from tasks.lib import text_diffs
+from llamafleet.service.measured import chance, tuning_notes
+from llamafleet.service.tune import in_lines, to_measure, wishes
+from tasks.lib import switching, text_diffs
 from tasks.lib.decision import Decision, decision
 from tasks.lib.usage import left_to_do, reached_by
 
@@ -28,6 +29,9 @@ def plan() -> None:
         return
     for text in lines(now, host.name, reached_by(host), everything=host.state.print_noop_info):
         host.log(text)
+    at_once = now.desired.settings.switch_at_once
+    for text in switching.not_a_rollout(ctx_host.get(), now.changes.services, at_once):
+        host.log(text, logger.warning)
     if host.state.config.DIFF:
         for text in text_diffs.differences(now.desired, text_diffs.from_host(ctx_host.get())):
             host.log(text)
@@ -42,7 +46,7 @@ def lines(now: Decision, name: str, reached: str, *, everything: bool) -> Iterat
             chances = [one] if (one := chance(now.desired.inputs, serving.plan)) else []
             title = f"{serving.name} on {name}"
             yield tables.table(plain, title, alternatives=chances, measured=_measured(now, serving))
-    if not now.changes.any and not now.changes.note:
+    if not now.changes.any and not now.changes.note and not to_measure(now.desired, as_set=True):
         yield _in_one_line(now, reached)
     if not now.changes.any:  # else it is said at the end
         yield from left_to_do(now.desired, now.desired.installed.left)
@@ -51,21 +55,14 @@ def lines(now: Decision, name: str, reached: str, *, everything: bool) -> Iterat
 
 def _to_do(now: Decision, everything: bool) -> Iterator[str]:
     changes, desired = now.changes, now.desired
+    yield from in_lines(wishes(desired, as_set=True))
     if everything or changes.any:
         yield from desired.inputs.notes
         yield from (desired.why,) if desired.why else ()
     else:
         yield from (f"the host: {problem}" for problem in desired.machine.problems)
-    for name, reasons in changes.services.items():
-        yield f"to do: serve {name}: {', '.join(reasons)}"
-    for name, reasons in changes.refreshed.items():
-        yield f"to do: set {name} right while its server runs on: {', '.join(reasons)}"
-    for name, reasons in changes.liveness.items():
-        yield f"to do: install the liveness check of {name}: {', '.join(reasons)}"
-    for reason in (*changes.of_host(), *(one.phrase for one in changes.paths.values() if one.place.instance)):
-        yield f"to do: {reason}"
-    for name in changes.note:
-        yield f"to do: write the plan.json of {name} again, since its inputs changed; its service stays as it is"
+        yield from tuning_notes(desired.inputs)
+    yield from (f"to do: {phrase}" for phrase in changes.to_do())
 
 
 def _in_one_line(now: Decision, reached: str) -> str:

@@ -11,7 +11,8 @@ from llamafleet.remote.common import unit_of
 from llamafleet.service import succession
 from llamafleet.service.desired import Serving
 from llamafleet.service.succession import Handover
-from tasks.lib import memory_check, moves, operations, usage
+from llamafleet.service.tune import to_measure
+from tasks.lib import memory_check, moves, operations, switching, usage
 from tasks.lib.decision import decision, for_stage
 
 
@@ -22,9 +23,11 @@ def service() -> None:
     if now is None:
         return
     moves.watch(ctx_host.get().state)
-    drain_seconds, handovers = now.desired.settings.drain_seconds, succession.handovers(now.desired, now.changes)
+    options = switching.Options.of(now.desired.settings)
+    handovers = succession.handovers(now.desired, now.changes)
+    changes_any = now.changes.any or bool(to_measure(now.desired, as_set=True))  # a tune may lead to another plan
     for handover in operations.each(handovers, lambda one: one.names[0]):
-        serve(handover, drain_seconds)
+        serve(handover, options)
     for serving in operations.each(now.desired.servings, lambda serving: serving.name):
         refresh(serving.name)
         watch(serving, needed=serving.name in now.changes.liveness)
@@ -34,15 +37,15 @@ def service() -> None:
         handover = next((one for one in handovers if name in one.leaving), Handover(()))
         operations.remove_instance(
             name=f"Remove llama-server-{name}, no longer in models", instance=name, handover=handover,
-            drain_seconds=drain_seconds,
+            options=options,
         )  # fmt: skip
     operations.make_current(
         name=f"Make build {now.desired.build.key} the current release", needed=now.changes.current,
         key=now.desired.build.key, keep=now.desired.settings.keep_releases,
     )  # fmt: skip
-    operations.release_lock(name="Release the host's lock", needed=now.changes.any or bool(now.changes.note))
+    operations.release_lock(name="Release the host's lock", needed=changes_any or bool(now.changes.note))
     usage.tell_usage(
-        name="Say how to use what was installed", needed=now.changes.any, servings=installed_now, desired=now.desired
+        name="Say how to use what was installed", needed=changes_any, servings=installed_now, desired=now.desired
     )  # fmt: skip
 
 
@@ -52,7 +55,7 @@ def installed_now() -> list[Serving]:
     return [one for one in now.desired.servings if one.name in now.changes.services] if now else []
 
 
-def serve(handover: Handover, drain_seconds: int) -> None:
+def serve(handover: Handover, options: switching.Options) -> None:
     """Stage files and switch to them: those of one instance, or of several that take over each other's ports or memory.
     The old ones come back if the gate fails."""
     for name in operations.each(handover.names, str):
@@ -61,7 +64,7 @@ def serve(handover: Handover, drain_seconds: int) -> None:
     place = f", in place of {', '.join(map(unit_of, handover.leaving))}" if handover.leaving else ""
     operations.switch_service(
         name=f"Start and check {units}{place}", staging=lambda: all_staging(handover.names),
-        again=memory_check.replan_after_switch, handover=handover, drain_seconds=drain_seconds,
+        again=memory_check.replan_after_switch, handover=handover, options=options,
     )  # fmt: skip
 
 

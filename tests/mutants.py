@@ -12,6 +12,8 @@ from functools import cache
 from unittest import mock
 
 from llamafleet.cli import tables
+from llamafleet.cli.report import page
+from llamafleet.cli.reported import host_facts
 from llamafleet.cli.status import Wanted, of_host, table
 from llamafleet.host import answers
 from llamafleet.host.machine import MachineError
@@ -30,8 +32,9 @@ from llamafleet.service.instance_changes import sha256
 from llamafleet.service.model_folders import model_path
 from llamafleet.service.record import record_text
 from llamafleet.service.refusals import Refused, held_by
-from tasks import status, uninstall
-from tasks.lib import jobs, memory_check, remote
+from llamafleet.tuning.records import Kept
+from tasks import uninstall
+from tasks.lib import jobs, memory_check, remote, state
 from tasks.lib.templates import render
 from tasks.lib.this_run import is_ours_or_dead
 from tests import planning
@@ -138,7 +141,8 @@ def boxes():
 
 
 def use_survey(host, line):
-    """Decide, compare, and show: the deploy's table, `llamafleet plan --inventory` and `llamafleet status`."""
+    """Decide, compare, and show: the deploy's table, `llamafleet plan --inventory`, `llamafleet status`
+    and `llamafleet report`."""
     read = inputs(host, line)
     desired = read if isinstance(read, Refused) else desire(read, RUN, render)
     if isinstance(desired, Refused):
@@ -152,9 +156,11 @@ def use_survey(host, line):
             json.loads(record_text({**kept, **serving.record}))
         shown = [tables.table(serving.plan, "m0 on box") for serving in desired.servings]
         shown += [desired.why, json_text([serving.plan.to_json() for serving in desired.servings]), repr(changes)]
-        wanted = status.wanted(desired, changes)
-    found = answers.survey(line).installed
-    shown += shown_status(of_host(found, {}, wanted))
+        wanted = state.wanted(desired, changes)
+    told = answers.survey(line)
+    status = of_host(told.installed, {}, wanted)
+    shown += shown_status(status)
+    shown.append(repr(page("box", {"box": host_facts("box", status, told, None, Kept())}, 0.0)))
     return "\n".join(shown)
 
 
@@ -187,7 +193,7 @@ def use_removable(host, line):
 def use_job(host, line):
     """What is logged of a job that has ended, or was seen in this state last."""
     log = Host()
-    jobs._told(log, "build-key", answers.job(line))
+    jobs.told(log, "build-key", answers.job(line))
     return "\n".join(["", *log.lines])
 
 

@@ -275,6 +275,12 @@ liveness_interval_seconds = 60
 # connections wait meanwhile, and reach the next server; see docs/operations.md, "A switch under load". 0: replies are
 # cut. 30: most replies end within it.
 drain_seconds = 30
+# What happens to a server whose replies still run after that: "cut": it is stopped; "wait": the switch waits on, up to
+# twelve hours; "stop": the server stays, and the host fails.
+drain_overdue = "cut"
+# The most hosts of one run that switch a service at the same time. None: as many as leave each model with half of the
+# hosts that serve it, rounded up, but one of a model at a time at least. See docs/rollout.md.
+switch_at_once = None
 
 # --- tuning ----------------------------------------------------------------------------------
 

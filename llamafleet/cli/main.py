@@ -1,8 +1,9 @@
 """The command `llamafleet`, for tasks that pyinfra does not have.
 
 `llamafleet plan` shows a plan before a machine is bought or a host is changed; `llamafleet status` shows the state of
-an inventory's hosts. Exit status: 0 a plan, or everything is fine; 1 something is not fine; 2 bad input; 3 a refusal;
-130 after Ctrl-C.
+an inventory's hosts, `llamafleet workload` what their servers were asked for, `llamafleet report` writes a page about
+them; `llamafleet rollout` deploys to them wave by wave. Exit status: 0 a plan, a page, or everything is fine; 1
+something is not fine; 2 bad input; 3 a refusal; 130 after Ctrl-C.
 
 Decision 15: docs/decisions/0015-pyinfra-stays-visible.md.
 """
@@ -10,7 +11,9 @@ Decision 15: docs/decisions/0015-pyinfra-stays-visible.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,6 +37,7 @@ from llamafleet.cli.arguments import (
 )
 from llamafleet.cli.errors import UsageError
 from llamafleet.cli.what_if import what_if
+from llamafleet.fleet import waves
 from llamafleet.host.described import Described
 from llamafleet.host.machine import MachineError
 from llamafleet.host.speeds import Measurements
@@ -51,9 +55,18 @@ from llamafleet.settings.secrets import SecretError
 __all__ = ["default_data", "main", "parse_changes", "settings_for"]
 
 PLANNED, BAD_INPUT, REFUSED, INTERRUPTED = 0, 2, 3, 130
+END_SECONDS = 5.0  # after Ctrl-C, for a run over an inventory
 READERS = 8  # headers read at the same time; limited so as not to burden the server
 SIBLINGS_TRIED = 3  # quantisations of a refused model's repository that are planned, largest first
-BAD_INPUT_ERRORS = (UsageError, SettingsError, SecretError, MachineError, GgufError, source.SourceError)
+BAD_INPUT_ERRORS = (
+    UsageError,
+    waves.WavesError,
+    SettingsError,
+    SecretError,
+    MachineError,
+    GgufError,
+    source.SourceError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,13 +129,70 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--limit", help="show only this host or group")
     status.add_argument("--json", action="store_true", help="print all data as JSON")
     status.set_defaults(run=status_command)
+    tuned = commands.add_parser("tuned", help="show what was measured where", description=tuned_command.__doc__)
+    tuned.add_argument("--inventory", type=Path, required=True, help="a pyinfra inventory")
+    tuned.add_argument("--limit", help="show only this host or group")
+    tuned.add_argument("--json", action="store_true", help="print all data as JSON")
+    tuned.set_defaults(run=tuned_command)
+    workload = commands.add_parser(
+        "workload", help="show what servers were asked for", description=workload_command.__doc__
+    )
+    workload.add_argument("--inventory", type=Path, required=True, help="a pyinfra inventory")
+    workload.add_argument("--limit", help="show only this host or group")
+    workload.add_argument("--since", help="in journalctl's words, such as 2026-11-20 (default: 7 days ago)")
+    workload.add_argument("--json", action="store_true", help="print all data as JSON")
+    workload.set_defaults(run=workload_command)
+    report = commands.add_parser("report", help="write a page about hosts", description=report_command.__doc__)
+    report.add_argument("--inventory", type=Path, required=True, help="a pyinfra inventory")
+    report.add_argument("--limit", help="write about this host or group alone")
+    report.add_argument("--output", default="report.html", help="the file to write, report.html unless named")
+    report.set_defaults(run=report_command, json=False)
+    rollout = commands.add_parser("rollout", help="deploy to hosts wave by wave", description=rollout_command.__doc__)
+    rollout.add_argument("--inventory", type=Path, required=True, help="a pyinfra inventory")
+    rollout.add_argument(
+        "--waves", default=waves.USUAL, metavar="SIZES",
+        help="sizes of the waves, by commas: a number of further hosts, or the percent of all hosts that are done"
+        f" afterwards; {waves.USUAL.replace('%', '%%')} without it",
+    )  # fmt: skip
+    for flag, what in (("--limit", "roll out only to"), ("--exclude", "leave out")):
+        rollout.add_argument(flag, action="append", default=[], help=f"{what} this host or group; may be repeated")
+    rollout.add_argument("--dry", action="store_true", help="print the waves with every change, and change nothing")
+    rollout.add_argument("--json", action="store_true", help="print the waves and their end as JSON")
+    rollout.set_defaults(run=rollout_command)
     return parser
+
+
+def tuned_command(options: argparse.Namespace) -> int:
+    """Show for every instance of every host what a tune has measured: the winner with its gain over llama-server as it
+    ships, when, and whether it still holds. Nothing is changed, nothing is measured."""
+    return _on_inventory("tasks.tuned", options)
 
 
 def status_command(options: argparse.Namespace) -> int:
     """Show for every instance of every host: plan, memory, speed, restarts, last gate, drift. Nothing is changed. Exit
     status 0 if every instance is fine, else 1."""
     return _on_inventory("tasks.status", options)
+
+
+def workload_command(options: argparse.Namespace) -> int:
+    """Show for every instance of every host what its server was asked for, from the host's journal, and the settings of
+    the workload that fit. Nothing is changed. Exit status 0 if every host could be read, else 1."""
+    return _on_inventory("tasks.workload", options, *([f"--since={options.since}"] if options.since else []))
+
+
+def report_command(options: argparse.Namespace) -> int:
+    """Write one HTML page about the hosts of an inventory: plans, memory, speed beside llama-server's own defaults, and
+    what tunes measured. No host is changed. Exit status 0 if every host was read, else 1."""
+    return _on_inventory("tasks.report", options, "--output", options.output)
+
+
+def rollout_command(options: argparse.Namespace) -> int:
+    """Deploy to the hosts of an inventory wave by wave, so that no model goes away as a whole; the first failure ends
+    it, and run again it goes on. Exit status 0 if all hosts are as planned, else 1."""
+    waves.sizes(options.waves)
+    words = ["--waves", options.waves, *(["--dry"] if options.dry else [])]
+    words += [f"--exclude={name}" for name in options.exclude]
+    return _on_inventory("tasks.rollout", options, *words)
 
 
 def plan_command(options: argparse.Namespace) -> int:
@@ -170,17 +240,26 @@ def plan_inventory(options: argparse.Namespace) -> int:
     return _on_inventory("tasks.lib.over_hosts", options)
 
 
-def _on_inventory(module: str, options: argparse.Namespace) -> int:
-    """Run a module of `tasks` in its own process and return its exit status: pyinfra patches the standard library's
-    sockets, and that must happen before they are used."""
+def _on_inventory(module: str, options: argparse.Namespace, *words: str) -> int:
+    """Run a module of `tasks`, with `words` as further options, in its own process, and return its exit status: pyinfra
+    patches the standard library's sockets, and that must happen before they are used."""
     if not options.inventory.is_file():
         raise UsageError(f"--inventory: there is no such inventory file: {options.inventory} (looked in {Path.cwd()})")
     # -P: a module of the current folder, which may be a stranger's, is not taken for one of ours or of Python.
     command = [sys.executable, "-P", "-m", module, str(options.inventory)]
-    command += ["--limit", options.limit] if options.limit else []
+    limits = [options.limit] if isinstance(options.limit, str) else options.limit or []
+    command += [f"--limit={limit}" for limit in limits]
     command += ["--json"] if options.json else []
+    command += words
     path = os.pathsep.join([str(stages.FOLDER), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # it has come to the process as well, which releases the locks of hosts
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(END_SECONDS)
+            process.send_signal(signal.SIGINT)
+            raise
 
 
 def _together(options: argparse.Namespace, host: Described, changes: dict[str, Any]) -> int:

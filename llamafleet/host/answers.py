@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from typing_extensions import TypedDict
 
 from llamafleet import validation
 from llamafleet.host.installed import Holder, Installed, Many, Offer, Path, Sha256, Survey, Table, UserId
@@ -32,6 +33,9 @@ MAX_CHARACTERS = 16 * 2**20
 MAX_DEPTH = 60
 
 Line = Annotated[Text, Field(max_length=65536), BeforeValidator(readable)]
+# Tokens, requests or seconds: a mean has a fraction.
+Amount = Annotated[float, Field(strict=True, ge=0, le=1e12, allow_inf_nan=False, description="of the host's journal")]
+Counted = Annotated[Whole, Field(ge=0, le=2**63)]
 Lines = Annotated[Listed[Line], Field(max_length=1000)]
 
 
@@ -145,6 +149,33 @@ class LiveInstance:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """Mean and quantiles of what several requests had."""
+
+    mean: Amount
+    p10: Amount
+    p50: Amount
+    p90: Amount
+    p99: Amount
+    max: Amount
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What `workload.py` says of an instance: what its server was asked for between two unix times."""
+
+    since: Amount | None
+    until: Amount | None
+    requests: Counted
+    cut_short: Counted
+    checks: Counted
+    prompt_tokens: Figures | None
+    reply_tokens: Figures | None
+    live_tokens: Figures | None
+    concurrency: Figures | None
+
+
+@dataclass(frozen=True)
 class Removable:
     """What `uninstall.py find` found."""
 
@@ -157,10 +188,41 @@ class Removable:
 
 
 @dataclass(frozen=True)
+class GatewayServer:
+    """What `gateway_admin.py` says of a server of the gateway: whether it gets requests, and for how many seconds it
+    does not, where that was lent."""
+
+    up: Flag
+    drained: Flag
+    drained_seconds: Annotated[Whole, Field(ge=0, le=2**31 - 1)] | None
+    check: Message = ""  # what the last check of its health said
+
+
+@dataclass(frozen=True)
 class Built:
     """What `build.py digest` says of a release: the SHA-256 of its release.json."""
 
     digest: Sha256
+
+
+class Trial(TypedDict):
+    """One measurement of a tune, as `tune.py` writes it, with more that is kept as it is: the candidate's number, the
+    workload's seconds, None where it failed, and how long it took with loading."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]  # figures for the record
+    id: Annotated[Whole, Field(ge=0, le=2**31)]
+    candidate: Annotated[Whole, Field(ge=0, le=2**31)]
+    label: Label
+    stage: Annotated[Whole, Field(ge=1, le=3)]
+    error: Message | None
+    seconds: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None
+    took_seconds: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+    prompt_tokens_per_s: Speed | None
+    decode_tokens_per_s: Speed | None
+
+
+# A tune of a day has some ten thousand.
+Trials = Annotated[Listed[Trial], Field(max_length=100_000)]
 
 
 def survey(line: str) -> Survey:
@@ -196,6 +258,11 @@ def status(line: str) -> Mapping[str, LiveInstance]:
     return cast("Mapping[str, LiveInstance]", _read(line, "status.py", Table[LiveInstance]))
 
 
+def observed(line: str) -> Mapping[str, Observed]:
+    """By instance, what `workload.py` prints."""
+    return cast("Mapping[str, Observed]", _read(line, "workload.py", Table[Observed]))
+
+
 def removable(line: str) -> Removable:
     """What `uninstall.py find` prints."""
     return cast(Removable, _read(line, "uninstall.py", Removable))
@@ -211,9 +278,19 @@ def built(line: str) -> Built:
     return cast(Built, _read(line, "build.py", Built))
 
 
+def gateway_servers(line: str) -> Mapping[str, GatewayServer]:
+    """The servers of a gateway by their names HOST/INSTANCE, as `gateway_admin.py` prints them."""
+    return cast("Mapping[str, GatewayServer]", _read(line, "gateway_admin.py", Table[GatewayServer]))
+
+
 def left(line: str) -> Left:
     """What is left for people to do, as `left.py` prints it."""
     return cast(Left, _read(line, "left.py", Left))
+
+
+def trials(line: str) -> tuple[Trial, ...]:
+    """The trials of a tune, as `tune.py read` prints them."""
+    return cast("tuple[Trial, ...]", _read(line, "tune.py", Trials))
 
 
 def gate(line: str) -> Gate:

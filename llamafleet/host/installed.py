@@ -197,6 +197,11 @@ class InstalledInstance:
         """Whether it starts when it is asked, and stops when nobody uses it."""
         return bool(self.demand_sha256)
 
+    @property
+    def serves(self) -> bool:
+        """Whether clients are answered, if need be after a start."""
+        return (self.socket if self.is_on_demand else self.active) == "active"
+
 
 @dataclass(frozen=True)
 class Listener:

@@ -39,6 +39,7 @@ _UNRELATED_INSTANCE_SETTINGS = {"name", "source", "port", "listen", "allowed_cli
                           "tune_prompt_file", "accept_slower"}  # fmt: skip
 _UNRELATED_SETTINGS = {"models", "llama_cpp_repository", "llama_cpp_ref", "build_ui", "build_jobs", "build_cache",
               "keep_releases", "hub_endpoint", "hub_token_file", "cuda_toolkit", "drain_seconds",
+              "drain_overdue", "switch_at_once",
               "allow_empty_models", "environment", "models_dir", "proxy", "no_proxy", "ca_file", "python",
               "tune", "tune_minutes", "tune_stops_service", "tune_window"}  # fmt: skip
 

@@ -1,11 +1,13 @@
 """Let the running replies of a server end before it is stopped, while new connections wait.
 
-Contract: a module of switch.py, starting.py and switch_back.py. `Draining(names, seconds)` notes the servers that run,
-by their installed plan.json; `with draining.begun():` is a block in which they may be stopped, once: it is entered when
-no slot is at work, or when the seconds are over. `let_in(name)` lets a server that goes on take connections again.
-Nothing is raised where a server, a plan.json or the kernel does not answer: then nothing is waited for, and a line says
-so. Root with all capabilities, for the waiting of new connections; Linux 5.6, else they are served meanwhile. The
-standard library, Python 3.8; common.py, gate_server.py and gate_spec.py beside it.
+Contract: a module of switch.py, starting.py and switch_back.py. `Draining(names, seconds, overdue)` notes the servers
+that run, by their installed plan.json; `with draining.begun():` is a block in which they may be stopped, once: it is
+entered when no slot is at work, or when the seconds are over. `overdue` says what becomes of replies that run on then:
+"cut"; "wait", for PATIENT_SECONDS in all; or "stop", which raises `Overdue`, and the server takes connections again.
+`let_in(name)` lets a server that goes on take connections again. Nothing else is raised: where a server, a plan.json or
+the kernel does not answer, nothing is waited for, and a line says so. Root with all capabilities, for the waiting of
+new connections; Linux 5.6, else they are served meanwhile. The standard library, Python 3.8; common.py, gate_server.py
+and gate_spec.py beside it.
 
 llama-server drops its running replies on SIGTERM (ctx_server.terminate in tools/server/server.cpp), and has no way to
 refuse new ones. So a filter is attached to its listening socket, which drops what begins a connection: the kernel of
@@ -41,6 +43,8 @@ from gate_spec import Unreadable, read_spec
 # sent after its slot is free.
 PAUSE_SECONDS, ANSWER_SECONDS, IDLE_SECONDS = 0.1, 3.0, 0.2
 SHOWN_SECONDS = 5.0  # between lines of progress
+PATIENT_SECONDS = 12 * 3600.0  # half of what a job that switches may take
+CUT, WAIT, STOP = "cut", "wait", "stop"
 # The kernel's, the same on all of our architectures: options of a socket, and numbers of system calls.
 SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
 PIDFD_OPEN, PIDFD_GETFD = 434, 438
@@ -64,11 +68,16 @@ class Server(NamedTuple):
     path: Optional[str] = None  # of its own socket, if it starts on demand: clients reach another process's
 
 
+class Overdue(Exception):
+    """Replies still run after the time that they had, and are not to be cut; the text is for the operator."""
+
+
 class Draining:
     """The servers of these instances that run, and the seconds that their running replies get to end."""
 
-    def __init__(self, names: Sequence[str] = (), seconds: float = 0.0) -> None:
-        self.seconds = seconds
+    def __init__(self, names: Sequence[str] = (), seconds: float = 0.0, overdue: str = CUT) -> None:
+        self.seconds = PATIENT_SECONDS if overdue == WAIT and seconds > 0 else seconds
+        self.may_cut = overdue == CUT
         self.servers = [one for one in map(running, names) if one] if seconds > 0 else []
 
     @contextlib.contextmanager
@@ -78,8 +87,8 @@ class Draining:
         try:
             for server in servers:
                 hold(server)
-            if servers:
-                wait(servers, self.seconds)
+            if servers and not wait(servers, self.seconds, cut=self.may_cut) and not self.may_cut:
+                raise Overdue(_overdue(servers, self.seconds))
             yield
         except BaseException:
             for server in servers:
@@ -214,9 +223,18 @@ def let_in(name: str) -> None:
 # --- running replies ------------------------------------------------------------------------------
 
 
-def wait(servers: Sequence[Server], seconds: float, certain: bool = False) -> bool:
+def _overdue(servers: Sequence[Server], seconds: float) -> str:
+    what = ", ".join(unit_of(server.name) for server in servers)
+    return (
+        f'requests are still running on {what} after {seconds:.0f} s, and drain_overdue is not "{CUT}": '
+        "run again when there are fewer, or with a longer drain_seconds"
+    )
+
+
+def wait(servers: Sequence[Server], seconds: float, certain: bool = False, cut: bool = True) -> bool:
     """Wait until no server is at work, `seconds` at most; whether none is. The answers are read by a child without
-    root's rights. `certain`: a server that does not answer is at work."""
+    root's rights. `certain`: a server that does not answer is at work. `cut`: they are stopped afterwards all the same,
+    which is printed."""
     "x".encode("idna")  # loads what sockets need: nobody may not be able to read Python's own files
     reader, writer = os.pipe()
     child = os.fork()
@@ -233,7 +251,7 @@ def wait(servers: Sequence[Server], seconds: float, certain: bool = False) -> bo
                 print(f"{what}: waiting for {number} running requests, {left:.0f} s at most", flush=True)
             if number <= 0:
                 return number == 0 or not certain
-        if not certain:
+        if cut and not certain:
             print(f"{what}: stopped after {seconds:.0f} s although requests are running", flush=True)
         return False
     finally:

@@ -22,26 +22,26 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from typing import Any, Dict, List, Optional  # the contract is Python 3.8, whose own are typing's
+from typing import Any, Dict, List, Optional, Tuple  # the contract is Python 3.8, whose own are typing's
 
 from gate_nvml import used_by_others
-from gate_reply import Bad, complete, speed_key
+from gate_reply import SECONDS, Bad, complete, speed_key
 from gate_server import ask, first_key, main_pid, result, slots
 from gate_sleep import is_asleep
 from gate_slower import KINDS, differs, figure, is_pair, most_others, said, said_slower, slower, typical
 from liveness_server import may_sleep
 
-# Each request reads and writes about a second, by the speeds that the gate has measured.
-REQUEST_SECONDS = 1.0
-LEAST_PROMPT, MOST_PROMPT, LEAST_REPLY, MOST_REPLY = 32, 1024, 8, 128
+# Each request reads and writes for about so long, by the speeds that the gate has measured.
+REQUEST_SECONDS = 0.5
+LEAST_PROMPT, MOST_PROMPT, LEAST_REPLY, MOST_REPLY = 32, 512, 8, 64
 # Requests of a pace, fewer where they take longer than MOST_SECONDS.
-REQUESTS, LEAST, MOST_SECONDS = 8, 5, 20.0
-# A server that hangs is not waited for: the gate and the liveness check say so.
-ANSWER_SECONDS = 60.0
-# So long is waited for requests to end, and for other programs to compute no more than beside the old server.
+REQUESTS, LEAST, MOST_SECONDS = 8, 3, 20.0
+# An old server that hangs is not waited for.
+OLD_SECONDS = 60.0
+# So long is waited for requests to end, and are requests tried that do not count.
 IDLE_SECONDS, PAUSE_SECONDS, QUIET_SECONDS = 10.0, 1.0, 40.0
-# A new server that seems slower is measured so often, each time anew: it fails if it was slower each time.
-ROUNDS, ROUND_PAUSE_SECONDS = 3, 3.0
+# A new server that seems slower is measured anew so often, or for so long. It fails if it was slower each time.
+ROUNDS, ROUND_PAUSE_SECONDS, ROUNDS_SECONDS = 3, 3.0, 60.0
 GPU_IDLE_PERCENT = 10
 EXPECTED = "as fast as the last good one"
 WORDS = "the of and to in is was for on that with as by at from it an be this which or are not have had but one"
@@ -51,38 +51,38 @@ class Busy(Exception):
     """The server cannot be measured now; the text says why."""
 
 
-def measure(spec: Dict[str, Any], like: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+def measure(spec: Dict[str, Any], like: Optional[Dict[str, Any]] = None, seconds: float = SECONDS) -> Dict[str, Any]:
     """The server's pace. One that is to be compared with the pace `like` reads and writes as many tokens, and its
-    requests count only while others compute no more. Raises Busy, Bad."""
+    requests count only while others compute no more. `seconds`: for one request. Raises Busy, Bad."""
     idle(spec)
     sizes = like["tokens"] if like else sizes_for(spec)
     prompt = tokens(spec, sizes[0])
-    complete(spec, prompt, 1, 0, seconds=ANSWER_SECONDS)  # what the first request allocates is not measured
-    began, most = time.monotonic(), most_others(like, cpus())
+    complete(spec, prompt, 1, 0, seconds=seconds)  # what the first request allocates is not measured
+    most, counted, lost = most_others(like, cpus()), 0.0, 0.0  # seconds of the requests that count and of the others
     found: Dict[str, List[Any]] = {"prompt": [], "decode": [], "others": []}
-    loudest = 0.0
-    while len(found["prompt"]) < REQUESTS:
-        took = time.monotonic() - began
-        if took >= MOST_SECONDS and len(found["prompt"]) >= LEAST:
-            break
-        if took >= QUIET_SECONDS:
-            raise Busy(f"other programs use up to {loudest:.1f} of {cpus()} CPUs")
-        one = request(spec, prompt, sizes[1])
-        loudest = max(loudest, one["others"] or 0.0)
-        if (one["others"] or 0.0) <= most:
-            for kind, values in found.items():
-                values.append(one[kind])
+    while len(found["prompt"]) < (LEAST if counted >= MOST_SECONDS else REQUESTS):
+        began = time.monotonic()
+        one = request(spec, prompt, sizes[1], seconds)
+        others, took = one["others"] or 0.0, time.monotonic() - began
+        if others > most:
+            lost += took
+            if lost >= QUIET_SECONDS:
+                raise Busy(f"other programs use {others:.1f} of {cpus()} CPUs")
+            continue
+        counted += took
+        for kind, values in found.items():
+            values.append(one[kind])
     idle(spec)
     return {**state(spec), "tokens": sizes, **found}
 
 
-def request(spec: Dict[str, Any], prompt: List[int], reply: int) -> Dict[str, Any]:
+def request(spec: Dict[str, Any], prompt: List[int], reply: int, seconds: float) -> Dict[str, Any]:
     """The speeds of one request, and the CPUs that others used meanwhile. Raises Busy, Bad."""
     if any(slot.get("is_processing") for slot in slots(spec) or []):
         raise Busy("its slots are at work")
     pid = main_pid(spec["unit"])
     before, began = others_seconds(pid), time.monotonic()
-    timings = complete(spec, prompt, reply, 0, seconds=ANSWER_SECONDS)["timings"]
+    timings = complete(spec, prompt, reply, 0, seconds=seconds)["timings"]
     after, took = others_seconds(pid), time.monotonic() - began
     if timings["prompt_n"] != len(prompt):
         raise Bad(f"{len(prompt)} tokens read", timings["prompt_n"], "llama-server's API changed")
@@ -162,7 +162,7 @@ def between(least: int, value: float, most: int) -> int:
 
 def tokens(spec: Dict[str, Any], count: int) -> List[int]:
     """The same tokens for the old server and the new one. Raises Bad."""
-    status, told = ask(spec["url"], "/tokenize", first_key(spec), {"content": WORDS}, ANSWER_SECONDS)
+    status, told = ask(spec["url"], "/tokenize", first_key(spec), {"content": WORDS}, OLD_SECONDS)
     found = told.get("tokens") if status == 200 and isinstance(told, dict) else None
     if not isinstance(found, list) or not found:
         raise Bad("the tokens of a text", f"status {status} of /tokenize", "llama-server's API changed")
@@ -188,19 +188,24 @@ def check_pace(spec: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     if old is not None and not differs(old, now):
         return None  # measured before
     try:
-        new = measure(spec, old)
-        worse = slower(old, new, cpus()) if old else []
-        for _ in range(ROUNDS - 1 if old and worse and is_pair(old, new) else 0):
-            time.sleep(ROUND_PAUSE_SECONDS)
-            new = measure(spec, old)
-            worse = slower(old, new, cpus())
-            if not worse:
-                break
+        new, worse = measured_against(spec, old)
     except Busy as busy:
         return result("pace", True, EXPECTED, f"not measured: {busy}", "nothing was compared" if old else "")
     except Bad as bad:
         return result("pace", False, *bad.args)
     return compared(spec, old, new, worse)
+
+
+def measured_against(spec: Dict[str, Any], old: Optional[Dict[str, Any]]) -> Tuple[Dict[str, Any], List[str]]:
+    """The server's pace, and the kinds of speed at which it is slower than the old one. Raises Busy, Bad."""
+    over = time.monotonic() + ROUNDS_SECONDS
+    for number in range(ROUNDS):
+        time.sleep(ROUND_PAUSE_SECONDS if number else 0.0)
+        new = measure(spec, old)
+        worse = slower(old, new, cpus()) if old else []
+        if not old or not worse or not is_pair(old, new) or time.monotonic() >= over:
+            break
+    return new, worse
 
 
 def compared(
@@ -218,7 +223,7 @@ def compared(
         hint = "slower, accepted by accept_slower"
     else:
         return result("pace", False, f"{expected}, and no slower by more than the spread", found,
-                      f"in {ROUNDS} rounds{beside(old, new)}: a regression in this llama.cpp; to accept it: "
+                      f"each time{beside(old, new)}: a regression in this llama.cpp; to accept it: "
                       f'accept_slower = "{spec["commit"]}" of this model, and deploy again')  # fmt: skip
     spec["measured"]["pace"] = new
     return result("pace", True, expected, found, hint)
@@ -239,7 +244,7 @@ def check_old_pace(spec: Dict[str, Any]) -> Dict[str, Any]:
     if not spec["last"].get("ok") or spec["serves"] != "chat":
         return result("pace", False, expected, "none that a gate of text has passed")
     try:
-        spec["measured"]["pace"] = measure(spec)
+        spec["measured"]["pace"] = measure(spec, seconds=OLD_SECONDS)
     except (Busy, Bad) as error:
         return result("pace", False, expected, str(error))
     return result("pace", True, expected, ", ".join(figure(spec["measured"]["pace"], kind) for kind in KINDS))

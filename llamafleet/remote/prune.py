@@ -2,9 +2,9 @@
 
 Contract: a module, no program. `prune()` is called when a job starts. It removes logs, specifications and exit codes of
 jobs that are older than KEPT_DAYS or not among the KEPT_JOBS newest of their kind, running jobs excepted; files that
-were set aside as `.rejected`, older than KEPT_DAYS; records of the gate for instances that are gone, likewise; and what
-a killed run has left half done (staged files, which may hold keys, and a preflight's model), older than HALF_DONE_DAYS.
-What cannot be removed stays. Python 3.8, standard library; common.py beside it.
+were set aside as `.rejected`, older than KEPT_DAYS; records of the gate and of tunes for instances that are gone,
+likewise; and what a killed run has left half done (staged files, which may hold keys, and a preflight's model), older
+than HALF_DONE_DAYS. What cannot be removed stays. Python 3.8, standard library; common.py beside it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ JOB_FILES = (".log", ".exit", ".json")
 def prune(now: Optional[float] = None) -> None:
     """Remove all of it; `now` is seconds since the epoch."""
     now = time.time() if now is None else now
-    for path in itertools.chain(jobs(now), rejected(now), gates(now), half_done(now)):
+    for path in itertools.chain(jobs(now), rejected(now), gates(now), tunes(now), half_done(now)):
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -92,8 +92,23 @@ def gates(now: float) -> Iterator[str]:
         # llamafleet 0.1.0 had NAME.liveness.json beside NAME.json. An instance may be called so, too.
         name = os.path.basename(path)[: -len(".json")]
         owners = {name, name[: -len(".liveness")] if name.endswith(".liveness") else name}
-        there = any(os.path.exists(f"{UNITS}/{unit_of(one)}") or os.path.exists(f"{GOOD}/{one}") for one in owners)
-        if path.endswith(".json") and not there and age_days(path, now) > KEPT_DAYS:
+        if path.endswith(".json") and not any(map(is_there, owners)) and age_days(path, now) > KEPT_DAYS:
+            yield path
+
+
+def is_there(name: str) -> bool:
+    """Whether an instance is installed, or its last good files are kept."""
+    return os.path.exists(f"{UNITS}/{unit_of(name)}") or os.path.exists(f"{GOOD}/{name}")
+
+
+def tunes(now: float) -> Iterator[str]:
+    """Trials and records of tunes, of instances that are neither installed nor kept. A folder is as old as its last
+    trial."""
+    trials = [(name, f"{VAR}/tune/{name}", f"{VAR}/tune/{name}/trials.jsonl") for name in listing(f"{VAR}/tune")]
+    records = [(name[: -len(".json")], path, path) for name in listing(f"{VAR}/tuned")
+               if name.endswith(".json") and (path := f"{VAR}/tuned/{name}")]  # fmt: skip
+    for name, path, dated in (*trials, *records):
+        if not is_there(name) and age_days(dated if os.path.lexists(dated) else path, now) > KEPT_DAYS:
             yield path
 
 

@@ -1,11 +1,12 @@
 """Receive files from the operator, whole or not at all.
 
-Contract: `receive.py [--fresh FOLDER] [--too PATH]... PATH...`. Standard input has two lines: the SHA-256 of the second
-one, and a JSON list with a pair [mode, content in base64] for each PATH, in their order. Nothing is written unless the
-sum agrees. Each file is written beside its name, synced and renamed; its folder must be there. FOLDER is removed and
-made anew first, for root alone. `--too` names a file that gets the content of the first PATH as well, where its folder
-is there. Prints nothing; what fails is the last line on stderr, beginning with `error: `. Exit 0 done, 1 failed. Root,
-the standard library; common.py beside it.
+Contract: `receive.py [--fresh FOLDER] [--make FOLDER] [--too PATH]... PATH...`. Standard input has two lines: the
+SHA-256 of the second one, and a JSON list with a pair [mode, content in base64] for each PATH, in their order. Nothing
+is written unless the sum agrees. Each file is written beside its name, synced and renamed; its folder must be there.
+The folder of `--fresh` is removed and made anew first, for root alone; that of `--make` is made where it is missing.
+`--too` names a file that gets the content of the first PATH as well, where its folder is there. Prints nothing; what
+fails is the last line on stderr, beginning with `error: `. Exit 0 done, 1 failed. Root, the standard library;
+common.py beside it.
 
 Files never pass through a name that another user could guess or replace: this program alone opens them, in folders of
 root's. What came is compared here, so that a cut or damaged transfer changes nothing.
@@ -23,7 +24,7 @@ import shutil
 import sys
 from typing import BinaryIO, List, Optional, Tuple
 
-from common import replace_file, sha256
+from common import make_folder, replace_file, sha256
 
 Content = Tuple[int, bytes]  # a file's mode and bytes
 
@@ -42,8 +43,12 @@ def contents(stream: BinaryIO) -> List[Content]:
     return [(mode, base64.b64decode(data)) for mode, data in json.loads(text)]
 
 
-def receive(paths: List[str], sent: List[Content], fresh: Optional[str], too: List[str]) -> None:
+def receive(
+    paths: List[str], sent: List[Content], fresh: Optional[str], too: List[str], made: Optional[str] = None
+) -> None:  # fmt: skip
     """Write each file. Raises OSError."""
+    if made:
+        make_folder(made)
     if fresh:
         shutil.rmtree(fresh, ignore_errors=True)
         os.makedirs(fresh, mode=0o700)
@@ -57,6 +62,7 @@ def receive(paths: List[str], sent: List[Content], fresh: Optional[str], too: Li
 def main(argv: List[str], stream: BinaryIO) -> int:
     parser = argparse.ArgumentParser(description="Receive files from the operator.")
     parser.add_argument("--fresh")
+    parser.add_argument("--make")
     parser.add_argument("--too", action="append", default=[])
     parser.add_argument("paths", nargs="+")
     asked = parser.parse_args(argv)
@@ -65,7 +71,7 @@ def main(argv: List[str], stream: BinaryIO) -> int:
         sent = contents(stream)
         if len(sent) != len(asked.paths):
             raise Failed(f"{len(sent)} files were sent for {len(asked.paths)} names")
-        receive(asked.paths, sent, asked.fresh, asked.too)
+        receive(asked.paths, sent, asked.fresh, asked.too, asked.make)
     except Failed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

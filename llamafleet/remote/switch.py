@@ -1,23 +1,23 @@
 """Switch instances to their new files, and restore the old ones if the new ones do not serve.
 
-Contract: NAMES are names of instances, joined by commas. `switch.py install NAMES [--leaving NAMES] [--keep]
-[--drain SECONDS]` takes the staged files of /var/lib/llamafleet/staged/NAME (the unit, plan.json, the secrets that it
-has, the units of its liveness check where there is one), installs them together, starts, runs the gate and, where
-anything fails, puts the old ones back and proves that they serve again. Several are switched at once, as instances
-that take over each other's ports or memory must be: all are stopped before the first one starts, and all go back where
-one fails. Those of --leaving are stopped with them and stay stopped and disabled, with all their files: `remove` is for
-later. With --keep `switch.py undo NAMES --leaving NAMES`, with the same names, leads back to what was before. A server
-that is stopped has SECONDS to finish its running replies. `switch.py refresh NAME` installs the staged files, and sets
-the unit's state in systemd right, while the server runs on; `switch.py watch NAME` installs the staged liveness check
-alone. Each removes the drop-ins of the instance's units, but for those that plan.json allows.
+Contract: NAMES are names of instances, joined by commas. `switch.py install NAMES [--leaving NAMES] [--keep] [--drain
+SECONDS [--overdue WHAT]]` takes the staged files of /var/lib/llamafleet/staged/NAME (the unit, plan.json, the secrets
+that it has, the units of its liveness check where there is one), installs them together, starts, runs the gate and,
+where anything fails, puts the old ones back and proves that they serve again. Several are switched at once, as
+instances that take over each other's ports or memory must be: all are stopped before the first one starts, and all go
+back where one fails. Those of --leaving are stopped with them and stay stopped and disabled, with all their files:
+`remove` is for later. With --keep `switch.py undo NAMES --leaving NAMES`, with the same names, leads back to what was
+before. A server that is stopped has SECONDS to finish its running replies; WHAT is "cut" where they are cut then,
+"wait" where the switch waits on, and "stop" where it fails and the server serves on. `switch.py refresh NAME` installs
+the staged files, and sets the unit's state in systemd right, while the server runs on; `switch.py watch NAME` installs
+the staged liveness check alone. Each removes the drop-ins of the instance's units, but for those that plan.json allows.
 `switch.py recover NAMES [--wait]` ends a switch that was cut off: it finishes it if the gate had passed, else it puts
 the old files back and starts them, and does not wait for them; while a switch is at work it does nothing, or, with
---wait, waits for its end.
-`switch.py remove NAME [--after NAMES] [--drain SECONDS]` stops and removes an instance; of the switch of --after
-nothing is kept for `undo` any more. Log lines on stdout; the last one of a failure begins with
-`error: `. Exit 0 done, 1 failed. Killed at any point it can be run again, and `recover` runs before the instances start
-at the next boot. Root, the standard library; common.py, transaction.py, instance_files.py, the modules that it imports
-and what the gate and the preflight need lie beside it.
+--wait, waits for its end. `switch.py remove NAME [--after NAMES] [--drain SECONDS [--overdue WHAT]]` stops and removes
+an instance; of the switch of --after nothing is kept for `undo` any more. Log lines on stdout; the last one of a
+failure begins with `error: `. Exit 0 done, 1 failed. Killed at any point it can be run again, and `recover` runs before
+the instances start at the next boot. Root, the standard library; common.py, transaction.py, instance_files.py, the
+modules that it imports and what the gate and the preflight need lie beside it.
 
 Decision 7: docs/decisions/0007-health-is-not-enough.md.
 Decision 9: docs/decisions/0009-nothing-half-done-has-its-final-name.md.
@@ -44,7 +44,7 @@ import switch_back
 import switch_checks
 import transaction
 from common import journal, liveness_units, systemctl, unit_of
-from draining import Draining
+from draining import CUT, STOP, WAIT, Draining, Overdue
 from instance_files import PLAN, Files
 from starting import timer_of, unwatch
 from switch_back import Failed, Stopped, finish, going_back, recover, settle
@@ -55,7 +55,7 @@ REJECTED = 3  # exit status of `verify.py settle`: llama-server rejects its argu
 
 def install(
     names: Sequence[str], leaving: Sequence[str] = (), keep: bool = False, drain: float = 0.0,
-    options: Sequence[str] = (),
+    options: Sequence[str] = (), overdue: str = CUT,
 ) -> None:  # fmt: skip
     """Switch these instances together to their staged files, in place of `leaving`. `options` are the gate's."""
     everyone = [*names, *leaving]
@@ -74,7 +74,7 @@ def install(
             for name in names if "--no-floor" not in options else ():
                 if starting.serving_since(name):
                     pace.measure_old(name, f"{common.STAGED}/{name}/{PLAN}")
-            drained = Draining(everyone, drain)
+            drained = Draining(everyone, drain, overdue)
             make_way(names)
             ask(names, leaving, drained)
             replace(names)
@@ -194,7 +194,7 @@ def guard(names: Sequence[str]) -> None:
     )  # fmt: skip
 
 
-def undo(names: Sequence[str], leaving: Sequence[str], drain: float = 0.0) -> None:
+def undo(names: Sequence[str], leaving: Sequence[str], drain: float = 0.0, overdue: str = CUT) -> None:
     """Take back a switch that was made with `keep`: what it stopped serves again, and what was new is removed."""
     old = {name: transaction.before(name) for name in names}
     back: Dict[str, Files] = {name: files for name, files in old.items() if files is not None}
@@ -206,7 +206,7 @@ def undo(names: Sequence[str], leaving: Sequence[str], drain: float = 0.0) -> No
     for name, files in back.items():
         stage(name, files)
     new = [name for name in names if name not in back]
-    install(list(back), new, drain=drain, options=["--no-floor"])
+    install(list(back), new, drain=drain, options=["--no-floor"], overdue=overdue)
     for name in new:
         remove(name)
     for name in names:
@@ -303,7 +303,7 @@ def watch(name: str) -> None:
     replace_quietly(name, liveness_units(name))
 
 
-def remove(name: str, after: Sequence[str] = (), drain: float = 0.0) -> None:
+def remove(name: str, after: Sequence[str] = (), drain: float = 0.0, overdue: str = CUT) -> None:
     for one in after:
         transaction.forget_before(one)
     if len(transaction.group_of(name)) > 1:  # a switch of several that was cut off
@@ -311,7 +311,11 @@ def remove(name: str, after: Sequence[str] = (), drain: float = 0.0) -> None:
     unwatch(name)
     unit = f"{common.UNITS}/{unit_of(name)}"
     if drain or starting.doors([name]):
-        starting.stop([name], Draining([name], drain))
+        try:
+            starting.stop([name], Draining([name], drain, overdue))
+        except Overdue:
+            starting.start_watching(name, check=False)
+            raise
     is_sound = os.path.isfile(unit) and not starting.is_empty(unit)
     systemctl("disable", "--quiet", "--now", unit_of(name), check=is_sound)
     transaction.forget(name)
@@ -358,6 +362,7 @@ def parsed(argv: List[str]) -> argparse.Namespace:
     for option in ("--leaving", "--after"):
         parser.add_argument(option, type=names, default=[])
     parser.add_argument("--drain", type=float, default=0.0)
+    parser.add_argument("--overdue", choices=[CUT, WAIT, STOP], default=CUT)
     for option in ("--keep", "--wait"):
         parser.add_argument(option, action="store_true")
     return parser.parse_args(argv)
@@ -365,11 +370,11 @@ def parsed(argv: List[str]) -> argparse.Namespace:
 
 def act(asked: argparse.Namespace) -> None:
     if asked.verb == "install":
-        install(asked.names, asked.leaving, asked.keep, asked.drain)
+        install(asked.names, asked.leaving, asked.keep, asked.drain, overdue=asked.overdue)
     elif asked.verb == "undo":
-        undo(asked.names, asked.leaving, asked.drain)
+        undo(asked.names, asked.leaving, asked.drain, asked.overdue)
     elif asked.verb == "remove":
-        remove(asked.names[0], asked.after, asked.drain)
+        remove(asked.names[0], asked.after, asked.drain, asked.overdue)
     elif asked.verb == "recover":
         for name in asked.names:
             recover(name)
@@ -385,7 +390,7 @@ def main(argv: List[str]) -> int:
         with locked([*asked.names, *asked.leaving], wait=asked.verb != "recover" or asked.wait) as held:
             if held:
                 act(asked)
-    except (Failed, transaction.Lost, OSError, subprocess.SubprocessError, Stopped) as error:
+    except (Failed, Overdue, transaction.Lost, OSError, subprocess.SubprocessError, Stopped) as error:
         print(f"error: {error or 'the switch was stopped'}", flush=True)
         return 1
     return 0

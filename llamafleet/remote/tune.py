@@ -43,162 +43,245 @@ lie beside it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import statistics
+import subprocess
 import sys
 import time
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List
 
-import gate_server
+import common
+import room
 import tune_measure
+import tune_prompts
+import tune_server
+import tune_service
+import tune_state
 import tune_trials
-from common import read_json, show, transient_unit, unit_words
-from confined import forget
-from hardening_trial import NOT_TRIED, Started, free_port, how_it_ended
+import tune_vectors
+import tune_watch
+from common import read_json
+from tune_prompts import Failed
+from tune_service import Aside, Refused
 
-ADDRESS = "127.0.0.1"
-POLL_SECONDS = 0.1
-STOP_SECONDS = 10
-# Of one server's life: the first measurement warms up and is not counted.
-MOST_REPETITIONS = 3
+# Of one server's life: the first measurement warms up and is not counted. Of a long one fewer are enough.
+MOST_REPETITIONS, LONG_SECONDS = 3, 20.0
+IDLE_SECONDS = 30.0
+IDLE_SHARE = 0.1  # of the budget that may be waited for an idle host
+TEXT_BYTES = 1 << 20
 NO_FIGURES: Dict[str, Any] = {
-    "seconds": None, "prompt_tokens_per_s": None, "decode_tokens_per_s": None, "drafted": 0, "accepted": 0,
-    "spread": None, "load_seconds": None, "peak_bytes": None,
+    "seconds": None, "prompt_tokens_per_s": None, "decode_tokens_per_s": None, "inputs_per_s": None,
+    "prompt_tokens": None, "reply_tokens": None, "reread_tokens": None, "drafted": 0, "accepted": 0, "spread": None,
+    "load_seconds": None, "peak_bytes": None, "joules": None,
 }  # fmt: skip
+
+Turn = Callable[[float, int], Dict[str, Any]]  # measures once, within these seconds: the turn's number is the other
+
+
+class Disturbed(Exception):
+    """A trial is worth nothing, for something else happened to the host; the text says what."""
+
+
+class Stopped(BaseException):
+    """The job was told to stop."""
 
 
 def main(argv: List[str]) -> int:
     if argv[:1] == ["read"] and len(argv) == 3:
         print(json.dumps(tune_trials.read(argv[1], argv[2])))
-        return 0
-    if argv[:1] != ["run"] or len(argv) != 2:
-        print("error: usage: tune.py run SPEC.json | tune.py read NAME KEY", file=sys.stderr)
-        return 1
-    spec = read_json(argv[1])
+        return tune_service.DONE
+    verbs = {"run": run_file, "end": tune_service.end, "guard": tune_service.guard}
+    if len(argv) != 2 or argv[0] not in verbs:
+        print("error: usage: tune.py run SPEC.json | read NAME KEY | end NAME", file=sys.stderr)
+        return tune_service.FAILED
+    if argv[0] == "run":
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        return verbs[argv[0]](argv[1])
+    except Refused as error:
+        code, why = error.code, str(error)
+    except (Failed, OSError, ValueError, subprocess.SubprocessError, Stopped) as error:
+        code, why = tune_service.FAILED, str(error) or "the tune was stopped"
+    print(f"error: {why}", file=sys.stderr, flush=True)
+    return code
+
+
+def stop(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what follows puts the service back
+    raise Stopped
+
+
+def run_file(path: str) -> int:
+    spec = read_json(path)
     if spec.get("schema") != tune_trials.SCHEMA:
-        print(f"error: {argv[1]} is no spec of a tune of the form {tune_trials.SCHEMA}: run again", file=sys.stderr)
-        return 1
-    run(spec)
-    return 0
+        raise Failed(f"{path} is no spec of a tune of the form {tune_trials.SCHEMA}: run again")
+    return run(spec)
 
 
-def run(spec: Dict[str, Any]) -> None:
-    """The trials that are not measured yet, as far as the budget goes."""
+def run(spec: Dict[str, Any]) -> int:
+    """The trials that are not measured yet, as far as the budget goes. Raises Refused and Failed."""
     name, key = spec["instance"], spec["key"]
+    texts = texts_of(spec)
     tune_trials.begin(name, key)
-    for trial in spec["trials"]:
-        done = tune_trials.read(name, key)
-        if any(one.get("id") == trial["id"] for one in done):
-            continue
-        took = [float(one["took_seconds"]) for one in done]
-        if sum(took) + (statistics.median(took) if took else 0.0) > spec["budget_seconds"]:
-            print(f"the time is over: {len(done)} trials took {sum(took):.0f} s", flush=True)
-            return
-        found = measured(spec, trial)
-        tune_trials.append(name, found)
-        print(told(found), flush=True)
+    done = tune_trials.read(name, key)
+    ids = {one.get("id") for one in done}
+    missing = [trial for trial in spec["trials"] if trial["id"] not in ids]
+    if not missing or is_spent(spec, done):
+        return tune_service.DONE
+    with Aside(name, spec) as aside:
+        for number, trial in enumerate(missing):
+            if number and (is_spent(spec, done) or is_late(aside)):
+                break
+            aside.renew()
+            try:
+                found = measured(spec, trial, texts, aside, idle_seconds(spec, done))
+            except Disturbed as error:
+                print(f"note: the batch ends: {error}", flush=True)
+                break
+            tune_trials.append(name, found)
+            done.append(found)
+            aside.start_seconds = max(aside.start_seconds, found["load_seconds"] or 0.0)
+            print(told(found), flush=True)
+    return tune_service.DONE
+
+
+def is_spent(spec: Dict[str, Any], done: List[Dict[str, Any]]) -> bool:
+    """Whether another trial would probably end after the budget."""
+    took = [float(one["took_seconds"]) for one in done]
+    spent = sum(took) + (statistics.median(took) if took else 0.0) > float(spec["budget_seconds"])
+    if spent:
+        print(f"the time is over: {len(done)} trials took {sum(took):.0f} s", flush=True)
+    return spent
+
+
+def is_late(aside: Aside) -> bool:
+    """Whether another trial might end after the window."""
+    if aside.has_time():
+        return False
+    print(f"the window {aside.window} is over for now", flush=True)
+    return True
+
+
+def idle_seconds(spec: Dict[str, Any], done: List[Dict[str, Any]]) -> float:
+    """The longest that may be waited for an idle host before the next trial."""
+    states = [one.get("state") or {} for one in done]
+    left = IDLE_SHARE * float(spec["budget_seconds"]) - sum(float(one.get("waited_seconds") or 0) for one in states)
+    return max(0.0, min(float(spec.get("idle_seconds", IDLE_SECONDS)), left))
 
 
 def told(found: Dict[str, Any]) -> str:
     """A trial as a line of the log."""
+    begin = f"trial {found['id']}: {found['label']}: "
     if found["error"]:
-        return f"trial {found['id']}: {found['label']}: lost: {found['error']}"
-    return (
-        f"trial {found['id']}: {found['label']}: {found['seconds']:.2f} s for the workload, "
-        f"{found['decode_tokens_per_s']:.1f} tokens/s written, {found['prompt_tokens_per_s']:.0f} read"
-    )
+        return begin + f"lost: {found['error']}"
+    if found["inputs_per_s"]:
+        return begin + f"{found['seconds']:.3f} s for the workload, {found['inputs_per_s']:.1f} inputs/s"
+    speeds = ((found["decode_tokens_per_s"], "written"), (found["prompt_tokens_per_s"], "read"))
+    words = ", ".join(f"{speed:.1f} tokens/s {how}" for speed, how in speeds if speed)
+    return begin + f"{found['seconds']:.2f} s for the workload, {words}"
 
 
-def measured(spec: Dict[str, Any], trial: Dict[str, Any]) -> Dict[str, Any]:
-    """One trial, from the start of the server to its end."""
+# --- one trial --------------------------------------------------------------------------------------
+
+
+def measured(
+    spec: Dict[str, Any], trial: Dict[str, Any], texts: List[str], aside: Aside, idle: float
+) -> Dict[str, Any]:  # fmt: skip
+    """One trial, from the start of the server to its end. Raises Disturbed, and Refused where the server has no
+    room."""
     about = {key: trial[key] for key in ("id", "candidate", "label", "stage")}
-    began, load = time.time(), os.getloadavg()[0]
-    figures, error = dict(NO_FIGURES), None
-    try:
-        figures.update(with_server(spec, trial))
-    except tune_measure.Failed as failed:
-        error = str(failed)[:400]
-    return {**about, "error": error, **figures, "load_average": load, "started": began,
-            "took_seconds": time.time() - began}  # fmt: skip
-
-
-def with_server(spec: Dict[str, Any], trial: Dict[str, Any]) -> Dict[str, Any]:
-    """Start the server, measure, stop it. Raises tune_measure.Failed."""
-    unit, port = transient_unit("tune", spec["instance"]), free_port(ADDRESS)
-    over = time.monotonic() + spec["trial_seconds"]
-    forget(unit)  # of a job that was killed
-    command = [word.replace("{port}", str(port)) for word in trial["argv"]]
-    try:
-        with Started(unit, starting(unit, command, spec["directives"], trial["environment"], port)) as process:
-            url = f"http://{ADDRESS}:{port}"
-            load_seconds = ready(process, url, over)
+    began = time.time()
+    with room_for(spec["instance"]):
+        state = tune_state.wait_until_idle(idle)
+        load = os.getloadavg()[0]
+        figures, error = dict(NO_FIGURES), None
+        with tune_watch.Watch(aside, tune_server.unit_of(spec["instance"])) as watch:
             try:
-                figures = repeated(url, workload_of(spec), text_of(spec), over)
-            except tune_measure.Failed as error:
-                raise tune_measure.Failed(ended(process) or str(error)) from error
-            peak = show(unit, "MemoryPeak").get("MemoryPeak", "")
-            return {**figures, "load_seconds": load_seconds, "peak_bytes": int(peak) if peak.isdigit() else None}
-    finally:
-        forget(unit)
+                figures.update(with_server(spec, trial, texts))
+            except Failed as failed:
+                error = str(failed)[:400]
+    if watch.why:
+        raise Disturbed(watch.why)
+    return {**about, "error": error, **figures, "state": {**state, **watch.samples.told()}, "load_average": load,
+            "started": began, "took_seconds": time.time() - began}  # fmt: skip
 
 
-def starting(
-    unit: str, command: Sequence[str], directives: Sequence[str], environment: Dict[str, str], port: int
-) -> List[str]:
-    """The words that start the server in a unit with the service's directives."""
-    kept = [line for line in directives if line.partition("=")[0] not in NOT_TRIED]
-    kept = [f"SocketBindAllow=tcp:{port}" if line.startswith("SocketBindAllow=") else line for line in kept]
-    return [
-        "systemd-run", "--collect", "--pipe", "--wait", f"--unit={unit}", "--property=Type=exec",
-        f"--property=TimeoutStopSec={STOP_SECONDS}", *(f"--property={line}" for line in kept),
-        *(f"--setenv={key}={value}" for key, value in environment.items()), "--", *unit_words(command),
-    ]  # fmt: skip
+@contextlib.contextmanager
+def room_for(name: str) -> Iterator[None]:
+    """For an instance on demand stop others that nobody uses, and let none start for the block. Raises Refused."""
+    if not common.is_on_demand(name):
+        yield
+        return
+    if why := room.make(name):
+        raise Refused(tune_service.HELD, why)
+    with room.lock():
+        yield
 
 
-def ready(process: Started, url: str, over: float) -> float:
-    """Seconds until the server has loaded its model. Raises Failed where it ends, or takes too long."""
-    began = time.monotonic()
-    while time.monotonic() < over:
-        if why := ended(process):
-            raise tune_measure.Failed(why)
-        status, _ = gate_server.ask(url, "/health", seconds=5)
-        if status == 200:
-            return time.monotonic() - began
-        time.sleep(POLL_SECONDS)
-    raise tune_measure.Failed(f"it did not load its model within {time.monotonic() - began:.0f} s")
+_unknown: List[str] = []  # directives that this systemd does not know
 
 
-def ended(process: Started) -> Optional[str]:
-    """How the server ended; None while it runs."""
-    code = process.wait(0)
-    return None if code is None else f"the server ended: {how_it_ended(process.said(), code)}"
+def with_server(spec: Dict[str, Any], trial: Dict[str, Any], texts: List[str]) -> Dict[str, Any]:
+    """Start the server, measure, stop it. Raises Failed."""
+    over = time.monotonic() + spec["trial_seconds"]
+    with tune_server.Server(spec["instance"], spec, trial, _unknown) as server:
+        try:
+            load_seconds = server.ready(over)
+            most = 1 if texts else MOST_REPETITIONS
+            figures = repeated(turn_of(spec, server.place.url, texts), over, most)
+            return {**figures, "load_seconds": load_seconds, "peak_bytes": server.peak_bytes()}
+        except Failed as error:
+            ended = server.ended(tune_server.END_SECONDS)
+            unknown = server.unknown() if ended else None
+            if unknown is None or unknown in _unknown:
+                raise Failed(ended or str(error)) from error
+            _unknown.append(unknown)
+    return with_server(spec, trial, texts)
 
 
-def repeated(url: str, workload: tune_measure.Workload, text: str, over: float) -> Dict[str, Any]:
-    """The median of several measurements, after one that warms up; one that is cut short by the time does not count."""
+def turn_of(spec: Dict[str, Any], url: str, texts: List[str]) -> Turn:
+    """What measures this server once."""
+    workload = tune_measure.Workload(**spec["workload"])
+    prompts = tune_prompts.Prompts(url, texts)
+    kind = spec.get("serves") or "text"
+    if kind == "text":
+        return lambda seconds, turn: tune_measure.measure(prompts, workload, seconds, turn)
+    vectors = tune_vectors.Vectors(prompts, kind)
+    return lambda seconds, turn: vectors.measure(workload, seconds, turn)
+
+
+def repeated(turn: Turn, over: float, most: int) -> Dict[str, Any]:
+    """The median of several measurements, after one that warms up; one that is cut short by the time does not count.
+    A text is measured once: a table of n-grams knows the reply from then on."""
+    turn(max(1.0, over - time.monotonic()), 0)
     found: List[Dict[str, Any]] = []
-    for turn in range(MOST_REPETITIONS + 1):
+    joules = tune_state.Joules()
+    first = time.monotonic()
+    for number in range(1, most + 1):
         began = time.monotonic()
-        figures = tune_measure.measure(url, workload, text, max(1.0, over - began), turn)
-        if turn:
-            found.append(figures)
-        if found and time.monotonic() + (time.monotonic() - began) > over:
+        found.append(turn(max(1.0, over - began), number))
+        now = time.monotonic()
+        if now - first > LONG_SECONDS or now + (now - began) > over:
             break
+    used = joules.used()
     found.sort(key=lambda one: float(one["seconds"]))
     middle = found[(len(found) - 1) // 2]
-    return {**middle, "spread": found[-1]["seconds"] / found[0]["seconds"]}
+    return {**middle, "spread": found[-1]["seconds"] / found[0]["seconds"],
+            "joules": None if used is None else used / len(found)}  # fmt: skip
 
 
-def workload_of(spec: Dict[str, Any]) -> tune_measure.Workload:
-    return tune_measure.Workload(**spec["workload"])
-
-
-def text_of(spec: Dict[str, Any]) -> str:
-    if not spec["text"]:
-        return ""
-    with open(spec["text"], encoding="utf-8") as file:
-        return file.read()
+def texts_of(spec: Dict[str, Any]) -> List[str]:
+    """The messages that users send; none without a text. Raises Failed where there is nothing in it, OSError."""
+    if not spec["text"] or spec.get("serves", "text") != "text":
+        return []
+    with open(spec["text"], "rb") as file:
+        found = tune_prompts.messages(file.read(TEXT_BYTES).decode("utf-8", "replace"))
+    if not found:
+        raise Failed(f"{spec['text']} has no message: write one, or set tune_prompt_file to None")
+    return found
 
 
 if __name__ == "__main__":

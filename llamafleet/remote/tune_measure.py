@@ -1,29 +1,29 @@
 """Measure a running llama-server with a workload: as many requests at a time, as deep in the context, as it says.
 
-Part of tune.py and under its contract: Python 3.8, standard library; gate_server.py lies beside it. The server is of
-the tune alone. Prompts are fixed sequences of tokens, the same in every trial, cut from a text where there is one; what
-is in the cache before a request is read first and not counted. No prompt is found in the cache, since each begins anew
-with a token of its own behind what is there.
+A module of tune.py and under its contract: Python 3.8, standard library; gate_server.py and tune_prompts.py lie beside
+it. The server is of the tune alone. All requests of a turn begin together; where there are fewer slots than users,
+those who find no slot free wait, as they would. Before a turn the server reads what is below the depth, for each user;
+that is not measured. It chooses the slots itself, as for any client: what it put aside in RAM it finds again only so
+(server_context::get_available_slot). Models that keep a state or a window instead of all cells cannot go back in their
+cache (server_context::update_slots, checkpoints): they read that anew before each turn, and the request itself is
+behind it. What the server reads again within a request is measured and told as `reread_tokens`.
 """
 
 from __future__ import annotations
 
-import random
-import statistics
 import threading
 import time
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from gate_server import ask
+from tune_prompts import Failed, Prompt, Prompts
 
-# Tokens of a reply that are really written; longer replies are as quick for each token, at their depth.
+# Tokens of a reply to words that are really written; longer replies are as quick for each token, at their depth.
 MOST_REPLY = 128
-# The seconds for one request are those that a trial has.
-WORDS = "the of and to in is was for on that with as by at from it an be this which or are not have had but one"
-
-
-class Failed(Exception):
-    """The server does not do its work; the text says why."""
+WARM_REPLY = 8  # of the turn that warms up
+FEWEST_REPLY = 8  # of a model that may end its reply: fewer say nothing of its speed
+# Two words may begin with the same tokens.
+ALIKE_TOKENS = 4
 
 
 class Workload(NamedTuple):
@@ -36,105 +36,107 @@ class Workload(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What one request took: tokens and milliseconds by the server's own clock, and what was guessed ahead."""
+    """What one request took: tokens and milliseconds by the server's own clock, what was guessed ahead, and the seconds
+    from the turn's beginning to the reply's end by ours."""
 
     prompt: int
-    prompt_ms: float
+    reread: int
     reply: int
     reply_ms: float
     drafted: int
     accepted: int
+    felt_seconds: float
+
+    @property
+    def began_seconds(self) -> float:
+        """When the prompt was read, and writing began."""
+        return self.felt_seconds - self.reply_ms / 1000
 
 
-def measure(url: str, workload: Workload, text: str, seconds: float, turn: int) -> Dict[str, Any]:
-    """One trial's figures. `text` is what prompts are cut from, "" for random words; `turn` counts the measurements of
-    this server. Raises Failed where a request fails, or not all of it is done in this time."""
+def measure(prompts: Prompts, workload: Workload, seconds: float, turn: int) -> Dict[str, Any]:
+    """The figures of one turn; of turn 0, which warms up, they mean nothing. Raises Failed where a request fails, or
+    not all of it is done in this time."""
     over = time.monotonic() + seconds
+    several = range(workload.concurrency)
+    asked = [prompts.of(user, turn, workload.depth, workload.prompt) for user in several]
+    if workload.depth:
+        for user in several:
+            post(prompts.url, {"prompt": asked[user].depth, "n_predict": 0, "cache_prompt": True}, over)
+    began: List[float] = []
+    together = threading.Barrier(workload.concurrency, action=lambda: began.append(time.monotonic()))
     replies: List[Any] = [None] * workload.concurrency
 
-    def one(slot: int) -> None:
+    def one(user: int) -> None:
+        together.wait()
         try:
-            replies[slot] = request(url, slot, workload, tokens(url, workload, text, slot), turn, over)
+            reply = request(prompts.url, asked[user], reply_tokens(workload, asked[user], turn), over)
+            replies[user] = reply._replace(felt_seconds=time.monotonic() - began[0])
         except Failed as error:
-            replies[slot] = error
+            replies[user] = error
 
-    for slot in range(workload.concurrency):  # one after another: none of this is measured
-        fill(url, slot, workload, tokens(url, workload, text, slot), over)
-    began = time.monotonic()
-    threads = [threading.Thread(target=one, args=(slot,)) for slot in range(workload.concurrency)]
+    threads = [threading.Thread(target=one, args=(user,), daemon=True) for user in several]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    wall = time.monotonic() - began
     for reply in replies:
         if isinstance(reply, Failed):
             raise reply
-    return figures(workload, replies, wall)
+    return figures(workload, replies, slots(prompts.url)) if turn else {}
 
 
-def figures(workload: Workload, replies: Sequence[Reply], wall: float) -> Dict[str, Any]:
-    """Seconds of the workload, and tokens a second: while prompts are read and while replies are written, of all
-    requests together."""
-    prompt = max(reply.prompt_ms for reply in replies) / 1000
-    each = statistics.mean(reply.reply_ms / max(1, reply.reply) for reply in replies) / 1000
-    drafted = sum(reply.drafted for reply in replies)
+def reply_tokens(workload: Workload, prompt: Prompt, turn: int) -> int:
+    """The most tokens of a reply that are written."""
+    if prompt.is_text:
+        return workload.reply
+    return min(workload.reply, MOST_REPLY if turn else WARM_REPLY)
+
+
+def figures(workload: Workload, replies: Sequence[Reply], slot_count: int) -> Dict[str, Any]:
+    """Seconds until the last user has the whole reply, and tokens a second of all users together: until the last prompt
+    was read, and while all write. What of a reply was not written has the pace of the reply that began last, which no
+    other prompt held up."""
+    last = max(replies, key=lambda one: one.began_seconds)
+    each = last.reply_ms / 1000 / max(1, last.reply)
+    read = last.began_seconds
     return {
-        "seconds": prompt + each * workload.reply,
-        "prompt_tokens_per_s": sum(reply.prompt for reply in replies) / prompt if prompt else None,
-        "decode_tokens_per_s": len(replies) / each if each else None,
-        "drafted": drafted,
-        "accepted": sum(reply.accepted for reply in replies),
-        "wall_seconds": wall,
+        "seconds": max(one.felt_seconds + max(0, workload.reply - one.reply) * each for one in replies),
+        "prompt_tokens_per_s": sum(one.prompt for one in replies) / read if read > 0 else None,
+        "decode_tokens_per_s": min(slot_count, len(replies)) / each if each else None,
+        "prompt_tokens": round(sum(one.prompt - one.reread for one in replies) / len(replies)),
+        "reply_tokens": round(sum(one.reply for one in replies) / len(replies)),
+        "reread_tokens": round(sum(one.reread for one in replies) / len(replies)),
+        "drafted": sum(one.drafted for one in replies),
+        "accepted": sum(one.accepted for one in replies),
     }
 
 
-_known: Dict[Any, List[int]] = {}
+def slots(url: str) -> int:
+    """How many requests the server works at together."""
+    status, told = ask(url, "/props")
+    count = told.get("total_slots") if status == 200 and isinstance(told, dict) else None
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise Failed(f"/props: {status or 'no answer'}: it names no total_slots")
+    return count
 
 
-def tokens(url: str, workload: Workload, text: str, slot: int) -> List[int]:
-    """Tokens for a slot: of its depth and its prompt, the same whenever it is asked."""
-    needed = workload.depth + workload.prompt
-    key = (url, text, needed, slot)
-    if key not in _known:
-        words = WORDS.split()
-        chance = random.Random(slot)  # noqa: S311 -- no secret: the same words in every trial
-        material = text or " ".join(chance.choice(words) for _ in range(needed))
-        status, told = ask(url, "/tokenize", body={"content": material, "add_special": False})
-        found = told.get("tokens") if status == 200 and isinstance(told, dict) else None
-        if not isinstance(found, list) or not found:
-            raise Failed(f"/tokenize: {status or 'no answer'}: {str(told)[:200]}")
-        start = slot * needed % len(found) if text else 0
-        _known[key] = [found[(start + n) % len(found)] for n in range(needed)]
-    return _known[key]
-
-
-def fill(url: str, slot: int, workload: Workload, sequence: List[int], over: float) -> None:
-    """Read what is in the slot's cache before the request."""
-    if workload.depth:
-        post(url, slot, {"prompt": sequence[: workload.depth], "n_predict": 0, "cache_prompt": True}, over)
-
-
-def request(url: str, slot: int, workload: Workload, sequence: List[int], turn: int, over: float) -> Reply:
-    """The request that is measured. Behind the depth comes a token that tells the turns apart, so that nothing of the
-    prompt is in the cache."""
-    own = [sequence[turn % len(sequence)]] if turn else []
-    prompt = [*sequence[: workload.depth], *own, *sequence[workload.depth :]][: workload.depth + workload.prompt]
-    count = min(workload.reply, MOST_REPLY)
-    answer = post(url, slot, {"prompt": prompt, "n_predict": count, "cache_prompt": bool(workload.depth)}, over)
-    timings = answer.get("timings")
+def request(url: str, prompt: Prompt, count: int, over: float) -> Reply:
+    """The request that is measured."""
+    body = {"prompt": [*prompt.depth, *prompt.tokens], "n_predict": count, "cache_prompt": bool(prompt.depth),
+            "ignore_eos": not prompt.is_text}  # fmt: skip
+    timings = post(url, body, over).get("timings")
     if not isinstance(timings, dict):
         raise Failed("a reply without timings: llama-server's API changed")
-    reply = Reply(
-        int(number(timings, "prompt_n")), number(timings, "prompt_ms"), int(number(timings, "predicted_n")),
-        number(timings, "predicted_ms"), int(number(timings, "draft_n", 0)),
-        int(number(timings, "draft_n_accepted", 0)),
+    read, written = int(number(timings, "prompt_n")), int(number(timings, "predicted_n"))
+    if written != count and not (prompt.is_text and FEWEST_REPLY <= written < count):
+        what = "the model ends its reply to the text" if prompt.is_text else "a reply ends"
+        raise Failed(f"{what} after {written} tokens in place of {count}: no speed can be told from that")
+    if read < len(prompt.tokens) - ALIKE_TOKENS:
+        raise Failed(f"{read} tokens of the prompt were read in place of {len(prompt.tokens)}: it was in the cache")
+    return Reply(
+        read, max(0, read - len(prompt.tokens)), written, number(timings, "predicted_ms"),
+        int(number(timings, "draft_n", 0)), int(number(timings, "draft_n_accepted", 0)), 0.0,
     )  # fmt: skip
-    if reply.reply != count:
-        raise Failed(f"a reply of {reply.reply} tokens in place of {count}")
-    if not workload.prompt - 1 <= reply.prompt <= workload.prompt + 1:
-        raise Failed(f"{reply.prompt} tokens of the prompt were read in place of {workload.prompt}")
-    return reply
 
 
 def number(timings: Dict[str, Any], key: str, default: Optional[float] = None) -> float:
@@ -144,10 +146,18 @@ def number(timings: Dict[str, Any], key: str, default: Optional[float] = None) -
     return float(value)
 
 
-def post(url: str, slot: int, body: Dict[str, Any], over: float) -> Dict[str, Any]:
-    """A completion in that slot, with greedy sampling. Raises Failed."""
-    fixed = {"temperature": 0, "seed": 1, "ignore_eos": True, "id_slot": slot, "repeat_penalty": 1.0}
-    status, told = ask(url, "/completion", body={**fixed, **body}, seconds=max(1.0, over - time.monotonic()))
+def post(url: str, body: Dict[str, Any], over: float) -> Dict[str, Any]:
+    """A completion with greedy sampling. Raises Failed."""
+    fixed = {"temperature": 0, "seed": 1, "repeat_penalty": 1.0}
+    seconds = max(1.0, over - time.monotonic())
+    status, told = ask(url, "/completion", body={**fixed, **body}, seconds=seconds)
     if status != 200 or not isinstance(told, dict):
-        raise Failed(f"/completion: {status or 'no answer'}: {str(told)[:200]}")
+        raise Failed(f"/completion: {status or 'no answer'}: {said(told)}")
     return told
+
+
+def said(told: Any) -> str:
+    """llama-server's own words for an error."""
+    error = told.get("error") if isinstance(told, dict) else None
+    message = error.get("message") if isinstance(error, dict) else None
+    return str(message or told)[:200]

@@ -59,6 +59,19 @@ class Changes:
                  self.refreshed, self.liveness, self.removed, self.current, self.paths)  # fmt: skip
         return any(bool(part) for part in parts)
 
+    def to_do(self) -> Iterator[str]:
+        """What a run would do on the host, a phrase each."""
+        for name, reasons in self.services.items():
+            yield f"serve {name}: {', '.join(reasons)}"
+        for name, reasons in self.refreshed.items():
+            yield f"set {name} right while its server runs on: {', '.join(reasons)}"
+        for name, reasons in self.liveness.items():
+            yield f"install the liveness check of {name}: {', '.join(reasons)}"
+        yield from (f"remove {name}, which models no longer has" for name in self.removed)
+        yield from (*self.of_host(), *(one.phrase for one in self.paths.values() if one.place.instance))
+        for name in self.note:
+            yield f"write the plan.json of {name} again, since its inputs changed; its service stays as it is"
+
     def of_instance(self, name: str) -> tuple[str, ...]:
         """How this instance differs from what it should be, a phrase each."""
         parts = (self.services, self.refreshed, self.liveness)

@@ -22,12 +22,12 @@ from llamafleet.hub.source import ModelFiles
 from llamafleet.memory.ledger import Correction
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Plan
-from llamafleet.planner.stability import Choice
+from llamafleet.planner.stability import Choice, RecordedMemory
 from llamafleet.remote.common import demand_units, identity_of, unit_of
 from llamafleet.service import command, refusals
 from llamafleet.service.building import Run, building, is_cached
 from llamafleet.service.demand import demand_texts, too_old
-from llamafleet.service.measured import has_records, with_records
+from llamafleet.service.measured import has_records, tuning_notes, with_records
 from llamafleet.service.model_folders import companion_paths, model_folder, model_path, mount_of, stores
 from llamafleet.service.plan_inputs import PlanInputs
 from llamafleet.service.record import accepted, plan_record, record_text
@@ -240,6 +240,25 @@ def to_ask(inputs: PlanInputs, outcome: Desired | Refused) -> tuple[Need, ...]:
     if inputs.backend == "cuda" and survey.machine.package_manager == "pacman" and not survey.installed.toolkits:
         return (cuda_toolkit.CUDA, COMPILER)
     return ()
+
+
+def service_of(desired: Desired, instance: Instance, plan: Plan, render: Renderer) -> Service:
+    """The service of the host's instance of that name with other settings and another plan, installed or not."""
+    models = tuple(instance if one.name == instance.name else one for one in desired.settings.models)
+    other = replace(desired, inputs=desired.inputs.with_settings(replace(desired.settings, models=models)))
+    choice = Choice((plan,), RecordedMemory.of(desired.machine))
+    return _serving(other, choice, instance, plan, None, render).service
+
+
+def with_record(desired: Desired, name: str, record: Mapping[str, Any], render: Renderer) -> Desired | Refused:
+    """The same host with a new record of an instance, and the plans that follow."""
+    installed = replace(desired.installed, tuned={**desired.installed.tuned, name: record})
+    inputs = replace(desired.inputs.as_asked(), survey=replace(desired.inputs.survey, installed=installed))
+    notes = tuple(note for note in inputs.notes if note not in tuning_notes(desired.inputs))
+    inputs = replace(inputs, notes=notes)
+    choice = inputs.keep_or_replan(desired.corrections)
+    inputs, choice, corrections = with_records(inputs, desired.build.key, choice, desired.corrections)
+    return with_plans(replace(desired, inputs=inputs), choice, corrections, {}, render)
 
 
 def _serving(

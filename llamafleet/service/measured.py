@@ -1,8 +1,11 @@
-"""Plans with what tunes measured: each instance gets the settings of its record, where that holds on this host now."""
+"""Plans with what tunes measured: each instance gets the settings of its record, where that holds on this host now.
+
+Decision 23: docs/decisions/0023-tuned-by-measurement.md.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -62,8 +65,8 @@ def has_records(inputs: PlanInputs) -> bool:
 
 def _with(inputs: PlanInputs, tunings: Mapping[str, Tuning]) -> PlanInputs:
     models = tuple(tunings[one.name].instance for one in inputs.settings.models)
-    notes = [note for name, tuning in tunings.items() for note in _notes(inputs, name, tuning)]
-    made = replace(inputs, tunings=tunings, notes=(*inputs.notes, *notes))
+    made = replace(inputs, tunings=tunings)
+    made = replace(made, notes=(*inputs.notes, *tuning_notes(made)))
     same = all(tuning.instance == tuning.asked for tuning in tunings.values())
     return made if same else made.with_settings(replace(inputs.settings, models=models))
 
@@ -88,9 +91,10 @@ def workload(inputs: PlanInputs, instance: Instance) -> Workload:
     return Workload.of(instance, slot_tokens(instance, trained))
 
 
-def _notes(inputs: PlanInputs, name: str, tuning: Tuning) -> Iterator[str]:
-    for sentence in tuning.sentences():
-        yield f"models: {name}: tuned: {sentence}"
+def tuning_notes(inputs: PlanInputs) -> list[str]:
+    """What an operator should know of records that are not used."""
+    return [f"models: {name}: tuned: {sentence}"
+            for name, tuning in inputs.tunings.items() for sentence in tuning.sentences()]  # fmt: skip
 
 
 def chance(inputs: PlanInputs, plan: Plan) -> str:
@@ -98,7 +102,7 @@ def chance(inputs: PlanInputs, plan: Plan) -> str:
     come anyway."""
     tuning = inputs.tunings.get(plan.instance)
     instance = tuning.asked if tuning else next(one for one in inputs.settings.models if one.name == plan.instance)
-    if inputs.settings.tune != NEVER or (tuning and tuning.state != "none") or not is_tunable(instance):
+    if inputs.settings.tune != NEVER or (tuning and tuning.state != "none"):
         return ""
     headers = inputs.companions().get(plan.instance, {})
     found = changes(instance, plan, inputs.survey.machine, headers)
@@ -127,11 +131,6 @@ def to_json(tuning: Tuning | None, unknown: str = "") -> dict[str, Any]:
         "stale": list(tuning.stale),
         "notes": list(tuning.sentences()),
     }
-
-
-def is_tunable(instance: Instance) -> bool:
-    """Whether a tune can measure it: what it sends are prompts, to a server that writes text."""
-    return instance.serves == "chat"
 
 
 def _listed(words: list[str]) -> str:

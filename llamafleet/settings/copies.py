@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 PER_GPU = "per_gpu"
@@ -56,3 +56,9 @@ def clashes(instances: Sequence[Asked]) -> Iterator[tuple[str, str]]:
                 yield f"{where}.port", f"{counted} is already the port of {ports[port]}"
             names.setdefault(name, whose)
             ports.setdefault(port, whose)
+
+
+def model_of(name: str, models: Container[str]) -> str:
+    """The model whose instance or copy has this name; the name itself where none of these models has."""
+    model, _, number = name.rpartition("-")
+    return model if name not in models and model in models and number.isdecimal() else name

@@ -70,6 +70,7 @@ BOOT, DEMAND = "boot", "demand"
 POOLINGS = ("none", "mean", "cls", "last", "rank")
 SPECULATIONS = ("none", "auto", "ngram", "mtp", "draft", "eagle3", "dflash", "dspark")
 NEVER, MISSING, ALWAYS = "never", "missing", "always"
+CUT, WAIT, STOP = "cut", "wait", "stop"  # what becomes of replies that run on after `drain_seconds`
 
 # Names that belong to pyinfra and its connectors, not to us.
 _FOREIGN_PREFIXES = ("_", "ssh_", "dockerssh_", "docker_", "chroot_", "local_", "vagrant_", "winrm_")
@@ -271,6 +272,8 @@ class Settings:
         Whole, Field(ge=1, le=LONGEST, description="systemd's timer has no pause of 0")
     ]
     drain_seconds: Annotated[Whole, Field(ge=0, le=3600, description="0: replies are cut; nobody waits longer")]
+    drain_overdue: Annotated[Text, one_of((CUT, WAIT, STOP))]
+    switch_at_once: Annotated[Whole, Field(ge=1, le=10_000, description="more hosts than a run has")] | None
     tune: Annotated[Text, one_of((NEVER, MISSING, ALWAYS))]
     tune_minutes: Annotated[Whole, Field(ge=1, le=1440, description="a day")]
     tune_stops_service: Flag

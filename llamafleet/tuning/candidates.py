@@ -24,6 +24,9 @@ from llamafleet.tuning.race import BASELINE, Screened, combinations
 
 SHIPPED, PLANNED = "llama-server as it ships", "the plan"
 DEFAULTS = "defaults"  # a dimension that is not combined with others: it sets what several of them do
+GUESSES = "guesses ahead"
+# A model goes on after words by chance as it likes, and repeats itself: what is accepted then says nothing of a user's.
+WITHOUT_TEXT = "the prompts are words by chance: set tune_prompt_file to a text such as the server's users send"
 PLANNED_NUMBER = 1  # of the planner's best, to which the changes are made
 DEFAULT_UBATCH, DEFAULT_BATCH = 512, 2048  # common/common.h, n_ubatch and n_batch
 LEAST_UBATCH, MOST_UBATCH = 64, 8192
@@ -89,7 +92,8 @@ def candidates(
         Candidate(SHIPPED, "", {}, replace(best, argv=shipped_flags(best), cpus="", numa_nodes="")),
         Candidate(PLANNED, "", {}, best),
     ]
-    lost: list[Lost] = []
+    guesses = instance.speculation == AUTO and not instance.tune_prompt_file
+    lost: list[Lost] = [Lost(GUESSES, WITHOUT_TEXT)] if guesses and not best.pooling else []
     for change in changes(instance, best, machine, companions):
         made = with_change(instance, planner, change)
         if isinstance(made, Lost):
@@ -154,7 +158,7 @@ def changes(instance: Instance, plan: Plan, machine: Machine, companions: Mappin
     """Changes of what the operator left open, the promising ones first."""
     if not plan.pooling:
         yield from _defaults(instance, machine.cpu)
-    if instance.speculation == AUTO:
+    if instance.speculation == AUTO and instance.tune_prompt_file:
         yield from _guesses(instance, companions)
     if instance.threads is None and computes(plan.placement):
         yield from _threads(plan, machine.cpu)

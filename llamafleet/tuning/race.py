@@ -12,6 +12,8 @@ beside the leaders. The final measures the leader and the baseline again in pair
 counted: whoever is the best of many by luck has no luck there. A pair with a trial that failed does not count.
 Decided is at four points, each with a quarter of the rate of errors (Bonferroni), by Student's t on the logarithms of
 the ratios.
+
+Decision 23: docs/decisions/0023-tuned-by-measurement.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Which record an instance is planned with: its host's own, or another one that holds here too; else why there is none.
 
 Pure: what lies on the host and in the operator's folder was read before.
+
+Decision 23: docs/decisions/0023-tuned-by-measurement.md.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ class Tuning:
     fingerprint: Fingerprint  # of now
     record: Tuned | None = None
     where: str = ""  # who measured it, where that is not this instance on this host: "on gpu2", "with chat-1"
-    stale: tuple[str, ...] = ()  # what differs from when this host's own record was measured
+    own: Tuned | None = None  # what this host has measured of it, whether it holds or not
+    stale: tuple[str, ...] = ()  # what differs from when that was measured
     problems: tuple[str, ...] = ()
 
     @property
@@ -98,7 +101,9 @@ def tuning_of(instance: Instance, now: Fingerprint, there: Mapping[str, object],
             own = found
         else:
             problems.append(found)
-    bare = Tuning(instance, instance, now, stale=stale(own, now) if own else (), problems=tuple(problems))
+    bare = Tuning(
+        instance, instance, now, own=own, stale=stale(own, now) if own else (), problems=tuple(problems)
+    )  # fmt: skip
     chosen = fitting(own, dict(_others(instance.name, now, there, kept)), now)
     if chosen is None:
         return bare

@@ -1,6 +1,8 @@
 """A tune's course: which trials come next, how far it is, and what to install, from the trials that were measured.
 
 Pure, and its state is the trials alone: a tune that was interrupted goes on where it was.
+
+Decision 23: docs/decisions/0023-tuned-by-measurement.md.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -67,8 +67,11 @@ class Decision:
 MAKES = {"bootstrap": ("helpers", "user", "packages"), "toolkit": ("toolkit",), "build": ("build",),
          "model": ("models",), "verify": ("verify",),
          "service": ("services", "refreshed", "liveness", "removed", "current")}  # fmt: skip
+# Of these the very version is needed, not one that an earlier run left.
+EXACT = {"tune": ("helpers",)}
 NEEDS = {"toolkit": ("helpers",), "build": ("helpers", "packages", "toolkit"), "model": ("helpers",),
          "verify": ("helpers", "user", "build", "models"),
+         "tune": ("helpers", "user", "build", "models"),
          "service": ("helpers", "user", "build", "models")}  # fmt: skip
 
 _decisions: dict[Host, Decision | None] = {}
@@ -84,6 +87,8 @@ def decision() -> Decision | None:
         if host not in _decisions:
             decided = decide(host)
             _decisions[host] = decided if isinstance(decided, Decision) else None
+            if isinstance(decided, Decision):
+                _note_build(host, decided)
             if isinstance(decided, Refused):
                 log_refused(host, decided)
                 host.state.fail_hosts({host})  # raises where no host is left
@@ -95,15 +100,16 @@ def of(host: Host) -> Decision | None:
     return _decisions.get(host)
 
 
-def for_stage(stage: str) -> Decision | None:
+def for_stage(stage: str, is_needed: Callable[[Decision], bool] | None = None) -> Decision | None:
     """As `decision`, for a stage that changes the host. Refuses a host on which an earlier stage has to come first, and
-    is no part of this run."""
+    is no part of this run. `is_needed`: whether the stage has anything to do, where `Changes` do not say it."""
     host, now = ctx_host.get(), decision()
     if now is None:
         return None
     made = _made.setdefault(host, set())
-    missing = [part for part in NEEDS.get(stage, ()) if part not in made and _is_missing(part, now)]
-    if missing and any(getattr(now.changes, part) for part in MAKES[stage]):
+    missing = [part for part in NEEDS.get(stage, ()) if part not in made and _is_missing(part, now, stage)]
+    works = is_needed(now) if is_needed else any(getattr(now.changes, part) for part in MAKES[stage])
+    if missing and works:
         first = [f"tasks.{one}.{one}" for one, parts in MAKES.items() if set(parts) & set(missing)]
         log_refused(host, Refused.because(
             f"run deploy.py first, or {', '.join(first)}: the stage {stage} needs what is not there yet or no longer "
@@ -112,13 +118,14 @@ def for_stage(stage: str) -> Decision | None:
         _decisions[host] = None
         host.state.fail_hosts({host})
         return None
-    made.update(MAKES[stage])
+    made.update(MAKES.get(stage, ()))
     return now
 
 
-def _is_missing(part: str, now: Decision) -> bool:
-    """Whether a part must be made before other stages; helpers of another version do as well."""
-    return bool(getattr(now.changes, part)) and not (part == "helpers" and now.desired.installed.helpers is not None)
+def _is_missing(part: str, now: Decision, stage: str) -> bool:
+    """Whether a part must be made before the stage; helpers of another version do as well for most of them."""
+    other = part == "helpers" and now.desired.installed.helpers is not None and part not in EXACT.get(stage, ())
+    return bool(getattr(now.changes, part)) and not other
 
 
 def replan(
@@ -127,8 +134,13 @@ def replan(
     """Go on with plans that llama-server itself was asked about."""
     host, now = ctx_host.get(), decision()
     assert host is not None and now is not None, "a host that was refused has nothing to verify"
+    return go_on(host, with_plans(now.desired, choice, corrections, verified, templates.render))
+
+
+def go_on(host: Host, desired: Desired | Refused) -> Decision | Refused:
+    """Let later stages go on with this, unless it is a refusal."""
     with _locks[host]:
-        decided = _decided(with_plans(now.desired, choice, corrections, verified, templates.render))
+        decided = _decided(desired)
         if isinstance(decided, Decision):
             _decisions[host] = decided
     return decided
@@ -140,10 +152,7 @@ def decide(host: Host) -> Decision | Refused:
         inputs = read_inputs(host)
         if isinstance(inputs, Refused):
             return inputs
-        decided = _decided(_desired(host, inputs))
-        if isinstance(decided, Decision):
-            _note_build(host, decided)
-        return decided
+        return _decided(_desired(host, inputs))
     except READ_ERRORS as error:
         return refused_by(error)
     except Exception as error:  # whatever it is, the other hosts' run must go on

@@ -8,9 +8,11 @@ Decision 17: docs/decisions/0017-long-work-runs-detached-under-a-lease.md.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
@@ -43,6 +45,16 @@ def name_of(kind: str, what: str) -> str:
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
+def spec_path(job: str) -> str:
+    """Where a host has what a job is asked for; the job's name is as `name_of` gives it."""
+    return f"{JOBS}/{job}.json"
+
+
+def sent_spec(job: str, spec: Mapping[str, Any]) -> remote.HostCommand:
+    """The command that gives the host what a job is asked for."""
+    return sending.received({spec_path(job): (0o644, json.dumps(spec).encode())})
+
+
 def hold(state: State, host: Host) -> bool:
     """Take the host's lock, unless this run holds it, and look again at what was decided before. Raises `RemoteError`
     where another run holds it, where this run lost it, and where the host is not what was decided about."""
@@ -66,15 +78,28 @@ def follow(
 
     `network`: the way out, of a job that reads from the network.
     """
+    try:
+        seen = ended(state, host, job, command, secret, network)
+    except remote.RemoteError as error:
+        return remote.fail(host, str(error))
+    return told(host, job, seen)
+
+
+def ended(
+    state: State, host: Host, job: str, command: Sequence[str], secret: Secret | None = None,
+    network: Network | None = None,
+) -> answers.Job:  # fmt: skip
+    """As `follow`, with how the job ended, of which nothing is said. Raises `remote.RemoteError` where it cannot be
+    followed, also as `hold` does."""
     hold(state, host)
     try:
         seen = _until_ended(host, job, command, secret, network or Network())
     except remote.LostError as error:
-        return remote.fail(host, f"{job}: {error}; what was started goes on there, run again to follow it")
+        raise remote.LostError(f"{job}: {error}; what was started goes on there, run again to follow it") from error
     except remote.RemoteError as error:
-        return remote.fail(host, f"{job}: {error}")
+        raise remote.RemoteError(f"{job}: {error}") from error
     host_lock.working(host, "")
-    return _told(host, job, seen)
+    return seen
 
 
 def _until_ended(
@@ -114,7 +139,7 @@ def _until_ended(
     return seen
 
 
-def _told(host: Host, job: str, seen: answers.Job) -> bool:
+def told(host: Host, job: str, seen: answers.Job) -> bool:
     """Whether the job did its work; what it noted, or why it failed, is logged."""
     tail = seen.tail
     if seen.state == "ended" and seen.exit_code == 0:

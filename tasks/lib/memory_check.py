@@ -196,11 +196,11 @@ def _go_on(host: Host, before: Decision, reconciled: reconcile.Reconciled) -> De
     if isinstance(after, Decision):
         for old, new in zip(before.desired.servings, after.desired.servings, strict=True):
             if old.plan.argv != new.plan.argv:
-                host.log(f"{new.name}: planned again: {' '.join(_changed(old.plan, new.plan))}")
+                host.log(f"{new.name}: planned again: {' '.join(changed_flags(old.plan, new.plan))}")
     return after
 
 
-def _changed(old: Plan, new: Plan) -> list[str]:
+def changed_flags(old: Plan, new: Plan) -> list[str]:
     """The new plan's flags with other values than the old plan's, as words."""
     before = dict(zip(old.argv, old.argv[1:], strict=False))
     pairs = zip(new.argv, new.argv[1:], strict=False)

@@ -28,10 +28,10 @@ from llamafleet import payload
 from llamafleet.host import answers
 from llamafleet.hub.network import Network
 from llamafleet.planner.reconcile import ROUNDS
-from llamafleet.remote.common import GOOD, JOBS, LOADED, STAGED, plan_path, unit_of
+from llamafleet.remote.common import GOOD, LOADED, STAGED, plan_path, unit_of
 from llamafleet.service import wanted
 from llamafleet.service.succession import Handover
-from tasks.lib import builds, host_lock, jobs, lookups, moves, paths, remote, sending
+from tasks.lib import builds, gateway_drains, host_lock, jobs, lookups, moves, paths, remote, sending, switching
 
 Commands = Generator[remote.HostCommand | FunctionCommand, None, None]
 
@@ -209,8 +209,8 @@ def run_job(
         return _as_wanted(f"{job} is not needed")
     name = jobs.name_of(*job.split("-", 1))
     if spec is not None:
-        yield _sent_spec(name, spec)
-        arguments = (_spec_path(name), *arguments)
+        yield jobs.sent_spec(name, spec)
+        arguments = (jobs.spec_path(name), *arguments)
     yield call(jobs.follow, name, remote.words(program, *arguments), secret, *_by(network)[1:])
 
 
@@ -236,17 +236,8 @@ def build_release(needed: bool, job: str, spec: dict[str, Any], network: Network
     if not needed:
         return _as_wanted("the host has the release")
     name = jobs.name_of(*job.split("-", 1))
-    yield _sent_spec(name, spec)
+    yield jobs.sent_spec(name, spec)
     yield call(_build, name, spec["key"], spec["build_cache"], network)
-
-
-def _spec_path(job: str) -> str:
-    """Where a host has what a job is asked for; the job's name is as `jobs.name_of` gives it."""
-    return f"{JOBS}/{job}.json"
-
-
-def _sent_spec(job: str, spec: dict[str, Any]) -> remote.HostCommand:
-    return sending.received({_spec_path(job): (0o644, json.dumps(spec).encode())})
 
 
 class _NotBuiltError(Exception):
@@ -258,7 +249,7 @@ def _build(state: State, host: Host, job: str, key: str, cache: str | None, netw
     does not give it."""
     try:
         with builds.turn(host, key, cache):
-            command = remote.words("build.py", _spec_path(job), *builds.known(key))
+            command = remote.words("build.py", jobs.spec_path(job), *builds.known(key))
             if not jobs.follow(state, host, job, command, None, network):
                 raise _NotBuiltError
             if cache is not None:
@@ -275,6 +266,15 @@ def ask_server(needed: bool, check: Callable[[Host], bool]) -> Commands:
     if not needed:
         return _as_wanted("no new plan is to be verified")
     yield call(lambda state, host: check(host))
+
+
+@change
+def tune(names: tuple[str, ...], measure: Callable[[State, Host, str], bool]) -> Commands:
+    """Measure these instances, one after another."""
+    for name in names:
+        yield call(measure, name)
+    if not names:
+        _as_wanted("nothing is to be measured")
 
 
 @change
@@ -299,9 +299,10 @@ def stage_service(staging: Callable[[], Staging | None]) -> Commands:
 @change
 def switch_service(
     staging: Callable[[], tuple[Staging, ...]], again: Callable[[Host, str, dict[str, int]], bool],
-    handover: Handover, drain_seconds: int,
+    handover: Handover, options: switching.Options,
 ) -> Commands:  # fmt: skip
-    """Switch to the staged files; where a new instance does not pass the gate, all old files come back.
+    """Switch to the staged files in the host's turn; where a new instance does not pass the gate, all old files come
+    back.
 
     They come back too where llama-server could only be asked in the switch, and wanted more memory than there is.
     Then `again` plans with the sizes that it printed, and the switch is tried again, `ROUNDS` times at most.
@@ -315,7 +316,7 @@ def switch_service(
             for one in now:
                 yield _staged(one.folder, one.files, one.secrets)
         binary_bytes: dict[str, int] = {}
-        yield call(_switch, now, handover, drain_seconds, binary_bytes, number == ROUNDS - 1)
+        yield call(_switch, now, handover, options, binary_bytes, number == ROUNDS - 1)
         if not binary_bytes:
             return
         [asked] = _asked(now)
@@ -338,18 +339,20 @@ def _asked(now: tuple[Staging, ...]) -> list[Staging]:
 
 
 def _switch(
-    state: State, host: Host, now: tuple[Staging, ...], handover: Handover, drain_seconds: int,
+    state: State, host: Host, now: tuple[Staging, ...], handover: Handover, options: switching.Options,
     binary_bytes: dict[str, int], last: bool,
 ) -> bool:  # fmt: skip
     """Run the switch as a job. Where it failed because llama-server wants more memory, put the sizes that it printed
     into `binary_bytes`, unless this was the last try."""
     names = tuple(one.name for one in now)
     job = jobs.name_of("switch", "-".join([*names, now[0].identity]))
-    words = ["install", ",".join(names), *_draining(drain_seconds)]
+    words = ["install", ",".join(names), *options.words()]
     if handover.leaving:
         words += ["--leaving", ",".join(handover.leaving)]
         words += ["--keep"] if moves.is_taken_over(host, handover.leaving) else []
-    if jobs.follow(state, host, job, remote.words("switch.py", *words)):
+    with switching.turn(host, (*names, *handover.leaving), options.at_once):
+        is_good = jobs.follow(state, host, job, remote.words("switch.py", *words))
+    if is_good:
         moves.passed(host, handover)
         return True
     _, lines, _ = remote.run(host, remote.program("job.py", "told", job))
@@ -366,10 +369,6 @@ def note_switched() -> Commands:
     moves.switched(ctx_host.get())
     _as_wanted("it changes nothing")
     yield from ()
-
-
-def _draining(seconds: int) -> list[str]:
-    return ["--drain", str(seconds)] if seconds else []
 
 
 @change
@@ -397,25 +396,26 @@ def make_current(needed: bool, key: str, keep: int) -> Commands:
 
 
 @change
-def remove_instance(instance: str, handover: Handover, drain_seconds: int) -> Commands:
+def remove_instance(instance: str, handover: Handover, options: switching.Options) -> Commands:
     """Stop and remove an instance that the inventory no longer names; its model stays. `handover` is the switch for
     which it was stopped, if there was one. It stays where another host was to serve it, and does not."""
-    yield call(_remove, instance, handover, drain_seconds)
+    yield call(_remove, instance, handover, options)
 
 
-def _remove(state: State, host: Host, instance: str, handover: Handover, drain_seconds: int) -> bool:
+def _remove(state: State, host: Host, instance: str, handover: Handover, options: switching.Options) -> bool:
     staying = moves.staying(host)
     why = [str(staying[name]) for name in (instance, *handover.leaving) if name in staying]
     if not why:
-        words = ["remove", instance, *_draining(drain_seconds)]
+        words = ["remove", instance, *options.words()]
         words += ["--after", ",".join(handover.names)] if handover.names else []
-        return jobs.follow(state, host, jobs.name_of("remove", instance), remote.words("switch.py", *words))
+        with gateway_drains.drained(host, [instance], strict=False, even_last=True, back=False):
+            return jobs.follow(state, host, jobs.name_of("remove", instance), remote.words("switch.py", *words))
     if not handover.names:
         host.log(f"{unit_of(instance)} stays: {why[0]}. Run again when it can", logger.warning)
         return True
     if instance == handover.leaving[0]:  # once for all
         names = ",".join(handover.names)
-        words = ["undo", names, "--leaving", ",".join(handover.leaving), *_draining(drain_seconds)]
+        words = ["undo", names, "--leaving", ",".join(handover.leaving), *options.words()]
         if not jobs.follow(state, host, jobs.name_of("undo", names), remote.words("switch.py", *words)):
             return False
     units = ", ".join(map(unit_of, handover.leaving))

@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -89,15 +89,19 @@ def _plans_of(host: Host) -> dict[str, Planned] | str:
     }  # fmt: skip
 
 
-def over_hosts(inventory: Path, limit: str | None, action: Callable[[Host], T | str]) -> dict[str, T | str]:
-    """The action's result by host name, all hosts at once; a sentence for a host that cannot be reached. `limit` is a
-    group, or a host's name, which may have `*`, as pyinfra's. Raises PyinfraError, also where no host is left."""
+def over_hosts(
+    inventory: Path, limit: str | Sequence[str] | None, action: Callable[[Host], T | str], exclude: Sequence[str] = ()
+) -> dict[str, T | str]:
+    """The action's result by host name, all hosts at once; a sentence for a host that cannot be reached. `limit` and
+    `exclude` are groups, or hosts' names, which may have `*`, as pyinfra's. Raises PyinfraError, also where no host is
+    left."""
     records.of_inventory(inventory)
+    limits = (limit,) if isinstance(limit, str) else limit
     state = State(check_for_changes=False)
     with ctx_state.use(state), ctx_config.use(Config()):
-        hosts = _read(inventory)
+        hosts = read(inventory)
         with ctx_inventory.use(hosts):
-            wanted = [host for host in hosts if limit is None or limit in host.groups or fnmatch(host.name, limit)]
+            wanted = [host for host in hosts if (not limits or _is_one(host, limits)) and not _is_one(host, exclude)]
             state.init(hosts, ctx_config.get(), initial_limit=wanted)
             state.set_stage(StateStage.Connect)
             # Raises where no host can be reached; the result names each of them.
@@ -112,7 +116,11 @@ def over_hosts(inventory: Path, limit: str | None, action: Callable[[Host], T | 
                 disconnect_all(state)
 
 
-def _read(inventory: Path) -> Inventory:
+def _is_one(host: Host, patterns: Sequence[str]) -> bool:
+    return any(one in host.groups or fnmatch(host.name, one) for one in patterns)
+
+
+def read(inventory: Path) -> Inventory:
     """The hosts of the inventory, which is Python and is run. Raises PyinfraError with the line that fails."""
     try:
         return make_inventory(str(inventory), cwd=str(project_of(inventory)))
@@ -141,12 +149,14 @@ def _in_context(host: Host, action: Callable[[Host], T | str]) -> T | str:
             return f"cannot be read: {remote.said(error)}"
 
 
-def parse(description: str, arguments: list[str]) -> argparse.Namespace:
-    """The options of a command over an inventory: inventory, limit, json."""
+def parse(description: str, arguments: list[str], **more: str) -> argparse.Namespace:
+    """The options of a command over an inventory: inventory, limit, json; `more`: others by name, with defaults."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("inventory", type=Path)
     parser.add_argument("--limit")
     parser.add_argument("--json", action="store_true")
+    for name, default in more.items():
+        parser.add_argument(f"--{name}", default=default)
     return parser.parse_args(arguments)
 
 

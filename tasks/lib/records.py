@@ -1,4 +1,7 @@
-"""The operator's records of tunes: `tuned/HOST.json` beside the inventory, by instance; they may be committed."""
+"""The operator's records of tunes: `tuned/HOST.json` beside the inventory, by instance; they may be committed.
+
+Decision 23: docs/decisions/0023-tuned-by-measurement.md.
+"""
 
 from __future__ import annotations
 
@@ -83,12 +86,12 @@ def keep(host: str, instance: str, record: Mapping[str, Any]) -> Path:
     if not isinstance(before, dict):
         os.replace(path, path.with_name(f"{path.name}.damaged"))
         before = {}
-    _replace(path, record_text({**before, instance: dict(record)}))
+    replace_file(path, record_text({**before, instance: dict(record)}))
     return path
 
 
-def _replace(path: Path, text: str) -> None:
-    """Give the file this text; a reader sees the old one or the new one."""
+def replace_file(path: Path, text: str) -> None:
+    """Give the file this text; a reader sees the old one or the new one. Raises OSError."""
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
         try:
             file.write(text)

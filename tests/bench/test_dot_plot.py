@@ -23,3 +23,4 @@ def test_dots_are_at_their_values_and_missing_ones_are_left_out():
 
 def test_equal_values_need_no_range():
     assert "circle" in dot_plot.svg("t", "a", ["x"], {"one": [0], "two": [0], "three": [0]})
+    assert "</svg>" in dot_plot.svg("t", "a", ["x"], {"one": [""]})

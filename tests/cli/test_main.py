@@ -431,3 +431,37 @@ def test_a_token_file_that_others_read_is_refused(tmp_path, machine_file, model,
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert f"hub_token_file: {token} has mode 0644" in error and "hf_secret" not in error
+
+
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [
+        (["status", "--limit", "a b"], ["tasks.status", "FILE", "--limit=a b"]),
+        (["rollout"], ["tasks.rollout", "FILE", "--waves", "1,25%,100%"]),
+        (
+            ["rollout", "--limit", "a", "--limit=-b", "--exclude", "c", "--waves", "2", "--dry", "--json"],
+            ["tasks.rollout", "FILE", "--limit=a", "--limit=-b", "--json", "--waves", "2", "--dry", "--exclude=c"],
+        ),
+    ],
+)
+def test_a_command_over_an_inventory_is_a_process_with_these_words(tmp_path, monkeypatch, words, given):
+    file, started = tmp_path / "fleet.py", []
+    file.write_text("hosts = []\n")
+
+    class Process:
+        def __init__(self, command, env):
+            started.extend(command)
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda *_: None  # noqa: E731
+        wait = lambda self: 7  # noqa: E731
+
+    monkeypatch.setattr(cli.subprocess, "Popen", Process)
+    assert cli.main([words[0], "--inventory", str(file), *words[1:]]) == 7
+    assert started[2:] == ["-m", *(str(file) if word == "FILE" else word for word in given)]
+
+
+def test_waves_that_cannot_be_read_are_bad_input_before_anything_is_started(tmp_path, capsys):
+    (tmp_path / "fleet.py").write_text("hosts = []\n")
+    assert cli.main(["rollout", "--inventory", str(tmp_path / "fleet.py"), "--waves", "x"]) == 2
+    assert capsys.readouterr().err.startswith("llamafleet: --waves x: 'x' should be a number of hosts")

@@ -303,7 +303,7 @@ def test_a_host_that_does_not_answer_is_named_and_exits_1(tmp_path):
         ("hosts = []", "fleet.py: the inventory has no host"),
     ],
 )
-@pytest.mark.parametrize("module", ["tasks.status", "tasks.lib.over_hosts"])
+@pytest.mark.parametrize("module", ["tasks.status", "tasks.lib.over_hosts", "tasks.rollout", "tasks.report"])
 def test_an_inventory_that_cannot_be_used_is_bad_input_with_a_line(tmp_path, module, text, says):
     (tmp_path / "fleet.py").write_text(text)
     words = [sys.executable, "-m", module, str(tmp_path / "fleet.py")]
@@ -318,7 +318,7 @@ def test_a_limit_that_names_nobody_is_bad_input(tmp_path):
     assert done.returncode == 2 and "nobody" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["status", "plan"])
+@pytest.mark.parametrize("command", ["status", "plan", "rollout", "report"])
 def test_ctrl_c_while_a_host_is_silent_ends_within_seconds_with_130(tmp_path, command):
     """A host that accepts the connection and says nothing: as a terminal does, all processes get the signal."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

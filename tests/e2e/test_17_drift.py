@@ -4,12 +4,13 @@ run sets it right, and the next one changes nothing. The server restarts only wh
 import json
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
 import pytest
 
 from tests.e2e import deploying
-from tests.e2e.deploying import ROOT, environment, main_pid, pyinfra, serves, shipped_checks
+from tests.e2e.deploying import ROOT, ask, environment, main_pid, on, pyinfra, serves, shipped_checks
 
 ETC, VAR, OPT = "/etc/llamafleet", "/var/lib/llamafleet", "/opt/llamafleet"
 UNITS, PLAN = "/etc/systemd/system", f"{ETC}/instances/tiny/plan.json"
@@ -205,6 +206,26 @@ def drift(host, inventory, *drifts):
     assert again.code == 0 and again.changed() == [], again.text
     assert status(inventory, host) == ""
     return main_pid(host, "tiny") == before
+
+
+def test_what_the_server_was_asked_for_is_read_from_its_journal(host, planned):
+    since = int(on(host, "date", "+%s")) + 1
+    while int(on(host, "date", "+%s")) < since:  # the gate has asked it, too
+        time.sleep(0.1)
+    for length in (40, 80, 80):
+        body = {"prompt": [300] * length, "n_predict": 12, "ignore_eos": True, "cache_prompt": False}
+        assert ask(host, "/completion", body, key="a-secret-key")[0] == 200
+    words = ["workload", "--inventory", str(planned), "--since", f"@{since}", "--json"]
+    done = subprocess.run([sys.executable, "-m", "llamafleet.cli", *words], cwd=ROOT, env=environment(),
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    tiny = json.loads(done.stdout)[host.name]["instances"]["tiny"]
+    found = tiny["observed"]
+    assert (found["requests"], found["cut_short"]) == (3, 0)
+    assert found["prompt_tokens"]["p50"] == 80 and found["reply_tokens"]["mean"] == 12
+    assert found["live_tokens"]["max"] == 80 + 12 - 1 - 12 / 2
+    assert found["concurrency"]["max"] == tiny["fitting"]["settings"]["concurrency"] == 1
+    assert tiny["now"]["concurrency"] == 1 and tiny["fitting"]["settings"]["prompt_tokens"] == 67
 
 
 def test_what_does_not_concern_the_running_server_is_set_right_while_it_runs(host, planned):

@@ -22,6 +22,7 @@ GATE = {
     "speed_key": "k", "speeds": [25.5], "last_failure": {"time": "t", "release": "k0", "check": {"name": "speed"}},
 }  # fmt: skip
 HOLDER = FOUND["lock"]
+FIGURES = {"mean": 5.5, "p10": 1, "p50": 5, "p90": 9, "p99": 9, "max": 9}
 # By the name of the function: the program, and what it prints.
 ANSWERS = {
     "survey": ("survey.py", {"machine": MACHINE, "found": FOUND}),
@@ -33,6 +34,9 @@ ANSWERS = {
                                       "since": "Sat", "gate": GATE}}),
     "removable": ("uninstall.py", {"euid": 0, "lock": HOLDER, "units": ["a.service"], "paths": ["/opt/llamafleet"],
                                    "models": ["/m"], "user": True}),
+    "observed": ("workload.py", {"demo": {"since": None, "until": 9.5, "requests": 2, "cut_short": 0, "checks": 1,
+                                          "prompt_tokens": FIGURES, "reply_tokens": FIGURES, "live_tokens": FIGURES,
+                                          "concurrency": None}}),
     "built": ("build.py", {"digest": "5e" * 32}),
     "gate": ("gate.py", {"ok": True, "checks": [], "decode_tokens_per_s": None}),
 }  # fmt: skip

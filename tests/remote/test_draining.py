@@ -126,6 +126,34 @@ def test_the_deadline_ends_the_waiting(llama, capfd):
     assert "stopped after 1 s although requests are running" in capfd.readouterr().out
 
 
+def test_with_wait_the_deadline_ends_nothing(llama, capfd):
+    llama.requests(1)
+    began = time.monotonic()
+    with later(2.0, lambda: llama.requests(0)), draining.Draining([NAME], 1, "wait").begun():
+        assert 2.0 < took(began) < 10
+    assert "although" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("overdue", ["stop", "wait"])
+def test_what_may_not_be_cut_is_not_stopped(llama, monkeypatch, capfd, overdue):
+    monkeypatch.setattr(draining, "PATIENT_SECONDS", 1.0)
+    llama.requests(1)
+    with (
+        pytest.raises(draining.Overdue, match="still running on llama-server-chat"),
+        draining.Draining([NAME], 1, overdue).begun(),
+    ):
+        pytest.fail("it was stopped")
+    assert "stopped" not in capfd.readouterr().out and llama.answers()
+    llama.requests(0)
+    with draining.Draining([NAME], 30, overdue).begun():
+        pass
+
+
+def test_without_seconds_nothing_is_waited_for_whatever_is_overdue(llama):
+    llama.requests(1)
+    assert draining.Draining([NAME], 0, "wait").servers == []
+
+
 @pytest.fixture
 def can_hold(llama):
     listener = draining.listener_of(llama.process.pid)

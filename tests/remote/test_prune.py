@@ -138,3 +138,13 @@ def test_running_jobs_are_those_that_systemd_lists(monkeypatch):
     )
     monkeypatch.setattr(common, "output_of", lambda command: lines)
     assert common.running_jobs() == {"build-1"}
+
+
+def test_tunes_of_instances_that_are_gone_go_after_a_while(host):
+    for name, days in (("gone", 31), ("young", 29), ("there", 99), ("kept", 99)):
+        host.put(f"VAR/tune/{name}/trials.jsonl", days)
+        host.put(f"VAR/tuned/{name}.json", days)
+    host.put("UNITS/llama-server-there.service")
+    host.put("GOOD/kept/plan.json")
+    assert host.left("VAR/tune") == ["kept", "there", "young"]
+    assert host.left("VAR/tuned") == ["kept.json", "there.json", "young.json"]

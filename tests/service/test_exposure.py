@@ -64,11 +64,11 @@ UNITS = {
     "recovery of a switch, at a boot": lambda folder, _: exposure(
         switch_back.RECOVER.format(python="/usr/bin/python3", name="m", units_of_group=UNIT, folder="/f", etc="/e", var="/v", units="/u"), folder
     ),
-    "guard of a switch": lambda folder, _: of_directives(["MemoryMax=256M"], folder),
+    "guard of a switch, or of a tune": lambda folder, _: of_directives(["MemoryMax=256M"], folder),
     "job: build": lambda folder, _: of_directives(job_limits.limits("build", "/mnt/builds"), folder),
     "job: checkout": lambda folder, _: of_directives(job_limits.limits("checkout"), folder),
     "job: fetch": lambda folder, _: of_directives(job_limits.limits("fetch"), folder),
-    "job: switch, refresh, watch": lambda folder, _: of_directives(job_limits.limits("switch"), folder),
+    "job: switch, refresh, watch, tune": lambda folder, _: of_directives(job_limits.limits("tune"), folder),
     "job: packages, toolkit": lambda folder, _: of_directives(job_limits.limits("toolkit"), folder),
 }  # fmt: skip
 

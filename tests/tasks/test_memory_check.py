@@ -1,5 +1,6 @@
 """The stage before the switch, offline: a host with a GPU, and a binary that counts otherwise than the ledger."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -16,7 +17,7 @@ from llamafleet.service.instance_changes import sha256
 from llamafleet.service.plan_inputs import plan_inputs
 from llamafleet.service.succession import Handover
 from tasks import service
-from tasks.lib import decision, jobs, memory_check, operations
+from tasks.lib import decision, jobs, memory_check, operations, switching
 from tasks.lib.decision import Decision
 from tasks.lib.templates import render
 from tests import planning
@@ -25,6 +26,7 @@ from tests.service.test_changes import INSTANCE
 from tests.service.test_desired import RUN, survey
 
 GIB = 1024 * MIB
+OPTIONS = switching.Options(30, "cut", None)
 
 
 class Host:
@@ -275,7 +277,8 @@ def test_the_switch_is_tried_again_with_the_new_plan_and_not_for_ever(host, monk
         return True
 
     monkeypatch.setattr(jobs, "hold", lambda state, host: True)
-    commands = operations.switch_service._inner(lambda: (staged,), again, Handover(("m0",)), 30)
+    monkeypatch.setattr(switching, "turn", lambda *_: contextlib.nullcontext())
+    commands = operations.switch_service._inner(lambda: (staged,), again, Handover(("m0",)), OPTIONS)
     _, *results = [command.function(None, host, *command.args) for command in commands if hasattr(command, "function")]
     assert len(tried) == 3 and replanned == [("m0", {"CUDA0": 5})] * 2
     assert results == [True, True, True, True, False]
@@ -286,8 +289,9 @@ def test_a_switch_that_fails_for_another_reason_is_not_tried_again(host, monkeyp
     staged = service.staging("m0")
     monkeypatch.setattr(jobs, "follow", lambda state, host, job, command: False)
     monkeypatch.setattr(operations.remote, "run", lambda host, command: (False, [], []))
+    monkeypatch.setattr(switching, "turn", lambda *_: contextlib.nullcontext())
     _, command = operations.switch_service._inner(
-        lambda: (staged,), lambda host, name, told: pytest.fail("planned again"), Handover(("m0",)), 30
+        lambda: (staged,), lambda host, name, told: pytest.fail("planned again"), Handover(("m0",)), OPTIONS
     )
     assert command.function(None, host, *command.args) is False
 

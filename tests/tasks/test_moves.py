@@ -8,6 +8,7 @@ import pytest
 from llamafleet.host.recorded import PlanRecord
 from llamafleet.service.succession import Handover
 from tasks.lib import decision, jobs, moves, operations
+from tasks.lib.switching import Options
 
 
 class Data:
@@ -19,6 +20,8 @@ class Data:
 
 
 class Host:
+    groups = ()
+
     def __init__(self, name, state, *wanted):
         self.name, self.state, self.lines = name, state, []
         self.data = Data([{"name": one, "source": f"hf:o/r/{one}.gguf"} for one in wanted])
@@ -169,19 +172,21 @@ def switch_py(command):
 
 def test_an_instance_that_leaves_is_removed_by_a_job_that_drains(fleet, followed):
     a = fleet("a", ["x"])
-    assert operations._remove(None, a, "x", Handover(("y",), ("x",)), 30)
-    assert [switch_py(one) for one in followed] == [["switch.py", "remove", "x", "--drain", "30", "--after", "y"]]
+    assert operations._remove(None, a, "x", Handover(("y",), ("x",)), Options(30, "stop", None))
+    assert [switch_py(one) for one in followed] == [
+        ["switch.py", "remove", "x", "--drain", "30", "--overdue", "stop", "--after", "y"]
+    ]
 
 
 def test_an_instance_that_stays_is_told_and_nothing_is_done(fleet, followed):
     a, _ = fleet("a", ["x"]), fleet("b", [], "x", refused=True)
-    assert operations._remove(None, a, "x", Handover(()), 30) is True
+    assert operations._remove(None, a, "x", Handover(()), Options(30, "cut", None)) is True
     assert followed == [] and "llama-server-x.service stays: x does not serve on b" in a.lines[0]
 
 
 def test_a_switch_that_took_the_place_of_one_that_stays_is_taken_back(fleet, followed):
     a, _ = fleet("a", ["x"], "y"), fleet("b", [], "x", refused=True)
     moves.passed(a, Handover(("y",), ("x",)))
-    assert operations._remove(None, a, "x", Handover(("y",), ("x",)), 0) is False
+    assert operations._remove(None, a, "x", Handover(("y",), ("x",)), Options(0, "stop", None)) is False
     assert [switch_py(one) for one in followed] == [["switch.py", "undo", "y", "--leaving", "x"]]
     assert "llama-server-x.service came back in place of llama-server-y.service: x does not serve on b" in a.lines[-1]

@@ -51,7 +51,7 @@ def test_the_baseline_is_llama_server_as_it_ships_and_the_second_is_the_plan():
 )  # fmt: skip
 def test_what_the_operator_set_is_not_varied(given, dimension):
     open_case = {"slots": {"concurrency": 4}, "cache": {"kv_types": ["f16", "q8_0"]},
-                 "speculation": {"speculation": "auto"}}.get(dimension, {})  # fmt: skip
+                 "speculation": {"speculation": "auto", "tune_prompt_file": "code.txt"}}.get(dimension, {})  # fmt: skip
     assert dimension in {one.dimension for one in found(**open_case)[0]}, "it is varied where it is left open"
     assert dimension not in {one.dimension for one in found(**given)[0]}
 
@@ -65,12 +65,20 @@ def test_every_candidate_is_within_the_ledger():
 
 
 def test_what_can_be_guessed_is_tried():
-    made, lost = found(speculation="auto", drafts=("Qwen3-0.6B",), draft="/d.gguf")
+    case = {"speculation": "auto", "drafts": ("Qwen3-0.6B",), "draft": "/d.gguf"}
+    made, lost = found(**case, tune_prompt_file="code.txt")
     kinds = {one.settings["speculation"] for one in made if one.dimension == "speculation"}
     assert kinds == {"ngram", "draft"} and any("draft head" in one.why for one in lost)
     by_kind = {one.settings["speculation"]: one.plan.argv for one in made if one.dimension == "speculation"}
     assert "--spec-draft-device" in by_kind["draft"] and "--spec-draft-device" not in by_kind["ngram"]
     assert "--spec-type" not in made[1].plan.argv
+
+
+def test_no_guess_is_measured_with_words_by_chance():
+    made, lost = found(speculation="auto", drafts=("Qwen3-0.6B",), draft="/d.gguf")
+    assert "speculation" not in {one.dimension for one in made}
+    assert [one.why for one in lost if "tune_prompt_file" in one.why], "and the way out is told"
+    assert not any("tune_prompt_file" in one.why for one in found()[1])
 
 
 def test_a_model_that_does_not_fit_has_no_candidates():

@@ -1,0 +1,84 @@
+"""A report as one HTML page with everything in it: no script, and nothing that a browser would fetch.
+
+The charts are drawn here by Vega-Lite, which `vl-convert-python` brings, as inline SVG. It is an extra of the package,
+since nothing else needs it. Names of models and hosts come from outside: Jinja escapes each text, and the page's own
+policy forbids scripts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from llamafleet.cli.report import Page
+from llamafleet.printable import one_line
+from tasks.lib.templates import TEMPLATES
+
+DRAWS = "vl_convert"
+MISSING = (
+    "the charts of a report need the package vl-convert-python, which is not installed: "
+    'pip install "llamafleet[report]", or pip install "vl-convert-python>=1.9"'
+)
+MOST_OPEN = 8  # hosts that are shown unfolded
+_SVG = re.compile(r'<svg [^>]*viewBox="([\d. -]+)"[^>]*>')
+_PLACES = re.compile(r'(?<= )(transform|d|x2|y2)="([^"<>]*)"')  # attributes with coordinates, which have 15 digits
+_DIGITS = re.compile(r"(\.\d)\d+")
+
+
+class CannotDrawError(Exception):
+    """There is nothing that draws charts; the text says what to install."""
+
+
+def check() -> None:
+    """Raise CannotDrawError unless charts can be drawn."""
+    if importlib.util.find_spec(DRAWS) is None:
+        raise CannotDrawError(MISSING)
+
+
+def html(page: Page) -> str:
+    """The whole page. Raises CannotDrawError."""
+    check()
+    return _environment().get_template("report.html.j2").render(page=page, is_open=len(page.hosts) <= MOST_OPEN)
+
+
+def _environment() -> Environment:
+    made = Environment(
+        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        autoescape=True, finalize=_shown, keep_trailing_newline=True,
+    )  # fmt: skip
+    made.filters["drawn"] = drawn
+    return made
+
+
+def _shown(value: Any) -> Any:
+    """A text from outside without characters that hide or turn what follows them."""
+    return one_line(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def drawn(chart: Mapping[str, Any]) -> Markup:
+    """The chart as an SVG element, which takes its size and its colours from the page."""
+    import vl_convert
+
+    text = vl_convert.vegalite_to_svg(json.dumps(_cleaned(chart)), allowed_base_urls=[])
+    text = _SVG.sub(r'<svg class="chart" viewBox="\1">', text, count=1)
+    return Markup(_PLACES.sub(_shortened, text))  # noqa: S704 -- Vega escapes the texts
+
+
+def _shortened(found: re.Match[str]) -> str:
+    numbers = _DIGITS.sub(r"\1", found[2])
+    return f'{found[1]}="{numbers}"'
+
+
+def _cleaned(value: Any) -> Any:
+    """The chart with texts that show as they are: at a control character in one, what draws would end this process."""
+    if isinstance(value, Mapping):
+        return {key: _cleaned(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_cleaned(one) for one in value]
+    return _shown(value)

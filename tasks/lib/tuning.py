@@ -1,0 +1,177 @@
+"""Measure the instances of a host, one after another, and plan again with what won.
+
+The state of a tune is its trials, which the host keeps: a run that ends, or is ended, is gone on with by the next one.
+
+Decision 23: docs/decisions/0023-tuned-by-measurement.md.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pyinfra import logger
+from pyinfra.api.host import Host
+from pyinfra.api.state import State
+
+from llamafleet.host import answers
+from llamafleet.planner.result import Refusal
+from llamafleet.remote.common import RUN, TUNED, tuned_path
+from llamafleet.service import tune
+from llamafleet.service.desired import with_record
+from llamafleet.service.tune import Subject
+from llamafleet.tuning.race import Batch, Verdict
+from llamafleet.tuning.record import Tuned, record_text
+from llamafleet.tuning.records import in_words
+from llamafleet.tuning.search import Course, Measured, over, progress
+from tasks.lib import decision, jobs, lookups, memory_check, records, remote, sending, templates
+from tasks.lib.decision import READ_ERRORS, Decision
+from tasks.lib.this_run import this_run
+
+BAR = 20  # characters
+# Exit codes of tune.py: the service runs and may not be stopped, the window is closed, another run or switch.
+NOT_NOW = (3, 4, 5)
+END_SECONDS = 600.0  # to start a service again, which loads its model
+
+
+def tune_instance(state: State, host: Host, name: str, *, installs: bool) -> bool:
+    """Measure the instance, write its record, and go on with the plan that follows. `installs`: a later stage of the
+    run installs that. False where the host fails."""
+    now = decision.decision()
+    assert now is not None, "a host that was refused measures nothing"
+    one = tune.subject(now.desired, name)
+    if isinstance(one, Refusal):  # with other settings than those that are served now
+        host.log(f"{name} is not measured: {one.reason}", logger.warning)
+        return True
+    jobs.hold(state, host)
+    try:
+        course, trials, why = _measured(state, host, one)
+    finally:
+        _put_back(host, one)
+    if isinstance(course.step, Batch):
+        host.log(f"{name} is not measured{' to the end' if trials else ''} now: {why}", logger.warning)
+        return True
+    record = tune.record(one, course, trials, time.time())
+    if record is None:
+        errors = dict.fromkeys(trial["error"] for trial in trials if trial["error"])
+        told = "; ".join(list(errors)[-3:]) or course.step.why
+        host.log(f"{name}: nothing could be measured, so that its plan stays: {told}", logger.warning)
+        return installs or remote.fail(host, f"{name}: nothing could be measured")
+    _write(host, name, record)
+    used = Tuned.of(json.loads(json.dumps(record)))
+    assert used is not None, "a record is read as it was written"
+    host.log(f"{name}: {in_words(used)}; {course.step.why}; {len(trials)} trials")
+    return _go_on(host, now, name, record, installs=installs)
+
+
+def _measured(state: State, host: Host, one: Subject) -> tuple[Course, Sequence[answers.Trial], str]:
+    """The trials until the verdict, and where they end before that, why."""
+    text = lookups.tune_prompt(one.tuning.asked) if one.tuning.asked.tune_prompt_file else None
+    secret = None if text is None else jobs.Secret(f"{RUN}/tune-{one.name}.txt", text)
+    _send_texts(host, one)
+    before = -1
+    while True:
+        trials = remote.run_json(host, remote.program("tune.py", "read", one.name, one.key), answers.trials)
+        measured = tune.measured(trials)
+        course = one.course(measured)
+        if isinstance(course.step, Verdict):
+            return course, trials, ""
+        if len(measured) == before:  # the host has no time for another trial
+            return replace(course, step=over([each.trial for each in measured])), trials, ""
+        before = len(measured)
+        if measured:
+            host.log(_bar(one, course, measured))
+        if why := _batch(state, host, one, course, measured, secret):
+            return course, trials, why
+
+
+def _batch(
+    state: State, host: Host, one: Subject, course: Course, measured: Sequence[Measured], secret: jobs.Secret | None
+) -> str:  # fmt: skip
+    """Run the next trials as a job; why nothing can be measured now, empty where it was. Raises `RemoteError`."""
+    assert isinstance(course.step, Batch), "the verdict is measured no more"
+    numbers = one.batch(course.step, measured)
+    asked = tune.spec(one, course, numbers, measured, templates.render, run=this_run()["run"],
+                      text=secret.path if secret else None)  # fmt: skip
+    name = jobs.name_of("tune", one.name)
+    ok, out, err = remote.run(host, jobs.sent_spec(name, asked))
+    if not ok:
+        raise remote.RemoteError(f"{name}: {remote.explain(out, err)}")
+    seen = jobs.ended(state, host, name, remote.words("tune.py", "run", jobs.spec_path(name)), secret)
+    if seen.exit_code in NOT_NOW:
+        errors = [line.removeprefix("error: ") for line in seen.tail if line.startswith("error: ")]
+        return errors[-1] if errors else seen.how
+    if not jobs.told(host, name, seen):
+        raise remote.RemoteError(f"{one.name} cannot be measured")
+    return ""
+
+
+def _send_texts(host: Host, one: Subject) -> None:
+    """The prompt files of the instance, which its trials load as its service does. Raises `RemoteError`."""
+    files = tune.texts(one.tuning.asked, lookups.instance_secrets(one.tuning.asked))
+    if not files:
+        return
+    sent = {path: (0o600, text.encode()) for path, text in files.items()}
+    ok, out, err = remote.run(host, sending.received(sent, "--make", tune.folder(one.name)))
+    if not ok:
+        raise remote.RemoteError(remote.explain(out, err))
+
+
+def _put_back(host: Host, one: Subject) -> None:
+    """Let the service that was stopped run again at once; where this cannot be said, the host does it by itself."""
+    if not one.desired.settings.tune_stops_service or one.name not in one.desired.installed.instances:
+        return
+    try:
+        ok, out, err = remote.run(host, remote.program("tune.py", "end", one.name, seconds=END_SECONDS))
+        if not ok:
+            host.log(f"{one.name}: {remote.explain(out, err)}", logger.warning)
+    except remote.RemoteError as error:
+        host.log(f"{one.name}: its service comes back within some minutes: {error}", logger.warning)
+
+
+def _bar(one: Subject, course: Course, measured: Sequence[Measured]) -> str:
+    """How far the tune is, such as "tune m0: [####......] 12 of about 60 trials; best so far: ubatch 1024 (1.12 times
+    llama-server as it ships); 9 min left at most"."""
+    at = progress(course, measured, one.budget_seconds)
+    about = max(at.about, at.done)
+    full = round(BAR * at.done / about)
+    left = f"{at.left_seconds / 60:.0f} min" if at.left_seconds >= 60 else f"{at.left_seconds:.0f} s"
+    return (
+        f"tune {one.name}: [{'#' * full}{'.' * (BAR - full)}] {at.done} of about {about} trials; best so far: "
+        f"{at.best} ({at.gain:.2f} times llama-server as it ships); {left} left at most"
+    )
+
+
+def _write(host: Host, name: str, record: dict[str, object]) -> None:
+    """The record on the host, and its copy here. Raises `RemoteError`."""
+    text = record_text(record)
+    sent = sending.received({tuned_path(name): (0o644, text.encode())}, "--make", TUNED)
+    ok, out, err = remote.run(host, sent)
+    if not ok:
+        raise remote.RemoteError(f"{tuned_path(name)} cannot be written: {remote.explain(out, err)}")
+    try:
+        path = records.keep(host.name, name, record)
+        host.log(f"{name}: the record is in {tuned_path(name)} on the host and in {path}")
+    except OSError as error:
+        host.log(f"{name}: the copy of its record cannot be written here: {error}", logger.warning)
+
+
+def _go_on(host: Host, before: Decision, name: str, record: dict[str, object], *, installs: bool) -> bool:
+    """Plan again with the record; a later stage installs that."""
+    try:
+        after = decision.go_on(host, with_record(before.desired, name, record, templates.render))
+    except READ_ERRORS as error:
+        after = decision.refused_by(error)
+    if not isinstance(after, Decision):
+        decision.log_refused(host, after)
+        return False
+    old, new = (next(one.plan for one in now.desired.servings if one.name == name) for now in (before, after))
+    if flags := memory_check.changed_flags(old, new):
+        host.log(f"{name}: planned with it: {' '.join(flags)}")
+    if not installs:
+        changed = name in after.changes.services
+        host.log(f"{name}: {'deploy.py installs what won' if changed else 'what won is what it runs with'}")
+        return True
+    return memory_check.check_plans(host)

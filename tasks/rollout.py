@@ -1,0 +1,178 @@
+"""Deploy to the hosts of an inventory wave by wave; `llamafleet rollout --inventory` runs this.
+
+    python -m tasks.rollout INVENTORY [--waves 1,25%,100%] [--limit NAME]... [--exclude NAME]... [--dry] [--json]
+
+Each wave is a run of `deploy.py` over its hosts, as `pyinfra INVENTORY llamafleet.deploy --limit HOST` is one, in this
+process: what was looked up and built for one wave is known to the next. The first wave with a host that fails is the
+last. What is left to do is read from the hosts each time, so that a rollout goes on where another one ended, however
+that was.
+
+Exit status: 0 all hosts are as planned, 1 a host failed, was refused or cannot be read, 2 the inventory or an option
+cannot be used or leaves no host, 130 after Ctrl-C.
+
+Decision 12: docs/decisions/0012-a-fleet-moves-in-waves.md.
+"""
+
+from __future__ import annotations
+
+import pyinfra_cli  # isort: skip  # first: it makes sockets cooperative before anything uses them  # noqa: F401
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyinfra
+from pyinfra import logger
+from pyinfra.api.config import Config
+from pyinfra.api.connect import connect_all, disconnect_all
+from pyinfra.api.exceptions import PyinfraError
+from pyinfra.api.host import Host
+from pyinfra.api.operations import run_ops
+from pyinfra.api.output import set_echo, set_formatter
+from pyinfra.api.state import State, StateStage
+from pyinfra.context import ctx_config, ctx_inventory, ctx_state
+from pyinfra_cli.log import setup_logging
+from pyinfra_cli.util import load_func
+
+from llamafleet import stages
+from llamafleet.fleet.rollout import End, HostState, Rollout
+from llamafleet.fleet.waves import USUAL, WavesError, sizes
+from llamafleet.printable import err, json_text, one_line, out
+from llamafleet.service.refusals import Refused
+from tasks.lib import decision, ends, output, switching
+from tasks.lib.over_hosts import over_hosts, read
+
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+
+
+def look(host: Host) -> HostState | str:
+    """What the host serves, and what a run would do there."""
+    now = decision.decide(host)
+    if isinstance(now, Refused):
+        return f"refused: {now}"
+    return HostState.of(host.name, now.desired, now.changes, switching.wanted(host))
+
+
+@dataclass(frozen=True)
+class Wave:
+    """What became of a wave: why hosts failed, by name, and whether anything was changed on any host."""
+
+    failed: Mapping[str, str]
+    was_executed: bool
+
+
+def deploy(inventory: Path, names: Sequence[str]) -> Wave:
+    """Run the whole `deploy.py` on these hosts. Where one cannot be reached or is refused, nothing is changed on any.
+    Raises PyinfraError where the inventory cannot be read."""
+    state = State(check_for_changes=False)
+    state.cwd = os.getcwd()
+    with ctx_state.use(state), ctx_config.use(Config()):
+        hosts = read(inventory)
+        with ctx_inventory.use(hosts):
+            state.init(hosts, ctx_config.get(), initial_limit=[host for host in hosts if host.name in names])
+            was_executed = False
+            try:
+                state.set_stage(StateStage.Connect)
+                connect_all(state)
+                state.set_stage(StateStage.Prepare)
+                if not state.failed_hosts:
+                    load_func(state, stages.deploy)
+                if not state.failed_hosts:
+                    state.set_stage(StateStage.Execute)
+                    was_executed = True
+                    run_ops(state)
+            except PyinfraError as error:
+                if not state.failed_hosts:  # else it says that no host is left
+                    raise
+                logger.debug(str(error))
+            finally:
+                state.set_stage(StateStage.Disconnect)
+                disconnect_all(state)
+            failed = {host.name: ends.reason(host.name) or "see above" for host in state.failed_hosts}
+            return Wave(failed, was_executed)
+
+
+def roll_out(inventory: Path, rollout: Rollout) -> End:
+    """Deploy wave by wave, until one fails. Raises PyinfraError where the inventory cannot be read any more."""
+    switching.begin_rollout()
+    for number, names in enumerate(rollout.waves, 1):
+        logger.info(f"--> {rollout.title(number).capitalize()}")
+        wave = deploy(inventory, names)
+        if wave.failed:
+            return End(rollout, number, wave.failed, wave.was_executed)
+    return End(rollout, len(rollout.waves))
+
+
+def main(arguments: list[str]) -> int:
+    options = _parsed(arguments)
+    ends.take_interrupts()
+    try:
+        wanted = sizes(options.waves)
+        hosts = over_hosts(options.inventory, options.limit, look, options.exclude)
+        problems = {name: state for name, state in hosts.items() if isinstance(state, str)}
+        if problems:
+            return _unread(problems)
+        return _act(options, Rollout.of({n: s for n, s in hosts.items() if isinstance(s, HostState)}, wanted))
+    except WavesError as error:
+        err(f"llamafleet: {error}")
+    except PyinfraError as error:
+        err(f"llamafleet: {options.inventory}: {error}")
+    return BAD_INPUT
+
+
+def _unread(problems: Mapping[str, str]) -> int:
+    for name, problem in problems.items():
+        err(one_line(f"{name}: {problem}"))
+    err(
+        "the rollout has not begun: each of its hosts has to be reached, and to accept what the inventory asks for. "
+        f"Mend these, or leave them out: {' '.join(f'--exclude {shlex.quote(name)}' for name in problems)}"
+    )
+    return FAILED
+
+
+def _act(options: argparse.Namespace, rollout: Rollout) -> int:
+    if options.dry or not rollout.waves:
+        out(json_text(rollout.to_json()) if options.json else "\n".join(rollout.lines()))
+        return DONE
+    if not options.json:
+        out("\n".join(rollout.lines()))
+    _speak_as_pyinfra()
+    end = roll_out(options.inventory, rollout)
+    out(json_text(end.to_json()) if options.json else "\n".join(["", *end.lines(_again(options))]))
+    return FAILED if end.failed else DONE
+
+
+def _again(options: argparse.Namespace) -> str:
+    words = ["llamafleet", "rollout", "--inventory", str(options.inventory)]
+    words += ["--waves", options.waves] if options.waves != USUAL else []
+    for flag in ("limit", "exclude"):
+        words += [word for name in getattr(options, flag) for word in (f"--{flag}", name)]
+    return shlex.join(words)
+
+
+def _speak_as_pyinfra() -> None:
+    """Print and order operations as pyinfra's own command does."""
+    pyinfra.is_cli = True
+    set_formatter(output.style)
+    set_echo(output.echo)
+    setup_logging(logging.INFO)
+
+
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Deploy to the hosts of an inventory wave by wave.")
+    parser.add_argument("inventory", type=Path)
+    parser.add_argument("--waves", default=USUAL)
+    parser.add_argument("--limit", action="append", default=[])
+    parser.add_argument("--exclude", action="append", default=[])
+    parser.add_argument("--dry", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

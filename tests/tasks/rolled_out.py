@@ -1,0 +1,72 @@
+"""A rollout over pretended hosts: pyinfra's own runs, with a file in place of what hosts have. No test itself.
+
+    python -m tests.tasks.rolled_out FILE INVENTORY [options of tasks.rollout]
+
+FILE has by host name: what it has ("now"), what it should have ("wanted"), its models, and how its deploy goes wrong
+("fails", "refused", "hangs"). Each deploy adds the host to the file FILE.log.
+"""
+
+import pyinfra_cli  # isort: skip  # as in tasks.rollout  # noqa: F401
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from pyinfra.api import FunctionCommand, operation
+from pyinfra.context import ctx_host
+
+from llamafleet import stages
+from llamafleet.fleet.rollout import HostState
+from llamafleet.fleet.waves import Member
+from tasks import rollout
+from tasks.lib import decision, ends, switching
+
+FILE = Path(sys.argv[1])
+
+
+def fleet():
+    return json.loads(FILE.read_text())
+
+
+def look(host):
+    one = fleet()[host.name]
+    if "unread" in one:
+        return one["unread"]
+    to_do = () if one["now"] == one["wanted"] else (f"serve x: {one['now']} is not {one['wanted']}",)
+    models = frozenset(one.get("models", "x"))
+    return HostState(models, Member(host.name, models), to_do)
+
+
+@operation()
+def replace():
+    yield FunctionCommand(_replace, (), {})
+
+
+def _replace(state, host):
+    with switching.turn(host, ["x"], None):
+        with FILE.with_suffix(".log").open("a") as log:
+            log.write(f"{host.name}\n")
+        one = fleet()[host.name]
+        if "fails" in one:
+            ends.note(host.name, one["fails"])
+            return False
+        time.sleep(one.get("hangs", 0))
+        data = fleet()
+        data[host.name]["now"] = one["wanted"]
+        FILE.write_text(json.dumps(data))
+    return True
+
+
+def deploy():
+    host = ctx_host.get()
+    if why := fleet()[host.name].get("refused"):
+        ends.note(host.name, why)
+        host.state.fail_hosts({host})
+    replace(name="Replace what the host has")
+
+
+if __name__ == "__main__":
+    rollout.look, stages.deploy = look, deploy
+    decision.of = lambda host: None
+    sys.exit(rollout.main(sys.argv[2:]))

@@ -1,0 +1,149 @@
+"""A rollout as an operator sees it: the waves are pyinfra's own runs, over hosts that are pretended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Fleet:
+    """Hosts a, b, ... of one model that have 1 and should have 2, but for what is given by their letters."""
+
+    def __init__(self, folder, count=4, **special):
+        self.file, self.inventory = folder / "fleet.json", folder / "fleet.py"
+        self.hosts = {name(letter): {"now": 1, "wanted": 2, **special.get(letter, {})} for letter in "abcdefgh"[:count]}
+        self.file.write_text(json.dumps(self.hosts))
+        self.inventory.write_text(f"hosts = {list(self.hosts)!r}\n")
+
+    def command(self, *options):
+        return [sys.executable, "-m", "tests.tasks.rolled_out", str(self.file), str(self.inventory), *options]
+
+    def roll_out(self, *options):
+        return subprocess.run(self.command(*options), cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL,
+                              capture_output=True, text=True, timeout=120)  # fmt: skip
+
+    def start(self, *options):
+        return subprocess.Popen(self.command(*options), cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+    def mend(self, letter):
+        """From now on the host does what it should."""
+        data = json.loads(self.file.read_text())
+        one = data[name(letter)]
+        data[name(letter)] = {"now": one["now"], "wanted": one["wanted"]}
+        self.file.write_text(json.dumps(data))
+
+    @property
+    def done(self):
+        return {one[-1] for one, data in json.loads(self.file.read_text()).items() if data["now"] == data["wanted"]}
+
+    @property
+    def begun(self):
+        """The hosts whose deploys began, in their order."""
+        log = self.file.with_suffix(".log")
+        return [line[-1] for line in log.read_text().split()] if log.exists() else []
+
+
+def name(letter):
+    return f"@fake/{letter}"
+
+
+def environment():
+    return {**os.environ, "PYINFRA_PROGRESS": "off", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
+
+
+def test_dry_prints_the_waves_with_every_change_and_changes_nothing(tmp_path):
+    fleet = Fleet(tmp_path, 4, d={"now": 2})
+    run = fleet.roll_out("--dry")
+    assert (run.returncode, fleet.begun) == (0, [])
+    assert run.stdout.splitlines() == [
+        "wave 1 of 3: @fake/a", "    @fake/a: serve x: 1 is not 2",
+        "wave 2 of 3: @fake/b", "    @fake/b: serve x: 1 is not 2",
+        "wave 3 of 3: @fake/c", "    @fake/c: serve x: 1 is not 2",
+        "as planned, and left alone: @fake/d",
+    ]  # fmt: skip
+
+
+def test_all_hosts_one_wave_after_the_other_and_a_second_time_nothing(tmp_path):
+    fleet = Fleet(tmp_path)
+    run = fleet.roll_out()
+    assert run.returncode == 0 and fleet.done == set("abcd"), run.stderr
+    assert fleet.begun[:2] == ["a", "b"] and set(fleet.begun[2:]) == {"c", "d"}
+    assert run.stdout.splitlines()[-1] == "rolled out: @fake/a, @fake/b, @fake/c, @fake/d"
+    headings = [line for line in run.stderr.splitlines() if line.startswith("--> Wave")]
+    assert headings == ["--> Wave 1 of 3: @fake/a", "--> Wave 2 of 3: @fake/b", "--> Wave 3 of 3: @fake/c, @fake/d"]
+    again = fleet.roll_out()
+    assert (again.returncode, again.stdout) == (0, "nothing to do: all 4 hosts are as planned\n")
+    assert len(fleet.begun) == 4
+
+
+def test_the_first_failure_ends_it_and_the_next_run_goes_on_there(tmp_path):
+    fleet = Fleet(tmp_path, b={"fails": "the gate: it writes nonsense"})
+    run = fleet.roll_out()
+    assert run.returncode == 1 and fleet.begun == ["a", "b"] and fleet.done == {"a"}
+    assert run.stdout.splitlines()[-5:] == [
+        "the rollout stopped in wave 2 of 3: @fake/b",
+        "    @fake/b failed: the gate: it writes nonsense",
+        "done: @fake/a",
+        "not touched: @fake/c, @fake/d",
+        "to go on, mend what failed on @fake/b, or take the change back in the inventory. Then run again; what is as "
+        f"planned is left alone: llamafleet rollout --inventory {fleet.inventory}",
+    ]
+    fleet.mend("b")
+    again = fleet.roll_out()
+    assert again.returncode == 0 and fleet.done == set("abcd")
+    assert "as planned, and left alone: @fake/a" in again.stdout and fleet.begun.count("a") == 1
+
+
+def test_a_wave_with_a_refused_host_is_not_begun(tmp_path):
+    fleet = Fleet(tmp_path, 8, c={"refused": "the disk is full by now"})
+    run = fleet.roll_out("--waves", "1,50%", "--json")
+    told = json.loads(run.stdout)
+    assert run.returncode == 1 and fleet.begun == ["a"], run.stderr
+    assert told["failed"] == {"@fake/c": "the disk is full by now"} and told["done"] == ["@fake/a"]
+    assert told["untouched"] == [name(letter) for letter in "bdefgh"]
+
+
+def test_it_does_not_begin_where_a_host_cannot_be_read_unless_that_is_left_out(tmp_path):
+    fleet = Fleet(tmp_path, b={"unread": "cannot be reached: no route"})
+    run = fleet.roll_out()
+    assert run.returncode == 1 and fleet.begun == [] and run.stdout == ""
+    assert "@fake/b: cannot be reached: no route" in run.stderr and run.stderr.endswith("--exclude @fake/b\n")
+    without = fleet.roll_out("--exclude", "@fake/b", "--limit", "@fake/[abc]")
+    assert without.returncode == 0 and fleet.done == {"a", "c"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--waves", "10%,5%"], "--waves 10%,5%: 5% should be more"), (["--limit", "x"], "leave no host"),
+     (["--exclude", "hosts"], "leave no host")],
+)  # fmt: skip
+def test_what_cannot_be_used_is_told(tmp_path, options, said):
+    fleet = Fleet(tmp_path)
+    run = fleet.roll_out(*options)
+    assert (run.returncode, run.stdout, fleet.begun) == (2, "", [])
+    assert said in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_ended_in_the_middle_it_goes_on_with_the_next_run(tmp_path, sent, code):
+    fleet = Fleet(tmp_path, b={"hangs": 60})
+    with fleet.start() as process:
+        deadline = time.monotonic() + 60
+        while fleet.begun != ["a", "b"]:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(sent)
+        process.communicate(timeout=30)
+    assert (process.returncode, fleet.done) == (code, {"a"})
+    fleet.mend("b")
+    again = fleet.roll_out()
+    assert again.returncode == 0 and fleet.done == set("abcd"), again.stdout + again.stderr
+    assert fleet.begun.count("a") == 1
