@@ -5,7 +5,7 @@
 
 `measure` serves models of several shapes and quantisations on this machine's processor, with planned flags, and
 measures each with several workloads. One thread computes, and its processor time is measured, not wall time, so that
-other programs matter little: they only take some of the caches and of the memory's bandwidth.
+other programs matter less: they only take some of the caches and of the memory's bandwidth. The best of TURNS counts.
 `predict` takes the file: each measurement in turn is what a tune would have recorded, and the speeds of all other
 models are predicted with it, as the planner does; beside that stands the prediction without any measurement, and with
 the survey's probe of the memory. An error is a factor less one: twice as fast and half as fast are both 100 %.
@@ -71,9 +71,8 @@ class Work:
         return {"prompt_tokens": self.prompt, "reply_tokens": REPLY_TOKENS, "live_tokens": live, "concurrency": 1}
 
 
-WORKS = (Work("short", 64, 0), Work("long", 512, 0), Work("deep", 64, 2048))
-COLUMNS = ("model", "bytes", "workload", "decode", "decode_low", "decode_high", "prefill", "prefill_low",
-           "prefill_high")  # fmt: skip
+WORKS = (Work("short", 64, 0), Work("deep", 64, 1024))
+COLUMNS = ("model", "bytes", "workload", "decode", "decode_low", "prefill", "prefill_low")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -92,10 +91,7 @@ def main(argv: Sequence[str]) -> None:
 
 def models() -> Iterator[tuple[str, Path]]:
     """Real models, and ones with random weights, which are made once, by name."""
-    for model in (real_models.GEMMA_270M, real_models.QWEN_0_5B, real_models.QWEN_1_5B):
-        for name, path in real_models.fetch(model).items():
-            if name.endswith(".gguf"):
-                yield path.stem, path
+    yield from _real(real_models.GEMMA_270M, real_models.QWEN_0_5B)
     FOLDER.mkdir(parents=True, exist_ok=True)
     for layout in RANDOM:
         path = FOLDER / f"{layout.name}-{layout.quant}.gguf"
@@ -103,6 +99,14 @@ def models() -> Iterator[tuple[str, Path]]:
             with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
                 make(layout, Path(folder), seed=1).rename(path)
         yield path.stem, path
+    yield from _real(real_models.QWEN_1_5B)
+
+
+def _real(*those: real_models.RealModel) -> Iterator[tuple[str, Path]]:
+    for model in those:
+        for name, path in real_models.fetch(model).items():
+            if name.endswith(".gguf"):
+                yield path.stem, path
 
 
 def machine() -> Machine:
@@ -153,13 +157,12 @@ def serving(server: str, path: Path, argv: Sequence[str]) -> Iterator[tuple[psut
 
 
 def speeds(process: psutil.Process, url: str, work: Work) -> dict[str, Any]:
-    """Median, low and high end of the speeds, in tokens a second of processor time."""
+    """The best of the speeds, in tokens a second of processor time, and the lowest one."""
     found = [once(process, url, work, turn) for turn in range(TURNS + 1)][1:]  # the first one warms up
     row: dict[str, Any] = {}
     for kind in ("decode", "prefill"):
         values = [one[kind] for one in found]
-        ends = (statistics.median(values), min(values), max(values))
-        row |= {f"{kind}{end}": round(value, 2) for end, value in zip(("", "_low", "_high"), ends, strict=True)}
+        row |= {kind: round(max(values), 2), f"{kind}_low": round(min(values), 2)}
     return row
 
 
@@ -225,6 +228,8 @@ def summary(paths: Mapping[str, Path], rows: Sequence[Mapping[str, str]]) -> Ite
     for name in paths:
         for work in WORKS:
             own = [row for row in rows if row["model"] == name and row["workload"] == work.name]
+            if not own:
+                continue
             found = errors(host, paths, [row for row in rows if row["model"] != name], tuned(host, paths[name], own))
             yield _line(f"after a tune of {name}, {work.name}", found)
             for kind, values in found.items():
