@@ -14,7 +14,8 @@ from pyinfra import host
 from pyinfra.api.deploy import deploy
 
 from llamafleet.service.tune import in_lines, to_measure, wishes
-from tasks.lib import operations, tuning
+from llamafleet.settings.schema import NEVER
+from tasks.lib import operations, records, tuning
 from tasks.lib.decision import for_stage
 
 
@@ -24,9 +25,13 @@ def tune(as_set: bool = False) -> None:
     now = for_stage("tune", lambda now: bool(to_measure(now.desired, as_set=as_set)))
     if now is None:
         return
+    if as_set and now.desired.settings.tune == NEVER:
+        return
     found = wishes(now.desired, as_set=as_set)
     for line in in_lines(found) if not as_set else ():
         host.log(line)
     names = to_measure(now.desired, as_set=as_set)
     measure = partial(tuning.tune_instance, installs=as_set)
-    operations.tune(name=f"Measure {', '.join(names) or 'nothing'}", names=names, measure=measure)
+    operations.for_instances(name=f"Measure {', '.join(names) or 'nothing'}", names=names, action=measure)
+    if copied := tuning.to_copy(now, host.name, records.kept()):
+        operations.for_instances(name="Copy records of tunes here", names=copied, action=tuning.copy_here)

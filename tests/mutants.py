@@ -15,6 +15,8 @@ from llamafleet.cli import tables
 from llamafleet.cli.report import page
 from llamafleet.cli.reported import host_facts
 from llamafleet.cli.status import Wanted, of_host, table
+from llamafleet.cli.workload import HostWorkload, InstanceWorkload
+from llamafleet.cli.workload import table as workload_table
 from llamafleet.host import answers
 from llamafleet.host.machine import MachineError
 from llamafleet.hub.source import ModelFiles, RemoteFile
@@ -32,6 +34,7 @@ from llamafleet.service.instance_changes import sha256
 from llamafleet.service.model_folders import model_path
 from llamafleet.service.record import record_text
 from llamafleet.service.refusals import Refused, held_by
+from llamafleet.tuning.observed import fitting
 from llamafleet.tuning.records import Kept
 from tasks import uninstall
 from tasks.lib import jobs, memory_check, remote, state
@@ -174,6 +177,12 @@ def use_status(host, line):
     live = answers.status(line)
     found = answers.survey(json.dumps(host.survey)).installed
     return "\n".join(shown_status(of_host(found, live, Wanted({"m0": ()}))))
+
+
+def use_observed(host, line):
+    found = {name: InstanceWorkload(one, fitting(one, 4)) for name, one in answers.observed(line).items()}
+    shown = {"box": HostWorkload(found)}
+    return "\n".join([workload_table(shown), json_text(shown["box"].to_json())])
 
 
 def use_holder(host, line):

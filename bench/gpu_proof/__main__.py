@@ -132,7 +132,7 @@ def _prepared(options: argparse.Namespace, over: float) -> tuple[Proof, dict[str
         min(over, began + BUILD_SECONDS),
     )
     say(f"llama-server: {server} ({time.monotonic() - began:.0f} s)")
-    variables = card.environment(backend, work)
+    variables = card.environment(backend, work) | ({} if options.server else building.libraries(backend, host))
     find = partial(card.find, server.absolute(), backend, variables)
     device = find()
     say(f"card: {device.device}, {device.name}, {device.free_mib} of {device.total_mib} MiB free")
@@ -158,7 +158,7 @@ def _lacking(options: argparse.Namespace, host: Machine) -> Iterator[str]:
         elif gpu.problem or gpu.unified_memory:
             yield f"memory of its own that can be held: {gpu.name}: {gpu.problem or 'it has the memory of the CPU'}"
     if not options.server:
-        yield from building.lacking(options.backend, options.source)
+        yield from building.lacking(options.backend, options.source, host)
     elif not options.server.is_file():
         yield f"{options.server}, which --server names"
     written = sum(one.stat().st_blocks * 512 for one in options.work.glob("*.gguf"))

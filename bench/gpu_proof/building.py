@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from llamafleet.build.cuda_toolkit import architectures
+from llamafleet.build.cuda_toolkit import (
+    Install,
+    InstalledToolkit,
+    Toolkit,
+    Unsuitable,
+    architectures,
+    choose_toolkit,
+)
 from llamafleet.build.release import Build, jobs
 from llamafleet.host.machine import Machine
 
@@ -21,24 +30,26 @@ TAG = "b11434"
 UPSTREAM = ROOT / ".cache" / "upstream" / TAG / "llama.cpp.git"  # made by sandbox/upstream.py
 # Other kernels of flash attention (GGML_CUDA_FA_QUANTS) are half of the compilation; caches are f16 here.
 ONLY_F16 = "-DGGML_CUDA_FA_QUANTS=f16-f16"
-NVCC = ("/usr/local/cuda/bin/nvcc", "/usr/bin/nvcc")
 
 
 class BuildError(RuntimeError):
     """There is no llama-server to measure; the text says why, and the way out."""
 
 
-def nvcc() -> str | None:
-    """The compiler of the CUDA toolkit, which is often not on PATH."""
-    return shutil.which("nvcc") or next((path for path in NVCC if Path(path).exists()), None)
+def toolkit(host: Machine) -> Toolkit | Install | Unsuitable:
+    """The CUDA toolkit of those here that a deploy would take; else what it would install, or why none fits."""
+    program = ROOT / "llamafleet" / "remote" / "toolkits.py"
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True)
+    return choose_toolkit("auto", host, [InstalledToolkit.from_json(one) for one in json.loads(done.stdout)])
 
 
-def lacking(backend: str, source: Path | None) -> Iterator[str]:
+def lacking(backend: str, source: Path | None, host: Machine) -> Iterator[str]:
     """What is missing to compile, with the way out."""
     if missing := [name for name in ("cmake", "g++") if not shutil.which(name)]:
         yield f"{' and '.join(missing)}: install them, or give --server"
-    if backend == "cuda" and nvcc() is None:
-        yield f"nvcc (on PATH, or {' or '.join(NVCC)}): install the CUDA toolkit, or give --server"
+    if backend == "cuda" and not isinstance(found := toolkit(host), Toolkit):
+        how = f"install {' '.join(found.packages)}" if isinstance(found, Install) else found.reason
+        yield f"a CUDA toolkit (nvcc) that fits the driver and the card: {how}, or give --server"
     if backend == "vulkan" and not shutil.which("glslc"):
         yield "glslc: install it with the headers of Vulkan, or give --server"
     if not (source or UPSTREAM).exists():
@@ -69,9 +80,18 @@ def flags(backend: str, host: Machine) -> list[str]:
     words = [*build.cmake_flags(), "-DLLAMA_BUILD_NUMBER=" + TAG.removeprefix("b"), f"-DLLAMA_BUILD_COMMIT={TAG}"]
     if shutil.which("ninja"):
         words += ["-G", "Ninja"]
-    if backend == "cuda":
-        words += [ONLY_F16, f"-DCMAKE_CUDA_COMPILER={nvcc()}"]
+    if backend == "cuda" and isinstance(cuda := toolkit(host), Toolkit):
+        words += [ONLY_F16, f"-DCMAKE_CUDA_COMPILER={cuda.nvcc}"]
+        words += [f"-DCMAKE_CUDA_HOST_COMPILER={cuda.host_compiler}"] if cuda.host_compiler else []
     return words
+
+
+def libraries(backend: str, host: Machine) -> dict[str, str]:
+    """Where llama-server finds the toolkit's libraries, which some toolkits do not tell the linker."""
+    if backend != "cuda" or not isinstance(cuda := toolkit(host), Toolkit):
+        return {}
+    folders = [f"{cuda.path}/lib64", os.environ.get("LD_LIBRARY_PATH", "")]
+    return {"LD_LIBRARY_PATH": ":".join(folder for folder in folders if folder)}
 
 
 def checkout(source: Path, target: Path) -> Path:

@@ -12,6 +12,7 @@ from llamafleet.printable import one_line
 from llamafleet.tuning.observed import Fitting
 
 KEYS = ("prompt_tokens", "live_tokens", "reply_tokens", "concurrency")
+COUNTED = ("prompt_tokens", "cached_tokens", "reply_tokens")
 COLUMNS = ("host", "instance", "requests", *KEYS, "nearest profile")
 
 
@@ -70,6 +71,9 @@ def _below(host: HostWorkload) -> Iterator[str]:
         yield host.problem
     for name, one in host.instances.items():
         found = one.observed
+        if found.counters is not None:
+            read, cached, wrote = (f"{getattr(found.counters, key):,.0f}" for key in COUNTED)
+            yield f"{name}: since its start it has read {read} tokens, taken {cached} from its cache, written {wrote}"
         if one.fitting is None:
             yield f"{name}: the journal has no request of a user in this time"
             continue

@@ -161,6 +161,15 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Counters:
+    """Tokens that a server has counted since its start: read, taken from its cache, written. Six digits of each."""
+
+    prompt_tokens: Amount
+    cached_tokens: Amount
+    reply_tokens: Amount
+
+
+@dataclass(frozen=True)
 class Observed:
     """What `workload.py` says of an instance: what its server was asked for between two unix times."""
 
@@ -173,6 +182,7 @@ class Observed:
     reply_tokens: Figures | None
     live_tokens: Figures | None
     concurrency: Figures | None
+    counters: Counters | None = None
 
 
 @dataclass(frozen=True)
@@ -203,6 +213,19 @@ class Built:
     """What `build.py digest` says of a release: the SHA-256 of its release.json."""
 
     digest: Sha256
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """What `gateway_apply.py show` says of a host's gateway: HAProxy's version, the digest of the configuration in
+    service, the SHA-256 of the unit, and the record of its servers, each None or empty where there is none."""
+
+    version: Label | None
+    digest: Label | None
+    active: Flag
+    enabled: Flag
+    unit: Sha256 | None
+    servers: Mapping[str, Any]
 
 
 class Trial(TypedDict):
@@ -286,6 +309,11 @@ def gateway_servers(line: str) -> Mapping[str, GatewayServer]:
 def left(line: str) -> Left:
     """What is left for people to do, as `left.py` prints it."""
     return cast(Left, _read(line, "left.py", Left))
+
+
+def gateway(line: str) -> Gateway:
+    """The state that `gateway_apply.py show` prints."""
+    return cast(Gateway, _read(line, "gateway_apply.py", Gateway))
 
 
 def trials(line: str) -> tuple[Trial, ...]:

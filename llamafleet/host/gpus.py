@@ -9,6 +9,7 @@ shipped, where a report is known, else nominal; that of other cards is nominal, 
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Sequence
 
@@ -33,6 +34,7 @@ LEAST_SIMILARITY = 0.6  # of a name that is offered for one that is not known
 _SIZE = re.compile(r"\b([0-9]{1,6}) ?g(?:i?b)?\b")
 
 
+@functools.lru_cache(maxsize=1024)  # a fleet has a few kinds of cards, and each plan asks for every card again
 def find(name: str, memory_bytes: int | None = None) -> GpuModel | None:
     """The model with the longest name that is part of a driver's name: "NVIDIA GeForce RTX 4090", "Tesla V100-SXM2".
 

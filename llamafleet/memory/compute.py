@@ -10,6 +10,7 @@ import gc
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from llamafleet.memory.context import Context, as_served
 from llamafleet.memory.graph.allocation import buffer_bytes
@@ -71,6 +72,7 @@ class Compute:
         self.by_graph: dict[Hashable, tuple[int, ...]] = {}  # sizes, by the layers of the graph
         self.by_request: dict[Hashable, tuple[int, ...]] = {}  # sizes, by the arguments of `bytes`
         self.caches: dict[Context, tuple[int, ...]] = {}
+        self.models: dict[bool, Any] = {}  # the groups of its weights (weights.Model), with and without a draft head
 
     def kv_bytes(self, context: Context) -> tuple[int, ...]:
         """`kv_cache.kv_bytes` of this model, cached."""

@@ -8,8 +8,10 @@ ggml_repack_get_optimal_repack_type, extra_buffer_type.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from llamafleet.memory.compute import Compute
 from llamafleet.memory.graph.layers import FIRST_LAYER, INPUTS
@@ -65,6 +67,26 @@ class Model:
         """The model's dimensions."""
         return self.compute.shape
 
+    @cached_property
+    def operations(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Operations of each layer for one token, two for each weight: of fixed weights, and of experts (FFN)."""
+        spilled = EXPERTS if self.is_moe else DENSE
+        fixed, spill = [0.0] * self.layers, [0.0] * self.layers
+        for tensor in self.header.tensors:
+            match = LAYER.fullmatch(tensor.name)
+            if match and int(match[1]) < self.layers:
+                (spill if spilled.fullmatch(match[2]) else fixed)[int(match[1])] += 2.0 * tensor.elements
+        return tuple(fixed), tuple(spill)
+
+    @cached_property
+    def elements(self) -> Mapping[str, int]:
+        """Elements of all layers' tensors, by their type."""
+        counted: Counter[str] = Counter()
+        for tensor in self.header.tensors:
+            if LAYER.fullmatch(tensor.name):
+                counted[tensor.type] += tensor.elements
+        return counted
+
     def moved_bytes(self, layer: int, part: str | None) -> int:
         """Bytes of a layer's experts (FFN) on the host: of "all", "down", or "up" and gate; 0 for None."""
         if part is None:
@@ -111,8 +133,16 @@ class Model:
 
     @classmethod
     def of(cls, header: Header, *, head: bool = False) -> Model:
-        """The weight groups of a header. `head`: all tensors of its draft head (nextn) are loaded (load_mtp)."""
+        """The weight groups of a header, grouped once for as long as `Compute.of` knows it. `head`: all tensors of its
+        draft head (nextn) are loaded (load_mtp)."""
         compute = Compute.of(header)
+        if head not in compute.models:
+            compute.models[head] = cls._of(compute, header, head)
+        model: Model = compute.models[head]
+        return model
+
+    @classmethod
+    def _of(cls, compute: Compute, header: Header, head: bool) -> Model:
         shape, row = compute.shape, compute.shape.architecture
         layers, trunk, draft = shape.layers, shape.trunk_layers, row.draft_parts
         inside: list[list[tuple[str, Tensor]]] = [[] for _ in range(layers)]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from llamafleet.host import learned
 from llamafleet.host.machine import Gpu
-from llamafleet.memory.weights import LAYER, Model
+from llamafleet.memory.weights import Model
 from llamafleet.planner.roofline import Roofline
 from llamafleet.planner.search import Candidate
 from llamafleet.settings.workload import Workload
@@ -31,9 +31,9 @@ HOST_COSTS = {"Q5_0": 3.0, "Q5_1": 3.0}
 
 def host_cost(model: Model) -> float:
     """The time that a processor needs for a prompt, as a multiple of that for a model of K-quants of the same size."""
-    layers = [tensor for tensor in model.header.tensors if LAYER.fullmatch(tensor.name)]
-    elements = sum(tensor.elements for tensor in layers)
-    return sum(tensor.elements * HOST_COSTS.get(tensor.type, 1.0) for tensor in layers) / elements if elements else 1.0
+    elements = sum(model.elements.values())
+    cost = sum(number * HOST_COSTS.get(kind, 1.0) for kind, number in model.elements.items())
+    return cost / elements if elements else 1.0
 
 
 def expected(roofline: Roofline, candidate: Candidate, gpus: Sequence[Gpu]) -> learned.Expected:

@@ -15,9 +15,8 @@ from llamafleet.host.speeds import CACHE_MISS_TOKENS, ESTIMATED, MEASURED, PROBE
 from llamafleet.memory.context import Context, is_quantised
 from llamafleet.memory.graph.allocation import OFFLOAD_TOKENS
 from llamafleet.memory.placement import Segment
-from llamafleet.memory.weights import LAYER, Model
+from llamafleet.memory.weights import Model
 from llamafleet.model.architecture import Cache
-from llamafleet.model.shape import DENSE, EXPERTS
 from llamafleet.settings.workload import Workload
 
 # Seconds to launch and wait for small kernels, for each layer on a GPU and each token written, besides reading weights.
@@ -108,7 +107,7 @@ class Roofline:
         self.fixed = _sums(whole - spill for whole, spill in zip(model.layer_bytes, model.spill_bytes, strict=True))
         self.spill = _sums(model.spill_bytes)
         self.spilling = _sums(spill > 0 for spill in model.spill_bytes)
-        fixed_ops, spill_ops = _operations(model)
+        fixed_ops, spill_ops = model.operations
         self.fixed_ops, self.spill_ops = _sums(fixed_ops), _sums(spill_ops)
         self.cache = _sums(model.compute.kv_bytes(Context(work.live_tokens, 1, "f16", 1)))
         # Without a cache, a token attends to those behind it too.
@@ -260,17 +259,6 @@ def _weakest(spent: Seconds, host: str, gpus: Sequence[str]) -> str:
     sources = [host] if spent.host >= 0.1 * spent.total else []
     sources += gpus if spent.gpu >= 0.1 * spent.total else []
     return min(sources, key=SOURCES.index, default=ESTIMATED)
-
-
-def _operations(model: Model) -> tuple[list[float], list[float]]:
-    """Operations of each layer for one token, two for each weight: of fixed weights, and of experts (FFN)."""
-    spilled = EXPERTS if model.is_moe else DENSE
-    fixed, spill = [0.0] * model.layers, [0.0] * model.layers
-    for tensor in model.header.tensors:
-        match = LAYER.fullmatch(tensor.name)
-        if match and int(match[1]) < model.layers:
-            (spill if spilled.fullmatch(match[2]) else fixed)[int(match[1])] += 2.0 * tensor.elements
-    return fixed, spill
 
 
 def _macs(model: Model, tokens: int, shared: Sequence[float]) -> list[float]:

@@ -10,10 +10,11 @@ The spec: {"schema": 1, "instance": NAME, "key": 16 hexadecimal digits of what i
 path of a text of prompts, or null, "trial_seconds": the longest that one may take, "budget_seconds": of all trials of
 the tune together}. It may have: "serves": "text" (default), "embedding" or "reranking"; "host": the loopback address
 that a trial listens at (127.0.0.1); "run": of the host's lock: where another run takes that, the batch ends, and the
-trial under way is not recorded; "stops": whether the service may be stopped where it runs (false); "window":
-"HH:MM-HH:MM" by the host's clock, in which it may be stopped (null: always); "drain_seconds": what its running replies
-get to end (0); "stays_stopped_seconds": after the batch the service is put back when this time is over (0: at once), so
-that the next batch or `end` comes first; "idle_seconds": the longest wait for an idle host before a trial (30).
+trial under way is not recorded, but for one that joins the batch and so has written the spec anew; "stops": whether the
+service may be stopped where it runs (false); "window": "HH:MM-HH:MM" by the host's clock, in which it may be stopped
+(null: always); "drain_seconds": what its running replies get to end (0); "stays_stopped_seconds": after the batch the
+service is put back when this time is over (0: at once), so that the next batch or `end` comes first; "idle_seconds":
+the longest wait for an idle host before a trial (30).
 
 `argv` is llama-server and its arguments, as llamafleet.service.trial.measured() makes them of a service's: {port} is
 replaced by a free port, {host} by "host", {socket} by the path of a socket in the unit's own RuntimeDirectory=, and
@@ -33,12 +34,12 @@ depth that the server had not kept, "drafted", "accepted", "spread": of the repe
 unix time, "took_seconds"}. Any figure may be null. A server that crashes, hangs or runs out of memory is a trial with
 an error, which names it; no trial begins that would probably end after the budget.
 
-Prints a line for each trial, and the reason of an end after `error: `. Exit 0: done, also where trials failed, the
-budget is spent or another run came; 1: nothing can be measured; 3: the service runs, and "stops" is false; 4: it runs,
-and no trial ends inside the window from now on; 5: another run holds the host already, or the instance is being
-switched. What was measured stays in each case, and the service that was stopped runs again, whatever happens to this
-program: tune_service.py. Root, systemd, the standard library, Python 3.8; common.py and the modules that this imports
-lie beside it.
+Prints a line for each trial, and the reason of an end after `error: `. Exit 0: done, also where trials failed or the
+budget is spent; 1: nothing can be measured; 3: the service runs, and "stops" is false; 4: it runs, and no trial ends
+inside the window from now on; 5: another run holds the host or takes it, the instance is being switched, or somebody
+starts or stops the service meanwhile. What was measured stays in each case, and the service that was stopped runs
+again, whatever happens to this program: tune_service.py. Root, systemd, the standard library, Python 3.8; common.py and
+the modules that this imports lie beside it.
 """
 
 from __future__ import annotations
@@ -81,10 +82,6 @@ NO_FIGURES: Dict[str, Any] = {
 Turn = Callable[[float, int], Dict[str, Any]]  # measures once, within these seconds: the turn's number is the other
 
 
-class Disturbed(Exception):
-    """A trial is worth nothing, for something else happened to the host; the text says what."""
-
-
 class Stopped(BaseException):
     """The job was told to stop."""
 
@@ -118,7 +115,7 @@ def run_file(path: str) -> int:
     spec = read_json(path)
     if spec.get("schema") != tune_trials.SCHEMA:
         raise Failed(f"{path} is no spec of a tune of the form {tune_trials.SCHEMA}: run again")
-    return run(spec)
+    return run({**spec, "path": path})
 
 
 def run(spec: Dict[str, Any]) -> int:
@@ -136,11 +133,7 @@ def run(spec: Dict[str, Any]) -> int:
             if number and (is_spent(spec, done) or is_late(aside)):
                 break
             aside.renew()
-            try:
-                found = measured(spec, trial, texts, aside, idle_seconds(spec, done))
-            except Disturbed as error:
-                print(f"note: the batch ends: {error}", flush=True)
-                break
+            found = measured(spec, trial, texts, aside, idle_seconds(spec, done))
             tune_trials.append(name, found)
             done.append(found)
             aside.start_seconds = max(aside.start_seconds, found["load_seconds"] or 0.0)
@@ -190,8 +183,8 @@ def told(found: Dict[str, Any]) -> str:
 def measured(
     spec: Dict[str, Any], trial: Dict[str, Any], texts: List[str], aside: Aside, idle: float
 ) -> Dict[str, Any]:  # fmt: skip
-    """One trial, from the start of the server to its end. Raises Disturbed, and Refused where the server has no
-    room."""
+    """One trial, from the start of the server to its end. Raises Refused where the server has no room, or where
+    something else happened to the host, so that the trial is worth nothing."""
     about = {key: trial[key] for key in ("id", "candidate", "label", "stage")}
     began = time.time()
     with room_for(spec["instance"]):
@@ -204,7 +197,7 @@ def measured(
             except Failed as failed:
                 error = str(failed)[:400]
     if watch.why:
-        raise Disturbed(watch.why)
+        raise Refused(tune_service.HELD, watch.why)
     return {**about, "error": error, **figures, "state": {**state, **watch.samples.told()}, "load_average": load,
             "started": began, "took_seconds": time.time() - began}  # fmt: skip
 

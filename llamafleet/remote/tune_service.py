@@ -90,7 +90,7 @@ class Aside:
 
     def __init__(self, name: str, spec: Dict[str, Any]) -> None:
         self.name = name
-        self.run = spec.get("run")
+        self.run, self.path = spec.get("run"), str(spec.get("path"))
         self.stops = bool(spec.get("stops"))
         self.window: Optional[str] = spec.get("window")
         self.drain = float(spec.get("drain_seconds") or 0)
@@ -125,9 +125,12 @@ class Aside:
                 raise Refused(FAILED, why)
 
     def others(self) -> Optional[str]:
-        """The other run that holds the host; None where there is none."""
+        """The other run that holds the host; None where there is none. One that joined this batch has written its spec
+        anew."""
         holder = lock.read()
         if self.run is None or holder is None or holder["run"] == self.run:
+            return None
+        if common.read_json(self.path).get("run") == holder["run"]:
             return None
         return f"another run holds the host, that of {holder.get('who', 'somebody')}"
 

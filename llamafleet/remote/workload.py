@@ -5,9 +5,11 @@ Contract: `workload.py SINCE NAME...`: SINCE in journalctl's words ("7 days ago"
 object, by instance {"since", "until": unix times of the first and the last line of llama-server that was read, or null,
 "requests": those that were answered, "cut_short": those that ended without an answer, "checks": requests that are as
 small as those of the liveness check, in no figure, "prompt_tokens", "reply_tokens", "live_tokens", "concurrency": each
-{"mean", "p10", "p50", "p90", "p99", "max"}, or null where nothing was asked}. No text of a request is read or printed:
-llama-server logs none at the level of its unit. A failure prints a line that begins with `error: `; exit 1. Changes and
-asks nothing. Python 3.8, standard library; common.py lies beside it.
+{"mean", "p10", "p50", "p90", "p99", "max"}, or null where nothing was asked, "counters": what the running server has
+counted since its start, {"prompt_tokens", "cached_tokens", "reply_tokens"}, or null where it does not say}. No text of
+a request is read or printed: llama-server logs none at the level of its unit, and is not asked for its slots, which may
+hold some. A failure prints a line that begins with `error: `; exit 1. Changes nothing, and wakes and starts nothing.
+Python 3.8, standard library; common.py, gate_server.py, gate_spec.py and liveness_server.py lie beside it.
 
 What the lines say (tools/server/server-context.cpp): `launch_slot_with_task` begins a request, `print_timings` has the
 prompt's tokens without those that were in the cache, and the written ones, `release` has all tokens in the slot. A
@@ -17,12 +19,16 @@ server of embeddings or scores has no timings: there all tokens are the prompt's
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from common import plan_path, read_json, unit_of
+from gate_server import trust
+from gate_spec import Unreadable, read_spec
+from liveness_server import NoAnswer, Refused, get
 
 # Time, process and message, as journalctl prints them; a part of llama-server's message.
 LINE = re.compile(r"(\d{1,12}\.\d+) \S+ \S+\[(\d{1,10})\]: (.*)")
@@ -32,6 +38,10 @@ WRITTEN = re.compile(r"eval time = .*?/ +(\d{1,9}) (?:tokens|runs)")
 HELD = re.compile(r"stop processing: n_(?:tokens|past) = (\d{1,9})")
 CHECK_TOKENS = 4  # in a slot, at most, after a request of the liveness check (liveness_server.py, SMALLEST)
 QUANTILES = (("p10", 0.1), ("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
+# Of /metrics (server_task_result_metrics::to_prometheus). Numbers have six digits, and an exponent from a million on.
+COUNTERS = {"prompt_tokens": "prompt_tokens_total", "cached_tokens": "prompt_tokens_cached_total",
+            "reply_tokens": "tokens_predicted_total"}  # fmt: skip
+COUNTED = re.compile(r"^llamacpp:(\w{1,60}) ([\d.e+]{1,30})$", re.MULTILINE)
 LINE_CHARACTERS = 1000  # of a line, at most, that is looked at
 
 Weighted = List[Tuple[float, float]]  # values with their weights
@@ -151,6 +161,18 @@ def lines_of(unit: str, since: str) -> Iterator[str]:
         raise OSError(f"journalctl: {said or reading.returncode}")
 
 
+def counters(name: str) -> Optional[Dict[str, float]]:
+    """What the running server has counted since its start; None where it does not say."""
+    try:
+        spec = read_spec(plan_path(name))
+        trust(spec)
+        told = dict(COUNTED.findall(get(spec, "/metrics", str)))
+        found = {key: float(told[counter]) for key, counter in COUNTERS.items()}
+    except (Unreadable, NoAnswer, Refused, OSError, ValueError, KeyError):
+        return None
+    return found if all(math.isfinite(value) for value in found.values()) else None
+
+
 def is_chat(name: str) -> bool:
     gate = read_json(plan_path(name)).get("gate")
     return not isinstance(gate, dict) or gate.get("serves", "chat") == "chat"
@@ -161,7 +183,10 @@ def main(argv: List[str]) -> int:
         print("error: usage: workload.py SINCE NAME...", file=sys.stderr)
         return 1
     try:
-        found = {name: of_journal(lines_of(unit_of(name), argv[0]), is_chat(name)) for name in argv[1:]}
+        found = {
+            name: {**of_journal(lines_of(unit_of(name), argv[0]), is_chat(name)), "counters": counters(name)}
+            for name in argv[1:]
+        }
         print(json.dumps(found))
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)

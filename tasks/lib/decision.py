@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from gevent.lock import RLock
 from pyinfra import logger
@@ -66,7 +67,7 @@ class Decision:
 # The parts of `Changes` that a stage makes, and those that must be made before it can do its own.
 MAKES = {"bootstrap": ("helpers", "user", "packages"), "toolkit": ("toolkit",), "build": ("build",),
          "model": ("models",), "verify": ("verify",),
-         "service": ("services", "refreshed", "liveness", "removed", "current")}  # fmt: skip
+         "service": ("services", "refreshed", "liveness", "removed", "current"), "gateway": ()}  # fmt: skip
 # Of these the very version is needed, not one that an earlier run left.
 EXACT = {"tune": ("helpers",)}
 NEEDS = {"toolkit": ("helpers",), "build": ("helpers", "packages", "toolkit"), "model": ("helpers",),
@@ -77,6 +78,7 @@ NEEDS = {"toolkit": ("helpers",), "build": ("helpers", "packages", "toolkit"), "
 _decisions: dict[Host, Decision | None] = {}
 _made: dict[Host, set[str]] = {}  # parts of `Changes` that stages of this run make
 _locks: dict[Host, RLock] = {}
+_words_of: WeakKeyDictionary[State, Mapping[str, set[Host]]] = WeakKeyDictionary()
 
 
 def decision() -> Decision | None:
@@ -98,6 +100,17 @@ def decision() -> Decision | None:
 def of(host: Host) -> Decision | None:
     """The decision about a host of this run; None where there is none, as of a host that was refused."""
     return _decisions.get(host)
+
+
+def of_other(host: Host) -> Decision | None:
+    """As `decision`, of another host of this run."""
+    with ctx_host.use(host):
+        return decision()
+
+
+def makes(host: Host, part: str) -> bool:
+    """Whether a stage of this run makes that part of `Changes` on the host."""
+    return part in _made.get(host, ())
 
 
 def for_stage(stage: str, is_needed: Callable[[Decision], bool] | None = None) -> Decision | None:
@@ -241,7 +254,10 @@ def read_inputs(host: Host) -> PlanInputs | Refused:
         for instance in expanded.models
     }
     prompts = {one.name: sha256(lookups.tune_prompt(one).encode()) for one in expanded.models if one.tune_prompt_file}
-    return plan_inputs(expanded, survey, models, records.kept(), prompts)
+    kept = records.kept()
+    inputs = plan_inputs(expanded, survey, models, kept, prompts)
+    problems = kept.problems.get(host.name, ())
+    return inputs if isinstance(inputs, Refused) else replace(inputs, notes=(*inputs.notes, *problems))
 
 
 def _files(host: Host, settings: Settings, instance: Instance) -> ModelFiles:
@@ -266,7 +282,7 @@ def read_run(host: Host, inputs: PlanInputs) -> Run:
     """What only a deployment needs: the commit, the secrets, and who else is at work. Raises one of `READ_ERRORS`."""
     holder = inputs.survey.installed.lock
     return Run(
-        helpers=payload.helpers_key(),
+        helpers=lookups.helpers_key(),
         oldest_python=payload.HELPERS_PYTHON,
         commit=_commit(host, inputs.settings),
         secrets={instance.name: lookups.instance_secrets(instance) for instance in inputs.settings.models},
@@ -286,8 +302,19 @@ def _run(host: Host, inputs: PlanInputs) -> Run:
     run = read_run(host, inputs)
     if inputs.settings.models:
         return run
-    others = [one for one in hosts_of_run(host.state) if one is not host]
-    return replace(run, elsewhere=frozenset(word for one in others for model in wanted_models(one) for word in model))
+    return replace(run, elsewhere=frozenset(word for word, hosts in _words(host.state).items() if hosts - {host}))
+
+
+def _words(state: State) -> Mapping[str, set[Host]]:
+    """The hosts of the run by names and sources of the models that they are to serve: collected once, since many hosts
+    may have none."""
+    if state not in _words_of:
+        words: dict[str, set[Host]] = {}
+        for host in hosts_of_run(state):
+            for word in (word for model in wanted_models(host) for word in model):
+                words.setdefault(word, set()).add(host)
+        _words_of[state] = words
+    return _words_of[state]
 
 
 def hosts_of_run(state: State) -> list[Host]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from gevent.lock import RLock
 
-from llamafleet import causes
+from llamafleet import causes, payload
 from llamafleet.hub import source
 from llamafleet.hub.network import Network
 from llamafleet.remote.common import API_KEYS
@@ -56,6 +56,11 @@ def commit(settings: Settings) -> str:
         return ref
     way = network(settings)
     return once(("commit", repository, ref, way), lambda: _ls_remote(repository, ref, way))
+
+
+def helpers_key() -> str:
+    """The name of our helpers on hosts, see `payload.helpers_key`: made of a hundred files, and the same for all."""
+    return once("the key of the helpers", payload.helpers_key)
 
 
 def network(settings: Settings) -> Network:
@@ -109,7 +114,8 @@ def projector(of: str, settings: Settings) -> str:
 def take_secrets(settings: Settings) -> None:
     """Remove the secrets from the environment before a program is started that would inherit them: a command on
     this machine, git, pip. They are kept in this process."""
-    places = [settings.hub_token_file or "env:HF_TOKEN", *(instance.api_key_file for instance in settings.models)]
+    places = [settings.hub_token_file or "env:HF_TOKEN", settings.gateway_api_key_file,
+              *(instance.api_key_file for instance in settings.models)]  # fmt: skip
     for place in places:
         if place and place.startswith(secrets.VARIABLE):
             secrets.take(place.removeprefix(secrets.VARIABLE))

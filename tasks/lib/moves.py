@@ -8,7 +8,7 @@ wait for each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import gevent
@@ -51,6 +51,11 @@ def passed(host: Host, handover: Handover) -> None:
     _made.setdefault(host.name, []).append(handover)
 
 
+def serves(host: Host, name: str) -> bool:
+    """Whether the instance serves as planned by now."""
+    return (host.name, name) in _passed and host.name not in _failed
+
+
 def switched(host: Host) -> None:
     """Note that the host makes no more switches in this run."""
     if host.state.is_executing:
@@ -59,7 +64,8 @@ def switched(host: Host) -> None:
 
 def is_taken_over(host: Host, names: tuple[str, ...]) -> bool:
     """Whether another host of the run is to serve one of these instances of the host, and does not yet."""
-    return any(_successors(host, name) for name in names)
+    new = _new(decision.hosts_of_run(host.state))
+    return any(_successors(host, name, new) for name in names)
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,8 @@ class Missing:
 def staying(host: Host) -> dict[str, Missing]:
     """Of the host's instances that leave those that must stay, with the reason. Waits for the hosts that take over."""
     hosts = {one.name: one for one in decision.hosts_of_run(host.state)}
-    successors = {(one.name, name): _successors(one, name) for one in hosts.values() for name in _leaving(one)}
+    new = _new(hosts.values())
+    successors = {(one.name, name): _successors(one, name, new) for one in hosts.values() for name in _leaving(one)}
     for place in (one for ones in successors.values() for one in ones):
         while place not in _passed and _why_not(hosts[place[0]]) is None:
             gevent.sleep(LOOK_SECONDS)
@@ -110,21 +117,31 @@ def _leaving(host: Host) -> tuple[str, ...]:
     return now.changes.removed if now is not None else ()
 
 
-def _successors(host: Host, name: str) -> tuple[tuple[str, str], ...]:
-    """The instances of other hosts of this run that are to serve in place of the host's instance of that name: of the
-    same name or source, and not installed there before, as far as that is known."""
+# Instances that hosts of this run are to serve and have not had before, as far as that is known: place among the run's
+# hosts and among the host's models, host, instance; by ("name", its name) and by ("source", its source).
+_New = Mapping[tuple[str, str], Sequence[tuple[int, int, str, str]]]
+
+
+def _new(hosts: Iterable[Host]) -> _New:
+    found: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
+    for place, host in enumerate(hosts):
+        for number, (name, source) in enumerate(_wanted(host)):
+            if _is_new(host, name):
+                for key in (("name", name), ("source", source)):
+                    found.setdefault(key, []).append((place, number, host.name, name))
+    return found
+
+
+def _successors(host: Host, name: str, new: _New) -> tuple[tuple[str, str], ...]:
+    """The instances of other hosts of this run that are to serve in place of the host's instance of that name: new ones
+    of the same name or source, in the order of the run's hosts."""
     now = decision.of(host)
     installed = now.desired.installed.instances.get(name) if now is not None else None
     source = installed.record.source if installed is not None and installed.record is not None else None
     if now is not None and any(_is_new(host, one) for one, its_source in _wanted(host) if its_source == source):
         return ()  # it goes on under another name, such as that of a copy
-    return tuple(
-        (other.name, wanted)
-        for other in decision.hosts_of_run(host.state)
-        if other is not host
-        for wanted, its_source in _wanted(other)
-        if (wanted == name or its_source == source) and _is_new(other, wanted)
-    )
+    found = {*new.get(("name", name), ()), *(new.get(("source", source), ()) if source is not None else ())}
+    return tuple((other, one) for _, _, other, one in sorted(found) if other != host.name)
 
 
 def _wanted(host: Host) -> Iterable[tuple[str, str]]:

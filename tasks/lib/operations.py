@@ -269,12 +269,12 @@ def ask_server(needed: bool, check: Callable[[Host], bool]) -> Commands:
 
 
 @change
-def tune(names: tuple[str, ...], measure: Callable[[State, Host, str], bool]) -> Commands:
-    """Measure these instances, one after another."""
+def for_instances(names: tuple[str, ...], action: Callable[[State, Host, str], bool]) -> Commands:
+    """Do this for each of these instances, one after another."""
     for name in names:
-        yield call(measure, name)
+        yield call(action, name)
     if not names:
-        _as_wanted("nothing is to be measured")
+        _as_wanted("no instance needs it")
 
 
 @change

@@ -42,7 +42,7 @@ def run_helper(
     """Run a program of this very version: the installed one, or, where the host has another version, a damaged one or
     none, one from a copy that leaves nothing behind. So a bare host can be read and locked, too. `network` is the way
     by which pip fetches what that copy needs. Raises as `remote.run` does, and `payload.PayloadError`."""
-    folder = f"{HELPERS}/{payload.helpers_key()}"
+    folder = f"{HELPERS}/{lookups.helpers_key()}"
     words = ["sh", "-c", _INSTALLED, _NO_HELPERS, remote.PYTHON, folder, name, *arguments]
     command = remote.HostCommand(words, purpose=purpose, seconds=seconds)
     ok, out, err = remote.run(host, command)

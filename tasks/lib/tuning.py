@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 from pyinfra import logger
 from pyinfra.api.host import Host
@@ -24,8 +23,8 @@ from llamafleet.service.desired import with_record
 from llamafleet.service.tune import Subject
 from llamafleet.tuning.race import Batch, Verdict
 from llamafleet.tuning.record import Tuned, record_text
-from llamafleet.tuning.records import in_words
-from llamafleet.tuning.search import Course, Measured, over, progress
+from llamafleet.tuning.records import Kept, in_words, read
+from llamafleet.tuning.search import Course, Measured, progress
 from tasks.lib import decision, jobs, lookups, memory_check, records, remote, sending, templates
 from tasks.lib.decision import READ_ERRORS, Decision
 from tasks.lib.this_run import this_run
@@ -41,6 +40,10 @@ def tune_instance(state: State, host: Host, name: str, *, installs: bool) -> boo
     run installs that. False where the host fails."""
     now = decision.decision()
     assert now is not None, "a host that was refused measures nothing"
+    wish = next(one for one in tune.wishes(now.desired, as_set=installs) if one.name == name)
+    if not wish.is_measured:  # another instance of this run is alike, and was measured meanwhile
+        host.log(f"{name} is not measured: {wish.why}")
+        return True
     one = tune.subject(now.desired, name)
     if isinstance(one, Refusal):  # with other settings than those that are served now
         host.log(f"{name} is not measured: {one.reason}", logger.warning)
@@ -57,7 +60,10 @@ def tune_instance(state: State, host: Host, name: str, *, installs: bool) -> boo
     if record is None:
         errors = dict.fromkeys(trial["error"] for trial in trials if trial["error"])
         told = "; ".join(list(errors)[-3:]) or course.step.why
-        host.log(f"{name}: nothing could be measured, so that its plan stays: {told}", logger.warning)
+        host.log(
+            f"{name}: nothing could be measured, so that its plan stays: {told}; where a trial needs more time, set a "
+            "larger tune_minutes", logger.warning,
+        )  # fmt: skip
         return installs or remote.fail(host, f"{name}: nothing could be measured")
     _write(host, name, record)
     used = Tuned.of(json.loads(json.dumps(record)))
@@ -78,8 +84,8 @@ def _measured(state: State, host: Host, one: Subject) -> tuple[Course, Sequence[
         course = one.course(measured)
         if isinstance(course.step, Verdict):
             return course, trials, ""
-        if len(measured) == before:  # the host has no time for another trial
-            return replace(course, step=over([each.trial for each in measured])), trials, ""
+        if len(measured) == before:  # something else happens on the host, as the job has noted
+            return course, trials, "the host ended a batch without a trial"
         before = len(measured)
         if measured:
             host.log(_bar(one, course, measured))
@@ -142,6 +148,31 @@ def _bar(one: Subject, course: Course, measured: Sequence[Measured]) -> str:
         f"tune {one.name}: [{'#' * full}{'.' * (BAR - full)}] {at.done} of about {about} trials; best so far: "
         f"{at.best} ({at.gain:.2f} times llama-server as it ships); {left} left at most"
     )
+
+
+def to_copy(now: Decision, host_name: str, kept: Kept) -> tuple[str, ...]:
+    """The instances whose record on the host holds, and is not the operator's, as after a run that ended between the
+    two."""
+    here = kept.records.get(host_name, {})
+    own = {name: tuning.own for name, tuning in now.desired.inputs.tunings.items() if tuning.own and not tuning.stale}
+    return tuple(name for name, record in own.items() if name not in here or here[name].ended != record.ended)
+
+
+def copy_here(state: State, host: Host, name: str) -> bool:
+    """Copy the host's record of the instance, with its trials; where that is not possible, it is said."""
+    command = remote.HostCommand(["cat", tuned_path(name)], purpose="the record of a tune")
+    ok, out, err = remote.run(host, command)
+    try:
+        if not ok:
+            raise remote.RemoteError(remote.explain(out, err))
+        value = answers.json_value("\n".join(out), tuned_path(name))
+        found = read(value, tuned_path(name))
+        if not isinstance(found, Tuned):
+            raise remote.RemoteError(found)
+        host.log(f"{name}: its record is copied to {records.keep(host.name, name, value)}")
+    except (remote.RemoteError, answers.AnswerError, OSError) as error:
+        host.log(f"{name}: its record is not copied: {error}", logger.warning)
+    return True
 
 
 def _write(host: Host, name: str, record: dict[str, object]) -> None:

@@ -3,7 +3,6 @@
 import ctypes
 import math
 import os
-import subprocess
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from bench.gpu_proof.serving import Figures
 from llamafleet.host import described
 from llamafleet.units import GIB, MIB
 from sandbox.models import Tensor, tensors
+from tests.bench import fake_cuda
 
 MODELS = {"moe": True, "other": True, "dense": False}
 LIMITS, CONTEXTS = (8192, 12288, 24576), (1024, 32768)
@@ -118,33 +118,9 @@ def test_the_machine_has_this_card_alone_with_so_much_memory():
     assert stand_in.memory_total_bytes == 276 * MIB and stand_in.vulkan_index == 0
 
 
-# The driver's library, with a card of 24 GiB: the context of a process takes 300 MiB; what is free when it ends or
-# holds goes into a file.
-LIBCUDA = r"""
-#include <stddef.h>
-#include <stdlib.h>
-static size_t total = 24576ul << 20, used;
-int cuInit(unsigned flags) { return getenv("NO_DEVICE") ? 100 : (int)flags; }
-int cuDeviceGet(int *device, int ordinal) { *device = ordinal + 5; return 0; }
-int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &used; used = 300ul << 20; return device != 5; }
-int cuCtxSetCurrent(void *context) { return context != &used; }
-int cuMemGetInfo_v2(size_t *free, size_t *all) { *free = total - used; *all = total; return 0; }
-int cuMemAlloc_v2(unsigned long long *place, size_t size)
-{
-    size = (size + (2ul << 20) - 1) & ~((2ul << 20) - 1);
-    if (size > total - used) return 2;
-    used += size; *place = used; return 0;
-}
-"""
-
-
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("driver")
-    (folder / "cuda.c").write_text(LIBCUDA)
-    command = ["cc", "-shared", "-fPIC", "-Wall", "-Werror", "-o", str(folder / "libcuda.so.1"), str(folder / "cuda.c")]
-    subprocess.run(command, check=True)
-    return folder
+    return fake_cuda.build(tmp_path_factory.mktemp("driver"))
 
 
 @pytest.mark.parametrize("limit", [8192, 12288, 24001, 24270])

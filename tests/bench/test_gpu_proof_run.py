@@ -2,6 +2,7 @@
 failure and an end in between cost nothing else."""
 
 import stat
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -13,20 +14,23 @@ import pytest
 from bench.gpu_proof import __main__ as gpu_proof
 from bench.gpu_proof import approaches, building, card, cells, rows, serving, shapes
 from bench.gpu_proof.cells import CPU_MOE, FIT, N_CPU_MOE, NGL, PLANNED, TUNED
+from llamafleet.build import cuda_toolkit
 from llamafleet.host import described
 from llamafleet.model.gguf import read_path
+from tests.bench import fake_cuda
 
 MODEL, LIMIT, CONTEXT = "Qwen3-30B-A3B", 296, 256
 # Serves as fast as its flags say: 10 ms a token as planned, less with another ubatch; loads up to 3 layers by -ngl, and
 # computes with 2; has all experts in RAM only to answer with an error.
 STAND_IN = """#!{python} -IS
-import http.server, json, pathlib, signal, sys, time
+import http.server, json, os, pathlib, signal, sys, time
 words = sys.argv[1:]
 if words == ["--list-devices"]:
     with open(pathlib.Path(__file__).parent / "asked", "a") as file:
         print(file=file)
     asked = (pathlib.Path(__file__).parent / "asked").stat().st_size
-    print(f"Available devices:\\n  Vulkan0: Stand-in (1000 MiB, {{900 + asked}} MiB free)")
+    name = "CUDA0" if os.environ.get("CUDA_VISIBLE_DEVICES") == "0" else "Vulkan0"
+    print(f"Available devices:\\n  {{name}}: Stand-in (1000 MiB, {{900 + asked}} MiB free)")
     sys.exit()
 with open(pathlib.Path(__file__).parent / "starts", "a") as file:
     file.write(" ".join(words) + "\\n")
@@ -138,6 +142,22 @@ def test_a_limit_that_the_card_cannot_have_costs_no_other_cell(proof, capsys, mo
     assert "296 MiB: left out: 290 MiB are free" in capsys.readouterr().err
 
 
+def test_on_cuda_the_rest_of_the_card_is_held_while_servers_run(proof, tmp_path, monkeypatch):
+    """One holder for all cells of a limit; llama-server as it ships gets no flag for the limit."""
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(fake_cuda.build(tmp_path)))
+    machine = described.read("rtx4090,ram=64GB,cores=16").machine
+    monkeypatch.setattr(card, "host_machine", lambda: machine)
+    held = []
+    monkeypatch.setattr(card, "limited", lambda *words, limited=card.limited: held.append(words[1]) or limited(*words))
+    assert proof("--backend", "cuda", "--limits", "8192", "30000", "--approaches", PLANNED, FIT) == 0
+    found = read(proof)
+    assert {(one.approach, one.limit_mib, one.error) for one in found.values()} == {
+        (PLANNED, 8192, ""),
+        (FIT, 8192, ""),
+    }
+    assert found[FIT].flags == "--ctx-size 256 --parallel 1" and held == [8192, 30000]
+
+
 def test_more_than_the_limit_is_no_result(proof):
     assert proof("--limits", "280", "--approaches", FIT) == 0  # 24 MiB of buffers, and it takes 30
     assert read(proof)[FIT].error == "more than 280 MiB were allocated on the card"
@@ -157,10 +177,66 @@ def test_what_is_missing_is_said_before_anything_is_made(proof, capsys, options,
 
 def test_a_compiler_that_is_missing_is_named_with_the_way_out(monkeypatch, tmp_path):
     monkeypatch.setattr(building.shutil, "which", lambda name: None)
-    monkeypatch.setattr(building, "NVCC", (str(tmp_path / "nvcc"),))
-    lacking = list(building.lacking("cuda", tmp_path / "llama.cpp"))
-    assert [one.split(":")[0].split(" (")[0] for one in lacking] == ["cmake and g++", "nvcc", f"{tmp_path}/llama.cpp"]
-    assert all("give" in one for one in lacking)
+    host = described.read("rtx4090,ram=64GB,cores=10").machine
+    tools, cuda, source = building.lacking("cuda", tmp_path / "llama.cpp", host)
+    assert tools.startswith("cmake and g++") and cuda.startswith(
+        "a CUDA toolkit (nvcc) that fits the driver and the card"
+    )
+    assert source.startswith(f"{tmp_path}/llama.cpp") and all("give" in one for one in (tools, cuda, source))
+
+
+CMAKE = """#!/bin/sh
+echo "$*" >>{folder}/asked
+[ -z "$FAILS" ] || {{ echo "nvcc fatal: no such architecture"; exit 1; }}
+[ "$1" != --build ] || {{ mkdir -p "$2/bin" && touch "$2/bin/llama-server"; }}
+[ -z "$HANGS" ] || exec sleep 60
+"""
+
+
+@pytest.fixture
+def cmake(tmp_path, monkeypatch):
+    """A stand-in that notes its arguments; a tree of llama.cpp, and where it is compiled."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    (folder / "cmake").write_text(CMAKE.format(folder=folder))
+    (folder / "cmake").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/CMakeLists.txt").touch()
+    return folder
+
+
+def compiled(tmp_path, seconds=60.0):
+    host = described.read("cpu,ram=64GB,cores=10").machine
+    return building.server(tmp_path / "build", tmp_path / "tree", "vulkan", host, time.monotonic() + seconds)
+
+
+def test_the_server_alone_is_compiled_and_once(cmake, tmp_path):
+    assert compiled(tmp_path) == compiled(tmp_path) == tmp_path / "build/bin/llama-server"
+    configured, built = (cmake / "asked").read_text().splitlines()
+    assert configured.startswith(f"-S {tmp_path}/tree -B {tmp_path}/build") and "-DGGML_VULKAN=ON" in configured
+    assert built.startswith(f"--build {tmp_path}/build --target llama-server -j ")
+
+
+def test_a_compilation_that_fails_or_takes_too_long_says_where_its_log_is(cmake, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAILS", "1")
+    with pytest.raises(building.BuildError, match=r"(?s)build\.log ends:.*no such architecture"):
+        compiled(tmp_path)
+    monkeypatch.delenv("FAILS")
+    monkeypatch.setenv("HANGS", "1")
+    with pytest.raises(building.BuildError, match="the time is over while llama-server is compiled: run again"):
+        compiled(tmp_path, 0.0)
+
+
+def test_the_source_of_a_repository_is_that_of_the_release(tmp_path):
+    repository = tmp_path / "llama.cpp"
+    script = (f"git init -q {repository} && cd {repository} && touch CMakeLists.txt && git add . && git -c user.name=a"
+              f" -c user.email=a commit -qm a && git tag {building.TAG} && git rm -q CMakeLists.txt")  # fmt: skip
+    subprocess.run(["sh", "-ec", script], check=True)
+    tree = building.checkout(repository, tmp_path / "src")
+    assert tree == tmp_path / "src" and [one.name for one in tree.iterdir()] == ["CMakeLists.txt"]
+    with pytest.raises(building.BuildError, match=f"no source of {building.TAG}"):
+        building.checkout(tmp_path / "build", tmp_path / "other")
 
 
 def test_an_error_that_nobody_thought_of_ends_its_cell_alone(tmp_path):
@@ -218,10 +294,13 @@ def test_the_time_of_a_tune_is_a_bound(model):
 
 
 def test_the_build_is_the_deploys_for_this_card_alone(monkeypatch):
-    monkeypatch.setattr(building, "nvcc", lambda: "/opt/nvcc")
+    found = cuda_toolkit.Toolkit("/opt/cuda", "/opt/cuda/bin/nvcc", "12.8", "cuda-12.8", "/usr/bin/g++-13")
+    monkeypatch.setattr(building, "toolkit", lambda host: found)
     flags = building.flags("cuda", described.read("rtx4090,ram=64GB,cores=10").machine)
     assert {"-DGGML_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=89", building.ONLY_F16} <= set(flags)
-    assert "-DCMAKE_CUDA_COMPILER=/opt/nvcc" in flags
+    assert {"-DCMAKE_CUDA_COMPILER=/opt/cuda/bin/nvcc", "-DCMAKE_CUDA_HOST_COMPILER=/usr/bin/g++-13"} <= set(flags)
+    assert building.libraries("cuda", None)["LD_LIBRARY_PATH"].split(":")[0] == "/opt/cuda/lib64"
+    assert building.libraries("vulkan", None) == {}
     assert not [
         flag for flag in building.flags("vulkan", described.read("cpu,ram=64GB,cores=10").machine) if "CUDA" in flag
     ]

@@ -1,8 +1,10 @@
 """What people and programs are shown of a fleet's workload."""
 
 import json
+from dataclasses import replace
 
 from llamafleet.cli.workload import HostWorkload, InstanceWorkload, table
+from llamafleet.host.answers import Counters
 from llamafleet.tuning.observed import fitting
 from tests.tuning.test_observed import observed
 
@@ -38,6 +40,14 @@ def test_an_instance_that_nobody_asked_is_said():
     quiet = observed(requests=0).__class__(None, None, 0, 0, 7, None, None, None, None)
     text = table({"gpu1": HostWorkload({"code": one(quiet)})})
     assert text.splitlines()[-1] == "gpu1: code: the journal has no request of a user in this time"
+
+
+def test_counters_are_of_the_running_server():
+    found = replace(observed(), counters=Counters(3751440.0, 89012000.0, 1047820.0))
+    assert (
+        "gpu1: code: since its start it has read 3,751,440 tokens, taken 89,012,000 from its cache, written 1,047,820"
+        in table({"gpu1": HostWorkload({"code": one(found)})}).splitlines()
+    )
 
 
 def test_remarks_and_names_of_a_host_are_one_line_each():

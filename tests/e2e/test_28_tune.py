@@ -4,7 +4,6 @@ Random weights are as fast as trained ones, so that a tune of a minute is a real
 """
 
 import json
-import os
 import subprocess
 import time
 
@@ -24,8 +23,9 @@ from tests.e2e.deploying import (
 )
 
 STAGE = "tasks.tune.tune"
-# A small workload, and something that is open: with one thread, the batches and what is guessed.
-WORKLOAD = {"prompt_tokens": 64, "reply_tokens": 24, "live_tokens": 160, "speculation": "auto"}
+# A tiny workload: where cores are shared, the threads of llama-server as it ships wait for each other. With one thread
+# the batches are open.
+WORKLOAD = {"prompt_tokens": 16, "reply_tokens": 4, "live_tokens": 24}
 FRESH = {"name": "fresh", "port": PORT + 5, **WORKLOAD}
 
 
@@ -45,7 +45,7 @@ def wanted(settings, host, folder):
     """An inventory of the running instance and of `fresh`, whose settings `model` changes; others are the host's."""
 
     def make(model=(), **changes):
-        data = settings(host, tune="missing", tune_minutes=1, **changes)
+        data = settings(host, **{"tune": "missing", "tune_minutes": 1, **changes})
         [tiny] = data["models"]
         return write_inventory(
             folder / "inventory.py", [(host, {**data, "models": [tiny, {**tiny, **FRESH, **dict(model)}]})]
@@ -76,7 +76,7 @@ def test_a_deploy_measures_what_does_not_run_yet_and_installs_what_won(host, wan
     assert main_pid(host, "tiny") == pid and serves(host, FRESH["port"])
     found = record(host)
     assert found == json.loads((folder / "tuned" / f"{host.name}.json").read_text())["fresh"]
-    assert len(found["trials"]) == len(trials(host)) >= 6, found["why"]
+    assert len(found["trials"]) == len(trials(host)) >= 2, found["why"]
     assert f"fresh: {found['winner']['label']}: " in run.text and "fresh: the record is in " in run.text
     assert sum(one["took_seconds"] for one in found["trials"]) <= 60
     plan = json.loads(on(host, "cat", "/etc/llamafleet/instances/fresh/plan.json"))
@@ -99,15 +99,15 @@ def test_the_next_run_changes_nothing_and_measures_nothing(host, wanted):
 
 
 def test_another_workload_is_named_and_the_plan_is_as_without_the_record(host, wanted):
-    run = pyinfra(wanted({"reply_tokens": 40}, tune="never"), "--dry")
-    assert "tuned: what was measured no longer holds: another workload: reply_tokens 24 before, 40 now" in run.text
-    found = status(wanted({"reply_tokens": 40}, tune="never"))[host.name]["instances"]["fresh"]
-    assert found["tuned"]["state"] == "stale" and found["drift"]
+    run = pyinfra(wanted({"reply_tokens": 5}, tune="never"), "--dry")
+    assert "tuned: what was measured no longer holds: another workload: reply_tokens 4 before, 5 now" in run.text
+    found = status(wanted({"reply_tokens": 5}, tune="never"))[host.name]["instances"]["fresh"]
+    assert found["tuned"]["state"] == "stale"
 
 
 def test_the_stage_alone_leaves_a_service_that_runs_in_peace(host, wanted):
     pid = main_pid(host, "fresh")
-    run = pyinfra(wanted({"reply_tokens": 40}), deploy=STAGE)
+    run = pyinfra(wanted({"reply_tokens": 5}), deploy=STAGE)
     assert run.code == 0 and run.changed(host.name) == [] and main_pid(host, "fresh") == pid, run.text
     assert (
         "fresh is not measured: its service runs, and is not stopped for it: set tune_stops_service = True" in run.text
@@ -118,33 +118,34 @@ def test_the_stage_alone_leaves_a_service_that_runs_in_peace(host, wanted):
 
 @pytest.mark.long
 def test_a_service_is_stopped_where_it_may_be_and_put_back(host, wanted):
-    run = pyinfra(wanted({"reply_tokens": 40}, tune_stops_service=True), deploy=STAGE)
+    run = pyinfra(wanted({"reply_tokens": 5}, tune_stops_service=True), deploy=STAGE)
     assert run.code == 0 and serves(host, FRESH["port"]) and serves(host), run.text
-    assert record(host)["fingerprint"]["workload"]["reply_tokens"] == 40
-    run = pyinfra(wanted({"reply_tokens": 40}))
+    assert record(host)["fingerprint"]["workload"]["reply_tokens"] == 5
+    run = pyinfra(wanted({"reply_tokens": 5}))
     assert run.code == 0 and "measured here: " in run.text and serves(host, FRESH["port"]), run.text
-    run = pyinfra(wanted({"reply_tokens": 40}))
+    run = pyinfra(wanted({"reply_tokens": 5}))
     assert run.code == 0 and run.changed(host.name) == [], run.text
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("least", [1, 6])
-def test_a_run_that_is_killed_is_gone_on_with(host, wanted, least):
-    inventory = wanted({"name": "killed", "port": PORT + 6, "reply_tokens": 40 + least})
-    process = subprocess.Popen(
-        command(inventory, "-y"), cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+def test_a_run_that_is_killed_is_gone_on_with(host, wanted, least, tmp_path):
+    inventory = wanted({"name": "killed", "port": PORT + 6, "reply_tokens": 5 + least})
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command(inventory, "-y"), cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=file
+        )
     try:
         over = time.monotonic() + 300
         done = []
-        while len(done) < least and time.monotonic() < over:
+        while len(done) < least and process.poll() is None and time.monotonic() < over:
             time.sleep(0.5)
             told = host.run(["cat", "/var/lib/llamafleet/tune/killed/trials.jsonl"]).stdout.splitlines()[1:]
             done = [line for line in told if line.endswith("}")]
-        assert len(done) >= least and process.poll() is None
+        assert len(done) >= least and process.poll() is None, log.read_text()
     finally:
-        os.kill(process.pid, 9)
+        process.kill()
         process.wait()
     run = pyinfra(inventory)
     assert run.code == 0 and serves(host, PORT + 6), run.text

@@ -165,14 +165,16 @@ def test_what_somebody_does_with_the_service_meanwhile_counts(tune, host):
     tune.start(batch)
     until(lambda: tune.is_active("llamafleet-tunemark-tiny.service"), 60)
     on(host, "systemctl", "stop", UNIT)
-    assert "was stopped by somebody else" in "\n".join(tune.wait()["tail"])
+    ended = tune.wait()
+    assert ended["exit_code"] == 5 and "was stopped by somebody else" in ended["line"]
     until(lambda: not tune.units(), 10)
     assert not tune.is_active()
     on(host, "systemctl", "start", UNIT)
     tune.start(batch)
     until(lambda: tune.is_active("llamafleet-tunemark-tiny.service"), 60)
     on(host, "systemctl", "start", UNIT)
-    assert "was started by somebody else" in "\n".join(tune.wait()["tail"])
+    ended = tune.wait()
+    assert ended["exit_code"] == 5 and "was started by somebody else" in "\n".join(ended["tail"])
     until(lambda: not tune.units(), 10)
     assert serves(host)
 

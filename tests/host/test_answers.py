@@ -36,7 +36,7 @@ ANSWERS = {
                                    "models": ["/m"], "user": True}),
     "observed": ("workload.py", {"demo": {"since": None, "until": 9.5, "requests": 2, "cut_short": 0, "checks": 1,
                                           "prompt_tokens": FIGURES, "reply_tokens": FIGURES, "live_tokens": FIGURES,
-                                          "concurrency": None}}),
+                                          "concurrency": FIGURES, "counters": None}}),
     "built": ("build.py", {"digest": "5e" * 32}),
     "gate": ("gate.py", {"ok": True, "checks": [], "decode_tokens_per_s": None}),
 }  # fmt: skip

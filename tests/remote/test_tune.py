@@ -286,10 +286,21 @@ def test_what_is_no_spec_is_told(tmp_path, capsys):
     assert "usage" in capsys.readouterr().err
 
 
-def test_a_batch_ends_where_another_run_takes_the_host(machine, run, monkeypatch):
+def test_a_batch_ends_where_another_run_takes_the_host(machine, run, monkeypatch, capsys):
     monkeypatch.setattr(lock, "read", lambda: {"run": "mine" if len(machine.started) < 2 else "other", "who": "eve"})
-    assert [one["label"] for one in run("a", "b", "c", run="mine")] == ["a"]
+    assert [one["label"] for one in run("a", "b", "c", run="mine", code=5)] == ["a"]
+    assert "eve" in capsys.readouterr().err
     assert [one["label"] for one in run("a", "b", "c", run="other")] == ["a", "b", "c"]
+
+
+def test_a_run_that_joins_the_batch_goes_on_with_it(machine, run, monkeypatch, tmp_path):
+    def joined():
+        if machine.started:
+            (tmp_path / "spec.json").write_text(json.dumps({"run": "other"}))
+        return {"run": "other" if machine.started else "mine"}
+
+    monkeypatch.setattr(lock, "read", joined)
+    assert [one["label"] for one in run("a", "b", run="mine")] == ["a", "b"]
 
 
 def test_a_host_that_another_run_holds_is_not_measured(machine, run, monkeypatch, capsys):

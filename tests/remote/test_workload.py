@@ -10,6 +10,8 @@ import common
 import pytest
 import workload
 
+from tests.serving import Server, serving
+
 LOGS = Path(__file__).parent / "workload_logs"
 NOON = 1796040000.0
 STAMP = re.compile(r"(\d+)\.(\d\d)\.(\d\d\d)\.(\d\d\d) ")
@@ -129,6 +131,58 @@ def test_time_without_a_request_is_not_counted():
     assert sorted(workload.at_once([(0, 10), (5, 10), (100, 101)])) == [(1.0, 6.0), (2.0, 5.0)]
 
 
+METRICS = """\
+# HELP llamacpp:prompt_tokens_total Number of prompt tokens processed, excluding cached tokens
+# TYPE llamacpp:prompt_tokens_total counter
+llamacpp:prompt_tokens_total 3.75144e+06
+# HELP llamacpp:prompt_tokens_cached_total Number of prompt tokens reused from the cache
+# TYPE llamacpp:prompt_tokens_cached_total counter
+llamacpp:prompt_tokens_cached_total 1511
+# HELP llamacpp:prompt_seconds_total Total time spent processing prompts
+# TYPE llamacpp:prompt_seconds_total counter
+llamacpp:prompt_seconds_total 6.58174
+# HELP llamacpp:tokens_predicted_total Number of generation tokens processed
+# TYPE llamacpp:tokens_predicted_total counter
+llamacpp:tokens_predicted_total 220
+"""
+
+
+class Counting(Server):
+    """Answers /metrics, and no other address."""
+
+    status, told = 200, METRICS
+
+    def respond(self, path, body, headers):
+        return (self.status, self.told) if path == "/metrics" else (404, "")
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    with serving(Counting()) as server:
+        spec = {"url": server.url, "api_keys": None, "tls_certificate": None, "socket": None}
+        monkeypatch.setattr(workload, "read_spec", lambda path: spec)
+        yield server
+
+
+def test_the_counters_of_a_running_server_are_read(counting):
+    assert workload.counters("chat") == {"prompt_tokens": 3751440.0, "cached_tokens": 1511.0, "reply_tokens": 220.0}
+    assert counting.paths == ["/metrics"], "/slots may hold what users wrote"
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [(401, "no"), (200, "nothing"), (200, METRICS.replace("220", "1e999")), (200, METRICS.replace("220", "1e+e"))],
+)
+def test_counters_that_cannot_be_read_are_none(counting, status, told):
+    counting.status, counting.told = status, told
+    assert workload.counters("chat") is None
+
+
+def test_a_plan_that_cannot_be_read_has_no_counters(tmp_path, monkeypatch):
+    monkeypatch.setattr(workload, "plan_path", lambda name: str(tmp_path / "plan.json"))
+    assert workload.counters("chat") is None
+
+
 FAKE = """#!/bin/sh
 printf '%s\\n' "$*" >>{folder}/asked
 case "$*" in *nonsense*) echo 'Failed to parse timestamp: nonsense' >&2; exit 1 ;; esac
@@ -154,7 +208,8 @@ def test_the_program_prints_each_instance(host):
     done = run("7 days ago", "chat", "code")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert list(found) == ["chat", "code"] and found["chat"] == workload.of_journal(journal(CHAT))
+    assert list(found) == ["chat", "code"]
+    assert found["chat"] == {**workload.of_journal(journal(CHAT)), "counters": None}
     asked = (host / "asked").read_text().splitlines()
     assert [f"--unit={common.unit_of(name)}" in line for name, line in zip(("chat", "code"), asked, strict=True)] == [
         True

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import gevent
 import pytest
+from pyinfra.api.state import State
 from pyinfra.context import ctx_host
 
 from llamafleet import payload
@@ -258,6 +259,26 @@ def test_a_run_brings_its_helpers_and_each_model_s_secrets(read, tmp_path):
     assert (run.helpers, run.oldest_python, run.commit) == (payload.helpers_key(), payload.HELPERS_PYTHON, "c" * 40)
 
 
+def test_what_other_hosts_are_to_serve_is_collected_once_for_all_hosts_without_models():
+    """A fleet that is emptied would else read each host's data for each host."""
+    read = []
+
+    class Wanting(Host):
+        def __init__(self, name, **data):
+            super().__init__(**data)
+            self.name, own = name, self.data
+            self.data = types.SimpleNamespace(dict=lambda: read.append(name) or own.dict())
+
+    state = State()
+    state.limit_hosts = None
+    one = {**MODEL, "name": "one", "source": "hf:o/r/one.gguf"}
+    state.inventory = [Wanting("a", models=[]), Wanting("b", models=[one]), Wanting("c", models=[one, MODEL])]
+    _, b, c = state.inventory
+    words = [decision._words(state) for _ in range(100)][-1]
+    assert words["one"] == {b, c} and words["hf:o/r/one.gguf"] == {b, c} and words[MODEL["name"]] == {c}
+    assert read == ["a", "b", "c"]
+
+
 # --- records of tunes -----------------------------------------------------------------------------
 
 
@@ -296,6 +317,13 @@ def test_where_nothing_was_measured_no_commit_is_asked_for(read, monkeypatch):
     monkeypatch.setattr(lookups, "commit", None)
     _, choice, unknown = decision.with_measured(Host(), decision.read_inputs(Host()))
     assert len(choice.results) == 1 and unknown == ""
+
+
+def test_a_damaged_file_of_the_host_s_records_is_named(read, monkeypatch):
+    kept = Kept.of({"box1": ("tuned/box1.json", None), "box2": ("tuned/box2.json", None)})
+    monkeypatch.setattr(records, "kept", lambda: kept)
+    [note] = decision.read_inputs(Host()).notes
+    assert note == "tuned/box1.json is damaged: its records are not used; restore or remove it"
 
 
 def test_the_text_of_a_tune_s_prompts_is_known_by_its_sum(read, tmp_path):

@@ -141,7 +141,7 @@ def served_as(host, **sources):
 def test_copies_on_another_host_take_over(fleet):
     a, b = fleet("a", ["x"]), fleet("b", [], "x")
     served_as(b, x_1="x", x_2="x")
-    assert {name for _, name in moves._successors(a, "x")} == {"x-1", "x-2"}
+    assert {name for _, name in moves._successors(a, "x", moves._new([a, b]))} == {"x-1", "x-2"}
 
 
 def test_an_instance_that_becomes_copies_waits_for_nobody(fleet):
@@ -190,3 +190,12 @@ def test_a_switch_that_took_the_place_of_one_that_stays_is_taken_back(fleet, fol
     assert operations._remove(None, a, "x", Handover(("y",), ("x",)), Options(0, "stop", None)) is False
     assert [switch_py(one) for one in followed] == [["switch.py", "undo", "y", "--leaving", "x"]]
     assert "llama-server-x.service came back in place of llama-server-y.service: x does not serve on b" in a.lines[-1]
+
+
+def test_a_model_that_every_host_of_a_large_fleet_gives_up_is_compared_with_each_host_once(fleet, monkeypatch):
+    """Every one of them asks what stays: by comparing each with each, a thousand hosts would wait for minutes."""
+    hosts = [fleet(f"h{n}", ["x"]) for n in range(100)]
+    asked = []
+    monkeypatch.setattr(moves, "_wanted", lambda host: asked.append(host.name) or decision.wanted_models(host))
+    assert moves.staying(hosts[0]) == {}
+    assert len(asked) <= 2 * len(hosts)

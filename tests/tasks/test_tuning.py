@@ -10,6 +10,7 @@ from llamafleet.host.answers import Job
 from llamafleet.service import tune
 from llamafleet.tuning.candidates import SHIPPED
 from llamafleet.tuning.record import Tuned
+from llamafleet.tuning.records import Kept
 from tasks.lib import decision, jobs, lookups, memory_check, records, remote, sending, tuning
 from tasks.lib.decision import Decision, changes_needed
 from tests.planning import argument
@@ -27,7 +28,7 @@ class Box:
     def __init__(self, seconds):
         self.name, self.lines, self.failed = "box1", [], []
         self.trials, self.files, self.ended = {}, {}, []
-        self.jobs, self.seconds, self.exit, self.quits = [], seconds, DONE, None
+        self.jobs, self.seconds, self.exit, self.quits, self.disturbed = [], seconds, DONE, None, None
 
     def log(self, text, *_):
         self.lines.append(text)
@@ -59,6 +60,8 @@ class Box:
                 break
             if self.quits == len(there):
                 raise KeyboardInterrupt
+            if self.disturbed == len(there):
+                break
             if one["id"] not in {each["id"] for each in there}:
                 seconds = self.seconds(one["argv"])
                 there.append({
@@ -171,6 +174,14 @@ def test_what_cannot_be_measured_now_is_said_and_nothing_fails(box, tmp_path, co
     assert box.lines[-1] == f"m0 is not measured now: {why}"
 
 
+def test_a_batch_that_something_else_ends_proves_nothing(box, tmp_path):
+    box.disturbed = 9
+    assert measure(box) and not (tmp_path / "tuned").exists() and len(box.jobs) < 5
+    assert box.lines[-1] == "m0 is not measured to the end now: the host ended a batch without a trial"
+    box.disturbed = None
+    assert measure(box) and kept(tmp_path)["settings"] == {"threads": 5}
+
+
 def test_a_runner_that_fails_fails_the_host(box):
     box.exit = Job("ended", 1, "", ("error: no spec",), "exit code 1")
     with pytest.raises(remote.RemoteError, match="m0 cannot be measured"):
@@ -184,6 +195,7 @@ def test_a_service_that_was_stopped_is_put_back_whatever_happens(box):
     assert box.ended == ["m0"] and all(spec["stops"] for spec, _ in box.jobs)
     box.trials.clear()
     box.quits = 3
+    decide(box, survey(instances={"m0": INSTANCE}), tune_stops_service=True)
     with pytest.raises(KeyboardInterrupt):
         measure(box)
     assert box.ended == ["m0", "m0"]
@@ -208,6 +220,38 @@ def test_a_copy_that_cannot_be_written_here_is_said_and_the_host_has_its_own(box
     (tmp_path / "tuned").write_text("")
     assert measure(box) and threads(box) == "5"
     assert any("the copy of its record cannot be written here" in line for line in box.lines)
+
+
+def test_an_instance_that_is_like_one_that_was_measured_takes_its_record(box):
+    decide(box, models=({**KV, "name": "a"}, {**KV, "name": "b"}), tune="missing")
+    assert tuning.tune_instance(None, box, "a", installs=True) and tuning.tune_instance(None, box, "b", installs=True)
+    assert "b is not measured: it was measured already, with a" in box.lines and {name for name, _ in box.trials} == {
+        "a"
+    }
+    assert [argument(one.plan.argv, "--threads") for one in decision.of(box).desired.servings] == ["5", "5"]
+
+
+def test_a_record_whose_copy_is_missing_here_is_copied(box, monkeypatch, tmp_path):
+    """The run that measured it ended before it wrote the copy."""
+    measure(box)
+    text, path = box.files["/var/lib/llamafleet/tuned/m0.json"], tmp_path / "tuned" / "box1.json"
+    path.unlink()
+    decide(box, survey(tuned={"m0": {key: one for key, one in json.loads(text).items() if key != "trials"}}))
+    now = decision.of(box)
+    assert tuning.to_copy(now, "box1", Kept()) == ("m0",)
+    monkeypatch.setattr(remote, "run", lambda host, command: (True, text.splitlines(), []))
+    assert tuning.copy_here(None, box, "m0") and kept(tmp_path) == json.loads(text)
+    there = Kept.of(records.read(path.parent))
+    assert tuning.to_copy(now, "box1", there) == () and tuning.to_copy(now, "box2", there) == ("m0",)
+
+
+@pytest.mark.parametrize(
+    "answer", [(False, [], ["cat: no such file"]), (True, ["{"], []), (True, ['{"schema": 1}'], [])]
+)
+def test_a_record_that_cannot_be_copied_fails_nothing(box, monkeypatch, tmp_path, answer):
+    monkeypatch.setattr(remote, "run", lambda host, command: answer)
+    assert tuning.copy_here(None, box, "m0") and not (tmp_path / "tuned").exists()
+    assert box.lines[-1].startswith("m0: its record is not copied: ")
 
 
 def test_the_baseline_stays_where_all_are_alike(box, tmp_path):
