@@ -85,6 +85,22 @@ def test_a_tune_of_one_model_corrects_the_predictions_for_another(gpus, where):
     assert (after.decode_source, after.prefill_source) == (MEASURED, MEASURED)
 
 
+def test_attention_on_the_processor_is_as_much_slower_as_the_weights():
+    """At a depth at which reading is mostly attention, too."""
+    machine = planning.machine([])
+    [instance] = planning.settings({"context_tokens": 32768, "live_tokens": 16384, "prompt_tokens": 512}).models
+
+    def planned(known):
+        [plan] = plan_host(machine, [(instance, planning.header("Qwen3-8B"))], planning.settings({}), known=known)
+        return plan
+
+    at = planned(measurements(None, [])).at_work
+    half = MeasuredSpeeds("a", at.decode_tokens_per_s / 2, at.prompt_tokens_per_s / 2, at)
+    found = planned(measurements(None, [], [half])).predicted
+    assert found.prefill_tokens_per_s == pytest.approx(at.prompt_tokens_per_s / 2, rel=0.03)
+    assert found.decode_tokens_per_s == pytest.approx(at.decode_tokens_per_s / 2, rel=0.03)
+
+
 def test_a_tune_counts_more_than_gates():
     gate = MeasuredSpeeds("a", 5.0, 10.0, EXPECTED)
     tune = MeasuredSpeeds("b", 20.0, None, EXPECTED)
