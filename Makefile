@@ -14,8 +14,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # What the demo and the tests need of Debian: disposable hosts, the stand-ins for GitHub and the Hub,
 # a compiler for the oracle and the fake NVML.
 PACKAGES := mmdebstrap systemd-container openssh-client git curl cmake ninja-build g++ gcc libc6-dev libgomp1
-# And the tests alone: file systems for the power cuts, other distributions' package managers.
-test test-long: PACKAGES += e2fsprogs xfsprogs dnf zypper pacman-package-manager createrepo-c rpm chromium
+# And the tests alone: the gateway, file systems for the power cuts, other distributions' package managers.
+test test-long: PACKAGES += haproxy e2fsprogs xfsprogs dnf zypper pacman-package-manager createrepo-c rpm chromium
 
 .PHONY: help demo test test-offline test-long test-cuda check check-style check-types check-imports lock
 .PHONY: sandbox-up sandbox-down prepared packages

@@ -9,7 +9,7 @@ package, this file is `llamafleet.deploy`, and a stage `llamafleet.stages.build`
 Decision 15: docs/decisions/0015-pyinfra-stays-visible.md.
 """
 
-from llamafleet.stages import bootstrap, build, model, plan, service, toolkit, tune, verify
+from llamafleet.stages import bootstrap, build, gateway, model, plan, service, toolkit, tune, verify
 
 plan()  # first: a host that cannot hold its models is refused before anything is changed
 bootstrap()
@@ -19,3 +19,4 @@ model()
 verify()  # the built llama-server itself is asked; where it disagrees, what follows is planned again
 tune(as_set=True)  # measured on the host, where the setting `tune` says so; what won is installed
 service()  # last: the old services run until the new ones have passed the gate
+gateway()  # on hosts of the group of that name: their gateway learns of the servers

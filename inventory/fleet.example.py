@@ -29,3 +29,7 @@ _qwen3_4b = {
 
 big = [(name, {**data, "models": [_gpt_oss_120b]}) for name, data in big]
 small = [(name, {**data, "models": [_qwen3_4b]}) for name, data in small]
+
+# One address for all of them: see docs/gateway.md. Servers must listen where it reaches them.
+# gateway = [("gw1.example.net", {"ssh_user": "root", "gateway_listen": "10.0.0.5",
+#                                 "gateway_api_key_file": "~/.config/llamafleet/client-keys"})]

@@ -22,7 +22,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,7 @@ from llamafleet.fleet.rollout import End, HostState, Rollout
 from llamafleet.fleet.waves import USUAL, WavesError, sizes
 from llamafleet.printable import err, json_text, one_line, out
 from llamafleet.service.refusals import Refused
-from tasks.lib import decision, ends, output, switching
+from tasks.lib import decision, ends, gateway_drains, output, switching
 from tasks.lib.over_hosts import over_hosts, read
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
@@ -66,26 +66,24 @@ class Wave:
     was_executed: bool
 
 
-def deploy(inventory: Path, names: Sequence[str]) -> Wave:
-    """Run the whole `deploy.py` on these hosts. Where one cannot be reached or is refused, nothing is changed on any.
-    Raises PyinfraError where the inventory cannot be read."""
+def _run(
+    inventory: Path, choose: Callable[[Sequence[Host]], list[Host]], act: Callable[[State], None]
+) -> State | None:  # fmt: skip
+    """Connect to the chosen hosts, and act on them in pyinfra's prepare phase; None where none is chosen. The result
+    has the hosts that failed. Raises PyinfraError where the inventory cannot be read."""
     state = State(check_for_changes=False)
     state.cwd = os.getcwd()
     with ctx_state.use(state), ctx_config.use(Config()):
         hosts = read(inventory)
         with ctx_inventory.use(hosts):
-            state.init(hosts, ctx_config.get(), initial_limit=[host for host in hosts if host.name in names])
-            was_executed = False
+            if not (chosen := choose(list(hosts))):
+                return None
+            state.init(hosts, ctx_config.get(), initial_limit=chosen)
             try:
                 state.set_stage(StateStage.Connect)
                 connect_all(state)
                 state.set_stage(StateStage.Prepare)
-                if not state.failed_hosts:
-                    load_func(state, stages.deploy)
-                if not state.failed_hosts:
-                    state.set_stage(StateStage.Execute)
-                    was_executed = True
-                    run_ops(state)
+                act(state)
             except PyinfraError as error:
                 if not state.failed_hosts:  # else it says that no host is left
                     raise
@@ -93,8 +91,59 @@ def deploy(inventory: Path, names: Sequence[str]) -> Wave:
             finally:
                 state.set_stage(StateStage.Disconnect)
                 disconnect_all(state)
-            failed = {host.name: ends.reason(host.name) or "see above" for host in state.failed_hosts}
-            return Wave(failed, was_executed)
+                gateway_drains.disconnect(state)
+    return state
+
+
+def _execute(state: State) -> None:
+    state.set_stage(StateStage.Execute)
+    run_ops(state)
+
+
+def _failed(state: State | None) -> dict[str, str]:
+    hosts = state.failed_hosts if state else ()
+    return {host.name: ends.reason(host.name) or "see above" for host in hosts}
+
+
+def deploy(inventory: Path, names: Collection[str], rollout: Collection[str]) -> Wave:
+    """Run the whole `deploy.py` on these hosts of the rollout. Where one cannot be reached or is refused, nothing is
+    changed on any. Raises PyinfraError where the inventory cannot be read."""
+    was_executed = False
+
+    def act(state: State) -> None:
+        nonlocal was_executed
+        gateway_drains.put_back(state, rollout)
+        if not state.failed_hosts:
+            load_func(state, stages.deploy)
+        if not state.failed_hosts:
+            was_executed = True
+            _execute(state)
+
+    state = _run(inventory, lambda hosts: [host for host in hosts if host.name in names], act)
+    return Wave(_failed(state), was_executed)
+
+
+def tell_gateways(
+    inventory: Path, names: Collection[str], rollout: Collection[str], dry: bool = False
+) -> dict[str, str]:
+    """Let the gateways among the rollout's hosts learn of these hosts as they are now, and wait until every gateway of
+    the inventory finds their servers up. With `dry` print what would change there. By host, why that failed. Raises
+    PyinfraError where the inventory cannot be read."""
+    missing: dict[str, str] = {}
+
+    def choose(hosts: Sequence[Host]) -> list[Host]:
+        gateways = [host for host in hosts if gateway_drains.GROUP in host.groups]
+        mine = [host for host in gateways if host.name in rollout]
+        return [host for host in hosts if host.name in names or host in mine] if gateways else []
+
+    def act(state: State) -> None:
+        load_func(state, stages.gateway)
+        if not dry and not state.failed_hosts:
+            _execute(state)
+            missing.update(gateway_drains.not_up(state, names))
+
+    state = _run(inventory, choose, act)
+    return {**missing, **_failed(state)}
 
 
 def roll_out(inventory: Path, rollout: Rollout) -> End:
@@ -102,9 +151,12 @@ def roll_out(inventory: Path, rollout: Rollout) -> End:
     switching.begin_rollout()
     for number, names in enumerate(rollout.waves, 1):
         logger.info(f"--> {rollout.title(number).capitalize()}")
-        wave = deploy(inventory, names)
-        if wave.failed:
-            return End(rollout, number, wave.failed, wave.was_executed)
+        wave = deploy(inventory, names, rollout.hosts)
+        failed = dict(wave.failed)
+        if wave.was_executed:
+            failed |= tell_gateways(inventory, set(names) - set(failed), rollout.hosts)
+        if failed:
+            return End(rollout, number, failed, wave.was_executed)
     return End(rollout, len(rollout.waves))
 
 
@@ -136,12 +188,12 @@ def _unread(problems: Mapping[str, str]) -> int:
 
 
 def _act(options: argparse.Namespace, rollout: Rollout) -> int:
+    _speak_as_pyinfra()
     if options.dry or not rollout.waves:
         out(json_text(rollout.to_json()) if options.json else "\n".join(rollout.lines()))
-        return DONE
+        return FAILED if tell_gateways(options.inventory, rollout.hosts, rollout.hosts, options.dry) else DONE
     if not options.json:
         out("\n".join(rollout.lines()))
-    _speak_as_pyinfra()
     end = roll_out(options.inventory, rollout)
     out(json_text(end.to_json()) if options.json else "\n".join(["", *end.lines(_again(options))]))
     return FAILED if end.failed else DONE

@@ -26,12 +26,15 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=15", "--durations-m
 # compiles for all.
 FURTHER = {
     # Debian 12's host first: what it compiles, the oracle's tests wait for.
-    "second": ("test_05_uninstall", "test_06_verify", "test_08_rollback", "test_18_successor"),
+    "second": ("test_05_uninstall", "test_06_verify", "test_08_rollback", "test_18_successor", "test_28_tune"),
     "third": ("test_07_faults", "test_10_preflight", "test_16_upgrade", "test_17_drift", "test_19_network"),
-    "fourth": ("test_11_power", "test_12_fleet", "test_14_odd_answers", "test_09_secrets", "test_20_package_managers"),
+    "fourth": (
+        "test_11_power", "test_12_fleet", "test_14_odd_answers", "test_09_secrets", "test_20_package_managers",
+        "test_30_guard", "test_29_tune_faults",
+    ),
     "fifth": (
         "test_21_vectors", "test_22_vision", "test_23_speculation", "test_24_adapters", "test_26_demand",
-        "test_27_real_models",
+        "test_27_real_models", "test_31_rollout",
     ),
 }  # fmt: skip
 # Oracle tests of lanes whose hosts are done first; the others are in the lane that computes. By then test_05_uninstall

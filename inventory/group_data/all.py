@@ -170,6 +170,8 @@ model_defaults = {
     # Download this model although no sha256 of it is known: whoever serves the address, or is between, can give
     # you another file. Give it in the entry of the model; as a default it is refused.
     "allow_unverified": False,
+    # False: the gateway of the fleet leaves this instance out.
+    "gateway": True,
     # Further http(s) or hf: addresses of the same file, tried in order when the source fails.
     "mirrors": [],
     # File names of drop-ins of yours that may change the unit, such as ["nice.conf"]. []: a deploy removes drop-ins of
@@ -295,6 +297,50 @@ tune_minutes = 20
 tune_stops_service = False
 # The time of day in which a service may be stopped for it, by the host's clock, such as "02:00-05:00". None: any.
 tune_window = None
+
+# --- the gateway -----------------------------------------------------------------------------
+
+# One address for all models of the inventory, on the hosts of its group `gateway`: see docs/gateway.md.
+
+# The address or name by which other machines reach this host, where one of its servers listens on all addresses. None:
+# as pyinfra reaches it.
+reached_at = None
+# Where the gateway listens. Another address than loopback is refused without `gateway_api_key_file`, unless you set
+# `gateway_allow_unauthenticated`.
+gateway_listen = "127.0.0.1"
+gateway_port = 8000
+# File on *your* machine with the API keys of the gateway's clients, one a line, chmod 600, or "env:NAME". They are not
+# the keys of the servers, which no client sees. None: requests need no key.
+gateway_api_key_file = None
+# Serve other machines without API keys: everybody who reaches the port may use every model.
+gateway_allow_unauthenticated = False
+# Addresses and networks that may reach the gateway, such as ["10.1.0.0/16"]; the host itself always may. []: everybody
+# who can reach the address.
+gateway_allowed_clients = []
+# PEM files on *your* machine, certificate (with its chain) and key: the gateway then speaks https.
+gateway_tls_certificate_file = None
+gateway_tls_key_file = None
+# Headers that name a session, the first that a request has: its requests go to one server, which has the beginning of
+# the conversation in its cache. Without one, the key and the client's address name it.
+gateway_session_headers = [
+    "X-Session-Id",
+    "X-Session-Affinity",
+    "X-Claude-Code-Session-Id",
+    "X-OpenWebUI-Chat-Id",
+    "Session_id",
+    "Conversation_id",
+]
+# The longest that a request waits for a free slot, seconds, and the most that wait for one model. The others are told
+# to come back later: 503 with Retry-After.
+gateway_queue_seconds = 60
+gateway_queue_requests = 100
+# The longest that a server may be silent, seconds: without streaming, while it reads the prompt and writes the reply.
+gateway_reply_seconds = 3600
+# Of a request that names its model in the body, the part that is searched for the name, KiB; twice that is taken for
+# each connection at work. A request to /MODEL/v1/... is passed on without a look.
+gateway_body_kib = 64
+# Port on 127.0.0.1 of HAProxy's page of statistics (/) and of its metrics for Prometheus (/metrics).
+gateway_stats_port = 8404
 
 # --- leaving ---------------------------------------------------------------------------------
 

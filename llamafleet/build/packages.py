@@ -112,6 +112,8 @@ TLS_COMPILE = Need(
     "openssl headers", ("/usr/include/openssl/ssl.h",),
     {"apt": ("libssl-dev",), "dnf": ("openssl-devel",), "zypper": ("libopenssl-devel",), "pacman": ("openssl",)},
 )  # fmt: skip
+# For hosts of the group `gateway`.
+GATEWAY = Need("haproxy", ("haproxy",), _all("haproxy"))
 
 
 # The oldest that compile llama.cpp: before g++ 9 the library has no std::filesystem (common/common.cpp), and the build
@@ -143,7 +145,7 @@ def needs(backend: str, compiling: bool, tls: bool = False) -> tuple[Need, ...]:
 def all_needs() -> dict[str, Need]:
     """Everything that any backend could need, by its word."""
     every: Iterable[Need] = (*RUN, *COMPILE, *(need for group in (BACKEND, RUN_BACKEND) for of in group.values()
-                                              for need in of), TLS, TLS_COMPILE)  # fmt: skip
+                                              for need in of), TLS, TLS_COMPILE, GATEWAY)  # fmt: skip
     return {need.name: need for need in every}
 
 

@@ -102,6 +102,8 @@ def gain_of(record: Tuned) -> Range | None:
     winner = record.winner
     if winner.gain is None or not winner.gain:
         return None
+    if winner.gain == 1:  # nothing was proven, and the interval is of what was not
+        return Range(1.0, 1.0, 1.0)
     low = winner.gain if winner.low is None else winner.low
     high = winner.gain if winner.high is None else winner.high
     return Range(winner.gain, min(low, winner.gain), max(high, winner.gain))

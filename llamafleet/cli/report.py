@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from llamafleet.cli import figures
 from llamafleet.cli.figures import Figure, gib
 from llamafleet.cli.reported import HostFacts, InstanceFacts, Measured
-from llamafleet.cli.status import HostStatus, InstanceStatus
+from llamafleet.cli.status import HostStatus, InstanceStatus, remarks_of, space
 from llamafleet.cli.tables import rate
 from llamafleet.host.machine import Machine
 from llamafleet.tuning.records import in_words
-from llamafleet.tuning.tried import Tried, tried
+from llamafleet.tuning.tried import Tried, not_run, tried, why_ended
+from llamafleet.units import GIB, MIB
 
 GOOD, BAD, WARNING, PLAIN = "good", "bad", "warning", "plain"
 Fact = tuple[str, str]
@@ -94,10 +95,9 @@ def page(title: str, hosts: Mapping[str, HostFacts], now: float) -> Page:
     tuned = [(f"{host}: {one.name}" if len(facts.instances) > 1 else host, one.measured.record)
              for host, facts in hosts.items() for one in facts.instances if one.measured]  # fmt: skip
     sections = tuple(_host(f"host-{n}", name, facts) for n, (name, facts) in enumerate(hosts.items(), 1))
-    lines = tuple(
-        line for section, facts in zip(sections, hosts.values(), strict=True) for line in _lines(section, facts)
-    )
-    return Page(title, _moment(now), tuple(_counts(hosts)), lines, figures.gains(tuned), sections)
+    lines = [line for section, facts in zip(sections, hosts.values(), strict=True) for line in _lines(section, facts)]
+    lines.sort(key=lambda line: line.state.kind != BAD)  # what is to be looked at comes first
+    return Page(title, _moment(now), tuple(_counts(hosts)), tuple(lines), figures.gains(tuned), sections)
 
 
 def _counts(hosts: Mapping[str, HostFacts]) -> Iterator[tuple[int, str, str]]:
@@ -148,19 +148,20 @@ def _machine(machine: Machine, status: HostStatus) -> Iterator[Fact]:
         "system",
         f"{machine.os.id} {machine.os.version}".strip() + (f", {machine.os.kernel}" * bool(machine.os.kernel)),
     )
-    for path, free in status.free_bytes.items():
-        yield "disk", f"{gib(free)} GiB free at {path}"
+    if status.free_bytes:
+        yield "disk", space(status)
 
 
 def _instance(anchor: str, one: InstanceFacts) -> InstanceSection:
     found = tried(one.measured.record) if one.measured else ()
     status = one.status
     remarks = [f"a run would change: {'; '.join(status.drift)}"] if status and status.drift else []
+    remarks += remarks_of(status) if status else []
     if one.measured and one.measured.stale:
         remarks.append(f"what was measured no longer holds: {'; '.join(one.measured.stale)}")
     return InstanceSection(
         anchor, one.name, tuple(_badges(one)), tuple(_facts(one)), (*remarks, *one.problems),
-        tuple(_figures(one, found)), _tried(found), one.why, " ".join(one.argv),
+        tuple(_figures(one, found)), _tried(found, one), one.why, " ".join(one.argv),
     )  # fmt: skip
 
 
@@ -204,13 +205,16 @@ def _facts(one: InstanceFacts) -> Iterator[Fact]:
         )
     if one.measured:
         yield from _of_tune(one.measured)
+    elif one.chance:
+        yield "tune", one.chance
 
 
 def _state(status: InstanceStatus) -> Iterator[Fact]:
     if status.plan:
         yield "plan", status.plan
-    if status.cgroup_bytes is not None or status.rss_bytes is not None:
-        yield "RAM in use", f"{gib(status.rss_bytes or 0 if status.cgroup_bytes is None else status.cgroup_bytes)} GiB"
+    used = status.rss_bytes if status.cgroup_bytes is None else status.cgroup_bytes
+    if used is not None:
+        yield "RAM in use", f"{gib(used)} GiB" if used >= GIB else f"{used / MIB:.0f} MiB"
     if isinstance(status.gpu_bytes, str):
         yield "GPU memory", status.gpu_bytes
     else:
@@ -221,7 +225,7 @@ def _state(status: InstanceStatus) -> Iterator[Fact]:
             yield f"GPU memory{many}", f"{held} in use, {gib(planned)} GiB planned"
     if status.gate is not None:
         failed = next((check.name for check in status.gate.checks if not check.ok), "")
-        verdict = status.gate.problem or (f"failed: {failed}" if not status.gate.ok else "good")
+        verdict = "not known" if status.gate.problem else "good" if status.gate.ok else f"failed: {failed}"
         yield "last gate", f"{verdict} {status.gate.time}".strip()
     yield "restarts", str(status.restarts)
 
@@ -229,7 +233,8 @@ def _state(status: InstanceStatus) -> Iterator[Fact]:
 def _of_tune(measured: Measured) -> Iterator[Fact]:
     record = measured.record
     where = f", {measured.where}" if measured.where else ""
-    yield "tune", f"{in_words(record)}; {_moment(record.ended)}{where}"
+    why = why_ended(record)
+    yield "tune", f"{in_words(record)}{f' ({why})' if why else ''}; {_moment(record.ended)}{where}"
     if record.settings:
         yield "chosen", ", ".join(f"{key} = {_shown(value)}" for key, value in record.settings.items())
 
@@ -258,18 +263,20 @@ def _figures(one: InstanceFacts, found: tuple[Tried, ...]) -> Iterator[Figure]:
     yield from figures.curves(one.curves, one.work, one.gated, record)
 
 
-def _tried(found: tuple[Tried, ...]) -> Table | None:
-    """Everything that a tune tried, and what was lost."""
-    rows = tuple(
+def _tried(found: tuple[Tried, ...], one: InstanceFacts) -> Table | None:
+    """Everything that a tune tried, what was lost, and what did not fit."""
+    rows = [
         (
-            one.label, figures.times(one.speed), figures.spread(one.decode_tokens_per_s),
-            figures.spread(one.prompt_tokens_per_s), "" if one.accepted is None else f"{one.accepted:.0%}",
-            f"{one.trials}, {one.throttled} while the host was slowed" if one.throttled else str(one.trials),
-            f"{one.lost}: {one.why_lost}" if one.lost else "",
+            each.label, figures.times(each.speed), figures.spread(each.decode_tokens_per_s),
+            figures.spread(each.prompt_tokens_per_s), "" if each.accepted is None else f"{each.accepted:.0%}",
+            f"{each.trials}, {each.throttled} while the host was slowed" if each.throttled else str(each.trials),
+            f"{each.lost}: {each.why_lost}" if each.lost else "",
         )
-        for one in found
-    )  # fmt: skip
-    return Table("What was tried, and what was lost", TRIED, rows) if rows else None
+        for each in found
+    ]  # fmt: skip
+    left_out = not_run(one.measured.record) if one.measured else ()
+    rows += [(each.label, "", "", "", "", "0", f"not run: {each.why}") for each in left_out]
+    return Table("What was tried, and what was lost", TRIED, tuple(rows)) if rows else None
 
 
 def _moment(seconds: float) -> str:

@@ -18,6 +18,7 @@ from llamafleet.host.recorded import PlanRecord
 from llamafleet.memory.ledger import LedgerRow
 from llamafleet.planner.curves import Curves, curves
 from llamafleet.service.desired import Desired, Serving
+from llamafleet.service.measured import chance
 from llamafleet.service.record import without_query
 from llamafleet.settings.workload import Workload
 from llamafleet.tuning.record import Tuned, stale
@@ -51,6 +52,7 @@ class InstanceFacts:
     curves: Curves | None = None
     gated: GatedSpeed | None = None
     measured: Measured | None = None
+    chance: str = ""  # what a tune would try, where nothing was measured
     problems: tuple[str, ...] = ()  # of its tune's records
 
 
@@ -124,7 +126,7 @@ def _planned(facts: InstanceFacts, desired: Desired, serving: Serving) -> Instan
         facts, source=without_query(instance.source), argv=plan.argv, why=plan.why, ledger=plan.ledger,
         work=Workload.of(instance, plan.context_tokens),
         curves=curves(plan, instance, serving.model.header, desired.machine, inputs.measured(), headers),
-        gated=inputs.measured_by_gate(plan),
+        gated=inputs.measured_by_gate(plan), chance=chance(inputs, plan),
     )  # fmt: skip
 
 

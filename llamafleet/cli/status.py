@@ -188,21 +188,26 @@ def _remarks(host: HostStatus) -> Iterator[str]:
         yield host.problem
     yield from (problem for problem in host.problems if problem not in host.problem)
     for instance in host.instances:
-        if instance.gate is not None and instance.gate.problem:
-            yield f"{instance.name}: the last gate is not known: {instance.gate.problem}"
-        if instance.gate is not None and instance.gate.slower:
-            yield f"{instance.name}: {instance.gate.slower}"
-        if instance.liveness_restarts:
-            yield (f"{instance.name}: restarted {instance.liveness_restarts} times by the liveness check, "
-                   f"last {instance.last_liveness_restart}")  # fmt: skip
+        yield from (f"{instance.name}: {remark}" for remark in remarks_of(instance))
         yield from (f"{instance.name}: {note}" for note in instance.tuned.get("notes", ()))
     if host.free_bytes:
-        yield _space(host)
+        yield space(host)
     if host.drift:
         yield f"a run would change: {'; '.join(host.drift)}"
 
 
-def _space(host: HostStatus) -> str:
+def remarks_of(instance: InstanceStatus) -> Iterator[str]:
+    """What an operator should know of an instance beside its line, but for its tune."""
+    if instance.gate is not None and instance.gate.problem:
+        yield f"the last gate is not known: {instance.gate.problem}"
+    if instance.gate is not None and instance.gate.slower:
+        yield instance.gate.slower
+    if instance.liveness_restarts:
+        yield (f"restarted {instance.liveness_restarts} times by the liveness check, "
+               f"last {instance.last_liveness_restart}")  # fmt: skip
+
+
+def space(host: HostStatus) -> str:
     """The free space, equal values once: two folders are mostly on one disk."""
     paths: dict[str, list[str]] = {}
     for path, free in host.free_bytes.items():

@@ -61,6 +61,10 @@ class Rollout:
             alone=tuple(waves.alone(changing, serving)),
         )
 
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        return tuple(name for names in (*self.waves, self.as_planned) for name in names)
+
     def lines(self) -> Iterator[str]:
         """The waves with every change, for people."""
         if not self.waves:

@@ -215,6 +215,19 @@ class Built:
     digest: Sha256
 
 
+@dataclass(frozen=True)
+class Gateway:
+    """What `gateway_apply.py show` says of a host's gateway: HAProxy's version, the digest of the configuration in
+    service, the SHA-256 of the unit, and the record of its servers, each None or empty where there is none."""
+
+    version: Label | None
+    digest: Label | None
+    active: Flag
+    enabled: Flag
+    unit: Sha256 | None
+    servers: Mapping[str, Any]
+
+
 class Trial(TypedDict):
     """One measurement of a tune, as `tune.py` writes it, with more that is kept as it is: the candidate's number, the
     workload's seconds, None where it failed, and how long it took with loading."""
@@ -296,6 +309,11 @@ def gateway_servers(line: str) -> Mapping[str, GatewayServer]:
 def left(line: str) -> Left:
     """What is left for people to do, as `left.py` prints it."""
     return cast(Left, _read(line, "left.py", Left))
+
+
+def gateway(line: str) -> Gateway:
+    """The state that `gateway_apply.py show` prints."""
+    return cast(Gateway, _read(line, "gateway_apply.py", Gateway))
 
 
 def trials(line: str) -> tuple[Trial, ...]:

@@ -36,12 +36,16 @@ SAME_TOTAL_SHARE = 0.01
 _UNRELATED_INSTANCE_SETTINGS = {"name", "source", "port", "listen", "allowed_clients", "api_key_file", "sha256",
                           "mirrors", "allow_unverified", "tls_certificate_file", "tls_key_file",
                           "allowed_drop_ins", "sleep_idle_seconds", "idle_seconds", "rerank_example",
-                          "tune_prompt_file", "accept_slower"}  # fmt: skip
+                          "tune_prompt_file", "accept_slower", "gateway"}  # fmt: skip
 _UNRELATED_SETTINGS = {"models", "llama_cpp_repository", "llama_cpp_ref", "build_ui", "build_jobs", "build_cache",
               "keep_releases", "hub_endpoint", "hub_token_file", "cuda_toolkit", "drain_seconds",
               "drain_overdue", "switch_at_once",
               "allow_empty_models", "environment", "models_dir", "proxy", "no_proxy", "ca_file", "python",
-              "tune", "tune_minutes", "tune_stops_service", "tune_window"}  # fmt: skip
+              "tune", "tune_minutes", "tune_stops_service", "tune_window", "reached_at",
+              "gateway_listen", "gateway_port", "gateway_api_key_file", "gateway_allow_unauthenticated",
+              "gateway_allowed_clients", "gateway_tls_certificate_file", "gateway_tls_key_file",
+              "gateway_session_headers", "gateway_queue_seconds", "gateway_queue_requests", "gateway_reply_seconds",
+              "gateway_body_kib", "gateway_stats_port"}  # fmt: skip
 
 
 # Settings that later versions added: with these values they are no part of the hash, which so is that of before.

@@ -44,6 +44,12 @@ TUNED = VAR + "/tuned"  # the records of tunes
 RUN = "/run/llamafleet"
 LOCK = RUN + "/lock.json"
 
+GATEWAY = ETC + "/gateway"  # a folder for each configuration, by its digest, and the link `current`
+GATEWAY_UNIT = "llamafleet-gateway.service"
+GATEWAY_RUN = RUN + "/gateway"  # what the gateway forgets at a boot: its sockets, the servers' state, who is drained
+GATEWAY_SOCKET = GATEWAY_RUN + "/admin.sock"  # for root: HAProxy's runtime API
+GATEWAY_STATE = GATEWAY_RUN + "/servers.state"  # as HAProxy writes and reads it
+
 UNITS = "/etc/systemd/system"
 CACHES = "/var/cache"  # a folder for each service, by its unit's CacheDirectory=
 

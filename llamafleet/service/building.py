@@ -49,7 +49,9 @@ class Building:
 
 
 def building(inputs: PlanInputs, run: Run) -> Building | Refused:
-    """What the host is to compile, or why it cannot."""
+    """What the host is to compile, or why it cannot. A host without models compiles nothing and lacks nothing."""
+    if not inputs.settings.models:
+        return Building(_build(inputs, run.commit, None, ()), None, (), None)
     outcome = wanted_build(inputs, run)
     if isinstance(outcome, Refused):
         return outcome

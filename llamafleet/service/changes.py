@@ -94,7 +94,7 @@ def changes_needed(desired: Desired, installed: Installed) -> Changes:
     installed = astray.left_out(installed)
     services = {serving.name: serving.service for serving in desired.servings}
     alone = len(services) == 1
-    build = not _has_release(desired, installed)
+    build = bool(services) and not _has_release(desired, installed)
     reasons = {
         name: (*differences(service, installed.instances.get(name), installed.ground, alone),
                *_runs_from(service, installed.instances.get(name), build))
@@ -122,7 +122,7 @@ def changes_needed(desired: Desired, installed: Installed) -> Changes:
         refreshed=refreshed,
         liveness={name: watching[name] for name in stay if watching[name]},
         removed=tuple(name for name in installed.instances if name not in services),
-        current=installed.current != desired.build.key,
+        current=bool(services) and installed.current != desired.build.key,
         # Links are replaced with what they lead to; a model's file is read again.
         paths={one.place.path: one for one in misplaced
                if one.place.kind != "link" and one.place.path not in model_files},

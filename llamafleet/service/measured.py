@@ -19,7 +19,7 @@ from llamafleet.service.plan_inputs import PlanInputs
 from llamafleet.service.refusals import Refused
 from llamafleet.settings.schema import NEVER, Instance
 from llamafleet.settings.workload import Workload
-from llamafleet.tuning.candidates import DEFAULTS, changes
+from llamafleet.tuning.candidates import DEFAULTS, SPECULATION, changes
 from llamafleet.tuning.record import Fingerprint
 from llamafleet.tuning.records import Tuning, in_words, tuning_of, without
 
@@ -106,7 +106,8 @@ def chance(inputs: PlanInputs, plan: Plan) -> str:
         return ""
     headers = inputs.companions().get(plan.instance, {})
     found = changes(instance, plan, inputs.survey.machine, headers)
-    tried = dict.fromkeys(PLURALS.get(one.dimension, one.dimension) for one in found if one.dimension != DEFAULTS)
+    without = (DEFAULTS,) if instance.tune_prompt_file else (DEFAULTS, SPECULATION)  # guesses need a text
+    tried = dict.fromkeys(PLURALS.get(one.dimension, one.dimension) for one in found if one.dimension not in without)
     if not tried:
         return ""
     return (

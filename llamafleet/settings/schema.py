@@ -25,6 +25,7 @@ from llamafleet.remote.common import (
 from llamafleet.settings import cache_shape, environment, pictures, prompt_files, secrets, serving, speculation
 from llamafleet.settings import copies as copying
 from llamafleet.settings import extra_flags as extra
+from llamafleet.settings import gateway as gateways
 from llamafleet.settings.defaults import MODEL_DEFAULTS, DefaultsError, with_defaults
 from llamafleet.settings.kinds import (
     LONGEST,
@@ -148,6 +149,7 @@ class Instance:
     dangerous_flags: Listed[validation.Text]
     sha256: Sha256 | None
     allow_unverified: Flag
+    gateway: Flag
     mirrors: Annotated[Listed[Mirror], Field(max_length=100, description="tried one after another")]
     allowed_drop_ins: Listed[
         Annotated[
@@ -282,6 +284,20 @@ class Settings:
     uninstall_models: Flag
     environment: Variables
     models_dir: ModelsDir | None
+    reached_at: gateways.ReachedAt | None
+    gateway_listen: gateways.Address
+    gateway_port: gateways.Port
+    gateway_api_key_file: Text | None
+    gateway_allow_unauthenticated: Flag
+    gateway_allowed_clients: gateways.Networks
+    gateway_tls_certificate_file: Text | None
+    gateway_tls_key_file: Text | None
+    gateway_session_headers: gateways.Headers
+    gateway_queue_seconds: gateways.Seconds
+    gateway_queue_requests: gateways.QueueRequests
+    gateway_reply_seconds: gateways.Seconds
+    gateway_body_kib: gateways.BodyKib
+    gateway_stats_port: gateways.Port
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Settings:
@@ -313,7 +329,7 @@ class Settings:
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         wrong = environment.problems(self.environment)
-        validation.refuse([*self.clashes({}), *self._token_in_the_open(), *wrong])
+        validation.refuse([*self.clashes({}), *self._token_in_the_open(), *wrong, *gateways.problems(vars(self))])
         return self
 
     def with_copies(self, per_gpu: Mapping[str, int]) -> Settings:

@@ -23,6 +23,7 @@ from llamafleet.settings.speculation import AUTO
 from llamafleet.tuning.race import BASELINE, Screened, combinations
 
 SHIPPED, PLANNED = "llama-server as it ships", "the plan"
+SPECULATION = "speculation"  # the dimension of guesses
 DEFAULTS = "defaults"  # a dimension that is not combined with others: it sets what several of them do
 GUESSES = "guesses ahead"
 # A model goes on after words by chance as it likes, and repeats itself: what is accepted then says nothing of a user's.
@@ -205,7 +206,7 @@ def _guesses(instance: Instance, companions: Mapping[str, Header]) -> Iterator[C
                 settings["draft_min_tokens"] = min(most, LEAST_GUESSED)
             if kind not in (kinds.DRAFT, *kinds.READERS):
                 settings["draft"] = None
-            yield Change(f"guesses by {WORDS.get(kind, kind)}, up to {most}", "speculation", settings)
+            yield Change(f"guesses by {WORDS.get(kind, kind)}, up to {most}", SPECULATION, settings)
 
 
 # Few tokens already save time where a text is repeated in pieces.

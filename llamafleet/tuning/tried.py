@@ -7,12 +7,13 @@ The trials were written by a host, which is not trusted: one that cannot be used
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -21,7 +22,10 @@ from llamafleet.tuning.race import BASELINE
 from llamafleet.tuning.record import Tuned
 from llamafleet.validation import Whole
 
+T = TypeVar("T")
+
 MOST_TRIALS = 10_000
+MOST_WHY = 1000  # characters
 Positive = Annotated[float, Field(strict=True, gt=0, le=1e12, allow_inf_nan=False)]
 Number = Annotated[Whole, Field(ge=0, le=2**40)]
 
@@ -91,6 +95,14 @@ class Tried:
     accepted: float | None
 
 
+@dataclass(frozen=True)
+class NotRun:
+    """A candidate that was not run, because it does not fit, and why."""
+
+    label: Message
+    why: Message
+
+
 def tried(record: Tuned) -> tuple[Tried, ...]:
     """Every candidate of the record, the baseline first, then the fastest, those without a speed last."""
     found = trials(record.raw)
@@ -103,25 +115,32 @@ def tried(record: Tuned) -> tuple[Tried, ...]:
     return tuple(sorted(made, key=_order))
 
 
+def not_run(record: Tuned) -> tuple[NotRun, ...]:
+    """The candidates that were not run."""
+    return tuple(_valid(NotRun, record.raw.get("not_run")))
+
+
+def why_ended(record: Tuned) -> str:
+    """Why the tune ended as it did, with the labels of candidates for their numbers; empty where nothing says so."""
+    why = record.raw.get("why")
+    labels = {one.candidate: one.label for one in trials(record.raw)}
+    if not isinstance(why, str):
+        return ""
+    return re.sub(r"candidate ([0-9]{1,6})", lambda found: labels.get(int(found[1]), found[0]), why[:MOST_WHY])
+
+
 def trials(record: Mapping[str, Any]) -> tuple[TrialRecord, ...]:
     """The record's trials, in order, without those that cannot be used."""
-    value = record.get("trials")
-    return tuple(_usable(value[:MOST_TRIALS] if isinstance(value, list) else []))
+    found = _valid(TrialRecord, record.get("trials"))
+    return tuple(one for one in found if (one.seconds is None) != (one.error is None))
 
 
-def _usable(values: Sequence[object]) -> Iterator[TrialRecord]:
-    for value in values:
-        try:
-            one = _adapter().validate_python(value)
-        except ValidationError:
-            continue
-        if (one.seconds is None) != (one.error is None):
-            yield one
-
-
-@functools.cache
-def _adapter() -> TypeAdapter[TrialRecord]:
-    return TypeAdapter(TrialRecord)
+def _valid(schema: type[T], values: object) -> Iterator[T]:
+    """Those of a list's values that are as they should be."""
+    adapter = TypeAdapter(schema)
+    for value in values[:MOST_TRIALS] if isinstance(values, list) else ():
+        with contextlib.suppress(ValidationError):
+            yield adapter.validate_python(value)
 
 
 def _speeds(found: Sequence[TrialRecord]) -> dict[int, list[float]]:

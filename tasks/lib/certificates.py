@@ -55,6 +55,25 @@ def ends_soon(certificate: str, place: str) -> str:
     return f"{setting}: {certificate} ends on {ends:%Y-%m-%d}, in {left.days} days: renew it, and deploy again"
 
 
+def trust(chain: str, authority: str) -> tuple[str, str]:
+    """By which certificates a client trusts a server with this chain: their PEM texts, empty for the system's store,
+    and the name that the server's certificate must have, empty where it is trusted itself. `authority` has the PEM
+    texts of the operator's own authority, or nothing."""
+    certificates = x509.load_pem_x509_certificates(chain.encode())
+    leaf, own = certificates[0], [one for one in certificates if one.issuer == one.subject]
+    if leaf in own:
+        return chain, ""
+    return chain if own else f"{chain}\n{authority}" if authority else "", _name(leaf)
+
+
+def _name(leaf: x509.Certificate) -> str:
+    try:
+        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return str(next(iter(names.get_values_for_type(x509.DNSName)), ""))
+    except x509.ExtensionNotFound:
+        return str(next((one.value for one in leaf.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)), ""))
+
+
 def _leaf(path: str, setting: str) -> tuple[str, x509.Certificate]:
     """The file's text and its first certificate, which is the server's own."""
     try:

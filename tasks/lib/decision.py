@@ -67,7 +67,7 @@ class Decision:
 # The parts of `Changes` that a stage makes, and those that must be made before it can do its own.
 MAKES = {"bootstrap": ("helpers", "user", "packages"), "toolkit": ("toolkit",), "build": ("build",),
          "model": ("models",), "verify": ("verify",),
-         "service": ("services", "refreshed", "liveness", "removed", "current")}  # fmt: skip
+         "service": ("services", "refreshed", "liveness", "removed", "current"), "gateway": ()}  # fmt: skip
 # Of these the very version is needed, not one that an earlier run left.
 EXACT = {"tune": ("helpers",)}
 NEEDS = {"toolkit": ("helpers",), "build": ("helpers", "packages", "toolkit"), "model": ("helpers",),
@@ -100,6 +100,17 @@ def decision() -> Decision | None:
 def of(host: Host) -> Decision | None:
     """The decision about a host of this run; None where there is none, as of a host that was refused."""
     return _decisions.get(host)
+
+
+def of_other(host: Host) -> Decision | None:
+    """As `decision`, of another host of this run."""
+    with ctx_host.use(host):
+        return decision()
+
+
+def makes(host: Host, part: str) -> bool:
+    """Whether a stage of this run makes that part of `Changes` on the host."""
+    return part in _made.get(host, ())
 
 
 def for_stage(stage: str, is_needed: Callable[[Decision], bool] | None = None) -> Decision | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import gevent
 from gevent.lock import RLock
@@ -71,8 +71,14 @@ def drained(host: Host, names: Iterable[str], strict: bool, even_last: bool, bac
 
 
 def _ours(servers: Iterable[str], there: Mapping[str, GatewayServer]) -> list[str]:
-    """Of these servers those that the gateway has, and nobody else has drained for longer."""
-    return [name for name in servers if name in there and (there[name].drained_seconds or 0) <= LEASE_SECONDS]
+    """Of these servers those that the gateway has, and that nobody else has taken out for longer."""
+    return [name for name in servers if name in there and not _is_others(there[name])]
+
+
+def _is_others(server: GatewayServer) -> bool:
+    return (
+        server.drained and not 0 <= (-1 if server.drained_seconds is None else server.drained_seconds) <= LEASE_SECONDS
+    )
 
 
 @contextlib.contextmanager
@@ -125,7 +131,7 @@ def _keep(lent: Mapping[Host, Sequence[str]]) -> None:
 # --- before and after a wave ------------------------------------------------------------------------
 
 
-def put_back(state: State, hosts: Sequence[str]) -> None:
+def put_back(state: State, hosts: Collection[str]) -> None:
     """End the drains of these hosts' servers that a rollout which was killed has left."""
     for gateway in of(state):
         try:
@@ -138,7 +144,7 @@ def put_back(state: State, hosts: Sequence[str]) -> None:
             logger.debug(f"{gateway.print_prefix}{error}")
 
 
-def not_up(state: State, hosts: Sequence[str]) -> dict[str, str]:
+def not_up(state: State, hosts: Collection[str]) -> dict[str, str]:
     """Wait until the gateways find all servers of these hosts up. By host, a sentence for one that is not in time."""
     deadline, found = time.monotonic() + UP_SECONDS, dict[str, str]()
     for gateway in of(state):
@@ -150,7 +156,7 @@ def not_up(state: State, hosts: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _missing(gateway: Host, hosts: Sequence[str]) -> dict[str, str]:
+def _missing(gateway: Host, hosts: Collection[str]) -> dict[str, str]:
     try:
         there = _show(gateway)
     except (remote.RemoteError, ConnectError) as error:

@@ -21,6 +21,7 @@ from llamafleet.host import answers
 from llamafleet.hub.network import Network
 from llamafleet.remote.common import JOBS
 from tasks.lib import decision, host_lock, remote, sending
+from tasks.lib.this_run import this_run
 
 # One look at a job: the time that the host waits for news, and that it may take besides.
 LOOK_SECONDS, LATE_SECONDS = 15.0, 60.0
@@ -63,7 +64,8 @@ def hold(state: State, host: Host) -> bool:
         return True
     last = host_lock.take(state, host)
     try:
-        decision.check_unchanged(host, last)
+        if last is None or last.run != this_run()["run"]:  # nobody was there since this run was at work
+            decision.check_unchanged(host, last)
     except Exception:
         host_lock.release(host)
         raise

@@ -20,8 +20,8 @@ from tasks.lib import certificates
 
 T = TypeVar("T")
 
-# Of the text of a tune's prompts: more than any context holds.
-MOST_TUNE_PROMPT = 4 * 2**20
+# Of the text of a tune's prompts, as much as the host reads (tune.py): more than most contexts hold.
+MOST_TUNE_PROMPT = 2**20
 
 
 class LookupFailed(Exception):
@@ -114,7 +114,8 @@ def projector(of: str, settings: Settings) -> str:
 def take_secrets(settings: Settings) -> None:
     """Remove the secrets from the environment before a program is started that would inherit them: a command on
     this machine, git, pip. They are kept in this process."""
-    places = [settings.hub_token_file or "env:HF_TOKEN", *(instance.api_key_file for instance in settings.models)]
+    places = [settings.hub_token_file or "env:HF_TOKEN", settings.gateway_api_key_file,
+              *(instance.api_key_file for instance in settings.models)]  # fmt: skip
     for place in places:
         if place and place.startswith(secrets.VARIABLE):
             secrets.take(place.removeprefix(secrets.VARIABLE))

@@ -51,6 +51,11 @@ def passed(host: Host, handover: Handover) -> None:
     _made.setdefault(host.name, []).append(handover)
 
 
+def serves(host: Host, name: str) -> bool:
+    """Whether the instance serves as planned by now."""
+    return (host.name, name) in _passed and host.name not in _failed
+
+
 def switched(host: Host) -> None:
     """Note that the host makes no more switches in this run."""
     if host.state.is_executing:

@@ -231,7 +231,8 @@ def test_a_compilation_that_fails_or_takes_too_long_says_where_its_log_is(cmake,
 def test_the_source_of_a_repository_is_that_of_the_release(tmp_path):
     repository = tmp_path / "llama.cpp"
     script = (f"git init -q {repository} && cd {repository} && touch CMakeLists.txt && git add . && git -c user.name=a"
-              f" -c user.email=a commit -qm a && git tag {building.TAG} && git rm -q CMakeLists.txt")  # fmt: skip
+              f" -c user.email=a commit -qm a && git tag {building.TAG} && git mv CMakeLists.txt later && git -c user.name=a"
+              " -c user.email=a commit -qm b")  # fmt: skip
     subprocess.run(["sh", "-ec", script], check=True)
     tree = building.checkout(repository, tmp_path / "src")
     assert tree == tmp_path / "src" and [one.name for one in tree.iterdir()] == ["CMakeLists.txt"]

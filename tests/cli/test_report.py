@@ -8,6 +8,7 @@ import pytest
 from llamafleet.cli import charts, figures
 from llamafleet.cli.reported import HostFacts, Measured
 from llamafleet.cli.status import HostStatus
+from llamafleet.host.answers import Gate
 from llamafleet.host.learned import GatedSpeed
 from llamafleet.tuning.tried import Range, tried
 from llamafleet.units import GIB
@@ -37,11 +38,11 @@ def test_the_page_counts_hosts_instances_and_tunes(fleet):
     ]  # fmt: skip
 
 
-def test_every_instance_has_a_line_and_a_host_without_any_too(fleet):
+def test_every_instance_has_a_line_those_to_look_at_first(fleet):
     lines = reporting.report(fleet).lines
     assert [(one.host, one.instance, one.state.text, one.tune.text) for one in lines] == [
-        ("gpu1", "chat", "active", "1.31 times as fast"), ("cpu1", "chat", "active", "1.86 times as fast"),
         ("gpu2", "chat", "active: look at it", "stale"), ("cpu9", "chat", "not read", "1.86 times as fast"),
+        ("gpu1", "chat", "active", "1.31 times as fast"), ("cpu1", "chat", "active", "1.86 times as fast"),
         ("new1", "", "as it should be", ""),
     ]  # fmt: skip
     assert {one.anchor for one in lines} <= {
@@ -176,9 +177,15 @@ def test_a_gain_that_is_not_proven_is_not_praised():
     box = reporting.cpu_box()
     [one] = box.instances
     record = one.measured.record
-    record = replace(record, winner=replace(record.winner, gain=1.0, low=1.0, high=1.0))
+    record = replace(record, winner=replace(record.winner, gain=1.0, low=0.0, high=None),
+                     raw={**record.raw, "why": "candidate 7: not proven faster in 19 pairs",
+                          "not_run": [{"label": "4 slots", "why": "it does not fit"}]})  # fmt: skip
     hosts = {"cpu1": HostFacts(box.status, box.machine, (replace(one, measured=Measured(record, "", ())),))}
-    assert reporting.report(hosts).lines[0].tune.text == "no gain proven"
+    report = reporting.report(hosts)
+    assert report.lines[0].tune.text == "no gain proven" and report.gains.rows[0][1] == "1.00 (1.00 to 1.00)"
+    [shown] = report.hosts[0].instances
+    assert "(guesses by n-grams, up to 16 + ubatch 1024: not proven faster in 19 pairs); " in dict(shown.facts)["tune"]
+    assert shown.tried.rows[-1] == ("4 slots", "", "", "", "", "0", "not run: it does not fit")
 
 
 def test_a_long_chart_ends_and_its_table_does_not():
@@ -198,3 +205,32 @@ def test_charts_are_plain_data(fleet):
     assert len(shown) > 15
     for text in map(json.dumps, shown):
         assert '"url"' not in text and "expr" not in text and "http" not in text and "NaN" not in text
+
+
+def test_what_is_wrong_with_an_instance_is_a_remark():
+    box = reporting.cpu_box()
+    [one] = box.instances
+    status = replace(one.status, gate=Gate(False, problem="record.ok: should be true or false, is 7"), liveness_restarts=2,
+                     last_liveness_restart="2026-11-21: no sign of life")  # fmt: skip
+    hosts = {
+        "cpu1": HostFacts(
+            box.status, box.machine, (replace(one, status=status, measured=None, chance="not measured: try"),)
+        )
+    }
+    _, shown = section(hosts, "cpu1")
+    assert shown.remarks == (
+        "the last gate is not known: record.ok: should be true or false, is 7",
+        "restarted 2 times by the liveness check, last 2026-11-21: no sign of life",
+    )
+    assert dict(shown.facts)["last gate"] == "not known" and dict(shown.facts)["tune"] == "not measured: try"
+
+
+def test_memory_and_disks_are_said_in_units_that_show_them():
+    box = reporting.cpu_box()
+    [one] = box.instances
+    status = replace(one.status, cgroup_bytes=None, rss_bytes=300 * 2**20)
+    free = {"/opt": 50 * GIB, "/var/lib/llamafleet": 50 * GIB}
+    hosts = {"cpu1": HostFacts(replace(box.status, free_bytes=free), box.machine, (replace(one, status=status),))}
+    host, shown = section(hosts, "cpu1")
+    assert dict(shown.facts)["RAM in use"] == "300 MiB"
+    assert dict(host.facts)["disk"] == "50.0 GiB free at /opt and /var/lib/llamafleet"

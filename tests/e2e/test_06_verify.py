@@ -214,3 +214,14 @@ def test_status_names_what_drifted_and_who_cannot_be_reached(written, settings, 
     done = status(gone)
     assert done.returncode == 1
     assert f"{lost.name}: cannot be reached" in done.stdout
+
+
+def test_a_report_shows_what_runs_and_what_its_gate_measured(written, host, tmp_path):
+    program, page = Path(sys.executable).with_name("llamafleet"), tmp_path / "report.html"
+    words = [program, "report", "--inventory", str(written()), "--output", str(page)]
+    done = subprocess.run(words, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == f"{page}: 1 host, 1 as they should be\n"
+    text = page.read_text()
+    assert host.name in text and "8192 x 4 f16, CPU, cpu" in text and "tokens/s written, by its gate" in text
+    assert "Memory of tiny on" in text and "measured by the gate: " in text and "predicted: " in text

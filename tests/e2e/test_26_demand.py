@@ -23,7 +23,7 @@ LONG_TOKENS = 1500
 
 @pytest.fixture(scope="module")
 def host(boot):
-    [made] = boot(1, f"{PREFIX}demand", 10, packages=oracle_build.COMPILER)
+    [made] = boot(1, f"{PREFIX}demand", 31, packages=oracle_build.COMPILER)
     return made
 
 

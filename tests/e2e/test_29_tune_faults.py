@@ -28,7 +28,7 @@ WORKLOAD = {"prompt": 256, "reply": 64, "depth": 128, "concurrency": 2}
 @pytest.fixture(scope="module")
 def host(boot, outside, tmp_path_factory):
     """A host that serves a tiny model."""
-    [made] = boot(1, f"{PREFIX}tune", 10, packages=oracle_build.COMPILER)
+    [made] = boot(1, f"{PREFIX}tune", 47, packages=oracle_build.COMPILER)
     inventory = tmp_path_factory.mktemp("tune") / "inventory.py"
     deploying.write_inventory(inventory, [(made, deploying.settings(outside, made, model={"slots": 2}))])
     with oracle_build.compiling():

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from llamafleet.planner.curves import curves
+from llamafleet.planner.plan import plan_host
 from llamafleet.planner.roofline import Prediction
 from tests import planning
 
@@ -69,3 +70,15 @@ def test_a_plan_that_is_partly_in_swap_has_none():
     plan, instance, _ = made("cpu")
     swaps = replace(plan, predicted=Prediction(0.0, 0.0, swap_bytes=5))
     assert curves(swaps, instance, planning.header("Qwen3-8B"), planning.machine()) is None
+
+
+def test_types_that_cost_a_processor_more_are_counted():
+    layers = planning.header("Qwen3-8B")
+    slow = replace(layers, tensors=tuple(replace(one, type="Q5_0") for one in layers.tensors))
+    host, asked = planning.machine(), planning.settings({"live_tokens": 32768})
+    [plan] = plan_host(host, [(asked.models[0], slow)], asked)
+    last = curves(plan, asked.models[0], slow, host).by_depth[-1]
+    prompt = asked.models[0].prompt_tokens
+    assert last.tokens == 32768 and last.first.value == pytest.approx(
+        prompt / plan.predicted.prefill_tokens_per_s, rel=1e-3
+    )

@@ -50,6 +50,16 @@ def test_a_fresh_folder_is_root_s_alone_and_has_nothing_old(tmp_path):
     assert os.listdir(folder) == ["unit"] and oct(folder.stat().st_mode & 0o777) == "0o700"
 
 
+def test_a_folder_is_made_where_it_is_missing_and_keeps_what_it_has(tmp_path):
+    folder = tmp_path / "var" / "tuned"
+    for name in ("a", "b"):
+        assert run(tmp_path, "--make", str(folder), str(folder / name), sent=packed([(0o644, b"{}")])) == 0
+    assert sorted(os.listdir(folder)) == ["a", "b"] and folder.stat().st_mode & 0o077 == 0
+    with_harm = packed([(0o644, b"1")])[:-1]
+    assert run(tmp_path, "--make", str(tmp_path / "other"), str(tmp_path / "other/a"), sent=with_harm) == 1
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_prepared_link_is_replaced_not_followed(tmp_path):
     """Whoever may write in the folder could have made it; in folders of root's nobody can."""
     victim = tmp_path / "victim"

@@ -209,7 +209,7 @@ def test_odd_keys_are_named_in_one_line(key, path):
     with pytest.raises(SettingsError) as caught:
         Settings.from_data({**default_data(), key: 1})
     [problem] = caught.value.problems
-    assert problem.startswith(path) and problem.isprintable() and len(problem) < 600
+    assert problem.startswith(path) and problem.isprintable() and len(problem) < 1200
 
 
 @pytest.mark.parametrize(

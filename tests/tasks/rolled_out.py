@@ -3,7 +3,8 @@
     python -m tests.tasks.rolled_out FILE INVENTORY [options of tasks.rollout]
 
 FILE has by host name: what it has ("now"), what it should have ("wanted"), its models, and how its deploy goes wrong
-("fails", "refused", "hangs"). Each deploy adds the host to the file FILE.log.
+("fails", "refused", "hangs"). Each deploy adds the host to the file FILE.log, and so does what a gateway is told: it is
+the host "gateway", and has the servers of the others ("servers", by name whether each is up).
 """
 
 import pyinfra_cli  # isort: skip  # as in tasks.rollout  # noqa: F401
@@ -19,8 +20,9 @@ from pyinfra.context import ctx_host
 from llamafleet import stages
 from llamafleet.fleet.rollout import HostState
 from llamafleet.fleet.waves import Member
+from llamafleet.host.answers import GatewayServer
 from tasks import rollout
-from tasks.lib import decision, ends, switching
+from tasks.lib import decision, ends, gateway_drains, switching
 
 FILE = Path(sys.argv[1])
 
@@ -38,6 +40,11 @@ def look(host):
     return HostState(models, Member(host.name, models), to_do)
 
 
+def note(line):
+    with FILE.with_suffix(".log").open("a") as log:
+        log.write(f"{line}\n")
+
+
 @operation()
 def replace():
     yield FunctionCommand(_replace, (), {})
@@ -45,8 +52,7 @@ def replace():
 
 def _replace(state, host):
     with switching.turn(host, ["x"], None):
-        with FILE.with_suffix(".log").open("a") as log:
-            log.write(f"{host.name}\n")
+        note(host.name)
         one = fleet()[host.name]
         if "fails" in one:
             ends.note(host.name, one["fails"])
@@ -66,7 +72,35 @@ def deploy():
     replace(name="Replace what the host has")
 
 
+def gateway():
+    if "gateway" in ctx_host.get().groups:
+        learn(name="Let the gateway learn")
+
+
+@operation()
+def learn():
+    yield FunctionCommand(_learn, (), {})
+
+
+def _learn(state, host):
+    others = sorted(one.name for one in state.inventory if state.is_host_in_limit(one) and one is not host)
+    note(f"gateway: learns of {', '.join(others)}")
+    return "fails" not in fleet()[host.name]
+
+
+def ask(host, verb, *words):
+    """gateway_admin.py."""
+    servers = [word for word in words if "/" in word]
+    if verb != "show":
+        note(f"gateway: {verb} {', '.join(servers)}")
+    return {
+        f"{name}/x": GatewayServer(up=one.get("up", True), drained=False, drained_seconds=None, check="L4TOUT")
+        for name, one in fleet().items() if name != host.name
+    }  # fmt: skip
+
+
 if __name__ == "__main__":
-    rollout.look, stages.deploy = look, deploy
+    rollout.look, stages.deploy, stages.gateway = look, deploy, gateway
+    gateway_drains._ask, gateway_drains.UP_SECONDS = ask, 0.5
     decision.of = lambda host: None
     sys.exit(rollout.main(sys.argv[2:]))

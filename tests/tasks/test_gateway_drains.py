@@ -141,8 +141,10 @@ def test_the_only_host_of_a_model_is_drained_at_once(fleet):
     assert fleet.host.lines == []
 
 
-def test_what_somebody_else_has_drained_for_longer_stays_so(fleet):
-    fleet.gateway.servers["h/x"].update(up=False, drained=True, drained_seconds=600)
+@pytest.mark.parametrize("seconds", [600, None])
+def test_what_somebody_else_has_drained_for_longer_stays_so(fleet, seconds):
+    """None: HAProxy itself was told, without an end."""
+    fleet.gateway.servers["h/x"].update(up=False, drained=True, drained_seconds=seconds)
     with drained(fleet.host, ["x"], strict=True, even_last=False):
         pass
     put_back(fleet.state, ["h"])

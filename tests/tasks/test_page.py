@@ -4,7 +4,10 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import vl_convert
 
+from llamafleet.cli import charts
+from llamafleet.tuning.tried import Range
 from tasks.lib import page
 from tests import reporting
 
@@ -98,7 +101,7 @@ def test_each_chart_is_drawn_in_the_page_s_colours_with_a_name_and_its_numbers(p
     charts = [one for one in elements.all("div") if one.get("role") == "img"]
     assert len(charts) == len(elements.all("svg")) == len(elements.all("figure")) > 15
     assert all(len(one["aria-label"]) > 20 for one in charts)
-    assert all(set(one) == {"class", "viewbox"} for one in elements.all("svg"))
+    assert all(set(one) == {"class", "aria-hidden", "viewbox"} for one in elements.all("svg"))
     drawn = "".join(re.findall(r"<svg.*?</svg>", text, re.S))
     colours = set(re.findall(r'(?:fill|stroke)="([^"]*)"', drawn))
     assert colours - {"none", "transparent"} and all(
@@ -108,9 +111,40 @@ def test_each_chart_is_drawn_in_the_page_s_colours_with_a_name_and_its_numbers(p
     assert {one[4:-1] for one in colours if one.startswith("var")} <= set(re.findall(r"--[\w-]+", root))
 
 
-def test_coordinates_are_short(pages):
+def test_charts_are_without_what_draws_nothing(pages):
+    """A chart of Vega's own is twice as large."""
     text, _ = pages["fleet"]
-    assert not re.search(r'(?:transform|d|x2|y2)="[^"]*\.\d{3,}', text)
+    charts = re.findall(r"<svg.*?</svg>", text, re.S)
+    assert not re.search(r'(?:transform|d|x2|y2)="[^"]*\.\d{2,}', text)
+    assert sum(map(len, charts)) / len(charts) < 6000
+
+
+def test_a_text_of_a_chart_is_left_as_it_is():
+    told = 'a 1.23456 role="img" opacity="1" & <g role="x"> 2.5'
+    chart = charts.bars([charts.Bar(told, Range(1.0, 1.0, 1.0))], "x", one=True)
+    assert told in "".join(Elements(page.drawn(chart)).texts)
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["\U0001f600" * 60, "x" + "\U0001f600" * 60, "\ud800" * 60, "a\x00b\x1b[1m\u202e", "x" * 60_000, "\\", "\u0301" * 90,
+     "日本語" * 40, "\u05d0" * 90, "]]><!-- &#0; ${1} {{x}}", "", "\n\t"],
+)  # fmt: skip
+def test_whatever_a_label_is_its_chart_is_drawn(label):
+    """Long ones are cut by Vega, at any of its UTF-16 units."""
+    bars = [charts.Bar(label, Range(1.0, 0.9, 1.1)), charts.Bar("the plan", Range(2.0, 1.9, 2.1))]
+    assert "the plan" in "".join(Elements(page.drawn(charts.bars(bars, "x", one=True))).texts)
+
+
+def test_a_chart_that_cannot_be_drawn_is_a_sentence(monkeypatch):
+    def fails(*arguments, **more):
+        raise ValueError("Vega-Lite to SVG conversion failed")
+
+    monkeypatch.setattr(vl_convert, "vegalite_to_svg", fails)
+    elements = Elements(page.html(reporting.report({"cpu1": reporting.cpu_box()})))
+    assert (
+        elements.all("svg") == [] and "".join(elements.texts).count(page.NOT_DRAWN) == len(elements.all("figure")) > 3
+    )
 
 
 def test_few_hosts_are_unfolded_and_many_are_not(pages):

@@ -147,7 +147,7 @@ def test_enter_folds_a_host_and_unfolds_its_numbers(tab, files):
 def test_a_link_of_the_overview_leads_to_its_instance(tab, files):
     tab.open(files["fleet"], width=1280)
     tab.value("document.querySelectorAll('details').forEach(one => one.open = false)")
-    tab.value("document.querySelectorAll('.overview a')[1].focus()")
+    tab.value("[...document.querySelectorAll('.overview a')].find(one => one.textContent === 'cpu1').focus()")
     tab.press("Enter", 13)
     assert tab.value("location.hash") == "#host-2-1"
     assert tab.value("document.querySelector('#host-2').open && document.querySelector(':target').id") == "host-2-1"

@@ -48,7 +48,19 @@ class Fleet:
     def begun(self):
         """The hosts whose deploys began, in their order."""
         log = self.file.with_suffix(".log")
-        return [line[-1] for line in log.read_text().split()] if log.exists() else []
+        return [line[-1] for line in log.read_text().splitlines() if line[0] == "@"] if log.exists() else []
+
+    def add_gateway(self, **special):
+        """A host of the group `gateway`, before the others."""
+        self.hosts = {name("g"): {"now": 1, "wanted": 1, "models": "", **special}, **self.hosts}
+        self.file.write_text(json.dumps(self.hosts))
+        self.inventory.write_text(f"gateway = [{name('g')!r}]\nhosts = {list(self.hosts)[1:]!r}\n")
+
+    @property
+    def told(self):
+        """What the gateway was told."""
+        lines = self.file.with_suffix(".log").read_text().splitlines()
+        return [line.removeprefix("gateway: ") for line in lines if line.startswith("gateway: ")]
 
 
 def name(letter):
@@ -147,3 +159,36 @@ def test_ended_in_the_middle_it_goes_on_with_the_next_run(tmp_path, sent, code):
     again = fleet.roll_out()
     assert again.returncode == 0 and fleet.done == set("abcd"), again.stdout + again.stderr
     assert fleet.begun.count("a") == 1
+
+
+def test_each_host_leaves_the_gateway_while_it_switches_and_the_gateway_learns_of_every_wave(tmp_path):
+    fleet = Fleet(tmp_path, 2)
+    fleet.add_gateway()
+    run = fleet.roll_out()
+    assert run.returncode == 0 and fleet.done >= {"a", "b"}, run.stdout + run.stderr
+    assert fleet.told == [
+        "drain @fake/a/x", "undrain @fake/a/x", "learns of @fake/a",
+        "drain @fake/b/x", "undrain @fake/b/x", "learns of @fake/b",
+    ]  # fmt: skip
+    assert fleet.roll_out().returncode == 0 and fleet.told[6:] == ["learns of @fake/a, @fake/b"]
+    assert fleet.roll_out("--dry").returncode == 0 and len(fleet.told) == 7
+
+
+def test_a_gateway_outside_of_the_rollout_drains_and_is_not_changed(tmp_path):
+    fleet = Fleet(tmp_path, 2)
+    fleet.add_gateway(fails=True)
+    assert fleet.roll_out("--limit", "@fake/a").returncode == 0
+    assert fleet.told == ["drain @fake/a/x", "undrain @fake/a/x"]
+
+
+@pytest.mark.parametrize(
+    ("letter", "special", "said"),
+    [("a", {"up": False}, "@fake/a failed: the gateway of @fake/g does not find @fake/a/x up: L4TOUT"),
+     ("g", {"fails": True}, "@fake/g failed: ")],
+)  # fmt: skip
+def test_what_is_wrong_at_the_gateway_after_a_wave_ends_the_rollout(tmp_path, letter, special, said):
+    fleet = Fleet(tmp_path, 2, **({letter: special} if letter != "g" else {}))
+    fleet.add_gateway(**(special if letter == "g" else {}))
+    run = fleet.roll_out()
+    assert run.returncode == 1 and fleet.begun == ["a"], run.stdout + run.stderr
+    assert said in run.stdout and "not touched: @fake/b" in run.stdout

@@ -68,10 +68,10 @@ def switches(*hosts, at_once=None, names=None):
             now.add(host.name)
             order.append(host.name)
             seen.append(frozenset(now))
-            gevent.sleep(0.03)
+            gevent.sleep(0.05)
             now.discard(host.name)
 
-    gevent.joinall([gevent.spawn(switch, host) for host in hosts], raise_error=True, timeout=10)
+    gevent.joinall([gevent.spawn(switch, host) for host in hosts], raise_error=True, timeout=120)
     return max(map(len, seen)), order
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from llamafleet.tuning.record import Tuned
-from llamafleet.tuning.tried import tried
+from llamafleet.tuning.tried import NotRun, not_run, tried, why_ended
 from tests.reporting import trial
 from tests.tuning.test_record import value
 
@@ -78,3 +78,19 @@ def test_a_trial_that_cannot_be_used_is_left_out(broken):
 def test_a_record_without_trials_says_nothing(trials):
     record = Tuned.of(value())
     assert tried(replace(record, raw={"trials": trials})) == () and tried(replace(record, raw={})) == ()
+
+
+def test_what_did_not_fit_was_not_run_and_says_why():
+    record = Tuned.of({**value(), "not_run": [{"label": "4 slots", "why": "it does not fit"}, {"label": 5}, None]})
+    assert not_run(record) == (NotRun("4 slots", "it does not fit"),)
+    assert not_run(Tuned.of(value())) == () == not_run(Tuned.of({**value(), "not_run": {"label": "x"}}))
+
+
+def test_the_end_names_candidates_by_their_labels():
+    trials = [trial(*SHIPPED, 10.0), trial(3, "2 threads", 9.9)]
+    record = Tuned.of({**value(), "trials": trials, "why": "candidate 3: not proven faster in 19 pairs"})
+    assert why_ended(record) == "2 threads: not proven faster in 19 pairs"
+    assert (
+        why_ended(Tuned.of({**value(), "why": "candidate 7 failed in the final"})) == "candidate 7 failed in the final"
+    )
+    assert why_ended(Tuned.of(value())) == "" == why_ended(Tuned.of({**value(), "why": 5}))
