@@ -20,8 +20,8 @@ from tasks.lib import certificates
 
 T = TypeVar("T")
 
-# Of the text of a tune's prompts: more than any context holds.
-MOST_TUNE_PROMPT = 4 * 2**20
+# Of the text of a tune's prompts, as much as the host reads (tune.py): more than most contexts hold.
+MOST_TUNE_PROMPT = 2**20
 
 
 class LookupFailed(Exception):

@@ -19,13 +19,13 @@ from llamafleet.host import answers
 from llamafleet.planner.result import Refusal
 from llamafleet.remote.common import RUN, TUNED, tuned_path
 from llamafleet.service import tune
-from llamafleet.service.desired import with_record
+from llamafleet.service.desired import Desired, with_record
 from llamafleet.service.tune import Subject
 from llamafleet.tuning.race import Batch, Verdict
 from llamafleet.tuning.record import Tuned, record_text
 from llamafleet.tuning.records import Kept, in_words, read
 from llamafleet.tuning.search import Course, Measured, progress
-from tasks.lib import decision, jobs, lookups, memory_check, records, remote, sending, templates
+from tasks.lib import decision, jobs, lookups, memory_check, records, remote, sending, switching, templates
 from tasks.lib.decision import READ_ERRORS, Decision
 from tasks.lib.this_run import this_run
 
@@ -37,10 +37,29 @@ END_SECONDS = 600.0  # to start a service again, which loads its model
 
 def tune_instance(state: State, host: Host, name: str, *, installs: bool) -> bool:
     """Measure the instance, write its record, and go on with the plan that follows. `installs`: a later stage of the
-    run installs that. False where the host fails."""
+    run installs that. False where the host fails. Where a running service is stopped for it, that is done in the host's
+    turn, as for a switch."""
     now = decision.decision()
     assert now is not None, "a host that was refused measures nothing"
-    wish = next(one for one in tune.wishes(now.desired, as_set=installs) if one.name == name)
+    if not _wish(now, name, installs).is_measured or not _stops(now.desired, name):
+        return _tune(state, host, name, installs=installs)
+    with switching.turn(host, [name], now.desired.settings.switch_at_once):
+        return _tune(state, host, name, installs=installs)
+
+
+def _wish(now: Decision, name: str, installs: bool) -> tune.Wish:
+    return next(one for one in tune.wishes(now.desired, as_set=installs) if one.name == name)
+
+
+def _stops(desired: Desired, name: str) -> bool:
+    """Whether the instance has a service that may be stopped."""
+    return desired.settings.tune_stops_service and name in desired.installed.instances
+
+
+def _tune(state: State, host: Host, name: str, *, installs: bool) -> bool:
+    now = decision.decision()
+    assert now is not None, "as above"
+    wish = _wish(now, name, installs)
     if not wish.is_measured:  # another instance of this run is alike, and was measured meanwhile
         host.log(f"{name} is not measured: {wish.why}")
         return True
@@ -58,18 +77,25 @@ def tune_instance(state: State, host: Host, name: str, *, installs: bool) -> boo
         return True
     record = tune.record(one, course, trials, time.time())
     if record is None:
-        errors = dict.fromkeys(trial["error"] for trial in trials if trial["error"])
-        told = "; ".join(list(errors)[-3:]) or course.step.why
-        host.log(
-            f"{name}: nothing could be measured, so that its plan stays: {told}; where a trial needs more time, set a "
-            "larger tune_minutes", logger.warning,
-        )  # fmt: skip
+        _forget(host, name, course.step, trials)
         return installs or remote.fail(host, f"{name}: nothing could be measured")
     _write(host, name, record)
     used = Tuned.of(json.loads(json.dumps(record)))
     assert used is not None, "a record is read as it was written"
     host.log(f"{name}: {in_words(used)}; {course.step.why}; {len(trials)} trials")
     return _go_on(host, now, name, record, installs=installs)
+
+
+def _forget(host: Host, name: str, verdict: Verdict, trials: Sequence[answers.Trial]) -> None:
+    """Say why nothing could be measured, and let the next run begin anew."""
+    errors = dict.fromkeys(trial["error"] for trial in trials if trial["error"])
+    told = "; ".join(list(errors)[-3:]) or verdict.why
+    host.log(
+        f"{name}: nothing could be measured, so that its plan stays: {told}; where a trial needs more time, set a "
+        "larger tune_minutes", logger.warning,
+    )  # fmt: skip
+    path = f"{tune.folder(name)}/trials.jsonl"
+    remote.run(host, remote.HostCommand(["rm", "-f", path], purpose="rm"))
 
 
 def _measured(state: State, host: Host, one: Subject) -> tuple[Course, Sequence[answers.Trial], str]:
@@ -127,7 +153,7 @@ def _send_texts(host: Host, one: Subject) -> None:
 
 def _put_back(host: Host, one: Subject) -> None:
     """Let the service that was stopped run again at once; where this cannot be said, the host does it by itself."""
-    if not one.desired.settings.tune_stops_service or one.name not in one.desired.installed.instances:
+    if not _stops(one.desired, one.name):
         return
     try:
         ok, out, err = remote.run(host, remote.program("tune.py", "end", one.name, seconds=END_SECONDS))

@@ -1,5 +1,6 @@
 """A tune from its first batch to the record, with a host that answers as `tune.py` does."""
 
+import contextlib
 import json
 import types
 
@@ -11,7 +12,7 @@ from llamafleet.service import tune
 from llamafleet.tuning.candidates import SHIPPED
 from llamafleet.tuning.record import Tuned
 from llamafleet.tuning.records import Kept
-from tasks.lib import decision, jobs, lookups, memory_check, records, remote, sending, tuning
+from tasks.lib import decision, jobs, lookups, memory_check, records, remote, sending, switching, tuning
 from tasks.lib.decision import Decision, changes_needed
 from tests.planning import argument
 from tests.service.test_changes import INSTANCE
@@ -27,8 +28,15 @@ class Box:
 
     def __init__(self, seconds):
         self.name, self.lines, self.failed = "box1", [], []
-        self.trials, self.files, self.ended = {}, {}, []
+        self.trials, self.files, self.ended, self.turns = {}, {}, [], []
         self.jobs, self.seconds, self.exit, self.quits, self.disturbed = [], seconds, DONE, None, None
+        self.took = 4.0
+
+    @contextlib.contextmanager
+    def turn(self, host, names, at_once):
+        self.turns.append((names, at_once))
+        yield
+        self.turns.append(f"ended {', '.join(self.ended)}")
 
     def log(self, text, *_):
         self.lines.append(text)
@@ -42,6 +50,10 @@ class Box:
         return read(json.dumps(self.trials.get((name, key), [])))
 
     def run(self, host, command):
+        if command.words[0] == "rm":
+            assert command.words[-1] == "/var/lib/llamafleet/tune/m0/trials.jsonl"
+            self.trials.clear()
+            return True, [], []
         if command.words[-2:-1] == ["end"]:
             self.ended.append(command.words[-1])
             return True, [], []
@@ -56,7 +68,7 @@ class Box:
             return self.exit
         there = self.trials.setdefault((spec["instance"], spec["key"]), [])
         for one in spec["trials"]:
-            if sum(each["took_seconds"] for each in there) + 4.0 > spec["budget_seconds"]:
+            if sum(each["took_seconds"] for each in there) + self.took * bool(there) > spec["budget_seconds"]:
                 break
             if self.quits == len(there):
                 raise KeyboardInterrupt
@@ -66,7 +78,7 @@ class Box:
                 seconds = self.seconds(one["argv"])
                 there.append({
                     **{key: one[key] for key in ("id", "candidate", "label", "stage")}, "seconds": seconds,
-                    "error": None if seconds else "it crashed", "took_seconds": 4.0, "prompt_tokens_per_s": 1.0,
+                    "error": None if seconds else "it crashed", "took_seconds": self.took, "prompt_tokens_per_s": 1.0,
                     "decode_tokens_per_s": 2.0, "spread": 1.0,
                 })  # fmt: skip
         return DONE
@@ -83,6 +95,7 @@ def box(monkeypatch, tmp_path):
     monkeypatch.setattr(jobs, "ended", one.job)
     monkeypatch.setattr(jobs, "hold", lambda state, host: True)
     monkeypatch.setattr(memory_check, "check_plans", lambda host: True)
+    monkeypatch.setattr(switching, "turn", one.turn)
     monkeypatch.setattr(records, "folder", lambda: tmp_path / "tuned")
     monkeypatch.setattr(decision, "_decisions", {})
     monkeypatch.setattr(decision, "_locks", {one: decision.RLock()})
@@ -165,6 +178,14 @@ def test_where_nothing_runs_there_is_no_record_and_the_plan_stays(box, tmp_path)
     assert measure(box) is True and measure(box, installs=False) is False
     assert decision.of(box) is before and not (tmp_path / "tuned").exists()
     assert any("nothing could be measured, so that its plan stays: it crashed" in line for line in box.lines)
+    box.seconds = lambda argv: 2.0
+    assert measure(box) and kept(tmp_path)["trials"][0]["seconds"] == 2.0  # begun anew
+
+
+def test_a_first_trial_that_takes_all_the_time_ends_the_tune(box, tmp_path):
+    box.took = 700.0
+    assert measure(box) and not (tmp_path / "tuned").exists() and len(box.jobs) == 1
+    assert "the time was over before anything was proven" in box.lines[-1] and box.trials == {}
 
 
 @pytest.mark.parametrize(("code", "why"), [(3, "its service runs"), (4, "the window is over"), (5, "another run")])
@@ -275,3 +296,15 @@ def test_only_what_is_to_be_measured_needs_the_host_s_programs_of_this_version(b
     now = Decision(desired, changes_needed(desired, desired.installed))
     assert now.changes.helpers and tune.to_measure(desired, as_set=True) == ("m0",)
     assert decision._is_missing("helpers", now, "tune") and not decision._is_missing("helpers", now, "service")
+
+
+def test_a_running_service_is_stopped_in_the_host_s_turn_and_runs_again_at_its_end(box):
+    decide(box, survey(instances={"m0": INSTANCE}), tune_stops_service=True, switch_at_once=3)
+    assert measure(box) and box.turns == [(["m0"], 3), "ended m0"]
+    assert measure(box) and len(box.turns) == 2  # it is measured already
+
+
+@pytest.mark.parametrize("asked", [{"tune_stops_service": True}, {"tune_stops_service": False}])
+def test_where_nothing_is_stopped_nobody_is_waited_for(box, asked):
+    decide(box, survey(instances={} if asked["tune_stops_service"] else {"m0": INSTANCE}), **asked)
+    assert measure(box) and box.turns == []
