@@ -19,12 +19,14 @@ from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.host import Host
 
 from llamafleet.cli import reported
-from llamafleet.cli.report import page
+from llamafleet.cli.report import Page, page
 from llamafleet.cli.reported import HostFacts
 from llamafleet.printable import err, one_line, out
 from tasks.lib import ends, records, state
 from tasks.lib import page as drawing
 from tasks.lib.over_hosts import over_hosts
+
+MANY_CHARTS = 100  # that take some seconds
 
 
 def look(host: Host) -> HostFacts | str:
@@ -51,8 +53,7 @@ def main(arguments: list[str]) -> int:
         hosts = {
             name: reported.not_read(name, one, kept) if isinstance(one, str) else one for name, one in found.items()
         }
-        text = drawing.html(page(f"llamafleet: {options.inventory.name}", hosts, time.time()))
-        records.replace_file(options.output, text)
+        records.replace_file(options.output, drawn(page(f"llamafleet: {options.inventory.name}", hosts, time.time())))
     except PyinfraError as error:
         err(f"llamafleet: {options.inventory}: {error}")
         return 2
@@ -64,6 +65,14 @@ def main(arguments: list[str]) -> int:
         return 2
     out(said(options.output, hosts))
     return 1 if any(one.machine is None for one in hosts.values()) else 0
+
+
+def drawn(shown: Page) -> str:
+    """The page as HTML; of many charts, which take a while, their number is said before."""
+    charts = sum(len(one.figures) for host in shown.hosts for one in host.instances)
+    if charts > MANY_CHARTS:
+        err(f"llamafleet: {len(shown.hosts)} hosts are read; drawing {charts} charts")
+    return drawing.html(shown)
 
 
 def said(path: Path, hosts: dict[str, HostFacts]) -> str:

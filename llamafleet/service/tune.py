@@ -31,7 +31,7 @@ from llamafleet.tuning.candidates import PLANNED_NUMBER, Candidate, Lost, Planne
 from llamafleet.tuning.race import BASELINE, Batch, Trial, Verdict
 from llamafleet.tuning.record import SCHEMA, Tuned
 from llamafleet.tuning.records import Tuning
-from llamafleet.tuning.search import Course, Measured, affordable, course, installed
+from llamafleet.tuning.search import Course, Measured, affordable, course, installed, over
 
 # Trials that tell how long one takes, before it is decided how many candidates the budget has time for.
 FIRST = 2
@@ -132,11 +132,12 @@ class Subject:
     def course(self, measured: Sequence[Measured]) -> Course:
         """What comes next. The first trials, of the baseline and the planner's best, tell how many candidates there is
         time for."""
+        took = [one.took_seconds for one in measured]
         if len(measured) < FIRST:
-            step = Batch(tuple(range(len(measured), FIRST)), 1)
-            return Course(self.found, step, FIRST)
-        typical = max(one.took_seconds for one in measured[:FIRST])
-        some = affordable(self.found, self.budget_seconds, typical)
+            spent = bool(took) and sum(took) + median(took) > self.budget_seconds
+            first = Batch(tuple(range(len(measured), FIRST)), 1)
+            return Course(self.found, over([one.trial for one in measured]) if spent else first, FIRST)
+        some = affordable(self.found, self.budget_seconds, max(took[:FIRST]))
         return course(self.tuning.asked, self.planner, some, measured, self.budget_seconds)
 
     def trial_seconds(self, measured: Sequence[Measured]) -> float:
@@ -273,6 +274,8 @@ def record(one: Subject, now: Course, trials: Sequence[answers.Trial], ended: fl
         "baseline": {"label": now.candidates[BASELINE].label, "seconds": base},
         "candidates": [{"label": each.label, "settings": dict(each.settings), "argv": list(each.plan.argv)}
                        for each in now.candidates],
+        # By it and the trials of the planner's best, rates of the host are learnt: tuning/rates.py.
+        "expected": at.to_json() if (at := now.candidates[PLANNED_NUMBER].plan.at_work) else None,
         "not_run": [{"label": each.label, "why": each.why} for each in one.lost],
         "trials": [dict(each) for each in trials],
     }  # fmt: skip

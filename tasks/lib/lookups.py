@@ -20,8 +20,8 @@ from tasks.lib import certificates
 
 T = TypeVar("T")
 
-# Of the text of a tune's prompts: more than any context holds.
-MOST_TUNE_PROMPT = 4 * 2**20
+# Of the text of a tune's prompts, as much as the host reads (tune.py): more than most contexts hold.
+MOST_TUNE_PROMPT = 2**20
 
 
 class LookupFailed(Exception):
@@ -47,6 +47,12 @@ def once(key: Hashable, look_up: Callable[[], T]) -> T:
         raise _known[key]
     result: T = _known[key]
     return result
+
+
+def forget_failures() -> None:
+    """Let what could not be looked up be tried again."""
+    for key in [key for key, value in _known.items() if isinstance(value, Exception)]:
+        del _known[key]
 
 
 def commit(settings: Settings) -> str:

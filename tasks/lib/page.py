@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from llamafleet.cli.report import Page
 from llamafleet.printable import one_line
@@ -25,7 +25,10 @@ MISSING = (
     "the charts of a report need the package vl-convert-python, which is not installed: "
     'pip install "llamafleet[report]", or pip install "vl-convert-python>=1.9"'
 )
+NOT_DRAWN = "This chart cannot be drawn; its numbers are below."
 MOST_OPEN = 8  # hosts that are shown unfolded
+MOST_LABEL = 200  # characters of a text in a chart, of which some 40 have room
+_OUTSIDE_BMP = re.compile("[^\\u0000-\\uffff]")
 _SVG = re.compile(r'<svg [^>]*viewBox="([\d. -]+)"[^>]*>')
 _ROOT = r'<svg class="chart" aria-hidden="true" viewBox="\1">'  # what it shows is said beside it
 # Half of what Vega writes is for scripts and readers that this page leaves out, or draws nothing.
@@ -66,10 +69,13 @@ def _shown(value: Any) -> Any:
 
 
 def drawn(chart: Mapping[str, Any]) -> Markup:
-    """The chart as an SVG element, which takes its size and its colours from the page."""
+    """The chart as an SVG element, which takes its size and its colours from the page; a sentence where Vega fails."""
     import vl_convert
 
-    text = vl_convert.vegalite_to_svg(json.dumps(_cleaned(chart)), allowed_base_urls=[])
+    try:
+        text = vl_convert.vegalite_to_svg(json.dumps(_cleaned(chart)), allowed_base_urls=[])
+    except ValueError:  # a text that no test has: the rest of the page is shown
+        return escape(NOT_DRAWN)
     text = _ELEMENT.sub(_shortened, _IDLE.sub("", text))
     return Markup(_SVG.sub(_ROOT, text, count=1))  # noqa: S704 -- Vega escapes the texts
 
@@ -79,9 +85,10 @@ def _shortened(found: re.Match[str]) -> str:
 
 
 def _cleaned(value: Any) -> Any:
-    """The chart with texts that show as they are: at a control character in one, what draws would end this process."""
+    """The chart with texts that can be drawn; the table beside it has all of each. At a control character what draws
+    would end this process, and Vega cuts a long text within a character of two UTF-16 units, which is an error."""
     if isinstance(value, Mapping):
         return {key: _cleaned(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [_cleaned(one) for one in value]
-    return _shown(value)
+    return _OUTSIDE_BMP.sub("\ufffd", one_line(value[:MOST_LABEL])) if isinstance(value, str) else value

@@ -77,18 +77,25 @@ def _tune(state: State, host: Host, name: str, *, installs: bool) -> bool:
         return True
     record = tune.record(one, course, trials, time.time())
     if record is None:
-        errors = dict.fromkeys(trial["error"] for trial in trials if trial["error"])
-        told = "; ".join(list(errors)[-3:]) or course.step.why
-        host.log(
-            f"{name}: nothing could be measured, so that its plan stays: {told}; where a trial needs more time, set a "
-            "larger tune_minutes", logger.warning,
-        )  # fmt: skip
+        _forget(host, name, course.step, trials)
         return installs or remote.fail(host, f"{name}: nothing could be measured")
     _write(host, name, record)
     used = Tuned.of(json.loads(json.dumps(record)))
     assert used is not None, "a record is read as it was written"
     host.log(f"{name}: {in_words(used)}; {course.step.why}; {len(trials)} trials")
     return _go_on(host, now, name, record, installs=installs)
+
+
+def _forget(host: Host, name: str, verdict: Verdict, trials: Sequence[answers.Trial]) -> None:
+    """Say why nothing could be measured, and let the next run begin anew."""
+    errors = dict.fromkeys(trial["error"] for trial in trials if trial["error"])
+    told = "; ".join(list(errors)[-3:]) or verdict.why
+    host.log(
+        f"{name}: nothing could be measured, so that its plan stays: {told}; where a trial needs more time, set a "
+        "larger tune_minutes", logger.warning,
+    )  # fmt: skip
+    path = f"{tune.folder(name)}/trials.jsonl"
+    remote.run(host, remote.HostCommand(["rm", "-f", path], purpose="rm"))
 
 
 def _measured(state: State, host: Host, one: Subject) -> tuple[Course, Sequence[answers.Trial], str]:

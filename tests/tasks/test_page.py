@@ -4,6 +4,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import vl_convert
 
 from llamafleet.cli import charts
 from llamafleet.tuning.tried import Range
@@ -122,6 +123,28 @@ def test_a_text_of_a_chart_is_left_as_it_is():
     told = 'a 1.23456 role="img" opacity="1" & <g role="x"> 2.5'
     chart = charts.bars([charts.Bar(told, Range(1.0, 1.0, 1.0))], "x", one=True)
     assert told in "".join(Elements(page.drawn(chart)).texts)
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["\U0001f600" * 60, "x" + "\U0001f600" * 60, "\ud800" * 60, "a\x00b\x1b[1m\u202e", "x" * 60_000, "\\", "\u0301" * 90,
+     "日本語" * 40, "\u05d0" * 90, "]]><!-- &#0; ${1} {{x}}", "", "\n\t"],
+)  # fmt: skip
+def test_whatever_a_label_is_its_chart_is_drawn(label):
+    """Long ones are cut by Vega, at any of its UTF-16 units."""
+    bars = [charts.Bar(label, Range(1.0, 0.9, 1.1)), charts.Bar("the plan", Range(2.0, 1.9, 2.1))]
+    assert "the plan" in "".join(Elements(page.drawn(charts.bars(bars, "x", one=True))).texts)
+
+
+def test_a_chart_that_cannot_be_drawn_is_a_sentence(monkeypatch):
+    def fails(*arguments, **more):
+        raise ValueError("Vega-Lite to SVG conversion failed")
+
+    monkeypatch.setattr(vl_convert, "vegalite_to_svg", fails)
+    elements = Elements(page.html(reporting.report({"cpu1": reporting.cpu_box()})))
+    assert (
+        elements.all("svg") == [] and "".join(elements.texts).count(page.NOT_DRAWN) == len(elements.all("figure")) > 3
+    )
 
 
 def test_few_hosts_are_unfolded_and_many_are_not(pages):

@@ -48,6 +48,14 @@ def test_a_host_that_does_not_answer_is_in_the_page_with_what_was_measured_there
     assert text.startswith("<!doctype html>") and text.endswith("</html>\n") and "<svg" in text
 
 
+def test_of_many_charts_their_number_is_said_before_they_are_drawn(tmp_path, hosts, monkeypatch, capsys):
+    hosts |= {f"box{n}": hosts["cpu1"] for n in range(30)}
+    monkeypatch.setattr(report.drawing, "html", lambda page: "drawn")
+    assert run(tmp_path) == 0 and (tmp_path / "report.html").read_text() == "drawn"
+    charts = 31 * len(reporting.report({"cpu1": hosts["cpu1"]}).hosts[0].instances[0].figures)
+    assert capsys.readouterr().err == f"llamafleet: 31 hosts are read; drawing {charts} charts\n"
+
+
 def test_where_all_hosts_were_read_the_exit_status_is_0(tmp_path, hosts, capsys):
     assert run(tmp_path) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}: 1 host, 1 as they should be\n"

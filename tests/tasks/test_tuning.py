@@ -30,6 +30,7 @@ class Box:
         self.name, self.lines, self.failed = "box1", [], []
         self.trials, self.files, self.ended, self.turns = {}, {}, [], []
         self.jobs, self.seconds, self.exit, self.quits, self.disturbed = [], seconds, DONE, None, None
+        self.took = 4.0
 
     @contextlib.contextmanager
     def turn(self, host, names, at_once):
@@ -49,6 +50,10 @@ class Box:
         return read(json.dumps(self.trials.get((name, key), [])))
 
     def run(self, host, command):
+        if command.words[0] == "rm":
+            assert command.words[-1] == "/var/lib/llamafleet/tune/m0/trials.jsonl"
+            self.trials.clear()
+            return True, [], []
         if command.words[-2:-1] == ["end"]:
             self.ended.append(command.words[-1])
             return True, [], []
@@ -63,7 +68,7 @@ class Box:
             return self.exit
         there = self.trials.setdefault((spec["instance"], spec["key"]), [])
         for one in spec["trials"]:
-            if sum(each["took_seconds"] for each in there) + 4.0 > spec["budget_seconds"]:
+            if sum(each["took_seconds"] for each in there) + self.took * bool(there) > spec["budget_seconds"]:
                 break
             if self.quits == len(there):
                 raise KeyboardInterrupt
@@ -73,7 +78,7 @@ class Box:
                 seconds = self.seconds(one["argv"])
                 there.append({
                     **{key: one[key] for key in ("id", "candidate", "label", "stage")}, "seconds": seconds,
-                    "error": None if seconds else "it crashed", "took_seconds": 4.0, "prompt_tokens_per_s": 1.0,
+                    "error": None if seconds else "it crashed", "took_seconds": self.took, "prompt_tokens_per_s": 1.0,
                     "decode_tokens_per_s": 2.0, "spread": 1.0,
                 })  # fmt: skip
         return DONE
@@ -173,6 +178,14 @@ def test_where_nothing_runs_there_is_no_record_and_the_plan_stays(box, tmp_path)
     assert measure(box) is True and measure(box, installs=False) is False
     assert decision.of(box) is before and not (tmp_path / "tuned").exists()
     assert any("nothing could be measured, so that its plan stays: it crashed" in line for line in box.lines)
+    box.seconds = lambda argv: 2.0
+    assert measure(box) and kept(tmp_path)["trials"][0]["seconds"] == 2.0  # begun anew
+
+
+def test_a_first_trial_that_takes_all_the_time_ends_the_tune(box, tmp_path):
+    box.took = 700.0
+    assert measure(box) and not (tmp_path / "tuned").exists() and len(box.jobs) == 1
+    assert "the time was over before anything was proven" in box.lines[-1] and box.trials == {}
 
 
 @pytest.mark.parametrize(("code", "why"), [(3, "its service runs"), (4, "the window is over"), (5, "another run")])
