@@ -30,7 +30,7 @@ def host(boot, outside, tmp_path_factory):
     """A host that serves a tiny model."""
     [made] = boot(1, f"{PREFIX}tune", 47, packages=oracle_build.COMPILER)
     inventory = tmp_path_factory.mktemp("tune") / "inventory.py"
-    deploying.write_inventory(inventory, [(made, deploying.settings(outside, made))])
+    deploying.write_inventory(inventory, [(made, deploying.settings(outside, made, model={"slots": 2}))])
     with oracle_build.compiling():
         done = pyinfra(inventory)
     assert done.code == 0, done.text

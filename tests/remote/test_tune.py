@@ -293,6 +293,15 @@ def test_a_batch_ends_where_another_run_takes_the_host(machine, run, monkeypatch
     assert [one["label"] for one in run("a", "b", "c", run="other")] == ["a", "b", "c"]
 
 
+def test_a_trial_under_way_ends_when_somebody_comes(machine, run, monkeypatch):
+    machine.hangs.add("a")
+    monkeypatch.setattr(tune_watch, "forget", lambda unit: machine.crashes.update({"a": "stopped"}))
+    monkeypatch.setattr(lock, "read", lambda: {"run": "other" if machine.started else "mine", "who": "eve"})
+    began = time.monotonic()
+    assert run("a", run="mine", code=5, trial_seconds=100.0) == []
+    assert time.monotonic() - began < 60
+
+
 def test_a_run_that_joins_the_batch_goes_on_with_it(machine, run, monkeypatch, tmp_path):
     def joined():
         if machine.started:
