@@ -140,8 +140,8 @@ def servers(
     found.sort()
     if not found and not problems:
         problems.append(
-            f"{gateway}: the gateway has no server: no host of the run serves a model, and it knows of none. Run it with "
-            "the hosts that serve, without --limit"
+            f"{gateway}: the gateway has no server: no host of the run serves a model, and it knows of none. Run it "
+            "with the hosts that serve, without --limit"
         )
     problems += _problems(gateway, settings, found, secrets, {member.name: member for member in members})
     return Found(tuple(found), tuple(problems), tuple(notes))
