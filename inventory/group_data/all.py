@@ -327,8 +327,10 @@ gateway_session_headers = [
     "X-Session-Affinity",
     "X-Claude-Code-Session-Id",
     "X-OpenWebUI-Chat-Id",
+    "X-Hermes-Session-Id",
+    "X-Opencode-Session",
+    "Session-Id",
     "Session_id",
-    "Conversation_id",
 ]
 # The longest that a request waits for a free slot, seconds, and the most that wait for one model. The others are told
 # to come back later: 503 with Retry-After.

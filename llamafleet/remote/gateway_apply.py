@@ -124,7 +124,7 @@ def take(staged: str, digest: str) -> str:
 
 def check(config: str) -> None:
     """Raises `Failed` with what HAProxy finds wrong, and removes the folder."""
-    done = subprocess.run([HAPROXY, "-c", "-q", "-f", config], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    done = subprocess.run([HAPROXY, "-c", "-f", config], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True)  # fmt: skip
     if done.returncode:
         lines = [line for line in done.stdout.splitlines() if "[ALERT]" in line] or done.stdout.splitlines()
