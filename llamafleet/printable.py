@@ -81,6 +81,11 @@ def out(text: str) -> None:
     _write(sys.stdout, finished(text) + "\n")
 
 
+def redraw(text: str) -> None:
+    """As `out`, on a terminal that is cleared (ECMA-48: CUP, ED)."""
+    _write(sys.stdout, "\x1b[H\x1b[2J" + finished(text) + "\n")
+
+
 def err(text: str, end: str = "\n") -> None:
     """Print a message on standard error, cleaned."""
     _write(sys.stderr, finished(text) + end)

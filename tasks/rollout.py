@@ -139,6 +139,7 @@ def tell_gateways(
     def act(state: State) -> None:
         load_func(state, stages.gateway)
         if not dry and not state.failed_hosts:
+            gateway_drains.put_back(state, rollout)
             _execute(state)
             missing.update(gateway_drains.not_up(state, names))
 
@@ -153,8 +154,11 @@ def roll_out(inventory: Path, rollout: Rollout) -> End:
         logger.info(f"--> {rollout.title(number).capitalize()}")
         wave = deploy(inventory, names, rollout.hosts)
         failed = dict(wave.failed)
-        if wave.was_executed:
-            failed |= tell_gateways(inventory, set(names) - set(failed), rollout.hosts)
+        if (
+            wave.was_executed
+        ):  # at the end of all hosts: an earlier rollout may have ended before its gateways were told
+            told = rollout.hosts if number == len(rollout.waves) else names
+            failed |= tell_gateways(inventory, set(told) - set(failed), rollout.hosts)
         if failed:
             return End(rollout, number, failed, wave.was_executed)
     return End(rollout, len(rollout.waves))

@@ -12,9 +12,10 @@ from functools import cache
 from unittest import mock
 
 from llamafleet.cli import tables
+from llamafleet.cli.fleet_status import page as table
 from llamafleet.cli.report import page
 from llamafleet.cli.reported import host_facts
-from llamafleet.cli.status import Wanted, of_host, table
+from llamafleet.cli.status import Wanted, of_host
 from llamafleet.cli.workload import HostWorkload, InstanceWorkload
 from llamafleet.cli.workload import table as workload_table
 from llamafleet.host import answers

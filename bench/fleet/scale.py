@@ -44,6 +44,7 @@ RUNS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "connect": ([PYINFRA, "-y"], ["bench/fleet/nothing.py"]),
     "deploy": ([PYINFRA, "-y"], ["deploy.py"]),
     "status": ([sys.executable, "-m", "tasks.status"], []),
+    "rollout --dry": ([sys.executable, "-m", "tasks.rollout"], ["--dry"]),
 }
 
 

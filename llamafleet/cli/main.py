@@ -56,6 +56,7 @@ __all__ = ["default_data", "main", "parse_changes", "settings_for"]
 
 PLANNED, BAD_INPUT, REFUSED, INTERRUPTED = 0, 2, 3, 130
 END_SECONDS = 5.0  # after Ctrl-C, for a run over an inventory
+WATCH_SECONDS, MOST_WATCH_SECONDS = 10, 86400
 READERS = 8  # headers read at the same time; limited so as not to burden the server
 SIBLINGS_TRIED = 3  # quantisations of a refused model's repository that are planned, largest first
 BAD_INPUT_ERRORS = (
@@ -127,7 +128,13 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="show the state of hosts", description=status_command.__doc__)
     status.add_argument("--inventory", type=Path, required=True, help="a pyinfra inventory")
     status.add_argument("--limit", help="show only this host or group")
-    status.add_argument("--json", action="store_true", help="print all data as JSON")
+    status.add_argument("--json", action="store_true", help="print all data as JSON; with --watch a line for each look")
+    status.add_argument("--all", action="store_true", help="show each host, also those that are fine and alike")
+    status.add_argument(
+        "--watch", nargs="?", const=WATCH_SECONDS, type=_watch_seconds, metavar="SECONDS",
+        help=f"look again and again, until Ctrl-C; without SECONDS every {WATCH_SECONDS} s. On a terminal the page is"
+        " drawn anew, else what changes is printed, a line each",
+    )  # fmt: skip
     status.set_defaults(run=status_command)
     tuned = commands.add_parser("tuned", help="show what was measured where", description=tuned_command.__doc__)
     tuned.add_argument("--inventory", type=Path, required=True, help="a pyinfra inventory")
@@ -168,10 +175,19 @@ def tuned_command(options: argparse.Namespace) -> int:
     return _on_inventory("tasks.tuned", options)
 
 
+def _watch_seconds(text: str) -> int:
+    """Of `--watch`. Raises ArgumentTypeError."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= MOST_WATCH_SECONDS:
+        raise argparse.ArgumentTypeError(f"should be whole seconds, 1 to {MOST_WATCH_SECONDS}, is {text!r}")
+    return int(text)
+
+
 def status_command(options: argparse.Namespace) -> int:
-    """Show for every instance of every host: plan, memory, speed, restarts, last gate, drift. Nothing is changed. Exit
-    status 0 if every instance is fine, else 1."""
-    return _on_inventory("tasks.status", options)
+    """Show how many hosts are in which state, how many servers of each model are up, and what differs; then for every
+    instance plan, memory, speed, restarts, last gate and drift, the worst hosts first. Hosts that are fine and alike
+    share a line. Nothing is changed. Exit status 0 if every instance is fine, else 1."""
+    words = ["--all"] if options.all else []
+    return _on_inventory("tasks.status", options, *words, *([f"--watch={options.watch}"] if options.watch else []))
 
 
 def workload_command(options: argparse.Namespace) -> int:

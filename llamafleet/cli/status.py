@@ -10,7 +10,6 @@ from typing import Any
 from llamafleet.host.answers import Gate, LiveInstance
 from llamafleet.host.installed import Installed, InstalledInstance
 from llamafleet.host.recorded import PlanRecord
-from llamafleet.printable import one_line
 from llamafleet.units import MIB
 
 GIB = 1024 * MIB
@@ -18,6 +17,10 @@ ASLEEP = "asleep"  # active, with its model's memory free until the next request
 COLUMNS = ("host", "instance", "state", "plan", "RAM", "GPU", "tok/s", "restarts", "last gate", "drift")
 ON_DEMAND = "on demand, {}"  # of a server that runs while it is used
 FINE = ("active", ASLEEP, *map(ON_DEMAND.format, ("stopped", "up", ASLEEP, "activating", "deactivating")))
+# Of a host, the worst first.
+STATES = CANNOT_BE_READ, NOT_SERVING, GATE_FAILED, HAS_A_PROBLEM, DIFFERS, AS_WANTED = (
+    "cannot be read", "not serving", "failed its gate", "has a problem", "differs", "fine",
+)  # fmt: skip
 LARGEST_SPEED = 1e12  # tokens/s: more is a damaged record
 NOT_KNOWN = LiveInstance(rss_bytes=None, cgroup_bytes=None, gpu_bytes={}, since="", gate=None)
 
@@ -44,11 +47,17 @@ class InstanceStatus:
     verified: bool  # did llama-server report its memory before the plan was installed?
     drift: tuple[str, ...]
     tuned: Mapping[str, Any] = field(default_factory=dict)  # what measurements say of it, see service/measured.py
+    source: str = ""  # of its model; empty where it is not installed, or the record does not say it
+
+    @property
+    def is_up(self) -> bool:
+        """Does it answer requests, or will at the next one?"""
+        return self.state in FINE
 
     @property
     def is_fine(self) -> bool:
         """Is it active, without drift, and did it pass its last gate?"""
-        return self.state in FINE and not self.drift and (self.gate is None or self.gate.ok)
+        return self.is_up and not self.drift and (self.gate is None or self.gate.ok)
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -65,6 +74,20 @@ class HostStatus:
     problem: str = ""
     free_bytes: Mapping[str, int] = field(default_factory=dict)  # of the disks of our folders, by path
     problems: tuple[str, ...] = ()  # what the probe found wrong with the host, each with the way out
+    # Of a host that could not be read: the sources of the instances that the inventory names, by their names.
+    expected: Mapping[str, str] = field(default_factory=dict)
+    is_compared: bool = False  # with the inventory: else its drift is not known
+
+    @property
+    def state(self) -> str:
+        """One of STATES."""
+        if self.problem and not self.instances and not self.free_bytes:
+            return CANNOT_BE_READ
+        if not all(one.is_up for one in self.instances):
+            return NOT_SERVING
+        if not all(one.gate is None or one.gate.ok for one in self.instances):
+            return GATE_FAILED
+        return HAS_A_PROBLEM if self.problem else AS_WANTED if self.is_fine else DIFFERS
 
     @property
     def is_fine(self) -> bool:
@@ -74,7 +97,8 @@ class HostStatus:
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
         instances = {instance.name: instance.to_json() for instance in self.instances}
-        return {"fine": self.is_fine, "problem": self.problem, "drift": list(self.drift), "instances": instances,
+        return {"fine": self.is_fine, "state": self.state, "problem": self.problem, "drift": list(self.drift),
+                "instances": instances,
                 "free_bytes": dict(self.free_bytes), "problems": list(self.problems)}  # fmt: skip
 
 
@@ -98,7 +122,7 @@ def of_host(
     there = installed.instances
     names = [*there, *(name for name in (wanted.services if wanted else ()) if name not in there)]
     instances = tuple(_instance(name, there.get(name), live.get(name, NOT_KNOWN), wanted) for name in names)
-    return HostStatus(instances, wanted.host if wanted else (), problem)
+    return HostStatus(instances, wanted.host if wanted else (), problem, is_compared=wanted is not None)
 
 
 def _instance(
@@ -127,6 +151,7 @@ def _instance(
         verified=bool(record.verified and record.verified.binary_bytes),
         drift=drift,
         tuned=wanted.tuned.get(name, {}) if wanted else {},
+        source=record.source or "",
     )
 
 
@@ -163,27 +188,20 @@ def plan_in_short(record: PlanRecord) -> str:
     return f"{serves}{gate.context_tokens} x {gate.slots}{pool} {kinds}, {layers}, {record.backend}"
 
 
-def table(hosts: Mapping[str, HostStatus]) -> str:
-    """A line for each instance of each host, and below them a line for each problem and change of a host."""
-    rows = [COLUMNS, *(tuple(map(one_line, row)) for name, host in hosts.items() for row in _rows(name, host))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    remarks = (one_line(f"{name}: {remark}") for name, host in hosts.items() for remark in _remarks(host))
-    return "\n".join([*lines, *remarks])
-
-
-def _rows(name: str, host: HostStatus) -> Iterator[tuple[str, ...]]:
+def rows_of(name: str, host: HostStatus) -> Iterator[tuple[str, ...]]:
+    """The cells of COLUMNS for each instance."""
     for instance in host.instances:
         yield (
-            name, instance.name, instance.state, instance.plan, _ram(instance), _gpu(instance), _speed(instance),
-            str(instance.restarts), _gate(instance),
+            name, instance.name, instance.state, instance.plan, ram_of(instance), _gpu(instance), _speed(instance),
+            str(instance.restarts), gate_of(instance),
             "; ".join(instance.drift) or "none",
         )  # fmt: skip
     if not host.instances:
         yield (name, "-", "unknown" if host.problem else "no instances", *[""] * (len(COLUMNS) - 3))
 
 
-def _remarks(host: HostStatus) -> Iterator[str]:
+def remarks(host: HostStatus) -> Iterator[str]:
+    """What the columns have no place for, a sentence each."""
     if host.problem:
         yield host.problem
     yield from (problem for problem in host.problems if problem not in host.problem)
@@ -215,7 +233,7 @@ def space(host: HostStatus) -> str:
     return ", ".join(f"{free} GiB free at {' and '.join(names)}" for free, names in paths.items())
 
 
-def _ram(instance: InstanceStatus) -> str:
+def ram_of(instance: InstanceStatus) -> str:
     size = instance.cgroup_bytes if instance.cgroup_bytes is not None else instance.rss_bytes
     return "" if size is None else f"{size / GIB:.1f} GiB"
 
@@ -234,7 +252,8 @@ def _speed(instance: InstanceStatus) -> str:
     return "" if instance.tokens_per_s is None else f"{instance.tokens_per_s:.1f}"
 
 
-def _gate(instance: InstanceStatus) -> str:
+def gate_of(instance: InstanceStatus) -> str:
+    """The verdict of the last gate with its time; empty where there was none."""
     gate = instance.gate
     if gate is None or gate.problem:
         return "" if gate is None else "unusable record"

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from typing_extensions import TypedDict
 
 from llamafleet import validation
-from llamafleet.host.learned import Bandwidth, GatedSpeed, GateSpeeds
+from llamafleet.host.learned import Bandwidth, GatedSpeed, MeasuredSpeeds
 from llamafleet.host.left import Left
 from llamafleet.host.machine import Label, Machine, MachineError, Message, Name, Names, Version, matching
 from llamafleet.host.recorded import Arguments, PlanRecord, readable
@@ -253,7 +253,7 @@ class Installed:
     # What the processors read together; None where it was not asked for.
     bandwidth: Bandwidth | None = None
     # What gates measured on this host, as far as their plans say what was expected.
-    gate_speeds: Annotated[Listed[GateSpeeds], Field(max_length=1024)] = ()
+    gate_speeds: Annotated[Listed[MeasuredSpeeds], Field(max_length=1024)] = ()
     # Addresses at which instances are to listen and no server of the host can, with the reason.
     unbindable: Table[Name] = field(default_factory=dict)
     # Groups of this host that may open NVIDIA's device nodes, where not everybody may.

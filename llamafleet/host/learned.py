@@ -1,13 +1,16 @@
-"""What a host's own measurements say about its rates: the survey's probe of the memory, and the gates of its instances.
+"""What a host's own measurements say about its rates: the survey's probe of the memory, the gates of its instances, and
+the trials of tunes.
 
-A gate measures one model. Its plan says which speed was expected of it, and by which rates (`Expected`). Measured and
-expected speed together give the rate that the host really has, whatever the model; of several gates the median counts.
+A gate measures one model, and so does a tune. The plan says which speed was expected of it, and by which rates
+(`Expected`). Measured and expected speed together give the rate that the host really has, whatever the model; of
+several the median counts. A tune reads prompts as long as the workload's, as often as its spread asks for; where there
+is one, the short requests of gates do not count.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
@@ -33,7 +36,7 @@ class Bandwidth:
 
 @dataclass(frozen=True)
 class Expected:
-    """The speed at which a gate's own short request was expected, in tokens/s, and the rates that this came from."""
+    """The speed at which what was measured was expected, in tokens/s, and the rates that this came from."""
 
     decode_tokens_per_s: Rate
     prompt_tokens_per_s: Rate
@@ -41,15 +44,18 @@ class Expected:
     host_bytes_per_s: Rate
     host_flops: Rate
     gpu_bytes_per_s: ByGpu = field(default_factory=dict)  # of the GPUs in use, by UUID
+    gpu_flops: ByGpu = field(default_factory=dict)  # likewise; none of a gate, whose prompt is too short to tell it
 
     def to_json(self) -> dict[str, Any]:
-        """For plan.json."""
-        return asdict(self)
+        """For plan.json and tuned.json."""
+        told = asdict(self)
+        return told if self.gpu_flops else {key: value for key, value in told.items() if key != "gpu_flops"}
 
 
 @dataclass(frozen=True)
-class GateSpeeds:
-    """The speeds that gates of an instance measured, tokens/s: the median of the last ones, and the fastest prompt."""
+class MeasuredSpeeds:
+    """The speeds that gates of an instance measured, tokens/s: the median of the last ones, and the fastest prompt; or
+    a tune, the medians of its trials."""
 
     instance: Label
     decode_tokens_per_s: Rate
@@ -101,37 +107,53 @@ class RecordedRates:
         return asdict(self)
 
 
-def measurements(bandwidth: Bandwidth | None, gates: Sequence[GateSpeeds]) -> Measurements:
-    """The host's rates as far as they were measured. A gate whose model was computed by GPUs and CPU together says
-    nothing, since it does not tell which of them was slower than expected."""
-    on_host = [gate for gate in gates if gate.expected.computed_on == HOST]
-    reading = [gate for gate in on_host if gate.prompt_tokens_per_s]
-    uuids = {uuid for gate in gates if gate.expected.computed_on == GPUS for uuid in gate.expected.gpu_bytes_per_s}
+def measurements(
+    bandwidth: Bandwidth | None, gates: Sequence[MeasuredSpeeds], tuned: Sequence[MeasuredSpeeds] = ()
+) -> Measurements:
+    """The host's rates as far as they were measured. What GPUs and CPU computed together tells nothing, since nobody
+    knows which of them was slower than expected."""
+    by_host = [_computed_on(HOST, found) for found in (tuned, gates)]
+    by_gpus = [_computed_on(GPUS, found) for found in (tuned, gates)]
     return Measurements(
-        host_bytes_per_s=_median([gate.expected.host_bytes_per_s * _decode_ratio(gate) for gate in on_host]),
-        host_flops=_median([gate.expected.host_flops * _prompt_ratio(gate) for gate in reading]),
+        host_bytes_per_s=_first(
+            [one.expected.host_bytes_per_s * _decode_ratio(one) for one in found] for found in by_host
+        ),
+        host_flops=_first(
+            [one.expected.host_flops * _prompt_ratio(one) for one in found if one.prompt_tokens_per_s]
+            for found in by_host
+        ),
         probe_bytes_per_s=bandwidth.bytes_per_s if bandwidth else None,
-        gpu_bytes_per_s={uuid: rate for uuid in sorted(uuids) if (rate := _gpu_rate(uuid, gates))},
+        gpu_bytes_per_s=_of_gpus(by_gpus, lambda one: one.expected.gpu_bytes_per_s, _decode_ratio),
+        gpu_flops=_of_gpus(by_gpus, lambda one: one.expected.gpu_flops, _prompt_ratio),
     )
 
 
-def _gpu_rate(uuid: str, gates: Sequence[GateSpeeds]) -> float | None:
-    return _median(
-        [
-            gate.expected.gpu_bytes_per_s[uuid] * _decode_ratio(gate)
-            for gate in gates
-            if gate.expected.computed_on == GPUS and uuid in gate.expected.gpu_bytes_per_s
-        ]
-    )
+def _computed_on(where: str, found: Sequence[MeasuredSpeeds]) -> list[MeasuredSpeeds]:
+    return [one for one in found if one.expected.computed_on == where]
 
 
-def _decode_ratio(gate: GateSpeeds) -> float:
+def _of_gpus(
+    by_gpus: Sequence[Sequence[MeasuredSpeeds]],
+    rates: Callable[[MeasuredSpeeds], Mapping[str, float]],
+    ratio: Callable[[MeasuredSpeeds], float],
+) -> dict[str, float]:
+    """A rate of each GPU by its UUID, as far as it was measured."""
+    uuids = sorted({uuid for found in by_gpus for one in found for uuid in rates(one)})
+    values = {
+        uuid: _first([rates(one)[uuid] * ratio(one) for one in found if uuid in rates(one)] for found in by_gpus)
+        for uuid in uuids
+    }
+    return {uuid: value for uuid, value in values.items() if value}
+
+
+def _first(values: Iterable[Sequence[float]]) -> float | None:
+    """The median of the first of these that has any."""
+    return next((float(statistics.median(found)) for found in values if found), None)
+
+
+def _decode_ratio(gate: MeasuredSpeeds) -> float:
     return gate.decode_tokens_per_s / gate.expected.decode_tokens_per_s
 
 
-def _prompt_ratio(gate: GateSpeeds) -> float:
+def _prompt_ratio(gate: MeasuredSpeeds) -> float:
     return (gate.prompt_tokens_per_s or 0.0) / gate.expected.prompt_tokens_per_s
-
-
-def _median(values: Sequence[float]) -> float | None:
-    return float(statistics.median(values)) if values else None

@@ -144,13 +144,14 @@ def rates(cpu: Cpu, gpus: Sequence[Gpu], threads: int, measured: Measurements = 
     host = measured.host_bytes_per_s or by_probe or estimate
     # A core that multiplies weights slower, by what was measured of it, is as much slower at attention.
     slower = host / estimate if measured.host_flops else 1.0
+    reads_slower = measured.host_flops / (threads * flops) if measured.host_flops else 1.0
     return Rates(
         gpus=tuple(_gpu(gpu, measured) for gpu in gpus),
         host_bytes_per_s=host,
         host_flops=measured.host_flops or threads * flops,
         host_attention_macs=threads * CORE_ATTENTION_MACS * min(1.0, slower),
         host_cache_macs=host * CACHE_BANDWIDTH_SHARE / CACHE_ELEMENT_BYTES,
-        host_read_attention_macs=threads * CORE_READ_ATTENTION_MACS,
+        host_read_attention_macs=threads * CORE_READ_ATTENTION_MACS * min(1.0, reads_slower),
         host_known=known or measured.host_bytes_per_s is not None or by_probe is not None,
         host_source=MEASURED if measured.host_bytes_per_s else PROBED if by_probe else ESTIMATED,
         host_flops_source=MEASURED if measured.host_flops else ESTIMATED,

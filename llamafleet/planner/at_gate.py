@@ -1,6 +1,8 @@
-"""The speed that a gate's own request is expected to have: far shorter than a workload's, and so another speed.
+"""The speed that a request is expected to have which is measured: a gate's own, far shorter than a workload's, or that
+of a tune's trials.
 
-What the gate measures (`llamafleet/remote/gate_reply.py`) is compared with it to learn the host's rates.
+What is measured (`llamafleet/remote/gate_reply.py`, `llamafleet/remote/tune.py`) is compared with it to learn the
+host's rates.
 """
 
 from __future__ import annotations
@@ -34,13 +36,15 @@ def host_cost(model: Model) -> float:
     return cost / elements if elements else 1.0
 
 
-def expected_at_gate(roofline: Roofline, candidate: Candidate, gpus: Sequence[Gpu]) -> learned.Expected:
-    """The speed of GATE_WORK, for which `roofline` was made, with the rates that it has. `gpus`: those in use."""
-    rates, order, context = roofline.rates, candidate.order, candidate.context
-    decode = 1 / roofline.decode(order, candidate.segments, 1, context.kv_type).total
-    prompt = GATE_WORK.prompt_tokens / roofline.prefill(order, candidate.segments, context.ubatch_tokens).total
+def expected(roofline: Roofline, candidate: Candidate, gpus: Sequence[Gpu]) -> learned.Expected:
+    """The speed of the workload that `roofline` was made for, of all its requests at once, with the rates that it has.
+    `gpus`: those in use."""
+    rates, order, context, work = roofline.rates, candidate.order, candidate.context, roofline.work
+    busy = min(context.slots, work.concurrency)
+    decode = busy / roofline.decode(order, candidate.segments, busy, context.kv_type).total
+    prompt = work.prompt_tokens / roofline.prefill(order, candidate.segments, context.ubatch_tokens).total
     on_host, partly = candidate.kind == "all", candidate.kind != "none"
-    filled = GATE_WORK.prompt_tokens / (GATE_WORK.prompt_tokens + HOST_HALF_SPEED_TOKENS)
+    filled = work.prompt_tokens / (work.prompt_tokens + HOST_HALF_SPEED_TOKENS)
     return learned.Expected(
         decode_tokens_per_s=decode,
         prompt_tokens_per_s=prompt * filled if on_host else prompt,
@@ -49,5 +53,10 @@ def expected_at_gate(roofline: Roofline, candidate: Candidate, gpus: Sequence[Gp
         host_flops=rates.host_flops * host_cost(roofline.model),  # of a model whose types cost nothing more
         gpu_bytes_per_s={
             gpu.uuid: rates.gpus[number].bytes_per_s for gpu, number in zip(gpus, order, strict=True) if gpu.uuid
+        },
+        gpu_flops={
+            gpu.uuid: rates.gpus[number].flops
+            for gpu, number in zip(gpus, order, strict=True)
+            if gpu.uuid and work != GATE_WORK
         },
     )

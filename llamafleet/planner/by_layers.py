@@ -8,7 +8,7 @@ from functools import partial
 
 from llamafleet.memory.context import Context
 from llamafleet.planner import processors
-from llamafleet.planner.at_gate import GATE_WORK, expected_at_gate
+from llamafleet.planner.at_gate import GATE_WORK, expected
 from llamafleet.planner.reasons import Decision, why
 from llamafleet.planner.refine import HOPELESS_BYTES, Refined, refine, with_spilled
 from llamafleet.planner.result import Plan
@@ -101,12 +101,15 @@ def _plan(
     )  # fmt: skip
     # What is beyond the RAM, less the reserve.
     swap_bytes = max(0, case.capacity.swap_bytes - rows[-1].free_bytes) if case.capacity.swap_bytes else 0
-    gpus, at_gate = case.gpus_of(candidate.order), None
+    gpus, at_gate, at_work = case.gpus_of(candidate.order), None, None
     if not context.pooling:
-        roofline = case.roofline(GATE_WORK, case.measured, by_type=True)
-        at_gate = expected_at_gate(roofline, candidate, gpus[: len(candidate.order)])
+        at_gate, at_work = (
+            expected(case.roofline(work, case.measured, by_type=True), candidate, gpus[: len(candidate.order)])
+            for work in (GATE_WORK, case.work)
+        )
     return case.plan(
         context, placement, candidate.order, case.ledger(refined), why(decision),
         predicted=case.predicted(candidate, swap_bytes), reported_beside=case.reported(gpus),
         chosen_for=search.roofline.predict(candidate.order, candidate.segments, context), at_gate=at_gate,
+        at_work=at_work,
     )  # fmt: skip

@@ -77,6 +77,7 @@ class Plan:
     # By the rates that the plan was chosen with, which plan.json keeps: they stay while the plan does.
     chosen_for: Prediction = NO_PREDICTION
     at_gate: Expected | None = None
+    at_work: Expected | None = None  # as a tune measures it
     pooling: str = ""  # of a server of embeddings or scores; "": the server writes text
     vector_elements: int = 0  # of an embedding
     problems: tuple[str, ...] = ()  # what is wrong with the host, as its probe found, each with the way out

@@ -22,6 +22,7 @@ from llamafleet.remote.common import MODELS
 from llamafleet.service.refusals import Refused, diagnosed, no_backend, unusable_file, unverified
 from llamafleet.settings.companions import as_instances
 from llamafleet.settings.schema import Instance, Settings
+from llamafleet.tuning.rates import tuned_speeds
 from llamafleet.tuning.records import Kept, Tuning, reason
 
 
@@ -83,9 +84,10 @@ class PlanInputs:
         return replace(self, tunings={}).with_settings(replace(self.settings, models=models))
 
     def measured(self) -> Measurements:
-        """What is known of the host's speed now, from the survey's probe and the gates."""
+        """What is known of the host's speed now, from the survey's probe, the gates and the trials of tunes."""
         installed = self.survey.installed
-        return learned.measurements(installed.bandwidth, installed.gate_speeds)
+        tuned = tuned_speeds(self.survey.machine, installed.tuned, self.kept.records)
+        return learned.measurements(installed.bandwidth, installed.gate_speeds, tuned)
 
     def measured_by_gate(self, plan: Plan) -> learned.GatedSpeed | None:
         """The speeds that gates measured of exactly this plan, which is installed; None where there are none."""

@@ -274,6 +274,8 @@ def record(one: Subject, now: Course, trials: Sequence[answers.Trial], ended: fl
         "baseline": {"label": now.candidates[BASELINE].label, "seconds": base},
         "candidates": [{"label": each.label, "settings": dict(each.settings), "argv": list(each.plan.argv)}
                        for each in now.candidates],
+        # By it and the trials of the planner's best, rates of the host are learnt: tuning/rates.py.
+        "expected": at.to_json() if (at := now.candidates[PLANNED_NUMBER].plan.at_work) else None,
         "not_run": [{"label": each.label, "why": each.why} for each in one.lost],
         "trials": [dict(each) for each in trials],
     }  # fmt: skip

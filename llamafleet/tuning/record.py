@@ -193,6 +193,17 @@ def stale(record: Tuned, now: Fingerprint) -> tuple[str, ...]:
     return tuple(_differences(record.fingerprint, now))
 
 
+def is_of_hardware(then: Fingerprint, machine: Machine) -> bool:
+    """Whether that was measured on a machine whose GPUs and processor are like these, under the same driver."""
+    cpu = machine.cpu
+    gpus = tuple(TunedGpu(gpu.name, gpu.memory_total_bytes) for gpu in machine.gpus if gpu.usable)
+    return (
+        _gpus(then) == _gpus(replace(then, gpus=gpus))
+        and (then.driver, then.cpu) == (machine.driver.nvidia, cpu.model)
+        and tuple(then.cores) == (cpu.physical_cores, cpu.logical_cores, cpu.performance_cores)
+    )
+
+
 def _differences(then: Fingerprint, now: Fingerprint) -> Iterator[str]:
     if then.build != now.build:
         yield f"another build of llama.cpp: {then.build} before, {now.build} now"

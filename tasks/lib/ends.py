@@ -80,6 +80,11 @@ def reason(host: str) -> str:
     return _reasons.get(host, "")
 
 
+def forget() -> None:
+    """Forget why hosts failed, before all of them are asked again."""
+    _reasons.clear()
+
+
 def tell_failed() -> None:
     """After all that pyinfra prints, a line for each host that failed: in a fleet other hosts' lines are in between."""
     if not _reasons or _hosts < 2:

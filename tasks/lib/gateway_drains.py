@@ -54,9 +54,10 @@ def drained(host: Host, names: Iterable[str], strict: bool, even_last: bool, bac
     it. `even_last`: also where no other server of a model is up. `strict`: raises `RemoteError` where a gateway cannot
     be asked, or has no other server up in time; else that is logged."""
     servers, lent = [f"{host.name}/{name}" for name in names], dict[Host, list[str]]()
+    gateways = of(host.state) if servers else []
     keeping = gevent.spawn(_keep, lent)
     try:
-        for gateway in of(host.state):
+        for gateway in gateways:
             with _told_or_raised(host, gateway, strict):
                 known = _ours(servers, _show(gateway))
                 if known:

@@ -49,6 +49,12 @@ def once(key: Hashable, look_up: Callable[[], T]) -> T:
     return result
 
 
+def forget_failures() -> None:
+    """Let what could not be looked up be tried again."""
+    for key in [key for key, value in _known.items() if isinstance(value, Exception)]:
+        del _known[key]
+
+
 def commit(settings: Settings) -> str:
     """The 40-digit commit that the settings' ref names, resolved once for all hosts."""
     repository, ref = settings.llama_cpp_repository, settings.llama_cpp_ref

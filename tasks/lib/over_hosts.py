@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import gevent
+from paramiko import SSHException
 from pyinfra import logger
 from pyinfra.api.config import Config
 from pyinfra.api.connect import connect_all, disconnect_all
@@ -95,6 +96,15 @@ def over_hosts(
     """The action's result by host name, all hosts at once; a sentence for a host that cannot be reached. `limit` and
     `exclude` are groups, or hosts' names, which may have `*`, as pyinfra's. Raises PyinfraError, also where no host is
     left."""
+    return over_all(inventory, limit, action, lambda _, problem: problem, exclude)
+
+
+def over_all(
+    inventory: Path, limit: str | Sequence[str] | None, action: Callable[[Host], T], lost: Callable[[Host, str], T],
+    exclude: Sequence[str] = (),
+) -> dict[str, T]:  # fmt: skip
+    """As `over_hosts`; `lost` gives the result of a host that cannot be reached, by the host and a sentence. The
+    connections are closed afterwards."""
     records.of_inventory(inventory)
     limits = (limit,) if isinstance(limit, str) else limit
     state = State(check_for_changes=False)
@@ -109,11 +119,12 @@ def over_hosts(
                 connect_all(state)
             state.set_stage(StateStage.Prepare)
             try:
-                jobs = {host.name: gevent.spawn(_in_context, host, action) for host in wanted}
+                jobs = {host.name: gevent.spawn(_in_context, host, action, lost) for host in wanted}
                 gevent.joinall(jobs.values(), raise_error=True)
                 return {name: job.value for name, job in jobs.items()}
             finally:
                 disconnect_all(state)
+                _close(wanted)
 
 
 def _is_one(host: Host, patterns: Sequence[str]) -> bool:
@@ -138,23 +149,34 @@ def project_of(inventory: Path) -> Path:
     return Path.cwd() if folder.is_relative_to(Path.cwd()) else folder
 
 
-def _in_context(host: Host, action: Callable[[Host], T | str]) -> T | str:
+def _in_context(host: Host, action: Callable[[Host], T], lost: Callable[[Host, str], T]) -> T:
     if not host.connected:
-        return ends.reason(host.name) or "cannot be reached"
+        return lost(host, ends.reason(host.name) or "cannot be reached")
     with ctx_host.use(host):
         try:
             return action(host)
         except Exception as error:  # whatever it is, the other hosts are shown
             logger.debug(traceback.format_exc())
-            return f"cannot be read: {remote.said(error)}"
+            return lost(host, f"cannot be read: {remote.said(error)}")
 
 
-def parse(description: str, arguments: list[str], **more: str) -> argparse.Namespace:
-    """The options of a command over an inventory: inventory, limit, json; `more`: others by name, with defaults."""
+def _close(hosts: Sequence[Host]) -> None:
+    """pyinfra leaves SSH connections open until its process ends."""
+    for host in hosts:
+        with contextlib.suppress(OSError, EOFError, SSHException):
+            if client := getattr(host.connector, "client", None):
+                client.close()
+
+
+def parse(description: str, arguments: list[str], flags: Sequence[str] = (), **more: Any) -> argparse.Namespace:
+    """The options of a command over an inventory: inventory, limit, json; `flags`: others without a value; `more`:
+    others by name, with defaults."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("inventory", type=Path)
     parser.add_argument("--limit")
     parser.add_argument("--json", action="store_true")
+    for name in flags:
+        parser.add_argument(f"--{name}", action="store_true")
     for name, default in more.items():
         parser.add_argument(f"--{name}", default=default)
     return parser.parse_args(arguments)

@@ -76,7 +76,8 @@ def turn(host: Host, names: Collection[str], at_once: int | None) -> Iterator[No
     another host has failed."""
     if not any(isinstance(handler, _Failures) for handler in host.state.callback_handlers):
         host.state.add_callback_handler(_Failures())
-    models, said = frozenset(replaced(host, names)), False
+    there = installed(host, names)
+    models, said = frozenset(replaced(host, there)), False
     while models and not _may_switch(host, models, at_once):
         if not said:
             host.log(f"waiting for {', '.join(sorted(_away))} to switch first")
@@ -87,7 +88,7 @@ def turn(host: Host, names: Collection[str], at_once: int | None) -> Iterator[No
     _away[host.name] = models
     try:
         is_alone = any(hosts_of(host, model) < 2 for model in models)
-        with gateway_drains.drained(host, names, strict=_in_rollout, even_last=is_alone):
+        with gateway_drains.drained(host, there, strict=_in_rollout, even_last=is_alone):
             yield
     finally:
         del _away[host.name]
@@ -108,11 +109,16 @@ def not_a_rollout(host: Host, names: Iterable[str], at_once: int | None) -> Iter
         )
 
 
-def replaced(host: Host, names: Iterable[str]) -> Iterator[str]:
-    """The models of those of these instances that the host serves already, without the numbers of copies."""
+def installed(host: Host, names: Iterable[str]) -> list[str]:
+    """Those of these instances that the host has already."""
     now = decision.of(host)
-    installed = now.desired.installed.instances if now is not None else {}
-    yield from (model_of(name, wanted(host)) for name in names if name in installed)
+    there = now.desired.installed.instances if now is not None else {}
+    return [name for name in names if name in there]
+
+
+def replaced(host: Host, names: Iterable[str]) -> Iterator[str]:
+    """The models of those of these instances that the host has already, without the numbers of copies."""
+    yield from (model_of(name, wanted(host)) for name in installed(host, names))
 
 
 def wanted(host: Host) -> frozenset[str]:

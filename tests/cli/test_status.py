@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from llamafleet.cli import main as cli
-from llamafleet.cli.status import HostStatus, Wanted, of_host, plan_in_short, table
+from llamafleet.cli.fleet_status import page as table
+from llamafleet.cli.status import HostStatus, Wanted, of_host, plan_in_short
 from llamafleet.host import answers
 from llamafleet.host.recorded import PlanRecord
 from llamafleet.remote import status as program
@@ -186,7 +187,10 @@ def test_a_plan_for_the_cpu_in_short():
 
 def test_the_json_has_everything():
     output = json.loads(json.dumps(of_host(found(), live(), AS_WANTED).to_json()))
-    assert set(output) == {"fine", "problem", "drift", "instances", "free_bytes", "problems"} and output["fine"] is True
+    assert (
+        set(output) == {"fine", "state", "problem", "drift", "instances", "free_bytes", "problems"}
+        and output["fine"] is True
+    )
     instance = output["instances"]["demo"]
     assert instance["gate"] == GOOD and instance["verified"] is True and instance["predicted_tokens_per_s"] == 30.0
     assert instance["gpu_bytes"] == {"GPU-1": 20992 * MIB} and instance["planned_gpu_bytes"] == {"GPU-1": 20480 * MIB}

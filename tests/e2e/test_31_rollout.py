@@ -14,7 +14,9 @@ import time
 
 import pytest
 
+from sandbox import upstream
 from tests.e2e.deploying import ROOT, connection, environment, main_pid, on, pyinfra, serves
+from tests.e2e.test_08_rollback import FAULTS, MAIN
 
 # llama-server takes the argument, loads, and computes what is no number: the gate's completion fails.
 BAD = {"extra_flags": ["--rope-freq-base nan"]}
@@ -45,7 +47,7 @@ def fleet(hosts, deployed, settings, tmp_path, contexts):
     change for both."""
     numbers = iter(range(100))
 
-    def changed(**model):
+    def changed(*, of_host=None, **model):
         asked = {
             "context_tokens": next(contexts),
             "slots": 2,
@@ -53,7 +55,7 @@ def fleet(hosts, deployed, settings, tmp_path, contexts):
             "allow_unauthenticated": True,
             **model,
         }
-        data = {host.name: settings(host, drain_seconds=60, reached_at=host.address, model={**asked, "port": port})
+        data = {host.name: settings(host, drain_seconds=60, reached_at=host.address, model={**asked, "port": port}, **(of_host or {}))
                 for host, port in ports(hosts).items()}  # fmt: skip
         gateway = {**settings(hosts[2]), "models": [], "allow_empty_models": True,
                    "gateway_listen": hosts[2].address, "gateway_port": GATEWAY_PORT,
@@ -149,6 +151,22 @@ def test_a_change_that_does_not_pass_the_gate_ends_with_the_first_wave(fleet, ho
     assert told["done"] == [] and set(told["untouched"]) == set(before) - {failed}
     after = {host.name: main_pid(host, "tiny") for host in hosts[:2]}
     assert {name for name, pid in before.items() if after[name] == pid} == set(told["untouched"])
+    assert list(load.found) == ["whole"], (load.found, run.stderr)
+    assert all_serve(hosts) and drained(hosts[2]) == []
+
+
+@pytest.mark.long
+def test_a_commit_whose_server_is_no_good_ends_with_the_first_wave(fleet, hosts, outside):
+    """It compiles, and writes other tokens each time: the other host does not even compile it."""
+    parts, reason, _ = FAULTS["garbage"]
+    commit = upstream.add_commit(outside.clone, {"tools/server/main.cpp": MAIN % parts}, "rolled-out-garbage")
+    with Load(hosts[2]) as load:
+        run = roll_out(fleet(of_host={"llama_cpp_ref": commit}), "--json")
+    told = json.loads(run.stdout)
+    assert run.returncode == 1 and [reason in why for why in told["failed"].values()] == [True], run.stdout + run.stderr
+    [other] = [host for host in hosts[:2] if host.name not in told["failed"]]
+    releases = on(other, "sh", "-c", "cat /opt/llamafleet/releases/*/release.json")
+    assert told["untouched"] == [other.name] and commit not in releases
     assert list(load.found) == ["whole"], (load.found, run.stderr)
     assert all_serve(hosts) and drained(hosts[2]) == []
 

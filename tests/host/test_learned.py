@@ -2,7 +2,7 @@
 
 import pytest
 
-from llamafleet.host.learned import Bandwidth, Expected, GateSpeeds, measurements
+from llamafleet.host.learned import Bandwidth, Expected, MeasuredSpeeds, measurements
 from llamafleet.host.speeds import ESTIMATED, MEASURED, PROBED, rates
 from tests import planning
 
@@ -12,7 +12,7 @@ CPU = planning.machine().cpu
 def gate(decode, prompt, on="host", gpus=()):
     """A gate of which 10 tokens/s written and 100 read were expected, by 20 GB/s and 1 TFLOPS."""
     expected = Expected(10.0, 100.0, on, 20e9, 1e12, dict(gpus))
-    return GateSpeeds("a", decode, prompt, expected)
+    return MeasuredSpeeds("a", decode, prompt, expected)
 
 
 def test_measured_and_expected_speed_give_the_rate():

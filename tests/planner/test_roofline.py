@@ -5,7 +5,7 @@ import time
 import pytest
 
 from bench import published_cases
-from llamafleet.host.learned import GateSpeeds, measurements
+from llamafleet.host.learned import MeasuredSpeeds, measurements
 from llamafleet.host.machine import Cpu
 from llamafleet.host.speeds import Measurements, host_bandwidth, rates
 from llamafleet.planner.plan import plan_host
@@ -173,7 +173,7 @@ def test_the_gate_s_own_request_is_expected_at_its_own_speed(gpus, layout, where
     """Measured at exactly the expected speed, the rates are those that the plan was chosen with."""
     plan = predicted(machine(gpus), layout, context_tokens=32768)
     assert plan.at_gate.computed_on == where
-    gate = GateSpeeds("a", plan.at_gate.decode_tokens_per_s, plan.at_gate.prompt_tokens_per_s, plan.at_gate)
+    gate = MeasuredSpeeds("a", plan.at_gate.decode_tokens_per_s, plan.at_gate.prompt_tokens_per_s, plan.at_gate)
     learned = measurements(None, [gate])
     if where == "host":
         assert plan.at_gate.decode_tokens_per_s > plan.predicted.decode_tokens_per_s  # a shorter cache

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from llamafleet.host.learned import Bandwidth, Expected, GateSpeeds
+from llamafleet.host.learned import Bandwidth, Expected, MeasuredSpeeds
 from llamafleet.host.recorded import PlanRecord
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.service.changes import changes_needed
@@ -12,20 +12,31 @@ from llamafleet.service.instance_changes import sha256
 from tests import planning
 from tests.service.test_changes import INSTANCE
 from tests.service.test_desired import decide, survey
+from tests.tuning.test_record import fingerprint, value
 
 GPUS = [{"total_mib": 24564}]
 HARDWARE = "a box"
-SLOW = GateSpeeds("old", 1.0, 10.0, Expected(10.0, 100.0, "host", 20e9, 1e12))
+SLOW = MeasuredSpeeds("old", 1.0, 10.0, Expected(10.0, 100.0, "host", 20e9, 1e12))
 
 
-def decided(bandwidth=None, gates=(), record=None, layout="gpt-oss-120b"):
-    """What is decided for a host with these measurements, on which `record` is installed."""
+def decided(bandwidth=None, gates=(), record=None, layout="gpt-oss-120b", tuned=None):
+    """What is decided for a host with these measurements, on which `record` is installed. `tuned`: speeds of a tune of
+    another instance."""
     there = {"m0": dataclasses.replace(INSTANCE, record=PlanRecord.of(record))} if record else {}
     probe = Bandwidth(bandwidth, HARDWARE) if bandwidth else None
-    read = survey(GPUS, instances=there, bandwidth=probe, gate_speeds=gates)
+    records = {"old": tune_record(tuned)} if tuned else {}
+    read = survey(GPUS, instances=there, bandwidth=probe, gate_speeds=gates, tuned=records)
     settings = planning.settings({"source": "https://x/m.gguf", "context_tokens": 32768})
     file = RemoteFile("m.gguf", "https://x/m.gguf", 5, "a" * 64)
     return decide(settings, read, {"m0": ModelFiles((file,), planning.header(layout))})
+
+
+def tune_record(speeds):
+    """A record of the same hardware, of another model and workload."""
+    trial = {"candidate": 1, "decode_tokens_per_s": speeds.decode_tokens_per_s, "drafted": 0,
+             "prompt_tokens_per_s": speeds.prompt_tokens_per_s}  # fmt: skip
+    of = fingerprint(gpus=GPUS, files={"": [("old.gguf", 5, "f" * 64)]})
+    return {**value(of=of), "trials": [trial], "expected": speeds.expected.to_json()}
 
 
 def only(desired):
@@ -42,14 +53,17 @@ def test_a_new_plan_is_chosen_with_what_was_measured_and_says_so():
     assert probed.plan.predicted.decode_tokens_per_s < estimated.plan.predicted.decode_tokens_per_s
 
 
-@pytest.mark.parametrize("now", [{"bandwidth": 10e9}, {"gates": (SLOW,)}, {"bandwidth": 10e9, "gates": (SLOW,) * 3}])
+@pytest.mark.parametrize("now", [{"bandwidth": 10e9}, {"gates": (SLOW,)}, {"bandwidth": 10e9, "gates": (SLOW,) * 3},
+                                 {"tuned": SLOW}])  # fmt: skip
 def test_an_installed_plan_stays_whatever_is_measured_later(now):
     first = only(decided())
     later = only(decided(**now, record=dict(first.record)))
     assert later.plan.argv == first.plan.argv and later.record["plan"] == first.record["plan"]
     assert later.record["identity"] == first.record["identity"]
     assert later.plan.predicted.decode_tokens_per_s < first.plan.predicted.decode_tokens_per_s
-    assert later.plan.predicted.decode_source == ("measured on this host" if "gates" in now else "probe")
+    assert later.plan.predicted.decode_source == (
+        "probe" if "bandwidth" in now and "gates" not in now else "measured on this host"
+    )
 
 
 def test_a_second_run_with_the_same_measurements_writes_nothing():

@@ -5,11 +5,13 @@ import json
 
 import pytest
 
+from llamafleet.host.learned import MeasuredSpeeds, measurements
 from llamafleet.planner.result import Refusal
 from llamafleet.service import tune
 from llamafleet.service.desired import desire
 from llamafleet.service.plan_inputs import plan_inputs
 from llamafleet.tuning.race import Batch, Verdict
+from llamafleet.tuning.rates import tuned_speeds
 from llamafleet.tuning.record import Tuned, stale
 from llamafleet.tuning.search import Course
 from tasks.lib.templates import render
@@ -233,6 +235,18 @@ def test_where_nothing_is_faster_the_plan_is_recorded_and_said_to_be_no_faster()
 def test_a_baseline_that_does_not_run_has_no_ratio():
     found = recorded(Verdict(2, float("inf"), float("inf"), float("inf"), "the baseline does not run"), [trial(2)])
     assert (found.winner.gain, found.winner.low, found.winner.high) == (None, None, None)
+
+
+def test_the_record_says_what_was_expected_of_the_plan_by_which_rates():
+    one = subject()
+    figures = {"decode_tokens_per_s": 5.0, "prompt_tokens_per_s": 50.0}
+    trials = [{**trial(1, 3.0), **figures}, {**trial(2, 1.0), **figures}, {**trial(1, 3.0), **figures}]
+    found = recorded(Verdict(2, 1.5, 1.4, 1.6, "faster in 6 pairs"), trials, one)
+    [speeds] = tuned_speeds(one.desired.machine, {"m0": found.raw}, {})
+    assert speeds == MeasuredSpeeds("m0", 5.0, 50.0, one.found[1].plan.at_work)
+    assert one.desired.inputs.measured() == measurements(None, [])  # before it lies on the host
+    later = decided(survey(tuned={"m0": dict(found.raw)}), models=(KV,), **MEASURES)
+    assert later.inputs.measured() == measurements(None, [], [speeds]) != measurements(None, [])
 
 
 def test_what_never_ran_is_not_recorded():

@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from pyinfra.api import FunctionCommand, operation
 from pyinfra.context import ctx_host
@@ -94,7 +95,7 @@ def ask(host, verb, *words):
     if verb != "show":
         note(f"gateway: {verb} {', '.join(servers)}")
     return {
-        f"{name}/x": GatewayServer(up=one.get("up", True), drained=False, drained_seconds=None, check="L4TOUT")
+        f"{name}/x": GatewayServer(up=one.get("up", True), drained="left" in one, drained_seconds=one.get("left"), check="L4TOUT")
         for name, one in fleet().items() if name != host.name
     }  # fmt: skip
 
@@ -102,5 +103,6 @@ def ask(host, verb, *words):
 if __name__ == "__main__":
     rollout.look, stages.deploy, stages.gateway = look, deploy, gateway
     gateway_drains._ask, gateway_drains.UP_SECONDS = ask, 0.5
-    decision.of = lambda host: None
+    there = SimpleNamespace(desired=SimpleNamespace(installed=SimpleNamespace(instances={"x": None})))
+    decision.of = lambda host: there
     sys.exit(rollout.main(sys.argv[2:]))

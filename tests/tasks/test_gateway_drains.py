@@ -206,3 +206,9 @@ def test_a_gateway_s_answer_is_not_trusted(fleet):
         drained(fleet.host, ["x"], strict=True, even_last=False),
     ):
         pytest.fail("it was switched")
+
+
+def test_for_no_server_no_gateway_is_asked(fleet):
+    with drained(fleet.host, [], strict=True, even_last=False):
+        pass
+    assert fleet.gateway.calls == []

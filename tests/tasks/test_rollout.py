@@ -168,7 +168,7 @@ def test_each_host_leaves_the_gateway_while_it_switches_and_the_gateway_learns_o
     assert run.returncode == 0 and fleet.done >= {"a", "b"}, run.stdout + run.stderr
     assert fleet.told == [
         "drain @fake/a/x", "undrain @fake/a/x", "learns of @fake/a",
-        "drain @fake/b/x", "undrain @fake/b/x", "learns of @fake/b",
+        "drain @fake/b/x", "undrain @fake/b/x", "learns of @fake/a, @fake/b",
     ]  # fmt: skip
     assert fleet.roll_out().returncode == 0 and fleet.told[6:] == ["learns of @fake/a, @fake/b"]
     assert fleet.roll_out("--dry").returncode == 0 and len(fleet.told) == 7
@@ -192,3 +192,11 @@ def test_what_is_wrong_at_the_gateway_after_a_wave_ends_the_rollout(tmp_path, le
     run = fleet.roll_out()
     assert run.returncode == 1 and fleet.begun == ["a"], run.stdout + run.stderr
     assert said in run.stdout and "not touched: @fake/b" in run.stdout
+
+
+@pytest.mark.parametrize("now", [1, 2])
+def test_what_a_killed_rollout_has_left_out_is_put_back_also_where_nothing_else_is_to_do(tmp_path, now):
+    fleet = Fleet(tmp_path, 1, a={"now": now, "left": 60})
+    fleet.add_gateway()
+    assert fleet.roll_out().returncode == 0
+    assert fleet.told[0] == "undrain @fake/a/x"

@@ -1,5 +1,6 @@
 """Whose turn it is to switch: in a run over several hosts of a model some always serve it."""
 
+import contextlib
 from types import SimpleNamespace
 
 import gevent
@@ -100,6 +101,17 @@ def test_a_host_that_serves_nothing_yet_waits_for_nobody(fleet):
 def test_copies_are_one_model(fleet):
     hosts = [fleet(name, "x", installed=("x-1", "x-2")) for name in ("a", "b")]
     assert switches(*hosts, names=["x-1", "x-2"])[0] == 1
+
+
+def test_what_is_replaced_leaves_the_gateways_and_what_is_new_is_not_there(fleet, monkeypatch):
+    seen = []
+    drained = lambda host, names, **options: seen.append((names, options)) or contextlib.nullcontext()  # noqa: E731
+    monkeypatch.setattr(switching.gateway_drains, "drained", drained)
+    a, _ = fleet("a", "x", "y", installed=("x",)), fleet("b", "x")
+    switches(a)
+    switching.begin_rollout()
+    switches(fleet("c", "z"))
+    assert seen == [(["x"], {"strict": False, "even_last": False}), (["z"], {"strict": True, "even_last": True})]
 
 
 def test_a_host_that_waits_says_for_whom_once(fleet):
