@@ -138,6 +138,11 @@ def servers(
                 continue
             found.append(_server(member, offered, address, secrets.get(place, Secret())))
     found.sort()
+    if not found and not problems:
+        problems.append(
+            f"{gateway}: the gateway has no server: no host of the run serves a model, and it knows of none. Run it "
+            "with the hosts that serve, without --limit"
+        )
     problems += _problems(gateway, settings, found, secrets, {member.name: member for member in members})
     return Found(tuple(found), tuple(problems), tuple(notes))
 
@@ -154,7 +159,9 @@ def _address(gateway: str, member: Member, instance: Instance) -> str | None:
         if gateway == member.name:
             return "::1" if listen.version == 6 else "127.0.0.1"
         return member.reached_at
-    return str(listen) if gateway == member.name or not listen.is_loopback else None
+    # Hosts of one machine, such as containers, have addresses of its loopback.
+    there = gateway == member.name or instance.listen == member.reached_at
+    return str(listen) if there or not listen.is_loopback else None
 
 
 def _unreachable(gateway: str, member: Member, instance: Instance) -> str:
@@ -198,9 +205,6 @@ def _problems(
         ports = {settings.gateway_port: "gateway_port", settings.gateway_stats_port: "gateway_stats_port"}
         if one.host == gateway and one.port in ports:
             yield f"{gateway}: {ports[one.port]}: {one.port} is the port of {one.instance}: give another one"
-    if not found:
-        yield (f"{gateway}: the gateway has no server: no host of the run serves a model, and it knows of none. Run it "
-               "with the hosts that serve, without --limit")  # fmt: skip
 
 
 def by_model(found: Iterable[Server]) -> dict[str, list[Server]]:

@@ -1,8 +1,8 @@
 """A trial's llama-server: started in a unit with the directives of its service, and why it ended.
 
-A module of tune.py and under its contract: Python 3.8, standard library; common.py, confined.py, gate_server.py,
-hardening_trial.py and tune_prompts.py lie beside it. The unit ends by itself some time after its trial should have, so
-that a job that was killed leaves none for long; the next trial of the instance stops it before that.
+A module of tune.py and under its contract: Python 3.8, standard library; boot.py, common.py, confined.py,
+gate_server.py, hardening_trial.py and tune_prompts.py lie beside it. The unit ends by itself some time after its trial
+should have, so that a job that was killed leaves none for long; the next trial of the instance stops it before that.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import time
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
+import boot
 import gate_server
 from common import TEXTS, show, transient_unit, unit_words, whole_number
 from confined import UNKNOWN, forget
@@ -62,6 +63,8 @@ class Server:
         self.lines = [line for line in trial.get("directives") or spec["directives"] if DIRECTIVE.match(line)]
         self.seconds = float(spec["trial_seconds"])
         forget(self.place.unit)  # of a job that was killed
+        if any(line.startswith("DeviceAllow=char-nvidia") for line in self.lines):
+            boot.make_nodes()  # a unit does it before it starts
         if "{socket}" in trial["argv"]:
             gate_server.trust({"url": self.place.url, "socket": self.place.socket})
         command = words(trial["argv"], self.place)

@@ -114,7 +114,7 @@ def test_planted_candidates_fail_by_name_and_the_batch_ends(tune, host):
         tune.candidate("hangs", argv=["/usr/bin/sleep", "1000"], drop=["NoExecPaths", "ExecPaths"]),
         tune.candidate("runs out of memory", drop=["MemoryMax"], more=[small]),
         tune.candidate("the plan again"),
-    ], trial_seconds=25, workload={"prompt": 700, "reply": 16, "depth": 128, "concurrency": 2})  # fmt: skip
+    ], trial_seconds=18, workload={"prompt": 700, "reply": 16, "depth": 128, "concurrency": 2})  # fmt: skip
     assert ended["exit_code"] == 0, ended
     plan, slow, at_once, at_work, hangs, memory, again = tune.trials()
     assert plan["error"] is None and again["error"] is None

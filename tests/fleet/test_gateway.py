@@ -67,6 +67,11 @@ def test_loopback_of_another_host_is_a_problem_unless_it_is_left_out():
     assert found(member(), member("gpu2", private)) == found(member())
 
 
+def test_hosts_of_one_machine_are_reached_at_addresses_of_its_loopback():
+    container = member("box2", offered(listen="127.0.1.2"), reached_at="127.0.1.2")
+    assert [one.address for one in found(container).servers] == ["127.0.1.2"]
+
+
 def test_a_host_that_is_not_in_the_run_keeps_what_is_known_of_it():
     known = (server(), server("gpu2", port=9000))
     result = found(member(), member("gpu2", absent=True), known=known)

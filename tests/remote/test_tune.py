@@ -213,6 +213,33 @@ def test_the_server_has_the_service_s_sandbox_and_none_of_its_secrets(machine, r
     assert "--setenv=X=y" in words and machine.stopped.count(machine.stopped[0]) == 2, "before, and afterwards"
 
 
+def test_the_nodes_of_an_nvidia_gpu_are_made_as_the_unit_makes_them(machine, run, monkeypatch):
+    made = []
+    monkeypatch.setattr(tune_server.boot, "make_nodes", lambda: made.append(machine.started[:]))
+    run("cpu")
+    assert made == []
+    run("gpu", key="e" * 16, directives=[*DIRECTIVES, "DeviceAllow=char-nvidia-uvm rwm"])
+    assert made == [machine.started[:1]], "before the server starts"
+
+
+def test_a_server_on_demand_is_measured_at_its_own_socket(machine, run, monkeypatch):
+    trusted = []
+    monkeypatch.setattr(tune_server.gate_server, "trust", trusted.append)
+    argv = ["/opt/llama-server", "--host", "{socket}", "--port", "{port}", "x"]
+    trial = {"id": 0, "candidate": 0, "label": "x", "stage": 1, "environment": {}, "argv": argv}
+    assert run("x", trials=[trial])[0]["error"] is None
+    [words] = machine.started
+    path = words[words.index("--host") + 1]
+    assert path == "/run/llamafleet-tune-chat/http.sock" == trusted[0]["socket"]
+    assert "--property=RuntimeDirectory=llamafleet-tune-chat" in words
+
+
+def test_ipv6_is_measured_at_its_loopback(machine, run, monkeypatch):
+    assert run("x", host="::1", trial_seconds=1.0)[0]["error"]  # the test's server has another address
+    [words] = machine.started
+    assert words[words.index("--host") + 1] == "::1"
+
+
 def test_a_directive_that_systemd_does_not_know_is_left_out_as_of_a_unit_file(machine, run, monkeypatch):
     known = "--property=SocketBindDeny=any"
 
