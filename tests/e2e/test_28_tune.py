@@ -42,13 +42,15 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def wanted(settings, host, folder):
-    """An inventory of the running instance and of `fresh`, whose settings `model` changes; others are the host's."""
+    """An inventory of the running instance and of `fresh`, whose settings `other` and `model` change; `changes` are of
+    the host's."""
 
-    def make(model=(), **changes):
+    def make(model=(), other=(), **changes):
         data = settings(host, **{"tune": "missing", "tune_minutes": 1, **changes})
         [tiny] = data["models"]
         return write_inventory(
-            folder / "inventory.py", [(host, {**data, "models": [tiny, {**tiny, **FRESH, **dict(model)}]})]
+            folder / "inventory.py",
+            [(host, {**data, "models": [{**tiny, **dict(other)}, {**tiny, **FRESH, **dict(model)}]})],
         )
 
     return make
@@ -118,13 +120,14 @@ def test_the_stage_alone_leaves_a_service_that_runs_in_peace(host, wanted):
 
 @pytest.mark.long
 def test_a_service_is_stopped_where_it_may_be_and_put_back(host, wanted):
-    run = pyinfra(wanted({"reply_tokens": 5}, tune_stops_service=True), deploy=STAGE)
+    asked = {"reply_tokens": 5}
+    run = pyinfra(wanted(asked, WORKLOAD, tune_stops_service=True), deploy=STAGE)
     assert run.code == 0 and serves(host, FRESH["port"]) and serves(host), run.text
-    assert record(host)["fingerprint"]["workload"]["reply_tokens"] == 5
-    run = pyinfra(wanted({"reply_tokens": 5}))
+    assert record(host)["fingerprint"]["workload"]["reply_tokens"] == 5 and record(host, "tiny")["trials"]
+    run = pyinfra(wanted(asked, WORKLOAD))
     assert run.code == 0 and "fresh is not measured: it was measured already" in run.text, run.text
-    assert serves(host, FRESH["port"])
-    run = pyinfra(wanted({"reply_tokens": 5}))
+    assert serves(host, FRESH["port"]) and serves(host)
+    run = pyinfra(wanted(asked, WORKLOAD))
     assert run.code == 0 and run.changed(host.name) == [], run.text
 
 
