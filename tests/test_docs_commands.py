@@ -140,6 +140,7 @@ HOW = (
     (r"(?s)python -c 'import json;.*", lists_drift),
     (r"python -m sandbox(\.outside)? .*", "root, and boots hosts: tests/e2e/test_sandbox.py"),
     (r"python -m bench\.fleet\.scale", "minutes: tests/bench/test_fleet.py measures two hosts"),
+    (r"python -m bench\.calibration predict", "minutes of a processor, with real models; tests/tuning/test_rates.py has the rates"),
     (r"python -m bench\.published_cases", "half a minute: tests/planner/test_roofline.py uses its cases"),
     (r"python -m bench\.gpu_proof .*", "a GPU: tests/bench/test_gpu_proof_run.py runs it with a stand-in"),
     (r"cp inventory/fleet\.example\.py inventory/fleet\.py", succeeds),

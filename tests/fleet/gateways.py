@@ -144,7 +144,7 @@ class Gateway:
 
     def local(self, text):
         text = text.replace(common.GATEWAY_RUN, str(self.run)).replace(common.GATEWAY, str(self.folder / "gateway"))
-        text = re.sub(r"^ +(user|group|unix-bind) .*\n", "", text, flags=re.M)
+        text = re.sub(r"^ +(user|group|default-bind) .*\n", "", text, flags=re.M)
         return text.replace(" user root group root", "")
 
     @property
