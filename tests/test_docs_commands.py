@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("make", "pyinfra", "llamafleet", "pytest", "python", "cp", "mkdir", "journalctl", "tail", "systemctl", "rm",
             "systemd-analyze", "sha256sum", "git", ".venv/bin/pre-commit", "(umask")  # fmt: skip
-INVENTORY = 'hosts = [("@local", {"models": [{"name": "a", "source": "hf:a/b/c.gguf", "port": 8080, "slot": 3}]})]\n'
+INVENTORY = """hosts = [("@local", {"models": [{"name": "a", "source": "hf:a/b/c.gguf", "port": 8080, "slot": 3}]})]
+gateway = ["@local"]
+"""
 REFUSED = "models[0].slot: unknown setting; did you mean `slots`?"
 WEIGHTLESS = "gpt-oss-120b-MXFP4.gguf"
 
