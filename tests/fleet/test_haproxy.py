@@ -309,10 +309,14 @@ def test_a_server_s_certificate_must_be_its_own(tmp_path, authority, names, serv
 def test_statistics_and_metrics_are_at_loopback(gateway):
     answered_by(gateway)
     port = gateway.settings.gateway_stats_port
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
-        assert 'haproxy_backend_http_responses_total{proxy="model:tiny",code="2xx"} 1' in answer.read().decode()
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=20) as answer:
-        assert "model:tiny" in answer.read().decode()
+
+    def page(path):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=20) as answer:
+            return answer.read().decode()
+
+    # It counts a request once its answer was sent.
+    until(lambda: 'haproxy_backend_http_responses_total{proxy="model:tiny",code="2xx"} 1' in page("/metrics"))
+    assert "model:tiny" in page("/")
     assert f"bind 127.0.0.1:{port}\n" in gateway.config.read_text()
 
 
