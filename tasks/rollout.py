@@ -22,10 +22,12 @@ import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import gevent
 import pyinfra
 from pyinfra import logger
 from pyinfra.api.config import Config
@@ -48,14 +50,22 @@ from tasks.lib import decision, ends, gateway_drains, output, switching
 from tasks.lib.over_hosts import over_hosts, read
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
+SWITCH_SECONDS, LOOK_SECONDS = 600.0, 5.0  # to wait for a switch that another run began, and between two looks
 
 
 def look(host: Host) -> HostState | str:
-    """What the host serves, and what a run would do there."""
-    now = decision.decide(host)
-    if isinstance(now, Refused):
-        return f"refused: {now}"
-    return HostState.of(host.name, now.desired, now.changes, switching.wanted(host))
+    """What the host serves, and what a run would do there, once no switch is under way there: one of a run that was
+    killed goes on, and would change what was read."""
+    deadline = time.monotonic() + SWITCH_SECONDS
+    while True:
+        now = decision.decide(host)
+        if isinstance(now, Refused):
+            return f"refused: {now}"
+        under_way = [job for job in now.desired.installed.jobs if job.startswith("switch-")]
+        if not under_way or time.monotonic() > deadline:
+            return HostState.of(host.name, now.desired, now.changes, switching.wanted(host))
+        host.log(f"waiting for {under_way[0]}, which another run began")
+        gevent.sleep(LOOK_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -154,9 +164,8 @@ def roll_out(inventory: Path, rollout: Rollout) -> End:
         logger.info(f"--> {rollout.title(number).capitalize()}")
         wave = deploy(inventory, names, rollout.hosts)
         failed = dict(wave.failed)
-        if (
-            wave.was_executed
-        ):  # at the end of all hosts: an earlier rollout may have ended before its gateways were told
+        if wave.was_executed:
+            # At the end of all hosts: an earlier rollout may have ended before its gateways were told.
             told = rollout.hosts if number == len(rollout.waves) else names
             failed |= tell_gateways(inventory, set(told) - set(failed), rollout.hosts)
         if failed:

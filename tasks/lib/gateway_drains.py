@@ -163,13 +163,10 @@ def _missing(gateway: Host, hosts: Collection[str]) -> dict[str, str]:
     except (remote.RemoteError, ConnectError) as error:
         logger.debug(f"{gateway.print_prefix}{error}")
         return {}
-    return {
-        _host_of(
-            name
-        ): f"the gateway of {gateway.name} does not find {name} up: {one.check or 'it was not checked yet'}"
-        for name, one in there.items()
-        if _host_of(name) in hosts and not one.up and name in _ours([name], there)
-    }
+    waits = (name for name, one in there.items()
+             if _host_of(name) in hosts and not one.up and name in _ours([name], there))  # fmt: skip
+    return {_host_of(name): f"the gateway of {gateway.name} does not find {name} up: "
+                            f"{there[name].check or 'it was not checked yet'}" for name in waits}  # fmt: skip
 
 
 def _host_of(server: str) -> str:

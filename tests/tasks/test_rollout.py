@@ -7,8 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from tasks import rollout
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -200,3 +203,23 @@ def test_what_a_killed_rollout_has_left_out_is_put_back_also_where_nothing_else_
     fleet.add_gateway()
     assert fleet.roll_out().returncode == 0
     assert fleet.told[0] == "undrain @fake/a/x"
+
+
+def test_a_switch_of_a_run_that_was_killed_is_waited_for(monkeypatch):
+    """It goes on without its run, and changes what the host has."""
+    jobs = [("switch-chat-0123", "fetch-chat"), ("switch-chat-0123",), ("fetch-chat",), ()]
+    monkeypatch.setattr(rollout.decision, "decide", lambda host: decided(jobs.pop(0)))
+    monkeypatch.setattr(rollout.HostState, "of", lambda name, desired, changes, wanted: desired.installed.jobs)
+    monkeypatch.setattr(rollout.switching, "wanted", lambda host: ())
+    monkeypatch.setattr(rollout.gevent, "sleep", lambda seconds: None)
+    lines = []
+    host = SimpleNamespace(name="a", log=lines.append)
+    assert rollout.look(host) == ("fetch-chat",) and jobs == [()]
+    assert lines == ["waiting for switch-chat-0123, which another run began"] * 2
+    monkeypatch.setattr(rollout, "SWITCH_SECONDS", -1.0)
+    jobs[:] = [("switch-chat-0123",)]
+    assert rollout.look(host) == ("switch-chat-0123",), "for some minutes, not for ever"
+
+
+def decided(jobs):
+    return SimpleNamespace(desired=SimpleNamespace(installed=SimpleNamespace(jobs=jobs)), changes=None)
