@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from llamafleet.cli import main as cli
+from llamafleet.cli import on_inventory
 from llamafleet.hub import http
 from llamafleet.settings.schema import SettingsError
 from sandbox import models
@@ -456,7 +457,7 @@ def test_a_command_over_an_inventory_is_a_process_with_these_words(tmp_path, mon
         __exit__ = lambda *_: None  # noqa: E731
         wait = lambda self: 7  # noqa: E731
 
-    monkeypatch.setattr(cli.subprocess, "Popen", Process)
+    monkeypatch.setattr(on_inventory.subprocess, "Popen", Process)
     assert cli.main([words[0], "--inventory", str(file), *words[1:]]) == 7
     assert started[2:] == ["-m", *(str(file) if word == "FILE" else word for word in given)]
 

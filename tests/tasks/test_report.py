@@ -9,6 +9,7 @@ import pytest
 from pyinfra.api.exceptions import PyinfraError
 
 from llamafleet.cli import main as cli
+from llamafleet.cli import on_inventory
 from tasks import report
 from tasks.lib import records
 from tests import reporting
@@ -101,7 +102,7 @@ def test_a_limit_that_names_nobody_is_bad_input(tmp_path, monkeypatch, capsys):
 def test_the_command_passes_inventory_limit_and_output(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        cli, "_on_inventory", lambda module, options, *words: asked.append((module, options, words)) or 5
+        on_inventory, "run", lambda module, options, *words: asked.append((module, options, words)) or 5
     )
     assert cli.main(["report", "--inventory", "fleet.py", "--limit", "gpu*"]) == 5
     [(module, options, words)] = asked
