@@ -100,10 +100,13 @@ class Sharing:
             self.holders.setdefault(host, 0)
 
     def withdraw(self, host: str) -> None:
-        """The host is no longer part of the run: it neither needs the file nor serves it."""
+        """The host is no longer part of the run: it neither needs the file nor serves it. That others did not reach it
+        says nothing about their networks."""
         self.ended(host, serves=False)
         self._waiting.discard(host)
         self.holders.pop(host, None)
+        for away in self._unreachable.values():
+            away.discard(host)
 
     def left_out(self) -> tuple[str, ...]:
         """Hosts that nobody draws on any more, because others found damaged bytes there."""
@@ -126,8 +129,11 @@ class Sharing:
 
     def _may_draw(self, host: str, peer: str) -> bool:
         reports = self._damaged.get(peer, set())
+        away, group = self._unreachable.get(host, set()), self._group(peer)
         is_trusted = len(reports) < REPORTS and host not in reports
-        return peer != host and is_trusted and not self._group(peer) & self._unreachable.get(host, set())
+        # Who does not reach one host of a network reaches none of it, unless it is of that network itself.
+        is_reached = peer not in away and (host in group or not group & away)
+        return peer != host and is_trusted and is_reached
 
     def _group(self, host: str) -> set[str]:
         return self._groups.setdefault(host, {host})

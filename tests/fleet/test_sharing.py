@@ -15,7 +15,7 @@ from llamafleet.fleet.sharing import PLACES, FromOrigin, FromPeers, Left, Sharin
 
 SIZE = 1000.0  # MB
 ORIGIN, LINE = 20.0, 100.0  # MB/s: the Hub's whole line, each host's up and down
-PATIENCE = 60.0  # seconds after which a transfer from peers asks anew
+PATIENCE = 60.0  # seconds after which a transfer from peers asks anew; twice as long each time
 CONNECT = 5.0  # seconds until a host counts as unreachable
 
 
@@ -46,6 +46,7 @@ class Site:
         self.done: dict[str, float] = dict.fromkeys(self.holding, 0.0)
         self.dead: set[str] = set()
         self.transfers: dict[str, Transfer] = {}
+        self.patience = dict.fromkeys(self.names, PATIENCE)
         for name in self.holding:
             self.sharing.ended(name, serves=True)
         while set(self.names) - set(self.done) - self.dead:
@@ -101,11 +102,12 @@ class Site:
         """End the transfer where it is done, where it has no source left, and where it ran for long."""
         waited = self.now - transfer.began
         is_done = self.got[name] >= SIZE
-        is_late = bool(transfer.sources) and waited >= (PATIENCE if moves else CONNECT)
+        is_late = bool(transfer.sources) and waited >= (self.patience[name] if moves else CONNECT)
         if not is_done and not is_late:
             return
         away = {one for one in transfer.sources if one in self.dead or not self.reaches(name, one)}
         del self.transfers[name]
+        self.patience[name] *= 2 if moves else 1
         if is_done:
             self.done[name] = self.now
         self.sharing.ended(name, is_done, Left(frozenset(transfer.left), frozenset(away)))
@@ -233,3 +235,29 @@ def test_one_host_alone_cannot_take_another_from_all():
     assert sharing.ask("liar") == FromOrigin()
     assert sharing.ask("honest") == FromPeers(("a", "b"))
     assert sharing.left_out() == ()
+
+
+def test_a_dead_host_takes_no_other_one_of_its_network_with_it():
+    sharing = Sharing()
+    sharing.ended("a", serves=True)
+    for one in ("b", "c"):
+        assert sharing.ask(one) == FromPeers(("a",))
+    for one in ("b", "c"):
+        sharing.ended(one, serves=True)
+    # "b" is of the network of "a" and "c", as its own transfer has shown: it misses "a" alone.
+    assert isinstance(sharing.ask("b"), FromPeers)
+    sharing.ended("b", serves=True, left=Left(unreachable=frozenset({"a"})))
+    assert sharing.ask("b") == FromPeers(("c",))
+
+
+def test_a_host_that_others_did_not_reach_because_it_is_dead_says_nothing_of_its_network():
+    sharing = Sharing()
+    sharing.ended("a", serves=True)
+    for one in ("b", "c"):
+        assert sharing.ask(one) == FromPeers(("a",))
+    sharing.ended("b", serves=True)
+    sharing.ended("c", serves=False, left=Left(unreachable=frozenset({"a"})))
+    assert sharing.ask("c") == FromOrigin()  # "b" is of the network of "a"
+    sharing.ended("c", serves=False)
+    sharing.withdraw("a")
+    assert sharing.ask("c") == FromPeers(("b",))
