@@ -6,10 +6,8 @@ Why real servers: who is left, what is kept and that no token goes astray show o
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import http.server
-import ipaddress
 import json
 import random
 import re
@@ -22,12 +20,9 @@ import fetch_peers
 import fetch_source
 import pieces
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from fetch_spec import ASK_AGAIN, BAD_SPEC, NOT_GGUF, Failed, read_spec
 
+from tests.remote.peers import certified
 from tests.serving import Server, raw, serving
 
 PIECE = 64 * 1024
@@ -35,21 +30,6 @@ BODY = b"GGUF" + random.Random(5).randbytes(20 * PIECE + 1000)
 SHA = hashlib.sha256(BODY).hexdigest()
 TOKEN = "t" * 43
 HUB_TOKEN = "hf_thisIsASecretThatNobodyMaySee"
-PEM = serialization.Encoding.PEM
-
-
-def certified(*addresses: str) -> tuple[str, str]:
-    """A certificate for these addresses that signs itself, and its key."""
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
-    name, day = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a run")]), datetime.timedelta(days=1)
-    made = (
-        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-        .serial_number(x509.random_serial_number()).not_valid_before(now - day).not_valid_after(now + day)
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(a)) for a in addresses]), False)
-        .sign(key, hashes.SHA256())
-    )  # fmt: skip
-    private = key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    return made.public_bytes(PEM).decode(), private.decode()
 
 
 CERTIFICATE, KEY = certified("127.0.0.1")
