@@ -86,6 +86,10 @@ class Sharing:
             self.holders[name] += places
         return step
 
+    def expect(self, host: str) -> None:
+        """The host has the file and is about to serve it: others wait for it, until its `ended` is told."""
+        self._transfers[host] = FromPeers(())
+
     def ended(self, host: str, serves: bool, left: Left | None = None) -> None:
         """The host's transfer has ended; `serves`: it has the file now, and other hosts may draw on it. A host that has
         the file and cannot serve it, or that failed, asks no more or asks again."""
@@ -107,6 +111,10 @@ class Sharing:
         self.holders.pop(host, None)
         for away in self._unreachable.values():
             away.discard(host)
+
+    def transferring(self) -> frozenset[str]:
+        """The hosts whose transfers run."""
+        return frozenset(self._transfers)
 
     def left_out(self) -> tuple[str, ...]:
         """Hosts that nobody draws on any more, because others found damaged bytes there."""

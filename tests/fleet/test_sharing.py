@@ -261,3 +261,11 @@ def test_a_host_that_others_did_not_reach_because_it_is_dead_says_nothing_of_its
     sharing.ended("c", serves=False)
     sharing.withdraw("a")
     assert sharing.ask("c") == FromPeers(("b",))
+
+
+def test_a_host_that_is_about_to_serve_is_waited_for():
+    sharing = Sharing()
+    sharing.expect("a")
+    assert sharing.ask("b") == Wait(("a",))
+    sharing.ended("a", serves=True)
+    assert sharing.ask("b") == FromPeers(("a",))
