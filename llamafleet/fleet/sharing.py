@@ -22,7 +22,8 @@ PLACES = 4
 USUAL_SOURCES, MOST_SOURCES = 2, 4
 # Hosts that say that a host serves damaged bytes, until nobody draws on it.
 REPORTS = 2
-# Tries in which a host reached no other one, after which it waits for none: its network lets it reach nobody.
+# Tries in which a host reached no other one, after which it waits for none: its network lets it reach nobody. Also
+# hosts that others waited for in vain, after which nobody waits: else fifty hosts would fail one after another.
 TRIES = 2
 
 
@@ -66,6 +67,7 @@ class Sharing:
     _damaged: dict[str, set[str]] = field(default_factory=dict)  # by host: who says so
     _unreachable: dict[str, set[str]] = field(default_factory=dict)  # by host: those that it did not reach
     _tries: dict[str, int] = field(default_factory=dict)  # by host: transfers in a row that reached nobody
+    _in_vain: int = 0  # hosts that others waited for, and that then had nothing to serve
     _groups: dict[str, set[str]] = field(default_factory=dict)  # hosts that reach each other, as transfers have shown
 
     def ask(self, host: str) -> Step:
@@ -112,6 +114,10 @@ class Sharing:
         for away in self._unreachable.values():
             away.discard(host)
 
+    def in_vain(self) -> None:
+        """A host for which others waited did not get the file from the origin, or cannot serve it."""
+        self._in_vain += 1
+
     def transferring(self) -> frozenset[str]:
         """The hosts whose transfers run."""
         return frozenset(self._transfers)
@@ -131,7 +137,7 @@ class Sharing:
 
     def _awaited(self, host: str) -> set[str]:
         """Those whose running transfers may give the host a source."""
-        if self._tries.get(host, 0) >= TRIES:
+        if self._tries.get(host, 0) >= TRIES or self._in_vain >= TRIES:
             return set()
         return {one for one in self._transfers if one != host and self._may_draw(host, one)}
 

@@ -85,10 +85,12 @@ class Shared:
 
     def offer(self, host: str, actions: Actions) -> None:
         """Serve the file from a host that has it, if others need it that have no source yet."""
-        serves = False
+        is_wanted, serves = bool(self.needing - self.sharing.transferring()), False
         try:
-            serves = bool(self.needing - self.sharing.transferring()) and actions.serve()
+            serves = is_wanted and actions.serve()
         finally:
+            if is_wanted and not serves:
+                self.sharing.in_vain()
             self.sharing.ended(host, serves)
             self._tell()
 
@@ -99,7 +101,7 @@ class Shared:
                 outcome = actions.from_peers(step.names, seconds)
                 seconds *= 2
             else:
-                outcome = actions.from_origin()
+                outcome = self._from_origin(actions)
             for kind, name, why in outcome.left:
                 actions.say(f"left {name}, which {_WORDS[kind]}: {why}")
             left = Left(damaged=outcome.of_kind("damaged"), unreachable=outcome.of_kind("unreachable"))
@@ -112,6 +114,16 @@ class Shared:
             if not outcome.asks_again:
                 return outcome.is_there
         return False
+
+    def _from_origin(self, actions: Actions) -> Outcome:
+        is_there = False
+        try:
+            outcome = actions.from_origin()
+            is_there = outcome.is_there
+            return outcome
+        finally:
+            if not is_there:
+                self.sharing.in_vain()
 
     def _steps(self, host: str, actions: Actions) -> Iterator[FromOrigin | FromPeers]:
         """What the host does next, again and again; waits as long as it has to."""

@@ -269,3 +269,15 @@ def test_a_host_that_is_about_to_serve_is_waited_for():
     assert sharing.ask("b") == Wait(("a",))
     sharing.ended("a", serves=True)
     assert sharing.ask("b") == FromPeers(("a",))
+
+
+def test_nobody_waits_any_more_once_two_hosts_were_waited_for_in_vain():
+    sharing = Sharing()
+    for one in ("a", "b"):
+        assert sharing.ask(one) == FromOrigin()
+        assert sharing.ask("c") == Wait((one,))
+        sharing.ended(one, serves=False)
+        sharing.in_vain()
+    assert [sharing.ask(one) for one in ("c", "d", "e")] == [FromOrigin()] * 3
+    sharing.ended("c", serves=True)
+    assert sharing.ask("f") == FromPeers(("c",))

@@ -20,8 +20,8 @@ from fetch_spec import read_spec
 from llamafleet.fleet import site_server
 from llamafleet.fleet.site_server import SharedFile
 from llamafleet.remote import common
+from tasks.lib.site_access import self_signed
 from tasks.lib.templates import render
-from tests.remote.peers import certified
 
 NGINX = shutil.which("nginx")
 needs_nginx = pytest.mark.skipif(not NGINX, reason="nginx is not installed")
@@ -66,7 +66,7 @@ class Site:
     """A host with the file, served by nginx at a loopback address."""
 
     def __init__(self, folder, allowed):
-        self.folder, (self.certificate, key) = folder, certified("127.0.0.1")
+        self.folder, (self.certificate, key) = folder, self_signed(["127.0.0.1"])
         (folder / "share").mkdir()
         (folder / "x.gguf").write_bytes(BODY)
         (folder / "share" / f"{SHA}.pieces").write_text(pieces.text(*pieces_of(folder / "x.gguf")))

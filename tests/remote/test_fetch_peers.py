@@ -22,7 +22,7 @@ import pieces
 import pytest
 from fetch_spec import ASK_AGAIN, BAD_SPEC, NOT_GGUF, Failed, read_spec
 
-from tests.remote.peers import certified
+from tasks.lib.site_access import self_signed
 from tests.serving import Server, raw, serving
 
 PIECE = 64 * 1024
@@ -32,7 +32,7 @@ TOKEN = "t" * 43
 HUB_TOKEN = "hf_thisIsASecretThatNobodyMaySee"
 
 
-CERTIFICATE, KEY = certified("127.0.0.1")
+CERTIFICATE, KEY = self_signed(["127.0.0.1"])
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -187,12 +187,12 @@ def test_only_the_token_of_the_run_goes_to_peers(job, start):
 
 def test_a_peer_with_another_certificate_is_shown_no_token(job, start):
     peer = Peer()
-    job.access["certificate"] = certified("127.0.0.1")[0]
+    job.access["certificate"] = self_signed(["127.0.0.1"])[0]
     assert (job.run(*start(peer)), job.left(), peer.tokens) == (ASK_AGAIN, {"h0": "unreachable"}, [])
 
 
 def test_a_certificate_for_another_address_is_not_taken(job, start):
-    certificate, key = certified("127.0.0.2")
+    certificate, key = self_signed(["127.0.0.2"])
     Path(PAIR).write_text(key + certificate)
     job.access["certificate"] = certificate
     peer = Peer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fetch_spec
 import gevent
 import pytest
 
@@ -17,7 +18,8 @@ class Host:
 
     def __init__(self, site, name, *outcomes, serves=True):
         self.site, self.name, self.outcomes, self.serves = site, name, list(outcomes), serves
-        self.told, self.drew, self.seconds, self.seconds_to_serve = [], [], [], 0.01
+        self.told, self.drew, self.seconds = [], [], []
+        self.seconds_to_serve = self.seconds_at_origin = 0.01
 
     def transfer(self, what):
         self.site.log.append((self.name, what))
@@ -28,6 +30,10 @@ class Host:
         return outcome
 
     def from_origin(self):
+        self.site.at_origin += 1
+        self.site.most_at_origin = max(self.site.at_origin, self.site.most_at_origin)
+        gevent.sleep(self.seconds_at_origin)
+        self.site.at_origin -= 1
         return self.transfer("origin")
 
     def from_peers(self, names, seconds):
@@ -48,6 +54,7 @@ class Site:
     def __init__(self, monkeypatch, count):
         monkeypatch.setattr(sites, "LOOK_SECONDS", 0.02)
         self.log, self.served, self.away = [], [], set()
+        self.at_origin = self.most_at_origin = 0
         self.shared = Shared(lambda name: name not in self.away)
         self.names = [f"h{number}" for number in range(count)]
         self.hosts = {name: Host(self, name) for name in self.names}
@@ -142,6 +149,27 @@ def test_hosts_that_fail_for_themselves_leave_places_to_others(site):
     results = site.run()
     assert [name for name, done in results.items() if done is not True] == ["h1", "h2"]
     assert set(site.shared.sharing.holders.values()) == {0}
+
+
+@pytest.mark.parametrize("outcome", [FAILED, RuntimeError("no answer")])
+def test_an_origin_that_is_down_fails_all_hosts_in_the_time_of_three(site, outcome):
+    for host in site.hosts.values():
+        host.outcomes, host.seconds_at_origin = [outcome], 0.3
+    with gevent.Timeout(1.5):  # one after another they would take 1.8
+        results = site.run()
+    assert True not in results.values()
+    assert site.most_at_origin == 4
+
+
+def test_hosts_that_cannot_serve_hold_the_others_up_twice_at_most(site):
+    for host in site.hosts.values():
+        host.serves = False
+    assert site.run() == dict.fromkeys(site.names, True)
+    assert (len(site.asked_origin), site.most_at_origin) == (6, 4)
+
+
+def test_both_sides_know_the_same_exit_code():
+    assert sites.ASK_AGAIN == fetch_spec.ASK_AGAIN
 
 
 @pytest.mark.parametrize(
