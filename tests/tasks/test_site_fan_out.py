@@ -107,8 +107,12 @@ class Host:
         )
         with (self.folder / "log").open("w") as log:
             process = subprocess.Popen([sys.executable, PROGRAM, spec], stdout=log, stderr=log)
-            while process.poll() is None:
-                gevent.sleep(0.05)
+            try:
+                while process.poll() is None:
+                    gevent.sleep(0.05)
+            finally:
+                process.kill()
+                process.wait()
         lines = (self.folder / "log").read_text().splitlines()
         return Outcome.of(Job("ended", process.returncode, lines[-1], lines, ""))
 
@@ -160,7 +164,10 @@ class Site:
         began = time.monotonic()
         self.shared.note(self.hosts, ())
         fetching = [gevent.spawn(self.shared.fetch, name, host) for name, host in self.hosts.items()]
-        gevent.joinall(fetching, timeout=60, raise_error=True)
+        try:
+            gevent.joinall(fetching, timeout=60, raise_error=True)
+        finally:
+            gevent.killall(fetching)
         assert [one.value for one in fetching] == [True] * len(self.hosts), [host.told for host in self.hosts.values()]
         assert all(host.file.read_bytes() == BODY for host in self.hosts.values())
         return time.monotonic() - began
