@@ -34,7 +34,7 @@ FURTHER = {
     ),
     "fifth": (
         "test_21_vectors", "test_22_vision", "test_23_speculation", "test_24_adapters", "test_26_demand",
-        "test_27_real_models", "test_31_rollout",
+        "test_27_real_models",
     ),
 }  # fmt: skip
 # Oracle tests of lanes whose hosts are done first; the others are in the lane that computes. By then test_05_uninstall
