@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from tests.e2e import deploying
 from tests.e2e.deploying import (
     PORT,
     ROOT,
@@ -30,7 +31,11 @@ FRESH = {"name": "fresh", "port": PORT + 5, **WORKLOAD}
 
 
 @pytest.fixture(scope="module")
-def host(deployed):
+def host(deployed, outside, tmp_path_factory):
+    """The host with the one model that all tests here begin with, whatever others did before."""
+    data = deploying.settings(outside, deployed[0])
+    done = pyinfra(write_inventory(tmp_path_factory.mktemp("before") / "inventory.py", [(deployed[0], data)]))
+    assert done.code == 0, done.text
     return deployed[0]
 
 
@@ -80,7 +85,8 @@ def test_a_deploy_measures_what_does_not_run_yet_and_installs_what_won(host, wan
     assert found == json.loads((folder / "tuned" / f"{host.name}.json").read_text())["fresh"]
     assert len(found["trials"]) == len(trials(host)) >= 2, found["why"]
     assert f"fresh: {found['winner']['label']}: " in run.text and "fresh: the record is in " in run.text
-    assert sum(one["took_seconds"] for one in found["trials"]) <= 60
+    # The last trial may take longer than those before it, by which it is told whether there is time for one more.
+    assert sum(one["took_seconds"] for one in found["trials"][:-1]) <= 60
     plan = json.loads(on(host, "cat", "/etc/llamafleet/instances/fresh/plan.json"))
     assert plan["plan"]["why"][0].startswith("measured here: ")
     for key, flag in (("ubatch_tokens", "--ubatch-size"), ("batch_tokens", "--batch-size")):
@@ -123,7 +129,8 @@ def test_a_service_is_stopped_where_it_may_be_and_put_back(host, wanted):
     asked = {"reply_tokens": 5}
     run = pyinfra(wanted(asked, WORKLOAD, tune_stops_service=True), deploy=STAGE)
     assert run.code == 0 and serves(host, FRESH["port"]) and serves(host), run.text
-    assert record(host)["fingerprint"]["workload"]["reply_tokens"] == 5 and record(host, "tiny")["trials"]
+    assert record(host)["fingerprint"]["workload"]["reply_tokens"] == 5
+    assert "tiny is not measured: it was measured already, with fresh" in run.text  # the same model and workload
     run = pyinfra(wanted(asked, WORKLOAD))
     assert run.code == 0 and "fresh is not measured: it was measured already" in run.text, run.text
     assert serves(host, FRESH["port"]) and serves(host)
