@@ -235,6 +235,15 @@ hub_token_file = None
 # (RequiresMountsFor=). Models that are there already stay where they are. None: /var/lib/llamafleet/models.
 models_dir = None
 
+# --- one download for a site -----------------------------------------------------------------
+
+# Hosts of a run that name the same site and reach each other download a model once: who has it gives it to the others,
+# by nginx from the distribution, to these hosts alone and while the run lasts. See docs/fleet.md. None: the host
+# downloads for itself, and serves nobody.
+site = "default"
+# Port by which it gives files to the others; the same on all hosts of the site.
+site_port = 9345
+
 # --- the way out -----------------------------------------------------------------------------
 
 # Address of an HTTP proxy, such as "http://proxy.example.net:3128", by which the host downloads, its git, apt and dnf

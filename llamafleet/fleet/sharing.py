@@ -67,6 +67,7 @@ class Sharing:
     _damaged: dict[str, set[str]] = field(default_factory=dict)  # by host: who says so
     _unreachable: dict[str, set[str]] = field(default_factory=dict)  # by host: those that it did not reach
     _tries: dict[str, int] = field(default_factory=dict)  # by host: transfers in a row that reached nobody
+    _mute: set[str] = field(default_factory=set)  # hosts that cannot serve
     _in_vain: int = 0  # hosts that others waited for, and that then had nothing to serve
     _groups: dict[str, set[str]] = field(default_factory=dict)  # hosts that reach each other, as transfers have shown
 
@@ -114,6 +115,14 @@ class Sharing:
         for away in self._unreachable.values():
             away.discard(host)
 
+    def mute(self, host: str) -> None:
+        """The host cannot serve, whether or not it has the file: nobody waits for it."""
+        self._mute.add(host)
+
+    def apart(self, host: str, peers: Iterable[str]) -> None:
+        """The host reaches none of these, as it has tried."""
+        self._unreachable.setdefault(host, set()).update(peers)
+
     def in_vain(self) -> None:
         """A host for which others waited did not get the file from the origin, or cannot serve it."""
         self._in_vain += 1
@@ -147,7 +156,7 @@ class Sharing:
         is_trusted = len(reports) < REPORTS and host not in reports
         # Who does not reach one host of a network reaches none of it, unless it is of that network itself.
         is_reached = peer not in away and (host in group or not group & away)
-        return peer != host and is_trusted and is_reached
+        return peer not in (host, *self._mute) and is_trusted and is_reached
 
     def _group(self, host: str) -> set[str]:
         return self._groups.setdefault(host, {host})

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from llamafleet.remote.common import SHARE_CREDENTIALS, SHARE_RUN, SHARED
+from llamafleet.remote.pieces import CREDENTIALS, LISTS, SERVER_RUN
 
 TEMPLATE = "site-nginx.conf.j2"
 # nginx reads variables, quotes and blanks in a path, and knows no way to write a dollar.
@@ -45,10 +45,10 @@ def values(
         "allowed": sorted({str(ipaddress.ip_address(one)) for one in allowed}),
         "token": token,
         "files": list(by_digest.values()),
-        "lists": SHARED,
-        "run": SHARE_RUN,
-        "certificate": f"{SHARE_CREDENTIALS}/certificate",
-        "key": f"{SHARE_CREDENTIALS}/key",
+        "lists": LISTS,
+        "run": SERVER_RUN,
+        "certificate": f"{CREDENTIALS}/certificate",
+        "key": f"{CREDENTIALS}/key",
     }
 
 

@@ -50,12 +50,6 @@ GATEWAY_RUN = RUN + "/gateway"  # what the gateway forgets at a boot: its socket
 GATEWAY_SOCKET = GATEWAY_RUN + "/admin.sock"  # for root: HAProxy's runtime API
 GATEWAY_STATE = GATEWAY_RUN + "/servers.state"  # as HAProxy writes and reads it
 
-SHARE_UNIT = "llamafleet-share.service"  # serves files to the other hosts of the site while a run lasts
-SHARE_WATCH_UNIT = "llamafleet-share-watch.service"  # ends it with the run
-SHARED = RUN + "/share"  # lists of the pieces of files that this host serves
-SHARE_RUN = "/run/llamafleet-share"  # what nginx writes: its RuntimeDirectory
-SHARE_CREDENTIALS = f"/run/credentials/{SHARE_UNIT}"
-
 UNITS = "/etc/systemd/system"
 CACHES = "/var/cache"  # a folder for each service, by its unit's CacheDirectory=
 

@@ -1,4 +1,5 @@
-"""The list of a file's pieces, by which a host can tell which of several others sent damaged bytes.
+"""The list of a file's pieces, by which a host can tell which of several others sent damaged bytes; and the places of
+the server that gives them.
 
 Contract: a module, no program. The list of a file is JSON, {"schema": 1, "sha256": of the whole file, "size_bytes",
 "piece_bytes", "pieces": [sha256 of each piece, the last one shorter]}. It is made by a host that has verified the file,
@@ -14,6 +15,10 @@ import json
 import re
 from typing import List, Tuple
 
+SERVER = "llamafleet-share.service"  # serves files to the other hosts of the site while a run lasts
+LISTS = "/run/llamafleet/share"  # the lists of the files that it serves
+SERVER_RUN = "/run/llamafleet-share"  # what nginx writes: its RuntimeDirectory
+CREDENTIALS = f"/run/credentials/{SERVER}"
 MIB = 1 << 20
 SCHEMA = 1
 PIECE_BYTES = 8 * MIB

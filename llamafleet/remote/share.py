@@ -12,6 +12,9 @@ of its own. `nginx.conf` names all files that this run will have here; one of wh
 Prints progress; a file that is not what its name says is not served, with a line `note: `. Exit 0 the server answers;
 1 it does not, and the last line begins with `error: `.
 
+`share.py apart PORT ADDRESS...` prints {"apart": [those of the addresses that this host does not reach]}: where the
+connection is refused it reaches the other one, whose server may start later.
+
 `share.py watch RUN` ends when that run no longer holds the host's lock; it is the service on which the server depends,
 so that this ends too. `share.py end` ends both. Root, systemd 247 or later, nginx; Python 3.8, the standard library;
 common.py, lock.py and pieces.py beside it.
@@ -25,26 +28,17 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, List
 
 import lock
 import pieces
-from common import (
-    ETC,
-    RUN,
-    SHARE_CREDENTIALS,
-    SHARE_RUN,
-    SHARE_UNIT,
-    SHARE_WATCH_UNIT,
-    SHARED,
-    read_json,
-    replace_file,
-    show,
-    write_json,
-)  # fmt: skip
+from common import ETC, RUN, read_json, replace_file, show, write_json
+from pieces import CREDENTIALS, LISTS, SERVER, SERVER_RUN
 
 NGINX = "/usr/sbin/nginx"
 # Between two looks whether the run still holds the lock.
@@ -52,6 +46,9 @@ WATCH_SECONDS = 10.0
 # Until nginx answers; it has no more to do than to read its configuration.
 START_SECONDS = 15.0
 LONGEST_SECONDS = 7 * 86400
+# Until a host of the same site answers, or refuses; how many are tried at once.
+REACH_SECONDS, MOST_TRIES = 3.0, 64
+WATCHER = "llamafleet-share-watch.service"  # ends the server with its run
 SECRETS = ("nginx.conf", "certificate", "key")
 
 
@@ -65,10 +62,16 @@ def say(text: str) -> None:
 
 def serve(spec: Dict[str, Any], secrets: Dict[str, str]) -> None:
     """As the contract says. Raises Failed, OSError and SubprocessError."""
-    os.makedirs(SHARED, mode=0o755, exist_ok=True)
+    if not os.path.exists(NGINX):
+        raise Failed(f"{NGINX} is not there: install the package nginx")
+    is_there = is_serving(spec["run"])
+    if not is_there:
+        stop()  # what an earlier run left; its lists do not show that the files are still as they were
+        shutil.rmtree(LISTS, ignore_errors=True)
+    os.makedirs(LISTS, mode=0o755, exist_ok=True)
     for file in spec["files"]:
         listed(file["path"], file["sha256"], file["size_bytes"])
-    if not is_serving(spec["run"]):
+    if not is_there:
         start(spec, secrets)
     await_server(spec["port"])
     say(f"serving {len(spec['files'])} files at port {spec['port']}")
@@ -76,7 +79,7 @@ def serve(spec: Dict[str, Any], secrets: Dict[str, str]) -> None:
 
 def listed(path: str, sha256: str, size_bytes: int) -> bool:
     """Whether the file is what it should be, and its pieces are listed now."""
-    target = f"{SHARED}/{sha256}.pieces"
+    target = f"{LISTS}/{sha256}.pieces"
     if os.path.exists(target):
         return True
     say(f"listing the pieces of {path}")
@@ -94,15 +97,12 @@ def listed(path: str, sha256: str, size_bytes: int) -> bool:
 
 
 def is_serving(run: str) -> bool:
-    started = read_json(f"{SHARED}/run.json").get("run")
-    return started == run and show(SHARE_UNIT, "ActiveState").get("ActiveState") == "active"
+    started = read_json(f"{LISTS}/run.json").get("run")
+    return started == run and show(SERVER, "ActiveState").get("ActiveState") == "active"
 
 
 def start(spec: Dict[str, Any], secrets: Dict[str, str]) -> None:
-    """The server, and what ends it with its run. What an earlier run left is ended first."""
-    if not os.path.exists(NGINX):
-        raise Failed(f"{NGINX} is not there: install the package nginx")
-    stop()
+    """The server, and what ends it with its run."""
     subprocess.run(watcher(spec["run"]), check=True)
     private = f"{RUN}/share-secrets"
     shutil.rmtree(private, ignore_errors=True)
@@ -113,7 +113,7 @@ def start(spec: Dict[str, Any], secrets: Dict[str, str]) -> None:
         subprocess.run(server(spec["allowed"], private), check=True)
     finally:
         shutil.rmtree(private)  # systemd has read them
-    write_json(f"{SHARED}/run.json", {"run": spec["run"]})
+    write_json(f"{LISTS}/run.json", {"run": spec["run"]})
 
 
 def watcher(run: str) -> List[str]:
@@ -122,15 +122,15 @@ def watcher(run: str) -> List[str]:
     limits = ["Type=exec", f"RuntimeMaxSec={LONGEST_SECONDS}", "MemoryMax=128M", "TasksMax=8", "NoNewPrivileges=yes",
               "ProtectSystem=strict", "ProtectHome=yes", "PrivateTmp=yes", "PrivateDevices=yes", "PrivateNetwork=yes",
               "CapabilityBoundingSet=", "LimitCORE=0"]  # fmt: skip
-    return ["systemd-run", "--quiet", "--collect", f"--unit={SHARE_WATCH_UNIT}",
+    return ["systemd-run", "--quiet", "--collect", f"--unit={WATCHER}",
             *(f"--property={one}" for one in limits), *program]  # fmt: skip
 
 
 def server(allowed: List[str], private: str) -> List[str]:
     """The command that starts nginx: no user of the host's, no other file of ours, no other peer than `allowed`."""
     limits = [
-        "Type=exec", f"BindsTo={SHARE_WATCH_UNIT}", f"After={SHARE_WATCH_UNIT}", f"RuntimeMaxSec={LONGEST_SECONDS}",
-        "DynamicUser=yes", f"RuntimeDirectory={os.path.basename(SHARE_RUN)}", "RuntimeDirectoryMode=0700",
+        "Type=exec", f"BindsTo={WATCHER}", f"After={WATCHER}", f"RuntimeMaxSec={LONGEST_SECONDS}",
+        "DynamicUser=yes", f"RuntimeDirectory={os.path.basename(SERVER_RUN)}", "RuntimeDirectoryMode=0700",
         *(f"LoadCredential={name}:{private}/{name}" for name in SECRETS),
         "IPAddressDeny=any", *(f"IPAddressAllow={address}" for address in allowed),
         f"InaccessiblePaths=-{ETC}", "NoNewPrivileges=yes", "CapabilityBoundingSet=",
@@ -145,8 +145,8 @@ def server(allowed: List[str], private: str) -> List[str]:
         "Nice=10", "CPUWeight=20", "IOWeight=20", "OOMScoreAdjust=500", "MemoryMax=512M", "TasksMax=64", "LimitCORE=0",
         "UMask=0077",
     ]  # fmt: skip
-    return ["systemd-run", "--quiet", "--collect", f"--unit={SHARE_UNIT}", *(f"--property={one}" for one in limits),
-            NGINX, "-c", f"{SHARE_CREDENTIALS}/nginx.conf"]  # fmt: skip
+    return ["systemd-run", "--quiet", "--collect", f"--unit={SERVER}", *(f"--property={one}" for one in limits),
+            NGINX, "-c", f"{CREDENTIALS}/nginx.conf"]  # fmt: skip
 
 
 def await_server(port: int) -> None:
@@ -155,10 +155,10 @@ def await_server(port: int) -> None:
     while time.monotonic() < end:
         if listens(port):
             return
-        if show(SHARE_UNIT, "ActiveState").get("ActiveState") != "active":
+        if show(SERVER, "ActiveState").get("ActiveState") != "active":
             break
         time.sleep(0.2)
-    raise Failed(f"nginx does not answer at port {port}: journalctl -u {SHARE_UNIT} has the reason")
+    raise Failed(f"nginx does not answer at port {port}: journalctl -u {SERVER} has the reason")
 
 
 def listens(port: int) -> bool:
@@ -172,11 +172,28 @@ def listens(port: int) -> bool:
     return False
 
 
+def apart(port: int, addresses: List[str]) -> List[str]:
+    """Those of the addresses from which nothing comes back."""
+    with ThreadPoolExecutor(MOST_TRIES) as pool:
+        tries = {address: pool.submit(is_reached, address, port) for address in addresses}
+    return [address for address, is_there in tries.items() if not is_there.result()]
+
+
+def is_reached(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), REACH_SECONDS).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
 def stop() -> None:
-    for unit in (SHARE_UNIT, SHARE_WATCH_UNIT):
+    for unit in (SERVER, WATCHER):
         subprocess.run(["systemctl", "stop", unit], stderr=subprocess.DEVNULL)  # it may not be there
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(f"{SHARED}/run.json")
+        os.unlink(f"{LISTS}/run.json")
 
 
 def watch(run: str) -> None:
@@ -193,6 +210,8 @@ def main(argv: List[str]) -> int:
         if argv[0] == "serve":
             with open(argv[1]) as file, open(argv[2]) as secret:
                 serve(json.load(file), json.load(secret))
+        elif argv[0] == "apart":
+            print(json.dumps({"apart": apart(int(argv[1]), argv[2:])}))
         elif argv[0] == "watch":
             watch(argv[1])
         else:

@@ -42,8 +42,11 @@ class Access:
         return cls(addresses, port, secrets.token_urlsafe(32), certificate, key)
 
     def others(self, host: str) -> tuple[str, ...]:
-        """The addresses of all hosts but this one."""
-        return tuple(sorted({address for name, address in self.addresses.items() if name != host}))
+        """The addresses from which the other hosts come."""
+        found = {address for name, address in self.addresses.items() if name != host}
+        # Hosts on one machine have addresses of its loopback, and all come from the first of them.
+        here = {"127.0.0.1"} if ipaddress.ip_address(self.addresses[host]).is_loopback else set()
+        return tuple(sorted(found | here))
 
     def for_clients(self) -> str:
         """The file with which `llamafleet/remote/fetch.py` asks its peers."""

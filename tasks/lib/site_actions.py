@@ -20,7 +20,7 @@ from llamafleet.fleet.site_server import SharedFile
 from llamafleet.host import answers
 from llamafleet.hub.network import Network
 from llamafleet.remote.common import RUN
-from tasks.lib import jobs, remote, templates
+from tasks.lib import jobs, paths, remote, templates
 from tasks.lib.site_access import Access
 from tasks.lib.sites import Outcome
 from tasks.lib.this_run import this_run
@@ -42,8 +42,11 @@ class OnHost:
     shared: Sequence[SharedFile]
     secret: jobs.Secret | None = None
     network: Network | None = None
+    sent: Sequence[paths.Sending] = ()  # files of this machine, which is their origin
 
     def from_origin(self) -> Outcome:
+        if self.sent:
+            paths.send(self.state, self.host, tuple(self.sent), self.spec["reserve_bytes"])
         return self._fetch(self.spec, self.secret, self.network)
 
     def from_peers(self, names: tuple[str, ...], seconds: float) -> Outcome:

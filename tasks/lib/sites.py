@@ -83,6 +83,15 @@ class Shared:
                 self.sharing.withdraw(host)
             self._tell()
 
+    def expect(self, host: str) -> None:
+        """The host has the file, and is about to serve it to those that need it, until its `end`."""
+        self.sharing.expect(host)
+
+    def end(self, host: str) -> None:
+        """Nothing is awaited of the host any more; what it serves by now, it serves."""
+        self.sharing.ended(host, serves=False)
+        self._tell()
+
     def offer(self, host: str, actions: Actions) -> None:
         """Serve the file from a host that has it, if others need it that have no source yet."""
         is_wanted, serves = bool(self.needing - self.sharing.transferring()), False

@@ -281,3 +281,13 @@ def test_nobody_waits_any_more_once_two_hosts_were_waited_for_in_vain():
     assert [sharing.ask(one) for one in ("c", "d", "e")] == [FromOrigin()] * 3
     sharing.ended("c", serves=True)
     assert sharing.ask("f") == FromPeers(("c",))
+
+
+def test_nobody_waits_for_a_host_that_cannot_serve_or_is_not_reached():
+    sharing = Sharing()
+    sharing.mute("mute")
+    sharing.apart("h", ["away"])
+    for name in ("mute", "away"):
+        assert sharing.ask(name) == FromOrigin()
+    assert sharing.ask("h") == FromOrigin()
+    assert sharing.ask("other") == Wait(("away", "h"))

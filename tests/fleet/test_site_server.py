@@ -19,7 +19,6 @@ from fetch_spec import read_spec
 
 from llamafleet.fleet import site_server
 from llamafleet.fleet.site_server import SharedFile
-from llamafleet.remote import common
 from tasks.lib.site_access import self_signed
 from tasks.lib.templates import render
 
@@ -77,7 +76,7 @@ class Site:
             self.port = free.getsockname()[1]
         files = [SharedFile(SHA, f"{folder}/x.gguf"), SharedFile(LATER, f"{folder}/later.gguf")]
         text = render(site_server.TEMPLATE, values(address="127.0.0.1", port=self.port, allowed=allowed, files=files))
-        for there, here in ((common.SHARED, "share"), (common.SHARE_CREDENTIALS, "."), (common.SHARE_RUN, ".")):
+        for there, here in ((pieces.LISTS, "share"), (pieces.CREDENTIALS, "."), (pieces.SERVER_RUN, ".")):
             text = text.replace(f"{there}/", f"{folder}/{here}/")
         (folder / "nginx.conf").write_text(text)
 

@@ -9,7 +9,7 @@ import pytest
 
 from llamafleet.remote import job_limits
 
-KINDS = ("build", "checkout", "fetch", "packages", "toolkit", "switch", "refresh", "watch", "another")
+KINDS = ("build", "checkout", "fetch", "packages", "share", "toolkit", "switch", "refresh", "watch", "another")
 GIB = 1 << 30
 
 
@@ -26,7 +26,7 @@ def test_every_job_has_an_end_and_bounds(kind):
     assert int(value(found, "MemoryMax")) >= GIB and value(found, "PrivateTmp") == "yes"
 
 
-@pytest.mark.parametrize("kind", ["build", "checkout", "fetch", "packages", "toolkit"])
+@pytest.mark.parametrize("kind", ["build", "checkout", "fetch", "packages", "share", "toolkit"])
 def test_work_that_can_wait_gives_way_to_services(kind):
     found = job_limits.limits(kind)
     assert (value(found, "Nice"), value(found, "CPUWeight"), value(found, "IOWeight")) == ("10", "20", "20")
@@ -39,6 +39,7 @@ def test_work_that_can_wait_gives_way_to_services(kind):
         ("build", {"/opt/llamafleet/releases", "/var/lib/llamafleet/build", "/mnt/b", "/var/cache"}),
         ("checkout", {"/var/lib/llamafleet/src"}),
         ("fetch", {"/var/lib/llamafleet/models"}),
+        ("share", set()),
         ("switch", {"/etc/systemd/system", "/etc/llamafleet", "/var/lib/llamafleet"}),
     ],
 )

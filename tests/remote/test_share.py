@@ -4,6 +4,7 @@ is tried in tests/fleet/test_site_server.py."""
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import threading
 
@@ -49,7 +50,7 @@ def systemd(monkeypatch, tmp_path):
     monkeypatch.setattr(share.subprocess, "run", made.run)
     monkeypatch.setattr(share, "show", made.show)
     monkeypatch.setattr(share, "RUN", str(tmp_path / "run"))
-    monkeypatch.setattr(share, "SHARED", str(tmp_path / "run" / "share"))
+    monkeypatch.setattr(share, "LISTS", str(tmp_path / "run" / "share"))
     monkeypatch.setattr(share, "NGINX", "/bin/true")
     monkeypatch.setattr(share, "START_SECONDS", 0.5)
     return made
@@ -79,7 +80,7 @@ def test_a_file_is_listed_and_the_server_started_once_for_a_run(systemd, asked, 
     assert serve(tmp_path, asked) == 0
     listed = (tmp_path / "run/share" / f"{SHA}.pieces").read_bytes()
     assert pieces.read(listed, SHA, len(BODY)) == [SHA]
-    assert started(systemd) == [share.SHARE_WATCH_UNIT, share.SHARE_UNIT]
+    assert started(systemd) == [share.WATCHER, share.SERVER]
     assert serve(tmp_path, asked) == 0
     assert len(started(systemd)) == 2
     assert serve(tmp_path, {**asked, "run": "another"}) == 0
@@ -96,7 +97,7 @@ def test_what_is_secret_is_with_systemd_alone_when_the_server_runs(systemd, aske
 def test_the_server_ends_with_its_watcher_and_answers_hosts_of_the_site_alone(systemd, asked, tmp_path):
     serve(tmp_path, asked)
     words = systemd.told[-1]
-    for needed in (f"BindsTo={share.SHARE_WATCH_UNIT}", "DynamicUser=yes", "IPAddressDeny=any",
+    for needed in (f"BindsTo={share.WATCHER}", "DynamicUser=yes", "IPAddressDeny=any",
                    "IPAddressAllow=10.0.0.2", "IPAddressAllow=fd00::2", "CapabilityBoundingSet="):  # fmt: skip
         assert f"--property={needed}" in words
     assert words[-3:] == ["/bin/true", "-c", "/run/credentials/llamafleet-share.service/nginx.conf"]
@@ -154,3 +155,27 @@ def test_the_end_stops_both_units(systemd, asked, tmp_path):
     assert share.main(["end"]) == 0
     assert systemd.active == set()
     assert not (tmp_path / "run/share/run.json").exists()
+
+
+def test_a_host_is_reached_where_it_answers_or_refuses_and_not_where_nothing_comes_back(monkeypatch, capsys):
+    with serving(Server()) as listening:
+        port = listening.server_port
+        connect = socket.create_connection
+
+        def create(address, timeout):
+            if address[0] == "10.0.0.9":
+                raise TimeoutError
+            return connect(address, timeout)
+
+        monkeypatch.setattr(share.socket, "create_connection", create)
+        assert share.main(["apart", str(port), "10.0.0.9", "127.0.0.1"]) == 0
+    assert share.main(["apart", str(port), "127.0.0.1", "10.0.0.9"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [{"apart": ["10.0.0.9"]}] * 2
+
+
+def test_a_file_is_read_again_for_every_run(systemd, asked, tmp_path):
+    """A list shows what the file was when it was made."""
+    assert serve(tmp_path, asked) == 0
+    (tmp_path / "x.gguf").write_bytes(b"rotten")
+    assert serve(tmp_path, {**asked, "run": "another"}) == 0
+    assert os.listdir(tmp_path / "run/share") == ["run.json"]

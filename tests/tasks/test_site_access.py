@@ -63,7 +63,12 @@ def test_clients_get_no_key_and_nothing_secret_is_shown(access):
 
 
 def test_a_host_does_not_count_among_the_others(access):
-    assert access.others("h1") == ("127.0.1.8", "fd00::3")
+    assert Access.made({"h1": "10.0.0.1", "h2": "10.0.0.2", "h3": "fd00::3"}, 1).others("h1") == ("10.0.0.2", "fd00::3")
+
+
+def test_hosts_on_one_machine_come_from_its_first_address(access):
+    assert access.others("h1") == ("127.0.0.1", "127.0.1.8", "fd00::3")
+    assert access.others("h3") == ("127.0.1.7", "127.0.1.8")
 
 
 def test_an_address_that_is_none_is_refused():

@@ -25,7 +25,6 @@ import pytest
 from llamafleet.fleet import site_server
 from llamafleet.fleet.site_server import SharedFile
 from llamafleet.host.answers import Job
-from llamafleet.remote import common
 from tasks.lib import sites
 from tasks.lib.site_access import Access
 from tasks.lib.sites import Outcome, Shared
@@ -121,10 +120,10 @@ class Host:
         digest, sums = pieces.of(str(self.file))
         (self.folder / "share" / f"{SHA}.pieces").write_text(pieces.text(digest, len(BODY), sums))
         access = self.site.access
-        values = site_server.values(access.addresses[self.name], access.port, access.token, ["127.0.0.1", *access.others(self.name)],
+        values = site_server.values(access.addresses[self.name], access.port, access.token, access.others(self.name),
                                     [SharedFile(SHA, str(self.file))])  # fmt: skip
         text = render(site_server.TEMPLATE, values)
-        for there, here in ((common.SHARED, "share"), (common.SHARE_CREDENTIALS, "."), (common.SHARE_RUN, "run")):
+        for there, here in ((pieces.LISTS, "share"), (pieces.CREDENTIALS, "."), (pieces.SERVER_RUN, "run")):
             text = text.replace(f"{there}/", f"{self.folder}/{here}/")
         for name, content in json.loads(access.for_server(text)).items():
             self.written(name, content)
