@@ -14,7 +14,7 @@ from llamafleet.service.disks import MODEL_RESERVE_BYTES
 from llamafleet.service.model_folders import model_folder, store_of, stored_at
 from llamafleet.settings import secrets
 from llamafleet.settings.schema import Instance
-from tasks.lib import jobs, lookups, operations, paths, site_models
+from tasks.lib import jobs, lookups, operations, paths, site_members, site_models
 from tasks.lib.decision import for_stage
 
 # A tmpfs: the token is on the host only while it downloads.
@@ -29,7 +29,8 @@ def model() -> None:
         return
     token = secrets.hub_token(now.desired.settings.hub_token_file, now.desired.settings.hub_endpoint)
     host = ctx_host.get()
-    site, shared = site_models.of(host, now.desired.settings), []
+    in_common = site_members.has_a_model_in_common(host, now.desired.settings)
+    site, shared = site_members.of(host, now.desired.settings) if in_common else None, []
     models = {
         folder: (serving.instance, one) for serving in now.desired.servings for folder, one in serving.models.items()
     }
@@ -38,7 +39,8 @@ def model() -> None:
         first = one.files[0].name
         there = stored_at(one, now.desired.settings, now.desired.installed) or folder
         sent, asked = tuple(paths.sent_files(one, there)), spec(now.desired, instance, one, token is not None)
-        of_site = site_models.Model(one.folder, asked, needed, _curl_config(token), sent)
+        is_under_way = jobs.name_of("fetch", one.folder) in now.desired.installed.jobs
+        of_site = site_models.Model(one.folder, asked, needed, _curl_config(token), sent, is_under_way)
         if site and of_site.can_be_shared:
             shared.append(of_site)
             continue
@@ -49,8 +51,8 @@ def model() -> None:
             spec=asked, secret=_curl_config(token), network=lookups.network(now.desired.settings),
         )  # fmt: skip
     if site:
-        site.join(site_models.Member.of(host, now.desired, shared))
-        site_models.fetch_in_site(name="Fetch the models of the site", site=site)
+        site.join(host, now.desired, shared)
+        site_models.fetch_in_site(name="Fetch the models of the site", site=site, models=tuple(shared))
 
 
 def _curl_config(token: str | None) -> jobs.Secret | None:

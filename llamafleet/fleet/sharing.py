@@ -93,6 +93,10 @@ class Sharing:
         """The host has the file and is about to serve it: others wait for it, until its `ended` is told."""
         self._transfers[host] = FromPeers(())
 
+    def at_origin(self, host: str) -> None:
+        """The host asks the origin already."""
+        self._transfers[host] = FromOrigin()
+
     def ended(self, host: str, serves: bool, left: Left | None = None) -> None:
         """The host's transfer has ended; `serves`: it has the file now, and other hosts may draw on it. A host that has
         the file and cannot serve it, or that failed, asks no more or asks again."""
@@ -119,9 +123,10 @@ class Sharing:
         """The host cannot serve, whether or not it has the file: nobody waits for it."""
         self._mute.add(host)
 
-    def apart(self, host: str, peers: Iterable[str]) -> None:
-        """The host reaches none of these, as it has tried."""
-        self._unreachable.setdefault(host, set()).update(peers)
+    def tried(self, host: str, reached: Iterable[str], apart: Iterable[str]) -> None:
+        """The host has tried which others it reaches."""
+        self._join(host, reached)
+        self._unreachable.setdefault(host, set()).update(apart)
 
     def in_vain(self) -> None:
         """A host for which others waited did not get the file from the origin, or cannot serve it."""

@@ -2,7 +2,7 @@
 
 Contract. Runs with Python 3.8 or later, the standard library and curl 7.76 or later. Argument: a JSON file,
 
-    {"directory": "/var/lib/llamafleet/models/NAME-SHA12",  where the files end up
+    {"directory": "/var/lib/llamafleet/models/NAME-SHA12",  where the files end up; pieces.BUILDS for KEY-DIGEST.tar
      "store": "/mnt/models/NAME-SHA12" | null,              optional: a folder on another disk, to which `directory`
                                                             becomes a link, unless it is there already
      "owner": "llamafleet" | null,                          who owns them; null: whoever runs this

@@ -20,6 +20,8 @@ from common import ADDRESS_RULE, MODEL_FILE_RULE, is_address, is_model_file, kee
 BAD_SPEC, NO_SPACE, MISMATCH, NOT_ALLOWED, NOT_FOUND, NETWORK, NOT_GGUF, ASK_AGAIN = 2, 3, 4, 5, 6, 7, 8, 9
 SPEC_LIMIT_BYTES = 16 * 2**20  # 1024 shards with ten addresses each have less
 SECRET_LIMIT_BYTES = 64 * 2**10
+# Of a build that a host of the site has made (build.py).
+ARCHIVE = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.tar")
 LARGEST = 2**63 - 1  # of a signed file offset
 MOST_PEERS = 16  # each has a thread and some pieces in memory
 
@@ -257,7 +259,7 @@ def read_file_entry(entry: object, path: str) -> Wanted:
     if not isinstance(entry, dict) or set(entry) - {"name", "urls", "size_bytes", "sha256", "unverified"}:
         refuse(path, "an object of name, urls, size_bytes, sha256 and unverified", entry)
     name, urls, size, digest = (entry.get(key) for key in ("name", "urls", "size_bytes", "sha256"))
-    if not isinstance(name, str) or not is_model_file(name):
+    if not isinstance(name, str) or not (is_model_file(name) or ARCHIVE.fullmatch(name)):
         refuse(f"{path}.name", f"a file name of {MODEL_FILE_RULE}", name)
     if not isinstance(urls, list) or not (urls or digest):
         refuse(f"{path}.urls", "a list of at least one address", urls)

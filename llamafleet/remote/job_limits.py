@@ -3,7 +3,7 @@
 Contract: a module, no program. `for_job(name)` gives them for systemd-run's --property; the kind of a job is the first
 word of its name: "build", "checkout", "fetch", "packages", "share", "toolkit", "tune", and "switch", "refresh" and
 "watch" (of instances). An unknown kind has the limits of a switch. All are known to systemd 247. Python 3.8, standard
-library; common.py lies beside it.
+library; common.py and pieces.py lie beside it.
 
 A service that runs beside a job comes first: work gives way to it at the CPU and the disk, ends before it when memory
 runs out, and has no more memory than was free when it began. Services keep their models in files that are mapped into
@@ -20,6 +20,7 @@ import os
 from typing import Any, Dict, List, Optional, Sequence
 
 from common import BUILD, ETC, JOBS, MODELS, RELEASES, RUN, SOURCE, UNITS, VAR, read_json
+from pieces import BUILDS
 
 GIB = 1 << 30
 # Seconds that a job may take, by its kind. A checkout of one commit is some 30 MB, packages are some 100 MB, a CUDA
@@ -89,7 +90,7 @@ def of_download(reads_files: bool, stores: Sequence[str]) -> List[str]:
         # Its folders are no mounts of their own, or no file outside could get a second name in them (link(2), EXDEV).
         confined = [one for one in CONFINED if not one.startswith("ProtectSystem=")]
         return [*common, *confined, "ProtectSystem=full", "ProtectHome=read-only"]
-    return [*common, *CONFINED, *writable([MODELS, *stores]), "ProtectHome=yes"]
+    return [*common, *CONFINED, *writable([MODELS, BUILDS, *stores]), "ProtectHome=yes"]
 
 
 def writable(paths: Sequence[str]) -> List[str]:
@@ -120,7 +121,8 @@ def for_job(name: str) -> List[str]:
     spec = read_json(f"{JOBS}/{name}.json") if kind in ("build", "fetch") else {}
     cache = spec.get("build_cache")
     stores = stores_of(spec) if kind == "fetch" else []
-    for path in {"build": (BUILD, SOURCE, RELEASES), "checkout": (SOURCE,)}.get(kind, ()):
+    folders = {"build": (BUILD, SOURCE, RELEASES), "checkout": (SOURCE,)}.get(kind, ())
+    for path in (BUILDS,) if spec.get("directory") == BUILDS else folders:
         os.makedirs(path, mode=0o755, exist_ok=True)
     if cache:
         with contextlib.suppress(OSError):  # the job says what is wrong with it

@@ -16,6 +16,7 @@ import re
 from typing import List, Tuple
 
 SERVER = "llamafleet-share.service"  # serves files to the other hosts of the site while a run lasts
+BUILDS = "/var/lib/llamafleet/builds"  # archives of releases, while other hosts take them
 LISTS = "/run/llamafleet/share"  # the lists of the files that it serves
 SERVER_RUN = "/run/llamafleet-share"  # what nginx writes: its RuntimeDirectory
 CREDENTIALS = f"/run/credentials/{SERVER}"

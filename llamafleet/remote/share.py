@@ -8,7 +8,8 @@ Contract: `share.py serve SPEC.json SECRET`, where SPEC has
 
 and SECRET is a file (0600) with {"nginx.conf", "certificate", "key"}, texts. It lists the pieces of each file, of which
 it reads all bytes, and starts the server unless it runs for this run: nginx in `llamafleet-share.service`, with a user
-of its own. `nginx.conf` names all files that this run will have here; one of which no list was made is not asked for.
+of its own; with another `nginx.conf` it is started again. That names all files that this run will have here; one of
+which no list was made is not asked for.
 Prints progress; a file that is not what its name says is not served, with a line `note: `. Exit 0 the server answers;
 1 it does not, and the last line begins with `error: `.
 
@@ -37,7 +38,7 @@ from typing import Any, Dict, List
 
 import lock
 import pieces
-from common import ETC, RUN, read_json, replace_file, show, write_json
+from common import ETC, RUN, read_json, replace_file, sha256, show, write_json
 from pieces import CREDENTIALS, LISTS, SERVER, SERVER_RUN
 
 NGINX = "/usr/sbin/nginx"
@@ -64,15 +65,19 @@ def serve(spec: Dict[str, Any], secrets: Dict[str, str]) -> None:
     """As the contract says. Raises Failed, OSError and SubprocessError."""
     if not os.path.exists(NGINX):
         raise Failed(f"{NGINX} is not there: install the package nginx")
-    is_there = is_serving(spec["run"])
+    wanted = {"run": spec["run"], "configuration": sha256(secrets["nginx.conf"].encode())}
+    before = read_json(f"{LISTS}/run.json")
+    is_there = before == wanted and show(SERVER, "ActiveState").get("ActiveState") == "active"
     if not is_there:
-        stop()  # what an earlier run left; its lists do not show that the files are still as they were
+        stop()
+    if before.get("run") != spec["run"]:  # its lists do not show that the files are still as they were
         shutil.rmtree(LISTS, ignore_errors=True)
     os.makedirs(LISTS, mode=0o755, exist_ok=True)
     for file in spec["files"]:
         listed(file["path"], file["sha256"], file["size_bytes"])
     if not is_there:
         start(spec, secrets)
+        write_json(f"{LISTS}/run.json", wanted)
     await_server(spec["port"])
     say(f"serving {len(spec['files'])} files at port {spec['port']}")
 
@@ -96,11 +101,6 @@ def listed(path: str, sha256: str, size_bytes: int) -> bool:
     return True
 
 
-def is_serving(run: str) -> bool:
-    started = read_json(f"{LISTS}/run.json").get("run")
-    return started == run and show(SERVER, "ActiveState").get("ActiveState") == "active"
-
-
 def start(spec: Dict[str, Any], secrets: Dict[str, str]) -> None:
     """The server, and what ends it with its run."""
     subprocess.run(watcher(spec["run"]), check=True)
@@ -113,7 +113,6 @@ def start(spec: Dict[str, Any], secrets: Dict[str, str]) -> None:
         subprocess.run(server(spec["allowed"], private), check=True)
     finally:
         shutil.rmtree(private)  # systemd has read them
-    write_json(f"{LISTS}/run.json", {"run": spec["run"]})
 
 
 def watcher(run: str) -> List[str]:

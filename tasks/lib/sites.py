@@ -65,6 +65,7 @@ class Shared:
     is_active: Callable[[str], bool]
     sharing: Sharing = field(default_factory=Sharing)
     needing: set[str] = field(default_factory=set)
+    begun: set[str] = field(default_factory=set)  # hosts that ask the origin since an earlier run
     news: Event = field(default_factory=Event)
 
     def note(self, needing: Iterable[str], having: Iterable[str]) -> None:
@@ -86,6 +87,11 @@ class Shared:
     def expect(self, host: str) -> None:
         """The host has the file, and is about to serve it to those that need it, until its `end`."""
         self.sharing.expect(host)
+
+    def begin(self, host: str) -> None:
+        """A job of an earlier run asks the origin on that host already: it goes on, whoever else asks."""
+        self.begun.add(host)
+        self.sharing.at_origin(host)
 
     def end(self, host: str) -> None:
         """Nothing is awaited of the host any more; what it serves by now, it serves."""
@@ -137,6 +143,9 @@ class Shared:
     def _steps(self, host: str, actions: Actions) -> Iterator[FromOrigin | FromPeers]:
         """What the host does next, again and again; waits as long as it has to."""
         waits_for: tuple[str, ...] = ()
+        if host in self.begun:
+            self.begun.discard(host)
+            yield FromOrigin()
         while True:
             self.news.clear()
             step = self.sharing.ask(host)

@@ -286,8 +286,24 @@ def test_nobody_waits_any_more_once_two_hosts_were_waited_for_in_vain():
 def test_nobody_waits_for_a_host_that_cannot_serve_or_is_not_reached():
     sharing = Sharing()
     sharing.mute("mute")
-    sharing.apart("h", ["away"])
+    sharing.tried("h", reached=[], apart=["away"])
     for name in ("mute", "away"):
         assert sharing.ask(name) == FromOrigin()
     assert sharing.ask("h") == FromOrigin()
     assert sharing.ask("other") == Wait(("away", "h"))
+
+
+def test_a_host_that_dies_before_another_one_drew_on_it_says_nothing_of_the_others():
+    """It had reached them all: without that, one that is not reached counts for its whole network."""
+    sharing = Sharing()
+    for name in ("a", "b", "c"):
+        sharing.tried(name, reached={"a", "b", "c", "dies"} - {name}, apart=())
+    sharing.ended("dies", serves=True)
+    assert sharing.ask("a") == FromPeers(("dies",))
+    sharing.ended("a", serves=False)
+    for name in ("a", "b", "c"):
+        assert sharing.ask(name) == FromPeers(("dies",))
+        sharing.ended(name, serves=False, left=Left(unreachable=frozenset({"dies"})))
+    assert sharing.ask("a") == FromOrigin()
+    assert sharing.ask("b") == Wait(("a",))
+    assert sharing.ask("c") == Wait(("a",))

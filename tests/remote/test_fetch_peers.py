@@ -308,6 +308,15 @@ def test_a_file_that_is_no_model_does_not_stay(job, start):
     assert (job.run(*start(peer)), job.partial.exists(), job.file.exists()) == (NOT_GGUF, False, False)
 
 
+def test_an_archive_of_a_build_is_no_model_and_comes_as_well(job, start):
+    text, name = b"an archive" * 1000, f"{'0' * 16}-{'a' * 64}.tar"
+    entry = job.spec["files"][0]
+    entry |= {"name": name, "urls": [], "size_bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    peer = Peer(text, name=entry["sha256"], listed=pieces.text(entry["sha256"], len(text), cut(text)).encode())
+    assert job.run(*start(peer)) == 0, job.failure
+    assert (job.folder / "models" / name).read_bytes() == text
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

@@ -87,6 +87,14 @@ def test_a_file_is_listed_and_the_server_started_once_for_a_run(systemd, asked, 
     assert len(started(systemd)) == 4
 
 
+def test_the_server_starts_again_where_it_gets_more_files(systemd, asked, tmp_path, monkeypatch):
+    assert serve(tmp_path, asked) == 0
+    monkeypatch.setitem(SECRETS, "nginx.conf", "daemon off; # more")
+    assert serve(tmp_path, asked) == 0
+    assert len(started(systemd)) == 4
+    assert (tmp_path / "run/share" / f"{SHA}.pieces").exists()
+
+
 def test_what_is_secret_is_with_systemd_alone_when_the_server_runs(systemd, asked, tmp_path):
     assert serve(tmp_path, asked) == 0
     assert systemd.secrets == {name: (text, 0o600) for name, text in SECRETS.items()}

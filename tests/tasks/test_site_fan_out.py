@@ -34,9 +34,9 @@ from tests.serving import Server, serving
 NGINX = shutil.which("nginx")
 pytestmark = pytest.mark.skipif(not NGINX, reason="nginx is not installed")
 PROGRAM = Path(__file__).parents[2] / "llamafleet" / "remote" / "fetch.py"
-BODY = b"GGUF" + random.Random(11).randbytes(40 * 2**20)
+BODY = b"GGUF" + random.Random(11).randbytes(20 * 2**20)
 SHA = hashlib.sha256(BODY).hexdigest()
-ORIGIN_BYTES_PER_S = 10e6
+ORIGIN_BYTES_PER_S = 20e6
 HUB_TOKEN = "hf_thisIsASecretThatNobodyMaySee"
 
 

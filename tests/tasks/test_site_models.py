@@ -13,8 +13,9 @@ from llamafleet.host import answers
 from llamafleet.host.answers import Job
 from llamafleet.hub.network import Network
 from llamafleet.settings.schema import Settings
-from tasks.lib import jobs, remote, site_models, sites
-from tasks.lib.site_models import Member, Model, Site
+from tasks.lib import jobs, remote, site_members, site_models, sites
+from tasks.lib.site_members import Member, Site
+from tasks.lib.site_models import Model
 
 A, B = "a" * 64, "b" * 64
 
@@ -55,7 +56,8 @@ class Run:
         made.log = made.log_styled = lambda text, *_, **__: made.lines.append(text)
         made.print_prefix = ""
         self.state.active_hosts.add(made)
-        self.site.join(Member(made, address, {one.sums: one for one in models}, Network(), **more))
+        self.site.members[name] = Member(made, address, Network(), **more)
+        self.site.note(name, models)
         return made
 
     def hold(self, state, host):
@@ -77,11 +79,14 @@ class Run:
         line = "error: no mirror answers" if code else "done"
         return Job("ended", code, line, [line], "")
 
+    def models(self, host):
+        return tuple(self.site.members[host.name].items.values())
+
     def fetch(self):
         """All hosts at once; what each one's operation gives, or the exception."""
-        going = {host.name: gevent.spawn(site_models._fetch, self.state, host, self.site)
+        going = {host.name: gevent.spawn(site_models._fetch, self.state, host, self.site, self.models(host))
                  for host in sorted(self.state.active_hosts, key=lambda one: one.name)
-                 if self.site.needed(host.name) or self.site.offered(host.name)}  # fmt: skip
+                 if self.site.has_work(self.models(host))}  # fmt: skip
         gevent.joinall(list(going.values()), timeout=20)
         assert all(one.ready() for one in going.values()), "some wait for ever"
         return {name: one.exception or one.value for name, one in going.items()}
@@ -93,6 +98,11 @@ class Run:
 @pytest.fixture
 def run(monkeypatch):
     return Run(monkeypatch)
+
+
+def site_of(host, settings):
+    """As the stage of models has it."""
+    return site_members.of(host, settings) if site_members.has_a_model_in_common(host, settings) else None
 
 
 def lacking(sha256=A):
@@ -118,6 +128,15 @@ def test_a_converged_host_gives_what_it_has_and_nobody_asks_the_origin(run):
     assert run.fetch() == {"h1": True, "h2": True}
     assert run.of("fetch") == [("h1", ["h2"])]
     assert "h2" in run.locked
+
+
+def test_what_is_asked_before_all_hosts_are_known_decides_nothing(run):
+    """pyinfra runs an operation once while it prepares, to tell what would change."""
+    two = run.host("h2", "10.0.0.2", having())
+    assert not run.site.has_work(run.models(two))
+    run.host("h1", "10.0.0.1", lacking())
+    assert run.fetch() == {"h1": True, "h2": True}
+    assert run.of("fetch") == [("h1", ["h2"])]
 
 
 def test_hosts_that_have_all_models_do_nothing(run):
@@ -152,7 +171,9 @@ def test_hosts_that_do_not_reach_each_other_wait_for_none(run):
     assert run.of("fetch") == [("h1", None), ("h2", None)]
 
 
-@pytest.mark.parametrize("addresses", [(None, "10.0.0.2"), ("10.0.0.9", "10.0.0.9")], ids=["unknown", "of both"])
+@pytest.mark.parametrize(
+    "addresses", [("127.0.0.1", "10.0.0.2"), ("10.0.0.9", "10.0.0.9")], ids=["this machine's", "of both"]
+)
 def test_a_host_without_an_address_of_its_own_is_asked_by_none(run, addresses):
     run.host("h1", addresses[0], having())
     run.host("h2", addresses[1], lacking())
@@ -210,7 +231,7 @@ def test_a_site_is_hosts_that_name_it_and_one_of_the_same_models(first, second, 
         data = {"models": [{"name": "m", "source": "https://h/x.gguf", "port": 8080}], **more}
         state.inventory.append(Host(name=name, state=state, data=SimpleNamespace(dict=lambda data=data: data)))
     for host in state.inventory:
-        found.append(site_models.of(host, Settings.from_data({**default_data(), **host.data.dict()})))
+        found.append(site_of(host, Settings.from_data({**default_data(), **host.data.dict()})))
     assert (found[0] is not None) is is_one
     assert found[0] is found[1]
 
@@ -221,4 +242,4 @@ def test_a_host_alone_has_no_site():
     host = Host(name="h1", state=state, data=SimpleNamespace(dict=lambda: data))
     state.inventory = [host]
     data["models"] = data["models"][:1]
-    assert site_models.of(host, Settings.from_data({**default_data(), **data})) is None
+    assert site_of(host, Settings.from_data({**default_data(), **data})) is None

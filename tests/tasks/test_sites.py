@@ -188,3 +188,10 @@ def test_a_job_says_how_it_ended_and_whom_it_left(state, code, expected):
     found = Outcome.of(job)
     assert (found.is_there, found.asks_again) == expected
     assert found.left == (("gone", "h2", "it ended at byte 4"),)
+
+
+def test_a_host_that_asks_the_origin_already_goes_on_and_the_others_wait_for_it(site):
+    site.shared.begin("h3")
+    site.run()
+    assert site.asked_origin == ["h3"]
+    assert site.hosts["h0"].told[0] == "waiting for h3"
