@@ -1,0 +1,239 @@
+"""metrics.py on a stand-in for a host: what it writes of instances, servers and the gateway."""
+
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import threading
+import time
+
+import common
+import metrics
+import pytest
+from sandbox.oracle import free_port
+
+PLANNED, HELD = 3 * 2**30, 2 * 2**30
+SERVER = """# HELP llamacpp:prompt_tokens_total Number of prompt tokens processed.
+# TYPE llamacpp:prompt_tokens_total counter
+llamacpp:prompt_tokens_total 8192
+# HELP llamacpp:requests_processing Number of requests processing.
+# TYPE llamacpp:requests_processing gauge
+llamacpp:requests_processing 1
+something_else 3
+"""
+HAPROXY = """# HELP haproxy_process_uptime_seconds x
+# TYPE haproxy_process_uptime_seconds gauge
+haproxy_process_uptime_seconds 3
+# HELP haproxy_server_current_sessions Number of current sessions
+# TYPE haproxy_server_current_sessions gauge
+haproxy_server_current_sessions{proxy="model:tiny",server="gpu1:tiny"} 2
+"""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        server = self.server
+        server.asked.append(self.path)
+        key = self.headers.get("Authorization")
+        status, text = (200, server.text) if not server.key or key == f"Bearer {server.key}" else (401, "{}")
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+
+@pytest.fixture
+def server():
+    """A stand-in for llama-server, or for HAProxy's exporter."""
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", free_port()), Handler)
+    made.text, made.key, made.asked = SERVER, "a-key-of-the-server", []
+    threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True).start()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+class Host:
+    """A host with the instance `tiny`, as a deploy leaves it."""
+
+    def __init__(self, folder, server):
+        self.folder, self.server = folder, server
+        self.units = {}
+        for path in (common.plan_path("tiny"), common.liveness_record("tiny")):
+            (folder / path).parent.mkdir(parents=True)
+        (folder / "units").mkdir()
+        good = folder / "good/tiny"
+        good.mkdir(parents=True)
+        for name in (common.unit_of("tiny"), *common.liveness_units("tiny")):
+            for where in (folder / "units", good):
+                (where / name).write_text("# Made by llamafleet\n")
+        (folder / "keys").write_text(f"{server.key}\n")
+        release = folder / "releases/0123456789abcdef"
+        (release / "bin").mkdir(parents=True)
+        (release / "bin/llama-server").write_text("")
+        (release / "release.json").write_text(json.dumps({"files": {"llama-server": "0" * 64}}))
+        self.plan()
+        self.write("gate/tiny.json", {"ok": True, "time": "2026-11-30T10:00:00Z", "speeds": [40.0, 50.0, 60.0, 20.0]})
+        self.shows("tiny", MemoryMax=4 * 2**30, ControlGroup="/system.slice/tiny", NRestarts=2)
+        group = folder / "cgroups/system.slice/tiny"
+        group.mkdir(parents=True)
+        (group / "memory.stat").write_text(f"anon {HELD}\nshmem 0\nfile 9000\ninactive_file 4096\n")
+        (group / "memory.current").write_text(f"{HELD + 9000}\n")
+
+    def plan(self, **changes):
+        record = {
+            "schema": 1, "name": "tiny", "release": "0123456789abcdef", "commit": "c0ffee", "allowed_drop_ins": [],
+            "gate": {"unit": common.unit_of("tiny"), "url": f"http://127.0.0.1:{self.server.server_port}",
+                     "api_keys": str(self.folder / "keys"), "argv": [], "gpus": []},
+            "plan": {"predicted": {"decode_tokens_per_s": 45.5},
+                     "ledger": [{"device": "GPU0", "weights_bytes": 7}, {"device": "host", "weights_bytes": PLANNED}]},
+        }  # fmt: skip
+        record["identity"] = common.identity_of(record)
+        self.write("instances/tiny/plan.json", {**record, **changes})
+        shutil.copy(self.folder / "instances/tiny/plan.json", self.folder / "good/tiny/plan.json")
+
+    def write(self, path, value):
+        (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / path).write_text(json.dumps(value))
+
+    def shows(self, name, **properties):
+        fine = {"ActiveState": "active", "SubState": "running", "MainPID": 0, "NeedDaemonReload": "no"}
+        told = {**fine, **self.units.get(common.unit_of(name), {}), **properties}
+        self.units[common.unit_of(name)] = {key: str(value) for key, value in told.items()}
+
+    def show(self, unit, *properties, seconds=None):
+        return self.units.get(unit, {"ActiveState": "active", "SubState": "waiting"})
+
+    def wrote(self, *words):
+        """The samples of the file after a run, by name with labels."""
+        assert metrics.main(list(words)) == 0
+        text = (self.folder / "run/metrics/llamafleet.prom").read_text()
+        return {name: float(value) for name, value in re.findall(r"^([^#\s]\S*) (\S+)$", text, re.M)}
+
+
+@pytest.fixture
+def host(tmp_path, monkeypatch, server):
+    for name in ("INSTANCES", "GOOD", "RELEASES", "RUN", "UNITS", "GATEWAY"):
+        monkeypatch.setattr(common, name, str(tmp_path / name.lower()))
+    monkeypatch.setattr(common, "GATES", str(tmp_path / "gate"))
+    monkeypatch.setattr(metrics, "CGROUPS", str(tmp_path / "cgroups"))
+    made = Host(tmp_path, server)
+    monkeypatch.setattr(common, "show", made.show)
+    return made
+
+
+def drift(found):
+    return {name.split('what="')[1].split('"')[0] for name, value in found.items() if "_drift{" in name and value}
+
+
+def test_an_instance_is_told_with_its_speed_memory_build_and_restarts(host):
+    host.write("gate/liveness/tiny.json", {"restarts": 3, "by_systemd": 4, "time": "2026-11-30T09:00:00Z"})
+    found = host.wrote()
+    wanted = {
+        'llamafleet_instance_active{name="tiny"}': 1,
+        'llamafleet_restarts_total{name="tiny",by="systemd"}': 6,
+        'llamafleet_restarts_total{name="tiny",by="liveness"}': 3,
+        'llamafleet_last_wedge_time_seconds{name="tiny"}': 1796029200,
+        'llamafleet_gate_ok{name="tiny"}': 1,
+        'llamafleet_gate_tokens_per_second{name="tiny",kind="write"}': 20,
+        'llamafleet_gate_usual_tokens_per_second{name="tiny",kind="write"}': 50,
+        'llamafleet_predicted_tokens_per_second{name="tiny"}': 45.5,
+        'llamafleet_planned_bytes{name="tiny",device="host"}': PLANNED,
+        'llamafleet_held_bytes{name="tiny",device="host"}': HELD,
+        'llamafleet_cgroup_bytes{name="tiny"}': HELD + 9000 - 4096,
+        'llamafleet_limit_bytes{name="tiny"}': 4 * 2**30,
+        'llamafleet_build_info{name="tiny",commit="c0ffee",build="0123456789abcdef"}': 1,
+        "llamafleet_metrics_errors": 0,
+    }
+    assert {name: found.get(name) for name in wanted} == wanted
+    assert drift(found) == set() and abs(found["llamafleet_metrics_time_seconds"] - time.time()) < 600
+
+
+def test_what_a_server_tells_gets_its_name_and_no_key_is_written(host, server):
+    found = host.wrote()
+    assert found['llamacpp:prompt_tokens_total{name="tiny"}'] == 8192
+    assert found['llamafleet_server_answers{name="tiny"}'] == 1 and "something_else" not in str(found)
+    assert server.key not in (host.folder / "run/metrics/llamafleet.prom").read_text()
+
+
+def test_a_server_that_prometheus_asks_is_not_asked_again(host, server):
+    assert not [name for name in host.wrote("--scraped", "tiny") if name.startswith("llamacpp:")]
+    assert server.asked == []
+
+
+def test_a_server_that_does_not_run_is_not_asked(host, server):
+    host.shows("tiny", ActiveState="inactive", SubState="dead")
+    assert host.wrote()['llamafleet_instance_active{name="tiny"}'] == 0
+    assert server.asked == []
+
+
+def test_a_server_that_refuses_the_key_does_not_answer(host, server):
+    server.key = "another"
+    assert host.wrote()['llamafleet_server_answers{name="tiny"}'] == 0
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("unit", lambda host: (host.folder / "units" / common.unit_of("tiny")).write_text("# Made by llamafleet\n#")),
+        ("unit", lambda host: (host.folder / "units" / common.liveness_units("tiny")[1]).write_text("#\n")),
+        ("plan", lambda host: host.plan(commit="edited")),
+        ("not-reloaded", lambda host: host.shows("tiny", NeedDaemonReload="yes")),
+        ("liveness", lambda host: host.units.update({common.liveness_units("tiny")[1]: {"ActiveState": "inactive"}})),
+        ("release", lambda host: (host.folder / "releases/0123456789abcdef/bin/llama-server").unlink()),
+    ],
+)
+def test_what_was_changed_by_hand_is_drift(host, what, change):
+    change(host)
+    assert drift(host.wrote()) == {what}
+
+
+def test_drop_ins_are_drift_unless_they_are_allowed(host, monkeypatch):
+    monkeypatch.setattr(common, "drop_ins", lambda unit: [f"/etc/systemd/system/{unit}.d/nice.conf"])
+    assert drift(host.wrote()) == {"drop-in"}
+    host.plan(allowed_drop_ins=["nice.conf"])
+    assert drift(host.wrote()) == set()
+
+
+def test_a_damaged_plan_is_counted_and_named_and_the_rest_is_told(host, capsys):
+    (host.folder / "instances/tiny/plan.json").write_text("{")
+    found = host.wrote()
+    assert found["llamafleet_metrics_errors"] == 1 and drift(found) == {"plan"}
+    assert "tiny" in capsys.readouterr().err
+
+
+def test_the_gateway_s_queues_are_told_where_it_is_named(host, server):
+    server.text, server.key = HAPROXY, ""
+    found = host.wrote("--scraped", "tiny", "--gateway", str(server.server_port))
+    assert found['haproxy_server_current_sessions{proxy="model:tiny",server="gpu1:tiny"}'] == 2
+    assert not [name for name in found if "process" in name]
+
+
+def test_a_gateway_that_is_silent_is_an_error(host):
+    assert host.wrote("--gateway", str(free_port()))["llamafleet_metrics_errors"] == 1
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
+def test_the_end_of_a_certificate_is_told(host):
+    path = host.folder / "instances/tiny/tls-certificate"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+                    "-keyout", host.folder / "key", "-out", path, "-days", "30", "-subj", "/CN=tiny"],
+                   check=True, capture_output=True)  # fmt: skip
+    end = host.wrote()['llamafleet_certificate_end_time_seconds{name="tiny"}']
+    assert 29 * 86400 < end - time.time() < 31 * 86400
+
+
+def test_samples_of_two_servers_stay_together():
+    """node-exporter refuses a file in which a metric has two TYPE lines."""
+    lines = [*metrics.labelled(SERVER, "one"), *metrics.labelled(SERVER, "two")]
+    told = metrics.together(lines)
+    assert len([one for one in told if one.startswith("# TYPE llamacpp:requests_processing")]) == 1
+    first = told.index('llamacpp:requests_processing{name="one"} 1')
+    assert told[first + 1] == 'llamacpp:requests_processing{name="two"} 1' and len(told) == 8
+
+
+def test_labels_are_quoted():
+    assert metrics.line("m", {"a": 'b"\\\n'}, 1.5) == 'm{a="b\\"\\\\\\n"} 1.5'
