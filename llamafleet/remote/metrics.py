@@ -44,7 +44,6 @@ OF_GATEWAY = re.compile(
 )
 OF_SERVER = re.compile(r"llamacpp:[a-z_]+")
 STATE = ("ActiveState", "SubState", "MainPID", "MemoryMax", "ControlGroup", "NRestarts", "NeedDaemonReload")
-DRIFTS = ("plan", "unit", "drop-in", "not-reloaded", "liveness", "release")
 
 # What each metric is, and its kind.
 HELP = {
@@ -73,10 +72,6 @@ HELP = {
     "certificate_end_time_seconds": "When the TLS certificate ends.",
 }
 Sample = Tuple[str, Dict[str, str], float]
-
-
-def folder() -> str:
-    return f"{common.RUN}/metrics"
 
 
 # --- the text ---------------------------------------------------------------------------------------
@@ -130,7 +125,7 @@ def of_instance(name: str) -> Iterator[Sample]:
     yield "instance_active", its, active
     yield "instance_on_demand", its, common.is_on_demand(name)
     yield from of_restarts(name, shown)
-    for what, is_so in zip(DRIFTS, drifts(name, record, shown)):
+    for what, is_so in drifts(name, record, shown):
         yield "drift", {**its, "what": what}, is_so
     yield from of_gate(name)
     yield from of_plan(name, record)
@@ -155,27 +150,25 @@ def of_restarts(name: str, shown: Dict[str, str]) -> Iterator[Sample]:
         yield "liveness_failed", its, state == "failed"
 
 
-def drifts(name: str, record: Dict[str, Any], shown: Dict[str, str]) -> Iterator[bool]:
-    """For each of DRIFTS, whether it is so. What the operator's inventory says by now is not known here."""
+def drifts(name: str, record: Dict[str, Any], shown: Dict[str, str]) -> Iterator[Tuple[str, bool]]:
+    """What may have been changed by hand, and whether it was. What the operator's inventory says by now is not known
+    here."""
     unit, good = unit_of(name), f"{common.GOOD}/{name}"
     allowed = record.get("allowed_drop_ins")
     allowed = allowed if isinstance(allowed, list) else []
     timer = liveness_units(name)[1]
     plan = read_json(plan_path(name))
-    yield not plan or not common.is_as_written(plan)
-    yield any(
-        known is not None and common.sha256_of(f"{common.UNITS}/{file}") != known
-        for file in (unit, *liveness_units(name))
-        for known in [common.sha256_of(f"{good}/{file}")]
-    )
-    yield any(os.path.basename(path) not in allowed for path in common.drop_ins(unit))
-    yield shown.get("NeedDaemonReload") == "yes"
-    yield (
-        is_running(shown)
-        and os.path.lexists(f"{common.UNITS}/{timer}")
-        and common.show(timer, "ActiveState", seconds=10.0).get("ActiveState") != "active"
-    )
-    yield lacks_files(record.get("release"))
+    yield "plan", not plan or not common.is_as_written(plan)
+    known = {file: common.sha256_of(f"{good}/{file}") for file in (unit, *liveness_units(name))}
+    yield "unit", any(one and common.sha256_of(f"{common.UNITS}/{file}") != one for file, one in known.items())
+    yield "drop-in", any(os.path.basename(path) not in allowed for path in common.drop_ins(unit))
+    yield "not-reloaded", shown.get("NeedDaemonReload") == "yes"
+    yield "liveness", is_running(shown) and os.path.lexists(f"{common.UNITS}/{timer}") and not is_active(timer)
+    yield "release", lacks_files(record.get("release"))
+
+
+def is_active(unit: str) -> bool:
+    return common.show(unit, "ActiveState", seconds=10.0).get("ActiveState") == "active"
 
 
 def lacks_files(release: Any) -> bool:
@@ -371,12 +364,15 @@ def gathered(scraped: Sequence[str], gateway: Optional[int]) -> str:
     return text(samples, relayed)
 
 
+def values(argv: List[str], option: str) -> List[str]:
+    return [argv[number + 1] for number, word in enumerate(argv) if word == option]
+
+
 def main(argv: List[str]) -> int:
-    scraped = [value for key, value in zip(argv, argv[1:]) if key == "--scraped"]
-    ports = [int(value) for key, value in zip(argv, argv[1:]) if key == "--gateway"]
+    scraped, ports = values(argv, "--scraped"), values(argv, "--gateway")
     try:
-        os.makedirs(folder(), mode=0o755, exist_ok=True)
-        common.replace_file(f"{folder()}/{FILE}", gathered(scraped, ports[0] if ports else None).encode())
+        os.makedirs(common.METRICS, mode=0o755, exist_ok=True)
+        common.replace_file(f"{common.METRICS}/{FILE}", gathered(scraped, int(ports[0]) if ports else None).encode())
     except OSError as error:
         print(f"error: the metrics cannot be written: {error}", file=sys.stderr)
         return 1
