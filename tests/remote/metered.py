@@ -61,9 +61,8 @@ class Host:
     def __init__(self, folder, server):
         self.folder, self.server = folder, server
         self.units = {}
-        for path in (common.plan_path("tiny"), common.liveness_record("tiny")):
-            (folder / path).parent.mkdir(parents=True)
-        (folder / "units").mkdir()
+        for path in ("instances/tiny", "gate/liveness", "units"):
+            (folder / path).mkdir(parents=True)
         good = folder / "good/tiny"
         good.mkdir(parents=True)
         for name in (common.unit_of("tiny"), *common.liveness_units("tiny")):
@@ -82,16 +81,17 @@ class Host:
         (group / "memory.stat").write_text(f"anon {HELD}\nshmem 0\nfile 9000\ninactive_file 4096\n")
         (group / "memory.current").write_text(f"{HELD + 9000}\n")
 
-    def plan(self, **changes):
+    def plan(self, gpus=(), **changes):
+        """plan.json as a deploy writes it, and then edited by `changes`, where they are of its identity."""
         record = {
             "schema": 1, "name": "tiny", "release": "0123456789abcdef", "commit": "c0ffee", "allowed_drop_ins": [],
             "gate": {"unit": common.unit_of("tiny"), "url": f"http://127.0.0.1:{self.server.server_port}",
-                     "api_keys": str(self.folder / "keys"), "argv": [], "gpus": []},
+                     "api_keys": str(self.folder / "keys"), "argv": [], "gpus": list(gpus)},
             "plan": {"predicted": {"decode_tokens_per_s": 45.5},
                      "ledger": [{"device": "GPU0", "weights_bytes": 7}, {"device": "host", "weights_bytes": PLANNED}]},
         }  # fmt: skip
-        record["identity"] = common.identity_of(record)
-        self.write("instances/tiny/plan.json", {**record, **changes})
+        record = {**record, "identity": common.identity_of(record), **changes}
+        self.write("instances/tiny/plan.json", record)
         shutil.copy(self.folder / "instances/tiny/plan.json", self.folder / "good/tiny/plan.json")
 
     def write(self, path, value):
