@@ -34,6 +34,9 @@ from llamafleet.settings.schema import DEMAND, Instance, Settings
 SCRAPE_SECONDS = 15
 CREDENTIALS = f"/run/credentials/{PROMETHEUS_UNIT}"
 DATASOURCE = "llamafleet"
+# Where packages have the program; those of Debian and Arch call it so.
+EXPORTERS = {"dnf": "/usr/bin/node_exporter", "zypper": "/usr/bin/node_exporter"}
+EXPORTER = "/usr/bin/prometheus-node-exporter"
 UNIT_TEMPLATES = {
     PROMETHEUS_UNIT: "llamafleet-prometheus.service.j2", EXPORTER_UNIT: "llamafleet-node-exporter.service.j2",
     METRICS_UNIT: "llamafleet-metrics.service.j2", METRICS_TIMER: "llamafleet-metrics.timer.j2",
@@ -89,10 +92,12 @@ def problems(host: Watched, fleet: Sequence[Watched]) -> Iterator[str]:
 
 
 def files(
-    render: Renderer, host: Watched, fleet: Sequence[Watched], keys: Mapping[tuple[str, str], str], dashboard: str
-) -> Files:
+    render: Renderer, host: Watched, fleet: Sequence[Watched], keys: Mapping[tuple[str, str], str], dashboard: str,
+    exporter: str = EXPORTER,
+) -> Files:  # fmt: skip
     """The files of a host of the fleet, of which no problem is known. `keys` are the API keys by host and instance, of
-    servers that ask for one; `dashboard` is Grafana's, as JSON."""
+    servers that ask for one; `dashboard` is Grafana's, as JSON, `exporter` the path of
+    node-exporter."""
     texts: dict[str, str] = {}
     secrets: dict[str, str] = {}
     if host.monitors:
@@ -104,7 +109,7 @@ def files(
             "grafana-dashboards.yml": as_yaml(provider()),
             "llamafleet.json": dashboard,
         }
-    units = dict(unit_texts(render, host, fleet, sorted(secrets)))
+    units = dict(unit_texts(render, host, fleet, sorted(secrets), exporter))
     content = json.dumps([units, texts, secrets], sort_keys=True)
     return Files(hashlib.sha256(content.encode()).hexdigest()[:16], units, texts, secrets)
 
@@ -249,7 +254,7 @@ def provider() -> dict[str, Any]:
 
 
 def unit_texts(
-    render: Renderer, host: Watched, fleet: Sequence[Watched], secrets: Sequence[str]
+    render: Renderer, host: Watched, fleet: Sequence[Watched], secrets: Sequence[str], exporter: str
 ) -> Iterator[tuple[str, str]]:  # fmt: skip
     """The units of a host by name."""
     settings, listens = host.settings, exporter_listens(host, fleet)
@@ -262,7 +267,7 @@ def unit_texts(
         "listen": f"[{listens}]:{settings.metrics_port}" if ":" in listens else f"{listens}:{settings.metrics_port}",
         "clients": exporter_clients(host, fleet), "own": [] if is_local(listens) else [listens],
         "metrics": METRICS, "folder": f"{MONITORING}/current", "port": settings.monitoring_port,
-        "days": settings.monitoring_days, "secrets": secrets,
+        "days": settings.monitoring_days, "secrets": secrets, "exporter": exporter,
     }  # fmt: skip
     for unit, template in UNIT_TEMPLATES.items():
         if unit != PROMETHEUS_UNIT or host.monitors:
