@@ -100,5 +100,5 @@ def test_a_unit_that_is_no_longer_needed_is_named(fleet):
 
 def test_a_host_that_cannot_be_reached_by_its_name_alone_is_told_what_to_set(fleet):
     fleet.gpu.data.get = {"ssh_hostname": "gpu1.example.net"}.get
-    with pytest.raises(monitors.MonitoringError, match="gpu1: metrics_listen: gpu1.example.net is a name"):
+    with pytest.raises(monitors.MonitoringError, match=r"gpu1: metrics_listen: gpu1.example.net is a name"):
         monitors.wanted(fleet.gpu, "apt")
