@@ -227,7 +227,7 @@ def of_memory(name: str, record: Dict[str, Any], shown: Dict[str, str]) -> Itera
         yield "cgroup_bytes", {"name": name}, max(0, stat["current"] - stat.get("inactive_file", 0))
     gate = record.get("gate")
     gpus = gate.get("gpus") if isinstance(gate, dict) else None
-    if not isinstance(gpus, list) or not gpus:
+    if not isinstance(gate, dict) or not isinstance(gpus, list) or not gpus:
         return
     for gpu in gpus:
         if isinstance(gpu, dict) and isinstance(gpu.get("uuid"), str) and positive(gpu.get("planned_bytes")):

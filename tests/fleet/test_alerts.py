@@ -1,4 +1,4 @@
-"""When each alert is on, by promtool, and who is asked by whom."""
+"""When each alert is on, by promtool."""
 
 import json
 import shutil
