@@ -91,11 +91,15 @@ def put_in_service(files: Callable[[], Files | None]) -> operations.Commands:
         ctx_host.get().noop("the monitoring is as it should be")
         return
     folder = operations.staged(".monitoring")
-    sent = {name: (0o644, text.encode()) for name, text in {**now.units, **now.texts}.items()}
-    sent |= {name: (0o600, text.encode()) for name, text in now.secrets.items()}
-    yield sending.received({f"{folder}/{name}": one for name, one in sent.items()}, "--fresh", folder)
+    yield sending.received({f"{folder}/{name}": one for name, one in sent(now).items()}, "--fresh", folder)
     words = remote.words("monitoring_apply.py", "apply", folder, now.digest)
     yield operations.call(jobs.follow, jobs.name_of("monitoring", now.digest), words)
+
+
+def sent(files: Files) -> dict[str, tuple[int, bytes]]:
+    """Mode and content of each file by name: the keys are for root alone."""
+    texts = {name: (0o644, text.encode()) for name, text in {**files.units, **files.texts}.items()}
+    return texts | {name: (0o600, text.encode()) for name, text in files.secrets.items()}
 
 
 def _fleet(host: Host) -> Iterator[Watched]:

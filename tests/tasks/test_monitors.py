@@ -52,6 +52,9 @@ def test_prometheus_gets_the_first_key_of_a_server_in_a_file_for_root_alone(flee
     made = monitors.wanted(fleet.mon, "apt")
     assert list(made.secrets.values()) == [KEY]
     assert KEY not in str({**made.texts, **made.units}) and KEY not in repr(made)
+    assert [(name, mode) for name, (mode, text) in monitors.sent(made).items() if KEY in text.decode()] == [
+        (next(iter(made.secrets)), 0o600)
+    ]
     assert f"LoadCredential={next(iter(made.secrets))}:" in made.units[PROMETHEUS_UNIT]
 
 
