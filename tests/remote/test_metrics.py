@@ -138,3 +138,11 @@ def test_samples_of_two_servers_stay_together():
 
 def test_labels_are_quoted():
     assert metrics.line("m", {"a": 'b"\\\n'}, 1.5) == 'm{a="b\\"\\\\\\n"} 1.5'
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="Prometheus is not installed")
+def test_promtool_finds_nothing_wrong_with_our_own_metrics(host):
+    host.wrote("--scraped", "tiny")
+    with (host.folder / "run/metrics/llamafleet.prom").open() as text:
+        done = subprocess.run(["promtool", "check", "metrics"], stdin=text, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,12 +1,14 @@
-"""What a monitored host should have, from the inventory: who is in it, which keys, and what differs from the host."""
+"""What a monitored host should have, from the inventory, and what the stage does about it; its operations are recorded."""
 
 from types import SimpleNamespace
 
 import pytest
+from pyinfra.context import ctx_host
 
 from llamafleet.host import answers
 from llamafleet.remote.common import EXPORTER_UNIT, METRICS_TIMER, METRICS_UNIT, PROMETHEUS_UNIT, sha256
-from tasks.lib import lookups, monitors
+from tasks import monitoring
+from tasks.lib import decision, lookups, monitors
 
 KEY = "the-servers-own-key-0001"
 NOTHING = answers.Monitoring(False, False, None, {})
@@ -105,3 +107,85 @@ def test_a_host_that_cannot_be_reached_by_its_name_alone_is_told_what_to_set(fle
     fleet.gpu.data.get = {"ssh_hostname": "gpu1.example.net"}.get
     with pytest.raises(monitors.MonitoringError, match=r"gpu1: metrics_listen: gpu1.example.net is a name"):
         monitors.wanted(fleet.gpu, "apt")
+
+
+# --- the stage --------------------------------------------------------------------------------------
+
+MASKED = {"gpu1": ("prometheus-node-exporter.service",),
+          "mon": ("prometheus-node-exporter.service", "prometheus.service")}  # fmt: skip
+
+
+class Recorded:
+    """Each operation with its arguments, by its function's name."""
+
+    def __init__(self, patch):
+        self.done = {}
+        for module, names in ((monitoring.operations, ("install_helpers", "install_packages", "release_lock")),
+                              (monitors, ("mask_units", "put_in_service"))):  # fmt: skip
+            for name in names:
+                patch.setattr(module, name, lambda _name=name, **arguments: self.done.update({_name: arguments}))
+
+    def of(self, name, argument):
+        return self.done[name][argument]
+
+
+@pytest.fixture
+def run(fleet, monkeypatch):
+    """The stage on a host that answers so; its manager is apt."""
+    machine = SimpleNamespace(package_manager="apt", os=SimpleNamespace(arch="x86_64"))
+
+    def on(host, there, manager="apt"):
+        recorded, failed = Recorded(monkeypatch), []
+        host.log = host.log_styled = lambda *_, **__: None
+        host.state.fail_hosts = failed.append
+        machine.package_manager = manager
+        now = SimpleNamespace(desired=SimpleNamespace(machine=machine, settings=None),
+                              changes=SimpleNamespace(helpers=False))  # fmt: skip
+        monkeypatch.setattr(decision, "for_stage", lambda stage: now)
+        monkeypatch.setattr(monitoring.lookups, "network", lambda settings: None)
+        monkeypatch.setattr(monitors, "read", lambda host: there)
+        with ctx_host.use(host):
+            monitoring.monitoring._inner()
+        return recorded, failed
+
+    return on
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_bare_host_gets_packages_whose_own_units_are_masked_before(fleet, run, name):
+    recorded, _ = run(next(one for one in fleet.state.inventory if one.name == name), NOTHING)
+    assert recorded.of("mask_units", "units") == MASKED[name]
+    assert list(recorded.done).index("mask_units") < list(recorded.done).index("install_packages")
+    assert set(recorded.of("install_packages", "needs")) == {
+        "node-exporter",
+        *(["prometheus"] if name == "mon" else []),
+    }
+    assert recorded.of("put_in_service", "files")() is not None
+
+
+def test_what_an_operator_has_installed_stays_as_it_is(fleet, run):
+    recorded, _ = run(fleet.mon, answers.Monitoring(True, True, None, {}))
+    assert recorded.of("mask_units", "units") == () and recorded.of("install_packages", "needs") == {}
+
+
+def test_packages_that_start_nothing_are_not_masked(fleet, run):
+    recorded, _ = run(fleet.mon, NOTHING, "zypper")
+    assert recorded.of("mask_units", "units") == () and len(recorded.of("install_packages", "needs")) == 2
+
+
+def test_a_second_run_changes_nothing(fleet, run):
+    recorded, _ = run(fleet.mon, installed(monitors.wanted(fleet.mon, "apt")))
+    assert recorded.of("put_in_service", "files")() is None
+    assert recorded.of("install_packages", "needs") == {} and not recorded.of("release_lock", "needed")
+
+
+def test_without_the_group_nothing_is_asked_of_a_host(fleet, run):
+    fleet.mon.groups.clear()
+    recorded, _ = run(fleet.gpu, NOTHING)
+    assert recorded.done == {}
+
+
+def test_a_host_that_cannot_be_watched_fails_before_anything_is_installed(fleet, run):
+    fleet.gpu.data.get = {"ssh_hostname": "gpu1.example.net"}.get
+    recorded, failed = run(fleet.gpu, NOTHING)
+    assert recorded.done == {} and failed == [{fleet.gpu}]
