@@ -61,10 +61,12 @@ ALERTS = (
     Alert("HostDown", 'up{job="hosts"}', "== 0", 2 * MINUTE, CRITICAL,
           "{{ $labels.host }}: its metrics cannot be read",
           "is the host up, does llamafleet-node-exporter.service run, and does its firewall let this one in?"),
-    Alert("ServerDown", "llamafleet_instance_active unless on (host, name) (llamafleet_instance_on_demand == 1)",
+    Alert("ServerDown", "llamafleet_instance_active + llamafleet_instance_starting "
+          "unless on (host, name) (llamafleet_instance_on_demand == 1)",
           "== 0", 2 * MINUTE, CRITICAL, f"{_SERVER} does not run", _STATUS),
-    Alert("ServerSilent", 'up{job="servers"} or llamafleet_server_answers', "== 0", 3 * MINUTE, CRITICAL,
-          f"{_SERVER} does not answer", f"it may be loading its model; {_STATUS}"),
+    Alert("ServerSilent", '(up{job="servers"} or llamafleet_server_answers) '
+          "unless on (host, name) (llamafleet_instance_starting == 1)", "== 0", 3 * MINUTE, CRITICAL,
+          f"{_SERVER} does not answer", _STATUS),
     Alert("ServerWedged", "time() - llamafleet_last_wedge_time_seconds", f"< {WEDGE_SECONDS}", 0, WARNING,
           f"{_SERVER} made no progress, and was restarted",
           "`journalctl -u llama-server-{{ $labels.name }}-liveness` on {{ $labels.host }} says why"),

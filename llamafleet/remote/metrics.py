@@ -29,7 +29,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 import common
 import instance_files
 from common import gate_record, liveness_record, liveness_units, output_of, plan_path, read_json, unit_of, whole_number
-from gate_server import ask, first_key, trust
+from gate_server import ask, first_key, is_alive, trust
 from liveness import positive, read_spec
 
 FILE = "llamafleet.prom"
@@ -50,6 +50,7 @@ HELP = {
     "metrics_time_seconds": "When this file was written.",
     "metrics_errors": "Instances of which something could not be read.",
     "instance_active": "Whether systemd says that the server runs.",
+    "instance_starting": "Whether the server loads its model.",
     "instance_on_demand": "Whether the server starts when it is asked.",
     "server_answers": "Whether the server answered /metrics to its own host.",
     "restarts_total": "Restarts of the server, by systemd or by the liveness check, which takes it for wedged.",
@@ -123,6 +124,7 @@ def of_instance(name: str) -> Iterator[Sample]:
     record = instance_files.record(name)
     active = is_running(shown)
     yield "instance_active", its, active
+    yield "instance_starting", its, not active and is_alive("/".join(shown.get(key, "") for key in STATE[:2]))
     yield "instance_on_demand", its, common.is_on_demand(name)
     yield from of_restarts(name, shown)
     for what, is_so in drifts(name, record, shown):

@@ -26,11 +26,20 @@ SEEN = {
     "HostDown": series("up", "1x90", "1x86 0x3", ',job="hosts"', name=False),
     "ServerDown": [
         *series("llamafleet_instance_active", "1x90", "1x86 0x3"),
+        *series("llamafleet_instance_starting", "0x90", "0x90"),
         *series("llamafleet_instance_on_demand", "0x90", "0x90"),
+        {"series": 'llamafleet_instance_active{host="loads",name="tiny"}', "values": "0x90"},
+        {"series": 'llamafleet_instance_starting{host="loads",name="tiny"}', "values": "1x90"},
+        {"series": 'llamafleet_instance_starting{host="asked",name="tiny"}', "values": "0x90"},
         {"series": 'llamafleet_instance_active{host="asked",name="tiny"}', "values": "0x90"},
         {"series": 'llamafleet_instance_on_demand{host="asked",name="tiny"}', "values": "1x90"},
     ],
-    "ServerSilent": [*series("up", "1x90", "1x85 0x4", ',job="servers"')],
+    "ServerSilent": [
+        *series("up", "1x90", "1x85 0x4", ',job="servers"'),
+        *series("llamafleet_instance_starting", "0x90", "0x90"),
+        {"series": 'up{host="loads",name="tiny",job="servers"}', "values": "0x90"},
+        {"series": 'llamafleet_instance_starting{host="loads",name="tiny"}', "values": "1x90"},
+    ],
     "ServerWedged": series("llamafleet_last_wedge_time_seconds", "3600x90", f"{NOW - 60}x90"),
     "ServerStuck": [
         *series("llamacpp:n_decode_total", "0+50x90", "0+50x70 3500x20"),

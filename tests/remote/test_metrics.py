@@ -65,6 +65,20 @@ def test_a_server_that_prometheus_asks_is_not_asked_again(host, server):
     assert server.asked == []
 
 
+@pytest.mark.parametrize(
+    ("active", "sub", "starting"),
+    [
+        ("activating", "start-post", 1),
+        ("activating", "auto-restart", 0),
+        ("failed", "failed", 0),
+        ("active", "running", 0),
+    ],
+)
+def test_a_server_that_loads_is_starting(host, active, sub, starting):
+    host.shows("tiny", ActiveState=active, SubState=sub)
+    assert host.wrote()['llamafleet_instance_starting{name="tiny"}'] == starting
+
+
 def test_a_server_that_does_not_run_is_not_asked(host, server):
     host.shows("tiny", ActiveState="inactive", SubState="dead")
     assert host.wrote()['llamafleet_instance_active{name="tiny"}'] == 0
