@@ -22,7 +22,7 @@ def monitoring() -> None:
     manager, network = machine.package_manager or "", lookups.network(now.desired.settings)
     try:
         there = monitors.read(host)
-        files = monitors.wanted(host, manager)
+        files = monitors.wanted(host, manager, there)
     except monitors.ERRORS as error:
         problems = error.problems if isinstance(error, monitors.MonitoringError) else (str(error),)
         decision.log_refused(host, Refused(tuple(problems)))

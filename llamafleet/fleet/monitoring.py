@@ -34,7 +34,8 @@ from llamafleet.settings.schema import DEMAND, Instance, Settings
 SCRAPE_SECONDS = 15
 CREDENTIALS = f"/run/credentials/{PROMETHEUS_UNIT}"
 DATASOURCE = "llamafleet"
-# Where packages have the program; those of Debian and Arch call it so.
+# Where packages put the programs; those of Debian and Arch call node-exporter otherwise.
+PROMETHEUS = "/usr/bin/prometheus"
 EXPORTERS = {"dnf": "/usr/bin/node_exporter", "zypper": "/usr/bin/node_exporter"}
 EXPORTER = "/usr/bin/prometheus-node-exporter"
 UNIT_TEMPLATES = {
@@ -93,11 +94,11 @@ def problems(host: Watched, fleet: Sequence[Watched]) -> Iterator[str]:
 
 def files(
     render: Renderer, host: Watched, fleet: Sequence[Watched], keys: Mapping[tuple[str, str], str], dashboard: str,
-    exporter: str = EXPORTER,
+    exporter: str = EXPORTER, program: str = PROMETHEUS,
 ) -> Files:  # fmt: skip
     """The files of a host of the fleet, of which no problem is known. `keys` are the API keys by host and instance, of
     servers that ask for one; `dashboard` is Grafana's, as JSON, `exporter` the path of
-    node-exporter."""
+    node-exporter, `program` that of Prometheus."""
     texts: dict[str, str] = {}
     secrets: dict[str, str] = {}
     if host.monitors:
@@ -109,7 +110,7 @@ def files(
             "grafana-dashboards.yml": as_yaml(provider()),
             "llamafleet.json": dashboard,
         }
-    units = dict(unit_texts(render, host, fleet, sorted(secrets), exporter))
+    units = dict(unit_texts(render, host, fleet, sorted(secrets), exporter, program))
     content = json.dumps([units, texts, secrets], sort_keys=True)
     return Files(hashlib.sha256(content.encode()).hexdigest()[:16], units, texts, secrets)
 
@@ -254,7 +255,8 @@ def provider() -> dict[str, Any]:
 
 
 def unit_texts(
-    render: Renderer, host: Watched, fleet: Sequence[Watched], secrets: Sequence[str], exporter: str
+    render: Renderer, host: Watched, fleet: Sequence[Watched], secrets: Sequence[str], exporter: str,
+    program: str,
 ) -> Iterator[tuple[str, str]]:  # fmt: skip
     """The units of a host by name."""
     settings, listens = host.settings, exporter_listens(host, fleet)
@@ -267,7 +269,8 @@ def unit_texts(
         "listen": f"[{listens}]:{settings.metrics_port}" if ":" in listens else f"{listens}:{settings.metrics_port}",
         "clients": exporter_clients(host, fleet), "own": [] if is_local(listens) else [listens],
         "metrics": METRICS, "folder": f"{MONITORING}/current", "port": settings.monitoring_port,
-        "days": settings.monitoring_days, "secrets": secrets, "exporter": exporter,
+        "days": settings.monitoring_days, "secrets": secrets,
+        "exporter": unit_escape(exporter), "program": unit_escape(program),
     }  # fmt: skip
     for unit, template in UNIT_TEMPLATES.items():
         if unit != PROMETHEUS_UNIT or host.monitors:

@@ -239,11 +239,11 @@ class MonitoringUnit:
 
 @dataclass(frozen=True)
 class Monitoring:
-    """What `monitoring_apply.py show` says of a host's monitoring: whether the programs are installed, the digest of
-    the configuration in service, None where there is none, and the units."""
+    """What `monitoring_apply.py show` says of a host's monitoring: where the programs lie, and the digest of the
+    configuration in service, each None where there is none; and the units."""
 
-    prometheus: Flag
-    exporter: Flag
+    prometheus: Path | None
+    exporter: Path | None
     digest: Label | None
     units: Mapping[str, MonitoringUnit]
 

@@ -1,8 +1,8 @@
 """Put a new configuration of this host's monitoring into service: node-exporter with the timer of its metrics, and
 Prometheus where it is to run.
 
-Contract: `monitoring_apply.py show` prints {"prometheus", "exporter": whether the program is installed, "digest": of
-the configuration in service or null, "units": {name of a unit of ours: {"sha256", "active", "enabled"}}} and changes
+Contract: `monitoring_apply.py show` prints {"prometheus", "exporter": the program's path or null, "digest": of the
+configuration in service or null, "units": {name of a unit of ours: {"sha256", "active", "enabled"}}} and changes
 nothing. `monitoring_apply.py apply STAGED DIGEST` takes the staged files (units of ours, and the files of a
 configuration), lets promtool check them, starts what has changed, and stops the units that are not staged. Prints
 progress; the last line of a failure begins with `error: `. Exit 0 all of it runs; 1 failed, and what ran before runs
@@ -58,11 +58,17 @@ def show() -> Dict[str, Any]:
             units[unit] = {"sha256": common.sha256(text), "active": is_so("is-active", unit),
                            "enabled": is_so("is-enabled", unit)}  # fmt: skip
     return {
-        "prometheus": shutil.which("prometheus") is not None,
-        "exporter": any(map(shutil.which, EXPORTERS)),
+        "prometheus": program("prometheus"),
+        "exporter": program(*EXPORTERS),
         "digest": os.path.basename(os.readlink(link())) if os.path.islink(link()) else None,
         "units": units,
     }
+
+
+def program(*names: str) -> Optional[str]:
+    """Where the first of these programs lies that the PATH has."""
+    found = next(filter(None, map(shutil.which, names)), None)
+    return os.path.realpath(found) if found else None
 
 
 def is_so(verb: str, unit: str) -> bool:

@@ -47,7 +47,7 @@ def read(host: Host) -> answers.Monitoring:
     return remote.last(out, answers.monitoring)
 
 
-def wanted(host: Host, manager: str) -> Files:
+def wanted(host: Host, manager: str, there: answers.Monitoring) -> Files:
     """What the host should have. Raises one of `ERRORS`."""
     fleet = list(_fleet(host))
     own = next((one for one in fleet if one.name == host.name), None)
@@ -58,8 +58,9 @@ def wanted(host: Host, manager: str) -> Files:
         raise MonitoringError(problems)
     keys = dict(_keys(fleet)) if own.monitors else {}
     dashboard = (templates.TEMPLATES / DASHBOARD).read_text(encoding="utf-8")
-    program = monitoring.EXPORTERS.get(manager, monitoring.EXPORTER)
-    return monitoring.files(templates.render, own, fleet, keys, dashboard, program)
+    exporter = there.exporter or monitoring.EXPORTERS.get(manager, monitoring.EXPORTER)
+    program = there.prometheus or monitoring.PROMETHEUS
+    return monitoring.files(templates.render, own, fleet, keys, dashboard, exporter, program)
 
 
 def differences(files: Files, there: answers.Monitoring) -> Iterator[str]:

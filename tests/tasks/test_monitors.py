@@ -11,7 +11,9 @@ from tasks import monitoring
 from tasks.lib import decision, lookups, monitors
 
 KEY = "the-servers-own-key-0001"
-NOTHING = answers.Monitoring(False, False, None, {})
+EXPORTER = "/usr/bin/prometheus-node-exporter"
+OWN = answers.Monitoring("/opt/prometheus/prometheus", "/usr/local/bin/node_exporter", None, {})
+NOTHING = answers.Monitoring(None, None, None, {})
 
 
 class Host(SimpleNamespace):
@@ -46,12 +48,12 @@ def installed(files, **changes):
         name: answers.MonitoringUnit(sha256(text.encode()), name != METRICS_UNIT, name != METRICS_UNIT)
         for name, text in files.units.items()
     }
-    return answers.Monitoring(**{"prometheus": True, "exporter": True, "digest": files.digest, "units": units,
+    return answers.Monitoring(**{"prometheus": "/usr/bin/prometheus", "exporter": EXPORTER, "digest": files.digest, "units": units,
                                  **changes})  # fmt: skip
 
 
 def test_prometheus_gets_the_first_key_of_a_server_in_a_file_for_root_alone(fleet):
-    made = monitors.wanted(fleet.mon, "apt")
+    made = monitors.wanted(fleet.mon, "apt", NOTHING)
     assert list(made.secrets.values()) == [KEY]
     assert KEY not in str({**made.texts, **made.units}) and KEY not in repr(made)
     assert [(name, mode) for name, (mode, text) in monitors.sent(made).items() if KEY in text.decode()] == [
@@ -61,7 +63,7 @@ def test_prometheus_gets_the_first_key_of_a_server_in_a_file_for_root_alone(flee
 
 
 def test_a_host_that_is_watched_gets_no_prometheus_and_no_key(fleet):
-    made = monitors.wanted(fleet.gpu, "apt")
+    made = monitors.wanted(fleet.gpu, "apt", NOTHING)
     assert sorted(made.units) == sorted((EXPORTER_UNIT, METRICS_UNIT, METRICS_TIMER))
     assert (made.secrets, made.texts) == ({}, {})
 
@@ -74,11 +76,11 @@ def test_without_the_group_nobody_is_watched(fleet):
 
 def test_node_exporter_is_called_as_the_distribution_calls_it(fleet):
     for manager, path in (("apt", "/usr/bin/prometheus-node-exporter"), ("zypper", "/usr/bin/node_exporter")):
-        assert f"ExecStart={path} " in monitors.wanted(fleet.gpu, manager).units[EXPORTER_UNIT]
+        assert f'ExecStart="{path}" ' in monitors.wanted(fleet.gpu, manager, NOTHING).units[EXPORTER_UNIT]
 
 
 def test_what_is_as_it_should_be_differs_in_nothing(fleet):
-    made = monitors.wanted(fleet.mon, "apt")
+    made = monitors.wanted(fleet.mon, "apt", NOTHING)
     assert list(monitors.differences(made, installed(made))) == []
     assert next(monitors.differences(made, NOTHING)) == "it is new"
 
@@ -89,7 +91,7 @@ def test_what_is_as_it_should_be_differs_in_nothing(fleet):
      ({"enabled": False}, "does not run, or does not start with the host")],
 )  # fmt: skip
 def test_each_difference_of_a_unit_is_named(fleet, changes, said):
-    made = monitors.wanted(fleet.mon, "apt")
+    made = monitors.wanted(fleet.mon, "apt", NOTHING)
     there = installed(made)
     found = {**there.units[PROMETHEUS_UNIT].__dict__, **changes}
     units = {**there.units, PROMETHEUS_UNIT: answers.MonitoringUnit(**found)}
@@ -97,16 +99,18 @@ def test_each_difference_of_a_unit_is_named(fleet, changes, said):
 
 
 def test_a_unit_that_is_no_longer_needed_is_named(fleet):
-    there = installed(monitors.wanted(fleet.mon, "apt"))
+    there = installed(monitors.wanted(fleet.mon, "apt", NOTHING))
     fleet.mon.groups.clear()
     fleet.gpu.groups.append("monitoring")
-    assert f"{PROMETHEUS_UNIT} is no longer needed" in monitors.differences(monitors.wanted(fleet.mon, "apt"), there)
+    assert f"{PROMETHEUS_UNIT} is no longer needed" in monitors.differences(
+        monitors.wanted(fleet.mon, "apt", NOTHING), there
+    )
 
 
 def test_a_host_that_cannot_be_reached_by_its_name_alone_is_told_what_to_set(fleet):
     fleet.gpu.data.get = {"ssh_hostname": "gpu1.example.net"}.get
     with pytest.raises(monitors.MonitoringError, match=r"gpu1: metrics_listen: gpu1.example.net is a name"):
-        monitors.wanted(fleet.gpu, "apt")
+        monitors.wanted(fleet.gpu, "apt", NOTHING)
 
 
 # --- the stage --------------------------------------------------------------------------------------
@@ -164,8 +168,11 @@ def test_a_bare_host_gets_packages_whose_own_units_are_masked_before(fleet, run,
 
 
 def test_what_an_operator_has_installed_stays_as_it_is(fleet, run):
-    recorded, _ = run(fleet.mon, answers.Monitoring(True, True, None, {}))
+    recorded, _ = run(fleet.mon, OWN)
     assert recorded.of("mask_units", "units") == () and recorded.of("install_packages", "needs") == {}
+    units = recorded.of("put_in_service", "files")().units
+    assert f'ExecStart="{OWN.prometheus}" ' in units[PROMETHEUS_UNIT]
+    assert f'ExecStart="{OWN.exporter}" ' in units[EXPORTER_UNIT]
 
 
 def test_packages_that_start_nothing_are_not_masked(fleet, run):
@@ -174,7 +181,7 @@ def test_packages_that_start_nothing_are_not_masked(fleet, run):
 
 
 def test_a_second_run_changes_nothing(fleet, run):
-    recorded, _ = run(fleet.mon, installed(monitors.wanted(fleet.mon, "apt")))
+    recorded, _ = run(fleet.mon, installed(monitors.wanted(fleet.mon, "apt", NOTHING)))
     assert recorded.of("put_in_service", "files")() is None
     assert recorded.of("install_packages", "needs") == {} and not recorded.of("release_lock", "needed")
 
