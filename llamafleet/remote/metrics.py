@@ -6,8 +6,8 @@ memory, plan, build and certificate, and what a server tells at /metrics that Pr
 server but those NAMEd. With --gateway also what HAProxy tells at that port of 127.0.0.1. Wakes and starts nothing, and
 takes no slot: a server on demand is asked at its own socket, while it runs. An instance of which something cannot be
 read is counted in llamafleet_metrics_errors, and the reason is on stderr. Exit 0 written, 1 not written.
-Root, the standard library, psutil and pynvml, Python 3.8; common.py, gate_server.py, instance_files.py, liveness.py
-and status.py beside it.
+Root, the standard library, psutil and pynvml, Python 3.8; common.py, gate_server.py, instance_files.py, liveness.py,
+metrics_relay.py and status.py beside it.
 
 Keys and texts of users are in no metric.
 
@@ -29,20 +29,12 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 import common
 import instance_files
 from common import gate_record, liveness_record, liveness_units, output_of, plan_path, read_json, unit_of, whole_number
-from gate_server import ask, first_key, is_alive, trust
-from liveness import positive, read_spec
+from gate_server import is_alive
+from liveness import positive
+from metrics_relay import escaped, is_running, of_gateway, of_server, together
 
 FILE = "llamafleet.prom"
 CGROUPS = "/sys/fs/cgroup"
-ANSWER_SECONDS = 5.0
-ANSWER_LIMIT_BYTES = 16 * 2**20
-# Of HAProxy's some hundred metrics for each server, those that tell who waits, for how long, and what is answered.
-OF_GATEWAY = re.compile(
-    r"haproxy_(?:frontend|backend|server)_(?:status|current_sessions|current_queue|limit_sessions|http_requests_total|"
-    r"http_responses_total|response_time_average_seconds|queue_time_average_seconds|total_time_average_seconds|"
-    r"check_failures_total|redispatch_warnings_total|retry_warnings_total)"
-)
-OF_SERVER = re.compile(r"llamacpp:[a-z_]+")
 STATE = ("ActiveState", "SubState", "MainPID", "MemoryMax", "ControlGroup", "NRestarts", "NeedDaemonReload")
 
 # What each metric is, and its kind.
@@ -85,10 +77,6 @@ def line(name: str, labels: Dict[str, str], value: float) -> str:
     return f"{name}{{{told}}} {number}" if told else f"{name} {number}"
 
 
-def escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
 def text(samples: Sequence[Sample], relayed: Sequence[str]) -> str:
     """The whole file: samples of one metric together."""
     lines: List[str] = []
@@ -98,19 +86,6 @@ def text(samples: Sequence[Sample], relayed: Sequence[str]) -> str:
             kind = "counter" if name.endswith("_total") else "gauge"
             lines += [f"# HELP llamafleet_{name} {help_text}", f"# TYPE llamafleet_{name} {kind}", *own]
     return "\n".join([*lines, *together(relayed)]) + "\n"
-
-
-def together(relayed: Sequence[str]) -> List[str]:
-    """Samples of several servers, ordered so that those of one metric follow each other, behind one HELP and TYPE."""
-    found: Dict[str, Dict[str, None]] = {}
-    for one in relayed:
-        words = one.split(None, 3)
-        name = words[2] if one.startswith("#") else re.split(r"[{ ]", one, maxsplit=1)[0]
-        kept = found.setdefault(name, {})
-        begins = " ".join(words[:3]) + " "
-        if not one.startswith("#") or not any(other.startswith(begins) for other in kept):
-            kept[one] = None
-    return [one for kept in found.values() for one in kept]
 
 
 # --- an instance --------------------------------------------------------------------------------------
@@ -135,10 +110,6 @@ def of_instance(name: str) -> Iterator[Sample]:
     end = certificate_end(f"{common.INSTANCES}/{name}/{common.TLS_CERTIFICATE}")
     if end is not None:
         yield "certificate_end_time_seconds", its, end
-
-
-def is_running(shown: Dict[str, str]) -> bool:
-    return (shown.get("ActiveState"), shown.get("SubState")) == ("active", "running")
 
 
 def of_restarts(name: str, shown: Dict[str, str]) -> Iterator[Sample]:
@@ -289,53 +260,6 @@ def seconds_of(when: Any) -> Optional[float]:
         return None
 
 
-# --- what others tell ----------------------------------------------------------------------------------
-
-
-def of_server(name: str) -> Tuple[List[Sample], List[str]]:
-    """What a running server tells at /metrics; nothing of one that does not run. Raises OSError, ValueError and
-    SubprocessError where its plan or its key cannot be read."""
-    if not is_running(common.show(unit_of(name), "ActiveState", "SubState", seconds=10.0)):
-        return [], []
-    spec = read_spec(plan_path(name))
-    trust(spec)
-    status, told = ask(spec["url"], "/metrics", first_key(spec), seconds=ANSWER_SECONDS)
-    answers = status == 200 and isinstance(told, str)
-    return [("server_answers", {"name": name}, answers)], labelled(told, name) if answers else []
-
-
-def labelled(told: str, name: str) -> List[str]:
-    """llama-server's metrics with the name of the instance."""
-    found = []
-    for one in told.splitlines():
-        sample = re.fullmatch(r"(llamacpp:[a-z_]+) (\S{1,40})", one)
-        if sample:
-            found.append(f'{sample.group(1)}{{name="{escaped(name)}"}} {sample.group(2)}')
-        elif is_comment(one, OF_SERVER):
-            found.append(one)
-    return found
-
-
-def is_comment(one: str, names: "re.Pattern[str]") -> bool:
-    words = one.split(None, 3)
-    return len(words) == 4 and words[0] == "#" and words[1] in ("HELP", "TYPE") and bool(names.fullmatch(words[2]))
-
-
-def of_gateway(port: int) -> List[str]:
-    """What HAProxy tells, of OF_GATEWAY. Raises OSError and HTTPException where it does not answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_SECONDS)
-    try:
-        connection.request("GET", "/metrics?scope=frontend&scope=backend&scope=server")
-        told = connection.getresponse().read(ANSWER_LIMIT_BYTES).decode("utf-8", "replace")
-    finally:
-        connection.close()
-    return [
-        one
-        for one in told.splitlines()
-        if is_comment(one, OF_GATEWAY) or OF_GATEWAY.fullmatch(re.split(r"[{ ]", one, maxsplit=1)[0])
-    ]
-
-
 # --- all of it ---------------------------------------------------------------------------------------
 
 
@@ -348,8 +272,9 @@ def gathered(scraped: Sequence[str], gateway: Optional[int]) -> str:
         try:
             samples += of_instance(name)
             if name not in scraped:
-                told, lines = of_server(name)
-                samples, relayed = [*samples, *told], [*relayed, *lines]
+                lines = of_server(name)
+                samples += [("server_answers", {"name": name}, bool(lines))] if lines is not None else []
+                relayed += lines or []
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             errors += 1
             print(f"{name}: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ import time
 
 import common
 import metrics
+import metrics_relay
 import pytest
 
 from sandbox.oracle import free_port
@@ -143,11 +144,11 @@ def test_the_end_of_a_certificate_is_told(host):
 
 def test_samples_of_two_servers_stay_together():
     """node-exporter refuses a file in which a metric has two TYPE lines."""
-    lines = [*metrics.labelled(SERVER, "one"), *metrics.labelled(SERVER, "two")]
-    told = metrics.together(lines)
+    lines = [*metrics_relay.labelled(SERVER, "one"), *metrics_relay.labelled(SERVER, "two")]
+    told = metrics_relay.together(lines)
     assert len([one for one in told if one.startswith("# TYPE llamacpp:requests_processing")]) == 1
     first = told.index('llamacpp:requests_processing{name="one"} 1')
-    assert told[first + 1] == 'llamacpp:requests_processing{name="two"} 1' and len(told) == 8
+    assert told[first + 1] == 'llamacpp:requests_processing{name="two"} 1' and len(told) == 6
 
 
 def test_labels_are_quoted():
@@ -160,3 +161,17 @@ def test_promtool_finds_nothing_wrong_with_our_own_metrics(host):
     with (host.folder / "run/metrics/llamafleet.prom").open() as text:
         done = subprocess.run(["promtool", "check", "metrics"], stdin=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_a_server_tells_cannot_spoil_the_file(host, server):
+    hostile = ["llamacpp:a 1 2 3", "llamacpp:a abc", 'llamacpp:a{x="y"} 1', "llamafleet_drift 1", "# TYPE llamacpp:a foo",
+               "# HELP llamacpp:a \\x", "# TYPE llamacpp:prompt_tokens_total gauge", "llamacpp:prompt_tokens_total 7",
+               "llamacpp:a " + "1" * 10_000, "llamacpp:requests_processing 5"]  # fmt: skip
+    server.text = SERVER + "\n".join(hostile) + "\n"
+    host.wrote()
+    lines = (host.folder / "run/metrics/llamafleet.prom").read_text().splitlines()
+    assert [one for one in lines if "llamacpp:" in one] == [
+        "# TYPE llamacpp:prompt_tokens_total counter", 'llamacpp:prompt_tokens_total{name="tiny"} 8192',
+        "# TYPE llamacpp:requests_processing gauge", 'llamacpp:requests_processing{name="tiny"} 1',
+    ]  # fmt: skip
+    assert "llamafleet_drift 1" not in lines
