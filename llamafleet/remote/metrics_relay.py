@@ -25,9 +25,7 @@ OF_GATEWAY = re.compile(
     r"check_failures_total|redispatch_warnings_total|retry_warnings_total)"
 )
 # node-exporter passes over the whole file where one line is no metric. So of what a server tells, these lines alone.
-OF_SERVER = re.compile(
-    r"(llamacpp:[a-z_]{1,60}) ([+-]?(?:[0-9]{1,20}(?:\.[0-9]{1,20})?(?:e[+-]?[0-9]{1,3})?|inf)|nan)"
-)
+OF_SERVER = re.compile(r"(llamacpp:[a-z_]{1,60}) ([+-]?(?:[0-9]{1,20}(?:\.[0-9]{1,20})?(?:e[+-]?[0-9]{1,3})?|inf)|nan)")
 KIND = re.compile(r"# TYPE llamacpp:[a-z_]{1,60} (?:counter|gauge)")
 
 
