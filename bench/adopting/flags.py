@@ -14,7 +14,9 @@ from llamafleet.settings import extra_flags
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = "llamafleet/settings/extra_flags.py"
 DEFINITIONS = "common/arg.cpp"  # in the tree of llama.cpp
-OTHERS = ("llamafleet/remote/git_pack.py", "llamafleet/cli/beside.py")  # flags of git and of our own command only
+# Flags of git and of our own command only.
+OTHERS = ("llamafleet/remote/git_pack.py", "llamafleet/cli/beside.py", "llamafleet/cli/on_inventory.py",
+          "tasks/report.py")  # fmt: skip
 PLANNED = ("llamafleet/planner/flags.py", "llamafleet/service/command.py")  # llama-server's flags only
 _NAMES = re.compile(r"(-{1,2}[A-Za-z][\w.-]*)(?:,\s+(?=-))?")
 # Not short ones of one letter: those are other programs'.

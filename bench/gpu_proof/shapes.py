@@ -86,7 +86,8 @@ def values(tensor: Tensor, seed: int) -> np.ndarray[Any, Any]:
 
 
 def _with_factor(data: np.ndarray[Any, Any], kind: Q, scale: float) -> np.ndarray[Any, Any]:
-    """Random blocks whose factors give weights of this standard deviation (ggml-common.h, block_*)."""
+    """Random blocks whose factors give weights of this standard deviation (ggml/src/ggml-common.h, block_q4_K and the
+    others)."""
     if kind is Q.MXFP4:  # the exponent, with 127 as 1
         data[:, 0] = 127 + round(math.log2(scale / MXFP4_DEVIATION))
         return data

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from tests.e2e import deploying
 from tests.e2e.deploying import (
     PORT,
     ROOT,
@@ -30,7 +31,11 @@ FRESH = {"name": "fresh", "port": PORT + 5, **WORKLOAD}
 
 
 @pytest.fixture(scope="module")
-def host(deployed):
+def host(deployed, outside, tmp_path_factory):
+    """The host with the one model that all tests here begin with, whatever others did before."""
+    data = deploying.settings(outside, deployed[0])
+    done = pyinfra(write_inventory(tmp_path_factory.mktemp("before") / "inventory.py", [(deployed[0], data)]))
+    assert done.code == 0, done.text
     return deployed[0]
 
 

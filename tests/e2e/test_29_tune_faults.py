@@ -12,9 +12,7 @@ import pytest
 
 from llamafleet.remote.common import HELPERS, core_of_unit
 from llamafleet.service.trial import measured
-from sandbox import oracle_build
 from tests.e2e import deploying
-from tests.e2e.conftest import PREFIX
 from tests.e2e.deploying import on, pyinfra, serves
 
 KEY = "0123456789abcdef"
@@ -26,15 +24,13 @@ WORKLOAD = {"prompt": 256, "reply": 64, "depth": 128, "concurrency": 2}
 
 
 @pytest.fixture(scope="module")
-def host(boot, outside, tmp_path_factory):
-    """A host that serves a tiny model."""
-    [made] = boot(1, f"{PREFIX}tune", 47, packages=oracle_build.COMPILER)
+def host(deployed, outside, tmp_path_factory):
+    """A host that serves a tiny model with two slots."""
     inventory = tmp_path_factory.mktemp("tune") / "inventory.py"
-    deploying.write_inventory(inventory, [(made, deploying.settings(outside, made, model={"slots": 2}))])
-    with oracle_build.compiling():
-        done = pyinfra(inventory)
+    deploying.write_inventory(inventory, [(deployed[0], deploying.settings(outside, deployed[0], model={"slots": 2}))])
+    done = pyinfra(inventory)
     assert done.code == 0, done.text
-    return made
+    return deployed[0]
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from sandbox import upstream
 from tests.e2e.deploying import ROOT, connection, environment, main_pid, on, pyinfra, serves
 from tests.e2e.test_08_rollback import FAULTS, MAIN
 
+pytestmark = pytest.mark.long
+
 # llama-server takes the argument, loads, and computes what is no number: the gate's completion fails.
 BAD = {"extra_flags": ["--rope-freq-base nan"]}
 # A gateway refuses servers on addresses of loopback, which sandbox hosts have alone: each listens everywhere, on a port
@@ -155,7 +157,6 @@ def test_a_change_that_does_not_pass_the_gate_ends_with_the_first_wave(fleet, ho
     assert all_serve(hosts) and drained(hosts[2]) == []
 
 
-@pytest.mark.long
 def test_a_commit_whose_server_is_no_good_ends_with_the_first_wave(fleet, hosts, outside):
     """It compiles, and writes other tokens each time: the other host does not even compile it."""
     parts, reason, _ = FAULTS["garbage"]
@@ -171,7 +172,6 @@ def test_a_commit_whose_server_is_no_good_ends_with_the_first_wave(fleet, hosts,
     assert all_serve(hosts) and drained(hosts[2]) == []
 
 
-@pytest.mark.long
 def test_a_plain_deploy_takes_turns_and_says_that_it_is_no_rollout(fleet, hosts):
     with Load(hosts[2]) as load:
         run = pyinfra(fleet())
@@ -179,7 +179,6 @@ def test_a_plain_deploy_takes_turns_and_says_that_it_is_no_rollout(fleet, hosts)
     assert list(load.found) == ["whole"], (load.found, run.text)
 
 
-@pytest.mark.long
 def test_killed_at_any_moment_the_next_rollout_ends_well(fleet, hosts):
     chance = random.Random(14)
     for _ in range(10):
@@ -194,7 +193,6 @@ def test_killed_at_any_moment_the_next_rollout_ends_well(fleet, hosts):
         assert pyinfra(asked, "--dry").changed() == []
 
 
-@pytest.mark.long
 def test_a_gateway_is_taken_over_by_the_timer_where_nobody_puts_a_server_back(fleet, hosts):
     """A rollout that is killed in mid-switch, and no other one: the drain ends by itself."""
     asked = fleet()
