@@ -11,15 +11,14 @@ from __future__ import annotations
 import csv
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from bench.one_run import ROOT, Cost, one_run
 from sandbox import hosts, outside
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "converge.csv"
 COUNTS = (1, 10, 30)
 RUNS = 5
@@ -40,32 +39,21 @@ def write_inventory(path: Path, up: list[hosts.SandboxHost], running: outside.Ou
     path.write_text(f"sandbox = {entries!r}\n")
 
 
-def deploy(inventory: Path) -> tuple[float, int, str]:
-    """(wall seconds, peak resident bytes, output) of one run."""
-    command = [str(Path(sys.executable).with_name("pyinfra")), "-y", str(inventory), "deploy.py"]
-    with tempfile.TemporaryFile("w+") as output:
-        began = time.monotonic()
-        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                   env={**os.environ, "PYINFRA_PROGRESS": "off"})  # fmt: skip
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.monotonic() - began
-        output.seek(0)
-        text = output.read()
-    if os.waitstatus_to_exitcode(status):
-        raise SystemExit(f"the run failed:\n{text[-4000:]}")
-    return seconds, usage.ru_maxrss * 1024, text
+def deploy(inventory: Path) -> Cost:
+    """One run."""
+    return one_run("the run", [str(Path(sys.executable).with_name("pyinfra")), "-y", str(inventory), "deploy.py"])
 
 
 def measure(count: int, inventory: Path) -> dict[str, object]:
     runs = [deploy(inventory) for _ in range(RUNS)]
-    for _, _, text in runs:
-        if "] Success" in text:
-            raise SystemExit(f"a run over {count} hosts changed something:\n{text[-4000:]}")
-    seconds = [wall_seconds for wall_seconds, _, _ in runs]
+    for run in runs:
+        if "] Success" in run.text:
+            raise SystemExit(f"a run over {count} hosts changed something:\n{run.text[-4000:]}")
+    seconds = [run.wall_seconds for run in runs]
     return {
         "hosts": count, "runs": RUNS, "wall_s_min": round(min(seconds), 2),
         "wall_s_median": round(statistics.median(seconds), 2), "wall_s_max": round(max(seconds), 2),
-        "controller_rss_mib": max(rss for _, rss, _ in runs) >> 20, "cores": len(os.sched_getaffinity(0)),
+        "controller_rss_mib": max(run.peak_bytes for run in runs) >> 20, "cores": len(os.sched_getaffinity(0)),
     }  # fmt: skip
 
 

@@ -15,16 +15,15 @@ import sys
 import time
 from pathlib import Path
 
-from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.host import Host
 
 from llamafleet.cli import reported
 from llamafleet.cli.report import Page, page
 from llamafleet.cli.reported import HostFacts
 from llamafleet.printable import err, one_line, out
-from tasks.lib import ends, records, state
 from tasks.lib import page as drawing
-from tasks.lib.over_hosts import over_hosts
+from tasks.lib import records, state
+from tasks.lib.over_hosts import over_hosts, status_of
 
 MANY_CHARTS = 100  # that take some seconds
 
@@ -42,8 +41,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("inventory", type=Path)
     parser.add_argument("--limit")
     parser.add_argument("--output", type=Path, default=Path("report.html"))
-    options = parser.parse_args(arguments)
-    ends.take_interrupts()
+    return status_of(write, parser.parse_args(arguments))
+
+
+def write(options: argparse.Namespace) -> int:
+    """Write the page. Raises PyinfraError."""
     try:
         drawing.check()
         if not options.output.parent.is_dir():
@@ -53,10 +55,8 @@ def main(arguments: list[str]) -> int:
         hosts = {
             name: reported.not_read(name, one, kept) if isinstance(one, str) else one for name, one in found.items()
         }
-        records.replace_file(options.output, drawn(page(f"llamafleet: {options.inventory.name}", hosts, time.time())))
-    except PyinfraError as error:
-        err(f"llamafleet: {options.inventory}: {error}")
-        return 2
+        text = drawn(page(f"llamafleet: {options.inventory.name}", hosts, time.time()))
+        records.replace_file(options.output, text)
     except drawing.CannotDrawError as error:
         err(f"llamafleet: {error}")
         return 2

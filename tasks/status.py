@@ -17,17 +17,16 @@ import sys
 import time
 
 import gevent
-from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.host import Host
 
 from llamafleet.cli import fleet_status
 from llamafleet.cli.fleet_status import Hosts
 from llamafleet.cli.status import HostStatus
 from llamafleet.cli.tables import Look
-from llamafleet.printable import err, json_text, out, redraw
+from llamafleet.printable import json_text, out, redraw
 from tasks.lib import ends, lookups, state
 from tasks.lib.decision import wanted_models
-from tasks.lib.over_hosts import over_all, parse
+from tasks.lib.over_hosts import over_all, parse, status_of
 
 
 def look(host: Host) -> HostStatus:
@@ -43,12 +42,8 @@ def lost(host: Host, problem: str) -> HostStatus:
 
 def main(arguments: list[str]) -> int:
     options = parse("Show the state of the hosts of an inventory.", arguments, flags=("all",), watch=None)
-    ends.take_interrupts()
     try:
-        return run(options)
-    except PyinfraError as error:
-        err(f"llamafleet: {options.inventory}: {error}")
-        return 2
+        return status_of(run, options)
     except BrokenPipeError:  # the reader closed the pipe, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import pyinfra_cli  # isort: skip  # first: it makes sockets cooperative before anything uses them  # noqa: F401
 
+import argparse
 import sys
 
-from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.host import Host
 
 from llamafleet.cli.tuned import HostRows, Row, table, with_kept
-from llamafleet.printable import err, json_text, out
+from llamafleet.printable import json_text, out
 from llamafleet.service.refusals import Refused
-from tasks.lib import ends, records
+from tasks.lib import records
 from tasks.lib.decision import READ_ERRORS, read_inputs, with_measured
-from tasks.lib.over_hosts import over_hosts, parse
+from tasks.lib.over_hosts import over_hosts, parse, status_of
 
 
 def look(host: Host) -> HostRows:
@@ -36,13 +36,12 @@ def look(host: Host) -> HostRows:
 
 
 def main(arguments: list[str]) -> int:
-    options = parse("Show what was measured on the hosts of an inventory.", arguments)
-    ends.take_interrupts()
-    try:
-        found = over_hosts(options.inventory, options.limit, look)
-    except PyinfraError as error:
-        err(f"llamafleet: {options.inventory}: {error}")
-        return 2
+    return status_of(show, parse("Show what was measured on the hosts of an inventory.", arguments))
+
+
+def show(options: argparse.Namespace) -> int:
+    """Print what was measured. Raises PyinfraError."""
+    found = over_hosts(options.inventory, options.limit, look)
     hosts = {name: HostRows({}, rows) if isinstance(rows, str) else rows for name, rows in found.items()}
     kept = records.kept()
     hosts = with_kept(hosts, kept, whole=options.limit is None)

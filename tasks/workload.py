@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import pyinfra_cli  # isort: skip  # first: it makes sockets cooperative before anything uses them  # noqa: F401
 
+import argparse
 import sys
 from collections.abc import Mapping
 from functools import partial
 
-from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.host import Host
 
 from llamafleet.cli.workload import KEYS, HostWorkload, InstanceWorkload, table
 from llamafleet.host import answers
 from llamafleet.host.answers import Observed
 from llamafleet.host.installed import Installed
-from llamafleet.printable import err, json_text, out
+from llamafleet.printable import json_text, out
 from llamafleet.settings.schema import Settings, SettingsError
 from llamafleet.tuning.observed import fitting
-from tasks.lib import ends, facts, lookups, remote, sending
+from tasks.lib import facts, lookups, remote, sending
 from tasks.lib.decision import READ_ERRORS
-from tasks.lib.over_hosts import over_hosts, parse
+from tasks.lib.over_hosts import over_hosts, parse, status_of
 
 WEEK = "7 days ago"
 # The journal of a week has some hundred megabytes where a server is always busy.
@@ -66,12 +66,12 @@ def _instances(found: Mapping[str, Observed], installed: Installed, settings: Se
 
 def main(arguments: list[str]) -> int:
     options = parse("Show what the servers of an inventory's hosts were asked for.", arguments, since=WEEK)
-    ends.take_interrupts()
-    try:
-        states = over_hosts(options.inventory, options.limit, partial(look, options.since))
-    except PyinfraError as error:
-        err(f"llamafleet: {options.inventory}: {error}")
-        return 2
+    return status_of(show, options)
+
+
+def show(options: argparse.Namespace) -> int:
+    """Print what the servers were asked for. Raises PyinfraError."""
+    states = over_hosts(options.inventory, options.limit, partial(look, options.since))
     hosts = {name: HostWorkload(problem=state) if isinstance(state, str) else state for name, state in states.items()}
     out(json_text({name: host.to_json() for name, host in hosts.items()}) if options.json else table(hosts))
     return 1 if any(isinstance(state, str) for state in states.values()) else 0

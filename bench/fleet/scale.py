@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import socket
 import sys
 import tempfile
@@ -25,7 +24,8 @@ from typing import Any
 
 import paramiko
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from bench.one_run import ROOT, one_run
+
 RESULTS = ROOT / "bench" / "results" / "fleet_scale.csv"
 COUNTS = (10, 100, 1000)
 COMMIT = "c" * 40
@@ -99,18 +99,9 @@ def write_inventory(folder: Path, data: Sequence[Mapping[str, Any]], ports: Sequ
 def run(kind: str, inventory: Path) -> tuple[dict[str, float], str]:
     """One run: seconds by the clock and of the processor, peak memory in MiB; and what was printed."""
     before, after = RUNS[kind]
-    with tempfile.TemporaryFile("w+") as output:
-        began = time.monotonic()
-        process = Popen([*before, str(inventory), *after], cwd=ROOT, stdin=DEVNULL, stdout=output, stderr=output,
-                        env={**os.environ, "PYINFRA_PROGRESS": "off"})  # fmt: skip
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.monotonic() - began
-        output.seek(0)
-        text = output.read()
-    if os.waitstatus_to_exitcode(status):
-        raise SystemExit(f"{kind} failed:\n{text[-4000:]}")
-    figures = {"wall_s": wall, "cpu_s": usage.ru_utime + usage.ru_stime, "rss_mib": usage.ru_maxrss / 1024}
-    return {key: round(value, 2) for key, value in figures.items()}, text
+    cost = one_run(kind, [*before, str(inventory), *after])
+    figures = {"wall_s": cost.wall_seconds, "cpu_s": cost.cpu_seconds, "rss_mib": cost.peak_bytes / 2**20}
+    return {key: round(value, 2) for key, value in figures.items()}, cost.text
 
 
 def measure(count: int) -> Iterator[dict[str, object]]:

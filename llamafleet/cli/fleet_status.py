@@ -22,7 +22,7 @@ from llamafleet.cli.status import (
     rows_of,
     space,
 )
-from llamafleet.cli.tables import PLAIN, Look
+from llamafleet.cli.tables import PLAIN, Look, aligned
 from llamafleet.printable import one_line
 
 Hosts = Mapping[str, HostStatus]
@@ -46,7 +46,7 @@ def page(hosts: Hosts, look: Look = PLAIN, everything: bool = False) -> str:
     if not _fits((COLUMNS, *rows), look):
         below = [f"{row[0]}: {row[1]}: {row[DRIFT]}" for row in rows if row[DRIFT] not in ("none", "")] + below
         rows = [(*row[:DRIFT], BELOW if row[DRIFT] not in ("none", "") else row[DRIFT]) for row in rows]
-    lines += _aligned(_narrowed((COLUMNS, *rows), look))
+    lines += aligned(_narrowed((COLUMNS, *rows), look))
     return "\n".join([*lines, *(look.wrapped(remark) for remark in below)])
 
 
@@ -204,7 +204,7 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _fits(rows: Sequence[Sequence[str]], look: Look) -> bool:
-    return look.columns is None or max(map(len, _aligned(rows))) <= look.columns
+    return look.columns is None or max(map(len, aligned(rows))) <= look.columns
 
 
 def _narrowed(rows: Sequence[Sequence[str]], look: Look) -> Sequence[Sequence[str]]:
@@ -215,11 +215,6 @@ def _narrowed(rows: Sequence[Sequence[str]], look: Look) -> Sequence[Sequence[st
         place = rows[0].index(column)
         rows = [(*row[:place], *row[place + 1 :]) for row in rows]
     return rows
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 # --- what changed -------------------------------------------------------------------------------

@@ -130,6 +130,12 @@ def _speeds(speeds: Prediction) -> str:
     return f"predicted: {written} written [{speeds.decode_source}], {read} read [{speeds.prefill_source}]"
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line for each row, with columns as wide as their longest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def rate(speed: float) -> str:
     """The number with three significant digits: a prediction is not more exact."""
     return f"{float(f'{speed:.3g}'):g}"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llamafleet.cli.tables import aligned
 from llamafleet.printable import one_line
 from llamafleet.tuning.record import Tuned
 from llamafleet.tuning.records import Kept, Tuning
@@ -69,10 +70,8 @@ def with_kept(hosts: Mapping[str, HostRows], kept: Kept, *, whole: bool) -> dict
 def table(hosts: Mapping[str, HostRows]) -> str:
     """A line for each instance, and below them a line for each note and problem."""
     rows = [COLUMNS, *(tuple(map(one_line, row)) for host, found in hosts.items() for row in _rows(host, found))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     remarks = (one_line(f"{host}: {remark}") for host, found in hosts.items() for remark in _remarks(found))
-    return "\n".join([*lines, *remarks])
+    return "\n".join([*aligned(rows), *remarks])
 
 
 def _rows(host: str, found: HostRows) -> Iterator[tuple[str, ...]]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from llamafleet.cli.tables import aligned
 from llamafleet.host.answers import Figures, Observed
 from llamafleet.printable import one_line
 from llamafleet.tuning.observed import Fitting
@@ -47,9 +48,8 @@ class HostWorkload:
 def table(hosts: Mapping[str, HostWorkload]) -> str:
     """A line for each instance: mean, median and what nine tenths do not exceed; below them the settings that fit."""
     rows = [COLUMNS, *(tuple(map(one_line, row)) for name, host in hosts.items() for row in _rows(name, host))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, *(one_line(f"{name}: {line}") for name, host in hosts.items() for line in _below(host))])
+    below = (one_line(f"{name}: {line}") for name, host in hosts.items() for line in _below(host))
+    return "\n".join([*aligned(rows), *below])
 
 
 def _rows(name: str, host: HostWorkload) -> Iterator[tuple[str, ...]]:

@@ -9,7 +9,6 @@ Decision 24: docs/decisions/0024-a-gateway-of-standard-parts.md.
 from __future__ import annotations
 
 import functools
-import hashlib
 import ipaddress
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 
 from pydantic import TypeAdapter, ValidationError
 
+from llamafleet.remote import common
 from llamafleet.remote.common import GATEWAY
 from llamafleet.settings.schema import DEMAND, Instance, Settings
 
@@ -104,7 +104,7 @@ class Found:
 
 def sha256(text: str) -> str:
     """The SHA-256 of a text, hexadecimal."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return common.sha256(text.encode())
 
 
 def servers(

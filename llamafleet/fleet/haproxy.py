@@ -20,8 +20,6 @@ from llamafleet.service.unit import Renderer
 from llamafleet.settings.schema import Settings
 
 TEMPLATE, UNIT_TEMPLATE = "haproxy.cfg.j2", "llamafleet-gateway.service.j2"
-# The oldest that has all of it: `json_query`, `http-request wait-for-body` and `set-timeout`.
-OLDEST = (2, 4)
 # What a client that found no free slot is told to wait, seconds.
 RETRY_SECONDS = 10
 # Of models in a message, in characters: a line of HAProxy's configuration ends at 2048.

@@ -1,11 +1,11 @@
 """Is a new build as fast as the last good one, by one short workload on both? And under another driver or kernel?
 
-Part of gate.py and under its contract: Python 3.8, standard library; gate_slower.py has the statistics. `measure` gives
-a pace: {"key", "release", "commit", "driver", "kernel", "time": unix time, "tokens": [read, written by a request],
-"prompt", "decode", "others"}, the last three lists with a value for each request: tokens a second, and the CPUs that
-other programs used meanwhile. Around a switch to another release the old server is measured before it is stopped
-(`gate.py pace PLAN.json`) and the new one after its start, with the same fixed tokens. A pace of another model, other
-flags or other GPUs (`key`) is not compared.
+Part of gate.py and under its contract: Python 3.8, standard library; ground.py beside it. gate_slower.py has the
+statistics. `measure` gives a pace: {"key", "release", "commit", "driver", "kernel", "time": unix time, "tokens": [read,
+written by a request], "prompt", "decode", "others"}, the last three lists with a value for each request: tokens a
+second, and the CPUs that other programs used meanwhile. Around a switch to another release the old server is measured
+before it is stopped (`gate.py pace PLAN.json`) and the new one after its start, with the same fixed tokens. A pace of
+another model, other flags or other GPUs (`key`) is not compared.
 
 Only a pair that was measured in one switch can fail the check: nothing but the build differs. After another driver or
 kernel has booted, nobody can measure the old one any more; then what the last gate recorded is compared, and a
@@ -24,9 +24,10 @@ import statistics
 import time
 from typing import Any, Dict, List, Optional, Tuple  # the contract is Python 3.8, whose own are typing's
 
+import ground
 from gate_nvml import used_by_others
 from gate_reply import SECONDS, Bad, complete, speed_key
-from gate_server import ask, first_key, main_pid, result, slots
+from gate_server import WORDS, ask, first_key, main_pid, result, slots
 from gate_sleep import is_asleep
 from gate_slower import KINDS, differs, figure, is_pair, most_others, said, said_slower, slower, typical
 from liveness_server import may_sleep
@@ -44,7 +45,6 @@ IDLE_SECONDS, PAUSE_SECONDS, QUIET_SECONDS = 10.0, 1.0, 40.0
 ROUNDS, ROUND_PAUSE_SECONDS, ROUNDS_SECONDS = 3, 3.0, 60.0
 GPU_IDLE_PERCENT = 10
 EXPECTED = "as fast as the last good one"
-WORDS = "the of and to in is was for on that with as by at from it an be this which or are not have had but one"
 
 
 class Busy(Exception):
@@ -97,13 +97,9 @@ def state(spec: Dict[str, Any]) -> Dict[str, Any]:
             "kernel": os.uname().release, "time": time.time()}  # fmt: skip
 
 
-def driver(path: str = "/sys/module/nvidia/version") -> str:
+def driver() -> str:
     """The version of NVIDIA's driver; empty where there is none. Those of other GPUs come with the kernel."""
-    try:
-        with open(path) as file:
-            return file.read(100).strip()
-    except OSError:
-        return ""
+    return ground.driver() or ""
 
 
 def cpus() -> int:

@@ -25,6 +25,8 @@ TEXT_CHARACTERS = 2**14  # of an answer that is no JSON; /metrics has 4 kB
 SLOTS_LIMIT = 256  # LLAMA_MAX_SEQ
 KEY_LIMIT_BYTES = 64 * 2**10
 CERTIFICATE_LIMIT_BYTES = 2**20
+# What prompts are made of, to measure a speed.
+WORDS = "the of and to in is was for on that with as by at from it an be this which or are not have had but one"
 
 
 def result(name: str, ok: bool, expected: object, found: object, hint: str = "") -> dict[str, Any]:

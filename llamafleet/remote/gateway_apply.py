@@ -28,7 +28,8 @@ from common import listing, make_folder, output_of, read_file, read_json, replac
 from gateway_admin import Failed
 
 HAPROXY = "haproxy"
-OLDEST = (2, 4)  # as llamafleet/fleet/haproxy.py says
+# The oldest that has all that the configuration names: `json_query`, `http-request wait-for-body` and `set-timeout`.
+OLDEST = (2, 4)
 # Until a new process answers with the new configuration: it reads it within a second.
 START_SECONDS, POLL_SECONDS = 20.0, 0.2
 # Until the checks of the servers' health have said something: one every 2 s.
@@ -201,9 +202,7 @@ def tell_of_servers() -> None:
     asked = {name for name, entry in gateway_admin.places().items() if not entry.get("on_demand")}
     end = time.monotonic() + CHECK_SECONDS
     while time.monotonic() < end and not all(
-        one["drained"] or one["check"].startswith("L7OK")
-        for name, one in gateway_admin.shown().items()
-        if name in asked
+        is_settled(one) for name, one in gateway_admin.shown().items() if name in asked
     ):
         time.sleep(POLL_SECONDS)
     for name, one in sorted(gateway_admin.shown().items()):
@@ -214,6 +213,7 @@ def tell_of_servers() -> None:
 
 
 def is_settled(one: Mapping[str, Any]) -> bool:
+    """Whether it is known why the server gets requests, or none."""
     return bool(one["drained"] or one["check"].startswith("L7OK"))
 
 

@@ -118,7 +118,7 @@ class Trial:
         bound = [Directive(one.name, f"tcp:{port}") if one.name == "SocketBindAllow" else one for one in directives]
         with self.started(self.command(port), bound) as process:
             path = self.socket if "{socket}" in self.trial["serve"] else None
-            why = completion(process, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", path)
+            why = completion(process, url_of(host, port), path)
             self.stop()
             code = process.wait(STOP_SECONDS)
             return why and f"a tiny model: {why}: {how_it_ended(process.said(), code)}"
@@ -130,15 +130,30 @@ class Trial:
 
     def started(self, command: Sequence[str], directives: Sequence[Directive]) -> "Started":
         tried = [one for one in directives if one.name not in (*NOT_TRIED, *self.ignored)]
-        return Started(self.unit, [
-            "systemd-run", "--collect", "--pipe", "--wait", f"--unit={self.unit}", "--property=Type=exec",
-            f"--property=RuntimeDirectory={os.path.basename(os.path.dirname(self.socket))}",
-            f"--property=TimeoutStopSec={STOP_SECONDS}", f"--property=RuntimeMaxSec={ANSWER_SECONDS + 30}",
-            *(f"--property={one.line}" for one in tried), "--", *unit_words(command),
-        ])  # fmt: skip
+        folder = os.path.basename(os.path.dirname(self.socket))
+        lines = [one.line for one in tried]
+        return Started(self.unit, run_words(self.unit, command, lines, folder, ANSWER_SECONDS + 30))
 
     def stop(self) -> None:
         forget(self.unit)
+
+
+def run_words(
+    unit: str, command: Sequence[str], lines: Sequence[str], folder: str, seconds: float,
+    environment: Optional[Dict[str, str]] = None,
+) -> List[str]:  # fmt: skip
+    """The words that start a command in a unit with these directives, and a RuntimeDirectory= of its own; systemd ends
+    it after so many seconds."""
+    return [
+        "systemd-run", "--collect", "--pipe", "--wait", f"--unit={unit}", "--property=Type=exec",
+        f"--property=RuntimeDirectory={folder}", f"--property=TimeoutStopSec={STOP_SECONDS}",
+        f"--property=RuntimeMaxSec={seconds:.0f}", *(f"--property={line}" for line in lines),
+        *(f"--setenv={key}={value}" for key, value in (environment or {}).items()), "--", *unit_words(command),
+    ]  # fmt: skip
+
+
+def url_of(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class Started:

@@ -47,6 +47,11 @@ from common import (
 CREDENTIALS = "/run/credentials"  # systemd's: by unit the credentials that the running service was given
 DRIVER_SECONDS = 20.0  # a driver that does not answer in this time hangs
 
+# The number of the planner's best in a tune, PLANNED_NUMBER of llamafleet/tuning/candidates.py, and what is told of its
+# trials.
+PLANNED = 1
+OF_TRIALS = ("candidate", "prompt_tokens_per_s", "decode_tokens_per_s", "drafted")
+
 
 def main(argv: list[str]) -> None:
     import boot
@@ -298,9 +303,16 @@ def listeners() -> list[dict[str, Any]]:
 
 
 def tuned() -> dict[str, dict[str, Any]]:
-    """The records of tunes by instance, without their trials; an empty object of a damaged file."""
+    """The records of tunes by instance; an empty object of a damaged file. Of the trials those of the planner's best
+    alone, as far as they tell the host's rates (llamafleet/tuning/rates.py)."""
     found = {name[: -len(".json")]: read_json(f"{TUNED}/{name}") for name in listing(TUNED) if name.endswith(".json")}
-    return {name: {key: value for key, value in record.items() if key != "trials"} for name, record in found.items()}
+    told = {}
+    for name, record in found.items():
+        trials = record.pop("trials", None)
+        planned = [{key: one.get(key) for key in OF_TRIALS} for one in (trials if isinstance(trials, list) else ())
+                   if isinstance(one, dict) and one.get("candidate") == PLANNED]  # fmt: skip
+        told[name] = {**record, "trials": planned} if planned else record
+    return told
 
 
 def unbindable(addresses: list[str]) -> dict[str, str]:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, TypeVar
 
 from gate_server import ask
 from tune_prompts import Failed, Prompt, Prompts
+
+T = TypeVar("T")
 
 # Tokens of a reply to words that are really written; longer replies are as quick for each token, at their depth.
 MOST_REPLY = 128
@@ -62,27 +64,38 @@ def measure(prompts: Prompts, workload: Workload, seconds: float, turn: int) -> 
     if workload.depth:
         for user in several:
             post(prompts.url, {"prompt": asked[user].depth, "n_predict": 0, "cache_prompt": True}, over)
+
+    def one(user: int, began: float) -> Reply:
+        reply = request(prompts.url, asked[user], reply_tokens(workload, asked[user], turn), over)
+        return reply._replace(felt_seconds=time.monotonic() - began)
+
+    replies = together(workload.concurrency, one)
+    return figures(workload, replies, slots(prompts.url)) if turn else {}
+
+
+def together(users: int, one: Callable[[int, float], T]) -> List[T]:
+    """What `one` gives for each user; all begin at the same moment, which is its second argument. Raises the first
+    user's Failed."""
     began: List[float] = []
-    together = threading.Barrier(workload.concurrency, action=lambda: began.append(time.monotonic()))
-    replies: List[Any] = [None] * workload.concurrency
+    barrier = threading.Barrier(users, action=lambda: began.append(time.monotonic()))
+    found: List[Any] = [None] * users
 
-    def one(user: int) -> None:
-        together.wait()
+    def work(user: int) -> None:
+        barrier.wait()
         try:
-            reply = request(prompts.url, asked[user], reply_tokens(workload, asked[user], turn), over)
-            replies[user] = reply._replace(felt_seconds=time.monotonic() - began[0])
+            found[user] = one(user, began[0])
         except Failed as error:
-            replies[user] = error
+            found[user] = error
 
-    threads = [threading.Thread(target=one, args=(user,), daemon=True) for user in several]
+    threads = [threading.Thread(target=work, args=(user,), daemon=True) for user in range(users)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for reply in replies:
-        if isinstance(reply, Failed):
-            raise reply
-    return figures(workload, replies, slots(prompts.url)) if turn else {}
+    for value in found:
+        if isinstance(value, Failed):
+            raise value
+    return found
 
 
 def reply_tokens(workload: Workload, prompt: Prompt, turn: int) -> int:

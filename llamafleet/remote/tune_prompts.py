@@ -12,9 +12,8 @@ from __future__ import annotations
 import random
 from typing import Any, Dict, List, NamedTuple, Sequence
 
-from gate_server import ask
+from gate_server import WORDS, ask
 
-WORDS = "the of and to in is was for on that with as by at from it an be this which or are not have had but one"
 DIVIDER = "%"  # a line of the text that is this alone stands between two messages
 DEPTH_TURN = -1  # the words below the depth are the same in each turn
 

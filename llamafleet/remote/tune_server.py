@@ -13,13 +13,12 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import boot
 import gate_server
-from common import TEXTS, show, transient_unit, unit_words, whole_number
+from common import TEXTS, show, transient_unit, whole_number
 from confined import UNKNOWN, forget
-from hardening_trial import NO_MEMORY, NOT_TRIED, Started, free_port, how_it_ended
+from hardening_trial import NO_MEMORY, NOT_TRIED, Started, free_port, how_it_ended, run_words, url_of
 from tune_prompts import Failed
 
 POLL_SECONDS = 0.1
-STOP_SECONDS = 10
 LATE_SECONDS = 60  # after the trial's time, until systemd itself ends the server
 END_SECONDS = 5.0  # for systemd to say how a server ended whose connection was cut
 DIRECTIVE = re.compile(r"[A-Z][A-Za-z0-9]+=")  # begins one; comments and the rest of a long one begin otherwise
@@ -38,7 +37,7 @@ class Place(NamedTuple):
 
     @property
     def url(self) -> str:
-        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+        return url_of(self.host, self.port)
 
     @property
     def folder(self) -> str:
@@ -61,7 +60,6 @@ class Server:
         host = str(spec.get("host") or "127.0.0.1")
         self.place = Place(unit_of(instance), host, free_port(host))
         self.lines = [line for line in trial.get("directives") or spec["directives"] if DIRECTIVE.match(line)]
-        self.seconds = float(spec["trial_seconds"])
         forget(self.place.unit)  # of a job that was killed
         if any(line.startswith("DeviceAllow=char-nvidia") for line in self.lines):
             boot.make_nodes()  # a unit does it before it starts
@@ -69,7 +67,9 @@ class Server:
             gate_server.trust({"url": self.place.url, "socket": self.place.socket})
         command = words(trial["argv"], self.place)
         kept = [line for line in directives(self.lines, self.place.port) if name_of(line) not in ignored]
-        self.process = Started(self.place.unit, starting(command, kept, trial["environment"], self.place, self.seconds))
+        seconds = float(spec["trial_seconds"]) + LATE_SECONDS
+        started = run_words(self.place.unit, command, kept, self.place.folder, seconds, trial["environment"])
+        self.process = Started(self.place.unit, started)
 
     def __enter__(self) -> "Server":
         return self
@@ -137,15 +137,3 @@ def directives(lines: Sequence[str], port: int) -> List[str]:
 def is_text(line: str) -> bool:
     """Whether it loads a chat template, a grammar or a schema."""
     return line.startswith("LoadCredential=") and line.partition("=")[2].partition(":")[0] in TEXTS
-
-
-def starting(
-    command: Sequence[str], lines: Sequence[str], environment: Dict[str, str], place: Place, seconds: float
-) -> List[str]:
-    """The words that start the server in its unit."""
-    return [
-        "systemd-run", "--collect", "--pipe", "--wait", f"--unit={place.unit}", "--property=Type=exec",
-        f"--property=RuntimeDirectory={place.folder}", f"--property=TimeoutStopSec={STOP_SECONDS}",
-        f"--property=RuntimeMaxSec={seconds + LATE_SECONDS:.0f}", *(f"--property={line}" for line in lines),
-        *(f"--setenv={key}={value}" for key, value in environment.items()), "--", *unit_words(command),
-    ]  # fmt: skip

@@ -6,12 +6,11 @@ tune_prompts.py lie beside it. Each input is read once, so that there is neither
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import Any, Dict, List, Tuple
 
 from gate_server import ask
-from tune_measure import Workload, said
+from tune_measure import Workload, said, together
 from tune_prompts import Failed, Prompts
 
 QUERY = "which of these is it"
@@ -60,27 +59,13 @@ class Vectors:
 
     def together(self, bodies: List[List[Tuple[str, Dict[str, Any]]]], over: float) -> float:
         """Seconds until all users have the answers to all of theirs."""
-        failed: List[Failed] = []
-        began: List[float] = []
-        barrier = threading.Barrier(len(bodies), action=lambda: began.append(time.monotonic()))
 
-        def one(own: List[Tuple[str, Dict[str, Any]]]) -> None:
-            barrier.wait()
-            try:
-                for path, body in own:
-                    post(self.prompts.url, path, body, over)
-            except Failed as error:
-                failed.append(error)
+        def one(user: int, began: float) -> float:
+            for path, body in bodies[user]:
+                post(self.prompts.url, path, body, over)
+            return time.monotonic() - began
 
-        threads = [threading.Thread(target=one, args=(own,), daemon=True) for own in bodies]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        wall = time.monotonic() - began[0]
-        if failed:
-            raise failed[0]
-        return wall
+        return max(together(len(bodies), one))
 
 
 def post(url: str, path: str, body: Dict[str, Any], over: float) -> None:

@@ -17,7 +17,8 @@ from pydantic import TypeAdapter, ValidationError
 from llamafleet.host.learned import Expected, MeasuredSpeeds
 from llamafleet.host.machine import Machine
 from llamafleet.tuning.candidates import PLANNED_NUMBER
-from llamafleet.tuning.record import LaterRecordError, Tuned, is_of_hardware
+from llamafleet.tuning.record import Tuned, is_of_hardware
+from llamafleet.tuning.records import read
 
 MOST_TOKENS_PER_S = 1e9
 
@@ -34,11 +35,8 @@ def tuned_speeds(
 
 def _usable(values: Mapping[str, object]) -> Iterator[tuple[str, Tuned]]:
     for name, value in values.items():
-        try:
-            record = Tuned.of(value)
-        except LaterRecordError:
-            continue
-        if record is not None:
+        record = read(value, name)
+        if isinstance(record, Tuned):
             yield name, record
 
 

@@ -182,14 +182,23 @@ def parse(description: str, arguments: list[str], flags: Sequence[str] = (), **m
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str]) -> int:
-    options = parse("Plan the models of an inventory on its hosts.", arguments)
+def status_of(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """The exit status of a command over an inventory: 2, with a line, where that cannot be used."""
     ends.take_interrupts()
     try:
-        hosts = plans(options.inventory, options.limit)
+        return run(options)
     except PyinfraError as error:
         err(f"llamafleet: {options.inventory}: {error}")
         return 2
+
+
+def main(arguments: list[str]) -> int:
+    return status_of(show, parse("Plan the models of an inventory on its hosts.", arguments))
+
+
+def show(options: argparse.Namespace) -> int:
+    """Print the plans. Raises PyinfraError."""
+    hosts = plans(options.inventory, options.limit)
     if options.json:
         out(json_text({name: _as_json(answers) for name, answers in hosts.items()}))
     else:

@@ -10,7 +10,7 @@ Decision 12: docs/decisions/0012-a-fleet-moves-in-waves.md.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import gevent
@@ -78,7 +78,8 @@ def turn(host: Host, names: Collection[str], at_once: int | None) -> Iterator[No
         host.state.add_callback_handler(_Failures())
     there = installed(host, names)
     models, said = frozenset(replaced(host, there)), False
-    while models and not _may_switch(host, models, at_once):
+    most = {model: waves.most_away(hosts_of(host, model)) for model in models}
+    while models and not _may_switch(most, at_once):
         if not said:
             host.log(f"waiting for {', '.join(sorted(_away))} to switch first")
             said = True
@@ -126,11 +127,12 @@ def wanted(host: Host) -> frozenset[str]:
     return frozenset(name for name, _ in decision.wanted_models(host))
 
 
-def _may_switch(host: Host, models: frozenset[str], at_once: int | None) -> bool:
+def _may_switch(most: Mapping[str, int], at_once: int | None) -> bool:
+    """`most`: by model, how many hosts may be away."""
     others = [away for away in _away.values() if away]
     if at_once is not None:
         return len(others) < at_once
-    return all(sum(model in away for away in others) < waves.most_away(hosts_of(host, model)) for model in models)
+    return all(sum(model in away for away in others) < count for model, count in most.items())
 
 
 def hosts_of(host: Host, model: str) -> int:

@@ -85,7 +85,8 @@ def test_a_deploy_measures_what_does_not_run_yet_and_installs_what_won(host, wan
     assert found == json.loads((folder / "tuned" / f"{host.name}.json").read_text())["fresh"]
     assert len(found["trials"]) == len(trials(host)) >= 2, found["why"]
     assert f"fresh: {found['winner']['label']}: " in run.text and "fresh: the record is in " in run.text
-    assert sum(one["took_seconds"] for one in found["trials"]) <= 60
+    # The last trial may take longer than those before it, by which it is told whether there is time for one more.
+    assert sum(one["took_seconds"] for one in found["trials"][:-1]) <= 60
     plan = json.loads(on(host, "cat", "/etc/llamafleet/instances/fresh/plan.json"))
     assert plan["plan"]["why"][0].startswith("measured here: ")
     for key, flag in (("ubatch_tokens", "--ubatch-size"), ("batch_tokens", "--batch-size")):

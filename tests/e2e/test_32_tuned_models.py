@@ -79,7 +79,7 @@ def deploy(outside, host, tmp_path_factory):
         base = deploying.settings(outside, host)
         where = folder / f"inventory{next(count)}.py"
         entry = {**base["models"][0], **model}
-        return pyinfra(deploying.write_inventory(where, [(host, {**base, **others, "models": [entry]})]), timeout=3000)
+        return pyinfra(deploying.write_inventory(where, [(host, {**base, **others, "models": [entry]})]), timeout=6000)
 
     return run
 
@@ -101,7 +101,7 @@ def tokens_per_s(host, text):
 
 
 def test_guessing_is_installed_where_it_pays(deploy, coder, host, text):
-    done = deploy({**coder, "tune_prompt_file": str(text)}, tune="always", tune_minutes=12, tune_stops_service=True)
+    done = deploy({**coder, "tune_prompt_file": str(text)}, tune="always", tune_minutes=40, tune_stops_service=True)
     assert done.code == 0, done.text
     record = json.loads(on(host, "cat", "/var/lib/llamafleet/tuned/coder.json"))
     by_label = {}

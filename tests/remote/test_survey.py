@@ -13,6 +13,7 @@ import common
 import pytest
 
 from llamafleet.remote import survey
+from llamafleet.tuning.candidates import PLANNED_NUMBER
 
 SHA = "5e" * 32
 
@@ -211,6 +212,15 @@ def test_records_of_tunes_are_told_without_their_trials_and_damaged_ones_as_noth
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "other.txt").write_text("{}")
     assert survey.tuned() == {"chat": {"schema": 1, "settings": {"threads": 2}}, "code": {}, "list": {}}
+
+
+def test_of_a_record_the_trials_of_the_plan_are_told_as_far_as_they_tell_rates(tmp_path, monkeypatch):
+    monkeypatch.setattr(survey, "TUNED", str(tmp_path))
+    speeds = {"prompt_tokens_per_s": 50.0, "decode_tokens_per_s": 15.0, "drafted": 0}
+    trials = [{"candidate": number, "state": {"celsius": 70}, "label": "x", **speeds} for number in (0, 1, 2, 1)]
+    (tmp_path / "chat.json").write_text(json.dumps({"schema": 1, "trials": trials}))
+    assert survey.PLANNED == PLANNED_NUMBER
+    assert survey.tuned() == {"chat": {"schema": 1, "trials": [{"candidate": 1, **speeds}] * 2}}
 
 
 def test_a_host_that_was_never_tuned_has_no_records(tmp_path, monkeypatch):
