@@ -1,6 +1,6 @@
 """When Prometheus says that something of the fleet wants a look: each alert as an expression and what to do.
 
-Decision 25: docs/decisions/0025-watched-by-standard-parts.md.
+Decision 26: docs/decisions/0026-watched-by-standard-parts.md.
 """
 
 from __future__ import annotations

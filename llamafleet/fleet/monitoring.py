@@ -5,7 +5,7 @@ Prometheus asks a server itself where every host of the group `monitoring` reach
 asking does not start it. What all the others tell, also HAProxy at its loopback, the timer writes into the same file:
 so no key leaves its host for it, and no further port is open.
 
-Decision 25: docs/decisions/0025-watched-by-standard-parts.md.
+Decision 26: docs/decisions/0026-watched-by-standard-parts.md.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ metrics_relay.py and status.py beside it.
 
 Keys and texts of users are in no metric.
 
-Decision 25: docs/decisions/0025-watched-by-standard-parts.md.
+Decision 26: docs/decisions/0026-watched-by-standard-parts.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Part of metrics.py and under its contract: Python 3.8, standard library; common.py, gate_server.py and liveness.py lie
 beside it. What is passed on is bounded, and of known names and forms: a server may have been taken over.
 
-Decision 25: docs/decisions/0025-watched-by-standard-parts.md.
+Decision 26: docs/decisions/0026-watched-by-standard-parts.md.
 """
 
 from __future__ import annotations

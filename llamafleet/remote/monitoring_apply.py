@@ -9,7 +9,7 @@ progress; the last line of a failure begins with `error: `. Exit 0 all of it run
 again. Killed at any point it can be run again. Root, systemd, Prometheus and node-exporter of the distribution; the
 standard library, Python 3.8; common.py beside it.
 
-Decision 25: docs/decisions/0025-watched-by-standard-parts.md.
+Decision 26: docs/decisions/0026-watched-by-standard-parts.md.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ def systemd(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "systemctl", made.systemctl)
     monkeypatch.setattr(monitoring_apply, "is_so", made.is_so)
     monkeypatch.setattr(monitoring_apply, "READY_SECONDS", 30.0)
-    monkeypatch.setattr(monitoring_apply, "SETTLE_SECONDS", 1.0)
+    monkeypatch.setattr(monitoring_apply, "SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr(monitoring_apply, "POLL_SECONDS", 0.1)
     with made.stack:
         yield made
 
