@@ -8,7 +8,7 @@ from statistics import median
 import openai
 import pytest
 
-from sandbox import real_models
+from sandbox import oracle_build, real_models
 from tests.e2e import deploying
 from tests.e2e.deploying import PORT, on, pyinfra
 
@@ -55,8 +55,9 @@ ROUNDS = 3  # of the comparison afterwards
 
 
 @pytest.fixture(scope="module")
-def host(deployed):
-    return deployed[0]
+def host(boot):
+    [host] = boot(1, "measured", 47, packages=oracle_build.COMPILER, optimised=True)
+    return host
 
 
 @pytest.fixture(scope="module")

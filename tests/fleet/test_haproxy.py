@@ -248,7 +248,7 @@ def test_a_stream_is_passed_on_as_it_comes_and_lives_through_a_reload(gateway, s
     answer = connection.getresponse()
     began = time.monotonic()
     first = answer.read1()
-    assert time.monotonic() - began < 2 and first.startswith(b"data: 0")
+    assert time.monotonic() - began < 5 and first.startswith(b"data: 0")
     gateway.reload()
     assert answered_by(gateway) in ("gpu1", "gpu2")
     text = first + answer.read()
