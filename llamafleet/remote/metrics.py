@@ -194,10 +194,12 @@ def of_memory(name: str, record: Dict[str, Any], shown: Dict[str, str]) -> Itera
     limit = whole_number(shown.get("MemoryMax"))
     if limit is not None:  # else "infinity"
         yield "limit_bytes", {"name": name}, limit
-    stat = cgroup(shown.get("ControlGroup") or "")
+    stat, pid = cgroup(shown.get("ControlGroup") or ""), whole_number(shown.get("MainPID"))
     if stat:
         yield "held_bytes", its, stat.get("anon", 0) + stat.get("shmem", 0)
         yield "cgroup_bytes", {"name": name}, max(0, stat["current"] - stat.get("inactive_file", 0))
+    elif pid and (held := process_bytes(pid)):
+        yield "held_bytes", its, held
     gate = record.get("gate")
     gpus = gate.get("gpus") if isinstance(gate, dict) else None
     if not isinstance(gate, dict) or not isinstance(gpus, list) or not gpus:
@@ -205,12 +207,11 @@ def of_memory(name: str, record: Dict[str, Any], shown: Dict[str, str]) -> Itera
     for gpu in gpus:
         if isinstance(gpu, dict) and isinstance(gpu.get("uuid"), str) and positive(gpu.get("planned_bytes")):
             yield "planned_bytes", {"name": name, "device": gpu["uuid"]}, positive(gpu["planned_bytes"])
-    pid = whole_number(shown.get("MainPID"))
     if pid:
         import status
 
-        held = status.gpu_bytes(pid, unit_of(name), gate)
-        for uuid, size in held.items() if isinstance(held, dict) else ():
+        of_gpus = status.gpu_bytes(pid, unit_of(name), gate)
+        for uuid, size in of_gpus.items() if isinstance(of_gpus, dict) else ():
             if size is not None:
                 yield "held_bytes", {"name": name, "device": uuid}, size
 
@@ -236,6 +237,12 @@ def cgroup(path: str) -> Dict[str, int]:
     if not path or current is None:
         return {}
     return {**{key: int(value) for key, value in re.findall(r"^(\w+) (\d{1,19})$", stat, re.M)}, "current": current}
+
+
+def process_bytes(pid: int) -> int:
+    """Memory of a process without its page cache, where the kernel counts none for its cgroup."""
+    told = (common.read_file(f"/proc/{pid}/status") or b"").decode("ascii", "replace")
+    return sum(1024 * int(size) for size in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d{1,16}) kB$", told, re.M))
 
 
 def certificate_end(path: str) -> Optional[float]:

@@ -1,5 +1,6 @@
 """metrics.py on a stand-in for a host: what it writes of instances, servers and the gateway."""
 
+import os
 import shutil
 import subprocess
 import time
@@ -7,6 +8,7 @@ import time
 import common
 import metrics
 import metrics_relay
+import psutil
 import pytest
 
 from sandbox.oracle import free_port
@@ -52,6 +54,16 @@ def test_an_instance_is_told_with_its_speed_memory_build_and_restarts(host):
     }
     assert {name: found.get(name) for name in wanted} == wanted
     assert drift(found) == set() and abs(found["llamafleet_metrics_time_seconds"] - time.time()) < 600
+
+
+def test_where_a_cgroup_counts_no_memory_the_process_does(host):
+    shutil.rmtree(host.folder / "cgroups")
+    host.shows("tiny", MainPID=os.getpid())
+    found, size = host.wrote(), psutil.Process().memory_info()
+    held = found['llamafleet_held_bytes{name="tiny",device="host"}']
+    assert abs(held - (size.rss - size.shared)) < size.rss / 4 and 'llamafleet_cgroup_bytes{name="tiny"}' not in found
+    host.shows("tiny", MainPID=0)
+    assert 'llamafleet_held_bytes{name="tiny",device="host"}' not in host.wrote()
 
 
 def test_what_a_server_tells_gets_its_name_and_no_key_is_written(host, server):
