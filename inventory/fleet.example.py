@@ -33,3 +33,5 @@ small = [(name, {**data, "models": [_qwen3_4b]}) for name, data in small]
 # One address for all of them: see docs/gateway.md. Servers must listen where it reaches them.
 # gateway = [("gw1.example.net", {"ssh_user": "root", "gateway_listen": "10.0.0.5",
 #                                 "gateway_api_key_file": "~/.config/llamafleet/client-keys"})]
+# Who watches all of them: see docs/monitoring.md. It may be a host of another group, by its name alone.
+# monitoring = ["gw1.example.net"]

@@ -41,6 +41,7 @@ PROBE_PROGRAMS = (
     *("probe_nvidia.py", "probe_nvidia_memory.py", "probe_tegra.py"),
     *("survey.py", "addresses.py", "ground.py", "learned.py", "lock.py", "releases.py", "rocm.py", "toolkits.py"),
     *("boot.py", "disks.py", "left.py", "uninstall.py", "gateway_apply.py", "gateway_admin.py"),
+    "monitoring_apply.py",
     *("common.py", "inherited.py", "instance_files.py", "packages.py", "places.py"),  # imported by the programs above
 )
 # Files of the wheels that the probe does not need on Linux.

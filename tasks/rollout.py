@@ -46,7 +46,7 @@ from llamafleet.fleet.rollout import End, HostState, Rollout
 from llamafleet.fleet.waves import USUAL, WavesError, sizes
 from llamafleet.printable import err, json_text, one_line, out
 from llamafleet.service.refusals import Refused
-from tasks.lib import decision, ends, gateway_drains, output, switching
+from tasks.lib import decision, ends, gateway_drains, monitors, output, switching
 from tasks.lib.over_hosts import over_hosts, read
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
@@ -157,6 +157,22 @@ def tell_gateways(
     return {**missing, **_failed(state)}
 
 
+def tell_monitors(inventory: Path, rollout: Collection[str], dry: bool = False) -> dict[str, str]:
+    """Let the rollout's hosts, also those that are as planned, watch and be watched as the inventory says by now. With
+    `dry` print what would change there. By host, why that failed. Raises PyinfraError as `tell_gateways` does."""
+
+    def choose(hosts: Sequence[Host]) -> list[Host]:
+        are_watched = any(monitors.GROUP in host.groups for host in hosts)
+        return [host for host in hosts if host.name in rollout] if are_watched else []
+
+    def act(state: State) -> None:
+        load_func(state, stages.monitoring)
+        if not dry and not state.failed_hosts:
+            _execute(state)
+
+    return _failed(_run(inventory, choose, act))
+
+
 def roll_out(inventory: Path, rollout: Rollout) -> End:
     """Deploy wave by wave, until one fails. Raises PyinfraError where the inventory cannot be read any more."""
     switching.begin_rollout()
@@ -168,6 +184,8 @@ def roll_out(inventory: Path, rollout: Rollout) -> End:
             # At the end of all hosts: an earlier rollout may have ended before its gateways were told.
             told = rollout.hosts if number == len(rollout.waves) else names
             failed |= tell_gateways(inventory, set(told) - set(failed), rollout.hosts)
+        if not failed and number == len(rollout.waves):
+            failed = tell_monitors(inventory, rollout.hosts)
         if failed:
             return End(rollout, number, failed, wave.was_executed)
     return End(rollout, len(rollout.waves))
@@ -204,7 +222,8 @@ def _act(options: argparse.Namespace, rollout: Rollout) -> int:
     _speak_as_pyinfra()
     if options.dry or not rollout.waves:
         out(json_text(rollout.to_json()) if options.json else "\n".join(rollout.lines()))
-        return FAILED if tell_gateways(options.inventory, rollout.hosts, rollout.hosts, options.dry) else DONE
+        failed = tell_gateways(options.inventory, rollout.hosts, rollout.hosts, options.dry)
+        return FAILED if failed or tell_monitors(options.inventory, rollout.hosts, options.dry) else DONE
     if not options.json:
         out("\n".join(rollout.lines()))
     end = roll_out(options.inventory, rollout)

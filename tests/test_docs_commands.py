@@ -22,6 +22,7 @@ PROGRAMS = ("make", "pyinfra", "llamafleet", "pytest", "python", "cp", "mkdir", 
             "systemd-analyze", "sha256sum", "git", ".venv/bin/pre-commit", "(umask")  # fmt: skip
 INVENTORY = """hosts = [("@local", {"models": [{"name": "a", "source": "hf:a/b/c.gguf", "port": 8080, "slot": 3}]})]
 gateway = ["@local"]
+monitoring = ["@local"]
 """
 REFUSED = "models[0].slot: unknown setting; did you mean `slots`?"
 WEIGHTLESS = "gpt-oss-120b-MXFP4.gguf"

@@ -353,6 +353,23 @@ gateway_body_kib = 64
 # Port on 127.0.0.1 of HAProxy's page of statistics (/) and of its metrics for Prometheus (/metrics).
 gateway_stats_port = 8404
 
+# --- monitoring ------------------------------------------------------------------------------
+
+# Prometheus on the hosts of the inventory's group `monitoring`, and node-exporter on all: see docs/monitoring.md.
+# Without that group nothing of it is installed.
+
+# Where node-exporter listens, for Prometheus alone. None: at the address of `reached_at`, or by which pyinfra reaches
+# the host; at 127.0.0.1 where Prometheus runs on this very host and on no other.
+metrics_listen = None
+metrics_port = 9100
+# Addresses and networks that may read it beside the hosts of `monitoring` and the host itself.
+metrics_allowed_clients = []
+# Port on 127.0.0.1 of Prometheus, and how many days it remembers.
+monitoring_port = 9090
+monitoring_days = 30
+# Alertmanagers that pass alerts on to people, each as "ADDRESS:PORT". []: alerts are shown, and told to nobody.
+alertmanagers = []
+
 # --- leaving ---------------------------------------------------------------------------------
 
 # True: a run with `models = []` stops and removes every instance of the host. False: it is refused where the host has

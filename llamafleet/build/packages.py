@@ -119,6 +119,16 @@ TLS_COMPILE = Need(
 GATEWAY = Need("haproxy", ("haproxy",), _all("haproxy"))
 # For hosts that give files to others of their site: where `llamafleet/remote/share.py` starts it.
 SITE = Need("nginx", ("/usr/sbin/nginx",), _all("nginx"), unit="nginx.service")
+# For hosts of the group `monitoring`, and for all hosts that these watch.
+PROMETHEUS = Need(
+    "prometheus", ("prometheus",),
+    {**_all("prometheus"), "dnf": ("golang-github-prometheus",), "zypper": ("golang-github-prometheus-prometheus",)},
+)  # fmt: skip
+EXPORTER = Need(
+    "node-exporter", ("prometheus-node-exporter", "node_exporter"),
+    {**_all("prometheus-node-exporter"), "dnf": ("golang-github-prometheus-node-exporter", "node-exporter"),
+     "zypper": ("golang-github-prometheus-node_exporter",)},
+)  # fmt: skip
 
 
 # The oldest that compile llama.cpp: before g++ 9 the library has no std::filesystem (common/common.cpp), and the build
@@ -149,8 +159,9 @@ def needs(backend: str, compiling: bool, tls: bool = False) -> tuple[Need, ...]:
 
 def all_needs() -> dict[str, Need]:
     """Everything that any backend could need, by its word."""
-    every: Iterable[Need] = (*RUN, *COMPILE, *(need for group in (BACKEND, RUN_BACKEND) for of in group.values()
-                                              for need in of), TLS, TLS_COMPILE, GATEWAY, SITE)  # fmt: skip
+    of_backends = (need for group in (BACKEND, RUN_BACKEND) for of in group.values() for need in of)
+    every: Iterable[Need] = (*RUN, *COMPILE, *of_backends, TLS, TLS_COMPILE, GATEWAY, SITE, PROMETHEUS,
+                             EXPORTER)  # fmt: skip
     return {need.name: need for need in every}
 
 

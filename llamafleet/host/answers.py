@@ -244,6 +244,26 @@ class Gateway:
     servers: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class MonitoringUnit:
+    """An installed unit of a host's monitoring."""
+
+    sha256: Sha256
+    active: Flag
+    enabled: Flag
+
+
+@dataclass(frozen=True)
+class Monitoring:
+    """What `monitoring_apply.py show` says of a host's monitoring: where the programs lie, and the digest of the
+    configuration in service, each None where there is none; and the units."""
+
+    prometheus: Path | None
+    exporter: Path | None
+    digest: Label | None
+    units: Mapping[str, MonitoringUnit]
+
+
 class Trial(TypedDict):
     """One measurement of a tune, as `tune.py` writes it, with more that is kept as it is: the candidate's number, the
     workload's seconds, None where it failed, and how long it took with loading."""
@@ -340,6 +360,11 @@ def left(line: str) -> Left:
 def gateway(line: str) -> Gateway:
     """The state that `gateway_apply.py show` prints."""
     return cast(Gateway, _read(line, "gateway_apply.py", Gateway))
+
+
+def monitoring(line: str) -> Monitoring:
+    """The state that `monitoring_apply.py show` prints."""
+    return cast(Monitoring, _read(line, "monitoring_apply.py", Monitoring))
 
 
 def trials(line: str) -> tuple[Trial, ...]:

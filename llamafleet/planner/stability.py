@@ -45,7 +45,8 @@ _UNRELATED_SETTINGS = {"models", "llama_cpp_repository", "llama_cpp_ref", "build
               "gateway_listen", "gateway_port", "gateway_api_key_file", "gateway_allow_unauthenticated",
               "gateway_allowed_clients", "gateway_tls_certificate_file", "gateway_tls_key_file",
               "gateway_session_headers", "gateway_queue_seconds", "gateway_queue_requests", "gateway_reply_seconds",
-              "gateway_body_kib", "gateway_stats_port"}  # fmt: skip
+              "gateway_body_kib", "gateway_stats_port", "metrics_listen", "metrics_port", "metrics_allowed_clients",
+              "monitoring_port", "monitoring_days", "alertmanagers"}  # fmt: skip
 
 
 # Settings that later versions added: with these values they are no part of the hash, which so is that of before.

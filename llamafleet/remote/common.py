@@ -50,6 +50,11 @@ GATEWAY_RUN = RUN + "/gateway"  # what the gateway forgets at a boot: its socket
 GATEWAY_SOCKET = GATEWAY_RUN + "/admin.sock"  # for root: HAProxy's runtime API
 GATEWAY_STATE = GATEWAY_RUN + "/servers.state"  # as HAProxy writes and reads it
 
+MONITORING = ETC + "/monitoring"  # a folder for each configuration, by its digest, and the link `current`
+PROMETHEUS_UNIT, EXPORTER_UNIT = "llamafleet-prometheus.service", "llamafleet-node-exporter.service"
+METRICS_UNIT, METRICS_TIMER = "llamafleet-metrics.service", "llamafleet-metrics.timer"
+METRICS = RUN + "/metrics"  # what metrics.py writes for node-exporter
+
 UNITS = "/etc/systemd/system"
 CACHES = "/var/cache"  # a folder for each service, by its unit's CacheDirectory=
 

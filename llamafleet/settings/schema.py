@@ -22,7 +22,16 @@ from llamafleet.remote.common import (
     keeps_secrets,
     unit_of,
 )
-from llamafleet.settings import cache_shape, environment, pictures, prompt_files, secrets, serving, speculation
+from llamafleet.settings import (
+    cache_shape,
+    environment,
+    monitoring,
+    pictures,
+    prompt_files,
+    secrets,
+    serving,
+    speculation,
+)
 from llamafleet.settings import copies as copying
 from llamafleet.settings import extra_flags as extra
 from llamafleet.settings import gateway as gateways
@@ -301,6 +310,12 @@ class Settings:
     gateway_reply_seconds: gateways.Seconds
     gateway_body_kib: gateways.BodyKib
     gateway_stats_port: gateways.Port
+    metrics_listen: gateways.Address | None
+    metrics_port: gateways.Port
+    metrics_allowed_clients: gateways.Networks
+    monitoring_port: gateways.Port
+    monitoring_days: Annotated[Whole, Field(ge=1, le=3650, description="ten years")]
+    alertmanagers: monitoring.Alertmanagers
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Settings:
@@ -333,7 +348,7 @@ class Settings:
     def _fields_agree(self) -> Self:
         wrong = environment.problems(self.environment)
         validation.refuse([*self.clashes({}), *self._token_in_the_open(), *wrong, *gateways.problems(vars(self)),
-                           *self._taken_site_port()])  # fmt: skip
+                           *monitoring.problems(vars(self)), *self._taken_site_port()])  # fmt: skip
         return self
 
     def with_copies(self, per_gpu: Mapping[str, int]) -> Settings:

@@ -67,7 +67,8 @@ class Decision:
 # The parts of `Changes` that a stage makes, and those that must be made before it can do its own.
 MAKES = {"bootstrap": ("helpers", "user", "packages"), "toolkit": ("toolkit",), "build": ("build",),
          "model": ("models",), "verify": ("verify",),
-         "service": ("services", "refreshed", "liveness", "removed", "current"), "gateway": ()}  # fmt: skip
+         "service": ("services", "refreshed", "liveness", "removed", "current"), "gateway": (),
+         "monitoring": ()}  # fmt: skip
 # Of these the very version is needed, not one that an earlier run left.
 EXACT = {"tune": ("helpers",)}
 NEEDS = {"toolkit": ("helpers",), "build": ("helpers", "packages", "toolkit"), "model": ("helpers",),

@@ -338,7 +338,7 @@ def test_ctrl_c_while_a_host_is_silent_ends_within_seconds_with_130(tmp_path, co
             began = time.monotonic()
             os.killpg(run.pid, signal.SIGINT)
             _, err = run.communicate(timeout=20)
-            assert time.monotonic() - began < 4
+            assert time.monotonic() - began < 10  # 2.7 on an idle machine
         finally:
             run.kill()
     assert run.returncode == 130 and "interrupted" in err and "Traceback" not in err

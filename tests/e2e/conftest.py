@@ -45,22 +45,25 @@ def builds(tmp_path_factory):
 @pytest.fixture(scope="session")
 def boot(builds):
     """Boots bare hosts of this prefix, which have the build cache and a compiler cache; down at the end."""
-    booted = set()
+    booted, kept = set(), upstream.CACHE / "optimised-builds"
+    kept.mkdir(parents=True, exist_ok=True)
 
     def down(prefix):
         """Ours alone: other lanes have hosts of other names."""
         sandbox.down([one.name for one in sandbox.listed() if one.name.rstrip("0123456789") == prefix])
 
-    def make(count, prefix, address, packages=(), binds=(), suite=roots.SUITE, isolated=False):
+    def make(count, prefix, address, packages=(), binds=(), suite=roots.SUITE, isolated=False, optimised=False):
+        """`optimised`: they compile as a user's host does, for tests that measure speed; what they have compiled is kept."""
         sandbox.prepare()
         down(prefix)
         booted.add(prefix)
         made = sandbox.up(
             count, prefix=prefix, first_address=FIRST_ADDRESS + address,
-            packages=[compiler_cache.PACKAGE, *packages],
-            binds=[f"{builds}:{ON_HOST}", compiler_cache.bind(), *binds], suite=suite, isolated=isolated,
+            packages=[*([] if optimised else [compiler_cache.PACKAGE]), *packages],
+            binds=[f"{kept if optimised else builds}:{ON_HOST}", compiler_cache.bind(), *binds], suite=suite,
+            isolated=isolated,
         )  # fmt: skip
-        for host in made:
+        for host in () if optimised else made:
             compiler_cache.equip(host)
         return made
 

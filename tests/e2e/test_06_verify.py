@@ -159,6 +159,7 @@ def test_drift_of_memory_keeps_the_plan_and_other_hardware_does_not(written, hos
         sees(host, None)
 
 
+@pytest.mark.long
 def test_settings_that_give_the_same_service_restart_nothing(written, host):
     before = main_pid(host, "tiny")
     run = pyinfra(written())  # another reserve than installed with, and the same flags
@@ -216,6 +217,7 @@ def test_status_names_what_drifted_and_who_cannot_be_reached(written, settings, 
     assert f"{lost.name}: cannot be reached" in done.stdout
 
 
+@pytest.mark.long
 def test_a_report_shows_what_runs_and_what_its_gate_measured(written, host, tmp_path):
     program, page = Path(sys.executable).with_name("llamafleet"), tmp_path / "report.html"
     words = [program, "report", "--inventory", str(written()), "--output", str(page)]

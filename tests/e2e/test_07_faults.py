@@ -103,6 +103,7 @@ def checked(host, times):
     until(lambda: int(on(host, *count)) >= before + times, 60)
 
 
+@pytest.mark.long
 def test_a_conversation_is_untouched_by_looks(host):
     prompt = [1, *range(5, 405), *range(5, 405)]
     assert ask(host, "/completion", {"prompt": prompt, "n_predict": 1})[0] == 200
@@ -157,6 +158,7 @@ def test_a_damaged_model_is_found_fetched_anew_and_the_server_runs_on(host, depl
     assert main_pid(host, "tiny") == before and serves(host)
 
 
+@pytest.mark.long
 def test_a_half_deleted_release_is_made_again(host, deploy):
     release = on(host, "readlink", "-f", "/opt/llamafleet/current")
     on(host, "sh", "-c", f"cd {release}/bin && ls | sort -R | head -n $(($(ls | wc -l) / 2)) | xargs rm")
@@ -201,6 +203,7 @@ def test_out_of_memory_is_tried_again_with_pauses_and_the_next_run_repairs(host,
     assert serves(host)
 
 
+@pytest.mark.long
 def test_without_the_credentials_file_it_serves_nobody_and_the_next_run_repairs(host, deploy, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("a-long-enough-key\n")
@@ -228,6 +231,7 @@ def without_dns(host):
         on(host, "sh", "-c", 'printf "%s\\n" "$0" > /etc/resolv.conf', resolver)
 
 
+@pytest.mark.long
 def test_dns_that_is_dead_fails_what_needs_it_by_name_and_nothing_else(settings, inventory, host, deploy):
     nameless = {"llama_cpp_repository": "http://llama.invalid/llama.cpp.git", "llama_cpp_ref": "a" * 40}
     run = pyinfra(inventory((host, settings(host, **LIVENESS, **nameless))))

@@ -128,6 +128,7 @@ def test_a_bad_commit_is_turned_away_and_the_previous_release_serves(good, inven
     assert pyinfra(inventory((host, good)), "--dry").changed() == []
 
 
+@pytest.mark.long
 def test_a_first_deploy_that_does_not_serve_is_stopped_and_leaves_its_log(good, inventory, outside, host):
     upstream.add_commit(outside.clone, {"tools/server/main.cpp": MAIN % FAULTS["exits"][0]}, "exits")
     other = {**good["models"][0], "name": "first", "port": 8081}

@@ -223,8 +223,11 @@ def test_no_secret_is_left_or_shown_during_a_deploy(outside, asked, inventory, h
 
 @pytest.mark.parametrize(
     ("content", "mode", "says"),
-    [("\n \t\r\n", 0o600, "is empty"), ("# only this\n", 0o600, "comments only"), (KEY, 0o644, "chmod 600")],
-    ids=["blanks", "comments", "readable"],
+    [
+        pytest.param("\n \t\r\n", 0o600, "is empty", id="blanks", marks=pytest.mark.long),
+        pytest.param("# only this\n", 0o600, "comments only", id="comments", marks=pytest.mark.long),
+        pytest.param(KEY, 0o644, "chmod 600", id="readable"),
+    ],
 )
 def test_a_careless_key_file_is_refused_and_nothing_changes(asked, inventory, host, key_file, content, mode, says):
     key_file.write_text(content)
@@ -236,7 +239,13 @@ def test_a_careless_key_file_is_refused_and_nothing_changes(asked, inventory, ho
     assert serves(host, key=KEY)
 
 
-@pytest.mark.parametrize("options", [["--debug-operations"], ["--debug-operations", "--json"], ["--dry", "--json"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--debug-operations", "--json"],
+        *(pytest.param(one, marks=pytest.mark.long) for one in (["--debug-operations"], ["--dry", "--json"])),
+    ],
+)
 def test_what_pyinfra_tells_of_operations_has_no_key(asked, inventory, host, key_file, options):
     """While a new key is to be sent: it is among the arguments of an operation."""
     key_file.write_text(NEW_KEY)

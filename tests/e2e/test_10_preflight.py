@@ -117,6 +117,7 @@ done
 """
 
 
+@pytest.mark.long
 def test_on_other_ground_the_whole_hardening_is_tried_again(deploy, host):
     context = json.loads(on(host, "cat", PLAN))["gate"]["context_tokens"]
     # As after an upgrade: what was found was found under another kernel.

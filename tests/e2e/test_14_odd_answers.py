@@ -77,7 +77,7 @@ def check_clean(text):
     assert all(one.isprintable() or one == "\n" for one in text), ascii(text)
 
 
-@pytest.mark.parametrize("kind", ["bytes", "endless"])
+@pytest.mark.parametrize("kind", ["bytes", pytest.param("endless", marks=pytest.mark.long)])
 def test_status_names_the_odd_host_and_shows_the_other(pair, inventory_of_both, kind):
     change, message = ANSWERS[kind]
     with odd_survey(pair[0], change):

@@ -92,11 +92,15 @@ def likelihoods(reply):
     return [one.logprob for one in reply.choices[0].logprobs.content]
 
 
-def test_a_second_run_changes_nothing_and_the_shipped_checks_pass(host, wanted):
+def test_a_second_run_changes_nothing(host, wanted):
     written, pid = wanted("auto"), main_pid(host, "tiny")
     run = pyinfra(written)
     assert run.code == 0 and run.changed(host.name) == [] and main_pid(host, "tiny") == pid, run.text
-    done = shipped_checks(written)
+
+
+@pytest.mark.long
+def test_the_shipped_checks_pass(host, wanted):
+    done = shipped_checks(wanted())
     assert done.returncode == 0, done.stdout[-4000:]
 
 
@@ -109,6 +113,7 @@ def test_a_projector_of_another_model_is_refused_and_nothing_is_downloaded(host,
     assert on(host, "find", "/var/lib/llamafleet/models", "-name", "*other*") == ""
 
 
+@pytest.mark.long
 def test_a_projector_that_computes_garbage_is_turned_away_and_the_previous_one_serves(host, wanted):
     run = pyinfra(wanted("broken"))
     assert run.code != 0

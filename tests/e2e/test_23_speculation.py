@@ -82,11 +82,15 @@ def test_a_draft_a_head_and_n_grams_are_deployed_and_guess(host, wanted):
     assert "--spec-draft-model" in line and "draft-simple" in line
 
 
-def test_a_second_run_changes_nothing_and_the_shipped_checks_pass(host, wanted):
+def test_a_second_run_changes_nothing(host, wanted):
     written, pid = wanted(), main_pid(host, "tiny")
     run = pyinfra(written)
     assert run.code == 0 and run.changed(host.name) == [] and main_pid(host, "tiny") == pid, run.text
-    done = shipped_checks(written)
+
+
+@pytest.mark.long
+def test_the_shipped_checks_pass(host, wanted):
+    done = shipped_checks(wanted())
     assert done.returncode == 0, done.stdout[-4000:]
 
 
@@ -98,6 +102,7 @@ def test_a_draft_with_another_vocabulary_is_refused_by_name_before_anything_chan
     assert main_pid(host, "tiny") == pid
 
 
+@pytest.mark.long
 def test_a_draft_that_llama_server_does_not_use_is_rolled_back(host, wanted, files):
     run = pyinfra(wanted(source=files["silent"], draft=files["deaf"]))
     assert run.code != 0 and "goes on without it" in run.text, run.text

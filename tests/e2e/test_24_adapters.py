@@ -99,11 +99,16 @@ def test_adapters_and_files_are_deployed_and_nothing_is_inherited(host, wanted):
 
 
 @pytest.mark.usefixtures("planted")
-def test_a_second_run_changes_nothing_and_the_shipped_checks_pass(host, wanted):
+def test_a_second_run_changes_nothing(host, wanted):
     written, pid = wanted(), main_pid(host, "tiny")
     run = pyinfra(written)
     assert run.code == 0 and run.changed(host.name) == [] and main_pid(host, "tiny") == pid, run.text
-    done = shipped_checks(written)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("planted")
+def test_the_shipped_checks_pass(host, wanted):
+    done = shipped_checks(wanted())
     assert done.returncode == 0, done.stdout[-4000:]
 
 
@@ -120,6 +125,7 @@ def test_an_edited_file_is_mended_while_the_server_runs_on_and_another_text_is_s
     assert run.code == 0 and main_pid(host, "tiny") != pid and prompt(host) == "[user]Hi\nANSWER:", run.text
 
 
+@pytest.mark.long
 def test_a_template_that_is_none_and_an_adapter_of_another_model_leave_what_serves(host, wanted, files):
     dry = pyinfra(wanted(adapters=[str(files / "other.gguf")]), "--dry")
     assert dry.code != 0 and "adapters[0]: other: it " in dry.text, dry.text

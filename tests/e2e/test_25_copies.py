@@ -33,6 +33,7 @@ def units(host):
     return [line.split()[0] for line in shown.splitlines()]
 
 
+@pytest.mark.long
 def test_two_copies_serve_on_ports_counted_up_and_one_is_left(deploy, host):
     first = deploy(2)
     assert first.code == 0, first.text

@@ -89,6 +89,7 @@ def vectors(host, texts):
     return np.array([one.embedding for one in sorted(told.data, key=lambda one: one.index)])
 
 
+@pytest.mark.long
 def test_gemma_keeps_its_answers_over_a_restart_and_a_rollback(served, deploy, small, host):
     before = answers(host)
     assert all(word in text for text, word in zip(before, PROMPTS.values(), strict=True)), before

@@ -175,6 +175,7 @@ def test_what_somebody_does_with_the_service_meanwhile_counts(tune, host):
     assert serves(host)
 
 
+@pytest.mark.long
 def test_between_two_batches_it_stays_stopped_for_a_while(tune, host):
     assert tune.run([tune.candidate("one")], stays_stopped_seconds=300)["exit_code"] == 0
     assert not tune.is_active() and tune.is_active("llamafleet-tuneguard-tiny.service")
@@ -187,6 +188,7 @@ def test_between_two_batches_it_stays_stopped_for_a_while(tune, host):
     until(tune.is_active, 30)
 
 
+@pytest.mark.long
 def test_after_a_power_cut_the_host_starts_the_service(tune, host):
     tune.start([tune.candidate(f"trial {n}") for n in range(20)])
     until(lambda: tune.is_active("llamafleet-tunemark-tiny.service"), 60)

@@ -89,6 +89,7 @@ def only_the_record_counts(host):
     on(host, "systemctl", "stop", UNIT)
 
 
+@pytest.mark.long
 def test_a_slower_build_is_put_back(data, inventory, outside, host):
     assert pyinfra(inventory((host, data))).code == 0
     release = current(host)

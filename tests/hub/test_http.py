@@ -48,7 +48,7 @@ def problem(act, server):
     began = time.monotonic()
     with pytest.raises(SourceError) as caught:
         act()
-    assert time.monotonic() - began < SECONDS + 3
+    assert time.monotonic() - began < SECONDS + 30  # a busy machine gets time; a server that never ends would take more
     assert server.url in str(caught.value) and len(str(caught.value)) < 1000
     return str(caught.value)
 

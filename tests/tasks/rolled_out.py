@@ -4,7 +4,7 @@
 
 FILE has by host name: what it has ("now"), what it should have ("wanted"), its models, and how its deploy goes wrong
 ("fails", "refused", "hangs"). Each deploy adds the host to the file FILE.log, and so does what a gateway is told: it is
-the host "gateway", and has the servers of the others ("servers", by name whether each is up).
+the host "gateway", and has the servers of the others ("servers", by name whether each is up). A host whose monitoring is looked at is noted there, too.
 """
 
 import pyinfra_cli  # isort: skip  # as in tasks.rollout  # noqa: F401
@@ -78,6 +78,20 @@ def gateway():
         learn(name="Let the gateway learn")
 
 
+def monitoring():
+    watch(name="Monitor the host")
+
+
+@operation()
+def watch():
+    yield FunctionCommand(_watch, (), {})
+
+
+def _watch(state, host):
+    note(f"monitoring: {host.name}")
+    return "unwatched" not in fleet()[host.name]
+
+
 @operation()
 def learn():
     yield FunctionCommand(_learn, (), {})
@@ -101,7 +115,7 @@ def ask(host, verb, *words):
 
 
 if __name__ == "__main__":
-    rollout.look, stages.deploy, stages.gateway = look, deploy, gateway
+    rollout.look, stages.deploy, stages.gateway, stages.monitoring = look, deploy, gateway, monitoring
     gateway_drains._ask, gateway_drains.UP_SECONDS = ask, 0.5
     there = SimpleNamespace(desired=SimpleNamespace(installed=SimpleNamespace(instances={"x": None})))
     decision.of = lambda host: there

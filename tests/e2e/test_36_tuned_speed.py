@@ -1,0 +1,91 @@
+"""A tune on models of a real size with random weights: what it installs is never slower than llama-server as it ships,
+and clearly faster where that is wrong about the host."""
+
+import json
+from dataclasses import replace
+from statistics import median
+
+import pytest
+
+from bench.gpu_proof import shapes
+from llamafleet.remote.common import HELPERS, core_of_unit
+from llamafleet.service.trial import measured
+from sandbox import oracle_build
+from sandbox.layouts import PUBLISHED
+from tests.e2e import deploying
+from tests.e2e.deploying import on, pyinfra, serves
+
+pytestmark = pytest.mark.long
+
+SIZES = {"vocab": 32768, "quant": "Q4_K_M", "sizes": {}, "tensors": 0}
+DENSE = replace(PUBLISHED["Qwen3-8B"], **SIZES, name="dense-1.6B", blocks=32, embd=2048, heads=16, ff=6144)
+EXPERTS = replace(PUBLISHED["Qwen3-30B-A3B"], **SIZES, name="experts-2.5B", blocks=4, ff=6144)
+OPEN = {"profile": "chat", "context_tokens": 2048, "prompt_tokens": 128, "live_tokens": 256, "reply_tokens": 32,
+        "threads": None}  # fmt: skip
+PROMPTS = {**OPEN, "prompt_tokens": 768, "live_tokens": 800, "reply_tokens": 8, "concurrency": 2,
+           "context_tokens": 4096}  # fmt: skip
+MINUTES, PAIRS = 5, 3
+NEVER_BELOW, WHERE_WRONG = 0.98, 1.3
+# What is tuned, and how much faster it is than llama-server as it ships at least.
+CASES = {
+    "dense": (DENSE, OPEN, NEVER_BELOW),
+    "experts": (EXPERTS, OPEN, NEVER_BELOW),
+    "one CPU of two": (EXPERTS, {**OPEN, "cpus": "0"}, WHERE_WRONG),
+    "long prompts": (EXPERTS, PROMPTS, NEVER_BELOW),
+}
+KEY = "fedcba9876543210"
+SPEC = "var/lib/llamafleet/jobs/tune-model.json"
+PROGRAM = ("python3", "-s", "-E", "-B")
+
+
+@pytest.fixture(scope="module")
+def host(boot):
+    [host] = boot(1, "measured", 47, packages=oracle_build.COMPILER, optimised=True)
+    return host
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_installed_is_never_slower(host, outside, tmp_path, case):
+    layout, settings, least = CASES[case]
+    source = outside.publish(f"random/{layout.name}-GGUF", shapes.write(layout, tmp_path))
+    base = deploying.settings(outside, host, model={"name": "model", "source": source, **settings})
+    inventory = deploying.write_inventory(
+        tmp_path / "inventory.py",
+        [(host, {**base, "tune": "always", "tune_minutes": MINUTES, "tune_stops_service": True})],
+    )
+    done = pyinfra(inventory, timeout=3600)
+    assert done.code == 0, done.text
+    record = json.loads(on(host, "cat", "/var/lib/llamafleet/tuned/model.json"))
+    spent = sum(trial["took_seconds"] for trial in record["trials"])
+    ratios = again(host)
+    print(f"{case}: {record['settings']}, {len(record['trials'])} trials in {spent:.0f} s; measured again: "
+          f"{median(ratios):.3f} times ({min(ratios):.3f} to {max(ratios):.3f})")  # fmt: skip
+    assert spent < MINUTES * 60
+    assert median(ratios) >= least, ratios
+    assert serves(host)
+
+
+def again(host):
+    """What is installed and llama-server as it ships, measured in pairs by turns: how many times as fast it is, each."""
+    spec = json.loads((host.root / SPEC).read_text())
+    baseline = next(trial for trial in spec["trials"] if trial["candidate"] == 0)
+    installed = {**baseline, **_installed(host)}
+    order = [(baseline, installed), (installed, baseline)] * PAIRS
+    trials = [{**one, "id": number} for number, one in enumerate(one for pair in order[:PAIRS] for one in pair)]
+    asked = {"key": KEY, "trials": trials, "budget_seconds": 3600, "stays_stopped_seconds": 0}
+    (host.root / SPEC).write_text(json.dumps({**spec, **asked}))
+    job = f"{HELPERS}/current/job.py"
+    on(host, *PROGRAM, job, "start", "tune-again", "--", *PROGRAM, f"{HELPERS}/current/tune.py", "run", f"/{SPEC}")
+    while json.loads(on(host, *PROGRAM, job, "follow", "tune-again", "--seconds", "30"))["state"] == "running":
+        pass
+    found = json.loads(on(host, *PROGRAM, f"{HELPERS}/current/tune.py", "read", "model", KEY))
+    pairs = [sorted(found[n : n + 2], key=lambda trial: trial["candidate"]) for n in range(0, len(found), 2)]
+    return [slow["seconds"] / quick["seconds"] for slow, quick in pairs]
+
+
+def _installed(host):
+    """Command line and directives of the installed service, as a trial has them."""
+    plan = json.loads(on(host, "cat", "/etc/llamafleet/instances/model/plan.json"))
+    unit = core_of_unit(on(host, "cat", "/etc/systemd/system/llama-server-model.service"))
+    lines = unit.split("[Service]\n")[1].split("\n[")[0].split("\n")
+    return {"candidate": 1, "argv": measured(plan["gate"]["argv"], has_text=False)["argv"], "directives": lines}
