@@ -203,7 +203,7 @@ def get(
         host.log(f"serves nothing to its site: {remote.said(error)}", logger.warning)
         return True
     finally:
-        for one in offered:
+        for one in (*needed, *offered):
             site.shared(one.key).end(host.name)
 
 

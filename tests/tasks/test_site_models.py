@@ -163,6 +163,16 @@ def test_a_download_that_fails_fails_its_host_alone_and_the_next_one_asks(run):
     assert run.of("fetch") == [("h1", None), ("h2", None)]
 
 
+def test_nobody_waits_for_what_a_failed_host_had_begun_before(run):
+    """A failed host is part of the run until all others have ended the operation."""
+    begun = Model("y-0123", spec(B), is_needed=True, is_under_way=True)
+    run.host("h1", "10.0.0.1", lacking(), begun)
+    run.host("h2", "10.0.0.2", lacking(B))
+    run.fails.add(("h1", "fetch"))
+    assert run.fetch() == {"h1": False, "h2": True}
+    assert ("h2", None) in run.of("fetch")
+
+
 def test_hosts_that_do_not_reach_each_other_wait_for_none(run):
     for number in (1, 2):
         run.host(f"h{number}", f"10.0.0.{number}", lacking())
