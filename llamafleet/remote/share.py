@@ -2,7 +2,7 @@
 
 Contract: `share.py serve SPEC.json SECRET`, where SPEC has
 
-    {"run": the id of the run that holds the host's lock, "port": of this host,
+    {"run": the id of the run that holds the host's lock, "address", "port": of this host,
      "allowed": [addresses of the other hosts],
      "files": [{"path", "sha256", "size_bytes"}, ...]}      those that are to be served now
 
@@ -26,6 +26,7 @@ Decision 25: docs/decisions/0025-one-download-for-a-site.md.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
 import shutil
@@ -78,7 +79,7 @@ def serve(spec: Dict[str, Any], secrets: Dict[str, str]) -> None:
     if not is_there:
         start(spec, secrets)
         write_json(f"{LISTS}/run.json", wanted)
-    await_server(spec["port"])
+    await_server(spec["address"], spec["port"])
     say(f"serving {len(spec['files'])} files at port {spec['port']}")
 
 
@@ -148,11 +149,11 @@ def server(allowed: List[str], private: str) -> List[str]:
             NGINX, "-c", f"{CREDENTIALS}/nginx.conf"]  # fmt: skip
 
 
-def await_server(port: int) -> None:
-    """Raises Failed where nothing listens at the port of any address of this host."""
+def await_server(address: str, port: int) -> None:
+    """Raises Failed where nothing listens there."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end:
-        if listens(port):
+        if listens(address, port):
             return
         if show(SERVER, "ActiveState").get("ActiveState") != "active":
             break
@@ -160,13 +161,17 @@ def await_server(port: int) -> None:
     raise Failed(f"nginx does not answer at port {port}: journalctl -u {SERVER} has the reason")
 
 
-def listens(port: int) -> bool:
-    """Whether a socket of this host listens at the port, by any address."""
+def listens(address: str, port: int) -> bool:
+    """Whether a socket of this host listens there. The kernel's own list is read, since the server answers the other
+    hosts alone."""
+    packed = ipaddress.ip_address(address).packed
+    words = (packed[at : at + 4] for at in range(0, len(packed), 4))
+    place = "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words) + f":{port:04X}"
     for path in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError), open(path) as file:
             for line in file.readlines()[1:]:
                 local, state = line.split()[1], line.split()[3]
-                if state == "0A" and int(local.rpartition(":")[2], 16) == port:  # TCP_LISTEN
+                if state == "0A" and local == place:  # TCP_LISTEN
                     return True
     return False
 

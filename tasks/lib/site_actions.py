@@ -68,10 +68,9 @@ class OnHost:
             for file in self.spec["files"]
         ]
         others = self.access.others(name)
-        spec = {"run": this_run()["run"], "port": self.access.port, "allowed": others, "files": files}
-        values = site_server.values(
-            self.access.addresses[name], self.access.port, self.access.token, others, self.shared
-        )
+        address, port = self.access.addresses[name], self.access.port
+        spec = {"run": this_run()["run"], "address": address, "port": port, "allowed": others, "files": files}
+        values = site_server.values(address, port, self.access.token, others, self.shared)
         secret = jobs.Secret(FOR_SERVER, self.access.for_server(templates.render(site_server.TEMPLATE, values)))
         seen = self._run("share", "share.py", ("serve",), (FOR_SERVER,), spec, secret, None)
         for line in seen.tail:

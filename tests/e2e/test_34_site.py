@@ -211,7 +211,7 @@ def test_a_server_that_is_killed_in_mid_transfer_costs_seconds(site):
         run, _ = site.fetch()
     assert run.code == 0, run.text
     assert f"left {killed.name}, which " in run.text
-    assert site.copies < 0.05
+    assert site.copies < 0.05, run.text
     assert site.right() == site.hosts
 
 

@@ -63,7 +63,7 @@ def asked(tmp_path):
     path.write_bytes(BODY)
     with serving(Server()) as listening:
         file = {"path": str(path), "sha256": SHA, "size_bytes": len(BODY)}
-        yield {"run": RUN, "port": listening.server_port, "allowed": ["10.0.0.2", "fd00::2"], "files": [file]}
+        yield {"run": RUN, "address": "127.0.0.1", "port": listening.server_port, "allowed": ["10.0.0.2", "fd00::2"], "files": [file]}
 
 
 def serve(tmp_path, spec):
@@ -187,3 +187,12 @@ def test_a_file_is_read_again_for_every_run(systemd, asked, tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"rotten")
     assert serve(tmp_path, {**asked, "run": "another"}) == 0
     assert os.listdir(tmp_path / "run/share") == ["run.json"]
+
+
+def test_a_server_of_another_address_is_not_taken_for_this_one(systemd, asked, tmp_path):
+    """Hosts on one machine see each other's sockets."""
+    assert share.listens("127.0.0.1", asked["port"])
+    assert not share.listens("127.0.0.2", asked["port"])
+    assert serve(tmp_path, {**asked, "address": "127.0.0.2"}) == 1
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as listening:
+        assert share.listens("::1", listening.getsockname()[1])

@@ -99,6 +99,7 @@ def test_the_server_is_asked_for_the_model_s_files_and_other_hosts_may_draw(box,
     assert on_host.serve()
     [(job, command, spec, secret, _)] = box.jobs
     assert (job, command[-3:]) == ("share-x-0123", ["serve", jobs.spec_path(job), secret.path])
+    assert (spec["address"], spec["port"]) == ("10.0.0.1", 7627)
     assert spec["allowed"] == ["10.0.0.2", "10.0.0.3"]
     assert spec["files"] == [{"path": "/var/lib/llamafleet/models/x-0123/x.gguf", "sha256": SHA, "size_bytes": 9}]
     sent = json.loads(secret.text)
