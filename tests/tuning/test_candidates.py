@@ -56,6 +56,14 @@ def test_what_the_operator_set_is_not_varied(given, dimension):
     assert dimension not in {one.dimension for one in found(**given)[0]}
 
 
+def test_cpus_that_the_operator_named_hold_for_the_default_and_every_candidate():
+    usual, named = found()[0], found(cpus="0-2")[0]
+    assert usual[0].plan.cpus == "" and {one.plan.cpus for one in named} == {"0-2"}
+    assert not any("cpus" in one.settings for one in named)
+    tried = {one.settings["threads"] for one in named if "threads" in one.settings}
+    assert tried and max(tried) <= 3 and named[1].plan.threads == 3
+
+
 def test_every_candidate_is_within_the_ledger():
     """On a card that experts do not fit on; what does not fit is named, and not run."""
     made, lost = found(layout=MOE, gpus=(8192,))
