@@ -146,6 +146,12 @@ def test_a_small_budget_has_few_candidates_and_is_kept():
     assert now.winner is None and now.step.why
 
 
+def test_the_smallest_budget_still_has_what_is_installed_where_the_plan_is_slower():
+    made, _ = found(layout=MOE, gpus=(8192,), prompt_tokens=8000)
+    assert [one.dimension for one in affordable(made, 60, 20)] == ["", "", tuning.DEFAULTS]
+    assert len(affordable(found(threads=6, ubatch_tokens=512, batch_tokens=2048)[0], 60, 20)) == 2, "it is the plan"
+
+
 @pytest.mark.parametrize("upto", [0, 1, 5, 17, 30, 40])
 def test_an_interrupted_tune_goes_on_with_the_same_trial(upto):
     """From the trials alone: the next one is what it would have been."""
