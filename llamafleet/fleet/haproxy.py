@@ -121,7 +121,8 @@ def _values(
             "full": error(503, "unavailable_error", "all slots of this model are taken, and its queue is full: try "
                           "again later"),
             "down": error(503, "unavailable_error", "no server of this model is ready: try again later"),
-            "waited": error(503, "unavailable_error", "no slot of this model became free in time: try again later"),
+            "untaken": error(503, "unavailable_error", "no server of this model took the request, after %Tw ms in the "
+                             "queue and %rc further tries: try again later"),
             "slow": error(504, "timeout_error", "the server of this model was silent for too long"),
         },
     }  # fmt: skip

@@ -156,7 +156,7 @@ def test_a_session_waits_for_its_server_no_longer_than_one_request(gateway, stan
     with concurrent.futures.ThreadPoolExecutor() as pool:
         busy = [pool.submit(answered_by, gateway, X_Session_Id="s") for _ in range(3)]
         until(lambda: len(home.seen) == 3)  # the first one of before, and two slots
-        until(lambda: ",1," in gateway.admin("show stat"))
+        until(lambda: f"{home.name}:tiny,1," in gateway.admin("show stat"))
         assert answered_by(gateway, X_Session_Id="s") == other.name
         home.gate.set()
         assert sorted(one.result() for one in busy) in ([home.name] * 3, sorted([home.name, home.name, other.name]))
@@ -219,11 +219,11 @@ def test_the_queue_has_an_end_in_time_and_in_length(narrow):
         first = pool.submit(gateway.ask, "/tiny/v1/completions", {})
         until(lambda: one.seen)
         waits = pool.submit(gateway.ask, "/tiny/v1/completions", {})
-        until(lambda: "gpu1:tiny,1," in gateway.admin("show stat"))
+        until(lambda: "BACKEND,1," in gateway.admin("show stat"))
         status, headers, answer = gateway.ask("/tiny/v1/completions", {})
         assert (status, headers["retry-after"]) == (503, "10") and "queue is full" in answer["error"]["message"]
         status, headers, answer = waits.result()
-        assert (status, headers["retry-after"]) == (503, "10") and "in time" in answer["error"]["message"]
+        assert (status, headers["retry-after"]) == (503, "10") and "0 further tries" in answer["error"]["message"]
         one.gate.set()
         assert first.result()[0] == 200
     assert len(one.seen) == 1
