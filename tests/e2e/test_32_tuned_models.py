@@ -67,8 +67,8 @@ def coder(outside):
     [draft] = real_models.fetch(real_models.QWEN_0_5B).values()
     return {
         "name": "coder", "source": outside.publish("real/coder-GGUF", model), "profile": "agent",
-        "context_tokens": 2048, "live_tokens": 512, "threads": 2, "threads_batch": 2, "batch_tokens": 2048,
-        "ubatch_tokens": 512, "speculation": "auto", "draft": outside.publish("real/draft-GGUF", draft),
+        "context_tokens": 2048, "live_tokens": 512, "reply_tokens": 128, "threads": 2, "threads_batch": 2,
+        "batch_tokens": 2048, "ubatch_tokens": 512, "speculation": "auto", "draft": outside.publish("real/draft-GGUF", draft),
     }  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def tokens_per_s(host, text):
 
 
 def test_guessing_is_installed_where_it_pays(deploy, coder, host, text):
-    done = deploy({**coder, "tune_prompt_file": str(text)}, tune="always", tune_minutes=40, tune_stops_service=True)
+    done = deploy({**coder, "tune_prompt_file": str(text)}, tune="always", tune_minutes=16, tune_stops_service=True)
     assert done.code == 0, done.text
     record = json.loads(on(host, "cat", "/var/lib/llamafleet/tuned/coder.json"))
     by_label = {}
