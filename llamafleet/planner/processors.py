@@ -15,7 +15,14 @@ from llamafleet.settings.schema import Instance
 
 def threads(cpu: Cpu, instance: Instance) -> int:
     """The number of threads: the instance's setting, or the number of performance cores (else physical cores)."""
-    return instance.threads or max(1, cpu.performance_cores or cpu.physical_cores)
+    return instance.threads or cores(cpu, instance)
+
+
+def cores(cpu: Cpu, instance: Instance) -> int:
+    """Performance cores (else physical cores), no more than there are CPUs in the instance's `cpus`: threads that share
+    a CPU wait for each other."""
+    named = len(numbers(instance.cpus)) if instance.cpus else cpu.logical_cores
+    return max(1, min(cpu.performance_cores or cpu.physical_cores, named))
 
 
 def numbers(cpus: str) -> list[int]:

@@ -16,7 +16,7 @@ from llamafleet.memory.context import types_of
 from llamafleet.model import speculation as kinds
 from llamafleet.model.gguf import Header
 from llamafleet.planner.plan import plan_host
-from llamafleet.planner.processors import computes
+from llamafleet.planner.processors import computes, cores, numbers
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.settings.schema import Instance, Settings
 from llamafleet.settings.speculation import AUTO
@@ -90,7 +90,7 @@ def candidates(
     if isinstance(best, Refusal):
         return best
     found = [
-        Candidate(SHIPPED, "", {}, replace(best, argv=shipped_flags(best), cpus="", numa_nodes="")),
+        Candidate(SHIPPED, "", {}, replace(best, argv=shipped_flags(best), cpus=instance.cpus or "", numa_nodes="")),
         Candidate(PLANNED, "", {}, best),
     ]
     guesses = instance.speculation == AUTO and not instance.tune_prompt_file
@@ -162,7 +162,7 @@ def changes(instance: Instance, plan: Plan, machine: Machine, companions: Mappin
     if instance.speculation == AUTO and instance.tune_prompt_file:
         yield from _guesses(instance, companions)
     if instance.threads is None and computes(plan.placement):
-        yield from _threads(plan, machine.cpu)
+        yield from _threads(instance, plan, machine.cpu)
     if plan.placement.moved and instance.spilled_layers is None:
         yield from _spilled(plan)
     if instance.ubatch_tokens is None and not plan.pooling:
@@ -184,10 +184,11 @@ def changes(instance: Instance, plan: Plan, machine: Machine, companions: Mappin
 
 def _defaults(instance: Instance, cpu: Cpu) -> Iterator[Change]:
     """Planned flags with llama-server's own numbers, for a host where these are better than the plan's. Its threads are
-    the physical cores, of a hybrid the performance cores (common/common.cpp, common_cpu_get_num_math)."""
+    the physical cores, of a hybrid the performance cores (common/common.cpp, common_cpu_get_num_math); here no more
+    than the CPUs that the operator named."""
     usual = {"ubatch_tokens": min(DEFAULT_UBATCH, instance.batch_tokens or DEFAULT_BATCH),
              "batch_tokens": max(DEFAULT_BATCH, instance.ubatch_tokens or 0),
-             "threads": max(1, cpu.performance_cores or cpu.physical_cores)}  # fmt: skip
+             "threads": cores(cpu, instance)}  # fmt: skip
     opened = {key: value for key, value in usual.items() if getattr(instance, key) is None}
     if opened:
         yield Change("as llama-server by default", DEFAULTS, opened)
@@ -222,20 +223,20 @@ def kind_of_draft(header: Header) -> str:
     return next((kind for kind in kinds.READERS if kind in name), kinds.DRAFT)
 
 
-def _threads(plan: Plan, cpu: Cpu) -> Iterator[Change]:
+def _threads(instance: Instance, plan: Plan, cpu: Cpu) -> Iterator[Change]:
     """All physical cores, the performance cores, with hyper-threading, and half of the cores: a memory may be as fast
-    with fewer."""
-    cores = cpu.physical_cores
-    counts = dict.fromkeys((cores, cpu.logical_cores, max(1, cores // 2)))
+    with fewer. No more than the CPUs that the operator named."""
+    logical = len(numbers(instance.cpus)) if instance.cpus else cpu.logical_cores
+    physical = min(cpu.physical_cores, logical)
+    counts = dict.fromkeys((physical, logical, max(1, physical // 2)))
     for count in counts:
         if count != plan.threads:
             yield Change(f"{count} thread{'s' if count > 1 else ''}", "threads", {"threads": count})
-    if cpu.logical_cores > plan.threads:
-        label = f"{cpu.logical_cores} threads for prompts"
-        yield Change(label, "threads for prompts", {"threads_batch": cpu.logical_cores})
-    if plan.cpus:
-        everywhere = f"0-{cpu.logical_cores - 1}"
-        yield Change("all CPUs", "threads", {"threads": cpu.logical_cores, "cpus": everywhere})
+    if logical > plan.threads:
+        yield Change(f"{logical} threads for prompts", "threads for prompts", {"threads_batch": logical})
+    if plan.cpus and not instance.cpus:
+        everywhere = f"0-{logical - 1}"
+        yield Change("all CPUs", "threads", {"threads": logical, "cpus": everywhere})
 
 
 def _spilled(plan: Plan) -> Iterator[Change]:

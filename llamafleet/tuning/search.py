@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from llamafleet.settings.schema import Instance
-from llamafleet.tuning.candidates import PLANNED_NUMBER, Candidate, Planner, combined, dimensions
+from llamafleet.tuning.candidates import DEFAULTS, PLANNED_NUMBER, Candidate, Planner, combined, dimensions
 from llamafleet.tuning.race import (
     BASELINE,
     FINAL,
@@ -57,10 +57,12 @@ class Course:
 
 
 def affordable(found: Sequence[Candidate], budget_seconds: float, trial_seconds: float) -> tuple[Candidate, ...]:
-    """The candidates that the budget has time for, the baseline and the planner's best among them in any case."""
+    """The candidates that the budget has time for. In any case the baseline, the planner's best, and the plan with
+    llama-server's own numbers, which is installed where the planner's best is slower than the baseline."""
     trials = budget_seconds / max(trial_seconds, 0.1)
     count = int(trials / 2 / ROUNDS)
-    return tuple(found[: max(PLANNED_NUMBER + 1, min(count, MOST_CANDIDATES))])
+    least = 1 + max(PLANNED_NUMBER, *(n for n, one in enumerate(found) if one.dimension == DEFAULTS), 0)
+    return tuple(found[: max(least, min(count, MOST_CANDIDATES))])
 
 
 def course(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 
+from llamafleet.cli.arguments import default_data
 from llamafleet.service import wanted
 from llamafleet.settings.schema import Settings
 from tests.hosts import checks, facts, instance_checks
@@ -175,6 +176,12 @@ def problems_by_check(facts, requested=None, resolve=no_repository):
 
 def test_a_healthy_host_has_no_problem():
     assert not [text for texts in problems_by_check(healthy()).values() for text in texts]
+
+
+def test_a_host_that_serves_nothing_needs_no_release():
+    """It is a gateway, or watches the others."""
+    box = checks.Box("gw1", Settings.from_data({**default_data(), "models": []}), {**healthy(), "release": None})
+    assert [*checks.release(box, no_repository), *checks.version(box)] == []
 
 
 def test_every_function_of_the_tests_is_covered_here():

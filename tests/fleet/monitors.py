@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shlex
-import shutil
 import subprocess
 import time
 import urllib.error
@@ -16,14 +15,15 @@ from llamafleet.cli.arguments import default_data
 from llamafleet.fleet import monitoring
 from llamafleet.fleet.monitoring import Watched
 from llamafleet.settings.schema import Settings
+from sandbox import programs
 from sandbox.oracle import free_port
 from tasks.lib.templates import TEMPLATES, render
 
-WAIT_SECONDS = 30.0
+WAIT_SECONDS = 90.0
 PROGRAMS = ("prometheus", "promtool", "prometheus-node-exporter")
 
 needs_prometheus = pytest.mark.skipif(
-    not all(map(shutil.which, PROGRAMS)), reason="prometheus and prometheus-node-exporter are not installed"
+    not all(map(programs.find, PROGRAMS)), reason="no prometheus here: python -m sandbox.programs"
 )
 
 
@@ -43,8 +43,8 @@ def files(host, fleet, keys=None):
     return monitoring.files(render, host, fleet, keys or {}, dashboard)
 
 
-def until(is_so):
-    end = time.monotonic() + WAIT_SECONDS
+def until(is_so, seconds=WAIT_SECONDS):
+    end = time.monotonic() + seconds
     while not (found := is_so()):
         assert time.monotonic() < end, "it did not become so"
         time.sleep(0.2)
@@ -81,28 +81,11 @@ def written(folder, made):
     return config
 
 
-class Prometheus:
-    """One that runs, with the configuration that `files` gave."""
+class Asked:
+    """A Prometheus at this port of 127.0.0.1."""
 
-    def __init__(self, folder, host, made):
-        self.folder, self.port = folder, host.settings.monitoring_port
-        self.config = written(folder / "config", made)
-        command = exec_start(made.units[monitoring.PROMETHEUS_UNIT])
-        places = {"--config.file": self.config, "--storage.tsdb.path": folder / "data"}
-        self.command = [
-            f"{word.split('=')[0]}={places[word.split('=')[0]]}" if word.split("=")[0] in places else word
-            for word in [shutil.which("prometheus"), *command[1:]]
-        ]
-
-    def __enter__(self):
-        self.stack = contextlib.ExitStack()
-        process = self.stack.enter_context(running(self.command, self.folder / "prometheus.log"))
-        until(lambda: self.is_ready() or process.poll() is not None)
-        assert process.poll() is None, (self.folder / "prometheus.log").read_text()
-        return self
-
-    def __exit__(self, *_):
-        self.stack.close()
+    def __init__(self, port):
+        self.port = port
 
     def is_ready(self):
         try:
@@ -124,6 +107,10 @@ class Prometheus:
         """The samples by which it answers."""
         return self.api("query?" + urllib.parse.urlencode({"query": expression}))["result"]
 
+    def known(self, expression):
+        """The samples, as soon as there are any: on a busy machine a scrape fails now and then, and nothing is known."""
+        return until(lambda: self.query(expression))
+
     def firing(self):
         """The alerts that are on: name, host, and the instance's name."""
         return {
@@ -133,10 +120,35 @@ class Prometheus:
         }
 
 
+class Prometheus(Asked):
+    """One that runs, with the configuration that `files` gave."""
+
+    def __init__(self, folder, host, made):
+        super().__init__(host.settings.monitoring_port)
+        self.folder = folder
+        self.config = written(folder / "config", made)
+        command = exec_start(made.units[monitoring.PROMETHEUS_UNIT])
+        places = {"--config.file": self.config, "--storage.tsdb.path": folder / "data"}
+        self.command = [
+            f"{word.split('=')[0]}={places[word.split('=')[0]]}" if word.split("=")[0] in places else word
+            for word in [programs.find("prometheus"), *command[1:]]
+        ]
+
+    def __enter__(self):
+        self.stack = contextlib.ExitStack()
+        process = self.stack.enter_context(running(self.command, self.folder / "prometheus.log"))
+        until(lambda: self.is_ready() or process.poll() is not None)
+        assert process.poll() is None, (self.folder / "prometheus.log").read_text()
+        return self
+
+    def __exit__(self, *_):
+        self.stack.close()
+
+
 @contextlib.contextmanager
 def exporter(folder, made, textfiles):
     """node-exporter, as its unit starts it, with the files of that folder."""
     folder.mkdir()
     command = exec_start(made.units[monitoring.EXPORTER_UNIT], **{"/run/llamafleet/metrics": textfiles})
-    with running([shutil.which("prometheus-node-exporter"), *command[1:]], folder / "exporter.log") as process:
+    with running([programs.find("prometheus-node-exporter"), *command[1:]], folder / "exporter.log") as process:
         yield process

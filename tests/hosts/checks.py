@@ -93,8 +93,10 @@ def release(box: Box, resolve: Callable[[str, str], str | None]) -> Problems:
     """The link `current` leads to a complete release of the wanted version.
 
     `resolve` asks a repository for the commit of a ref. It is called only if the ref is neither the built ref nor the
-    built commit.
+    built commit. A host that serves nothing, such as a gateway, needs no release.
     """
+    if not box.settings.models:
+        return
     current = box.facts["release"]
     if current is None:
         yield Problem(box.where, CURRENT, "a link to a release", None, "run the deploy")
@@ -135,6 +137,8 @@ def release(box: Box, resolve: Callable[[str, str], str | None]) -> Problems:
 
 def version(box: Box) -> Problems:
     """The output of `llama-server --version` has the commit of release.json."""
+    if not box.settings.models:
+        return
     current = box.facts["release"]
     record = (current or {}).get("record") or {}
     commit = box.settings.llama_cpp_ref if facts.release_problems(record) else record["commit"]

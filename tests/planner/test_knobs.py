@@ -53,6 +53,12 @@ def test_cpus_that_are_named_are_the_unit_s_even_where_threads_are_set():
     assert plan.cpus == "0-3,8" and any("set by cpus" in sentence for sentence in plan.why)
 
 
+@pytest.mark.parametrize(("cpus", "threads"), [("2", "1"), ("0-3,8", "5"), ("0-11", "6"), (None, "6")])
+def test_there_are_no_more_threads_than_cpus_that_are_named(cpus, threads):
+    plan = planned(cpus=cpus)
+    assert [planning.argument(plan.argv, flag) for flag in ("--threads", "--threads-batch")] == [threads, threads]
+
+
 @pytest.mark.parametrize(("numa", "nodes"), [("auto", "0-1"), ("interleave", "0-1"), ("local", "")])
 def test_memory_of_several_nodes(numa, nodes):
     assert planned(cpu={"numa_nodes": 2, "numa_node_list": "0-1"}, numa=numa).numa_nodes == nodes

@@ -56,6 +56,14 @@ def test_what_the_operator_set_is_not_varied(given, dimension):
     assert dimension not in {one.dimension for one in found(**given)[0]}
 
 
+def test_cpus_that_the_operator_named_hold_for_the_default_and_every_candidate():
+    usual, named = found()[0], found(cpus="0-2")[0]
+    assert usual[0].plan.cpus == "" and {one.plan.cpus for one in named} == {"0-2"}
+    assert not any("cpus" in one.settings for one in named)
+    tried = {one.settings["threads"] for one in named if "threads" in one.settings}
+    assert tried and max(tried) <= 3 and named[1].plan.threads == 3
+
+
 def test_every_candidate_is_within_the_ledger():
     """On a card that experts do not fit on; what does not fit is named, and not run."""
     made, lost = found(layout=MOE, gpus=(8192,))
@@ -136,6 +144,12 @@ def test_a_small_budget_has_few_candidates_and_is_kept():
     now, measured = run(slow_unless("ubatch 1024"), budget_seconds=200, took=20)
     assert sum(one.took_seconds for one in measured) <= 200 + 20, "what was begun is ended by the host"
     assert now.winner is None and now.step.why
+
+
+def test_the_smallest_budget_still_has_what_is_installed_where_the_plan_is_slower():
+    made, _ = found(layout=MOE, gpus=(8192,), prompt_tokens=8000)
+    assert [one.dimension for one in affordable(made, 60, 20)] == ["", "", tuning.DEFAULTS]
+    assert len(affordable(found(threads=6, ubatch_tokens=512, batch_tokens=2048)[0], 60, 20)) == 2, "it is the plan"
 
 
 @pytest.mark.parametrize("upto", [0, 1, 5, 17, 30, 40])
