@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import random
-import shutil
 import socket
 import ssl
 import subprocess
@@ -19,11 +18,12 @@ from fetch_spec import read_spec
 
 from llamafleet.fleet import site_server
 from llamafleet.fleet.site_server import SharedFile
+from sandbox import programs
 from tasks.lib.site_access import self_signed
 from tasks.lib.templates import render
 
-NGINX = shutil.which("nginx")
-needs_nginx = pytest.mark.skipif(not NGINX, reason="nginx is not installed")
+NGINX = programs.find("nginx")
+needs_nginx = pytest.mark.skipif(not NGINX, reason="no nginx here: python -m sandbox.programs")
 TOKEN = "T" * 42 + "-"
 BODY = b"GGUF" + random.Random(3).randbytes(20 * 2**20)
 SHA, LATER = hashlib.sha256(BODY).hexdigest(), "ab" * 32

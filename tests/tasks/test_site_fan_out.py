@@ -11,7 +11,6 @@ import http.server
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,14 +26,15 @@ import pytest
 from llamafleet.fleet import site_server
 from llamafleet.fleet.site_server import SharedFile
 from llamafleet.host.answers import Job
+from sandbox import programs
 from tasks.lib import sites
 from tasks.lib.site_access import Access
 from tasks.lib.sites import Outcome, Shared
 from tasks.lib.templates import render
 from tests.serving import Server, serving
 
-NGINX = shutil.which("nginx")
-pytestmark = pytest.mark.skipif(not NGINX, reason="nginx is not installed")
+NGINX = programs.find("nginx")
+pytestmark = pytest.mark.skipif(not NGINX, reason="no nginx here: python -m sandbox.programs")
 PROGRAM = Path(__file__).parents[2] / "llamafleet" / "remote" / "fetch.py"
 BODY = b"GGUF" + random.Random(11).randbytes(20 * 2**20)
 SHA = hashlib.sha256(BODY).hexdigest()
