@@ -13,11 +13,11 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import gevent
+from gevent.lock import RLock
 from pyinfra import logger
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
@@ -91,6 +91,8 @@ class Site:
     packed: dict[tuple[str, str], answers.Packed] = field(default_factory=dict)
     lacking: dict[Hashable, set[str]] = field(default_factory=dict)  # names of hosts that need it
     _shared: dict[Hashable, Shared] = field(default_factory=dict)
+    _access: Access | None = None
+    _lock: RLock = field(default_factory=RLock)
 
     def join(self, host: Host, desired: Desired, items: Sequence[Item]) -> None:
         """Note what the host has and lacks; its other stages may note more."""
@@ -105,12 +107,16 @@ class Site:
             if one.is_needed:
                 self.lacking.setdefault(one.key, set()).add(name)
 
-    @cached_property
+    @property
     def access(self) -> Access:
         """Of the hosts that have an address for themselves, as this machine knows it. For when all have joined."""
-        known = {name: site_access.resolved(member.reached) for name, member in self.members.items()}
-        times = Counter(known.values())
-        return Access.made({name: one for name, one in known.items() if one is not None and times[one] == 1}, self.port)
+        with self._lock:  # names are looked up, and other hosts' greenlets run meanwhile
+            if self._access is None:
+                known = {name: site_access.resolved(member.reached) for name, member in self.members.items()}
+                times = Counter(known.values())
+                own = {name: one for name, one in known.items() if one is not None and times[one] == 1}
+                self._access = Access.made(own, self.port)
+        return self._access
 
     def shared(self, key: Hashable) -> Shared:
         """For when all have joined."""

@@ -63,7 +63,13 @@ def asked(tmp_path):
     path.write_bytes(BODY)
     with serving(Server()) as listening:
         file = {"path": str(path), "sha256": SHA, "size_bytes": len(BODY)}
-        yield {"run": RUN, "address": "127.0.0.1", "port": listening.server_port, "allowed": ["10.0.0.2", "fd00::2"], "files": [file]}
+        yield {
+            "run": RUN,
+            "address": "127.0.0.1",
+            "port": listening.server_port,
+            "allowed": ["10.0.0.2", "fd00::2"],
+            "files": [file],
+        }
 
 
 def serve(tmp_path, spec):

@@ -40,7 +40,7 @@ class Run:
     def __init__(self, monkeypatch):
         self.state = SimpleNamespace(inventory=[], active_hosts=set(), is_host_in_limit=lambda host: True)
         self.site, self.log, self.fails, self.specs, self.apart = Site(self.state, 9345), [], set(), {}, {}
-        self.locked = []
+        self.locked, self.certificates = [], set()
         monkeypatch.setattr(sites, "LOOK_SECONDS", 0.02)
         monkeypatch.setattr(jobs, "hold", self.hold)
         monkeypatch.setattr(jobs, "ended", self.ended)
@@ -73,6 +73,8 @@ class Run:
     def ended(self, state, host, job, command, secret=None, network=None):
         kind = job.partition("-")[0]
         peers = self.specs.get((host.name, job), {}).get("peers")
+        if secret is not None:
+            self.certificates.add(json.loads(secret.text)["certificate"])
         self.log.append((host.name, kind, [one["name"] for one in peers["hosts"]] if peers else None))
         gevent.sleep(0.02)
         code = int((host.name, kind) in self.fails)
@@ -137,6 +139,23 @@ def test_what_is_asked_before_all_hosts_are_known_decides_nothing(run):
     run.host("h1", "10.0.0.1", lacking())
     assert run.fetch() == {"h1": True, "h2": True}
     assert run.of("fetch") == [("h1", ["h2"])]
+
+
+def test_all_hosts_of_a_run_know_one_certificate(run, monkeypatch):
+    """Looking up a name lets the greenlets of other hosts run."""
+
+    def slow(name):
+        gevent.sleep(0.005)
+        return name
+
+    monkeypatch.setattr(site_members.site_access, "resolved", slow)
+    for number in (1, 2, 3):
+        run.host(f"h{number}", f"10.0.0.{number}", lacking())
+    for number in (4, 5):
+        run.host(f"h{number}", f"10.0.0.{number}", having())
+    run.fetch()
+    assert len(run.certificates) == 1
+    assert {host for host, _ in run.of("share")} == {"h4", "h5"}
 
 
 def test_hosts_that_have_all_models_do_nothing(run):
