@@ -226,7 +226,7 @@ def test_killed_at_any_moment_the_next_rollout_ends_well(fleet, serving, gateway
             victim.kill()
             time.sleep(chance.uniform(0, 10))
             victim.start()
-            process.wait(600)
+            process.wait(1500)
     again = roll_out(asked)
     assert again.returncode == 0, again.stdout + again.stderr
     assert all_serve(serving) and drained(gateway) == []
