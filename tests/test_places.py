@@ -49,7 +49,7 @@ def test_a_deploy_works_from_the_checkout_for_an_inventory_elsewhere(elsewhere):
     assert code and f"refused: {REFUSED}" in text and "missing" not in text, text
 
 
-@pytest.mark.parametrize("command", ["status", "plan"])
+@pytest.mark.parametrize("command", ["status", pytest.param("plan", marks=pytest.mark.long)])
 def test_the_command_works_from_any_folder(elsewhere, command):
     code, text = run(elsewhere, PROGRAMS / "python", "-m", "llamafleet.cli", command, "--inventory", "inv.py")
     assert code in (1, 2) and REFUSED in text and "missing" not in text, text
