@@ -38,6 +38,8 @@ ANSWERS = {
                                           "prompt_tokens": FIGURES, "reply_tokens": FIGURES, "live_tokens": FIGURES,
                                           "concurrency": FIGURES, "counters": None}}),
     "built": ("build.py", {"digest": "5e" * 32}),
+    "packed": ("build.py", {"digest": "5e" * 32, "sha256": "a1" * 32, "size_bytes": 5}),
+    "apart": ("share.py", {"apart": ["10.0.0.2", "fd00::2"]}),
     "gate": ("gate.py", {"ok": True, "checks": [], "decode_tokens_per_s": None}),
 }  # fmt: skip
 
