@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamafleet.host import answers
@@ -126,9 +126,10 @@ def test_what_is_no_utf8_is_shown_with_question_marks():
     assert read("job", {**LOOK, "tail": ["caf\udcc3"]}).tail == ("caf?",)
 
 
+@pytest.mark.parametrize("count", [25, pytest.param(300, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", ANSWERS)
-def test_a_broken_answer_is_read_or_refused(name):
-    @FUZZ
+def test_a_broken_answer_is_read_or_refused(name, count):
+    @settings(FUZZ, max_examples=count)
     @given(broken(ANSWERS[name][1]), st.none() | st.integers(0, 400))
     def check(value, cut):
         try:
