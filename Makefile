@@ -28,12 +28,14 @@ demo: prepared ## two disposable hosts, the real deploy, a completion, a second 
 
 # The lanes run side by side: tests/lanes.py.
 test: prepared ## what a change must pass: `check`, and all tests but the long ones and the CUDA build
+	$(BIN)/python -m sandbox.programs
 	$(BIN)/python -m tests.lanes
 
 test-offline: .venv/ready ## the tests that need neither root nor a compiler
 	$(PYTEST) -m "not cuda and not e2e and not oracle and not long"
 
 test-long: prepared ## what `make test` does a few times, many times; and what takes minutes
+	$(BIN)/python -m sandbox.programs
 	$(PYTEST) -m "long and not cuda"
 
 test-cuda: prepared ## compile llama.cpp with CUDA in a host without a GPU; 8 GB of disk

@@ -14,6 +14,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,7 @@ def placement(header: Header, ours: Mapping[str, Any]) -> Placement:
     return Placement.of((*holders, last), frozenset(range(*ours.get("spilled", (0,)))))
 
 
+@cache
 def read_header(layout: str, mix: str) -> Header:
     """The header of a published layout, or of an outline of `tests/reported`, whose mix is its own."""
     outline = REPORTED / f"{layout}.yaml"

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,7 @@ def header_of(case: Case, numbers: Mapping[str, Any]) -> Header:
     return replace(header, tensors=tensors, file_bytes=(int(case["model_gib"] * GIB),))
 
 
+@cache
 def published(name: str) -> Header:
     """The header of a published test layout, or of an outline of `tests/reported`."""
     with tempfile.TemporaryDirectory() as folder:

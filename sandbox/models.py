@@ -40,7 +40,7 @@ class Unsigned64(int):
 
 
 class _Writer(GGUFWriter):  # type: ignore[misc]  # untyped, see pyproject.toml
-    """Pack the vocabulary's long arrays in one call; item by item the base class needs a second for each model."""
+    """Pack the vocabulary's long arrays at once; item by item the base class needs a second for each model."""
 
     _FORMATS: ClassVar = {
         int: (GGUFValueType.INT32, "i"),
@@ -48,19 +48,30 @@ class _Writer(GGUFWriter):  # type: ignore[misc]  # untyped, see pyproject.toml
         float: (GGUFValueType.FLOAT32, "f"),
         bool: (GGUFValueType.BOOL, "?"),
     }
+    _DTYPES: ClassVar = {"<i4": GGUFValueType.INT32, "<f4": GGUFValueType.FLOAT32}
 
     def _pack_val(
         self, val: Any, vtype: GGUFValueType, add_vtype: bool, sub_type: GGUFValueType | None = None
     ) -> bytes:
         if vtype is not GGUFValueType.ARRAY:
             return bytes(super()._pack_val(val, vtype, add_vtype, sub_type))
-        if isinstance(val[0], str):
-            kind = GGUFValueType.STRING
-            data = b"".join(struct.pack("<Q", len(text)) + text for text in map(str.encode, val))
+        if isinstance(val, np.ndarray):
+            kind, data = self._DTYPES[val.dtype.str], val.tobytes()
+        elif isinstance(val[0], str):
+            kind, data = GGUFValueType.STRING, _strings(val)
         else:
             kind, letter = self._FORMATS[type(val[0])]
             data = struct.pack(f"<{len(val)}{letter}", *val)
         return (struct.pack("<I", vtype) if add_vtype else b"") + struct.pack("<IQ", kind, len(val)) + data
+
+
+# Lengths of strings as GGUF has them, 64 bits each, as text: all characters are single bytes in UTF-8.
+_LENGTHS = [chr(length) + "\0" * 7 for length in range(128)]
+
+
+def _strings(texts: list[str]) -> bytes:
+    """Strings with their lengths, as in a GGUF's array; of 127 bytes each at most."""
+    return "".join([_LENGTHS[len(text if text.isascii() else text.encode())] + text for text in texts]).encode()
 
 
 @dataclass(frozen=True)
@@ -212,14 +223,14 @@ def tokenizer(size: int) -> dict[str, Any]:
     words = ["\u2581", *map(chr, range(0x21, 0x7F)), *syllables, *("\u2581" + s for s in syllables)]
     words += [f"t{i}" for i in range(len(words), size)]
     words = words[: size - 259]
-    kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
-    kinds += [TokenType.BYTE] * 256 + [TokenType.NORMAL] * len(words)
+    kinds = np.full(259 + len(words), TokenType.NORMAL, "<i4")
+    kinds[:259] = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, *[TokenType.BYTE] * 256]
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.tokens": [*control, *(f"<0x{i:02X}>" for i in range(256)), *words],
-        "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(len(words))],
-        "tokenizer.ggml.token_type": [int(kind) for kind in kinds],
+        "tokenizer.ggml.scores": np.concatenate([np.zeros(259, "<f4"), -np.arange(len(words), dtype="<f4")]),
+        "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
@@ -240,7 +251,7 @@ def _add(writer: GGUFWriter, key: str, value: object) -> None:
             writer.add_float32(key, value)
         case str():
             writer.add_string(key, value)
-        case list():
+        case list() | np.ndarray():
             writer.add_array(key, value)
         case _:
             raise TypeError(f"{key}: no GGUF type for {type(value).__name__}")

@@ -11,7 +11,7 @@ from pyinfra.context import ctx_host
 from llamafleet.build.packages import GATEWAY
 from llamafleet.host import answers
 from llamafleet.service.refusals import Refused
-from tasks.lib import decision, gateways, lookups, operations
+from tasks.lib import decision, gateways, lookups, operations, to_do
 from tasks.lib.gateways import GROUP, Wanted
 
 
@@ -29,12 +29,13 @@ def gateway() -> None:
         first = gateways.wanted(host, there)
     except gateways.ERRORS as error:
         return _refuse(host, error)
-    to_do = list(gateways.differences(first, there))
-    for text in (*first.notes, *(f"to do: gateway: {reason}" for reason in to_do)):
+    different = list(gateways.differences(first, there))
+    for text in first.notes:
         host.log(text)
+    to_do.say(host, "gateway", different)
     operations.install_helpers(
         name="Install llamafleet's helpers for the gateway",
-        needed=bool(to_do) and now.changes.helpers and not decision.makes(host, "helpers"),
+        needed=bool(different) and now.changes.helpers and not decision.makes(host, "helpers"),
         arch=machine.os.arch, network=network,
     )  # fmt: skip
     operations.install_packages(
@@ -42,7 +43,7 @@ def gateway() -> None:
         needs={} if there.version else {GATEWAY.name: GATEWAY.to_json(manager)}, network=network,
     )  # fmt: skip
     gateways.put_in_service(name="Put the gateway in service", gateway=partial(_needed, host, there))
-    operations.release_lock(name="Release the lock of the gateway's host", needed=bool(to_do))
+    operations.release_lock(name="Release the lock of the gateway's host", needed=bool(different))
 
 
 def _needed(host: Host, there: answers.Gateway) -> Wanted | None:

@@ -7,7 +7,7 @@ from pyinfra.context import ctx_host
 
 from llamafleet.build.packages import EXPORTER, PROMETHEUS
 from llamafleet.service.refusals import Refused
-from tasks.lib import decision, lookups, monitors, operations
+from tasks.lib import decision, lookups, monitors, operations, to_do
 from tasks.lib.monitors import GROUP, STARTED_BY_PACKAGES
 
 
@@ -30,12 +30,11 @@ def monitoring() -> None:
         return
     needs = {} if there.exporter else {EXPORTER.name: EXPORTER.to_json(manager)}
     needs |= {PROMETHEUS.name: PROMETHEUS.to_json(manager)} if GROUP in host.groups and not there.prometheus else {}
-    to_do = [*(f"{name} is not installed" for name in needs), *monitors.differences(files, there)]
-    for reason in to_do:
-        host.log(f"to do: monitoring: {reason}")
+    different = [*(f"{name} is not installed" for name in needs), *monitors.differences(files, there)]
+    to_do.say(host, "monitoring", different)
     operations.install_helpers(
         name="Install llamafleet's helpers for the monitoring",
-        needed=bool(to_do) and now.changes.helpers and not decision.makes(host, "helpers"),
+        needed=bool(different) and now.changes.helpers and not decision.makes(host, "helpers"),
         arch=machine.os.arch, network=network,
     )  # fmt: skip
     monitors.mask_units(
@@ -45,5 +44,5 @@ def monitoring() -> None:
     operations.install_packages(
         name="Install Prometheus and node-exporter", manager=manager, needs=needs, network=network
     )
-    monitors.put_in_service(name="Put the monitoring in service", files=lambda: files if to_do else None)
-    operations.release_lock(name="Release the lock of the monitored host", needed=bool(to_do))
+    monitors.put_in_service(name="Put the monitoring in service", files=lambda: files if different else None)
+    operations.release_lock(name="Release the lock of the monitored host", needed=bool(different))

@@ -24,7 +24,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gevent
@@ -46,7 +46,7 @@ from llamafleet.fleet.rollout import End, HostState, Rollout
 from llamafleet.fleet.waves import USUAL, WavesError, sizes
 from llamafleet.printable import err, json_text, one_line, out
 from llamafleet.service.refusals import Refused
-from tasks.lib import decision, ends, gateway_drains, monitors, output, switching
+from tasks.lib import decision, ends, gateway_drains, monitors, output, switching, to_do
 from tasks.lib.over_hosts import over_hosts, read
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
@@ -137,8 +137,8 @@ def tell_gateways(
     inventory: Path, names: Collection[str], rollout: Collection[str], dry: bool = False
 ) -> dict[str, str]:
     """Let the gateways among the rollout's hosts learn of these hosts as they are now, and wait until every gateway of
-    the inventory finds their servers up. With `dry` print what would change there. By host, why that failed. Raises
-    PyinfraError where the inventory cannot be read."""
+    the inventory finds their servers up. With `dry` only `to_do` learns what would change there after the waves. By
+    host, why that failed. Raises PyinfraError where the inventory cannot be read."""
     missing: dict[str, str] = {}
 
     def choose(hosts: Sequence[Host]) -> list[Host]:
@@ -147,6 +147,8 @@ def tell_gateways(
         return [host for host in hosts if host.name in names or host in mine] if gateways else []
 
     def act(state: State) -> None:
+        if dry:
+            decision.count_as_made(state.active_hosts)
         load_func(state, stages.gateway)
         if not dry and not state.failed_hosts:
             gateway_drains.put_back(state, rollout)
@@ -159,13 +161,15 @@ def tell_gateways(
 
 def tell_monitors(inventory: Path, rollout: Collection[str], dry: bool = False) -> dict[str, str]:
     """Let the rollout's hosts, also those that are as planned, watch and be watched as the inventory says by now. With
-    `dry` print what would change there. By host, why that failed. Raises PyinfraError as `tell_gateways` does."""
+    `dry`, result and exceptions as of `tell_gateways`."""
 
     def choose(hosts: Sequence[Host]) -> list[Host]:
         are_watched = any(monitors.GROUP in host.groups for host in hosts)
         return [host for host in hosts if host.name in rollout] if are_watched else []
 
     def act(state: State) -> None:
+        if dry:
+            decision.count_as_made(state.active_hosts)
         load_func(state, stages.monitoring)
         if not dry and not state.failed_hosts:
             _execute(state)
@@ -220,15 +224,27 @@ def _unread(problems: Mapping[str, str]) -> int:
 
 def _act(options: argparse.Namespace, rollout: Rollout) -> int:
     _speak_as_pyinfra()
-    if options.dry or not rollout.waves:
-        out(json_text(rollout.to_json()) if options.json else "\n".join(rollout.lines()))
-        failed = tell_gateways(options.inventory, rollout.hosts, rollout.hosts, options.dry)
-        return FAILED if failed or tell_monitors(options.inventory, rollout.hosts, options.dry) else DONE
+    if options.dry:
+        failed = _tell_all(options.inventory, rollout, dry=True)
+        _print(options, replace(rollout, afterwards=to_do.said()))
+        return FAILED if failed else DONE
+    if not rollout.waves:
+        _print(options, rollout)
+        return FAILED if _tell_all(options.inventory, rollout) else DONE
     if not options.json:
-        out("\n".join(rollout.lines()))
+        _print(options, rollout)
     end = roll_out(options.inventory, rollout)
     out(json_text(end.to_json()) if options.json else "\n".join(["", *end.lines(_again(options))]))
     return FAILED if end.failed else DONE
+
+
+def _tell_all(inventory: Path, rollout: Rollout, dry: bool = False) -> dict[str, str]:
+    failed = tell_gateways(inventory, rollout.hosts, rollout.hosts, dry)
+    return failed or tell_monitors(inventory, rollout.hosts, dry)
+
+
+def _print(options: argparse.Namespace, rollout: Rollout) -> None:
+    out(json_text(rollout.to_json()) if options.json else "\n".join(rollout.lines()))
 
 
 def _again(options: argparse.Namespace) -> str:

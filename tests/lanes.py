@@ -41,6 +41,8 @@ FURTHER = {
 # has compiled what they need.
 ASK_TOO = {"first": "test_speculation.py", "second": "test_projector.py", "third": "test_[cdl]*.py",
            "fourth": "test_ad*.py", "fifth": "test_[tv]*.py"}  # fmt: skip
+# Tests of a second lane that computes: about half of the processor time of all that need no host.
+ASIDE = ("remote", "tasks", "test_*.py")
 # Before what computes: all lanes with hosts wait for the first one's compilation, which must not wait itself.
 GIVE_WAY = ["nice", "-n", "10"]
 ADDRESSES = 10  # of a lane's hosts
@@ -94,6 +96,8 @@ def lanes() -> list[Lane]:
     """What runs side by side. Every test but those of CUDA and the long ones is in exactly one lane."""
     ours = "not cuda and not long"
     hosts, oracle = [*PYTEST, "-m", f"e2e and {ours}"], [*GIVE_WAY, *PYTEST, "-m", f"oracle and not e2e and {ours}"]
+    offline = [*GIVE_WAY, *PYTEST, "-m", f"not e2e and not oracle and {ours}"]
+    aside = sorted(str(path.relative_to(ROOT)) for names in ASIDE for path in ROOT.glob(f"tests/{names}"))
     asking = {lane: sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"tests/oracle/{names}"))
               for lane, names in ASK_TOO.items()}  # fmt: skip
     elsewhere = [file(name) for names in FURTHER.values() for name in names]
@@ -111,10 +115,11 @@ def lanes() -> list[Lane]:
             "computing",
             [
                 [*GIVE_WAY, "make", "--no-print-directory", "check"],
-                [*GIVE_WAY, *PYTEST, "-m", f"not e2e and not oracle and {ours}"],
+                [*offline, *(f"--ignore={one}" for one in aside)],
                 [*oracle, *(f"--ignore={one}" for files in asking.values() for one in files)],
             ],
         ),
+        Lane("aside", [[*offline, *aside]]),
     ]
 
 

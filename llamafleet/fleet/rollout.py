@@ -16,6 +16,7 @@ from llamafleet.fleet.waves import Member, Size
 from llamafleet.printable import one_line
 from llamafleet.service.changes import Changes
 from llamafleet.service.desired import Desired
+from llamafleet.service.tune import Wish, wishes
 from llamafleet.settings.copies import model_of
 
 
@@ -36,9 +37,16 @@ class HostState:
 
         serving = models([one for one, instance in desired.installed.instances.items() if instance.serves])
         staying = models([one.name for one in desired.servings])
-        switching, removed = models(changes.services), models(changes.removed) - staying
+        # What is measured may be stopped for it, and another plan may win.
+        measured = [wish for wish in wishes(desired, as_set=True) if wish.is_measured]
+        switching = models([*changes.services, *(wish.name for wish in measured)])
+        removed = models(changes.removed) - staying
         member = Member(name, serving & (switching | removed), switching - serving, serving & removed)
-        return cls(serving, member, tuple(changes.to_do()))
+        return cls(serving, member, (*changes.to_do(), *map(_of_wish, measured)))
+
+
+def _of_wish(wish: Wish) -> str:
+    return f"measure {wish.name}: {wish.why}"
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,8 @@ class Rollout:
     to_do: Mapping[str, tuple[str, ...]]  # by host that changes
     as_planned: tuple[str, ...]
     alone: tuple[tuple[str, str], ...]  # host and model that no other host serves
+    # By host, what is done to its gateway and its monitoring once the waves are done; None where nobody asked.
+    afterwards: Mapping[str, tuple[str, ...]] | None = None
 
     @classmethod
     def of(cls, hosts: Mapping[str, HostState], sizes: Sequence[Size]) -> Rollout:
@@ -67,13 +77,17 @@ class Rollout:
 
     def lines(self) -> Iterator[str]:
         """The waves with every change, for people."""
-        if not self.waves:
+        if not self.waves and not self.afterwards:
             yield f"nothing to do: all {len(self.as_planned)} hosts are as planned"
             return
         for number, names in enumerate(self.waves, 1):
             yield self.title(number)
             for name in names:
                 yield from (one_line(f"    {name}: {phrase}") for phrase in self.to_do[name])
+        if self.afterwards:
+            yield "after the waves"
+            for name, phrases in self.afterwards.items():
+                yield from (one_line(f"    {name}: {phrase}") for phrase in phrases)
         for name, model in self.alone:
             yield f"note: {model} is served by {name} alone: it is away while {name} switches"
         if self.as_planned:
@@ -88,6 +102,7 @@ class Rollout:
             "waves": [{name: list(self.to_do[name]) for name in names} for names in self.waves],
             "as_planned": list(self.as_planned),
             "alone": [{"host": name, "model": model} for name, model in self.alone],
+            **({} if self.afterwards is None else {"afterwards": {n: list(one) for n, one in self.afterwards.items()}}),
         }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -112,6 +112,12 @@ def of_other(host: Host) -> Decision | None:
 def makes(host: Host, part: str) -> bool:
     """Whether a stage of this run makes that part of `Changes` on the host."""
     return part in _made.get(host, ())
+
+
+def count_as_made(hosts: Iterable[Host]) -> None:
+    """Let stages of this run take the hosts as they will be after a run of all stages, which is not this one."""
+    for host in hosts:
+        _made.setdefault(host, set()).update(part for parts in MAKES.values() for part in parts)
 
 
 def for_stage(stage: str, is_needed: Callable[[Decision], bool] | None = None) -> Decision | None:

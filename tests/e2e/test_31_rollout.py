@@ -1,7 +1,10 @@
-"""A fleet is rolled out wave by wave behind its gateway: no request fails or is cut, and a bad change ends with the first
-wave."""
+"""A fleet is rolled out wave by wave behind its gateway: two models, two servers each, on four hosts. No request fails or
+is cut, and each model is served at every moment; a bad commit ends with the first wave; and whatever is killed, the next
+run ends well."""
 
 import collections
+import contextlib
+import csv
 import http.client
 import json
 import os
@@ -11,21 +14,24 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 
 import pytest
 
-from sandbox import upstream
+from sandbox import hosts as sandbox
+from sandbox import oracle_build, upstream
+from tests.e2e import deploying
+from tests.e2e.conftest import PREFIX
 from tests.e2e.deploying import ROOT, connection, environment, main_pid, on, pyinfra, serves
 from tests.e2e.test_08_rollback import FAULTS, MAIN
 
 pytestmark = pytest.mark.long
 
-# llama-server takes the argument, loads, and computes what is no number: the gate's completion fails.
-BAD = {"extra_flags": ["--rope-freq-base nan"]}
-# A gateway refuses servers on addresses of loopback, which sandbox hosts have alone: each listens everywhere, on a port
-# of its own.
-GATEWAY_PORT, FIRST_PORT = 21180, 21181
+MODELS = ("dense", "moe")
+# The machine's loopback is the hosts' as well: there HAProxy has its statistics.
+GATEWAY_PORT, STATS_PORT = 21180, 21181
 CLIENTS, TOKENS = 8, 60
+LOOK_SECONDS = 0.2
 
 
 def command(inventory, *options):
@@ -34,89 +40,124 @@ def command(inventory, *options):
 
 def roll_out(inventory, *options):
     return subprocess.run(command(inventory, *options), cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True, timeout=900)  # fmt: skip
+                          capture_output=True, text=True, timeout=1500)  # fmt: skip
+
+
+@contextlib.contextmanager
+def rolling_out(inventory):
+    """A rollout in a group of processes, which is killed where it still runs at the end of the block."""
+    with subprocess.Popen(command(inventory), cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, process_group=0,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
-def contexts():
-    """Numbers of tokens that no test before has asked for."""
-    return iter(range(1088, 8192, 64))
+def five(turn, boot):
+    """Four that serve, and a gateway."""
+    turn.close()
+    made = boot(5, f"{PREFIX}r", 3, packages=oracle_build.COMPILER)
+    yield made
+    sandbox.down([one.name for one in made])
 
 
-@pytest.fixture
-def fleet(hosts, deployed, settings, tmp_path, contexts):
-    """Two replicas of a model behind a gateway on the third host, as deployed; a function writes their inventory with a
-    change for both."""
-    numbers = iter(range(100))
+@pytest.fixture(scope="module")
+def serving(five):
+    """By host, its model."""
+    return dict(zip(five, [one for one in MODELS for _ in range(2)], strict=False))
 
-    def changed(*, of_host=None, **model):
-        asked = {
-            "context_tokens": next(contexts),
-            "slots": 2,
-            "listen": "0.0.0.0",
-            "allow_unauthenticated": True,
-            **model,
-        }
-        data = {host.name: settings(host, drain_seconds=60, reached_at=host.address, model={**asked, "port": port}, **(of_host or {}))
-                for host, port in ports(hosts).items()}  # fmt: skip
-        gateway = {**settings(hosts[2]), "models": [], "allow_empty_models": True,
-                   "gateway_listen": hosts[2].address, "gateway_port": GATEWAY_PORT,
-                   "gateway_allow_unauthenticated": True}  # fmt: skip
-        return write(tmp_path / f"fleet{next(numbers)}.py", hosts, {**data, hosts[2].name: gateway})
 
-    done = pyinfra(changed(context_tokens=1024))
+@pytest.fixture(scope="module")
+def gateway(five):
+    return five[4]
+
+
+@pytest.fixture(scope="module")
+def fleet(serving, gateway, outside, tmp_path_factory):
+    """The fleet as deployed; a function writes its inventory with a change for all servers, without one with a number
+    of tokens that no host was asked for before."""
+    numbers, contexts = iter(range(100)), iter(range(1088, 8192, 64))
+    folder = tmp_path_factory.mktemp("fleet")
+
+    def changed(of_host=(), **model):
+        asked = {"context_tokens": next(contexts) if not of_host else 1024, "slots": 2, **model}
+        entries = [
+            (host.name, {**connection(host), **deploying.settings(outside, host, kind, drain_seconds=60,
+                                                                  model={"name": kind, **asked}), **dict(of_host)})
+            for host, kind in serving.items()
+        ]  # fmt: skip
+        front = {**outside.settings(), "models": [], "gateway_listen": gateway.address, "gateway_port": GATEWAY_PORT,
+                 "gateway_stats_port": STATS_PORT}  # fmt: skip
+        path = folder / f"fleet{next(numbers)}.py"
+        path.write_text(f"serving = {entries!r}\ngateway = {[(gateway.name, {**connection(gateway), **front})]!r}\n")
+        return path
+
+    with oracle_build.compiling():
+        done = pyinfra(changed(context_tokens=1024))
     assert done.code == 0, done.text
     return changed
 
 
-def ports(hosts):
-    return {host: FIRST_PORT + number for number, host in enumerate(hosts[:2])}
-
-
-def all_serve(hosts):
-    return all(serves(host, port) for host, port in ports(hosts).items())
-
-
-def write(path, hosts, data):
-    entries = [(host.name, {**connection(host), **data[host.name]}) for host in hosts]
-    path.write_text(f"serving = {entries[:2]!r}\ngateway = {entries[2:]!r}\n")
-    return path
+def all_serve(serving):
+    return [host.name for host, kind in serving.items() if not serves(host)] == []
 
 
 class Load:
-    """Streaming requests in flight all the time, each over a connection of its own to the gateway, one client with one
-    session; what became of each."""
+    """Streaming requests in flight all the time, half of them for each model, each over a connection of its own to the
+    gateway, one client with one session: what became of each, by model. And how long a model had no server up."""
 
-    def __init__(self, gateway, clients=CLIENTS):
-        self.address, self.found, self._end = gateway.address, collections.Counter(), threading.Event()
-        self._clients = [threading.Thread(target=self._ask, args=(number,)) for number in range(clients)]
+    def __init__(self, gateway):
+        self.address, self.found, self.away = gateway.address, collections.Counter(), []
+        self._end = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(CLIENTS)]
+        self._threads.append(threading.Thread(target=self._look))
 
     def _ask(self, number):
-        body = json.dumps({"model": "tiny", "prompt": f"{number}: Once", "max_tokens": TOKENS, "stream": True,
-                           "ignore_eos": True})  # fmt: skip
+        model = MODELS[number % len(MODELS)]
+        body = json.dumps({"prompt": f"{number}: Once", "max_tokens": TOKENS, "stream": True, "ignore_eos": True})
         headers = {"Content-Type": "application/json", "X-Session-Id": str(number)}
         while not self._end.is_set():
-            connection = http.client.HTTPConnection(self.address, GATEWAY_PORT, timeout=120)
+            self.found[model, self._outcome(model, body, headers)] += 1
+
+    def _outcome(self, model, body, headers):
+        connection = http.client.HTTPConnection(self.address, GATEWAY_PORT, timeout=120)
+        try:
+            connection.request("POST", f"/{model}/v1/completions", body, headers)
+            answer = connection.getresponse()
+            text = answer.read().decode()
+            whole = answer.status == 200 and text.rstrip().endswith("data: [DONE]")
+            return "whole" if whole else f"{answer.status}: {text[-200:]}"
+        except (OSError, http.client.HTTPException) as error:
+            return repr(error)
+        finally:
+            connection.close()
+
+    def _look(self):
+        while not self._end.wait(LOOK_SECONDS):
             try:
-                connection.request("POST", "/tiny/v1/completions", body, headers)
-                answer = connection.getresponse()
-                text = answer.read().decode()
-                whole = answer.status == 200 and text.rstrip().endswith("data: [DONE]")
-                self.found["whole" if whole else f"{answer.status}: {text[-200:]}"] += 1
-            except (OSError, http.client.HTTPException) as error:
-                self.found[repr(error)] += 1
-            finally:
-                connection.close()
+                with urllib.request.urlopen(f"http://127.0.0.1:{STATS_PORT}/;csv", timeout=20) as answer:
+                    rows = list(csv.DictReader(answer.read().decode().lstrip("# ").splitlines()))
+            except OSError as error:  # a reload takes it for a moment
+                self.away.append(repr(error)) if "refused" not in str(error) else None
+                continue
+            up = {row["pxname"] for row in rows if row["type"] == "2" and row["status"].startswith("UP")}
+            self.away += [model for model in MODELS if f"model:{model}" not in up]
+
+    def all_whole(self):
+        return all(self.found[model, "whole"] >= CLIENTS for model in MODELS) and len(self.found) == len(MODELS)
 
     def __enter__(self):
-        for client in self._clients:
-            client.start()
+        for one in self._threads:
+            one.start()
         return self
 
     def __exit__(self, *_):
         self._end.set()
-        for client in self._clients:
-            client.join()
+        for one in self._threads:
+            one.join()
 
 
 def drained(gateway):
@@ -125,87 +166,84 @@ def drained(gateway):
     return [name for name, one in json.loads(told.splitlines()[-1]).items() if one["drained"]]
 
 
-def test_no_request_fails_while_a_change_is_rolled_out(fleet, hosts):
-    asked = fleet()
-    dry = roll_out(asked, "--dry")
-    assert dry.returncode == 0 and dry.stdout.startswith("wave 1 of 2: "), dry.stdout + dry.stderr
-    assert all(f"    {host.name}: serve tiny: " in dry.stdout for host in hosts[:2]), dry.stdout
-    before = [main_pid(host, "tiny") for host in hosts[:2]]
-    with Load(hosts[2]) as load:
+def pids(serving):
+    return {host.name: main_pid(host, kind) for host, kind in serving.items()}
+
+
+def test_no_request_fails_while_a_commit_is_rolled_out(fleet, serving, gateway, outside):
+    commit = upstream.add_commit(outside.clone, {"rolled-out.txt": "nothing else\n"}, "rolled-out")
+    asked, before = fleet(of_host={"llama_cpp_ref": commit}), pids(serving)
+    with Load(gateway) as load:
         run = roll_out(asked)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert list(load.found) == ["whole"] and load.found["whole"] > 2 * CLIENTS, (load.found, run.stderr)
-    assert all_serve(hosts) and drained(hosts[2]) == []
-    assert not set(before) & {main_pid(host, "tiny") for host in hosts[:2]}
+    assert load.all_whole() and load.away == [], (load.found, load.away, run.stderr)
+    assert all_serve(serving) and drained(gateway) == []
+    assert {name for name, pid in pids(serving).items() if pid == before[name]} == set()
+    current = {on(host, "cat", "/opt/llamafleet/current/release.json") for host in serving}
+    assert all(commit in one for one in current)
     again = roll_out(asked)
-    assert (again.returncode, again.stdout) == (0, "nothing to do: all 3 hosts are as planned\n")
+    assert (again.returncode, again.stdout) == (0, "nothing to do: all 5 hosts are as planned\n")
     assert pyinfra(asked, "--dry").changed() == []
 
 
-def test_a_change_that_does_not_pass_the_gate_ends_with_the_first_wave(fleet, hosts):
-    before = {host.name: main_pid(host, "tiny") for host in hosts[:2]}
-    with Load(hosts[2]) as load:
-        run = roll_out(fleet(**BAD), "--json")
-    told = json.loads(run.stdout)
-    assert run.returncode == 1 and len(told["failed"]) == 1, run.stderr
-    [(failed, why)] = told["failed"].items()
-    assert "did not pass the gate" in why and "the previous one was put back and serves" in why
-    assert told["done"] == [] and set(told["untouched"]) == set(before) - {failed}
-    after = {host.name: main_pid(host, "tiny") for host in hosts[:2]}
-    assert {name for name, pid in before.items() if after[name] == pid} == set(told["untouched"])
-    assert list(load.found) == ["whole"], (load.found, run.stderr)
-    assert all_serve(hosts) and drained(hosts[2]) == []
-
-
-def test_a_commit_whose_server_is_no_good_ends_with_the_first_wave(fleet, hosts, outside):
-    """It compiles, and writes other tokens each time: the other host does not even compile it."""
+def test_a_commit_whose_server_is_no_good_ends_with_the_first_wave(fleet, serving, gateway, outside):
+    """It compiles, and writes other tokens each time: the other hosts do not even compile it."""
     parts, reason, _ = FAULTS["garbage"]
     commit = upstream.add_commit(outside.clone, {"tools/server/main.cpp": MAIN % parts}, "rolled-out-garbage")
-    with Load(hosts[2]) as load:
+    before = pids(serving)
+    with Load(gateway) as load:
         run = roll_out(fleet(of_host={"llama_cpp_ref": commit}), "--json")
     told = json.loads(run.stdout)
-    assert run.returncode == 1 and [reason in why for why in told["failed"].values()] == [True], run.stdout + run.stderr
-    [other] = [host for host in hosts[:2] if host.name not in told["failed"]]
-    releases = on(other, "sh", "-c", "cat /opt/llamafleet/releases/*/release.json")
-    assert told["untouched"] == [other.name] and commit not in releases
-    assert list(load.found) == ["whole"], (load.found, run.stderr)
-    assert all_serve(hosts) and drained(hosts[2]) == []
+    assert run.returncode == 1 and len(told["waves"][0]) == 1, run.stdout + run.stderr
+    [(failed, why)] = told["failed"].items()
+    assert failed in told["waves"][0] and reason in why and "the previous one was put back and serves" in why
+    assert told["done"] == [] and set(told["untouched"]) == set(before) - {failed}
+    after = pids(serving)
+    assert {name for name, pid in before.items() if after[name] == pid} == set(told["untouched"])
+    assert not any(commit in on(host, "sh", "-c", "cat /opt/llamafleet/releases/*/release.json")
+                   for host in serving if host.name != failed)  # fmt: skip
+    assert load.all_whole() and load.away == [], (load.found, load.away, run.stderr)
+    assert all_serve(serving) and drained(gateway) == []
 
 
-def test_a_plain_deploy_takes_turns_and_says_that_it_is_no_rollout(fleet, hosts):
-    with Load(hosts[2]) as load:
+def test_a_plain_deploy_takes_turns_and_says_that_it_is_no_rollout(fleet, serving, gateway):
+    """Other numbers of tokens reload the gateway, too."""
+    with Load(gateway) as load:
         run = pyinfra(fleet())
-    assert run.code == 0 and run.text.count("this is no rollout: 2 hosts of this run serve tiny") == 1, run.text
-    assert list(load.found) == ["whole"], (load.found, run.text)
+    assert run.code == 0 and run.text.count("this is no rollout: 2 hosts of this run serve") == len(MODELS), run.text
+    assert load.all_whole() and load.away == [], (load.found, load.away, run.text)
 
 
-def test_killed_at_any_moment_the_next_rollout_ends_well(fleet, hosts):
-    chance = random.Random(14)
-    for _ in range(10):
-        asked = fleet()
-        with subprocess.Popen(command(asked), cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, process_group=0,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:  # fmt: skip
-            time.sleep(chance.uniform(2, 40))
-            os.killpg(process.pid, signal.SIGKILL)
-        again = roll_out(asked)
-        assert again.returncode == 0, again.stdout + again.stderr
-        assert all_serve(hosts) and drained(hosts[2]) == []
-        assert pyinfra(asked, "--dry").changed() == []
+@pytest.mark.parametrize("number", range(10))
+def test_killed_at_any_moment_the_next_rollout_ends_well(fleet, serving, gateway, number):
+    """The machine that rolls out, a host that serves, or the gateway: the last two have a power cut, and boot again."""
+    chance = random.Random(number)
+    victim = ["controller", chance.choice(list(serving)), gateway][number % 3]
+    asked = fleet()
+    with rolling_out(asked) as process:
+        time.sleep(chance.uniform(2, 60))
+        if victim != "controller":
+            victim.kill()
+            time.sleep(chance.uniform(0, 10))
+            victim.start()
+            process.wait(1500)
+    again = roll_out(asked)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert all_serve(serving) and drained(gateway) == []
+    assert pyinfra(asked, "--dry").changed() == []
 
 
-def test_a_gateway_is_taken_over_by_the_timer_where_nobody_puts_a_server_back(fleet, hosts):
+def test_a_gateway_is_taken_over_by_the_timer_where_nobody_puts_a_server_back(fleet, serving, gateway):
     """A rollout that is killed in mid-switch, and no other one: the drain ends by itself."""
     asked = fleet()
-    with subprocess.Popen(command(asked), cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, process_group=0,
-                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:  # fmt: skip
-        deadline = time.monotonic() + 120
-        while not drained(hosts[2]):
+    with rolling_out(asked) as process:
+        deadline = time.monotonic() + 300
+        while not drained(gateway):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 180
-    while drained(hosts[2]):
+    deadline = time.monotonic() + 240
+    while drained(gateway):
         assert time.monotonic() < deadline
         time.sleep(1)
-    assert all_serve(hosts)
+    assert all_serve(serving)
     assert roll_out(asked).returncode == 0

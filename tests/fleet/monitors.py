@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shlex
-import shutil
 import subprocess
 import time
 import urllib.error
@@ -16,6 +15,7 @@ from llamafleet.cli.arguments import default_data
 from llamafleet.fleet import monitoring
 from llamafleet.fleet.monitoring import Watched
 from llamafleet.settings.schema import Settings
+from sandbox import programs
 from sandbox.oracle import free_port
 from tasks.lib.templates import TEMPLATES, render
 
@@ -23,7 +23,7 @@ WAIT_SECONDS = 90.0
 PROGRAMS = ("prometheus", "promtool", "prometheus-node-exporter")
 
 needs_prometheus = pytest.mark.skipif(
-    not all(map(shutil.which, PROGRAMS)), reason="prometheus and prometheus-node-exporter are not installed"
+    not all(map(programs.find, PROGRAMS)), reason="no prometheus here: python -m sandbox.programs"
 )
 
 
@@ -131,7 +131,7 @@ class Prometheus(Asked):
         places = {"--config.file": self.config, "--storage.tsdb.path": folder / "data"}
         self.command = [
             f"{word.split('=')[0]}={places[word.split('=')[0]]}" if word.split("=")[0] in places else word
-            for word in [shutil.which("prometheus"), *command[1:]]
+            for word in [programs.find("prometheus"), *command[1:]]
         ]
 
     def __enter__(self):
@@ -150,5 +150,5 @@ def exporter(folder, made, textfiles):
     """node-exporter, as its unit starts it, with the files of that folder."""
     folder.mkdir()
     command = exec_start(made.units[monitoring.EXPORTER_UNIT], **{"/run/llamafleet/metrics": textfiles})
-    with running([shutil.which("prometheus-node-exporter"), *command[1:]], folder / "exporter.log") as process:
+    with running([programs.find("prometheus-node-exporter"), *command[1:]], folder / "exporter.log") as process:
         yield process

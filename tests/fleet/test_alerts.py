@@ -1,12 +1,12 @@
 """When each alert is on, by promtool."""
 
 import json
-import shutil
 import subprocess
 
 import pytest
 
 from llamafleet.fleet import alerts
+from sandbox import programs
 from tests.fleet.monitors import files, needs_prometheus, watched
 
 NOW = 90 * 60  # promtool's time() at the end of a test, seconds
@@ -103,7 +103,7 @@ def rules(tmp_path_factory):
 
 
 def promtool(*words):
-    return subprocess.run([shutil.which("promtool"), *map(str, words)], capture_output=True, text=True)
+    return subprocess.run([programs.find("promtool"), *map(str, words)], capture_output=True, text=True)
 
 
 def seen(alert):

@@ -14,10 +14,10 @@ NOTHING = Changes(helpers=False, user=False, packages=(), toolkit=False, build=F
                   liveness={}, removed=(), current=False, paths={})  # fmt: skip
 
 
-def state(wanted=("x",), installed=("x",), active="active", changes=NOTHING, names=None):
+def state(wanted=("x",), installed=("x",), active="active", changes=NOTHING, names=None, **settings):
     """A host that has instances of these names installed, and is to have others; `names`: the models of its data."""
     instances = {one: dataclasses.replace(INSTANCE, active=active, record=None) for one in installed}
-    desired = decided(models=[{"name": one, "port": 9000 + number} for number, one in enumerate(wanted)])
+    desired = decided(models=[{"name": one, "port": 9000 + number} for number, one in enumerate(wanted)], **settings)
     there = dataclasses.replace(desired.installed, instances=instances)
     read = dataclasses.replace(desired.inputs, survey=dataclasses.replace(desired.inputs.survey, installed=there))
     return HostState.of("h", dataclasses.replace(desired, inputs=read), changes, names or wanted)
@@ -52,6 +52,14 @@ def test_what_is_removed_is_lost():
     one = state(("y",), ("x", "y"), changes=changed(removed=("x",)))
     assert one.member == Member("h", frozenset("x"), frozenset(), frozenset("x"))
     assert one.to_do == ("remove x, which models no longer has",)
+
+
+def test_what_is_measured_is_to_do_and_may_take_its_server_away():
+    """What serves, and may not be stopped, is not measured."""
+    tuned = state(tune="missing", tune_stops_service=True, tune_minutes=7)
+    assert tuned.to_do == ("measure x: it was not measured yet; for 7 minutes at most, its service stopped",)
+    assert tuned.member == Member("h", frozenset("x"))
+    assert state(tune="missing").to_do == state(tune_stops_service=True).to_do == ()
 
 
 def test_copies_are_their_model_and_one_copy_less_loses_none():

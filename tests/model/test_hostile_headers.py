@@ -33,12 +33,7 @@ MACHINES = (
     planning.machine([{"total_mib": 122500, "unified_memory": True}], ram_gib=122),
 )
 # No tests after this one may inherit its limit, and a search that finds something must find it again.
-FUZZ = settings(
-    max_examples=250, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-)
-
-
-FEWER = settings(FUZZ, max_examples=80)  # where most of them are planned, which takes longer than reading
+FUZZ = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 READ_SECONDS = 1.0  # of one core
 ENDLESS_SECONDS = 120  # by the clock, on however slow a machine
 
@@ -103,6 +98,11 @@ def memory_limit():
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+def examples(few, many):
+    """Run the test with so many examples, and in `make test-long` with the larger number."""
+    return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.long)])
+
+
 def survives(content, size=DECLARED_BYTES, context_tokens=None, machines=MACHINES):
     """Read it and plan it on the machines; True if it was planned."""
     asked = planning.settings({"context_tokens": context_tokens, "kv_types": ["f16", "q8_0"]})
@@ -130,24 +130,32 @@ def test_the_headers_themselves_are_planned(headers):
     assert all(survives(content) for content in headers)
 
 
-@FUZZ
-@given(strategies.data())
-def test_bytes_changed_anywhere(headers, data):
-    content = bytearray(headers.draw(data))
-    places = strategies.integers(0, len(content) - 8)
-    for at in data.draw(strategies.lists(places, min_size=1, max_size=4)):
-        content[at : at + 8] = struct.pack(
-            "<Q", data.draw(strategies.sampled_from(HUGE) | strategies.integers(0, 2**64 - 1))
-        )
-    survives(bytes(content), data.draw(strategies.sampled_from((DECLARED_BYTES, len(content), None))))
+@examples(60, 1000)
+def test_bytes_changed_anywhere(headers, count):
+    @settings(FUZZ, max_examples=count)
+    @given(strategies.data())
+    def check(data):
+        content = bytearray(headers.draw(data))
+        places = strategies.integers(0, len(content) - 8)
+        for at in data.draw(strategies.lists(places, min_size=1, max_size=4)):
+            content[at : at + 8] = struct.pack(
+                "<Q", data.draw(strategies.sampled_from(HUGE) | strategies.integers(0, 2**64 - 1))
+            )
+        survives(bytes(content), data.draw(strategies.sampled_from((DECLARED_BYTES, len(content), None))))
+
+    check()
 
 
-@FUZZ
-@given(strategies.data())
-def test_pieces_cut_out_or_doubled(headers, data):
-    content = headers.draw(data)
-    start, end, again = (data.draw(strategies.integers(0, len(content))) for _ in range(3))
-    survives(content[:again] + content[min(start, end) : max(start, end)] * data.draw(strategies.integers(0, 3)))
+@examples(60, 1000)
+def test_pieces_cut_out_or_doubled(headers, count):
+    @settings(FUZZ, max_examples=count)
+    @given(strategies.data())
+    def check(data):
+        content = headers.draw(data)
+        start, end, again = (data.draw(strategies.integers(0, len(content))) for _ in range(3))
+        survives(content[:again] + content[min(start, end) : max(start, end)] * data.draw(strategies.integers(0, 3)))
+
+    check()
 
 
 VALUES = {
@@ -173,11 +181,12 @@ def values(draw):
     return struct.pack("<IIQ", 9, kind, told) + b"".join(parts)
 
 
-def test_metadata_with_other_values(headers):
+@examples(25, 300)
+def test_metadata_with_other_values(headers, count):
     """Every number of the model may lie: the planner gets what the reader lets through."""
     planned = []
 
-    @FEWER
+    @settings(FUZZ, max_examples=count)
     @given(strategies.data())
     def check(data):
         content = headers.draw(data)

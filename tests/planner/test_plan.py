@@ -153,9 +153,15 @@ INSTANCES = st.builds(
 )  # fmt: skip
 
 
-@examples(max_examples=80, deadline=None)
-@given(HOSTS, INSTANCES, st.sampled_from(sorted(models.PUBLISHED)))
-def test_a_plan_is_sound_and_always_the_same(host, instance, layout):
+@pytest.mark.parametrize("count", [15, pytest.param(300, marks=pytest.mark.long)])
+def test_a_plan_is_sound_and_always_the_same(count):
+    examples(max_examples=count, deadline=None)(
+        given(HOSTS, INSTANCES, st.sampled_from(sorted(models.PUBLISHED)))(sound)
+    )()
+
+
+def sound(host, instance, layout):
+    """Plan twice, and check what holds for every plan and every refusal."""
     instance["context_tokens"] = min(instance["context_tokens"], planning.header(layout).get("context_length"))
     settings = planning.settings(instance)
     [answer] = planning.plans(host, [(layout,)], settings)

@@ -7,6 +7,7 @@ import common
 import monitoring_apply
 import pytest
 
+from sandbox import programs
 from sandbox.oracle import free_port
 from tests.fleet.monitors import exec_start, files, needs_prometheus, running, watched
 
@@ -61,6 +62,7 @@ class Systemd:
 @pytest.fixture
 def systemd(tmp_path, monkeypatch):
     made = Systemd(tmp_path)
+    monkeypatch.setenv("PATH", programs.path())
     (tmp_path / "units").mkdir()
     monkeypatch.setattr(common, "UNITS", str(tmp_path / "units"))
     monkeypatch.setattr(common, "MONITORING", str(tmp_path / "monitoring"))

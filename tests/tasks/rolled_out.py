@@ -23,7 +23,7 @@ from llamafleet.fleet.rollout import HostState
 from llamafleet.fleet.waves import Member
 from llamafleet.host.answers import GatewayServer
 from tasks import rollout
-from tasks.lib import decision, ends, gateway_drains, switching
+from tasks.lib import decision, ends, gateway_drains, switching, to_do
 
 FILE = Path(sys.argv[1])
 
@@ -74,11 +74,16 @@ def deploy():
 
 
 def gateway():
-    if "gateway" in ctx_host.get().groups:
+    host = ctx_host.get()
+    if "gateway" in host.groups:
+        others = [one for one in host.state.inventory if one is not host and decision.makes(one, "services")]
+        to_do.say(host, "gateway", [f"{one.name}/x has changed" for one in others if fleet()[one.name]["now"] == 1])
         learn(name="Let the gateway learn")
 
 
 def monitoring():
+    host = ctx_host.get()
+    to_do.say(host, "monitoring", ["it is new"] if fleet()[host.name].get("unwatched") else [])
     watch(name="Monitor the host")
 
 

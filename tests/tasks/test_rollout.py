@@ -101,6 +101,31 @@ def test_dry_prints_the_waves_with_every_change_and_changes_nothing(tmp_path):
     ]  # fmt: skip
 
 
+def test_dry_tells_what_gateway_and_monitoring_learn_after_the_waves(tmp_path):
+    """Also as JSON, and as all hosts are then."""
+    fleet = Fleet(tmp_path, 2, b={"now": 2, "unwatched": True})
+    fleet.add_gateway(now=2, wanted=2)
+    fleet.inventory.write_text(fleet.inventory.read_text() + f"monitoring = [{name('b')!r}]\n")
+    run = fleet.roll_out("--dry")
+    assert (run.returncode, fleet.begun, fleet.told) == (0, [], []), run.stderr
+    assert run.stdout.splitlines() == [
+        "wave 1 of 1: @fake/a", "    @fake/a: serve x: 1 is not 2",
+        "after the waves", "    @fake/g: gateway: @fake/a/x has changed", "    @fake/b: monitoring: it is new",
+        "as planned, and left alone: @fake/g, @fake/b",
+    ]  # fmt: skip
+    afterwards = json.loads(fleet.roll_out("--dry", "--json").stdout)["afterwards"]
+    assert afterwards == {"@fake/g": ["gateway: @fake/a/x has changed"], "@fake/b": ["monitoring: it is new"]}
+
+
+def test_where_the_gateway_alone_has_to_learn_dry_does_not_say_that_nothing_is_to_do(tmp_path):
+    fleet = Fleet(tmp_path, 1, a={"now": 2})
+    fleet.inventory.write_text(fleet.inventory.read_text() + f"monitoring = [{name('a')!r}]\n")
+    assert fleet.roll_out("--dry").stdout.splitlines() == ["nothing to do: all 1 hosts are as planned"]
+    fleet.hosts[name("a")]["unwatched"] = True
+    fleet.file.write_text(json.dumps(fleet.hosts))
+    assert fleet.roll_out("--dry").stdout.splitlines()[:2] == ["after the waves", "    @fake/a: monitoring: it is new"]
+
+
 def test_all_hosts_one_wave_after_the_other_and_a_second_time_nothing(tmp_path):
     fleet = Fleet(tmp_path)
     run = fleet.roll_out()
