@@ -48,8 +48,10 @@ class Outside:
     sources: dict[str, str]
 
     def settings(self) -> dict[str, object]:
-        """Settings with which a host uses the stand-ins; no speed floor, since hosts share this machine's cores."""
-        return {"llama_cpp_repository": self.repository, "hub_endpoint": self.hub.url, "speed_floor_percent": 0}
+        """Settings with which a host uses the stand-ins; no speed floor, since hosts share this machine's cores, and no
+        site, since models are small and nginx is not."""
+        return {"llama_cpp_repository": self.repository, "hub_endpoint": self.hub.url, "speed_floor_percent": 0,
+                "site": None}  # fmt: skip
 
     def publish(self, repository: str, file: Path) -> str:
         """The `source` of a file that the Hub has from now on."""

@@ -11,8 +11,9 @@ from pyinfra.api.deploy import deploy
 from llamafleet.build import release
 from llamafleet.remote.common import JOBS, SOURCE
 from llamafleet.service.desired import Desired
-from tasks.lib import lookups, operations, paths
+from tasks.lib import lookups, operations, paths, site_builds, site_members
 from tasks.lib.decision import build_job, for_stage
+from tasks.lib.site_builds import Release
 
 
 @deploy("Build llama.cpp")
@@ -35,9 +36,14 @@ def build() -> None:
         name=f"Check out llama.cpp {settings.llama_cpp_ref}", needed=needed, repository=repository,
         commit=wanted.commit, folder=SOURCE, network=network,
     )  # fmt: skip
+    name, job = f"Build llama.cpp {settings.llama_cpp_ref} for {wanted.backend}", build_job(now.desired)
+    site = None if settings.build_cache or not settings.models else site_members.of(host, settings)
+    if site:
+        release = Release(job, spec(now.desired), now.changes.build, job in now.desired.installed.jobs)
+        site.join(host, now.desired, (release,))
+        return site_builds.build_in_site(name=name, site=site, release=release)
     operations.build_release(
-        name=f"Build llama.cpp {settings.llama_cpp_ref} for {wanted.backend}", needed=now.changes.build,
-        job=build_job(now.desired), spec=spec(now.desired), network=network,
+        name=name, needed=now.changes.build, job=job, spec=spec(now.desired), network=network,
     )  # fmt: skip
 
 

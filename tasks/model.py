@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyinfra.api.deploy import deploy
+from pyinfra.context import ctx_host
 
 from llamafleet.hub.source import ModelFiles, RemoteFile
 from llamafleet.remote.common import RUN
@@ -13,7 +14,7 @@ from llamafleet.service.disks import MODEL_RESERVE_BYTES
 from llamafleet.service.model_folders import model_folder, store_of, stored_at
 from llamafleet.settings import secrets
 from llamafleet.settings.schema import Instance
-from tasks.lib import jobs, lookups, operations, paths
+from tasks.lib import jobs, lookups, operations, paths, site_members, site_models
 from tasks.lib.decision import for_stage
 
 # A tmpfs: the token is on the host only while it downloads.
@@ -27,6 +28,9 @@ def model() -> None:
     if now is None:
         return
     token = secrets.hub_token(now.desired.settings.hub_token_file, now.desired.settings.hub_endpoint)
+    host = ctx_host.get()
+    in_common = site_members.has_a_model_in_common(host, now.desired.settings)
+    site, shared = site_members.of(host, now.desired.settings) if in_common else None, []
     models = {
         folder: (serving.instance, one) for serving in now.desired.servings for folder, one in serving.models.items()
     }
@@ -34,13 +38,21 @@ def model() -> None:
         needed = folder in now.changes.models
         first = one.files[0].name
         there = stored_at(one, now.desired.settings, now.desired.installed) or folder
-        if sent := tuple(paths.sent_files(one, there)):
+        sent, asked = tuple(paths.sent_files(one, there)), spec(now.desired, instance, one, token is not None)
+        is_under_way = jobs.name_of("fetch", one.folder) in now.desired.installed.jobs
+        of_site = site_models.Model(one.folder, asked, needed, _curl_config(token), sent, is_under_way)
+        if site and of_site.can_be_shared:
+            shared.append(of_site)
+            continue
+        if sent:
             operations.send_files(name=f"Send {first}", needed=needed, files=sent, reserve_bytes=MODEL_RESERVE_BYTES)
         operations.run_job(
             name=f"Fetch {first}", needed=needed, job=f"fetch-{one.folder}", program="fetch.py",
-            spec=spec(now.desired, instance, one, token is not None), secret=_curl_config(token),
-            network=lookups.network(now.desired.settings),
+            spec=asked, secret=_curl_config(token), network=lookups.network(now.desired.settings),
         )  # fmt: skip
+    if site:
+        site.join(host, now.desired, shared)
+        site_models.fetch_in_site(name="Fetch the models of the site", site=site, models=tuple(shared))
 
 
 def _curl_config(token: str | None) -> jobs.Secret | None:

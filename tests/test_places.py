@@ -38,7 +38,9 @@ def run(folder, *words, path=str(ROOT)):
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("story", ["llamafleet.deploy", ROOT / "deploy.py"])
+@pytest.mark.parametrize(
+    "story", ["llamafleet.deploy", pytest.param(ROOT / "deploy.py", id="deploy.py", marks=pytest.mark.long)]
+)
 def test_a_deploy_works_from_the_folder_of_its_inventory(elsewhere, story):
     code, text = run(elsewhere, PROGRAMS / "pyinfra", "inv.py", story, "--dry")
     assert code and f"refused: {REFUSED}" in text and text.count("refused: ") == 1, text
@@ -49,7 +51,7 @@ def test_a_deploy_works_from_the_checkout_for_an_inventory_elsewhere(elsewhere):
     assert code and f"refused: {REFUSED}" in text and "missing" not in text, text
 
 
-@pytest.mark.parametrize("command", ["status", "plan"])
+@pytest.mark.parametrize("command", ["status", pytest.param("plan", marks=pytest.mark.long)])
 def test_the_command_works_from_any_folder(elsewhere, command):
     code, text = run(elsewhere, PROGRAMS / "python", "-m", "llamafleet.cli", command, "--inventory", "inv.py")
     assert code in (1, 2) and REFUSED in text and "missing" not in text, text

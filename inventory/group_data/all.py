@@ -210,7 +210,7 @@ build_ui = False
 # Parallel compiler jobs. None: one for each core, but at most one for each 4 GiB (CUDA) or 1 GiB of free RAM.
 build_jobs = None
 # Folder on the host, usually a network mount that hosts share, with finished builds by build key. A host
-# whose build is there does not compile it. None: every host compiles.
+# whose build is there does not compile it. None: the hosts of a `site` give each other their builds, without a mount.
 build_cache = None
 # Old releases that are kept on a host beside the current release, so that you can go back to them.
 keep_releases = 2
@@ -234,6 +234,15 @@ hub_token_file = None
 # folder there, to which a link in /var/lib/llamafleet/models leads; a server starts when the disk is mounted
 # (RequiresMountsFor=). Models that are there already stay where they are. None: /var/lib/llamafleet/models.
 models_dir = None
+
+# --- one download for a site -----------------------------------------------------------------
+
+# Hosts of a run that name the same site and reach each other download a model once, and compile a build once for all
+# that need the very same one: who has it gives it to the others, by nginx from the distribution, to these hosts alone
+# and while the run lasts. See docs/fleet.md. None: the host downloads and compiles for itself, and serves nobody.
+site = "default"
+# Port by which it gives files to the others; the same on all hosts of the site.
+site_port = 9345
 
 # --- the way out -----------------------------------------------------------------------------
 

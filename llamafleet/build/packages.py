@@ -27,11 +27,14 @@ class Need:
     packages: Mapping[str, tuple[str, ...]]
     # The host does without it.
     optional: bool = False
+    # The service that comes with the package: it starts neither now nor with the host.
+    unit: str = ""
 
     def to_json(self, manager: str) -> dict[str, Any]:
         """As `llamafleet/remote/packages.py` is asked."""
         packages = self.packages.get(manager, ())
-        return {"shown_by": list(self.shown_by), "packages": list(packages), "optional": self.optional}
+        found = {"shown_by": list(self.shown_by), "packages": list(packages), "optional": self.optional}
+        return {**found, "unit": self.unit} if self.unit else found
 
 
 def _library(name: str) -> tuple[str, ...]:
@@ -114,6 +117,8 @@ TLS_COMPILE = Need(
 )  # fmt: skip
 # For hosts of the group `gateway`.
 GATEWAY = Need("haproxy", ("haproxy",), _all("haproxy"))
+# For hosts that give files to others of their site: where `llamafleet/remote/share.py` starts it.
+SITE = Need("nginx", ("/usr/sbin/nginx",), _all("nginx"), unit="nginx.service")
 # For hosts of the group `monitoring`, and for all hosts that these watch.
 PROMETHEUS = Need(
     "prometheus", ("prometheus",),
@@ -155,7 +160,8 @@ def needs(backend: str, compiling: bool, tls: bool = False) -> tuple[Need, ...]:
 def all_needs() -> dict[str, Need]:
     """Everything that any backend could need, by its word."""
     of_backends = (need for group in (BACKEND, RUN_BACKEND) for of in group.values() for need in of)
-    every: Iterable[Need] = (*RUN, *COMPILE, *of_backends, TLS, TLS_COMPILE, GATEWAY, PROMETHEUS, EXPORTER)
+    every: Iterable[Need] = (*RUN, *COMPILE, *of_backends, TLS, TLS_COMPILE, GATEWAY, SITE, PROMETHEUS,
+                             EXPORTER)  # fmt: skip
     return {need.name: need for need in every}
 
 

@@ -216,6 +216,22 @@ class Built:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """What `build.py pack` says of a release: the SHA-256 of its release.json; sum and size of its archive."""
+
+    digest: Sha256
+    sha256: Sha256
+    size_bytes: Annotated[Whole, Field(ge=1, le=2**62)]
+
+
+@dataclass(frozen=True)
+class Apart:
+    """What `share.py apart` says: the addresses that a host does not reach."""
+
+    apart: Annotated[Listed[Label], Field(max_length=100_000)]
+
+
+@dataclass(frozen=True)
 class Gateway:
     """What `gateway_apply.py show` says of a host's gateway: HAProxy's version, the digest of the configuration in
     service, the SHA-256 of the unit, and the record of its servers, each None or empty where there is none."""
@@ -319,6 +335,16 @@ def offers(line: str) -> Mapping[str, Offer]:
 def built(line: str) -> Built:
     """The digest of a release, as `build.py digest` prints it."""
     return cast(Built, _read(line, "build.py", Built))
+
+
+def packed(line: str) -> Packed:
+    """The archive of a release, as `build.py pack` prints it."""
+    return cast(Packed, _read(line, "build.py", Packed))
+
+
+def apart(line: str) -> tuple[str, ...]:
+    """The addresses that a host does not reach, as `share.py apart` prints them."""
+    return cast(Apart, _read(line, "share.py", Apart)).apart
 
 
 def gateway_servers(line: str) -> Mapping[str, GatewayServer]:

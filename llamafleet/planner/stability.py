@@ -39,7 +39,7 @@ _UNRELATED_INSTANCE_SETTINGS = {"name", "source", "port", "listen", "allowed_cli
                           "tune_prompt_file", "accept_slower", "gateway"}  # fmt: skip
 _UNRELATED_SETTINGS = {"models", "llama_cpp_repository", "llama_cpp_ref", "build_ui", "build_jobs", "build_cache",
               "keep_releases", "hub_endpoint", "hub_token_file", "cuda_toolkit", "drain_seconds",
-              "drain_overdue", "switch_at_once",
+              "drain_overdue", "switch_at_once", "site", "site_port",
               "allow_empty_models", "environment", "models_dir", "proxy", "no_proxy", "ca_file", "python",
               "tune", "tune_minutes", "tune_stops_service", "tune_window", "reached_at",
               "gateway_listen", "gateway_port", "gateway_api_key_file", "gateway_allow_unauthenticated",

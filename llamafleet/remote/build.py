@@ -7,8 +7,10 @@ Progress lines on stdout; those at the end that begin with `note: ` are for the 
 begins with `error: `. Exit 0: the release /opt/llamafleet/releases/KEY is complete. Killed at any point it goes on
 where it was: Ninja (or make, where the host has no Ninja) keeps what is compiled, and a release appears under its name
 only when it is whole. `build.py digest KEY` prints {"digest": the SHA-256 of the release's release.json}, after its
-files were compared with it; exit 1 and a line `error: ` where one differs. Root, systemd, CMake, Ninja or make, the
-standard library; common.py, build_cache.py, confined.py, job_limits.py and releases.py lie beside it.
+files were compared with it; exit 1 and a line `error: ` where one differs. `build.py pack KEY` does so too, and makes
+an archive of the release in pieces.BUILDS, from which other hosts of the site may take it: {"digest", "sha256" and
+"size_bytes" of the archive}. What build.py itself takes from there it removes. Root, systemd, CMake, Ninja or make, the
+standard library; common.py, build_cache.py, confined.py, job_limits.py, pieces.py and releases.py lie beside it.
 
 With a build cache one host of several compiles a key, under a lock there; build_cache.py has what the others may take.
 
@@ -30,6 +32,7 @@ from typing import Any
 import build_cache
 import confined
 import job_limits
+import pieces
 from common import RELEASE_SCHEMA, RELEASES, output_of, sha256_of, write_json
 from releases import record_of
 
@@ -78,6 +81,8 @@ def take_from_cache(spec: dict[str, Any], digests: list[str]) -> bool:
         return False
     version_of(partial)
     give_name(spec, partial)
+    if spec["build_cache"] == pieces.BUILDS:  # an archive of the site's is there once
+        build_cache.remove(pieces.BUILDS, spec["key"])
     return True
 
 
@@ -196,8 +201,22 @@ def digest_of(key: str) -> str:
     return str(sha256_of(f"{RELEASES}/{key}/{build_cache.RECORD}"))
 
 
+def packed(key: str) -> dict[str, Any]:
+    """What the contract says of `pack`. Raises Failed and OSError."""
+    digest = digest_of(key)
+    archive = build_cache.archive_of(pieces.BUILDS, key, digest)
+    if not os.path.exists(archive):
+        os.makedirs(pieces.BUILDS, mode=0o755, exist_ok=True)
+        build_cache.remove(pieces.BUILDS, key)
+        build_cache.pack(key, archive)
+    return {"digest": digest, "sha256": sha256_of(archive), "size_bytes": os.path.getsize(archive)}
+
+
 def main(argv: list[str]) -> int:
     try:
+        if argv[0] == "pack":
+            print(json.dumps(packed(argv[1])))
+            return 0
         if argv[0] == "digest":
             print(json.dumps({"digest": digest_of(argv[1])}))
             return 0

@@ -288,10 +288,18 @@ def publish(cache: str, key: str) -> None:
 
 
 def _publish(cache: str, key: str) -> None:
+    archive = archive_of(cache, key, str(sha256_of(f"{RELEASES}/{key}/{RECORD}")))
+    pack(key, archive)
+    say(f"kept as {archive}")
+    forget_older(cache, key, archive)
+
+
+def pack(key: str, archive: str) -> None:
+    """Write this host's release of the key as an archive; equal releases give equal bytes. Raises OSError."""
     release = f"{RELEASES}/{key}"
-    digest = sha256_of(f"{release}/{RECORD}")
-    archive = archive_of(cache, key, str(digest))
-    handle, draft = tempfile.mkstemp(prefix=f".{key}.", suffix=".new", dir=cache)  # of a name that nobody has taken
+    handle, draft = tempfile.mkstemp(  # of a name that nobody has taken
+        prefix=f".{key}.", suffix=".new", dir=os.path.dirname(archive)
+    )
     try:
         with os.fdopen(handle, "wb") as file:
             with tarfile.open(fileobj=file, mode="w") as tar:
@@ -306,14 +314,21 @@ def _publish(cache: str, key: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(draft)
         raise
-    say(f"kept as {archive}")
-    forget_older(cache, key, archive)
 
 
 def as_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
     member.uid = member.gid = 0
     member.uname = member.gname = "root"
+    member.mtime = 0
     return member
+
+
+def remove(folder: str, key: str) -> None:
+    """Remove all archives of the key, and what belongs to them."""
+    for name in listing(folder):
+        if name.lstrip(".").startswith(key):
+            with contextlib.suppress(OSError):
+                os.unlink(f"{folder}/{name}")
 
 
 def forget_older(cache: str, key: str, new: str) -> None:

@@ -2,7 +2,7 @@
 
 Contract. Runs with Python 3.8 or later, the standard library and curl 7.76 or later. Argument: a JSON file,
 
-    {"directory": "/var/lib/llamafleet/models/NAME-SHA12",  where the files end up
+    {"directory": "/var/lib/llamafleet/models/NAME-SHA12",  where the files end up; pieces.BUILDS for KEY-DIGEST.tar
      "store": "/mnt/models/NAME-SHA12" | null,              optional: a folder on another disk, to which `directory`
                                                             becomes a link, unless it is there already
      "owner": "llamafleet" | null,                          who owns them; null: whoever runs this
@@ -14,18 +14,23 @@ Contract. Runs with Python 3.8 or later, the standard library and curl 7.76 or l
      "token_origin": "https://huggingface.co",              the only origin that is shown that header: https or loopback
      "reserve_bytes": int}                                  stays free on the file system
     and optional: "attempts" (in a row without progress), "retry_delay_s", "stall_bytes_per_s", "stall_s", "seconds"
-    (all files together)
+    (all files together), and
+     "peers": {"hosts": [{"name": "h2", "address": an IP address, "port": int}, ...], "seconds": for each file,
+               "access": path}     hosts of the site that have the files, and a file (0600) with the run's token and
+                                   certificate as {"token", "certificate"}. They alone are asked then, and no address
+                                   of a file; fetch_peers.py has what is said of them
 
 Standard output is the log: one line of text each time, the last one `done ...` or `error: ...`. Exit codes:
 0 done, 2 bad spec, 3 no space, 4 size or checksum, 5 not allowed, 6 not found, 7 network, 8 not a GGUF file,
-1 another fault of this host, 128 + N stopped by signal N.
+9 the peers bring no more, so that others have to be asked, 1 another fault of this host, 128 + N stopped by signal N.
 
 A file grows as `.NAME.partial`, is checked, then gets its name; `NAME.verified` beside it records what was
 checked, so that the next run neither asks nor reads. Killed at any time, the next run goes on where it was.
 
 Its parts lie beside it on a host and are imported by their bare names: common (rules for names and addresses),
 redirects, fetch_spec (what is asked), fetch_log, fetch_folder (what is on the disk), fetch_local (files of this host),
-fetch_curl (one request) and fetch_answer (what an answer means). This file has the order: one file after another, from
+fetch_curl (one request), fetch_answer (what an answer means), fetch_peers, fetch_window and pieces (other hosts of the
+site). This file has the order: one file after another, from
 an address until it brings nothing new, then from the next address.
 
 Decision 9: docs/decisions/0009-nothing-half-done-has-its-final-name.md.
@@ -44,6 +49,7 @@ from fetch_curl import FULL, check_time, transfer
 from fetch_folder import adopt, check_space, discard, is_known, make_folder, put_in_place, size_of, take_lock, verify
 from fetch_local import is_local, needs_no_space, take
 from fetch_log import Progress, gib, say
+from fetch_peers import from_peers
 from fetch_spec import (
     BAD_SPEC,
     MISMATCH,
@@ -115,7 +121,7 @@ def find_missing(spec: Spec) -> Iterator[Wanted]:
     for wanted in spec.files:
         if is_known(spec, wanted):
             continue
-        is_asked = bool(wanted.urls) and not is_local(wanted.urls[0])
+        is_asked = bool(wanted.urls) and not is_local(wanted.urls[0]) and spec.peers is None
         known = learn(spec, wanted) if is_asked and None in (wanted.size_bytes, wanted.sha256) else wanted
         if not adopt(spec, known):
             yield known
@@ -124,6 +130,8 @@ def find_missing(spec: Spec) -> Iterator[Wanted]:
 def fetch_file(spec: Spec, wanted: Wanted, progress: Progress) -> None:
     """The file from the first address that delivers it. Raises Failed with the first address' code."""
     failures: list[Failed] = []
+    if spec.peers is not None:
+        return put_in_place(spec, wanted, from_peers(spec, wanted, progress))
     if not wanted.urls:
         return take_sent(spec, wanted, progress)
     for url in wanted.urls:

@@ -18,7 +18,7 @@ from typing import IO, Any, Dict  # the contract is Python 3.8, whose own Dict i
 
 from common import is_as_verified, make_way, read_json, replace_link, set_aside, sync
 from fetch_log import MIB, PROGRESS_S, Progress, gib, say
-from fetch_spec import MISMATCH, NO_SPACE, NOT_GGUF, Failed, Spec, Wanted
+from fetch_spec import ARCHIVE, MISMATCH, NO_SPACE, NOT_GGUF, Failed, Spec, Wanted
 
 
 def size_of(path: Path) -> int:
@@ -107,7 +107,7 @@ def verify(path: Path, wanted: Wanted, source: str) -> str:
     digest, done, said_at = hashlib.sha256(), 0, time.monotonic()
     with open(path, "rb") as stream:
         for block in iter(lambda: stream.read(4 * MIB), b""):
-            if done == 0 and block[:4] != b"GGUF":
+            if done == 0 and block[:4] != b"GGUF" and not ARCHIVE.fullmatch(wanted.name):
                 raise Failed(NOT_GGUF, f"{wanted.name} from {source} is not a GGUF file: it begins with {block[:24]!r}")
             digest.update(block)
             done += len(block)

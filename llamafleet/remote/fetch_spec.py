@@ -5,6 +5,7 @@ Part of fetch.py and under its contract: Python 3.8, standard library, what lies
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import pwd
@@ -16,10 +17,13 @@ from typing import Any, NoReturn
 
 from common import ADDRESS_RULE, MODEL_FILE_RULE, is_address, is_model_file, keeps_secrets
 
-BAD_SPEC, NO_SPACE, MISMATCH, NOT_ALLOWED, NOT_FOUND, NETWORK, NOT_GGUF = 2, 3, 4, 5, 6, 7, 8
+BAD_SPEC, NO_SPACE, MISMATCH, NOT_ALLOWED, NOT_FOUND, NETWORK, NOT_GGUF, ASK_AGAIN = 2, 3, 4, 5, 6, 7, 8, 9
 SPEC_LIMIT_BYTES = 16 * 2**20  # 1024 shards with ten addresses each have less
 SECRET_LIMIT_BYTES = 64 * 2**10
+# Of a build that a host of the site has made (build.py).
+ARCHIVE = re.compile(r"[0-9a-f]{16}-[0-9a-f]{64}\.tar")
 LARGEST = 2**63 - 1  # of a signed file offset
+MOST_PEERS = 16  # each has a thread and some pieces in memory
 
 
 class Failed(Exception):
@@ -54,6 +58,25 @@ class Wanted:
 
 
 @dataclass(frozen=True)
+class Peer:
+    """A host of the site that serves the files."""
+
+    name: str
+    address: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The hosts that are asked, and by what they know us and we know them."""
+
+    hosts: tuple[Peer, ...]
+    seconds: float
+    token: str = field(repr=False)
+    certificate: str
+
+
+@dataclass(frozen=True)
 class Spec:
     """What to do, checked; fetch.py's docstring says what each key means."""
 
@@ -69,6 +92,7 @@ class Spec:
     stall_bytes_per_s: int = 1024
     stall_s: int = 60
     seconds: float = 7 * 86400.0
+    peers: Peers | None = None
     secret: str = field(default="", repr=False)  # what `curl_config` says
 
     def partial(self, wanted: Wanted) -> Path:
@@ -126,7 +150,57 @@ def read_spec(path: str) -> Spec:
     if len(set(names)) != len(names):
         refuse("files", "files of different names", max(names, key=names.count))
     secret = read_secret(data.get("curl_config"), data.get("token_origin", Spec.token_origin))
-    return Spec(**{**data, "directory": Path(data["directory"]), "files": files, "secret": secret})
+    peers = read_peers(data["peers"], files) if data.get("peers") is not None else None
+    return Spec(**{**data, "directory": Path(data["directory"]), "files": files, "secret": secret, "peers": peers})
+
+
+def read_peers(data: object, files: tuple[Wanted, ...]) -> Peers:
+    """The checked peers, with what the file `access` has. Raises Failed."""
+    if not isinstance(data, dict) or set(data) != {"hosts", "access", "seconds"}:
+        refuse("peers", "an object of hosts, access and seconds", data)
+    hosts, seconds = data["hosts"], data["seconds"]
+    if not isinstance(hosts, list) or not 0 < len(hosts) <= MOST_PEERS:
+        refuse("peers.hosts", f"a list of 1 to {MOST_PEERS} hosts", hosts)
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds <= LARGEST:
+        refuse("peers.seconds", "a number above 0", seconds)
+    unknown = [wanted.name for wanted in files if None in (wanted.size_bytes, wanted.sha256)]
+    if unknown:
+        refuse("files", "files of known size and sha256, since peers are not believed", unknown[0])
+    found = tuple(read_peer(entry, f"peers.hosts[{index}]") for index, entry in enumerate(hosts))
+    if len({peer.name for peer in found}) != len(found):
+        refuse("peers.hosts", "hosts of different names", found[0].name)
+    try:
+        access = json.loads(read_private(data["access"], "peers.access"))
+        token, certificate = access["token"], access["certificate"]
+        is_sound = re.fullmatch(r"[A-Za-z0-9_-]{32,128}", token) is not None and isinstance(certificate, str)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        is_sound = False
+    if not is_sound:
+        raise Failed(
+            BAD_SPEC, f"spec: the file of peers.access, {data['access']}, should have a token and a certificate"
+        )
+    return Peers(found, float(seconds), token, certificate)
+
+
+def read_peer(entry: object, path: str) -> Peer:
+    if not isinstance(entry, dict) or set(entry) != {"name", "address", "port"}:
+        refuse(path, "an object of name, address and port", entry)
+    name, address, port = entry["name"], entry["address"], entry["port"]
+    if not isinstance(name, str) or not re.fullmatch(r"[!-~]{1,253}", name):
+        refuse(f"{path}.name", "1 to 253 printable characters without blanks", name)
+    if not isinstance(address, str) or not is_ip_address(address):
+        refuse(f"{path}.address", "an IP address", address)
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 65536:
+        refuse(f"{path}.port", "a port from 1 to 65535", port)
+    return Peer(name, address, port)
+
+
+def is_ip_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def read_secret(path: object, origin: str) -> str:
@@ -135,18 +209,23 @@ def read_secret(path: object, origin: str) -> str:
         return ""
     if not keeps_secrets(origin):
         refuse("token_origin", "an https address, since others could read the token on its way", origin)
+    return read_private(path, "curl_config")
+
+
+def read_private(path: object, key: str) -> str:
+    """The text of a file that its owner alone may read. Raises Failed."""
     if not isinstance(path, str):
-        refuse("curl_config", "the path of a file, or null", path)
+        refuse(key, "the path of a file, or null", path)
     try:
         with open(path, encoding="utf-8") as file:
             mode = os.fstat(file.fileno()).st_mode
             if not stat.S_ISREG(mode):
-                refuse("curl_config", "the path of a file, or null", path)
+                refuse(key, "the path of a file, or null", path)
             if mode & 0o077:
-                refuse("curl_config", f"readable by its owner only ({path}: chmod 0600)", oct(mode))
+                refuse(key, f"readable by its owner only ({path}: chmod 0600)", oct(mode))
             return file.read(SECRET_LIMIT_BYTES)
     except (OSError, ValueError):
-        refuse("curl_config", "the path of a readable file, or null", path)
+        refuse(key, "the path of a readable file, or null", path)
 
 
 def check_scalars(data: dict[str, Any]) -> None:
@@ -180,7 +259,7 @@ def read_file_entry(entry: object, path: str) -> Wanted:
     if not isinstance(entry, dict) or set(entry) - {"name", "urls", "size_bytes", "sha256", "unverified"}:
         refuse(path, "an object of name, urls, size_bytes, sha256 and unverified", entry)
     name, urls, size, digest = (entry.get(key) for key in ("name", "urls", "size_bytes", "sha256"))
-    if not isinstance(name, str) or not is_model_file(name):
+    if not isinstance(name, str) or not (is_model_file(name) or ARCHIVE.fullmatch(name)):
         refuse(f"{path}.name", f"a file name of {MODEL_FILE_RULE}", name)
     if not isinstance(urls, list) or not (urls or digest):
         refuse(f"{path}.urls", "a list of at least one address", urls)

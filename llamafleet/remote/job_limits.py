@@ -1,9 +1,9 @@
 """What a job on this host may use and write: the directives of its transient unit.
 
 Contract: a module, no program. `for_job(name)` gives them for systemd-run's --property; the kind of a job is the first
-word of its name: "build", "checkout", "fetch", "packages", "toolkit", "tune", and "switch", "refresh" and "watch" (of
-instances). An unknown kind has the limits of a switch. All are known to systemd 247. Python 3.8, standard library;
-common.py lies beside it.
+word of its name: "build", "checkout", "fetch", "packages", "share", "toolkit", "tune", and "switch", "refresh" and
+"watch" (of instances). An unknown kind has the limits of a switch. All are known to systemd 247. Python 3.8, standard
+library; common.py and pieces.py lie beside it.
 
 A service that runs beside a job comes first: work gives way to it at the CPU and the disk, ends before it when memory
 runs out, and has no more memory than was free when it began. Services keep their models in files that are mapped into
@@ -20,12 +20,14 @@ import os
 from typing import Any, Dict, List, Optional, Sequence
 
 from common import BUILD, ETC, JOBS, MODELS, RELEASES, RUN, SOURCE, UNITS, VAR, read_json
+from pieces import BUILDS
 
 GIB = 1 << 30
 # Seconds that a job may take, by its kind. A checkout of one commit is some 30 MB, packages are some 100 MB, a CUDA
-# toolkit 8 GB; a download ends itself after seven days; a liveness check is installed in a moment; a tune has a day.
+# toolkit 8 GB; a download ends itself after seven days; a liveness check is installed in a moment; a tune has a day;
+# what other hosts are given is read once, 800 GB from a slow disk.
 LONGEST = {"build": 12 * 3600, "checkout": 3600, "fetch": 170 * 3600, "packages": 3600, "toolkit": 4 * 3600,
-           "switch": 24 * 3600, "refresh": 600, "watch": 600, "tune": 26 * 3600}  # fmt: skip
+           "share": 4 * 3600, "switch": 24 * 3600, "refresh": 600, "watch": 600, "tune": 26 * 3600}  # fmt: skip
 # A compiler needs as much at the least, or nothing can be built on a full host.
 LEAST_BYTES = GIB
 # Left free for the system.
@@ -67,14 +69,11 @@ def limits(
     if kind == "checkout":  # by ssh too, whose keys are root's
         return [*ALWAYS, *BEHIND, *CONFINED, *CLIENT, *writable([SOURCE]), *bounds(kind, 256, 4 * GIB),
                 "ProtectHome=read-only"]  # fmt: skip
-    if kind == "fetch" and reads_files:
-        # Its folders are no mounts of their own, or no file outside could get a second name in them (link(2), EXDEV).
-        confined = [one for one in CONFINED if not one.startswith("ProtectSystem=")]
-        return [*ALWAYS, *BEHIND, *confined, *CLIENT, *bounds(kind, 256, 2 * GIB), "ProtectSystem=full",
-                "ProtectHome=read-only"]  # fmt: skip
     if kind == "fetch":
-        return [*ALWAYS, *BEHIND, *CONFINED, *CLIENT, *writable([MODELS, *stores]), *bounds(kind, 256, 2 * GIB),
-                "ProtectHome=yes"]  # fmt: skip
+        return of_download(reads_files, stores)
+    if kind == "share":  # it reads models and asks systemd to start a server; that has limits of its own (share.py)
+        return [*ALWAYS, *BEHIND, *CONFINED, *writable([]), *bounds(kind, 256, 2 * GIB), "ProtectHome=read-only",
+                "RestrictAddressFamilies=AF_UNIX"]  # fmt: skip
     if kind in ("packages", "toolkit"):  # packages write anywhere, and run scripts of their own
         return [*ALWAYS, *BEHIND, *bounds(kind, 4096, free_bytes())]
     # It asks systemd, and makes device nodes of a GPU: a sandbox as tight would have to be opened for both.
@@ -82,6 +81,16 @@ def limits(
             "LockPersonality=yes", "SystemCallArchitectures=native",
             *writable([UNITS, ETC, VAR, *([CACHES] if kind in ("remove", "undo") else [])]),
             *bounds(kind, 1024, 4 * GIB)]  # fmt: skip
+
+
+def of_download(reads_files: bool, stores: Sequence[str]) -> List[str]:
+    """The directives of a job that fetches a model."""
+    common = [*ALWAYS, *BEHIND, *CLIENT, *bounds("fetch", 256, 2 * GIB)]
+    if reads_files:
+        # Its folders are no mounts of their own, or no file outside could get a second name in them (link(2), EXDEV).
+        confined = [one for one in CONFINED if not one.startswith("ProtectSystem=")]
+        return [*common, *confined, "ProtectSystem=full", "ProtectHome=read-only"]
+    return [*common, *CONFINED, *writable([MODELS, BUILDS, *stores]), "ProtectHome=yes"]
 
 
 def writable(paths: Sequence[str]) -> List[str]:
@@ -112,7 +121,8 @@ def for_job(name: str) -> List[str]:
     spec = read_json(f"{JOBS}/{name}.json") if kind in ("build", "fetch") else {}
     cache = spec.get("build_cache")
     stores = stores_of(spec) if kind == "fetch" else []
-    for path in {"build": (BUILD, SOURCE, RELEASES), "checkout": (SOURCE,)}.get(kind, ()):
+    folders = {"build": (BUILD, SOURCE, RELEASES), "checkout": (SOURCE,)}.get(kind, ())
+    for path in (BUILDS,) if spec.get("directory") == BUILDS else folders:
         os.makedirs(path, mode=0o755, exist_ok=True)
     if cache:
         with contextlib.suppress(OSError):  # the job says what is wrong with it

@@ -3,8 +3,9 @@
 Contract: a module, no program. `prune()` is called when a job starts. It removes logs, specifications and exit codes of
 jobs that are older than KEPT_DAYS or not among the KEPT_JOBS newest of their kind, running jobs excepted; files that
 were set aside as `.rejected`, older than KEPT_DAYS; records of the gate and of tunes for instances that are gone,
-likewise; and what a killed run has left half done (staged files, which may hold keys, and a preflight's model), older
-than HALF_DONE_DAYS. What cannot be removed stays. Python 3.8, standard library; common.py beside it.
+likewise; and what a run has left half done (staged files, which may hold keys, a preflight's model, and archives of
+releases for other hosts), older than HALF_DONE_DAYS. What cannot be removed stays. Python 3.8, standard library;
+common.py and pieces.py beside it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from common import (
     running_jobs,
     unit_of,
 )
+from pieces import BUILDS
 
 KEPT_DAYS, KEPT_JOBS, HALF_DONE_DAYS = 30, 20, 1
 DAY = 86400.0
@@ -113,8 +115,8 @@ def tunes(now: float) -> Iterator[str]:
 
 
 def half_done(now: float) -> Iterator[str]:
-    """What switches of runs that were killed would have used."""
-    paths = [f"{STAGED}/{name}" for name in listing(STAGED)]
+    """What switches of runs that were killed would have used, and what other hosts have taken by now."""
+    paths = [*(f"{STAGED}/{name}" for name in listing(STAGED)), *(f"{BUILDS}/{name}" for name in listing(BUILDS))]
     with contextlib.suppress(OSError):
         paths += [f"{MODELS}/{name}" for name in os.listdir(MODELS) if name.startswith(".preflight-")]
     return (path for path in paths if age_days(path, now) > HALF_DONE_DAYS)

@@ -129,6 +129,9 @@ def is_network(text: str) -> bool:
 
 
 # Part of the unit's name and of paths.
+SiteName = Annotated[
+    Text, Should("be 1 to 63 of A-Z a-z 0-9 . _ -", functools.partial(re.fullmatch, r"[A-Za-z0-9._-]{1,63}"))
+]
 Name = Annotated[
     Text,
     Should(

@@ -56,6 +56,7 @@ from llamafleet.settings.kinds import (
     OneCompanion,
     RerankExample,
     Sha256,
+    SiteName,
     Sleep,
     Slots,
     Source,
@@ -293,6 +294,8 @@ class Settings:
     uninstall_models: Flag
     environment: Variables
     models_dir: ModelsDir | None
+    site: SiteName | None
+    site_port: gateways.Port
     reached_at: gateways.ReachedAt | None
     gateway_listen: gateways.Address
     gateway_port: gateways.Port
@@ -345,7 +348,7 @@ class Settings:
     def _fields_agree(self) -> Self:
         wrong = environment.problems(self.environment)
         validation.refuse([*self.clashes({}), *self._token_in_the_open(), *wrong, *gateways.problems(vars(self)),
-                           *monitoring.problems(vars(self))])  # fmt: skip
+                           *monitoring.problems(vars(self)), *self._taken_site_port()])  # fmt: skip
         return self
 
     def with_copies(self, per_gpu: Mapping[str, int]) -> Settings:
@@ -357,6 +360,12 @@ class Settings:
     def clashes(self, per_gpu: Mapping[str, int]) -> Iterator[tuple[str, str]]:
         """The key and a sentence for each name and port that two instances, or copies, would have."""
         return copying.clashes([one.asked(_count(one, per_gpu.get(one.name, 1))) for one in self.models])
+
+    def _taken_site_port(self) -> Iterator[tuple[str, str]]:
+        """The server of the site runs while services are switched."""
+        taken = next((one.name for one in self.models if one.port == self.site_port), None)
+        if self.site is not None and taken is not None:
+            yield "site_port", f"{self.site_port} is the port of {taken}: give another one, or set site to None"
 
     def _token_in_the_open(self) -> Iterator[tuple[str, str]]:
         if self.hub_token_file is not None and not keeps_secrets(self.hub_endpoint):

@@ -28,7 +28,14 @@ def settings(tmp_path):
         yield {"hub_endpoint": hub.url, "llama_cpp_ref": COMMIT, "models": [model]}
 
 
-@pytest.mark.parametrize("machine", ["cpu,ram=16GB,cores=4", "rtx4090,ram=64GB,cores=8", "2xrtx3090,ram=64GB,cores=8"])
+@pytest.mark.parametrize(
+    "machine",
+    [
+        "cpu,ram=16GB,cores=4",
+        "2xrtx3090,ram=64GB,cores=8",
+        pytest.param("rtx4090,ram=64GB,cores=8", marks=pytest.mark.long),
+    ],
+)
 def test_a_run_would_change_nothing_on_a_converged_host_of_any_kind(settings, machine):
     """`Converged` asks that itself, by `changes_needed`, and raises where something differs."""
     host = Converged("box", machine, settings, COMMIT)

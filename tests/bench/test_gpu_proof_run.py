@@ -291,7 +291,7 @@ def test_the_time_of_a_tune_is_a_bound(model):
     """A trial that takes too long is the last one."""
     proof = replace(fast_with("--threads 8 "), tune_seconds=0.0)
     row = proof.row(cells.Cell(MODEL, 560, CONTEXT, TUNED), model)
-    assert row.chosen.startswith("the plan: ") and "1 trials of 2 candidates" in row.chosen
+    assert row.chosen.startswith("the plan: ") and "1 trials of 3 candidates" in row.chosen
 
 
 def test_the_build_is_the_deploys_for_this_card_alone(monkeypatch):

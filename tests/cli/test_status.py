@@ -19,6 +19,7 @@ from llamafleet.cli.status import HostStatus, Wanted, of_host, plan_in_short
 from llamafleet.host import answers
 from llamafleet.host.recorded import PlanRecord
 from llamafleet.remote import status as program
+from tests import forked
 from tests.service.test_changes import INSTALLED, INSTANCE
 
 MIB = 2**20
@@ -310,19 +311,19 @@ def test_a_host_that_does_not_answer_is_named_and_exits_1(tmp_path):
 @pytest.mark.parametrize("module", ["tasks.status", "tasks.lib.over_hosts", "tasks.rollout", "tasks.report"])
 def test_an_inventory_that_cannot_be_used_is_bad_input_with_a_line(tmp_path, module, text, says):
     (tmp_path / "fleet.py").write_text(text)
-    words = [sys.executable, "-m", module, str(tmp_path / "fleet.py")]
-    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
+    done = forked.pyinfra().run(["-m", module, str(tmp_path / "fleet.py")])
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_a_limit_that_names_nobody_is_bad_input(tmp_path):
     (tmp_path / "fleet.py").write_text('hosts = ["@local"]\n')
-    words = [sys.executable, "-m", "tasks.status", str(tmp_path / "fleet.py"), "--limit", "nobody"]
-    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
+    done = forked.pyinfra().run(["-m", "tasks.status", str(tmp_path / "fleet.py"), "--limit", "nobody"])
     assert done.returncode == 2 and "nobody" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["status", "plan", "rollout", "report"])
+@pytest.mark.parametrize(
+    "command", ["status", "rollout", *(pytest.param(one, marks=pytest.mark.long) for one in ("plan", "report"))]
+)
 def test_ctrl_c_while_a_host_is_silent_ends_within_seconds_with_130(tmp_path, command):
     """A host that accepts the connection and says nothing: as a terminal does, all processes get the signal."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -3,7 +3,9 @@ to find what is planted for it."""
 
 import base64
 import contextlib
+import os
 import shlex
+import shutil
 import subprocess
 import threading
 import time
@@ -119,6 +121,15 @@ class Watcher(Beside):
         return [path for path, texts in self.seen.items() if any(secret.encode() in text for text in texts)]
 
 
+def noting_environments(program, folder, noted):
+    """A folder for $PATH where this program notes the environment that it was given, each time in a file of its own."""
+    folder.mkdir()
+    noted.mkdir()
+    (folder / program).write_text(f'#!/bin/sh\ncat /proc/$$/environ >{noted}/$$ && exec {shutil.which(program)} "$@"\n')
+    (folder / program).chmod(0o755)
+    return folder
+
+
 def found_on(host, *secrets):
     """The files of the host that have one of these, and the lines of its journal."""
     patterns = "".join(f"{secret}\n" for secret in secrets)
@@ -188,11 +199,13 @@ def test_no_secret_is_left_or_shown_during_a_deploy(outside, asked, inventory, h
     finally:
         uproot(host)
 
-    written = inventory((host, asked(source="hf:acme/gated-GGUF/secret.gguf")))
+    written, environments = inventory((host, asked(source="hf:acme/gated-GGUF/secret.gguf"))), tmp_path / "environments"
+    programs = noting_environments("git", tmp_path / "programs", environments)
     with (tmp_path / "said").open("w+") as said:
         process = subprocess.Popen(
             command(written, "-y", "-vvv", "--debug", "--diff"), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=said,
-            stderr=said, env={**environment(), "HF_TOKEN": token, "TMPDIR": str(temporary)},
+            stderr=said, env={**environment(), "HF_TOKEN": token, "TMPDIR": str(temporary),
+                                                        "PATH": f"{programs}:{os.environ['PATH']}"},
         )  # fmt: skip
         with Watcher(process.pid, temporary) as watcher:
             assert process.wait(1500) == 0, Path(said.name).read_text()[-3000:]
@@ -202,7 +215,8 @@ def test_no_secret_is_left_or_shown_during_a_deploy(outside, asked, inventory, h
     on_the_way = [as_sent(f"{KEY}\n"), as_sent(f'header = "Authorization: Bearer {token}"\n')]
     assert len(text) > 10_000 and not [secret for secret in (KEY, token, *on_the_way) if secret in text]
     assert watcher.where("deploy.py") and not watcher.where(KEY) and not watcher.where(token)
-    assert [path for path in watcher.seen if path.endswith("/environ")]  # of programs that pyinfra started
+    started = [path.read_bytes() for path in environments.iterdir()]  # of programs that pyinfra started
+    assert started and not [text for text in started if KEY.encode() in text or token.encode() in text]
     # The sampler has seen this very deploy, and neither key nor token.
     assert sampled(host, "switch.py") and sampled(host, "fetch.py")
     assert not [secret for secret in (KEY, token, *on_the_way) if sampled(host, secret)]

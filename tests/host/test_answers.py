@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamafleet.host import answers
@@ -38,6 +38,8 @@ ANSWERS = {
                                           "prompt_tokens": FIGURES, "reply_tokens": FIGURES, "live_tokens": FIGURES,
                                           "concurrency": FIGURES, "counters": None}}),
     "built": ("build.py", {"digest": "5e" * 32}),
+    "packed": ("build.py", {"digest": "5e" * 32, "sha256": "a1" * 32, "size_bytes": 5}),
+    "apart": ("share.py", {"apart": ["10.0.0.2", "fd00::2"]}),
     "gate": ("gate.py", {"ok": True, "checks": [], "decode_tokens_per_s": None}),
 }  # fmt: skip
 
@@ -124,9 +126,10 @@ def test_what_is_no_utf8_is_shown_with_question_marks():
     assert read("job", {**LOOK, "tail": ["caf\udcc3"]}).tail == ("caf?",)
 
 
+@pytest.mark.parametrize("count", [25, pytest.param(300, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", ANSWERS)
-def test_a_broken_answer_is_read_or_refused(name):
-    @FUZZ
+def test_a_broken_answer_is_read_or_refused(name, count):
+    @settings(FUZZ, max_examples=count)
     @given(broken(ANSWERS[name][1]), st.none() | st.integers(0, 400))
     def check(value, cut):
         try:

@@ -44,7 +44,7 @@ def work(answer):
     return Workload.of(planning.settings({}).models[0], answer.context_tokens)
 
 
-@pytest.mark.parametrize("gib", [8, 12, 16, 24, 32, 48, 80])
+@pytest.mark.parametrize("gib", [12, 24, 48, *(pytest.param(size, marks=pytest.mark.long) for size in (8, 16, 32, 80))])
 @pytest.mark.parametrize("layout", MOE + DENSE)
 def test_nothing_more_fits_on_one_gpu(layout, gib):
     answer = planned(layout, [gib * 1024], context_tokens=8192)

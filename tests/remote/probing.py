@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+from tests import forked
 from tests.fake_nvml import RTX4090
 
 REMOTE = Path(__file__).parents[2] / "llamafleet" / "remote"
@@ -39,12 +38,13 @@ class Host:
         """These lines first: the stand-in takes the first that it finds."""
         self.state.write_text("\n".join([*lines, RTX4090.read_text()]))
 
-    def probe(self, *arguments, nvml=True, python=sys.executable):
+    def probe(self, *arguments, nvml=True):
         environment = dict(os.environ, FAKE_NVML_STATE=str(self.state))
         if nvml:
             environment["LD_LIBRARY_PATH"] = str(self.library.parent)
-        command = [python, "-s", "-E", str(REMOTE / "probe.py"), "--root", str(self.root), *arguments]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        result = forked.programs(environment.get("LD_LIBRARY_PATH")).run(
+            [REMOTE / "probe.py", "--root", self.root, *arguments], env=environment
+        )
         assert (result.returncode, result.stderr) == (0, ""), result.stderr
         return json.loads(result.stdout)
 

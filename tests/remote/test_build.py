@@ -197,3 +197,49 @@ def test_without_ninja_make_compiles_and_a_tree_of_the_other_is_made_anew(tmp_pa
     (tmp_path / "ninja-build").unlink()
     assert build.generator_for(str(tree)) == "Unix Makefiles" and not tree.exists()
     assert build.generator_for(str(tree)) == "Unix Makefiles"
+
+
+# --- for other hosts of the site ------------------------------------------------------------------
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """The folder of archives for other hosts."""
+    monkeypatch.setattr(build.pieces, "BUILDS", str(tmp_path / "builds"))
+    return tmp_path / "builds"
+
+
+def pack(capsys):
+    assert build.main(["pack", KEY]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_equal_releases_are_packed_into_equal_archives(spec, digest, tmp_path, shelf, capsys):
+    """Hosts that took a build serve it together with the one that made it."""
+    os.rename(tmp_path / "the other host's", tmp_path / "releases")
+    first = pack(capsys)
+    [archive] = shelf.iterdir()
+    assert (first["digest"], first["size_bytes"]) == (digest, archive.stat().st_size)
+    assert archive.name == f"{KEY}-{digest}.tar"
+    assert pack(capsys) == first
+    shutil.rmtree(shelf)
+    for path in (tmp_path / "releases" / KEY / "bin").iterdir():
+        os.utime(path, (5, 5), follow_symlinks=False)
+    assert pack(capsys) == first
+
+
+def test_what_the_site_brought_is_taken_and_not_kept_twice(spec, digest, tmp_path, shelf, capsys):
+    os.rename(tmp_path / "the other host's", tmp_path / "releases")
+    pack(capsys)
+    os.rename(tmp_path / "releases", tmp_path / "the other host's")
+    build.build({**spec, "build_cache": str(shelf)}, [digest])
+    assert build.digest_of(KEY) == digest
+    assert not [path for path in shelf.iterdir() if path.suffix == ".tar"]
+
+
+def test_a_damaged_release_is_not_packed(spec, digest, tmp_path, shelf, capsys):
+    os.rename(tmp_path / "the other host's", tmp_path / "releases")
+    (tmp_path / "releases" / KEY / "bin/libllama.so.1").write_bytes(b"LIBRARY")
+    assert build.main(["pack", KEY]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"error: {tmp_path}/releases/{KEY} is ")
+    assert not shelf.exists()

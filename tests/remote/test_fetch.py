@@ -34,7 +34,7 @@ from fetch_spec import Failed
 from hypothesis import given
 
 from sandbox.hub import Hub
-from tests import company
+from tests import company, forked
 from tests.mutations import FUZZ, broken
 from tests.serving import Server, dripping, flood, raw, serving
 
@@ -135,16 +135,23 @@ class Job:
         self.spec |= {"curl_config": str(config), "token_origin": origin}
 
     def start(self) -> subprocess.Popen:
-        path = self.folder / "spec.json"
-        path.write_text(json.dumps(self.spec))
         with self.log.open("ab") as log:
-            argv = [sys.executable, str(PROGRAM), str(path)]
-            process = subprocess.Popen(argv, stdout=log, stderr=log, env={**os.environ, "no_proxy": "127.0.0.1"})
+            argv = [sys.executable, *self.words()]
+            process = subprocess.Popen(argv, stdout=log, stderr=log, env=self.environment())
         self.processes.append(process)
         return process
 
     def run(self) -> int:
-        return self.start().wait(timeout=60)
+        with self.log.open("ab") as log:
+            return forked.programs().run(self.words(), env=self.environment(), log=log, timeout=60).returncode
+
+    def words(self) -> list[str]:
+        path = self.folder / "spec.json"
+        path.write_text(json.dumps(self.spec))
+        return [str(PROGRAM), str(path)]
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "no_proxy": "127.0.0.1"}
 
     def text(self) -> str:
         return self.log.read_text()

@@ -104,3 +104,46 @@ def test_what_is_not_there_afterwards_is_named(manager, capsys):
 def test_an_unknown_manager(capsys):
     assert install_packages.main(["apk", "{}"]) == 1
     assert "'apk' is unknown" in capsys.readouterr().out
+
+
+class Systemd:
+    """Notes commands beside those of the package manager; `units` have the states of those that are there."""
+
+    def __init__(self, calls):
+        self.calls, self.units = calls, {}
+
+    def show(self, unit, *_):
+        return self.units.get(unit, {"ActiveState": "inactive", "UnitFileState": ""})
+
+    def systemctl(self, *words, check=True):
+        self.calls.append(["systemctl", *words])
+
+
+@pytest.fixture
+def systemd(manager, monkeypatch):
+    made = Systemd(manager.calls)
+    monkeypatch.setattr(install_packages, "show", made.show)
+    monkeypatch.setattr(install_packages, "systemctl", made.systemctl)
+    return made
+
+
+NGINX = {**CURL, "packages": ["curl"], "unit": "nginx.service"}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_service_that_comes_with_a_package_is_not_started(manager, systemd, fails):
+    manager.fail = ("install",) if fails else ()
+    assert main(nginx=NGINX) == int(fails)
+    assert manager.calls[1:] == [
+        ["systemctl", "mask", "--runtime", "--quiet", "nginx.service"],
+        ["noting", "install", "curl"],
+        ["systemctl", "unmask", "--runtime", "--quiet", "nginx.service"],
+        ["systemctl", "disable", "--quiet", "nginx.service"],
+    ]
+
+
+@pytest.mark.parametrize("state", [("active", "disabled"), ("inactive", "enabled"), ("activating", "")])
+def test_a_service_that_the_owner_uses_stays_as_it_is(manager, systemd, state):
+    systemd.units["nginx.service"] = dict(zip(("ActiveState", "UnitFileState"), state, strict=True))
+    assert main(nginx=NGINX) == 0
+    assert not [call for call in manager.calls if call[0] == "systemctl"]

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from llamafleet.remote import network
+from tests import forked
 from tests.remote.test_toolkits import debians, nvidias
 
 PROGRAM = Path(__file__).parents[2] / "llamafleet" / "remote" / "install_toolkit.py"
@@ -93,8 +92,7 @@ class Host:
         without = {name: value for name, value in os.environ.items() if name not in network.BUNDLE_VARIABLES}
         environment = {**without, "PATH": f"{self.programs}:/usr/bin:/bin", "ROOT": str(self.root),
                        "CASE": str(self.case), "NOTES": str(self.notes)}  # fmt: skip
-        command = [sys.executable, "-s", "-B", PROGRAM, path, self.root]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
+        return forked.programs().run([PROGRAM, path, self.root], env=environment)
 
     def from_debian(self):
         return self.install(components=["contrib", "non-free"])

@@ -9,7 +9,7 @@ import pytest
 
 from llamafleet.remote import job_limits
 
-KINDS = ("build", "checkout", "fetch", "packages", "toolkit", "switch", "refresh", "watch", "another")
+KINDS = ("build", "checkout", "fetch", "packages", "share", "toolkit", "switch", "refresh", "watch", "another")
 GIB = 1 << 30
 
 
@@ -26,7 +26,7 @@ def test_every_job_has_an_end_and_bounds(kind):
     assert int(value(found, "MemoryMax")) >= GIB and value(found, "PrivateTmp") == "yes"
 
 
-@pytest.mark.parametrize("kind", ["build", "checkout", "fetch", "packages", "toolkit"])
+@pytest.mark.parametrize("kind", ["build", "checkout", "fetch", "packages", "share", "toolkit"])
 def test_work_that_can_wait_gives_way_to_services(kind):
     found = job_limits.limits(kind)
     assert (value(found, "Nice"), value(found, "CPUWeight"), value(found, "IOWeight")) == ("10", "20", "20")
@@ -39,6 +39,7 @@ def test_work_that_can_wait_gives_way_to_services(kind):
         ("build", {"/opt/llamafleet/releases", "/var/lib/llamafleet/build", "/mnt/b", "/var/cache"}),
         ("checkout", {"/var/lib/llamafleet/src"}),
         ("fetch", {"/var/lib/llamafleet/models"}),
+        ("share", set()),
         ("switch", {"/etc/systemd/system", "/etc/llamafleet", "/var/lib/llamafleet"}),
     ],
 )
@@ -115,3 +116,12 @@ def test_a_download_writes_to_the_disk_that_the_settings_name_and_where_its_fold
     assert (tmp_path / "big").is_dir()  # what is missing when the job starts would stay read-only
     (tmp_path / "fetch-m-1.json").write_text(json.dumps({"directory": str(tmp_path / "m-2")}))
     assert str(tmp_path / "big") not in value(job_limits.for_job("fetch-m-1"), "ReadWritePaths")
+
+
+def test_the_folder_of_a_build_that_a_site_brings_is_made_for_its_job(tmp_path, monkeypatch):
+    """A job may write to folders that are there when it starts."""
+    monkeypatch.setattr(job_limits, "JOBS", str(tmp_path))
+    monkeypatch.setattr(job_limits, "BUILDS", str(tmp_path / "builds"))
+    (tmp_path / "fetch-build-1.json").write_text(json.dumps({"directory": str(tmp_path / "builds"), "files": []}))
+    assert str(tmp_path / "builds") in value(job_limits.for_job("fetch-build-1"), "ReadWritePaths")
+    assert (tmp_path / "builds").is_dir()

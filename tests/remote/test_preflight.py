@@ -159,8 +159,8 @@ def test_every_directive_of_a_rendered_unit_is_known():
 # --- a trial --------------------------------------------------------------------------------------
 
 SYSTEMD_RUN = """\
-#!{python}
-import json, os, subprocess, sys
+#!{python} -IS
+import json, os, sys
 properties = [word.split("=", 1)[1] for word in sys.argv if word.startswith("--property=")]
 refuses = json.load(open({refuses!r}))
 with open({calls!r}, "a") as file:
@@ -178,8 +178,8 @@ os.execv(command[0], command)
 """
 
 SERVER = """\
-#!{python}
-import http.server, json, sys
+#!{python} -IS
+import json, sys
 how = json.load(open({refuses!r}))
 if "--list-devices" in sys.argv:
     print("Available devices:")
@@ -188,6 +188,8 @@ if "--list-devices" in sys.argv:
     sys.exit(how.get("list_code", 0))
 if "says" in how:
     sys.exit(how["says"])
+
+import http.server
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):

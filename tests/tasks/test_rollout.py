@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from tasks import rollout
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,15 +26,14 @@ class Fleet:
         self.file.write_text(json.dumps(self.hosts))
         self.inventory.write_text(f"hosts = {list(self.hosts)!r}\n")
 
-    def command(self, *options):
-        return [sys.executable, "-m", "tests.tasks.rolled_out", str(self.file), str(self.inventory), *options]
+    def words(self, *options):
+        return ["-m", "tests.tasks.rolled_out", str(self.file), str(self.inventory), *options]
 
     def roll_out(self, *options):
-        return subprocess.run(self.command(*options), cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL,
-                              capture_output=True, text=True, timeout=120)  # fmt: skip
+        return forked.pyinfra().run(self.words(*options), env=environment())
 
     def start(self, *options):
-        return subprocess.Popen(self.command(*options), cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL,
+        return subprocess.Popen([sys.executable, *self.words(*options)], cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
 
     def mend(self, letter):

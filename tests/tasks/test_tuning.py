@@ -151,7 +151,7 @@ def test_the_bar_says_how_far_it_is(box):
     assert {line.index("]") for line in bars} == {bars[0].index("]")}
 
 
-@pytest.mark.parametrize("after", [0, 1, 5, 17, 30])
+@pytest.mark.parametrize("after", [1, 17, *(pytest.param(count, marks=pytest.mark.long) for count in (0, 5, 30))])
 def test_a_run_that_is_ended_is_gone_on_with(box, tmp_path, after):
     box.quits = after
     with pytest.raises(KeyboardInterrupt):
