@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OF_PYINFRA = (
     "pyinfra_cli.main", "pyinfra.operations.files", "pyinfra.operations.server", "pyinfra.connectors.ssh",
     "llamafleet.cli.main", "llamafleet.cli.fleet_status", "llamafleet.cli.report", "llamafleet.service.changes",
+    "llamafleet.fleet.gateway", "llamafleet.fleet.monitoring", "llamafleet.fleet.rollout", "llamafleet.payload",
+    "llamafleet.service.left", "llamafleet.service.tune", "cryptography.x509", "psutil",
 )  # fmt: skip
 # What programs of the hosts import, but for their neighbours.
 OF_PROGRAMS = (
