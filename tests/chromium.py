@@ -1,6 +1,7 @@
 """Chromium without a window, over the DevTools protocol by pipe (`--remote-debugging-pipe`): messages are JSON, each
 ended by a NUL; we write to its descriptor 3 and read from its descriptor 4."""
 
+import base64
 import contextlib
 import json
 import os
@@ -71,13 +72,17 @@ class Browser:
 
     def open(self, path, *, width, dark=False):
         """Load the file in a window of this width, and wait until it is there."""
+        self.visit(path.as_uri(), width=width, dark=dark)
+
+    def visit(self, address, *, width, dark=False):
+        """Load the page as `open` does."""
         self.said.clear()
         self.fetched.clear()
         self._events.clear()
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
-        self.send("Page.navigate", url=path.as_uri())
+        self.send("Page.navigate", url=address)
         while "Page.loadEventFired" not in self._events:
             self._note(self._next())
 
@@ -86,6 +91,10 @@ class Browser:
         told = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in told, told
         return told["result"].get("value")
+
+    def picture(self):
+        """What is seen, as PNG."""
+        return base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=True)["data"])
 
     def press(self, key, code):
         for kind in ("keyDown", "keyUp"):
