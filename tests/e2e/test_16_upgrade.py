@@ -47,11 +47,13 @@ def host(boot, turn):
 
 @pytest.fixture(scope="module")
 def pair(host, outside, tmp_path_factory):
-    """The host with its settings, among them keys."""
+    """The host with its settings, among them keys, and none that the earlier release does not know."""
     file = tmp_path_factory.mktemp("keys") / "api-keys"
     file.write_text(f"{KEY}\n")
     file.chmod(0o600)
-    return host, deploying.settings(outside, host, model={"api_key_file": str(file)})
+    settings = deploying.settings(outside, host, model={"api_key_file": str(file)})
+    del settings["site"]
+    return host, settings
 
 
 @pytest.fixture(scope="module")
