@@ -43,9 +43,9 @@ ASK_TOO = {"first": "test_speculation.py", "second": "test_projector.py", "third
            "fourth": "test_ad*.py", "fifth": "test_[tv]*.py"}  # fmt: skip
 # Tests of a second lane that computes: about half of the processor time of all that need no host.
 ASIDE = ("remote", "tasks", "test_*.py")
-# Before what computes: all lanes with hosts wait for the first one's compilation, which must not wait itself. A deploy
-# compiles with nice 10.
-GIVE_WAY = ["nice", "-n", "19"]
+# Before what computes: all lanes with hosts wait for the first one's compilation, which must not wait itself. No
+# more than a deploy's compiler gives way: tests with limits of time would meet them.
+GIVE_WAY = ["nice", "-n", "10"]
 ADDRESSES = 10  # of a lane's hosts
 HOSTS = 24  # of all lanes at a time, and some
 
