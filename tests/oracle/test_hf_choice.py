@@ -34,12 +34,20 @@ SEES = [("acme/sees-GGUF", ""), ("acme/sees-GGUF", "bf16"), ("acme/sees-GGUF", "
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory):
+def files(tmp_path_factory):
+    """The folder of the files of all repositories, and the model's."""
     folder = tmp_path_factory.mktemp("models")
     file = models.tiny(folder)
     # Each with its own contents: of equal files llama-server fetches one.
     for name in {name for names in REPOSITORIES.values() for name in names if "mmproj" in name}:
         (folder / name.replace("/", "_")).write_text(name)
+    return folder, file
+
+
+@pytest.fixture
+def hub(files):
+    """One for each test: what a server that was ended has asked for may be noted late."""
+    folder, file = files
     with Hub() as hub:
         for repo, names in REPOSITORIES.items():
             for name in names:
@@ -65,7 +73,6 @@ def test_llama_server_takes_the_same_projector(hub, repo, quant, tmp_path):
 
 def _taken(hub, repo, quant, folder, count, *flags):
     """The repository's files, `count` or more, that llama-server asks for."""
-    hub.requests.clear()
     place = f"{repo}:{quant}" if quant else repo
     command = [oracle.build().llama_server, "-hf", place, *flags, "--host", "127.0.0.1",
                "--port", str(oracle.free_port()), "--no-warmup", "--fit", "off", "--ctx-size", "256", "--no-ui"]  # fmt: skip
