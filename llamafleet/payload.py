@@ -40,7 +40,7 @@ PROBE_PROGRAMS = (
     *("gpu_nodes.py", "probe_pci.py", "probe_diagnosis.py", "probe_gpus.py", "probe_gpu_common.py", "probe_amd.py"),
     *("probe_nvidia.py", "probe_nvidia_memory.py", "probe_tegra.py"),
     *("survey.py", "addresses.py", "ground.py", "learned.py", "lock.py", "releases.py", "rocm.py", "toolkits.py"),
-    *("boot.py", "disks.py", "left.py", "uninstall.py", "gateway_apply.py", "gateway_admin.py"),
+    *("boot.py", "disks.py", "left.py", "uninstall.py", "gateway_apply.py", "gateway_admin.py", "staged.py"),
     "monitoring_apply.py",
     *("common.py", "inherited.py", "instance_files.py", "packages.py", "places.py"),  # imported by the programs above
 )

@@ -19,10 +19,14 @@ def threads(cpu: Cpu, instance: Instance) -> int:
 
 
 def cores(cpu: Cpu, instance: Instance) -> int:
-    """Performance cores (else physical cores), no more than there are CPUs in the instance's `cpus`: threads that share
-    a CPU wait for each other."""
-    named = len(numbers(instance.cpus)) if instance.cpus else cpu.logical_cores
-    return max(1, min(cpu.performance_cores or cpu.physical_cores, named))
+    """Performance cores (else physical cores), no more than the CPUs that it may use: threads that share a CPU wait for
+    each other."""
+    return max(1, min(cpu.performance_cores or cpu.physical_cores, usable_cpus(cpu, instance)))
+
+
+def usable_cpus(cpu: Cpu, instance: Instance) -> int:
+    """How many CPUs are in the instance's `cpus`; all where it names none."""
+    return len(numbers(instance.cpus)) if instance.cpus else cpu.logical_cores
 
 
 def numbers(cpus: str) -> list[int]:

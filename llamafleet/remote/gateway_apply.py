@@ -6,7 +6,8 @@ nothing. `gateway_apply.py apply STAGED DIGEST` takes the staged files (a config
 unit `llamafleet-gateway.service`), checks them with `haproxy -c`, and reloads HAProxy or starts it. Prints progress,
 with `note: ` before what the operator should know; the last line of a failure begins with `error: `. Exit 0 the
 gateway runs with this configuration; 1 failed, and it runs with the one that it had. Killed at any point it can be run
-again. Root, systemd, HAProxy 2.4 or later; the standard library, Python 3.8; common.py and gateway_admin.py beside it.
+again. Root, systemd, HAProxy 2.4 or later; the standard library, Python 3.8; common.py, gateway_admin.py and staged.py
+beside it.
 
 Decision 24: docs/decisions/0024-a-gateway-of-standard-parts.md.
 """
@@ -24,7 +25,8 @@ from typing import Any, Dict, List, Mapping, Optional
 
 import common
 import gateway_admin
-from common import listing, make_folder, output_of, read_file, read_json, replace_file, replace_link, sync
+import staged
+from common import listing, output_of, read_file, read_json, replace_file, replace_link
 from gateway_admin import Failed
 
 HAPROXY = "haproxy"
@@ -36,10 +38,6 @@ START_SECONDS, POLL_SECONDS = 20.0, 0.2
 CHECK_SECONDS = 5.0
 NO_ANSWER = ("L4TOUT", "L4CON")  # HAProxy's words for a server that cannot be reached
 REFUSED_KEY = ("401", "403")
-
-
-def link() -> str:
-    return f"{common.GATEWAY}/current"
 
 
 def say(text: str) -> None:
@@ -61,21 +59,15 @@ def show() -> Dict[str, Any]:
     unit = read_file(unit_path())
     return {
         "version": version(),
-        "digest": os.path.basename(os.readlink(link())) if os.path.islink(link()) else None,
-        "active": is_so("is-active"),
-        "enabled": is_so("is-enabled"),
+        "digest": staged.in_service(common.GATEWAY),
+        "active": staged.is_so("is-active", common.GATEWAY_UNIT),
+        "enabled": staged.is_so("is-enabled", common.GATEWAY_UNIT),
         "unit": common.sha256(unit) if unit is not None else None,
-        "servers": read_json(f"{link()}/servers.json"),
+        "servers": read_json(f"{staged.link(common.GATEWAY)}/servers.json"),
     }
 
 
-def is_so(verb: str) -> bool:
-    return (
-        subprocess.run(["systemctl", "--quiet", verb, common.GATEWAY_UNIT], stderr=subprocess.DEVNULL).returncode == 0
-    )
-
-
-def apply(staged: str, digest: str) -> None:
+def apply(arrived: str, digest: str) -> None:
     """Raises `Failed`, OSError, and CalledProcessError of systemctl."""
     found = version()
     if found is None:
@@ -83,44 +75,25 @@ def apply(staged: str, digest: str) -> None:
     if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < OLDEST:
         raise Failed(f"HAProxy is {found}, and {'.'.join(map(str, OLDEST))} or later is needed: let the gateway be a "
                      "host with a newer distribution")  # fmt: skip
-    folder, old = take(staged, digest), show()
+    folder, old = staged.take(common.GATEWAY, arrived, digest), show()
     check(f"{folder}/haproxy.cfg")
     unit = read_file(f"{folder}/{common.GATEWAY_UNIT}") or b""
     new_unit = read_file(unit_path()) != unit
     if new_unit:
         replace_file(unit_path(), unit)
         common.systemctl("daemon-reload")
-    replace_link(link(), digest)
+    replace_link(staged.link(common.GATEWAY), digest)
     try:
         reload_or_start(folder, digest)
     except (Failed, subprocess.CalledProcessError) as failed:
         put_back(old["digest"], digest, str(failed))
-    if not is_so("is-enabled"):
+    if not staged.is_so("is-enabled", common.GATEWAY_UNIT):
         common.systemctl("enable", "--quiet", common.GATEWAY_UNIT)
     remove_others(digest)
     if new_unit and old["active"]:
         say(f"note: the unit of the gateway is new: it counts from its next start (systemctl restart "
             f"{common.GATEWAY_UNIT}, which ends the replies that run)")  # fmt: skip
     tell_of_servers()
-
-
-def take(staged: str, digest: str) -> str:
-    """Put the staged files in a folder of their own."""
-    folder, part = f"{common.GATEWAY}/{digest}", f"{common.GATEWAY}/.{digest}"
-    make_folder(common.GATEWAY)
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(staged, part)
-    for name in os.listdir(part):
-        sync(f"{part}/{name}")
-    os.chmod(part, 0o755)  # noqa: S103 -- the files with keys in it are root's alone
-    sync(part)
-    if os.path.isdir(folder):  # of a run that was cut off, or the one in service: it has the same files
-        shutil.rmtree(part)
-    else:
-        os.rename(part, folder)
-    sync(common.GATEWAY)
-    shutil.rmtree(staged)
-    return folder
 
 
 def check(config: str) -> None:
@@ -130,14 +103,14 @@ def check(config: str) -> None:
     if done.returncode:
         lines = [line for line in done.stdout.splitlines() if "[ALERT]" in line] or done.stdout.splitlines()
         said = " | ".join(lines[-5:])
-        if os.path.basename(os.path.dirname(config)) != show()["digest"]:
+        if os.path.basename(os.path.dirname(config)) != staged.in_service(common.GATEWAY):
             shutil.rmtree(os.path.dirname(config), ignore_errors=True)
         raise Failed(f"haproxy -c refuses the configuration, and the gateway stays as it is: {said}")
 
 
 def reload_or_start(folder: str, digest: str) -> None:
     """Let HAProxy run with the configuration. Raises `Failed` and CalledProcessError."""
-    if is_so("is-active"):
+    if staged.is_so("is-active", common.GATEWAY_UNIT):
         gateway_admin.save(ports(folder))
         common.systemctl("kill", "--kill-who=main", "--signal=USR2", common.GATEWAY_UNIT)
     else:
@@ -176,10 +149,10 @@ def put_back(old: Optional[str], digest: str, why: str) -> None:
     """The configuration from before is in service again. Raises `Failed` with why the new one is not."""
     if old is None or not os.path.isdir(f"{common.GATEWAY}/{old}"):
         common.systemctl("stop", common.GATEWAY_UNIT, check=False)
-        os.unlink(link())
+        os.unlink(staged.link(common.GATEWAY))
         shutil.rmtree(f"{common.GATEWAY}/{digest}", ignore_errors=True)
         raise Failed(f"{why}; the gateway is stopped, it had no configuration before")
-    replace_link(link(), old)
+    replace_link(staged.link(common.GATEWAY), old)
     try:
         reload_or_start(f"{common.GATEWAY}/{old}", old)
     except (Failed, subprocess.CalledProcessError) as failed:

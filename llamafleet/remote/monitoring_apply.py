@@ -7,7 +7,7 @@ nothing. `monitoring_apply.py apply STAGED DIGEST` takes the staged files (units
 configuration), lets promtool check them, starts what has changed, and stops the units that are not staged. Prints
 progress; the last line of a failure begins with `error: `. Exit 0 all of it runs; 1 failed, and what ran before runs
 again. Killed at any point it can be run again. Root, systemd, Prometheus and node-exporter of the distribution; the
-standard library, Python 3.8; common.py beside it.
+standard library, Python 3.8; common.py and staged.py beside it.
 
 Decision 26: docs/decisions/0026-watched-by-standard-parts.md.
 """
@@ -25,7 +25,8 @@ import time
 from typing import Any, Dict, List, Optional
 
 import common
-from common import listing, make_folder, read_file, replace_file, replace_link, sync
+import staged
+from common import listing, read_file, replace_file, replace_link
 
 UNITS = (common.EXPORTER_UNIT, common.METRICS_UNIT, common.METRICS_TIMER, common.PROMETHEUS_UNIT)
 # Those that run by themselves: the timer starts its service.
@@ -41,10 +42,6 @@ class Failed(Exception):
     """The text says why."""
 
 
-def link() -> str:
-    return f"{common.MONITORING}/current"
-
-
 def unit_path(unit: str) -> str:
     return f"{common.UNITS}/{unit}"
 
@@ -55,12 +52,12 @@ def show() -> Dict[str, Any]:
     for unit in UNITS:
         text = read_file(unit_path(unit))
         if text is not None:
-            units[unit] = {"sha256": common.sha256(text), "active": is_so("is-active", unit),
-                           "enabled": is_so("is-enabled", unit)}  # fmt: skip
+            units[unit] = {"sha256": common.sha256(text), "active": staged.is_so("is-active", unit),
+                           "enabled": staged.is_so("is-enabled", unit)}  # fmt: skip
     return {
         "prometheus": program("prometheus"),
         "exporter": program(*EXPORTERS),
-        "digest": os.path.basename(os.readlink(link())) if os.path.islink(link()) else None,
+        "digest": staged.in_service(common.MONITORING),
         "units": units,
     }
 
@@ -71,18 +68,14 @@ def program(*names: str) -> Optional[str]:
     return os.path.realpath(found) if found else None
 
 
-def is_so(verb: str, unit: str) -> bool:
-    return subprocess.run(["systemctl", "--quiet", verb, unit], stderr=subprocess.DEVNULL).returncode == 0
-
-
-def apply(staged: str, digest: str) -> None:
+def apply(arrived: str, digest: str) -> None:
     """Raises `Failed`, OSError, and CalledProcessError of systemctl."""
-    folder = take(staged, digest)
+    folder = staged.take(common.MONITORING, arrived, digest)
     wanted = {unit: text for unit in UNITS for text in [read_file(f"{folder}/{unit}")] if text is not None}
     check(folder)
     before = {unit: read_file(unit_path(unit)) for unit in UNITS}
-    old = show()["digest"]
-    replace_link(link(), digest)
+    old = staged.in_service(common.MONITORING)
+    replace_link(staged.link(common.MONITORING), digest)
     try:
         install(wanted, digest != old)
     except (Failed, subprocess.CalledProcessError) as failed:
@@ -90,25 +83,6 @@ def apply(staged: str, digest: str) -> None:
     for name in listing(common.MONITORING):
         if name not in (digest, "current"):
             shutil.rmtree(f"{common.MONITORING}/{name}", ignore_errors=True)
-
-
-def take(staged: str, digest: str) -> str:
-    """Put the staged files in a folder of their own."""
-    folder, part = f"{common.MONITORING}/{digest}", f"{common.MONITORING}/.{digest}"
-    make_folder(common.MONITORING)
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(staged, part)
-    for name in os.listdir(part):
-        sync(f"{part}/{name}")
-    os.chmod(part, 0o755)  # noqa: S103 -- the files with keys in it are root's alone
-    sync(part)
-    if os.path.isdir(folder):  # of a run that was cut off, or the one in service: it has the same files
-        shutil.rmtree(part)
-    else:
-        os.rename(part, folder)
-    sync(common.MONITORING)
-    shutil.rmtree(staged)
-    return folder
 
 
 def check(folder: str) -> None:
@@ -125,7 +99,7 @@ def check(folder: str) -> None:
     os.unlink(trial)
     if done.returncode:
         said = " | ".join(line.strip() for line in done.stdout.splitlines()[-5:])
-        if os.path.basename(folder) != show()["digest"]:
+        if os.path.basename(folder) != staged.in_service(common.MONITORING):
             shutil.rmtree(folder, ignore_errors=True)
         raise Failed(f"promtool refuses the configuration, and the monitoring stays as it is: {said}")
 
@@ -141,10 +115,10 @@ def install(wanted: Dict[str, bytes], is_new: bool) -> None:
         replace_file(unit_path(unit), wanted[unit])
     common.systemctl("daemon-reload")
     for unit in [unit for unit in STARTED if unit in wanted]:
-        if not is_so("is-enabled", unit):
+        if not staged.is_so("is-enabled", unit):
             common.systemctl("enable", "--quiet", unit)
         # The configuration is Prometheus' own, with the keys that it is given when it starts.
-        if unit in changed or (unit == common.PROMETHEUS_UNIT and is_new) or not is_so("is-active", unit):
+        if unit in changed or (unit == common.PROMETHEUS_UNIT and is_new) or not staged.is_so("is-active", unit):
             common.systemctl("restart", unit)
     wait_for([unit for unit in STARTED if unit in wanted], wanted.get(common.PROMETHEUS_UNIT))
 
@@ -156,7 +130,7 @@ def wait_for(units: List[str], prometheus: Optional[bytes]) -> None:
     found = re.search(rb"--web\.listen-address=127\.0\.0\.1:(\d+)", prometheus or b"")
     while True:
         for unit in units:
-            if not is_so("is-active", unit):
+            if not staged.is_so("is-active", unit):
                 raise Failed(f"{unit} does not run: {journal(unit)}")
         if found is None or is_ready(int(found.group(1))):
             return
@@ -185,9 +159,9 @@ def journal(unit: str) -> str:
 def put_back(before: Dict[str, Optional[bytes]], old: Optional[str], digest: str, why: str) -> None:
     """What ran before runs again. Raises `Failed` with why the new one does not."""
     if old is None:
-        os.unlink(link())
+        os.unlink(staged.link(common.MONITORING))
     else:
-        replace_link(link(), old)
+        replace_link(staged.link(common.MONITORING), old)
     try:
         install({unit: text for unit, text in before.items() if text is not None}, True)
     except (Failed, subprocess.CalledProcessError) as failed:

@@ -16,7 +16,7 @@ from llamafleet.memory.context import types_of
 from llamafleet.model import speculation as kinds
 from llamafleet.model.gguf import Header
 from llamafleet.planner.plan import plan_host
-from llamafleet.planner.processors import computes, cores, numbers
+from llamafleet.planner.processors import computes, cores, usable_cpus
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.settings.schema import Instance, Settings
 from llamafleet.settings.speculation import AUTO
@@ -226,7 +226,7 @@ def kind_of_draft(header: Header) -> str:
 def _threads(instance: Instance, plan: Plan, cpu: Cpu) -> Iterator[Change]:
     """All physical cores, the performance cores, with hyper-threading, and half of the cores: a memory may be as fast
     with fewer. No more than the CPUs that the operator named."""
-    logical = len(numbers(instance.cpus)) if instance.cpus else cpu.logical_cores
+    logical = usable_cpus(cpu, instance)
     physical = min(cpu.physical_cores, logical)
     counts = dict.fromkeys((physical, logical, max(1, physical // 2)))
     for count in counts:

@@ -7,6 +7,7 @@ import common
 import gateway_admin
 import gateway_apply
 import pytest
+import staged
 
 from llamafleet.fleet import haproxy
 from llamafleet.fleet.gateway import Secret
@@ -66,7 +67,7 @@ class Host:
             self.process.wait()
             self.process = None
 
-    def is_so(self, verb):
+    def is_so(self, verb, unit):
         return self.enabled if verb == "is-enabled" else self.process is not None and self.process.poll() is None
 
     def asked(self):
@@ -89,7 +90,7 @@ def host(tmp_path, monkeypatch):
             monkeypatch.setattr(common, name, made.gateway.local(getattr(common, name)))
         monkeypatch.setattr(common, "UNITS", str(tmp_path))
         monkeypatch.setattr(common, "systemctl", made.systemctl)
-        monkeypatch.setattr(gateway_apply, "is_so", made.is_so)
+        monkeypatch.setattr(staged, "is_so", made.is_so)
         monkeypatch.setattr(gateway_apply, "START_SECONDS", 15.0)
         monkeypatch.setattr(gateway_apply, "journal", lambda: "(the journal)")
         yield made

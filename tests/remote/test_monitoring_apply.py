@@ -6,6 +6,7 @@ import shutil
 import common
 import monitoring_apply
 import pytest
+import staged
 
 from sandbox import programs
 from sandbox.oracle import free_port
@@ -67,7 +68,7 @@ def systemd(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "UNITS", str(tmp_path / "units"))
     monkeypatch.setattr(common, "MONITORING", str(tmp_path / "monitoring"))
     monkeypatch.setattr(common, "systemctl", made.systemctl)
-    monkeypatch.setattr(monitoring_apply, "is_so", made.is_so)
+    monkeypatch.setattr(staged, "is_so", made.is_so)
     monkeypatch.setattr(monitoring_apply, "READY_SECONDS", 30.0)
     monkeypatch.setattr(monitoring_apply, "SETTLE_SECONDS", 0.1)
     monkeypatch.setattr(monitoring_apply, "POLL_SECONDS", 0.1)
