@@ -28,7 +28,8 @@ def gateway() -> None:
         there = gateways.read(host)
         first = gateways.wanted(host, there)
     except gateways.ERRORS as error:
-        return _refuse(host, error)
+        problems = error.problems if isinstance(error, gateways.GatewayError) else (str(error),)
+        return decision.refuse(host, Refused(tuple(problems)))
     different = list(gateways.differences(first, there))
     for text in first.notes:
         host.log(text)
@@ -50,9 +51,3 @@ def _needed(host: Host, there: answers.Gateway) -> Wanted | None:
     """The gateway as it is to be; None if it is so. Called when operations execute: by then a host may have failed."""
     now = gateways.wanted(host, there)
     return now if list(gateways.differences(now, there)) else None
-
-
-def _refuse(host: Host, error: Exception) -> None:
-    problems = error.problems if isinstance(error, gateways.GatewayError) else (str(error),)
-    decision.log_refused(host, Refused(tuple(problems)))
-    host.state.fail_hosts({host})

@@ -25,9 +25,7 @@ def monitoring() -> None:
         files = monitors.wanted(host, manager, there)
     except monitors.ERRORS as error:
         problems = error.problems if isinstance(error, monitors.MonitoringError) else (str(error),)
-        decision.log_refused(host, Refused(tuple(problems)))
-        host.state.fail_hosts({host})
-        return
+        return decision.refuse(host, Refused(tuple(problems)))
     needs = {} if there.exporter else {EXPORTER.name: EXPORTER.to_json(manager)}
     needs |= {PROMETHEUS.name: PROMETHEUS.to_json(manager)} if GROUP in host.groups and not there.prometheus else {}
     different = [*(f"{name} is not installed" for name in needs), *monitors.differences(files, there)]

@@ -93,8 +93,7 @@ def decision() -> Decision | None:
             if isinstance(decided, Decision):
                 _note_build(host, decided)
             if isinstance(decided, Refused):
-                log_refused(host, decided)
-                host.state.fail_hosts({host})  # raises where no host is left
+                refuse(host, decided)
     return _decisions[host]
 
 
@@ -131,12 +130,12 @@ def for_stage(stage: str, is_needed: Callable[[Decision], bool] | None = None) -
     works = is_needed(now) if is_needed else any(getattr(now.changes, part) for part in MAKES[stage])
     if missing and works:
         first = [f"tasks.{one}.{one}" for one, parts in MAKES.items() if set(parts) & set(missing)]
-        log_refused(host, Refused.because(
+        refused = Refused.because(
             f"run deploy.py first, or {', '.join(first)}: the stage {stage} needs what is not there yet or no longer "
             f"as planned ({', '.join(missing)})"
-        ))  # fmt: skip
+        )  # fmt: skip
         _decisions[host] = None
-        host.state.fail_hosts({host})
+        refuse(host, refused)
         return None
     made.update(MAKES.get(stage, ()))
     return now
@@ -340,6 +339,12 @@ def wanted_models(host: Host) -> Iterator[tuple[str, str]]:
 def refused_by(error: Exception) -> Refused:
     """What could not be read, as a refusal."""
     return Refused(tuple(error.problems) if isinstance(error, SettingsError) else (str(error),))
+
+
+def refuse(host: Host, refused: Refused) -> None:
+    """Say why, and leave the host out of the run. Raises PyinfraError where no host is left."""
+    log_refused(host, refused)
+    host.state.fail_hosts({host})
 
 
 def log_refused(host: Host, refused: Refused) -> None:

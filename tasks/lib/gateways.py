@@ -58,7 +58,7 @@ def wanted(host: Host, there: answers.Gateway) -> Wanted:
     """What the host's gateway should be by now. Raises one of `ERRORS`."""
     settings = Settings.from_data(host.data.dict())
     known = gateway.recorded(there.servers)
-    everybody = _settings_of_all(host)
+    everybody = settings_of_all(host)
     members = [_member(host, one, everybody.get(one.name)) for one in host.state.inventory]
     keys = _client_keys(settings)
     of_servers = dict(_secrets(everybody, members, known))
@@ -111,8 +111,7 @@ def put_in_service(gateway: Callable[[], Wanted | None]) -> operations.Commands:
         return
     folder = operations.staged(".gateway")
     texts = {**now.files.texts, GATEWAY_UNIT: now.unit}
-    sent = {name: (0o644, text.encode()) for name, text in texts.items()}
-    sent |= {name: (0o600, text.encode()) for name, text in now.files.secrets.items()}
+    sent = sending.with_modes(texts, now.files.secrets)
     yield sending.received({f"{folder}/{name}": one for name, one in sent.items()}, "--fresh", folder)
     words = remote.words("gateway_apply.py", "apply", folder, now.files.digest)
     yield operations.call(jobs.follow, jobs.name_of("gateway", now.files.digest), words)
@@ -121,7 +120,7 @@ def put_in_service(gateway: Callable[[], Wanted | None]) -> operations.Commands:
 # --- what is read -----------------------------------------------------------------------------------
 
 
-def _settings_of_all(host: Host) -> dict[str, Settings]:
+def settings_of_all(host: Host) -> dict[str, Settings]:
     """The settings of each host of the inventory; a host whose settings are unusable is refused by its own run."""
     found = {}
     for one in host.state.inventory:

@@ -12,7 +12,6 @@ from llamafleet.fleet.monitoring import Files, Watched
 from llamafleet.host import answers
 from llamafleet.remote.common import METRICS_UNIT, sha256
 from llamafleet.settings import secrets
-from llamafleet.settings.schema import Settings, SettingsError
 from tasks.lib import decision, gateways, jobs, lookups, operations, remote, sending, templates
 from tasks.lib.usage import reached_by
 
@@ -99,16 +98,15 @@ def put_in_service(files: Callable[[], Files | None]) -> operations.Commands:
 
 def sent(files: Files) -> dict[str, tuple[int, bytes]]:
     """Mode and content of each file by name: the keys are for root alone."""
-    texts = {name: (0o644, text.encode()) for name, text in {**files.units, **files.texts}.items()}
-    return texts | {name: (0o600, text.encode()) for name, text in files.secrets.items()}
+    return sending.with_modes({**files.units, **files.texts}, files.secrets)
 
 
 def _fleet(host: Host) -> Iterator[Watched]:
     """The hosts of the inventory; one whose settings are unusable is refused by its own run."""
+    everybody = gateways.settings_of_all(host)
     for one in host.state.inventory:
-        try:
-            settings = Settings.from_data(one.data.dict())
-        except SettingsError:
+        settings = everybody.get(one.name)
+        if settings is None:
             continue
         reached = settings.reached_at or reached_by(one)
         yield Watched(one.name, reached, settings, GROUP in one.groups, gateways.GROUP in one.groups)

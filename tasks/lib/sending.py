@@ -79,6 +79,12 @@ def packed(files: Sequence[tuple[int, bytes]]) -> str:
     return f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
 
 
+def with_modes(texts: Mapping[str, str], secrets: Mapping[str, str]) -> dict[str, tuple[int, bytes]]:
+    """Mode and content of each file by name: `secrets` are for root alone."""
+    modes = {name: (0o644, text.encode()) for name, text in texts.items()}
+    return modes | {name: (0o600, text.encode()) for name, text in secrets.items()}
+
+
 def received(files: Mapping[str, tuple[int, bytes]], *options: str) -> remote.HostCommand:
     """The command that writes files on the host, by path: mode and content."""
     return remote.program("receive.py", *options, *files, stdin=packed(list(files.values())))
