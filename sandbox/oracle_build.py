@@ -4,6 +4,8 @@ Where sandbox hosts can run, that is done in their own root of Debian 12, with t
 test hosts' compiler cache: what it has compiled a deploy to a host of Debian 12 does not compile again, and the other
 way round. The programs then run here with the root's libraries, by small scripts. Elsewhere the machine's own compiler
 does it, in about ten minutes on two cores.
+
+`python -m sandbox.oracle_build` compiles it, or waits for who does.
 """
 
 from __future__ import annotations
@@ -180,3 +182,7 @@ def _run(command: Sequence[str], log: IO[bytes], stdin: IO[bytes] | None = None)
 def end(log: Path) -> str:
     """The end of a log, for a message."""
     return log.read_text(errors="replace")[-2000:]
+
+
+if __name__ == "__main__":
+    print(build().llama_server)

@@ -1,7 +1,7 @@
 """`make test`: several processes side by side, each with its log in `.cache/test-LANE.log`, shown at the end.
 
-Sandbox hosts mostly wait, so tests that compute run meanwhile. Every lane is a process group of its own: an
-interruption reaches all of it, and takes its hosts down.
+Sandbox hosts mostly wait, so tests that compute run meanwhile, once llama.cpp is compiled. Every lane is a process
+group of its own: an interruption reaches all of it, and takes its hosts down.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ ASK_TOO = {"first": "test_speculation.py", "second": "test_projector.py", "third
            "fourth": "test_ad*.py", "fifth": "test_[tv]*.py"}  # fmt: skip
 # Tests of a second lane that computes: about half of the processor time of all that need no host.
 ASIDE = ("remote", "tasks", "test_*.py")
-# Before what computes: all lanes with hosts wait for the first one's compilation, which must not wait itself. No
-# more than a deploy's compiler gives way: tests with limits of time would meet them.
-GIVE_WAY = ["nice", "-n", "10"]
+# What computes lets hosts go first, a little: tests with limits of time would meet them otherwise.
+GIVE_WAY = ["nice", "-n", "5"]
+# Hosts cannot do much before llama.cpp is compiled: it has both processors until then, and what computes waits.
+COMPILE = [sys.executable, "-m", "sandbox.oracle_build"]
 ADDRESSES = 10  # of a lane's hosts
 HOSTS = 24  # of all lanes at a time, and some
 
@@ -116,11 +117,12 @@ def lanes() -> list[Lane]:
             "computing",
             [
                 [*GIVE_WAY, "make", "--no-print-directory", "check"],
+                COMPILE,
                 [*offline, *(f"--ignore={one}" for one in aside)],
                 [*oracle, *sorted(with_oracle() - {one for files in asking.values() for one in files})],
             ],
         ),
-        Lane("aside", [[*offline, *aside]]),
+        Lane("aside", [COMPILE, [*offline, *aside]]),
     ]
 
 

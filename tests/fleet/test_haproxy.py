@@ -246,9 +246,8 @@ def test_a_stream_is_passed_on_as_it_comes_and_lives_through_a_reload(gateway, s
     body = json.dumps({"stream": True, "tokens": 60, "pause": 0.1})
     connection.request("POST", "/tiny/v1/completions", body, {"Authorization": f"Bearer {CLIENT_KEY}"})
     answer = connection.getresponse()
-    began = time.monotonic()
     first = answer.read1()
-    assert time.monotonic() - began < 5 and first.startswith(b"data: 0")
+    assert first.startswith(b"data: 0") and b"data: 59" not in first
     gateway.reload()
     assert answered_by(gateway) in ("gpu1", "gpu2")
     text = first + answer.read()

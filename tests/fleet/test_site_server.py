@@ -83,7 +83,7 @@ class Site:
     def ask(self, path, token=TOKEN, method="GET", **headers):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(cadata=self.certificate)
-        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=10, context=context)
+        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=60, context=context)
         with contextlib.closing(connection):
             connection.request(method, path, headers={"Authorization": f"Bearer {token}", **headers})
             answer = connection.getresponse()
@@ -101,7 +101,7 @@ def nginx(site):
     log = (site.folder / "log").open("w")
     process = subprocess.Popen([NGINX, "-c", site.folder / "nginx.conf", *user], stdout=log, stderr=log)
     try:
-        end = time.monotonic() + 15
+        end = time.monotonic() + 60
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", site.port), 1):
                 break

@@ -226,7 +226,7 @@ def test_a_killed_peer_costs_seconds(job, start):
     began = time.monotonic()
     assert job.run(*start(*peers)) == 0
     assert (job.is_whole(), job.left()) == (True, {"h1": "gone"})
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20
 
 
 def test_what_an_only_peer_brought_before_it_died_is_kept_for_the_next_one(job, start):
@@ -250,7 +250,7 @@ def test_a_slow_peer_holds_nobody_up(job, start):
     peers = [Peer(), Peer(bytes_per_s=4000.0)]  # 16 s a piece
     began = time.monotonic()
     assert (job.run(*start(*peers)), job.is_whole(), job.left()) == (0, True, {})
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 15
 
 
 def test_peers_that_are_not_there_are_named(job, start):

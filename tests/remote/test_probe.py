@@ -264,7 +264,7 @@ def test_a_hung_driver_is_given_up(host, call):
     host.nvml(f"hang={call.removeprefix('device0.')}")
     begin = time.monotonic()
     found = host.probe("--driver-seconds", "1.5")
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 60
     assert any("no answer within 1.5 s" in text for text in found["problems"])
     assert len(found["pci_gpus"]) == 1
     assert processes_with(str(host.root)) == []

@@ -96,7 +96,7 @@ def test_a_move_waits_until_the_other_host_serves(fleet):
     gevent.sleep(0.05)
     assert not waiting.ready()
     moves.passed(b, Handover(("x",)))
-    assert waiting.get(timeout=5) == {}
+    assert waiting.get(timeout=60) == {}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_move_to_a_host_that_does_not_get_there_leaves_all_as_it_is(fleet, how
             moves._Failures.operation_host_error(fleet.state, b, "hash")
         else:
             fleet.state.active_hosts.discard(b)
-    [why] = waiting.get(timeout=5).values()
+    [why] = waiting.get(timeout=60).values()
     assert str(why).startswith("x does not serve on b: the host ")
     assert ("turn" in why.why) is (how == "has not begun")
 
