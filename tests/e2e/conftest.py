@@ -104,7 +104,7 @@ def deployed(hosts, outside, turn, tmp_path_factory):
     ]
     turn.close()
     with oracle_build.compiling():
-        done = pyinfra(write_inventory(tmp_path_factory.mktemp("deployed") / "inventory.py", pairs))
+        done = pyinfra(write_inventory(tmp_path_factory.mktemp("deployed") / "inventory.py", pairs), forks=False)
     assert done.code == 0, done.text
     return hosts[:2]
 

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sandbox.outside import BUILDS_ON_HOST
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 PYINFRA = Path(sys.executable).with_name("pyinfra")
@@ -69,14 +71,18 @@ def with_names(names, folder):
     return ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', str(file)]
 
 
-def pyinfra(inventory, *options, timeout=1500, before=(), deploy="deploy.py"):
+def pyinfra(inventory, *options, timeout=1500, before=(), deploy="deploy.py", forks=True):
     """Run the deploy: without options for real, with `--dry` to see only. `before`: words before the command; `deploy`:
-    another file than the story itself."""
+    another file than the story itself; `forks`: from a process that has imported pyinfra, where that can be."""
     dry = "--dry" in options
-    words = [*before, *command(inventory, *(options if dry else ("-y", *options)), "--json", deploy=deploy)]
-    done = subprocess.run(
-        words, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
-    )
+    words = command(inventory, *(options if dry else ("-y", *options)), "--json", deploy=deploy)
+    if forks and not before and threading.current_thread() is threading.main_thread():
+        done = forked.pyinfra().run(["-m", "pyinfra", *words[1:]], env=environment(), timeout=timeout)
+    else:
+        done = subprocess.run(
+            [*before, *words], cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=timeout,
+        )  # fmt: skip
     return read(done.returncode, done.stdout, done.stderr, dry)
 
 

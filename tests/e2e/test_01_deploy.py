@@ -126,7 +126,7 @@ def test_a_second_run_changes_nothing(pair, story):
     pids = [on(host, "systemctl", "show", "--property=MainPID", "llama-server-tiny.service") for host in pair]
     dry = pyinfra(story["inventory"], "--dry")
     assert dry.code == 0 and changes(dry, pair) == {host.name: [] for host in pair}
-    run = pyinfra(story["inventory"])
+    run = pyinfra(story["inventory"], forks=False)
     assert run.code == 0 and changes(run, pair) == {host.name: [] for host in pair}, run.text
     # A line for each host, with what its gate has measured, and no plan.
     for host in pair:
