@@ -12,14 +12,15 @@ from llamafleet.build.packages import GATEWAY
 from llamafleet.host import answers
 from llamafleet.service.refusals import Refused
 from tasks.lib import decision, gateways, lookups, operations, to_do
-from tasks.lib.gateways import GROUP, Wanted
+from tasks.lib.gateways import Wanted
+from tasks.lib.groups import is_gateway
 
 
 @deploy("Gateway")
 def gateway() -> None:
     """Let the gateway know the servers of this run; of hosts that are not in it, it keeps what it knows."""
     host = ctx_host.get()
-    now = decision.for_stage("gateway") if GROUP in host.groups else None
+    now = decision.for_stage("gateway") if is_gateway(host) else None
     if now is None:
         return
     machine = now.desired.machine

@@ -8,7 +8,8 @@ from pyinfra.context import ctx_host
 from llamafleet.build.packages import EXPORTER, PROMETHEUS
 from llamafleet.service.refusals import Refused
 from tasks.lib import decision, lookups, monitors, operations, to_do
-from tasks.lib.monitors import GROUP, STARTED_BY_PACKAGES
+from tasks.lib.groups import is_monitor
+from tasks.lib.monitors import STARTED_BY_PACKAGES
 
 
 @deploy("Monitoring")
@@ -27,7 +28,7 @@ def monitoring() -> None:
         problems = error.problems if isinstance(error, monitors.MonitoringError) else (str(error),)
         return decision.refuse(host, Refused(tuple(problems)))
     needs = {} if there.exporter else {EXPORTER.name: EXPORTER.to_json(manager)}
-    needs |= {PROMETHEUS.name: PROMETHEUS.to_json(manager)} if GROUP in host.groups and not there.prometheus else {}
+    needs |= {PROMETHEUS.name: PROMETHEUS.to_json(manager)} if is_monitor(host) and not there.prometheus else {}
     different = [*(f"{name} is not installed" for name in needs), *monitors.differences(files, there)]
     to_do.say(host, "monitoring", different)
     operations.install_helpers(

@@ -46,7 +46,8 @@ from llamafleet.fleet.rollout import End, HostState, Rollout
 from llamafleet.fleet.waves import USUAL, WavesError, sizes
 from llamafleet.printable import err, json_text, one_line, out
 from llamafleet.service.refusals import Refused
-from tasks.lib import decision, ends, gateway_drains, monitors, output, switching, to_do
+from tasks.lib import decision, ends, gateway_drains, output, switching, to_do
+from tasks.lib.groups import is_gateway, is_monitor
 from tasks.lib.over_hosts import over_hosts, read
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
@@ -142,7 +143,7 @@ def tell_gateways(
     missing: dict[str, str] = {}
 
     def choose(hosts: Sequence[Host]) -> list[Host]:
-        gateways = [host for host in hosts if gateway_drains.GROUP in host.groups]
+        gateways = [host for host in hosts if is_gateway(host)]
         mine = [host for host in gateways if host.name in rollout]
         return [host for host in hosts if host.name in names or host in mine] if gateways else []
 
@@ -164,7 +165,7 @@ def tell_monitors(inventory: Path, rollout: Collection[str], dry: bool = False) 
     `dry`, result and exceptions as of `tell_gateways`."""
 
     def choose(hosts: Sequence[Host]) -> list[Host]:
-        are_watched = any(monitors.GROUP in host.groups for host in hosts)
+        are_watched = any(is_monitor(host) for host in hosts)
         return [host for host in hosts if host.name in rollout] if are_watched else []
 
     def act(state: State) -> None:

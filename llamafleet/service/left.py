@@ -9,17 +9,23 @@ from collections.abc import Iterator
 from llamafleet.host.left import Left
 from llamafleet.service import disks
 from llamafleet.service.desired import Desired
-from llamafleet.settings.schema import Instance, Settings
+from llamafleet.settings.schema import Settings
 
 
-def open_ports(settings: Settings) -> set[int]:
-    """The ports that other machines are to reach."""
-    return {one.port for one in settings.models if is_open(one)}
+def open_ports(settings: Settings, *, is_gateway: bool, is_watched: bool) -> dict[int, str]:
+    """The ports of this host that other machines are to reach, and what is there. `is_gateway`: it is one;
+    `is_watched`: another host monitors it."""
+    found = {}
+    if is_gateway and is_open(settings.gateway_listen):
+        found[settings.gateway_port] = "the gateway"
+    if is_watched and is_open(settings.metrics_listen):
+        found[settings.metrics_port] = "the monitoring"
+    return found | {one.port: one.name for one in settings.models if is_open(one.listen)}
 
 
-def is_open(instance: Instance) -> bool:
-    """Whether other machines are to reach the instance."""
-    return not ipaddress.ip_address(instance.listen).is_loopback
+def is_open(listen: str | None) -> bool:
+    """Whether other machines are to reach who listens there; None is an address of the host."""
+    return listen is None or not ipaddress.ip_address(listen).is_loopback
 
 
 def sentences(desired: Desired, left: Left, certificates: dict[str, str]) -> Iterator[str]:
@@ -27,12 +33,10 @@ def sentences(desired: Desired, left: Left, certificates: dict[str, str]) -> Ite
     certificate."""
     if left.reboot:
         yield f"reboot the host: {left.reboot}"
-    for instance in desired.settings.models:
-        why = left.closed.get(str(instance.port)) if is_open(instance) else None
-        if why:
-            yield f"open the firewall for {instance.name}: {why}"
-        if instance.name in certificates:
-            yield certificates[instance.name]
+    for port, name in open_ports(desired.settings, is_gateway=True, is_watched=True).items():
+        if why := left.closed.get(str(port)):  # of what the host has: no other port is asked about
+            yield f"open the firewall for {name}: {why}"
+    yield from (certificates[one.name] for one in desired.settings.models if one.name in certificates)
     yield from _next_model(desired, left)
 
 

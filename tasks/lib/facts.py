@@ -17,11 +17,14 @@ from llamafleet.service import disks
 from llamafleet.service.left import open_ports
 from llamafleet.settings.schema import Settings
 from tasks.lib import lookups, remote, sending
+from tasks.lib.groups import is_gateway, is_monitor
 
 
-def asked_left(settings: Settings) -> dict[str, Any]:
+def asked_left(host: Host, settings: Settings) -> dict[str, Any]:
     """What `llamafleet/remote/left.py` is asked: ports that other machines are to reach, disks that a run fills."""
-    return {"ports": sorted(open_ports(settings)), "paths": list(disks.paths(settings))}
+    is_watched = any(is_monitor(one) for one in host.state.inventory if one is not host)
+    ports = open_ports(settings, is_gateway=is_gateway(host), is_watched=is_watched)
+    return {"ports": sorted(ports), "paths": list(disks.paths(settings))}
 
 
 def survey(host: Host, settings: Settings, *, bandwidth: bool = False, packages: bool = True) -> Survey:
@@ -42,7 +45,7 @@ def survey(host: Host, settings: Settings, *, bandwidth: bool = False, packages:
             "paths": ["/opt", VAR],
             "bandwidth": bandwidth,
             "addresses": sorted({instance.listen for instance in settings.models}),
-            "left": asked_left(settings),
+            "left": asked_left(host, settings),
         }
     )
     ok, out, err = sending.run_helper(host, "survey.py", asked, purpose="the survey", seconds=remote.SURVEY_SECONDS,

@@ -24,8 +24,8 @@ from pyinfra.api.state import State
 from llamafleet.host import answers
 from llamafleet.host.answers import GatewayServer
 from tasks.lib import remote
+from tasks.lib.groups import is_gateway
 
-GROUP = "gateway"
 LEASE_SECONDS, REFRESH_SECONDS = 120, 40
 # For another server of the model to be up before one is taken out, and for a server to be up after its switch.
 LAST_SECONDS, UP_SECONDS, LOOK_SECONDS = 120.0, 90.0, 1.0
@@ -45,7 +45,7 @@ class _LastError(remote.RemoteError):
 
 def of(state: State) -> list[Host]:
     """The hosts of the inventory that have a gateway."""
-    return [host for host in state.inventory if GROUP in host.groups]
+    return [host for host in state.inventory if is_gateway(host)]
 
 
 @contextlib.contextmanager

@@ -21,8 +21,6 @@ from llamafleet.settings.schema import Instance, Settings, SettingsError
 from tasks.lib import certificates, decision, jobs, lookups, moves, operations, remote, sending, templates
 from tasks.lib.usage import reached_by
 
-GROUP = "gateway"
-
 
 class GatewayError(Exception):
     """A gateway cannot be what the inventory asks for; `problems` has a sentence for each reason."""

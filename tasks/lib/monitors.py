@@ -13,9 +13,9 @@ from llamafleet.host import answers
 from llamafleet.remote.common import METRICS_UNIT, sha256
 from llamafleet.settings import secrets
 from tasks.lib import decision, gateways, jobs, lookups, operations, remote, sending, templates
+from tasks.lib.groups import is_gateway, is_monitor
 from tasks.lib.usage import reached_by
 
-GROUP = "monitoring"
 DASHBOARD = "grafana-dashboard.json"
 # Debian's packages start these when they are installed, open to everybody who reaches the host.
 STARTED_BY_PACKAGES = {"prometheus": "prometheus.service", "node-exporter": "prometheus-node-exporter.service"}
@@ -35,7 +35,7 @@ ERRORS = (MonitoringError, *decision.READ_ERRORS)
 
 def is_watched(host: Host) -> bool:
     """Whether the inventory has a host that monitors the others."""
-    return any(GROUP in one.groups for one in host.state.inventory)
+    return any(is_monitor(one) for one in host.state.inventory)
 
 
 def read(host: Host) -> answers.Monitoring:
@@ -109,7 +109,7 @@ def _fleet(host: Host) -> Iterator[Watched]:
         if settings is None:
             continue
         reached = settings.reached_at or reached_by(one)
-        yield Watched(one.name, reached, settings, GROUP in one.groups, gateways.GROUP in one.groups)
+        yield Watched(one.name, reached, settings, is_monitor(one), is_gateway(one))
 
 
 def _keys(fleet: list[Watched]) -> Iterator[tuple[tuple[str, str], str]]:

@@ -49,7 +49,7 @@ def left_to_do(desired: Desired, left: Left) -> Iterator[str]:
 
 def _tell_left(host: Host, desired: Desired) -> bool:
     try:
-        asked = json.dumps(asked_left(desired.settings))
+        asked = json.dumps(asked_left(host, desired.settings))
         left = remote.run_json(host, remote.program("left.py", asked), answers.left)
         for line in left_to_do(desired, left):
             host.log(line)

@@ -34,10 +34,18 @@ def test_a_port_that_the_firewall_closes():
 
 
 def test_ports_are_asked_about_that_other_machines_are_to_reach():
-    assert open_ports(planning.settings({"port": 1}, {"port": 2, **OPEN}, {"port": 3, **OPEN, "listen": "::"})) == {
-        2,
-        3,
-    }
+    models = {"port": 1}, {"name": "b", "port": 2, **OPEN}, {"name": "c", "port": 3, **OPEN, "listen": "::"}
+    settings = planning.settings(*models)
+    assert open_ports(settings, is_gateway=False, is_watched=False) == {2: "b", 3: "c"}
+    shared = dataclasses.replace(settings, gateway_listen="10.0.0.7", gateway_port=5, metrics_port=6)
+    of_all = {2: "b", 3: "c", 5: "the gateway", 6: "the monitoring"}
+    assert open_ports(shared, is_gateway=True, is_watched=True) == of_all
+    local = dataclasses.replace(shared, gateway_listen="127.0.0.1", metrics_listen="::1")
+    assert open_ports(local, is_gateway=True, is_watched=True) == {2: "b", 3: "c"}
+
+
+def test_the_firewall_is_to_be_opened_for_the_monitoring_too():
+    assert said(Left(closed={"9100": WHY})) == [f"open the firewall for the monitoring: {WHY}"]
 
 
 def test_a_reboot_that_is_due():

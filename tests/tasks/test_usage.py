@@ -19,7 +19,7 @@ class Host:
     print_prefix = ""
 
     def __init__(self, **data):
-        self.data, self.lines = data, []
+        self.data, self.lines, self.groups, self.state = data, [], ["gateway"], types.SimpleNamespace(inventory=[self])
 
     def log(self, text, *_):
         self.lines.append(text)
