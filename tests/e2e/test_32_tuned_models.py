@@ -52,6 +52,7 @@ class Order:
 EDIT = f"Rename `in_store` to `left` everywhere. Print the whole file again, and nothing else.\n\n```python\n{CODE}```"
 PROSE = "Tell in about two hundred words how a lighthouse keeper spent a stormy night. No lists, no headings."
 ROUNDS = 3  # of the comparison afterwards
+MINUTES = 30  # a trial takes some 35 s on two slow cores; of less, no guess would be measured
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def coder(outside):
     [draft] = real_models.fetch(real_models.QWEN_0_5B).values()
     return {
         "name": "coder", "source": outside.publish("real/coder-GGUF", model), "profile": "agent",
-        "context_tokens": 2048, "live_tokens": 512, "reply_tokens": 128, "threads": 2, "threads_batch": 2,
+        "context_tokens": 2048, "prompt_tokens": 128, "live_tokens": 512, "reply_tokens": 128, "threads": 2, "threads_batch": 2,
         "batch_tokens": 2048, "ubatch_tokens": 512, "speculation": "auto", "draft": outside.publish("real/draft-GGUF", draft),
     }  # fmt: skip
 
@@ -102,7 +103,9 @@ def tokens_per_s(host, text):
 
 
 def test_guessing_is_installed_where_it_pays(deploy, coder, host, text):
-    done = deploy({**coder, "tune_prompt_file": str(text)}, tune="always", tune_minutes=16, tune_stops_service=True)
+    done = deploy(
+        {**coder, "tune_prompt_file": str(text)}, tune="always", tune_minutes=MINUTES, tune_stops_service=True
+    )
     assert done.code == 0, done.text
     record = json.loads(on(host, "cat", "/var/lib/llamafleet/tuned/coder.json"))
     by_label = {}
