@@ -31,7 +31,7 @@ from llamafleet.tuning.candidates import PLANNED_NUMBER, Candidate, Lost, Planne
 from llamafleet.tuning.race import BASELINE, Batch, Trial, Verdict
 from llamafleet.tuning.record import SCHEMA, Tuned
 from llamafleet.tuning.records import Tuning
-from llamafleet.tuning.search import Course, Measured, affordable, course, installed, over
+from llamafleet.tuning.search import MOST_CANDIDATES, Course, Measured, affordable, course, installed, over, seconds_for
 
 # Trials that tell how long one takes, before it is decided how many candidates the budget has time for.
 FIRST = 2
@@ -276,11 +276,25 @@ def record(one: Subject, now: Course, trials: Sequence[answers.Trial], ended: fl
                        for each in now.candidates],
         # By it and the trials of the planner's best, rates of the host are learnt: tuning/rates.py.
         "expected": at.to_json() if (at := now.candidates[PLANNED_NUMBER].plan.at_work) else None,
-        "not_run": [{"label": each.label, "why": each.why} for each in one.lost],
+        "not_run": [{"label": each.label, "why": each.why} for each in (*one.lost, *without_time(one, now, trials))],
         "trials": [dict(each) for each in trials],
     }  # fmt: skip
     assert Tuned.of(json.loads(json.dumps(made))) is not None, "a record is read as it was written"
     return made
+
+
+def without_time(one: Subject, now: Course, found: Sequence[answers.Trial]) -> list[Lost]:
+    """The candidates that the budget had no time for, with the minutes that would do; of those beyond the most that are
+    measured, no minutes would."""
+    first = [each["took_seconds"] for each in found[:FIRST]]
+    asked, left = one.desired.settings.tune_minutes, []
+    for position, each in enumerate(one.found):
+        if any(each is other for other in now.candidates):
+            continue
+        minutes = math.ceil(seconds_for(position + 1, max(first, default=0.0)) / 60)
+        why = f"tune_minutes = {asked} has no time for it; about {minutes} would do"
+        left.append(Lost(each.label, why if position < MOST_CANDIDATES else f"at most {MOST_CANDIDATES} are measured"))
+    return left
 
 
 def _finite(value: float) -> float | None:

@@ -65,6 +65,11 @@ def affordable(found: Sequence[Candidate], budget_seconds: float, trial_seconds:
     return tuple(found[: max(least, min(count, MOST_CANDIDATES))])
 
 
+def seconds_for(count: int, trial_seconds: float) -> float:
+    """The budget that has time for so many candidates, at the seconds that a trial takes."""
+    return count * 2 * ROUNDS * trial_seconds
+
+
 def course(
     instance: Instance, planner: Planner, found: Sequence[Candidate], measured: Sequence[Measured],
     budget_seconds: float,

@@ -83,6 +83,9 @@ def _tune(state: State, host: Host, name: str, *, installs: bool) -> bool:
     used = Tuned.of(json.loads(json.dumps(record)))
     assert used is not None, "a record is read as it was written"
     host.log(f"{name}: {in_words(used)}; {course.step.why}; {len(trials)} trials")
+    if left := tune.without_time(one, course, trials):
+        others = f" nor {len(left) - 1} others" if left[1:] else ""
+        host.log(f"{name}: not measured {left[0].label}{others}: {left[0].why}")
     return _go_on(host, now, name, record, installs=installs)
 
 

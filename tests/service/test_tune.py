@@ -249,5 +249,21 @@ def test_the_record_says_what_was_expected_of_the_plan_by_which_rates():
     assert later.inputs.measured() == measurements(None, [], [speeds]) != measurements(None, [])
 
 
+def test_what_the_budget_had_no_time_for_is_told_with_the_minutes_that_would_do():
+    one = subject(models=({**KV, "threads": None},), tune_minutes=20)
+    # A trial takes two minutes: of ten, in four rounds and as many trials for the final, one is less than the least.
+    trials = [trial(0, 3.0, took=110.0), trial(1, 3.0, took=120.0)]
+    some = one.course(tune.measured(trials)).candidates
+    left = tune.without_time(one, Course(some, Verdict(0, 1, 1, 1, ""), 10), trials)
+    assert [each.label for each in left] == [each.label for each in one.found[len(some) :]] != []
+    minutes = 2 * 4 * 2 * (len(some) + 1)
+    assert left[0].why == f"tune_minutes = 20 has no time for it; about {minutes} would do"
+    enough = subject(models=({**KV, "threads": None},), tune_minutes=minutes)
+    assert len(enough.course(tune.measured(trials)).candidates) == len(some) + 1
+    made = tune.record(one, Course(some, Verdict(0, 1, 1, 1, ""), 10), trials, 7.0)
+    assert {"label": left[0].label, "why": left[0].why} in made["not_run"]
+    assert tune.without_time(one, Course(one.found, Verdict(0, 1, 1, 1, ""), 10), trials) == []
+
+
 def test_what_never_ran_is_not_recorded():
     assert recorded(Verdict(0, 1, 1, 1, "no candidate runs"), [trial(0, None), trial(1, None)]) is None
