@@ -140,7 +140,18 @@ def test_a_host_alone_and_hosts_of_other_models_ask_no_other(site):
     assert run.code == 0 and not any("site" in one["name"] for one in run.operations), run.text
 
 
-def test_one_copy_leaves_the_hub_and_the_others_have_it_soon_after(site):
+@pytest.fixture
+def own_disks(site):
+    """Each host has its models on a disk of its own: in memory, for all have this machine's one disk otherwise, which
+    needs longer for five copies than the hosts for all else."""
+    for host in site.hosts:
+        on(host, "sh", "-c", f"mkdir -p {FOLDER} && mount -t tmpfs -o size=2G,mode=0755 models {FOLDER}")
+    yield
+    for host in site.hosts:
+        on(host, "umount", "--lazy", FOLDER)
+
+
+def test_one_copy_leaves_the_hub_and_the_others_have_it_soon_after(site, own_disks):
     site.publish(LARGE)
     site.forget()
     run, alone = site.fetch(site.hosts[:1])
@@ -151,8 +162,7 @@ def test_one_copy_leaves_the_hub_and_the_others_have_it_soon_after(site):
     print(f"one host {alone:.1f} s, five hosts {seconds:.1f} s, {site.copies:.3f} copies")
     assert 1.0 <= site.copies <= 1.05
     assert site.right() == site.hosts
-    # Five hosts share two cores for TLS and sums: 1.1 to 1.7 times were seen, with other tests at work.
-    assert seconds < 3 * alone
+    assert seconds < 1.6 * alone  # with nothing beside: five hosts share two cores for TLS and sums
     # The Hub's token went to the Hub alone: hosts that asked others were not even given it.
     asked = [
         host for host in site.hosts if '"peers"' in on(host, "sh", "-c", "cat /var/lib/llamafleet/jobs/fetch-m*.json")
