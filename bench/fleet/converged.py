@@ -24,7 +24,7 @@ from llamafleet.memory.placement import HOST
 from llamafleet.planner.reconcile import Verified
 from llamafleet.planner.result import Plan
 from llamafleet.remote.common import BUILD, CURRENT, GATE_SCHEMA, HELPERS, RELEASES, SOURCE, core_of_unit, helper
-from llamafleet.service import wanted
+from llamafleet.service import disks, wanted
 from llamafleet.service.building import Run
 from llamafleet.service.changes import changes_needed
 from llamafleet.service.desired import Desired, Serving, desire, with_plans
@@ -32,7 +32,6 @@ from llamafleet.service.model_folders import model_path
 from llamafleet.service.plan_inputs import PlanInputs, plan_inputs
 from llamafleet.settings.schema import Settings
 from tasks.lib import lookups, templates
-from tasks.lib.facts import asked_left
 
 RECORDED = json.loads((Path(__file__).resolve().parent.parent / "data" / "converged-host.json").read_text())
 DRIVER = {"nvidia": "580.159.04", "cuda": "13.0"}
@@ -193,7 +192,7 @@ def _left(settings: Settings, files: Mapping[str, int | None]) -> dict[str, Any]
     free = RECORDED["machine"]["disks"][0]["free_bytes"]
     spaces = {
         path: {"place": path, "device": "54", "free_bytes": free, "mount": "/", "unmounted": None, "read_only": False}
-        for path in asked_left(settings)["paths"]
+        for path in disks.paths(settings)
     }
     return {"reboot": "", "closed": {}, "spaces": spaces, "model_bytes": dict(files)}
 

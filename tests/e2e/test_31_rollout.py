@@ -45,9 +45,13 @@ def roll_out(inventory, *options):
 
 @contextlib.contextmanager
 def rolling_out(inventory):
-    """A rollout in a group of processes, which is killed where it still runs at the end of the block."""
-    with subprocess.Popen(command(inventory), cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, process_group=0,
-                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:  # fmt: skip
+    """A rollout in a group of processes, which is killed where it still runs at the end of the block. What it says is in
+    the file with the suffix .log."""
+    with (
+        inventory.with_suffix(".log").open("w") as log,
+        subprocess.Popen(command(inventory), cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, process_group=0,
+                         stdout=log, stderr=log) as process,
+    ):  # fmt: skip
         try:
             yield process
         finally:
@@ -239,7 +243,8 @@ def test_a_gateway_is_taken_over_by_the_timer_where_nobody_puts_a_server_back(fl
     with rolling_out(asked) as process:
         deadline = time.monotonic() + 300
         while not drained(gateway):
-            assert time.monotonic() < deadline and process.poll() is None
+            is_over = process.poll() is not None or time.monotonic() > deadline
+            assert not is_over, asked.with_suffix(".log").read_text()
             time.sleep(0.2)
     deadline = time.monotonic() + 240
     while drained(gateway):
