@@ -45,8 +45,9 @@ ASK_TOO = {"first": "test_speculation.py", "second": "test_projector.py", "third
 ASIDE = ("remote", "tasks", "test_*.py")
 # What computes lets hosts go first, a little: tests with limits of time would meet them otherwise.
 GIVE_WAY = ["nice", "-n", "5"]
-# Hosts cannot do much before llama.cpp is compiled: it has both processors until then, and what computes waits.
-COMPILE = [sys.executable, "-m", "sandbox.oracle_build"]
+# Hosts cannot do much before llama.cpp is compiled: it has both processors until then, and what computes waits. The
+# first deploy's compilation, for which most hosts wait, goes before this one.
+COMPILE = ["nice", "-n", "15", sys.executable, "-m", "sandbox.oracle_build"]
 ADDRESSES = 10  # of a lane's hosts
 HOSTS = 24  # of all lanes at a time, and some
 
