@@ -47,7 +47,7 @@ ASIDE = ("remote", "tasks", "test_*.py")
 GIVE_WAY = ["nice", "-n", "5"]
 # Hosts cannot do much before llama.cpp is compiled: it has both processors until then, and what computes waits. The
 # first deploy's compilation, for which most hosts wait, goes before this one.
-COMPILE = ["nice", "-n", "15", sys.executable, "-m", "sandbox.oracle_build"]
+COMPILE = ["nice", "-n", "12", sys.executable, "-m", "sandbox.oracle_build"]
 ADDRESSES = 10  # of a lane's hosts
 HOSTS = 24  # of all lanes at a time, and some
 
