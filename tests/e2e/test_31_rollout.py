@@ -81,13 +81,14 @@ def gateway(five):
 
 @pytest.fixture(scope="module")
 def fleet(serving, gateway, outside, tmp_path_factory):
-    """The fleet as deployed; a function writes its inventory with a change for all servers, without one with a number
-    of tokens that no host was asked for before."""
-    numbers, contexts = iter(range(100)), iter(range(1088, 8192, 64))
+    """The fleet as deployed; a function writes its inventory with a change for all servers, without one with numbers
+    of tokens that no host was asked for before. A context is rounded up, and may be the same; a batch is not."""
+    numbers, contexts, batches = iter(range(100)), iter(range(1088, 8192, 64)), iter(range(1024, 2048, 32))
     folder = tmp_path_factory.mktemp("fleet")
 
     def changed(of_host=(), **model):
-        asked = {"context_tokens": next(contexts) if not of_host else 1024, "slots": 2, **model}
+        asked = {"context_tokens": next(contexts) if not of_host else 1024, "slots": 2,
+                 "batch_tokens": next(batches) if not of_host else 1024, **model}  # fmt: skip
         entries = [
             (host.name, {**connection(host), **deploying.settings(outside, host, kind, drain_seconds=60,
                                                                   model={"name": kind, **asked}), **dict(of_host)})
