@@ -48,7 +48,7 @@ def predicted(inventory):
     words = [sys.executable, "-m", "llamafleet.cli", "plan", "--inventory", str(inventory), "--json"]
     done = subprocess.run(words, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    [[plan]] = [plans.values() for plans in json.loads(done.stdout).values()]
+    [[plan]] = [one["models"].values() for one in json.loads(done.stdout).values()]
     told = plan["predicted"]
     return (told["decode_tokens_per_s"], told["prefill_tokens_per_s"]), (told["decode_source"], told["prefill_source"])
 
