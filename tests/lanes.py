@@ -25,7 +25,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=15", "--durations-m
 # Files of the further lanes with sandbox hosts, in this order; all others are the first one's, where the first deploy
 # compiles for all.
 FURTHER = {
-    # Debian 12's host first: what it compiles, the oracle's tests wait for.
+    # Debian 12's host first: what it compiles, the oracle's compilation takes, or the other way round.
     "second": ("test_05_uninstall", "test_06_verify", "test_08_rollback", "test_18_successor", "test_28_tune"),
     "third": ("test_07_faults", "test_10_preflight", "test_16_upgrade", "test_17_drift", "test_19_network"),
     "fourth": (
@@ -37,8 +37,8 @@ FURTHER = {
         "test_27_real_models",
     ),
 }  # fmt: skip
-# Oracle tests of lanes whose hosts are done first; the others are in the lane that computes. By then test_05_uninstall
-# has compiled what they need.
+# Oracle tests of lanes whose hosts are done first; the others are in the lane that computes. By then the
+# oracle is compiled.
 ASK_TOO = {"first": "test_speculation.py", "second": "test_projector.py", "third": "test_[cdl]*.py",
            "fourth": "test_ad*.py", "fifth": "test_[tv]*.py"}  # fmt: skip
 # Tests of a second lane that computes: about half of the processor time of all that need no host.

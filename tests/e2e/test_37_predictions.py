@@ -4,14 +4,13 @@ import itertools
 import json
 import subprocess
 import sys
-import urllib.request
 from statistics import median
 
 import pytest
 
 from sandbox import oracle_build, real_models
 from tests.e2e import deploying
-from tests.e2e.deploying import PORT, ROOT, environment, pyinfra
+from tests.e2e.deploying import ROOT, ask, environment, pyinfra
 
 pytestmark = pytest.mark.long
 
@@ -56,20 +55,12 @@ def predicted(inventory):
 def measured(host):
     """Of requests with a prompt as long as the workload's, as the server says: the medians, tokens/s written and read."""
     text = (ROOT / "README.md").read_text()
-    tokens = ask(host, "/tokenize", {"content": text})["tokens"][: WORK["prompt_tokens"]]
+    tokens = ask(host, "/tokenize", {"content": text})[1]["tokens"][: WORK["prompt_tokens"]]
     assert len(tokens) == WORK["prompt_tokens"]
     body = {"prompt": tokens, "n_predict": WORK["reply_tokens"], "ignore_eos": True, "cache_prompt": False}
-    timings = [ask(host, "/completion", body)["timings"] for _ in range(REQUESTS + 1)][1:]  # the first one warms up
+    timings = [ask(host, "/completion", body)[1]["timings"] for _ in range(REQUESTS + 1)][1:]  # the first one warms up
     assert {(one["prompt_n"], one["predicted_n"]) for one in timings} == {(len(tokens), WORK["reply_tokens"])}
     return tuple(median(one[f"{kind}_per_second"] for one in timings) for kind in ("predicted", "prompt"))
-
-
-def ask(host, path, body):
-    request = urllib.request.Request(
-        f"http://{host.address}:{PORT}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=600) as answer:
-        return json.load(answer)
 
 
 def test_predicted_speeds_are_met(host, inventories):
