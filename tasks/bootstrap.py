@@ -12,7 +12,7 @@ from tasks.lib.decision import for_stage
 def bootstrap() -> None:
     """Prepare the host for the later stages. The lock comes first, and is held from here to the end of the run."""
     now = for_stage("bootstrap")
-    if now is None:
+    if now is None or not now.has_work:
         return
     changes, machine = now.changes, now.desired.machine
     manager = machine.package_manager or ""

@@ -12,7 +12,7 @@ from llamafleet.build import release
 from llamafleet.remote.common import JOBS, SOURCE
 from llamafleet.service.desired import Desired
 from tasks.lib import lookups, operations, paths, site_builds, site_members
-from tasks.lib.decision import build_job, for_stage
+from tasks.lib.decision import Decision, build_job, for_stage
 from tasks.lib.site_builds import Release
 
 
@@ -23,27 +23,34 @@ def build() -> None:
     if now is None:
         return
     settings, wanted = now.desired.settings, now.desired.build
-    network = lookups.network(settings)
-    needed, repository = now.changes.build and not now.desired.is_cached, settings.llama_cpp_repository
-    if paths.is_ours(host, repository):
-        pack = f"{JOBS}/checkout-{wanted.commit}.pack"
-        operations.send_commit(
-            name=f"Send llama.cpp {settings.llama_cpp_ref}", needed=needed, repository=repository,
-            commit=wanted.commit, path=pack,
-        )  # fmt: skip
-        repository = pack
-    operations.checkout(
-        name=f"Check out llama.cpp {settings.llama_cpp_ref}", needed=needed, repository=repository,
-        commit=wanted.commit, folder=SOURCE, network=network,
-    )  # fmt: skip
-    name, job = f"Build llama.cpp {settings.llama_cpp_ref} for {wanted.backend}", build_job(now.desired)
+    if now.has_work:
+        check_out(now)
     site = None if settings.build_cache or not settings.models else site_members.of(host, settings)
+    name, job = f"Build llama.cpp {settings.llama_cpp_ref} for {wanted.backend}", build_job(now.desired)
     if site:
         release = Release(job, spec(now.desired), now.changes.build, job in now.desired.installed.jobs)
         site.join(host, now.desired, (release,))
-        return site_builds.build_in_site(name=name, site=site, release=release)
-    operations.build_release(
-        name=name, needed=now.changes.build, job=job, spec=spec(now.desired), network=network,
+        site_builds.build_in_site(name=name, site=site, release=release)
+    elif now.has_work:
+        operations.build_release(
+            name=name, needed=now.changes.build, job=job, spec=spec(now.desired), network=lookups.network(settings),
+        )  # fmt: skip
+
+
+def check_out(now: Decision) -> None:
+    """Check out the wanted commit, unless the host has a release of it."""
+    settings, commit = now.desired.settings, now.desired.build.commit
+    needed, repository = now.changes.build and not now.desired.is_cached, settings.llama_cpp_repository
+    if paths.is_ours(host, repository):
+        pack = f"{JOBS}/checkout-{commit}.pack"
+        operations.send_commit(
+            name=f"Send llama.cpp {settings.llama_cpp_ref}", needed=needed, repository=repository, commit=commit,
+            path=pack,
+        )  # fmt: skip
+        repository = pack
+    operations.checkout(
+        name=f"Check out llama.cpp {settings.llama_cpp_ref}", needed=needed, repository=repository, commit=commit,
+        folder=SOURCE, network=lookups.network(settings),
     )  # fmt: skip
 
 

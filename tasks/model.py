@@ -44,6 +44,8 @@ def model() -> None:
         if site and of_site.can_be_shared:
             shared.append(of_site)
             continue
+        if not now.has_work:
+            continue
         if sent:
             operations.send_files(name=f"Send {first}", needed=needed, files=sent, reserve_bytes=MODEL_RESERVE_BYTES)
         operations.run_job(

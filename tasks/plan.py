@@ -13,7 +13,7 @@ from llamafleet.cli import tables, usage
 from llamafleet.planner import stability
 from llamafleet.service.desired import Serving
 from llamafleet.service.measured import chance, tuning_notes
-from llamafleet.service.tune import in_lines, to_measure, wishes
+from llamafleet.service.tune import in_lines, wishes
 from tasks.lib import switching, text_diffs
 from tasks.lib.decision import Decision, decision
 from tasks.lib.usage import left_to_do, reached_by
@@ -46,7 +46,7 @@ def lines(now: Decision, name: str, reached: str, *, everything: bool) -> Iterat
             chances = [one] if (one := chance(now.desired.inputs, serving.plan)) else []
             title = f"{serving.name} on {name}"
             yield tables.table(plain, title, alternatives=chances, measured=_measured(now, serving))
-    if not now.changes.any and not now.changes.note and not to_measure(now.desired, as_set=True):
+    if not now.has_work:
         yield _in_one_line(now, reached)
     if not now.changes.any:  # else it is said at the end
         yield from left_to_do(now.desired, now.desired.installed.left)

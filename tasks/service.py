@@ -20,7 +20,7 @@ from tasks.lib.decision import decision, for_stage
 def service() -> None:
     """Install or restart what differs; then remove instances that the inventory no longer names."""
     now = for_stage("service")
-    if now is None:
+    if now is None or not now.has_work:
         return
     moves.watch(ctx_host.get().state)
     options = switching.Options.of(now.desired.settings)
@@ -43,7 +43,7 @@ def service() -> None:
         name=f"Make build {now.desired.build.key} the current release", needed=now.changes.current,
         key=now.desired.build.key, keep=now.desired.settings.keep_releases,
     )  # fmt: skip
-    operations.release_lock(name="Release the host's lock", needed=changes_any or bool(now.changes.note))
+    operations.release_lock(name="Release the host's lock", needed=True)
     usage.tell_usage(
         name="Say how to use what was installed", needed=changes_any, servings=installed_now, desired=now.desired
     )  # fmt: skip

@@ -18,7 +18,7 @@ from tasks.lib.decision import for_stage
 def verify() -> None:
     """Ask about every plan that is to be installed, unless this build was asked about it before."""
     now = for_stage("verify")
-    if now is None:
+    if now is None or not now.has_work:
         return
     names = now.changes.verify
     operations.ask_server(

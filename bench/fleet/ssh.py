@@ -9,6 +9,7 @@ servers take every user and key: nobody but this machine reaches them.
 from __future__ import annotations
 
 import contextlib
+import re
 import selectors
 import shlex
 import socket
@@ -22,6 +23,9 @@ import paramiko
 
 Answer = Callable[[list[str]], str | None]
 WAIT_SECONDS = 30.0  # for a channel of a client that has connected
+# A word of a command as `shlex.quote` writes it, and its parts: quoted, and plain.
+_WORD = re.compile(r"""(?:[^\s'"]+|'[^']*'|"[^"]*")+""")
+_PART = re.compile(r"""'([^']*)'|"([^"]*)"|([^\s'"]+)""")
 UNKNOWN = 127  # exit status of a shell where there is no such program
 
 
@@ -68,12 +72,18 @@ class _Session(paramiko.ServerInterface):
 
 def words_of(command: str) -> list[str]:
     """The words of a command, without the shells and the `timeout` that pyinfra and this project put before it."""
-    words = shlex.split(command)
+    words = _split(command)
     while len(words) == 3 and words[:2] == ["sh", "-c"]:
-        words = shlex.split(words[2])
+        words = _split(words[2])
     if words[:2] == ["timeout", "-k"]:
         words = words[4:]
     return words
+
+
+def _split(command: str) -> list[str]:
+    """As `shlex.split` of what `shlex.join` made, which looks at each character alone: of a run over a thousand hosts
+    that would be a third."""
+    return ["".join(map("".join, _PART.findall(word))) for word in _WORD.findall(command)]
 
 
 class _Host:

@@ -42,6 +42,7 @@ from llamafleet.service.desired import Desired, desire, to_ask, with_plans
 from llamafleet.service.plan_inputs import PlanInputs, plan_inputs
 from llamafleet.service.record import without_query
 from llamafleet.service.refusals import Refused, diagnosed, is_path, no_plan
+from llamafleet.service.tune import to_measure
 from llamafleet.settings.prompt_files import PromptFileError
 from llamafleet.settings.schema import Instance, Settings, SettingsError
 from llamafleet.settings.secrets import SecretError
@@ -62,6 +63,12 @@ class Decision:
     desired: Desired
     changes: Changes
     made: float = field(default_factory=time.monotonic, compare=False)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a run of all stages does anything on the host. On others stages have no operations, of which each
+        costs this machine some milliseconds: a run over a thousand hosts would prepare 19 times as many."""
+        return self.changes.any or bool(self.changes.note) or bool(to_measure(self.desired, as_set=True))
 
 
 # The parts of `Changes` that a stage makes, and those that must be made before it can do its own.

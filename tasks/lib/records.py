@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -38,11 +39,12 @@ def of_inventory(inventory: Path) -> None:
 
 def folder() -> Path:
     """Where the records of this run's inventory lie; of one that is no file, in the current folder."""
-    inventory = _inventory or _of_run(sys.argv[1:])
+    inventory = _inventory or _of_run(tuple(sys.argv[1:]))
     return (inventory.resolve().parent if inventory and inventory.is_file() else Path.cwd()) / FOLDER
 
 
-def _of_run(words: list[str]) -> Path | None:
+@cache
+def _of_run(words: tuple[str, ...]) -> Path | None:
     """The inventory that pyinfra was started with, read as pyinfra reads its command line."""
     try:
         with cli.make_context("pyinfra", list(words), resilient_parsing=True) as context:

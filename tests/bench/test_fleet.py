@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -58,6 +59,12 @@ def test_a_host_knows_no_other_programs_and_no_helpers_of_another_version(settin
 def test_the_words_of_a_command_are_those_behind_shells_and_deadlines():
     assert words_of("sh -c 'timeout -k 5 120 python3 a.py '\"'\"'b c'\"'\"''") == ["python3", "a.py", "b c"]
     assert words_of("sh -c 'uname -m'") == ["uname", "-m"]
+
+
+@pytest.mark.parametrize("words", [["a", "b c"], ["it's", '"'], ["", "\\n"], ["'", '{"a": "b\'c d"}', "a\nb"]])
+def test_words_are_split_as_a_shell_does(words):
+    assert words_of(shlex.join(words)) == shlex.split(shlex.join(words)) == words
+    assert words_of(shlex.join(["sh", "-c", shlex.join(["sh", "-c", shlex.join(words)])])) == words
 
 
 def test_a_run_without_changes_sends_one_command_to_each_host_and_status_two():
