@@ -1,9 +1,9 @@
 """Compiles the oracle: llama-server and ggml-rpc-server of the upstream stand-in, for this machine's CPU.
 
-Where sandbox hosts can run, that is done in their own root of Debian 12, with the options of a deploy and through the
-test hosts' compiler cache: what it has compiled a deploy to a host of Debian 12 does not compile again, and the other
-way round. The programs then run here with the root's libraries, by small scripts. Elsewhere the machine's own compiler
-does it, in about ten minutes on two cores.
+Where sandbox hosts can run, that is done in their own root, with the options of a deploy and through the test hosts'
+compiler cache: what it has compiled a deploy does not compile again, and the other way round. The programs then run
+here with the root's libraries, by small scripts. Elsewhere the machine's own compiler does it, in about ten minutes on
+two cores.
 
 `python -m sandbox.oracle_build` compiles it, or waits for who does.
 """
@@ -25,7 +25,7 @@ from sandbox import compiler_cache, machine, roots, upstream
 from sandbox.state import SandboxError, current
 
 FOLDER = upstream.CACHE / "llama.cpp-cpu"
-COMPILER = ("cmake", "g++", "git", "make", "ninja-build")  # Debian packages, all that a deploy installs to compile
+COMPILER = ("cmake", "curl", "g++", "git", "make", "ninja-build")  # Debian packages, all that a deploy installs
 TARGETS = ("llama-server", "ggml-rpc-server")
 # Those of a deploy for the CPU (llamafleet/build/release.py), or its object files would be others; and RPC.
 FLAGS = (
@@ -106,10 +106,10 @@ def build(jobs: int | None = None, source: Source | None = None) -> Oracle:
     `source` is another release than the pinned one (bench/adopt.py).
     """
     source = source or Source(upstream.REPOSITORY, upstream.ensure(), upstream.TAG)
-    recipe = (source.commit, roots.OLDER_SUITE, *FLAGS, *compiler_cache.FILES.values(), ENTER, COPY_LIBRARIES, RUN)
+    recipe = (source.commit, roots.SUITE, *FLAGS, *compiler_cache.FILES.values(), ENTER, COPY_LIBRARIES, RUN)
     folder = FOLDER / hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:12]
     if not (folder / "done").exists():
-        with compiling(roots.OLDER_SUITE):
+        with compiling():
             if not (folder / "done").exists():
                 _compile(folder, source, jobs or os.cpu_count() or 1)
                 (folder / "done").touch()
@@ -155,7 +155,7 @@ def _root(disk: Path) -> list[str]:
         return []
     state = current()
     with state.locked():
-        lower = roots.ensure(state, [*COMPILER, compiler_cache.PACKAGE], roots.OLDER_SUITE)
+        lower = roots.ensure(state, [*COMPILER, compiler_cache.PACKAGE], roots.SUITE)
     cache = [str(compiler_cache.ensure()), compiler_cache.ON_HOST]
     unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", ENTER, "sh"]
     launcher = [f"{name}={value}" for name, value in compiler_cache.ENVIRONMENT.items()]

@@ -37,6 +37,11 @@ ADMIN, NOSUDO = "admin", "nosudo"
 USERS = {ADMIN: 1000, NOSUDO: 1001}
 # apt's own timers would hold apt's lock in the middle of a test; nobody sits at the console.
 MASKED = ("apt-daily.timer", "apt-daily-upgrade.timer", "console-getty.service")
+# Each daemon-reload starts all generators, and a deploy reloads many times; these make nothing in a host of ours.
+GENERATORS = tuple(
+    f"systemd-{name}-generator"
+    for name in ("debug", "getty", "gpt-auto", "hibernate-resume", "rc-local", "run", "ssh", "system-update", "tpm2")
+)
 OWN_CERTIFICATES = Path("/usr/local/share/ca-certificates")
 # A host's `apt-get update` then fetches what has changed: nothing, as a rule.
 LISTS = ("--skip=cleanup/apt/lists", '--aptopt=Acquire::Languages "none"')
@@ -159,6 +164,8 @@ def _hooks() -> list[str]:
         'rm -f "$1"/etc/ssh/ssh_host_*',
         ': > "$1/etc/machine-id"',
         f'chroot "$1" systemctl mask {" ".join(MASKED)}',
+        'mkdir -p "$1/etc/systemd/system-generators"',
+        f'cd "$1/etc/systemd/system-generators" && for one in {" ".join(GENERATORS)}; do ln -s /dev/null "$one"; done',
         'chroot "$1" update-ca-certificates',
     ]
 

@@ -7,6 +7,7 @@ group of its own: an interruption reaches all of it, and takes its hosts down.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,12 +26,11 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=15", "--durations-m
 # Files of the further lanes with sandbox hosts, in this order; all others are the first one's, where the first deploy
 # compiles for all.
 FURTHER = {
-    # Debian 12's host first: what it compiles, the oracle's compilation takes, or the other way round.
-    "second": ("test_05_uninstall", "test_06_verify", "test_08_rollback", "test_18_successor", "test_28_tune"),
+    "second": ("test_06_verify", "test_08_rollback", "test_18_successor", "test_28_tune"),
     "third": ("test_07_faults", "test_10_preflight", "test_16_upgrade", "test_17_drift", "test_19_network"),
     "fourth": (
         "test_11_power", "test_12_fleet", "test_14_odd_answers", "test_09_secrets", "test_20_package_managers",
-        "test_30_guard", "test_29_tune_faults",
+        "test_29_tune_faults",
     ),
     "fifth": (
         "test_21_vectors", "test_22_vision", "test_23_speculation", "test_24_adapters", "test_26_demand",
@@ -45,9 +45,12 @@ ASK_TOO = {"first": "test_speculation.py", "second": "test_projector.py", "third
 ASIDE = ("remote", "tasks", "test_*.py")
 # What computes lets hosts go first, a little: tests with limits of time would meet them otherwise.
 GIVE_WAY = ["nice", "-n", "5"]
-# Hosts cannot do much before llama.cpp is compiled: it has both processors until then, and what computes waits. The
-# first deploy's compilation, for which most hosts wait, goes before this one.
-COMPILE = ["nice", "-n", "12", sys.executable, "-m", "sandbox.oracle_build"]
+# Hosts cannot do much before the first deploy has compiled llama.cpp: it has both processors until then, and what
+# computes waits for the oracle's turn, which takes the same object files.
+COMPILE = [sys.executable, "-m", "sandbox.oracle_build"]
+# Builds that all hosts share: those of other lanes take what the first deploy has compiled.
+BUILDS = LOGS / "test-builds"
+SHARED = {"E2E_BUILDS": str(BUILDS)}
 ADDRESSES = 10  # of a lane's hosts
 HOSTS = 24  # of all lanes at a time, and some
 
@@ -105,7 +108,11 @@ def lanes() -> list[Lane]:
               for lane, names in ASK_TOO.items()}  # fmt: skip
     elsewhere = [file(name) for names in FURTHER.values() for name in names]
     return [
-        Lane("first", [[*hosts, "tests/e2e", *(f"--ignore={one}" for one in elsewhere)], [*oracle, *asking["first"]]]),
+        Lane(
+            "first",
+            [[*hosts, "tests/e2e", *(f"--ignore={one}" for one in elsewhere)], [*oracle, *asking["first"]]],
+            SHARED,
+        ),
         *(
             Lane(
                 name,
@@ -140,7 +147,7 @@ def file(name: str) -> str:
 def own_hosts(number: int, prefix: str) -> dict[str, str]:
     """Names and addresses of hosts that no other lane has."""
     first = int(os.environ.get("E2E_FIRST_ADDRESS") or 1)
-    return {"E2E_PREFIX": prefix, "E2E_FIRST_ADDRESS": str(first + ADDRESSES * (number + 1))}
+    return {"E2E_PREFIX": prefix, "E2E_FIRST_ADDRESS": str(first + ADDRESSES * (number + 1)), **SHARED}
 
 
 @contextmanager
@@ -156,7 +163,8 @@ def enough_inotify() -> Iterator[None]:
 
 
 def main() -> int:
-    LOGS.mkdir(exist_ok=True)
+    shutil.rmtree(BUILDS, ignore_errors=True)
+    BUILDS.mkdir(parents=True)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where this was started in the background, deaf to SIGINT
         signal.signal(number, signal.default_int_handler)
     with enough_inotify():

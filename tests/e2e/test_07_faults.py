@@ -305,6 +305,7 @@ def test_a_disk_that_fills_up_during_a_build_leaves_the_old_one_serving(settings
     deploy()
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_during_a_download_leaves_the_old_one_serving(settings, inventory, outside, host):
     path = outside.sources["moe"].removeprefix("hf:")
     asked = inventory((host, settings(host, **LIVENESS, model={"source": outside.sources["moe"]})))

@@ -55,6 +55,7 @@ def slow_download(outside):
     outside.hub.heal()
 
 
+@pytest.mark.long
 def test_one_host_works_through_three_leases_while_the_others_wait(
     settings, inventory, hosts, deployed, outside, slow_download, tmp_path
 ):

@@ -156,6 +156,7 @@ def test_killed_at_any_point_it_resumes_and_the_service_runs_again(tune, host):
     assert serves(host)
 
 
+@pytest.mark.long
 def test_what_somebody_does_with_the_service_meanwhile_counts(tune, host):
     batch = [tune.candidate(f"trial {n}") for n in range(20)]
     tune.start(batch)

@@ -13,6 +13,7 @@ from sandbox import upstream
 from tests.e2e.deploying import main_pid, on, pyinfra, serves
 from tests.e2e.test_08_rollback import MAIN
 
+pytestmark = pytest.mark.long
 RECORD = "/var/lib/llamafleet/gate/tiny.json"
 UNIT = "llama-server-tiny"
 # The service computes on, after each token, for so many times as long as the token took.
@@ -89,7 +90,6 @@ def only_the_record_counts(host):
     on(host, "systemctl", "stop", UNIT)
 
 
-@pytest.mark.long
 def test_a_slower_build_is_put_back(data, inventory, outside, host):
     assert pyinfra(inventory((host, data))).code == 0
     release = current(host)
@@ -98,7 +98,6 @@ def test_a_slower_build_is_put_back(data, inventory, outside, host):
     check_put_back(pyinfra(inventory((host, {**data, "llama_cpp_ref": tag}))), host, commit, release)
 
 
-@pytest.mark.long
 def test_a_slower_build_is_installed_where_it_is_accepted(data, inventory, outside, host):
     assert pyinfra(inventory((host, data))).code == 0
     release = current(host)
@@ -125,7 +124,6 @@ def test_a_build_that_is_slower_under_another_kernel_is_told(data, inventory, ho
     assert pyinfra(inventory((host, data)), "--dry").changed() == []
 
 
-@pytest.mark.long
 def test_a_build_that_is_little_slower_is_put_back_where_the_host_is_quiet(data, inventory, outside, host):
     commit, tag = slower(outside, 1 + LITTLE)
     for _ in range(TRIES):
@@ -142,7 +140,6 @@ def test_a_build_that_is_little_slower_is_put_back_where_the_host_is_quiet(data,
     assert main_pid(host, "tiny") != before
 
 
-@pytest.mark.long
 def test_a_build_of_the_same_speed_passes_each_time(data, inventory, outside, host):
     upstream.add_commit(outside.clone, {"tools/server/main.cpp": MAIN % {"before": "", "first": ""}}, "same")
     compared, switches = 0, 20

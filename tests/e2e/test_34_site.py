@@ -19,7 +19,6 @@ pytestmark = pytest.mark.long
 
 COUNT, PORT = 5, 9345
 LARGE, SMALL, LINE = 1_000_000_000, 200_000_000, 20_000_000  # bytes, bytes a second
-PREPARED = (*oracle_build.COMPILER, "ca-certificates", "curl", "libgomp1")
 TOKEN = "hf_sandbox"
 FOLDER = "/var/lib/llamafleet/models"
 FETCH = "from llamafleet.stages import bootstrap, model\n\nbootstrap()\nmodel()\n"
@@ -28,7 +27,7 @@ FETCH = "from llamafleet.stages import bootstrap, model\n\nbootstrap()\nmodel()\
 @pytest.fixture(scope="module")
 def five(turn, boot):
     turn.close()
-    return boot(COUNT, f"{PREFIX}s", 0, packages=PREPARED)
+    return boot(COUNT, f"{PREFIX}s", 0, packages=oracle_build.COMPILER)
 
 
 class Site:

@@ -41,6 +41,7 @@ def switch(gateway, stand_in, state):
 
 def all_at_work(gateway, pool, stand_ins):
     """A request at the one slot of each of the two, and one that waits for either: what will become of them."""
+    until(lambda: servers_up(gateway) == len(stand_ins))  # a busy machine may be late for a check
     for one in stand_ins:
         one.gate.clear()
     asked = [pool.submit(ask, gateway, number) for number in range(2)]
@@ -48,6 +49,11 @@ def all_at_work(gateway, pool, stand_ins):
     asked.append(pool.submit(ask, gateway, 2))
     until(lambda: "BACKEND,1," in gateway.admin("show stat"))
     return asked
+
+
+def servers_up(gateway):
+    lines = gateway.admin("show stat").splitlines()
+    return sum(line.startswith("model:tiny,") and ",BACKEND," not in line and ",UP," in line for line in lines)
 
 
 def close(stand_in):
