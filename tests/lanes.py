@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,8 +45,8 @@ ASK_TOO = {"first": "test_speculation.py", "second": "test_projector.py", "third
 ASIDE = ("remote", "tasks", "test_*.py")
 # What computes lets hosts go first, a little: tests with limits of time would meet them otherwise.
 GIVE_WAY = ["nice", "-n", "5"]
-# Hosts cannot do much before the first deploy has compiled llama.cpp: it has both processors until then, and what
-# computes waits for the oracle's turn, which takes the same object files.
+# The oracle takes the object files that the first deploy has compiled. All lanes wait for these: hosts cannot do much
+# before, and that deploy is to compile by itself.
 COMPILE = [sys.executable, "-m", "sandbox.oracle_build"]
 # Builds that all hosts share: those of other lanes take what the first deploy has compiled.
 BUILDS = LOGS / "test-builds"
@@ -57,10 +57,10 @@ HOSTS = 24  # of all lanes at a time, and some
 
 @dataclass
 class Lane:
-    """Commands that run one after another, all of them, whatever becomes of one."""
+    """Commands that run one after another, all of them, whatever becomes of one; a condition among them is waited for."""
 
     name: str
-    commands: list[list[str]]
+    steps: Sequence[list[str] | Callable[[], bool]]
     environment: dict[str, str] = field(default_factory=dict)
     codes: list[int] = field(default_factory=list)
     wall_seconds: float = 0
@@ -69,15 +69,22 @@ class Lane:
     stopped: bool = False
 
     @property
+    def is_green(self) -> bool:
+        """Whether it ran all its commands, each with success."""
+        return self.codes == [0] * sum(isinstance(step, list) for step in self.steps)
+
+    @property
     def log(self) -> Path:
         return LOGS / f"test-{self.name}.log"
 
     def run(self) -> None:
         began = time.monotonic()
         with self.log.open("wb") as log:
-            for command in self.commands:
-                if not self.stopped:
-                    self._run(command, log.fileno())
+            for step in self.steps:
+                while callable(step) and not self.stopped and not step():
+                    time.sleep(1)
+                if isinstance(step, list) and not self.stopped:
+                    self._run(step, log.fileno())
         self.wall_seconds = time.monotonic() - began
         print(f"--- lane {self.name} ended with {self.codes} after {self.wall_seconds:.0f} s", flush=True)
 
@@ -107,16 +114,22 @@ def lanes() -> list[Lane]:
     asking = {lane: sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"tests/oracle/{names}"))
               for lane, names in ASK_TOO.items()}  # fmt: skip
     elsewhere = [file(name) for names in FURTHER.values() for name in names]
+    first = Lane(
+        "first",
+        [[*hosts, "tests/e2e", *(f"--ignore={one}" for one in elsewhere)], [*oracle, *asking["first"]]],
+        SHARED,
+    )
+
+    def is_compiled() -> bool:
+        """By the first deploy, or it never will be."""
+        return any(BUILDS.glob("*.tar")) or first.wall_seconds > 0
+
     return [
-        Lane(
-            "first",
-            [[*hosts, "tests/e2e", *(f"--ignore={one}" for one in elsewhere)], [*oracle, *asking["first"]]],
-            SHARED,
-        ),
+        first,
         *(
             Lane(
                 name,
-                [[*hosts, *map(file, FURTHER[name])], *([[*oracle, *asking[name]]] if name in asking else [])],
+                [is_compiled, [*hosts, *map(file, FURTHER[name])], [*oracle, *asking[name]]],
                 own_hosts(number, name),
             )
             for number, name in enumerate(FURTHER)
@@ -125,12 +138,13 @@ def lanes() -> list[Lane]:
             "computing",
             [
                 [*GIVE_WAY, "make", "--no-print-directory", "check"],
+                is_compiled,
                 COMPILE,
                 [*offline, *(f"--ignore={one}" for one in aside)],
                 [*oracle, *sorted(with_oracle() - {one for files in asking.values() for one in files})],
             ],
         ),
-        Lane("aside", [COMPILE, [*offline, *aside]]),
+        Lane("aside", [is_compiled, COMPILE, [*offline, *aside]]),
     ]
 
 
@@ -171,7 +185,7 @@ def main() -> int:
         running = lanes()
         run(running)
     show(running)
-    return 0 if all(lane.codes == [0] * len(lane.commands) for lane in running) else 1
+    return 0 if all(lane.is_green for lane in running) else 1
 
 
 def run(running: list[Lane]) -> None:
