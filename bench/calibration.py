@@ -117,7 +117,7 @@ def machine() -> Machine:
 def probe(threads: int) -> Measurements:
     """The memory's bandwidth, as a survey measures it; nothing while the processors are busy."""
     found = json.loads(_said("probe_bandwidth.py", str(threads)))
-    return measurements(Bandwidth(found["bytes_per_s"], "", found["why"]), [])
+    return measurements(Bandwidth(found["bytes_per_s"], "", found["why"], found["core_steps_per_s"]), [])
 
 
 def _said(program: str, *words: str) -> str:

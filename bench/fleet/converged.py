@@ -58,7 +58,8 @@ class Converged:
         # No two hosts measure the same.
         self._luck = 0.95 + 0.1 * int(_sha256(name)[:8], 16) / 2**32
         self._found["bandwidth"] = {
-            "bytes_per_s": round(PROBED_BYTES_PER_S * self._luck), "hardware": machine, "why": "",
+            "bytes_per_s": round(PROBED_BYTES_PER_S * self._luck), "core_steps_per_s": None, "hardware": machine,
+            "why": "",
         }  # fmt: skip
         if self._machine["gpus"]:
             self._found |= {"toolkits": [TOOLKIT], "nvidia_minors": _minors(self._machine["gpus"])}

@@ -27,11 +27,13 @@ HOST, GPUS, BOTH = "host", "gpus", "both"
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """What the processors read together; None where it was not measured, and `why`. `hardware` names what it is of."""
+    """What the processors read together; None where it was not measured, and `why`. `hardware` names what it is of;
+    `core_steps_per_s`: how fast each computes, see `llamafleet/remote/probe_bandwidth.py`."""
 
     bytes_per_s: Rate | None
     hardware: Label
     why: Message = ""
+    core_steps_per_s: Rate | None = None
 
 
 @dataclass(frozen=True)
@@ -80,19 +82,22 @@ class ChosenRates:
     host_flops: Rate | None = None
     probe_bytes_per_s: Rate | None = None
     gpu_bytes_per_s: ByGpu = field(default_factory=dict)
+    probe_core_steps_per_s: Rate | None = None
 
     @classmethod
     def of(cls, measured: Measurements) -> ChosenRates:
         """Those of the measurements that are kept."""
         return cls(
-            measured.host_bytes_per_s, measured.host_flops, measured.probe_bytes_per_s, dict(measured.gpu_bytes_per_s)
-        )
+            measured.host_bytes_per_s, measured.host_flops, measured.probe_bytes_per_s, dict(measured.gpu_bytes_per_s),
+            measured.probe_core_steps_per_s,
+        )  # fmt: skip
 
     def measurements(self) -> Measurements:
         """For the planner."""
         return Measurements(
-            self.host_bytes_per_s, self.host_flops, self.probe_bytes_per_s, gpu_bytes_per_s=self.gpu_bytes_per_s
-        )
+            self.host_bytes_per_s, self.host_flops, self.probe_bytes_per_s, self.probe_core_steps_per_s,
+            gpu_bytes_per_s=self.gpu_bytes_per_s,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,12 @@ class RecordedRates:
     probe: Bandwidth | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """For plan.json."""
-        return asdict(self)
+        """For plan.json; as earlier releases wrote it where nothing is known of the steps."""
+        told = asdict(self)
+        for part, key in (("chosen", "probe_core_steps_per_s"), ("probe", "core_steps_per_s")):
+            if told[part] and told[part][key] is None:
+                del told[part][key]
+        return told
 
 
 def measurements(
@@ -123,6 +132,7 @@ def measurements(
             for found in by_host
         ),
         probe_bytes_per_s=bandwidth.bytes_per_s if bandwidth else None,
+        probe_core_steps_per_s=bandwidth.core_steps_per_s if bandwidth else None,
         gpu_bytes_per_s=_of_gpus(by_gpus, lambda one: one.expected.gpu_bytes_per_s, _decode_ratio),
         gpu_flops=_of_gpus(by_gpus, lambda one: one.expected.gpu_flops, _prompt_ratio),
     )

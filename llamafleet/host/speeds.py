@@ -41,6 +41,13 @@ PROBED_CORE_BYTES_PER_S = {"amx_int8": 12 * GB}
 # Arithmetic of one core while a prompt is read: 8 GFLOP a token at 10 tokens/s, AVX2; AVX-512 about half more.
 CORE_FLOPS = {"amx_tile": 300e9, "avx512f": 120e9, "avx2": 80e9, "asimd": 60e9}
 CORE_FLOPS_ELSE = 30e9
+# With the survey's probe of the cores (`Steps` in llamafleet/remote/probe_bandwidth.py) the rates of a core follow its
+# cycles: two cores of an EPYC (Zen 3, AVX2) make 0.40e9 steps a second each, write Qwen2.5-Coder 1.5B, 0.5B and Gemma
+# 3 270M at 8.4 to 10.5, 18 to 23 and 31 to 37 tokens/s, 8.2 to 10e9 bytes of weights a second, and read 1.5B at 34 to
+# 39 tokens/s, 91 to 104e9 operations (b11434): so many bytes a step, and steps a second of a core for which CORE_FLOPS
+# holds.
+CORE_BYTES_PER_STEP = 11.5
+CORE_STEPS_PER_S = 0.68e9
 # Multiply-adds of attention by one core, for one token and for many at once (measured:
 # bench/results/cpu_attention.csv, b11434).
 CORE_ATTENTION_MACS, CORE_READ_ATTENTION_MACS = 6e9, 15e9
@@ -88,6 +95,27 @@ HOST_BANDWIDTH_ELSE = 64.0  # two channels, between DDR4-3200 and DDR5-4800
 
 
 @dataclass(frozen=True)
+class Kernels:
+    """How llama.cpp multiplies with many tokens on a processor. A prompt of `half_speed_tokens` is read at half the
+    speed of a long one; `costs`: time for weights of a type, as a multiple of the time for K-quants."""
+
+    half_speed_tokens: int = 0
+    costs: Mapping[str, float] = field(default_factory=dict)
+
+    def filled(self, tokens: int) -> float:
+        """The speed at which a prompt of so many tokens is read, as a share of that of a long one."""
+        return tokens / (tokens + self.half_speed_tokens)
+
+
+# Gemma 3 270M, Qwen2.5-Coder 0.5B and 1.5B read 20 tokens at 0.72, 0.74 and 0.66 of their speed with 128 on two cores
+# with AVX-512. Q5_0, in which most layers of the 0.5B are, takes 33 ps there for a weight and token, and Q4_K and Q6_K
+# 11: 1.5B reads 68 tokens/s, 0.5B 90, Gemma, of both kinds, 454. With AVX2 alone K-quants gain less, and few tokens
+# suffice: an EPYC (Zen 3) reads 34 to 39, 82 to 93 and 260 to 296 tokens/s (b11434).
+KERNELS_AVX512 = Kernels(8, {"Q5_0": 3.0, "Q5_1": 3.0})
+KERNELS = Kernels(4, {"Q5_0": 1.75, "Q5_1": 1.75})
+
+
+@dataclass(frozen=True)
 class GpuRates:
     """Estimated rates of a GPU. `known`: it is in the catalogue or was measured; False: typical values."""
 
@@ -113,6 +141,7 @@ class Rates:
     # What the host's bandwidth and arithmetic come from: ESTIMATED, PROBED or MEASURED.
     host_source: str = ESTIMATED
     host_flops_source: str = ESTIMATED
+    host_kernels: Kernels = Kernels()
 
 
 @dataclass(frozen=True)
@@ -126,6 +155,7 @@ class Measurements:
     host_flops: float | None = None
     # What the processors read together, as the survey measured it: a limit, which not every model reaches.
     probe_bytes_per_s: float | None = None
+    probe_core_steps_per_s: float | None = None  # of each processor, see llamafleet/remote/probe_bandwidth.py
     gpu_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
     gpu_flops: Mapping[str, float] = field(default_factory=dict)
     link_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
@@ -139,22 +169,25 @@ def rates(cpu: Cpu, gpus: Sequence[Gpu], threads: int, measured: Measurements = 
     """The machine's rates with `threads` threads on the processor."""
     bandwidth, known = host_bandwidth(cpu)
     estimate = min(bandwidth * HOST_BANDWIDTH_SHARE, threads * CORE_BYTES_PER_S)
+    steps = measured.probe_core_steps_per_s
+    pace = min(1.0, steps / CORE_STEPS_PER_S) if steps and "amx_tile" not in cpu.flags else 1.0
     flops = next((rate for flag, rate in CORE_FLOPS.items() if flag in cpu.flags), CORE_FLOPS_ELSE)
-    by_probe = _by_probe(cpu, threads, measured.probe_bytes_per_s) if measured.probe_bytes_per_s else None
+    by_probe = _by_probe(cpu, threads, measured)
     host = measured.host_bytes_per_s or by_probe or estimate
     # A core that multiplies weights slower, by what was measured of it, is as much slower at attention.
-    slower = host / estimate if measured.host_flops else 1.0
-    reads_slower = measured.host_flops / (threads * flops) if measured.host_flops else 1.0
+    slower = host / estimate if measured.host_flops else pace
+    reads_slower = measured.host_flops / (threads * flops) if measured.host_flops else pace
     return Rates(
         gpus=tuple(_gpu(gpu, measured) for gpu in gpus),
         host_bytes_per_s=host,
-        host_flops=measured.host_flops or threads * flops,
+        host_flops=measured.host_flops or threads * flops * pace,
         host_attention_macs=threads * CORE_ATTENTION_MACS * min(1.0, slower),
         host_cache_macs=host * CACHE_BANDWIDTH_SHARE / CACHE_ELEMENT_BYTES,
         host_read_attention_macs=threads * CORE_READ_ATTENTION_MACS * min(1.0, reads_slower),
         host_known=known or measured.host_bytes_per_s is not None or by_probe is not None,
         host_source=MEASURED if measured.host_bytes_per_s else PROBED if by_probe else ESTIMATED,
-        host_flops_source=MEASURED if measured.host_flops else ESTIMATED,
+        host_flops_source=MEASURED if measured.host_flops else PROBED if steps else ESTIMATED,
+        host_kernels=KERNELS_AVX512 if "avx512f" in cpu.flags else KERNELS,
     )
 
 
@@ -169,10 +202,16 @@ def host_bandwidth(cpu: Cpu) -> tuple[float, bool]:
     return HOST_BANDWIDTH_ELSE * GB, False
 
 
-def _by_probe(cpu: Cpu, threads: int, probe_bytes_per_s: float) -> float:
-    """Bytes of weights a second: what the memory gives, of one socket, or what the cores multiply, if that is less."""
-    core = next((rate for flag, rate in PROBED_CORE_BYTES_PER_S.items() if flag in cpu.flags), CORE_BYTES_PER_S)
-    return min(probe_bytes_per_s / max(1, cpu.sockets), threads * core)
+def _by_probe(cpu: Cpu, threads: int, measured: Measurements) -> float | None:
+    """Bytes of weights a second: what the memory gives, of one socket, or what the cores multiply, if that is less;
+    None where there was no probe."""
+    if measured.probe_bytes_per_s is None:
+        return None
+    core = next((rate for flag, rate in PROBED_CORE_BYTES_PER_S.items() if flag in cpu.flags), None)
+    if core is None:
+        steps = measured.probe_core_steps_per_s
+        core = min(CORE_BYTES_PER_S, steps * CORE_BYTES_PER_STEP) if steps else CORE_BYTES_PER_S
+    return min(measured.probe_bytes_per_s / max(1, cpu.sockets), threads * core)
 
 
 def _gpu(gpu: Gpu, measured: Measurements) -> GpuRates:

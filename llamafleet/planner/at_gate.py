@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from llamafleet.host import learned
 from llamafleet.host.machine import Gpu
+from llamafleet.host.speeds import Rates
 from llamafleet.memory.weights import Model
 from llamafleet.planner.roofline import Roofline
 from llamafleet.planner.search import Candidate
@@ -18,21 +19,12 @@ from llamafleet.settings.workload import Workload
 
 # gate_reply.py: PROMPT has 19 to 22 tokens in the vocabularies of Gemma, Llama and Qwen; SPEED_TOKENS are written.
 GATE_WORK = Workload(prompt_tokens=20, reply_tokens=32, live_tokens=36, concurrency=1)
-# A processor reads a prompt of so many tokens at half the speed of a long one: Gemma 3 270M, Qwen2.5-Coder 0.5B and
-# 1.5B read 20 tokens at 0.72, 0.74 and 0.66 of their speed with 128 (two cores with AVX-512, b11434).
-HOST_HALF_SPEED_TOKENS = 8
 
 
-# Time to multiply weights of a type with many tokens, as a multiple of the time for K-quants. Of Q5_0, in which most
-# layers of Qwen2.5-Coder 0.5B are: about 33 against 11 ps for a weight and token on two cores with AVX-512, where 1.5B
-# in Q4_K and Q6_K reads 68 tokens/s, 0.5B 90 and Gemma 3 270M, of both kinds, 454 (b11434).
-HOST_COSTS = {"Q5_0": 3.0, "Q5_1": 3.0}
-
-
-def host_cost(model: Model) -> float:
+def host_cost(model: Model, rates: Rates) -> float:
     """The time that a processor needs for a prompt, as a multiple of that for a model of K-quants of the same size."""
     elements = sum(model.elements.values())
-    cost = sum(number * HOST_COSTS.get(kind, 1.0) for kind, number in model.elements.items())
+    cost = sum(number * rates.host_kernels.costs.get(kind, 1.0) for kind, number in model.elements.items())
     return cost / elements if elements else 1.0
 
 
@@ -44,13 +36,13 @@ def expected(roofline: Roofline, candidate: Candidate, gpus: Sequence[Gpu]) -> l
     decode = busy / roofline.decode(order, candidate.segments, busy, context.kv_type).total
     prompt = work.prompt_tokens / roofline.prefill(order, candidate.segments, context.ubatch_tokens).total
     on_host, partly = candidate.kind == "all", candidate.kind != "none"
-    filled = work.prompt_tokens / (work.prompt_tokens + HOST_HALF_SPEED_TOKENS)
+    filled = rates.host_kernels.filled(work.prompt_tokens)
     return learned.Expected(
         decode_tokens_per_s=decode,
         prompt_tokens_per_s=prompt * filled if on_host else prompt,
         computed_on=learned.HOST if on_host else learned.BOTH if partly else learned.GPUS,
         host_bytes_per_s=rates.host_bytes_per_s,
-        host_flops=rates.host_flops * host_cost(roofline.model),  # of a model whose types cost nothing more
+        host_flops=rates.host_flops * host_cost(roofline.model, rates),  # of a model whose types cost nothing more
         gpu_bytes_per_s={
             gpu.uuid: rates.gpus[number].bytes_per_s for gpu, number in zip(gpus, order, strict=True) if gpu.uuid
         },

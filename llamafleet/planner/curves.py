@@ -92,7 +92,7 @@ def _prediction(
         return tensor.predict(
             range(len(plan.gpus)), context, Roofline(model, work, machine_rates, op_offload=op_offload)
         )
-    machine_rates = replace(machine_rates, host_flops=machine_rates.host_flops / host_cost(model))
+    machine_rates = replace(machine_rates, host_flops=machine_rates.host_flops / host_cost(model, machine_rates))
     roofline = Roofline(model, work, machine_rates, op_offload=op_offload)
     return roofline.predict(range(len(plan.placement.devices)), plan.placement.segments, context)
 

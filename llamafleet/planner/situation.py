@@ -150,7 +150,8 @@ class Situation:
         which choosing a plan leaves out."""
         machine_rates = rates(self.machine.cpu, self.capacity.gpus, self.threads, measured)
         if by_type:
-            machine_rates = replace(machine_rates, host_flops=machine_rates.host_flops / host_cost(self.model))
+            cost = host_cost(self.model, machine_rates)
+            machine_rates = replace(machine_rates, host_flops=machine_rates.host_flops / cost)
         return Roofline(self.model, work, machine_rates, op_offload=self.op_offload)
 
     def predicted(self, candidate: Candidate, swap_bytes: int) -> Prediction:

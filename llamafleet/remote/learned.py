@@ -16,11 +16,16 @@ RATES = ("decode_tokens_per_s", "prompt_tokens_per_s", "host_bytes_per_s", "host
 
 
 def bandwidth(machine: Dict[str, Any]) -> Dict[str, Any]:
-    """{"bytes_per_s": float | null, "hardware", "why"}: as a plan.json has it, or measured now."""
+    """{"bytes_per_s": float | null, "core_steps_per_s": float | null, "hardware", "why"}: as a plan.json has it, where
+    one of an earlier release has no steps; or measured now."""
     hardware = probe_bandwidth.hardware(machine)
     kept = next((value for value in recorded() if value.get("hardware") == hardware), None)
     if kept is not None:
-        return {"bytes_per_s": float(kept["bytes_per_s"]), "hardware": hardware, "why": ""}
+        steps = kept.get("core_steps_per_s")
+        return {
+            "bytes_per_s": float(kept["bytes_per_s"]), "core_steps_per_s": float(steps) if is_rate(steps) else None,
+            "hardware": hardware, "why": "",
+        }  # fmt: skip
     cpu = machine["cpu"]
     threads = cpu["performance_cores"] or cpu["physical_cores"]
     return {**probe_bandwidth.measured(threads), "hardware": hardware}

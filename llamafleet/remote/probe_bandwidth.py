@@ -1,7 +1,9 @@
-"""Measure how fast this host's processors read memory together, which decides how fast a model on the CPU writes.
+"""Measure how fast this host's processors read memory together, and how fast each computes: that decides how fast a
+model on the CPU writes and reads.
 
-Contract: `probe_bandwidth.py THREADS` takes some 1.5 s, 1 GiB of memory at most, and the lowest priority; it prints
-{"bytes_per_s": float | null, "why": text}, where `why` says what kept it from measuring, and exits 0. Python 3.8,
+Contract: `probe_bandwidth.py THREADS` takes some 1.7 s, 1 GiB of memory at most, and the lowest priority; it prints
+{"bytes_per_s": float | null, "core_steps_per_s": float | null, "why": text}, where `why` says what kept it from
+measuring, and exits 0. A step is one of the C library's `strverscmp`, see `Steps`. Python 3.8,
 standard library and psutil; `probe_files.py` lies beside it. It changes nothing. `hardware` names what a figure is of,
 and `measured` runs it in a process of its own: both are for survey.py.
 """
@@ -29,6 +31,8 @@ SHARE_OF_AVAILABLE = 4  # of what is available now, one in so many may be used
 MOST_THREADS = 64  # as many reach the limit of any memory
 PIECE_BYTES = 4 * MIB  # that are read by one call, some 0.2 ms
 ROUNDS, ROUND_SECONDS = 6, 0.1
+STEP_ROUNDS, STEP_ROUND_SECONDS = 4, 0.05
+STEPS = 16 * 1024 - 1  # of a call, some 30 us; both texts are in a processor's first-level cache
 BUSY_SAMPLE_SECONDS, BUSY_PERCENT = 0.2, 20.0
 SECONDS = 15.0  # after which it is given up
 
@@ -40,7 +44,8 @@ def main(argv: List[str]) -> int:
 
 
 def bandwidth(threads: int) -> Dict[str, Any]:
-    """Bytes a second that so many threads read together; the best of some rounds, since other load only takes away."""
+    """Bytes a second that so many threads read together, and steps a second of each while all compute; the best of some
+    rounds, since other load only takes away."""
     busy = float(psutil().cpu_percent(interval=BUSY_SAMPLE_SECONDS))
     if busy > BUSY_PERCENT:
         return unmeasured(f"the processors were busy ({busy:.0f} %)")
@@ -51,13 +56,16 @@ def bandwidth(threads: int) -> Dict[str, Any]:
     try:
         parts = [Part(needed // threads // PIECE_BYTES * PIECE_BYTES or PIECE_BYTES) for _ in range(threads)]
         together([part.fill for part in parts])
-        return {"bytes_per_s": max(one_round(parts) for _ in range(ROUNDS)), "why": ""}
+        read_bytes = max(one_round(parts) for _ in range(ROUNDS))
+        texts = [Steps() for _ in range(threads)]
+        steps = max(steps_of_one(texts) for _ in range(STEP_ROUNDS))
+        return {"bytes_per_s": read_bytes, "core_steps_per_s": steps, "why": ""}
     except (OSError, MemoryError, AttributeError) as error:
         return unmeasured(f"{type(error).__name__}: {error}")
 
 
 def unmeasured(why: str) -> Dict[str, Any]:
-    return {"bytes_per_s": None, "why": why}
+    return {"bytes_per_s": None, "core_steps_per_s": None, "why": why}
 
 
 class Part:
@@ -86,12 +94,38 @@ class Part:
             self.at = (self.at + piece) % self.half
 
 
+class Steps:
+    """Two equal texts that `strverscmp` compares for one thread. Each character is a step of a few cycles that waits
+    for the one before, whatever instructions the processor has beside: so it tells how many cycles a second there are.
+    """
+
+    def __init__(self) -> None:
+        self.texts = [ctypes.create_string_buffer(b"a" * STEPS) for _ in range(2)]
+        self.per_s = 0.0
+        self.compare = ctypes.CDLL(None).strverscmp
+        self.compare.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+
+    def work(self, end: float) -> None:
+        began, done = time.thread_time(), 0  # while the thread waits for a processor it has no cycles
+        while time.monotonic() < end:
+            self.compare(*self.texts)
+            done += STEPS
+        self.per_s = done / (time.thread_time() - began)
+
+
 def one_round(parts: List[Part]) -> float:
     """Bytes a second that all threads read together."""
     began = time.monotonic()
     end = began + ROUND_SECONDS
     together([functools.partial(part.read, end) for part in parts])
     return sum(part.read_bytes for part in parts) / (time.monotonic() - began)
+
+
+def steps_of_one(texts: List[Steps]) -> float:
+    """Steps a second of a thread, on average, while all compute."""
+    end = time.monotonic() + STEP_ROUND_SECONDS
+    together([functools.partial(text.work, end) for text in texts])
+    return sum(text.per_s for text in texts) / len(texts)
 
 
 def together(actions: List[Any]) -> None:

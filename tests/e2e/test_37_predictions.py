@@ -72,7 +72,7 @@ def test_predicted_speeds_are_met(host, inventories):
         found[name] = measured(host)
         for other in set(MODELS) - {name}:
             after[name, other] = predicted(inventories[other])
-    assert {sources for _, sources in before.values()} == {("probe", "estimated")}
+    assert {sources for _, sources in before.values()} == {("probe", "probe")}
     assert {sources for _, sources in after.values()} == {("measured on this host",) * 2}
     by_probe = errors((name, told, found[name]) for name, (told, _) in before.items())
     by_gate = errors((f"{other} after {name}", told, found[other]) for (name, other), (told, _) in after.items())

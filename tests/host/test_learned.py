@@ -1,9 +1,11 @@
 """A host's rates from its own measurements: the survey's probe, and the gates of other models."""
 
+import dataclasses
+
 import pytest
 
-from llamafleet.host.learned import Bandwidth, Expected, MeasuredSpeeds, measurements
-from llamafleet.host.speeds import ESTIMATED, MEASURED, PROBED, rates
+from llamafleet.host.learned import Bandwidth, ChosenRates, Expected, MeasuredSpeeds, RecordedRates, measurements
+from llamafleet.host.speeds import CORE_STEPS_PER_S, ESTIMATED, MEASURED, PROBED, rates
 from tests import planning
 
 CPU = planning.machine().cpu
@@ -47,3 +49,38 @@ def test_what_memory_gives_is_shared_by_sockets_and_limited_by_cores():
     assert by_probe(20e9) < by_probe(40e9) < by_probe(40e9, sockets=1, flags=["amx_int8"]) + 1
     assert by_probe(40e9, sockets=2) == pytest.approx(by_probe(20e9))
     assert by_probe(500e9, threads=1) == by_probe(900e9, threads=1)
+
+
+def test_cores_with_fewer_cycles_a_second_multiply_as_much_more_slowly():
+    def by_probe(steps, found=(), **cpu):
+        bandwidth = Bandwidth(500e9, "x", core_steps_per_s=steps)
+        return rates(planning.machine(cpu=cpu).cpu, [], 6, measurements(bandwidth, found))
+
+    full, half, quarter = (by_probe(share * CORE_STEPS_PER_S) for share in (1, 0.5, 0.25))
+    for name in ("host_flops", "host_attention_macs", "host_read_attention_macs"):
+        assert getattr(half, name) == pytest.approx(getattr(full, name) / 2), name
+    assert quarter.host_bytes_per_s == pytest.approx(half.host_bytes_per_s / 2)
+    assert by_probe(2 * CORE_STEPS_PER_S).host_flops == full.host_flops and full.host_flops_source == PROBED
+    unknown = by_probe(None)
+    assert (unknown.host_flops, unknown.host_flops_source) == (full.host_flops, ESTIMATED)
+    assert unknown.host_bytes_per_s > half.host_bytes_per_s
+    measured = by_probe(CORE_STEPS_PER_S / 2, [gate(15.0, 50.0)])
+    assert (measured.host_bytes_per_s, measured.host_flops) == (30e9, 0.5e12)
+
+
+def test_what_cores_with_amx_reach_was_measured_without_steps():
+    cpu = planning.machine(cpu={"flags": ["amx_int8", "amx_tile"]}).cpu
+    slow, unknown = (rates(cpu, [], 6, measurements(Bandwidth(500e9, "x", core_steps_per_s=steps), []))
+                     for steps in (1e6, None))  # fmt: skip
+    assert (slow.host_bytes_per_s, slow.host_flops) == (unknown.host_bytes_per_s, unknown.host_flops)
+
+
+def test_plan_json_is_as_earlier_releases_wrote_it_where_no_steps_are_known():
+    earlier = {"chosen": {"host_bytes_per_s": None, "host_flops": None, "probe_bytes_per_s": 1e9, "gpu_bytes_per_s": {}},
+               "probe": {"bytes_per_s": 1e9, "hardware": "a box", "why": ""}}  # fmt: skip
+    probe = Bandwidth(1e9, "a box")
+    assert RecordedRates(ChosenRates.of(measurements(probe, [])), probe).to_json() == earlier
+    probe = dataclasses.replace(probe, core_steps_per_s=5e8)
+    told = RecordedRates(ChosenRates.of(measurements(probe, [])), probe).to_json()
+    assert (told["probe"]["core_steps_per_s"], told["chosen"]["probe_core_steps_per_s"]) == (5e8, 5e8)
+    assert ChosenRates.of(measurements(probe, [])).measurements() == measurements(probe, [])

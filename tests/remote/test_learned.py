@@ -22,8 +22,9 @@ def host(tmp_path, monkeypatch):
     monkeypatch.setattr(learned, "plan_path", lambda name: str(tmp_path / "instances" / name / "plan.json"))
     runs = []
     monkeypatch.setattr(
-        probe_bandwidth, "measured", lambda threads: runs.append(threads) or {"bytes_per_s": 5e9, "why": ""}
-    )
+        probe_bandwidth, "measured",
+        lambda threads: runs.append(threads) or {"bytes_per_s": 5e9, "core_steps_per_s": 4e8, "why": ""},
+    )  # fmt: skip
 
     class Host:
         measured = runs
@@ -41,14 +42,21 @@ def plan(**probe):
 
 
 def test_a_host_without_a_figure_is_measured(host):
-    assert learned.bandwidth(MACHINE) == {"bytes_per_s": 5e9, "why": "", "hardware": HARDWARE}
+    assert learned.bandwidth(MACHINE) == {
+        "bytes_per_s": 5e9, "core_steps_per_s": 4e8, "why": "", "hardware": HARDWARE,
+    }  # fmt: skip
     assert host.measured == [2]
 
 
 def test_the_figure_of_an_installed_plan_is_used_again(host):
     host.has("instances/old/plan.json", {"schema": 1, "inputs": {"key": "k"}})
     host.has("instances/tiny/plan.json", plan())
-    assert learned.bandwidth(MACHINE)["bytes_per_s"] == 7e9 and host.measured == []
+    kept = {"bytes_per_s": 7e9, "core_steps_per_s": None, "why": "", "hardware": HARDWARE}  # of an earlier release
+    assert learned.bandwidth(MACHINE) == kept and host.measured == []
+    host.has("instances/tiny/plan.json", plan(core_steps_per_s=3e8))
+    assert learned.bandwidth(MACHINE) == {**kept, "core_steps_per_s": 3e8}
+    host.has("instances/tiny/plan.json", plan(core_steps_per_s="many"))
+    assert learned.bandwidth(MACHINE) == kept
 
 
 @pytest.mark.parametrize("text", [
@@ -87,6 +95,7 @@ def test_the_probe_is_measured_or_says_why_not():
         assert found["why"].startswith(("the processors were busy (", "only ")), found
     else:
         assert 1e8 < found["bytes_per_s"] < 1e12 and found["why"] == ""
+        assert 1e7 < found["core_steps_per_s"] < 5e9
 
 
 @pytest.mark.parametrize(("busy", "available", "why"), [(21.0, 2**40, "the processors were busy (21 %)"),
@@ -97,7 +106,7 @@ def test_a_busy_host_or_one_short_of_memory_is_not_measured(monkeypatch, busy, a
         virtual_memory = staticmethod(lambda: type("Memory", (), {"available": available}))
 
     monkeypatch.setattr(probe_bandwidth, "psutil", Psutil)
-    assert probe_bandwidth.bandwidth(2) == {"bytes_per_s": None, "why": why}
+    assert probe_bandwidth.bandwidth(2) == {"bytes_per_s": None, "core_steps_per_s": None, "why": why}
 
 
 def test_what_gates_measured_is_told_whatever_was_expected(host):
