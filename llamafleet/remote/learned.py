@@ -21,7 +21,7 @@ def bandwidth(machine: Dict[str, Any]) -> Dict[str, Any]:
     hardware = probe_bandwidth.hardware(machine)
     kept = next((value for value in recorded() if value.get("hardware") == hardware), None)
     if kept is not None:
-        steps = kept.get("core_steps_per_s")
+        steps: Any = kept.get("core_steps_per_s")
         return {
             "bytes_per_s": float(kept["bytes_per_s"]), "core_steps_per_s": float(steps) if is_rate(steps) else None,
             "hardware": hardware, "why": "",

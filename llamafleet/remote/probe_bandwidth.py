@@ -59,7 +59,7 @@ def bandwidth(threads: int) -> Dict[str, Any]:
         read_bytes = max(one_round(parts) for _ in range(ROUNDS))
         texts = [Steps() for _ in range(threads)]
         steps = max(steps_of_one(texts) for _ in range(STEP_ROUNDS))
-        return {"bytes_per_s": read_bytes, "core_steps_per_s": steps, "why": ""}
+        return {"bytes_per_s": read_bytes, "core_steps_per_s": steps or None, "why": ""}
     except (OSError, MemoryError, AttributeError) as error:
         return unmeasured(f"{type(error).__name__}: {error}")
 
@@ -110,7 +110,7 @@ class Steps:
         while time.monotonic() < end:
             self.compare(*self.texts)
             done += STEPS
-        self.per_s = done / (time.thread_time() - began)
+        self.per_s = done / max(time.thread_time() - began, 1e-9)
 
 
 def one_round(parts: List[Part]) -> float:
