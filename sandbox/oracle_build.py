@@ -5,7 +5,7 @@ compiler cache: what it has compiled a deploy does not compile again, and the ot
 here with the root's libraries, by small scripts. Elsewhere the machine's own compiler does it, in about ten minutes on
 two cores.
 
-`python -m sandbox.oracle_build` compiles it, or waits for who does.
+`python -m sandbox.oracle_build` compiles it, or waits for who does; with `--layers` it only makes the root.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,17 +150,23 @@ def _export(source: Source, folder: Path, log: IO[bytes]) -> None:
 
 def _root(disk: Path) -> list[str]:
     """Words before a command that run it in a Debian root with a compiler; none where such roots cannot be made."""
+    if not (lower := layers()):
+        return []
+    cache = [str(compiler_cache.ensure()), compiler_cache.ON_HOST]
+    unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", ENTER, "sh"]
+    launcher = [f"{name}={value}" for name, value in compiler_cache.ENVIRONMENT.items()]
+    return [*unshare, str(disk), ":".join(map(str, lower)), *cache, "env", *launcher]
+
+
+def layers() -> list[Path]:
+    """Those of a root with a compiler, of the hosts of most tests too; none where such roots cannot be made."""
     try:
         machine.check()
     except SandboxError:
         return []
     state = current()
     with state.locked():
-        lower = roots.ensure(state, [*COMPILER, compiler_cache.PACKAGE], roots.SUITE)
-    cache = [str(compiler_cache.ensure()), compiler_cache.ON_HOST]
-    unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", ENTER, "sh"]
-    launcher = [f"{name}={value}" for name, value in compiler_cache.ENVIRONMENT.items()]
-    return [*unshare, str(disk), ":".join(map(str, lower)), *cache, "env", *launcher]
+        return roots.ensure(state, [*COMPILER, compiler_cache.PACKAGE])
 
 
 def _make_runnable(folder: Path, name: str, with_libraries: bool) -> None:
@@ -185,4 +192,4 @@ def end(log: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(build().llama_server)
+    print(layers() if sys.argv[1:] == ["--layers"] else build().llama_server)

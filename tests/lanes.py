@@ -48,6 +48,8 @@ GIVE_WAY = ["nice", "-n", "5"]
 # The oracle takes the object files that the first deploy has compiled. All lanes wait for these: hosts cannot do much
 # before, and that deploy is to compile by itself.
 COMPILE = [sys.executable, "-m", "sandbox.oracle_build"]
+# For which all others would wait. The first deploy's hosts are bare: once they are up, it keeps nobody waiting.
+LAYERS = [*COMPILE, "--layers"]
 # Builds that all hosts share: those of other lanes take what the first deploy has compiled.
 BUILDS = LOGS / "test-builds"
 SHARED = {"E2E_BUILDS": str(BUILDS)}
@@ -124,6 +126,9 @@ def lanes() -> list[Lane]:
         """By the first deploy, or it never will be."""
         return any(BUILDS.glob("*.tar")) or first.wall_seconds > 0
 
+    def is_compiling() -> bool:
+        return any(BUILDS.iterdir()) or first.wall_seconds > 0
+
     return [
         first,
         *(
@@ -144,7 +149,7 @@ def lanes() -> list[Lane]:
                 [*oracle, *sorted(with_oracle() - {one for files in asking.values() for one in files})],
             ],
         ),
-        Lane("aside", [is_compiled, COMPILE, [*offline, *aside]]),
+        Lane("aside", [is_compiling, LAYERS, is_compiled, COMPILE, [*offline, *aside]]),
     ]
 
 
