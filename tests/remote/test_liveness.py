@@ -531,7 +531,7 @@ def test_a_server_without_a_cached_token_may_be_measured_under_another_kernel(
     seen = []
     monkeypatch.setattr(liveness.pace, "measure_again", seen.append)
     server.slots = [slots]
-    check(SHORT)
+    check(SHORT if slots[0]["is_processing"] else 30.0)  # one at work is waited for
     assert seen == asked
 
 
