@@ -45,8 +45,8 @@ ASK_TOO = {"first": "test_speculation.py", "second": "test_projector.py", "third
 ASIDE = ("remote", "tasks", "test_*.py")
 # What computes lets hosts go first, a little: tests with limits of time would meet them otherwise.
 GIVE_WAY = ["nice", "-n", "5"]
-# The oracle takes the object files that the first deploy has compiled. All lanes wait for these: hosts cannot do much
-# before, and that deploy is to compile by itself.
+# The oracle takes the object files that the first deploy has compiled. All lanes with hosts wait for these: they cannot
+# do much before, and that deploy is to compile by itself.
 COMPILE = [sys.executable, "-m", "sandbox.oracle_build"]
 # For which all others would wait. The first deploy's hosts are bare: once they are up, it keeps nobody waiting.
 LAYERS = [*COMPILE, "--layers"]
@@ -143,13 +143,15 @@ def lanes() -> list[Lane]:
             "computing",
             [
                 [*GIVE_WAY, "make", "--no-print-directory", "check"],
+                is_compiling,
+                LAYERS,
                 is_compiled,
                 COMPILE,
                 [*offline, *(f"--ignore={one}" for one in aside)],
                 [*oracle, *sorted(with_oracle() - {one for files in asking.values() for one in files})],
             ],
         ),
-        Lane("aside", [is_compiling, LAYERS, is_compiled, COMPILE, [*offline, *aside]]),
+        Lane("aside", [[*offline, *aside]]),
     ]
 
 

@@ -27,7 +27,7 @@ CASES = {
 }
 
 
-SHORT = ("windows, q8_0, slots that share a cache", "state beside attention")  # the others in `make test-long`
+SHORT = ("windows", "state beside attention")  # the others in `make test-long`
 
 
 @pytest.mark.parametrize(

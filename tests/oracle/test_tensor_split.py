@@ -57,7 +57,7 @@ def read(lines):
 
 
 # Dense, sliding windows, experts, a recurrent state.
-OUTLINED = ["arcee", "gemma2", "qwen2moe", "lfm2"]
+OUTLINED = ["gemma2", "qwen2moe", "lfm2"]
 # Their heads as published, with fewer and smaller parts of everything else.
 PUBLISHED_HEADS = ["Qwen3-0.6B"]
 SLOW = ["Qwen2.5-3B", "Qwen3-30B-A3B", "Llama-3.1-8B", "Gemma-3-12B", "gpt-oss-20b", "Qwen3.5-4B", "Qwen3.6-35B-A3B"]
