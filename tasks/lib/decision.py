@@ -66,8 +66,8 @@ class Decision:
 
     @property
     def has_work(self) -> bool:
-        """Whether a run of all stages does anything on the host. On others stages have no operations, of which each
-        costs this machine some milliseconds: a run over a thousand hosts would prepare 19 times as many."""
+        """Whether a run of all stages does anything on the host. Where it does not, stages have no operations but those
+        by which its site may draw on it: each costs this machine some milliseconds, and a fleet has thousands."""
         return self.changes.any or bool(self.changes.note) or bool(to_measure(self.desired, as_set=True))
 
 
