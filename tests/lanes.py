@@ -37,11 +37,11 @@ FURTHER = {
         "test_27_real_models",
     ),
 }  # fmt: skip
-# Oracle tests of lanes whose hosts are done first; the others are in the lane that computes. By then the
-# oracle is compiled.
+# Oracle tests of lanes whose hosts are done first; the others are in the lane aside, which begins before llama.cpp is
+# compiled.
 ASK_TOO = {"first": "test_speculation.py", "second": "test_projector.py", "third": "test_[cdl]*.py",
            "fourth": "test_ad*.py", "fifth": "test_[tv]*.py"}  # fmt: skip
-# Tests of a second lane that computes: about half of the processor time of all that need no host.
+# Tests of a second lane that computes: more than half of the processor time of all that need neither host nor oracle.
 ASIDE = ("remote", "tasks", "test_*.py")
 # What computes lets hosts go first, a little: tests with limits of time would meet them otherwise.
 GIVE_WAY = ["nice", "-n", "5"]
@@ -148,10 +148,17 @@ def lanes() -> list[Lane]:
                 is_compiled,
                 COMPILE,
                 [*offline, *(f"--ignore={one}" for one in aside)],
+            ],
+        ),
+        Lane(
+            "aside",
+            [
+                [*offline, *aside],
+                is_compiled,
+                COMPILE,
                 [*oracle, *sorted(with_oracle() - {one for files in asking.values() for one in files})],
             ],
         ),
-        Lane("aside", [[*offline, *aside]]),
     ]
 
 
