@@ -31,7 +31,8 @@ def service() -> None:
     for serving in operations.each(now.desired.servings, lambda serving: serving.name):
         refresh(serving.name)
         watch(serving, needed=serving.name in now.changes.liveness)
-    # Every host has this operation, and pyinfra keeps each host's order: so no removal comes before any host's switch.
+    # Every host that changes has this operation, and pyinfra keeps each host's order: so no removal comes before any
+    # host's switch.
     operations.note_switched(name="Let all hosts switch before anything is removed")
     for name in operations.each(now.changes.removed, str):
         handover = next((one for one in handovers if name in one.leaving), Handover(()))

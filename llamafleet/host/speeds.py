@@ -169,10 +169,11 @@ def rates(cpu: Cpu, gpus: Sequence[Gpu], threads: int, measured: Measurements = 
     """The machine's rates with `threads` threads on the processor."""
     bandwidth, known = host_bandwidth(cpu)
     estimate = min(bandwidth * HOST_BANDWIDTH_SHARE, threads * CORE_BYTES_PER_S)
-    steps = measured.probe_core_steps_per_s
-    pace = min(1.0, steps / CORE_STEPS_PER_S) if steps and "amx_tile" not in cpu.flags else 1.0
+    # What cores with AMX reach was measured without steps.
+    steps = None if "amx_tile" in cpu.flags else measured.probe_core_steps_per_s
+    pace = min(1.0, steps / CORE_STEPS_PER_S) if steps else 1.0
     flops = next((rate for flag, rate in CORE_FLOPS.items() if flag in cpu.flags), CORE_FLOPS_ELSE)
-    by_probe = _by_probe(cpu, threads, measured)
+    by_probe = _by_probe(cpu, threads, measured.probe_bytes_per_s, steps) if measured.probe_bytes_per_s else None
     host = measured.host_bytes_per_s or by_probe or estimate
     # A core that multiplies weights slower, by what was measured of it, is as much slower at attention.
     slower = host / estimate if measured.host_flops else pace
@@ -202,16 +203,12 @@ def host_bandwidth(cpu: Cpu) -> tuple[float, bool]:
     return HOST_BANDWIDTH_ELSE * GB, False
 
 
-def _by_probe(cpu: Cpu, threads: int, measured: Measurements) -> float | None:
-    """Bytes of weights a second: what the memory gives, of one socket, or what the cores multiply, if that is less;
-    None where there was no probe."""
-    if measured.probe_bytes_per_s is None:
-        return None
-    core = next((rate for flag, rate in PROBED_CORE_BYTES_PER_S.items() if flag in cpu.flags), None)
-    if core is None:
-        steps = measured.probe_core_steps_per_s
-        core = min(CORE_BYTES_PER_S, steps * CORE_BYTES_PER_STEP) if steps else CORE_BYTES_PER_S
-    return min(measured.probe_bytes_per_s / max(1, cpu.sockets), threads * core)
+def _by_probe(cpu: Cpu, threads: int, probe_bytes_per_s: float, steps: float | None) -> float:
+    """Bytes of weights a second: what the memory gives, of one socket, or what the cores multiply, if that is less."""
+    core = next((rate for flag, rate in PROBED_CORE_BYTES_PER_S.items() if flag in cpu.flags), CORE_BYTES_PER_S)
+    if steps:
+        core = min(core, steps * CORE_BYTES_PER_STEP)
+    return min(probe_bytes_per_s / max(1, cpu.sockets), threads * core)
 
 
 def _gpu(gpu: Gpu, measured: Measurements) -> GpuRates:

@@ -1,9 +1,9 @@
 """Instances that leave a host because another host of the run takes them over: they leave when it serves.
 
-pyinfra runs an operation on all hosts at once, and all hosts have one between switches and removals: by then every host
-has switched or failed. With --no-wait a host waits here for the others; with --serial, and with --limit, those that are
-not at work are not waited for. A host waits only before its removals, which come after all its switches, so that no two
-wait for each other.
+pyinfra runs an operation on all hosts at once, and all that change have one between switches and removals: by then
+every host has switched or failed. With --no-wait a host waits here for the others; with --serial, and with --limit,
+those that are not at work are not waited for. A host waits only before its removals, which come after all its switches,
+so that no two wait for each other.
 """
 
 from __future__ import annotations

@@ -73,6 +73,7 @@ def test_what_cores_with_amx_reach_was_measured_without_steps():
     slow, unknown = (rates(cpu, [], 6, measurements(Bandwidth(500e9, "x", core_steps_per_s=steps), []))
                      for steps in (1e6, None))  # fmt: skip
     assert (slow.host_bytes_per_s, slow.host_flops) == (unknown.host_bytes_per_s, unknown.host_flops)
+    assert slow.host_flops_source == ESTIMATED  # and does not say that it was probed
 
 
 def test_plan_json_is_as_earlier_releases_wrote_it_where_no_steps_are_known():
