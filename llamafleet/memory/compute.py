@@ -7,6 +7,7 @@ search lead to a graph that was already allocated.
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ class Rules:
 
 
 _KNOWN: dict[int, Compute] = {}  # by the header's id
+_KNOWN_LOCK = threading.Lock()
 KNOWN_LIMIT = 32
 
 
@@ -51,12 +53,13 @@ class Compute:
     @classmethod
     def of(cls, header: Header) -> Compute:
         """The instance for this header; an earlier one, with its cached sizes, if there is one."""
-        compute = _KNOWN.get(id(header))
-        if compute is None or compute.header is not header:
-            compute = _KNOWN[id(header)] = cls(header)
-            while len(_KNOWN) > KNOWN_LIMIT:
-                del _KNOWN[next(iter(_KNOWN))]
-        return compute
+        with _KNOWN_LOCK:
+            compute = _KNOWN.get(id(header))
+            if compute is None or compute.header is not header:
+                compute = _KNOWN[id(header)] = cls(header)
+                while len(_KNOWN) > KNOWN_LIMIT:
+                    del _KNOWN[next(iter(_KNOWN))]
+            return compute
 
     def __init__(self, header: Header) -> None:
         self.header, self.shape = header, Shape.of(header)

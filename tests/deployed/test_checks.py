@@ -626,6 +626,35 @@ def test_a_process_that_is_gone_is_nothing(collector):
     assert collector.listening(0) == []
 
 
+ACTIVE, STOPPING, INACTIVE = ({"ActiveState": state, "MainPID": pid}
+                              for state, pid in (("active", "7"), ("deactivating", "7"), ("inactive", "0")))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shown", "read"),
+    [
+        ([ACTIVE, ACTIVE], ACTIVE),
+        ([ACTIVE, INACTIVE, INACTIVE, INACTIVE, INACTIVE], INACTIVE),
+        ([STOPPING, STOPPING, STOPPING, INACTIVE, INACTIVE, INACTIVE], INACTIVE),
+    ],
+)
+def test_a_server_that_stops_while_it_is_read_is_read_again(collector, monkeypatch, shown, read):
+    """On demand: its facts would be of a server that is gone, and the checks would call that a fault."""
+    states = iter(shown)
+    monkeypatch.setattr(collector, "show", lambda unit: next(states))
+    monkeypatch.setattr(
+        collector, "look", lambda *_: {"plan": {"gate": {"socket": "/run/s"}}, "state": collector.show("")}
+    )
+    assert collector.instance("tiny", True)["state"] == read
+    assert list(states) == []
+
+
+def test_any_other_server_is_read_once(collector, monkeypatch):
+    monkeypatch.setattr(collector, "look", lambda *_: {"plan": {"gate": {}}, "state": ACTIVE})
+    monkeypatch.setattr(collector, "show", lambda unit: pytest.fail("read again"))
+    assert collector.instance("tiny", True)["state"] == ACTIVE
+
+
 def test_keys_are_counted_and_never_shown(collector, tmp_path):
     path = tmp_path / "api-keys"
     path.write_text("topsecret\n\nsecond\n")

@@ -27,6 +27,10 @@ RUN = "/run/llamafleet"
 UNITS = "/etc/systemd/system"
 # Seconds that a gate may take beyond the time to load the model: a busy server answers late.
 GATE_SECONDS = 600
+# Of an instance that starts and stops on demand: how often its facts are read anew, and the wait before.
+LOOKS = 3
+SETTLE_SECONDS = 60
+BETWEEN = ("activating", "deactivating")
 # Before a command that must not run as root.
 AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--bounding-set=-all")
 LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp, include/net/tcp_states.h
@@ -182,7 +186,30 @@ def units():
 
 
 def instance(name, quick):
+    """Its facts. Those of a server that starts on demand are of one moment: they are read again where it started or
+    stopped meanwhile."""
     unit = f"llama-server-{name}.service"
+    for _ in range(LOOKS):
+        found = look(name, unit, quick)
+        was = moment(found["state"])
+        if not gate_of(found["plan"]).get("socket") or (was == moment(show(unit)) and was[0] not in BETWEEN):
+            break
+        settle(unit)
+    return found
+
+
+def moment(state):
+    return state.get("ActiveState"), state.get("MainPID")
+
+
+def settle(unit):
+    """Wait until it neither starts nor stops, for a while: a model loads, or running replies end."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while show(unit).get("ActiveState") in BETWEEN and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def look(name, unit, quick):
     folder = f"{ETC}/instances/{name}"
     plan = read_json(folder + "/plan.json")
     kept = read_json(f"{VAR}/good/{name}/plan.json")
