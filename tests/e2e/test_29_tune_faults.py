@@ -20,6 +20,10 @@ UNIT = "llama-server-tiny.service"
 PROGRAM = ("python3", "-s", "-E", "-B")
 TUNE = (*PROGRAM, f"{HELPERS}/current/tune.py")
 SPEC = "var/lib/llamafleet/jobs/tune-tiny.json"
+# Directives without which a candidate may start other programs than the server.
+EXECUTES = ("NoExecPaths", "ExecPaths")
+# Ten times as slow as the server, whatever else the machine does: most of the time it is stopped.
+STANDS_STILL = '(while sleep 0.02; do kill -STOP $$; sleep 0.2; kill -CONT $$; done) & exec "$0" "$@"'
 WORKLOAD = {"prompt": 256, "reply": 64, "depth": 128, "concurrency": 2}
 
 
@@ -104,10 +108,10 @@ def test_planted_candidates_fail_by_name_and_the_batch_ends(tune, host):
     small = "MemoryMax=3M" if enforced else "LimitAS=60M"
     ended = tune.run([
         tune.candidate("the plan"),
-        tune.candidate("slow", argv=[*tune.of_service["argv"], "--batch-size", "2", "--ubatch-size", "2"]),
+        tune.candidate("slow", argv=["/bin/sh", "-c", STANDS_STILL, *tune.of_service["argv"]], drop=EXECUTES),
         tune.candidate("crashes at once", argv=[*tune.of_service["argv"], "--no-such-flag"]),
         tune.candidate("crashes at work", more=["LimitCPU=1"]),
-        tune.candidate("hangs", argv=["/usr/bin/sleep", "1000"], drop=["NoExecPaths", "ExecPaths"]),
+        tune.candidate("hangs", argv=["/usr/bin/sleep", "1000"], drop=EXECUTES),
         tune.candidate("runs out of memory", drop=["MemoryMax"], more=[small]),
         tune.candidate("the plan again"),
     ], trial_seconds=18, workload={"prompt": 700, "reply": 16, "depth": 128, "concurrency": 2})  # fmt: skip

@@ -10,6 +10,7 @@ import os
 import subprocess
 import threading
 import time
+from types import SimpleNamespace
 
 import common
 import pytest
@@ -491,17 +492,20 @@ def test_a_systemd_that_does_not_say_it_keeps_no_server_from_its_restart(check, 
     assert json.loads((tmp_path / "gate/liveness/chat.json").read_text())["by_systemd"] == 0
 
 
-def ran(seconds, restarts):
-    """What systemd says of a server that it restarted so often, and that has run so long since."""
-    said = {"NRestarts": str(restarts), liveness.ENTERED: str(int((time.monotonic() - seconds) * 1e6))}
-    return lambda unit, *names, seconds: {name: said[name] for name in names}
+def ran(monkeypatch, seconds, restarts):
+    """What systemd says of a server that it restarted so often, and that has run so long since. The clock of systemd
+    begins with the machine: this one has been up for longer, whatever the tests' own has."""
+    up_for_a_day = SimpleNamespace(**{**vars(time), "monotonic": lambda: time.monotonic() + 86_400})
+    said = {"NRestarts": str(restarts), liveness.ENTERED: str(int((up_for_a_day.monotonic() - seconds) * 1e6))}
+    monkeypatch.setattr(liveness, "time", up_for_a_day)
+    monkeypatch.setattr(liveness, "show", lambda unit, *names, seconds: {name: said[name] for name in names})
 
 
 def test_a_server_that_has_run_well_since_its_restarts_is_restarted_soon_again(check, systemd, tmp_path, monkeypatch):
     """systemd/systemd#43813: RestartSteps= is never begun anew by itself."""
     (tmp_path / "gate/liveness").mkdir(parents=True)
     (tmp_path / "gate/liveness/chat.json").write_text('{"restarts": 1, "by_systemd": 2, "why": "x", "time": "t"}')
-    monkeypatch.setattr(liveness, "show", ran(liveness.SETTLED_SECONDS + 5, 3))
+    ran(monkeypatch, liveness.SETTLED_SECONDS + 5, 3)
     assert check() == 0
     assert systemd.calls == [["systemctl", "reset-failed", UNIT]]
     record = json.loads((tmp_path / "gate/liveness/chat.json").read_text())
@@ -514,12 +518,12 @@ def test_a_server_that_has_run_well_since_its_restarts_is_restarted_soon_again(c
 def test_a_server_that_started_lately_or_was_never_restarted_is_left_as_it_is(
     check, systemd, monkeypatch, seconds, restarts
 ):  # fmt: skip
-    monkeypatch.setattr(liveness, "show", ran(seconds, restarts))
+    ran(monkeypatch, seconds, restarts)
     assert check() == 0 and systemd.calls == []
 
 
 def test_restarts_that_cannot_be_recorded_stay_with_systemd(check, systemd, monkeypatch):
-    monkeypatch.setattr(liveness, "show", ran(10_000, 3))
+    ran(monkeypatch, 10_000, 3)
     monkeypatch.setattr(liveness, "write_json", full)
     assert check() == 0 and systemd.calls == []
 
