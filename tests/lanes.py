@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / ".cache"
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--durations=15", "--durations-min=2"]
 # Files of the further lanes with sandbox hosts, in this order; all others are the first one's, where the first deploy
-# compiles for all.
+# compiles for all. The last one's host has another libc and compiles for itself.
 FURTHER = {
     "second": ("test_06_verify", "test_08_rollback", "test_18_successor", "test_28_tune"),
     "third": ("test_07_faults", "test_10_preflight", "test_16_upgrade", "test_17_drift", "test_19_network"),
@@ -36,11 +36,12 @@ FURTHER = {
         "test_21_vectors", "test_22_vision", "test_23_speculation", "test_24_adapters", "test_26_demand",
         "test_27_real_models",
     ),
+    "sixth": ("test_05_uninstall",),
 }  # fmt: skip
 # Oracle tests of lanes whose hosts are done first; the others are in the lane aside, which begins before llama.cpp is
 # compiled.
 ASK_TOO = {"first": "test_speculation.py", "second": "test_projector.py", "third": "test_[cdl]*.py",
-           "fourth": "test_ad*.py", "fifth": "test_[tv]*.py"}  # fmt: skip
+           "fourth": "test_ad*.py", "fifth": "test_[tv]*.py", "sixth": "test_ar*.py"}  # fmt: skip
 # Tests of a second lane that computes: more than half of the processor time of all that need neither host nor oracle.
 ASIDE = ("remote", "tasks", "test_*.py")
 # What computes lets hosts go first, a little: tests with limits of time would meet them otherwise.
@@ -54,7 +55,7 @@ LAYERS = [*COMPILE, "--layers"]
 BUILDS = LOGS / "test-builds"
 SHARED = {"E2E_BUILDS": str(BUILDS)}
 ADDRESSES = 10  # of a lane's hosts
-HOSTS = 24  # of all lanes at a time, and some
+HOSTS = 26  # of all lanes at a time, and some
 
 
 @dataclass

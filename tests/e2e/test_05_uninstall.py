@@ -10,7 +10,6 @@ from sandbox import oracle_build, roots
 from tests.e2e.conftest import ON_HOST
 from tests.e2e.deploying import PYINFRA, ROOT, ask, environment, on, pyinfra, read, serves
 
-pytestmark = pytest.mark.long  # on Debian 13, test_16_upgrade.py uninstalls
 PREFIX = "leaving"
 # Somebody else's, with names as near to ours as they can be.
 FOREIGN = """
