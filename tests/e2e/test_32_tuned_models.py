@@ -48,11 +48,48 @@ class Order:
     def describe(self) -> str:
         lines = [f"{item.name}: {item.price_cents / 100:.2f}" for item in self.items]
         return "\\n".join([f"Order of {self.customer}", *lines, f"Total: {self.total() / 100:.2f}"])
+
+
+@dataclass
+class Shop:
+    items: dict[str, Item] = field(default_factory=dict)
+    orders: list[Order] = field(default_factory=list)
+
+    def stock(self, name: str, price_cents: int, count: int) -> None:
+        item = self.items.setdefault(name, Item(name, price_cents))
+        item.price_cents = price_cents
+        item.in_store += count
+
+    def order(self, customer: str, *names: str) -> Order:
+        order = Order(customer)
+        for name in names:
+            order.add(self.items[name])
+        self.orders.append(order)
+        return order
+
+    def cancel(self, order: Order) -> None:
+        for item in list(order.items):
+            order.remove(item)
+        self.orders.remove(order)
+
+    def sold_out(self) -> list[str]:
+        return sorted(name for name, item in self.items.items() if item.in_store == 0)
+
+    def revenue(self) -> int:
+        return sum(order.total() for order in self.orders)
+
+    def best_customer(self) -> str | None:
+        spent: dict[str, int] = {}
+        for order in self.orders:
+            spent[order.customer] = spent.get(order.customer, 0) + order.total()
+        return max(spent, key=lambda customer: spent[customer], default=None)
 '''
-EDIT = f"Rename `in_store` to `left` everywhere. Print the whole file again, and nothing else.\n\n```python\n{CODE}```"
+EDIT = f"Rename the function `describe` to `receipt`. Print the whole file again, and nothing else.\n\n```python\n{CODE}```"
 PROSE = "Tell in about two hundred words how a lighthouse keeper spent a stormy night. No lists, no headings."
+# Tokens of a reply: nearly the whole file again; and what of the story comes before a small model repeats itself.
+REPLIES = {"code": 512, "prose": 128}
 ROUNDS = 3  # of the comparison afterwards
-MINUTES = 30  # a trial takes some 35 s on two slow cores; of less, no guess would be measured
+MINUTES = 20  # a trial takes half a minute on two cores
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +105,7 @@ def coder(outside):
     [draft] = real_models.fetch(real_models.QWEN_0_5B).values()
     return {
         "name": "coder", "source": outside.publish("real/coder-GGUF", model), "profile": "agent",
-        "context_tokens": 2048, "prompt_tokens": 128, "live_tokens": 512, "reply_tokens": 128, "threads": 2, "threads_batch": 2,
+        "context_tokens": 2048, "prompt_tokens": 512, "live_tokens": 1024, "threads": 2, "threads_batch": 2,
         "batch_tokens": 2048, "ubatch_tokens": 512, "speculation": "auto", "draft": outside.publish("real/draft-GGUF", draft),
     }  # fmt: skip
 
@@ -93,16 +130,17 @@ def text(request, tmp_path):
     return file
 
 
-def tokens_per_s(host, text):
+def tokens_per_s(host, text, count):
     """Of one reply to the text, as the server says."""
     client = openai.OpenAI(base_url=f"http://{host.address}:{PORT}/v1", api_key="none", max_retries=0, timeout=900)
     told = client.chat.completions.create(
-        model="coder", messages=[{"role": "user", "content": text}], temperature=0, max_tokens=256
+        model="coder", messages=[{"role": "user", "content": text}], temperature=0, max_tokens=count
     )
     return told.model_extra["timings"]["predicted_per_second"]
 
 
 def test_guessing_is_installed_where_it_pays(deploy, coder, host, text):
+    coder = {**coder, "reply_tokens": REPLIES[text.stem]}
     done = deploy(
         {**coder, "tune_prompt_file": str(text)}, tune="always", tune_minutes=MINUTES, tune_stops_service=True
     )
@@ -125,8 +163,7 @@ def test_guessing_is_installed_where_it_pays(deploy, coder, host, text):
         for found, model in ((plain, {**coder, "speculation": "none", "draft": None}), (tuned, fixed)):
             again = deploy(model)
             assert again.code == 0, again.text
-            tokens_per_s(host, text.read_text())  # the first one warms up
-            found.append(tokens_per_s(host, text.read_text()))
+            found.append(tokens_per_s(host, text.read_text(), REPLIES["code"]))
     ratios = [one / other for one, other in zip(tuned, plain, strict=True)]
     print(f"tokens/s with n-grams {tuned}, without {plain}: {median(ratios):.2f} times")
     assert median(ratios) >= 1.8, (tuned, plain)
