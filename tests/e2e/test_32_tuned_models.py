@@ -89,7 +89,7 @@ PROSE = "Tell in about two hundred words how a lighthouse keeper spent a stormy 
 # Tokens of a reply: nearly the whole file again; and what of the story comes before a small model repeats itself.
 REPLIES = {"code": 512, "prose": 128}
 ROUNDS = 3  # of the comparison afterwards
-MINUTES = 20  # a trial takes half a minute on two cores
+MINUTES = 30  # a trial takes half a minute on two cores; of less, the draft would not be measured on code
 
 
 @pytest.fixture(scope="module")
