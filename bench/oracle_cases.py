@@ -43,6 +43,7 @@ class Case:
         parts = [self.layout, self.quant, f"{c.tokens}x{c.slots}{shared}", c.kv_type,
                  f"ub{c.ubatch_tokens}", "fa" if c.flash_attention else "nofa",
                  "gpu" + "+".join(map(str, self.counts or (0,)))]  # fmt: skip
+        parts += [] if c.repack else ["norepack"]
         return " ".join([*parts, f"spill{len(self.spilled)}"] if self.spilled else parts)
 
     def flags(self, is_moe: bool) -> list[str]:
@@ -54,6 +55,8 @@ class Case:
                  "-ngl", str(sum(self.counts))]  # fmt: skip
         if c.pooling:
             flags += ["--rerank"] if c.pooling == "rank" else ["--embedding", "--pooling", c.pooling]
+        if not c.repack:
+            flags += ["--no-repack"]
         if len(self.counts) > 1:
             flags += ["-ts", ",".join(map(str, self.counts))]
         if self.spilled:

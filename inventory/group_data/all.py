@@ -70,6 +70,10 @@ model_defaults = {
     "load_mode": "none",
     # True: a GPU computes large batches with weights that are in RAM, too. False: never (--no-op-offload).
     "op_offload": True,
+    # The CPU has weights in an order of its own (True), of the types that it has one for, or as they are in the file
+    # (False, --no-repack). Which reads prompts faster depends on type and processor. None: its own order, and a tune
+    # measures both.
+    "repack": None,
     # Layers whose experts (of a dense model: FFN) stay in RAM, the last ones. None: the plan chooses.
     "spilled_layers": None,
     # RAM for llama-server's prompt cache, MiB. llama.cpp's own default is 8192, and its fit does not count it.

@@ -41,6 +41,7 @@ class Context:
     sampled: bool = False  # a draft's backend picks its tokens
     batch_size: int = 0  # tokens that a server hands over together; 0: llama.cpp's own number
     op_offload: bool = True  # a device computes large batches with the host's weights, where its backend can
+    repack: bool = True  # the CPU has weights in its own order, of those types that it has one for
     pooling: str = ""  # of a server of embeddings or scores (--pooling); "": the server writes text
 
     @property

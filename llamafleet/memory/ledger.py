@@ -92,8 +92,7 @@ def usage(
     """
     traits = TRAITS[backend]
     devices = placement.devices
-    # Weights in pinned host memory are not repacked.
-    types = {} if traits.pinned_host and devices else repacked
+    types = _types(placement, backend, repacked) if context.repack else {}
     weights, repacked_weights = _weights(model, placement, types)
     weights[None] += model.mapped_bytes if is_unified else 0
     cache: dict[int | None, int] = defaultdict(int)
@@ -110,6 +109,16 @@ def usage(
         traits.host_overhead_bytes + host_extra_bytes + output_bytes(model.shape, context) + (0 if devices else kept)
     )
     return used, Usage(weights[None], cache[None], sizes.compute[-1], 0, overhead, repacked_weights)
+
+
+def repacks(model: Model, placement: Placement, backend: str, repacked: Mapping[str, int]) -> bool:
+    """Does the CPU repack any of the model's weights, if it may? `repacked`: as of `usage`."""
+    return _weights(model, placement, _types(placement, backend, repacked))[1] > 0
+
+
+def _types(placement: Placement, backend: str, repacked: Mapping[str, int]) -> Mapping[str, int]:
+    """The types that are repacked: none in pinned host memory."""
+    return {} if TRAITS[backend].pinned_host and placement.devices else repacked
 
 
 def output_bytes(shape: Shape, context: Context) -> int:

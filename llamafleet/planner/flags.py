@@ -54,6 +54,8 @@ def planned_flags(
     yield from _placement_flags(placement, device_names(backend, gpus), is_moe, tensors)
     if not context.op_offload:
         yield "--no-op-offload"
+    if not context.repack:
+        yield "--no-repack"
 
 
 def _vector_flags(context: Context) -> Iterator[str]:

@@ -274,7 +274,7 @@ def contexts(
             for ubatch in _ubatches(instance, tokens, work, tokens if whole_inputs else least_ubatch):
                 handicap = LATER_KV_TYPE**position * OTHER_UBATCH ** abs(_doublings(ubatch))
                 asked = Context(tokens, slots, kv_type, ubatch, flash_attention, batch_size=instance.batch_tokens or 0,
-                                op_offload=instance.op_offload)  # fmt: skip
+                                op_offload=instance.op_offload, repack=instance.repack is not False)  # fmt: skip
                 context = with_pool(asked, instance, trained)
                 if whole_inputs and instance.ubatch_tokens is None:
                     context = replace(context, ubatch_tokens=context.tokens)

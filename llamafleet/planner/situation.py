@@ -16,7 +16,7 @@ from llamafleet.memory.capacity import Capacity
 from llamafleet.memory.checkpoints import checkpoint_bytes
 from llamafleet.memory.context import Context
 from llamafleet.memory.flash_attention import is_used
-from llamafleet.memory.ledger import Correction, LedgerRow
+from llamafleet.memory.ledger import Correction, LedgerRow, repacks
 from llamafleet.memory.placement import HOST, Placement
 from llamafleet.memory.weights import Model
 from llamafleet.model.gguf import Header
@@ -29,6 +29,7 @@ from llamafleet.planner.refine import Refined
 from llamafleet.planner.result import BESIDE, Plan
 from llamafleet.planner.roofline import Prediction, Roofline
 from llamafleet.planner.search import Candidate, Search, contexts
+from llamafleet.settings.companions import DRAFT
 from llamafleet.settings.schema import Instance
 from llamafleet.settings.workload import Workload
 from llamafleet.units import MIB
@@ -178,6 +179,8 @@ class Situation:
         """The plan with this context and placement on the GPUs of this order. `rows`: its ledger, with what is beside
         the model; `tensors`: each GPU computes a part of every layer; `others`: further fields of the plan."""
         gpus, cpu, model, one = self.gpus_of(order), self.machine.cpu, self.model, self.instance
+        if not context.repack and not self._repacks(placement):
+            context = replace(context, repack=True)
         argv = planned_flags(
             context, placement, backend=self.backend, gpus=len(order), load_mode=one.load_mode,
             threads=(self.threads, one.threads_batch or self.threads), prompt_cache_mib=one.prompt_cache_mib,
@@ -197,6 +200,11 @@ class Situation:
             cpus=processors.cpus(cpu, one, placement, alone=self.alone),
             numa_nodes=processors.numa_nodes(cpu, one, placement), **others,
         )  # fmt: skip
+
+    def _repacks(self, placement: Placement) -> bool:
+        """Does `repack` change anything? A draft is loaded in the same way as the model."""
+        drafts = any(one.part == DRAFT for one in self.besides)
+        return drafts or repacks(self.model, placement, self.backend, self.capacity.repacked)
 
     def beside_flags(self, gpus: Sequence[Gpu]) -> Iterator[str]:
         """The flags of what is beside the model, with llama.cpp's names of the GPUs."""

@@ -57,7 +57,7 @@ _ADDED_INSTANCE_SETTINGS: Mapping[str, Any] = {
     "adapters": (), "chat_template_file": None, "grammar_file": None, "json_schema_file": None, "kv_unified": False,
     "pool_tokens": None, "gpus": None, "copies": 1, "split_mode": "layer", "start": "boot",
     "batch_tokens": None, "threads_batch": None, "cpus": None, "numa": "auto", "load_mode": "none", "op_offload": True,
-    "spilled_layers": None, "profile": None,
+    "spilled_layers": None, "profile": None, "repack": None,
 }  # fmt: skip
 
 

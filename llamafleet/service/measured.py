@@ -24,7 +24,13 @@ from llamafleet.tuning.record import Fingerprint
 from llamafleet.tuning.records import Tuning, in_words, tuning_of, without
 
 # Names of what a tune changes, as many.
-PLURALS = {"ubatch": "ubatches", "cache": "types of the cache", "split": "splits between GPUs", "numa": "NUMA policies"}
+PLURALS = {
+    "ubatch": "ubatches",
+    "order of weights": "orders of weights",
+    "cache": "types of the cache",
+    "split": "splits between GPUs",
+    "numa": "NUMA policies",
+}
 
 Planned = tuple[PlanInputs, Choice, Mapping[str, Correction]]
 

@@ -48,6 +48,7 @@ OWN_PLACE = {
     "--parallel": "slots", "--cache-type-k": "kv_types", "--cache-type-v": "kv_types", "--threads": "threads",
     "--threads-batch": "threads_batch", "--ubatch-size": "ubatch_tokens", "--cache-ram": "prompt_cache_mib",
     "--batch-size": "batch_tokens", "--load-mode": "load_mode", "--no-op-offload": "op_offload",
+    "--no-repack": "repack",
     "--ctx-checkpoints": "context_checkpoints_mib", "--kv-unified": "kv_unified", "--no-kv-unified": "kv_unified",
     "--kv-unified-per-slot": "context_tokens", "--split-mode": "split_mode",
     "--chat-template-file": "chat_template_file", "--grammar-file": "grammar_file", "--grammar": "grammar_file",
@@ -71,7 +72,6 @@ PLANNED = {
     "--mmproj-device", "--mmproj-offload", "--no-mmproj-offload", "--mtmd-batch-max-tokens", "--no-kv-offload",
     "--spec-draft-ngl", "--spec-draft-device", "--spec-draft-override-tensor", "--spec-draft-cpu-moe",
     "--spec-draft-n-cpu-moe",
-    "--no-repack",
 }  # fmt: skip
 REFUSED = {
     "--verbose": "it would write prompts, and parts of keys, to the journal",

@@ -120,6 +120,7 @@ class Instance:
     numa: Annotated[Text, one_of(("auto", "interleave", "local"))]
     load_mode: Annotated[Text, one_of(("none", "mlock"))]
     op_offload: Flag
+    repack: Flag | None
     spilled_layers: Annotated[Whole, Field(ge=0, le=4096, description="more than any model has")] | None
     prompt_cache_mib: CacheMib
     context_checkpoints_mib: CacheMib

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from llamafleet.host.backends import TRAITS
 from llamafleet.host.machine import Cpu, Machine
 from llamafleet.memory.context import types_of
 from llamafleet.model import speculation as kinds
@@ -161,6 +162,9 @@ def changes(instance: Instance, plan: Plan, machine: Machine, companions: Mappin
         yield from _defaults(instance, machine.cpu)
     if instance.speculation == AUTO and instance.tune_prompt_file:
         yield from _guesses(instance, companions)
+    pinned = TRAITS[plan.backend].pinned_host and plan.placement.devices
+    if instance.repack is None and computes(plan.placement) and not pinned:
+        yield Change("weights as they are in the file", "order of weights", {"repack": False})
     if instance.threads is None and computes(plan.placement):
         yield from _threads(instance, plan, machine.cpu)
     if plan.placement.moved and instance.spilled_layers is None:

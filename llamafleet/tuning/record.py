@@ -30,8 +30,8 @@ SCHEMA = 1
 # What a tune may choose, with the value that leaves it open. A host could write anything into its record.
 LEFT_OPEN: Mapping[str, Any] = {
     "ubatch_tokens": None, "batch_tokens": None, "threads": None, "threads_batch": None, "cpus": None, "numa": "auto",
-    "load_mode": "none", "op_offload": True, "spilled_layers": None, "slots": None, "split_mode": "auto",
-    "speculation": AUTO,
+    "load_mode": "none", "op_offload": True, "repack": None, "spilled_layers": None, "slots": None,
+    "split_mode": "auto", "speculation": AUTO,
 }  # fmt: skip
 OF_SPECULATION = ("draft", "draft_max_tokens", "draft_min_tokens")  # open where the speculation is
 # Settings that are compared as the workload, so that a change of them is named as such.

@@ -106,7 +106,7 @@ def coder(outside):
     return {
         "name": "coder", "source": outside.publish("real/coder-GGUF", model), "profile": "agent",
         "context_tokens": 2048, "prompt_tokens": 512, "live_tokens": 1024, "threads": 2, "threads_batch": 2,
-        "batch_tokens": 2048, "ubatch_tokens": 512, "speculation": "auto", "draft": outside.publish("real/draft-GGUF", draft),
+        "batch_tokens": 2048, "ubatch_tokens": 512, "repack": True, "speculation": "auto", "draft": outside.publish("real/draft-GGUF", draft),
     }  # fmt: skip
 
 

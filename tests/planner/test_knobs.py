@@ -2,6 +2,7 @@
 
 import pytest
 
+from llamafleet.memory.weights import Model
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.settings.schema import SettingsError
 from tests import planning
@@ -9,15 +10,11 @@ from tests import planning
 MOE, DENSE = ("gpt-oss-20b",), ("Qwen3-8B", "Q4_K_M")
 
 
-def layout(moe):
-    return MOE if moe else DENSE
-
-
-def planned(moe=False, gpus=(), cpu=(), ram_gib=64, **asked):
+def planned(moe=False, gpus=(), cpu=(), ram_gib=64, layout=None, **asked):
     """The plan or refusal of one model with these settings."""
     host = planning.machine(gpus, cpu=cpu, ram_gib=ram_gib)
     settings = planning.settings({"context_tokens": 8192, **asked}, backend="cuda" if gpus else "cpu")
-    return planning.plans(host, [layout(moe)], settings)[0]
+    return planning.plans(host, [layout or (MOE if moe else DENSE)], settings)[0]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +34,7 @@ def test_a_setting_is_on_the_command_line(asked, flags):
 
 def test_without_them_nothing_changes():
     usual = {"batch_tokens": None, "threads_batch": None, "cpus": None, "numa": "auto", "load_mode": "none",
-             "op_offload": True, "spilled_layers": None, "speculation": "none"}  # fmt: skip
+             "op_offload": True, "repack": None, "spilled_layers": None, "speculation": "none"}  # fmt: skip
     for gpus in ((), (8192,)):
         assert planned(True, gpus, **usual) == planned(True, gpus)
 
@@ -71,6 +68,28 @@ def test_without_op_offload_nothing_is_staged():
     assert sum(row.staging_bytes for row in offloaded.ledger) > 0
     assert sum(row.staging_bytes for row in plain.ledger) == 0
     assert "--no-op-offload" in plain.argv and "--no-op-offload" not in offloaded.argv
+
+
+def test_weights_that_are_not_repacked_are_held_once():
+    """A tied embedding has a second copy where it is repacked, as ARM does with its Q6_K."""
+    tied, arm = ("Llama-3.2-3B", "Q4_K_M"), {"flags": ["asimddp"]}
+    usual, plain = (planned(layout=tied, cpu=arm, **asked).ledger[-1] for asked in ({}, {"repack": False}))
+    embedding = Model.of(planning.header(*tied)).tied_bytes
+    assert usual.weights_bytes - plain.weights_bytes == embedding > 0
+
+
+@pytest.mark.parametrize(
+    ("case", "is_given"),
+    [
+        ({}, True),
+        ({"gpus": (24564,)}, False),  # all of it on the card
+        ({"moe": True, "gpus": (8192,)}, False),  # in pinned memory
+        ({"layout": ("Qwen3-8B", "Q8_0")}, False),  # no order of its own on x86
+    ],
+)
+def test_a_server_is_told_not_to_repack_where_it_would(case, is_given):
+    """Else two command lines would differ in nothing."""
+    assert ("--no-repack" in planned(repack=False, **case).argv) is is_given
 
 
 @pytest.mark.parametrize("gpus", [(8192,), (6144, 6144)])

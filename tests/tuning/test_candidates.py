@@ -47,13 +47,29 @@ def test_the_baseline_is_llama_server_as_it_ships_and_the_second_is_the_plan():
 @pytest.mark.parametrize(
     ("given", "dimension"),
     [({"threads": 3}, "threads"), ({"ubatch_tokens": 512}, "ubatch"), ({"slots": 2, "concurrency": 4}, "slots"),
-     ({"kv_types": ["q8_0"]}, "cache"), ({"speculation": "none"}, "speculation")],
+     ({"kv_types": ["q8_0"]}, "cache"), ({"repack": False}, "order of weights"),
+     ({"repack": True}, "order of weights"), ({"speculation": "none"}, "speculation")],
 )  # fmt: skip
 def test_what_the_operator_set_is_not_varied(given, dimension):
     open_case = {"slots": {"concurrency": 4}, "cache": {"kv_types": ["f16", "q8_0"]},
                  "speculation": {"speculation": "auto", "tune_prompt_file": "code.txt"}}.get(dimension, {})  # fmt: skip
     assert dimension in {one.dimension for one in found(**open_case)[0]}, "it is varied where it is left open"
     assert dimension not in {one.dimension for one in found(**given)[0]}
+
+
+@pytest.mark.parametrize(
+    ("case", "is_tried"),
+    [
+        ({}, True),
+        ({"layout": MOE}, True),
+        ({"layout": ("Qwen3-8B", "Q8_0")}, False),
+        ({"layout": ("Qwen3-8B", "Q8_0"), "speculation": "draft", "draft": "/d.gguf", "drafts": DENSE}, True),
+        ({"layout": MOE, "gpus": (8192,)}, False),
+    ],
+)
+def test_weights_as_they_are_in_the_file_are_tried_where_they_would_be_repacked(case, is_tried):
+    """Neither Q8_0 on x86 nor pinned memory is; a draft is loaded as the model is."""
+    assert ("order of weights" in {one.dimension for one in found(**case)[0]}) is is_tried
 
 
 def test_cpus_that_the_operator_named_hold_for_the_default_and_every_candidate():
