@@ -126,6 +126,8 @@ def test_the_plan_says_what_a_tune_would_try_where_none_is_to_come():
     guesses = decided(models=({**KV, "speculation": "auto"},))
     assert "speculation" not in chance(guesses.inputs, guesses.servings[0].plan)
     with_text = decided(models=({**KV, "speculation": "auto", "tune_prompt_file": "/prompts"},))
-    assert "would try other speculation, orders of weights, threads" in chance(with_text.inputs, with_text.servings[0].plan)
+    assert "would try other speculation, orders of weights, threads" in chance(
+        with_text.inputs, with_text.servings[0].plan
+    )
     tuned = with_record({"threads": 2})
     assert chance(tuned.inputs, tuned.servings[0].plan) == ""
