@@ -21,6 +21,7 @@ from llamafleet.planner.processors import computes, cores, usable_cpus
 from llamafleet.planner.result import Plan, Refusal
 from llamafleet.settings.schema import Instance, Settings
 from llamafleet.settings.speculation import AUTO
+from llamafleet.settings.workload import Workload
 from llamafleet.tuning.race import BASELINE, Screened, combinations
 
 SHIPPED, PLANNED = "llama-server as it ships", "the plan"
@@ -162,11 +163,11 @@ def changes(instance: Instance, plan: Plan, machine: Machine, companions: Mappin
         yield from _defaults(instance, machine.cpu)
     if instance.speculation == AUTO and instance.tune_prompt_file:
         yield from _guesses(instance, companions)
-    pinned = TRAITS[plan.backend].pinned_host and plan.placement.devices
-    if instance.repack is None and computes(plan.placement) and not pinned:
-        yield Change("weights as they are in the file", "order of weights", {"repack": False})
-    if instance.threads is None and computes(plan.placement):
-        yield from _threads(instance, plan, machine.cpu)
+    if computes(plan.placement):
+        of_processor = (_threads(instance, plan, machine.cpu), _orders(instance, plan))
+        # What an order of weights changes most is how fast prompts are read.
+        for some in reversed(of_processor) if _reads_longer(instance, plan) else of_processor:
+            yield from some
     if plan.placement.moved and instance.spilled_layers is None:
         yield from _spilled(plan)
     if instance.ubatch_tokens is None and not plan.pooling:
@@ -227,9 +228,25 @@ def kind_of_draft(header: Header) -> str:
     return next((kind for kind in kinds.READERS if kind in name), kinds.DRAFT)
 
 
+def _reads_longer(instance: Instance, plan: Plan) -> bool:
+    """Does the workload take longer to read than to write, by what is predicted of the plan?"""
+    work, told = Workload.of(instance, plan.context_tokens), plan.predicted
+    writing = work.reply_tokens / told.decode_tokens_per_s if told.decode_tokens_per_s else 0.0
+    return told.prefill_tokens_per_s > 0 and work.prompt_tokens / told.prefill_tokens_per_s > writing
+
+
+def _orders(instance: Instance, plan: Plan) -> Iterator[Change]:
+    """Weights as they are in the file. Those in pinned memory are that anyway."""
+    pinned = TRAITS[plan.backend].pinned_host and plan.placement.devices
+    if instance.repack is None and not pinned:
+        yield Change("weights as they are in the file", "order of weights", {"repack": False})
+
+
 def _threads(instance: Instance, plan: Plan, cpu: Cpu) -> Iterator[Change]:
     """All physical cores, the performance cores, with hyper-threading, and half of the cores: a memory may be as fast
     with fewer. No more than the CPUs that the operator named."""
+    if instance.threads is not None:
+        return
     logical = usable_cpus(cpu, instance)
     physical = min(cpu.physical_cores, logical)
     counts = dict.fromkeys((physical, logical, max(1, physical // 2)))

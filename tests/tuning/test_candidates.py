@@ -72,6 +72,16 @@ def test_weights_as_they_are_in_the_file_are_tried_where_they_would_be_repacked(
     assert ("order of weights" in {one.dimension for one in found(**case)[0]}) is is_tried
 
 
+@pytest.mark.parametrize(
+    ("workload", "first"),
+    [({"prompt_tokens": 4000, "reply_tokens": 16}, "order of weights"), ({"reply_tokens": 1000}, "threads"),
+     ({"prompt_tokens": 4000, "reply_tokens": 16, "threads": 3}, "order of weights")],
+)  # fmt: skip
+def test_what_changes_reading_is_tried_first_where_reading_takes_longest(workload, first):
+    tried = [one.dimension for one in found(**workload)[0] if one.dimension not in ("", tuning.DEFAULTS)]
+    assert tried[0] == first and ("threads" in tried) is ("threads" not in workload)
+
+
 def test_cpus_that_the_operator_named_hold_for_the_default_and_every_candidate():
     usual, named = found()[0], found(cpus="0-2")[0]
     assert usual[0].plan.cpus == "" and {one.plan.cpus for one in named} == {"0-2"}
