@@ -102,11 +102,18 @@ def of_build(state: State) -> Cgroup:
     return Cgroup(top(state).path / ".build")
 
 
-def _mount() -> Path:
+def mounted(kind: str, controller: str = "") -> Path | None:
+    """Where cgroups of this kind are mounted, of version 1 those of a controller; None where they are not."""
     for line in Path("/proc/mounts").read_text().splitlines():
-        _, folder, kind, *_ = line.split()
-        if kind == "cgroup2":
+        _, folder, its_kind, options, *_ = line.split()
+        if its_kind == kind and (not controller or controller in options.split(",")):
             return Path(folder)
+    return None
+
+
+def _mount() -> Path:
+    if folder := mounted("cgroup2"):
+        return folder
     raise SandboxError(
         "cgroup v2 is not mounted on this machine, and hosts cannot be separated without it; "
         "mount it: mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified"

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from sandbox.cgroups import Cgroup
+from sandbox.cgroups import Cgroup, mounted
 from sandbox.state import SandboxError
 
 PERIOD_US = 100_000
@@ -31,7 +31,9 @@ def of_processors(group: Cgroup, processors: float) -> Iterator[None]:
         finally:
             own.write_text(f"max {PERIOD_US}")
         return
-    outside = _version_1()
+    outside = mounted("cgroup", "cpu")
+    if outside is None:
+        raise SandboxError("this machine has no cgroup controller for processor time (cpu)")
     folder = outside / group.path.name
     folder.mkdir(exist_ok=True)
     (folder / "cpu.cfs_period_us").write_text(str(PERIOD_US))
@@ -51,11 +53,3 @@ def _move(group: Cgroup, folder: Path) -> None:
         for pid in outside:
             with contextlib.suppress(ProcessLookupError):
                 procs.write_text(str(pid))
-
-
-def _version_1() -> Path:
-    for line in Path("/proc/mounts").read_text().splitlines():
-        _, folder, kind, options, *_ = line.split()
-        if kind == "cgroup" and "cpu" in options.split(","):
-            return Path(folder)
-    raise SandboxError("this machine has no cgroup controller for processor time (cpu)")

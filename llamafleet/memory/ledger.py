@@ -92,7 +92,7 @@ def usage(
     """
     traits = TRAITS[backend]
     devices = placement.devices
-    types = _types(placement, backend, repacked) if context.repack else {}
+    types = repacked if context.repack and may_repack(placement, backend) else {}
     weights, repacked_weights = _weights(model, placement, types)
     weights[None] += model.mapped_bytes if is_unified else 0
     cache: dict[int | None, int] = defaultdict(int)
@@ -113,12 +113,12 @@ def usage(
 
 def repacks(model: Model, placement: Placement, backend: str, repacked: Mapping[str, int]) -> bool:
     """Does the CPU repack any of the model's weights, if it may? `repacked`: as of `usage`."""
-    return _weights(model, placement, _types(placement, backend, repacked))[1] > 0
+    return may_repack(placement, backend) and _weights(model, placement, repacked)[1] > 0
 
 
-def _types(placement: Placement, backend: str, repacked: Mapping[str, int]) -> Mapping[str, int]:
-    """The types that are repacked: none in pinned host memory."""
-    return {} if TRAITS[backend].pinned_host and placement.devices else repacked
+def may_repack(placement: Placement, backend: str) -> bool:
+    """Can the CPU have weights in its own order? Not in pinned host memory."""
+    return not (TRAITS[backend].pinned_host and placement.devices)
 
 
 def output_bytes(shape: Shape, context: Context) -> int:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from llamafleet.host.backends import TRAITS
 from llamafleet.host.machine import Cpu, Machine
 from llamafleet.memory.context import types_of
+from llamafleet.memory.ledger import may_repack
 from llamafleet.model import speculation as kinds
 from llamafleet.model.gguf import Header
 from llamafleet.planner.plan import plan_host
@@ -237,8 +237,7 @@ def _reads_longer(instance: Instance, plan: Plan) -> bool:
 
 def _orders(instance: Instance, plan: Plan) -> Iterator[Change]:
     """Weights as they are in the file. Those in pinned memory are that anyway."""
-    pinned = TRAITS[plan.backend].pinned_host and plan.placement.devices
-    if instance.repack is None and not pinned:
+    if instance.repack is None and may_repack(plan.placement, plan.backend):
         yield Change("weights as they are in the file", "order of weights", {"repack": False})
 
 
