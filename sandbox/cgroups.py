@@ -45,7 +45,11 @@ class Cgroup:
         return next((pid for pid in self.pids() if _number_inside(pid) == 1), None)
 
     def make(self) -> None:
-        """Create the cgroup. Raises SandboxError if the machine does not allow it."""
+        """Create the cgroup, with all controllers that its parent has.
+
+        It enables none for cgroups below it: the kernel would then admit no process to it. Raises SandboxError if the
+        machine does not allow it.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -55,8 +59,7 @@ class Cgroup:
             ) from error
         if not (self.path / "cgroup.kill").exists():
             raise SandboxError(f"{self.path} has no cgroup.kill: this kernel is older than Linux 5.14")
-        for folder in (self.path.parent, self.path):
-            _delegate(folder)
+        _delegate(self.path.parent)
 
     def kill(self) -> None:
         """Send SIGKILL to all processes, wait until they have ended, and remove the cgroups.

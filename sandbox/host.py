@@ -178,7 +178,10 @@ def _let_ssh_in(host: SandboxHost) -> None:
 
 
 def launch(host: SandboxHost) -> None:
-    """Start its supervisor, detached from this process and from its terminal."""
+    """Start its supervisor, detached from this process and from its terminal.
+
+    Raises SandboxError with what the machine said where it cannot be started.
+    """
     if host.is_running:
         return
     cut_off(host.name)
@@ -187,15 +190,17 @@ def launch(host: SandboxHost) -> None:
     host.cgroup.make()
     host._loop.make()
     with (host.disk / "log").open("w") as log:
-        subprocess.run(
+        started = subprocess.run(
             host._loop.enter(["setsid", "--fork", *roots.supervise(host.disk / "job.json")]),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            check=True,
+            check=False,
             env=roots.environment(),
             cwd="/",
         )
+    if started.returncode:
+        raise SandboxError(f"{host.name} cannot be started; {host.disk / 'log'} ends with:{tail(host.disk / 'log')}")
     if host.isolated:
         _let_ssh_in(host)
 

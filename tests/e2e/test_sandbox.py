@@ -327,6 +327,13 @@ def test_an_address_that_is_taken_is_named_and_nothing_is_made(own):
     assert sandbox.listed() == []
 
 
+def test_a_machine_that_cannot_start_a_host_is_quoted(own, monkeypatch):
+    sandbox.down()
+    monkeypatch.setattr(cgroups.Cgroup, "enter", lambda group, argv: ["sh", "-c", "echo no room >&2; exit 1"])
+    with pytest.raises(sandbox.SandboxError, match=r"(?s)t1 cannot be started; .*/t1/log ends with:.*no room"):
+        up(1)
+
+
 def test_another_checkouts_sandbox_is_told_apart(pair, own, tmp_path):
     """A second state folder sees neither the hosts nor the processes of the first, and is refused its addresses."""
     environment = {**os.environ, "SANDBOX_DIR": str(own.directory.with_name("sandbox-other"))}
