@@ -1,6 +1,7 @@
 """A real HAProxy on loopback with what llamafleet writes for it, before stand-ins for llama-server."""
 
 import contextlib
+import csv
 import http.client
 import http.server
 import json
@@ -194,6 +195,11 @@ class Gateway:
             connection.connect(str(self.run / "admin.sock"))
             connection.sendall(command.encode() + b"\n")
             return b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+
+    def is_idle(self):
+        """Whether no request is counted at a server: HAProxy counts one for a moment after its answer."""
+        rows = csv.DictReader(self.admin("show stat").removeprefix("# ").splitlines())
+        return all(row["scur"] == "0" for row in rows if row["svname"] not in ("FRONTEND", "BACKEND"))
 
     def reload(self):
         """Until another process takes new connections. HAProxy's master hears no signal in its first moments."""

@@ -62,7 +62,7 @@ def test_a_drained_server_gets_no_request_also_of_its_sessions(gateway, stand_in
     assert shown["gpu1/tiny"]["drained"] and 58 <= shown["gpu1/tiny"]["drained_seconds"] <= 60
     assert servers_of(gateway) == {"gpu2"}
     assert admin(capsys, "undrain", "gpu1/tiny")[1]["gpu1/tiny"]["drained"] is False
-    new = {gateway.ask("/tiny/v1/completions", {}, X_Session_Id=f"new {number}")[2]["server"] for number in range(4)}
+    new = {gateway.ask("/tiny/v1/completions", {}, X_Session_Id=f"new {number}")[2]["server"] for number in range(8)}
     assert new == {"gpu1", "gpu2"}
 
 
@@ -80,6 +80,7 @@ def test_running_replies_end_in_peace(gateway, stand_ins, capsys):
     busy.gate.set()
     threads[0].join()
     assert [status for status, _, _ in answers] == [200]
+    until(gateway.is_idle)
     assert admin(capsys, "show")[1][f"{busy.name}/tiny"]["in_flight"] == 0
 
 
