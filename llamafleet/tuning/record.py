@@ -251,12 +251,12 @@ def _core_words(cores: Sequence[int]) -> str:
 
 
 def fitting(own: Tuned | None, others: Mapping[str, Tuned], now: Fingerprint) -> tuple[str, Tuned] | None:
-    """The record to plan with, and the host that measured it, "" for this host: its own if that holds, else the newest
-    that holds of the operator's, `others`, by host."""
+    """The record to plan with, and who measured it, "" for this instance: its own if that holds, else the newest that
+    holds of `others`, by who measured them; of the same age, the first."""
     if own and not stale(own, now):
         return "", own
-    good = {host: one for host, one in others.items() if not stale(one, now)}
-    newest = max(sorted(good), key=lambda host: good[host].ended, default=None)
+    good = {who: one for who, one in others.items() if not stale(one, now)}
+    newest = max(good, key=lambda who: good[who].ended, default=None)
     return None if newest is None else (newest, good[newest])
 
 

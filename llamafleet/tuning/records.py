@@ -116,12 +116,13 @@ def tuning_of(instance: Instance, now: Fingerprint, there: Mapping[str, object],
 
 
 def _others(name: str, now: Fingerprint, there: Mapping[str, object], kept: Kept) -> Iterator[tuple[str, Tuned]]:
-    """Records that hold of other hosts, one of each, and of other instances of this host, by who measured them."""
-    for other, value in there.items():
+    """Records that hold of other instances of this host, and then of hosts, one of each, by who measured them. This
+    host is among these too, with copies of its own."""
+    for other, value in sorted(there.items()):
         record = read(value, "") if other != name else ""
         if isinstance(record, Tuned) and not stale(record, now):
             yield f"with {other}", record
-    for host, records in kept.records.items():
+    for host, records in sorted(kept.records.items()):
         in_order = sorted(records, key=lambda one: (one != name, one))
         if found := next((records[one] for one in in_order if not stale(records[one], now)), None):
             yield f"on {host}", found

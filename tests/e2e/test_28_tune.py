@@ -126,6 +126,8 @@ def test_the_stage_alone_leaves_a_service_that_runs_in_peace(host, wanted):
 
 @pytest.mark.long
 def test_a_service_is_stopped_where_it_may_be_and_put_back(host, wanted):
+    run = pyinfra(wanted())  # as the tests before left it, also where this one runs alone
+    assert run.code == 0 and serves(host, FRESH["port"]), run.text
     asked = {"reply_tokens": 5}
     run = pyinfra(wanted(asked, WORKLOAD, tune_stops_service=True), deploy=STAGE)
     assert run.code == 0 and serves(host, FRESH["port"]) and serves(host), run.text

@@ -55,6 +55,11 @@ def test_another_instance_that_is_alike_has_measured_it():
     assert found.where == "with copy" and reason(found).startswith("measured with copy: ")
 
 
+def test_a_copy_of_what_this_host_has_measured_is_not_another_host_s():
+    of_copy = value({"threads": 2})
+    assert tuned({"copy": of_copy}, kept(box={"copy": of_copy})).where == "with copy"
+
+
 def test_a_record_that_no_longer_holds_is_named_with_what_differs():
     found = tuned({"m0": value({"threads": 2}, of=OTHER)})
     assert found.instance == instance() and found.state == "stale"
