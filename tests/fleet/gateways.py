@@ -199,7 +199,17 @@ class Gateway:
     def is_idle(self):
         """Whether no request is counted at a server: HAProxy counts one for a moment after its answer."""
         rows = csv.DictReader(self.admin("show stat").removeprefix("# ").splitlines())
-        return all(row["scur"] == "0" for row in rows if row["svname"] not in ("FRONTEND", "BACKEND"))
+        return all(row["scur"] == "0" for row in rows if row["type"] == "2")
+
+    def homes(self, sessions):
+        """By session, the server that answers it; each is asked when the one before is not counted any more."""
+        found = {}
+        for session in sessions:
+            status, _, body = self.ask("/tiny/v1/completions", {}, X_Session_Id=str(session))
+            assert status == 200, body
+            found[session] = body["server"]
+            until(self.is_idle)
+        return found
 
     def reload(self):
         """Until another process takes new connections. HAProxy's master hears no signal in its first moments."""
